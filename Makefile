@@ -1,0 +1,46 @@
+# make demo   prune a real model and see the report
+# make test   lint, types, tests: what CI runs
+# make lint   the first two of those alone
+# make clean  everything that can be made again
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+# The suite is many small models: Python, not arithmetic, is the bottleneck. So one process a core and one thread a
+# process, which is about twice as fast on two cores as one process with two threads.
+JOBS   ?= 2
+PYTEST ?= $(BIN)/python -m pytest
+
+.PHONY: demo test lint format clean
+.DELETE_ON_ERROR:
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[test]" torch torchvision timm
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py
+
+test: lint
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PYTEST) --numprocesses $(JOBS) --dist worksteal --durations 10 $(ARGS)
+
+# mypy cannot follow setuptools' package-dir, so the packages are laid out as they are installed before it looks.
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/typed && mkdir -p build/typed
+	cp -Rp fxprune build/typed/fxprune
+	cp -Rp passes build/typed/fxprune/passes
+	cd build/typed && $(abspath $(BIN))/mypy -p fxprune \
+		--config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,279 @@
+"""Time `fxprune.prune` against Torch-Pruning, model by model, taking turns in one process.
+
+    speed.py                              every torchvision classification model
+    speed.py --models resnet50 vit_b_32 --budget 60
+
+Rows go to `speed.jsonl`, the table to `SPEED.md`. Both sides prune half the channels by L2 magnitude, start to end:
+tracing, coupling, scoring and the surgery. Torch-Pruning is given the hints its documentation asks for (the layers
+to leave alone, the heads of each attention); fxprune is given none. Copies of the model are made outside of the
+timed part, and both sides prune a tiny network first, so that neither pays for imports.
+"""
+
+import argparse
+import copy
+import json
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch_pruning
+from models import build, full_name, torchvision_names
+from sweep import Row, machine, markdown_table, one_line, read_rows, sweep
+from torch import Tensor, nn
+
+import fxprune
+
+HERE = Path(__file__).parent
+ROWS, TABLE = HERE / "speed.jsonl", HERE / "SPEED.md"
+RATIO = 0.5
+ROUNDS = 7  # at most; fewer where the budget is spent sooner
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--models", nargs="+", help="instead of every torchvision classification model")
+    parser.add_argument("--budget", type=float, default=20, help="seconds to spend on repeats of one model")
+    parser.add_argument(
+        "--other-limit", type=float, default=300, help="seconds Torch-Pruning may take for one"
+    )
+    parser.add_argument("--limit", type=float, default=1200, help="seconds for one model, all told")
+    parser.add_argument("--redo", action="store_true", help="run again what the file has already")
+    parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.job:
+        print(json.dumps(measure(**arguments.job)))
+        return
+    plain = [name for name in torchvision_names() if "quantized" not in name]
+    settings = {"budget": arguments.budget, "other_limit": arguments.other_limit}
+    jobs = [{"model": full_name(name)} for name in arguments.models or plain]
+    try:
+        sweep(__file__, jobs, ROWS, limit=arguments.limit, redo=arguments.redo, settings=settings)
+    finally:
+        TABLE.write_text(table(read_rows(ROWS)))
+    print(TABLE.relative_to(Path.cwd()) if TABLE.is_relative_to(Path.cwd()) else TABLE)
+
+
+def measure(model: str, budget: float, other_limit: float) -> Row:
+    network, images = build(model)
+    images = images[:1]
+    sides: dict[str, Callable[[nn.Module], object]] = {
+        "forward": lambda copied: forward(copied, images),
+        "fxprune": lambda copied: prune_here(copied, images, verify=False),
+        "other": lambda copied: prune_with_torch_pruning(copied, images),
+    }
+    warm_up()
+    forward(network, images)
+    row: Row = {"params": sum(p.numel() for p in network.parameters()), "machine": machine()}
+    times, failures = take_turns(network, sides, budget, {"other": other_limit})
+    # Apart, so that its longer forwards do not heat what is compared.
+    verified = {"verified": lambda copied: prune_here(copied, images, verify=True)}
+    more_times, more_failures = take_turns(network, verified, budget / 4, {})
+    row |= {f"{side}_s": seconds for side, seconds in (times | more_times).items()}
+    row |= {f"{side}_fails": reason for side, reason in (failures | more_failures).items()}
+    if "other" not in failures:
+        row["other_breaks"] = breaks(network, images)
+    row["status"] = "failed" if "fxprune" in failures else "timed"
+    return row
+
+
+def take_turns(
+    network: nn.Module,
+    sides: dict[str, Callable[[nn.Module], object]],
+    budget: float,
+    limits: dict[str, float],
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Seconds of each run of each side, and why a side was given up.
+
+    A/B/A/B until another round would go over the budget, at least one round and at most `ROUNDS`.
+    """
+    times: dict[str, list[float]] = {side: [] for side in sides}
+    failures: dict[str, str] = {}
+    began = time.perf_counter()
+    for done in range(1, ROUNDS + 1):
+        for side, call in sides.items():
+            if side in failures:
+                continue
+            copied = copy.deepcopy(network)
+            try:
+                with time_limit(limits.get(side)):
+                    start = time.perf_counter()
+                    call(copied)
+                    times[side].append(time.perf_counter() - start)
+            except (Exception, OutOfTime) as error:
+                failures[side] = one_line(error)
+        spent = time.perf_counter() - began
+        if spent + spent / done > budget:
+            break
+    return times, failures
+
+
+class OutOfTime(BaseException):
+    """Not an Exception: the code it interrupts may catch those."""
+
+
+@contextmanager
+def time_limit(seconds: float | None):
+    """Interrupt the block after so many seconds; no limit where None."""
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        raise OutOfTime(f"no result within {seconds:.0f} s")
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, seconds or 0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+@torch.no_grad()
+def forward(network: nn.Module, images: Tensor) -> object:
+    return network(images)
+
+
+def prune_here(network: nn.Module, images: Tensor, verify: bool) -> nn.Module:
+    return fxprune.prune(network, RATIO, example_inputs=images, verify=verify)
+
+
+def prune_with_torch_pruning(network: nn.Module, images: Tensor) -> nn.Module:
+    pruner = torch_pruning.pruner.BasePruner(
+        network,
+        images,
+        importance=torch_pruning.importance.MagnitudeImportance(p=2),
+        pruning_ratio=RATIO,
+        ignored_layers=classifiers(network),
+        num_heads=heads(network),
+    )
+    pruner.step()
+    return network
+
+
+def classifiers(network: nn.Module, classes: int = 1000) -> list[nn.Module]:
+    """The layers whose outputs are the model's: every one with as many outputs as there are classes."""
+    return [
+        module
+        for module in network.modules()
+        if getattr(module, "out_features", None) == classes
+        or getattr(module, "out_channels", None) == classes
+    ]
+
+
+def heads(network: nn.Module) -> dict[nn.Module, int]:
+    """Attention layer (`nn.MultiheadAttention`, or the packed projection of another) to its number of heads."""
+    found: dict[nn.Module, int] = {}
+    for module in network.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            found[module] = module.num_heads
+        elif hasattr(module, "qkv") and hasattr(module, "num_heads"):
+            found[module.qkv] = module.num_heads
+    return found
+
+
+def breaks(network: nn.Module, images: Tensor) -> str:
+    """Why Torch-Pruning's result does not run, or "" where it does.
+
+    torchvision's VisionTransformer reads its width from an attribute: it is set, as Torch-Pruning's own tests do.
+    """
+    pruned = prune_with_torch_pruning(copy.deepcopy(network), images)
+    if hasattr(pruned, "hidden_dim") and hasattr(pruned, "conv_proj"):
+        pruned.hidden_dim = pruned.conv_proj.out_channels
+    try:
+        forward(pruned, images)
+    except Exception as error:
+        return one_line(error)
+    return ""
+
+
+def warm_up() -> None:
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 1000)
+    )
+    images = torch.randn(1, 3, 8, 8)
+    prune_here(network, images, verify=True)
+    prune_with_torch_pruning(copy.deepcopy(network), images)
+
+
+def table(rows: list[Row]) -> str:
+    rows = sorted(rows, key=lambda row: row["model"])
+    columns = [
+        ("model", "l", lambda row: row["model"].removeprefix("torchvision:")),
+        ("parameters, M", "r", lambda row: f"{row['params'] / 1e6:.1f}" if "params" in row else ""),
+        ("forward, s", "r", lambda row: cell(row, "forward")),
+        ("Torch-Pruning, s", "r", lambda row: cell(row, "other")),
+        ("fxprune, s", "r", lambda row: cell(row, "fxprune")),
+        ("times faster", "r", lambda row: f"{ratio(row, 'other', 'fxprune'):.1f}" if compared(row) else ""),
+        ("of a forward", "r", lambda row: cell_ratio(row, "fxprune")),
+        ("verified, s", "r", lambda row: cell(row, "verified")),
+        ("of a forward", "r", lambda row: cell_ratio(row, "verified")),
+        ("rounds", "r", lambda row: len(row.get("fxprune_s", []))),
+        ("remarks", "l", remarks),
+    ]
+    return (
+        "# Speed, side by side with Torch-Pruning\n\n"
+        f"Written by `speed.py` from `speed.jsonl`. Seconds for one call, start to end, at ratio {RATIO}, medians over"
+        " the rounds; one image; double-checking by `verify` off, then on. *fails*: Torch-Pruning raised or went over"
+        " its time, and the model is not counted.\n\n"
+        f"{summary(rows)}\n{markdown_table(columns, rows)}"
+    )
+
+
+def summary(rows: list[Row]) -> str:
+    machines = sorted({row["machine"] for row in rows if "machine" in row})
+    lines = [f"Torch-Pruning {torch_pruning.__version__}; {name}" for name in machines]
+    for what, chosen in (
+        ("every model that Torch-Pruning finishes", [row for row in rows if compared(row)]),
+        ("those whose result runs", [row for row in rows if compared(row) and not row["other_breaks"]]),
+    ):
+        if not chosen:
+            continue
+        worst = min(chosen, key=lambda row: ratio(row, "other", "fxprune"))
+        middle = statistics.median(ratio(row, "other", "fxprune") for row in chosen)
+        worst_ratio = ratio(worst, "other", "fxprune")
+        lines.append(
+            f"{what}: {len(chosen)} of {len(rows)}; times faster: median {middle:.1f},"
+            f" worst {worst_ratio:.1f} ({worst['model']})"
+        )
+    for side in ("fxprune", "verified"):
+        over = [ratio(row, side, "forward") for row in rows if row.get(f"{side}_s")]
+        if over:
+            lines.append(f"{side}: median {statistics.median(over):.1f} forwards, worst {max(over):.1f}")
+    return "".join(f"- {line}\n" for line in lines)
+
+
+def compared(row: Row) -> bool:
+    return bool(row.get("fxprune_s") and row.get("other_s")) and "other_fails" not in row
+
+
+def ratio(row: Row, above: str, below: str) -> float:
+    return statistics.median(row[f"{above}_s"]) / statistics.median(row[f"{below}_s"])
+
+
+def cell(row: Row, side: str) -> str:
+    if f"{side}_fails" in row:
+        return "fails"
+    return f"{statistics.median(row[f'{side}_s']):.2f}" if row.get(f"{side}_s") else ""
+
+
+def cell_ratio(row: Row, side: str) -> str:
+    return f"{ratio(row, side, 'forward'):.1f}" if row.get(f"{side}_s") else ""
+
+
+def remarks(row: Row) -> str:
+    parts = [row["reason"]] if "reason" in row else []
+    for side, name in (("fxprune", "fxprune"), ("verified", "verified"), ("other", "Torch-Pruning")):
+        if f"{side}_fails" in row:
+            parts.append(f"{name} fails: {row[f'{side}_fails']}")
+    if row.get("other_breaks"):
+        parts.append(f"Torch-Pruning's result does not run: {row['other_breaks']}")
+    return "; ".join(parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""Run a measurement once per job, each in its own process with a time limit, and keep the rows.
+
+A sweep can be stopped and started again: jobs whose row is in the `.jsonl` already are skipped. The worker
+is the same script with `--job JSON`; it prints its row as the last line of its output.
+"""
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+Row = dict[str, Any]
+
+
+def read_rows(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """All at once, so that a sweep that is stopped leaves a whole file."""
+    scratch = path.with_suffix(".partial")
+    scratch.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scratch.replace(path)
+
+
+def sweep(
+    script: str,
+    jobs: Sequence[Row],
+    path: Path,
+    *,
+    limit: float,
+    settings: Row | None = None,
+    redo: bool = False,
+) -> list[Row]:
+    """Every row of the file, after running the jobs whose row it lacks (with `redo`, all of them).
+
+    A row belongs to the job all of whose items it holds; `settings` go to the worker but do not tell rows apart.
+    `limit` is in seconds.
+    """
+    rows = read_rows(path)
+    todo = [job for job in jobs if redo or find(rows, job) is None]
+    progress = tqdm(todo, unit="job", disable=None)
+    for job in progress:
+        progress.set_postfix_str(" ".join(str(value) for value in job.values()))
+        row = {**job, **run_job(script, {**job, **(settings or {})}, limit)}
+        tqdm.write(f"{row.get('status', '?'):<10} {' '.join(str(value) for value in job.values())}")
+        at = find(rows, job)
+        if at is None:
+            rows.append(row)
+        else:
+            rows[at] = row
+        write_rows(path, rows)
+    return rows
+
+
+def find(rows: Sequence[Row], job: Row) -> int | None:
+    return next((at for at, row in enumerate(rows) if job.items() <= row.items()), None)
+
+
+def run_job(script: str, job: Row, limit: float) -> Row:
+    """The row that the worker prints, or one with status `failed` and the reason in a line."""
+    command = [sys.executable, script, "--job", json.dumps(job)]
+    # Its own session, so that what it starts ends with it.
+    worker = subprocess.Popen(command, text=True, stdout=-1, stderr=-1, start_new_session=True)
+    try:
+        output, errors = worker.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        return {"status": "failed", "reason": f"no result within {limit:.0f} s"}
+    finally:
+        if worker.poll() is None:
+            os.killpg(worker.pid, signal.SIGKILL)
+            worker.communicate()
+    if worker.returncode == 0:
+        return json.loads(output.splitlines()[-1])
+    if worker.returncode < 0:
+        return {"status": "failed", "reason": f"killed by {signal.Signals(-worker.returncode).name}"}
+    last = next((line for line in reversed(errors.splitlines()) if line.strip()), "no message")
+    return {"status": "failed", "reason": last.strip()[:300]}
+
+
+def one_line(error: BaseException) -> str:
+    """The error's type and the first line of what it says."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first}"[:300]
+
+
+def markdown_table(columns: Sequence[tuple[str, str, Callable[[Row], object]]], rows: Iterable[Row]) -> str:
+    """`columns` are (heading, "l" or "r", cell of a row)."""
+    lines = [
+        "| " + " | ".join(heading for heading, _, _ in columns) + " |",
+        "|" + "|".join("---:" if side == "r" else "---" for _, side, _ in columns) + "|",
+    ]
+    for row in rows:
+        cells = (str(cell(row)).replace("|", "\\|").replace("\n", " ") for _, _, cell in columns)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def machine() -> str:
+    """The processor, its cores and the versions a measurement depends on, in a line."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text().splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}"

@@ -1,0 +1,260 @@
+"""Couple: interpret the tapes on labels, solve the ties once, and read off units and families.
+
+Heads take two readings. The first finds which labels are rows of a head (`Ties.coarse`); the second starts with one label
+for each row, so that a shared per-dimension parameter (a query norm, a rotary table) no longer ties heads to one another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from fxprune.passes import rules
+from fxprune.passes.labels import NONE, Factor, Labels, along, factor
+from fxprune.passes.probe import probe
+from fxprune.passes.regions import gather_regions
+from fxprune.passes.rules import Call
+from fxprune.passes.tape import Op, Ref, collect
+from fxprune.passes.ties import Event, Pair, Ties, chained, components
+from fxprune.passes.trace import Capture
+
+MET_KEPT = "meets a tensor that keeps every index of that dimension"
+SPAN = 1_000_000  # node numbers of one capture
+
+
+@dataclass(slots=True)
+class Solution:
+    """Labels of every value and the classes that removal acts on.
+
+    Attributes:
+        captures: the runs that were read.
+        leaves: labels of the model's own tensors, by name.
+        values: for each capture, the labels of every value on its tape.
+        unit: the class of each label; class numbers are the smallest label in it.
+        frozen: for each class that is never removed, the number of the reason, else -1 (indexed by label).
+        reasons: sentences; `places` the graph nodes they arose at.
+        equal: matrices of classes whose rows must keep equally many entries.
+        regions: nodes replaced by one gather, so that what they pass through need not be a rectangle.
+    """
+
+    captures: list[Capture]
+    leaves: dict[str, Labels]
+    values: list[dict[int, Labels]]
+    unit: Tensor
+    frozen: np.ndarray
+    reasons: list[str]
+    equal: list[np.ndarray]
+    regions: list[dict[fx.Node, fx.Node]]
+
+
+def solve(captures: Sequence[Capture], *, heads: bool, keep: Mapping[str, str] | None = None) -> Solution:
+    """Labels for every value of the captured runs, with ties solved.
+
+    Arguments:
+        captures: runs of the same model (evaluation, and training where it differs).
+        heads: whether a batch dimension of a product of activations is removed whole (else what is within it).
+        keep: names of parameters and buffers that stay as they are, with the reason.
+    """
+    rules.load()
+    leaves, size = leaf_labels(captures)
+    ties, values = read(captures, leaves, size, heads)
+    if any(len(e.labels[0]) > 1 for e in ties.coarse):
+        leaves = by_head(leaves, ties)
+        ties, values = read(captures, leaves, size, heads)
+    for name, reason in (keep or {}).items():
+        for f in leaves.get(name, NONE):
+            ties.frozen.append(Event(f.labels, -1, reason))
+    regions = [gather_regions(c, v) for c, v in zip(captures, values, strict=True)]
+    inside = {number(c, i, node) for i, (c, r) in enumerate(zip(captures, regions, strict=True)) for node in r}
+    ties.product = [e for e in ties.product if e.node not in inside]
+    ties.equal = [e for e in ties.equal if e.node not in inside]
+    return close(list(captures), leaves, values, ties, regions)
+
+
+def number(capture: Capture, which: int, node: fx.Node) -> int:
+    return which * SPAN + capture.index[node]
+
+
+def leaf_labels(captures: Sequence[Capture]) -> tuple[dict[str, Labels], int]:
+    """A label for every index of every dimension of the model's tensors; returns them and the next free label.
+
+    The weight of a grouped convolution has an input index for each group: its second dimension is labelled group by group.
+    """
+    groups: dict[str, int] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for capture in captures:
+        groups.update(grouped_weights(capture))
+        shapes.update({v.name: v.shape for v in capture.tape.values if v.name is not None})
+    leaves: dict[str, Labels] = {}
+    size = 1
+    for name, shape in shapes.items():
+        made: list[Factor] = []
+        for d, n in enumerate(shape):
+            if n == 1:
+                continue
+            if d == 1 and name in groups:
+                g = groups[name]
+                vectors = torch.arange(size, size + g * n).view(g, 1, n).expand(g, shape[0] // g, n)
+                made.append(factor(vectors.reshape(shape[0], n, *[1] * (len(shape) - 2)), (0, 1)))
+                size += g * n
+            else:
+                made.append(along(torch.arange(size, size + n), d, len(shape)))
+                size += n
+        leaves[name] = tuple(made)
+    return leaves, size
+
+
+def grouped_weights(capture: Capture) -> dict[str, int]:
+    """Parameters that reach a grouped convolution's weight through ops that keep their first two dimensions."""
+    producer: dict[int, Op] = {}
+    found: dict[str, int] = {}
+    for op in capture.tape.ops:
+        for ref in collect(op.outs, Ref):
+            producer.setdefault(ref.id, op)
+        name = op.func._schema.name
+        if "conv" not in name or len(op.args) < 2 or not isinstance(op.args[1], Ref):
+            continue
+        arguments = {a.name: v for a, v in zip(op.func._schema.arguments, op.args, strict=False)}
+        groups = arguments.get("groups", 1)
+        shape = capture.tape.shape(op.args[1])
+        if groups == 1 or shape[1] == 1:
+            continue
+        pending, seen = [op.args[1].id], set()
+        while pending:
+            current = pending.pop()
+            value = capture.tape.values[current]
+            if current in seen or value.shape[:2] != shape[:2]:
+                continue
+            seen.add(current)
+            if value.name is not None:
+                found[value.name] = groups
+            elif current in producer:
+                pending += [r.id for r in collect((producer[current].args, producer[current].kwargs), Ref)]
+    return found
+
+
+def read(
+    captures: Sequence[Capture], leaves: dict[str, Labels], size: int, heads: bool
+) -> tuple[Ties, list[dict[int, Labels]]]:
+    """Interpret every tape on labels."""
+    ties = Ties(size=size)
+    every = []
+    for which, capture in enumerate(captures):
+        tape = capture.tape
+        labels: dict[int, Labels] = {i: leaves[v.name] for i, v in enumerate(tape.values) if v.name is not None}
+        uses = {r.id for op in tape.ops for r in collect((op.args, op.kwargs), Ref)} | {r.id for r in capture.outputs}
+        hidden = {capture.index[n]: n for n in capture.untracked}
+        for op in tape.ops:
+            if op.node in hidden:
+                continue
+            ties.node = which * SPAN + op.node
+            apply_rule(Call(op, tape, labels, ties, heads, uses))
+        for index, node in hidden.items():
+            ties.node = which * SPAN + index
+            hide(capture, node, labels, ties)
+        ties.node = which * SPAN + capture.index[capture.output]
+        for ref in capture.outputs:
+            for f in labels.get(ref.id, NONE):
+                ties.freeze(f.labels, "is an output of the model")
+        every.append(labels)
+    return ties, every
+
+
+def apply_rule(call: Call) -> None:
+    """Store the labels of an op's results; an op without a rule is probed through autograd, else frozen."""
+    if not call.outputs:
+        return
+    ruled = rules.find(call.op.func)
+    if ruled is not None:
+        result = ruled(call)
+    elif not any(call.labels(r) for r in call.inputs):
+        return
+    else:
+        result = probe(call)
+    results = result if isinstance(result, list) else [result]
+    for ref, labels in zip(call.outputs, results, strict=False):
+        if any(ref.id == r.id for r in call.inputs):
+            continue  # written in place: the ties say it all
+        call.known[ref.id] = labels
+
+
+def hide(capture: Capture, node: fx.Node, labels: dict[int, Labels], ties: Ties) -> None:
+    """A node whose results did not come out of the dispatcher: what went in stays."""
+    for source in node.all_input_nodes:
+        for ref in collect(capture.results.get(source), Ref):
+            for f in labels.get(ref.id, NONE):
+                ties.freeze(f.labels, "goes through code outside of torch")
+
+
+def by_head(leaves: dict[str, Labels], ties: Ties) -> dict[str, Labels]:
+    """Leaf labels with one label for each row of a head. Broadcast ties are not followed: they join heads to one another."""
+    aligned = [p for p in ties.pairs if not p.broadcast]
+    unit, _ = components(ties.size, chained(ties.coarse) + aligned)
+    smallest = np.full(unit.max() + 1, ties.size, np.int64)
+    np.minimum.at(smallest, unit, np.arange(ties.size))
+    touched = np.zeros(len(smallest), bool)
+    for event in ties.coarse:
+        touched[unit[event.labels.reshape(-1).numpy()]] = True
+    table = torch.from_numpy(np.where(touched[unit], smallest[unit], np.arange(ties.size)))
+    table[0] = 0
+    return {
+        name: tuple(g for f in labels if (g := factor(table[f.labels], f.nest)).nest or bool((g.labels != 0).any()))
+        for name, labels in leaves.items()
+    }
+
+
+def close(
+    captures: list[Capture],
+    leaves: dict[str, Labels],
+    values: list[dict[int, Labels]],
+    ties: Ties,
+    regions: list[dict[fx.Node, fx.Node]],
+) -> Solution:
+    """Solve all ties at once and mark the classes that something freezes."""
+    pairs: list[Pair] = ties.pairs + chained(ties.coarse) + chained(ties.product, columns=True)
+    part, stopped = components(ties.size, pairs)
+    smallest = np.full(part.max() + 1, ties.size, np.int64)
+    np.minimum.at(smallest, part, np.arange(ties.size))
+    unit = smallest[part]
+    frozen = np.full(ties.size, -1, np.int64)
+    reasons: list[str] = []
+    numbers: dict[tuple[str, int], int] = {}
+    events = [(e.labels.reshape(-1).numpy(), e.why, e.node) for e in ties.frozen]
+    events += [(labels, MET_KEPT, node) for labels, node in stopped]
+    for labels, why, node in events:
+        if (why, node) not in numbers:
+            numbers[why, node] = len(reasons)
+            reasons.append(f"{why}{place(captures, node)}")
+        classes = unit[labels]
+        fresh = classes[frozen[classes] < 0]
+        frozen[fresh] = numbers[why, node]
+    frozen[0] = frozen[0] if frozen[0] >= 0 else 0
+    if not reasons:
+        reasons.append("is never removed")
+    equal = distinct([unit[e.labels.numpy()] for e in ties.equal])
+    return Solution(captures, leaves, values, torch.from_numpy(unit), frozen, reasons, equal, regions)
+
+
+def distinct(matrices: list[np.ndarray]) -> list[np.ndarray]:
+    """Constraints without repetitions, and without those that hold by themselves."""
+    seen: dict[bytes, np.ndarray] = {}
+    for m in matrices:
+        m = np.unique(m, axis=0) if m.shape[0] > 1 else m
+        if m.shape[0] > 1:
+            seen.setdefault(bytes(str(m.shape), "ascii") + m.tobytes(), m)
+    return list(seen.values())
+
+
+def place(captures: list[Capture], node: int) -> str:
+    if node < 0:
+        return ""
+    capture = captures[node // SPAN]
+    found = capture.node_at(node % SPAN)
+    if found is None or found.op == "output":
+        return ""
+    module = found.meta.get("module") or (str(found.target) if found.op == "call_module" else "")
+    return f" (at %{found.name}{f' in {module}' if module else ''})"

@@ -1,0 +1,101 @@
+"""Labels: which removable thing each element of a tensor belongs to.
+
+A tensor's labels are a few integer arrays, its *factors*, each broadcastable to the tensor's shape: size 1 along a
+dimension says that the factor does not vary there. An element is removed when any of its labels is removed. Label 0
+belongs to what is never removed, so a dimension that no factor covers is the same as one covered by zeros.
+
+A factor that varies along several dimensions is *joint* (heads x head_dim, groups x channels per group). Its `nest`
+lists those dimensions from major to minor: for every index of the major ones, the kept entries of the minor one are
+packed together. Two joint factors can be matched only when they are nested alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FROZEN = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Factor:
+    """One array of labels, broadcastable to the tensor's shape, and the nesting of the dimensions it varies along."""
+
+    labels: Tensor
+    nest: tuple[int, ...]
+
+    @property
+    def dims(self) -> frozenset[int]:
+        return frozenset(self.nest)
+
+    def rows(self) -> Tensor:
+        """The labels as a matrix: a row for each index of the major dimensions, the minor dimension along it."""
+        order = [d for d in range(self.labels.dim()) if d not in self.nest] + list(self.nest)
+        return self.labels.permute(order).reshape(-1, self.labels.shape[self.nest[-1]])
+
+
+Labels = tuple[Factor, ...]
+NONE: Labels = ()
+
+
+def varying(labels: Tensor, among: Iterable[int] | None = None) -> tuple[int, ...]:
+    """The dimensions along which an array of labels really varies."""
+    dims = range(labels.dim()) if among is None else among
+    return tuple(d for d in dims if labels.shape[d] > 1 and not bool((labels == labels.narrow(d, 0, 1)).all()))
+
+
+def squash(labels: Tensor, keep: Iterable[int]) -> Tensor:
+    """Size 1 along every dimension not in `keep`, taking the first entry."""
+    kept = set(keep)
+    for d, size in enumerate(labels.shape):
+        if size > 1 and d not in kept:
+            labels = labels.narrow(d, 0, 1)
+    return labels
+
+
+def factor(labels: Tensor, nest: Sequence[int] = ()) -> Factor:
+    """A compressed factor. `nest` orders the dimensions where it is known; the rest follow in their own order.
+
+    >>> factor(torch.tensor([[1, 2], [1, 2]])).nest
+    (1,)
+    """
+    dims = varying(labels)
+    ordered = tuple(d for d in nest if d in dims)
+    return Factor(squash(labels, dims), ordered + tuple(d for d in dims if d not in ordered))
+
+
+def along(vector: Tensor, dim: int, ndim: int) -> Factor:
+    """The factor of a vector of labels laid along one dimension of a tensor with `ndim` dimensions."""
+    shape = [1] * ndim
+    shape[dim] = vector.numel()
+    return factor(vector.reshape(shape))
+
+
+def align(labels: Labels, shape: Sequence[int], ndim: int) -> tuple[Labels, tuple[int, ...]]:
+    """Labels and shape with leading dimensions of size 1, as broadcasting adds them."""
+    extra = ndim - len(shape)
+    if extra == 0:
+        return labels, tuple(shape)
+    lifted = tuple(
+        Factor(f.labels.reshape((1,) * extra + tuple(f.labels.shape)), tuple(d + extra for d in f.nest)) for f in labels
+    )
+    return lifted, (1,) * extra + tuple(shape)
+
+
+def fill(f: Factor, shape: Sequence[int], dims: Iterable[int]) -> Tensor:
+    """The factor's array expanded to the full size along `dims`."""
+    sizes = list(f.labels.shape)
+    for d in dims:
+        sizes[d] = shape[d]
+    return f.labels.expand(sizes)
+
+
+def lut(labels: Labels, shape: Sequence[int], table: Tensor) -> Tensor:
+    """Look every element's labels up in a boolean table (`True`: kept); an element is kept when all of them are."""
+    mask = torch.ones((1,) * len(shape), dtype=torch.bool)
+    for f in labels:
+        mask = mask & table[f.labels]
+    return mask

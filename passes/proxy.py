@@ -1,0 +1,185 @@
+"""Proxies that carry the value they stand for, so that Python's questions about it have answers."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+
+class ReadsValue(Exception):
+    """Python asked for the contents of a tensor: the innermost module must become one opaque node."""
+
+
+class Items(tuple[Any, ...]):
+    """A tuple or list that a node returned, as a real tuple of proxies; it remembers the node and the fields' names."""
+
+    node: fx.Node
+    value: Any
+
+    @classmethod
+    def of(cls, node: fx.Node, value: Any, proxies: list[Any]) -> Any:
+        if isinstance(value, list):
+            return proxies
+        items = cls(proxies)
+        items.node, items.value = node, value
+        return items
+
+    def pack(self, tracer: Any) -> tuple[Any, ...]:
+        return tuple(tracer.create_arg(v) for v in self)
+
+    def numel(self) -> Any:
+        total: Any = 1
+        for size in self:
+            total = total * size
+        return total
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name in ("node", "value"):
+            raise AttributeError(name)
+        field = getattr(self.value, name)
+        return next(proxy for proxy, value in zip(self, self.value, strict=True) if value is field)
+
+
+# isinstance() of a proxy answers for these types; containers are handed out as real containers of proxies instead.
+ANSWERS_FOR = (Tensor, bool, int, float, complex, str, torch.dtype, torch.device)
+
+
+class ValueProxy(fx.Proxy):
+    """A node of the graph together with what it evaluated to on the example inputs."""
+
+    value: Any
+
+    def __init__(self, node: fx.Node, tracer: Any, value: Any) -> None:
+        super().__init__(node, tracer)
+        self.value = value
+
+    @property
+    def __class__(self) -> type:
+        value = self.__dict__.get("value")
+        if isinstance(value, Tensor):
+            return Tensor
+        for kind in ANSWERS_FOR:
+            if isinstance(value, kind):
+                return kind
+        return ValueProxy
+
+    @__class__.setter
+    def __class__(self, kind: type) -> None:
+        raise TypeError("a proxy's class is that of its value")
+
+    def __getattr__(self, name: str) -> Any:
+        return self.tracer.read_attribute(self, name)
+
+    def concrete(self, how: str) -> Any:
+        """The value itself, as Python needs it now. A tensor's contents may not be read: its module turns opaque."""
+        return self.tracer.concretise(self, how)
+
+    def __bool__(self) -> bool:
+        return bool(self.concrete("bool"))
+
+    def __int__(self) -> int:
+        return int(self.concrete("int"))
+
+    def __index__(self) -> int:
+        return operator.index(self.concrete("index"))
+
+    def __float__(self) -> float:
+        return float(self.concrete("float"))
+
+    def __complex__(self) -> complex:
+        return complex(self.concrete("complex"))
+
+    def __round__(self, digits: int | None = None) -> Any:
+        return round(self.concrete("round"), digits)
+
+    def __hash__(self) -> int:
+        return id(self.value) if isinstance(self.value, Tensor) else hash(self.value)
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def __format__(self, spec: str) -> str:
+        return format(repr(self) if isinstance(self.value, Tensor) else self.value, spec)
+
+    def __str__(self) -> str:
+        return repr(self) if isinstance(self.value, Tensor) else str(self.value)
+
+    def __repr__(self) -> str:
+        return f"ValueProxy({self.node.name})"
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([self[i] for i in range(len(self.value))])  # type: ignore[index]
+
+    def __contains__(self, item: Any) -> bool:
+        return item in self.concrete("in")
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        raise ReadsValue("numpy")
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+    def __eq__(self, other: object) -> Any:
+        return self.tracer.create_proxy("call_function", operator.eq, (self, other), {})
+
+    def __ne__(self, other: object) -> Any:
+        return self.tracer.create_proxy("call_function", operator.ne, (self, other), {})
+
+    def keys(self) -> Any:
+        return self.tracer.read_attribute(self, "keys")()
+
+    @classmethod
+    def __torch_function__(
+        cls, orig_method: Any, types: Any, args: Any = None, kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        tracer = next(p.tracer for p in iterate(((args or ()), dict(kwargs or {}))) if isinstance(p, fx.Proxy))
+        return tracer.torch_function(orig_method, args or (), dict(kwargs or {}))
+
+
+def iterate(x: Any) -> Iterator[Any]:
+    """The leaves of nested tuples, lists, dicts and slices."""
+    if type(x) is ValueProxy:
+        yield x
+    elif isinstance(x, tuple | list):
+        for v in x:
+            yield from iterate(v)
+    elif isinstance(x, dict):
+        for v in x.values():
+            yield from iterate(v)
+    elif isinstance(x, slice):
+        yield from iterate((x.start, x.stop, x.step))
+    else:
+        yield x
+
+
+def unwrap(x: Any) -> Any:
+    """Nested proxies replaced by their values."""
+    if type(x) is ValueProxy:
+        return x.value
+    if isinstance(x, tuple):
+        mapped = [unwrap(v) for v in x]
+        return type(x)(*mapped) if hasattr(x, "_fields") else tuple(mapped)
+    if isinstance(x, list):
+        return [unwrap(v) for v in x]
+    if isinstance(x, dict):
+        return {k: unwrap(v) for k, v in x.items()}
+    if isinstance(x, slice):
+        return slice(unwrap(x.start), unwrap(x.stop), unwrap(x.step))
+    return x
+
+
+def _inplace(name: str) -> Any:
+    function = getattr(operator, name)
+
+    def method(self: ValueProxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "iand", "ior", "ixor", "imatmul", "imod"):
+    setattr(ValueProxy, f"__{_name}__", _inplace(_name))

@@ -1,0 +1,133 @@
+"""Indexing by tensors: exact where the indices are a constant of the model, else only other dimensions pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fxprune.passes.labels import NONE, Labels, align, along, factor, fill
+from fxprune.passes.rules import Call, rule
+from fxprune.passes.rules.movement import one_by_one
+from fxprune.passes.rules.pointwise import unify
+from fxprune.passes.tape import Ref
+
+COMPUTED = "is indexed by a tensor computed from the inputs"
+
+
+@rule("aten::index", "aten::_unsafe_index")
+def index(call: Call) -> Labels:
+    x, indices = call["self"], call["indices"]
+    shape = call.shape(x)
+    contents: list[Tensor | None] = []
+    indexed: list[int] = []
+    dim = 0
+    exact = True
+    for i in indices:
+        if i is None:
+            contents.append(None)
+            dim += 1
+            continue
+        is_mask = call.tape.values[i.id].dtype in (torch.bool, torch.uint8)
+        width = len(call.shape(i)) if is_mask else 1
+        indexed += range(dim, dim + width)
+        data = call.data(i)
+        exact = exact and data is not None
+        contents.append(data.cpu() if data is not None else stand_in(call, i, is_mask))
+        dim += width
+    result: Labels = NONE
+    for f in call.labels(x):
+        touched = [d for d in indexed if d in f.dims]
+        if touched and not exact:
+            call.ties.freeze(f.labels, COMPUTED)
+            continue
+        for d in touched:
+            one_by_one(call, f, d)
+        array = fill(f, shape, indexed)
+        if not exact and any(c is not None and c.dtype == torch.bool for c in contents):
+            if indexed != list(range(len(indexed))):
+                call.ties.freeze(f.labels, COMPUTED)
+                continue
+            array = f.labels.flatten(0, len(indexed) - 1)
+        else:
+            array = torch.ops.aten.index.Tensor(array, contents)
+        result += call.settle(factor(array))
+    return result
+
+
+def stand_in(call: Call, ref: Ref, is_mask: bool) -> Tensor:
+    return torch.zeros(call.shape(ref), dtype=torch.bool if is_mask else torch.int64)
+
+
+@rule("aten::embedding", "aten::_embedding_bag", "aten::_embedding_bag_forward_only", "aten::embedding_bag")
+def embedding(call: Call) -> list[Labels]:
+    """(V, D) by indices of any shape -> (*, D): rows are looked up by values of the input, columns pass."""
+    weight = call.first
+    passed = call.freeze_dims(call.labels(weight), [0], "is looked up by the input's values (a vocabulary)")
+    ndim = len(call.shape(call.outputs[0]))
+    lifted = tuple(along(f.labels.reshape(-1), ndim - 1, ndim) for f in passed)
+    return [lifted] + [NONE] * (len(call.outputs) - 1)
+
+
+@rule("aten::gather", "aten::take_along_dim")
+def gather(call: Call) -> Labels:
+    """Along `dim` entries are picked by value; along the others input and index correspond one to one."""
+    x, picks = call["self"], call["index"]
+    ndim = len(call.shape(x))
+    dim = call.dim(call["dim"], ndim)
+    passed = call.freeze_dims(call.labels(x), [dim], COMPUTED)
+    shape = list(call.shape(x))
+    shape[dim] = 1
+    return unify(call, passed, shape, *align(call.labels(picks), call.shape(picks), ndim))
+
+
+@rule("aten::index_put", "aten::_index_put_impl")
+def index_put(call: Call) -> Labels:
+    """Rows are written where the indices say: the dimensions behind the indexed ones correspond from the right."""
+    x, indices, values = call["self"], call["indices"], call["values"]
+    shape = call.shape(x)
+    indexed = [d for d, i in enumerate(indices) if i is not None]
+    if indexed != list(range(len(indexed))) or any(call.tape.values[i.id].dtype == torch.bool for i in indices if i):
+        call.freeze(call.labels(x) + call.labels(values), COMPUTED)
+        return NONE
+    passed = call.freeze_dims(call.labels(x), indexed, COMPUTED)
+    behind = len(shape) - len(indexed)
+    tail = tuple(factor(f.labels.reshape(f.labels.shape[len(indexed) :])) for f in passed)
+    size = call.shape(values)
+    kept = call.freeze_dims(call.labels(values), range(len(size) - behind), COMPUTED)
+    lead = max(0, len(size) - behind)
+    tails = tuple(factor(f.labels.reshape(f.labels.shape[lead:])) for f in kept)
+    unify(call, tail, shape[len(indexed) :], *align(tails, size[lead:], behind))
+    return passed
+
+
+@rule("aten::scatter", "aten::scatter_add", "aten::scatter_reduce")
+def scatter(call: Call) -> Labels:
+    x = call["self"]
+    shape = call.shape(x)
+    dim = call.dim(call["dim"], len(shape))
+    labels = call.freeze_dims(call.labels(x), [dim], COMPUTED)
+    flat = [n if d != dim else 1 for d, n in enumerate(shape)]
+    for ref in call.inputs[1:]:
+        if call.shape(ref):
+            other = call.freeze_dims(call.labels(ref), [dim], COMPUTED)
+            labels = unify(call, labels, flat, other, [n if d != dim else 1 for d, n in enumerate(call.shape(ref))])
+    return labels
+
+
+@rule("aten::index_add", "aten::index_copy")
+def index_add(call: Call) -> Labels:
+    x, source = call["self"], call["source"]
+    shape = call.shape(x)
+    dim = call.dim(call["dim"], len(shape))
+    flat = [n if d != dim else 1 for d, n in enumerate(shape)]
+    mine = call.freeze_dims(call.labels(x), [dim], COMPUTED)
+    theirs = call.freeze_dims(call.labels(source), [dim], COMPUTED)
+    return unify(call, mine, flat, theirs, flat)
+
+
+@rule("aten::index_fill", "aten::masked_scatter", "aten::masked_select", "aten::nonzero", "aten::unique2", "aten::_unique2")
+@rule("aten::unique_dim", "aten::bucketize", "aten::searchsorted", "aten::one_hot", "aten::bincount")
+def by_value(call: Call) -> list[Labels]:
+    for ref in call.inputs:
+        call.freeze(call.labels(ref), "is selected by value")
+    return [NONE] * len(call.outputs)

@@ -1,0 +1,205 @@
+"""Movement within a tensor: the op itself is run on each factor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fxprune.passes.labels import NONE, Factor, Labels, factor, fill
+from fxprune.passes.rules import Call, rule
+
+
+def moved(labels: Labels, order: Sequence[int]) -> Labels:
+    """Factors of a tensor whose dimensions were permuted: output dimension i was input dimension order[i]."""
+    place = {d: i for i, d in enumerate(order)}
+    return tuple(Factor(f.labels.permute(tuple(order)), tuple(place[d] for d in f.nest)) for f in labels)
+
+
+@rule("aten::permute", "aten::permute_copy")
+def permute(call: Call) -> Labels:
+    ndim = len(call.shape(call.first))
+    return moved(call.labels(call.first), [d % ndim for d in call["dims"]])
+
+
+@rule("aten::t", "aten::transpose", "aten::numpy_T", "aten::mT", "aten::swapaxes", "aten::t_copy", "aten::adjoint")
+def transpose(call: Call) -> Labels:
+    ndim = len(call.shape(call.first))
+    if ndim < 2:
+        return call.labels(call.first)
+    order = list(range(ndim))
+    a, b = call.dim(call.get("dim0", 0), ndim), call.dim(call.get("dim1", 1), ndim)
+    order[a], order[b] = order[b], order[a]
+    return moved(call.labels(call.first), order)
+
+
+def shifted(f: Factor, labels: Tensor, dropped: int) -> Factor:
+    """The factor after one dimension was taken away."""
+    return factor(labels, tuple(d - (d > dropped) for d in f.nest if d != dropped))
+
+
+def one_by_one(call: Call, f: Factor, dim: int) -> None:
+    """An index along the minor dimension of a joint factor picks the same place in every row: columns must agree."""
+    if len(f.nest) > 1 and dim == f.nest[-1]:
+        call.ties.same_columns(f)
+
+
+@rule("aten::select", "aten::select_copy")
+def select(call: Call) -> Labels:
+    dim = call.dim(call["dim"], len(call.shape(call.first)))
+    result: list[Factor] = []
+    for f in call.labels(call.first):
+        if dim in f.dims:
+            one_by_one(call, f, dim)
+        index = call["index"] if dim in f.dims else 0
+        result += call.settle(shifted(f, f.labels.select(dim, index), dim))
+    return tuple(result)
+
+
+@rule("aten::unbind")
+def unbind(call: Call) -> list[Labels]:
+    dim = call.dim(call["dim"], len(call.shape(call.first)))
+    outs: list[Labels] = [NONE] * len(call.outputs)
+    for f in call.labels(call.first):
+        if dim in f.dims:
+            one_by_one(call, f, dim)
+        for i in range(len(outs)):
+            outs[i] += call.settle(shifted(f, f.labels.select(dim, i if dim in f.dims else 0), dim))
+    return outs
+
+
+def cut(call: Call, f: Factor, dim: int, start: int, stop: int, step: int = 1) -> Labels:
+    """The part of a factor between two indices of a dimension."""
+    if dim not in f.dims:
+        return (f,)
+    index = (slice(None),) * dim + (slice(start, stop, step),)
+    part = factor(f.labels[index], f.nest)
+    if len(f.nest) > 1 and dim == f.nest[-1]:
+        if step != 1:
+            call.ties.same_columns(f)
+        call.ties.keep_rows_equal(part)
+    return call.settle(part, "a slice of one channel")
+
+
+@rule("aten::slice", "aten::slice_copy", "aten::narrow")
+def slice_(call: Call) -> Labels:
+    shape = call.shape(call.first)
+    dim = call.dim(call["dim"], len(shape))
+    if "length" in call.named:
+        start, stop, step = call["start"], call["start"] + call["length"], 1
+    else:
+        start, stop, step = slice(call.get("start"), call.get("end"), call.get("step", 1)).indices(shape[dim])
+    if call.shape(call.outputs[0]) == shape:
+        return call.labels(call.first)
+    return tuple(g for f in call.labels(call.first) for g in cut(call, f, dim, start, stop, step))
+
+
+@rule("aten::split", "aten::split_with_sizes", "aten::unsafe_split", "aten::unsafe_split_with_sizes", "aten::chunk")
+@rule("aten::split_copy", "aten::split_with_sizes_copy", "aten::tensor_split", "aten::unsafe_chunk")
+def split(call: Call) -> list[Labels]:
+    dim = call.dim(call["dim"], len(call.shape(call.first)))
+    outs, start = [], 0
+    for out in call.outputs:
+        stop = start + call.shape(out)[dim]
+        outs.append(tuple(g for f in call.labels(call.first) for g in cut(call, f, dim, start, stop)))
+        start = stop
+    return outs
+
+
+@rule("aten::flip", "aten::roll", "aten::index_select", "aten::rot90")
+def along_dims(call: Call) -> Labels:
+    """Ops that act on each of a few dimensions by itself: factors that do not vary there pass."""
+    shape = call.shape(call.first)
+    name = call.op.func._schema.name
+    if name == "aten::rot90" or (name == "aten::roll" and not call["dims"]):
+        return by_running(call)
+    dims = call.dims(call.get("dims", call.get("dim")), len(shape))
+    index = call.data(call["index"]) if name == "aten::index_select" else None
+    if name == "aten::index_select" and index is None:
+        return call.freeze_dims(call.labels(call.first), dims, "indexed by a tensor computed from the inputs")
+    result: list[Factor] = []
+    for f in call.labels(call.first):
+        for i, d in enumerate(dims):
+            if d not in f.dims:
+                continue
+            if name == "aten::flip":
+                f = factor(f.labels.flip(d), f.nest)
+                continue
+            one_by_one(call, f, d)
+            moved_labels = f.labels.roll(call["shifts"][i], d) if index is None else f.labels.index_select(d, index.cpu())
+            f = factor(moved_labels, f.nest)
+        result += call.settle(f)
+    return tuple(result)
+
+
+@rule("aten::diagonal", "aten::unfold", "aten::as_strided", "aten::pixel_unshuffle", "aten::pixel_shuffle", "aten::tril")
+@rule("aten::triu", "aten::diag_embed")
+def by_running(call: Call) -> Labels:
+    """Any other index map: expand the factor to the tensor's full size and run the op on it."""
+    if call.op.func._schema.name in ("aten::tril", "aten::triu"):
+        return call.labels(call.first)
+    result: list[Factor] = []
+    for f in call.labels(call.first):
+        if len(f.nest) > 1:
+            call.ties.same_columns(f)
+        full = fill(f, call.shape(call.first), range(f.labels.dim()))
+        moved_labels = call.op.func(full, *call.op.args[1:], **call.op.kwargs)
+        g = factor(moved_labels)
+        call.ties.keep_rows_equal(g)
+        result += call.settle(g)
+    return tuple(result)
+
+
+@rule("aten::channel_shuffle", "aten::native_channel_shuffle")
+def channel_shuffle(call: Call) -> Labels:
+    groups = call["groups"]
+    result: list[Factor] = []
+    for f in call.labels(call.first):
+        if 1 in f.dims:
+            order = torch.arange(f.labels.shape[1]).view(groups, -1).t().reshape(-1)
+            f = factor(f.labels.index_select(1, order), f.nest)
+        result.append(f)
+    return tuple(result)
+
+
+@rule("aten::view_as_real", "aten::view_as_complex")
+def view_complex(call: Call) -> Labels:
+    """The pair of real and imaginary parts is a dimension of its own at the end."""
+    before, after = len(call.shape(call.first)), len(call.shape(call.outputs[0]))
+    labels = call.labels(call.first)
+    if after > before:
+        return tuple(Factor(f.labels.unsqueeze(-1), f.nest) for f in labels)
+    passed = call.freeze_dims(labels, [before - 1], "is the pair of real and imaginary parts")
+    return tuple(Factor(f.labels.squeeze(-1), f.nest) for f in passed)
+
+
+@rule("aten::im2col")
+def im2col(call: Call) -> Labels:
+    """(N, C, H, W) -> (N, C * kernel, L): each channel becomes a run of kernel entries."""
+    shape = call.shape(call.first)
+    channels = len(shape) - 3
+    kernel = call["kernel_size"][0] * call["kernel_size"][1]
+    result: list[Factor] = []
+    for f in call.freeze_dims(call.labels(call.first), range(channels + 1, len(shape)), "is a spatial dimension"):
+        labels = f.labels.repeat_interleave(kernel, channels) if channels in f.dims else f.labels
+        result.append(factor(labels.squeeze(-1), f.nest))
+    return tuple(result)
+
+
+@rule("aten::col2im")
+def col2im(call: Call) -> Labels:
+    """(N, C * kernel, L) -> (N, C, H, W): the entries of one channel's kernel are summed."""
+    shape = call.shape(call.first)
+    channels = len(shape) - 2
+    kernel = call["kernel_size"][0] * call["kernel_size"][1]
+    result: list[Factor] = []
+    for f in call.freeze_dims(call.labels(call.first), [channels + 1], "is a spatial dimension"):
+        labels = f.labels
+        if channels in f.dims:
+            labels = labels.unflatten(channels, (-1, kernel))
+            head = labels.narrow(channels + 1, 0, 1)
+            call.ties.tie(labels, head, broadcast=True)
+            labels = head.squeeze(channels + 1)
+        result.append(factor(labels.unsqueeze(-1), f.nest))
+    return tuple(result)

@@ -1,0 +1,144 @@
+"""Pointwise ops: the factors of the operands are unified under broadcasting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fxprune.passes.labels import NONE, Factor, Labels, align, factor
+from fxprune.passes.rules import Call, rule
+
+KEPT_WHOLE = "meets a tensor that keeps every index of that dimension"
+
+
+@rule(
+    "aten::masked_fill",
+    "aten::where",
+    "aten::copy",
+    "aten::copy_",
+    "aten::addcmul",
+    "aten::addcdiv",
+    "aten::lerp",
+    "aten::clamp",
+    "aten::isfinite",
+    "aten::complex",
+    "aten::polar",
+    "aten::dropout",
+    "aten::native_dropout",
+    "aten::rrelu_with_noise",
+    "aten::_prelu_kernel",
+    "aten::bernoulli",
+    "aten::bernoulli_",
+    "aten::fill",
+    "aten::uniform_",
+    "aten::normal_",
+    "aten::zero_",
+    "aten::exponential_",
+)
+def pointwise(call: Call) -> list[Labels]:
+    outs = call.outputs
+    if not outs:
+        return []
+    ndim = len(call.shape(outs[0]))
+    merged: Labels = NONE
+    shape: tuple[int, ...] = (1,) * ndim
+    for ref in call.inputs:
+        labels, size = align(call.labels(ref), call.shape(ref), ndim)
+        merged = unify(call, merged, shape, labels, size)
+        shape = tuple(max(a, b) for a, b in zip(shape, size, strict=True))
+    return [merged] * len(outs)
+
+
+def unify(call: Call, a: Labels, a_shape: Sequence[int], b: Labels, b_shape: Sequence[int]) -> Labels:
+    """The factors of two operands of equal rank, made one set.
+
+    (1) Factors over the same dimensions are tied element by element.
+    (2) A factor that the other operand does not vary along passes, unless the other one keeps all of the minor dimension.
+    (3) Factors that overlap are tied under broadcasting; the result varies only where both do.
+    """
+    if not a and not b:
+        return NONE
+    left, right = list(a), list(b)
+    result: list[Factor] = []
+    for f in a:
+        twin = next((g for g in right if g.dims == f.dims), None)
+        if twin is not None:  # (1)
+            left.remove(f)
+            right.remove(twin)
+            match(call, f, twin)
+            result.append(f)
+    taken = {d for f in result for d in f.dims}
+    result += lone(call, left, right, taken, b_shape) + lone(call, right, left, taken, a_shape)
+    for f in [f for f in left if any(f.dims & g.dims for g in right)]:  # (3)
+        partners = [g for g in right if f.dims & g.dims]
+        g = next((g for g in partners if f.nest[-1] in g.dims), partners[0])
+        shared = f.dims & g.dims
+        if any(shared & h.dims for h in result):
+            call.ties.freeze(f.labels, KEPT_WHOLE)
+            continue
+        call.ties.tie(f.labels, g.labels, broadcast=True)
+        narrow = g.labels
+        for d in g.dims - shared:
+            narrow = narrow.narrow(d, 0, 1)
+        result.append(factor(narrow, g.nest))
+        for other in partners:
+            if other is not g:
+                call.ties.freeze(other.labels, KEPT_WHOLE)
+    return tuple(f for f in result if f.nest)
+
+
+def lone(call: Call, mine: list[Factor], theirs: list[Factor], taken: set[int], shape: Sequence[int]) -> list[Factor]:
+    """Factors with no counterpart in the other operand, whose shape is given. Those that must be kept whole are frozen."""
+    passed = []
+    for f in list(mine):
+        if any(f.dims & g.dims for g in theirs):
+            continue
+        minor = f.nest[-1]
+        if shape[minor] > 1 or f.dims & taken:
+            call.ties.freeze(f.labels, KEPT_WHOLE)
+        else:
+            passed.append(f)
+    return passed
+
+
+def match(call: Call, f: Factor, g: Factor) -> None:
+    if f.nest != g.nest:
+        call.ties.same_columns(f)
+        call.ties.same_columns(g)
+    call.ties.tie(f.labels, g.labels)
+
+
+@rule("aten::prelu")
+def prelu(call: Call) -> Labels:
+    x, weight = call.inputs
+    ndim = len(call.shape(x))
+    size = call.shape(weight)
+    if size and size[0] > 1:
+        lifted = (1, size[0]) + (1,) * (ndim - 2)
+        w = tuple(factor(f.labels.reshape(lifted)) for f in call.labels(weight))
+        return unify(call, call.labels(x), call.shape(x), w, lifted)
+    return call.labels(x)
+
+
+@rule("aten::rsub", "aten::threshold", "aten::hardtanh", "aten::glu_jvp")
+def _as_pointwise(call: Call) -> list[Labels]:
+    return pointwise(call)
+
+
+@rule(
+    "aten::detach",
+    "aten::alias",
+    "aten::clone",
+    "aten::contiguous",
+    "aten::_to_copy",
+    "aten::to",
+    "aten::lift_fresh",
+    "aten::lift",
+    "aten::positive",
+    "aten::_conj",
+    "aten::resolve_conj",
+    "aten::resolve_neg",
+    "aten::view_dtype",
+    "aten::_weight_norm_noop",
+)
+def same(call: Call) -> Labels:
+    return call.labels(call.first)

@@ -1,0 +1,145 @@
+"""Reductions and scans: a reduced dimension goes, or stays with its statistics taken over what is kept.
+
+A joint factor can be reduced row by row. Reducing its major dimension mixes rows that are packed one by one, so their
+columns must agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fxprune.passes.labels import NONE, Factor, Labels, factor
+from fxprune.passes.rules import Call, rule
+
+REDUCTIONS = (
+    "sum mean amax amin var std prod norm linalg_vector_norm logsumexp all any nansum std_mean var_mean count_nonzero"
+    " median nanmean aminmax"
+).split()
+
+
+def drop(f: Factor, gone: Sequence[int], keepdim: bool) -> Factor:
+    """The factor with dimensions of size 1 taken away."""
+    if keepdim:
+        return f
+    kept = [d for d in range(f.labels.dim()) if d not in gone]
+    place = {d: i for i, d in enumerate(kept)}
+    return Factor(f.labels.reshape([f.labels.shape[d] for d in kept]), tuple(place[d] for d in f.nest))
+
+
+def row_by_row(call: Call, f: Factor, dims: Sequence[int]) -> Labels:
+    """What is left of a factor once `dims` no longer tell entries apart."""
+    touched = [d for d in f.nest if d in dims]
+    if not touched:
+        return (f,)
+    rest = [d for d in f.nest if d not in dims]
+    if not rest or f.nest[-1] not in rest:
+        return NONE
+    return call.collapse(f, touched)
+
+
+@rule(*(f"aten::{name}" for name in REDUCTIONS))
+def reduce(call: Call) -> list[Labels]:
+    x = call.first
+    ndim = len(call.shape(x))
+    dims = call.dims(call.get("dim"), ndim)
+    out = call.outputs[0]
+    keepdim = bool(call.get("keepdim", False)) and len(call.shape(out)) == ndim
+    result = tuple(drop(g, dims, keepdim) for f in call.labels(x) for g in row_by_row(call, f, dims))
+    return [result] * len(call.outputs)
+
+
+@rule("aten::max", "aten::min", "aten::mode", "aten::argmax", "aten::argmin", "aten::kthvalue", "aten::cummax")
+def reduce_with_index(call: Call) -> list[Labels]:
+    """The values reduce like any other; positions count removed entries too, so they must not be used."""
+    if len(call.inputs) > 1:
+        from fxprune.passes.rules.pointwise import pointwise
+
+        return pointwise(call)
+    values = reduce(call)[0]
+    outs = call.outputs
+    name = call.op.func._schema.name
+    indices = outs[1:] if len(outs) > 1 else (outs if name.startswith("aten::arg") else [])
+    for ref in indices:
+        if call.used(ref):
+            dims = call.dims(call.get("dim"), len(call.shape(call.first)))
+            call.freeze_dims(call.labels(call.first), dims, "has its positions taken by an argmax")
+    return [values] * len(outs)
+
+
+@rule("aten::_softmax", "aten::softmax", "aten::_log_softmax", "aten::log_softmax", "aten::cumsum", "aten::logcumsumexp")
+@rule("aten::cumprod", "aten::_safe_softmax", "aten::renorm", "aten::_masked_softmax")
+def normalise(call: Call) -> Labels:
+    """Every entry depends on the others along `dim`: over several rows they must be packed alike."""
+    x = call.first
+    dims = call.dims(call.get("dim", -1), len(call.shape(x)))
+    for f in call.labels(x):
+        if f.dims & set(dims) and f.nest[-1] not in dims and len(f.nest) > 1:
+            call.ties.same_columns(f)
+    return call.labels(x)
+
+
+@rule("aten::topk", "aten::sort", "aten::argsort", "aten::msort")
+def ranked(call: Call) -> list[Labels]:
+    dims = call.dims(call.get("dim", -1), len(call.shape(call.first)))
+    passed = call.freeze_dims(call.labels(call.first), dims, "is ranked by value")
+    return [passed] * len(call.outputs)
+
+
+@rule("aten::glu")
+def glu(call: Call) -> Labels:
+    """(*, 2n) -> (*, n): the first half times the sigmoid of the second."""
+    x = call.first
+    shape = call.shape(x)
+    dim = call.dim(call["dim"], len(shape))
+    half = shape[dim] // 2
+    result: list[Factor] = []
+    for f in call.labels(x):
+        if dim not in f.dims:
+            result.append(f)
+            continue
+        if len(f.nest) > 1 and dim == f.nest[-1]:
+            call.ties.same_columns(f)
+        a, b = f.labels.narrow(dim, 0, half), f.labels.narrow(dim, half, half)
+        call.ties.tie(a, b)
+        result += call.settle(factor(a, f.nest))
+    return tuple(result)
+
+
+@rule("aten::_weight_norm_interface", "aten::_weight_norm")
+def weight_norm(call: Call) -> list[Labels]:
+    """v (O, *) normalised over all but one dimension, times g: (w, norms)."""
+    from fxprune.passes.rules.pointwise import unify
+
+    v, g = call.inputs
+    labels = unify(call, call.labels(v), call.shape(v), call.labels(g), call.shape(g))
+    for f in labels:
+        call.ties.same_columns(f)
+    return [labels] + [call.labels(g)] * (len(call.outputs) - 1)
+
+
+@rule("aten::_fft_r2c", "aten::_fft_c2c", "aten::_fft_c2r")
+def fft(call: Call) -> Labels:
+    dims = call.dims(call["dim"], len(call.shape(call.first)))
+    return call.freeze_dims(call.labels(call.first), dims, "is mixed by a Fourier transform")
+
+
+@rule("aten::_cdist_forward", "aten::_pdist_forward")
+def distance(call: Call) -> Labels:
+    """Distances between rows: a sum over the last dimension of both, so its labels are tied."""
+    from fxprune.passes.rules.contraction import contract
+
+    a, b = call.inputs[:2]
+    n = len(call.shape(a)) - 2
+    batch = list(range(n))
+    out = contract(
+        call,
+        call.labels(a),
+        call.shape(a),
+        [*batch, n, n + 2],
+        call.labels(b),
+        call.shape(b),
+        [*batch, n + 1, n + 2],
+        n + 3,
+        [n + 2],
+    )
+    return tuple(Factor(f.labels.squeeze(-1), f.nest) for f in out)

@@ -1,0 +1,115 @@
+"""What the rules say of labels: ties, frozen labels, and constraints on the choice; collected as arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor
+
+from fxprune.passes.labels import Factor
+
+
+@dataclass(slots=True)
+class Event:
+    """An array of labels with the reason or the place it came from; `node` is the index of the graph node."""
+
+    labels: Tensor
+    node: int
+    why: str = ""
+
+
+@dataclass(slots=True)
+class Pair:
+    """Two arrays of labels to be removed together; a broadcast one repeats a label of one side."""
+
+    a: Tensor
+    b: Tensor
+    broadcast: bool
+    node: int
+
+
+@dataclass(slots=True)
+class Ties:
+    """Everything the rules report, in the order it was met.
+
+    Attributes:
+        pairs: two arrays of labels to be removed together; `broadcast` ones repeat a label of one side.
+        frozen: labels that are never removed, with the reason.
+        coarse: matrices of labels whose rows are heads, to be removed whole when heads are the granularity.
+        equal: matrices of labels whose rows must keep equally many entries.
+        product: matrices of labels whose rows must keep the same columns.
+    """
+
+    pairs: list[Pair] = field(default_factory=list)
+    frozen: list[Event] = field(default_factory=list)
+    coarse: list[Event] = field(default_factory=list)
+    equal: list[Event] = field(default_factory=list)
+    product: list[Event] = field(default_factory=list)
+    node: int = -1
+    size: int = 1
+
+    def fresh(self, count: int) -> Tensor:
+        """New labels, `count` of them."""
+        self.size += count
+        return torch.arange(self.size - count, self.size)
+
+    def head_rows(self, rows: Tensor) -> None:
+        self.coarse.append(Event(rows, self.node))
+
+    def tie(self, a: Tensor, b: Tensor, *, broadcast: bool = False) -> None:
+        """`a` and `b` broadcast against each other; a tie with label 0 freezes."""
+        if a is not b:
+            self.pairs.append(Pair(a, b, broadcast or a.shape != b.shape, self.node))
+
+    def freeze(self, labels: Tensor, why: str) -> None:
+        self.frozen.append(Event(labels, self.node, why))
+
+    def keep_rows_equal(self, f: Factor) -> None:
+        if len(f.nest) > 1:
+            self.equal.append(Event(f.rows(), self.node))
+
+    def same_columns(self, f: Factor) -> None:
+        if len(f.nest) > 1:
+            self.product.append(Event(f.rows(), self.node))
+
+
+def flat(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
+    """The two sides of a pair as flat arrays of equal length."""
+    a, b = pair.a, pair.b
+    if a.shape != b.shape:
+        a, b = torch.broadcast_tensors(a, b)
+    return a.reshape(-1).numpy(), b.reshape(-1).numpy()
+
+
+def chained(events: list[Event], *, columns: bool = False) -> list[Pair]:
+    """Ties that make every row (or every column) of each matrix one unit."""
+    return [
+        Pair((m.labels[:1] if columns else m.labels[:, :1]).expand_as(m.labels), m.labels, True, m.node) for m in events
+    ]
+
+
+def components(size: int, pairs: list[Pair]) -> tuple[np.ndarray, list[tuple[np.ndarray, int]]]:
+    """The connected component of each of `size` labels, and for each pair that met label 0 the other labels and its node.
+
+    Label 0 ties nothing together: to meet it is to be frozen.
+    """
+    left, right = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    stopped: list[tuple[np.ndarray, int]] = []
+    for pair in pairs:
+        a, b = flat(pair)
+        differs = a != b
+        if not differs.any():
+            continue
+        zero = ((a == 0) | (b == 0)) & differs
+        if zero.any():
+            stopped.append((np.maximum(a, b)[zero], pair.node))
+            differs &= ~zero
+        left.append(a[differs])
+        right.append(b[differs])
+    rows, cols = np.concatenate(left), np.concatenate(right)
+    graph = coo_matrix((np.ones(len(rows), np.int8), (rows, cols)), shape=(size, size))
+    return connected_components(graph, directed=False)[1].astype(np.int64), stopped

@@ -1,0 +1,470 @@
+"""Trace: run the model once, with proxies that carry values, into a graph and a tape.
+
+The graph is what the user gets back, with symbolic sizes and modules as nodes. The tape is what the dispatcher ran for each
+node, which is what coupling reads. Decisions that Python took on the way (`if x.shape[0] > 1`) are kept as guards.
+
+Ladder: (1) symbolic; (2) where Python reads a tensor's contents, or a forward does what proxies cannot follow, the innermost
+module becomes one opaque node: it still runs under the recorder, so it is coupled like everything else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import operator
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from fxprune.errors import PruneError
+from fxprune.passes.proxy import Items, ReadsValue, ValueProxy, iterate, unwrap
+from fxprune.passes.tape import Recorder, Ref, Tape, map_tensors
+from fxprune.passes.tree import fetch, named_tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """A value that Python took out of the graph: the emitted program holds for inputs that agree with it."""
+
+    node: str
+    how: str
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a module inside an opaque one: which tensors went in and came out."""
+
+    module: str
+    args: Any
+    outs: Any
+
+
+@dataclass(slots=True)
+class Capture:
+    """One run of the model.
+
+    Attributes:
+        root: the traced module tree; parameters are the original's own, everything else is a copy.
+        graph: the captured program.
+        tape: what the dispatcher ran.
+        results: for every node, its value with tensors replaced by references into the tape.
+        opaque: modules kept as one node, with the reason.
+        calls: calls made inside opaque modules.
+        inputs: references of the example inputs' tensors.
+        outputs: references of the tensors returned.
+    """
+
+    root: nn.Module
+    graph: fx.Graph
+    tape: Tape
+    results: dict[fx.Node, Any]
+    guards: list[Guard]
+    opaque: dict[str, str]
+    calls: dict[str, list[Call]]
+    inputs: list[Ref]
+    outputs: list[Ref]
+    reads_training: bool
+    untracked: set[fx.Node] = field(default_factory=set)
+    index: dict[fx.Node, int] = field(default_factory=dict)
+
+    @property
+    def output(self) -> fx.Node:
+        return next(iter(reversed(self.graph.nodes)))
+
+    def node_at(self, index: int) -> fx.Node | None:
+        return next((n for n, i in self.index.items() if i == index), None)
+
+
+# Modules of torch.nn whose forward holds sizes as literals or insists on relations that pruning changes.
+TRACED_THROUGH = (
+    nn.Sequential,
+    nn.Unflatten,
+    nn.MultiheadAttention,
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerDecoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+    nn.AdaptiveLogSoftmaxWithLoss,
+)
+# Functions that FX would keep as one node and that hold sizes or head counts of their own: traced through instead.
+INLINED = {F.multi_head_attention_forward}
+# Tensor attributes and methods that are facts of the program rather than values that flow through it.
+FACTS = frozenset(
+    "ndim requires_grad layout is_cuda is_cpu is_meta is_sparse is_quantized is_nested is_leaf grad_fn names itemsize"
+    " is_mkldnn is_xla is_mps is_ipu is_xpu is_vulkan".split()
+)
+FACT_METHODS = frozenset(
+    "dim ndimension is_floating_point is_complex is_contiguous element_size get_device stride storage_offset"
+    " is_signed is_inference is_conj is_neg".split()
+)
+VALUE_METHODS = frozenset("item tolist numpy __array__ data_ptr".split())
+PLAIN = frozenset({bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format})
+FACTORIES = (
+    "zeros ones full empty arange linspace logspace eye rand randn randint randperm tensor as_tensor range"
+    " tril_indices triu_indices hann_window"
+).split()
+
+
+class ValueTracer(fx.Tracer):
+    """An FX tracer that evaluates every node as it is made."""
+
+    def __init__(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__(autowrap_modules=(__import__("math"),))
+        self.example_args, self.example_kwargs = args, kwargs
+        self.names = {id(t): name for name, t in named_tensors(root)}
+        self.modules = dict(root.named_modules(remove_duplicate=False))
+        self.recorder = Recorder(self.names)
+        self.results: dict[fx.Node, Any] = {}
+        self.guards: list[Guard] = []
+        self.opaque: dict[str, str] = {}
+        self.calls: dict[str, list[Call]] = {}
+        self.untracked: set[fx.Node] = set()
+        self.attributes: dict[str, Any] = {}
+        self.stack: list[str] = [""]
+        self.running: str | None = None
+        self.reads_training = False
+        self.inputs: list[Ref] = []
+        self.index: dict[fx.Node, int] = {}
+        self.depends: dict[fx.Node, bool] = {}
+
+    # -- nodes and values ---------------------------------------------------------------------------------------------
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta["module"] = self.stack[-1]
+        self.index[node] = len(self.index)
+        return node
+
+    def create_proxy(
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        name: str | None = None,
+        type_expr: Any = None,
+        proxy_factory_fn: Any = None,
+    ) -> Any:
+        node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs), name, type_expr)
+        ins, kwins = unwrap(args), unwrap(kwargs)
+        value = self.evaluate(node, ins, kwins)
+        return self.bind(node, value)
+
+    def bind(self, node: fx.Node, value: Any) -> Any:
+        """Record a node's value and hand out proxies for it: containers become real containers of proxies."""
+        self.results[node] = map_tensors(value, self.recorder.ref)
+        self.depends[node] = node.op == "placeholder" or any(self.depends[n] for n in node.all_input_nodes)
+        if value is None:
+            return None
+        if isinstance(value, tuple | list) and not isinstance(value, str):
+            return Items.of(node, value, [self.item(node, i, v) for i, v in enumerate(value)])
+        if isinstance(value, dict):
+            return {k: self.item(node, k, v) for k, v in value.items()}
+        return ValueProxy(node, self, value)
+
+    def item(self, node: fx.Node, key: Any, value: Any) -> Any:
+        return self.bind(self.create_node("call_function", operator.getitem, (node, key), {}), value)
+
+    def evaluate(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        self.recorder.node = self.index[node]
+        outer, self.running = self.running, str(node.target) if node.op == "call_module" else ""
+        try:
+            if node.op == "get_attr":
+                return fetch(self.root, str(node.target))
+            with self.recorder if has_tensor((args, kwargs)) or node.op == "call_module" else contextlib.nullcontext():
+                if node.op == "call_function":
+                    value = node.target(*args, **kwargs)  # type: ignore[operator]
+                elif node.op == "call_method":
+                    value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+                else:
+                    module = self.modules[str(node.target)]
+                    with plain_rnn(module):
+                        value = module(*args, **kwargs)
+        except Exception as error:
+            if not hasattr(error, "fxprune_where"):
+                module_path = node.meta["module"] or type(self.root).__name__
+                error.fxprune_where = f"%{node.name} ({module_path})"  # type: ignore[attr-defined]
+            raise
+        finally:
+            self.running = outer
+        for tensor in tensors(value):
+            if not self.recorder.has(tensor) and has_tensor((args, kwargs)):
+                self.untracked.add(node)  # it did not come out of the dispatcher: NumPy, or another library
+        return value
+
+    def create_arg(self, a: Any) -> Any:
+        if type(a) is ValueProxy:
+            return a.node
+        if type(a) is Items:
+            return a.pack(self)
+        if isinstance(a, Tensor):
+            name = self.names.get(id(a))
+            if name is None:
+                name = self.get_fresh_qualname("_tensor_constant")
+                setattr(self.root, name, a)
+                self.names[id(a)] = name
+            return self.attribute(name, a).node
+        if a is None or type(a) in PLAIN:
+            return a
+        if type(a) is tuple or isinstance(a, torch.Size):
+            return tuple(self.create_arg(v) for v in a)
+        if type(a) is list:
+            return [self.create_arg(v) for v in a]
+        if type(a) is dict:
+            return {k: self.create_arg(v) for k, v in a.items()}
+        return super().create_arg(a)
+
+    def attribute(self, name: str, tensor: Tensor) -> Any:
+        if name not in self.attributes:
+            self.attributes[name] = self.create_proxy("get_attr", name, (), {})
+        return self.attributes[name]
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if self.running is None and isinstance(attr_val, Tensor):
+            name = self.names.get(id(attr_val))
+            if name is not None:
+                return self.attribute(name, attr_val)
+        return attr_val
+
+    # -- Python's questions -------------------------------------------------------------------------------------------
+
+    def read_attribute(self, proxy: ValueProxy, name: str) -> Any:
+        value = proxy.value
+        if name.startswith("__") or not hasattr(value, name):
+            raise AttributeError(f"{type(value).__name__!r} object has no attribute {name!r}")
+        if isinstance(value, Tensor):
+            if name in FACTS:
+                return getattr(value, name)
+            if name in FACT_METHODS:
+                return getattr(value, name)
+            if name in VALUE_METHODS:
+                return lambda *args: getattr(self.known_tensor(proxy, name), name)(*args)
+        if callable(getattr(value, name)):
+            return lambda *args, **kwargs: self.create_proxy("call_method", name, (proxy, *args), kwargs)
+        return self.create_proxy("call_function", getattr, (proxy, name), {})
+
+    def known_tensor(self, proxy: ValueProxy, how: str) -> Any:
+        """The tensor's contents, if they are a fixed fact of the model; else the module must be opaque."""
+        value = proxy.value
+        learned = isinstance(value, nn.Parameter) or value.requires_grad or value.is_floating_point()
+        if self.depends[proxy.node] or learned or value.is_meta:
+            raise ReadsValue(f"{how}() of %{proxy.node.name}")
+        return value
+
+    def concretise(self, proxy: ValueProxy, how: str) -> Any:
+        if isinstance(proxy.value, Tensor):
+            return self.known_tensor(proxy, how).item()
+        self.guards.append(Guard(proxy.node.name, how, proxy.value))
+        return proxy.value
+
+    def torch_function(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if method in INLINED:
+            return inlined(method)(*args, **kwargs)
+        name = getattr(method, "__name__", "")
+        if name == "__get__":
+            owner: Any = method.__self__  # type: ignore[attr-defined]
+            return self.read_attribute(args[0], owner.__name__) if type(args[0]) is ValueProxy else NotImplemented
+        if torch.overrides.is_tensor_method_or_property(method):
+            return self.create_proxy("call_method", name, args, kwargs)
+        return self.create_proxy("call_function", method, args, kwargs)
+
+    # -- modules ------------------------------------------------------------------------------------------------------
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        kind = type(m)
+        standard = kind.__module__.startswith(("torch.nn.", "torch.ao.nn."))
+        alone = all(name == "parametrizations" for name, _ in m.named_children())
+        return standard and alone and not isinstance(m, TRACED_THROUGH)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        path = (self.submodule_paths or {}).get(m)
+        if self.running is not None:
+            out = forward(*args, **kwargs)
+            if path is not None and self.running in self.opaque:
+                refs = map_tensors((args, kwargs, out), self.recorder.ref)
+                self.calls.setdefault(self.running, []).append(Call(path, refs[:2], refs[2]))
+            return out
+        if path is None:  # made inside forward: it has no name in the tree
+            return forward(*args, **kwargs)
+        if path in self.opaque or self.is_leaf_module(m, path):
+            return self.create_proxy("call_module", path, args, kwargs)
+        mark, ops = len(self.index), len(self.recorder.tape.ops)
+        self.stack.append(path)
+        try:
+            return forward(*args, **kwargs)
+        except PruneError:
+            raise
+        except Exception as error:
+            if hasattr(error, "fxprune_plain"):
+                raise
+            reason = f"reads {error}" if isinstance(error, ReadsValue) else f"{type(error).__name__}: {error}"
+        finally:
+            self.stack.pop()
+        self.roll_back(mark, ops)
+        self.opaque[path] = reason
+        try:
+            return self.create_proxy("call_module", path, args, kwargs)
+        except Exception as error:
+            error.fxprune_plain = True  # type: ignore[attr-defined]
+            raise
+
+    def roll_back(self, mark: int, ops: int) -> None:
+        """Forget every node and call made since the mark."""
+        for node in reversed(list(self.graph.nodes)):
+            if self.index[node] >= mark:
+                self.graph.erase_node(node)
+                self.results.pop(node, None)
+                self.untracked.discard(node)
+        self.recorder.truncate(ops)
+        gone = [k for k, p in self.attributes.items() if isinstance(p, ValueProxy) and self.index[p.node] >= mark]
+        for key in gone:
+            del self.attributes[key]
+
+    # -- the root -----------------------------------------------------------------------------------------------------
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """Placeholders for exactly the arguments that were given, by the names that forward gives them."""
+        signature = inspect.signature(self.root.forward)
+        bound = signature.bind(*self.example_args, **self.example_kwargs)
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
+        for name, value in bound.arguments.items():
+            kind = signature.parameters[name].kind
+            if kind is inspect.Parameter.VAR_POSITIONAL:
+                args.extend(self.placeholder("*" + name, value))
+            elif kind is inspect.Parameter.VAR_KEYWORD:
+                kwargs.update(self.placeholder("**" + name, value))
+            elif kind is inspect.Parameter.KEYWORD_ONLY:
+                kwargs[name] = self.placeholder(name, value)
+            else:
+                args.append(self.placeholder(name, value))
+
+        def call(root: nn.Module) -> Any:
+            return root.forward(*args, **kwargs)
+
+        return call, [self.root]
+
+    def placeholder(self, name: str, value: Any) -> Any:
+        node = self.create_node("placeholder", name, (), {}, name.lstrip("*"))
+        for tensor in tensors(value):
+            self.inputs.append(Ref(self.recorder.add(tensor, from_input=True)))
+        return self.bind(node, value)
+
+
+def trace(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
+    """Capture one run of `root` on the example arguments; `root` must be a private copy (see `private_copy`)."""
+    tracer = ValueTracer(root, args, kwargs)
+    with patched(tracer), torch.no_grad():
+        graph = tracer.trace(root)
+    output = next(n for n in graph.nodes if n.op == "output")
+    outputs: list[Ref] = []
+
+    def gather(node: fx.Node) -> fx.Node:
+        map_tensors(tracer.results[node], lambda r: outputs.append(r), Ref)
+        return node
+
+    fx.node.map_arg(output.args, gather)
+    return Capture(
+        root,
+        graph,
+        tracer.recorder.tape,
+        tracer.results,
+        tracer.guards,
+        tracer.opaque,
+        tracer.calls,
+        tracer.inputs,
+        outputs,
+        tracer.reads_training,
+        tracer.untracked,
+        tracer.index,
+    )
+
+
+def tensors(x: Any) -> list[Tensor]:
+    return [v for v in iterate(x) if isinstance(v, Tensor)]
+
+
+def has_tensor(x: Any) -> bool:
+    return any(isinstance(v, Tensor) for v in iterate(x))
+
+
+def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A Python function of torch with its check for overridden arguments switched off, so that its body runs."""
+    globals_ = dict(function.__globals__, has_torch_function=lambda *_: False)  # type: ignore[attr-defined]
+    copy = types.FunctionType(function.__code__, globals_, function.__name__, function.__defaults__)  # type: ignore[attr-defined]
+    copy.__kwdefaults__ = function.__kwdefaults__  # type: ignore[attr-defined]
+    return copy
+
+
+def plain_rnn(module: nn.Module) -> Any:
+    """Recurrent kernels of vendors hide their arithmetic from the dispatcher: use the decomposed ones."""
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        stack = contextlib.ExitStack()
+        stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        return stack
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def patched(tracer: ValueTracer) -> Iterator[None]:
+    """Switch off what hides the program while tracing, and make factories and `apply` see proxies."""
+    undo: list[Callable[[], None]] = []
+
+    def patch(owner: Any, name: str, value: Any) -> None:
+        old = vars(owner)[name] if name in vars(owner) else None
+        setattr(owner, name, value)
+        undo.append((lambda: setattr(owner, name, old)) if old is not None else (lambda: delattr(owner, name)))
+
+    def factory(function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if tracer.running is None and any(type(v) is ValueProxy for v in iterate((args, kwargs))):
+                return tracer.create_proxy("call_function", function, args, kwargs)
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    apply = next(vars(k)["apply"] for k in torch.autograd.Function.__mro__ if "apply" in vars(k))
+
+    def traced_apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if tracer.running is None and any(type(v) is ValueProxy for v in iterate((args, kwargs))):
+            return tracer.create_proxy("call_function", apply.__get__(None, cls), args, kwargs)
+        return apply.__get__(None, cls)(*args, **kwargs)
+
+    def info(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda dtype=None: function(unwrap(dtype)) if dtype is not None else function()
+
+    def get_training(module: nn.Module) -> bool:
+        if tracer.running is None:
+            tracer.reads_training = True
+        return bool(vars(module)["training"])
+
+    wrapped = torch.fx._symbolic_trace._patch_wrapped_functions
+    fast = torch.backends.mha.get_fastpath_enabled()
+    verify_batch_size = F._verify_batch_size
+    try:
+        # functions marked by torch.fx.wrap hold head counts and sizes too, and values let us trace through them
+        torch.fx._symbolic_trace._patch_wrapped_functions = lambda patcher: None
+        torch.backends.mha.set_fastpath_enabled(False)
+        for name in FACTORIES:
+            patch(torch, name, factory(getattr(torch, name)))
+        patch(torch, "finfo", info(torch.finfo))
+        patch(torch, "iinfo", info(torch.iinfo))
+        patch(torch.autograd.Function, "apply", classmethod(traced_apply))
+        # one example may be too few for batch statistics; the shapes are all that matters here
+        F._verify_batch_size = lambda size: None
+        patch(nn.Module, "training", property(get_training, lambda m, v: vars(m).__setitem__("training", v)))
+        yield
+    finally:
+        for restore in reversed(undo):
+            restore()
+        F._verify_batch_size = verify_batch_size
+        torch.fx._symbolic_trace._patch_wrapped_functions = wrapped
+        torch.backends.mha.set_fastpath_enabled(fast)
