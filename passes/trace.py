@@ -92,6 +92,8 @@ TRACED_THROUGH = (
     nn.TransformerEncoderLayer,
     nn.TransformerDecoderLayer,
     nn.AdaptiveLogSoftmaxWithLoss,
+    nn.ChannelShuffle,
+    nn.modules.padding._ConstantPadNd,
 )
 # Functions that FX would keep as one node and that hold sizes or head counts of their own: traced through instead.
 INLINED = {F.multi_head_attention_forward}
@@ -411,6 +413,25 @@ def plain_rnn(module: nn.Module) -> Any:
         stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         return stack
     return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def visible() -> Iterator[None]:
+    """Run attention and recurrent layers by ops that the dispatcher shows, instead of fused kernels."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    call = nn.RNNBase.__call__, nn.RNNCellBase.__call__
+
+    def plain(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with plain_rnn(module):
+            return nn.Module.__call__(module, *args, **kwargs)
+
+    try:
+        nn.RNNBase.__call__ = nn.RNNCellBase.__call__ = plain  # type: ignore[method-assign, assignment]
+        yield
+    finally:
+        nn.RNNBase.__call__, nn.RNNCellBase.__call__ = call  # type: ignore[method-assign]
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from models import SUITES, build, full_name, randomise
-from sweep import Row, machine, markdown_table, one_line, read_rows, sweep
+from sweep import Row, limit_memory, machine, markdown_table, one_line, read_rows, sweep
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.job:
+        limit_memory()
         print(json.dumps(measure(**arguments.job)))
         return
     suites = SUITES if arguments.suite == "all" else [arguments.suite]

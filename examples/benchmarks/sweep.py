@@ -7,6 +7,7 @@ is the same script with `--job JSON`; it prints its row as the last line of its 
 import json
 import os
 import platform
+import resource
 import signal
 import subprocess
 import sys
@@ -42,8 +43,8 @@ def sweep(
 ) -> list[Row]:
     """Every row of the file, after running the jobs whose row it lacks (with `redo`, all of them).
 
-    A row belongs to the job all of whose items it holds; `settings` go to the worker but do not tell rows apart.
-    `limit` is in seconds.
+    A row belongs to the job all of whose items it holds; `settings` go to the worker but do not tell rows
+    apart. `limit` is in seconds.
     """
     rows = read_rows(path)
     todo = [job for job in jobs if redo or find(rows, job) is None]
@@ -68,8 +69,13 @@ def find(rows: Sequence[Row], job: Row) -> int | None:
 def run_job(script: str, job: Row, limit: float) -> Row:
     """The row that the worker prints, or one with status `failed` and the reason in a line."""
     command = [sys.executable, script, "--job", json.dumps(job)]
-    # Its own session, so that what it starts ends with it.
-    worker = subprocess.Popen(command, text=True, stdout=-1, stderr=-1, start_new_session=True)
+    worker = subprocess.Popen(
+        command,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,  # so that what it starts ends with it
+    )
     try:
         output, errors = worker.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
@@ -84,6 +90,15 @@ def run_job(script: str, job: Row, limit: float) -> Row:
         return {"status": "failed", "reason": f"killed by {signal.Signals(-worker.returncode).name}"}
     last = next((line for line in reversed(errors.splitlines()) if line.strip()), "no message")
     return {"status": "failed", "reason": last.strip()[:300]}
+
+
+def limit_memory(share: float = 0.6) -> None:
+    """Let an allocation of this process fail before the machine has to kill one of its own choosing.
+
+    A worker calls it first: Torch-Pruning takes more than 20 GB to fail on a Swin.
+    """
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    resource.setrlimit(resource.RLIMIT_DATA, (int(share * total), resource.RLIM_INFINITY))
 
 
 def one_line(error: BaseException) -> str:

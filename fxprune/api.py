@@ -1,0 +1,380 @@
+"""prune(), couple() and verify(): the pipeline, step by step."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune import criteria, inputs, select
+from fxprune.coupling import Coupling
+from fxprune.errors import PruneError
+from fxprune.passes.couple import Solution, solve
+from fxprune.passes.families import Family, families
+from fxprune.passes.kept import NotARectangle
+from fxprune.passes.shrink import PrunedModule, shrink, tensor_cuts
+from fxprune.passes.trace import Capture, trace
+from fxprune.passes.tree import named_tensors, private_copy
+from fxprune.plan import Plan
+from fxprune.verification import Verification, compare
+
+Ratio = float | Mapping[str, float]
+Freeze = str | nn.Module | Sequence[str | nn.Module]
+Attention = Literal["heads", "dims"]
+
+
+def prune(
+    model: nn.Module,
+    ratio: Ratio = 0.5,
+    *,
+    example_inputs: Any = None,
+    criterion: str = "magnitude",
+    freeze: Freeze = (),
+    round_to: int = 1,
+    attention: Attention = "heads",
+    verify: bool | Literal["auto"] = "auto",
+) -> fx.GraphModule:
+    """A physically smaller copy of a model, exactly equal to it with the removed channels masked.
+
+    >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    >>> small = prune(net, ratio=0.5, example_inputs=torch.randn(1, 3, 8, 8))
+    >>> small.get_submodule("0").weight.shape
+    torch.Size([4, 3, 3, 3])
+
+    Arguments:
+        model: any module; it is not touched.
+        ratio: the share of units removed from every prunable family, in [0, 1), or a mapping from globs over module names
+            to shares, the first match of which counts; families that no glob matches stay whole.
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments, nested as forward takes
+            them; what varies at run time (batch and image size) may have any value here.
+        criterion: how units are ranked; `magnitude` is the L2 norm over the whole family.
+        freeze: globs over module names, or modules, whose parameters stay as they are.
+        round_to: what is left of a family is a multiple of this; a family that cannot be stays whole.
+        attention: remove whole `heads`, or `dims` within them.
+        verify: compare the result to the masked original; `auto` does so where a forward is cheap.
+
+    Returns: a `torch.fx.GraphModule` on the model's device and in its mode; `meta["plan"]` and `meta["verification"]`.
+
+    Raises: PruneError for anything that cannot be done; nothing has changed then.
+    """
+    args, kwargs = inputs.arguments(example_inputs)
+    check_request(model, ratio, round_to, attention, criterion)
+    inputs.check(model, args, kwargs)
+    keep = frozen_names(model, freeze)
+    solution = analyse(model, args, kwargs, heads=attention == "heads", keep=keep)
+    kept = selected(model, solution, ratio, criterion, round_to)
+    plan = Plan(
+        {name: tuple(t.shape) for name, t in named_tensors(model)},
+        {name: made for name, made in tensor_cuts(solution, kept).items() if made},
+        attention,
+        tuple(sorted(keep)),
+        inputs.describe(example_inputs),
+    )
+    pruned = shrink(model, solution, kept)
+    pruned.meta["plan"] = plan
+    pruned.meta["capture"] = described(solution)
+    if verify is True or (verify == "auto" and is_cheap(model)):
+        pruned.meta["verification"] = checked(model, pruned, solution, kept, args, kwargs, attention == "heads")
+    return pruned
+
+
+def couple(
+    model: nn.Module, example_inputs: Any = None, *, freeze: Freeze = (), attention: Attention = "heads"
+) -> Coupling:
+    """Which channels of a model go together, and why the others stay.
+
+    >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    >>> [f.name for f in couple(net, torch.randn(1, 4)).families if f.frozen is None]
+    ['0.weight:0']
+
+    Arguments: as for `prune`. Raises: PruneError.
+    """
+    args, kwargs = inputs.arguments(example_inputs)
+    inputs.check(model, args, kwargs)
+    solution = analyse(model, args, kwargs, heads=attention == "heads", keep=frozen_names(model, freeze))
+    found = families(solution, {name for name, _ in model.named_parameters()})
+    return Coupling(type(model).__name__, found, solution, dict(named_tensors(model)))
+
+
+def verify(model: nn.Module, pruned: fx.GraphModule, example_inputs: Any, *, sizes: bool = True) -> Verification:
+    """How far a pruned model is from the masked original.
+
+    Arguments:
+        model: the original, with the values it was pruned with.
+        pruned: what `prune` returned for it.
+        example_inputs: as for `prune`.
+        sizes: also compare at a second batch size and a second image size, where the original takes them.
+
+    Returns: the largest relative error and what was compared.
+    """
+    args, kwargs = inputs.arguments(example_inputs)
+    inputs.check(model, args, kwargs)
+    plan = plan_of(pruned)
+    heads = plan.attention == "heads"
+    plan.check(model)
+    solution = analyse(model, args, kwargs, heads=heads, keep=dict.fromkeys(plan.freeze, "is frozen"))
+    return compare(model, pruned, solution.leaves, kept_by(plan, solution), heads, args, kwargs, sizes=sizes)
+
+
+def plan_of(pruned: nn.Module) -> Plan:
+    """The plan that a pruned model was made by; raises PruneError for a model that was not."""
+    plan = getattr(pruned, "meta", {}).get("plan")
+    if not isinstance(plan, Plan):
+        raise PruneError("this module carries no plan", where=type(pruned).__name__, fix="pass what fxprune.prune returned")
+    return plan
+
+
+def apply_plan(plan: Plan, model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
+    plan.check(model)
+    device = next((t.device for _, t in named_tensors(model)), torch.device("cpu"))
+    given = inputs.imagine(plan.inputs, device) if example_inputs is None else example_inputs
+    args, kwargs = inputs.arguments(given)
+    inputs.check(model, args, kwargs)
+    heads = plan.attention == "heads"
+    solution = analyse(model, args, kwargs, heads=heads, keep=dict.fromkeys(plan.freeze, "is frozen"))
+    kept = kept_by(plan, solution)
+    pruned = shrink(model, solution, kept)
+    pruned.meta["plan"] = plan
+    pruned.meta["capture"] = described(solution)
+    return pruned
+
+
+# -- the steps ---------------------------------------------------------------------------------------------------------
+
+
+def analyse(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, heads: bool, keep: Mapping[str, str]
+) -> Solution:
+    """Trace and couple: in evaluation mode, and in training mode too where the program asks which one it is in."""
+    with unobserved(model):
+        captures = [captured(private_copy(model).eval(), args, kwargs)]
+        if captures[0].reads_training:
+            with contextlib.suppress(Exception):  # a model may need targets to train: then it is captured for evaluation
+                other = captured(private_copy(model).train(), args, kwargs)
+                if code(other) != code(captures[0]):
+                    captures.append(other)
+        return solve(captures, heads=heads, keep=keep)
+
+
+def captured(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
+    try:
+        return trace(root, args, kwargs)
+    except PruneError:
+        raise
+    except Exception as error:
+        raise PruneError(
+            f"the model's own forward raises {type(error).__name__}: {error}",
+            where=getattr(error, "fxprune_where", type(root).__name__),
+            fix="example_inputs on which model(*example_inputs) runs",
+        ) from error
+
+
+def code(capture: Capture) -> list[Any]:
+    """What a captured program does, for comparison."""
+    return [(n.op, n.name, str(n.target), str(n.args), str(n.kwargs)) for n in capture.graph.nodes]
+
+
+@contextlib.contextmanager
+def unobserved(model: nn.Module) -> Iterator[None]:
+    """Leave random state and gradient mode as they are."""
+    devices = sorted({t.device.index or 0 for t in model.parameters() if t.is_cuda})
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        yield
+
+
+def selected(model: nn.Module, solution: Solution, ratio: Ratio, criterion: str, round_to: int) -> Tensor:
+    """Which labels stay. Choices that would not leave rectangles, or would leave a tensor empty, are taken back."""
+    parameters = dict(model.named_parameters())
+    found = families(solution, set(parameters))
+    free = [f for f in found if f.frozen is None and len(f.units) > 1]
+    if not free:
+        reasons = sorted({f.frozen for f in found if f.frozen})
+        raise PruneError(
+            "nothing in the model can be pruned" + (f": {reasons[0]}" if reasons else ""),
+            where=type(model).__name__,
+            fix="fewer names in freeze=, or see `python -m fxprune.inspect`",
+        )
+    ratios = [ratio_of(f, ratio) for f in free]
+    largest = max(len(f.units) * f.width for f in free)
+    if round_to > largest:
+        raise PruneError(
+            f"round_to={round_to} is larger than every family (the largest has {largest} channels)", fix=f"round_to<={largest}"
+        )
+    size = len(solution.unit)
+    score = criteria.score(parameters, solution.leaves, solution.unit, criterion).numpy()
+    made = select.pools([f.units for f in free], ratios, solution.equal, size)
+    removed = np.zeros(size, bool)
+    for pool in made:
+        removed[select.choose(pool, score, [f.width for f in free], round_to)] = True
+    unit = solution.unit.numpy()
+    restore_emptied(solution, removed, score)
+    for _ in range(len(made) + 1):
+        try:
+            kept = torch.from_numpy(~removed[unit])
+            tensor_cuts(solution, kept)
+            activations_are_rectangles(solution, kept)
+            return kept
+        except NotARectangle as error:
+            removed[unit[error.labels.numpy()]] = False
+    raise AssertionError("restoring units always ends in a rectangle")
+
+
+def restore_emptied(solution: Solution, removed: np.ndarray, score: np.ndarray) -> None:
+    """Every tensor keeps at least one entry: where a choice would leave none, the best scored unit stays."""
+    unit = solution.unit.numpy()
+    seen: set[int] = set()
+    for values in solution.values:
+        for labels in values.values():
+            for f in labels:
+                if id(f.labels) in seen:
+                    continue
+                seen.add(id(f.labels))
+                classes = unit[f.labels.reshape(-1).numpy()]
+                if removed[classes].all():
+                    removed[classes[np.argmax(score[classes])]] = False
+
+
+def activations_are_rectangles(solution: Solution, kept: Tensor) -> None:
+    """Raise NotARectangle where a value outside of a gathered region would not be one."""
+    from fxprune.passes.kept import cuts
+    from fxprune.passes.tape import Ref, collect
+
+    for capture, values, regions in zip(solution.captures, solution.values, solution.regions, strict=True):
+        for node, result in capture.results.items():
+            if node in regions and regions[node] is not node:
+                continue
+            for ref in collect(result, Ref):
+                labels = values.get(ref.id, ())
+                if any(len(f.nest) > 1 for f in labels):
+                    cuts(labels, capture.tape.shape(ref), kept)
+
+
+def ratio_of(family: Family, ratio: Ratio) -> float:
+    if not isinstance(ratio, Mapping):
+        return float(ratio)
+    modules = [name.rpartition(".")[0] for name, _ in family.members]
+    return next((float(r) for glob, r in ratio.items() if any(matches(m, glob) for m in modules)), 0.0)
+
+
+def matches(module: str, glob: str) -> bool:
+    """Whether a glob names a module or one it lies in."""
+    parts = module.split(".")
+    return any(fnmatch.fnmatchcase(".".join(parts[: i + 1]), glob) for i in range(len(parts)))
+
+
+def kept_by(plan: Plan, solution: Solution) -> Tensor:
+    """Which labels a plan keeps; raises PruneError where it does not fit the model's coupling."""
+    removed = np.zeros(len(solution.unit), bool)
+    unit = solution.unit.numpy()
+    for name, made in plan.keep.items():
+        shape = plan.shapes[name]
+        for cut in made:
+            mask = torch.zeros([shape[d] for d in cut.dims], dtype=torch.bool)
+            mask.view(-1)[cut.keep] = True
+            order = sorted(range(len(cut.dims)), key=lambda i, c=cut: c.dims[i])  # type: ignore[misc]
+            full = mask.permute(order).reshape([n if d in cut.dims else 1 for d, n in enumerate(shape)])
+            for f in solution.leaves.get(name, ()):
+                if f.dims <= set(cut.dims):
+                    stays = np.zeros(len(unit), bool)
+                    labels = f.labels.expand(torch.broadcast_shapes(f.labels.shape, full.shape))
+                    stays[labels[full.expand(labels.shape)].numpy()] = True
+                    gone = np.unique(f.labels.numpy())
+                    removed[unit[gone[~stays[gone]]]] = True
+    kept = torch.from_numpy(~removed[unit])
+    try:
+        made_now = {name: c for name, c in tensor_cuts(solution, kept).items() if c}
+    except NotARectangle as error:
+        raise PruneError("the plan does not fit the model: rows would differ in length", fix="make a new plan") from error
+    for name in sorted({*plan.keep, *made_now}):
+        if not same_cuts(plan.keep.get(name, []), made_now.get(name, [])):
+            raise PruneError(
+                f"the plan does not fit the model: it cuts {name} in another way than the model's coupling allows",
+                where=name,
+                fix="apply it to the architecture it was made for, unchanged",
+            )
+    return kept
+
+
+def same_cuts(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    left, right = ({c.dims: c.keep for c in cuts} for cuts in (a, b))
+    return left.keys() == right.keys() and all(torch.equal(left[d], right[d]) for d in left)
+
+
+def check_request(model: Any, ratio: Ratio, round_to: int, attention: str, criterion: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise PruneError(f"model is a {type(model).__name__}, not a torch.nn.Module", fix="pass the module itself")
+    named = dict(ratio) if isinstance(ratio, Mapping) else {"": ratio}
+    for glob, value in named.items():
+        ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and 0 <= value < 1
+        if not ok:
+            what = f"ratio[{glob!r}]" if glob else "ratio"
+            raise PruneError(f"{what} must be a number in [0, 1), not {value!r}", fix="ratio=0.5 removes half of every family")
+    modules = [name for name, _ in model.named_modules()]
+    for glob in named if isinstance(ratio, Mapping) else ():
+        if not any(fnmatch.fnmatchcase(name, glob) for name in modules):
+            raise PruneError(f"the glob {glob!r} in ratio matches no module", fix=did_you_mean(glob, modules))
+    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
+        raise PruneError(f"round_to must be a positive integer, not {round_to!r}", fix="round_to=8")
+    if attention not in ("heads", "dims"):
+        raise PruneError(f"attention must be 'heads' or 'dims', not {attention!r}", fix="attention='heads'")
+    criteria.find(criterion)
+
+
+def did_you_mean(glob: str, modules: Sequence[str]) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(glob, [m for m in modules if m], n=3, cutoff=0.4)
+    return f"one of the names of model.named_modules(){', such as ' + ', '.join(close) if close else ''}"
+
+
+def frozen_names(model: nn.Module, freeze: Freeze) -> dict[str, str]:
+    """Names of the tensors that stay by request, with the reason."""
+    asked = [freeze] if isinstance(freeze, str | nn.Module) else list(freeze)
+    modules = dict(model.named_modules())
+    keep: dict[str, str] = {}
+    for item in asked:
+        if isinstance(item, nn.Module):
+            paths = [path for path, m in modules.items() if m is item]
+            if not paths:
+                raise PruneError(f"freeze names a {type(item).__name__} that is not part of the model", fix="model.layer1")
+            why = f"is frozen by freeze={type(item).__name__} ({paths[0]})"
+        else:
+            paths = [path for path in modules if fnmatch.fnmatchcase(path, item)]
+            if not paths:
+                raise PruneError(f"the glob {item!r} in freeze matches no module", fix=did_you_mean(item, list(modules)))
+            why = f"is frozen by freeze={item!r}"
+        for path in paths:
+            inside = {id(t) for _, t in named_tensors(modules[path])}
+            keep.update({name: why for name, t in named_tensors(model) if id(t) in inside})
+    return keep
+
+
+def is_cheap(model: nn.Module) -> bool:
+    """Whether to verify without being asked: a few forwards of a model this small take little time."""
+    return sum(p.numel() for p in model.parameters()) <= 100_000_000
+
+
+def checked(
+    model: nn.Module,
+    pruned: PrunedModule,
+    solution: Solution,
+    kept: Tensor,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    heads: bool,
+) -> Verification:
+    return compare(model, pruned, solution.leaves, kept, heads, args, kwargs, sizes=True)
+
+
+def described(solution: Solution) -> str:
+    """How the model was captured, in a phrase."""
+    opaque = {**solution.captures[0].opaque}
+    if not opaque:
+        return "symbolic"
+    return "opaque: " + ", ".join(f"{path or 'the root'} ({why})" for path, why in opaque.items())

@@ -1,0 +1,121 @@
+"""Example inputs: what is accepted, a plain description of them, and others like them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxprune.errors import PruneError
+from fxprune.passes.tape import collect, map_tensors
+
+
+def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments: a tensor is one argument, a tuple several, a dict with string keys is keywords."""
+    if example_inputs is None:
+        raise PruneError("example inputs are missing", fix="example_inputs=torch.randn(1, 3, 224, 224), or what forward takes")
+    if isinstance(example_inputs, dict) and all(isinstance(k, str) for k in example_inputs):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, tuple):
+        return example_inputs, {}
+    return (example_inputs,), {}
+
+
+def check(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise PruneError where the arguments cannot be what the model takes: names, devices, dtypes."""
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        raise PruneError(
+            f"the example inputs do not fit forward: {error}",
+            where=type(model).__name__,
+            fix="a tensor, a tuple of positional arguments, or a dict of keyword arguments",
+        ) from error
+    tensors: list[Tensor] = collect((args, kwargs), Tensor)
+    held = next(iter(model.parameters()), None)
+    if held is None:
+        return
+    if held.is_meta:
+        raise PruneError(
+            "the model is on the meta device: it has no weights to score or to cut",
+            where=type(model).__name__,
+            fix="model.to_empty(device='cpu') and load its weights, then prune",
+        )
+    for tensor in tensors:
+        if tensor.device != held.device:
+            raise PruneError(
+                f"the example inputs are on {tensor.device}, the model on {held.device}",
+                where=type(model).__name__,
+                fix=f"example_inputs.to({str(held.device)!r})",
+            )
+        if tensor.is_floating_point() and held.is_floating_point() and tensor.dtype != held.dtype and len(tensors) == 1:
+            raise PruneError(
+                f"the example inputs are {tensor.dtype}, the model is {held.dtype}",
+                where=type(model).__name__,
+                fix=f"example_inputs.to({held.dtype})",
+            )
+
+
+def describe(example_inputs: Any) -> Any:
+    """JSON-ready description of example inputs: nested structure, shapes, dtypes and the range of integers."""
+    if isinstance(example_inputs, Tensor):
+        found: dict[str, Any] = {"shape": list(example_inputs.shape), "dtype": str(example_inputs.dtype).removeprefix("torch.")}
+        if not example_inputs.is_floating_point() and not example_inputs.is_complex() and example_inputs.numel():
+            found["range"] = [int(example_inputs.min()), int(example_inputs.max())]
+        return {"tensor": found}
+    if isinstance(example_inputs, tuple | list):
+        return {type(example_inputs).__name__ if not hasattr(example_inputs, "_fields") else "tuple": [
+            describe(v) for v in example_inputs
+        ]}
+    if isinstance(example_inputs, dict):
+        return {"dict": [[k, describe(v)] for k, v in example_inputs.items()]}
+    if example_inputs is None or isinstance(example_inputs, bool | int | float | str):
+        return {"value": example_inputs}
+    return {"opaque": type(example_inputs).__name__}
+
+
+def imagine(described: Any, device: torch.device) -> Any:
+    """Random inputs that look like the described ones; raises PruneError where a description is not enough."""
+    kind, content = next(iter(described.items()))
+    if kind == "tensor":
+        dtype = getattr(torch, content["dtype"])
+        generator = torch.Generator().manual_seed(0)
+        if "range" in content:
+            low, high = content["range"]
+            return torch.randint(low, high + 1, content["shape"], generator=generator).to(device, dtype)
+        return torch.randn(content["shape"], generator=generator).to(device, dtype)
+    if kind in ("tuple", "list"):
+        values = [imagine(v, device) for v in content]
+        return tuple(values) if kind == "tuple" else values
+    if kind == "dict":
+        return {k: imagine(v, device) for k, v in content}
+    if kind == "value":
+        return content
+    raise PruneError(f"the plan cannot make up an input of type {content}", fix="plan.apply(model, example_inputs=...)")
+
+
+def other_sizes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
+    """The same inputs at a second batch size and at a second image size, with a name for each."""
+    tensors: Sequence[Tensor] = [t for t in collect((args, kwargs), Tensor) if t.dim()]
+    if not tensors:
+        return
+    batch = tensors[0].shape[0]
+
+    def more(t: Tensor) -> Tensor:
+        return torch.cat([t, t[:1].roll(1, -1)]) if t.dim() and t.shape[0] == batch else t
+
+    yield "batch", *map_tensors((args, kwargs), more)
+    images = [t for t in tensors if t.dim() in (4, 5) and t.is_floating_point() and min(t.shape[-2:]) >= 8]
+    if images:
+        height, width = images[0].shape[-2:]
+
+        def grown(t: Tensor) -> Tensor:
+            if t.dim() >= 4 and t.is_floating_point() and t.shape[-2:] == (height, width):
+                t = torch.cat([t, t[..., : min(32, height), :]], -2)
+                return torch.cat([t, t[..., : min(32, width)].flip(-1)], -1)
+            return t
+
+        yield "image size", *map_tensors((args, kwargs), grown)

@@ -1,0 +1,132 @@
+"""The plan: which indices stay in every parameter and buffer, as plain data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxprune.errors import PruneError
+from fxprune.passes.kept import Cut
+from fxprune.passes.tree import named_tensors
+
+FORMAT = "fxprune.plan/1"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which indices of every tensor stay.
+
+    Attributes:
+        shapes: the original shape of every tensor of the model, by name.
+        keep: for each tensor that shrinks, its cuts: dimensions, kept indices (flattened over those dimensions), sizes.
+        attention: the granularity it was made with, `heads` or `dims`.
+        freeze: names of tensors that were kept by request.
+        inputs: what the example inputs looked like, so that the plan can be applied without them.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    keep: dict[str, list[Cut]]
+    attention: str = "heads"
+    freeze: tuple[str, ...] = ()
+    inputs: Any = field(default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON-ready data."""
+        cuts = {
+            name: [{"dims": list(c.dims), "keep": c.keep.tolist(), "sizes": list(c.sizes)} for c in made]
+            for name, made in self.keep.items()
+        }
+        return {
+            "format": FORMAT,
+            "attention": self.attention,
+            "freeze": list(self.freeze),
+            "inputs": self.inputs,
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "keep": cuts,
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        if data.get("format") != FORMAT:
+            raise PruneError(f"this is no plan: its format is {data.get('format')!r}", fix=f"a file of format {FORMAT}")
+        keep = {
+            name: [Cut(tuple(c["dims"]), torch.tensor(c["keep"], dtype=torch.int64), tuple(c["sizes"])) for c in made]
+            for name, made in data["keep"].items()
+        }
+        shapes = {name: tuple(shape) for name, shape in data["shapes"].items()}
+        return cls(shapes, keep, data["attention"], tuple(data["freeze"]), data["inputs"])
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """A plan from `to_json`; raises PruneError for anything else."""
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise PruneError(f"this is no plan: {error}", fix="the text that Plan.to_json() returned") from error
+        if not isinstance(data, dict):
+            raise PruneError("this is no plan: not a JSON object", fix="the text that Plan.to_json() returned")
+        return cls.from_dict(data)
+
+    def masks(self, model: nn.Module) -> dict[str, Tensor]:
+        """For every parameter and buffer a boolean tensor of its shape, True where it is kept."""
+        self.check(model)
+        result = {}
+        for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+            mask = torch.ones(tensor.shape, dtype=torch.bool)
+            for cut in self.keep.get(self.alias(model, name), ()):
+                part = torch.zeros([tensor.shape[d] for d in cut.dims], dtype=torch.bool)
+                part.view(-1)[cut.keep] = True
+                order = sorted(range(len(cut.dims)), key=lambda i: cut.dims[i])
+                shape = [tensor.shape[d] if d in cut.dims else 1 for d in range(tensor.dim())]
+                mask &= part.permute(order).reshape(shape)
+            result[name] = mask
+        return result
+
+    def alias(self, model: nn.Module, name: str) -> str:
+        """The name under which a (tied) tensor stands in the plan."""
+        if name in self.shapes:
+            return name
+        from fxprune.passes.tree import fetch
+
+        tensor = fetch(model, name)
+        return next((n for n, t in named_tensors(model) if t is tensor), name)
+
+    def check(self, model: nn.Module) -> None:
+        """Raise PruneError unless the model's tensors have the names and shapes the plan was made for."""
+        have = {name: tuple(t.shape) for name, t in named_tensors(model)}
+        for name, shape in self.shapes.items():
+            if name not in have:
+                raise PruneError(
+                    f"the plan is for another model: this one has no {name}", fix="apply it to the original architecture"
+                )
+            if have[name] != shape:
+                raise PruneError(
+                    f"the plan is for another model: {name} has shape {have[name]}, not {shape}",
+                    fix="apply it to the original, unpruned architecture",
+                )
+        extra = sorted(set(have) - set(self.shapes))
+        if extra:
+            raise PruneError(
+                f"the plan is for another model: it knows nothing of {extra[0]}", fix="apply it to the original architecture"
+            )
+
+    def apply(self, model: nn.Module, example_inputs: Any = None) -> torch.fx.GraphModule:
+        """Prune a fresh copy of the architecture by this plan, with the values the copy holds.
+
+        Arguments:
+            model: a model whose tensors have the names and shapes the plan was made for; it is not touched.
+            example_inputs: as for `prune`; by default random ones that look like those the plan was made with.
+
+        Raises: PruneError if the plan does not fit the model.
+        """
+        from fxprune.api import apply_plan
+
+        return apply_plan(self, model, example_inputs)

@@ -1,0 +1,88 @@
+"""Select: which units stay, family by family, so that every tensor stays a full rectangle.
+
+Units that fill the rows of a rectangle (groups, packed q/k/v, recurrent layers of one width) are chosen row by row: each row
+loses equally many, not the same ones. Where that cannot be arranged freely, each pattern of rows loses the same share.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(slots=True)
+class Pool:
+    """Units that lose the same share: `cells` lists (family, units) that the constraints tell apart."""
+
+    cells: list[tuple[int, np.ndarray]]
+    ratio: float
+
+
+def pools(families: Sequence[np.ndarray], ratios: Sequence[float], equal: Sequence[np.ndarray], size: int) -> list[Pool]:
+    """Families split into cells by the constraints they are under, and joined where one constraint spans several.
+
+    Arguments:
+        families: the units of each family.
+        ratios: the share of units to remove from each.
+        equal: matrices of classes whose rows must keep equally many entries.
+        size: number of labels; units are labels.
+    """
+    family_of = np.full(size, -1, np.int64)
+    for i, units in enumerate(families):
+        family_of[units] = i
+    pattern = np.zeros(size, np.uint64)
+    parent = list(range(len(families)))
+
+    def find(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    rng = np.random.default_rng(0)
+    for matrix in equal:
+        rows = matrix.shape[0]
+        units, inverse = np.unique(matrix, return_inverse=True)
+        counts = np.zeros((rows, len(units)), np.int32)
+        np.add.at(counts, (np.repeat(np.arange(rows), matrix.shape[1]), inverse.reshape(-1)), 1)
+        uneven = (counts != counts[:1]).any(0)
+        mine = uneven & (family_of[units] >= 0)
+        if not mine.any():
+            continue
+        key = rng.integers(1, 1 << 62, size=rows, dtype=np.int64).astype(np.uint64)
+        pattern[units[mine]] += (counts[:, mine].astype(np.uint64) * key[:, None]).sum(0, dtype=np.uint64)
+        members = np.unique(family_of[units[mine]])
+        for other in members[1:]:
+            parent[find(int(other))] = find(int(members[0]))
+    made: dict[int, Pool] = {}
+    for i, units in enumerate(families):
+        pool = made.setdefault(find(i), Pool([], ratios[i]))
+        pool.ratio = min(pool.ratio, ratios[i])
+        for value in np.unique(pattern[units]):
+            pool.cells.append((i, units[pattern[units] == value]))
+    return list(made.values())
+
+
+def choose(pool: Pool, score: np.ndarray, width: Sequence[int], round_to: int) -> np.ndarray:
+    """The units of a pool to remove: the lowest scored of each cell, the same share of every cell.
+
+    Arguments:
+        pool: the units.
+        score: importance by unit.
+        width: channels that one unit of each family takes up.
+        round_to: what is left of each family is a multiple of this, or nothing of the pool goes.
+    """
+    step = math.gcd(*(len(units) for _, units in pool.cells))
+    families = {family: 0 for family, _ in pool.cells}
+    for family, units in pool.cells:
+        families[family] += len(units)
+
+    def fits(k: int) -> bool:
+        return all(n // step * (step - k) * width[family] % round_to == 0 for family, n in families.items())
+
+    steps = next((k for k in range(int(pool.ratio * step + 1e-9), 0, -1) if fits(k)), 0)
+    removed = [units[np.lexsort((units, score[units]))[: steps * (len(units) // step)]] for _, units in pool.cells]
+    return np.concatenate(removed)

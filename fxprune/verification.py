@@ -1,0 +1,86 @@
+"""Comparison of a pruned model with the masked original."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune import inputs
+from fxprune.passes.labels import Labels
+from fxprune.passes.tape import collect
+from fxprune.passes.verify import masked_outputs, relative_error
+
+# float32 sums in another order differ by about this much over the depth of a deep network
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was compared, and the largest relative error found.
+
+    Attributes:
+        error: the largest absolute difference of an output over its largest absolute value.
+        compared: a sentence for each comparison made.
+        tolerance: the error up to which the result counts as equal, by dtype.
+    """
+
+    error: float
+    compared: tuple[str, ...]
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.tolerance
+
+    def __str__(self) -> str:
+        verdict = "exact" if self.ok else "NOT exact"
+        return f"{verdict}: largest relative error {self.error:.1e} against the masked original ({'; '.join(self.compared)})"
+
+
+def compare(
+    model: nn.Module,
+    pruned: fx.GraphModule,
+    leaves: Mapping[str, Labels],
+    kept: Tensor,
+    heads: bool,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    sizes: bool,
+) -> Verification:
+    """Run both on the example inputs, and at other sizes where the original takes them."""
+    mode = pruned.training
+    pruned.eval()
+    error, compared = 0.0, []
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    tolerance = max((TOLERANCE.get(d, 1e-3) for d in dtypes), default=1e-3)
+    cases = [("the example inputs", args, kwargs)]
+    if sizes:
+        cases += list(inputs.other_sizes(args, kwargs))
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            for name, a, k in cases:
+                try:
+                    wanted = masked_outputs(model, leaves, kept, heads, a, k)
+                except Exception:
+                    if name == "the example inputs":
+                        raise
+                    continue  # the original does not take this size
+                got = pruned(*a, **k)
+                error = max([error, *differences(wanted, got)])
+                compared.append(name if name == "the example inputs" else f"another {name}")
+    finally:
+        pruned.train(mode)
+    return Verification(error, tuple(compared), tolerance)
+
+
+def differences(wanted: Any, got: Any) -> list[float]:
+    a, b = collect(wanted, Tensor), collect(got, Tensor)
+    if len(a) != len(b):
+        return [float("inf")]
+    return [relative_error(x, y) for x, y in zip(a, b, strict=True)]

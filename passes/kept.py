@@ -1,0 +1,96 @@
+"""What is kept: shapes and indices of every tensor once some units are removed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fxprune.passes.labels import Factor, Labels
+
+
+class NotARectangle(Exception):
+    """The rows of a joint factor would keep different numbers of entries; carries its labels."""
+
+    def __init__(self, labels: Tensor) -> None:
+        super().__init__("rows keep different numbers of entries")
+        self.labels = labels
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Kept indices along some dimensions of a tensor, taken together.
+
+    Attributes:
+        dims: one dimension, or the nested dimensions of a joint factor from major to minor.
+        keep: ascending indices into those dimensions, flattened.
+        sizes: how many stay along each of them.
+    """
+
+    dims: tuple[int, ...]
+    keep: Tensor
+    sizes: tuple[int, ...]
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """The kept part of a tensor."""
+        keep = self.keep.to(tensor.device)
+        if len(self.dims) == 1:
+            return tensor.index_select(self.dims[0], keep)
+        rest = [d for d in range(tensor.dim()) if d not in self.dims]
+        order = [*self.dims, *rest]
+        moved = tensor.permute(order).flatten(0, len(self.dims) - 1).index_select(0, keep)
+        moved = moved.reshape(*self.sizes, *(tensor.shape[d] for d in rest))
+        return moved.permute([order.index(d) for d in range(tensor.dim())])
+
+
+def clusters(labels: Labels) -> list[list[Factor]]:
+    """Factors that share dimensions, together."""
+    groups: list[list[Factor]] = []
+    for f in labels:
+        touching = [g for g in groups if any(f.dims & other.dims for other in g)]
+        groups = [g for g in groups if g not in touching]
+        groups.append([f, *(other for g in touching for other in g)])
+    return groups
+
+
+def cuts(labels: Labels, shape: Sequence[int], kept: Tensor) -> list[Cut]:
+    """The cuts that leave of a tensor what `kept` (a boolean for each label) says; untouched dimensions have none."""
+    found = []
+    for group in clusters(labels):
+        if all(bool(kept[f.labels].all()) for f in group):
+            continue
+        lead = max(group, key=lambda f: len(f.nest))
+        nest = lead.nest + tuple(d for f in group for d in f.nest if d not in lead.nest)
+        nest = tuple(dict.fromkeys(nest))
+        mask = torch.ones([shape[d] if d in nest else 1 for d in range(len(shape))], dtype=torch.bool)
+        for f in group:
+            mask = mask & kept[f.labels]
+        mask = mask.permute([*nest, *(d for d in range(len(shape)) if d not in nest)]).reshape([shape[d] for d in nest])
+        sizes = rectangle(mask)
+        if sizes is None:
+            raise NotARectangle(torch.cat([f.labels.reshape(-1) for f in group]))
+        found.append(Cut(nest, mask.reshape(-1).nonzero().flatten(), sizes))
+    return found
+
+
+def rectangle(mask: Tensor) -> tuple[int, ...] | None:
+    """Sizes of what a mask keeps, dimension by dimension from the major one; None if rows differ."""
+    sizes = []
+    for level in range(mask.dim()):
+        alive = mask.flatten(level + 1).any(-1) if level + 1 < mask.dim() else mask
+        counts = alive.sum(-1).reshape(-1)
+        counts = counts[counts > 0]
+        if not len(counts) or bool((counts != counts[0]).any()):
+            return None
+        sizes.append(int(counts[0]))
+    return tuple(sizes)
+
+
+def cut_shape(shape: Sequence[int], made: Iterable[Cut]) -> tuple[int, ...]:
+    sizes = list(shape)
+    for cut in made:
+        for d, n in zip(cut.dims, cut.sizes, strict=True):
+            sizes[d] = n
+    return tuple(sizes)

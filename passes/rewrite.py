@@ -1,0 +1,281 @@
+"""Rewrite: the captured program with every literal that holds a channel count made right for what is kept.
+
+For each node the shapes of its pruned arguments and results are known from the labels. Arguments that are sizes become the
+pruned size; integers that are not sizes (a scale computed from a head's width) keep their original value, since that is
+what the masked original computes with. Sizes that depend on the inputs stay symbolic.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxprune.passes.couple import Solution
+from fxprune.passes.kept import Cut, cut_shape, cuts
+from fxprune.passes.regions import channel_order
+from fxprune.passes.tape import Ref, collect, map_tensors
+from fxprune.passes.trace import Capture
+
+Number = (int, float)
+PURE = {getattr, "size", "dim", "numel"} | {
+    getattr(operator, name) for name in "getitem mul floordiv add sub truediv mod pow neg eq ne lt gt le ge".split()
+}
+
+
+class Rewriter:
+    """One captured program on its way to the pruned one.
+
+    Attributes:
+        capture: what was traced; its graph is left alone.
+        graph: the new graph; `new` maps old nodes to new ones.
+        constants: index tensors that the new graph refers to by name.
+        attributes: for each module path, the attributes that change.
+    """
+
+    def __init__(self, solution: Solution, which: int, kept: Tensor, constants: dict[str, Tensor]) -> None:
+        self.capture: Capture = solution.captures[which]
+        self.labels = solution.values[which]
+        self.regions = solution.regions[which]
+        self.kept = kept
+        self.constants = constants
+        self.graph = fx.Graph()
+        self.new: dict[fx.Node, fx.Node] = {}
+        self.attributes: dict[str, dict[str, Any]] = {}
+        self.made: dict[int, list[Cut]] = {}
+        self.values: dict[fx.Node, Any] = {}
+        self.symbolic: dict[fx.Node, bool] = {}
+
+    # -- what is known of a value -------------------------------------------------------------------------------------
+
+    def cuts(self, ref: Ref) -> list[Cut]:
+        if ref.id not in self.made:
+            self.made[ref.id] = cuts(self.labels.get(ref.id, ()), self.capture.tape.shape(ref), self.kept)
+        return self.made[ref.id]
+
+    def before(self, ref: Ref) -> tuple[int, ...]:
+        return self.capture.tape.shape(ref)
+
+    def after(self, ref: Ref) -> tuple[int, ...]:
+        return cut_shape(self.before(ref), self.cuts(ref))
+
+    def result(self, node: Any) -> Any:
+        return self.capture.results.get(node) if isinstance(node, fx.Node) else node
+
+    def positions(self, ref: Ref, dim: int) -> Tensor:
+        """The kept indices along a dimension; that of a joint factor's minor dimension is the same for every row."""
+        shape = self.before(ref)
+        for cut in self.cuts(ref):
+            if dim in cut.dims:
+                mask = torch.zeros([shape[d] for d in cut.dims], dtype=torch.bool)
+                mask.view(-1)[cut.keep] = True
+                at = cut.dims.index(dim)
+                return mask.movedim(at, -1).reshape(-1, shape[dim]).any(0).nonzero().flatten()
+        return torch.arange(shape[dim])
+
+    # -- sizes and other numbers --------------------------------------------------------------------------------------
+
+    def value(self, node: Any) -> Any:
+        """What a number in the graph evaluates to in the pruned program, at the example's sizes."""
+        if isinstance(node, tuple | list):
+            return type(node)(self.value(v) for v in node)
+        if not isinstance(node, fx.Node):
+            return node
+        if node not in self.values:
+            self.values[node] = self.evaluate(node)
+        return self.values[node]
+
+    def evaluate(self, node: fx.Node) -> Any:
+        result = self.capture.results[node]
+        if collect(result, Ref):
+            return result
+        source = self.result(node.args[0]) if node.args else None
+        if isinstance(source, Ref):
+            shape = self.after(source)
+            if (node.target is getattr and node.args[1] == "shape") or (node.target == "size" and len(node.args) == 1):
+                return shape
+            if node.target == "size":
+                return shape[int(node.args[1])]  # type: ignore[arg-type]
+            if node.target == "numel":
+                return torch.Size(shape).numel()
+            return result
+        args, kwargs = self.value(tuple(node.args)), {k: self.value(v) for k, v in node.kwargs.items()}
+        try:
+            if node.op == "call_function":
+                return node.target(*args, **kwargs)  # type: ignore[operator]
+            if node.op == "call_method":
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        except Exception:
+            return result
+        return result
+
+    def is_symbolic(self, node: Any) -> bool:
+        """Whether a number depends on sizes of the inputs rather than on channel counts alone."""
+        if not isinstance(node, fx.Node):
+            return False
+        if node not in self.symbolic:
+            self.symbolic[node] = self.depends(node)
+        return self.symbolic[node]
+
+    def depends(self, node: fx.Node) -> bool:
+        if node.op == "placeholder":
+            return True
+        source = node.args[0] if node.args else None
+        ref = self.result(source)
+        dim = None
+        if isinstance(ref, Ref) and node.target == "size" and len(node.args) == 2:
+            dim = node.args[1]
+        elif isinstance(source, fx.Node) and isinstance(ref, tuple) and source.args:
+            ref, dim = self.result(source.args[0]), node.args[1] if len(node.args) > 1 else None
+        if isinstance(ref, Ref):
+            if not isinstance(dim, int):
+                return True
+            dim %= max(1, len(self.before(ref)))
+            return not any(dim in f.dims for f in self.labels.get(ref.id, ()))
+        return any(self.is_symbolic(n) for n in node.all_input_nodes)
+
+    def size(self, given: Any, wanted: int) -> Any:
+        """A size argument that must come to `wanted`: literals change, expressions over input sizes are rescaled."""
+        if not isinstance(given, fx.Node):
+            return given if given == -1 or isinstance(given, bool) or not isinstance(given, int) else wanted
+        now = self.value(given)
+        if now == wanted:
+            return self.new[given]
+        if not self.is_symbolic(given):
+            return wanted
+        ratio = Fraction(wanted, now)
+        scaled = self.new[given]
+        if ratio.numerator != 1:
+            scaled = self.graph.call_function(operator.mul, (scaled, ratio.numerator))
+        if ratio.denominator != 1:
+            scaled = self.graph.call_function(operator.floordiv, (scaled, ratio.denominator))
+        return scaled
+
+    def number(self, given: fx.Node) -> Any:
+        """A number that is no size: it keeps its original value."""
+        original, now = self.capture.results[given], self.value(given)
+        if isinstance(original, bool) or not isinstance(original, Number) or now == original:
+            return self.new[given]
+        if not self.is_symbolic(given):
+            return original
+        if isinstance(original, int):
+            ratio = Fraction(original, now)
+            scaled = self.graph.call_function(operator.mul, (self.new[given], ratio.numerator))
+            return self.graph.call_function(operator.floordiv, (scaled, ratio.denominator))
+        return self.graph.call_function(operator.mul, (self.new[given], original / now))
+
+    def argument(self, x: Any) -> Any:
+        """An argument that holds no sizes, carried over."""
+        return map_tensors(x, lambda n: self.number(n) if isinstance(self.result(n), Number) else self.new[n], fx.Node)
+
+    def constant(self, data: Tensor) -> fx.Node:
+        """A tensor the new program refers to; equal ones are shared."""
+        for name, known in self.constants.items():
+            if known.dtype == data.dtype and torch.equal(known, data):
+                return self.graph.get_attr(name)
+        name = f"_kept_index_{len(self.constants)}"
+        self.constants[name] = data
+        return self.graph.get_attr(name)
+
+    def gather(self, source: fx.Node, dim: int, positions: Tensor) -> fx.Node:
+        """`source` with the given positions of one dimension, in order; nothing where that is all of them."""
+        size = self.after(self.result(source))[dim]
+        if torch.equal(positions, torch.arange(size)):
+            return self.new[source]
+        return self.graph.call_method("index_select", (self.new[source], dim, self.constant(positions)))
+
+    # -- the walk -----------------------------------------------------------------------------------------------------
+
+    def run(self) -> fx.Graph:
+        from fxprune.passes.sizes import HANDLERS
+
+        for node in self.capture.graph.nodes:
+            end = self.regions.get(node)
+            if end is not None and self.cut_anything(self.result(end)):
+                if node is end:
+                    self.new[node] = self.region(node)
+                continue
+            self.new[node] = self.carry(node, HANDLERS)
+            self.new[node].meta = dict(node.meta)
+        drop_dead(self.graph)
+        self.graph.lint()
+        return self.graph
+
+    def cut_anything(self, result: Any) -> bool:
+        return any(self.cuts(ref) for ref in collect(result, Ref))
+
+    def carry(self, node: fx.Node, handlers: dict[str, Callable[..., Any]]) -> fx.Node:
+        if node.op in ("placeholder", "get_attr"):
+            return self.graph.node_copy(node, lambda n: self.new[n])
+        touches = [self.result(n) for n in node.all_input_nodes] + [self.capture.results.get(node)]
+        changed = self.cut_anything(touches)
+        if changed and node.op == "call_module":
+            self.module(node)
+        handler = handlers.get(function_name(node))
+        if changed and handler is not None and node.op != "output":
+            made = handler(self, node)
+            if made is not None:
+                return made
+        if not collect(self.capture.results.get(node), Ref) and node.op != "output":
+            return self.graph.node_copy(node, lambda n: self.new[n])  # arithmetic on numbers: mended where it is used
+        return self.emit(node, self.argument(tuple(node.args)), self.argument(dict(node.kwargs)))
+
+    def emit(self, node: fx.Node, args: Any, kwargs: Any) -> fx.Node:
+        return self.graph.create_node(node.op, node.target, tuple(args), dict(kwargs), node.name)
+
+    def region(self, end: fx.Node) -> fx.Node:
+        """A chain of reshapes that permutes channels, as one gather."""
+        chain = [n for n, e in self.regions.items() if e is end]
+        source = chain[0].args[0]
+        assert isinstance(source, fx.Node)
+        ref = self.result(source)
+        dim = self.cuts(self.result(end))[0].dims[0]
+        order = channel_order(self.capture, chain, dim)
+        assert order is not None
+        return self.permuted(source, ref, end, dim, order)
+
+    def permuted(self, source: fx.Node, ref: Ref, end: fx.Node, dim: int, order: Tensor) -> fx.Node:
+        """The result of index map `order` (result index -> source index) among what is kept."""
+        place = torch.full((self.before(ref)[dim],), -1)
+        kept_in = self.positions(ref, dim)
+        place[kept_in] = torch.arange(len(kept_in))
+        return self.gather(source, dim, place[order[self.positions(self.result(end), dim)]])
+
+    def module(self, node: fx.Node) -> None:
+        from fxprune.passes.attributes import changed_attributes
+
+        path = str(node.target)
+        if path in self.capture.opaque:
+            from fxprune.passes.opaque import opaque_attributes
+
+            for inner, edits in opaque_attributes(self, path).items():
+                self.attributes.setdefault(inner, {}).update(edits)
+            return
+        ins = [self.after(r) for n in node.args for r in collect(self.result(n), Ref)]
+        module = self.capture.root.get_submodule(path)
+        before = [self.before(r) for n in node.args for r in collect(self.result(n), Ref)]
+        self.attributes.setdefault(path, {}).update(changed_attributes(module, before, ins, self.shapes_of(path)))
+
+    def shapes_of(self, path: str) -> dict[str, tuple[int, ...]]:
+        """Pruned shapes of a module's own tensors."""
+        shapes = {}
+        for number, value in enumerate(self.capture.tape.values):
+            if value.name is not None and value.name.startswith(path + "."):
+                shapes[value.name[len(path) + 1 :]] = self.after(Ref(number))
+        return shapes
+
+
+def function_name(node: fx.Node) -> str:
+    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+
+
+def drop_dead(graph: fx.Graph) -> None:
+    """Remove numbers and attribute reads that nothing uses; calls that may write in place stay."""
+    for node in reversed(list(graph.nodes)):
+        pure = node.op == "get_attr" or node.target in PURE
+        if pure and not node.users:
+            graph.erase_node(node)

@@ -1,0 +1,284 @@
+"""Verify: the pruned model against the original whose removed elements are masked.
+
+The original runs under a dispatcher mode that carries labels along, live, at any input size. Removed elements are zero where
+they enter a contraction; statistics over channels (mean, softmax, layer norm, ...) see kept elements only. `MASKED` below is
+the table of what "kept only" means for each op: it is the definition of exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxprune.passes import rules
+from fxprune.passes.couple import apply_rule
+from fxprune.passes.labels import Labels, lut
+from fxprune.passes.rules import Call
+from fxprune.passes.tape import Op, Recorder, Ref, collect, map_tensors
+from fxprune.passes.ties import Ties
+
+Masked = Callable[["Masker", Call, Any, Any], Any]
+MASKED: dict[str, Masked] = {}
+
+
+def masked(*names: str) -> Callable[[Masked], Masked]:
+    def file(function: Masked) -> Masked:
+        for name in names:
+            MASKED[f"aten::{name}"] = function
+        return function
+
+    return file
+
+
+class Masker(Recorder):
+    """Runs the original with removed elements masked.
+
+    Arguments:
+        names: the model's tensors by identity.
+        leaves: their labels.
+        kept: which labels are kept, shape (labels,).
+        heads: as in coupling.
+    """
+
+    def __init__(self, names: dict[int, str], leaves: Mapping[str, Labels], kept: Tensor, heads: bool) -> None:
+        super().__init__(names)
+        rules.load()
+        self.leaf_labels = leaves
+        self.kept = kept
+        self.settled = torch.ones(len(kept), dtype=torch.bool)
+        self.heads = heads
+        self.labels: dict[int, Labels] = {}
+        self.ties = Ties(size=len(kept))
+
+    def add(self, tensor: Tensor, *, from_input: bool, name: str | None = None) -> int:
+        number = super().add(tensor, from_input=from_input, name=name)
+        if name is not None and name in self.leaf_labels:
+            self.labels[number] = self.leaf_labels[name]
+        return number
+
+    def mask(self, ref: Ref) -> Tensor | None:
+        """A boolean tensor broadcastable to the value, True where kept; None where all of it is."""
+        labels = self.labels.get(ref.id)
+        if not labels:
+            return None
+        mask = lut(labels, self.tape.shape(ref), self.kept)
+        return None if bool(mask.all()) else mask
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        before = len(self.tape.ops)
+        in_args, in_kwargs = map_tensors(args, self.ref), map_tensors(kwargs, self.ref)
+        refs = collect((in_args, in_kwargs), Ref)
+        function = MASKED.get(func._schema.name) or next(
+            (m for k, m in MASKED.items() if k.endswith("*") and func._schema.name.startswith(k[:-1])), None
+        )
+        if function is not None and any(self.mask(r) is not None for r in refs):
+            shell = Call(Op(func, in_args, in_kwargs, (), -1), self.tape, self.labels, self.ties, self.heads, set())
+            out = function(self, shell, args, kwargs)
+            produced = super().__torch_dispatch__(lambda *a, **k: out, types, args, kwargs)
+            self.tape.ops[-1] = Op(func, in_args, in_kwargs, self.tape.ops[-1].outs, -1)
+        else:
+            produced = super().__torch_dispatch__(func, types, args, kwargs)
+        apply_rule(Call(self.tape.ops[-1], self.tape, self.labels, self.ties, self.heads, set()))
+        self.settle()
+        del self.tape.ops[before:]
+        return produced
+
+    def settle(self) -> None:
+        """New labels (of broadcast copies, padding, constants) share the fate of what they are tied to."""
+        if self.ties.size > len(self.kept):
+            grown = self.ties.size - len(self.kept)
+            self.kept = torch.cat([self.kept, torch.ones(grown, dtype=torch.bool)])
+            self.settled = torch.cat([self.settled, torch.zeros(grown, dtype=torch.bool)])
+        for pair in self.ties.pairs:
+            a, b = torch.broadcast_tensors(pair.a, pair.b)
+            for new, old in ((a, b), (b, a)):
+                open_ = ~self.settled[new] & self.settled[old]
+                if bool(open_.any()):
+                    self.kept[new[open_]] = self.kept[old[open_]]
+                    self.settled[new[open_]] = True
+        for name in ("pairs", "frozen", "coarse", "equal", "product"):
+            getattr(self.ties, name).clear()
+
+
+def filled(masker: Masker, call: Call, args: Any, kwargs: Any, value: float) -> tuple[Any, Any]:
+    """The arguments with removed elements of every floating tensor set to one value."""
+
+    def fill(tensor: Tensor) -> Tensor:
+        mask = masker.mask(masker.ref(tensor))
+        if mask is None or not (tensor.is_floating_point() or tensor.is_complex()):
+            return tensor
+        return tensor.masked_fill(~mask.to(tensor.device), value)
+
+    return map_tensors(args, fill), map_tensors(kwargs, fill)
+
+
+@masked("mm", "bmm", "addmm", "baddbmm", "mv", "dot", "linear", "matmul", "convolution", "_convolution", "_trilinear")
+@masked("_scaled_dot_product_*", "sum", "norm", "linalg_vector_norm", "cumsum", "nansum", "addmv", "count_nonzero")
+@masked("_cdist_forward", "any", "col2im")
+def with_zeros(masker: Masker, call: Call, args: Any, kwargs: Any) -> Any:
+    """A removed element adds nothing."""
+    args, kwargs = filled(masker, call, args, kwargs, 0.0)
+    return call.op.func(*args, **kwargs)
+
+
+@masked("amax", "max", "_softmax", "_log_softmax", "logsumexp", "argmax", "logcumsumexp", "cummax")
+def with_least(masker: Masker, call: Call, args: Any, kwargs: Any) -> Any:
+    """A removed element is never the greatest and weighs nothing."""
+    args, kwargs = filled(masker, call, args, kwargs, -math.inf)
+    return call.op.func(*args, **kwargs)
+
+
+@masked("amin", "min", "argmin", "cummin")
+def with_greatest(masker: Masker, call: Call, args: Any, kwargs: Any) -> Any:
+    args, kwargs = filled(masker, call, args, kwargs, math.inf)
+    return call.op.func(*args, **kwargs)
+
+
+@masked("prod", "cumprod", "all")
+def with_ones(masker: Masker, call: Call, args: Any, kwargs: Any) -> Any:
+    args, kwargs = filled(masker, call, args, kwargs, 1.0)
+    return call.op.func(*args, **kwargs)
+
+
+def kept_mean(x: Tensor, mask: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The mean over kept elements, and their number."""
+    count = mask.expand(x.shape).sum(dims, keepdim=True)
+    total = torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device)).sum(dims, keepdim=True)
+    return total / count.clamp(min=1), count
+
+
+def kept_variance(x: Tensor, mask: Tensor, dims: Sequence[int], correction: float) -> tuple[Tensor, Tensor]:
+    """The variance and mean over kept elements."""
+    mean, count = kept_mean(x, mask, dims)
+    squares = torch.where(mask, (x - mean).square(), torch.zeros((), dtype=x.dtype, device=x.device))
+    return squares.sum(dims, keepdim=True) / (count - correction).clamp(min=0), mean
+
+
+def squeezed(out: Tensor, dims: Sequence[int], keepdim: bool) -> Tensor:
+    return out if keepdim else out.squeeze(tuple(dims))
+
+
+@masked("mean", "nanmean")
+def mean(masker: Masker, call: Call, args: Any, kwargs: Any) -> Any:
+    x, mask = args[0], subject(masker, args[0])
+    dims = call.dims(call.get("dim"), x.dim())
+    return squeezed(kept_mean(x, mask, dims)[0], dims, bool(call.get("keepdim", False)))
+
+
+@masked("var", "std", "var_mean", "std_mean")
+def variance(masker: Masker, call: Call, args: Any, kwargs: Any) -> Any:
+    x, mask = args[0], subject(masker, args[0])
+    name = call.op.func._schema.name
+    dims = call.dims(call.get("dim"), x.dim())
+    correction = call.get("correction")
+    correction = (1 if call.get("unbiased", True) else 0) if correction is None else correction
+    var, average = kept_variance(x, mask, dims, correction)
+    first = var.sqrt() if "std" in name else var
+    keepdim = bool(call.get("keepdim", False))
+    out = squeezed(first, dims, keepdim)
+    return (out, squeezed(average, dims, keepdim)) if name.endswith("_mean") else out
+
+
+@masked("native_layer_norm", "_fused_rms_norm")
+def layer_norm(masker: Masker, call: Call, args: Any, kwargs: Any) -> Any:
+    x, mask = args[0], subject(masker, args[0])
+    dims = list(range(x.dim() - len(call["normalized_shape"]), x.dim()))
+    if "rms" in call.op.func._schema.name:
+        eps = call["eps"] if call["eps"] is not None else torch.finfo(x.dtype).eps
+        rstd = (kept_mean(x.square(), mask, dims)[0] + eps).rsqrt()
+        out = x * rstd
+        return (out if args[2] is None else out * args[2]), rstd
+    var, average = kept_variance(x, mask, dims, 0)
+    rstd = (var + call["eps"]).rsqrt()
+    out = (x - average) * rstd
+    weight, bias = (args[2] if len(args) > 2 else None), (args[3] if len(args) > 3 else None)
+    out = out if weight is None else out * weight
+    return (out if bias is None else out + bias), average, rstd
+
+
+@masked("native_group_norm")
+def group_norm(masker: Masker, call: Call, args: Any, kwargs: Any) -> Any:
+    x, mask = args[0], subject(masker, args[0])
+    groups = call["group"]
+    shape = (x.shape[0], groups, -1, *x.shape[2:])
+    grouped, kept = x.reshape(shape), mask.expand(x.shape).reshape(shape)
+    dims = list(range(2, grouped.dim()))
+    var, average = kept_variance(grouped, kept, dims, 0)
+    rstd = (var + call["eps"]).rsqrt()
+    out = ((grouped - average) * rstd).reshape(x.shape)
+    affine = (1, -1, *[1] * (x.dim() - 2))
+    weight, bias = args[1], args[2]
+    out = out if weight is None else out * weight.reshape(affine)
+    out = out if bias is None else out + bias.reshape(affine)
+    return out, average.flatten(1), rstd.flatten(1)
+
+
+def subject(masker: Masker, x: Tensor) -> Tensor:
+    mask = masker.mask(masker.ref(x))
+    return (torch.ones((1,) * x.dim(), dtype=torch.bool) if mask is None else mask).to(x.device)
+
+
+@masked("_weight_norm_interface")
+def weight_norm(masker: Masker, call: Call, args: Any, kwargs: Any) -> Any:
+    """Zeros add nothing to a norm; a removed row's own norm is zero and must not divide."""
+    v, g = args[0], args[1]
+    dims = [d for d in range(v.dim()) if d != call.get("dim", 0)]
+    mask = masker.mask(masker.ref(v))
+    v = v if mask is None else v.masked_fill(~mask.to(v.device), 0.0)
+    norm = v.square().sum(dims, keepdim=True).sqrt()
+    return v * (g / norm.masked_fill(norm == 0, 1.0)), norm
+
+
+def masked_copy(model: Any, leaves: Mapping[str, Labels], kept: Tensor) -> Any:
+    """A copy of the model, in evaluation mode, whose removed parameter and buffer elements are zero."""
+    from fxprune.passes.tree import copy_tree, named_tensors
+
+    swap: dict[int, Tensor] = {}
+    with torch.no_grad():
+        for name, tensor in named_tensors(model):
+            labels = leaves.get(name, ())
+            mask = lut(labels, tensor.shape, kept)
+            new = tensor.detach()
+            if not bool(mask.all()) and (new.is_floating_point() or new.is_complex()):
+                new = new.masked_fill(~mask.to(new.device), 0.0)
+            swap[id(tensor)] = torch.nn.Parameter(new, False) if isinstance(tensor, torch.nn.Parameter) else new.clone()
+    return copy_tree(model, swap).eval()
+
+
+def masked_outputs(
+    model: Any, leaves: Mapping[str, Labels], kept: Tensor, heads: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """What the masked original returns."""
+    from fxprune.passes.trace import visible
+    from fxprune.passes.tree import named_tensors
+
+    reference = masked_copy(model, leaves, kept)
+    masker = Masker({id(t): n for n, t in named_tensors(reference)}, leaves, kept, heads)
+    with torch.no_grad(), visible():
+        for tensor in collect((args, kwargs), Tensor):
+            masker.add(tensor, from_input=True)
+        with masker:
+            return reference(*args, **kwargs)
+
+
+def relative_error(reference: Tensor, result: Tensor) -> float:
+    """The largest difference, relative to the largest reference value; infinite where shapes or NaNs differ."""
+    if reference.shape != result.shape:
+        return math.inf
+    if not reference.numel():
+        return 0.0
+    if not (reference.is_floating_point() or reference.is_complex()):
+        return 0.0 if torch.equal(reference, result) else math.inf
+    a, b = reference.detach(), result.detach()
+    same = (a == b) | (a.isnan() & b.isnan())
+    if bool(same.all()):
+        return 0.0
+    worst = float((a - b).abs().masked_fill(same, 0).max())
+    finite = a.abs()[a.isfinite()]
+    scale = float(finite.max()) if finite.numel() else 1.0
+    return worst / max(scale, 1e-30) if math.isfinite(worst) else math.inf
