@@ -24,6 +24,8 @@ from fxprune.passes.tree import named_tensors, private_copy
 from fxprune.plan import Plan
 from fxprune.verification import Verification, compare
 
+import os
+DEBUG = os.environ.get('FXD')
 Ratio = float | Mapping[str, float]
 Freeze = str | nn.Module | Sequence[str | nn.Module]
 Attention = Literal["heads", "dims"]
@@ -221,6 +223,7 @@ def selected(model: nn.Module, solution: Solution, ratio: Ratio, criterion: str,
             activations_are_rectangles(solution, kept)
             return kept
         except NotARectangle as error:
+            if DEBUG: import traceback; traceback.print_exc(limit=3)
             removed[unit[error.labels.numpy()]] = False
     raise AssertionError("restoring units always ends in a rectangle")
 

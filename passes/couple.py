@@ -61,9 +61,11 @@ def solve(captures: Sequence[Capture], *, heads: bool, keep: Mapping[str, str] |
     """
     rules.load()
     leaves, size = leaf_labels(captures)
-    ties, values = read(captures, leaves, size, heads)
-    if any(len(e.labels[0]) > 1 for e in ties.coarse):
-        leaves = by_head(leaves, ties)
+    seeking = heads and any(has_heads(c) for c in captures)
+    ties, values = read(captures, leaves, size, heads, seeking=seeking)
+    if seeking:
+        if any(len(e.labels[0]) > 1 for e in ties.coarse):
+            leaves = by_head(leaves, ties)
         ties, values = read(captures, leaves, size, heads)
     for name, reason in (keep or {}).items():
         for f in leaves.get(name, NONE):
@@ -73,6 +75,11 @@ def solve(captures: Sequence[Capture], *, heads: bool, keep: Mapping[str, str] |
     ties.product = [e for e in ties.product if e.node not in inside]
     ties.equal = [e for e in ties.equal if e.node not in inside]
     return close(list(captures), leaves, values, ties, regions)
+
+
+def has_heads(capture: Capture) -> bool:
+    """Whether the tape holds a product with batch dimensions at all."""
+    return any("bmm" in op.func._schema.name or "dot_product" in op.func._schema.name for op in capture.tape.ops)
 
 
 def number(capture: Capture, which: int, node: fx.Node) -> int:
@@ -138,10 +145,10 @@ def grouped_weights(capture: Capture) -> dict[str, int]:
 
 
 def read(
-    captures: Sequence[Capture], leaves: dict[str, Labels], size: int, heads: bool
+    captures: Sequence[Capture], leaves: dict[str, Labels], size: int, heads: bool, *, seeking: bool = False
 ) -> tuple[Ties, list[dict[int, Labels]]]:
     """Interpret every tape on labels."""
-    ties = Ties(size=size)
+    ties = Ties(size=size, seeking_heads=seeking)
     every = []
     for which, capture in enumerate(captures):
         tape = capture.tape

@@ -78,6 +78,10 @@ def collect(x: Any, kind: type | tuple[type, ...]) -> list[Any]:
 
 
 LARGEST_INDEX = 1 << 22
+# in-place ops that change a tensor's shape rather than its contents: the tensor becomes another value
+RESHAPING = frozenset(
+    f"aten::{name}" for name in "transpose_ t_ squeeze_ unsqueeze_ swapaxes_ swapdims_ as_strided_ resize_ set_".split()
+)
 
 
 class Recorder(TorchDispatchMode):
@@ -131,8 +135,10 @@ class Recorder(TorchDispatchMode):
         refs = collect((in_args, in_kwargs), Ref)
         from_input = any(values[r.id].from_input for r in refs)
 
+        name = getattr(getattr(func, "_schema", None), "name", "")
+
         def result(tensor: Tensor) -> Ref:
-            if self.has(tensor):  # in-place, or the argument itself
+            if self.has(tensor) and name not in RESHAPING:  # in-place, or the argument itself
                 ref = self.ref(tensor)
                 values[ref.id].from_input |= from_input
                 return ref

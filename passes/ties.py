@@ -51,6 +51,7 @@ class Ties:
     product: list[Event] = field(default_factory=list)
     node: int = -1
     size: int = 1
+    seeking_heads: bool = False
 
     def fresh(self, count: int) -> Tensor:
         """New labels, `count` of them."""

@@ -420,7 +420,6 @@ def visible() -> Iterator[None]:
     """Run attention and recurrent layers by ops that the dispatcher shows, instead of fused kernels."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
-    call = nn.RNNBase.__call__, nn.RNNCellBase.__call__
 
     def plain(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with plain_rnn(module):
@@ -430,7 +429,7 @@ def visible() -> Iterator[None]:
         nn.RNNBase.__call__ = nn.RNNCellBase.__call__ = plain  # type: ignore[method-assign, assignment]
         yield
     finally:
-        nn.RNNBase.__call__, nn.RNNCellBase.__call__ = call  # type: ignore[method-assign]
+        del nn.RNNBase.__call__, nn.RNNCellBase.__call__  # back to that of nn.Module
         torch.backends.mha.set_fastpath_enabled(fast)
 
 

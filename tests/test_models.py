@@ -13,6 +13,7 @@ import timm
 import torch
 import torchvision
 import torchvision.models.quantization as quantizable
+from torch import nn
 from torchvision.models import MaxVit, SwinTransformer, VisionTransformer, swin_transformer
 
 import fxprune
@@ -46,6 +47,15 @@ def swin(**options):
     ), 64
 
 
+def vgg():
+    """A vgg11_bn whose two wide layers, nine tenths of its parameters, are narrow."""
+    model = torchvision.models.vgg11_bn(weights=None, num_classes=20)
+    flat = model.classifier[0].in_features
+    model.classifier[0], model.classifier[3] = nn.Linear(flat, 128), nn.Linear(128, 128)
+    model.classifier[6] = nn.Linear(128, 20)
+    return model
+
+
 def vit():
     return VisionTransformer(
         image_size=64,
@@ -76,7 +86,7 @@ AUXILIARY = {"aux_logits": True, "init_weights": False}
 # name -> (build, image size); the size is the smallest at which every pooling still sees more than one pixel.
 TORCHVISION = {
     "alexnet": named("alexnet", 96),
-    "vgg11_bn": named("vgg11_bn", 32),
+    "vgg": (vgg, 32),
     "resnet18": named("resnet18"),
     "resnet50": named("resnet50"),
     "resnext50_32x4d": named("resnext50_32x4d"),

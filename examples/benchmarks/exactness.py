@@ -109,7 +109,7 @@ def examine(network: nn.Module, images: Tensor, ratio: float, tolerance: float) 
         "params_after": count_parameters(pruned),
         "in_prunable": sum(sizes.get(name, 0) for name in prunable) / sum(sizes.values()),
         "error": float(found.error),
-        "compared": str(found.compared),
+        "compared": list(found.compared),
         "prune_s": seconds,
         "capture": str(pruned.meta.get("capture", "")),
         "frozen": [f"{f.name}: {f.frozen}" for f in frozen[:3]],

@@ -133,7 +133,21 @@ def along_dims(call: Call) -> Labels:
     return tuple(result)
 
 
-@rule("aten::diagonal", "aten::unfold", "aten::as_strided", "aten::pixel_unshuffle", "aten::pixel_shuffle", "aten::tril")
+@rule("aten::as_strided")
+def as_strided(call: Call) -> Labels:
+    """The same elements in the same places, or anything at all: only the first is followed."""
+    shape, strides = call.shape(call.first), call["stride"]
+    contiguous = torch.empty(shape, device="meta").stride()
+    last = torch.empty(shape, device="meta").to(memory_format=torch.channels_last).stride() if len(shape) == 4 else contiguous
+    real = [d for d, n in enumerate(shape) if n > 1]
+    for expected in (contiguous, last):
+        if tuple(call["size"]) == shape and all(strides[d] == expected[d] for d in real) and not call.get("storage_offset"):
+            return call.labels(call.first)
+    call.freeze(call.labels(call.first), "is read by strides")
+    return NONE
+
+
+@rule("aten::diagonal", "aten::unfold", "aten::pixel_unshuffle", "aten::pixel_shuffle", "aten::tril")
 @rule("aten::triu", "aten::diag_embed")
 def by_running(call: Call) -> Labels:
     """Any other index map: expand the factor to the tensor's full size and run the op on it."""

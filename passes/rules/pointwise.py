@@ -76,6 +76,9 @@ def unify(call: Call, a: Labels, a_shape: Sequence[int], b: Labels, b_shape: Seq
             call.ties.freeze(f.labels, KEPT_WHOLE)
             continue
         call.ties.tie(f.labels, g.labels, broadcast=True)
+        if call.ties.seeking_heads:  # the wider one still tells heads apart
+            result.append(f if len(f.nest) > len(g.nest) else g)
+            continue
         narrow = g.labels
         for d in g.dims - shared:
             narrow = narrow.narrow(d, 0, 1)
@@ -95,7 +98,7 @@ def lone(call: Call, mine: list[Factor], theirs: list[Factor], taken: set[int], 
         minor = f.nest[-1]
         if shape[minor] > 1 or f.dims & taken:
             call.ties.freeze(f.labels, KEPT_WHOLE)
-        else:
+        if shape[minor] == 1 or call.ties.seeking_heads:
             passed.append(f)
     return passed
 

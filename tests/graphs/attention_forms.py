@@ -138,9 +138,9 @@ def attention_over_channels():
     return packed(forward, temperature=parameter(4, 1, 1))
 
 
-@graph(targets=SPLIT, heads=HINTS, min_removed=0.4)
+@graph(stats=True, targets=SPLIT, heads=HINTS, min_removed=0.4)
 def attention_with_memory_tokens():
-    """Learned keys and values beside the computed ones."""
+    """Learned keys and values beside the computed ones; they may go too, and the softmax sees them."""
 
     def forward(self, x):
         b = x.shape[0]

@@ -215,8 +215,10 @@ def mixture_of_stacked_experts():
     ), features()
 
 
-@graph(targets=("stem.weight", "one", "two"), min_removed=0.4)
+@graph(stats=True, targets=("stem.weight", "one", "two"), min_removed=0.4)
 def mixture_of_batched_experts():
+    """Whole experts may go as well, and the softmax over them is a statistic."""
+
     def forward(self, x):
         x = self.stem(x).relu()
         choice = self.route(x).softmax(-1)

@@ -38,7 +38,6 @@ def scaled(statistic):
 @graph(
     "mean_by_size_over_channels",
     args=(lambda x: x.sum(1, keepdim=True) / x.shape[1],),
-    stats=True,
     targets=AB,
 )
 def statistic_over_channels(statistic):

@@ -1,0 +1,177 @@
+"""Verification can fail: correct results are broken on purpose, one thing at a time, and each is caught."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from graphs import GRAPHS
+from graphs.registry import conv, image, linear, net, randomise
+from oracle import run
+from torch import Tensor, fx, nn
+
+import fxprune
+
+CAUGHT = 1e-3
+
+
+def conv_norm_conv_flatten() -> tuple[nn.Module, Tensor]:
+    def forward(self, x):
+        x = self.b(self.norm(self.a(x)).relu()).relu()
+        return self.head(x.flatten(1))
+
+    layers = {"a": conv(3, 12), "norm": nn.BatchNorm2d(12), "b": conv(12, 7)}
+    model = net(forward, **layers, head=linear(420, 5)).double().eval()
+    randomise(model)
+    return model, image()
+
+
+def pruned_correctly(model: nn.Module, inputs: Any) -> fx.GraphModule:
+    """The pruned model, which is right to begin with: otherwise nothing here would be worth anything."""
+    pruned = fxprune.prune(model, 0.5, example_inputs=inputs, verify=False)
+    assert fxprune.verify(model, pruned, inputs).ok
+    return pruned
+
+
+def check_caught(model: nn.Module, pruned: fx.GraphModule, inputs: Any) -> None:
+    verification = fxprune.verify(model, pruned, inputs)
+    assert verification.error > CAUGHT
+    assert not verification.ok
+
+
+def cut(model: nn.Module, pruned: fx.GraphModule, name: str, dim: int = 0) -> tuple[list[int], list[int]]:
+    """The kept and the removed indices of one dimension, as the plan has them."""
+    kept = fxprune.plan_of(pruned).masks(model)[name].movedim(dim, 0).unsqueeze(-1).flatten(1).any(1)
+    return kept.nonzero().flatten().tolist(), (~kept).nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "dim", "block"),
+    [
+        ("a.weight", 0, 1),
+        ("b.weight", 0, 1),
+        ("b.weight", 1, 1),
+        ("head.weight", 1, 60),
+    ],
+)
+def test_one_wrong_index(name: str, dim: int, block: int) -> None:
+    """The second kept channel holds the values of one that was removed; behind a flatten, all its sixty."""
+    model, inputs = conv_norm_conv_flatten()
+    pruned = pruned_correctly(model, inputs)
+    wrong = model.get_parameter(name)
+    for d in range(wrong.ndim):
+        kept, removed = cut(model, pruned, name, d)
+        if d == dim:
+            kept[block : 2 * block] = removed[:block]
+        wrong = wrong.index_select(d, torch.tensor(kept))
+    with torch.no_grad():
+        pruned.get_parameter(name).copy_(wrong)
+    check_caught(model, pruned, inputs)
+
+
+@pytest.mark.parametrize("name", ["a.bias", "norm.weight", "norm.bias", "b.bias"])
+def test_one_wrong_index_of_a_vector(name: str) -> None:
+    model, inputs = conv_norm_conv_flatten()
+    pruned = pruned_correctly(model, inputs)
+    _, removed = cut(model, pruned, name)
+    with torch.no_grad():
+        pruned.get_parameter(name)[1] = model.get_parameter(name)[removed[0]]
+    check_caught(model, pruned, inputs)
+
+
+@pytest.mark.parametrize("name", ["norm.running_mean", "norm.running_var"])
+@pytest.mark.parametrize("wrong", ["the first ones", "the removed ones", "reversed"])
+def test_one_forgotten_buffer(name: str, wrong: str) -> None:
+    """A buffer has the right size, but was cut somewhere else."""
+    model, inputs = conv_norm_conv_flatten()
+    pruned = pruned_correctly(model, inputs)
+    kept, removed = cut(model, pruned, name)
+    first = list(range(len(kept)))
+    assert kept != first, "the first channels are the kept ones, so this would break nothing"
+    indices = {"the first ones": first, "the removed ones": removed[: len(kept)], "reversed": kept[::-1]}
+    with torch.no_grad():
+        pruned.get_buffer(name).copy_(model.get_buffer(name)[indices[wrong]])
+    check_caught(model, pruned, inputs)
+
+
+def shift_slices(node: fx.Node) -> bool:
+    """Move both ends of a channel slice by one."""
+
+    def shifted(value: Any) -> Any:
+        if isinstance(value, slice) and isinstance(value.start, int) and isinstance(value.stop, int):
+            return slice(value.start + 1, value.stop + 1, value.step)
+        return value
+
+    before = node.args
+    if "getitem" in node.name:
+        node.args = (node.args[0], tuple(shifted(part) for part in node.args[1]))
+    return node.args != before
+
+
+def swap_head_count_and_size(node: fx.Node) -> bool:
+    """Heads of two instead of two heads."""
+    found = node.op == "call_method" and node.target in ("view", "reshape") and len(node.args) == 6
+    if found:
+        *others, heads, size = node.args
+        node.args = (*others, size, heads)
+    return found
+
+
+def forget_scale(node: fx.Node) -> bool:
+    """Let the fused kernel take the scale from the pruned size."""
+    found = "scale" in node.kwargs
+    if found:
+        node.kwargs = {key: value for key, value in node.kwargs.items() if key != "scale"}
+    return found
+
+
+def take_chunks_in_other_order(node: fx.Node) -> bool:
+    """The first piece for the second and the other way round; both have one size."""
+    if "getitem" in node.name and node.args[1] in (0, 1):
+        node.args = (node.args[0], 1 - node.args[1])
+        return True
+    return False
+
+
+def divide_by_the_new_size(node: fx.Node) -> bool:
+    """Half as many channels are left, but the fourteen by which their sum is divided is no size to follow."""
+    found = node.name.startswith(("truediv", "div"))
+    if found:
+        node.args = (node.args[0], 7)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "edit"),
+    [
+        ("slice_negative", shift_slices),
+        ("attention_packed", swap_head_count_and_size),
+        ("attention_single_head_fused", forget_scale),
+        ("cat_then_slice_across", shift_slices),
+        ("geglu_module", take_chunks_in_other_order),
+        ("mean_by_size_over_channels", divide_by_the_new_size),
+    ],
+)
+def test_one_stale_constant(name: str, edit: Callable[[fx.Node], bool]) -> None:
+    """A literal in the program is wrong in a way that still runs."""
+    model, inputs = GRAPHS[name].make()
+    pruned = pruned_correctly(model, inputs)
+    edited = [node.name for node in pruned.graph.nodes if edit(node)]
+    assert edited, f"nothing to edit in\n{pruned.code}"
+    pruned.recompile()
+    run(pruned, inputs)
+    check_caught(model, pruned, inputs)
+
+
+@pytest.mark.parametrize("name", ["index_by_buffer", "index_by_list", "channel_shuffle_view"])
+def test_one_stale_index(name: str) -> None:
+    """An index that the pruned program holds as a constant points elsewhere."""
+    model, inputs = GRAPHS[name].make()
+    pruned = pruned_correctly(model, inputs)
+    indices = [value for value in pruned.buffers() if value.dtype == torch.long and value.ndim]
+    assert indices, f"no index in\n{pruned.code}"
+    for index in indices:
+        index.copy_(index.flip(0))
+    check_caught(model, pruned, inputs)
