@@ -20,7 +20,7 @@ def main() -> dict[str, float]:
     model = VisionTransformer(
         image_size=64, patch_size=16, num_layers=3, num_heads=6, hidden_dim=192, mlp_dim=768, num_classes=10
     ).eval()
-    torch.nn.init.normal_(model.heads.head.weight, std=0.1)  # it starts at zero, and every output would be zero
+    torch.nn.init.normal_(model.heads.head.weight, std=0.1)  # born zero, as would every output be
     images = torch.randn(2, 3, 64, 64)
     before = count_parameters(model)
     print(f"original   {before:>9,} parameters, 6 heads of 32 in each of 3 layers")

@@ -222,8 +222,12 @@ def close(
     regions: list[dict[fx.Node, fx.Node]],
 ) -> Solution:
     """Solve all ties at once and mark the classes that something freezes."""
-    pairs: list[Pair] = ties.pairs + chained(ties.coarse) + chained(ties.product, columns=True)
+    pairs: list[Pair] = ties.pairs + chained(ties.coarse)
     part, stopped = components(ties.size, pairs)
+    # rows that go whole need not agree in their columns
+    uneven = [e for e in ties.product if not whole_rows(part[e.labels.numpy()])]
+    if uneven:
+        part, stopped = components(ties.size, pairs + chained(uneven, columns=True))
     smallest = np.full(part.max() + 1, ties.size, np.int64)
     np.minimum.at(smallest, part, np.arange(ties.size))
     unit = smallest[part]
@@ -251,9 +255,14 @@ def distinct(matrices: list[np.ndarray]) -> list[np.ndarray]:
     seen: dict[bytes, np.ndarray] = {}
     for m in matrices:
         m = np.unique(m, axis=0) if m.shape[0] > 1 else m
-        if m.shape[0] > 1:
+        if m.shape[0] > 1 and not whole_rows(m):
             seen.setdefault(bytes(str(m.shape), "ascii") + m.tobytes(), m)
     return list(seen.values())
+
+
+def whole_rows(classes: np.ndarray) -> bool:
+    """Whether every row is one class, so that it stays or goes as a whole."""
+    return bool((classes == classes[:, :1]).all())
 
 
 def place(captures: list[Capture], node: int) -> str:

@@ -168,6 +168,10 @@ class Rewriter:
             return self.graph.call_function(operator.floordiv, (scaled, ratio.denominator))
         return self.graph.call_function(operator.mul, (self.new[given], original / now))
 
+    def number_of(self, given: Any) -> Any:
+        """The original value of a number that may be computed in the graph."""
+        return self.capture.results[given] if isinstance(given, fx.Node) else given
+
     def argument(self, x: Any) -> Any:
         """An argument that holds no sizes, carried over."""
         return map_tensors(x, lambda n: self.number(n) if isinstance(self.result(n), Number) else self.new[n], fx.Node)

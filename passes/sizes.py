@@ -317,18 +317,25 @@ def groups_left(r: Rewriter, ref: Ref, dim: int, groups: int) -> int:
 
 @handles("group_norm")
 def group_norm(r: Rewriter, node: fx.Node) -> fx.Node | None:
-    groups = argument(node, 1, "num_groups")
-    return with_argument(r, node, 1, "num_groups", groups_left(r, r.result(node.args[0]), 1, groups))
+    given = argument(node, 1, "num_groups")
+    return with_argument(r, node, 1, "num_groups", r.size(given, groups_left(r, r.result(node.args[0]), 1, r.number_of(given))))
+
+
+def channel_dim(r: Rewriter, node: fx.Node) -> int:
+    """The channel dimension of a convolution's input, which may come without a batch."""
+    return len(r.before(r.result(node.args[0]))) - len(r.before(r.result(argument(node, 1, "weight")))) + 1
 
 
 @handles("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 def conv_groups(r: Rewriter, node: fx.Node) -> fx.Node | None:
     name = node.target if isinstance(node.target, str) else node.target.__name__
     at = 7 if "transpose" in name else 6
-    groups = argument(node, at, "groups", 1)
+    given = argument(node, at, "groups", 1)
+    groups = r.number_of(given)
     if groups == 1:
         return None
-    return with_argument(r, node, at, "groups", groups_left(r, r.result(node.args[0]), 1, groups))
+    left = groups_left(r, r.result(node.args[0]), channel_dim(r, node), groups)
+    return with_argument(r, node, at, "groups", r.size(given, left))
 
 
 @handles("scaled_dot_product_attention")

@@ -107,10 +107,14 @@ FACT_METHODS = frozenset(
     " is_signed is_inference is_conj is_neg".split()
 )
 VALUE_METHODS = frozenset("item tolist numpy __array__ data_ptr".split())
+PLAIN_MODULES = ("_operator", "builtins", "math")  # their functions make no tensors of their own
 PLAIN = frozenset({bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format})
 FACTORIES = (
     "zeros ones full empty arange linspace logspace eye rand randn randint randperm tensor as_tensor range"
     " tril_indices triu_indices hann_window"
+    # overloads with a leading Scalar take anything that says it is a Tensor for one, and read its memory
+    " where pow float_power remainder isin xlogy bitwise_and bitwise_or bitwise_xor bitwise_left_shift"
+    " bitwise_right_shift result_type"
 ).split()
 
 
@@ -180,7 +184,8 @@ class ValueTracer(fx.Tracer):
         try:
             if node.op == "get_attr":
                 return fetch(self.root, str(node.target))
-            with self.recorder if has_tensor((args, kwargs)) or node.op == "call_module" else contextlib.nullcontext():
+            plain = getattr(node.target, "__module__", None) in PLAIN_MODULES
+            with contextlib.nullcontext() if plain and not has_tensor((args, kwargs)) else self.recorder:
                 if node.op == "call_function":
                     value = node.target(*args, **kwargs)  # type: ignore[operator]
                 elif node.op == "call_method":

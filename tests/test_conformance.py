@@ -30,8 +30,8 @@ def shrunk(pruned: nn.Module, name: str) -> Tensor:
     found = dict(pruned.named_parameters(remove_duplicate=False)) | dict(
         pruned.named_buffers(remove_duplicate=False)
     )
-    matches = [value for key, value in found.items() if key == name or key.endswith(f".{name}")]
-    assert matches, f"{name} is not in the pruned model, which has {sorted(found)}"
+    matches = [found[name]] if name in found else [v for key, v in found.items() if key.endswith(f".{name}")]
+    assert len(matches) == 1, f"{name} is not in the pruned model, which has {sorted(found)}"
     return matches[0]
 
 

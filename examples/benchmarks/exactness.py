@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from models import SUITES, build, full_name, randomise
+from models import SUITES, build, double_throughout, full_name, randomise
 from sweep import Row, limit_memory, machine, markdown_table, one_line, read_rows, sweep
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
@@ -84,7 +84,8 @@ def measure(model: str, ratio: float) -> Row:
     randomise(network, images)
     row["forward_s"] = time_forward(network, images)
     try:
-        return row | examine(network, images, ratio, TOLERANCES[row["dtype"]])
+        with double_throughout(model):
+            return row | examine(network, images, ratio, TOLERANCES[row["dtype"]])
     except Exception as error:
         return row | {"status": "failed", "reason": one_line(error)}
 

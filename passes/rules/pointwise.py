@@ -96,7 +96,7 @@ def lone(call: Call, mine: list[Factor], theirs: list[Factor], taken: set[int], 
         if any(f.dims & g.dims for g in theirs):
             continue
         minor = f.nest[-1]
-        if shape[minor] > 1 or f.dims & taken:
+        if shape[minor] > 1 or minor in taken:
             call.ties.freeze(f.labels, KEPT_WHOLE)
         if shape[minor] == 1 or call.ties.seeking_heads:
             passed.append(f)

@@ -174,12 +174,14 @@ def spatial_gating_unit():
     return net(forward, a=linear(10, 28), mix=linear(7, 7), b=linear(14, 20), head=linear(20, 5)), tokens()
 
 
-@graph(stats=True, targets=("a.weight", "head.weight"), min_removed=0.4)
+@graph(stats=True, targets=("a.weight",))
 def maxout():
-    def forward(self, x):
-        return self.head(self.a(x).view(*x.shape[:2], 12, 3).amax(-1))
+    """Whole outputs may go, or some of the four that each is the largest of."""
 
-    return net(forward, a=linear(10, 36), head=linear(12, 5)), tokens()
+    def forward(self, x):
+        return self.head(self.a(x).view(*x.shape[:2], 12, 4).amax(-1))
+
+    return net(forward, a=linear(10, 48), head=linear(12, 5)), tokens()
 
 
 @graph(targets=("a.weight", "b.weight", "head.weight"), min_removed=0.4)
