@@ -275,8 +275,9 @@ def kept_by(plan: Plan, solution: Solution) -> Tensor:
     """Which labels a plan keeps; raises PruneError where it does not fit the model's coupling."""
     removed = np.zeros(len(solution.unit), bool)
     unit = solution.unit.numpy()
+    shapes = {v.name: v.shape for c in solution.captures for v in c.tape.values if v.name is not None}
     for name, made in plan.keep.items():
-        shape = plan.shapes[name]
+        shape = shapes.get(name, plan.shapes.get(name, ()))
         for cut in made:
             mask = torch.zeros([shape[d] for d in cut.dims], dtype=torch.bool)
             mask.view(-1)[cut.keep] = True

@@ -39,6 +39,7 @@ class Solution:
         reasons: sentences; `places` the graph nodes they arose at.
         equal: matrices of classes whose rows must keep equally many entries.
         regions: nodes replaced by one gather, so that what they pass through need not be a rectangle.
+        pairs: the ties that were solved, as the rules reported them.
     """
 
     captures: list[Capture]
@@ -49,6 +50,7 @@ class Solution:
     reasons: list[str]
     equal: list[np.ndarray]
     regions: list[dict[fx.Node, fx.Node]]
+    pairs: list[Pair]
 
 
 def solve(captures: Sequence[Capture], *, heads: bool, keep: Mapping[str, str] | None = None) -> Solution:
@@ -227,7 +229,8 @@ def close(
     # rows that go whole need not agree in their columns
     uneven = [e for e in ties.product if not whole_rows(part[e.labels.numpy()])]
     if uneven:
-        part, stopped = components(ties.size, pairs + chained(uneven, columns=True))
+        pairs = pairs + chained(uneven, columns=True)
+        part, stopped = components(ties.size, pairs)
     smallest = np.full(part.max() + 1, ties.size, np.int64)
     np.minimum.at(smallest, part, np.arange(ties.size))
     unit = smallest[part]
@@ -247,7 +250,7 @@ def close(
     if not reasons:
         reasons.append("is never removed")
     equal = distinct([unit[e.labels.numpy()] for e in ties.equal])
-    return Solution(captures, leaves, values, torch.from_numpy(unit), frozen, reasons, equal, regions)
+    return Solution(captures, leaves, values, torch.from_numpy(unit), frozen, reasons, equal, regions, pairs)
 
 
 def distinct(matrices: list[np.ndarray]) -> list[np.ndarray]:

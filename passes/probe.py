@@ -67,18 +67,21 @@ def dependence(run: Callable[..., Any], shapes: list[tuple[int, ...]], outs: lis
     results = list(results) if isinstance(results, tuple | list) else [results]
     if any(not isinstance(r, Tensor) or not r.requires_grad for r in results):
         return None
-    kinds: Kinds = []
-    for result in results:
-        seen: list[list[set[str]]] = [[set() for _ in s] for s in shapes]
-        for seed in range(4):
-            picker = torch.Generator().manual_seed(seed)
-            at = tuple(int(torch.randint(n, (1,), generator=picker)) for n in result.shape)
-            grads = torch.autograd.grad(result[at], values, retain_graph=True, allow_unused=True)
-            for i, g in enumerate(grads):
-                for d in range(len(shapes[i])):
-                    seen[i][d].add(kind(g, d, at, tuple(result.shape)))
-        kinds.append([[s.pop() if len(s) == 1 else "other" for s in dims] for dims in seen])
-    return kinds
+    with torch.enable_grad():
+        return [read_gradients(result, values, shapes) for result in results]
+
+
+def read_gradients(result: Tensor, values: list[Tensor], shapes: list[tuple[int, ...]]) -> list[list[str]]:
+    """For each input and input dimension, how one output depends on it, judged from a few seeded output elements."""
+    seen: list[list[set[str]]] = [[set() for _ in s] for s in shapes]
+    for seed in range(4):
+        picker = torch.Generator().manual_seed(seed)
+        at = tuple(int(torch.randint(n, (1,), generator=picker)) for n in result.shape)
+        grads = torch.autograd.grad(result[at], values, retain_graph=True, allow_unused=True)
+        for i, g in enumerate(grads):
+            for d in range(len(shapes[i])):
+                seen[i][d].add(kind(g, d, at, tuple(result.shape)))
+    return [[s.pop() if len(s) == 1 else "other" for s in dims] for dims in seen]
 
 
 def kind(gradient: Tensor | None, dim: int, at: tuple[int, ...], out: tuple[int, ...]) -> str:

@@ -80,6 +80,15 @@ def created(r: Rewriter, node: fx.Node) -> fx.Node | None:
     return r.emit(node, (tuple(new),) if packed else tuple(new), rest)
 
 
+@handles("arange", "linspace", "logspace", "eye", "hann_window")
+def made_whole(r: Rewriter, node: fx.Node) -> fx.Node | None:
+    """Entries that differ by their place are made as in the original and then cut."""
+    whole = r.emit(node, r.argument(tuple(node.args)), r.argument(dict(node.kwargs)))
+    for cut in r.cuts(r.result(node)):
+        whole = r.graph.call_method("index_select", (whole, cut.dims[0], r.constant(cut.keep)))
+    return whole
+
+
 @handles("full", "new_full")
 def filled(r: Rewriter, node: fx.Node) -> fx.Node | None:
     at = 1 if node.op == "call_method" else 0
@@ -227,7 +236,8 @@ def mapped(r: Rewriter, source: Ref, target: Ref | None, dim: int, out: int, i: 
         data = data.nonzero().flatten()
     if target is not None and data.dim() == 1:
         data = data[r.positions(target, out)]
-    return r.constant(table[data % size])
+    places = table[data % size]
+    return r.constant(places if target is not None else places[places >= 0])
 
 
 @handles("index_select", "select", "narrow", "roll", "flip", "channel_shuffle", "native_channel_shuffle")
@@ -258,9 +268,13 @@ def along_one_dim(r: Rewriter, node: fx.Node) -> fx.Node | None:
     run = run_of(positions) if name == "narrow" else None
     if run is not None:
         return r.graph.call_method("narrow", (r.new[node.args[0]], dim, run.start, run.stop - run.start))  # type: ignore[index]
-    if len(dims) > 1:
-        raise NotImplementedError(f"{name} along several labelled dimensions")
-    return r.gather(node.args[0], dim, positions)  # type: ignore[arg-type]
+    made = r.gather(node.args[0], dim, positions)  # type: ignore[arg-type]
+    others = [i for i, d in enumerate(dims) if d != dim]
+    if name == "roll" and others:
+        shifts = argument(node, 1, "shifts")
+        rest = tuple(r.argument(shifts[i]) for i in others)
+        return r.graph.call_method("roll", (made, rest, tuple(dims[i] for i in others)))
+    return made
 
 
 def original_order(r: Rewriter, node: fx.Node, name: str, size: int, which: int) -> Tensor:

@@ -218,6 +218,11 @@ class ValueTracer(fx.Tracer):
                 setattr(self.root, name, a)
                 self.names[id(a)] = name
             return self.attribute(name, a).node
+        if isinstance(a, tuple) and hasattr(a, "_fields"):
+            node = self.create_node("call_function", type(a), tuple(self.create_arg(v) for v in a), {})
+            self.results[node] = map_tensors(unwrap(tuple(a)), self.recorder.ref)
+            self.depends[node] = any(self.depends[n] for n in node.all_input_nodes)
+            return node
         if a is None or type(a) in PLAIN:
             return a
         if type(a) is tuple or isinstance(a, torch.Size):
@@ -278,6 +283,8 @@ class ValueTracer(fx.Tracer):
         if name == "__get__":
             owner: Any = method.__self__  # type: ignore[attr-defined]
             return self.read_attribute(args[0], owner.__name__) if type(args[0]) is ValueProxy else NotImplemented
+        if name in FACT_METHODS:
+            return method(*unwrap(args), **unwrap(kwargs))
         if torch.overrides.is_tensor_method_or_property(method):
             return self.create_proxy("call_method", name, args, kwargs)
         return self.create_proxy("call_function", method, args, kwargs)
@@ -420,6 +427,17 @@ def plain_rnn(module: nn.Module) -> Any:
     return contextlib.nullcontext()
 
 
+def named_apply(cls: type) -> Callable[..., Any]:
+    """A custom autograd function's `apply` under a name that generated code can refer to."""
+
+    def applied(*args: Any) -> Any:
+        return cls.apply(*args)  # type: ignore[attr-defined]
+
+    applied.__name__ = applied.__qualname__ = f"{cls.__name__}_apply"
+    applied.__module__ = cls.__module__
+    return applied
+
+
 @contextlib.contextmanager
 def visible() -> Iterator[None]:
     """Run attention and recurrent layers by ops that the dispatcher shows, instead of fused kernels."""
@@ -460,7 +478,7 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
 
     def traced_apply(cls: type, *args: Any, **kwargs: Any) -> Any:
         if tracer.running is None and any(type(v) is ValueProxy for v in iterate((args, kwargs))):
-            return tracer.create_proxy("call_function", apply.__get__(None, cls), args, kwargs)
+            return tracer.create_proxy("call_function", named_apply(cls), args, kwargs)
         return apply.__get__(None, cls)(*args, **kwargs)
 
     def info(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -32,23 +32,20 @@ def named_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def copy_tree(root: nn.Module, swap: Mapping[int, Tensor]) -> Any:
     """A deep copy in which the tensors with the given identities are replaced; gradients are not copied.
 
-    Hooks stay behind, except those by which torch itself computes a parameter (weight and spectral normalisation).
+    Hooks are part of what a module computes (weight normalisation is one): the copy calls the same ones.
     """
     memo: dict[int, Any] = dict(swap)
     for module in root.modules():
-        for hooks in (module._forward_hooks, module._backward_hooks, module._backward_pre_hooks):
+        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks):
             if hooks:
-                memo[id(hooks)] = OrderedDict()
-        hooks = module._forward_pre_hooks
-        if hooks:
-            memo[id(hooks)] = OrderedDict((k, copy.deepcopy(h, memo)) for k, h in hooks.items() if is_torchs_own(h))
+                memo[id(hooks)] = OrderedDict(hooks)
     return copy.deepcopy(root, memo)
-
-
-def is_torchs_own(hook: Any) -> bool:
-    return str(getattr(type(hook), "__module__", "")).startswith("torch.nn.utils")
 
 
 def private_copy(root: nn.Module) -> Any:
     """A copy to trace: its parameters are the original's, everything that a forward might change is its own."""
-    return copy_tree(root, {id(p): p for p in root.parameters()})
+    swap: dict[int, Tensor] = {id(p): p for p in root.parameters()}
+    for _, tensor in named_tensors(root):
+        if not tensor.is_leaf:  # a parameter computed by a hook, left over from the last forward
+            swap[id(tensor)] = tensor.detach().clone()
+    return copy_tree(root, swap)

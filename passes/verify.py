@@ -218,6 +218,25 @@ def group_norm(masker: Masker, call: Call, args: Any, kwargs: Any) -> Any:
     return out, average.flatten(1), rstd.flatten(1)
 
 
+@masked("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit.no_stats")
+def batch_norm(masker: Masker, call: Call, args: Any, kwargs: Any) -> Any:
+    """Statistics of the batch are taken over kept positions; running ones are given."""
+    x = args[0]
+    mask = masker.mask(masker.ref(x))
+    positions = [d for d in range(x.dim()) if d != 1]
+    training = call.get("training", True)
+    if not training or mask is None or all(mask.shape[d] == 1 for d in positions):
+        return call.op.func(*args, **kwargs)
+    var, average = kept_variance(x, mask.to(x.device), positions, 0)
+    rstd = (var + call["eps"]).rsqrt()
+    out = (x - average) * rstd
+    affine = (1, -1, *[1] * (x.dim() - 2))
+    weight, bias = call.get("weight"), call.get("bias")
+    out = out if weight is None else out * args[1].reshape(affine)
+    out = out if bias is None else out + args[2].reshape(affine)
+    return out, average.flatten(), rstd.flatten()
+
+
 def subject(masker: Masker, x: Tensor) -> Tensor:
     mask = masker.mask(masker.ref(x))
     return (torch.ones((1,) * x.dim(), dtype=torch.bool) if mask is None else mask).to(x.device)

@@ -21,8 +21,14 @@ def uniform(call: Call) -> Labels:
     return tuple(call.fresh(n, d, len(shape)) for d, n in enumerate(shape) if n > 1)
 
 
-@rule("aten::arange", "aten::linspace", "aten::logspace", "aten::eye", "aten::randperm", "aten::tril_indices")
-@rule("aten::triu_indices", "aten::hann_window", "aten::_local_scalar_dense", "aten::_assert_async")
+@rule("aten::arange", "aten::linspace", "aten::logspace", "aten::eye", "aten::hann_window")
+def ramp(call: Call) -> Labels:
+    """Entries that differ, each by its place: the tensor is made whole and then cut."""
+    shape = call.shape(call.outputs[0])
+    return tuple(call.fresh(n, d, len(shape)) for d, n in enumerate(shape) if n > 1)
+
+
+@rule("aten::randperm", "aten::tril_indices", "aten::triu_indices", "aten::_local_scalar_dense", "aten::_assert_async")
 def distinct(call: Call) -> list[Labels]:
     """Entries that differ: none can go."""
     return [NONE] * len(call.outputs)

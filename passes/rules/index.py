@@ -34,6 +34,9 @@ def index(call: Call) -> Labels:
         exact = exact and data is not None
         contents.append(data.cpu() if data is not None else stand_in(call, i, is_mask))
         dim += width
+    for i in indices:
+        if i is not None:
+            call.freeze(call.labels(i), "holds indices")
     result: Labels = NONE
     for f in call.labels(x):
         touched = [d for d in indexed if d in f.dims]
@@ -85,6 +88,8 @@ def index_put(call: Call) -> Labels:
     """Rows are written where the indices say: the dimensions behind the indexed ones correspond from the right."""
     x, indices, values = call["self"], call["indices"], call["values"]
     shape = call.shape(x)
+    if all(i is None or call.data(i) is not None for i in indices):
+        return put_at_constants(call, x, indices, values)
     indexed = [d for d, i in enumerate(indices) if i is not None]
     if indexed != list(range(len(indexed))) or any(call.tape.values[i.id].dtype == torch.bool for i in indices if i):
         call.freeze(call.labels(x) + call.labels(values), COMPUTED)
@@ -98,6 +103,19 @@ def index_put(call: Call) -> Labels:
     tails = tuple(factor(f.labels.reshape(f.labels.shape[lead:])) for f in kept)
     unify(call, tail, shape[len(indexed) :], *align(tails, size[lead:], behind))
     return passed
+
+
+def put_at_constants(call: Call, x: Ref, indices: list[Ref | None], values: Ref) -> Labels:
+    """What is written is tied to the entries it replaces."""
+    contents = [None if i is None else call.data(i).cpu() for i in indices]  # type: ignore[union-attr]
+    shape = torch.ops.aten.index.Tensor(torch.empty(call.shape(x), device="cpu"), contents).shape
+    places: Labels = NONE
+    for f in call.labels(x):
+        full = fill(f, call.shape(x), [d for d, c in enumerate(contents) if c is not None])
+        g = factor(torch.ops.aten.index.Tensor(full, contents))
+        places += (g,) if g.nest else NONE
+    unify(call, places, shape, *align(call.labels(values), call.shape(values), len(shape)))
+    return call.labels(x)
 
 
 @rule("aten::scatter", "aten::scatter_add", "aten::scatter_reduce")

@@ -50,7 +50,9 @@ def join(call: Call, parts: Sequence[Labels], shapes: Sequence[Sequence[int]], d
         chosen = [pick(call, labels, other, dim) for labels in parts]
         if other and any(f is None for f in chosen):
             for f in chosen:
-                if f is not None:
+                if f is not None and call.ties.seeking_heads and dim not in f.dims:
+                    result += (f,)
+                elif f is not None:
                     call.ties.freeze(f.labels, "is joined along another dimension to a tensor that keeps all its channels")
             continue
         arrays = [lay_out(f, shape, dim, other) for f, shape in zip(chosen, shapes, strict=True)]

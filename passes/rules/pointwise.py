@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from fxprune.passes.labels import NONE, Factor, Labels, align, factor
 from fxprune.passes.rules import Call, rule
 
@@ -26,6 +28,13 @@ KEPT_WHOLE = "meets a tensor that keeps every index of that dimension"
     "aten::native_dropout",
     "aten::rrelu_with_noise",
     "aten::_prelu_kernel",
+    "aten::hardswish",
+    "aten::hardsigmoid",
+    "aten::softplus",
+    "aten::softshrink",
+    "aten::hardshrink",
+    "aten::celu",
+    "aten::log_sigmoid_forward",
     "aten::bernoulli",
     "aten::bernoulli_",
     "aten::fill",
@@ -60,7 +69,7 @@ def unify(call: Call, a: Labels, a_shape: Sequence[int], b: Labels, b_shape: Seq
     left, right = list(a), list(b)
     result: list[Factor] = []
     for f in a:
-        twin = next((g for g in right if g.dims == f.dims), None)
+        twin = counterpart(f, [g for g in right if g.dims == f.dims])
         if twin is not None:  # (1)
             left.remove(f)
             right.remove(twin)
@@ -101,6 +110,19 @@ def lone(call: Call, mine: list[Factor], theirs: list[Factor], taken: set[int], 
         if shape[minor] == 1 or call.ties.seeking_heads:
             passed.append(f)
     return passed
+
+
+def counterpart(f: Factor, candidates: list[Factor]) -> Factor | None:
+    """Of several factors over the same dimensions, the one whose labels correspond one to one."""
+    if len(candidates) < 2:
+        return candidates[0] if candidates else None
+
+    def blur(g: Factor) -> int:
+        a, b = torch.broadcast_tensors(f.labels, g.labels)
+        pairs = torch.stack([a.reshape(-1), b.reshape(-1)]).unique(dim=1).shape[1]
+        return 2 * pairs - len(f.labels.unique()) - len(g.labels.unique())
+
+    return min(candidates, key=blur)
 
 
 def match(call: Call, f: Factor, g: Factor) -> None:
