@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
+from fxprune.counting import elements
 from fxprune.passes.couple import Solution
 from fxprune.passes.families import Family
+
+if TYPE_CHECKING:
+    from rich.console import ConsoleOptions, RenderableType
+
+# What a layer holds for each of its channels: written as the layer and the dimension.
+OWN = frozenset({"weight", "bias", "running_mean", "running_var"})
+WIDTH = 110
+SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -22,7 +35,8 @@ class CoupledFamily:
         width: how many channels of its first member one unit takes up.
         members: (parameter or buffer, dimension) pairs it spans.
         frozen: the reason it is kept whole, or None.
-        parameters: how many parameter elements its units hold.
+        parameters: how many parameter elements go with its units. A weight belongs to the family of its outputs and to that
+            of its inputs, so the numbers of all families add up to more than the model's.
     """
 
     name: str
@@ -32,49 +46,142 @@ class CoupledFamily:
     frozen: str | None
     parameters: int
 
+    def __str__(self) -> str:
+        size = f"{self.name}: {counted(self.units, 'unit')} of {counted(self.width, 'channel')}"
+        return f"{size}, {counted(self.parameters, 'parameter')}" + (f"; it {self.frozen}" if self.frozen else "")
 
-class Coupling:
-    """Families of a model; printable, and exportable as JSON or as a graph."""
-
-    def __init__(self, model: str, found: list[Family], solution: Solution, tensors: dict[str, Tensor]) -> None:
-        self.model = model
-        self._found = found
-        self._solution = solution
-        self._tensors = tensors
-        self.families: tuple[CoupledFamily, ...] = tuple(
-            CoupledFamily(f.name, len(f.units), f.width, f.members, f.frozen, elements(f, solution, tensors)) for f in found
-        )
+    def spans(self, most: int | None = None) -> str:
+        """Its members as `layer:dimension`, the first `most` of them."""
+        short = list(dict.fromkeys(f"{place(name)}:{dim}" for name, dim in self.members))
+        hidden = len(short) - most if most is not None and len(short) > most + 1 else 0
+        return ", ".join(short[: len(short) - hidden]) + (f", and {hidden} more" if hidden else "")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready data."""
         return {
-            "model": self.model,
-            "families": [
-                {
-                    "name": f.name,
-                    "units": f.units,
-                    "width": f.width,
-                    "parameters": f.parameters,
-                    "frozen": f.frozen,
-                    "members": [list(m) for m in f.members],
-                }
-                for f in self.families
-            ],
+            "name": self.name,
+            "units": self.units,
+            "width": self.width,
+            "parameters": self.parameters,
+            "frozen": self.frozen,
+            "members": [list(m) for m in self.members],
         }
 
 
-def elements(family: Family, solution: Solution, tensors: dict[str, Tensor]) -> int:
-    """How many elements of the family's parameters go if all of its units do."""
-    unit = solution.unit.numpy()
-    mine = np.zeros(len(unit), bool)
-    mine[family.units] = True
-    total = 0
-    for name in dict.fromkeys(name for name, _ in family.members):
-        tensor = tensors.get(name)
-        if tensor is None or not tensor.is_floating_point():
-            continue
-        share = 1.0
-        for f in solution.leaves[name]:
-            share *= 1 - float(mine[unit[f.labels.numpy()]].mean())
-        total += round((1 - share) * tensor.numel())
-    return total
+class Coupling:
+    """Families of a model: printable, and exportable as JSON or as a graph.
+
+    >>> import torch, fxprune
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 2))
+    >>> found = fxprune.couple(net, torch.randn(1, 4))
+    >>> found
+    Coupling(Sequential: 1 prunable family of 6 units, 2 families kept whole)
+    >>> print(found.families[0])
+    0.weight:0: 6 units of 1 channel, 42 parameters
+    >>> found.families[0].members
+    (('0.weight', 0), ('0.bias', 0), ('2.weight', 1))
+
+    Attributes:
+        model: the name of its class.
+        families: in the order of the model's parameters.
+    """
+
+    def __init__(self, model: str, found: Sequence[Family], solution: Solution, tensors: Mapping[str, Tensor]) -> None:
+        self.model = model
+        self.families: tuple[CoupledFamily, ...] = tuple(
+            CoupledFamily(f.name, len(f.units), f.width, f.members, f.frozen, count)
+            for f, count in zip(found, elements(solution, found, tensors))
+        )
+        self._found = found
+        self._solution = solution
+
+    @property
+    def prunable(self) -> list[CoupledFamily]:
+        """The families that pruning may shrink, largest first."""
+        return largest_first(f for f in self.families if f.frozen is None)
+
+    @property
+    def frozen(self) -> list[CoupledFamily]:
+        """The families that stay whole, largest first."""
+        return largest_first(f for f in self.families if f.frozen is not None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready data: every family, in the order of the model's parameters."""
+        return {"model": self.model, "families": [f.to_dict() for f in self.families]}
+
+    def to_networkx(self) -> Any:
+        """A `networkx.Graph` whose connected components are the families.
+
+        Nodes are (tensor, dimension, position in `families`), with the attributes `tensor`, `dim`, `family` (its name),
+        `frozen` (the reason or None) and `indices`. Edges are what the rules tied, before anything was solved.
+        """
+        from fxprune.graph import coupling_graph
+
+        return coupling_graph(self._solution, self._found)
+
+    def __repr__(self) -> str:
+        return f"Coupling({self.headline()})"
+
+    def headline(self) -> str:
+        units = sum(f.units for f in self.prunable)
+        return (
+            f"{self.model}: {counted(len(self.prunable), 'prunable family')} of {counted(units, 'unit')}, "
+            f"{counted(len(self.frozen), 'family')} kept whole"
+        )
+
+    def tables(self) -> Iterator[RenderableType]:
+        """The headline, the prunable families and those kept whole, as rich renders them."""
+        yield self.headline()
+        if self.prunable:
+            yield ""
+            yield family_table(("prunable family", "spans"), self.prunable, [f.spans(SHOWN) for f in self.prunable])
+        if self.frozen:
+            yield ""
+            yield family_table(("kept whole", "because it"), self.frozen, [str(f.frozen) for f in self.frozen])
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        yield from self.tables()
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+
+def family_table(titles: tuple[str, str], found: Sequence[CoupledFamily], last: Sequence[str]) -> Table:
+    """A row for each family: its name, its size, and what the last column says of it."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column(titles[0], overflow="fold")
+    for title in ("units", "width", "parameters"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column(titles[1], overflow="fold")
+    for family, text in zip(found, last):
+        table.add_row(family.name, f"{family.units:,}", f"{family.width:,}", f"{family.parameters:,}", text)
+    return table
+
+
+def as_text(renderable: RenderableType, width: int = WIDTH) -> str:
+    """What rich shows of something, as plain text that is the same on every terminal."""
+    file = io.StringIO()
+    console = Console(file=file, width=width, color_system=None, highlight=False, markup=False, emoji=False)
+    console.print(renderable)
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines()).rstrip()
+
+
+def largest_first(families: Iterator[CoupledFamily]) -> list[CoupledFamily]:
+    return sorted(families, key=lambda f: -f.parameters)
+
+
+def place(tensor: str) -> str:
+    """The layer a tensor belongs to, or the tensor's own name if it is not one of a layer's usual ones."""
+    layer, _, name = tensor.rpartition(".")
+    return layer if layer and name in OWN else tensor
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and its noun.
+
+    >>> counted(1, "family"), counted(1200, "family")
+    ('1 family', '1,200 families')
+    """
+    if number != 1:
+        noun = noun[:-1] + "ies" if noun.endswith("y") else noun + "s"
+    return f"{number:,} {noun}"

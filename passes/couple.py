@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -160,7 +162,9 @@ def read(
         for op in tape.ops:
             if op.node in hidden:
                 continue
-            ties.node = which * SPAN + op.node
+            if ties.node != which * SPAN + op.node:
+                ties.node = which * SPAN + op.node
+                ties.maker = maker(capture, op.node)
             apply_rule(Call(op, tape, labels, ties, heads, uses))
         for index, node in hidden.items():
             ties.node = which * SPAN + index
@@ -191,13 +195,44 @@ def apply_rule(call: Call) -> None:
         call.known[ref.id] = labels
 
 
-def hide(capture: Capture, node: fx.Node, labels: dict[int, Labels], ties: Ties) -> None:
-    """A node whose results did not come out of the dispatcher: what went in stays."""
-    for source in node.all_input_nodes:
-        for ref in collect(capture.results.get(source), Ref):
-            for f in labels.get(ref.id, NONE):
-                ties.freeze(f.labels, "goes through code outside of torch")
+def maker(capture: Capture, index: int) -> str:
+    node = capture.node_at(index)
+    if node is None or node.op == "output":
+        return ""
+    if node.op == "call_module":
+        return "opaque" if str(node.target) in capture.opaque else "module"
+    return str(getattr(node.target, "__name__", node.target))
 
+
+def hide(capture: Capture, node: fx.Node, labels: dict[int, Labels], ties: Ties) -> None:
+    """A node whose results did not come out of the dispatcher: autograd says what it does, or what went in stays."""
+    call = Call(as_op(capture, node), capture.tape, labels, ties, False, set())
+    for ref, found in zip(call.outputs, probe(call), strict=True):
+        labels[ref.id] = found
+
+
+def as_op(capture: Capture, node: fx.Node) -> Op:
+    """A node of the graph in the form of a dispatcher call."""
+    name = str(getattr(node.target, "__name__", node.target))
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: capture.results[n])
+    run = node.target
+    if node.op == "call_module":
+        run = capture.root.get_submodule(str(node.target))
+    elif node.op == "call_method":
+        run = lambda x, *a, **k: getattr(x, name)(*a, **k)  # noqa: E731
+    func = Outside(run, SimpleNamespace(name=name, arguments=[]))
+    return Op(func, args, kwargs, capture.results[node], capture.index[node])
+
+
+@dataclass(frozen=True, slots=True)
+class Outside:
+    """A function outside of the dispatcher, with what a rule reads of an op."""
+
+    run: Any
+    _schema: Any
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*args, **kwargs)
 
 def by_head(leaves: dict[str, Labels], ties: Ties) -> dict[str, Labels]:
     """Leaf labels with one label for each row of a head. Broadcast ties are not followed: they join heads to one another."""

@@ -80,7 +80,7 @@ def created(r: Rewriter, node: fx.Node) -> fx.Node | None:
     return r.emit(node, (tuple(new),) if packed else tuple(new), rest)
 
 
-@handles("arange", "linspace", "logspace", "eye", "hann_window")
+@handles("arange", "linspace", "logspace", "eye", "hann_window", "tensor", "as_tensor")
 def made_whole(r: Rewriter, node: fx.Node) -> fx.Node | None:
     """Entries that differ by their place are made as in the original and then cut."""
     whole = r.emit(node, r.argument(tuple(node.args)), r.argument(dict(node.kwargs)))

@@ -42,6 +42,8 @@ class Ties:
         coarse: matrices of labels whose rows are heads, to be removed whole when heads are the granularity.
         equal: matrices of labels whose rows must keep equally many entries.
         product: matrices of labels whose rows must keep the same columns.
+        seeking_heads: whether this reading only looks for heads.
+        maker: the function or kind of module whose node is being read: what a new tensor's size can be changed through.
     """
 
     pairs: list[Pair] = field(default_factory=list)
@@ -52,6 +54,7 @@ class Ties:
     node: int = -1
     size: int = 1
     seeking_heads: bool = False
+    maker: str = ""
 
     def fresh(self, count: int) -> Tensor:
         """New labels, `count` of them."""
@@ -88,9 +91,8 @@ def flat(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
 
 def chained(events: list[Event], *, columns: bool = False) -> list[Pair]:
     """Ties that make every row (or every column) of each matrix one unit."""
-    return [
-        Pair((m.labels[:1] if columns else m.labels[:, :1]).expand_as(m.labels), m.labels, True, m.node) for m in events
-    ]
+    along = 0 if columns else 1
+    return [Pair(m.labels.amax(along, keepdim=True).expand_as(m.labels), m.labels, True, m.node) for m in events]
 
 
 def components(size: int, pairs: list[Pair]) -> tuple[np.ndarray, list[tuple[np.ndarray, int]]]:

@@ -10,6 +10,7 @@ module becomes one opaque node: it still runs under the recorder, so it is coupl
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import operator
 import types
@@ -45,7 +46,7 @@ class Call:
     outs: Any
 
 
-@dataclass(slots=True)
+@dataclass
 class Capture:
     """One run of the model.
 
@@ -78,7 +79,11 @@ class Capture:
         return next(iter(reversed(self.graph.nodes)))
 
     def node_at(self, index: int) -> fx.Node | None:
-        return next((n for n, i in self.index.items() if i == index), None)
+        return self.nodes.get(index)
+
+    @functools.cached_property
+    def nodes(self) -> dict[int, fx.Node]:
+        return {i: n for n, i in self.index.items()}
 
 
 # Modules of torch.nn whose forward holds sizes as literals or insists on relations that pruning changes.
@@ -107,6 +112,7 @@ FACT_METHODS = frozenset(
     " is_signed is_inference is_conj is_neg".split()
 )
 VALUE_METHODS = frozenset("item tolist numpy __array__ data_ptr".split())
+CHECKS = [name for name in vars(torch) if name.startswith("_check") and callable(getattr(torch, name))]
 PLAIN_MODULES = ("_operator", "builtins", "math")  # their functions make no tensors of their own
 PLAIN = frozenset({bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format})
 FACTORIES = (
@@ -201,8 +207,10 @@ class ValueTracer(fx.Tracer):
             raise
         finally:
             self.running = outer
+        values = self.recorder.tape.values
+        given = [values[self.recorder.ref(t).id].from_input for t in tensors((args, kwargs))]
         for tensor in tensors(value):
-            if not self.recorder.has(tensor) and has_tensor((args, kwargs)):
+            if given and (not self.recorder.has(tensor) or values[self.recorder.ref(tensor).id].from_input < any(given)):
                 self.untracked.add(node)  # it did not come out of the dispatcher: NumPy, or another library
         return value
 
@@ -318,6 +326,7 @@ class ValueTracer(fx.Tracer):
         except Exception as error:
             if hasattr(error, "fxprune_plain"):
                 raise
+            if __import__('os').environ.get('FXD'): import traceback; traceback.print_exc()
             reason = f"reads {error}" if isinstance(error, ReadsValue) else f"{type(error).__name__}: {error}"
         finally:
             self.stack.pop()
@@ -484,6 +493,9 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
     def info(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda dtype=None: function(unwrap(dtype)) if dtype is not None else function()
 
+    def checker(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: function(*unwrap(args), **unwrap(kwargs))
+
     def get_training(module: nn.Module) -> bool:
         if tracer.running is None:
             tracer.reads_training = True
@@ -498,6 +510,8 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(False)
         for name in FACTORIES:
             patch(torch, name, factory(getattr(torch, name)))
+        for name in CHECKS:
+            patch(torch, name, checker(getattr(torch, name)))
         patch(torch, "finfo", info(torch.finfo))
         patch(torch, "iinfo", info(torch.iinfo))
         patch(torch.autograd.Function, "apply", classmethod(traced_apply))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fxprune.passes.labels import NONE, Factor, Labels, align, along, factor, squash
+from fxprune.passes.labels import NONE, Factor, Labels, align, along, factor
 from fxprune.passes.rules import Call, rule
 from fxprune.passes.rules.movement import moved
 from fxprune.passes.rules.pointwise import unify
@@ -67,7 +67,7 @@ def as_heads(call: Call, labels: Labels, batch: Sequence[int]) -> Labels:
             matrix = f.labels.permute([d for d in range(f.labels.dim()) if d not in rest] + rest)
             count = matrix.shape[: matrix.dim() - len(rest)].numel()
             call.ties.head_rows(matrix.reshape(count, -1))
-            head = factor(squash(f.labels, rows), rows)
+            head = factor(f.labels.amax(rest, keepdim=True), rows)
             if head.nest:
                 found.append(head)
     return tuple(found)
@@ -117,7 +117,8 @@ def attention(call: Call) -> list[Labels]:
     v_labels, v_shape = grouped(call, v, call.shape(q))
     batch = list(range(n))
     for ref in (k, v):
-        call.freeze_dims(call.labels(ref), [n], "is a token that attention looks at")
+        tokens = tuple(f for f in call.labels(ref) if f.nest == (n,))
+        call.freeze(tokens, "is a token that attention looks at")
     # index space: batch, L, S, E
     weights = contract(
         call, call.labels(q), call.shape(q), [*batch, n, n + 2], k_labels, k_shape, [*batch, n + 1, n + 2], n + 3, [n + 2]

@@ -18,6 +18,8 @@ def uniform(call: Call) -> Labels:
     shape = call.shape(call.outputs[0])
     if call.op.func._schema.name.endswith("_like"):
         return call.labels(call.first)
+    if call.ties.maker == "opaque":
+        return NONE  # its size is written where it cannot be changed
     return tuple(call.fresh(n, d, len(shape)) for d, n in enumerate(shape) if n > 1)
 
 
@@ -26,6 +28,16 @@ def ramp(call: Call) -> Labels:
     """Entries that differ, each by its place: the tensor is made whole and then cut."""
     shape = call.shape(call.outputs[0])
     return tuple(call.fresh(n, d, len(shape)) for d, n in enumerate(shape) if n > 1)
+
+
+@rule("aten::lift_fresh", "aten::lift")
+def literal(call: Call) -> Labels:
+    """A tensor written out in the program."""
+    shape = call.shape(call.first)
+    if call.ties.maker not in ("tensor", "as_tensor") or call.labels(call.first):
+        return call.labels(call.first)
+    call.known[call.first.id] = tuple(call.fresh(n, d, len(shape)) for d, n in enumerate(shape) if n > 1)
+    return call.known[call.first.id]
 
 
 @rule("aten::randperm", "aten::tril_indices", "aten::triu_indices", "aten::_local_scalar_dense", "aten::_assert_async")

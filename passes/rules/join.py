@@ -50,11 +50,10 @@ def join(call: Call, parts: Sequence[Labels], shapes: Sequence[Sequence[int]], d
         chosen = [pick(call, labels, other, dim) for labels in parts]
         if other and any(f is None for f in chosen):
             for f in chosen:
-                if f is not None and call.ties.seeking_heads and dim not in f.dims:
-                    result += (f,)
-                elif f is not None:
+                if f is not None:
                     call.ties.freeze(f.labels, "is joined along another dimension to a tensor that keeps all its channels")
-            continue
+            if not call.ties.seeking_heads:
+                continue
         arrays = [lay_out(f, shape, dim, other) for f, shape in zip(chosen, shapes, strict=True)]
         nests = {tuple(d for d in f.nest if d != dim) for f in chosen if f is not None}
         if other and same_everywhere(arrays):
@@ -84,8 +83,7 @@ def pick(call: Call, labels: Labels, other: frozenset[int], dim: int) -> Factor 
 
 def lay_out(f: Factor | None, shape: Sequence[int], dim: int, other: frozenset[int]) -> Tensor:
     if f is None:
-        sizes = [1] * len(shape)
-        sizes[dim] = shape[dim]
+        sizes = [n if d == dim or d in other else 1 for d, n in enumerate(shape)]
         return torch.zeros(sizes, dtype=torch.int64)
     return fill(f, shape, other | ({dim} if dim in f.dims or not other else set()))
 

@@ -156,8 +156,6 @@ def _as_pointwise(call: Call) -> list[Labels]:
     "aten::contiguous",
     "aten::_to_copy",
     "aten::to",
-    "aten::lift_fresh",
-    "aten::lift",
     "aten::positive",
     "aten::_conj",
     "aten::resolve_conj",

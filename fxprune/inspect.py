@@ -1,0 +1,91 @@
+"""What pruning can remove from a model, and what it cannot and why: `python -m fxprune.inspect torchvision:resnet50`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from fxprune.api import couple
+from fxprune.coupling import WIDTH, Coupling
+from fxprune.errors import PruneError
+from fxprune.graph import to_dot
+from fxprune.zoo import load
+
+EXAMPLES = """
+examples:
+  python -m fxprune.inspect model.py            a file that defines `model` and `example_inputs`
+  python -m fxprune.inspect torchvision:resnet50
+  python -m fxprune.inspect timm:vit_tiny_patch16_224 --attention dims --freeze 'blocks.0*'
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the families of a model, largest first; returns the exit status: 2 for what cannot be done."""
+    arguments = parser().parse_args(argv)
+    try:
+        # what the model prints is not part of the answer
+        with contextlib.redirect_stdout(sys.stderr):
+            model, example_inputs = load(arguments.model)
+            found = couple(model, example_inputs, freeze=arguments.freeze, attention=arguments.attention)
+        if arguments.dot:
+            write(Path(arguments.dot), to_dot(found.to_networkx(), found.model))
+    except PruneError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    show(found, as_json=arguments.json)
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="python -m fxprune.inspect",
+        description="Show which layers of a model are pruned together, and what is kept whole and why.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("model", help="model.py, torchvision:NAME or timm:NAME")
+    made.add_argument("--json", action="store_true", help="print JSON and nothing else")
+    made.add_argument("--dot", metavar="FILE", help="write the coupling graph for Graphviz")
+    made.add_argument("--attention", choices=("heads", "dims"), default="heads", help="what goes of attention")
+    made.add_argument(
+        "--freeze", metavar="GLOB", action="append", default=[], help="modules that stay as they are; may be repeated"
+    )
+    return made
+
+
+def show(found: Coupling, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(found.to_dict(), indent=2))
+        return
+    # a pipe has no width of its own
+    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False, markup=False, emoji=False)
+    console.print(found)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file so that it is there complete or not at all."""
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            file.write(text)
+        os.chmod(file.name, 0o666 & ~current_umask())
+        os.replace(file.name, path)
+    except OSError as error:
+        raise PruneError(f"the graph cannot be written: {error.strerror}", where=str(path), fix="a writable path") from error
+
+
+def current_umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
+
+
+if __name__ == "__main__":
+    sys.exit(main())
