@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -17,15 +17,14 @@ from fxprune.coupling import Coupling
 from fxprune.errors import PruneError
 from fxprune.passes.couple import Solution, solve
 from fxprune.passes.families import Family, families
-from fxprune.passes.kept import NotARectangle
+from fxprune.passes.kept import Cut, NotARectangle
 from fxprune.passes.shrink import PrunedModule, shrink, tensor_cuts
+from fxprune.passes.tape import map_tensors
 from fxprune.passes.trace import Capture, trace
-from fxprune.passes.tree import named_tensors, private_copy
+from fxprune.passes.tree import named_tensors, on_meta, private_copy
 from fxprune.plan import Plan
 from fxprune.verification import Verification, compare
 
-import os
-DEBUG = os.environ.get('FXD')
 Ratio = float | Mapping[str, float]
 Freeze = str | nn.Module | Sequence[str | nn.Module]
 Attention = Literal["heads", "dims"]
@@ -70,15 +69,15 @@ def prune(
     inputs.check(model, args, kwargs)
     keep = frozen_names(model, freeze)
     solution = analyse(model, args, kwargs, heads=attention == "heads", keep=keep)
-    kept = selected(model, solution, ratio, criterion, round_to)
+    kept, made = selected(model, solution, ratio, criterion, round_to)
     plan = Plan(
         {name: tuple(t.shape) for name, t in named_tensors(model)},
-        {name: made for name, made in tensor_cuts(solution, kept).items() if made},
+        {name: parts for name, parts in made.items() if parts},
         attention,
         tuple(sorted(keep)),
         inputs.describe(example_inputs),
     )
-    pruned = shrink(model, solution, kept)
+    pruned = shrink(model, solution, kept, made)
     pruned.meta["plan"] = plan
     pruned.meta["capture"] = described(solution)
     if verify is True or (verify == "auto" and is_cheap(model)):
@@ -155,18 +154,34 @@ def analyse(
 ) -> Solution:
     """Trace and couple: in evaluation mode, and in training mode too where the program asks which one it is in."""
     with unobserved(model):
-        captures = [captured(private_copy(model).eval(), args, kwargs)]
-        if captures[0].reads_training:
-            with contextlib.suppress(Exception):  # a model may need targets to train: then it is captured for evaluation
-                other = captured(private_copy(model).train(), args, kwargs)
-                if code(other) != code(captures[0]):
-                    captures.append(other)
-        return solve(captures, heads=heads, keep=keep)
+        try:
+            return solve(programs(model, args, kwargs, on_meta), heads=heads, keep=keep)
+        except Exception:  # the program reads values, or runs code that knows nothing of meta tensors
+            return solve(programs(model, args, kwargs, None), heads=heads, keep=keep)
 
 
-def captured(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
+def programs(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], stand_in: Callable[[Tensor], Tensor] | None
+) -> list[Capture]:
+    """The captured program for evaluation, and for training where that is another one.
+
+    Shapes are all that coupling needs, so the run is first tried without values.
+    """
+    if stand_in is not None:
+        swap = lambda t: stand_in(t) if t.is_floating_point() else t  # noqa: E731
+        args, kwargs = map_tensors((args, kwargs), swap)
+    found = [captured(private_copy(model, stand_in).eval(), args, kwargs, final=stand_in is None)]
+    if found[0].reads_training:
+        with contextlib.suppress(PruneError):  # a model may need targets to train: then it is captured for evaluation
+            other = captured(private_copy(model, stand_in).train(), args, kwargs, final=True)
+            if code(other) != code(found[0]):
+                found.append(other)
+    return found
+
+
+def captured(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, final: bool) -> Capture:
     try:
-        return trace(root, args, kwargs)
+        return trace(root, args, kwargs, retry=final)
     except PruneError:
         raise
     except Exception as error:
@@ -190,7 +205,9 @@ def unobserved(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def selected(model: nn.Module, solution: Solution, ratio: Ratio, criterion: str, round_to: int) -> Tensor:
+def selected(
+    model: nn.Module, solution: Solution, ratio: Ratio, criterion: str, round_to: int
+) -> tuple[Tensor, dict[str, list[Cut]]]:
     """Which labels stay. Choices that would not leave rectangles, or would leave a tensor empty, are taken back."""
     parameters = dict(model.named_parameters())
     found = families(solution, set(parameters))
@@ -219,11 +236,10 @@ def selected(model: nn.Module, solution: Solution, ratio: Ratio, criterion: str,
     for _ in range(len(made) + 1):
         try:
             kept = torch.from_numpy(~removed[unit])
-            tensor_cuts(solution, kept)
+            cut = tensor_cuts(solution, kept)
             activations_are_rectangles(solution, kept)
-            return kept
+            return kept, cut
         except NotARectangle as error:
-            if DEBUG: import traceback; traceback.print_exc(limit=3)
             removed[unit[error.labels.numpy()]] = False
     raise AssertionError("restoring units always ends in a rectangle")
 

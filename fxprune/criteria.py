@@ -14,24 +14,22 @@ from torch import Tensor
 from fxprune.errors import PruneError
 from fxprune.passes.labels import Labels
 
-Reduce = Callable[[Tensor, list[int]], Tensor]
+Criterion = Callable[[Tensor], Tensor]
 
 
-def magnitude(weight: Tensor, dims: list[int]) -> Tensor:
-    """The squared L2 norm over `dims` (Li et al., Pruning Filters for Efficient ConvNets, arXiv:1608.08710).
+def magnitude(weight: Tensor) -> Tensor:
+    """Squared L2 magnitude (Li et al., Pruning Filters for Efficient ConvNets, arXiv:1608.08710).
 
-    >>> magnitude(torch.tensor([[3.0, 4.0], [0.0, 1.0]]), [1]).tolist()
-    [25.0, 1.0]
+    >>> magnitude(torch.tensor([3.0, -4.0])).tolist()
+    [9.0, 16.0]
     """
-    if not dims:
-        return weight.float().square()
-    return torch.linalg.vector_norm(weight, dim=dims, dtype=torch.promote_types(weight.dtype, torch.float32)).square()
+    return weight.square()
 
 
-CRITERIA: dict[str, Reduce] = {"magnitude": magnitude}
+CRITERIA: dict[str, Criterion] = {"magnitude": magnitude}
 
 
-def find(name: str) -> Reduce:
+def find(name: str) -> Criterion:
     """The criterion of a given name; raises PruneError for one that does not exist."""
     if name not in CRITERIA:
         raise PruneError(f"there is no criterion {name!r}", fix=f"one of {', '.join(sorted(CRITERIA))}")
@@ -49,20 +47,28 @@ def score(parameters: Mapping[str, Tensor], leaves: Mapping[str, Labels], unit: 
 
     Returns: float64 scores indexed by class, shape (labels,); 0 for what no parameter belongs to.
     """
-    reduce = find(criterion)
+    of = find(criterion)
     total = torch.zeros(len(unit), dtype=torch.float64)
     by_device: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
     with torch.no_grad():
         for name, parameter in parameters.items():
-            if not parameter.is_floating_point() or parameter.numel() == 0:
+            labels = leaves.get(name, ())
+            if not labels or not parameter.is_floating_point() or parameter.numel() == 0:
                 continue
-            for f in leaves.get(name, ()):
-                values = reduce(parameter.detach(), [d for d in range(parameter.dim()) if d not in f.dims])
-                order = [d for d in range(parameter.dim()) if d in f.dims]
-                classes = unit[f.labels].expand([n if d in order else 1 for d, n in enumerate(parameter.shape)])
-                by_device.setdefault(parameter.device, []).append((classes.reshape(-1), values.reshape(-1)))
+            weight = parameter.detach()
+            weight = weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
+            covered = {d for f in labels for d in f.dims}
+            values = summed(of(weight), [d for d in range(weight.dim()) if d not in covered])
+            for f in labels:
+                part = summed(values, sorted(covered - f.dims))
+                classes = unit[f.labels].expand(part.shape)
+                by_device.setdefault(parameter.device, []).append((classes.reshape(-1), part.reshape(-1)))
         for rows in by_device.values():
             # one transfer from each device
             values = torch.cat([v.double() for _, v in rows]).cpu()
             total.index_add_(0, torch.cat([c for c, _ in rows]), values)
     return total
+
+
+def summed(values: Tensor, dims: list[int]) -> Tensor:
+    return values.sum(dims, keepdim=True) if dims else values

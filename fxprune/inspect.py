@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -72,19 +71,15 @@ def show(found: Coupling, *, as_json: bool) -> None:
 
 def write(path: Path, text: str) -> None:
     """Write a file so that it is there complete or not at all."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            file.write(text)
-        os.chmod(file.name, 0o666 & ~current_umask())
-        os.replace(file.name, path)
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, path)
     except OSError as error:
-        raise PruneError(f"the graph cannot be written: {error.strerror}", where=str(path), fix="a writable path") from error
-
-
-def current_umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        what = f"the graph cannot be written: {error.strerror}"
+        raise PruneError(what, where=str(path), fix="--dot with a path that can be written to") from error
 
 
 if __name__ == "__main__":

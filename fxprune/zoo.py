@@ -58,7 +58,7 @@ def run_file(path: Path) -> ModuleType:
     with importable(path.resolve().parent), registered(module):
         try:
             spec.loader.exec_module(module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             what = f"the file raises {type(error).__name__}: {error}"
             raise PruneError(what, where=line_of(error, path), fix=f"make `python {path}` run") from error
     return module

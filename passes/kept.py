@@ -47,6 +47,8 @@ class Cut:
 
 def clusters(labels: Labels) -> list[list[Factor]]:
     """Factors that share dimensions, together."""
+    if sum(len(f.nest) for f in labels) == len({d for f in labels for d in f.nest}):
+        return [[f] for f in labels]
     groups: list[list[Factor]] = []
     for f in labels:
         touching = [g for g in groups if any(f.dims & other.dims for other in g)]
@@ -59,6 +61,14 @@ def cuts(labels: Labels, shape: Sequence[int], kept: Tensor) -> list[Cut]:
     """The cuts that leave of a tensor what `kept` (a boolean for each label) says; untouched dimensions have none."""
     found = []
     for group in clusters(labels):
+        if len(group) == 1 and len(group[0].nest) == 1:
+            stays = kept[group[0].labels.reshape(-1)]
+            keep = stays.nonzero().flatten()
+            if len(keep) == 0:
+                raise NotARectangle(group[0].labels.reshape(-1))
+            if len(keep) < len(stays):
+                found.append(Cut(group[0].nest, keep, (len(keep),)))
+            continue
         if all(bool(kept[f.labels].all()) for f in group):
             continue
         lead = max(group, key=lambda f: len(f.nest))

@@ -19,7 +19,7 @@ from fxprune.passes.couple import Solution
 from fxprune.passes.kept import Cut, cut_shape, cuts
 from fxprune.passes.regions import channel_order
 from fxprune.passes.tape import Ref, collect, map_tensors
-from fxprune.passes.trace import Capture
+from fxprune.passes.trace import Capture, Guard
 
 Number = (int, float)
 PURE = {getattr, "size", "dim", "numel"} | {
@@ -37,17 +37,26 @@ class Rewriter:
         attributes: for each module path, the attributes that change.
     """
 
-    def __init__(self, solution: Solution, which: int, kept: Tensor, constants: dict[str, Tensor]) -> None:
+    def __init__(
+        self, solution: Solution, which: int, kept: Tensor, constants: dict[str, Tensor], device: torch.device
+    ) -> None:
         self.capture: Capture = solution.captures[which]
         self.labels = solution.values[which]
         self.regions = solution.regions[which]
         self.kept = kept
         self.constants = constants
+        self.device = device
         self.graph = fx.Graph()
         self.new: dict[fx.Node, fx.Node] = {}
         self.attributes: dict[str, dict[str, Any]] = {}
         self.made: dict[int, list[Cut]] = {}
         self.values: dict[fx.Node, Any] = {}
+        self.owned: dict[str, dict[str, Ref]] = {}  # by module path: its own tensors
+        for i, v in enumerate(self.capture.tape.values):
+            if v.name is not None:
+                path, _, name = v.name.rpartition(".")
+                self.owned.setdefault(path, {})[name] = Ref(i)
+        self.guarded = {g.node: g for g in self.capture.guards}
         self.symbolic: dict[fx.Node, bool] = {}
 
     # -- what is known of a value -------------------------------------------------------------------------------------
@@ -174,7 +183,13 @@ class Rewriter:
 
     def argument(self, x: Any) -> Any:
         """An argument that holds no sizes, carried over."""
-        return map_tensors(x, lambda n: self.number(n) if isinstance(self.result(n), Number) else self.new[n], fx.Node)
+
+        def carried(leaf: Any) -> Any:
+            if isinstance(leaf, torch.device):
+                return self.device if leaf.type == "meta" else leaf  # the run was without values
+            return self.number(leaf) if isinstance(self.result(leaf), Number) else self.new[leaf]
+
+        return map_tensors(x, carried, (fx.Node, torch.device))
 
     def constant(self, data: Tensor) -> fx.Node:
         """A tensor the new program refers to; equal ones are shared."""
@@ -205,9 +220,17 @@ class Rewriter:
                 continue
             self.new[node] = self.carry(node, HANDLERS)
             self.new[node].meta = dict(node.meta)
+            if node in self.guarded:
+                self.guard(node, self.guarded[node])
         drop_dead(self.graph)
         self.graph.lint()
         return self.graph
+
+    def guard(self, node: fx.Node, guard: Guard) -> None:
+        """What Python decided by a size holds for inputs that agree with it: the others get an error, not a wrong result."""
+        if self.is_symbolic(node) and self.value(node) == guard.value:
+            why = f"the pruned program was captured where {describe(node)} is {guard.value!r}"
+            self.graph.call_function(holds, (self.new[node], guard.value, why))
 
     def cut_anything(self, result: Any) -> bool:
         return any(self.cuts(ref) for ref in collect(result, Ref))
@@ -266,11 +289,24 @@ class Rewriter:
 
     def shapes_of(self, path: str) -> dict[str, tuple[int, ...]]:
         """Pruned shapes of a module's own tensors."""
-        shapes = {}
-        for number, value in enumerate(self.capture.tape.values):
-            if value.name is not None and value.name.startswith(path + "."):
-                shapes[value.name[len(path) + 1 :]] = self.after(Ref(number))
-        return shapes
+        own = self.owned.get(path, {})
+        nested = {f"{p[len(path) + 1 :]}.{n}": r for p, t in self.owned.items() if p.startswith(path + ".") for n, r in t.items()}
+        return {name: self.after(ref) for name, ref in {**own, **nested}.items()}
+
+
+def holds(value: Any, expected: Any, why: str) -> None:
+    """Raise where a decision taken at capture would be another one now."""
+    if value != expected:
+        raise GuardError(f"{why}, and here it is {value!r}: prune with example inputs of this size")
+
+
+class GuardError(RuntimeError):
+    """An input for which the original takes another path than the one that was captured."""
+
+
+def describe(node: fx.Node) -> str:
+    module = node.meta.get("module")
+    return f"%{node.name}{f' in {module}' if module else ''}"
 
 
 def function_name(node: fx.Node) -> str:

@@ -60,14 +60,17 @@ def tensor_cuts(solution: Solution, kept: Tensor) -> dict[str, list[Cut]]:
     return {name: cuts(labels, shapes[name], kept) for name, labels in solution.leaves.items()}
 
 
-def shrink(model: nn.Module, solution: Solution, kept: Tensor) -> PrunedModule:
+def shrink(
+    model: nn.Module, solution: Solution, kept: Tensor, made: Mapping[str, list[Cut]] | None = None
+) -> PrunedModule:
     """The pruned model: a new module that shares nothing with `model`."""
-    made = tensor_cuts(solution, kept)
+    made = tensor_cuts(solution, kept) if made is None else made
     constants: dict[str, Tensor] = {}
+    device = next((t.device for _, t in named_tensors(model)), torch.device("cpu"))
     programs: list[fx.Graph] = []
     attributes: dict[str, dict[str, Any]] = {}
     for which in range(len(solution.captures)):
-        rewriter = Rewriter(solution, which, kept, constants)
+        rewriter = Rewriter(solution, which, kept, constants, device)
         programs.append(rewriter.run())
         for path, edits in rewriter.attributes.items():
             attributes.setdefault(path, {}).update(edits)
@@ -75,7 +78,6 @@ def shrink(model: nn.Module, solution: Solution, kept: Tensor) -> PrunedModule:
     for path, edits in attributes.items():
         for name, value in edits.items():
             setattr(fetch(root, path) if path else root, name, value)
-    device = next((t.device for _, t in named_tensors(model)), torch.device("cpu"))
     for name, data in constants.items():
         root.register_buffer(name, data.to(device), persistent=False)
     both = {False: programs[0], True: programs[1]} if len(programs) > 1 else None

@@ -16,6 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 
+class NeedsValues(Exception):
+    """The contents of a constant matter, but the run was without values."""
+
+
 @dataclass(frozen=True, slots=True)
 class Ref:
     """A tensor on the tape."""
@@ -32,6 +36,7 @@ class Value:
     from_input: bool
     name: str | None = None
     data: Tensor | None = None
+    on_meta: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +83,20 @@ def collect(x: Any, kind: type | tuple[type, ...]) -> list[Any]:
 
 
 LARGEST_INDEX = 1 << 22
+NORMS = ("aten::native_batch_norm", "aten::native_layer_norm", "aten::native_group_norm")
 # in-place ops that change a tensor's shape rather than its contents: the tensor becomes another value
 RESHAPING = frozenset(
     f"aten::{name}" for name in "transpose_ t_ squeeze_ unsqueeze_ swapaxes_ swapdims_ as_strided_ resize_ set_".split()
 )
+
+
+def without_values(func: Any, args: Any) -> Any:
+    """Results of normalisations on the meta device, whose general meta kernels are slow; None for anything else."""
+    name = getattr(getattr(func, "_schema", None), "name", "")
+    if name in NORMS and args and isinstance(args[0], Tensor) and args[0].is_meta:
+        empty = torch.empty(0, device="meta", dtype=args[0].dtype)
+        return torch.empty_like(args[0]), empty, empty.clone()
+    return None
 
 
 class Recorder(TorchDispatchMode):
@@ -116,7 +131,7 @@ class Recorder(TorchDispatchMode):
 
     def add(self, tensor: Tensor, *, from_input: bool, name: str | None = None) -> int:
         number = len(self.tape.values)
-        self.tape.values.append(Value(tuple(tensor.shape), tensor.dtype, from_input, name))
+        self.tape.values.append(Value(tuple(tensor.shape), tensor.dtype, from_input, name, None, tensor.is_meta))
         self.known[tensor] = number
         return number
 
@@ -130,7 +145,8 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         in_args, in_kwargs = map_tensors(args, self.ref), map_tensors(kwargs, self.ref)
-        out = func(*args, **kwargs)
+        out = without_values(func, args)
+        out = func(*args, **kwargs) if out is None else out
         values = self.tape.values
         refs = collect((in_args, in_kwargs), Ref)
         from_input = any(values[r.id].from_input for r in refs)

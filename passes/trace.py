@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.errors import PruneError
 from fxprune.passes.proxy import Items, ReadsValue, ValueProxy, iterate, unwrap
-from fxprune.passes.tape import Recorder, Ref, Tape, map_tensors
+from fxprune.passes.tape import NeedsValues, Recorder, Ref, Tape, map_tensors
 from fxprune.passes.tree import fetch, named_tensors
 
 
@@ -32,7 +32,7 @@ from fxprune.passes.tree import fetch, named_tensors
 class Guard:
     """A value that Python took out of the graph: the emitted program holds for inputs that agree with it."""
 
-    node: str
+    node: fx.Node
     how: str
     value: Any
 
@@ -142,6 +142,7 @@ class ValueTracer(fx.Tracer):
         self.stack: list[str] = [""]
         self.running: str | None = None
         self.reads_training = False
+        self.retry = True
         self.inputs: list[Ref] = []
         self.index: dict[fx.Node, int] = {}
         self.depends: dict[fx.Node, bool] = {}
@@ -222,6 +223,8 @@ class ValueTracer(fx.Tracer):
         if isinstance(a, Tensor):
             name = self.names.get(id(a))
             if name is None:
+                if a.is_meta:
+                    raise NeedsValues  # a constant made on the way, without contents
                 name = self.get_fresh_qualname("_tensor_constant")
                 setattr(self.root, name, a)
                 self.names[id(a)] = name
@@ -281,7 +284,7 @@ class ValueTracer(fx.Tracer):
     def concretise(self, proxy: ValueProxy, how: str) -> Any:
         if isinstance(proxy.value, Tensor):
             return self.known_tensor(proxy, how).item()
-        self.guards.append(Guard(proxy.node.name, how, proxy.value))
+        self.guards.append(Guard(proxy.node, how, proxy.value))
         return proxy.value
 
     def torch_function(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -324,9 +327,8 @@ class ValueTracer(fx.Tracer):
         except PruneError:
             raise
         except Exception as error:
-            if hasattr(error, "fxprune_plain"):
+            if hasattr(error, "fxprune_plain") or not self.retry:
                 raise
-            if __import__('os').environ.get('FXD'): import traceback; traceback.print_exc()
             reason = f"reads {error}" if isinstance(error, ReadsValue) else f"{type(error).__name__}: {error}"
         finally:
             self.stack.pop()
@@ -346,6 +348,7 @@ class ValueTracer(fx.Tracer):
                 self.results.pop(node, None)
                 self.untracked.discard(node)
         self.recorder.truncate(ops)
+        self.guards = [g for g in self.guards if self.index[g.node] < mark]
         gone = [k for k, p in self.attributes.items() if isinstance(p, ValueProxy) and self.index[p.node] >= mark]
         for key in gone:
             del self.attributes[key]
@@ -381,9 +384,13 @@ class ValueTracer(fx.Tracer):
         return self.bind(node, value)
 
 
-def trace(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
-    """Capture one run of `root` on the example arguments; `root` must be a private copy (see `private_copy`)."""
+def trace(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, retry: bool = True) -> Capture:
+    """Capture one run of `root` on the example arguments; `root` must be a private copy (see `private_copy`).
+
+    `retry=False` lets errors out instead of turning the module where they arose opaque.
+    """
     tracer = ValueTracer(root, args, kwargs)
+    tracer.retry = retry
     with patched(tracer), torch.no_grad():
         graph = tracer.trace(root)
     output = next(n for n in graph.nodes if n.op == "output")

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import copy
+import types
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+# what a copy can share with the original: nothing in it can be changed
+SHARED = (bool, int, float, complex, str, bytes, type(None), type, types.FunctionType, types.BuiltinFunctionType)
+SHARED += (torch.dtype, torch.device, torch.Size, torch.memory_format)
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def fetch(root: nn.Module, path: str) -> Any:
@@ -30,22 +37,58 @@ def named_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def copy_tree(root: nn.Module, swap: Mapping[int, Tensor]) -> Any:
-    """A deep copy in which the tensors with the given identities are replaced; gradients are not copied.
+    """A copy in which the tensors with the given identities are replaced; gradients are not copied.
 
     Hooks are part of what a module computes (weight normalisation is one): the copy calls the same ones.
     """
     memo: dict[int, Any] = dict(swap)
-    for module in root.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks):
-            if hooks:
-                memo[id(hooks)] = OrderedDict(hooks)
-    return copy.deepcopy(root, memo)
+    modules = list(root.modules())
+    for module in modules:
+        memo[id(module)] = module.__class__.__new__(module.__class__)
+    for module in modules:
+        state = {}
+        for key, value in vars(module).items():
+            if key in HOOKS:
+                state[key] = OrderedDict(value)
+            elif key in ("_parameters", "_buffers", "_modules"):
+                state[key] = type(value)((k, duplicate(v, memo)) for k, v in value.items())
+            else:
+                state[key] = duplicate(value, memo)
+        memo[id(module)].__dict__.update(state)
+    return memo[id(root)]
 
 
-def private_copy(root: nn.Module) -> Any:
-    """A copy to trace: its parameters are the original's, everything that a forward might change is its own."""
-    swap: dict[int, Tensor] = {id(p): p for p in root.parameters()}
+def duplicate(value: Any, memo: dict[int, Any]) -> Any:
+    """A copy of an attribute's value; what cannot change is shared."""
+    if id(value) in memo:
+        return memo[id(value)]
+    if isinstance(value, SHARED):
+        return value
+    if type(value) in (dict, OrderedDict, set, list, tuple) and not value:
+        return type(value)()
+    if type(value) is tuple and all(isinstance(v, SHARED) for v in value):
+        return value
+    return copy.deepcopy(value, memo)
+
+
+def private_copy(root: nn.Module, stand_in: Callable[[Tensor], Tensor] | None = None) -> Any:
+    """A copy to trace: its parameters are the original's, everything that a forward might change is its own.
+
+    Arguments:
+        stand_in: what to put in place of each floating tensor, such as an empty one on the meta device.
+    """
+    swap: dict[int, Tensor] = {}
     for _, tensor in named_tensors(root):
-        if not tensor.is_leaf:  # a parameter computed by a hook, left over from the last forward
+        if stand_in is not None and tensor.is_floating_point():
+            swap[id(tensor)] = stand_in(tensor)
+        elif isinstance(tensor, nn.Parameter):
+            swap[id(tensor)] = tensor
+        elif not tensor.is_leaf:  # a parameter computed by a hook, left over from the last forward
             swap[id(tensor)] = tensor.detach().clone()
     return copy_tree(root, swap)
+
+
+def on_meta(tensor: Tensor) -> Tensor:
+    """A tensor of the same shape and dtype without contents."""
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty

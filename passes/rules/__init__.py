@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fxprune.passes.labels import NONE, Factor, Labels, along, factor
-from fxprune.passes.tape import Op, Ref, Tape, collect
+from fxprune.passes.tape import NeedsValues, Op, Ref, Tape, collect
 from fxprune.passes.ties import Ties
 
 Rule = Callable[["Call"], Any]
@@ -67,7 +67,10 @@ class Call:
         return self.tape.values[ref.id].shape
 
     def data(self, ref: Ref) -> Tensor | None:
-        return self.tape.values[ref.id].data
+        value = self.tape.values[ref.id]
+        if value.data is None and value.on_meta and not value.from_input:
+            raise NeedsValues  # a constant whose contents were not computed
+        return value.data
 
     def used(self, ref: Ref) -> bool:
         return ref.id in self.uses

@@ -1,0 +1,244 @@
+"""The report: what pruning took from a model, what it left, and why."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich import box
+from rich.table import Table
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fxprune import inputs
+from fxprune.api import analyse, kept_by, plan_of, unobserved
+from fxprune.counting import elements
+from fxprune.coupling import CoupledFamily, as_text, counted
+from fxprune.passes.families import families
+from fxprune.passes.trace import visible
+from fxprune.passes.tree import named_tensors, private_copy
+from fxprune.plan import Plan
+from fxprune.verification import Verification
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
+
+SHRUNK_SHOWN, WHOLE_SHOWN, HELD_SHOWN = 15, 10, 3
+# Where every family keeps half of its units a layer keeps a quarter of its weights; with the first and the last layer, which
+# keep more, about a third. Above that ratio of the two, something needs an explanation.
+UNREMARKABLE = 4 / 3
+
+
+@dataclass(frozen=True)
+class Change:
+    """What became of one family.
+
+    Attributes:
+        family: as it was.
+        kept: how many of its units are left.
+        left: how many elements of the pruned model's parameters would go with the rest.
+    """
+
+    family: CoupledFamily
+    kept: int
+    left: int
+
+    @property
+    def reason(self) -> str:
+        """Why none or fewer than usual of its units went."""
+        if self.family.frozen is not None:
+            return self.family.frozen
+        if self.family.units == 1:
+            return "has a single unit"
+        if self.kept == self.family.units:
+            return "lost none: ratio, round_to, or rows that must stay equally long"
+        return f"keeps {self.kept:,} of {counted(self.family.units, 'unit')}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What pruning did to a model; printable.
+
+    Attributes:
+        model: the name of its class.
+        parameters: how many before and after.
+        macs: multiply-accumulates of one forward before and after, if example inputs were given.
+        changes: what became of each family, the one with most parameters left first.
+        capture: how the model was captured.
+        verification: the comparison that `prune` made, if it made one.
+    """
+
+    model: str
+    parameters: tuple[int, int]
+    macs: tuple[int, int] | None
+    changes: tuple[Change, ...]
+    capture: str
+    verification: Verification | None
+
+    @property
+    def share(self) -> float:
+        """The share of the parameters that is left."""
+        return self.parameters[1] / max(self.parameters[0], 1)
+
+    @property
+    def shrunk(self) -> list[Change]:
+        return [c for c in self.changes if c.kept < c.family.units]
+
+    @property
+    def whole(self) -> list[Change]:
+        return [c for c in self.changes if c.kept == c.family.units]
+
+    @property
+    def usual(self) -> float:
+        """The share of its units that a family that shrank keeps: the median."""
+        return statistics.median(c.kept / c.family.units for c in self.shrunk) if self.shrunk else 1.0
+
+    def held(self) -> list[Change]:
+        """The families to blame where more is left than the usual share explains; empty where nothing needs blame."""
+        if self.share <= UNREMARKABLE * self.usual**2:
+            return []
+        return [c for c in self.changes if c.kept / c.family.units > self.usual + 0.05][:HELD_SHOWN]
+
+    def sentences(self) -> Iterator[str]:
+        before, after = self.parameters
+        yield f"{self.model}: {short(before)} parameters, {short(after)} left ({self.share:.0%})"
+        if self.macs is not None:
+            was, now = self.macs
+            yield f"{short(was)} multiply-accumulates, {short(now)} left ({now / max(was, 1):.0%})"
+        yield (
+            f"{len(self.shrunk)} of {counted(len(self.changes), 'family')} shrank, to {self.usual:.0%} of their units in the median"
+        )
+        held = self.held()
+        if held:
+            yield f"that leaves more than usual, because of {'these' if len(held) > 1 else 'this'}:"
+            yield from (f"  {short(c.left)} left with {c.family.name}, which {c.reason}" for c in held)
+        yield f"captured: {self.capture}"
+        yield str(self.verification or "not compared with the original: prune(..., verify=True) or fxprune.verify does it")
+
+    def tables(self) -> Iterator[RenderableType]:
+        """The sentences, the families that shrank and those that did not, as rich renders them."""
+        yield from self.sentences()
+        if self.shrunk:
+            yield ""
+            yield shrunk_table(self.shrunk)
+        if self.whole:
+            yield ""
+            yield whole_table(self.whole)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        yield from self.tables()
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+
+def report(model: nn.Module, pruned: nn.Module, example_inputs: Any = None) -> Report:
+    """What pruning took from a model and what it left, family by family, with the reason where one stayed whole.
+
+    >>> import fxprune
+    >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    >>> small = fxprune.prune(net, 0.5, example_inputs=torch.randn(1, 4))
+    >>> found = report(net, small)
+    >>> found.parameters
+    (44, 23)
+    >>> [(c.family.name, c.family.units, c.kept) for c in found.shrunk]
+    [('0.weight:0', 6, 3)]
+    >>> [(c.family.name, c.reason) for c in found.whole][-1]
+    ('2.weight:0', 'is an output of the model')
+
+    Arguments:
+        model: the original.
+        pruned: what `prune` or `Plan.apply` made of it.
+        example_inputs: as for `prune`; multiply-accumulates are counted if they are given.
+
+    Raises: PruneError if the two do not belong together.
+    """
+    plan = plan_of(pruned)
+    plan.check(model)
+    device = next((t.device for _, t in named_tensors(model)), torch.device("cpu"))
+    given = inputs.imagine(plan.inputs, device) if example_inputs is None else example_inputs
+    args, kwargs = inputs.arguments(given)
+    inputs.check(model, args, kwargs)
+    meta: dict[str, Any] = getattr(pruned, "meta", {})
+    return Report(
+        type(model).__name__,
+        (count_parameters(model), count_parameters(pruned)),
+        None if example_inputs is None else (count_macs(model, args, kwargs), count_macs(pruned, args, kwargs)),
+        changes(model, plan, args, kwargs),
+        meta.get("capture", "unknown"),
+        meta.get("verification"),
+    )
+
+
+def changes(model: nn.Module, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Change, ...]:
+    """What a plan makes of each family of a model."""
+    frozen = dict.fromkeys(plan.freeze, "is frozen by freeze=")
+    solution = analyse(model, args, kwargs, heads=plan.attention == "heads", keep=frozen)
+    kept = kept_by(plan, solution).numpy()
+    tensors = dict(named_tensors(model))
+    found = families(solution, {name for name, _ in model.named_parameters()})
+    before, after = elements(solution, found, tensors), elements(solution, found, tensors, kept)
+    made = [
+        Change(CoupledFamily(f.name, len(f.units), f.width, f.members, f.frozen, size), int(kept[f.units].sum()), left)
+        for f, size, left in zip(found, before, after)
+    ]
+    return tuple(sorted(made, key=lambda c: -c.left))
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def count_macs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Multiply-accumulates of one forward in evaluation mode; the counter counts both operations of each."""
+    copy = private_copy(model).eval()
+    # a fused kernel hides its products from the counter
+    with unobserved(model), visible(), FlopCounterMode(display=False) as counter:
+        copy(*args, **kwargs)
+    return int(counter.get_total_flops()) // 2
+
+
+def shrunk_table(shrunk: Sequence[Change]) -> Table:
+    table = family_columns("shrank", "units", "left", "parameters left", "spans")
+    for change in shrunk[:SHRUNK_SHOWN]:
+        family = change.family
+        table.add_row(family.name, f"{family.units:,}", f"{change.kept:,}", short(change.left), family.spans(3))
+    rest = shrunk[SHRUNK_SHOWN:]
+    if rest:
+        units, kept = sum(c.family.units for c in rest), sum(c.kept for c in rest)
+        table.add_row(f"and {len(rest)} more", f"{units:,}", f"{kept:,}", "", "")
+    return table
+
+
+def whole_table(whole: Sequence[Change]) -> Table:
+    table = family_columns("stayed whole", "units", "parameters left", "because it")
+    for change in whole[:WHOLE_SHOWN]:
+        table.add_row(change.family.name, f"{change.family.units:,}", short(change.left), change.reason)
+    if len(whole) > WHOLE_SHOWN:
+        table.add_row(f"and {len(whole) - WHOLE_SHOWN} more", "", "", "")
+    return table
+
+
+def family_columns(first: str, *rest: str) -> Table:
+    """An empty table: names at its left, numbers, and a text at its right."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column(first, overflow="fold")
+    for title in rest[:-1]:
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column(rest[-1], overflow="fold")
+    return table
+
+
+def short(number: int) -> str:
+    """A count in three digits.
+
+    >>> short(950), short(23_520), short(25_557_032), short(4_089_184_256)
+    ('950', '23.5 k', '25.6 M', '4.09 G')
+    """
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)
