@@ -240,6 +240,7 @@ def selected(
             activations_are_rectangles(solution, kept)
             return kept, cut
         except NotARectangle as error:
+            if __import__('os').environ.get('FXD'): import traceback; traceback.print_exc(limit=-3)
             removed[unit[error.labels.numpy()]] = False
     raise AssertionError("restoring units always ends in a rectangle")
 

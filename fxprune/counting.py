@@ -17,7 +17,7 @@ Shares = tuple[float, dict[int, float]]
 
 
 def family_of_labels(solution: Solution, found: Sequence[Family]) -> np.ndarray:
-    """The position in `found` of the family that each label belongs to, -1 for one of no family; shape (labels,)."""
+    """For each label the position in `found` of its family, -1 if it has none; shape (labels,)."""
     of_unit = np.full(len(solution.unit), -1, np.int64)
     for i, family in enumerate(found):
         of_unit[family.units] = i
@@ -27,7 +27,9 @@ def family_of_labels(solution: Solution, found: Sequence[Family]) -> np.ndarray:
 def elements(
     solution: Solution, found: Sequence[Family], tensors: Mapping[str, Tensor], kept: np.ndarray | None = None
 ) -> list[int]:
-    """How many parameter elements go with each family. A weight counts for that of its outputs and that of its inputs.
+    """How many parameter elements go with each family.
+
+    A weight counts for the family of its outputs and for that of its inputs.
 
     Arguments:
         solution: the coupling.
@@ -51,7 +53,7 @@ def elements(
 
 
 def shares(group: list[Factor], member: np.ndarray, alive: np.ndarray) -> Shares:
-    """Of the index combinations that some factors span: the share that is alive, and each family's share of all of them."""
+    """The share of the indices that some factors span that is alive, and the share of each family."""
     if len(group) == 1:
         labels = group[0].labels.reshape(-1).numpy()
         there = alive[labels]
@@ -60,5 +62,5 @@ def shares(group: list[Factor], member: np.ndarray, alive: np.ndarray) -> Shares
     arrays = [a.numpy() for a in torch.broadcast_tensors(*(f.labels for f in group))]
     together = np.logical_and.reduce([alive[a] for a in arrays])
     families = np.unique(np.concatenate([member[f.labels.reshape(-1).numpy()] for f in group]))
-    inside = {int(i): np.logical_or.reduce([member[a] == i for a in arrays]) & together for i in families if i >= 0}
-    return float(together.mean()), {i: float(mask.mean()) for i, mask in inside.items()}
+    inside = {int(i): np.logical_or.reduce([member[a] == i for a in arrays]) for i in families if i >= 0}
+    return float(together.mean()), {i: float((mask & together).mean()) for i, mask in inside.items()}

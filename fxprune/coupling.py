@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from fxprune.counting import elements
 from fxprune.passes.couple import Solution
 from fxprune.passes.families import Family
+from fxprune.tables import as_text, counted, table
 
 if TYPE_CHECKING:
-    from rich.console import ConsoleOptions, RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.table import Table
 
 # What a layer holds for each of its channels: written as the layer and the dimension.
 OWN = frozenset({"weight", "bias", "running_mean", "running_var"})
-WIDTH = 110
 SHOWN = 4
 
 
@@ -35,8 +32,8 @@ class CoupledFamily:
         width: how many channels of its first member one unit takes up.
         members: (parameter or buffer, dimension) pairs it spans.
         frozen: the reason it is kept whole, or None.
-        parameters: how many parameter elements go with its units. A weight belongs to the family of its outputs and to that
-            of its inputs, so the numbers of all families add up to more than the model's.
+        parameters: how many parameter elements go with its units. A weight belongs to the family of its
+            outputs and to that of its inputs, so the numbers of all families add up to more than the model's.
     """
 
     name: str
@@ -47,8 +44,9 @@ class CoupledFamily:
     parameters: int
 
     def __str__(self) -> str:
-        size = f"{self.name}: {counted(self.units, 'unit')} of {counted(self.width, 'channel')}"
-        return f"{size}, {counted(self.parameters, 'parameter')}" + (f"; it {self.frozen}" if self.frozen else "")
+        units = f"{counted(self.units, 'unit')} of {counted(self.width, 'channel')}"
+        why = f"; it {self.frozen}" if self.frozen else ""
+        return f"{self.name}: {units}, {counted(self.parameters, 'parameter')}{why}"
 
     def spans(self, most: int | None = None) -> str:
         """Its members as `layer:dimension`, the first `most` of them."""
@@ -86,11 +84,12 @@ class Coupling:
         families: in the order of the model's parameters.
     """
 
-    def __init__(self, model: str, found: Sequence[Family], solution: Solution, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, model: str, found: Sequence[Family], solution: Solution, tensors: Mapping[str, Tensor]
+    ) -> None:
         self.model = model
         self.families: tuple[CoupledFamily, ...] = tuple(
-            CoupledFamily(f.name, len(f.units), f.width, f.members, f.frozen, count)
-            for f, count in zip(found, elements(solution, found, tensors))
+            described(family, count) for family, count in zip(found, elements(solution, found, tensors))
         )
         self._found = found
         self._solution = solution
@@ -112,8 +111,9 @@ class Coupling:
     def to_networkx(self) -> Any:
         """A `networkx.Graph` whose connected components are the families.
 
-        Nodes are (tensor, dimension, position in `families`), with the attributes `tensor`, `dim`, `family` (its name),
-        `frozen` (the reason or None) and `indices`. Edges are what the rules tied, before anything was solved.
+        Nodes are (tensor, dimension, position in `families`), with the attributes `tensor`, `dim`, `family`
+        (its name), `frozen` (the reason or None) and `indices`. Edges are what the rules tied, before anything
+        was solved.
         """
         from fxprune.graph import coupling_graph
 
@@ -124,20 +124,21 @@ class Coupling:
 
     def headline(self) -> str:
         units = sum(f.units for f in self.prunable)
-        return (
-            f"{self.model}: {counted(len(self.prunable), 'prunable family')} of {counted(units, 'unit')}, "
-            f"{counted(len(self.frozen), 'family')} kept whole"
-        )
+        prunable = f"{counted(len(self.prunable), 'prunable family')} of {counted(units, 'unit')}"
+        whole = f"{counted(len(self.frozen), 'family')} kept whole"
+        return f"{self.model}: {prunable if units else 'nothing to prune'}, {whole}"
 
     def tables(self) -> Iterator[RenderableType]:
         """The headline, the prunable families and those kept whole, as rich renders them."""
         yield self.headline()
         if self.prunable:
             yield ""
-            yield family_table(("prunable family", "spans"), self.prunable, [f.spans(SHOWN) for f in self.prunable])
+            spans = [f.spans(SHOWN) for f in self.prunable]
+            yield family_table(("prunable family", "spans"), self.prunable, spans)
         if self.frozen:
             yield ""
-            yield family_table(("kept whole", "because it"), self.frozen, [str(f.frozen) for f in self.frozen])
+            reasons = [str(f.frozen) for f in self.frozen]
+            yield family_table(("kept whole", "because it"), self.frozen, reasons)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         yield from self.tables()
@@ -148,22 +149,18 @@ class Coupling:
 
 def family_table(titles: tuple[str, str], found: Sequence[CoupledFamily], last: Sequence[str]) -> Table:
     """A row for each family: its name, its size, and what the last column says of it."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    table.add_column(titles[0], overflow="fold")
-    for title in ("units", "width", "parameters"):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column(titles[1], overflow="fold")
-    for family, text in zip(found, last):
-        table.add_row(family.name, f"{family.units:,}", f"{family.width:,}", f"{family.parameters:,}", text)
-    return table
+    rows = [
+        (f.name, f"{f.units:,}", f"{f.width:,}", f"{f.parameters:,}", text)
+        for f, text in zip(found, last, strict=True)
+    ]
+    return table((titles[0], "units", "width", "parameters", titles[1]), rows)
 
 
-def as_text(renderable: RenderableType, width: int = WIDTH) -> str:
-    """What rich shows of something, as plain text that is the same on every terminal."""
-    file = io.StringIO()
-    console = Console(file=file, width=width, color_system=None, highlight=False, markup=False, emoji=False)
-    console.print(renderable)
-    return "\n".join(line.rstrip() for line in file.getvalue().splitlines()).rstrip()
+def described(family: Family, parameters: int) -> CoupledFamily:
+    """A family as a user reads it, without its labels."""
+    return CoupledFamily(
+        family.name, len(family.units), family.width, family.members, family.frozen, parameters
+    )
 
 
 def largest_first(families: Iterator[CoupledFamily]) -> list[CoupledFamily]:
@@ -174,14 +171,3 @@ def place(tensor: str) -> str:
     """The layer a tensor belongs to, or the tensor's own name if it is not one of a layer's usual ones."""
     layer, _, name = tensor.rpartition(".")
     return layer if layer and name in OWN else tensor
-
-
-def counted(number: int, noun: str) -> str:
-    """A number and its noun.
-
-    >>> counted(1, "family"), counted(1200, "family")
-    ('1 family', '1,200 families')
-    """
-    if number != 1:
-        noun = noun[:-1] + "ies" if noun.endswith("y") else noun + "s"
-    return f"{number:,} {noun}"

@@ -1,7 +1,8 @@
 """The coupling as a graph: what each tie joins, before any of them is solved.
 
-A node is a part: the indices of one dimension of one tensor that belong to one family. An edge says that a rule tied an
-index of one part to an index of the other, directly or through values that are no tensor of the model.
+A node is a part: the indices of one dimension of one tensor that belong to one family. An edge says that a
+rule tied an index of one part to an index of the other, directly or through values that are no tensor of the
+model.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ Node = tuple[str, int, int]
 def coupling_graph(solution: Solution, found: Sequence[Family]) -> nx.Graph:
     """A graph whose connected components are the families.
 
-    Nodes are (tensor, dimension, position of the family), with the attributes `tensor`, `dim`, `family` (its name),
-    `frozen` (the reason or None) and `indices` (how many indices of the dimension, in its longest row).
+    Nodes are (tensor, dimension, position of the family), with the attributes `tensor`, `dim`, `family` (its
+    name), `frozen` (the reason or None) and `indices` (how many of the dimension, in its longest row).
     """
     nodes, counts, labels, parts = parts_of(solution, found)
     result = nx.Graph()
@@ -40,7 +41,9 @@ def coupling_graph(solution: Solution, found: Sequence[Family]) -> nx.Graph:
     return result
 
 
-def parts_of(solution: Solution, found: Sequence[Family]) -> tuple[list[Node], list[int], np.ndarray, np.ndarray]:
+def parts_of(
+    solution: Solution, found: Sequence[Family]
+) -> tuple[list[Node], list[int], np.ndarray, np.ndarray]:
     """Every part with its number of indices, and as two arrays which label lies in which part."""
     member = family_of_labels(solution, found)
     nodes: dict[Node, int] = {}
@@ -73,7 +76,7 @@ def joined(pairs: Sequence[Pair], size: int, labels: np.ndarray, parts: np.ndarr
     home = np.full(size, -1, np.int64)
     home[labels] = parts
     left, right = ends(pairs)
-    # labels of padding, of expanded copies and of constants lie in no part: what they are tied to is tied through them
+    # labels of padding, of expanded copies and of constants lie in no part, but tie others together
     free = (home[left] < 0) & (home[right] < 0)
     loose = coo_matrix((np.ones(int(free.sum()), np.int8), (left[free], right[free])), shape=(size, size))
     hub = connected_components(loose, directed=False)[1].astype(np.int64)

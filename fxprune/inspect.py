@@ -1,4 +1,4 @@
-"""What pruning can remove from a model, and what it cannot and why: `python -m fxprune.inspect torchvision:resnet50`."""
+"""What pruning can remove from a model, what it cannot, and why: `python -m fxprune.inspect model.py`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fxprune.api import couple
-from fxprune.coupling import WIDTH, Coupling
+from fxprune.coupling import Coupling
 from fxprune.errors import PruneError
 from fxprune.graph import to_dot
 from fxprune.zoo import load
@@ -53,9 +53,15 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("model", help="model.py, torchvision:NAME or timm:NAME")
     made.add_argument("--json", action="store_true", help="print JSON and nothing else")
     made.add_argument("--dot", metavar="FILE", help="write the coupling graph for Graphviz")
-    made.add_argument("--attention", choices=("heads", "dims"), default="heads", help="what goes of attention")
     made.add_argument(
-        "--freeze", metavar="GLOB", action="append", default=[], help="modules that stay as they are; may be repeated"
+        "--attention", choices=("heads", "dims"), default="heads", help="what goes of attention"
+    )
+    made.add_argument(
+        "--freeze",
+        metavar="GLOB",
+        action="append",
+        default=[],
+        help="modules that stay as they are; may be repeated",
     )
     return made
 
@@ -63,10 +69,10 @@ def parser() -> argparse.ArgumentParser:
 def show(found: Coupling, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(found.to_dict(), indent=2))
-        return
-    # a pipe has no width of its own
-    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False, markup=False, emoji=False)
-    console.print(found)
+    elif sys.stdout.isatty():
+        Console(highlight=False, markup=False, emoji=False).print(found)
+    else:
+        print(found)
 
 
 def write(path: Path, text: str) -> None:

@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich import box
-from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxprune import inputs
 from fxprune.api import analyse, kept_by, plan_of, unobserved
 from fxprune.counting import elements
-from fxprune.coupling import CoupledFamily, as_text, counted
+from fxprune.coupling import CoupledFamily, described
 from fxprune.passes.families import families
 from fxprune.passes.trace import visible
 from fxprune.passes.tree import named_tensors, private_copy
 from fxprune.plan import Plan
+from fxprune.tables import as_text, counted, short, table
 from fxprune.verification import Verification
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.table import Table
 
 SHRUNK_SHOWN, WHOLE_SHOWN, HELD_SHOWN = 15, 10, 3
-# Where every family keeps half of its units a layer keeps a quarter of its weights; with the first and the last layer, which
-# keep more, about a third. Above that ratio of the two, something needs an explanation.
+# Where every family keeps half of its units a layer keeps a quarter of its weights; with the first and the
+# last layer, which keep more, about a third. Above that ratio of the two, something needs an explanation.
 UNREMARKABLE = 4 / 3
+WORTH_NAMING = 0.02
 
 
 @dataclass(frozen=True)
@@ -97,10 +99,12 @@ class Report:
         return statistics.median(c.kept / c.family.units for c in self.shrunk) if self.shrunk else 1.0
 
     def held(self) -> list[Change]:
-        """The families to blame where more is left than the usual share explains; empty where nothing needs blame."""
+        """The families to blame where more is left than the usual share explains, else none."""
         if self.share <= UNREMARKABLE * self.usual**2:
             return []
-        return [c for c in self.changes if c.kept / c.family.units > self.usual + 0.05][:HELD_SHOWN]
+        fuller = [c for c in self.changes if c.kept / c.family.units > self.usual + 0.05]
+        large = [c for c in fuller if c.left > WORTH_NAMING * self.parameters[1]]
+        return (large or fuller)[:HELD_SHOWN]
 
     def sentences(self) -> Iterator[str]:
         before, after = self.parameters
@@ -108,15 +112,15 @@ class Report:
         if self.macs is not None:
             was, now = self.macs
             yield f"{short(was)} multiply-accumulates, {short(now)} left ({now / max(was, 1):.0%})"
-        yield (
-            f"{len(self.shrunk)} of {counted(len(self.changes), 'family')} shrank, to {self.usual:.0%} of their units in the median"
-        )
+        families = f"{len(self.shrunk)} of {counted(len(self.changes), 'family')}"
+        yield f"{families} shrank, to {self.usual:.0%} of their units in the median"
         held = self.held()
         if held:
             yield f"that leaves more than usual, because of {'these' if len(held) > 1 else 'this'}:"
             yield from (f"  {short(c.left)} left with {c.family.name}, which {c.reason}" for c in held)
         yield f"captured: {self.capture}"
-        yield str(self.verification or "not compared with the original: prune(..., verify=True) or fxprune.verify does it")
+        unknown = "not compared with the original: prune(..., verify=True) or fxprune.verify does it"
+        yield str(self.verification or unknown)
 
     def tables(self) -> Iterator[RenderableType]:
         """The sentences, the families that shrank and those that did not, as rich renders them."""
@@ -136,7 +140,7 @@ class Report:
 
 
 def report(model: nn.Module, pruned: nn.Module, example_inputs: Any = None) -> Report:
-    """What pruning took from a model and what it left, family by family, with the reason where one stayed whole.
+    """What pruning took from a model and what it left, family by family, and why some stayed whole.
 
     >>> import fxprune
     >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
@@ -163,17 +167,21 @@ def report(model: nn.Module, pruned: nn.Module, example_inputs: Any = None) -> R
     args, kwargs = inputs.arguments(given)
     inputs.check(model, args, kwargs)
     meta: dict[str, Any] = getattr(pruned, "meta", {})
+    macs: tuple[int, int] | None = None
+    if example_inputs is not None:
+        with evaluating(pruned):
+            macs = (count_macs(private_copy(model).eval(), args, kwargs), count_macs(pruned, args, kwargs))
     return Report(
         type(model).__name__,
         (count_parameters(model), count_parameters(pruned)),
-        None if example_inputs is None else (count_macs(model, args, kwargs), count_macs(pruned, args, kwargs)),
+        macs,
         changes(model, plan, args, kwargs),
         meta.get("capture", "unknown"),
         meta.get("verification"),
     )
 
 
-def changes(model: nn.Module, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Change, ...]:
+def changes(model: nn.Module, plan: Plan, args: Any, kwargs: Any) -> tuple[Change, ...]:
     """What a plan makes of each family of a model."""
     frozen = dict.fromkeys(plan.freeze, "is frozen by freeze=")
     solution = analyse(model, args, kwargs, heads=plan.attention == "heads", keep=frozen)
@@ -182,8 +190,8 @@ def changes(model: nn.Module, plan: Plan, args: tuple[Any, ...], kwargs: dict[st
     found = families(solution, {name for name, _ in model.named_parameters()})
     before, after = elements(solution, found, tensors), elements(solution, found, tensors, kept)
     made = [
-        Change(CoupledFamily(f.name, len(f.units), f.width, f.members, f.frozen, size), int(kept[f.units].sum()), left)
-        for f, size, left in zip(found, before, after)
+        Change(described(family, size), int(kept[family.units].sum()), left)
+        for family, size, left in zip(found, before, after)
     ]
     return tuple(sorted(made, key=lambda c: -c.left))
 
@@ -193,52 +201,36 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def count_macs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Multiply-accumulates of one forward in evaluation mode; the counter counts both operations of each."""
-    copy = private_copy(model).eval()
+    """Multiply-accumulates of one forward; the counter counts both operations of each."""
     # a fused kernel hides its products from the counter
     with unobserved(model), visible(), FlopCounterMode(display=False) as counter:
-        copy(*args, **kwargs)
+        model(*args, **kwargs)
     return int(counter.get_total_flops()) // 2
 
 
+@contextlib.contextmanager
+def evaluating(pruned: nn.Module) -> Iterator[nn.Module]:
+    mode = pruned.training
+    try:
+        yield pruned.eval()
+    finally:
+        pruned.train(mode)
+
+
 def shrunk_table(shrunk: Sequence[Change]) -> Table:
-    table = family_columns("shrank", "units", "left", "parameters left", "spans")
-    for change in shrunk[:SHRUNK_SHOWN]:
-        family = change.family
-        table.add_row(family.name, f"{family.units:,}", f"{change.kept:,}", short(change.left), family.spans(3))
+    rows = [
+        (c.family.name, f"{c.family.units:,}", f"{c.kept:,}", short(c.left), c.family.spans(2))
+        for c in shrunk[:SHRUNK_SHOWN]
+    ]
     rest = shrunk[SHRUNK_SHOWN:]
     if rest:
         units, kept = sum(c.family.units for c in rest), sum(c.kept for c in rest)
-        table.add_row(f"and {len(rest)} more", f"{units:,}", f"{kept:,}", "", "")
-    return table
+        rows.append((f"and {len(rest)} more", f"{units:,}", f"{kept:,}", "", ""))
+    return table(("shrank", "units", "left", "parameters left", "spans"), rows)
 
 
 def whole_table(whole: Sequence[Change]) -> Table:
-    table = family_columns("stayed whole", "units", "parameters left", "because it")
-    for change in whole[:WHOLE_SHOWN]:
-        table.add_row(change.family.name, f"{change.family.units:,}", short(change.left), change.reason)
+    rows = [(c.family.name, f"{c.family.units:,}", short(c.left), c.reason) for c in whole[:WHOLE_SHOWN]]
     if len(whole) > WHOLE_SHOWN:
-        table.add_row(f"and {len(whole) - WHOLE_SHOWN} more", "", "", "")
-    return table
-
-
-def family_columns(first: str, *rest: str) -> Table:
-    """An empty table: names at its left, numbers, and a text at its right."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    table.add_column(first, overflow="fold")
-    for title in rest[:-1]:
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column(rest[-1], overflow="fold")
-    return table
-
-
-def short(number: int) -> str:
-    """A count in three digits.
-
-    >>> short(950), short(23_520), short(25_557_032), short(4_089_184_256)
-    ('950', '23.5 k', '25.6 M', '4.09 G')
-    """
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return str(number)
+        rows.append((f"and {len(whole) - WHOLE_SHOWN} more", "", "", ""))
+    return table(("stayed whole", "units", "parameters left", "because it"), rows)

@@ -1,4 +1,4 @@
-"""Models by name, for the command line: a file's own, or one of torchvision's or timm's with random weights."""
+"""Models by name, for the command line: a file's own, or one of a library's with random weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def load(source: str) -> tuple[nn.Module, Any]:
     """The model that a command line names, in evaluation mode, and example inputs for it.
 
     Arguments:
-        source: `model.py` (a file that defines `model` and `example_inputs`), `torchvision:NAME` or `timm:NAME`.
+        source: `model.py` (a file that defines `model` and `example_inputs`), `torchvision:NAME` or
+            `timm:NAME`.
 
     Raises: PruneError where there is no such model.
     """
@@ -42,7 +43,8 @@ def load(source: str) -> tuple[nn.Module, Any]:
     found = run_file(path)
     for needed in ("model", "example_inputs"):
         if not hasattr(found, needed):
-            raise PruneError(f"the file defines no `{needed}`", where=source, fix=f"define `{needed}` at its top level")
+            what = f"the file defines no `{needed}`"
+            raise PruneError(what, where=source, fix=f"define `{needed}` at its top level")
     if not isinstance(found.model, nn.Module):
         kind = type(found.model).__name__
         raise PruneError(f"`model` is a {kind}, not a torch.nn.Module", where=source, fix="model = Net()")
@@ -134,5 +136,5 @@ def library_called(name: str) -> Any:
 
 def unknown(library: str, name: str, known: Sequence[str]) -> PruneError:
     close = difflib.get_close_matches(name, known, n=3)
-    fix = " or ".join(f"{library}:{c}" for c in close) or f"one of the names that {library}'s list_models() returns"
+    fix = " or ".join(f"{library}:{c}" for c in close) or f"one of the names of {library}'s list_models()"
     return PruneError(f"{library} has no model called {name!r}", fix=fix)

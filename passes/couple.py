@@ -158,17 +158,18 @@ def read(
         tape = capture.tape
         labels: dict[int, Labels] = {i: leaves[v.name] for i, v in enumerate(tape.values) if v.name is not None}
         uses = {r.id for op in tape.ops for r in collect((op.args, op.kwargs), Ref)} | {r.id for r in capture.outputs}
-        hidden = {capture.index[n]: n for n in capture.untracked}
-        for op in tape.ops:
-            if op.node in hidden:
+        hidden = sorted(capture.index[n] for n in capture.untracked)
+        end = Op(None, (), {}, (), len(capture.index))
+        for op in [*tape.ops, end]:
+            while hidden and hidden[0] < op.node:
+                ties.node = which * SPAN + hidden[0]
+                hide(capture, capture.nodes[hidden.pop(0)], labels, ties)
+            if op is end or (hidden and op.node == hidden[0]):
                 continue
             if ties.node != which * SPAN + op.node:
                 ties.node = which * SPAN + op.node
                 ties.maker = maker(capture, op.node)
             apply_rule(Call(op, tape, labels, ties, heads, uses))
-        for index, node in hidden.items():
-            ties.node = which * SPAN + index
-            hide(capture, node, labels, ties)
         ties.node = which * SPAN + capture.index[capture.output]
         for ref in capture.outputs:
             for f in labels.get(ref.id, NONE):

@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.errors import PruneError
 from fxprune.passes.proxy import Items, ReadsValue, ValueProxy, iterate, unwrap
-from fxprune.passes.tape import NeedsValues, Recorder, Ref, Tape, map_tensors
+from fxprune.passes.tape import NeedsValues, Recorder, Ref, Tape, collect, map_tensors
 from fxprune.passes.tree import fetch, named_tensors
 
 
@@ -187,6 +187,7 @@ class ValueTracer(fx.Tracer):
 
     def evaluate(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         self.recorder.node = self.index[node]
+        first = len(self.recorder.tape.values)
         outer, self.running = self.running, str(node.target) if node.op == "call_module" else ""
         try:
             if node.op == "get_attr":
@@ -208,12 +209,26 @@ class ValueTracer(fx.Tracer):
             raise
         finally:
             self.running = outer
-        values = self.recorder.tape.values
-        given = [values[self.recorder.ref(t).id].from_input for t in tensors((args, kwargs))]
-        for tensor in tensors(value):
-            if given and (not self.recorder.has(tensor) or values[self.recorder.ref(tensor).id].from_input < any(given)):
-                self.untracked.add(node)  # it did not come out of the dispatcher: NumPy, or another library
+        if has_tensor((args, kwargs)) and self.made_outside(node, value, first):
+            self.untracked.add(node)
         return value
+
+    def made_outside(self, node: fx.Node, value: Any, first: int) -> bool:
+        """Whether a result did not come out of the dispatcher (NumPy, another library), or only by way of a new constant.
+
+        `first` is the number of the first value that the node made.
+        """
+        recorder, values = self.recorder, self.recorder.tape.values
+        if getattr(node.target, "__name__", node.target) in ("tensor", "as_tensor", "new_tensor"):
+            return False
+        if not all(recorder.has(t) for t in tensors(value)):
+            return True
+        if all(values[recorder.ref(t).id].from_input for t in tensors(value)):
+            return False
+        mine = [op for op in recorder.tape.ops if op.node == recorder.node]
+        used = {r.id for op in mine for r in collect((op.args, op.kwargs), Ref)}
+        made = {r.id for op in mine for r in collect(op.outs, Ref) if r not in collect(op.args, Ref)}
+        return any(i >= first and i not in made and values[i].name is None for i in used)
 
     def create_arg(self, a: Any) -> Any:
         if type(a) is ValueProxy:

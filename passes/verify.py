@@ -118,12 +118,33 @@ def filled(masker: Masker, call: Call, args: Any, kwargs: Any, value: float) -> 
 
 
 @masked("mm", "bmm", "addmm", "baddbmm", "mv", "dot", "linear", "matmul", "convolution", "_convolution", "_trilinear")
-@masked("_scaled_dot_product_*", "sum", "norm", "linalg_vector_norm", "cumsum", "nansum", "addmv", "count_nonzero")
+@masked("sum", "norm", "linalg_vector_norm", "cumsum", "nansum", "addmv", "count_nonzero")
 @masked("_cdist_forward", "any", "col2im")
 def with_zeros(masker: Masker, call: Call, args: Any, kwargs: Any) -> Any:
     """A removed element adds nothing."""
     args, kwargs = filled(masker, call, args, kwargs, 0.0)
     return call.op.func(*args, **kwargs)
+
+
+@masked("_scaled_dot_product_*", "scaled_dot_product_attention")
+def attention(masker: Masker, call: Call, args: Any, kwargs: Any) -> Any:
+    """Removed widths add nothing to a score, removed keys get no weight."""
+    keys = masker.mask(call["key"])
+    args, kwargs = filled(masker, call, args, kwargs, 0.0)
+    if keys is None or keys.shape[-2] == 1:
+        return call.op.func(*args, **kwargs)
+    named = dict(zip((a.name for a in call.op.func._schema.arguments), args, strict=False)) | kwargs
+    q, k, v = named["query"], named["key"], named["value"]
+    bias = torch.zeros((), dtype=q.dtype, device=q.device).masked_fill(~keys.any(-1).unsqueeze(-2).to(q.device), -math.inf)
+    given = named.get("attn_mask", named.get("attn_bias"))
+    bias = bias if given is None else bias + given
+    causal = bool(named.get("is_causal", False))
+    if causal:
+        bias = bias.masked_fill(~torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril(), -math.inf)
+    scale = named.get("scale") or q.shape[-1] ** -0.5
+    out = (q @ k.transpose(-1, -2) * scale + bias).softmax(-1) @ v
+    rest = len(call.op.func._schema.returns) - 1
+    return (out, *[out.new_empty(0)] * rest) if rest else out
 
 
 @masked("amax", "max", "_softmax", "_log_softmax", "logsumexp", "argmax", "logcumsumexp", "cummax")

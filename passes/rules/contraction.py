@@ -116,9 +116,6 @@ def attention(call: Call) -> list[Labels]:
     k_labels, k_shape = grouped(call, k, call.shape(q))
     v_labels, v_shape = grouped(call, v, call.shape(q))
     batch = list(range(n))
-    for ref in (k, v):
-        tokens = tuple(f for f in call.labels(ref) if f.nest == (n,))
-        call.freeze(tokens, "is a token that attention looks at")
     # index space: batch, L, S, E
     weights = contract(
         call, call.labels(q), call.shape(q), [*batch, n, n + 2], k_labels, k_shape, [*batch, n + 1, n + 2], n + 3, [n + 2]
