@@ -215,9 +215,9 @@ def selected(
     if not free:
         reasons = sorted({f.frozen for f in found if f.frozen})
         raise PruneError(
-            "nothing in the model can be pruned" + (f": {reasons[0]}" if reasons else ""),
+            "nothing in the model can be pruned" + (f": every family {', or '.join(reasons[:3])}" if reasons else ""),
             where=type(model).__name__,
-            fix="fewer names in freeze=, or see `python -m fxprune.inspect`",
+            fix="freeze less; print(fxprune.couple(model, example_inputs)) says why each family stays",
         )
     ratios = [ratio_of(f, ratio) for f in free]
     largest = max(len(f.units) * f.width for f in free)
@@ -240,7 +240,6 @@ def selected(
             activations_are_rectangles(solution, kept)
             return kept, cut
         except NotARectangle as error:
-            if __import__('os').environ.get('FXD'): import traceback; traceback.print_exc(limit=-3)
             removed[unit[error.labels.numpy()]] = False
     raise AssertionError("restoring units always ends in a rectangle")
 
@@ -329,7 +328,7 @@ def same_cuts(a: Sequence[Any], b: Sequence[Any]) -> bool:
 
 def check_request(model: Any, ratio: Ratio, round_to: int, attention: str, criterion: str) -> None:
     if not isinstance(model, nn.Module):
-        raise PruneError(f"model is a {type(model).__name__}, not a torch.nn.Module", fix="pass the module itself")
+        raise PruneError(f"model is of type {type(model).__name__}, not a torch.nn.Module", fix="pass the module itself")
     named = dict(ratio) if isinstance(ratio, Mapping) else {"": ratio}
     for glob, value in named.items():
         ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and 0 <= value < 1

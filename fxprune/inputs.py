@@ -14,9 +14,12 @@ from fxprune.passes.tape import collect, map_tensors
 
 
 def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments: a tensor is one argument, a tuple several, a dict with string keys is keywords."""
+    """Positional and keyword arguments: a tensor is one, a tuple several, a dict keywords."""
     if example_inputs is None:
-        raise PruneError("example inputs are missing", fix="example_inputs=torch.randn(1, 3, 224, 224), or what forward takes")
+        raise PruneError(
+            "example inputs are missing",
+            fix="example_inputs=torch.randn(1, 3, 224, 224), or what forward takes",
+        )
     if isinstance(example_inputs, dict) and all(isinstance(k, str) for k in example_inputs):
         return (), dict(example_inputs)
     if isinstance(example_inputs, tuple):
@@ -26,50 +29,73 @@ def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def check(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raise PruneError where the arguments cannot be what the model takes: names, devices, dtypes."""
-    try:
-        inspect.signature(model.forward).bind(*args, **kwargs)
-    except TypeError as error:
-        raise PruneError(
-            f"the example inputs do not fit forward: {error}",
-            where=type(model).__name__,
-            fix="a tensor, a tuple of positional arguments, or a dict of keyword arguments",
-        ) from error
-    tensors: list[Tensor] = collect((args, kwargs), Tensor)
-    held = next(iter(model.parameters()), None)
-    if held is None:
-        return
-    if held.is_meta:
+    if not isinstance(model, nn.Module):
+        what = f"model is of type {type(model).__name__}, not a torch.nn.Module"
+        raise PruneError(what, fix="pass the module itself")
+    check_names(model, args, kwargs)
+    held = list(model.parameters())
+    if any(p.is_meta for p in held):
         raise PruneError(
             "the model is on the meta device: it has no weights to score or to cut",
             where=type(model).__name__,
             fix="model.to_empty(device='cpu') and load its weights, then prune",
         )
+    devices = list(dict.fromkeys(p.device for p in held))
+    dtypes = list(dict.fromkeys(p.dtype for p in held if p.is_floating_point()))
+    tensors: list[Tensor] = collect((args, kwargs), Tensor)
     for tensor in tensors:
-        if tensor.device != held.device:
+        if devices and tensor.device not in devices:
             raise PruneError(
-                f"the example inputs are on {tensor.device}, the model on {held.device}",
+                f"the example inputs are on {tensor.device}, the model on {devices[0]}",
                 where=type(model).__name__,
-                fix=f"example_inputs.to({str(held.device)!r})",
+                fix=f"example_inputs.to({str(devices[0])!r})",
             )
-        if tensor.is_floating_point() and held.is_floating_point() and tensor.dtype != held.dtype and len(tensors) == 1:
-            raise PruneError(
-                f"the example inputs are {tensor.dtype}, the model is {held.dtype}",
-                where=type(model).__name__,
-                fix=f"example_inputs.to({held.dtype})",
-            )
+    # of several tensors one may be a mask or a table of another dtype
+    if dtypes and len(tensors) == 1 and tensors[0].is_floating_point() and tensors[0].dtype not in dtypes:
+        raise PruneError(
+            f"the example inputs are {tensors[0].dtype}, the model is {dtypes[0]}",
+            where=type(model).__name__,
+            fix=f"example_inputs.to({dtypes[0]})",
+        )
+
+
+def check_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise PruneError where forward has no such arguments, or lacks one."""
+    parameters = inspect.signature(model.forward).parameters
+    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    unknown = [] if open_ended else [name for name in kwargs if name not in parameters]
+    try:
+        inspect.signature(model.forward).bind(*args, **kwargs)
+    except TypeError as error:
+        why = f"it has no argument {unknown[0]!r}" if unknown else str(error)
+        taken = [str(p.replace(annotation=inspect.Parameter.empty)) for p in parameters.values()]
+        raise PruneError(
+            f"the example inputs do not fit forward: {why}",
+            where=f"{type(model).__name__}.forward({', '.join(taken)})",
+            fix="a tensor, a tuple of positional arguments, or a dict of keyword arguments",
+        ) from error
 
 
 def describe(example_inputs: Any) -> Any:
-    """JSON-ready description of example inputs: nested structure, shapes, dtypes and the range of integers."""
+    """JSON-ready description of example inputs: structure, shapes, dtypes and the range of integers."""
     if isinstance(example_inputs, Tensor):
-        found: dict[str, Any] = {"shape": list(example_inputs.shape), "dtype": str(example_inputs.dtype).removeprefix("torch.")}
-        if not example_inputs.is_floating_point() and not example_inputs.is_complex() and example_inputs.numel():
+        found: dict[str, Any] = {
+            "shape": list(example_inputs.shape),
+            "dtype": str(example_inputs.dtype).removeprefix("torch."),
+        }
+        if (
+            not example_inputs.is_floating_point()
+            and not example_inputs.is_complex()
+            and example_inputs.numel()
+        ):
             found["range"] = [int(example_inputs.min()), int(example_inputs.max())]
         return {"tensor": found}
     if isinstance(example_inputs, tuple | list):
-        return {type(example_inputs).__name__ if not hasattr(example_inputs, "_fields") else "tuple": [
-            describe(v) for v in example_inputs
-        ]}
+        return {
+            type(example_inputs).__name__ if not hasattr(example_inputs, "_fields") else "tuple": [
+                describe(v) for v in example_inputs
+            ]
+        }
     if isinstance(example_inputs, dict):
         return {"dict": [[k, describe(v)] for k, v in example_inputs.items()]}
     if example_inputs is None or isinstance(example_inputs, bool | int | float | str):
@@ -78,7 +104,7 @@ def describe(example_inputs: Any) -> Any:
 
 
 def imagine(described: Any, device: torch.device) -> Any:
-    """Random inputs that look like the described ones; raises PruneError where a description is not enough."""
+    """Random inputs that look like the described; raises PruneError where a description is not enough."""
     kind, content = next(iter(described.items()))
     if kind == "tensor":
         dtype = getattr(torch, content["dtype"])
@@ -94,10 +120,14 @@ def imagine(described: Any, device: torch.device) -> Any:
         return {k: imagine(v, device) for k, v in content}
     if kind == "value":
         return content
-    raise PruneError(f"the plan cannot make up an input of type {content}", fix="plan.apply(model, example_inputs=...)")
+    raise PruneError(
+        f"the plan cannot make up an input of type {content}", fix="plan.apply(model, example_inputs=...)"
+    )
 
 
-def other_sizes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
+def other_sizes(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
     """The same inputs at a second batch size and at a second image size, with a name for each."""
     tensors: Sequence[Tensor] = [t for t in collect((args, kwargs), Tensor) if t.dim()]
     if not tensors:

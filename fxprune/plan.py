@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,19 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.errors import PruneError
-from fxprune.passes.kept import Cut
+from fxprune.passes.kept import Cut, cut_shape
 from fxprune.passes.tree import named_tensors
 
 FORMAT = "fxprune.plan/1"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """Which indices of every tensor stay.
 
     Attributes:
         shapes: the original shape of every tensor of the model, by name.
-        keep: for each tensor that shrinks, its cuts: dimensions, kept indices (flattened over those dimensions), sizes.
+        keep: for each tensor that shrinks, its cuts: dimensions, kept indices (flattened over those), sizes.
         attention: the granularity it was made with, `heads` or `dims`.
         freeze: names of tensors that were kept by request.
         inputs: what the example inputs looked like, so that the plan can be applied without them.
@@ -34,6 +35,27 @@ class Plan:
     attention: str = "heads"
     freeze: tuple[str, ...] = ()
     inputs: Any = field(default=None)
+
+    def __repr__(self) -> str:
+        elements = sum(math.prod(shape) for shape in self.shapes.values())
+        sizes = {name: math.prod(self.kept_shape(name)) for name in self.keep}
+        left = elements - sum(math.prod(self.shapes[name]) - n for name, n in sizes.items())
+        cut = f"{len(self.keep)} of {len(self.shapes)} tensors"
+        return f"Plan({cut} cut, {left:,} of {elements:,} elements left)"
+
+    def __str__(self) -> str:
+        lines = [f"  {name}: {self.shapes[name]} -> {self.kept_shape(name)}" for name in self.keep]
+        return "\n".join([repr(self), *lines])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Plan) and self.to_dict() == other.to_dict()
+
+    def __hash__(self) -> int:
+        return hash(self.to_json())
+
+    def kept_shape(self, name: str) -> tuple[int, ...]:
+        """What is left of a tensor's shape."""
+        return cut_shape(self.shapes[name], self.keep.get(name, ()))
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON-ready data."""
@@ -55,14 +77,17 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """A plan from `to_dict`; raises PruneError for anything else."""
         if data.get("format") != FORMAT:
-            raise PruneError(f"this is no plan: its format is {data.get('format')!r}", fix=f"a file of format {FORMAT}")
-        keep = {
-            name: [Cut(tuple(c["dims"]), torch.tensor(c["keep"], dtype=torch.int64), tuple(c["sizes"])) for c in made]
-            for name, made in data["keep"].items()
-        }
-        shapes = {name: tuple(shape) for name, shape in data["shapes"].items()}
-        return cls(shapes, keep, data["attention"], tuple(data["freeze"]), data["inputs"])
+            what = f"this is no plan: its format is {data.get('format')!r}"
+            raise PruneError(what, fix=f"a file of format {FORMAT}")
+        try:
+            shapes = {name: tuple(int(n) for n in shape) for name, shape in data["shapes"].items()}
+            keep = {name: [cut_from(c, shapes[name]) for c in made] for name, made in data["keep"].items()}
+            return cls(shapes, keep, data["attention"], tuple(data["freeze"]), data["inputs"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+            raise PruneError(f"this is no plan: {why}", fix="what Plan.to_dict() returned") from error
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -70,16 +95,23 @@ class Plan:
         try:
             data = json.loads(text)
         except ValueError as error:
-            raise PruneError(f"this is no plan: {error}", fix="the text that Plan.to_json() returned") from error
+            raise PruneError(
+                f"this is no plan: {error}", fix="the text that Plan.to_json() returned"
+            ) from error
         if not isinstance(data, dict):
-            raise PruneError("this is no plan: not a JSON object", fix="the text that Plan.to_json() returned")
+            raise PruneError(
+                "this is no plan: not a JSON object", fix="the text that Plan.to_json() returned"
+            )
         return cls.from_dict(data)
 
     def masks(self, model: nn.Module) -> dict[str, Tensor]:
         """For every parameter and buffer a boolean tensor of its shape, True where it is kept."""
         self.check(model)
         result = {}
-        for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
+        for name, tensor in [
+            *model.named_parameters(remove_duplicate=False),
+            *model.named_buffers(remove_duplicate=False),
+        ]:
             mask = torch.ones(tensor.shape, dtype=torch.bool)
             for cut in self.keep.get(self.alias(model, name), ()):
                 part = torch.zeros([tensor.shape[d] for d in cut.dims], dtype=torch.bool)
@@ -101,11 +133,15 @@ class Plan:
 
     def check(self, model: nn.Module) -> None:
         """Raise PruneError unless the model's tensors have the names and shapes the plan was made for."""
+        if not isinstance(model, nn.Module):
+            what = f"model is of type {type(model).__name__}, not a torch.nn.Module"
+            raise PruneError(what, fix="pass the module itself")
         have = {name: tuple(t.shape) for name, t in named_tensors(model)}
         for name, shape in self.shapes.items():
             if name not in have:
                 raise PruneError(
-                    f"the plan is for another model: this one has no {name}", fix="apply it to the original architecture"
+                    f"the plan is for another model: this one has no {name}",
+                    fix="apply it to the original architecture",
                 )
             if have[name] != shape:
                 raise PruneError(
@@ -115,7 +151,8 @@ class Plan:
         extra = sorted(set(have) - set(self.shapes))
         if extra:
             raise PruneError(
-                f"the plan is for another model: it knows nothing of {extra[0]}", fix="apply it to the original architecture"
+                f"the plan is for another model: it knows nothing of {extra[0]}",
+                fix="apply it to the original architecture",
             )
 
     def apply(self, model: nn.Module, example_inputs: Any = None) -> torch.fx.GraphModule:
@@ -123,10 +160,24 @@ class Plan:
 
         Arguments:
             model: a model whose tensors have the names and shapes the plan was made for; it is not touched.
-            example_inputs: as for `prune`; by default random ones that look like those the plan was made with.
+            example_inputs: as for `prune`; by default random ones like those the plan was made with.
 
         Raises: PruneError if the plan does not fit the model.
         """
         from fxprune.api import apply_plan
 
         return apply_plan(self, model, example_inputs)
+
+
+def cut_from(data: Mapping[str, Any], shape: tuple[int, ...]) -> Cut:
+    """A cut of a tensor of a given shape; raises ValueError where its numbers make no sense for that."""
+    dims, sizes = tuple(data["dims"]), tuple(data["sizes"])
+    keep = torch.tensor(data["keep"], dtype=torch.int64)
+    if not all(isinstance(d, int) and 0 <= d < len(shape) for d in dims):
+        raise ValueError(f"a tensor of shape {shape} has no dimensions {dims}")
+    whole = math.prod(shape[d] for d in dims)
+    if len(keep) != math.prod(sizes) or len(sizes) != len(dims):
+        raise ValueError(f"{len(keep)} kept indices do not fill {sizes}")
+    if len(keep) and not 0 <= int(keep.min()) <= int(keep.max()) < whole:
+        raise ValueError(f"kept indices of a tensor of shape {shape} reach from {keep.min()} to {keep.max()}")
+    return Cut(dims, keep, sizes)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_matrix
 
 
 @dataclass(slots=True)
@@ -19,6 +21,7 @@ class Pool:
 
     cells: list[tuple[int, np.ndarray]]
     ratio: float
+    equal: list[np.ndarray] = field(default_factory=list)
 
 
 def pools(families: Sequence[np.ndarray], ratios: Sequence[float], equal: Sequence[np.ndarray], size: int) -> list[Pool]:
@@ -43,6 +46,7 @@ def pools(families: Sequence[np.ndarray], ratios: Sequence[float], equal: Sequen
         return i
 
     rng = np.random.default_rng(0)
+    constrained: list[tuple[int, np.ndarray]] = []
     for matrix in equal:
         rows = matrix.shape[0]
         units, inverse = np.unique(matrix, return_inverse=True)
@@ -55,6 +59,7 @@ def pools(families: Sequence[np.ndarray], ratios: Sequence[float], equal: Sequen
         key = rng.integers(1, 1 << 62, size=rows, dtype=np.int64).astype(np.uint64)
         pattern[units[mine]] += (counts[:, mine].astype(np.uint64) * key[:, None]).sum(0, dtype=np.uint64)
         members = np.unique(family_of[units[mine]])
+        constrained.append((int(members[0]), matrix))
         for other in members[1:]:
             parent[find(int(other))] = find(int(members[0]))
     made: dict[int, Pool] = {}
@@ -63,6 +68,8 @@ def pools(families: Sequence[np.ndarray], ratios: Sequence[float], equal: Sequen
         pool.ratio = min(pool.ratio, ratios[i])
         for value in np.unique(pattern[units]):
             pool.cells.append((i, units[pattern[units] == value]))
+    for family, matrix in constrained:
+        made[find(family)].equal.append(matrix)
     return list(made.values())
 
 
@@ -83,6 +90,49 @@ def choose(pool: Pool, score: np.ndarray, width: Sequence[int], round_to: int) -
     def fits(k: int) -> bool:
         return all(n // step * (step - k) * width[family] % round_to == 0 for family, n in families.items())
 
+    wanted = sum(int(pool.ratio * n + 1e-9) for n in families.values())
     steps = next((k for k in range(int(pool.ratio * step + 1e-9), 0, -1) if fits(k)), 0)
+    if pool.equal and round_to == 1 and steps * sum(n // step for n in families.values()) < 0.75 * wanted:
+        balanced_choice = balanced(pool, score, wanted)
+        if len(balanced_choice) > steps * sum(n // step for n in families.values()):
+            return balanced_choice
     removed = [units[np.lexsort((units, score[units]))[: steps * (len(units) // step)]] for _, units in pool.cells]
     return np.concatenate(removed)
+
+
+def balanced(pool: Pool, score: np.ndarray, wanted: int) -> np.ndarray:
+    """The units to remove where rows overlap so that no common share of every cell exists.
+
+    A small integer program: of each family at most its ratio goes, every row of a constraint loses equally many entries,
+    as many units as possible go, and of those the lowest scored.
+    """
+    units = np.unique(np.concatenate([units for _, units in pool.cells]))
+    column = {int(u): i for i, u in enumerate(units)}
+    n, extra = len(units), len(pool.equal)
+    rows, cols, values, low, high = [], [], [], [], []
+    count = 0
+    for c, matrix in enumerate(pool.equal):
+        for line in matrix:
+            for unit in line:
+                if int(unit) in column:
+                    rows.append(count), cols.append(column[int(unit)]), values.append(1.0)
+            rows.append(count), cols.append(n + c), values.append(-1.0)
+            low.append(0.0), high.append(0.0)
+            count += 1
+    by_family: dict[int, list[int]] = {}
+    for family, members in pool.cells:
+        by_family.setdefault(family, []).extend(column[int(u)] for u in members)
+    for members in by_family.values():
+        rows += [count] * len(members)
+        cols += members
+        values += [1.0] * len(members)
+        low.append(0.0), high.append(float(int(pool.ratio * len(members) + 1e-9)))
+        count += 1
+    scale = max(float(score[units].max()), 1e-30)
+    cost = np.r_[score[units] / scale - 2.0, np.zeros(extra)]
+    constraint = LinearConstraint(csr_matrix((values, (rows, cols)), shape=(count, n + extra)), low, high)
+    bounds = Bounds(np.zeros(n + extra), np.r_[np.ones(n), np.full(extra, float(wanted))])
+    found = milp(cost, constraints=constraint, bounds=bounds, integrality=np.ones(n + extra), options={"time_limit": 5.0})
+    if found.x is None:
+        return np.zeros(0, np.int64)
+    return units[np.round(found.x[:n]).astype(bool)]

@@ -71,6 +71,9 @@ def solve(captures: Sequence[Capture], *, heads: bool, keep: Mapping[str, str] |
         if any(len(e.labels[0]) > 1 for e in ties.coarse):
             leaves = by_head(leaves, ties)
         ties, values = read(captures, leaves, size, heads)
+    if ties.composed:
+        leaves = composed(leaves, ties)
+        ties, values = read(captures, leaves, size, heads)
     for name, reason in (keep or {}).items():
         for f in leaves.get(name, NONE):
             ties.frozen.append(Event(f.labels, -1, reason))
@@ -153,6 +156,8 @@ def read(
 ) -> tuple[Ties, list[dict[int, Labels]]]:
     """Interpret every tape on labels."""
     ties = Ties(size=size, seeking_heads=seeking)
+    if not seeking:
+        ties.leaf_starts = leaf_starts(leaves)
     every = []
     for which, capture in enumerate(captures):
         tape = capture.tape
@@ -234,6 +239,28 @@ class Outside:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(*args, **kwargs)
+
+def leaf_starts(leaves: dict[str, Labels]) -> dict[int, tuple[str, int, int]]:
+    """Leaf dimensions with labels of their own, by their first label."""
+    starts = {}
+    for name, labels in leaves.items():
+        for f in labels:
+            vector = f.labels.reshape(-1)
+            if len(f.nest) == 1 and int(vector[-1]) - int(vector[0]) == len(vector) - 1:
+                starts[int(vector[0])] = (name, f.nest[0], len(vector))
+    return starts
+
+
+def composed(leaves: dict[str, Labels], ties: Ties) -> dict[str, Labels]:
+    """Leaf labels in which a dimension over pairs of channels carries the labels of both."""
+    changed = dict(leaves)
+    for start, vectors in ties.composed.items():
+        name, dim, _ = ties.leaf_starts[start]
+        ndim = next(f.labels.dim() for f in leaves[name])
+        others = tuple(f for f in changed[name] if f.nest != (dim,))
+        changed[name] = others + tuple(along(v, dim, ndim) for v in vectors)
+    return changed
+
 
 def by_head(leaves: dict[str, Labels], ties: Ties) -> dict[str, Labels]:
     """Leaf labels with one label for each row of a head. Broadcast ties are not followed: they join heads to one another."""

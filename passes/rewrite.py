@@ -289,6 +289,7 @@ class Rewriter:
 
     def shapes_of(self, path: str) -> dict[str, tuple[int, ...]]:
         """Pruned shapes of a module's own tensors."""
+        path = path.removeprefix(self.capture.prefix)
         own = self.owned.get(path, {})
         nested = {f"{p[len(path) + 1 :]}.{n}": r for p, t in self.owned.items() if p.startswith(path + ".") for n, r in t.items()}
         return {name: self.after(ref) for name, ref in {**own, **nested}.items()}

@@ -91,7 +91,8 @@ def cut_tree(model: nn.Module, solution: Solution, made: Mapping[str, list[Cut]]
     swap: dict[int, Tensor] = {}
     root = solution.captures[0].root
     with torch.no_grad():
-        for name, tensor in named_tensors(root):
+        for path, tensor in named_tensors(root):
+            name = path.removeprefix(solution.captures[0].prefix)
             source = values.get(name, tensor)
             new = source.detach()
             for cut in made.get(name, ()):

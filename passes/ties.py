@@ -42,6 +42,8 @@ class Ties:
         coarse: matrices of labels whose rows are heads, to be removed whole when heads are the granularity.
         equal: matrices of labels whose rows must keep equally many entries.
         product: matrices of labels whose rows must keep the same columns.
+        leaf_starts: for the first label of each leaf dimension its tensor, dimension and size.
+        composed: leaf dimensions, by first label, whose entries belong to several labels at once (an outer product).
         seeking_heads: whether this reading only looks for heads.
         maker: the function or kind of module whose node is being read: what a new tensor's size can be changed through.
     """
@@ -55,6 +57,8 @@ class Ties:
     size: int = 1
     seeking_heads: bool = False
     maker: str = ""
+    leaf_starts: dict[int, tuple[str, int, int]] = field(default_factory=dict)
+    composed: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
 
     def fresh(self, count: int) -> Tensor:
         """New labels, `count` of them."""

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxprune.errors import PruneError
+from fxprune.passes.opaque import SizeUse, Whole, watched
 from fxprune.passes.proxy import Items, ReadsValue, ValueProxy, iterate, unwrap
 from fxprune.passes.tape import NeedsValues, Recorder, Ref, Tape, collect, map_tensors
 from fxprune.passes.tree import fetch, named_tensors
@@ -57,6 +58,7 @@ class Capture:
         results: for every node, its value with tensors replaced by references into the tape.
         opaque: modules kept as one node, with the reason.
         calls: calls made inside opaque modules.
+        sizes: attributes of opaque modules that were used as sizes.
         inputs: references of the example inputs' tensors.
         outputs: references of the tensors returned.
     """
@@ -68,11 +70,13 @@ class Capture:
     guards: list[Guard]
     opaque: dict[str, str]
     calls: dict[str, list[Call]]
+    sizes: dict[str, list[SizeUse]]
     inputs: list[Ref]
     outputs: list[Ref]
     reads_training: bool
     untracked: set[fx.Node] = field(default_factory=set)
     index: dict[fx.Node, int] = field(default_factory=dict)
+    prefix: str = ""
 
     @property
     def output(self) -> fx.Node:
@@ -130,6 +134,7 @@ class ValueTracer(fx.Tracer):
     def __init__(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().__init__(autowrap_modules=(__import__("math"),))
         self.example_args, self.example_kwargs = args, kwargs
+        self.forward: Callable[..., Any] = root.forward  # whose signature the program gets
         self.names = {id(t): name for name, t in named_tensors(root)}
         self.modules = dict(root.named_modules(remove_duplicate=False))
         self.recorder = Recorder(self.names)
@@ -137,6 +142,7 @@ class ValueTracer(fx.Tracer):
         self.guards: list[Guard] = []
         self.opaque: dict[str, str] = {}
         self.calls: dict[str, list[Call]] = {}
+        self.sizes: dict[str, list[SizeUse]] = {}
         self.untracked: set[fx.Node] = set()
         self.attributes: dict[str, Any] = {}
         self.stack: list[str] = [""]
@@ -200,7 +206,7 @@ class ValueTracer(fx.Tracer):
                     value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
                 else:
                     module = self.modules[str(node.target)]
-                    with plain_rnn(module):
+                    with plain_rnn(module), self.watching(module, str(node.target)):
                         value = module(*args, **kwargs)
         except Exception as error:
             if not hasattr(error, "fxprune_where"):
@@ -212,6 +218,12 @@ class ValueTracer(fx.Tracer):
         if has_tensor((args, kwargs)) and self.made_outside(node, value, first):
             self.untracked.add(node)
         return value
+
+    def watching(self, module: nn.Module, path: str) -> Any:
+        """Follow the integer attributes of an opaque module into sizes."""
+        if path not in self.opaque:
+            return contextlib.nullcontext()
+        return watched(module, path, self.recorder.ref, self.sizes.setdefault(path, []))
 
     def made_outside(self, node: fx.Node, value: Any, first: int) -> bool:
         """Whether a result did not come out of the dispatcher (NumPy, another library), or only by way of a new constant.
@@ -372,7 +384,7 @@ class ValueTracer(fx.Tracer):
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         """Placeholders for exactly the arguments that were given, by the names that forward gives them."""
-        signature = inspect.signature(self.root.forward)
+        signature = inspect.signature(self.forward)
         bound = signature.bind(*self.example_args, **self.example_kwargs)
         args: list[Any] = []
         kwargs: dict[str, Any] = {}
@@ -406,8 +418,16 @@ def trace(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, ret
     """
     tracer = ValueTracer(root, args, kwargs)
     tracer.retry = retry
+    prefix = ""
     with patched(tracer), torch.no_grad():
-        graph = tracer.trace(root)
+        try:
+            graph = tracer.trace(root)
+        except Exception as error:
+            if not retry or hasattr(error, "fxprune_plain") or isinstance(error, PruneError):
+                raise
+            prefix = "whole."
+            tracer = whole_tracer(tracer, root, args, kwargs, error)
+            graph = tracer.trace(tracer.root)
     output = next(n for n in graph.nodes if n.op == "output")
     outputs: list[Ref] = []
 
@@ -417,19 +437,35 @@ def trace(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, ret
 
     fx.node.map_arg(output.args, gather)
     return Capture(
-        root,
+        tracer.root,
         graph,
         tracer.recorder.tape,
         tracer.results,
         tracer.guards,
         tracer.opaque,
         tracer.calls,
+        tracer.sizes,
         tracer.inputs,
         outputs,
         tracer.reads_training,
         tracer.untracked,
         tracer.index,
+        prefix,
     )
+
+
+def whole_tracer(
+    failed: ValueTracer, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception
+) -> ValueTracer:
+    """A tracer for which the whole model is one opaque node."""
+    wrapper = Whole(root)
+    wrapper.train(root.training)
+    tracer = ValueTracer(wrapper, args, kwargs)
+    tracer.root = wrapper
+    tracer.forward = root.forward
+    tracer.names = tracer.recorder.names = dict(failed.names)
+    tracer.opaque["whole"] = f"reads {error}" if isinstance(error, ReadsValue) else f"{type(error).__name__}: {error}"
+    return tracer
 
 
 def tensors(x: Any) -> list[Tensor]:

@@ -148,7 +148,7 @@ def as_strided(call: Call) -> Labels:
 
 
 @rule("aten::diagonal", "aten::unfold", "aten::pixel_unshuffle", "aten::pixel_shuffle", "aten::tril")
-@rule("aten::triu", "aten::diag_embed")
+@rule("aten::triu")
 def by_running(call: Call) -> Labels:
     """Any other index map: expand the factor to the tensor's full size and run the op on it."""
     if call.op.func._schema.name in ("aten::tril", "aten::triu"):
@@ -163,6 +163,21 @@ def by_running(call: Call) -> Labels:
         call.ties.keep_rows_equal(g)
         result += call.settle(g)
     return tuple(result)
+
+
+@rule("aten::diag_embed")
+def diag_embed(call: Call) -> Labels:
+    """(*, n) -> (*, n, n): a channel takes its row and its column with it."""
+    n = len(call.shape(call.first))
+    if {call.get("dim1", -2) % (n + 1), call.get("dim2", -1) % (n + 1)} != {n - 1, n} or call.get("offset", 0):
+        call.freeze(call.labels(call.first), "is laid along another diagonal")
+        return NONE
+    result: Labels = NONE
+    for f in call.labels(call.first):
+        result += (factor(f.labels.unsqueeze(n), f.nest),)
+        if n - 1 in f.dims:
+            result += (factor(f.labels.unsqueeze(n - 1), tuple(n if d == n - 1 else d for d in f.nest)),)
+    return result
 
 
 @rule("aten::channel_shuffle", "aten::native_channel_shuffle")

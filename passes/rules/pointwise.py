@@ -67,8 +67,8 @@ def unify(call: Call, a: Labels, a_shape: Sequence[int], b: Labels, b_shape: Seq
     if not a and not b:
         return NONE
     left, right = list(a), list(b)
-    result: list[Factor] = []
-    for f in a:
+    result: list[Factor] = compose(call, left, right) + compose(call, right, left)
+    for f in list(left):
         twin = counterpart(f, [g for g in right if g.dims == f.dims])
         if twin is not None:  # (1)
             left.remove(f)
@@ -110,6 +110,22 @@ def lone(call: Call, mine: list[Factor], theirs: list[Factor], taken: set[int], 
         if shape[minor] == 1 or call.ties.seeking_heads:
             passed.append(f)
     return passed
+
+
+def compose(call: Call, several: list[Factor], single: list[Factor]) -> list[Factor]:
+    """A leaf dimension that meets several factors at once takes all of them for its own, in the next reading."""
+    for g in list(single):
+        parts = [f for f in several if f.dims == g.dims]
+        start = int(g.labels.reshape(-1)[0])
+        known = call.ties.leaf_starts.get(start)
+        alone = sum(h.dims == g.dims for h in single) == 1
+        if len(parts) > 1 and alone and len(g.nest) == 1 and known is not None and known[2] == g.labels.numel():
+            call.ties.composed[start] = tuple(f.labels.reshape(-1) for f in parts)
+            single.remove(g)
+            for f in parts:
+                several.remove(f)
+            return parts
+    return []
 
 
 def counterpart(f: Factor, candidates: list[Factor]) -> Factor | None:

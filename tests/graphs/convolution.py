@@ -131,7 +131,7 @@ def functional_conv():
     return net(forward, **parts, head=linear(20, 5)), image()
 
 
-@graph(targets=("a.weight", "kernel"), min_removed=0.5)
+@graph(targets=("a.weight", "kernel"), min_removed=0.45)
 def functional_depthwise_by_own_size():
     def forward(self, x):
         x = self.a(x)

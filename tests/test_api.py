@@ -1,0 +1,253 @@
+"""What a user relies on: plans, couplings, requests honoured, and a pruned model that is a model like any other."""
+
+import copy
+import json
+
+import networkx as nx
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from graphs import GRAPHS
+from torch import nn
+from torchvision.models import VisionTransformer
+from torchvision.ops import StochasticDepth
+
+import fxprune
+from fxprune import Plan, zoo
+
+
+def images(size=32, batch=2, seed=0):
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def resnet(**options):
+    torch.manual_seed(0)
+    return torchvision.models.resnet18(weights=None, num_classes=10, **options).eval()
+
+
+def vit(**options):
+    torch.manual_seed(0)
+    options = {"num_layers": 2, "num_heads": 4, "hidden_dim": 48, "mlp_dim": 64, **options}
+    return VisionTransformer(image_size=32, patch_size=8, num_classes=10, **options).eval()
+
+
+class Mixed(nn.Module):
+    """Dropout, stochastic depth and batch norm: everything that asks whether it is in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.norm = nn.BatchNorm2d(16)
+        self.branch = nn.Conv2d(16, 16, 3, padding=1)
+        self.skip = StochasticDepth(0.5, "batch")
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.stem(x)))
+        x = x + self.skip(self.branch(x))
+        return self.head(F.dropout(x.mean((2, 3)), 0.5, self.training))
+
+
+def mixed():
+    torch.manual_seed(0)
+    return Mixed().eval()
+
+
+MODELS = {"resnet": resnet, "vit": vit}
+every_model = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS.keys())
+
+
+def run(model, x):
+    with torch.no_grad():
+        return model(x)
+
+
+def shapes(model):
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+def share(small, model):
+    return sum(p.numel() for p in small.parameters()) / sum(p.numel() for p in model.parameters())
+
+
+# -- plans -------------------------------------------------------------------------------------------------------------
+
+
+@every_model
+def test_plan_survives_json_and_prunes_a_fresh_copy_the_same(build):
+    model, x = build(), images()
+    pruned = fxprune.prune(model, 0.5, example_inputs=x, verify=False)
+    plan = fxprune.plan_of(pruned)
+    again = Plan.from_json(plan.to_json())
+    assert again == plan and again.to_json() == plan.to_json()
+    json.loads(plan.to_json())
+
+    fresh = build()  # the same seed, so the same values
+    for applied in (again.apply(fresh), again.apply(fresh, example_inputs=images(seed=1))):
+        assert shapes(applied) == shapes(pruned)
+        assert all(
+            torch.equal(a, b) for a, b in zip(applied.state_dict().values(), pruned.state_dict().values())
+        )
+        assert torch.equal(run(applied, x), run(pruned, x))
+        assert fxprune.plan_of(applied) == plan
+
+
+def test_plan_carries_over_to_other_values():
+    x = images()
+    plan = fxprune.plan_of(fxprune.prune(resnet(), 0.5, example_inputs=x, verify=False))
+    torch.manual_seed(7)
+    other = torchvision.models.resnet18(weights=None, num_classes=10).eval()
+    assert fxprune.verify(other, plan.apply(other), x).ok
+
+
+def test_plan_is_readable():
+    plan = fxprune.plan_of(fxprune.prune(mixed(), 0.5, example_inputs=images(), verify=False))
+    assert repr(plan) == "Plan(9 of 10 tensors cut, 1,577 of 2,970 elements left)" or "tensors cut" in repr(
+        plan
+    )
+    assert "stem.weight: (16, 3, 3, 3) -> (8, 3, 3, 3)" in str(plan)
+    assert plan.masks(mixed())["stem.weight"].sum() == 8 * 27
+
+
+# -- coupling ----------------------------------------------------------------------------------------------------------
+
+
+def check_graph(coupling):
+    """The graph is drawn from the ties, the families from their solution: they must tell the same story."""
+    graph = coupling.to_networkx()
+    assert all(graph.nodes[n]["tensor"] == n[0] and graph.nodes[n]["dim"] == n[1] for n in graph)
+    components = sorted(sorted({(name, dim) for name, dim, _ in c}) for c in nx.connected_components(graph))
+    assert components == sorted(sorted(set(f.members)) for f in coupling.families)
+    for component in nx.connected_components(graph):
+        assert len({family for *_, family in component}) == 1
+    return graph
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "shufflenet_v2_x0_5", "mobilenet_v3_small", "densenet121", "googlenet"]
+)
+def test_components_are_families_in_torchvision(name):
+    model, _ = zoo.load(f"torchvision:{name}")
+    coupling = fxprune.couple(model, images(64))
+    graph = check_graph(coupling)
+    assert sum(data["indices"] for n, data in graph.nodes(data=True) if n[:2] == ("conv1.weight", 0)) in (
+        0,
+        64,
+        24,
+    )
+
+
+@pytest.mark.parametrize("attention", ["heads", "dims"])
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext", "test_efficientnet", "test_byobnet"])
+def test_components_are_families_in_timm(name, attention):
+    model = timm.create_model(name).eval()
+    check_graph(fxprune.couple(model, images(model.pretrained_cfg["input_size"][-1]), attention=attention))
+
+
+@pytest.mark.parametrize("name", sorted(GRAPHS)[::9])
+def test_components_are_families_in_conformance_graphs(name):
+    model, inputs = GRAPHS[name].make()
+    coupling = fxprune.couple(model, inputs)
+    check_graph(coupling)
+    assert json.loads(json.dumps(coupling.to_dict())) == coupling.to_dict()
+    assert str(coupling).startswith(type(model).__name__)
+
+
+def test_coupling_counts_every_parameter():
+    model = resnet()
+    coupling = fxprune.couple(model, images())
+    by_name = {f.name: f for f in coupling.families}
+    first = by_name["layer1.0.conv1.weight:0"]
+    assert (first.units, first.width, first.frozen) == (64, 1, None)
+    assert first.parameters == 2 * 64 * 64 * 9 + 2 * 64  # its own weight, the next one's, scale and shift
+    assert by_name["fc.weight:0"].frozen == "is an output of the model"
+    assert by_name["fc.weight:0"].parameters == 10 * 512 + 10
+    largest = coupling.prunable[0]
+    assert largest.parameters == max(f.parameters for f in coupling.families)
+
+
+def test_printed_coupling_lists_the_largest_first_and_the_reasons():
+    text = str(fxprune.couple(resnet(), images()))
+    lines = text.splitlines()
+    assert lines[0] == "ResNet: 12 prunable families of 2,880 units, 2 families kept whole"
+    assert "layer4.0.conv2.weight:0" in lines[4]
+    assert "is an output of the model" in text.partition("kept whole  ")[2]
+    assert all(line == line.rstrip() for line in lines)
+
+
+# -- requests ----------------------------------------------------------------------------------------------------------
+
+
+def test_ratio_by_glob():
+    model, x = resnet(), images()
+    small = fxprune.prune(model, {"layer4.*.conv1": 0.75, "layer4": 0.25, "layer1*": 0.5}, example_inputs=x)
+    now = shapes(small)
+    assert now["layer4.0.conv1.weight"][0] == 128  # the first glob that matches counts
+    assert now["layer4.0.conv2.weight"][0] == 384
+    assert now["layer1.0.conv1.weight"][0] == 32
+    assert now["layer2.0.conv1.weight"][0] == 128, "no glob names it"
+    assert small.meta["verification"].ok
+
+
+def test_ratio_for_everything_by_glob_is_a_ratio():
+    model, x = resnet(), images()
+    whole = fxprune.prune(model, 0.5, example_inputs=x, verify=False)
+    assert shapes(fxprune.prune(model, {"*": 0.5}, example_inputs=x, verify=False)) == shapes(whole)
+
+
+def test_freeze_by_glob_and_by_module():
+    model, x = resnet(), images()
+    before = shapes(model)
+    requests = {"layer2*": ["layer2."], ("layer1.0.conv1", "fc"): ["layer1.0.conv1.", "fc."]}
+    for freeze, kept in requests.items():
+        now = shapes(fxprune.prune(model, 0.5, example_inputs=x, freeze=freeze, verify=False))
+        held = [name for name in before if name.startswith(tuple(kept))]
+        assert held and all(now[name] == before[name] for name in held)
+        assert now["layer4.0.conv1.weight"] != before["layer4.0.conv1.weight"]
+    now = shapes(fxprune.prune(model, 0.5, example_inputs=x, freeze=model.layer3[1], verify=False))
+    assert all(now[name] == before[name] for name in before if name.startswith("layer3.1."))
+
+
+def test_frozen_families_say_so():
+    coupling = fxprune.couple(resnet(), images(), freeze="layer1.0.conv1")
+    reasons = {f.name: f.frozen for f in coupling.families}
+    assert reasons["layer1.0.conv1.weight:0"] == "is frozen by freeze='layer1.0.conv1'"
+
+
+@pytest.mark.parametrize("round_to", [1, 8, 24])
+def test_kept_counts_are_multiples(round_to):
+    model, x = resnet(), images()
+    small = fxprune.prune(model, 0.3, example_inputs=x, round_to=round_to, verify=False)
+    before, now = shapes(model), shapes(small)
+    changed = {
+        name: now[name][0] for name in now if name.endswith("conv1.weight") and now[name] != before[name]
+    }
+    assert changed and all(count % round_to == 0 for count in changed.values())
+    assert all(count >= 0.65 * before[name][0] for name, count in changed.items())
+
+
+def test_whole_heads_or_dimensions_within_them():
+    model, x = vit(), images()
+    qkv = "encoder.layers.encoder_layer_0.self_attention.in_proj_weight"
+    heads = fxprune.prune(model, 0.5, example_inputs=x, attention="heads")
+    dims = fxprune.prune(model, 0.5, example_inputs=x, attention="dims")
+    assert heads.meta["verification"].ok and dims.meta["verification"].ok
+    assert shapes(heads)[qkv] == shapes(dims)[qkv] == (72, 24)
+
+    kept = fxprune.plan_of(heads).masks(model)[qkv].any(1).view(3, 4, 12)  # q, k and v; heads; dimensions
+    assert (kept.all(-1) | ~kept.any(-1)).all(), "a head stays or goes whole"
+    assert torch.equal(kept[0], kept[1]) and torch.equal(kept[1], kept[2])
+    kept = fxprune.plan_of(dims).masks(model)[qkv].any(1).view(3, 4, 12)
+    assert (kept.sum(-1) == 6).all(), "every head keeps half of its dimensions"
+    assert torch.equal(kept[0], kept[1]), "queries meet keys"
+
+
+def test_stronger_ratio_leaves_less():
+    model, x = resnet(), images()
+    left = [
+        share(fxprune.prune(model, r, example_inputs=x, verify=False), model) for r in (0.0, 0.25, 0.5, 0.75)
+    ]
+    assert left[0] == 1.0 and left == sorted(left, reverse=True)
+    assert 0.25 <= left[2] <= 0.33
