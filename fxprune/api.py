@@ -85,9 +85,7 @@ def prune(
     return pruned
 
 
-def couple(
-    model: nn.Module, example_inputs: Any = None, *, freeze: Freeze = (), attention: Attention = "heads"
-) -> Coupling:
+def couple(model: nn.Module, example_inputs: Any = None, *, freeze: Freeze = (), attention: Attention = "heads") -> Coupling:
     """Which channels of a model go together, and why the others stay.
 
     >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
@@ -161,7 +159,10 @@ def analyse(
 
 
 def programs(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], stand_in: Callable[[Tensor], Tensor] | None
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    stand_in: Callable[[Tensor], Tensor] | None,
 ) -> list[Capture]:
     """The captured program for evaluation, and for training where that is another one.
 
@@ -223,7 +224,8 @@ def selected(
     largest = max(len(f.units) * f.width for f in free)
     if round_to > largest:
         raise PruneError(
-            f"round_to={round_to} is larger than every family (the largest has {largest} channels)", fix=f"round_to<={largest}"
+            f"round_to={round_to} is larger than every family (the largest has {largest} channels)",
+            fix=f"round_to<={largest}",
         )
     size = len(solution.unit)
     score = criteria.score(parameters, solution.leaves, solution.unit, criterion).numpy()
@@ -334,7 +336,10 @@ def check_request(model: Any, ratio: Ratio, round_to: int, attention: str, crite
         ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and 0 <= value < 1
         if not ok:
             what = f"ratio[{glob!r}]" if glob else "ratio"
-            raise PruneError(f"{what} must be a number in [0, 1), not {value!r}", fix="ratio=0.5 removes half of every family")
+            raise PruneError(
+                f"{what} must be a number in [0, 1), not {value!r}",
+                fix="ratio=0.5 removes half of every family",
+            )
     modules = [name for name, _ in model.named_modules()]
     for glob in named if isinstance(ratio, Mapping) else ():
         if not any(fnmatch.fnmatchcase(name, glob) for name in modules):

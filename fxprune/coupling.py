@@ -84,9 +84,7 @@ class Coupling:
         families: in the order of the model's parameters.
     """
 
-    def __init__(
-        self, model: str, found: Sequence[Family], solution: Solution, tensors: Mapping[str, Tensor]
-    ) -> None:
+    def __init__(self, model: str, found: Sequence[Family], solution: Solution, tensors: Mapping[str, Tensor]) -> None:
         self.model = model
         self.families: tuple[CoupledFamily, ...] = tuple(
             described(family, count) for family, count in zip(found, elements(solution, found, tensors))
@@ -149,18 +147,13 @@ class Coupling:
 
 def family_table(titles: tuple[str, str], found: Sequence[CoupledFamily], last: Sequence[str]) -> Table:
     """A row for each family: its name, its size, and what the last column says of it."""
-    rows = [
-        (f.name, f"{f.units:,}", f"{f.width:,}", f"{f.parameters:,}", text)
-        for f, text in zip(found, last, strict=True)
-    ]
+    rows = [(f.name, f"{f.units:,}", f"{f.width:,}", f"{f.parameters:,}", text) for f, text in zip(found, last, strict=True)]
     return table((titles[0], "units", "width", "parameters", titles[1]), rows)
 
 
 def described(family: Family, parameters: int) -> CoupledFamily:
     """A family as a user reads it, without its labels."""
-    return CoupledFamily(
-        family.name, len(family.units), family.width, family.members, family.frozen, parameters
-    )
+    return CoupledFamily(family.name, len(family.units), family.width, family.members, family.frozen, parameters)
 
 
 def largest_first(families: Iterator[CoupledFamily]) -> list[CoupledFamily]:

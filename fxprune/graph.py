@@ -33,17 +33,13 @@ def coupling_graph(solution: Solution, found: Sequence[Family]) -> nx.Graph:
     result = nx.Graph()
     for (tensor, dim, family), count in zip(nodes, counts):
         kept = found[family]
-        result.add_node(
-            (tensor, dim, family), tensor=tensor, dim=dim, family=kept.name, frozen=kept.frozen, indices=count
-        )
+        result.add_node((tensor, dim, family), tensor=tensor, dim=dim, family=kept.name, frozen=kept.frozen, indices=count)
     edges = joined(solution.pairs, len(solution.unit), labels, parts)
     result.add_edges_from((nodes[a], nodes[b]) for a, b in edges.tolist())
     return result
 
 
-def parts_of(
-    solution: Solution, found: Sequence[Family]
-) -> tuple[list[Node], list[int], np.ndarray, np.ndarray]:
+def parts_of(solution: Solution, found: Sequence[Family]) -> tuple[list[Node], list[int], np.ndarray, np.ndarray]:
     """Every part with its number of indices, and as two arrays which label lies in which part."""
     member = family_of_labels(solution, found)
     nodes: dict[Node, int] = {}

@@ -27,7 +27,7 @@ def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (example_inputs,), {}
 
 
-def check(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def check(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raise PruneError where the arguments cannot be what the model takes: names, devices, dtypes."""
     if not isinstance(model, nn.Module):
         what = f"model is of type {type(model).__name__}, not a torch.nn.Module"
@@ -83,11 +83,7 @@ def describe(example_inputs: Any) -> Any:
             "shape": list(example_inputs.shape),
             "dtype": str(example_inputs.dtype).removeprefix("torch."),
         }
-        if (
-            not example_inputs.is_floating_point()
-            and not example_inputs.is_complex()
-            and example_inputs.numel()
-        ):
+        if not example_inputs.is_floating_point() and not example_inputs.is_complex() and example_inputs.numel():
             found["range"] = [int(example_inputs.min()), int(example_inputs.max())]
         return {"tensor": found}
     if isinstance(example_inputs, tuple | list):
@@ -120,14 +116,10 @@ def imagine(described: Any, device: torch.device) -> Any:
         return {k: imagine(v, device) for k, v in content}
     if kind == "value":
         return content
-    raise PruneError(
-        f"the plan cannot make up an input of type {content}", fix="plan.apply(model, example_inputs=...)"
-    )
+    raise PruneError(f"the plan cannot make up an input of type {content}", fix="plan.apply(model, example_inputs=...)")
 
 
-def other_sizes(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
+def other_sizes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
     """The same inputs at a second batch size and at a second image size, with a name for each."""
     tensors: Sequence[Tensor] = [t for t in collect((args, kwargs), Tensor) if t.dim()]
     if not tensors:

@@ -53,9 +53,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("model", help="model.py, torchvision:NAME or timm:NAME")
     made.add_argument("--json", action="store_true", help="print JSON and nothing else")
     made.add_argument("--dot", metavar="FILE", help="write the coupling graph for Graphviz")
-    made.add_argument(
-        "--attention", choices=("heads", "dims"), default="heads", help="what goes of attention"
-    )
+    made.add_argument("--attention", choices=("heads", "dims"), default="heads", help="what goes of attention")
     made.add_argument(
         "--freeze",
         metavar="GLOB",

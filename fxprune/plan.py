@@ -95,13 +95,9 @@ class Plan:
         try:
             data = json.loads(text)
         except ValueError as error:
-            raise PruneError(
-                f"this is no plan: {error}", fix="the text that Plan.to_json() returned"
-            ) from error
+            raise PruneError(f"this is no plan: {error}", fix="the text that Plan.to_json() returned") from error
         if not isinstance(data, dict):
-            raise PruneError(
-                "this is no plan: not a JSON object", fix="the text that Plan.to_json() returned"
-            )
+            raise PruneError("this is no plan: not a JSON object", fix="the text that Plan.to_json() returned")
         return cls.from_dict(data)
 
     def masks(self, model: nn.Module) -> dict[str, Tensor]:
@@ -131,7 +127,7 @@ class Plan:
         tensor = fetch(model, name)
         return next((n for n, t in named_tensors(model) if t is tensor), name)
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: Any) -> None:
         """Raise PruneError unless the model's tensors have the names and shapes the plan was made for."""
         if not isinstance(model, nn.Module):
             what = f"model is of type {type(model).__name__}, not a torch.nn.Module"

@@ -190,8 +190,7 @@ def changes(model: nn.Module, plan: Plan, args: Any, kwargs: Any) -> tuple[Chang
     found = families(solution, {name for name, _ in model.named_parameters()})
     before, after = elements(solution, found, tensors), elements(solution, found, tensors, kept)
     made = [
-        Change(described(family, size), int(kept[family.units].sum()), left)
-        for family, size, left in zip(found, before, after)
+        Change(described(family, size), int(kept[family.units].sum()), left) for family, size, left in zip(found, before, after)
     ]
     return tuple(sorted(made, key=lambda c: -c.left))
 
@@ -219,8 +218,7 @@ def evaluating(pruned: nn.Module) -> Iterator[nn.Module]:
 
 def shrunk_table(shrunk: Sequence[Change]) -> Table:
     rows = [
-        (c.family.name, f"{c.family.units:,}", f"{c.kept:,}", short(c.left), c.family.spans(2))
-        for c in shrunk[:SHRUNK_SHOWN]
+        (c.family.name, f"{c.family.units:,}", f"{c.kept:,}", short(c.left), c.family.spans(2)) for c in shrunk[:SHRUNK_SHOWN]
     ]
     rest = shrunk[SHRUNK_SHOWN:]
     if rest:

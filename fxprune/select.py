@@ -56,7 +56,7 @@ def pools(families: Sequence[np.ndarray], ratios: Sequence[float], equal: Sequen
         mine = uneven & (family_of[units] >= 0)
         if not mine.any():
             continue
-        key = rng.integers(1, 1 << 62, size=rows, dtype=np.int64).astype(np.uint64)
+        key = np.asarray(rng.integers(1, 1 << 62, size=rows), dtype=np.uint64)
         pattern[units[mine]] += (counts[:, mine].astype(np.uint64) * key[:, None]).sum(0, dtype=np.uint64)
         members = np.unique(family_of[units[mine]])
         constrained.append((int(members[0]), matrix))
@@ -109,30 +109,46 @@ def balanced(pool: Pool, score: np.ndarray, wanted: int) -> np.ndarray:
     units = np.unique(np.concatenate([units for _, units in pool.cells]))
     column = {int(u): i for i, u in enumerate(units)}
     n, extra = len(units), len(pool.equal)
-    rows, cols, values, low, high = [], [], [], [], []
+    rows: list[int] = []
+    cols: list[int] = []
+    values: list[float] = []
+    low: list[float] = []
+    high: list[float] = []
     count = 0
     for c, matrix in enumerate(pool.equal):
         for line in matrix:
             for unit in line:
                 if int(unit) in column:
-                    rows.append(count), cols.append(column[int(unit)]), values.append(1.0)
-            rows.append(count), cols.append(n + c), values.append(-1.0)
-            low.append(0.0), high.append(0.0)
+                    rows.append(count)
+                    cols.append(column[int(unit)])
+                    values.append(1.0)
+            rows.append(count)
+            cols.append(n + c)
+            values.append(-1.0)
+            low.append(0.0)
+            high.append(0.0)
             count += 1
     by_family: dict[int, list[int]] = {}
     for family, members in pool.cells:
         by_family.setdefault(family, []).extend(column[int(u)] for u in members)
-    for members in by_family.values():
-        rows += [count] * len(members)
-        cols += members
-        values += [1.0] * len(members)
-        low.append(0.0), high.append(float(int(pool.ratio * len(members) + 1e-9)))
+    for columns in by_family.values():
+        rows += [count] * len(columns)
+        cols += columns
+        values += [1.0] * len(columns)
+        low.append(0.0)
+        high.append(float(int(pool.ratio * len(columns) + 1e-9)))
         count += 1
     scale = max(float(score[units].max()), 1e-30)
     cost = np.r_[score[units] / scale - 2.0, np.zeros(extra)]
     constraint = LinearConstraint(csr_matrix((values, (rows, cols)), shape=(count, n + extra)), low, high)
     bounds = Bounds(np.zeros(n + extra), np.r_[np.ones(n), np.full(extra, float(wanted))])
-    found = milp(cost, constraints=constraint, bounds=bounds, integrality=np.ones(n + extra), options={"time_limit": 5.0})
+    found = milp(
+        cost,
+        constraints=constraint,
+        bounds=bounds,
+        integrality=np.ones(n + extra),
+        options={"time_limit": 5.0},
+    )
     if found.x is None:
         return np.zeros(0, np.int64)
     return units[np.round(found.x[:n]).astype(bool)]

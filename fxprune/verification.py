@@ -11,8 +11,8 @@ from torch import Tensor, fx, nn
 
 from fxprune import inputs
 from fxprune.passes.labels import Labels
-from fxprune.passes.tape import collect
 from fxprune.passes.rewrite import GuardError
+from fxprune.passes.tape import collect
 from fxprune.passes.verify import masked_outputs, relative_error
 
 # float32 sums in another order differ by about this much over the depth of a deep network

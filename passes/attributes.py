@@ -28,7 +28,7 @@ def changed_attributes(
 
 def weight_of(module: Any, own: Shapes) -> tuple[int, ...]:
     """The pruned shape of a layer's weight, also where a parametrisation computes it."""
-    name = next((n for n in ("weight", "weight_v", "parametrizations.weight.original1") if n in own), None)
+    name: str | None = next((n for n in ("weight", "weight_v", "parametrizations.weight.original1") if n in own), None)
     if name is None:
         name = next((n for n in own if n.startswith("parametrizations.weight.") or n == "weight_orig"), None)
     return own[name] if name else tuple(module.weight.shape)
@@ -89,14 +89,15 @@ def bilinear(m: Any, before: Any, after: Any, own: Shapes) -> dict[str, Any]:
 def rnn(m: Any, before: Any, after: Any, own: Shapes) -> dict[str, Any]:
     hidden = own.get("weight_hh_l0", tuple(m.weight_hh_l0.shape))
     gates = {"LSTM": 4, "GRU": 3}.get(m.mode, 1)
-    sizes = {"input_size": own.get("weight_ih_l0", tuple(m.weight_ih_l0.shape))[1], "hidden_size": hidden[0] // gates}
+    sizes = {
+        "input_size": own.get("weight_ih_l0", tuple(m.weight_ih_l0.shape))[1],
+        "hidden_size": hidden[0] // gates,
+    }
     return sizes | ({"proj_size": hidden[1]} if m.proj_size else {})
 
 
 def rnn_cell(m: Any, before: Any, after: Any, own: Shapes) -> dict[str, Any]:
     return {"input_size": own["weight_ih"][1], "hidden_size": own["weight_hh"][1]}
-
-
 
 
 TABLE: list[tuple[Any, Any]] = [

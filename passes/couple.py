@@ -240,6 +240,7 @@ class Outside:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(*args, **kwargs)
 
+
 def leaf_starts(leaves: dict[str, Labels]) -> dict[int, tuple[str, int, int]]:
     """Leaf dimensions with labels of their own, by their first label."""
     starts = {}

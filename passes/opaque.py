@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from fxprune.passes.rewrite import Rewriter
 
 # functions whose trailing integers are the sizes of the result, and how many arguments come before them
-SIZED = dict.fromkeys("view reshape expand broadcast_to new_zeros new_ones new_empty new_full".split(), 1)
-SIZED |= dict.fromkeys("zeros ones empty full rand randn".split(), 0)
+SIZED = dict.fromkeys(["view", "reshape", "expand", "broadcast_to", "new_zeros", "new_ones", "new_empty", "new_full"], 1)
+SIZED |= dict.fromkeys(["zeros", "ones", "empty", "full", "rand", "randn"], 0)
 
 
 class Origin(int):

@@ -90,7 +90,7 @@ def kind(gradient: Tensor | None, dim: int, at: tuple[int, ...], out: tuple[int,
     if gradient.shape[dim] == 1:
         return "single"
     others = [d for d in range(gradient.dim()) if d != dim]
-    touched = gradient.ne(0).any(dim=others) if others else gradient.ne(0)  # type: ignore[call-overload]
+    touched = gradient.ne(0).any(dim=others) if others else gradient.ne(0)
     indices = touched.nonzero().flatten().tolist()
     if dim < len(out) and out[dim] == gradient.shape[dim] and indices == [at[dim]]:
         return "same"

@@ -72,11 +72,11 @@ class ValueProxy(fx.Proxy):
         raise TypeError("a proxy's class is that of its value")
 
     def __getattr__(self, name: str) -> Any:
-        return self.tracer.read_attribute(self, name)
+        return self.__dict__["tracer"].read_attribute(self, name)
 
     def concrete(self, how: str) -> Any:
         """The value itself, as Python needs it now. A tensor's contents may not be read: its module turns opaque."""
-        return self.tracer.concretise(self, how)
+        return self.__dict__["tracer"].concretise(self, how)
 
     def __bool__(self) -> bool:
         return bool(self.concrete("bool"))
@@ -130,13 +130,11 @@ class ValueProxy(fx.Proxy):
         return self.tracer.create_proxy("call_function", operator.ne, (self, other), {})
 
     def keys(self) -> Any:
-        return self.tracer.read_attribute(self, "keys")()
+        return self.__dict__["tracer"].read_attribute(self, "keys")()
 
     @classmethod
-    def __torch_function__(
-        cls, orig_method: Any, types: Any, args: Any = None, kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        tracer = next(p.tracer for p in iterate(((args or ()), dict(kwargs or {}))) if isinstance(p, fx.Proxy))
+    def __torch_function__(cls, orig_method: Any, types: Any, args: Any = None, kwargs: Mapping[str, Any] | None = None) -> Any:
+        tracer: Any = next(p.tracer for p in iterate(((args or ()), dict(kwargs or {}))) if isinstance(p, fx.Proxy))
         return tracer.torch_function(orig_method, args or (), dict(kwargs or {}))
 
 
@@ -181,5 +179,17 @@ def _inplace(name: str) -> Any:
     return method
 
 
-for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "iand", "ior", "ixor", "imatmul", "imod"):
+for _name in (
+    "iadd",
+    "isub",
+    "imul",
+    "itruediv",
+    "ifloordiv",
+    "ipow",
+    "iand",
+    "ior",
+    "ixor",
+    "imatmul",
+    "imod",
+):
     setattr(ValueProxy, f"__{_name}__", _inplace(_name))

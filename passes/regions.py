@@ -14,7 +14,21 @@ from fxprune.passes.labels import Labels
 from fxprune.passes.tape import Ref
 from fxprune.passes.trace import Capture
 
-STEPS = frozenset("view reshape permute transpose contiguous flatten unflatten swapaxes movedim swapdims clone".split())
+STEPS = frozenset(
+    [
+        "view",
+        "reshape",
+        "permute",
+        "transpose",
+        "contiguous",
+        "flatten",
+        "unflatten",
+        "swapaxes",
+        "movedim",
+        "swapdims",
+        "clone",
+    ]
+)
 
 
 def gather_regions(capture: Capture, labels: dict[int, Labels]) -> dict[fx.Node, fx.Node]:

@@ -23,7 +23,8 @@ from fxprune.passes.trace import Capture, Guard
 
 Number = (int, float)
 PURE = {getattr, "size", "dim", "numel"} | {
-    getattr(operator, name) for name in "getitem mul floordiv add sub truediv mod pow neg eq ne lt gt le ge".split()
+    getattr(operator, name)
+    for name in ["getitem", "mul", "floordiv", "add", "sub", "truediv", "mod", "pow", "neg", "eq", "ne", "lt", "gt", "le", "ge"]
 }
 
 
@@ -291,7 +292,9 @@ class Rewriter:
         """Pruned shapes of a module's own tensors."""
         path = path.removeprefix(self.capture.prefix)
         own = self.owned.get(path, {})
-        nested = {f"{p[len(path) + 1 :]}.{n}": r for p, t in self.owned.items() if p.startswith(path + ".") for n, r in t.items()}
+        nested = {
+            f"{p[len(path) + 1 :]}.{n}": r for p, t in self.owned.items() if p.startswith(path + ".") for n, r in t.items()
+        }
         return {name: self.after(ref) for name, ref in {**own, **nested}.items()}
 
 

@@ -23,7 +23,11 @@ class PrunedModule(fx.GraphModule):
     """
 
     def __init__(
-        self, root: nn.Module, graph: fx.Graph, name: str = "Pruned", programs: dict[bool, fx.Graph] | None = None
+        self,
+        root: nn.Module,
+        graph: fx.Graph,
+        name: str = "Pruned",
+        programs: dict[bool, fx.Graph] | None = None,
     ) -> None:
         super().__init__(root, graph, name)
         for program in (programs or {}).values():
@@ -60,9 +64,7 @@ def tensor_cuts(solution: Solution, kept: Tensor) -> dict[str, list[Cut]]:
     return {name: cuts(labels, shapes[name], kept) for name, labels in solution.leaves.items()}
 
 
-def shrink(
-    model: nn.Module, solution: Solution, kept: Tensor, made: Mapping[str, list[Cut]] | None = None
-) -> PrunedModule:
+def shrink(model: nn.Module, solution: Solution, kept: Tensor, made: Mapping[str, list[Cut]] | None = None) -> PrunedModule:
     """The pruned model: a new module that shares nothing with `model`."""
     made = tensor_cuts(solution, kept) if made is None else made
     constants: dict[str, Tensor] = {}

@@ -78,7 +78,7 @@ def map_tensors(x: Any, fn: Callable[[Any], Any], kind: type | tuple[type, ...] 
 def collect(x: Any, kind: type | tuple[type, ...]) -> list[Any]:
     """Every instance of `kind` inside a nested structure, in order."""
     found: list[Any] = []
-    map_tensors(x, lambda v: found.append(v), kind)
+    map_tensors(x, found.append, kind)
     return found
 
 
@@ -86,7 +86,8 @@ LARGEST_INDEX = 1 << 22
 NORMS = ("aten::native_batch_norm", "aten::native_layer_norm", "aten::native_group_norm")
 # in-place ops that change a tensor's shape rather than its contents: the tensor becomes another value
 RESHAPING = frozenset(
-    f"aten::{name}" for name in "transpose_ t_ squeeze_ unsqueeze_ swapaxes_ swapdims_ as_strided_ resize_ set_".split()
+    f"aten::{name}"
+    for name in ["transpose_", "t_", "squeeze_", "unsqueeze_", "swapaxes_", "swapdims_", "as_strided_", "resize_", "set_"]
 )
 
 

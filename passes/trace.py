@@ -108,14 +108,46 @@ TRACED_THROUGH = (
 INLINED = {F.multi_head_attention_forward}
 # Tensor attributes and methods that are facts of the program rather than values that flow through it.
 FACTS = frozenset(
-    "ndim requires_grad layout is_cuda is_cpu is_meta is_sparse is_quantized is_nested is_leaf grad_fn names itemsize"
-    " is_mkldnn is_xla is_mps is_ipu is_xpu is_vulkan".split()
+    [
+        "ndim",
+        "requires_grad",
+        "layout",
+        "is_cuda",
+        "is_cpu",
+        "is_meta",
+        "is_sparse",
+        "is_quantized",
+        "is_nested",
+        "is_leaf",
+        "grad_fn",
+        "names",
+        "itemsize",
+        "is_mkldnn",
+        "is_xla",
+        "is_mps",
+        "is_ipu",
+        "is_xpu",
+        "is_vulkan",
+    ]
 )
 FACT_METHODS = frozenset(
-    "dim ndimension is_floating_point is_complex is_contiguous element_size get_device stride storage_offset"
-    " is_signed is_inference is_conj is_neg".split()
+    [
+        "dim",
+        "ndimension",
+        "is_floating_point",
+        "is_complex",
+        "is_contiguous",
+        "element_size",
+        "get_device",
+        "stride",
+        "storage_offset",
+        "is_signed",
+        "is_inference",
+        "is_conj",
+        "is_neg",
+    ]
 )
-VALUE_METHODS = frozenset("item tolist numpy __array__ data_ptr".split())
+VALUE_METHODS = frozenset(["item", "tolist", "numpy", "__array__", "data_ptr"])
 CHECKS = [name for name in vars(torch) if name.startswith("_check") and callable(getattr(torch, name))]
 PLAIN_MODULES = ("_operator", "builtins", "math")  # their functions make no tensors of their own
 PLAIN = frozenset({bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format})
@@ -182,7 +214,7 @@ class ValueTracer(fx.Tracer):
         self.depends[node] = node.op == "placeholder" or any(self.depends[n] for n in node.all_input_nodes)
         if value is None:
             return None
-        if isinstance(value, tuple | list) and not isinstance(value, str):
+        if isinstance(value, tuple | list):
             return Items.of(node, value, [self.item(node, i, v) for i, v in enumerate(value)])
         if isinstance(value, dict):
             return {k: self.item(node, k, v) for k, v in value.items()}
@@ -295,7 +327,7 @@ class ValueTracer(fx.Tracer):
             if name in FACT_METHODS:
                 return getattr(value, name)
             if name in VALUE_METHODS:
-                return lambda *args: getattr(self.known_tensor(proxy, name), name)(*args)
+                return getattr(self.known_tensor(proxy, name), name)
         if callable(getattr(value, name)):
             return lambda *args, **kwargs: self.create_proxy("call_method", name, (proxy, *args), kwargs)
         return self.create_proxy("call_function", getattr, (proxy, name), {})
@@ -432,7 +464,7 @@ def trace(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, ret
     outputs: list[Ref] = []
 
     def gather(node: fx.Node) -> fx.Node:
-        map_tensors(tracer.results[node], lambda r: outputs.append(r), Ref)
+        map_tensors(tracer.results[node], outputs.append, Ref)
         return node
 
     fx.node.map_arg(output.args, gather)
@@ -478,9 +510,9 @@ def has_tensor(x: Any) -> bool:
 
 def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
     """A Python function of torch with its check for overridden arguments switched off, so that its body runs."""
-    globals_ = dict(function.__globals__, has_torch_function=lambda *_: False)  # type: ignore[attr-defined]
-    copy = types.FunctionType(function.__code__, globals_, function.__name__, function.__defaults__)  # type: ignore[attr-defined]
-    copy.__kwdefaults__ = function.__kwdefaults__  # type: ignore[attr-defined]
+    globals_ = dict(function.__globals__, has_torch_function=lambda *_: False)
+    copy = types.FunctionType(function.__code__, globals_, function.__name__, function.__defaults__)
+    copy.__kwdefaults__ = function.__kwdefaults__
     return copy
 
 
@@ -516,7 +548,7 @@ def visible() -> Iterator[None]:
             return nn.Module.__call__(module, *args, **kwargs)
 
     try:
-        nn.RNNBase.__call__ = nn.RNNCellBase.__call__ = plain  # type: ignore[method-assign, assignment]
+        nn.RNNBase.__call__ = nn.RNNCellBase.__call__ = plain  # type: ignore[method-assign]
         yield
     finally:
         del nn.RNNBase.__call__, nn.RNNCellBase.__call__  # back to that of nn.Module
@@ -529,7 +561,7 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
     undo: list[Callable[[], None]] = []
 
     def patch(owner: Any, name: str, value: Any) -> None:
-        old = vars(owner)[name] if name in vars(owner) else None
+        old = vars(owner).get(name)
         setattr(owner, name, value)
         undo.append((lambda: setattr(owner, name, old)) if old is not None else (lambda: delattr(owner, name)))
 
@@ -561,7 +593,8 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
 
     wrapped = torch.fx._symbolic_trace._patch_wrapped_functions
     fast = torch.backends.mha.get_fastpath_enabled()
-    verify_batch_size = F._verify_batch_size
+    functional: Any = F
+    verify_batch_size = functional._verify_batch_size
     try:
         # functions marked by torch.fx.wrap hold head counts and sizes too, and values let us trace through them
         torch.fx._symbolic_trace._patch_wrapped_functions = lambda patcher: None
@@ -574,12 +607,12 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
         patch(torch, "iinfo", info(torch.iinfo))
         patch(torch.autograd.Function, "apply", classmethod(traced_apply))
         # one example may be too few for batch statistics; the shapes are all that matters here
-        F._verify_batch_size = lambda size: None
+        functional._verify_batch_size = lambda size: None
         patch(nn.Module, "training", property(get_training, lambda m, v: vars(m).__setitem__("training", v)))
         yield
     finally:
         for restore in reversed(undo):
             restore()
-        F._verify_batch_size = verify_batch_size
+        functional._verify_batch_size = verify_batch_size
         torch.fx._symbolic_trace._patch_wrapped_functions = wrapped
         torch.backends.mha.set_fastpath_enabled(fast)

@@ -12,7 +12,18 @@ import torch
 from torch import Tensor, nn
 
 # what a copy can share with the original: nothing in it can be changed
-SHARED = (bool, int, float, complex, str, bytes, type(None), type, types.FunctionType, types.BuiltinFunctionType)
+SHARED: tuple[type, ...] = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(None),
+    type,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+)
 SHARED += (torch.dtype, torch.device, torch.Size, torch.memory_format)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 

@@ -117,7 +117,19 @@ def filled(masker: Masker, call: Call, args: Any, kwargs: Any, value: float) -> 
     return map_tensors(args, fill), map_tensors(kwargs, fill)
 
 
-@masked("mm", "bmm", "addmm", "baddbmm", "mv", "dot", "linear", "matmul", "convolution", "_convolution", "_trilinear")
+@masked(
+    "mm",
+    "bmm",
+    "addmm",
+    "baddbmm",
+    "mv",
+    "dot",
+    "linear",
+    "matmul",
+    "convolution",
+    "_convolution",
+    "_trilinear",
+)
 @masked("sum", "norm", "linalg_vector_norm", "cumsum", "nansum", "addmv", "count_nonzero")
 @masked("_cdist_forward", "any", "col2im")
 def with_zeros(masker: Masker, call: Call, args: Any, kwargs: Any) -> Any:
@@ -168,8 +180,8 @@ def with_ones(masker: Masker, call: Call, args: Any, kwargs: Any) -> Any:
 
 def kept_mean(x: Tensor, mask: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
     """The mean over kept elements, and their number."""
-    count = mask.expand(x.shape).sum(dims, keepdim=True)
-    total = torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device)).sum(dims, keepdim=True)
+    count = mask.expand(x.shape).sum(list(dims), keepdim=True)
+    total = torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device)).sum(list(dims), keepdim=True)
     return total / count.clamp(min=1), count
 
 
@@ -177,7 +189,7 @@ def kept_variance(x: Tensor, mask: Tensor, dims: Sequence[int], correction: floa
     """The variance and mean over kept elements."""
     mean, count = kept_mean(x, mask, dims)
     squares = torch.where(mask, (x - mean).square(), torch.zeros((), dtype=x.dtype, device=x.device))
-    return squares.sum(dims, keepdim=True) / (count - correction).clamp(min=0), mean
+    return squares.sum(list(dims), keepdim=True) / (count - correction).clamp(min=0), mean
 
 
 def squeezed(out: Tensor, dims: Sequence[int], keepdim: bool) -> Tensor:
@@ -270,7 +282,7 @@ def weight_norm(masker: Masker, call: Call, args: Any, kwargs: Any) -> Any:
     dims = [d for d in range(v.dim()) if d != call.get("dim", 0)]
     mask = masker.mask(masker.ref(v))
     v = v if mask is None else v.masked_fill(~mask.to(v.device), 0.0)
-    norm = v.square().sum(dims, keepdim=True).sqrt()
+    norm = v.square().sum(list(dims), keepdim=True).sqrt()
     return v * (g / norm.masked_fill(norm == 0, 1.0)), norm
 
 
@@ -291,7 +303,12 @@ def masked_copy(model: Any, leaves: Mapping[str, Labels], kept: Tensor) -> Any:
 
 
 def masked_outputs(
-    model: Any, leaves: Mapping[str, Labels], kept: Tensor, heads: bool, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: Any,
+    leaves: Mapping[str, Labels],
+    kept: Tensor,
+    heads: bool,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Any:
     """What the masked original returns."""
     from fxprune.passes.trace import visible

@@ -29,9 +29,7 @@ def run(model: nn.Module, inputs: Any) -> Any:
 
 def duplicate(model: nn.Module) -> nn.Module:
     """A deep copy, even where a hook has left a computed weight (which deepcopy refuses) on a module."""
-    computed = (
-        v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf
-    )
+    computed = (v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf)
     return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
 
 
@@ -45,9 +43,7 @@ def masked(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         if value.is_floating_point() or value.is_complex():
             if masks[name].shape != value.shape:
-                raise AssertionError(
-                    f"the mask of {name} is {tuple(masks[name].shape)}, not {tuple(value.shape)}"
-                )
+                raise AssertionError(f"the mask of {name} is {tuple(masks[name].shape)}, not {tuple(value.shape)}")
             # Not a product: zero times a mask's minus infinity would not be zero.
             value.copy_(torch.where(masks[name], value, 0))
     return model

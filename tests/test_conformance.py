@@ -27,9 +27,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 
 def shrunk(pruned: nn.Module, name: str) -> Tensor:
     """The pruned model's tensor of this name; a root that stays opaque is one level deeper."""
-    found = dict(pruned.named_parameters(remove_duplicate=False)) | dict(
-        pruned.named_buffers(remove_duplicate=False)
-    )
+    found = dict(pruned.named_parameters(remove_duplicate=False)) | dict(pruned.named_buffers(remove_duplicate=False))
     matches = [found[name]] if name in found else [v for key, v in found.items() if key.endswith(f".{name}")]
     assert len(matches) == 1, f"{name} is not in the pruned model, which has {sorted(found)}"
     return matches[0]

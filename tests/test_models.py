@@ -106,9 +106,7 @@ TORCHVISION = {
     "convnext_tiny": named("convnext_tiny"),
     "vit": (vit, 64),
     "swin": swin(),
-    "swin_v2": swin(
-        block=swin_transformer.SwinTransformerBlockV2, downsample_layer=swin_transformer.PatchMergingV2
-    ),
+    "swin_v2": swin(block=swin_transformer.SwinTransformerBlockV2, downsample_layer=swin_transformer.PatchMergingV2),
     "maxvit": (maxvit, 64),
     "quantizable_resnet18": quantized("resnet18"),
     "quantizable_mobilenet_v2": quantized("mobilenet_v2"),

@@ -235,8 +235,7 @@ def by_family(lines: list[dict[str, Any]]) -> Table:
         if family == families[-1]:
             table.add_section()
     reached = [
-        sum(line[column]["status"] == "exact" and line[column].get("targets", False) for line in plain)
-        for column in COLUMNS
+        sum(line[column]["status"] == "exact" and line[column].get("targets", False) for line in plain) for column in COLUMNS
     ]
     table.add_row("and what the graph is about was removed", "", *(share(n, len(plain)) for n in reached))
     return table

@@ -32,13 +32,9 @@ TOLERANCES = {"float64": 1e-9, "float32": 1e-4}
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--suite", choices=[*SUITES, "all"], default="all")
-    parser.add_argument(
-        "--models", nargs="+", help="these instead of a suite: names, with torchvision: or timm:"
-    )
+    parser.add_argument("--models", nargs="+", help="these instead of a suite: names, with torchvision: or timm:")
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.5, 0.25])
-    parser.add_argument(
-        "--quick", action="store_true", help="the first ratio only for models in single precision"
-    )
+    parser.add_argument("--quick", action="store_true", help="the first ratio only for models in single precision")
     parser.add_argument("--limit", type=float, default=1200, help="seconds for one model at one ratio")
     parser.add_argument("--redo", action="store_true", help="run again what the file has already")
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
@@ -174,9 +170,7 @@ def summary(rows: list[Row]) -> str:
             left = sorted(row["params_after"] / row["params"] for row in chosen if "params_after" in row)
             line = f"- {suite} at {ratio}: {counts['exact']} of {len(chosen)} exact"
             if left:
-                line += (
-                    f"; parameters left {left[0]:.0%} to {left[-1]:.0%}, median {left[len(left) // 2]:.0%}"
-                )
+                line += f"; parameters left {left[0]:.0%} to {left[-1]:.0%}, median {left[len(left) // 2]:.0%}"
             lines.append(line)
     machines = Counter(row["machine"] for row in rows if "machine" in row)
     lines += [f"- {count} rows on {name}" for name, count in machines.most_common()]

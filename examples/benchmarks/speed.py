@@ -42,9 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--models", nargs="+", help="instead of every torchvision classification model")
     parser.add_argument("--budget", type=float, default=20, help="seconds to spend on repeats of one model")
-    parser.add_argument(
-        "--other-limit", type=float, default=300, help="seconds Torch-Pruning may take for one"
-    )
+    parser.add_argument("--other-limit", type=float, default=300, help="seconds Torch-Pruning may take for one")
     parser.add_argument("--limit", type=float, default=1200, help="seconds for one model, all told")
     parser.add_argument("--redo", action="store_true", help="run again what the file has already")
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
@@ -177,8 +175,7 @@ def classifiers(network: nn.Module, classes: int = 1000) -> list[nn.Module]:
     return [
         module
         for module in network.modules()
-        if getattr(module, "out_features", None) == classes
-        or getattr(module, "out_channels", None) == classes
+        if getattr(module, "out_features", None) == classes or getattr(module, "out_channels", None) == classes
     ]
 
 
@@ -189,9 +186,7 @@ def heads(network: nn.Module) -> dict[nn.Module, int]:
     parameters of a ViT-B/32 instead of 26%.
     """
     return {
-        module.qkv: module.num_heads
-        for module in network.modules()
-        if hasattr(module, "qkv") and hasattr(module, "num_heads")
+        module.qkv: module.num_heads for module in network.modules() if hasattr(module, "qkv") and hasattr(module, "num_heads")
     }
 
 
@@ -210,9 +205,7 @@ def breaks(pruned: nn.Module, images: Tensor) -> str:
 
 
 def warm_up() -> None:
-    network = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 1000)
-    )
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 1000))
     images = torch.randn(1, 3, 8, 8)
     prune_here(network, images, verify=True)
     prune_with_torch_pruning(copy.deepcopy(network), images)

@@ -48,10 +48,9 @@ def contract(
     result = [f for f in merged if not f.dims & set(summed)]
     for f in merged:
         rest = f.dims - set(summed)
-        if rest and f.dims & set(summed):
-            # rows survive a sum over the minor dimensions; a sum over major ones mixes what is packed row by row
-            if f.nest[-1] not in summed:
-                result += call.collapse(f, [d for d in summed if d in f.dims])
+        # rows survive a sum over the minor dimensions; a sum over major ones mixes what is packed row by row
+        if rest and f.dims & set(summed) and f.nest[-1] not in summed:
+            result += call.collapse(f, [d for d in summed if d in f.dims])
     if heads:
         result += [h for h in heads if not any(h.dims <= f.dims for f in result)][:1]
     return tuple(result)
@@ -73,7 +72,15 @@ def as_heads(call: Call, labels: Labels, batch: Sequence[int]) -> Labels:
     return tuple(found)
 
 
-@rule("aten::mm", "aten::bmm", "aten::matmul", "aten::linear", "aten::mv", "aten::dot", "aten::_addmm_activation")
+@rule(
+    "aten::mm",
+    "aten::bmm",
+    "aten::matmul",
+    "aten::linear",
+    "aten::mv",
+    "aten::dot",
+    "aten::_addmm_activation",
+)
 @rule("aten::addmm", "aten::baddbmm", "aten::addmv", "aten::addbmm", "aten::vdot", "aten::inner")
 def matmul(call: Call) -> Labels:
     name = call.op.func._schema.name.rpartition("::")[2]
@@ -118,7 +125,15 @@ def attention(call: Call) -> list[Labels]:
     batch = list(range(n))
     # index space: batch, L, S, E
     weights = contract(
-        call, call.labels(q), call.shape(q), [*batch, n, n + 2], k_labels, k_shape, [*batch, n + 1, n + 2], n + 3, [n + 2]
+        call,
+        call.labels(q),
+        call.shape(q),
+        [*batch, n, n + 2],
+        k_labels,
+        k_shape,
+        [*batch, n + 1, n + 2],
+        n + 3,
+        [n + 2],
     )
     weights = tuple(Factor(f.labels.squeeze(-1), f.nest) for f in weights)
     shape = (*call.shape(q)[:-1], k_shape[-2])
@@ -140,8 +155,20 @@ def grouped(call: Call, ref: object, q_shape: Sequence[int]) -> tuple[Labels, tu
     return grown, (*shape[:d], q_shape[d], *shape[d + 1 :])
 
 
-@rule("aten::convolution", "aten::_convolution", "aten::conv*", "aten::mkldnn_convolution", "aten::cudnn_convolution*")
-@rule("aten::miopen_convolution*", "aten::conv_depthwise*", "aten::_conv_depthwise*", "aten::thnn_conv*", "aten::slow_conv*")
+@rule(
+    "aten::convolution",
+    "aten::_convolution",
+    "aten::conv*",
+    "aten::mkldnn_convolution",
+    "aten::cudnn_convolution*",
+)
+@rule(
+    "aten::miopen_convolution*",
+    "aten::conv_depthwise*",
+    "aten::_conv_depthwise*",
+    "aten::thnn_conv*",
+    "aten::slow_conv*",
+)
 def convolution(call: Call) -> Labels:
     """x (N, C, *), weight (O, C/g, *) or, transposed, (C, O/g, *), bias (O) -> (N, O, *)."""
     x, weight, bias = call["input"], call["weight"], call.get("bias")
@@ -174,7 +201,13 @@ def flat_channels(call: Call, labels: Labels) -> Labels:
 
 
 def grouped_convolution(
-    call: Call, ins: Labels, x_shape: Sequence[int], w: Labels, w_shape: Sequence[int], groups: int, transposed: bool
+    call: Call,
+    ins: Labels,
+    x_shape: Sequence[int],
+    w: Labels,
+    w_shape: Sequence[int],
+    groups: int,
+    transposed: bool,
 ) -> Labels:
     """Ties of input channels to the weight, per group; returns the labels (O,) of the output channels.
 
@@ -203,7 +236,9 @@ def grouped_convolution(
         call.ties.keep_rows_equal(f)
     merged = unify(call, tuple(x_part), x_size, tuple(w_part), w_size)
     return tuple(
-        factor(f.labels[:1].expand(1, groups, per_out, -1)[..., 0].reshape(-1)) for f in merged if f.dims <= {1, 2} and 2 in f.dims
+        factor(f.labels[:1].expand(1, groups, per_out, -1)[..., 0].reshape(-1))
+        for f in merged
+        if f.dims <= {1, 2} and 2 in f.dims
     )
 
 
@@ -243,8 +278,8 @@ def trilinear(call: Call) -> Labels:
     for f in merged:
         if f.dims & set(gone):
             continue
-        labels, nest = f.labels, f.nest
+        array, nest = f.labels, f.nest
         for d in gone:
-            labels, nest = labels.squeeze(d), tuple(n - (n > d) for n in nest)
-        result.append(Factor(labels, nest))
+            array, nest = array.squeeze(d), tuple(n - (n > d) for n in nest)
+        result.append(Factor(array, nest))
     return tuple(result)

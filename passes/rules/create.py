@@ -7,10 +7,29 @@ import torch
 from fxprune.passes.labels import NONE, Labels, align, factor
 from fxprune.passes.rules import Call, rule
 
-UNIFORM = (
-    "zeros ones full empty empty_strided zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty"
-    " rand randn rand_like randn_like bernoulli_like new_empty_strided randint scalar_tensor"
-).split()
+UNIFORM = [
+    "zeros",
+    "ones",
+    "full",
+    "empty",
+    "empty_strided",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "empty_like",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_empty",
+    "rand",
+    "randn",
+    "rand_like",
+    "randn_like",
+    "bernoulli_like",
+    "new_empty_strided",
+    "randint",
+    "scalar_tensor",
+]
 
 
 @rule(*(f"aten::{name}" for name in UNIFORM))
@@ -40,7 +59,13 @@ def literal(call: Call) -> Labels:
     return call.known[call.first.id]
 
 
-@rule("aten::randperm", "aten::tril_indices", "aten::triu_indices", "aten::_local_scalar_dense", "aten::_assert_async")
+@rule(
+    "aten::randperm",
+    "aten::tril_indices",
+    "aten::triu_indices",
+    "aten::_local_scalar_dense",
+    "aten::_assert_async",
+)
 def distinct(call: Call) -> list[Labels]:
     """Entries that differ: none can go."""
     return [NONE] * len(call.outputs)
@@ -64,9 +89,7 @@ def repeat(call: Call) -> Labels:
         if len(f.nest) > 1 and any(t > 1 for t in tiles):
             call.ties.same_columns(f)
         result += (factor(f.labels.repeat(tiles), f.nest),)
-    return result + tuple(
-        call.fresh(r, d, len(repeats)) for d, r in enumerate(repeats) if r > 1 and before[d] == 1
-    )
+    return result + tuple(call.fresh(r, d, len(repeats)) for d, r in enumerate(repeats) if r > 1 and before[d] == 1)
 
 
 @rule("aten::constant_pad_nd", "aten::pad", "aten::reflection_pad*", "aten::replication_pad*")

@@ -143,7 +143,14 @@ def index_add(call: Call) -> Labels:
     return unify(call, mine, flat, theirs, flat)
 
 
-@rule("aten::index_fill", "aten::masked_scatter", "aten::masked_select", "aten::nonzero", "aten::unique2", "aten::_unique2")
+@rule(
+    "aten::index_fill",
+    "aten::masked_scatter",
+    "aten::masked_select",
+    "aten::nonzero",
+    "aten::unique2",
+    "aten::_unique2",
+)
 @rule("aten::unique_dim", "aten::bucketize", "aten::searchsorted", "aten::one_hot", "aten::bincount")
 def by_value(call: Call) -> list[Labels]:
     for ref in call.inputs:

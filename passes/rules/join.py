@@ -30,7 +30,7 @@ def stack(call: Call) -> Labels:
     lifted = [
         tuple(Factor(f.labels.unsqueeze(dim), tuple(d + (d >= dim) for d in f.nest)) for f in call.labels(r)) for r in refs
     ]
-    shapes = [call.shape(r)[:dim] + (1,) + call.shape(r)[dim:] for r in refs]
+    shapes = [(*call.shape(r)[:dim], 1, *call.shape(r)[dim:]) for r in refs]
     return join(call, lifted, shapes, dim)
 
 
@@ -49,9 +49,9 @@ def join(call: Call, parts: Sequence[Labels], shapes: Sequence[Sequence[int]], d
     for other in sorted(signatures, key=sorted):
         chosen = [pick(call, labels, other, dim) for labels in parts]
         if other and any(f is None for f in chosen):
-            for f in chosen:
-                if f is not None:
-                    call.ties.freeze(f.labels, "is joined along another dimension to a tensor that keeps all its channels")
+            for part in chosen:
+                if part is not None:
+                    call.ties.freeze(part.labels, "is joined along another dimension to a tensor that keeps all its channels")
             if not call.ties.seeking_heads:
                 continue
         arrays = [lay_out(f, shape, dim, other) for f, shape in zip(chosen, shapes, strict=True)]

@@ -23,7 +23,15 @@ def permute(call: Call) -> Labels:
     return moved(call.labels(call.first), [d % ndim for d in call["dims"]])
 
 
-@rule("aten::t", "aten::transpose", "aten::numpy_T", "aten::mT", "aten::swapaxes", "aten::t_copy", "aten::adjoint")
+@rule(
+    "aten::t",
+    "aten::transpose",
+    "aten::numpy_T",
+    "aten::mT",
+    "aten::swapaxes",
+    "aten::t_copy",
+    "aten::adjoint",
+)
 def transpose(call: Call) -> Labels:
     ndim = len(call.shape(call.first))
     if ndim < 2:
@@ -95,7 +103,13 @@ def slice_(call: Call) -> Labels:
     return tuple(g for f in call.labels(call.first) for g in cut(call, f, dim, start, stop, step))
 
 
-@rule("aten::split", "aten::split_with_sizes", "aten::unsafe_split", "aten::unsafe_split_with_sizes", "aten::chunk")
+@rule(
+    "aten::split",
+    "aten::split_with_sizes",
+    "aten::unsafe_split",
+    "aten::unsafe_split_with_sizes",
+    "aten::chunk",
+)
 @rule("aten::split_copy", "aten::split_with_sizes_copy", "aten::tensor_split", "aten::unsafe_chunk")
 def split(call: Call) -> list[Labels]:
     dim = call.dim(call["dim"], len(call.shape(call.first)))

@@ -10,7 +10,12 @@ from fxprune.passes.tape import Ref
 
 
 @rule("aten::native_batch_norm", "aten::_native_batch_norm_legit*", "aten::cudnn_batch_norm", "aten::batch_norm")
-@rule("aten::_batch_norm_with_update*", "aten::_batch_norm_no_update", "aten::miopen_batch_norm", "aten::_batch_norm_impl*")
+@rule(
+    "aten::_batch_norm_with_update*",
+    "aten::_batch_norm_no_update",
+    "aten::miopen_batch_norm",
+    "aten::_batch_norm_impl*",
+)
 def batch_norm(call: Call) -> list[Labels]:
     """x (N, C, *) with weight, bias and running statistics (C)."""
     x = call["input"]

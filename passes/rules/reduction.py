@@ -11,10 +11,27 @@ from collections.abc import Sequence
 from fxprune.passes.labels import NONE, Factor, Labels, factor
 from fxprune.passes.rules import Call, rule
 
-REDUCTIONS = (
-    "sum mean amax amin var std prod norm linalg_vector_norm logsumexp all any nansum std_mean var_mean count_nonzero"
-    " median nanmean aminmax"
-).split()
+REDUCTIONS = [
+    "sum",
+    "mean",
+    "amax",
+    "amin",
+    "var",
+    "std",
+    "prod",
+    "norm",
+    "linalg_vector_norm",
+    "logsumexp",
+    "all",
+    "any",
+    "nansum",
+    "std_mean",
+    "var_mean",
+    "count_nonzero",
+    "median",
+    "nanmean",
+    "aminmax",
+]
 
 
 def drop(f: Factor, gone: Sequence[int], keepdim: bool) -> Factor:
@@ -66,7 +83,14 @@ def reduce_with_index(call: Call) -> list[Labels]:
     return [values] * len(outs)
 
 
-@rule("aten::_softmax", "aten::softmax", "aten::_log_softmax", "aten::log_softmax", "aten::cumsum", "aten::logcumsumexp")
+@rule(
+    "aten::_softmax",
+    "aten::softmax",
+    "aten::_log_softmax",
+    "aten::log_softmax",
+    "aten::cumsum",
+    "aten::logcumsumexp",
+)
 @rule("aten::cumprod", "aten::_safe_softmax", "aten::renorm", "aten::_masked_softmax")
 def normalise(call: Call) -> Labels:
     """Every entry depends on the others along `dim`: over several rows they must be packed alike."""

@@ -10,7 +10,14 @@ from fxprune.passes.tape import Ref
 MIXED = "is mixed along a spatial dimension"
 
 
-@rule("aten::avg_pool*", "aten::max_pool*", "aten::adaptive_*", "aten::_adaptive_*", "aten::upsample_*", "aten::_upsample_*")
+@rule(
+    "aten::avg_pool*",
+    "aten::max_pool*",
+    "aten::adaptive_*",
+    "aten::_adaptive_*",
+    "aten::upsample_*",
+    "aten::_upsample_*",
+)
 @rule("aten::fractional_max_pool*", "aten::mkldnn_max_pool*", "aten::quantized_max_pool*", "aten::max_unpool*")
 def resample(call: Call) -> list[Labels]:
     """Pooling and interpolation over the trailing dimensions that change size; equal sizes are told by the op's name."""

@@ -38,7 +38,14 @@ def segments(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int
     return runs
 
 
-@rule("aten::view", "aten::_unsafe_view", "aten::reshape", "aten::_reshape_alias", "aten::flatten", "aten::unflatten")
+@rule(
+    "aten::view",
+    "aten::_unsafe_view",
+    "aten::reshape",
+    "aten::_reshape_alias",
+    "aten::flatten",
+    "aten::unflatten",
+)
 @rule("aten::squeeze", "aten::unsqueeze", "aten::view_copy", "aten::squeeze_copy", "aten::unsqueeze_copy")
 def view(call: Call) -> Labels:
     before, after = call.shape(call.first), call.shape(call.outputs[0])
@@ -53,13 +60,17 @@ def view(call: Call) -> Labels:
 
 
 def reshape(
-    call: Call, f: Factor, runs: list[tuple[list[int], list[int]]], before: Sequence[int], after: Sequence[int]
+    call: Call,
+    f: Factor,
+    runs: list[tuple[list[int], list[int]]],
+    before: Sequence[int],
+    after: Sequence[int],
 ) -> Factor:
     active = [(left, right) for left, right in runs if f.dims & set(left)]
     sizes = [1] * len(after)
     nest: list[int] = []
     split = False
-    for left, right in active:
+    for _, right in active:
         for d in right:
             sizes[d] = after[d]
         split = split or sum(after[d] > 1 for d in right) > 1

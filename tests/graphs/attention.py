@@ -190,9 +190,7 @@ def attention_sequence_first():
     def forward(self, x):
         b, n, _ = x.shape
         x = x.transpose(0, 1)
-        q, k, v = (
-            layer(x).contiguous().view(n, b * 4, 6).transpose(0, 1) for layer in (self.q, self.k, self.v)
-        )
+        q, k, v = (layer(x).contiguous().view(n, b * 4, 6).transpose(0, 1) for layer in (self.q, self.k, self.v))
         x = torch.bmm((q @ k.transpose(1, 2)).softmax(2), v)
         return self.head(x.transpose(0, 1).contiguous().view(n, b, 24)).transpose(0, 1)
 

@@ -212,9 +212,7 @@ def mixture_of_stacked_experts():
         return self.head((choice.unsqueeze(-1) * outputs).sum(1))
 
     experts = nn.ModuleList(nn.Sequential(linear(14, 11), nn.ReLU(), linear(11, 9)) for _ in range(3))
-    return net(
-        forward, stem=linear(10, 14), route=linear(14, 3), experts=experts, head=linear(9, 5)
-    ), features()
+    return net(forward, stem=linear(10, 14), route=linear(14, 3), experts=experts, head=linear(9, 5)), features()
 
 
 @graph(stats=True, targets=("stem.weight", "one", "two"), min_removed=0.4)

@@ -61,9 +61,7 @@ def pool_3d():
         x = F.interpolate(F.max_pool3d(self.a(x).relu(), 2), scale_factor=2.0, mode="trilinear")
         return self.head(self.b(x).mean((2, 3, 4)))
 
-    return net(forward, a=nn.Conv3d(3, 14, 1), b=nn.Conv3d(14, 20, 1), head=linear(20, 5)), normal(
-        2, 3, 4, 4, 5
-    )
+    return net(forward, a=nn.Conv3d(3, 14, 1), b=nn.Conv3d(14, 20, 1), head=linear(20, 5)), normal(2, 3, 4, 4, 5)
 
 
 @graph(targets=AB, min_removed=0.4)
@@ -209,6 +207,4 @@ def nested_upsample_module():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         up = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
-    return between(
-        lambda self, x: self.blur(self.up(x))[:, :, 1:-1, ::2], 14, 14, up=up, blur=nn.AvgPool2d(2, 1)
-    )
+    return between(lambda self, x: self.blur(self.up(x))[:, :, 1:-1, ::2], 14, 14, up=up, blur=nn.AvgPool2d(2, 1))

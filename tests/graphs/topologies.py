@@ -82,17 +82,13 @@ def dense_block():
     return net(forward, **layers, head=linear(22, 5)), image()
 
 
-@graph(
-    targets=("a.weight", "one.weight", "three_down.weight", "three.weight", "pooled.weight"), min_removed=0.5
-)
+@graph(targets=("a.weight", "one.weight", "three_down.weight", "three.weight", "pooled.weight"), min_removed=0.5)
 def inception():
     def forward(self, x):
         x = self.a(x).relu()
         three = self.three(self.three_down(x).relu())
         pooled = self.pooled(F.max_pool2d(x, 3, 1, 1))
-        return self.head(
-            self.last(torch.cat([self.one(x), three, pooled, F.avg_pool2d(x, 3, 1, 1)], 1).relu())
-        )
+        return self.head(self.last(torch.cat([self.one(x), three, pooled, F.avg_pool2d(x, 3, 1, 1)], 1).relu()))
 
     branches = {
         "one": conv(12, 7, 1),
@@ -179,9 +175,7 @@ def unrolled_recurrence():
             state = gate * state + (1 - gate) * self.layer(state).tanh()
         return self.head(state)
 
-    return net(
-        forward, stem=conv(3, 14), layer=conv(14, 14), gate=conv(14, 14, 1), head=conv(14, 5, 1)
-    ), image()
+    return net(forward, stem=conv(3, 14), layer=conv(14, 14), gate=conv(14, 14, 1), head=conv(14, 5, 1)), image()
 
 
 @graph(targets=("a.weight", "gru.weight", "candidate.weight"), min_removed=0.4)
@@ -201,9 +195,7 @@ def convolutional_gru():
     return net(forward, **layers), image()
 
 
-@graph(
-    targets=("tokens_in.weight", "channels_in.weight", "stem.weight", "tokens_out.weight"), min_removed=0.4
-)
+@graph(targets=("tokens_in.weight", "channels_in.weight", "stem.weight", "tokens_out.weight"), min_removed=0.4)
 def mixer_without_norm():
     """MLP-Mixer: tokens are mixed by a linear layer over the transposed map."""
 

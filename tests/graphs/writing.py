@@ -176,9 +176,7 @@ def clamp_by_tensors():
 
 @graph(targets=(*ABC, "share"), min_removed=0.4)
 def lerp():
-    return branches(
-        lambda self, x, y: torch.lerp(x, y, self.share[:, None, None].sigmoid()), share=parameter(14)
-    )
+    return branches(lambda self, x, y: torch.lerp(x, y, self.share[:, None, None].sigmoid()), share=parameter(14))
 
 
 @graph(targets=(*ABC, "scale"), min_removed=0.4)
