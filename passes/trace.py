@@ -242,7 +242,8 @@ class ValueTracer(fx.Tracer):
                         value = module(*args, **kwargs)
         except Exception as error:
             if not hasattr(error, "fxprune_where"):
-                module_path = node.meta["module"] or type(self.root).__name__
+                inside = str(node.target) if node.op == "call_module" else node.meta["module"]
+                module_path = inside or type(self.root).__name__
                 error.fxprune_where = f"%{node.name} ({module_path})"  # type: ignore[attr-defined]
             raise
         finally:
@@ -388,6 +389,7 @@ class ValueTracer(fx.Tracer):
         except Exception as error:
             if hasattr(error, "fxprune_plain") or not self.retry:
                 raise
+            where = getattr(error, "fxprune_where", None)
             reason = f"reads {error}" if isinstance(error, ReadsValue) else f"{type(error).__name__}: {error}"
         finally:
             self.stack.pop()
@@ -397,6 +399,7 @@ class ValueTracer(fx.Tracer):
             return self.create_proxy("call_module", path, args, kwargs)
         except Exception as error:
             error.fxprune_plain = True  # type: ignore[attr-defined]
+            error.fxprune_where = where or getattr(error, "fxprune_where", path)  # type: ignore[attr-defined]
             raise
 
     def roll_back(self, mark: int, ops: int) -> None:
@@ -459,7 +462,11 @@ def trace(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, ret
                 raise
             prefix = "whole."
             tracer = whole_tracer(tracer, root, args, kwargs, error)
-            graph = tracer.trace(tracer.root)
+            try:
+                graph = tracer.trace(tracer.root)
+            except Exception as plain:
+                plain.fxprune_where = getattr(error, "fxprune_where", type(root).__name__)  # type: ignore[attr-defined]
+                raise
     output = next(n for n in graph.nodes if n.op == "output")
     outputs: list[Ref] = []
 
@@ -516,14 +523,21 @@ def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
     return copy
 
 
-def plain_rnn(module: nn.Module) -> Any:
+@contextlib.contextmanager
+def plain_rnn(module: nn.Module) -> Iterator[None]:
     """Recurrent kernels of vendors hide their arithmetic from the dispatcher: use the decomposed ones."""
-    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
-        stack = contextlib.ExitStack()
-        stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        return stack
-    return contextlib.nullcontext()
+    if not isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        yield
+        return
+    # torch.backends.mkldnn.flags() sets other flags too, and warns of them
+    mkldnn, cudnn = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
+    try:
+        torch._C._set_mkldnn_enabled(False)
+        torch._C._set_cudnn_enabled(False)
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(mkldnn)
+        torch._C._set_cudnn_enabled(cudnn)
 
 
 def named_apply(cls: type) -> Callable[..., Any]:
