@@ -17,7 +17,7 @@ from fxprune.coupling import Coupling
 from fxprune.errors import PruneError
 from fxprune.passes.couple import Solution, solve
 from fxprune.passes.families import Family, families
-from fxprune.passes.kept import Cut, NotARectangle
+from fxprune.passes.kept import Cutter, NotARectangle
 from fxprune.passes.shrink import PrunedModule, shrink, tensor_cuts
 from fxprune.passes.tape import map_tensors
 from fxprune.passes.trace import Capture, trace
@@ -69,15 +69,15 @@ def prune(
     inputs.check(model, args, kwargs)
     keep = frozen_names(model, freeze)
     solution = analyse(model, args, kwargs, heads=attention == "heads", keep=keep)
-    kept, made = selected(model, solution, ratio, criterion, round_to)
+    kept, cutter = selected(model, solution, ratio, criterion, round_to)
     plan = Plan(
         {name: tuple(t.shape) for name, t in named_tensors(model)},
-        {name: parts for name, parts in made.items() if parts},
+        {name: parts for name, parts in tensor_cuts(solution, kept, cutter).items() if parts},
         attention,
         tuple(sorted(keep)),
         inputs.describe(example_inputs),
     )
-    pruned = shrink(model, solution, kept, made)
+    pruned = shrink(model, solution, kept, cutter)
     pruned.meta["plan"] = plan
     pruned.meta["capture"] = described(solution)
     if verify is True or (verify == "auto" and is_cheap(model)):
@@ -206,9 +206,7 @@ def unobserved(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def selected(
-    model: nn.Module, solution: Solution, ratio: Ratio, criterion: str, round_to: int
-) -> tuple[Tensor, dict[str, list[Cut]]]:
+def selected(model: nn.Module, solution: Solution, ratio: Ratio, criterion: str, round_to: int) -> tuple[Tensor, Cutter]:
     """Which labels stay. Choices that would not leave rectangles, or would leave a tensor empty, are taken back."""
     parameters = dict(model.named_parameters())
     found = families(solution, set(parameters))
@@ -238,9 +236,10 @@ def selected(
     for _ in range(len(made) + 1):
         try:
             kept = torch.from_numpy(~removed[unit])
-            cut = tensor_cuts(solution, kept)
-            activations_are_rectangles(solution, kept)
-            return kept, cut
+            cutter = Cutter(kept)
+            tensor_cuts(solution, kept, cutter)
+            activations_are_rectangles(solution, cutter)
+            return kept, cutter
         except NotARectangle as error:
             removed[unit[error.labels.numpy()]] = False
     raise AssertionError("restoring units always ends in a rectangle")
@@ -261,9 +260,8 @@ def restore_emptied(solution: Solution, removed: np.ndarray, score: np.ndarray) 
                     removed[classes[np.argmax(score[classes])]] = False
 
 
-def activations_are_rectangles(solution: Solution, kept: Tensor) -> None:
+def activations_are_rectangles(solution: Solution, cutter: Cutter) -> None:
     """Raise NotARectangle where a value outside of a gathered region would not be one."""
-    from fxprune.passes.kept import cuts
     from fxprune.passes.tape import Ref, collect
 
     for capture, values, regions in zip(solution.captures, solution.values, solution.regions, strict=True):
@@ -273,7 +271,7 @@ def activations_are_rectangles(solution: Solution, kept: Tensor) -> None:
             for ref in collect(result, Ref):
                 labels = values.get(ref.id, ())
                 if any(len(f.nest) > 1 for f in labels):
-                    cuts(labels, capture.tape.shape(ref), kept)
+                    cutter(labels, capture.tape.shape(ref))
 
 
 def ratio_of(family: Family, ratio: Ratio) -> float:

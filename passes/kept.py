@@ -57,6 +57,24 @@ def clusters(labels: Labels) -> list[list[Factor]]:
     return groups
 
 
+class Cutter:
+    """Cuts for one choice of what is kept; values that share their labels share the work."""
+
+    def __init__(self, kept: Tensor) -> None:
+        self.kept = kept
+        self.whole = bool(kept.all())
+        self.made: dict[tuple[int, ...], tuple[Labels, list[Cut]]] = {}
+
+    def __call__(self, labels: Labels, shape: Sequence[int]) -> list[Cut]:
+        if not labels or self.whole:
+            return []
+        key = tuple(id(f) for f in labels)
+        found = self.made.get(key)
+        if found is None:  # the labels are held on to, so that their identity stays theirs
+            found = self.made[key] = (labels, cuts(labels, shape, self.kept))
+        return found[1]
+
+
 def cuts(labels: Labels, shape: Sequence[int], kept: Tensor) -> list[Cut]:
     """The cuts that leave of a tensor what `kept` (a boolean for each label) says; untouched dimensions have none."""
     found = []

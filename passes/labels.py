@@ -68,10 +68,10 @@ def factor(labels: Tensor, nest: Sequence[int] = ()) -> Factor:
 
 
 def along(vector: Tensor, dim: int, ndim: int) -> Factor:
-    """The factor of a vector of labels laid along one dimension of a tensor with `ndim` dimensions."""
+    """The factor of a vector of labels, not all the same, laid along one dimension of a tensor with `ndim` dimensions."""
     shape = [1] * ndim
     shape[dim] = vector.numel()
-    return factor(vector.reshape(shape))
+    return Factor(vector.reshape(shape), (dim,))
 
 
 def align(labels: Labels, shape: Sequence[int], ndim: int) -> tuple[Labels, tuple[int, ...]]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.passes.couple import Solution
-from fxprune.passes.kept import Cut, cut_shape, cuts
+from fxprune.passes.kept import Cut, Cutter, cut_shape
 from fxprune.passes.regions import channel_order
 from fxprune.passes.tape import Ref, collect, map_tensors
 from fxprune.passes.trace import Capture, Guard
@@ -39,12 +39,12 @@ class Rewriter:
     """
 
     def __init__(
-        self, solution: Solution, which: int, kept: Tensor, constants: dict[str, Tensor], device: torch.device
+        self, solution: Solution, which: int, cutter: Cutter, constants: dict[str, Tensor], device: torch.device
     ) -> None:
         self.capture: Capture = solution.captures[which]
         self.labels = solution.values[which]
         self.regions = solution.regions[which]
-        self.kept = kept
+        self.cutter = cutter
         self.constants = constants
         self.device = device
         self.graph = fx.Graph()
@@ -64,7 +64,7 @@ class Rewriter:
 
     def cuts(self, ref: Ref) -> list[Cut]:
         if ref.id not in self.made:
-            self.made[ref.id] = cuts(self.labels.get(ref.id, ()), self.capture.tape.shape(ref), self.kept)
+            self.made[ref.id] = self.cutter(self.labels.get(ref.id, ()), self.capture.tape.shape(ref))
         return self.made[ref.id]
 
     def before(self, ref: Ref) -> tuple[int, ...]:

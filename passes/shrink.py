@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.fx.graph_module import _copy_attr
 
 from fxprune.passes.couple import Solution
-from fxprune.passes.kept import Cut, cuts
+from fxprune.passes.kept import Cut, Cutter
 from fxprune.passes.rewrite import Rewriter
 from fxprune.passes.tree import copy_tree, fetch, named_tensors
 
@@ -58,21 +58,23 @@ class PrunedModule(fx.GraphModule):
         return self.meta.get("verification")
 
 
-def tensor_cuts(solution: Solution, kept: Tensor) -> dict[str, list[Cut]]:
+def tensor_cuts(solution: Solution, kept: Tensor, cutter: Cutter | None = None) -> dict[str, list[Cut]]:
     """How each of the model's tensors is cut, by name; raises NotARectangle."""
     shapes = {v.name: v.shape for c in solution.captures for v in c.tape.values if v.name is not None}
-    return {name: cuts(labels, shapes[name], kept) for name, labels in solution.leaves.items()}
+    cutter = cutter or Cutter(kept)
+    return {name: cutter(labels, shapes[name]) for name, labels in solution.leaves.items()}
 
 
-def shrink(model: nn.Module, solution: Solution, kept: Tensor, made: Mapping[str, list[Cut]] | None = None) -> PrunedModule:
+def shrink(model: nn.Module, solution: Solution, kept: Tensor, cutter: Cutter | None = None) -> PrunedModule:
     """The pruned model: a new module that shares nothing with `model`."""
-    made = tensor_cuts(solution, kept) if made is None else made
+    cutter = cutter or Cutter(kept)
+    made = tensor_cuts(solution, kept, cutter)
     constants: dict[str, Tensor] = {}
     device = next((t.device for _, t in named_tensors(model)), torch.device("cpu"))
     programs: list[fx.Graph] = []
     attributes: dict[str, dict[str, Any]] = {}
     for which in range(len(solution.captures)):
-        rewriter = Rewriter(solution, which, kept, constants, device)
+        rewriter = Rewriter(solution, which, cutter, constants, device)
         programs.append(rewriter.run())
         for path, edits in rewriter.attributes.items():
             attributes.setdefault(path, {}).update(edits)

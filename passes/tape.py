@@ -83,6 +83,10 @@ def collect(x: Any, kind: type | tuple[type, ...]) -> list[Any]:
 
 
 LARGEST_INDEX = 1 << 22
+ACTIVATIONS = frozenset(
+    f"aten::{name}"
+    for name in "relu hardtanh hardswish hardsigmoid silu gelu sigmoid tanh leaky_relu elu mish softplus selu".split()
+)
 NORMS = ("aten::native_batch_norm", "aten::native_layer_norm", "aten::native_group_norm")
 # in-place ops that change a tensor's shape rather than its contents: the tensor becomes another value
 RESHAPING = frozenset(
@@ -92,11 +96,21 @@ RESHAPING = frozenset(
 
 
 def without_values(func: Any, args: Any) -> Any:
-    """Results of normalisations on the meta device, whose general meta kernels are slow; None for anything else."""
-    name = getattr(getattr(func, "_schema", None), "name", "")
-    if name in NORMS and args and isinstance(args[0], Tensor) and args[0].is_meta:
-        empty = torch.empty(0, device="meta", dtype=args[0].dtype)
-        return torch.empty_like(args[0]), empty, empty.clone()
+    """Results on the meta device of ops whose general meta kernels are slow Python; None for anything else.
+
+    (1) Normalisations over given dimensions. (2) Pointwise ops in place. (3) Activations, which keep shape and dtype.
+    """
+    schema = getattr(func, "_schema", None)
+    if schema is None or not args or not isinstance(args[0], Tensor) or not args[0].is_meta:
+        return None
+    x, name = args[0], schema.name
+    if name in NORMS:  # (1)
+        empty = torch.empty(0, device="meta", dtype=x.dtype)
+        return torch.empty_like(x), empty, empty.clone()
+    if name.endswith("_") and torch.Tag.pointwise in func.tags and len(schema.returns) == 1:  # (2)
+        return x
+    if name in ACTIVATIONS and x.is_floating_point():  # (3)
+        return torch.empty_like(x)
     return None
 
 
@@ -130,6 +144,9 @@ class Recorder(TorchDispatchMode):
                 self.tape.values[number].data = tensor.detach().clone()
         return Ref(number)
 
+    def refs(self, argument: Any) -> Any:
+        return map_tensors(argument, self.ref) if isinstance(argument, tuple | list) else argument
+
     def add(self, tensor: Tensor, *, from_input: bool, name: str | None = None) -> int:
         number = len(self.tape.values)
         self.tape.values.append(Value(tuple(tensor.shape), tensor.dtype, from_input, name, None, tensor.is_meta))
@@ -145,7 +162,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        in_args, in_kwargs = map_tensors(args, self.ref), map_tensors(kwargs, self.ref)
+        in_args = tuple(self.ref(a) if isinstance(a, Tensor) else self.refs(a) for a in args)
+        in_kwargs = map_tensors(kwargs, self.ref) if kwargs else kwargs
         out = without_values(func, args)
         out = func(*args, **kwargs) if out is None else out
         values = self.tape.values

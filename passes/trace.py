@@ -598,7 +598,12 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
         return lambda dtype=None: function(unwrap(dtype)) if dtype is not None else function()
 
     def checker(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: function(*unwrap(args), **unwrap(kwargs))
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if tracer.running is None:
+                args, kwargs = unwrap(args), unwrap(kwargs)
+            return function(*args, **kwargs)
+
+        return wrapper
 
     def get_training(module: nn.Module) -> bool:
         if tracer.running is None:

@@ -114,6 +114,8 @@ def lone(call: Call, mine: list[Factor], theirs: list[Factor], taken: set[int], 
 
 def compose(call: Call, several: list[Factor], single: list[Factor]) -> list[Factor]:
     """A leaf dimension that meets several factors at once takes all of them for its own, in the next reading."""
+    if len(several) < 2:
+        return []
     for g in list(single):
         parts = [f for f in several if f.dims == g.dims]
         start = int(g.labels.reshape(-1)[0])
