@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rich.text import Text
 from torch import Tensor
 
 from fxprune.counting import elements
@@ -128,7 +129,7 @@ class Coupling:
 
     def tables(self) -> Iterator[RenderableType]:
         """The headline, the prunable families and those kept whole, as rich renders them."""
-        yield self.headline()
+        yield Text(self.headline())
         if self.prunable:
             yield ""
             spans = [f.spans(SHOWN) for f in self.prunable]

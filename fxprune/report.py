@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.text import Text
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -113,7 +114,7 @@ class Report:
             was, now = self.macs
             yield f"{short(was)} multiply-accumulates, {short(now)} left ({now / max(was, 1):.0%})"
         families = f"{len(self.shrunk)} of {counted(len(self.changes), 'family')}"
-        yield f"{families} shrank, to {self.usual:.0%} of their units in the median"
+        yield f"{families} shrank" + (f", to {self.usual:.0%} of their units in the median" if self.shrunk else "")
         held = self.held()
         if held:
             yield f"that leaves more than usual, because of {'these' if len(held) > 1 else 'this'}:"
@@ -124,7 +125,7 @@ class Report:
 
     def tables(self) -> Iterator[RenderableType]:
         """The sentences, the families that shrank and those that did not, as rich renders them."""
-        yield from self.sentences()
+        yield from map(Text, self.sentences())
         if self.shrunk:
             yield ""
             yield shrunk_table(self.shrunk)
@@ -183,7 +184,7 @@ def report(model: nn.Module, pruned: nn.Module, example_inputs: Any = None) -> R
 
 def changes(model: nn.Module, plan: Plan, args: Any, kwargs: Any) -> tuple[Change, ...]:
     """What a plan makes of each family of a model."""
-    frozen = dict.fromkeys(plan.freeze, "is frozen by freeze=")
+    frozen = dict.fromkeys(plan.freeze, "is frozen by request")
     solution = analyse(model, args, kwargs, heads=plan.attention == "heads", keep=frozen)
     kept = kept_by(plan, solution).numpy()
     tensors = dict(named_tensors(model))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -24,7 +25,7 @@ def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
         made.add_column(title, justify="right", no_wrap=True)
     made.add_column(titles[-1], overflow="fold")
     for row in rows:
-        made.add_row(*row)
+        made.add_row(*map(Text, row))  # a glob such as [ab] is no markup
     return made
 
 

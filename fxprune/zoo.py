@@ -47,7 +47,7 @@ def load(source: str) -> tuple[nn.Module, Any]:
             raise PruneError(what, where=source, fix=f"define `{needed}` at its top level")
     if not isinstance(found.model, nn.Module):
         kind = type(found.model).__name__
-        raise PruneError(f"`model` is a {kind}, not a torch.nn.Module", where=source, fix="model = Net()")
+        raise PruneError(f"`model` is of type {kind}, not a torch.nn.Module", where=source, fix="model = Net()")
     return found.model, found.example_inputs
 
 

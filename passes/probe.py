@@ -67,8 +67,11 @@ def dependence(run: Callable[..., Any], shapes: list[tuple[int, ...]], outs: lis
     results = list(results) if isinstance(results, tuple | list) else [results]
     if any(not isinstance(r, Tensor) or not r.requires_grad for r in results):
         return None
-    with torch.enable_grad():
-        return [read_gradients(result, values, shapes) for result in results]
+    try:
+        with torch.enable_grad():
+            return [read_gradients(result, values, shapes) for result in results]
+    except Exception:  # no formula for its gradient
+        return None
 
 
 def read_gradients(result: Tensor, values: list[Tensor], shapes: list[tuple[int, ...]]) -> list[list[str]]:

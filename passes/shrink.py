@@ -86,7 +86,12 @@ def shrink(model: nn.Module, solution: Solution, kept: Tensor, cutter: Cutter | 
         root.register_buffer(name, data.to(device), persistent=False)
     both = {False: programs[0], True: programs[1]} if len(programs) > 1 else None
     pruned = PrunedModule(root, programs[0], type(model).__name__, both)
-    return pruned.train(model.training)
+    pruned.train(model.training)
+    modes = {path: m.training for path, m in model.named_modules()}
+    for path, module in pruned.named_modules():
+        if path:
+            module.training = modes.get(path.removeprefix(solution.captures[0].prefix), model.training)
+    return pruned
 
 
 def cut_tree(model: nn.Module, solution: Solution, made: Mapping[str, list[Cut]]) -> Any:

@@ -55,7 +55,7 @@ def copy_tree(root: nn.Module, swap: Mapping[int, Tensor]) -> Any:
     memo: dict[int, Any] = dict(swap)
     modules = list(root.modules())
     for module in modules:
-        memo[id(module)] = module.__class__.__new__(module.__class__)
+        memo[id(module)] = object.__new__(module.__class__)  # a GraphModule would make a class without its forward
     for module in modules:
         state = {}
         for key, value in vars(module).items():

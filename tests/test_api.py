@@ -1,5 +1,6 @@
 """What a user asks for and gets: plans, couplings, and every option of prune."""
 
+import io
 import json
 
 import networkx as nx
@@ -8,10 +9,12 @@ import timm
 import torch
 import torchvision
 from graphs import GRAPHS
+from rich.console import Console
 from torchvision.models import VisionTransformer
 
 import fxprune
 from fxprune import Plan, zoo
+from fxprune.tables import as_text
 
 
 def images(size=32, batch=2, seed=0):
@@ -170,6 +173,19 @@ def test_freeze_by_glob_and_by_module():
         assert now["layer4.0.conv1.weight"] != before["layer4.0.conv1.weight"]
     now = shapes(fxprune.prune(model, 0.5, example_inputs=x, freeze=model.layer3[1], verify=False))
     assert all(now[name] == before[name] for name in before if name.startswith("layer3.1."))
+
+
+def test_printing_takes_no_glob_for_markup():
+    coupling = fxprune.couple(resnet(), images(), freeze="layer[bold1]*")
+    assert "is frozen by freeze='layer[bold1]*'" in as_text(coupling, width=200)
+    assert "is frozen by freeze='layer[bold1]*'" in marked_up(coupling)
+
+
+def marked_up(renderable):
+    """What a console with rich's own settings shows."""
+    console = Console(file=io.StringIO(), width=200)
+    console.print(renderable)
+    return console.file.getvalue()
 
 
 def test_frozen_families_say_so():

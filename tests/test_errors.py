@@ -1,49 +1,18 @@
 """Bad input: the exact message, and a model that is bit for bit what it was."""
 
-import json
-from contextlib import contextmanager
-
 import pytest
 import torch
-import torch.nn.functional as F
+from refusals import IMAGES, Net, net, refuses, untouched
 from torch import nn
 
 import fxprune
-from fxprune import Plan, PruneError
 
 NAN = float("nan")
-IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 IN_RANGE = "ratio=0.5 removes half of every family"
 ARGUMENTS = "a tensor, a tuple of positional arguments, or a dict of keyword arguments"
 RUNS = "example_inputs on which model(*example_inputs) runs"
 WHY = "freeze less; print(fxprune.couple(model, example_inputs)) says why each family stays"
 FROM_INPUT = "meets a tensor that keeps every index of that dimension (at %stem in stem)"
-
-
-class Net(nn.Module):
-    """Small; `net` gives it one of everything that must not change."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.norm = nn.BatchNorm2d(8)
-        self.drop = nn.Dropout(0.1)
-        self.body = nn.Conv2d(8, 6, 3, padding=1)
-        self.head = nn.Linear(6, 4)
-
-    def forward(self, x, scale=1.0):
-        x = self.drop(F.relu(self.norm(self.stem(x))))
-        return self.head(self.body(x).mean((2, 3))) * scale
-
-
-def net():
-    """With a gradient, a frozen parameter, a hook and mixed modes."""
-    model = Net()
-    model.stem.weight.grad = torch.ones_like(model.stem.weight)
-    model.head.bias.requires_grad_(False)
-    model.body.register_forward_hook(lambda module, args, output: None)
-    model.norm.eval()
-    return model
 
 
 class Broken(nn.Module):
@@ -74,57 +43,6 @@ class Picky(nn.Module):
         if x.shape[0] < 3:
             raise ValueError("a batch of at least three")
         return self.layer(x)
-
-
-def state(model):
-    """Everything of a model, and of torch, that a failed request must leave alone."""
-    modules = dict(model.named_modules())
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    names = ("zeros", "ones", "arange", "where", "tensor", "finfo", "pow")
-    return {
-        "values": {k: v.clone() for k, v in model.state_dict().items() if not v.is_meta},
-        "tensors": {k: id(v) for k, v in [*model.named_parameters(), *model.named_buffers()]},
-        "gradients": {k: None if p.grad is None else p.grad.clone() for k, p in model.named_parameters()},
-        "requires_grad": {k: p.requires_grad for k, p in model.named_parameters()},
-        "training": {k: m.training for k, m in modules.items()},
-        "hooks": {k: [len(getattr(m, h)) for h in hooks] for k, m in modules.items()},
-        "attributes": {k: sorted(vars(m)) for k, m in modules.items()},
-        "random": torch.get_rng_state(),
-        "torch": [*(id(getattr(torch, name)) for name in names), id(F._verify_batch_size)],
-        "settings": [torch.is_grad_enabled(), torch.backends.mha.get_fastpath_enabled()],
-        "module class": sorted(vars(nn.Module)),
-        "autograd": id(vars(torch.autograd.function._SingleLevelFunction).get("apply")),
-    }
-
-
-def same(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    return a == b
-
-
-@contextmanager
-def untouched(*models):
-    before = [state(m) for m in models]
-    yield
-    for was, model in zip(before, models):
-        now = state(model)
-        changed = [k for k in was if not same(was[k], now[k])]
-        assert not changed, f"changed: {changed}"
-
-
-def message(what, where=None, fix=None):
-    return "\n".join([what, *([f"  at {where}"] if where else []), *([f"  fix: {fix}"] if fix else [])])
-
-
-def refuses(call, *models, what, where=None, fix=None):
-    """The call raises exactly this message, and leaves the models as they were."""
-    with untouched(*models), pytest.raises(PruneError) as caught:
-        call()
-    assert str(caught.value) == message(what, where, fix)
-    return caught.value
 
 
 @pytest.mark.parametrize("ratio", [1.0, 1, 1.5, -0.1, NAN, float("inf"), "0.5", None, True, [0.5]])
@@ -369,105 +287,6 @@ def test_model_that_is_no_module(call, model, kind):
         what=f"model is of type {kind}, not a torch.nn.Module",
         fix="pass the module itself",
     )
-
-
-@pytest.fixture(scope="module")
-def plan():
-    return fxprune.plan_of(fxprune.prune(net(), example_inputs=IMAGES))
-
-
-def without_head(model):
-    del model.head
-    return "this one has no head.weight", "apply it to the original architecture"
-
-
-def with_other_shape(model):
-    model.head = nn.Linear(6, 5)
-    return "head.weight has shape (5, 6), not (4, 6)", "apply it to the original, unpruned architecture"
-
-
-def with_extra(model):
-    model.tail = nn.Parameter(torch.zeros(3))
-    return "it knows nothing of tail", "apply it to the original architecture"
-
-
-@pytest.mark.parametrize("change", [without_head, with_other_shape, with_extra])
-def test_plan_for_another_model(plan, change):
-    model = net()
-    why, fix = change(model)
-    refuses(lambda: plan.apply(model), model, what=f"the plan is for another model: {why}", fix=fix)
-
-
-def test_plan_applied_to_what_it_pruned(plan):
-    small = plan.apply(net())
-    why = "stem.weight has shape (4, 3, 3, 3), not (8, 3, 3, 3)"
-    fix = "apply it to the original, unpruned architecture"
-    refuses(lambda: plan.apply(small), small, what=f"the plan is for another model: {why}", fix=fix)
-
-
-def test_plan_for_a_model_of_the_same_shapes_wired_otherwise(plan):
-    class Rewired(Net):
-        def forward(self, x):
-            return self.head(self.body(self.stem(x).flip(1)).mean((2, 3))) + self.norm(self.stem(x)).sum()
-
-    model = Rewired()
-    with untouched(model), pytest.raises(PruneError, match="the plan does not fit the model"):
-        plan.apply(model)
-
-
-def test_plan_applied_to_no_module(plan):
-    what = "model is of type int, not a torch.nn.Module"
-    refuses(lambda: plan.apply(3), what=what, fix="pass the module itself")
-
-
-def test_plan_of_an_unpruned_module():
-    model = net()
-    refuses(
-        lambda: fxprune.plan_of(model),
-        model,
-        what="this module carries no plan",
-        where="Net",
-        fix="pass what fxprune.prune returned",
-    )
-
-
-def test_verification_and_report_of_an_unpruned_module():
-    model, other = net(), net()
-    for call in (lambda: fxprune.verify(model, other, IMAGES), lambda: fxprune.report(model, other)):
-        what, fix = "this module carries no plan", "pass what fxprune.prune returned"
-        refuses(call, model, what=what, where="Net", fix=fix)
-
-
-TEXT, DATA = "the text that Plan.to_json() returned", "what Plan.to_dict() returned"
-
-
-@pytest.mark.parametrize(
-    "text, why, fix",
-    [
-        ("", "Expecting value: line 1 column 1 (char 0)", TEXT),
-        ("[]", "not a JSON object", TEXT),
-        ("{}", "its format is None", "a file of format fxprune.plan/1"),
-        ('{"format": "fxprune.plan/2"}', "its format is 'fxprune.plan/2'", "a file of format fxprune.plan/1"),
-        ('{"format": "fxprune.plan/1"}', "it has no 'shapes'", DATA),
-    ],
-)
-def test_text_that_is_no_plan(text, why, fix):
-    refuses(lambda: Plan.from_json(text), what=f"this is no plan: {why}", fix=fix)
-
-
-@pytest.mark.parametrize(
-    "edit, why",
-    [
-        ({"dims": [7]}, "a tensor of shape (8,) has no dimensions (7,)"),
-        ({"keep": [0, 1]}, "2 kept indices do not fill (4,)"),
-        ({"keep": [0, 1, 2, 99]}, "kept indices of a tensor of shape (8,) reach from 0 to 99"),
-        ({"sizes": None}, "'NoneType' object is not iterable"),
-    ],
-)
-def test_plan_with_a_cut_that_makes_no_sense(plan, edit, why):
-    data = json.loads(plan.to_json())
-    data["keep"]["stem.bias"][0].update(edit)
-    refuses(lambda: Plan.from_dict(data), what=f"this is no plan: {why}", fix=DATA)
 
 
 def test_success_leaves_everything_alone_too():

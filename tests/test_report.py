@@ -1,0 +1,119 @@
+"""The report: sizes before and after, what shrank, and what is to blame where little did."""
+
+import pytest
+import torch
+from refusals import IMAGES, net, untouched
+from torch import nn
+
+import fxprune
+from fxprune import PruneError
+
+WORDS = torch.arange(14).remainder(11).view(2, 7)
+
+
+class Reader(nn.Module):
+    """Nearly all of it is a table and a last layer for 1000 words, neither of which can lose a word."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(1000, 16)
+        self.inner = nn.Linear(16, 8)
+        self.head = nn.Linear(8, 1000)
+
+    def forward(self, words):
+        return self.head(self.inner(self.table(words)).relu())
+
+
+def pruned(model, inputs, ratio=0.5, **options):
+    torch.manual_seed(0)
+    return fxprune.prune(model, ratio, example_inputs=inputs, **options)
+
+
+def test_counts():
+    model = net()
+    small = pruned(model, IMAGES)
+    with untouched(model):
+        found = fxprune.report(model, small, IMAGES)
+    assert found.parameters == tuple(sum(p.numel() for p in m.parameters()) for m in (model, small))
+    pixels = IMAGES[:, :1].numel()
+    before = pixels * 9 * (3 * 8 + 8 * 6) + 2 * 6 * 4
+    after = pixels * 9 * (3 * 4 + 4 * 3) + 2 * 3 * 4
+    assert found.macs == (before, after)
+    assert {c.family.name: (c.family.units, c.kept) for c in found.shrunk} == {
+        "stem.weight:0": (8, 4),
+        "body.weight:0": (6, 3),
+    }
+    assert [c.family.name for c in found.whole] == ["stem.weight:1", "head.weight:0"]
+    left = {c.family.name: c.left for c in found.changes}
+    assert left["body.weight:0"] == 3 * 4 * 9 + 3 + 4 * 3
+    assert left["stem.weight:0"] == 4 * 3 * 9 + 4 + 2 * 4 + 3 * 4 * 9
+    assert left["head.weight:0"] == 4 * 3 + 4
+
+
+def test_macs_count_attention_whatever_kernel_computes_it():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval()
+    x = torch.randn(2, 5, 16)
+    found = fxprune.report(layer, pruned(layer, x, verify=False), x)
+    linear = 16 * 48 + 16 * 16 + 2 * 16 * 32
+    assert found.macs[0] == 2 * 5 * linear + 2 * 2 * 5 * 5 * 16
+    assert found.macs[1] < 0.6 * found.macs[0]
+
+
+def test_text():
+    model = net()
+    lines = str(fxprune.report(model, pruned(model, IMAGES), IMAGES)).splitlines()
+    assert lines[0].startswith("Net: 706 parameters, 247 left (35%)")
+    assert lines[1] == "83.0 k multiply-accumulates, 27.7 k left (33%)"
+    assert lines[2] == "2 of 4 families shrank, to 50% of their units in the median"
+    text = "\n".join(lines)
+    assert "captured: symbolic" in text and "exact: largest relative error" in text
+    assert "head.weight:0" in text.partition("stayed whole")[2]
+    assert "is an output of the model" in text
+
+
+def test_without_inputs_or_verification():
+    model = net()
+    found = fxprune.report(model, pruned(model, IMAGES, verify=False))
+    assert found.macs is None and found.verification is None
+    text = str(found)
+    assert "multiply" not in text
+    assert "not compared with the original: prune(..., verify=True) or fxprune.verify does it" in text
+
+
+def test_who_is_to_blame_when_much_is_left():
+    torch.manual_seed(0)
+    model = Reader().eval()
+    found = fxprune.report(model, pruned(model, WORDS))
+    assert found.share > 0.45
+    assert [c.family.name for c in found.held()] == ["table.weight:0", "head.weight:0"]
+    text = str(found)
+    assert "that leaves more than usual, because of these:" in text
+    assert "  5.00 k left with head.weight:0, which is an output of the model" in text
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.5])
+def test_nobody_is_to_blame_when_the_share_is_what_the_ratio_says(ratio):
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(8)]).eval()
+    found = fxprune.report(model, pruned(model, torch.randn(2, 64), ratio))
+    assert found.usual == 1 - ratio
+    assert not found.held() and "usual" not in str(found)
+
+
+def test_reasons_for_what_was_not_frozen():
+    model = net()
+    reasons = {
+        c.family.name: c.reason for c in fxprune.report(model, pruned(model, IMAGES, {"stem": 0.25}, freeze="head")).changes
+    }
+    assert reasons["stem.weight:0"] == "keeps 6 of 8 units"
+    assert reasons["body.weight:0"] == "is frozen by request"
+    whole = fxprune.report(model, pruned(model, IMAGES, 0.0))
+    assert "lost none" in {c.family.name: c.reason for c in whole.changes}["stem.weight:0"]
+    assert "0 of 4 families shrank" in str(whole)
+
+
+def test_the_two_must_belong_together():
+    model, other = net(), nn.Linear(3, 4)
+    with pytest.raises(PruneError, match="the plan is for another model"):
+        fxprune.report(other, pruned(model, IMAGES))
