@@ -275,10 +275,7 @@ def by_head(leaves: dict[str, Labels], ties: Ties) -> dict[str, Labels]:
     table = torch.from_numpy(np.where(touched[unit], smallest[unit], np.arange(ties.size)))
     table[0] = 0
     # a dimension that is one single head has nothing to remove: it is left without labels, and so kept
-    return {
-        name: tuple(g for f in labels if (g := factor(table[f.labels], f.nest)).nest)
-        for name, labels in leaves.items()
-    }
+    return {name: tuple(g for f in labels if (g := factor(table[f.labels], f.nest)).nest) for name, labels in leaves.items()}
 
 
 def close(
