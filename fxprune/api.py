@@ -392,7 +392,21 @@ def checked(
     kwargs: dict[str, Any],
     heads: bool,
 ) -> Verification:
-    return compare(model, pruned, solution.leaves, kept, heads, args, kwargs, sizes=True)
+    try:
+        found = compare(model, pruned, solution.leaves, kept, heads, args, kwargs, sizes=True)
+    except Exception as error:
+        raise PruneError(
+            f"the pruned model could not be verified: {type(error).__name__}: {error}",
+            where=type(model).__name__,
+            fix="freeze= the module it names, or verify=False to get the model as it is",
+        ) from error
+    if not found.ok:
+        raise PruneError(
+            f"the pruned model is not exact: its relative error is {found.error:.1e}, and {found.tolerance:.0e} is allowed",
+            where=type(model).__name__,
+            fix="report it with the model; verify=False returns the model as it is",
+        )
+    return found
 
 
 def described(solution: Solution) -> str:

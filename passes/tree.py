@@ -100,6 +100,9 @@ def private_copy(root: nn.Module, stand_in: Callable[[Tensor], Tensor] | None = 
 
 
 def on_meta(tensor: Tensor) -> Tensor:
-    """A tensor of the same shape and dtype without contents."""
+    """A tensor of the same shape and dtype without contents.
+
+    Parameters ask for gradients whether or not the original does: torch takes a linear layer apart in another way if not.
+    """
     empty = torch.empty_like(tensor, device="meta")
-    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    return nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty

@@ -135,6 +135,13 @@ def test_coupling_counts_every_parameter():
     assert largest.parameters == max(f.parameters for f in coupling.families)
 
 
+@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS.keys())
+def test_weights_that_need_no_gradient_couple_alike(build):
+    """Torch decomposes a linear layer otherwise then: into a batched product with the expanded weight."""
+    learning, still = (fxprune.couple(build().requires_grad_(flag), images()) for flag in (True, False))
+    assert learning.to_dict() == still.to_dict()
+
+
 def test_printed_coupling_lists_the_largest_first_and_the_reasons():
     text = str(fxprune.couple(resnet(), images()))
     lines = text.splitlines()
