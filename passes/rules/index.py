@@ -148,7 +148,6 @@ def index_add(call: Call) -> Labels:
     "aten::masked_scatter",
     "aten::masked_select",
     "aten::nonzero",
-    "aten::unique2",
     "aten::_unique2",
 )
 @rule("aten::unique_dim", "aten::bucketize", "aten::searchsorted", "aten::one_hot", "aten::bincount")

@@ -14,7 +14,7 @@ from fxprune.passes.tape import Ref
 LARGEST_JOINT = 1 << 22
 
 
-@rule("aten::cat", "aten::concat", "aten::concatenate", "aten::_cat")
+@rule("aten::cat", "aten::concat", "aten::concatenate")
 def cat(call: Call) -> Labels:
     refs = [r for r in call["tensors"] if call.shape(r) != (0,)]
     if not refs:

@@ -178,8 +178,6 @@ def _as_pointwise(call: Call) -> list[Labels]:
     "aten::_conj",
     "aten::resolve_conj",
     "aten::resolve_neg",
-    "aten::view_dtype",
-    "aten::_weight_norm_noop",
 )
 def same(call: Call) -> Labels:
     return call.labels(call.first)
