@@ -20,7 +20,8 @@ from fxprune.passes.families import Family, families
 from fxprune.passes.kept import Cutter, NotARectangle
 from fxprune.passes.shrink import PrunedModule, shrink, tensor_cuts
 from fxprune.passes.tape import map_tensors
-from fxprune.passes.trace import Capture, trace
+from fxprune.passes.capture import Capture
+from fxprune.passes.trace import trace
 from fxprune.passes.tree import named_tensors, on_meta, private_copy
 from fxprune.plan import Plan
 from fxprune.verification import Verification, compare

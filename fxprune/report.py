@@ -18,7 +18,7 @@ from fxprune.api import analyse, kept_by, plan_of, unobserved
 from fxprune.counting import elements
 from fxprune.coupling import CoupledFamily, described
 from fxprune.passes.families import families
-from fxprune.passes.trace import visible
+from fxprune.passes.patches import visible
 from fxprune.passes.tree import named_tensors, private_copy
 from fxprune.plan import Plan
 from fxprune.tables import as_text, counted, short, table

@@ -22,7 +22,7 @@ from fxprune.passes.regions import gather_regions
 from fxprune.passes.rules import Call
 from fxprune.passes.tape import Op, Ref, collect
 from fxprune.passes.ties import Event, Pair, Ties, chained, components
-from fxprune.passes.trace import Capture
+from fxprune.passes.capture import Capture
 
 MET_KEPT = "meets a tensor that keeps every index of that dimension"
 SPAN = 1_000_000  # node numbers of one capture

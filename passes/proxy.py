@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxprune.passes.tape import ATOMS
+
 
 class ReadsValue(Exception):
     """Python asked for the contents of a tensor: the innermost module must become one opaque node."""
@@ -140,7 +142,7 @@ class ValueProxy(fx.Proxy):
 
 def iterate(x: Any) -> Iterator[Any]:
     """The leaves of nested tuples, lists, dicts and slices."""
-    if type(x) is ValueProxy:
+    if type(x) is ValueProxy or type(x) in ATOMS:
         yield x
     elif isinstance(x, tuple | list):
         for v in x:
@@ -156,11 +158,14 @@ def iterate(x: Any) -> Iterator[Any]:
 
 def unwrap(x: Any) -> Any:
     """Nested proxies replaced by their values."""
-    if type(x) is ValueProxy:
+    kind = type(x)
+    if kind is ValueProxy:
         return x.value
+    if kind in ATOMS:
+        return x
     if isinstance(x, tuple):
         mapped = [unwrap(v) for v in x]
-        return type(x)(*mapped) if hasattr(x, "_fields") else tuple(mapped)
+        return kind(*mapped) if hasattr(x, "_fields") else tuple(mapped)
     if isinstance(x, list):
         return [unwrap(v) for v in x]
     if isinstance(x, dict):
@@ -168,6 +173,16 @@ def unwrap(x: Any) -> Any:
     if isinstance(x, slice):
         return slice(unwrap(x.start), unwrap(x.stop), unwrap(x.step))
     return x
+
+
+def tensors(x: Any) -> list[Tensor]:
+    return [x] if isinstance(x, Tensor) else [v for v in iterate(x) if isinstance(v, Tensor)]
+
+
+def has_tensor(x: Any) -> bool:
+    if type(x) in (tuple, list):
+        return any([isinstance(v, Tensor) or (type(v) not in ATOMS and has_tensor(v)) for v in x])
+    return isinstance(x, Tensor) or any(isinstance(v, Tensor) for v in iterate(x))
 
 
 def _inplace(name: str) -> Any:

@@ -12,7 +12,7 @@ from torch import fx
 
 from fxprune.passes.labels import Labels
 from fxprune.passes.tape import Ref
-from fxprune.passes.trace import Capture
+from fxprune.passes.capture import Capture
 
 STEPS = frozenset(
     [

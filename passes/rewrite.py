@@ -17,9 +17,10 @@ from torch import Tensor, fx
 
 from fxprune.passes.couple import Solution
 from fxprune.passes.kept import Cut, Cutter, cut_shape
+from fxprune.passes.modes import in_mode
 from fxprune.passes.regions import channel_order
 from fxprune.passes.tape import Ref, collect, map_tensors
-from fxprune.passes.trace import Capture, Guard
+from fxprune.passes.capture import Capture, Guard, switch
 
 Number = (int, float)
 PURE = {getattr, "size", "dim", "numel"} | {
@@ -53,9 +54,14 @@ class Rewriter:
         self.made: dict[int, list[Cut]] = {}
         self.values: dict[fx.Node, Any] = {}
         self.owned: dict[str, dict[str, Ref]] = {}  # by module path: its own tensors
+        self.inside: dict[str, list[str]] = {}  # by module path: those of the modules below it that own tensors
         for i, v in enumerate(self.capture.tape.values):
             if v.name is not None:
                 path, _, name = v.name.rpartition(".")
+                if path not in self.owned:
+                    parts = path.split(".")
+                    for n in range(1, len(parts)):
+                        self.inside.setdefault(".".join(parts[:n]), []).append(path)
                 self.owned.setdefault(path, {})[name] = Ref(i)
         self.guarded = {g.node: g for g in self.capture.guards}
         self.symbolic: dict[fx.Node, bool] = {}
@@ -210,22 +216,33 @@ class Rewriter:
 
     # -- the walk -----------------------------------------------------------------------------------------------------
 
-    def run(self) -> fx.Graph:
+    def run(self) -> list[fx.Graph]:
+        """The pruned programs: one, or one for evaluation and one for training."""
         from fxprune.passes.sizes import HANDLERS
 
+        only: dict[fx.Node, bool | None] = {}
         for node in self.capture.graph.nodes:
+            last = self.graph._root.prev
             end = self.regions.get(node)
             if end is not None and self.cut_anything(self.result(end)):
                 if node is end:
                     self.new[node] = self.region(node)
-                continue
-            self.new[node] = self.carry(node, HANDLERS)
-            self.new[node].meta = dict(node.meta)
-            if node in self.guarded:
-                self.guard(node, self.guarded[node])
-        drop_dead(self.graph)
-        self.graph.lint()
-        return self.graph
+            else:
+                self.new[node] = self.carry(node, HANDLERS)
+                if node in self.guarded:
+                    self.guard(node, self.guarded[node])
+            if node in self.capture.only:
+                while last.next.op != "root":
+                    last = last.next
+                    only[last] = self.capture.only[node]
+        graphs = [self.graph]
+        if self.capture.only:
+            trained = in_mode(self.graph, only, True, copy=True)
+            graphs = [in_mode(self.graph, only, False, copy=False), trained]
+        for graph in graphs:
+            drop_dead(graph)
+            graph.lint()
+        return graphs
 
     def guard(self, node: fx.Node, guard: Guard) -> None:
         """What Python decided by a size holds for inputs that agree with it: the others get an error, not a wrong result."""
@@ -239,6 +256,8 @@ class Rewriter:
     def carry(self, node: fx.Node, handlers: dict[str, Callable[..., Any]]) -> fx.Node:
         if node.op in ("placeholder", "get_attr"):
             return self.graph.node_copy(node, lambda n: self.new[n])
+        if node.target is switch:
+            return self.graph.call_function(switch, (self.new[node.args[0]], self.new[node.args[1]]))  # type: ignore[index]
         touches = [self.result(n) for n in node.all_input_nodes] + [self.capture.results.get(node)]
         changed = self.cut_anything(touches)
         if changed and node.op == "call_module":
@@ -253,7 +272,9 @@ class Rewriter:
         return self.emit(node, self.argument(tuple(node.args)), self.argument(dict(node.kwargs)))
 
     def emit(self, node: fx.Node, args: Any, kwargs: Any) -> fx.Node:
-        return self.graph.create_node(node.op, node.target, tuple(args), dict(kwargs), node.name)
+        made = self.graph.create_node(node.op, node.target, tuple(args), dict(kwargs), node.name)
+        made.meta = dict(node.meta)
+        return made
 
     def region(self, end: fx.Node) -> fx.Node:
         """A chain of reshapes that permutes channels, as one gather."""
@@ -291,11 +312,10 @@ class Rewriter:
     def shapes_of(self, path: str) -> dict[str, tuple[int, ...]]:
         """Pruned shapes of a module's own tensors."""
         path = path.removeprefix(self.capture.prefix)
-        own = self.owned.get(path, {})
-        nested = {
-            f"{p[len(path) + 1 :]}.{n}": r for p, t in self.owned.items() if p.startswith(path + ".") for n, r in t.items()
-        }
-        return {name: self.after(ref) for name, ref in {**own, **nested}.items()}
+        shapes = {name: self.after(ref) for name, ref in self.owned.get(path, {}).items()}
+        for inner in self.inside.get(path, ()):
+            shapes |= {f"{inner[len(path) + 1 :]}.{n}": self.after(ref) for n, ref in self.owned[inner].items()}
+        return shapes
 
 
 def holds(value: Any, expected: Any, why: str) -> None:

@@ -75,7 +75,8 @@ def shrink(model: nn.Module, solution: Solution, kept: Tensor, cutter: Cutter | 
     attributes: dict[str, dict[str, Any]] = {}
     for which in range(len(solution.captures)):
         rewriter = Rewriter(solution, which, cutter, constants, device)
-        programs.append(rewriter.run())
+        made_here = rewriter.run()
+        programs += made_here if len(solution.captures) == 1 else made_here[:1]
         for path, edits in rewriter.attributes.items():
             attributes.setdefault(path, {}).update(edits)
     root = cut_tree(model, solution, made)

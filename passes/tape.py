@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,15 +17,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 
+ATOMS = frozenset([int, float, bool, str, type(None), torch.dtype, torch.device])
+
+
 class NeedsValues(Exception):
     """The contents of a constant matter, but the run was without values."""
 
 
-@dataclass(frozen=True, slots=True)
 class Ref:
-    """A tensor on the tape."""
+    """A tensor on the tape. A recorder makes one for each number, so that they compare by identity."""
 
-    id: int
+    __slots__ = ("id",)
+
+    def __init__(self, number: int) -> None:
+        self.id = number
+
+    def __repr__(self) -> str:
+        return f"Ref({self.id})"
 
 
 @dataclass(slots=True)
@@ -39,7 +48,7 @@ class Value:
     on_meta: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Op:
     """One dispatcher call; `node` is the index of the graph node it belongs to."""
 
@@ -61,6 +70,8 @@ class Tape:
 
 def map_tensors(x: Any, fn: Callable[[Any], Any], kind: type | tuple[type, ...] = Tensor) -> Any:
     """Replace every instance of `kind` inside nested tuples, lists, dicts and slices."""
+    if type(x) in ATOMS:
+        return x
     if isinstance(x, kind):
         return fn(x)
     if isinstance(x, tuple):
@@ -77,17 +88,25 @@ def map_tensors(x: Any, fn: Callable[[Any], Any], kind: type | tuple[type, ...] 
 
 def collect(x: Any, kind: type | tuple[type, ...]) -> list[Any]:
     """Every instance of `kind` inside a nested structure, in order."""
+    if isinstance(x, kind):
+        return [x]
     found: list[Any] = []
-    map_tensors(x, found.append, kind)
+    gather(x, kind, found)
     return found
 
 
-LARGEST_INDEX = 1 << 22
-ACTIVATIONS = frozenset(
-    f"aten::{name}"
-    for name in "relu hardtanh hardswish hardsigmoid silu gelu sigmoid tanh leaky_relu elu mish softplus selu".split()
-)
-NORMS = ("aten::native_batch_norm", "aten::native_layer_norm", "aten::native_group_norm")
+def gather(x: Any, kind: type | tuple[type, ...], found: list[Any]) -> None:
+    for v in x if isinstance(x, tuple | list) else x.values() if isinstance(x, dict) else ():
+        if isinstance(v, kind):
+            found.append(v)
+        elif type(v) not in ATOMS:
+            gather(v, kind, found)
+    if isinstance(x, slice):
+        gather((x.start, x.stop, x.step), kind, found)
+
+
+LARGEST_INDEX = 1 << 22  # elements
+NORMS = frozenset(["aten::native_batch_norm", "aten::native_layer_norm", "aten::native_group_norm"])
 # in-place ops that change a tensor's shape rather than its contents: the tensor becomes another value
 RESHAPING = frozenset(
     f"aten::{name}"
@@ -95,27 +114,84 @@ RESHAPING = frozenset(
 )
 
 
-def without_values(func: Any, args: Any) -> Any:
-    """Results on the meta device of ops whose general meta kernels are slow Python; None for anything else.
+class Imagination:
+    """Results of ops on the meta device, where a shape says all there is to say.
 
-    (1) Normalisations over given dimensions. (2) Pointwise ops in place. (3) Activations, which keep shape and dtype.
+    The general meta kernels are Python, and slow. Here (1) what writes a tensor in place returns it; (2) a pure op is run
+    once for each shape, stride and dtype of its arguments. Anything else gets no answer.
     """
-    schema = getattr(func, "_schema", None)
-    if schema is None or not args or not isinstance(args[0], Tensor) or not args[0].is_meta:
-        return None
-    x, name = args[0], schema.name
-    if name in NORMS:  # (1)
-        empty = torch.empty(0, device="meta", dtype=x.dtype)
-        return torch.empty_like(x), empty, empty.clone()
-    if name.endswith("_") and torch.Tag.pointwise in func.tags and len(schema.returns) == 1:  # (2)
-        return x
-    if name in ACTIVATIONS and x.is_floating_point():  # (3)
-        return torch.empty_like(x)
-    return None
+
+    def __init__(self) -> None:
+        self.kinds: dict[Any, str] = {}
+        self.known: dict[Any, Any] = {}
+
+    def kind(self, func: Any) -> str:
+        """What may be assumed of an op, by its schema."""
+        found = self.kinds.get(func)
+        if found is None:
+            found = self.kinds[func] = self.classify(func)
+        return found
+
+    def classify(self, func: Any) -> str:
+        schema = getattr(func, "_schema", None)
+        if schema is None:
+            return ""
+        if schema.name in NORMS:
+            return "norm"
+        if schema.name.endswith("_") and torch.Tag.pointwise in func.tags and len(schema.returns) == 1:
+            return "in place"
+        pure = not schema.is_mutable and not any(r.alias_info for r in schema.returns)
+        return "pure" if pure and all(str(r.type) == "Tensor" for r in schema.returns) else ""
+
+    def result(self, func: Any, args: Any, kwargs: Any) -> Any:
+        kind = self.kind(func)
+        if not kind or not args or not isinstance(args[0], Tensor) or not args[0].is_meta:
+            return None
+        if kind == "norm":  # the statistics that it also returns are for training kernels, and have no readers
+            x = args[0]
+            empty = torch.empty(0, device="meta", dtype=x.dtype)
+            return torch.empty_like(x), empty, empty.clone()
+        if kind == "in place":
+            return args[0]
+        key = (func, signature(args), signature(kwargs)) if kwargs else (func, signature(args))
+        if None in key:
+            return None
+        made = self.known.get(key)
+        if made is None:
+            out = func(*args, **kwargs)
+            several = isinstance(out, tuple)
+            outs = out if several else (out,)
+            if all(isinstance(t, Tensor) and t.is_meta and t.layout is torch.strided for t in outs):
+                self.known[key] = (several, [(t.shape, t.stride(), t.dtype) for t in outs])
+            return out
+        several, forms = made
+        made_now = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in forms]
+        return tuple(made_now) if several else made_now[0]
+
+
+def signature(x: Any) -> Any:
+    """What a meta kernel can see of its arguments, hashable; None where they hold more than meta tensors and numbers."""
+    if isinstance(x, Tensor):
+        return (x.shape, x.stride(), x.dtype) if x.is_meta and type(x) in PLAIN_TENSORS else None
+    if type(x) in ATOMS:
+        return (type(x), x)
+    if isinstance(x, tuple | list):
+        parts = tuple(signature(v) for v in x)
+        return None if None in parts else parts
+    if isinstance(x, dict):
+        parts = tuple((k, signature(v)) for k, v in x.items())
+        return None if any(v is None for _, v in parts) else parts
+    return (type(x), x) if isinstance(x, torch.memory_format | torch.layout) else None
+
+
+PLAIN_TENSORS = frozenset([Tensor, torch.nn.Parameter, torch.nn.Buffer])
+
+
+NAMELESS = SimpleNamespace(name="")
 
 
 class Recorder(TorchDispatchMode):
-    """Writes what the dispatcher runs onto a tape.
+    """Writes what the dispatcher runs onto a tape while it is `active`.
 
     Arguments:
         names: the model's own tensors (parameters, buffers, tensor attributes) by identity.
@@ -126,35 +202,44 @@ class Recorder(TorchDispatchMode):
         self.tape = Tape()
         self.names = names
         self.known: Any = WeakIdKeyDictionary()
-        self.leaves: dict[int, tuple[Tensor, int]] = {}
+        self.held: dict[int, tuple[Tensor, Ref]] = {}  # the model's own, and tensors without contents
+        self.imagination = Imagination()
         self.node = -1
+        self.active = True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # never on while a compiler looks; each call would pay for the wrapper
+
+    def find(self, tensor: Tensor) -> Ref | None:
+        held = self.held.get(id(tensor))
+        return held[1] if held is not None else self.known.get(tensor) if self.known else None
 
     def ref(self, tensor: Tensor) -> Ref:
         """The number of a tensor; one never seen is a leaf: the model's own, or a constant."""
-        held = self.leaves.get(id(tensor))
-        if held is not None:
-            return Ref(held[1])
-        number = self.known.get(tensor)
-        if number is None:
-            name = self.names.get(id(tensor))
-            number = self.add(tensor, from_input=False, name=name)
-            if name is not None:
-                self.leaves[id(tensor)] = (tensor, number)
+        ref = self.find(tensor)
+        if ref is None:
+            ref = self.add(tensor, from_input=False, name=self.names.get(id(tensor)))
             if not tensor.dtype.is_floating_point and tensor.numel() <= LARGEST_INDEX and not tensor.is_meta:
-                self.tape.values[number].data = tensor.detach().clone()
-        return Ref(number)
+                self.tape.values[ref.id].data = tensor.detach().clone()
+        return ref
 
     def refs(self, argument: Any) -> Any:
-        return map_tensors(argument, self.ref) if isinstance(argument, tuple | list) else argument
+        if isinstance(argument, Tensor):
+            return self.ref(argument)
+        return argument if type(argument) in ATOMS else map_tensors(argument, self.ref)
 
-    def add(self, tensor: Tensor, *, from_input: bool, name: str | None = None) -> int:
-        number = len(self.tape.values)
-        self.tape.values.append(Value(tuple(tensor.shape), tensor.dtype, from_input, name, None, tensor.is_meta))
-        self.known[tensor] = number
-        return number
+    def add(self, tensor: Tensor, *, from_input: bool, name: str | None = None) -> Ref:
+        ref, on_meta = Ref(len(self.tape.values)), tensor.is_meta
+        self.tape.values.append(Value(tuple(tensor.shape), tensor.dtype, from_input, name, None, on_meta))
+        if on_meta or name is not None:
+            self.held[id(tensor)] = (tensor, ref)
+        else:
+            self.known[tensor] = ref
+        return ref
 
     def has(self, tensor: Tensor) -> bool:
-        return id(tensor) in self.leaves or tensor in self.known
+        return self.find(tensor) is not None
 
     def truncate(self, ops: int) -> None:
         """Forget the calls after the first `ops`: they belonged to an attempt that was given up."""
@@ -162,26 +247,31 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        in_args = tuple(self.ref(a) if isinstance(a, Tensor) else self.refs(a) for a in args)
-        in_kwargs = map_tensors(kwargs, self.ref) if kwargs else kwargs
-        out = without_values(func, args)
+        if not self.active:
+            return func(*args, **kwargs)
+        in_args = tuple([self.refs(a) for a in args])
+        in_kwargs = {k: self.refs(v) for k, v in kwargs.items()}
+        out = self.imagination.result(func, args, kwargs)
         out = func(*args, **kwargs) if out is None else out
         values = self.tape.values
-        refs = collect((in_args, in_kwargs), Ref)
-        from_input = any(values[r.id].from_input for r in refs)
-
-        name = getattr(getattr(func, "_schema", None), "name", "")
+        from_input = False
+        for a in (*in_args, *in_kwargs.values()):
+            if type(a) is Ref:
+                from_input = from_input or values[a.id].from_input
+            elif type(a) not in ATOMS:
+                from_input = from_input or any(values[r.id].from_input for r in collect(a, Ref))
 
         def result(tensor: Tensor) -> Ref:
-            if self.has(tensor) and name not in RESHAPING:  # in-place, or the argument itself
-                ref = self.ref(tensor)
+            ref = self.find(tensor)
+            if ref is not None and getattr(func, "_schema", NAMELESS).name not in RESHAPING:  # in-place, or the argument itself
                 values[ref.id].from_input |= from_input
                 return ref
-            number = self.add(tensor, from_input=from_input)
-            small = tensor.numel() <= LARGEST_INDEX and not tensor.dtype.is_floating_point
-            if small and not from_input and not tensor.dtype.is_complex and not tensor.is_meta:
-                values[number].data = tensor.detach().clone()
-            return Ref(number)
+            ref = self.add(tensor, from_input=from_input)
+            if not (from_input or tensor.is_meta or tensor.dtype.is_floating_point or tensor.dtype.is_complex):
+                if tensor.numel() <= LARGEST_INDEX:
+                    values[ref.id].data = tensor.detach().clone()
+            return ref
 
-        self.tape.ops.append(Op(func, in_args, in_kwargs, map_tensors(out, result), self.node))
+        outs = result(out) if isinstance(out, Tensor) else map_tensors(out, result)
+        self.tape.ops.append(Op(func, in_args, in_kwargs, outs, self.node))
         return out

@@ -10,12 +10,9 @@ module becomes one opaque node: it still runs under the recorder, so it is coupl
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import operator
-import types
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,72 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxprune.errors import PruneError
+from fxprune.passes.capture import Call, Capture, Guard
+from fxprune.passes.modes import Branch, in_both_modes, membership
 from fxprune.passes.opaque import SizeUse, Whole, watched
-from fxprune.passes.proxy import Items, ReadsValue, ValueProxy, iterate, unwrap
-from fxprune.passes.tape import NeedsValues, Recorder, Ref, Tape, collect, map_tensors
+from fxprune.passes.patches import inlined, named_apply, patched, plain_rnn
+from fxprune.passes.proxy import Items, ReadsValue, ValueProxy, has_tensor, tensors, unwrap
+from fxprune.passes.tape import ATOMS, NeedsValues, Recorder, Ref, collect, map_tensors
 from fxprune.passes.tree import fetch, named_tensors
-
-
-@dataclass(frozen=True, slots=True)
-class Guard:
-    """A value that Python took out of the graph: the emitted program holds for inputs that agree with it."""
-
-    node: fx.Node
-    how: str
-    value: Any
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One call of a module inside an opaque one: which tensors went in and came out."""
-
-    module: str
-    args: Any
-    outs: Any
-
-
-@dataclass
-class Capture:
-    """One run of the model.
-
-    Attributes:
-        root: the traced module tree; parameters are the original's own, everything else is a copy.
-        graph: the captured program.
-        tape: what the dispatcher ran.
-        results: for every node, its value with tensors replaced by references into the tape.
-        opaque: modules kept as one node, with the reason.
-        calls: calls made inside opaque modules.
-        sizes: attributes of opaque modules that were used as sizes.
-        inputs: references of the example inputs' tensors.
-        outputs: references of the tensors returned.
-    """
-
-    root: nn.Module
-    graph: fx.Graph
-    tape: Tape
-    results: dict[fx.Node, Any]
-    guards: list[Guard]
-    opaque: dict[str, str]
-    calls: dict[str, list[Call]]
-    sizes: dict[str, list[SizeUse]]
-    inputs: list[Ref]
-    outputs: list[Ref]
-    reads_training: bool
-    untracked: set[fx.Node] = field(default_factory=set)
-    index: dict[fx.Node, int] = field(default_factory=dict)
-    prefix: str = ""
-
-    @property
-    def output(self) -> fx.Node:
-        return next(iter(reversed(self.graph.nodes)))
-
-    def node_at(self, index: int) -> fx.Node | None:
-        return self.nodes.get(index)
-
-    @functools.cached_property
-    def nodes(self) -> dict[int, fx.Node]:
-        return {i: n for n, i in self.index.items()}
-
 
 # Modules of torch.nn whose forward holds sizes as literals or insists on relations that pruning changes.
 TRACED_THROUGH = (
@@ -148,16 +86,8 @@ FACT_METHODS = frozenset(
     ]
 )
 VALUE_METHODS = frozenset(["item", "tolist", "numpy", "__array__", "data_ptr"])
-CHECKS = [name for name in vars(torch) if name.startswith("_check") and callable(getattr(torch, name))]
 PLAIN_MODULES = ("_operator", "builtins", "math")  # their functions make no tensors of their own
-PLAIN = frozenset({bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format})
-FACTORIES = (
-    "zeros ones full empty arange linspace logspace eye rand randn randint randperm tensor as_tensor range"
-    " tril_indices triu_indices hann_window"
-    # overloads with a leading Scalar take anything that says it is a Tensor for one, and read its memory
-    " where pow float_power remainder isin xlogy bitwise_and bitwise_or bitwise_xor bitwise_left_shift"
-    " bitwise_right_shift result_type"
-).split()
+PLAIN = ATOMS | {complex, torch.layout, torch.memory_format}
 
 
 class ValueTracer(fx.Tracer):
@@ -180,6 +110,9 @@ class ValueTracer(fx.Tracer):
         self.stack: list[str] = [""]
         self.running: str | None = None
         self.reads_training = False
+        self.asked = [False]  # for each module on the stack, whether it asked which mode it is in
+        self.branches: list[Branch] | None = []  # None while a branch is being captured
+        self.own_train = any(type(m).train is not nn.Module.train for m in self.modules.values())
         self.retry = True
         self.inputs: list[Ref] = []
         self.index: dict[fx.Node, int] = {}
@@ -188,7 +121,7 @@ class ValueTracer(fx.Tracer):
     # -- nodes and values ---------------------------------------------------------------------------------------------
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        node = super().create_node(*args, **kwargs)
+        node = self.graph.create_node(*args, **kwargs)
         node.meta["module"] = self.stack[-1]
         self.index[node] = len(self.index)
         return node
@@ -210,8 +143,11 @@ class ValueTracer(fx.Tracer):
 
     def bind(self, node: fx.Node, value: Any) -> Any:
         """Record a node's value and hand out proxies for it: containers become real containers of proxies."""
+        self.depends[node] = node.op == "placeholder" or any([self.depends[n] for n in node.all_input_nodes])
+        if isinstance(value, Tensor):
+            self.results[node] = self.recorder.ref(value)
+            return ValueProxy(node, self, value)
         self.results[node] = map_tensors(value, self.recorder.ref)
-        self.depends[node] = node.op == "placeholder" or any(self.depends[n] for n in node.all_input_nodes)
         if value is None:
             return None
         if isinstance(value, tuple | list):
@@ -224,22 +160,15 @@ class ValueTracer(fx.Tracer):
         return self.bind(self.create_node("call_function", operator.getitem, (node, key), {}), value)
 
     def evaluate(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
-        self.recorder.node = self.index[node]
-        first = len(self.recorder.tape.values)
+        recorder = self.recorder
+        recorder.node = self.index[node]
+        first = len(recorder.tape.values)
+        given = has_tensor(args) or has_tensor(kwargs)
+        plain = getattr(node.target, "__module__", None) in PLAIN_MODULES
         outer, self.running = self.running, str(node.target) if node.op == "call_module" else ""
+        recorder.active = given or not plain
         try:
-            if node.op == "get_attr":
-                return fetch(self.root, str(node.target))
-            plain = getattr(node.target, "__module__", None) in PLAIN_MODULES
-            with contextlib.nullcontext() if plain and not has_tensor((args, kwargs)) else self.recorder:
-                if node.op == "call_function":
-                    value = node.target(*args, **kwargs)  # type: ignore[operator]
-                elif node.op == "call_method":
-                    value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-                else:
-                    module = self.modules[str(node.target)]
-                    with plain_rnn(module), self.watching(module, str(node.target)):
-                        value = module(*args, **kwargs)
+            value = self.run(node, args, kwargs)
         except Exception as error:
             if not hasattr(error, "fxprune_where"):
                 inside = str(node.target) if node.op == "call_module" else node.meta["module"]
@@ -248,9 +177,24 @@ class ValueTracer(fx.Tracer):
             raise
         finally:
             self.running = outer
-        if has_tensor((args, kwargs)) and self.made_outside(node, value, first):
+            recorder.active = False
+        if given and self.made_outside(node, value, first):
             self.untracked.add(node)
         return value
+
+    def run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        if node.op == "call_function":
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        if node.op == "get_attr":
+            return fetch(self.root, str(node.target))
+        path = str(node.target)
+        module = self.modules[path]
+        if path not in self.opaque and not isinstance(module, nn.RNNBase | nn.RNNCellBase):
+            return module(*args, **kwargs)
+        with plain_rnn(module), self.watching(module, path):
+            return module(*args, **kwargs)
 
     def watching(self, module: nn.Module, path: str) -> Any:
         """Follow the integer attributes of an opaque module into sizes."""
@@ -266,9 +210,10 @@ class ValueTracer(fx.Tracer):
         recorder, values = self.recorder, self.recorder.tape.values
         if getattr(node.target, "__name__", node.target) in ("tensor", "as_tensor", "new_tensor"):
             return False
-        if not all(recorder.has(t) for t in tensors(value)):
+        found = [recorder.find(t) for t in tensors(value)]
+        if None in found:
             return True
-        if all(values[recorder.ref(t).id].from_input for t in tensors(value)):
+        if all([values[ref.id].from_input for ref in found if ref]):
             return False
         mine = [op for op in recorder.tape.ops if op.node == recorder.node]
         used = {r.id for op in mine for r in collect((op.args, op.kwargs), Ref)}
@@ -278,6 +223,8 @@ class ValueTracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         if type(a) is ValueProxy:
             return a.node
+        if type(a) in PLAIN:
+            return a
         if type(a) is Items:
             return a.pack(self)
         if isinstance(a, Tensor):
@@ -294,8 +241,6 @@ class ValueTracer(fx.Tracer):
             self.results[node] = map_tensors(unwrap(tuple(a)), self.recorder.ref)
             self.depends[node] = any(self.depends[n] for n in node.all_input_nodes)
             return node
-        if a is None or type(a) in PLAIN:
-            return a
         if type(a) is tuple or isinstance(a, torch.Size):
             return tuple(self.create_arg(v) for v in a)
         if type(a) is list:
@@ -381,9 +326,12 @@ class ValueTracer(fx.Tracer):
         if path in self.opaque or self.is_leaf_module(m, path):
             return self.create_proxy("call_module", path, args, kwargs)
         mark, ops = len(self.index), len(self.recorder.tape.ops)
+        again = (copied(args), copied(kwargs))  # what a second run starts from
         self.stack.append(path)
+        self.asked.append(False)
         try:
-            return forward(*args, **kwargs)
+            out = forward(*args, **kwargs)
+            return in_both_modes(self, m, forward, again, out, mark) if self.asked[-1] else out
         except PruneError:
             raise
         except Exception as error:
@@ -393,6 +341,7 @@ class ValueTracer(fx.Tracer):
             reason = f"reads {error}" if isinstance(error, ReadsValue) else f"{type(error).__name__}: {error}"
         finally:
             self.stack.pop()
+            self.asked.pop()
         self.roll_back(mark, ops)
         self.opaque[path] = reason
         try:
@@ -411,6 +360,8 @@ class ValueTracer(fx.Tracer):
                 self.untracked.discard(node)
         self.recorder.truncate(ops)
         self.guards = [g for g in self.guards if self.index[g.node] < mark]
+        if self.branches is not None:
+            self.branches = [b for b in self.branches if b.end <= mark]
         gone = [k for k, p in self.attributes.items() if isinstance(p, ValueProxy) and self.index[p.node] >= mark]
         for key in gone:
             del self.attributes[key]
@@ -442,7 +393,7 @@ class ValueTracer(fx.Tracer):
     def placeholder(self, name: str, value: Any) -> Any:
         node = self.create_node("placeholder", name, (), {}, name.lstrip("*"))
         for tensor in tensors(value):
-            self.inputs.append(Ref(self.recorder.add(tensor, from_input=True)))
+            self.inputs.append(self.recorder.add(tensor, from_input=True))
         return self.bind(node, value)
 
 
@@ -456,14 +407,14 @@ def trace(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, ret
     prefix = ""
     with patched(tracer), torch.no_grad():
         try:
-            graph = tracer.trace(root)
+            graph = recorded(tracer, root)
         except Exception as error:
             if not retry or hasattr(error, "fxprune_plain") or isinstance(error, PruneError):
                 raise
             prefix = "whole."
             tracer = whole_tracer(tracer, root, args, kwargs, error)
             try:
-                graph = tracer.trace(tracer.root)
+                graph = recorded(tracer, tracer.root)
             except Exception as plain:
                 plain.fxprune_where = getattr(error, "fxprune_where", type(root).__name__)  # type: ignore[attr-defined]
                 raise
@@ -475,6 +426,7 @@ def trace(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, ret
         return node
 
     fx.node.map_arg(output.args, gather)
+    only = membership(graph, tracer.branches or [], tracer.index)
     return Capture(
         tracer.root,
         graph,
@@ -486,7 +438,8 @@ def trace(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, ret
         tracer.sizes,
         tracer.inputs,
         outputs,
-        tracer.reads_training,
+        tracer.reads_training or tracer.asked[0] or only is None,
+        only or {},
         tracer.untracked,
         tracer.index,
         prefix,
@@ -507,131 +460,17 @@ def whole_tracer(
     return tracer
 
 
-def tensors(x: Any) -> list[Tensor]:
-    return [v for v in iterate(x) if isinstance(v, Tensor)]
+def recorded(tracer: ValueTracer, root: nn.Module) -> fx.Graph:
+    """Trace with the recorder in place all the while; it writes only while a node is evaluated."""
+    tracer.recorder.active = False
+    with tracer.recorder:
+        return tracer.trace(root)
 
 
-def has_tensor(x: Any) -> bool:
-    return any(isinstance(v, Tensor) for v in iterate(x))
-
-
-def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A Python function of torch with its check for overridden arguments switched off, so that its body runs."""
-    globals_ = dict(function.__globals__, has_torch_function=lambda *_: False)
-    copy = types.FunctionType(function.__code__, globals_, function.__name__, function.__defaults__)
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
-
-
-@contextlib.contextmanager
-def plain_rnn(module: nn.Module) -> Iterator[None]:
-    """Recurrent kernels of vendors hide their arithmetic from the dispatcher: use the decomposed ones."""
-    if not isinstance(module, nn.RNNBase | nn.RNNCellBase):
-        yield
-        return
-    # torch.backends.mkldnn.flags() sets other flags too, and warns of them
-    mkldnn, cudnn = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
-    try:
-        torch._C._set_mkldnn_enabled(False)
-        torch._C._set_cudnn_enabled(False)
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(mkldnn)
-        torch._C._set_cudnn_enabled(cudnn)
-
-
-def named_apply(cls: type) -> Callable[..., Any]:
-    """A custom autograd function's `apply` under a name that generated code can refer to."""
-
-    def applied(*args: Any) -> Any:
-        return cls.apply(*args)  # type: ignore[attr-defined]
-
-    applied.__name__ = applied.__qualname__ = f"{cls.__name__}_apply"
-    applied.__module__ = cls.__module__
-    return applied
-
-
-@contextlib.contextmanager
-def visible() -> Iterator[None]:
-    """Run attention and recurrent layers by ops that the dispatcher shows, instead of fused kernels."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-
-    def plain(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with plain_rnn(module):
-            return nn.Module.__call__(module, *args, **kwargs)
-
-    try:
-        nn.RNNBase.__call__ = nn.RNNCellBase.__call__ = plain  # type: ignore[method-assign]
-        yield
-    finally:
-        del nn.RNNBase.__call__, nn.RNNCellBase.__call__  # back to that of nn.Module
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
-@contextlib.contextmanager
-def patched(tracer: ValueTracer) -> Iterator[None]:
-    """Switch off what hides the program while tracing, and make factories and `apply` see proxies."""
-    undo: list[Callable[[], None]] = []
-
-    def patch(owner: Any, name: str, value: Any) -> None:
-        old = vars(owner).get(name)
-        setattr(owner, name, value)
-        undo.append((lambda: setattr(owner, name, old)) if old is not None else (lambda: delattr(owner, name)))
-
-    def factory(function: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            if tracer.running is None and any(type(v) is ValueProxy for v in iterate((args, kwargs))):
-                return tracer.create_proxy("call_function", function, args, kwargs)
-            return function(*args, **kwargs)
-
-        return wrapper
-
-    apply = next(vars(k)["apply"] for k in torch.autograd.Function.__mro__ if "apply" in vars(k))
-
-    def traced_apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if tracer.running is None and any(type(v) is ValueProxy for v in iterate((args, kwargs))):
-            return tracer.create_proxy("call_function", named_apply(cls), args, kwargs)
-        return apply.__get__(None, cls)(*args, **kwargs)
-
-    def info(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda dtype=None: function(unwrap(dtype)) if dtype is not None else function()
-
-    def checker(function: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            if tracer.running is None:
-                args, kwargs = unwrap(args), unwrap(kwargs)
-            return function(*args, **kwargs)
-
-        return wrapper
-
-    def get_training(module: nn.Module) -> bool:
-        if tracer.running is None:
-            tracer.reads_training = True
-        return bool(vars(module)["training"])
-
-    wrapped = torch.fx._symbolic_trace._patch_wrapped_functions
-    fast = torch.backends.mha.get_fastpath_enabled()
-    functional: Any = F
-    verify_batch_size = functional._verify_batch_size
-    try:
-        # functions marked by torch.fx.wrap hold head counts and sizes too, and values let us trace through them
-        torch.fx._symbolic_trace._patch_wrapped_functions = lambda patcher: None
-        torch.backends.mha.set_fastpath_enabled(False)
-        for name in FACTORIES:
-            patch(torch, name, factory(getattr(torch, name)))
-        for name in CHECKS:
-            patch(torch, name, checker(getattr(torch, name)))
-        patch(torch, "finfo", info(torch.finfo))
-        patch(torch, "iinfo", info(torch.iinfo))
-        patch(torch.autograd.Function, "apply", classmethod(traced_apply))
-        # one example may be too few for batch statistics; the shapes are all that matters here
-        functional._verify_batch_size = lambda size: None
-        patch(nn.Module, "training", property(get_training, lambda m, v: vars(m).__setitem__("training", v)))
-        yield
-    finally:
-        for restore in reversed(undo):
-            restore()
-        functional._verify_batch_size = verify_batch_size
-        torch.fx._symbolic_trace._patch_wrapped_functions = wrapped
-        torch.backends.mha.set_fastpath_enabled(fast)
+def copied(x: Any) -> Any:
+    """Copies of the containers that a forward might change."""
+    if type(x) is list:
+        return [copied(v) for v in x]
+    if type(x) is tuple:
+        return tuple([copied(v) for v in x])
+    return {k: copied(v) for k, v in x.items()} if type(x) is dict else x

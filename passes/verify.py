@@ -54,11 +54,11 @@ class Masker(Recorder):
         self.labels: dict[int, Labels] = {}
         self.ties = Ties(size=len(kept))
 
-    def add(self, tensor: Tensor, *, from_input: bool, name: str | None = None) -> int:
-        number = super().add(tensor, from_input=from_input, name=name)
+    def add(self, tensor: Tensor, *, from_input: bool, name: str | None = None) -> Ref:
+        ref = super().add(tensor, from_input=from_input, name=name)
         if name is not None and name in self.leaf_labels:
-            self.labels[number] = self.leaf_labels[name]
-        return number
+            self.labels[ref.id] = self.leaf_labels[name]
+        return ref
 
     def mask(self, ref: Ref) -> Tensor | None:
         """A boolean tensor broadcastable to the value, True where kept; None where all of it is."""
@@ -311,7 +311,7 @@ def masked_outputs(
     kwargs: dict[str, Any],
 ) -> Any:
     """What the masked original returns."""
-    from fxprune.passes.trace import visible
+    from fxprune.passes.patches import visible
     from fxprune.passes.tree import named_tensors
 
     reference = masked_copy(model, leaves, kept)

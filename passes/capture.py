@@ -1,0 +1,84 @@
+"""What a run of the model leaves behind: the program, the tape, and how the two belong together."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx, nn
+
+from fxprune.passes.opaque import SizeUse
+from fxprune.passes.tape import Ref, Tape
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """A value that Python took out of the graph: the emitted program holds for inputs that agree with it."""
+
+    node: fx.Node
+    how: str
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a module inside an opaque one: which tensors went in and came out."""
+
+    module: str
+    args: Any
+    outs: Any
+
+
+@dataclass
+class Capture:
+    """One run of the model.
+
+    Attributes:
+        root: the traced module tree; parameters are the original's own, everything else is a copy.
+        graph: the captured program.
+        tape: what the dispatcher ran.
+        results: for every node, its value with tensors replaced by references into the tape.
+        opaque: modules kept as one node, with the reason.
+        calls: calls made inside opaque modules.
+        sizes: attributes of opaque modules that were used as sizes.
+        inputs: references of the example inputs' tensors.
+        outputs: references of the tensors returned.
+        reads_training: whether a forward asked for its mode in a way that only a second run can answer.
+        only: nodes that belong to one mode alone: True for training, False for evaluation, None for neither.
+        untracked: nodes whose results did not come out of the dispatcher.
+        index: the number of each node.
+        prefix: what the names of tensors begin with in `root` and not in the model.
+    """
+
+    root: nn.Module
+    graph: fx.Graph
+    tape: Tape
+    results: dict[fx.Node, Any]
+    guards: list[Guard]
+    opaque: dict[str, str]
+    calls: dict[str, list[Call]]
+    sizes: dict[str, list[SizeUse]]
+    inputs: list[Ref]
+    outputs: list[Ref]
+    reads_training: bool
+    only: dict[fx.Node, bool | None] = field(default_factory=dict)
+    untracked: set[fx.Node] = field(default_factory=set)
+    index: dict[fx.Node, int] = field(default_factory=dict)
+    prefix: str = ""
+
+    @property
+    def output(self) -> fx.Node:
+        return next(iter(reversed(self.graph.nodes)))
+
+    def node_at(self, index: int) -> fx.Node | None:
+        return self.nodes.get(index)
+
+    @functools.cached_property
+    def nodes(self) -> dict[int, fx.Node]:
+        return {i: n for n, i in self.index.items()}
+
+
+def switch(evaluated: Any, trained: Any) -> Any:
+    """In a captured graph: the first in evaluation mode, the second in training mode. Run once, it ties the two."""
+    return evaluated + trained

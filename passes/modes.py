@@ -1,0 +1,167 @@
+"""Evaluation and training in one capture.
+
+A module that asks which mode it is in (`self.training`) may do different things in the two. Its forward is then captured
+once more, in training mode, right after the first time: two branches of one graph. What follows continues from `switch`
+nodes that stand for either branch's result. Where that cannot be done, the whole model is captured a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, fx, nn
+
+from fxprune.passes.capture import switch
+from fxprune.passes.proxy import Items, ValueProxy
+
+if TYPE_CHECKING:
+    from fxprune.passes.trace import ValueTracer
+
+
+@dataclass(slots=True)
+class Branch:
+    """Numbers of the nodes of the two branches: evaluation from `begin`, training from `middle`, up to `end`."""
+
+    begin: int
+    middle: int
+    end: int
+
+
+def in_both_modes(tracer: ValueTracer, module: nn.Module, forward: Any, arguments: Any, out: Any, begin: int) -> Any:
+    """The result of a forward that asked for its mode, good for both modes.
+
+    Arguments:
+        tracer: which has just captured the forward in evaluation mode.
+        module: whose forward it was.
+        arguments: what to call it with once more.
+        out: its result.
+        begin: the number of its first node.
+    """
+    if tracer.branches is None:
+        return out
+    if tracer.reads_training or module.training or tracer.own_train:
+        tracer.reads_training = True
+        return out
+    middle, ops = len(tracer.index), len(tracer.recorder.tape.ops)
+    modes = {m: vars(m)["training"] for m in module.modules()}
+    outer, retry = tracer.branches, tracer.retry
+    tracer.branches, tracer.retry = None, False
+    try:
+        module.train()
+        trained = forward(*arguments[0], **arguments[1])
+    except Exception:  # what training needs (targets, say) is not there
+        trained = None
+    finally:
+        tracer.branches, tracer.retry = outer, retry
+        for m, mode in modes.items():
+            m.training = mode
+    end = len(tracer.index)
+    before, after = (leaves(out), leaves(trained))
+    same = len(before) == len(after) and all(alike(a, b) for a, b in zip(before, after, strict=True))
+    if not same:
+        tracer.reads_training = True
+    if not same or code(tracer, begin, middle, out) == code(tracer, middle, end, trained):
+        tracer.roll_back(middle, ops)
+        return out
+    made = switched(tracer, out, trained)
+    outer.append(Branch(begin, middle, end))
+    return made
+
+
+def leaves(x: Any) -> list[Any]:
+    """What a forward returned, flat: proxies and plain values, with the keys and kinds of containers."""
+    if type(x) is Items:
+        return [type(x.value), *(v for item in x for v in leaves(item))]
+    if type(x) in (tuple, list):
+        return [type(x), *(v for item in x for v in leaves(item))]
+    if type(x) is dict:
+        return [type(x), *(v for k, item in x.items() for v in (k, *leaves(item)))]
+    return [x]
+
+
+def alike(a: Any, b: Any) -> bool:
+    """Whether one can stand in for the other in what follows."""
+    if type(a) is ValueProxy and type(b) is ValueProxy and isinstance(a.value, Tensor) and isinstance(b.value, Tensor):
+        return (a.value.shape, a.value.dtype, a.value.device) == (b.value.shape, b.value.dtype, b.value.device)
+    if type(a) is ValueProxy or type(b) is ValueProxy or type(a) is not type(b):
+        return a is b
+    return isinstance(a, Tensor) and a is b or not isinstance(a, Tensor) and bool(a == b)
+
+
+def switched(tracer: ValueTracer, a: Any, b: Any) -> Any:
+    """`a` with every tensor replaced by a node that stands for either."""
+    if type(a) is ValueProxy:
+        return a if a.node is b.node else tracer.create_proxy("call_function", switch, (a, b), {})
+    if type(a) is Items:
+        items = [switched(tracer, x, y) for x, y in zip(a, b, strict=True)]
+        return Items.of(a.node, a.value, items) if isinstance(a.value, tuple) and hasattr(a.value, "_fields") else tuple(items)
+    if type(a) in (tuple, list):
+        return type(a)([switched(tracer, x, y) for x, y in zip(a, b, strict=True)])
+    return {k: switched(tracer, v, b[k]) for k, v in a.items()} if type(a) is dict else a
+
+
+def code(tracer: ValueTracer, first: int, end: int, out: Any) -> list[Any]:
+    """What the nodes numbered from `first` to `end` do, with names that do not depend on where they stand."""
+    names: dict[fx.Node, Any] = {}
+    lines: list[Any] = []
+    node = tracer.graph._root.prev
+    mine = []
+    while node.op != "root" and tracer.index[node] >= first:
+        if tracer.index[node] < end:
+            mine.append(node)
+        node = node.prev
+    for node in reversed(mine):
+        args = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: names.get(n, n))
+        if node.op == "get_attr":
+            names[node] = str(node.target)
+            continue
+        names[node] = f"%{len(lines)}"
+        lines.append((node.op, node.target, str(args)))
+    return [*lines, [names.get(v.node, v.node) if type(v) is ValueProxy else str(v) for v in leaves(out)]]
+
+
+def membership(graph: fx.Graph, branches: list[Branch], index: dict[fx.Node, int]) -> dict[fx.Node, bool | None] | None:
+    """For nodes of a branch the mode they belong to (`Capture.only`); None where a branch leaks into what follows.
+
+    Parameters that a branch reads first are read in either mode.
+    """
+    only: dict[fx.Node, bool | None] = {}
+    if not branches:
+        return only
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            continue
+        at = index[node]
+        for branch in branches:
+            if branch.begin <= at < branch.end:
+                mode = at >= branch.middle
+                only[node] = mode if only.get(node, mode) == mode else None
+    for node in graph.nodes:
+        for mode in (False, True):
+            if only.get(node, mode) == mode:
+                needed = [node.args[mode]] if node.target is switch else node.all_input_nodes
+                if any(only.get(n, mode) != mode for n in needed):
+                    return None
+    return only
+
+
+def in_mode(graph: fx.Graph, only: Mapping[fx.Node, bool | None], mode: bool, *, copy: bool) -> fx.Graph:
+    """The program of one mode out of a graph with branches; without `copy` the graph itself becomes it."""
+    if copy:
+        made = fx.Graph()
+        new: dict[fx.Node, fx.Node] = {}
+        for node in graph.nodes:
+            if node.target is switch:
+                new[node] = new[node.args[mode]]
+            elif only.get(node, mode) == mode:
+                new[node] = made.node_copy(node, lambda n: new[n])
+        return made
+    for node in list(graph.nodes):
+        if node.target is switch:
+            node.replace_all_uses_with(node.args[mode])
+    for node in reversed(list(graph.nodes)):
+        if node.target is switch or only.get(node, mode) != mode:
+            graph.erase_node(node)
+    return graph

@@ -1,0 +1,148 @@
+"""What torch hides from a tracer, switched off for as long as it runs."""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fxprune.passes.proxy import ValueProxy, iterate, unwrap
+
+if TYPE_CHECKING:
+    from fxprune.passes.trace import ValueTracer
+
+CHECKS = [name for name in vars(torch) if name.startswith("_check") and callable(getattr(torch, name))]
+FACTORIES = (
+    "zeros ones full empty arange linspace logspace eye rand randn randint randperm tensor as_tensor range"
+    " tril_indices triu_indices hann_window"
+    # overloads with a leading Scalar take anything that says it is a Tensor for one, and read its memory
+    " where pow float_power remainder isin xlogy bitwise_and bitwise_or bitwise_xor bitwise_left_shift"
+    " bitwise_right_shift result_type"
+).split()
+
+
+def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A Python function of torch with its check for overridden arguments switched off, so that its body runs."""
+    globals_ = dict(function.__globals__, has_torch_function=lambda *_: False)
+    copy = types.FunctionType(function.__code__, globals_, function.__name__, function.__defaults__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+@contextlib.contextmanager
+def plain_rnn(module: nn.Module) -> Iterator[None]:
+    """Recurrent kernels of vendors hide their arithmetic from the dispatcher: use the decomposed ones."""
+    if not isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        yield
+        return
+    # torch.backends.mkldnn.flags() sets other flags too, and warns of them
+    mkldnn, cudnn = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
+    try:
+        torch._C._set_mkldnn_enabled(False)
+        torch._C._set_cudnn_enabled(False)
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(mkldnn)
+        torch._C._set_cudnn_enabled(cudnn)
+
+
+def named_apply(cls: type) -> Callable[..., Any]:
+    """A custom autograd function's `apply` under a name that generated code can refer to."""
+
+    def applied(*args: Any) -> Any:
+        return cls.apply(*args)  # type: ignore[attr-defined]
+
+    applied.__name__ = applied.__qualname__ = f"{cls.__name__}_apply"
+    applied.__module__ = cls.__module__
+    return applied
+
+
+@contextlib.contextmanager
+def visible() -> Iterator[None]:
+    """Run attention and recurrent layers by ops that the dispatcher shows, instead of fused kernels."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+
+    def plain(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with plain_rnn(module):
+            return nn.Module.__call__(module, *args, **kwargs)
+
+    try:
+        nn.RNNBase.__call__ = nn.RNNCellBase.__call__ = plain  # type: ignore[method-assign]
+        yield
+    finally:
+        del nn.RNNBase.__call__, nn.RNNCellBase.__call__  # back to that of nn.Module
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextlib.contextmanager
+def patched(tracer: ValueTracer) -> Iterator[None]:
+    """Switch off what hides the program while tracing, and make factories and `apply` see proxies."""
+    undo: list[Callable[[], None]] = []
+
+    def patch(owner: Any, name: str, value: Any) -> None:
+        old = vars(owner).get(name)
+        setattr(owner, name, value)
+        undo.append((lambda: setattr(owner, name, old)) if old is not None else (lambda: delattr(owner, name)))
+
+    def factory(function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if tracer.running is None and any(type(v) is ValueProxy for v in iterate((args, kwargs))):
+                return tracer.create_proxy("call_function", function, args, kwargs)
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    apply = next(vars(k)["apply"] for k in torch.autograd.Function.__mro__ if "apply" in vars(k))
+
+    def traced_apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if tracer.running is None and any(type(v) is ValueProxy for v in iterate((args, kwargs))):
+            return tracer.create_proxy("call_function", named_apply(cls), args, kwargs)
+        return apply.__get__(None, cls)(*args, **kwargs)
+
+    def info(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda dtype=None: function(unwrap(dtype)) if dtype is not None else function()
+
+    def checker(function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if tracer.running is None:
+                args, kwargs = unwrap(args), unwrap(kwargs)
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    def get_training(module: nn.Module) -> bool:
+        if tracer.running is None:
+            tracer.asked[-1] = True
+        return bool(vars(module)["training"])
+
+    wrapped = torch.fx._symbolic_trace._patch_wrapped_functions
+    fast = torch.backends.mha.get_fastpath_enabled()
+    functional: Any = F
+    verify_batch_size = functional._verify_batch_size
+    try:
+        # functions marked by torch.fx.wrap hold head counts and sizes too, and values let us trace through them
+        torch.fx._symbolic_trace._patch_wrapped_functions = lambda patcher: None
+        torch.backends.mha.set_fastpath_enabled(False)
+        for name in FACTORIES:
+            patch(torch, name, factory(getattr(torch, name)))
+        for name in CHECKS:
+            patch(torch, name, checker(getattr(torch, name)))
+        patch(torch, "finfo", info(torch.finfo))
+        patch(torch, "iinfo", info(torch.iinfo))
+        patch(torch.autograd.Function, "apply", classmethod(traced_apply))
+        # one example may be too few for batch statistics; the shapes are all that matters here
+        functional._verify_batch_size = lambda size: None
+        patch(nn.Module, "training", property(get_training, lambda m, v: vars(m).__setitem__("training", v)))
+        yield
+    finally:
+        for restore in reversed(undo):
+            restore()
+        functional._verify_batch_size = verify_batch_size
+        torch.fx._symbolic_trace._patch_wrapped_functions = wrapped
+        torch.backends.mha.set_fastpath_enabled(fast)
