@@ -6,7 +6,7 @@ over every layer the unit spans, are taken here as tensor reductions on the tens
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -55,12 +55,7 @@ def score(parameters: Mapping[str, Tensor], leaves: Mapping[str, Labels], unit: 
             labels = leaves.get(name, ())
             if not labels or not parameter.is_floating_point() or parameter.numel() == 0:
                 continue
-            weight = parameter.detach()
-            weight = weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
-            covered = {d for f in labels for d in f.dims}
-            values = summed(of(weight), [d for d in range(weight.dim()) if d not in covered])
-            for f in labels:
-                part = summed(values, sorted(covered - f.dims))
+            for f, part in zip(labels, reduced(parameter.detach(), of, [f.dims for f in labels]), strict=True):
                 classes = unit[f.labels].expand(part.shape)
                 by_device.setdefault(parameter.device, []).append((classes.reshape(-1), part.reshape(-1)))
         for rows in by_device.values():
@@ -70,5 +65,26 @@ def score(parameters: Mapping[str, Tensor], leaves: Mapping[str, Labels], unit: 
     return total
 
 
-def summed(values: Tensor, dims: list[int]) -> Tensor:
-    return values.sum(dims, keepdim=True) if dims else values
+BLOCK = 1 << 18  # elements scored at a time: small enough to stay in a processor's cache
+
+
+def reduced(weight: Tensor, of: Criterion, spans: Sequence[frozenset[int]]) -> list[Tensor]:
+    """For each set of dimensions, the scores of a tensor's elements summed over all others (which keep size 1).
+
+    The tensor is scored block by block, so that no second array of its size is made.
+    """
+    rows = len(weight) if weight.is_cuda else max(1, BLOCK * len(weight) // weight.numel())
+    parts: list[list[Tensor]] = [[] for _ in spans]
+    for block in weight.split(rows):
+        values = of(block.float() if block.dtype in (torch.float16, torch.bfloat16) else block)
+        for found, dims in zip(parts, spans, strict=True):
+            part = values
+            if 0 not in dims:  # first over what lies furthest apart: whole rows are added
+                part = part.sum(0, keepdim=True)
+            rest = [d for d in range(1, weight.dim()) if d not in dims]
+            part = part.sum(rest, keepdim=True) if rest else part
+            if 0 in dims or not found:
+                found.append(part)
+            else:
+                found[0] = found[0] + part
+    return [torch.cat(found) if len(found) > 1 else found[0] for found in parts]

@@ -37,22 +37,21 @@ def families(solution: Solution, parameters: set[str]) -> list[Family]:
     """
     unit = solution.unit.numpy()
     places: list[tuple[str, int]] = []
-    owners: list[np.ndarray] = []
-    widths: list[np.ndarray] = []
+    spans: list[np.ndarray] = []
     for name, labels in solution.leaves.items():
         for f in labels:
-            classes, counts = np.unique(unit[f.labels.reshape(-1).numpy()], return_counts=True)
             places.append((name, f.nest[-1]))
-            owners.append(classes)
-            widths.append(counts)
+            spans.append(f.labels.reshape(-1).numpy())
     if not places:
         return []
-    which = np.repeat(np.arange(len(places)), [len(o) for o in owners])
-    classes, counts = np.concatenate(owners), np.concatenate(widths)
+    lengths = [len(s) for s in spans]
+    keys = np.repeat(np.arange(len(places)) * len(unit), lengths) + unit[np.concatenate(spans)]
+    found_keys, counts = np.unique(keys, return_counts=True)
+    which, classes = np.divmod(found_keys, len(unit))
     rng = np.random.default_rng(0)
-    keys = rng.integers(1, 1 << 62, size=len(places)).astype(np.uint64)
+    marks = rng.integers(1, 1 << 62, size=len(places)).astype(np.uint64)
     signature = np.zeros(len(unit), np.uint64)
-    np.add.at(signature, classes, keys[which])
+    np.add.at(signature, classes, marks[which])
     learned = np.zeros(len(unit), bool)
     learned[classes[np.isin(which, [i for i, (name, _) in enumerate(places) if name in parameters])]] = True
     # frozen units of one signature may have different reasons: they are told apart

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,45 +63,54 @@ class Cutter:
 
     def __init__(self, kept: Tensor) -> None:
         self.kept = kept
+        self.table = kept.numpy()
         self.whole = bool(kept.all())
         self.made: dict[tuple[int, ...], tuple[Labels, list[Cut]]] = {}
+        self.vectors: dict[int, tuple[Tensor, Tensor | None]] = {}
 
     def __call__(self, labels: Labels, shape: Sequence[int]) -> list[Cut]:
         if not labels or self.whole:
             return []
-        key = tuple(id(f) for f in labels)
+        key = tuple([id(f) for f in labels])
         found = self.made.get(key)
         if found is None:  # the labels are held on to, so that their identity stays theirs
-            found = self.made[key] = (labels, cuts(labels, shape, self.kept))
+            found = self.made[key] = (labels, self.cuts(labels, shape))
         return found[1]
 
+    def cuts(self, labels: Labels, shape: Sequence[int]) -> list[Cut]:
+        """The cuts that leave of a tensor what is kept; untouched dimensions have none."""
+        found = []
+        for group in clusters(labels):
+            if len(group) == 1 and len(group[0].nest) == 1:
+                keep = self.vector(group[0])
+                if keep is not None:
+                    found.append(Cut(group[0].nest, keep, (len(keep),)))
+                continue
+            if all(bool(self.kept[f.labels].all()) for f in group):
+                continue
+            lead = max(group, key=lambda f: len(f.nest))
+            nest = lead.nest + tuple(d for f in group for d in f.nest if d not in lead.nest)
+            nest = tuple(dict.fromkeys(nest))
+            mask = torch.ones([shape[d] if d in nest else 1 for d in range(len(shape))], dtype=torch.bool)
+            for f in group:
+                mask = mask & self.kept[f.labels]
+            mask = mask.permute([*nest, *(d for d in range(len(shape)) if d not in nest)]).reshape([shape[d] for d in nest])
+            sizes = rectangle(mask)
+            if sizes is None:
+                raise NotARectangle(torch.cat([f.labels.reshape(-1) for f in group]))
+            found.append(Cut(nest, mask.reshape(-1).nonzero().flatten(), sizes))
+        return found
 
-def cuts(labels: Labels, shape: Sequence[int], kept: Tensor) -> list[Cut]:
-    """The cuts that leave of a tensor what `kept` (a boolean for each label) says; untouched dimensions have none."""
-    found = []
-    for group in clusters(labels):
-        if len(group) == 1 and len(group[0].nest) == 1:
-            stays = kept[group[0].labels.reshape(-1)]
-            keep = stays.nonzero().flatten()
-            if len(keep) == 0:
-                raise NotARectangle(group[0].labels.reshape(-1))
-            if len(keep) < len(stays):
-                found.append(Cut(group[0].nest, keep, (len(keep),)))
-            continue
-        if all(bool(kept[f.labels].all()) for f in group):
-            continue
-        lead = max(group, key=lambda f: len(f.nest))
-        nest = lead.nest + tuple(d for f in group for d in f.nest if d not in lead.nest)
-        nest = tuple(dict.fromkeys(nest))
-        mask = torch.ones([shape[d] if d in nest else 1 for d in range(len(shape))], dtype=torch.bool)
-        for f in group:
-            mask = mask & kept[f.labels]
-        mask = mask.permute([*nest, *(d for d in range(len(shape)) if d not in nest)]).reshape([shape[d] for d in nest])
-        sizes = rectangle(mask)
-        if sizes is None:
-            raise NotARectangle(torch.cat([f.labels.reshape(-1) for f in group]))
-        found.append(Cut(nest, mask.reshape(-1).nonzero().flatten(), sizes))
-    return found
+    def vector(self, f: Factor) -> Tensor | None:
+        """Kept indices along the one dimension of a factor; None for all of them."""
+        found = self.vectors.get(id(f.labels))
+        if found is None:
+            stays = self.table[f.labels.reshape(-1).numpy()]
+            keep = np.flatnonzero(stays)
+            if not len(keep):
+                raise NotARectangle(f.labels.reshape(-1))
+            found = self.vectors[id(f.labels)] = (f.labels, torch.from_numpy(keep) if len(keep) < len(stays) else None)
+        return found[1]
 
 
 def rectangle(mask: Tensor) -> tuple[int, ...] | None:

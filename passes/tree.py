@@ -25,7 +25,23 @@ SHARED: tuple[type, ...] = (
     types.BuiltinFunctionType,
 )
 SHARED += (torch.dtype, torch.device, torch.Size, torch.memory_format)
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+ATOMS = frozenset(SHARED)
+CONTAINERS = frozenset([dict, OrderedDict, set, list, tuple])
+HOOKS = frozenset(["_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"])
+CHILDREN = frozenset(["_parameters", "_buffers", "_modules"])
+
+
+def walk(root: nn.Module) -> dict[nn.Module, str]:
+    """Every module of a tree with its (first) path, in the order of `named_modules`, which takes a generator per level."""
+    found: dict[nn.Module, str] = {}
+    pending: list[tuple[str, nn.Module]] = [("", root)]
+    while pending:
+        path, module = pending.pop()
+        if module not in found:
+            found[module] = path
+            start = f"{path}." if path else ""
+            pending += [(start + n, m) for n, m in reversed(module._modules.items()) if m is not None]
+    return found
 
 
 def fetch(root: nn.Module, path: str) -> Any:
@@ -39,9 +55,9 @@ def fetch(root: nn.Module, path: str) -> Any:
 def named_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every tensor that a module tree holds: parameters, buffers and plain attributes; tied ones once."""
     seen: set[int] = set()
-    for prefix, module in root.named_modules():
-        plain = {k: v for k, v in vars(module).items() if isinstance(v, Tensor)}
-        for name, tensor in [*module._parameters.items(), *module._buffers.items(), *plain.items()]:
+    for module, prefix in walk(root).items():
+        plain = [(k, v) for k, v in vars(module).items() if isinstance(v, Tensor)]
+        for name, tensor in [*module._parameters.items(), *module._buffers.items(), *plain]:
             if tensor is not None and id(tensor) not in seen:
                 seen.add(id(tensor))
                 yield (f"{prefix}.{name}" if prefix else name), tensor
@@ -53,16 +69,21 @@ def copy_tree(root: nn.Module, swap: Mapping[int, Tensor]) -> Any:
     Hooks are part of what a module computes (weight normalisation is one): the copy calls the same ones.
     """
     memo: dict[int, Any] = dict(swap)
-    modules = list(root.modules())
+    modules = list(walk(root))
     for module in modules:
         memo[id(module)] = object.__new__(module.__class__)  # a GraphModule would make a class without its forward
     for module in modules:
         state = {}
         for key, value in vars(module).items():
-            if key in HOOKS:
+            kind = type(value)
+            if kind in ATOMS:
+                state[key] = value
+            elif not value and kind in CONTAINERS:
+                state[key] = kind()
+            elif key in HOOKS:
                 state[key] = OrderedDict(value)
-            elif key in ("_parameters", "_buffers", "_modules"):
-                state[key] = type(value)((k, duplicate(v, memo)) for k, v in value.items())
+            elif key in CHILDREN:
+                state[key] = kind([(k, None if v is None else duplicate(v, memo)) for k, v in value.items()])
             else:
                 state[key] = duplicate(value, memo)
         memo[id(module)].__dict__.update(state)

@@ -7,6 +7,7 @@ tags as pointwise need no entry.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,15 +33,31 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return file
 
 
+SIGNATURES: dict[Any, tuple[list[str], dict[str, Any]]] = {}
+
+
+def signature(func: Any) -> tuple[list[str], dict[str, Any]]:
+    """The names of an op's arguments, and the values of those that have a default."""
+    found = SIGNATURES.get(func)
+    if found is None:
+        arguments = func._schema.arguments
+        found = [a.name for a in arguments], {a.name: a.default_value for a in arguments if a.has_default_value()}
+        SIGNATURES[func] = found
+    return found
+
+
 class Call:
     """One op on the tape as a rule sees it: arguments by name, labels and shapes of tensors, and where to report."""
 
     def __init__(self, op: Op, tape: Tape, labels: dict[int, Labels], ties: Ties, heads: bool, uses: set[int]) -> None:
         self.op, self.tape, self.known, self.ties, self.heads, self.uses = op, tape, labels, ties, heads, uses
-        arguments = op.func._schema.arguments
-        self.named = {a.name: a.default_value for a in arguments if a.has_default_value()}
-        self.named.update(zip((a.name for a in arguments), op.args, strict=False))
-        self.named.update(op.kwargs)
+        self.inputs: list[Ref] = collect((op.args, op.kwargs) if op.kwargs else op.args, Ref)
+        self.outputs: list[Ref] = collect(op.outs, Ref)
+
+    @functools.cached_property
+    def named(self) -> dict[str, Any]:
+        names, defaults = signature(self.op.func)
+        return {**defaults, **dict(zip(names, self.op.args, strict=False)), **self.op.kwargs}
 
     def __getitem__(self, name: str) -> Any:
         return self.named[name]
@@ -49,16 +66,8 @@ class Call:
         return self.named.get(name, default)
 
     @property
-    def inputs(self) -> list[Ref]:
-        return collect((self.op.args, self.op.kwargs), Ref)
-
-    @property
     def first(self) -> Ref:
         return self.inputs[0]
-
-    @property
-    def outputs(self) -> list[Ref]:
-        return collect(self.op.outs, Ref)
 
     def labels(self, ref: Ref) -> Labels:
         return self.known.get(ref.id, NONE)
@@ -129,8 +138,19 @@ class Call:
         return self.settle(factor(flat, f.nest), "all entries of a dimension are mixed with one another")
 
 
+FOUND: dict[Any, tuple[int, Rule | None]] = {}
+
+
 def find(func: Any) -> Rule | None:
     """The rule of a dispatcher op, or None: it is then unknown."""
+    count, found = FOUND.get(func, (-1, None))
+    if count != len(RULES):  # a rule was filed since
+        found = search(func)
+        FOUND[func] = (len(RULES), found)
+    return found
+
+
+def search(func: Any) -> Rule | None:
     from fxprune.passes.rules import pointwise
 
     name = func._schema.name
