@@ -256,7 +256,7 @@ def restore_emptied(solution: Solution, removed: np.ndarray, score: np.ndarray) 
                 if id(f.labels) in seen:
                     continue
                 seen.add(id(f.labels))
-                classes = unit[f.labels.reshape(-1).numpy()]
+                classes = unit[f.flat]
                 if removed[classes].all():
                     removed[classes[np.argmax(score[classes])]] = False
 

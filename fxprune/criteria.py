@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,21 +49,25 @@ def score(parameters: Mapping[str, Tensor], leaves: Mapping[str, Labels], unit: 
     Returns: float64 scores indexed by class, shape (labels,); 0 for what no parameter belongs to.
     """
     of = find(criterion)
-    total = torch.zeros(len(unit), dtype=torch.float64)
-    by_device: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+    classes = unit.numpy()
+    total = np.zeros(len(unit))
+    by_device: dict[torch.device, list[tuple[np.ndarray, Tensor]]] = {}
     with torch.no_grad():
         for name, parameter in parameters.items():
             labels = leaves.get(name, ())
             if not labels or not parameter.is_floating_point() or parameter.numel() == 0:
                 continue
+            rows = by_device.setdefault(parameter.device, [])
             for f, part in zip(labels, reduced(parameter.detach(), of, [f.dims for f in labels]), strict=True):
-                classes = unit[f.labels].expand(part.shape)
-                by_device.setdefault(parameter.device, []).append((classes.reshape(-1), part.reshape(-1)))
+                span = classes[f.flat]
+                if len(span) != part.numel():
+                    span = np.broadcast_to(span.reshape(f.labels.shape), part.shape)
+                rows.append((span.reshape(-1), part.reshape(-1)))
         for rows in by_device.values():
             # one transfer from each device
-            values = torch.cat([v.double() for _, v in rows]).cpu()
-            total.index_add_(0, torch.cat([c for c, _ in rows]), values)
-    return total
+            values = torch.cat([v.double() for _, v in rows]).cpu().numpy()
+            total += np.bincount(np.concatenate([c for c, _ in rows]), values, len(unit))
+    return torch.from_numpy(total)
 
 
 BLOCK = 1 << 18  # elements scored at a time: small enough to stay in a processor's cache
@@ -73,6 +78,9 @@ def reduced(weight: Tensor, of: Criterion, spans: Sequence[frozenset[int]]) -> l
 
     The tensor is scored block by block, so that no second array of its size is made.
     """
+    if weight.dim() == 1:
+        scores = of(weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight)
+        return [scores for _ in spans]
     rows = len(weight) if weight.is_cuda else max(1, BLOCK * len(weight) // weight.numel())
     parts: list[list[Tensor]] = [[] for _ in spans]
     for block in weight.split(rows):

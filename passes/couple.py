@@ -155,9 +155,7 @@ def read(
     captures: Sequence[Capture], leaves: dict[str, Labels], size: int, heads: bool, *, seeking: bool = False
 ) -> tuple[Ties, list[dict[int, Labels]]]:
     """Interpret every tape on labels."""
-    ties = Ties(size=size, seeking_heads=seeking)
-    if not seeking:
-        ties.leaf_starts = leaf_starts(leaves)
+    ties = Ties(size=size, seeking_heads=seeking, leaves={} if seeking else leaves)
     every = []
     for which, capture in enumerate(captures):
         tape = capture.tape
@@ -239,17 +237,6 @@ class Outside:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(*args, **kwargs)
-
-
-def leaf_starts(leaves: dict[str, Labels]) -> dict[int, tuple[str, int, int]]:
-    """Leaf dimensions with labels of their own, by their first label."""
-    starts = {}
-    for name, labels in leaves.items():
-        for f in labels:
-            vector = f.labels.reshape(-1)
-            if len(f.nest) == 1 and int(vector[-1]) - int(vector[0]) == len(vector) - 1:
-                starts[int(vector[0])] = (name, f.nest[0], len(vector))
-    return starts
 
 
 def composed(leaves: dict[str, Labels], ties: Ties) -> dict[str, Labels]:

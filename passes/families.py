@@ -41,36 +41,44 @@ def families(solution: Solution, parameters: set[str]) -> list[Family]:
     for name, labels in solution.leaves.items():
         for f in labels:
             places.append((name, f.nest[-1]))
-            spans.append(f.labels.reshape(-1).numpy())
+            spans.append(unit[f.flat])
     if not places:
         return []
-    lengths = [len(s) for s in spans]
-    keys = np.repeat(np.arange(len(places)) * len(unit), lengths) + unit[np.concatenate(spans)]
-    found_keys, counts = np.unique(keys, return_counts=True)
-    which, classes = np.divmod(found_keys, len(unit))
-    rng = np.random.default_rng(0)
-    marks = rng.integers(1, 1 << 62, size=len(places)).astype(np.uint64)
+    # units with equal signatures (a sum of random numbers, one for each place) live in the same places
+    marks = np.random.default_rng(0).integers(1, 1 << 62, size=len(places)).astype(np.uint64)
     signature = np.zeros(len(unit), np.uint64)
-    np.add.at(signature, classes, marks[which])
     learned = np.zeros(len(unit), bool)
-    learned[classes[np.isin(which, [i for i, (name, _) in enumerate(places) if name in parameters])]] = True
+    found_in: list[np.ndarray] = []
+    for (name, _), span, mark in zip(places, spans, marks, strict=True):
+        classes = span if bool((span[1:] > span[:-1]).all()) else np.unique(span)
+        found_in.append(classes)
+        signature[classes] += mark
+        if name in parameters:
+            learned[classes] = True
     # frozen units of one signature may have different reasons: they are told apart
     signature += (solution.frozen.astype(np.int64) + 1).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    order = np.lexsort((which, signature[classes]))
-    starts = np.flatnonzero(np.r_[True, np.diff(signature[classes][order]) != 0])
-    found = []
-    for block in np.split(order, starts[1:]):
-        units = np.unique(classes[block])
-        if not learned[units[0]]:
+    units = np.flatnonzero(learned)
+    _, first, group = np.unique(signature[units], return_index=True, return_inverse=True)
+    group_of = np.full(len(unit), -1)
+    group_of[units] = group
+    leader = np.zeros(len(unit), bool)
+    leader[units[first]] = True
+    members: list[list[int]] = [[] for _ in first]
+    for i, classes in enumerate(found_in):
+        for g in group_of[classes[leader[classes]]].tolist():
+            members[g].append(i)
+    order = np.argsort(group, kind="stable")
+    blocks = np.split(units[order], np.cumsum(np.bincount(group, minlength=len(first)))[:-1])
+    found: list[tuple[int, Family]] = []
+    for g, block in enumerate(blocks):
+        if not len(block):
             continue
-        reason = int(solution.frozen[units[0]])
+        reason = int(solution.frozen[block[0]])
         why = solution.reasons[reason] if reason >= 0 else None
         if why is not None and why.startswith(KERNEL):
             continue
-        members = tuple(places[i] for i in dict.fromkeys(which[block]))
-        first = block[which[block] == which[block[0]]]
-        width = int(counts[first].sum() // len(units))
-        named = next((m for m in members if m[0] in parameters), members[0])
-        found.append(Family(f"{named[0]}:{named[1]}", units, members, max(1, width), why))
-    rank = {place: i for i, place in enumerate(places)}
-    return sorted(found, key=lambda f: rank[f.members[0]])
+        spanned = [places[i] for i in members[g]]
+        width = int((group_of[spans[members[g][0]]] == g).sum()) // len(block)
+        named = next((m for m in spanned if m[0] in parameters), spanned[0])
+        found.append((members[g][0], Family(f"{named[0]}:{named[1]}", block, tuple(spanned), max(1, width), why)))
+    return [family for _, family in sorted(found, key=lambda item: item[0])]

@@ -105,7 +105,7 @@ class Cutter:
         """Kept indices along the one dimension of a factor; None for all of them."""
         found = self.vectors.get(id(f.labels))
         if found is None:
-            stays = self.table[f.labels.reshape(-1).numpy()]
+            stays = self.table[f.flat]
             keep = np.flatnonzero(stays)
             if not len(keep):
                 raise NotARectangle(f.labels.reshape(-1))

@@ -12,24 +12,31 @@ packed together. Two joint factors can be matched only when they are nested alik
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 FROZEN = 0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Factor:
-    """One array of labels, broadcastable to the tensor's shape, and the nesting of the dimensions it varies along."""
+    """One array of labels, broadcastable to the tensor's shape, and the nesting of the dimensions it varies along.
 
-    labels: Tensor
-    nest: tuple[int, ...]
+    `flat` is the same array as one row of numbers, `dims` the nest as a set. Factors do not change.
+    """
+
+    __slots__ = ("_flat", "dims", "labels", "nest")
+
+    def __init__(self, labels: Tensor, nest: tuple[int, ...]) -> None:
+        self.labels, self.nest, self.dims = labels, nest, frozenset(nest)
+        self._flat: np.ndarray | None = None
 
     @property
-    def dims(self) -> frozenset[int]:
-        return frozenset(self.nest)
+    def flat(self) -> np.ndarray:
+        if self._flat is None:
+            self._flat = self.labels.reshape(-1).numpy()
+        return self._flat
 
     def rows(self) -> Tensor:
         """The labels as a matrix: a row for each index of the major dimensions, the minor dimension along it."""

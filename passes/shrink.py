@@ -13,7 +13,7 @@ from torch.fx.graph_module import _copy_attr
 from fxprune.passes.couple import Solution
 from fxprune.passes.kept import Cut, Cutter
 from fxprune.passes.rewrite import Rewriter
-from fxprune.passes.tree import copy_tree, fetch, named_tensors
+from fxprune.passes.tree import PLAIN, copy_tree, fetch, named_tensors
 
 
 class PrunedModule(fx.GraphModule):
@@ -81,8 +81,9 @@ def shrink(model: nn.Module, solution: Solution, kept: Tensor, cutter: Cutter | 
             attributes.setdefault(path, {}).update(edits)
     root = cut_tree(model, solution, made)
     for path, edits in attributes.items():
+        module = fetch(root, path) if path else root
         for name, value in edits.items():
-            setattr(fetch(root, path) if path else root, name, value)
+            object.__setattr__(module, name, value)  # numbers: what a module's own __setattr__ looks for is not there
     for name, data in constants.items():
         root.register_buffer(name, data.to(device), persistent=False)
     both = {False: programs[0], True: programs[1]} if len(programs) > 1 else None
@@ -117,6 +118,6 @@ def cut_tree(model: nn.Module, solution: Solution, made: Mapping[str, list[Cut]]
             if name not in values and not hasattr(tree, name) and name.startswith("_tensor_constant"):
                 setattr(tree, name, copy.copy(tensor))
     for module in tree.modules():
-        plain = [k for k, v in vars(module).items() if isinstance(v, Tensor)]
+        plain = [k for k, v in vars(module).items() if type(v) not in PLAIN and isinstance(v, Tensor)]
         module._non_persistent_buffers_set |= set(plain)
     return tree

@@ -124,6 +124,7 @@ class Imagination:
     def __init__(self) -> None:
         self.kinds: dict[Any, str] = {}
         self.known: dict[Any, Any] = {}
+        self.nothing = (torch.empty(0, device="meta"), torch.empty(0, device="meta"))
 
     def kind(self, func: Any) -> str:
         """What may be assumed of an op, by its schema."""
@@ -148,9 +149,7 @@ class Imagination:
         if not kind or not args or not isinstance(args[0], Tensor) or not args[0].is_meta:
             return None
         if kind == "norm":  # the statistics that it also returns are for training kernels, and have no readers
-            x = args[0]
-            empty = torch.empty(0, device="meta", dtype=x.dtype)
-            return torch.empty_like(x), empty, empty.clone()
+            return like(args[0]), *self.nothing
         if kind == "in place":
             return args[0]
         key = (func, signature(args), signature(kwargs)) if kwargs else (func, signature(args))
@@ -167,6 +166,11 @@ class Imagination:
         several, forms = made
         made_now = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in forms]
         return tuple(made_now) if several else made_now[0]
+
+
+def like(tensor: Tensor) -> Tensor:
+    """An empty tensor of the same form on the meta device (`torch.empty_like` takes a detour through Python there)."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def signature(x: Any) -> Any:

@@ -10,7 +10,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from fxprune.passes.labels import Factor
+from fxprune.passes.labels import Factor, Labels
 
 
 @dataclass(slots=True)
@@ -42,7 +42,7 @@ class Ties:
         coarse: matrices of labels whose rows are heads, to be removed whole when heads are the granularity.
         equal: matrices of labels whose rows must keep equally many entries.
         product: matrices of labels whose rows must keep the same columns.
-        leaf_starts: for the first label of each leaf dimension its tensor, dimension and size.
+        leaves: the labels of the model's own tensors, where their dimensions may become composed.
         composed: leaf dimensions, by first label, whose entries belong to several labels at once (an outer product).
         seeking_heads: whether this reading only looks for heads.
         maker: the function or kind of module whose node is being read: what a new tensor's size can be changed through.
@@ -57,8 +57,20 @@ class Ties:
     size: int = 1
     seeking_heads: bool = False
     maker: str = ""
-    leaf_starts: dict[int, tuple[str, int, int]] = field(default_factory=dict)
+    leaves: dict[str, Labels] = field(default_factory=dict)
+    starts: dict[int, tuple[str, int, int]] | None = None
     composed: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+
+    @property
+    def leaf_starts(self) -> dict[int, tuple[str, int, int]]:
+        """Leaf dimensions with labels of their own, by their first label: tensor, dimension and size."""
+        if self.starts is None:
+            self.starts = {}
+            for name, labels in self.leaves.items():
+                for f in labels:
+                    if len(f.nest) == 1 and f.flat[-1] - f.flat[0] == len(f.flat) - 1:
+                        self.starts[int(f.flat[0])] = (name, f.nest[0], len(f.flat))
+        return self.starts
 
     def fresh(self, count: int) -> Tensor:
         """New labels, `count` of them."""
@@ -104,19 +116,18 @@ def components(size: int, pairs: list[Pair]) -> tuple[np.ndarray, list[tuple[np.
 
     Label 0 ties nothing together: to meet it is to be frozen.
     """
-    left, right = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    if not pairs:
+        return np.arange(size), []
+    sides = [flat(pair) for pair in pairs]
+    rows, cols = np.concatenate([a for a, _ in sides]), np.concatenate([b for _, b in sides])
+    differs = rows != cols
+    zero = ((rows == 0) | (cols == 0)) & differs
     stopped: list[tuple[np.ndarray, int]] = []
-    for pair in pairs:
-        a, b = flat(pair)
-        differs = a != b
-        if not differs.any():
-            continue
-        zero = ((a == 0) | (b == 0)) & differs
-        if zero.any():
-            stopped.append((np.maximum(a, b)[zero], pair.node))
-            differs &= ~zero
-        left.append(a[differs])
-        right.append(b[differs])
-    rows, cols = np.concatenate(left), np.concatenate(right)
+    if zero.any():
+        which = np.repeat(np.arange(len(sides)), [len(a) for a, _ in sides])[zero]
+        met = np.maximum(rows, cols)[zero]
+        stopped = [(met[which == i], pairs[i].node) for i in np.unique(which)]
+        differs &= ~zero
+    rows, cols = rows[differs], cols[differs]
     graph = coo_matrix((np.ones(len(rows), np.int8), (rows, cols)), shape=(size, size))
     return connected_components(graph, directed=False)[1].astype(np.int64), stopped

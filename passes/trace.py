@@ -86,6 +86,7 @@ FACT_METHODS = frozenset(
     ]
 )
 VALUE_METHODS = frozenset(["item", "tolist", "numpy", "__array__", "data_ptr"])
+plain_call = nn.Module.__call__  # as it is outside of a trace
 PLAIN_MODULES = ("_operator", "builtins", "math")  # their functions make no tensors of their own
 PLAIN = ATOMS | {complex, torch.layout, torch.memory_format}
 
@@ -192,7 +193,7 @@ class ValueTracer(fx.Tracer):
         path = str(node.target)
         module = self.modules[path]
         if path not in self.opaque and not isinstance(module, nn.RNNBase | nn.RNNCellBase):
-            return module(*args, **kwargs)
+            return plain_call(module, *args, **kwargs)
         with plain_rnn(module), self.watching(module, path):
             return module(*args, **kwargs)
 

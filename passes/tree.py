@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxprune.passes.tape import like
+
 # what a copy can share with the original: nothing in it can be changed
 SHARED: tuple[type, ...] = (
     bool,
@@ -27,6 +29,7 @@ SHARED: tuple[type, ...] = (
 SHARED += (torch.dtype, torch.device, torch.Size, torch.memory_format)
 ATOMS = frozenset(SHARED)
 CONTAINERS = frozenset([dict, OrderedDict, set, list, tuple])
+PLAIN = ATOMS | CONTAINERS
 HOOKS = frozenset(["_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"])
 CHILDREN = frozenset(["_parameters", "_buffers", "_modules"])
 
@@ -56,7 +59,7 @@ def named_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every tensor that a module tree holds: parameters, buffers and plain attributes; tied ones once."""
     seen: set[int] = set()
     for module, prefix in walk(root).items():
-        plain = [(k, v) for k, v in vars(module).items() if isinstance(v, Tensor)]
+        plain = [(k, v) for k, v in vars(module).items() if type(v) not in PLAIN and isinstance(v, Tensor)]
         for name, tensor in [*module._parameters.items(), *module._buffers.items(), *plain]:
             if tensor is not None and id(tensor) not in seen:
                 seen.add(id(tensor))
@@ -78,7 +81,7 @@ def copy_tree(root: nn.Module, swap: Mapping[int, Tensor]) -> Any:
             kind = type(value)
             if kind in ATOMS:
                 state[key] = value
-            elif not value and kind in CONTAINERS:
+            elif kind in CONTAINERS and not value:
                 state[key] = kind()
             elif key in HOOKS:
                 state[key] = OrderedDict(value)
@@ -125,5 +128,6 @@ def on_meta(tensor: Tensor) -> Tensor:
 
     Parameters ask for gradients whether or not the original does: torch takes a linear layer apart in another way if not.
     """
-    empty = torch.empty_like(tensor, device="meta")
+    dense = tensor.layout is torch.strided
+    empty = like(tensor) if dense else torch.empty_like(tensor, device="meta")
     return nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty

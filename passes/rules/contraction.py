@@ -214,6 +214,12 @@ def grouped_convolution(
     Index space: (batch, group, outputs per group, inputs per group).
     """
     channels = x_shape[1]
+    if groups == 1 and all(f.nest == (1,) for f in ins) and all(len(f.nest) == 1 for f in w):
+        per_in = 0 if transposed else 1
+        x_line = tuple(along(f.labels.reshape(-1), 0, 1) for f in ins)
+        w_line = tuple(along(f.labels.reshape(-1), 0, 1) for f in w if f.nest == (per_in,))
+        unify(call, x_line, [channels], w_line, [channels])
+        return tuple(f for f in w if f.nest == (1 - per_in,))
     per_in = channels // groups
     per_out = w_shape[1] if transposed else w_shape[0] // groups
     x_part: list[Factor] = []

@@ -118,7 +118,7 @@ def compose(call: Call, several: list[Factor], single: list[Factor]) -> list[Fac
         return []
     for g in list(single):
         parts = [f for f in several if f.dims == g.dims]
-        start = int(g.labels.reshape(-1)[0])
+        start = int(g.flat[0])
         known = call.ties.leaf_starts.get(start)
         alone = sum(h.dims == g.dims for h in single) == 1
         if len(parts) > 1 and alone and len(g.nest) == 1 and known is not None and known[2] == g.labels.numel():
