@@ -306,9 +306,10 @@ def distinct(matrices: list[np.ndarray]) -> list[np.ndarray]:
     """Constraints without repetitions, and without those that hold by themselves."""
     seen: dict[bytes, np.ndarray] = {}
     for m in matrices:
-        m = np.unique(m, axis=0) if m.shape[0] > 1 else m
         if m.shape[0] > 1 and not whole_rows(m):
-            seen.setdefault(bytes(str(m.shape), "ascii") + m.tobytes(), m)
+            m = np.unique(m, axis=0)
+            if m.shape[0] > 1:
+                seen.setdefault(bytes(str(m.shape), "ascii") + m.tobytes(), m)
     return list(seen.values())
 
 

@@ -104,22 +104,22 @@ def switched(tracer: ValueTracer, a: Any, b: Any) -> Any:
 
 def code(tracer: ValueTracer, first: int, end: int, out: Any) -> list[Any]:
     """What the nodes numbered from `first` to `end` do, with names that do not depend on where they stand."""
-    names: dict[fx.Node, Any] = {}
+    names: dict[fx.Node, str] = {}
+
+    def name(n: fx.Node) -> Any:
+        return str(n.target) if n.op == "get_attr" else names.get(n, n)
+
     lines: list[Any] = []
-    node = tracer.graph._root.prev
     mine = []
+    node = tracer.graph._root.prev
     while node.op != "root" and tracer.index[node] >= first:
-        if tracer.index[node] < end:
+        if tracer.index[node] < end and node.op != "get_attr":
             mine.append(node)
         node = node.prev
     for node in reversed(mine):
-        args = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: names.get(n, n))
-        if node.op == "get_attr":
-            names[node] = str(node.target)
-            continue
         names[node] = f"%{len(lines)}"
-        lines.append((node.op, node.target, str(args)))
-    return [*lines, [names.get(v.node, v.node) if type(v) is ValueProxy else str(v) for v in leaves(out)]]
+        lines.append((node.op, node.target, str(fx.node.map_arg((node.args, dict(node.kwargs)), name))))
+    return [*lines, [name(v.node) if type(v) is ValueProxy else str(v) for v in leaves(out)]]
 
 
 def membership(graph: fx.Graph, branches: list[Branch], index: dict[fx.Node, int]) -> dict[fx.Node, bool | None] | None:

@@ -106,19 +106,27 @@ def gather(x: Any, kind: type | tuple[type, ...], found: list[Any]) -> None:
 
 
 LARGEST_INDEX = 1 << 22  # elements
+ELEMENTWISE = frozenset(
+    f"aten::{name}"
+    for name in [
+        *("relu hardtanh hardswish hardsigmoid silu gelu sigmoid tanh leaky_relu elu mish softplus selu".split()),
+        *("add sub mul div maximum minimum _softmax _log_softmax".split()),
+    ]
+)
 NORMS = frozenset(["aten::native_batch_norm", "aten::native_layer_norm", "aten::native_group_norm"])
 # in-place ops that change a tensor's shape rather than its contents: the tensor becomes another value
 RESHAPING = frozenset(
     f"aten::{name}"
-    for name in ["transpose_", "t_", "squeeze_", "unsqueeze_", "swapaxes_", "swapdims_", "as_strided_", "resize_", "set_"]
+    for name in ["transpose_", "t_", "squeeze_", "unsqueeze_", "swapaxes_", "swapdims_", "as_strided_", "resize_", "resize_as_", "set_"]
 )
 
 
 class Imagination:
     """Results of ops on the meta device, where a shape says all there is to say.
 
-    The general meta kernels are Python, and slow. Here (1) what writes a tensor in place returns it; (2) a pure op is run
-    once for each shape, stride and dtype of its arguments. Anything else gets no answer.
+    The general meta kernels are Python, and slow. Here (1) what writes a tensor in place returns it; (2) arithmetic and
+    activations of floating tensors of one form keep it; (3) any other pure op is run once for each shape, stride and dtype
+    of its arguments. Anything else gets no answer.
     """
 
     def __init__(self) -> None:
@@ -139,8 +147,12 @@ class Imagination:
             return ""
         if schema.name in NORMS:
             return "norm"
-        if schema.name.endswith("_") and torch.Tag.pointwise in func.tags and len(schema.returns) == 1:
+        written = [a.alias_info is not None and a.alias_info.is_write for a in schema.arguments]
+        named = schema.name.endswith("_") and not schema.name.endswith("__") and schema.name not in RESHAPING
+        if named and written[0] and sum(written) == 1 and len(schema.returns) == 1:
             return "in place"
+        if schema.name in ELEMENTWISE:
+            return "elementwise"
         pure = not schema.is_mutable and not any(r.alias_info for r in schema.returns)
         return "pure" if pure and all(str(r.type) == "Tensor" for r in schema.returns) else ""
 
@@ -152,6 +164,10 @@ class Imagination:
             return like(args[0]), *self.nothing
         if kind == "in place":
             return args[0]
+        if kind == "elementwise" and args[0].is_floating_point() and not any(isinstance(v, Tensor) for v in kwargs.values()):
+            form = (args[0].shape, args[0].stride(), args[0].dtype)
+            if all((a.shape, a.stride(), a.dtype) == form for a in args[1:] if isinstance(a, Tensor)):
+                return like(args[0])
         key = (func, signature(args), signature(kwargs)) if kwargs else (func, signature(args))
         if None in key:
             return None
