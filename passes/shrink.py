@@ -92,7 +92,7 @@ def shrink(model: nn.Module, solution: Solution, kept: Tensor, cutter: Cutter | 
     modes = {path: m.training for path, m in model.named_modules()}
     for path, module in pruned.named_modules():
         if path:
-            module.training = modes.get(path.removeprefix(solution.captures[0].prefix), model.training)
+            vars(module)["training"] = modes.get(path.removeprefix(solution.captures[0].prefix), model.training)
     return pruned
 
 

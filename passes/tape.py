@@ -151,6 +151,8 @@ class Imagination:
         named = schema.name.endswith("_") and not schema.name.endswith("__") and schema.name not in RESHAPING
         if named and written[0] and sum(written) == 1 and len(schema.returns) == 1:
             return "in place"
+        if schema.name == "aten::convolution":
+            return "convolution"
         if schema.name in ELEMENTWISE:
             return "elementwise"
         pure = not schema.is_mutable and not any(r.alias_info for r in schema.returns)
@@ -165,9 +167,14 @@ class Imagination:
         if kind == "in place":
             return args[0]
         if kind == "elementwise" and args[0].is_floating_point() and not any(isinstance(v, Tensor) for v in kwargs.values()):
-            form = (args[0].shape, args[0].stride(), args[0].dtype)
-            if all((a.shape, a.stride(), a.dtype) == form for a in args[1:] if isinstance(a, Tensor)):
-                return like(args[0])
+            others = [a for a in args[1:] if isinstance(a, Tensor)]
+            widest = max([args[0], *others], key=Tensor.numel)
+            form = (widest.shape, widest.stride(), widest.dtype)
+            if all((a.shape, a.stride(), a.dtype) == form or narrower(a, widest) for a in (args[0], *others)):
+                return like(widest)
+        if kind == "convolution":
+            shape = convolved(*args)
+            return torch.empty(shape, dtype=args[0].dtype, device="meta") if args[0].is_contiguous() else func(*args)
         key = (func, signature(args), signature(kwargs)) if kwargs else (func, signature(args))
         if None in key:
             return None
@@ -182,6 +189,38 @@ class Imagination:
         several, forms = made
         made_now = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in forms]
         return tuple(made_now) if several else made_now[0]
+
+
+def narrower(a: Tensor, b: Tensor) -> bool:
+    """Whether `a` is broadcast to the shape of `b`, which is contiguous, so that the result is as `b` is."""
+    sizes = (1,) * (b.dim() - a.dim()) + tuple(a.shape)
+    fits = len(sizes) == b.dim() and all(n in (1, m) for n, m in zip(sizes, b.shape, strict=True))
+    return fits and a.dtype == b.dtype and b.is_contiguous()
+
+
+def convolved(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    extra: list[int],
+    groups: int,
+) -> list[int]:
+    """The shape of a convolution's result; raises ValueError where the channels do not fit."""
+    if x.dim() != weight.dim() or x.shape[1] != (weight.shape[0] if transposed else weight.shape[1] * groups):
+        raise ValueError(f"a convolution with a weight of shape {tuple(weight.shape)} is given {tuple(x.shape)}")
+    shape = [x.shape[0], weight.shape[1] * groups if transposed else weight.shape[0]]
+    for i, (n, k) in enumerate(zip(x.shape[2:], weight.shape[2:], strict=True)):
+        s, p, d = (v[i] if len(v) > 1 else v[0] for v in (stride, padding, dilation))
+        reach = d * (k - 1) + 1
+        if transposed:
+            shape.append((n - 1) * s - 2 * p + reach + (extra[i] if len(extra) > 1 else extra[0]))
+        else:
+            shape.append((n + 2 * p - reach) // s + 1)
+    return shape
 
 
 def like(tensor: Tensor) -> Tensor:
