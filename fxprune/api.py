@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +19,7 @@ from fxprune.passes.couple import Solution, solve
 from fxprune.passes.families import Family, families
 from fxprune.passes.kept import Cutter, NotARectangle
 from fxprune.passes.shrink import PrunedModule, shrink, tensor_cuts
-from fxprune.passes.tape import map_tensors
+from fxprune.passes.tape import Ref, collect, map_tensors
 from fxprune.passes.capture import Capture
 from fxprune.passes.trace import trace
 from fxprune.passes.tree import named_tensors, on_meta, private_copy
@@ -66,7 +66,7 @@ def prune(
     Raises: PruneError for anything that cannot be done; nothing has changed then.
     """
     args, kwargs = inputs.arguments(example_inputs)
-    check_request(model, ratio, round_to, attention, criterion)
+    check_request(model, ratio, round_to, attention, criterion, verify)
     inputs.check(model, args, kwargs)
     keep = frozen_names(model, freeze)
     solution = analyse(model, args, kwargs, heads=attention == "heads", keep=keep)
@@ -96,6 +96,7 @@ def couple(model: nn.Module, example_inputs: Any = None, *, freeze: Freeze = (),
     Arguments: as for `prune`. Raises: PruneError.
     """
     args, kwargs = inputs.arguments(example_inputs)
+    check_attention(attention)
     inputs.check(model, args, kwargs)
     solution = analyse(model, args, kwargs, heads=attention == "heads", keep=frozen_names(model, freeze))
     found = families(solution, {name for name, _ in model.named_parameters()})
@@ -219,7 +220,7 @@ def selected(model: nn.Module, solution: Solution, ratio: Ratio, criterion: str,
             where=type(model).__name__,
             fix="freeze less; print(fxprune.couple(model, example_inputs)) says why each family stays",
         )
-    ratios = [ratio_of(f, ratio) for f in free]
+    ratios = ratios_of(free, ratio, solution)
     largest = max(len(f.units) * f.width for f in free)
     if round_to > largest:
         raise PruneError(
@@ -263,8 +264,6 @@ def restore_emptied(solution: Solution, removed: np.ndarray, score: np.ndarray) 
 
 def activations_are_rectangles(solution: Solution, cutter: Cutter) -> None:
     """Raise NotARectangle where a value outside of a gathered region would not be one."""
-    from fxprune.passes.tape import Ref, collect
-
     for capture, values, regions in zip(solution.captures, solution.values, solution.regions, strict=True):
         for node, result in capture.results.items():
             if node in regions and regions[node] is not node:
@@ -275,11 +274,30 @@ def activations_are_rectangles(solution: Solution, cutter: Cutter) -> None:
                     cutter(labels, capture.tape.shape(ref))
 
 
-def ratio_of(family: Family, ratio: Ratio) -> float:
+def ratios_of(free: Sequence[Family], ratio: Ratio, solution: Solution) -> list[float]:
+    """The share to remove from each family: what the first glob says that names a module which writes or scales it."""
     if not isinstance(ratio, Mapping):
-        return float(ratio)
-    modules = [name.rpartition(".")[0] for name, _ in family.members]
-    return next((float(r) for glob, r in ratio.items() if any(matches(m, glob) for m in modules)), 0.0)
+        return [float(ratio)] * len(free)
+    found = emitters(solution)
+    ratios = []
+    for family in free:
+        owners = {name.rpartition(".")[0] for name, _ in family.members}
+        modules = owners & found.get(int(family.units[0]), set()) or owners
+        ratios.append(next((float(r) for glob, r in ratio.items() if any(matches(m, glob) for m in modules)), 0.0))
+    return ratios
+
+
+def emitters(solution: Solution) -> dict[int, set[str]]:
+    """For each class, the modules in whose results it occurs; one that only reads it is not among them."""
+    unit = solution.unit.numpy()
+    found: dict[int, set[str]] = {}
+    for capture, values in zip(solution.captures, solution.values, strict=True):
+        for node, result in capture.results.items():
+            if node.op == "call_module":
+                for f in (f for ref in collect(result, Ref) for f in values.get(ref.id, ())):
+                    for c in np.unique(unit[f.flat]).tolist():
+                        found.setdefault(c, set()).add(str(node.target).removeprefix(capture.prefix))
+    return found
 
 
 def matches(module: str, glob: str) -> bool:
@@ -327,10 +345,17 @@ def same_cuts(a: Sequence[Any], b: Sequence[Any]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[d], right[d]) for d in left)
 
 
-def check_request(model: Any, ratio: Ratio, round_to: int, attention: str, criterion: str) -> None:
+def check_attention(attention: str) -> None:
+    if attention not in ("heads", "dims"):
+        raise PruneError(f"attention must be 'heads' or 'dims', not {attention!r}", fix="attention='heads'")
+
+
+def check_request(model: Any, ratio: Ratio, round_to: int, attention: str, criterion: str, verify: Any) -> None:
     if not isinstance(model, nn.Module):
         raise PruneError(f"model is of type {type(model).__name__}, not a torch.nn.Module", fix="pass the module itself")
     named = dict(ratio) if isinstance(ratio, Mapping) else {"": ratio}
+    if not named:
+        raise PruneError("ratio is an empty mapping, which removes nothing", fix="ratio={'layer1': 0.5}, or ratio=0.5")
     for glob, value in named.items():
         ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and 0 <= value < 1
         if not ok:
@@ -345,8 +370,9 @@ def check_request(model: Any, ratio: Ratio, round_to: int, attention: str, crite
             raise PruneError(f"the glob {glob!r} in ratio matches no module", fix=did_you_mean(glob, modules))
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise PruneError(f"round_to must be a positive integer, not {round_to!r}", fix="round_to=8")
-    if attention not in ("heads", "dims"):
-        raise PruneError(f"attention must be 'heads' or 'dims', not {attention!r}", fix="attention='heads'")
+    check_attention(attention)
+    if verify not in (True, False, "auto"):
+        raise PruneError(f"verify must be True, False or 'auto', not {verify!r}", fix="verify='auto'")
     criteria.find(criterion)
 
 
@@ -359,7 +385,12 @@ def did_you_mean(glob: str, modules: Sequence[str]) -> str:
 
 def frozen_names(model: nn.Module, freeze: Freeze) -> dict[str, str]:
     """Names of the tensors that stay by request, with the reason."""
-    asked = [freeze] if isinstance(freeze, str | nn.Module) else list(freeze)
+    asked = [freeze] if isinstance(freeze, str | nn.Module) or not isinstance(freeze, Iterable) else list(freeze)
+    for item in asked:
+        if not isinstance(item, str | nn.Module):
+            raise PruneError(
+                f"freeze names {item!r}, which is neither a glob nor a module", fix="freeze='layer1', or model.layer1"
+            )
     modules = dict(model.named_modules())
     keep: dict[str, str] = {}
     for item in asked:

@@ -117,7 +117,18 @@ NORMS = frozenset(["aten::native_batch_norm", "aten::native_layer_norm", "aten::
 # in-place ops that change a tensor's shape rather than its contents: the tensor becomes another value
 RESHAPING = frozenset(
     f"aten::{name}"
-    for name in ["transpose_", "t_", "squeeze_", "unsqueeze_", "swapaxes_", "swapdims_", "as_strided_", "resize_", "resize_as_", "set_"]
+    for name in [
+        "transpose_",
+        "t_",
+        "squeeze_",
+        "unsqueeze_",
+        "swapaxes_",
+        "swapdims_",
+        "as_strided_",
+        "resize_",
+        "resize_as_",
+        "set_",
+    ]
 )
 
 

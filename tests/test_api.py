@@ -233,3 +233,11 @@ def test_stronger_ratio_leaves_less():
     left = [share(fxprune.prune(model, r, example_inputs=x, verify=False), model) for r in ratios]
     assert left[0] == 1.0 and left == sorted(left, reverse=True)
     assert 0.25 <= left[2] <= 0.33
+
+
+def test_a_glob_names_the_layer_that_writes_and_not_the_one_that_reads():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2))
+    small = fxprune.prune(model, {"2": 0.5}, example_inputs=torch.randn(2, 4))
+    now = shapes(small)
+    assert now["0.weight"] == (8, 4)
+    assert now["2.weight"] == (3, 8)

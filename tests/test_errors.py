@@ -52,6 +52,33 @@ def test_ratio_out_of_range(ratio):
     refuses(lambda: fxprune.prune(model, ratio, example_inputs=IMAGES), model, what=what, fix=IN_RANGE)
 
 
+def test_ratio_without_a_glob():
+    model = net()
+    what, fix = "ratio is an empty mapping, which removes nothing", "ratio={'layer1': 0.5}, or ratio=0.5"
+    refuses(lambda: fxprune.prune(model, {}, example_inputs=IMAGES), model, what=what, fix=fix)
+
+
+@pytest.mark.parametrize("verify", ["maybe", None, 2])
+def test_verify_that_is_neither(verify):
+    model = net()
+    what, fix = f"verify must be True, False or 'auto', not {verify!r}", "verify='auto'"
+    refuses(lambda: fxprune.prune(model, 0.5, example_inputs=IMAGES, verify=verify), model, what=what, fix=fix)
+
+
+@pytest.mark.parametrize("freeze", [3, [3], None, ["stem", 3]])
+def test_freeze_that_names_nothing(freeze):
+    model = net()
+    item = freeze[-1] if isinstance(freeze, list) else freeze
+    what, fix = f"freeze names {item!r}, which is neither a glob nor a module", "freeze='layer1', or model.layer1"
+    refuses(lambda: fxprune.prune(model, 0.5, example_inputs=IMAGES, freeze=freeze), model, what=what, fix=fix)
+
+
+def test_attention_that_couple_does_not_know():
+    model = net()
+    what = "attention must be 'heads' or 'dims', not 'y'"
+    refuses(lambda: fxprune.couple(model, IMAGES, attention="y"), model, what=what, fix="attention='heads'")
+
+
 @pytest.mark.parametrize("value", [1.0, -0.1, NAN, "half"])
 def test_ratio_of_one_glob_out_of_range(value):
     model = net()

@@ -11,6 +11,7 @@ made outside of the timed part, and both sides prune a tiny network first, so th
 
 import argparse
 import copy
+import gc
 import json
 import signal
 import statistics
@@ -111,6 +112,7 @@ def take_turns(
                 continue
             turns.results.pop(side, None)  # before the next copy is made: the largest models are gigabytes
             copied = copy.deepcopy(network)
+            gc.collect()  # what one side left behind is not collected on the other's time
             try:
                 with time_limit(limits.get(side)):
                     start = time.perf_counter()
