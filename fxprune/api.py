@@ -15,12 +15,12 @@ from torch import Tensor, fx, nn
 from fxprune import criteria, inputs, select
 from fxprune.coupling import Coupling
 from fxprune.errors import PruneError
+from fxprune.passes.capture import Capture
 from fxprune.passes.couple import Solution, solve
 from fxprune.passes.families import Family, families
 from fxprune.passes.kept import Cutter, NotARectangle
 from fxprune.passes.shrink import PrunedModule, shrink, tensor_cuts
 from fxprune.passes.tape import Ref, collect, map_tensors
-from fxprune.passes.capture import Capture
 from fxprune.passes.trace import trace
 from fxprune.passes.tree import named_tensors, on_meta, private_copy
 from fxprune.plan import Plan

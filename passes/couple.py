@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.passes import rules
+from fxprune.passes.capture import Capture
 from fxprune.passes.labels import NONE, Factor, Labels, along, factor
 from fxprune.passes.probe import probe
 from fxprune.passes.regions import gather_regions
 from fxprune.passes.rules import Call
 from fxprune.passes.tape import Op, Ref, collect
 from fxprune.passes.ties import Event, Pair, Ties, chained, components
-from fxprune.passes.capture import Capture
 
 MET_KEPT = "meets a tensor that keeps every index of that dimension"
 SPAN = 1_000_000  # node numbers of one capture

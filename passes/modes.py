@@ -87,7 +87,7 @@ def alike(a: Any, b: Any) -> bool:
         return (a.value.shape, a.value.dtype, a.value.device) == (b.value.shape, b.value.dtype, b.value.device)
     if type(a) is ValueProxy or type(b) is ValueProxy or type(a) is not type(b):
         return a is b
-    return isinstance(a, Tensor) and a is b or not isinstance(a, Tensor) and bool(a == b)
+    return (isinstance(a, Tensor) and a is b) or (not isinstance(a, Tensor) and bool(a == b))
 
 
 def switched(tracer: ValueTracer, a: Any, b: Any) -> Any:

@@ -181,7 +181,7 @@ def tensors(x: Any) -> list[Tensor]:
 
 def has_tensor(x: Any) -> bool:
     if type(x) in (tuple, list):
-        return any([isinstance(v, Tensor) or (type(v) not in ATOMS and has_tensor(v)) for v in x])
+        return any(isinstance(v, Tensor) or (type(v) not in ATOMS and has_tensor(v)) for v in x)
     return isinstance(x, Tensor) or any(isinstance(v, Tensor) for v in iterate(x))
 
 

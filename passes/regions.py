@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from fxprune.passes.capture import Capture
 from fxprune.passes.labels import Labels
 from fxprune.passes.tape import Ref
-from fxprune.passes.capture import Capture
 
 STEPS = frozenset(
     [

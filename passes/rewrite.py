@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxprune.passes.capture import Capture, Guard, switch
 from fxprune.passes.couple import Solution
 from fxprune.passes.kept import Cut, Cutter, cut_shape
 from fxprune.passes.modes import in_mode
 from fxprune.passes.regions import channel_order
 from fxprune.passes.tape import Ref, collect, map_tensors
-from fxprune.passes.capture import Capture, Guard, switch
 
 Number = (int, float)
 PURE = {getattr, "size", "dim", "numel"} | {

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-
 ATOMS = frozenset([int, float, bool, str, type(None), torch.dtype, torch.device])
 
 
@@ -337,9 +336,9 @@ class Recorder(TorchDispatchMode):
                 values[ref.id].from_input |= from_input
                 return ref
             ref = self.add(tensor, from_input=from_input)
-            if not (from_input or tensor.is_meta or tensor.dtype.is_floating_point or tensor.dtype.is_complex):
-                if tensor.numel() <= LARGEST_INDEX:
-                    values[ref.id].data = tensor.detach().clone()
+            number = tensor.dtype.is_floating_point or tensor.dtype.is_complex
+            if not (from_input or number or tensor.is_meta or tensor.numel() > LARGEST_INDEX):
+                values[ref.id].data = tensor.detach().clone()
             return ref
 
         outs = result(out) if isinstance(out, Tensor) else map_tensors(out, result)

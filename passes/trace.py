@@ -23,7 +23,7 @@ from fxprune.errors import PruneError
 from fxprune.passes.capture import Call, Capture, Guard
 from fxprune.passes.modes import Branch, in_both_modes, membership
 from fxprune.passes.opaque import SizeUse, Whole, watched
-from fxprune.passes.patches import inlined, named_apply, patched, plain_rnn
+from fxprune.passes.patches import inlined, patched, plain_rnn
 from fxprune.passes.proxy import Items, ReadsValue, ValueProxy, has_tensor, tensors, unwrap
 from fxprune.passes.tape import ATOMS, NeedsValues, Recorder, Ref, collect, map_tensors
 from fxprune.passes.tree import fetch, named_tensors
@@ -144,7 +144,7 @@ class ValueTracer(fx.Tracer):
 
     def bind(self, node: fx.Node, value: Any) -> Any:
         """Record a node's value and hand out proxies for it: containers become real containers of proxies."""
-        self.depends[node] = node.op == "placeholder" or any([self.depends[n] for n in node.all_input_nodes])
+        self.depends[node] = node.op == "placeholder" or any(self.depends[n] for n in node.all_input_nodes)
         if isinstance(value, Tensor):
             self.results[node] = self.recorder.ref(value)
             return ValueProxy(node, self, value)
@@ -214,7 +214,7 @@ class ValueTracer(fx.Tracer):
         found = [recorder.find(t) for t in tensors(value)]
         if None in found:
             return True
-        if all([values[ref.id].from_input for ref in found if ref]):
+        if all(values[ref.id].from_input for ref in found if ref):
             return False
         mine = [op for op in recorder.tape.ops if op.node == recorder.node]
         used = {r.id for op in mine for r in collect((op.args, op.kwargs), Ref)}

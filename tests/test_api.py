@@ -10,6 +10,7 @@ import torch
 import torchvision
 from graphs import GRAPHS
 from rich.console import Console
+from torch import nn
 from torchvision.models import VisionTransformer
 
 import fxprune
