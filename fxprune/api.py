@@ -175,10 +175,15 @@ def programs(
         args, kwargs = map_tensors((args, kwargs), swap)
     found = [captured(private_copy(model, stand_in).eval(), args, kwargs, final=stand_in is None)]
     if found[0].reads_training:
-        with contextlib.suppress(PruneError):  # a model may need targets to train: then it is captured for evaluation
+        try:
             other = captured(private_copy(model, stand_in).train(), args, kwargs, final=True)
-            if code(other) != code(found[0]):
-                found.append(other)
+        except PruneError as error:  # a model may need targets to train: then it is captured for evaluation
+            found[0].note = f"training mode is as evaluation: {error.what}"
+            return found
+        if other.prefix != found[0].prefix:
+            found[0].note = f"training mode is as evaluation: {', '.join(other.opaque.values())}"
+        elif code(other) != code(found[0]):
+            found.append(other)
     return found
 
 
@@ -443,7 +448,6 @@ def checked(
 
 def described(solution: Solution) -> str:
     """How the model was captured, in a phrase."""
-    opaque = {**solution.captures[0].opaque}
-    if not opaque:
-        return "symbolic"
-    return "opaque: " + ", ".join(f"{path or 'the root'} ({why})" for path, why in opaque.items())
+    opaque, note = solution.captures[0].opaque, solution.captures[0].note
+    how = "opaque: " + ", ".join(f"{path or 'the root'} ({why})" for path, why in opaque.items()) if opaque else "symbolic"
+    return f"{how}; {note}" if note else how

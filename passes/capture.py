@@ -49,6 +49,7 @@ class Capture:
         untracked: nodes whose results did not come out of the dispatcher.
         index: the number of each node.
         prefix: what the names of tensors begin with in `root` and not in the model.
+        note: what the emitted model does not do as the original does.
     """
 
     root: nn.Module
@@ -66,6 +67,7 @@ class Capture:
     untracked: set[fx.Node] = field(default_factory=set)
     index: dict[fx.Node, int] = field(default_factory=dict)
     prefix: str = ""
+    note: str = ""
 
     @property
     def output(self) -> fx.Node:
@@ -77,6 +79,25 @@ class Capture:
     @functools.cached_property
     def nodes(self) -> dict[int, fx.Node]:
         return {i: n for n, i in self.index.items()}
+
+
+def size_source(capture: Capture, node: fx.Node) -> tuple[Ref, int | None] | None:
+    """The tensor whose size a number (or tuple of numbers) is, and the dimension; None where it is computed otherwise."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node):
+        return None
+    ref = capture.results.get(source)
+    if isinstance(ref, Ref):
+        dim = node.args[1] if node.target == "size" and len(node.args) == 2 else None
+        return (ref, dim if isinstance(dim, int) else None) if reads_shape(node) else None
+    dim = node.args[1] if len(node.args) > 1 else None
+    outer = source.args[0] if isinstance(ref, tuple) and source.args else None
+    tensor = capture.results.get(outer) if isinstance(outer, fx.Node) else None
+    return (tensor, dim if isinstance(dim, int) else None) if isinstance(tensor, Ref) and reads_shape(source) else None
+
+
+def reads_shape(node: fx.Node) -> bool:
+    return node.target in ("size", "numel", "nelement") or (node.target is getattr and node.args[1] == "shape")
 
 
 def switch(evaluated: Any, trained: Any) -> Any:

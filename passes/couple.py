@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.passes import rules
-from fxprune.passes.capture import Capture
-from fxprune.passes.labels import NONE, Factor, Labels, along, factor
+from fxprune.passes.capture import Capture, size_source
+from fxprune.passes.labels import NONE, Factor, Labels, along, counts_channels, factor
 from fxprune.passes.probe import probe
 from fxprune.passes.regions import gather_regions
 from fxprune.passes.rules import Call
@@ -163,6 +163,8 @@ def read(
         uses = {r.id for op in tape.ops for r in collect((op.args, op.kwargs), Ref)} | {r.id for r in capture.outputs}
         hidden = sorted(capture.index[n] for n in capture.untracked)
         end = Op(None, (), {}, (), len(capture.index))
+        varying: set[int] = set()
+        sized: dict[int, bool] = {}
         for op in [*tape.ops, end]:
             while hidden and hidden[0] < op.node:
                 ties.node = which * SPAN + hidden[0]
@@ -172,13 +174,36 @@ def read(
             if ties.node != which * SPAN + op.node:
                 ties.node = which * SPAN + op.node
                 ties.maker = maker(capture, op.node)
-            apply_rule(Call(op, tape, labels, ties, heads, uses))
+            call = Call(op, tape, labels, ties, heads, uses, varying)
+            if op.node not in sized:
+                sized[op.node] = takes_input_sizes(capture, op.node, labels)
+            if sized[op.node] or (varying and any(r.id in varying for r in call.inputs)):
+                varying.update(r.id for r in call.outputs)
+            apply_rule(call)
         ties.node = which * SPAN + capture.index[capture.output]
         for ref in capture.outputs:
             for f in labels.get(ref.id, NONE):
                 ties.freeze(f.labels, "is an output of the model")
         every.append(labels)
     return ties, every
+
+
+def takes_input_sizes(capture: Capture, index: int, labels: dict[int, Labels]) -> bool:
+    """Whether a node has sizes of the inputs among its arguments, so that what it makes of nothing varies with them."""
+    node = capture.node_at(index)
+    numbers = [n for n in node.all_input_nodes if not collect(capture.results[n], Ref)] if node is not None else []
+    while numbers:
+        number = numbers.pop()
+        found = size_source(capture, number)
+        if found is None:
+            numbers += [n for n in number.all_input_nodes if not collect(capture.results[n], Ref)]
+            continue
+        ref, dim = found
+        if capture.tape.values[ref.id].from_input:
+            at = None if dim is None else dim % max(1, len(capture.tape.shape(ref)))
+            if at is None or not counts_channels(labels.get(ref.id, NONE), at):
+                return True
+    return False
 
 
 def apply_rule(call: Call) -> None:

@@ -106,3 +106,17 @@ def lut(labels: Labels, shape: Sequence[int], table: Tensor) -> Tensor:
     for f in labels:
         mask = mask & table[f.labels]
     return mask
+
+
+def counts_channels(labels: Labels, dim: int, unit: np.ndarray | None = None) -> bool:
+    """Whether the size of a dimension is a number of channels and nothing else: all entries along it differ.
+
+    Labels that repeat along it come from a size of the inputs, or from a repetition, merged with channels. `unit` is the
+    class of each label, where it is known.
+    """
+    for f in labels:
+        if dim in f.dims:
+            line = f.labels.movedim(dim, -1).reshape(-1, f.labels.shape[dim])[0].numpy()
+            if len(np.unique(line if unit is None else unit[line])) == len(line):
+                return True
+    return False

@@ -101,8 +101,12 @@ class ValueProxy(fx.Proxy):
     def __hash__(self) -> int:
         return id(self.value) if isinstance(self.value, Tensor) else hash(self.value)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A proxy looks callable whatever it stands for: code that takes a value or a function gets the value."""
+        return self if not callable(self.value) else super().__call__(*args, **kwargs)
+
     def __len__(self) -> int:
-        return len(self.value)
+        return operator.index(self.shape[0]) if isinstance(self.value, Tensor) else len(self.value)
 
     def __format__(self, spec: str) -> str:
         return format(repr(self) if isinstance(self.value, Tensor) else self.value, spec)
@@ -114,7 +118,7 @@ class ValueProxy(fx.Proxy):
         return f"ValueProxy({self.node.name})"
 
     def __iter__(self) -> Iterator[Any]:
-        return iter([self[i] for i in range(len(self.value))])  # type: ignore[index]
+        return iter([self[i] for i in range(len(self))])  # type: ignore[index]
 
     def __contains__(self, item: Any) -> bool:
         return item in self.concrete("in")

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxprune.passes.capture import Capture, Guard, switch
+from fxprune.passes.capture import Capture, Guard, size_source, switch
 from fxprune.passes.couple import Solution
 from fxprune.passes.kept import Cut, Cutter, cut_shape
+from fxprune.passes.labels import counts_channels
 from fxprune.passes.modes import in_mode
 from fxprune.passes.regions import channel_order
 from fxprune.passes.tape import Ref, collect, map_tensors
@@ -46,6 +47,7 @@ class Rewriter:
         self.labels = solution.values[which]
         self.regions = solution.regions[which]
         self.cutter = cutter
+        self.unit = solution.unit.numpy()
         self.constants = constants
         self.device = device
         self.graph = fx.Graph()
@@ -65,6 +67,7 @@ class Rewriter:
                 self.owned.setdefault(path, {})[name] = Ref(i)
         self.guarded = {g.node: g for g in self.capture.guards}
         self.symbolic: dict[fx.Node, bool] = {}
+        self.changed: dict[fx.Node, bool] = {}
 
     # -- what is known of a value -------------------------------------------------------------------------------------
 
@@ -140,49 +143,63 @@ class Rewriter:
     def depends(self, node: fx.Node) -> bool:
         if node.op == "placeholder":
             return True
-        source = node.args[0] if node.args else None
-        ref = self.result(source)
-        dim = None
-        if isinstance(ref, Ref) and node.target == "size" and len(node.args) == 2:
-            dim = node.args[1]
-        elif isinstance(source, fx.Node) and isinstance(ref, tuple) and source.args:
-            ref, dim = self.result(source.args[0]), node.args[1] if len(node.args) > 1 else None
-        if isinstance(ref, Ref):
-            if not isinstance(dim, int):
+        found = size_source(self.capture, node)
+        if found is not None:
+            ref, dim = found
+            if dim is None:
                 return True
             dim %= max(1, len(self.before(ref)))
-            return not any(dim in f.dims for f in self.labels.get(ref.id, ()))
+            return not counts_channels(self.labels.get(ref.id, ()), dim, self.unit)
         return any(self.is_symbolic(n) for n in node.all_input_nodes)
+
+    def is_size(self, node: fx.Node) -> bool:
+        """Whether a number is read off a tensor's shape."""
+        return size_source(self.capture, node) is not None
+
+    def is_changed(self, node: Any) -> bool:
+        """Whether a number comes out otherwise in the pruned program."""
+        if not isinstance(node, fx.Node):
+            return False
+        if node not in self.changed:
+            differs = self.value(node) != self.capture.results[node]
+            self.changed[node] = differs or (not self.is_size(node) and any(self.is_changed(n) for n in node.all_input_nodes))
+        return self.changed[node]
+
+    def original(self, node: Any) -> Any:
+        """A number as the original program computes it, in terms of the new one's sizes."""
+        if not isinstance(node, fx.Node) or not self.is_changed(node):
+            return self.new[node] if isinstance(node, fx.Node) else node
+        was = self.capture.results[node]
+        if not self.is_symbolic(node):
+            return was
+        if self.is_size(node):
+            return self.scaled(self.new[node], Fraction(was, self.value(node))) if isinstance(was, int) else self.new[node]
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self.original)
+        return self.graph.create_node(node.op, node.target, args, kwargs)
+
+    def scaled(self, number: Any, ratio: Fraction) -> Any:
+        if ratio.numerator != 1:
+            number = self.graph.call_function(operator.mul, (number, ratio.numerator))
+        if ratio.denominator != 1:
+            number = self.graph.call_function(operator.floordiv, (number, ratio.denominator))
+        return number
 
     def size(self, given: Any, wanted: int) -> Any:
         """A size argument that must come to `wanted`: literals change, expressions over input sizes are rescaled."""
         if not isinstance(given, fx.Node):
             return given if given == -1 or isinstance(given, bool) or not isinstance(given, int) else wanted
-        now = self.value(given)
-        if now == wanted:
+        if self.value(given) == wanted and (self.is_size(given) or not self.is_changed(given)):
             return self.new[given]
         if not self.is_symbolic(given):
             return wanted
-        ratio = Fraction(wanted, now)
-        scaled = self.new[given]
-        if ratio.numerator != 1:
-            scaled = self.graph.call_function(operator.mul, (scaled, ratio.numerator))
-        if ratio.denominator != 1:
-            scaled = self.graph.call_function(operator.floordiv, (scaled, ratio.denominator))
-        return scaled
+        was = self.capture.results[given]
+        return self.scaled(self.original(given), Fraction(wanted, was)) if was else self.new[given]
 
     def number(self, given: fx.Node) -> Any:
         """A number that is no size: it keeps its original value."""
-        original, now = self.capture.results[given], self.value(given)
-        if isinstance(original, bool) or not isinstance(original, Number) or now == original:
+        if isinstance(self.capture.results[given], bool) or not isinstance(self.capture.results[given], Number):
             return self.new[given]
-        if not self.is_symbolic(given):
-            return original
-        if isinstance(original, int):
-            ratio = Fraction(original, now)
-            scaled = self.graph.call_function(operator.mul, (self.new[given], ratio.numerator))
-            return self.graph.call_function(operator.floordiv, (scaled, ratio.denominator))
-        return self.graph.call_function(operator.mul, (self.new[given], original / now))
+        return self.original(given)
 
     def number_of(self, given: Any) -> Any:
         """The original value of a number that may be computed in the graph."""

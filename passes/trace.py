@@ -154,7 +154,7 @@ class ValueTracer(fx.Tracer):
         if isinstance(value, tuple | list):
             return Items.of(node, value, [self.item(node, i, v) for i, v in enumerate(value)])
         if isinstance(value, dict):
-            return {k: self.item(node, k, v) for k, v in value.items()}
+            return like_dict(value, {k: self.item(node, k, v) for k, v in value.items()})
         return ValueProxy(node, self, value)
 
     def item(self, node: fx.Node, key: Any, value: Any) -> Any:
@@ -375,16 +375,18 @@ class ValueTracer(fx.Tracer):
         bound = signature.bind(*self.example_args, **self.example_kwargs)
         args: list[Any] = []
         kwargs: dict[str, Any] = {}
-        for name, value in bound.arguments.items():
+        order, complete = list(signature.parameters), True
+        for i, (name, value) in enumerate(bound.arguments.items()):
+            complete = complete and order[i] == name  # no argument before it was left out
             kind = signature.parameters[name].kind
             if kind is inspect.Parameter.VAR_POSITIONAL:
                 args.extend(self.placeholder("*" + name, value))
             elif kind is inspect.Parameter.VAR_KEYWORD:
                 kwargs.update(self.placeholder("**" + name, value))
-            elif kind is inspect.Parameter.KEYWORD_ONLY:
-                kwargs[name] = self.placeholder(name, value)
-            else:
+            elif complete and kind is not inspect.Parameter.KEYWORD_ONLY:
                 args.append(self.placeholder(name, value))
+            else:
+                kwargs[name] = self.placeholder(name, value)
 
         def call(root: nn.Module) -> Any:
             return root.forward(*args, **kwargs)
@@ -466,6 +468,16 @@ def recorded(tracer: ValueTracer, root: nn.Module) -> fx.Graph:
     tracer.recorder.active = False
     with tracer.recorder:
         return tracer.trace(root)
+
+
+def like_dict(value: dict[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:
+    """Items in a dict of the same kind: one whose items are attributes too is made from keywords."""
+    if type(value) is dict:
+        return items
+    try:
+        return type(value)(**items)
+    except Exception:  # a kind with arguments of its own
+        return items
 
 
 def copied(x: Any) -> Any:

@@ -141,7 +141,7 @@ def prune_and_check(name, model, size, benchmark):
     images = torch.randn(2, 3, size, size, dtype=torch.float64)
     benchmark.randomise(model, images)
 
-    with benchmark.double_throughout(name):
+    with benchmark.double_throughout():
         pruned = fxprune.prune(model, 0.5, example_inputs=images, verify=False)
         found = fxprune.verify(model, pruned, images)
 

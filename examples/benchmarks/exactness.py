@@ -80,7 +80,7 @@ def measure(model: str, ratio: float) -> Row:
     randomise(network, images)
     row["forward_s"] = time_forward(network, images)
     try:
-        with double_throughout(model):
+        with double_throughout():
             return row | examine(network, images, ratio, TOLERANCES[row["dtype"]])
     except Exception as error:
         return row | {"status": "failed", "reason": one_line(error)}

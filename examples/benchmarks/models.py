@@ -18,9 +18,6 @@ from torch import Tensor, nn
 IMAGE_SIZES = {"inception_v3": 299, "quantized_inception_v3": 299}
 WITH_AUXILIARY_HEADS = {"googlenet", "inception_v3", "quantized_googlenet", "quantized_inception_v3"}
 
-# EvoNorm takes its variance in single precision even of doubles, and rounds to 1e-8 there.
-CASTS_TO_SINGLE = {"test_efficientnet_evos"}
-
 
 def torchvision_names() -> list[str]:
     """Every classification model, then the float variants of the quantizable ones."""
@@ -65,22 +62,27 @@ def build(name: str) -> tuple[nn.Module, Tensor]:
 
 
 @contextmanager
-def double_throughout(name: str) -> Iterator[None]:
-    """Within the block, a model known to cast to single precision stays in double.
+def double_throughout() -> Iterator[None]:
+    """Within the block, what is in double precision stays so, also in models that take a statistic in single.
 
-    So its error can be held to the tolerance of all others, instead of to a looser one that hides mistakes.
+    So their error can be held to the tolerance of all others, instead of to a looser one that hides mistakes.
     """
-    cast = Tensor.float
-    if name.rpartition(":")[2] in CASTS_TO_SINGLE:
-        Tensor.float = lambda self: self if self.dtype == torch.float64 else cast(self)
+    cast, to = Tensor.float, Tensor.to
+
+    def stays(self: Tensor, *args: object, **kwargs: object) -> Tensor:
+        wanted = kwargs.get("dtype", args[0] if args else None)
+        return self if self.dtype == torch.float64 and wanted == torch.float32 else to(self, *args, **kwargs)
+
+    Tensor.float = lambda self: self if self.dtype == torch.float64 else cast(self)
+    Tensor.to = stays
     try:
         yield
     finally:
-        Tensor.float = cast
+        Tensor.float, Tensor.to = cast, to
 
 
 @torch.no_grad()
-def randomise(model: nn.Module, images: Tensor, seed: int = 1) -> None:
+def randomise(model: nn.Module, inputs: object, seed: int = 1) -> None:
     """Random weights and running statistics, such that activations neither vanish nor blow up.
 
     Matrices and kernels keep the random values they were born with.
@@ -93,7 +95,7 @@ def randomise(model: nn.Module, images: Tensor, seed: int = 1) -> None:
             value.add_(_normal(value, generator), alpha=0.3)
         elif name.endswith("running_var"):
             value.mul_(_uniform(value, generator))
-    match_running_statistics(model, images, generator)
+    match_running_statistics(model, inputs, generator)
 
 
 def randomise_parameter(leaf: str, value: Tensor, generator: torch.Generator) -> None:
@@ -111,7 +113,14 @@ def randomise_parameter(leaf: str, value: Tensor, generator: torch.Generator) ->
         value.copy_(_normal(value, generator) / math.sqrt(max(fan_in, 1)))
 
 
-def match_running_statistics(model: nn.Module, images: Tensor, generator: torch.Generator) -> None:
+def call(model: nn.Module, inputs: object) -> object:
+    """The model on inputs as `prune` takes them: a tensor, a tuple of arguments or a dict of them."""
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+
+
+def match_running_statistics(model: nn.Module, inputs: object, generator: torch.Generator) -> None:
     """Set each batch norm's statistics near those of its input, as it is reached in one forward.
 
     Statistics that know nothing of the input would let the signal of fifty residual blocks double at each,
@@ -128,7 +137,7 @@ def match_running_statistics(model: nn.Module, images: Tensor, generator: torch.
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     hooks = [norm.register_forward_pre_hook(match) for norm in norms if norm.running_var is not None]
     try:
-        model(images)
+        call(model, inputs)
     finally:
         for hook in hooks:
             hook.remove()

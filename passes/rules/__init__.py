@@ -49,8 +49,18 @@ def signature(func: Any) -> tuple[list[str], dict[str, Any]]:
 class Call:
     """One op on the tape as a rule sees it: arguments by name, labels and shapes of tensors, and where to report."""
 
-    def __init__(self, op: Op, tape: Tape, labels: dict[int, Labels], ties: Ties, heads: bool, uses: set[int]) -> None:
+    def __init__(
+        self,
+        op: Op,
+        tape: Tape,
+        labels: dict[int, Labels],
+        ties: Ties,
+        heads: bool,
+        uses: set[int],
+        varying: set[int] | None = None,
+    ) -> None:
         self.op, self.tape, self.known, self.ties, self.heads, self.uses = op, tape, labels, ties, heads, uses
+        self.varying = varying or ()  # values whose contents change with the sizes of the inputs
         self.inputs: list[Ref] = collect((op.args, op.kwargs) if op.kwargs else op.args, Ref)
         self.outputs: list[Ref] = collect(op.outs, Ref)
 
@@ -76,7 +86,10 @@ class Call:
         return self.tape.values[ref.id].shape
 
     def data(self, ref: Ref) -> Tensor | None:
+        """The contents of a tensor of indices, if they are the same for every input."""
         value = self.tape.values[ref.id]
+        if ref.id in self.varying:
+            return None
         if value.data is None and value.on_meta and not value.from_input:
             raise NeedsValues  # a constant whose contents were not computed
         return value.data

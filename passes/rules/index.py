@@ -110,8 +110,14 @@ def put_at_constants(call: Call, x: Ref, indices: list[Ref | None], values: Ref)
     contents = [None if i is None else call.data(i).cpu() for i in indices]  # type: ignore[union-attr]
     shape = torch.ops.aten.index.Tensor(torch.empty(call.shape(x), device="cpu"), contents).shape
     places: Labels = NONE
+    indexed: list[int] = []
+    dim = 0
+    for c in contents:
+        width = c.dim() if c is not None and c.dtype in (torch.bool, torch.uint8) else 1
+        indexed += range(dim, dim + width) if c is not None else ()
+        dim += width
     for f in call.labels(x):
-        full = fill(f, call.shape(x), [d for d, c in enumerate(contents) if c is not None])
+        full = fill(f, call.shape(x), indexed)
         g = factor(torch.ops.aten.index.Tensor(full, contents))
         places += (g,) if g.nest else NONE
     unify(call, places, shape, *align(call.labels(values), call.shape(values), len(shape)))

@@ -1,0 +1,241 @@
+"""Prune every model of a suite without a hint and say whether the result is exact, and what stayed.
+
+    prunability.py                                    torchvision (121), timm (a model of each family), transformers
+    prunability.py --suite timm --tools fxprune       one suite, one tool
+    prunability.py --models timm:coat_tiny --redo     some models again
+    prunability.py --level plan --all                 couple and plan on shapes alone: all of timm
+
+A model runs in a process of its own with a time limit, so a sweep can be stopped and started again. Rows go to
+`prunability.jsonl`, the tables to `PRUNABILITY.md`. Both tools prune half of everything. *exact*: the result equals the
+original with the removed channels masked, at the sizes the model takes, up to 1e-9 in double precision (1e-4 in single,
+above 60 million parameters). Torch-Pruning is given what its documentation asks for (the classifiers, the heads); its
+result is exact where it equals the original with the same elements zeroed, and only *runs* where that is no reference
+(a norm takes statistics over channels).
+"""
+
+import argparse
+import copy
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from models import call, double_throughout, randomise
+from suites import SUITES, make
+from sweep import Row, limit_memory, machine, markdown_table, one_line, read_rows, sweep
+from torch import Tensor, nn
+
+import fxprune
+from fxprune.passes.tape import collect, map_tensors
+
+HERE = Path(__file__).parent
+ROWS, TABLE = HERE / "prunability.jsonl", HERE / "PRUNABILITY.md"
+TOOLS = ("fxprune", "torch-pruning")
+DOUBLE_UP_TO = 60_000_000  # parameters
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
+RATIO = 0.5
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--suite", choices=[*SUITES, "all"], default="all")
+    parser.add_argument("--models", nargs="+", help="these instead of a suite, as suite:name")
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
+    parser.add_argument("--level", choices=["exact", "plan"], default="exact")
+    parser.add_argument("--all", action="store_true", help="every timm model (with --level plan)")
+    parser.add_argument("--limit", type=float, default=600, help="seconds for one model")
+    parser.add_argument("--redo", action="store_true", help="run again what the file has already")
+    parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.job:
+        limit_memory(0.8)
+        print(json.dumps(measure(**arguments.job)))
+        return
+    suites = list(SUITES) if arguments.suite == "all" else [arguments.suite]
+    names = arguments.models or [name for suite in suites for name in SUITES[suite]()]
+    if arguments.all:
+        import timm
+
+        names = [f"timm:{name}" for name in timm.list_models()]
+    tools = ["fxprune"] if arguments.level == "plan" else arguments.tools
+    jobs = [{"model": name, "tool": tool, "level": arguments.level} for tool in tools for name in names]
+    try:
+        sweep(__file__, jobs, ROWS, limit=arguments.limit, redo=arguments.redo)
+    finally:
+        TABLE.write_text(tables(read_rows(ROWS)))
+    print(TABLE)
+
+
+def measure(model: str, tool: str, level: str) -> Row:
+    """The row of one model with one tool; an error is a row too."""
+    if level == "plan":
+        return planned(model)
+    network, inputs = make(model)
+    count = count_parameters(network)
+    dtype = torch.float64 if count <= DOUBLE_UP_TO else torch.float32
+    row: Row = {"params": count, "dtype": str(dtype).removeprefix("torch."), "machine": machine()}
+    network = network.to(dtype)
+    inputs = map_tensors(inputs, lambda t: t.to(dtype) if t.is_floating_point() else t)
+    try:
+        with double_throughout():
+            with torch.no_grad():
+                randomise(network, inputs)
+            run = with_fxprune if tool == "fxprune" else with_torch_pruning
+            return row | run(network, inputs, TOLERANCES[dtype])
+    except Exception as error:
+        return row | {"status": "failed", "reason": one_line(error)}
+
+
+def with_fxprune(network: nn.Module, inputs: Any, tolerance: float) -> Row:
+    coupling = fxprune.couple(network, inputs)
+    start = time.perf_counter()
+    pruned = fxprune.prune(network, RATIO, example_inputs=inputs, verify=False)
+    seconds = time.perf_counter() - start
+    found = fxprune.verify(network, pruned, inputs)
+    with torch.no_grad():
+        compared = sum(t.numel() for t in collect(call(pruned, inputs), Tensor))
+    exact = found.error <= tolerance and compared > 0
+    return {
+        **reach(network, coupling),
+        "seconds": seconds,
+        "error": float(found.error),
+        "compared": list(found.compared),
+        "values": compared,
+        "params_after": count_parameters(pruned),
+        "capture": str(pruned.meta.get("capture", "")),
+        "status": "exact" if exact else "inexact",
+        "reason": "" if exact else f"error {found.error:.1e} over {compared} values",
+    }
+
+
+def reach(network: nn.Module, coupling: fxprune.Coupling) -> Row:
+    """What share of the parameters lies in prunable families, and what stays, largest first."""
+    sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
+    prunable = {name for f in coupling.families if f.frozen is None for name, _ in f.members}
+    frozen = [f for f in coupling.families if f.frozen is not None]
+    frozen.sort(key=lambda f: sum(sizes.get(name, 0) for name, _ in f.members), reverse=True)
+    return {
+        "in_prunable": sum(sizes.get(name, 0) for name in prunable) / max(1, sum(sizes.values())),
+        "frozen": [f"{f.name}: {f.frozen}" for f in frozen[:3]],
+        "families": len(coupling.families),
+    }
+
+
+def planned(model: str) -> Row:
+    """Couple and choose on shapes alone."""
+    network, inputs = make(model)
+    row: Row = {"params": count_parameters(network), "machine": machine()}
+    start = time.perf_counter()
+    try:
+        coupling = fxprune.couple(network, inputs)
+    except Exception as error:
+        return row | {"status": "failed", "reason": one_line(error)}
+    return row | reach(network, coupling) | {"status": "planned", "seconds": time.perf_counter() - start}
+
+
+def with_torch_pruning(network: nn.Module, inputs: Any, tolerance: float) -> Row:
+    import torch_pruning
+    from speed import classifiers, heads
+
+    copied = copy.deepcopy(network)
+    start = time.perf_counter()
+    pruner = torch_pruning.pruner.BasePruner(
+        copied,
+        inputs,
+        importance=torch_pruning.importance.MagnitudeImportance(p=2),
+        pruning_ratio=RATIO,
+        ignored_layers=classifiers(copied),
+        num_heads=heads(copied),
+        forward_fn=call,
+    )
+    pruner.step()
+    row: Row = {"seconds": time.perf_counter() - start, "params_after": count_parameters(copied)}
+    if row["params_after"] == count_parameters(network):
+        return row | {"status": "untouched", "reason": "nothing was removed"}
+    with torch.no_grad():
+        got = collect(call(copied, inputs), Tensor)
+        if any(takes_statistics(m) for m in network.modules()):
+            return row | {"status": "runs", "reason": "a norm takes statistics over channels: zeroing is no reference"}
+        zero_removed(network, copied)
+        wanted = collect(call(network, inputs), Tensor)
+    error = max((difference(a, b) for a, b in zip(wanted, got, strict=True)), default=float("inf"))
+    return row | {"status": "exact" if error <= tolerance else "inexact", "error": error}
+
+
+def takes_statistics(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower() and not hasattr(module, "running_var")
+
+
+def zero_removed(network: nn.Module, pruned: nn.Module) -> None:
+    """Zero every element of a floating tensor whose value the pruned model no longer has."""
+    left = {**dict(pruned.named_parameters()), **dict(pruned.named_buffers())}
+    for name, value in [*network.named_parameters(), *network.named_buffers()]:
+        kept = left.get(name)
+        if value.is_floating_point() and kept is not None and kept.shape != value.shape:
+            value.mul_(torch.isin(value, kept))
+
+
+def difference(wanted: Tensor, got: Tensor) -> float:
+    if wanted.shape != got.shape:
+        return float("inf")
+    return float((wanted - got).abs().max() / wanted.abs().max().clamp(min=1e-30)) if wanted.numel() else 0.0
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def tables(rows: list[Row]) -> str:
+    parts = [
+        "# Prunability\n\nWritten by `prunability.py` from `prunability.jsonl`; what the words mean is said at its top.\n\n"
+        + "".join(f"- {count} rows on {name}\n" for name, count in machines(rows))
+    ]
+    for level, suite in sorted({(row["level"], row["model"].partition(":")[0]) for row in rows}):
+        chosen = [row for row in rows if row["level"] == level and row["model"].startswith(suite + ":")]
+        parts.append(f"\n## {suite}" + (", planned on shapes alone" if level == "plan" else "") + "\n\n")
+        parts.append(summary(chosen) + "\n" + markdown_table(COLUMNS, side_by_side(chosen)))
+    return "".join(parts)
+
+
+def machines(rows: list[Row]) -> list[tuple[str, int]]:
+    names = [row["machine"] for row in rows if "machine" in row]
+    return [(name, names.count(name)) for name in dict.fromkeys(names)]
+
+
+def summary(rows: list[Row]) -> str:
+    lines = []
+    for tool in TOOLS:
+        mine = [row for row in rows if row["tool"] == tool]
+        if mine:
+            counts = {
+                status: sum(row["status"] == status for row in mine) for status in dict.fromkeys(r["status"] for r in mine)
+            }
+            lines.append(f"- {tool}: {len(mine)} models; " + ", ".join(f"{n} {status}" for status, n in counts.items()) + "\n")
+    return "".join(lines)
+
+
+def side_by_side(rows: list[Row]) -> list[Row]:
+    """One row for each model: fxprune's, with the other tool's under `other`."""
+    others = {row["model"]: row for row in rows if row["tool"] != "fxprune"}
+    ours = [row for row in rows if row["tool"] == "fxprune"]
+    return [row | {"other": others.get(row["model"], {})} for row in sorted(ours, key=lambda row: row["model"])]
+
+
+COLUMNS = [
+    ("model", "l", lambda row: row["model"].partition(":")[2]),
+    ("parameters, M", "r", lambda row: f"{row['params'] / 1e6:.1f}" if "params" in row else ""),
+    ("status", "l", lambda row: row["status"]),
+    ("error", "r", lambda row: f"{row['error']:.0e}" if "error" in row else ""),
+    ("in prunable families", "r", lambda row: f"{row['in_prunable']:.1%}" if "in_prunable" in row else ""),
+    ("left", "r", lambda row: f"{row['params_after'] / row['params']:.0%}" if "params_after" in row else ""),
+    ("seconds", "r", lambda row: f"{row['seconds']:.1f}" if "seconds" in row else ""),
+    ("captured", "l", lambda row: row.get("capture", "")),
+    ("why not, or what stays", "l", lambda row: row.get("reason") or "; ".join(row.get("frozen", [])[:2])),
+    ("Torch-Pruning", "l", lambda row: " ".join(filter(None, [row["other"].get("status"), row["other"].get("reason")]))),
+]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

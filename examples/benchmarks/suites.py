@@ -1,0 +1,115 @@
+"""The suites of `prunability.py`: every entry builds a model and the arguments of one call.
+
+A builder returns the model in evaluation mode with random weights and a dict or tuple of example inputs. Sizes are small
+where a model allows it; nothing is downloaded. What a model returns only for training (losses, caches) is switched off by
+its own options.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from models import IMAGE_SIZES, build, full_name
+from torch import Tensor, nn
+
+Built = tuple[nn.Module, Any]
+
+
+def torchvision_suite() -> list[str]:
+    return [f"torchvision:{name}" for name in torchvision.models.list_models()]
+
+
+def timm_suite() -> list[str]:
+    """The smallest model of each of timm's families, as `families.json` beside this file lists them."""
+    listed = json.loads((Path(__file__).parent / "timm_families.json").read_text())
+    return [f"timm:{name}" for name in listed.values()]
+
+
+def transformers_suite() -> list[str]:
+    from transformers_configs import CONFIGS
+
+    return [f"transformers:{name}" for name in CONFIGS]
+
+
+SUITES: dict[str, Callable[[], list[str]]] = {
+    "torchvision": torchvision_suite,
+    "timm": timm_suite,
+    "transformers": transformers_suite,
+}
+
+
+def make(name: str) -> Built:
+    """The model of a suite's entry and its example inputs."""
+    library, _, short = name.partition(":")
+    torch.manual_seed(0)
+    if library == "torchvision":
+        return torchvision_model(short)
+    if library == "timm":
+        return timm_model(short)
+    from transformers_configs import CONFIGS
+
+    return CONFIGS[short]()
+
+
+def timm_model(short: str) -> Built:
+    import timm
+
+    model = timm.create_model(short).eval()
+    size = model.pretrained_cfg["input_size"]
+    return model, torch.randn(2, *size)
+
+
+def torchvision_model(short: str) -> Built:
+    builders = torchvision.models
+    if short in builders.list_models(module=builders) or short.startswith("quantized_"):
+        return build(full_name(short))
+    for module, maker in MAKERS.items():
+        if short in builders.list_models(module=getattr(builders, module)):
+            return maker(short)
+    raise SystemExit(f"no builder for torchvision:{short}")
+
+
+def segmentation(short: str) -> Built:
+    return torchvision.models.get_model(short, weights=None, weights_backbone=None, aux_loss=None).eval(), images(2, 96)
+
+
+def detection(short: str) -> Built:
+    """Every box is kept, so that there is something to compare."""
+    options: dict[str, Any] = {"weights": None, "weights_backbone": None}
+    if "rcnn" in short:
+        options |= {"box_score_thresh": 0.0, "box_detections_per_img": 20}
+        options |= {"rpn_pre_nms_top_n_test": 50, "rpn_post_nms_top_n_test": 30, "min_size": 128, "max_size": 160}
+    elif "ssd" in short:
+        options |= {"score_thresh": 0.0, "detections_per_img": 20, "topk_candidates": 30}
+    else:
+        options |= {"score_thresh": 0.0, "detections_per_img": 20, "topk_candidates": 30, "min_size": 128, "max_size": 160}
+    model = torchvision.models.get_model(short, **options).eval()
+    return model, ([torch.rand(3, 128, 144), torch.rand(3, 112, 128)],)
+
+
+def video(short: str) -> Built:
+    size, frames = (224, 16) if short.startswith("mvit") else (64, 16)
+    return torchvision.models.get_model(short, weights=None).eval(), torch.randn(1, 3, frames, size, size)
+
+
+def optical_flow(short: str) -> Built:
+    model = torchvision.models.get_model(short, weights=None).eval()
+    return model, {"image1": images(1, 128), "image2": images(1, 128), "num_flow_updates": 2}
+
+
+MAKERS: dict[str, Callable[[str], Built]] = {
+    "segmentation": segmentation,
+    "detection": detection,
+    "video": video,
+    "optical_flow": optical_flow,
+}
+
+
+def images(batch: int, size: int) -> Tensor:
+    return torch.randn(batch, 3, size, size)
+
+
+__all__ = ["IMAGE_SIZES", "SUITES", "make"]
