@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune import criteria, inputs, select
+from fxprune import criteria, inputs, same_class as own_class, select
 from fxprune.coupling import Coupling
 from fxprune.errors import PruneError
 from fxprune.passes.capture import Capture
@@ -24,7 +24,7 @@ from fxprune.passes.tape import Ref, collect, map_tensors
 from fxprune.passes.trace import trace
 from fxprune.passes.tree import named_tensors, on_meta, private_copy
 from fxprune.plan import Plan
-from fxprune.verification import Verification, compare
+from fxprune.verification import TOLERANCE, Verification, compare
 
 Ratio = float | Mapping[str, float]
 Freeze = str | nn.Module | Sequence[str | nn.Module]
@@ -41,6 +41,7 @@ def prune(
     round_to: int = 1,
     attention: Attention = "heads",
     verify: bool | Literal["auto"] = "auto",
+    same_class: bool = False,
 ) -> fx.GraphModule:
     """A physically smaller copy of a model, exactly equal to it with the removed channels masked.
 
@@ -60,6 +61,8 @@ def prune(
         round_to: what is left of a family is a multiple of this; a family that cannot be stays whole.
         attention: remove whole `heads`, or `dims` within them.
         verify: compare the result to the masked original; `auto` does so where a forward is cheap.
+        same_class: return a shrunk copy of the model, of its own class, with attributes and configuration brought up to date,
+            instead of a GraphModule: its caches, losses, `generate` and `save_pretrained` are as before.
 
     Returns: a `torch.fx.GraphModule` on the model's device and in its mode; `meta["plan"]` and `meta["verification"]`.
 
@@ -83,7 +86,7 @@ def prune(
     pruned.meta["capture"] = described(solution)
     if verify is True or (verify == "auto" and is_cheap(model)):
         pruned.meta["verification"] = checked(model, pruned, solution, kept, args, kwargs, attention == "heads")
-    return pruned
+    return as_class(model, pruned, args, kwargs) if same_class else pruned
 
 
 def couple(model: nn.Module, example_inputs: Any = None, *, freeze: Freeze = (), attention: Attention = "heads") -> Coupling:
@@ -144,6 +147,34 @@ def apply_plan(plan: Plan, model: nn.Module, example_inputs: Any = None) -> fx.G
     pruned.meta["plan"] = plan
     pruned.meta["capture"] = described(solution)
     return pruned
+
+
+def as_class(model: nn.Module, pruned: PrunedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The pruned model in the original's own class; raises PruneError where it does not compute the same."""
+    plan = plan_of(pruned)
+    with unobserved(model):
+        whole = trace(private_copy(model).eval(), args, kwargs, whole=True)
+        solution = solve([whole], heads=plan.attention == "heads", keep=dict.fromkeys(plan.freeze, "is frozen"))
+        made, known = own_class.shrunk(model, solution, kept_by(plan, solution))
+        mode = pruned.training
+        wanted = collect(pruned.eval()(*args, **kwargs), Tensor)
+        pruned.train(mode)
+        modes = {m: m.training for m in made.modules()}
+        made.eval()
+        tolerance = max((TOLERANCE.get(t.dtype, 1e-3) for t in made.parameters()), default=1e-3)
+        run = lambda m: m(*args, **kwargs)  # noqa: E731
+        own_class.configure(model, made, known, wanted, run, tolerance)
+        error = own_class.difference(made, wanted, run)
+        for m, training in modes.items():
+            m.training = training
+    if error > tolerance:
+        raise PruneError(
+            f"the pruned model cannot stay a {type(model).__name__}: its own forward holds sizes that no attribute has",
+            where=type(model).__name__,
+            fix="take the GraphModule that prune returns without same_class",
+        )
+    made.meta = dict(pruned.meta)
+    return made
 
 
 # -- the steps ---------------------------------------------------------------------------------------------------------

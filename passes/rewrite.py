@@ -277,7 +277,7 @@ class Rewriter:
             return self.graph.call_function(switch, (self.new[node.args[0]], self.new[node.args[1]]))  # type: ignore[index]
         touches = [self.result(n) for n in node.all_input_nodes] + [self.capture.results.get(node)]
         changed = self.cut_anything(touches)
-        if changed and node.op == "call_module":
+        if node.op == "call_module" and (changed or str(node.target) in self.capture.opaque):
             self.module(node)
         handler = handlers.get(function_name(node))
         if changed and handler is not None and node.op != "output":

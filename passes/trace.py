@@ -400,16 +400,21 @@ class ValueTracer(fx.Tracer):
         return self.bind(node, value)
 
 
-def trace(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, retry: bool = True) -> Capture:
+def trace(
+    root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, retry: bool = True, whole: bool = False
+) -> Capture:
     """Capture one run of `root` on the example arguments; `root` must be a private copy (see `private_copy`).
 
-    `retry=False` lets errors out instead of turning the module where they arose opaque.
+    `retry=False` lets errors out instead of turning the module where they arose opaque; `whole` makes one opaque module of
+    all of it from the start.
     """
     tracer = ValueTracer(root, args, kwargs)
     tracer.retry = retry
     prefix = ""
     with patched(tracer), torch.no_grad():
         try:
+            if whole:
+                raise RuntimeError("stays of its class")
             graph = recorded(tracer, root)
         except Exception as error:
             if not retry or hasattr(error, "fxprune_plain") or isinstance(error, PruneError):

@@ -9,6 +9,7 @@ Rows go to `exactness.jsonl`, the table to `EXACTNESS.md`. Weights, norms and ru
 """
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -80,7 +81,7 @@ def measure(model: str, ratio: float) -> Row:
     randomise(network, images)
     row["forward_s"] = time_forward(network, images)
     try:
-        with double_throughout():
+        with double_throughout() if dtype == torch.float64 else contextlib.nullcontext():
             return row | examine(network, images, ratio, TOLERANCES[row["dtype"]])
     except Exception as error:
         return row | {"status": "failed", "reason": one_line(error)}

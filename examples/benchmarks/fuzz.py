@@ -24,7 +24,8 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1] / "tests"))
 
 from fuzz_steps import OPS  # noqa: E402
-from fuzzing import TOLERANCE, check, draw, fails_like, shrink  # noqa: E402
+from fuzzing import TOLERANCE, check, draw  # noqa: E402
+from shrinking import fails_like, shrink  # noqa: E402
 
 ROWS, TABLE = HERE / "fuzz.jsonl", HERE / "FUZZ.md"
 BLOCK = 100

@@ -63,22 +63,25 @@ def build(name: str) -> tuple[nn.Module, Tensor]:
 
 @contextmanager
 def double_throughout() -> Iterator[None]:
-    """Within the block, what is in double precision stays so, also in models that take a statistic in single.
+    """Within the block single precision means double, also for models that ask for single by name.
 
     So their error can be held to the tolerance of all others, instead of to a looser one that hides mistakes.
     """
-    cast, to = Tensor.float, Tensor.to
+    to = Tensor.to
 
-    def stays(self: Tensor, *args: object, **kwargs: object) -> Tensor:
-        wanted = kwargs.get("dtype", args[0] if args else None)
-        return self if self.dtype == torch.float64 and wanted == torch.float32 else to(self, *args, **kwargs)
+    def widened(self: Tensor, *args: object, **kwargs: object) -> Tensor:
+        wide = [torch.float64 if a is torch.float32 else a for a in args]
+        return to(self, *wide, **{k: torch.float64 if v is torch.float32 else v for k, v in kwargs.items()})
 
-    Tensor.float = lambda self: self if self.dtype == torch.float64 else cast(self)
-    Tensor.to = stays
+    widened.__name__ = "to"  # which is what a tracer writes down
+    cast, standard = Tensor.float, torch.get_default_dtype()
+    Tensor.float, Tensor.to = Tensor.double, widened
+    torch.set_default_dtype(torch.float64)
     try:
         yield
     finally:
         Tensor.float, Tensor.to = cast, to
+        torch.set_default_dtype(standard)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ result is exact where it equals the original with the same elements zeroed, and 
 """
 
 import argparse
+import contextlib
 import copy
 import json
 import sys
@@ -79,7 +80,7 @@ def measure(model: str, tool: str, level: str) -> Row:
     network = network.to(dtype)
     inputs = map_tensors(inputs, lambda t: t.to(dtype) if t.is_floating_point() else t)
     try:
-        with double_throughout():
+        with double_throughout() if dtype == torch.float64 else contextlib.nullcontext():
             with torch.no_grad():
                 randomise(network, inputs)
             run = with_fxprune if tool == "fxprune" else with_torch_pruning

@@ -91,7 +91,7 @@ def detection(short: str) -> Built:
 
 
 def video(short: str) -> Built:
-    size, frames = (224, 16) if short.startswith("mvit") else (64, 16)
+    size, frames = (224, 16) if short.startswith(("mvit", "s3d")) else (64, 16)
     return torchvision.models.get_model(short, weights=None).eval(), torch.randn(1, 3, frames, size, size)
 
 
