@@ -1,11 +1,28 @@
 """Structured pruning for PyTorch as a compiler pass."""
 
+from fxprune import criteria
 from fxprune.api import couple, plan_of, prune, verify
 from fxprune.coupling import Coupling
+from fxprune.criteria import Magnitude
 from fxprune.errors import PruneError
+from fxprune.feasibility import Feasibility, feasible
 from fxprune.plan import Plan
 from fxprune.report import report
 from fxprune.verification import Verification
 
-__all__ = ["Coupling", "Plan", "PruneError", "Verification", "couple", "plan_of", "prune", "report", "verify"]
+__all__ = [
+    "Coupling",
+    "Feasibility",
+    "Magnitude",
+    "Plan",
+    "PruneError",
+    "Verification",
+    "couple",
+    "criteria",
+    "feasible",
+    "plan_of",
+    "prune",
+    "report",
+    "verify",
+]
 __version__ = "0.1.0"

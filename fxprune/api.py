@@ -12,31 +12,42 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune import criteria, inputs, same_class as own_class, select
+from fxprune import inputs
+from fxprune import same_class as own_class
+from fxprune.choice import selected
 from fxprune.coupling import Coupling
+from fxprune.criteria.scoring import Criterion
 from fxprune.errors import PruneError
 from fxprune.passes.capture import Capture
 from fxprune.passes.couple import Solution, solve
-from fxprune.passes.families import Family, families
-from fxprune.passes.kept import Cutter, NotARectangle
+from fxprune.passes.families import families
+from fxprune.passes.kept import NotARectangle
 from fxprune.passes.shrink import PrunedModule, shrink, tensor_cuts
-from fxprune.passes.tape import Ref, collect, map_tensors
+from fxprune.passes.tape import collect, map_tensors
 from fxprune.passes.trace import trace
 from fxprune.passes.tree import named_tensors, on_meta, private_copy
 from fxprune.plan import Plan
+from fxprune.request import HALF, Ratio, Request, Scopes
 from fxprune.verification import TOLERANCE, Verification, compare
 
-Ratio = float | Mapping[str, float]
 Freeze = str | nn.Module | Sequence[str | nn.Module]
 Attention = Literal["heads", "dims"]
 
 
 def prune(
     model: nn.Module,
-    ratio: Ratio = 0.5,
+    ratio: Ratio = HALF,
     *,
     example_inputs: Any = None,
-    criterion: str = "magnitude",
+    params: float | None = None,
+    macs: float | None = None,
+    memory: float | None = None,
+    criterion: str | Criterion = "magnitude",
+    data: Iterable[Any] | None = None,
+    loss: Callable[..., Tensor] | None = None,
+    ranking: Literal["local", "global", "isomorphic"] = "local",
+    scopes: Scopes | None = None,
+    floor: float | None = None,
     freeze: Freeze = (),
     round_to: int = 1,
     attention: Attention = "heads",
@@ -56,7 +67,22 @@ def prune(
             to shares, the first match of which counts; families that no glob matches stay whole.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments, nested as forward takes
             them; what varies at run time (batch and image size) may have any value here.
-        criterion: how units are ranked; `magnitude` is the L2 norm over the whole family.
+        params, macs, memory: a budget in place of `ratio`: parameters, multiply-accumulates of one forward of the example
+            inputs, or bytes of parameters and buffers. A float up to 1 is the share that may stay, a larger number absolute.
+            The fewest units go that meet it.
+        criterion: how units are ranked: a name in `fxprune.criteria.CRITERIA`, one of its classes with options of its own,
+            or a function of a parameter that gives the importance of each element. `magnitude` is the L2 norm over the whole
+            family.
+        data: for criteria that look at data: batches, each a pair of inputs (as `example_inputs`) and target, a dict of
+            keyword arguments, or inputs alone. They are read once (twice for `grasp`), in evaluation mode.
+        loss: for criteria that look at gradients: a function of the output and the target (of the output and the dict; of
+            the output alone) that returns a mean over the batch.
+        ranking: who competes: with `local` every family loses the same share; with `global` all families lose their lowest
+            scored units together; with `isomorphic` (arXiv:2407.04616) those of one structure do.
+        scopes: a mapping from names to globs over module names: families of one scope share a ratio and compete. `ratio` may
+            name them.
+        floor: the share of every family that stays where families compete or a budget is given, 0.1 by default; with
+            `local` ratios none by default.
         freeze: globs over module names, or modules, whose parameters stay as they are.
         round_to: what is left of a family is a multiple of this; a family that cannot be stays whole.
         attention: remove whole `heads`, or `dims` within them.
@@ -69,11 +95,13 @@ def prune(
     Raises: PruneError for anything that cannot be done; nothing has changed then.
     """
     args, kwargs = inputs.arguments(example_inputs)
-    check_request(model, ratio, round_to, attention, criterion, verify)
+    budgets = {"params": params, "macs": macs, "memory": memory}
+    request = Request(ratio, budgets, criterion, ranking, scopes, floor, round_to, data, loss)
+    check_request(model, request, attention, verify)
     inputs.check(model, args, kwargs)
     keep = frozen_names(model, freeze)
     solution = analyse(model, args, kwargs, heads=attention == "heads", keep=keep)
-    kept, cutter = selected(model, solution, ratio, criterion, round_to)
+    kept, cutter = selected(model, solution, request)
     plan = Plan(
         {name: tuple(t.shape) for name, t in named_tensors(model)},
         {name: parts for name, parts in tensor_cuts(solution, kept, cutter).items() if parts},
@@ -173,7 +201,7 @@ def as_class(model: nn.Module, pruned: PrunedModule, args: tuple[Any, ...], kwar
             where=type(model).__name__,
             fix="take the GraphModule that prune returns without same_class",
         )
-    made.meta = dict(pruned.meta)
+    setattr(made, "meta", dict(pruned.meta))
     return made
 
 
@@ -244,104 +272,6 @@ def unobserved(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def selected(model: nn.Module, solution: Solution, ratio: Ratio, criterion: str, round_to: int) -> tuple[Tensor, Cutter]:
-    """Which labels stay. Choices that would not leave rectangles, or would leave a tensor empty, are taken back."""
-    parameters = dict(model.named_parameters())
-    found = families(solution, set(parameters))
-    free = [f for f in found if f.frozen is None and len(f.units) > 1]
-    if not free:
-        reasons = sorted({f.frozen for f in found if f.frozen})
-        raise PruneError(
-            "nothing in the model can be pruned" + (f": every family {', or '.join(reasons[:3])}" if reasons else ""),
-            where=type(model).__name__,
-            fix="freeze less; print(fxprune.couple(model, example_inputs)) says why each family stays",
-        )
-    ratios = ratios_of(free, ratio, solution)
-    largest = max(len(f.units) * f.width for f in free)
-    if round_to > largest:
-        raise PruneError(
-            f"round_to={round_to} is larger than every family (the largest has {largest} channels)",
-            fix=f"round_to<={largest}",
-        )
-    size = len(solution.unit)
-    score = criteria.score(parameters, solution.leaves, solution.unit, criterion).numpy()
-    made = select.pools([f.units for f in free], ratios, solution.equal, size)
-    removed = np.zeros(size, bool)
-    for pool in made:
-        removed[select.choose(pool, score, [f.width for f in free], round_to)] = True
-    unit = solution.unit.numpy()
-    restore_emptied(solution, removed, score)
-    for _ in range(len(made) + 1):
-        try:
-            kept = torch.from_numpy(~removed[unit])
-            cutter = Cutter(kept)
-            tensor_cuts(solution, kept, cutter)
-            activations_are_rectangles(solution, cutter)
-            return kept, cutter
-        except NotARectangle as error:
-            removed[unit[error.labels.numpy()]] = False
-    raise AssertionError("restoring units always ends in a rectangle")
-
-
-def restore_emptied(solution: Solution, removed: np.ndarray, score: np.ndarray) -> None:
-    """Every tensor keeps at least one entry: where a choice would leave none, the best scored unit stays."""
-    unit = solution.unit.numpy()
-    seen: set[int] = set()
-    for values in solution.values:
-        for labels in values.values():
-            for f in labels:
-                if id(f.labels) in seen:
-                    continue
-                seen.add(id(f.labels))
-                classes = unit[f.flat]
-                if removed[classes].all():
-                    removed[classes[np.argmax(score[classes])]] = False
-
-
-def activations_are_rectangles(solution: Solution, cutter: Cutter) -> None:
-    """Raise NotARectangle where a value outside of a gathered region would not be one."""
-    for capture, values, regions in zip(solution.captures, solution.values, solution.regions, strict=True):
-        for node, result in capture.results.items():
-            if node in regions and regions[node] is not node:
-                continue
-            for ref in collect(result, Ref):
-                labels = values.get(ref.id, ())
-                if any(len(f.nest) > 1 for f in labels):
-                    cutter(labels, capture.tape.shape(ref))
-
-
-def ratios_of(free: Sequence[Family], ratio: Ratio, solution: Solution) -> list[float]:
-    """The share to remove from each family: what the first glob says that names a module which writes or scales it."""
-    if not isinstance(ratio, Mapping):
-        return [float(ratio)] * len(free)
-    found = emitters(solution)
-    ratios = []
-    for family in free:
-        owners = {name.rpartition(".")[0] for name, _ in family.members}
-        modules = owners & found.get(int(family.units[0]), set()) or owners
-        ratios.append(next((float(r) for glob, r in ratio.items() if any(matches(m, glob) for m in modules)), 0.0))
-    return ratios
-
-
-def emitters(solution: Solution) -> dict[int, set[str]]:
-    """For each class, the modules in whose results it occurs; one that only reads it is not among them."""
-    unit = solution.unit.numpy()
-    found: dict[int, set[str]] = {}
-    for capture, values in zip(solution.captures, solution.values, strict=True):
-        for node, result in capture.results.items():
-            if node.op == "call_module":
-                for f in (f for ref in collect(result, Ref) for f in values.get(ref.id, ())):
-                    for c in np.unique(unit[f.flat]).tolist():
-                        found.setdefault(c, set()).add(str(node.target).removeprefix(capture.prefix))
-    return found
-
-
-def matches(module: str, glob: str) -> bool:
-    """Whether a glob names a module or one it lies in."""
-    parts = module.split(".")
-    return any(fnmatch.fnmatchcase(".".join(parts[: i + 1]), glob) for i in range(len(parts)))
-
-
 def kept_by(plan: Plan, solution: Solution) -> Tensor:
     """Which labels a plan keeps; raises PruneError where it does not fit the model's coupling."""
     removed = np.zeros(len(solution.unit), bool)
@@ -386,9 +316,10 @@ def check_attention(attention: str) -> None:
         raise PruneError(f"attention must be 'heads' or 'dims', not {attention!r}", fix="attention='heads'")
 
 
-def check_request(model: Any, ratio: Ratio, round_to: int, attention: str, criterion: str, verify: Any) -> None:
+def check_request(model: Any, request: Request, attention: str, verify: Any) -> None:
     if not isinstance(model, nn.Module):
         raise PruneError(f"model is of type {type(model).__name__}, not a torch.nn.Module", fix="pass the module itself")
+    ratio, round_to = request.ratio, request.round_to
     named = dict(ratio) if isinstance(ratio, Mapping) else {"": ratio}
     if not named:
         raise PruneError("ratio is an empty mapping, which removes nothing", fix="ratio={'layer1': 0.5}, or ratio=0.5")
@@ -400,16 +331,23 @@ def check_request(model: Any, ratio: Ratio, round_to: int, attention: str, crite
                 f"{what} must be a number in [0, 1), not {value!r}",
                 fix="ratio=0.5 removes half of every family",
             )
-    modules = [name for name, _ in model.named_modules()]
-    for glob in named if isinstance(ratio, Mapping) else ():
-        if not any(fnmatch.fnmatchcase(name, glob) for name in modules):
-            raise PruneError(f"the glob {glob!r} in ratio matches no module", fix=did_you_mean(glob, modules))
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise PruneError(f"round_to must be a positive integer, not {round_to!r}", fix="round_to=8")
     check_attention(attention)
     if verify not in (True, False, "auto"):
         raise PruneError(f"verify must be True, False or 'auto', not {verify!r}", fix="verify='auto'")
-    criteria.find(criterion)
+    request.check()
+    check_globs(model, request)
+
+
+def check_globs(model: nn.Module, request: Request) -> None:
+    modules = [name for name, _ in model.named_modules()]
+    scopes = request.scopes or {}
+    asked = [("ratio", glob) for glob in request.ratio if glob not in scopes] if isinstance(request.ratio, Mapping) else []
+    asked += [("scopes", glob) for globs in scopes.values() for glob in ([globs] if isinstance(globs, str) else globs)]
+    for argument, glob in asked:
+        if not any(fnmatch.fnmatchcase(name, glob) for name in modules):
+            raise PruneError(f"the glob {glob!r} in {argument} matches no module", fix=did_you_mean(glob, modules))
 
 
 def did_you_mean(glob: str, modules: Sequence[str]) -> str:

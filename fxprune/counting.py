@@ -1,17 +1,20 @@
-"""How many indices, and how many parameter elements, each family holds."""
+"""How many indices and parameter elements each family holds, and what a choice of units costs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import flop_registry
 
 from fxprune.passes.couple import Solution
 from fxprune.passes.families import Family
-from fxprune.passes.kept import clusters
+from fxprune.passes.kept import Cutter, clusters, cut_shape
 from fxprune.passes.labels import Factor
+from fxprune.passes.tape import Op, Ref, map_tensors
 
 Shares = tuple[float, dict[int, float]]
 
@@ -64,3 +67,52 @@ def shares(group: list[Factor], member: np.ndarray, alive: np.ndarray) -> Shares
     families = np.unique(np.concatenate([member[f.labels.reshape(-1).numpy()] for f in group]))
     inside = {int(i): np.logical_or.reduce([member[a] == i for a in arrays]) for i in families if i >= 0}
     return float(together.mean()), {i: float((mask & together).mean()) for i, mask in inside.items()}
+
+
+class Costs:
+    """What a choice of units costs, computed from the shapes it leaves.
+
+    Multiply-accumulates are those of `torch.utils.flop_counter`, whose formulas are given the new shapes; the program is
+    that of evaluation, on the example inputs.
+
+    Arguments:
+        solution: the coupling.
+        tensors: the model's tensors by name, each once.
+    """
+
+    def __init__(self, solution: Solution, tensors: Mapping[str, Tensor]) -> None:
+        self.solution = solution
+        self.tensors = tensors
+        capture = solution.captures[0]
+        training = {capture.index[n] for n, mode in capture.only.items() if mode is not False}
+        self.products = [op for op in capture.tape.ops if op.node not in training and formula(op) is not None]
+
+    def original(self, kind: str) -> int:
+        """The cost with nothing removed."""
+        return self.of(Cutter(torch.ones(len(self.solution.unit), dtype=torch.bool)), kind)
+
+    def of(self, cutter: Cutter, kind: str) -> int:
+        """The `params`, `macs` or `memory` (bytes of parameters and buffers) that are left."""
+        if kind == "macs":
+            return sum(self.flops(op, cutter) for op in self.products) // 2
+        total = 0
+        for name, tensor in self.tensors.items():
+            if kind == "memory" or isinstance(tensor, nn.Parameter):
+                shape = cut_shape(tensor.shape, cutter(self.solution.leaves.get(name, ()), tensor.shape))
+                total += math.prod(shape) * (tensor.element_size() if kind == "memory" else 1)
+        return total
+
+    def flops(self, op: Op, cutter: Cutter) -> int:
+        """Operations of one call at the shapes that are left."""
+
+        def shape(ref: Ref) -> tuple[int, ...]:
+            before = self.solution.captures[0].tape.shape(ref)
+            return cut_shape(before, cutter(self.solution.values[0].get(ref.id, ()), before))
+
+        args, kwargs, out = (map_tensors(x, shape, Ref) for x in (op.args, op.kwargs, op.outs))
+        return int(formula(op)(*args, **kwargs, out_val=out))  # type: ignore[misc]
+
+
+def formula(op: Op) -> Callable[..., int] | None:
+    """How torch counts the operations of an op; None if it does not."""
+    return flop_registry.get(getattr(op.func, "_overloadpacket", None))

@@ -138,8 +138,9 @@ def balanced(pool: Pool, score: np.ndarray, wanted: int) -> np.ndarray:
         low.append(0.0)
         high.append(float(int(pool.ratio * len(columns) + 1e-9)))
         count += 1
-    scale = max(float(score[units].max()), 1e-30)
-    cost = np.r_[score[units] / scale - 2.0, np.zeros(extra)]
+    above = score[units] - min(float(score[units].min()), 0.0)
+    scale = max(float(above.max()), 1e-30)
+    cost = np.r_[above / scale - 2.0, np.zeros(extra)]
     constraint = LinearConstraint(csr_matrix((values, (rows, cols)), shape=(count, n + extra)), low, high)
     bounds = Bounds(np.zeros(n + extra), np.r_[np.ones(n), np.full(extra, float(wanted))])
     found = milp(

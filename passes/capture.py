@@ -97,7 +97,7 @@ def size_source(capture: Capture, node: fx.Node) -> tuple[Ref, int | None] | Non
 
 
 def reads_shape(node: fx.Node) -> bool:
-    return node.target in ("size", "numel", "nelement") or (node.target is getattr and node.args[1] == "shape")
+    return node.target in ("size", "numel", "nelement") or (node.target is getattr and str(node.args[1]) == "shape")
 
 
 def switch(evaluated: Any, trained: Any) -> Any:

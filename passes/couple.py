@@ -26,6 +26,7 @@ from fxprune.passes.ties import Event, Pair, Ties, chained, components
 
 MET_KEPT = "meets a tensor that keeps every index of that dimension"
 SPAN = 1_000_000  # node numbers of one capture
+MOST_COMPOSED = 1000  # dimensions made of several others, before the rest is frozen
 
 
 @dataclass(slots=True)
@@ -71,9 +72,12 @@ def solve(captures: Sequence[Capture], *, heads: bool, keep: Mapping[str, str] |
         if any(len(e.labels[0]) > 1 for e in ties.coarse):
             leaves = by_head(leaves, ties)
         ties, values = read(captures, leaves, size, heads)
-    if ties.composed:
+    settled: set[tuple[str, int]] = set()
+    while ties.composed:  # what is composed in one reading may ask for more in the next
+        settled |= {ties.leaf_starts[start][:2] for start in ties.composed}
         leaves = composed(leaves, ties)
-        ties, values = read(captures, leaves, size, heads)
+        last = len(settled) > MOST_COMPOSED
+        ties, values = read(captures, leaves, size, heads, settled=frozenset(settled), compose=not last)
     for name, reason in (keep or {}).items():
         for f in leaves.get(name, NONE):
             ties.frozen.append(Event(f.labels, -1, reason))
@@ -152,10 +156,17 @@ def grouped_weights(capture: Capture) -> dict[str, int]:
 
 
 def read(
-    captures: Sequence[Capture], leaves: dict[str, Labels], size: int, heads: bool, *, seeking: bool = False
+    captures: Sequence[Capture],
+    leaves: dict[str, Labels],
+    size: int,
+    heads: bool,
+    *,
+    seeking: bool = False,
+    compose: bool = True,
+    settled: frozenset[tuple[str, int]] = frozenset(),
 ) -> tuple[Ties, list[dict[int, Labels]]]:
     """Interpret every tape on labels."""
-    ties = Ties(size=size, seeking_heads=seeking, leaves={} if seeking else leaves)
+    ties = Ties(size=size, seeking_heads=seeking, leaves=leaves if compose and not seeking else {}, settled=settled)
     every = []
     for which, capture in enumerate(captures):
         tape = capture.tape

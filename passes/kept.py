@@ -96,10 +96,21 @@ class Cutter:
                 mask = mask & self.kept[f.labels]
             mask = mask.permute([*nest, *(d for d in range(len(shape)) if d not in nest)]).reshape([shape[d] for d in nest])
             sizes = rectangle(mask)
-            if sizes is None:
+            if sizes is None or self.loses_all(group, mask, nest):
                 raise NotARectangle(torch.cat([f.labels.reshape(-1) for f in group]))
             found.append(Cut(nest, mask.reshape(-1).nonzero().flatten(), sizes))
         return found
+
+    def loses_all(self, group: Sequence[Factor], mask: Tensor, nest: Sequence[int]) -> bool:
+        """Whether an index that its own dimension's labels keep has nothing left along the others."""
+        for at, d in enumerate(nest):
+            mine = [f for f in group if f.nest == (d,)]
+            if mine and len(nest) > 1:
+                stays = np.logical_and.reduce([self.table[f.flat] for f in mine])
+                alive = mask.movedim(at, 0).reshape(mask.shape[at], -1).any(1).numpy()
+                if bool((stays & ~alive).any()):
+                    return True
+        return False
 
     def vector(self, f: Factor) -> Tensor | None:
         """Kept indices along the one dimension of a factor; None for all of them."""

@@ -105,7 +105,7 @@ class ValueProxy(fx.Proxy):
         """A proxy looks callable whatever it stands for: code that takes a value or a function gets the value."""
         return self if not callable(self.value) else super().__call__(*args, **kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """What a forward leaves on its module while it is traced is no part of the model."""
 
     def __len__(self) -> int:

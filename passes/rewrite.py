@@ -66,6 +66,8 @@ class Rewriter:
                         self.inside.setdefault(".".join(parts[:n]), []).append(path)
                 self.owned.setdefault(path, {})[name] = Ref(i)
         self.guarded = {g.node: g for g in self.capture.guards}
+        copies = ("aten::clone", "aten::_unsafe_view")
+        self.copying = {op.node for op in self.capture.tape.ops if op.func._schema.name in copies}
         self.symbolic: dict[fx.Node, bool] = {}
         self.changed: dict[fx.Node, bool] = {}
 
@@ -283,10 +285,18 @@ class Rewriter:
         if changed and handler is not None and node.op != "output":
             made = handler(self, node)
             if made is not None:
-                return made
+                return self.as_copy(node, made)
         if not collect(self.capture.results.get(node), Ref) and node.op != "output":
             return self.graph.node_copy(node, lambda n: self.new[n])  # arithmetic on numbers: mended where it is used
-        return self.emit(node, self.argument(tuple(node.args)), self.argument(dict(node.kwargs)))
+        return self.as_copy(node, self.emit(node, self.argument(tuple(node.args)), self.argument(dict(node.kwargs))))
+
+    def as_copy(self, node: fx.Node, made: fx.Node) -> fx.Node:
+        """A reshape that copied stays a copy: with a dimension shrunk to 1 it might become a view, which can be written to."""
+        if self.capture.index[node] not in self.copying or made.target == "clone":
+            return made
+        refs = [r for n in node.all_input_nodes for r in collect(self.result(n), Ref)]
+        shrunk = any(now == 1 < was for r in refs for was, now in zip(self.before(r), self.after(r), strict=True))
+        return self.graph.call_method("clone", (made,)) if shrunk else made
 
     def emit(self, node: fx.Node, args: Any, kwargs: Any) -> fx.Node:
         made = self.graph.create_node(node.op, node.target, tuple(args), dict(kwargs), node.name)

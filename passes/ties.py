@@ -42,7 +42,8 @@ class Ties:
         coarse: matrices of labels whose rows are heads, to be removed whole when heads are the granularity.
         equal: matrices of labels whose rows must keep equally many entries.
         product: matrices of labels whose rows must keep the same columns.
-        leaves: the labels of the model's own tensors, where their dimensions may become composed.
+        leaves: the labels of the model's own tensors, where their dimensions may become composed (empty: they may not).
+        settled: those dimensions that are composed already.
         composed: leaf dimensions, by first label, whose entries belong to several labels at once (an outer product).
         seeking_heads: whether this reading only looks for heads.
         maker: the function or kind of module whose node is being read: what a new tensor's size can be changed through.
@@ -59,6 +60,7 @@ class Ties:
     maker: str = ""
     leaves: dict[str, Labels] = field(default_factory=dict)
     starts: dict[int, tuple[str, int, int]] | None = None
+    settled: frozenset[tuple[str, int]] = frozenset()
     composed: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
 
     @property
@@ -68,7 +70,7 @@ class Ties:
             self.starts = {}
             for name, labels in self.leaves.items():
                 for f in labels:
-                    if len(f.nest) == 1 and f.flat[-1] - f.flat[0] == len(f.flat) - 1:
+                    if len(f.nest) == 1 and (name, f.nest[0]) not in self.settled and f.flat[-1] - f.flat[0] == len(f.flat) - 1:
                         self.starts[int(f.flat[0])] = (name, f.nest[0], len(f.flat))
         return self.starts
 

@@ -85,6 +85,7 @@ FACT_METHODS = frozenset(
         "is_neg",
     ]
 )
+WHERE = frozenset(["is_meta", "is_cuda", "is_cpu", "is_mps", "is_xpu", "get_device", "type", "index"])
 VALUE_METHODS = frozenset(["item", "tolist", "numpy", "__array__", "data_ptr"])
 plain_call = nn.Module.__call__  # as it is outside of a trace
 PLAIN_MODULES = ("_operator", "builtins", "math")  # their functions make no tensors of their own
@@ -268,6 +269,8 @@ class ValueTracer(fx.Tracer):
         value = proxy.value
         if name.startswith("__") or not hasattr(value, name):
             raise AttributeError(f"{type(value).__name__!r} object has no attribute {name!r}")
+        if name in WHERE and (value.is_meta if isinstance(value, Tensor) else getattr(value, "type", "") == "meta"):
+            raise NeedsValues  # a run without values is on another device than the model
         if isinstance(value, Tensor):
             if name in FACTS:
                 return getattr(value, name)

@@ -42,14 +42,18 @@ class Masker(Recorder):
         leaves: their labels.
         kept: which labels are kept, shape (labels,).
         heads: as in coupling.
+        fates: from an earlier run, which labels are kept, those made on the way included.
     """
 
-    def __init__(self, names: dict[int, str], leaves: Mapping[str, Labels], kept: Tensor, heads: bool) -> None:
+    def __init__(
+        self, names: dict[int, str], leaves: Mapping[str, Labels], kept: Tensor, heads: bool, fates: Tensor | None = None
+    ) -> None:
         super().__init__(names)
         rules.load()
         self.leaf_labels = leaves
         self.kept = kept
         self.settled = torch.ones(len(kept), dtype=torch.bool)
+        self.fates = fates
         self.heads = heads
         self.labels: dict[int, Labels] = {}
         self.ties = Ties(size=len(kept))
@@ -91,9 +95,10 @@ class Masker(Recorder):
     def settle(self) -> None:
         """New labels (of broadcast copies, padding, constants) share the fate of what they are tied to."""
         if self.ties.size > len(self.kept):
-            grown = self.ties.size - len(self.kept)
-            self.kept = torch.cat([self.kept, torch.ones(grown, dtype=torch.bool)])
-            self.settled = torch.cat([self.settled, torch.zeros(grown, dtype=torch.bool)])
+            start, grown = len(self.kept), self.ties.size - len(self.kept)
+            known = self.fates[start : start + grown] if self.fates is not None else torch.ones(grown, dtype=torch.bool)
+            self.kept = torch.cat([self.kept, known])
+            self.settled = torch.cat([self.settled, torch.full((grown,), self.fates is not None)])
         for pair in self.ties.pairs:
             a, b = torch.broadcast_tensors(pair.a, pair.b)
             for new, old in ((a, b), (b, a)):
@@ -315,12 +320,19 @@ def masked_outputs(
     from fxprune.passes.tree import named_tensors
 
     reference = masked_copy(model, leaves, kept)
-    masker = Masker({id(t): n for n, t in named_tensors(reference)}, leaves, kept, heads)
-    with torch.no_grad(), visible():
-        for tensor in collect((args, kwargs), Tensor):
-            masker.add(tensor, from_input=True)
-        with masker:
-            return reference(*args, **kwargs)
+    names = {id(t): n for n, t in named_tensors(reference)}
+    fates: Tensor | None = None
+    while True:  # a label made on the way may learn its fate only after a statistic has seen it: then it runs once more
+        masker = Masker(names, leaves, kept, heads, fates)
+        a, k = map_tensors((args, kwargs), torch.clone)
+        with torch.no_grad(), visible():
+            for tensor in collect((a, k), Tensor):
+                masker.add(tensor, from_input=True)
+            with masker:
+                out = reference(*a, **k)
+        if fates is not None or bool(masker.kept[len(kept) :].all()):
+            return out
+        fates = masker.kept
 
 
 def relative_error(reference: Tensor, result: Tensor) -> float:

@@ -1,23 +1,23 @@
-"""Random programs, whether each is pruned exactly, and the smallest program that still fails.
+"""Random programs, and whether each is pruned exactly.
 
-    from fuzzing import check, draw, shrink
+    from fuzzing import check, draw
     program = draw(seed=7)
     print(program.source())         # a module ready to be pasted into a test
     print(check(program))           # exact, refused, wrong or crashed; share of parameters removed
 
-A program is a list of steps in plain data (`fuzz_steps`), so a failing one is shrunk by taking steps out.
+A program is a list of steps in plain data (`fuzz_steps`), so a failing one can be shrunk (`shrinking`).
 """
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from fuzz_steps import OPS, RANKS, Step, Value, Writer
+from fuzz_steps import OPS, Step, Value, Writer
 from graphs.registry import normal, randomise
 from oracle import leaves, parameter_count, plain_masked, relative_error, run
 from torch import Tensor, nn
@@ -224,7 +224,7 @@ def attempted(rng: random.Random, seed: int) -> Program:
     program = Program(seed, inputs, (), ())
     writer, steps = started(program), []
     for name, value in list(writer.values.items()):  # inputs themselves stay whole, so each goes through a layer first
-        steps.append(grown(rng, writer, [value], [n for n in PARAMETRIC if value.kind in OPS[n].kinds]))
+        steps.append(grown(rng, writer, [value], [n for n in PARAMETRIC if value.kind in OPS[n].kinds], groups=1))
     length = rng.randint(1, 4) if rng.random() < 0.3 else rng.randint(3, 13)
     while len(steps) < length + len(inputs):
         pool = list(writer.values.values())[len(inputs) :]
@@ -245,8 +245,8 @@ def attempted(rng: random.Random, seed: int) -> Program:
     )
 
 
-def grown(rng: random.Random, writer: Writer, near: list[Value], ops: list[str]) -> Step:
-    """One more step that runs, on one of the values ``near``; drawn again until it does."""
+def grown(rng: random.Random, writer: Writer, near: list[Value], ops: list[str], **fixed: Any) -> Step:
+    """One more step that runs, on one of the values ``near``; drawn again until it does. ``fixed`` arguments are given."""
     while True:
         x = rng.choice(near)
         fitting = [OPS[name] for name in ops if x.kind in OPS[name].kinds]
@@ -259,7 +259,8 @@ def grown(rng: random.Random, writer: Writer, near: list[Value], ops: list[str])
                 continue
             inputs.append(rng.choice(distinct or known).name)
         try:
-            step = Step(f"v{len(writer.values)}", chosen.name, tuple(inputs), {k: p(rng, x) for k, p in chosen.picks.items()})
+            args = {name: fixed.get(name, pick(rng, x)) for name, pick in chosen.picks.items()}
+            step = Step(f"v{len(writer.values)}", chosen.name, tuple(inputs), args)
         except (IndexError, ValueError):  # a value of one channel has no two pieces
             continue
         made, lines, layers, zeroing = len(writer.made), len(writer.lines), dict(writer.layers), writer.zeroing
@@ -273,101 +274,3 @@ def grown(rng: random.Random, writer: Writer, near: list[Value], ops: list[str])
                     delattr(writer.module, target)
             del writer.made[made:], writer.lines[lines:]
             writer.layers, writer.zeroing = layers, zeroing
-
-
-# -- shrink ------------------------------------------------------------------------------------------------------------
-
-
-def shrink(program: Program, fails: Callable[[Program], bool], budget: int = 400) -> Program:
-    """The smallest program found by taking steps out and simplifying what is left, that still ``fails``."""
-    tried = 0
-    smaller = True
-    while smaller:
-        smaller = False
-        for candidate in simpler(program):
-            tried += 1
-            if tried > budget:
-                return program
-            try:
-                smaller = fails(candidate)
-            except Unfit:
-                continue
-            if smaller:
-                program = candidate
-                break
-    return program
-
-
-def fails_like(outcome: Outcome) -> Callable[[Program], bool]:
-    """Whether a program fails in the same way."""
-    return lambda program: check(program).cause == outcome.cause
-
-
-def simpler(program: Program) -> Iterator[Program]:
-    """Programs a little simpler than this one, the greatest simplifications first."""
-    bare = needed(program)
-    if bare != program:  # what no output comes from is part of the program all the same, and may be why it fails
-        yield bare
-    for name in program.outputs if len(program.outputs) > 1 else ():
-        yield replace(program, outputs=tuple(other for other in program.outputs if other != name))
-    for i, step in reversed(list(enumerate(program.steps))):
-        rest = program.steps[:i] + program.steps[i + 1 :]
-        if step.name not in program.outputs:
-            for instead in dict.fromkeys(step.inputs):
-                yield replace(program, steps=tuple(renamed(s, step.name, instead) for s in rest))
-    for change in ({"freeze": ()}, {"round_to": 1}, {"attention": "heads"}, {"ratio": 0.5}):
-        if any(getattr(program, k) != v for k, v in change.items()):
-            yield replace(program, **change)  # type: ignore[arg-type]
-    for i, step in enumerate(program.steps):
-        for args in simpler_arguments(step):
-            changed = (*program.steps[:i], replace(step, args=args), *program.steps[i + 1 :])
-            yield replace(program, steps=changed)
-
-
-def renamed(step: Step, old: str, new: str) -> Step:
-    return replace(step, inputs=tuple(new if name == old else name for name in step.inputs))
-
-
-def needed(program: Program) -> Program:
-    """Without the steps and inputs that no output comes from."""
-    wanted, kept = set(program.outputs), []
-    for step in reversed(program.steps):
-        if step.name in wanted:
-            wanted.update(step.inputs)
-            kept.append(step)
-    inputs = tuple(given for given in program.inputs if given[0] in wanted)
-    return replace(program, steps=tuple(reversed(kept)), inputs=inputs)
-
-
-# What tells least about an argument of this name.
-PLAINEST = {
-    "bias": False,
-    "norm": False,
-    "groups": 1,
-    "stride": 1,
-    "kernel": 1,
-    "layers": 1,
-    "both": False,
-    "times": 1,
-    "shared": 1,
-}
-
-
-def simpler_arguments(step: Step) -> Iterator[dict[str, Any]]:
-    for name, value in step.args.items():
-        options: list[Any] = []
-        if name in PLAINEST and value != PLAINEST[name]:
-            options.append(PLAINEST[name])
-        elif isinstance(value, bool):
-            options += [False] if value else []
-        elif isinstance(value, int) and value > 2:
-            options += [2, value // 2, value - 1]
-        elif isinstance(value, list) and len(value) > 1:
-            options += [value[:-1], value[1:]] if step.op != "split_and_join" else []
-        elif step.op == "head" and value != "plain" and isinstance(value, str):
-            options.append("plain")
-        for option in options:
-            yield {**step.args, name: option}
-
-
-assert set(RANKS) == set(SHAPES)

@@ -13,15 +13,16 @@ from collections.abc import Callable
 import pytest
 import torch
 from fuzz_steps import OPS, Step
-from fuzzing import Outcome, Program, build, check, draw, fails_like, shrink
+from fuzzing import Outcome, Program, build, check, draw
 from graphs.registry import normal, randomise
+from shrinking import fails_like, shrink
 from torch import nn
 
 import fxprune
 from fxprune.passes import rules
 from fxprune.passes.rules import Call, pointwise
 
-BLOCKS, GRAPHS = 8, 20  # blocks are told apart by number, so that the workers of a parallel run agree on them
+BLOCKS, GRAPHS = 4, 50  # blocks are told apart by number, so that the workers of a parallel run agree on them
 CAUGHT = 1e-3
 
 
@@ -47,14 +48,19 @@ def test_random_programs_are_exact(block: int) -> None:
         outcome = check(program)
         assert not outcome.failed, failure(program, outcome)
         removed.append(outcome.removed)
-    # Of ten thousand graphs, half lose more than a quarter; a block of twenty in which nearly all stay whole is no chance.
-    assert sum(removed) / len(removed) > 0.1, f"seeds {seed} to {seed + GRAPHS - 1}: removed {removed}"
+    # About two in three graphs lose that much; with fifty of them a third is out of reach of chance.
+    reached = sum(share >= 0.15 for share in removed) / GRAPHS
+    assert reached > 0.35, f"seeds {seed} to {seed + GRAPHS - 1}: only {reached:.0%} lost 15 % of their parameters: {removed}"
 
 
 def test_every_step_is_drawn() -> None:
     """The vocabulary has no step that never fits."""
-    drawn = {step.op for seed in range(150) for step in draw(seed).steps}
-    assert not set(OPS) - drawn
+    missing = set(OPS)
+    for seed in range(1000):
+        missing -= {step.op for step in draw(seed).steps}
+        if not missing:
+            return
+    raise AssertionError(f"never drawn: {sorted(missing)}")
 
 
 def test_a_seed_is_a_program() -> None:
@@ -150,11 +156,10 @@ def test_shrinking_a_planted_failure() -> None:
         return "cat" in ops and "pad" in ops[ops.index("cat") :]
 
     having = (program for program in map(draw, range(10**6)) if len(program.steps) > 8 and fails(program))
-    for _ in range(3):
-        small = shrink(next(having), fails)
-        assert fails(small)
-        assert len(small.steps) <= 5, small.source()
-        assert small.freeze == () and small.round_to == 1 and small.ratio == 0.5
+    small = shrink(next(having), fails)
+    assert fails(small)
+    assert len(small.steps) <= 5, small.source()
+    assert small.freeze == () and small.round_to == 1 and small.ratio == 0.5
 
 
 def test_what_is_printed_runs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,7 +82,8 @@ def unify(call: Call, a: Labels, a_shape: Sequence[int], b: Labels, b_shape: Seq
         g = next((g for g in partners if f.nest[-1] in g.dims), partners[0])
         shared = f.dims & g.dims
         if any(shared & h.dims for h in result):
-            call.ties.freeze(f.labels, KEPT_WHOLE)
+            for each in (f, *partners):
+                call.ties.freeze(each.labels, KEPT_WHOLE)
             continue
         call.ties.tie(f.labels, g.labels, broadcast=True)
         if call.ties.seeking_heads:  # the wider one still tells heads apart

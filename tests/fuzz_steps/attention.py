@@ -88,7 +88,7 @@ def channel_attention(w: Writer, x: Value, *, heads: int, size: int) -> str:
     return "a.permute(0, 3, 1, 2).flatten(2)"
 
 
-@op("tokens", other=sequence, weight=0.8, out=one_of(4, 6, 9))
+@op("tokens", other=sequence, weight=1.5, out=one_of(4, 6, 9))
 def attention_without_heads(w: Writer, x: Value, y: Value, *, out: int) -> str:
     """One value is the query and, through a layer, another the key; the scores weigh a third."""
     w.sees()
@@ -105,7 +105,7 @@ def attention_over_positions(w: Writer, x: Value, *, out: int, groups: int) -> s
     return f"(q @ a).reshape({x}.shape)"
 
 
-@op("tokens", weight=0.8, heads=one_of(1, 2, 3), size=one_of(3, 4))
+@op("tokens", weight=1.5, heads=one_of(1, 2, 3), size=one_of(3, 4))
 def pooled_by_query(w: Writer, x: Value, *, heads: int, size: int) -> tuple[str, str]:
     """Learned queries, one a head, pool the tokens."""
     k, v = (f"{w.layer(f'nn.Linear({x.c}, {heads * size})')}({x}).unflatten(-1, ({heads}, {size}))" for _ in range(2))

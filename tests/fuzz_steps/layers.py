@@ -51,7 +51,7 @@ def again(w: Writer, x: Value, *, pick: float) -> str:
     return f"{fitting[int(pick * len(fitting))]}({x})"
 
 
-@op("vector tokens", weight=1, pick=one_of(0.0, 0.5), how=one_of("transposed", "tied"))
+@op("vector tokens", weight=3, pick=one_of(0.0, 0.5), how=one_of("transposed", "tied"))
 def tied(w: Writer, x: Value, *, pick: float, how: str) -> str:
     """An earlier linear layer's weight, backwards or in a second layer."""
     linears = [a for a, _, _ in w.layers.values() if a.startswith("self.linear")]
@@ -197,7 +197,7 @@ def merge(w: Writer, x: Value, y: Value, *, how: str) -> str:
     return f"{x} {how} {layer}({y})"
 
 
-@op("tokens", weight=0.7, out=one_of(3, 5, 6), keep=coin)
+@op("tokens", weight=1.5, out=one_of(3, 5, 6), keep=coin)
 def mix_tokens(w: Writer, x: Value, *, out: int, keep: bool) -> str:
     """A linear layer along the tokens, as in MLP-Mixer."""
     w.sees()  # tokens may go
@@ -206,7 +206,7 @@ def mix_tokens(w: Writer, x: Value, *, out: int, keep: bool) -> str:
     return f"{x} + {mixed}" if keep else mixed
 
 
-@op("tokens", other=sequence, weight=0.8, heads=proper_divisor, cross=coin)
+@op("tokens", other=sequence, weight=1.5, heads=proper_divisor, cross=coin)
 def multihead(w: Writer, x: Value, y: Value, *, heads: int, cross: bool) -> str:
     """torch's own layer."""
     other = y if cross else x

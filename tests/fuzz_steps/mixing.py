@@ -77,7 +77,7 @@ def resample(w: Writer, x: Value, *, how: str) -> str:
     }[how]
 
 
-@op("map", other=same_batch, weight=0.7)
+@op("map", other=same_batch, weight=1.5)
 def gate_by_vector(w: Writer, x: Value, y: Value) -> str:
     """FiLM: a vector made from another value scales and shifts the channels."""
     mean = f"{y}.mean({tuple(d for d in range(1, y.rank) if d != y.axis)})" if y.rank > 2 else f"{y}"
@@ -162,7 +162,7 @@ def to_vector(w: Writer, x: Value, *, how: str) -> tuple[str, str]:
     return "vector", f"{x}.{how if how != 'pool' else 'sum'}({space})"
 
 
-@op("vector", weight=1.5, tokens=one_of(2, 3, 4), how=one_of("unflatten", "expand", "last"))
+@op("vector", weight=4, tokens=one_of(2, 3, 4), how=one_of("unflatten", "expand", "last"))
 def to_sequence(w: Writer, x: Value, *, tokens: int, how: str) -> tuple[str, str]:
     w.sees()  # tokens made of channels may go, and whatever runs over tokens sees them
     if how == "expand":
@@ -172,7 +172,7 @@ def to_sequence(w: Writer, x: Value, *, tokens: int, how: str) -> tuple[str, str
     return "tokens", f"{x}.unflatten(1, ({tokens}, {x.c // tokens}))"
 
 
-@op("vector", weight=1, how=one_of("expand", "unflatten"))
+@op("vector", weight=4, how=one_of("expand", "unflatten"))
 def to_map(w: Writer, x: Value, *, how: str) -> tuple[str, str]:
     w.sees()
     if how == "expand":
@@ -190,7 +190,7 @@ def extra_tokens(w: Writer, x: Value, *, how: str) -> str:
     return f"torch.cat([{w.parameter(f'1, {count}, {x.c}')}.expand({x}.shape[0], -1, -1), {x}], 1)"
 
 
-@op("vector", weight=0.6, other=lambda x, y: y.kind == "vector" and x.c * y.c <= 200 and same_batch(x, y))
+@op("vector", weight=2, other=lambda x, y: y.kind == "vector" and x.c * y.c <= 200 and same_batch(x, y))
 def outer(w: Writer, x: Value, y: Value) -> str:
     return f"({x}.unsqueeze(2) * {y}.unsqueeze(1)).flatten(1)"
 

@@ -1,0 +1,237 @@
+"""Choice: from a request to what is kept, so that every tensor stays a full rectangle."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fxprune import ranking, select
+from fxprune.budget import KINDS, met
+from fxprune.counting import Costs
+from fxprune.criteria import find
+from fxprune.criteria.scoring import comparable
+from fxprune.criteria.units import unit_scores
+from fxprune.errors import PruneError
+from fxprune.passes.couple import Solution
+from fxprune.passes.families import Family, families
+from fxprune.passes.kept import Cutter, NotARectangle
+from fxprune.passes.shrink import tensor_cuts
+from fxprune.passes.tape import Ref, collect
+from fxprune.passes.tree import named_tensors
+from fxprune.request import Ratio, Request, Scopes
+
+
+def selected(model: nn.Module, solution: Solution, request: Request) -> tuple[Tensor, Cutter]:
+    """Which labels stay."""
+    free, score = prepared(model, solution, request)
+    if not request.competes:
+        return settled(solution, one_by_one(free, score, solution, request), score, guards(solution))
+    rivalry = Rivalry(free, score, solution, request)
+    if request.budget is None:
+        return rivalry.settle(rivalry.by_ratio())
+    costs = Costs(solution, dict(named_tensors(model)))
+    return met(request.budget, rivalry.ladders, rivalry.sequence(), costs, rivalry.settle, len(solution.unit))
+
+
+def outcome(model: nn.Module, solution: Solution, request: Request) -> dict[str, tuple[int, int, int]]:
+    """For each kind of cost: the least, at the request, and the original."""
+    costs = Costs(solution, dict(named_tensors(model)))
+    free, score = prepared(model, solution, request)
+    rivalry = Rivalry(free, score, solution, request)
+    _, least = rivalry.settle(rivalry.everything())
+    _, now = selected(model, solution, request)
+    return {kind: (costs.of(least, kind), costs.of(now, kind), costs.original(kind)) for kind in KINDS}
+
+
+def prepared(model: nn.Module, solution: Solution, request: Request) -> tuple[list[Family], np.ndarray]:
+    """The families that may lose units, and the score of every unit."""
+    found = families(solution, set(dict(model.named_parameters())))
+    free = [f for f in found if f.frozen is None and len(f.units) > 1]
+    if not free:
+        reasons = sorted({f.frozen for f in found if f.frozen})
+        raise PruneError(
+            "nothing in the model can be pruned" + (f": every family {', or '.join(reasons[:3])}" if reasons else ""),
+            where=type(model).__name__,
+            fix="freeze less; print(fxprune.couple(model, example_inputs)) says why each family stays",
+        )
+    largest = max(len(f.units) * f.width for f in free)
+    if request.round_to > largest:
+        raise PruneError(
+            f"round_to={request.round_to} is larger than every family (the largest has {largest} channels)",
+            fix=f"round_to<={largest}",
+        )
+    criterion = find(request.criterion)
+    score, seen = unit_scores(model, solution, free, criterion, request.data, request.loss)
+    free = [f for f in free if seen[f.units].any()]
+    return free, comparable(score, free, criterion) if request.competes else score
+
+
+def one_by_one(free: Sequence[Family], score: np.ndarray, solution: Solution, request: Request) -> np.ndarray:
+    """Removed classes where every family loses its own ratio."""
+    most = 1.0 if request.floor is None else 1 - request.floor
+    ratios = [min(r, most) for r in ratios_of(free, request.ratio, solution)]
+    removed = np.zeros(len(score), bool)
+    for pool in select.pools([f.units for f in free], ratios, solution.equal, len(score)):
+        removed[select.choose(pool, score, [f.width for f in free], request.round_to)] = True
+    return removed
+
+
+class Rivalry:
+    """Families that compete: what each pool can lose, and who competes with whom.
+
+    Attributes:
+        ladders: of the pools that may lose anything.
+        groups: positions in `ladders` of those that compete.
+    """
+
+    def __init__(self, free: Sequence[Family], score: np.ndarray, solution: Solution, request: Request) -> None:
+        self.solution, self.score, self.guards = solution, score, guards(solution)
+        floor = ranking.FLOOR if request.floor is None else request.floor
+        ratios = [1.0] * len(free) if request.budget else ratios_of(free, request.ratio, solution, request.scopes)
+        pools = [p for p in select.pools([f.units for f in free], ratios, solution.equal, len(score)) if p.ratio > 0]
+        width = [f.width for f in free]
+        self.ladders = [ranking.ladder(p, score, width, request.round_to, floor) for p in pools]
+        scope = scopes_of(free, request.scopes, solution)
+        kinds: Sequence[object] = [None] * len(free)
+        if request.ranking == "isomorphic":
+            kinds = ranking.structures(free, solution)
+
+        def key(i: int) -> object:
+            members = dict.fromkeys(family for family, _ in pools[i].cells)
+            named = next((scope[m] for m in members if scope[m] is not None), None)
+            alone = i if request.ranking == "local" and named is None else -1
+            like = () if named is not None else tuple(sorted(map(repr, {kinds[m] for m in members})))
+            return named, alone, like, pools[i].ratio
+
+        found: dict[object, list[int]] = {}
+        for i in range(len(pools)):
+            found.setdefault(key(i), []).append(i)
+        self.groups = list(found.values())
+
+    def by_ratio(self) -> np.ndarray:
+        """Removed classes where each group loses its ratio of units."""
+        rungs = [0] * len(self.ladders)
+        for group in self.groups:
+            mine = [self.ladders[i] for i in group]
+            for i, rung in zip(group, ranking.share_of_units(mine, mine[0].pool.ratio), strict=True):
+                rungs[i] = rung
+        return ranking.removed(self.ladders, rungs, len(self.score))
+
+    def sequence(self) -> list[int]:
+        """The order of all steps."""
+        return ranking.merged(self.groups, self.ladders)
+
+    def everything(self) -> np.ndarray:
+        """Removed classes where every ladder is climbed to its end."""
+        return ranking.removed(self.ladders, [len(rung.count) - 1 for rung in self.ladders], len(self.score))
+
+    def settle(self, removed: np.ndarray) -> tuple[Tensor, Cutter]:
+        return settled(self.solution, removed, self.score, self.guards)
+
+
+# -- rectangles -----------------------------------------------------------------------------------------------------------
+
+
+def settled(solution: Solution, removed: np.ndarray, score: np.ndarray, spans: Sequence[np.ndarray]) -> tuple[Tensor, Cutter]:
+    """What is kept. Choices that would not leave rectangles, or would leave a tensor empty, are taken back."""
+    unit = solution.unit.numpy()
+    for classes in spans:
+        if removed[classes].all():  # the best scored unit stays
+            removed[classes[np.argmax(score[classes])]] = False
+    for _ in range(len(removed) + 1):
+        try:
+            kept = torch.from_numpy(~removed[unit])
+            cutter = Cutter(kept)
+            tensor_cuts(solution, kept, cutter)
+            activations_are_rectangles(solution, cutter)
+            return kept, cutter
+        except NotARectangle as error:
+            removed[unit[error.labels.numpy()]] = False
+    raise AssertionError("restoring units always ends in a rectangle")
+
+
+def guards(solution: Solution) -> list[np.ndarray]:
+    """The classes of every distinct array of labels: each must keep at least one entry."""
+    unit = solution.unit.numpy()
+    seen: set[int] = set()
+    found = []
+    for values in solution.values:
+        for labels in values.values():
+            for f in labels:
+                if id(f.labels) not in seen:
+                    seen.add(id(f.labels))
+                    found.append(unit[f.flat])
+    return found
+
+
+def activations_are_rectangles(solution: Solution, cutter: Cutter) -> None:
+    """Raise NotARectangle where a value outside of a gathered region would not be one."""
+    for capture, values, regions in zip(solution.captures, solution.values, solution.regions, strict=True):
+        for node, result in capture.results.items():
+            if node in regions and regions[node] is not node:
+                continue
+            for ref in collect(result, Ref):
+                labels = values.get(ref.id, ())
+                if any(len(f.nest) > 1 for f in labels):
+                    cutter(labels, capture.tape.shape(ref))
+
+
+# -- globs ----------------------------------------------------------------------------------------------------------------
+
+
+def ratios_of(free: Sequence[Family], ratio: Ratio, solution: Solution, scopes: Scopes | None = None) -> list[float]:
+    """The share to remove from each family: what the first glob says that names a module which writes or scales it.
+
+    The name of a scope counts as a glob that its families match.
+    """
+    if not isinstance(ratio, Mapping):
+        return [float(ratio)] * len(free)
+    named = scopes_of(free, scopes, solution)
+    return [
+        next((float(r) for glob, r in ratio.items() if glob == scope or any(matches(m, glob) for m in modules)), 0.0)
+        for scope, modules in zip(named, owners(free, solution), strict=True)
+    ]
+
+
+def scopes_of(free: Sequence[Family], scopes: Scopes | None, solution: Solution) -> list[str | None]:
+    """The scope of each family: the first one with a glob that names a module which writes or scales it."""
+    if scopes is None:
+        return [None] * len(free)
+    globs = {name: [g] if isinstance(g, str) else list(g) for name, g in scopes.items()}
+    return [
+        next((name for name, listed in globs.items() if any(matches(m, glob) for m in modules for glob in listed)), None)
+        for modules in owners(free, solution)
+    ]
+
+
+def owners(free: Sequence[Family], solution: Solution) -> list[set[str]]:
+    """The modules that write or scale each family."""
+    found = emitters(solution)
+    every = []
+    for family in free:
+        holding = {name.rpartition(".")[0] for name, _ in family.members}
+        every.append(holding & found.get(int(family.units[0]), set()) or holding)
+    return every
+
+
+def emitters(solution: Solution) -> dict[int, set[str]]:
+    """For each class, the modules in whose results it occurs; one that only reads it is not among them."""
+    unit = solution.unit.numpy()
+    found: dict[int, set[str]] = {}
+    for capture, values in zip(solution.captures, solution.values, strict=True):
+        for node, result in capture.results.items():
+            if node.op == "call_module":
+                for f in (f for ref in collect(result, Ref) for f in values.get(ref.id, ())):
+                    for c in np.unique(unit[f.flat]).tolist():
+                        found.setdefault(c, set()).add(str(node.target).removeprefix(capture.prefix))
+    return found
+
+
+def matches(module: str, glob: str) -> bool:
+    """Whether a glob names a module or one it lies in."""
+    parts = module.split(".")
+    return any(fnmatch.fnmatchcase(".".join(parts[: i + 1]), glob) for i in range(len(parts)))

@@ -1,0 +1,229 @@
+"""Score: from the importance of elements to one number for each unit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fxprune.criteria.combine import NORMALISE, REDUCE, check_options, label
+from fxprune.errors import PruneError
+from fxprune.passes.families import Family
+from fxprune.passes.labels import Factor, Labels
+
+Criterion = Callable[..., Any]
+Places = Callable[[str, Factor], bool]
+HALF = (torch.float16, torch.bfloat16)
+
+
+@dataclass(slots=True)
+class Scorer:
+    """What scoring needs to know of a model, whatever the criterion.
+
+    Attributes:
+        parameters: the model's parameters by name, on any device.
+        leaves: their labels.
+        unit: the class of each label, shape (labels,).
+        criterion: the importance of each element of a parameter.
+        families: those that may lose units; what belongs to none of them is not looked at. All count if there are none.
+        counts: whether a parameter counts along one of its factors.
+    """
+
+    parameters: Mapping[str, Tensor]
+    leaves: Mapping[str, Labels]
+    unit: np.ndarray
+    criterion: Criterion
+    families: Sequence[Family] = ()
+    counts: Places | None = None
+    seen: np.ndarray = field(init=False)
+    free: np.ndarray | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        check_options(self.criterion)
+        self.seen = np.zeros(len(self.unit), bool)
+        if self.families:
+            self.free = np.zeros(len(self.unit), bool)
+            self.free[np.concatenate([f.units for f in self.families])] = True
+
+    def __call__(self, evidence: Mapping[str, Tensor] | None = None) -> np.ndarray:
+        """The importance of every unit, indexed by class, shape (labels,); 0 for what no parameter belongs to.
+
+        `seen` then says which classes anything was said of.
+
+        Arguments:
+            evidence: what the criterion `needs`, by name of parameter and broadcastable to it; others do not count.
+        """
+        size = len(self.unit)
+        if hasattr(self.criterion, "units"):
+            self.seen[:] = True
+            return np.asarray(self.criterion.units(size), np.float64)
+        classes, values, lengths = self.rows(evidence)
+        self.seen[classes] = True
+        reduce = getattr(self.criterion, "reduce", "sum")
+        if reduce == "sum" and not hasattr(self.criterion, "finish"):
+            return np.bincount(classes, values, size)
+        return REDUCE[reduce](self.layers(classes, values, lengths), size)
+
+    def places(self, name: str) -> list[tuple[Factor, np.ndarray]]:
+        """The factors of a parameter along which it counts, each with the classes of its labels."""
+        labels = self.leaves.get(name, ())
+        if self.counts is not None:
+            labels = tuple(f for f in labels if self.counts(name, f))
+        spans = [(f, self.unit[f.flat]) for f in labels]
+        return spans if self.free is None else [(f, span) for f, span in spans if self.free[span].any()]
+
+    def rows(self, evidence: Mapping[str, Tensor] | None) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        """Classes and scores of every index of every place, one place after the other, and how many each has."""
+        classes: list[np.ndarray] = []
+        parts: list[Tensor] = []
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                places = self.places(name)
+                if not places or not parameter.is_floating_point() or parameter.numel() == 0:
+                    continue
+                if evidence is not None and name not in evidence:
+                    continue
+                given = None if evidence is None else evidence[name]
+                scored = self.scored(name, parameter.detach(), given, [f.nest for f, _ in places])
+                for (f, span), part in zip(places, scored, strict=True):
+                    if part is None:
+                        continue
+                    if len(span) != part.numel():
+                        span = np.broadcast_to(span.reshape(f.labels.shape), part.shape)
+                    classes.append(span.reshape(-1))
+                    parts.append(part.reshape(-1))
+        if not parts:
+            return np.zeros(0, np.int64), np.zeros(0), []
+        return np.concatenate(classes), fetched(parts), [len(c) for c in classes]
+
+    def layers(self, classes: np.ndarray, values: np.ndarray, lengths: list[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """For each place its units and their scores."""
+        finish = getattr(self.criterion, "finish", lambda layer: layer)
+        start = 0
+        for length in lengths:
+            units, inverse = np.unique(classes[start : start + length], return_inverse=True)
+            yield units, finish(np.bincount(inverse.reshape(-1), values[start : start + length], len(units)))
+            start += length
+
+    def scored(
+        self, name: str, weight: Tensor, evidence: Tensor | None, nests: Sequence[tuple[int, ...]]
+    ) -> Sequence[Tensor | None]:
+        """For each nest of dimensions, scores that keep size 1 along the others; None where there are none."""
+        of = self.criterion
+        if hasattr(of, "along"):
+            return [self.checked(of.along(weight, evidence, dims), name) for dims in nests]
+        spans = [frozenset(nest) for nest in nests]
+        if weight.dim() == 1:
+            scores = self.elements(name, weight, evidence)
+            return [scores for _ in spans]
+        whole = weight.is_cuda or not getattr(of, "elementwise", False)
+        rows = len(weight) if whole else max(1, BLOCK * len(weight) // weight.numel())
+        parts: list[list[Tensor]] = [[] for _ in spans]
+        for start in range(0, len(weight), rows):
+            block = weight[start : start + rows]
+            split = evidence is not None and len(evidence) == len(weight) > 1
+            beside = evidence[start : start + rows] if split and evidence is not None else evidence
+            reduced(self.elements(name, block, beside), spans, parts)
+        return [torch.cat(found) if len(found) > 1 else found[0] for found in parts]
+
+    def elements(self, name: str, weight: Tensor, evidence: Tensor | None) -> Tensor:
+        """The criterion's word on each element of a (part of a) parameter."""
+        weight = weight.float() if weight.dtype in HALF else weight
+        given = () if evidence is None else (evidence.to(weight.dtype),)
+        try:
+            scores = self.criterion(weight, *given)
+        except PruneError:
+            raise
+        except Exception as error:
+            raise self.refused(f"raises {type(error).__name__}: {error}", name) from error
+        if not isinstance(scores, Tensor) or scores.shape != weight.shape:
+            got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+            raise self.refused(f"returns {got} for a parameter of shape {tuple(weight.shape)}", name)
+        return scores
+
+    def checked(self, scores: Any, name: str) -> Tensor | None:
+        if scores is not None and not isinstance(scores, Tensor):
+            raise self.refused(f"returns a {type(scores).__name__}, not a tensor", name)
+        return scores
+
+    def refused(self, why: str, parameter: str) -> PruneError:
+        family = next((f.name for f in self.families if any(member == parameter for member, _ in f.members)), "no family")
+        return PruneError(
+            f"the criterion {label(self.criterion)} {why}",
+            where=f"{parameter} (family {family})",
+            fix="return the importance of each element, as a tensor of the parameter's shape",
+        )
+
+
+BLOCK = 1 << 18  # elements scored at a time: small enough to stay in a processor's cache
+
+
+def reduced(values: Tensor, spans: Sequence[frozenset[int]], parts: list[list[Tensor]]) -> None:
+    """Add the scores of one block of rows to what was found for each set of dimensions, summed over all others.
+
+    A tensor is scored block by block, so that no second array of its size is made.
+    """
+    for found, dims in zip(parts, spans, strict=True):
+        part = values
+        if 0 not in dims:  # first over what lies furthest apart: whole rows are added
+            part = part.sum(0, keepdim=True)
+        rest = [d for d in range(1, values.dim()) if d not in dims]
+        part = part.sum(rest, keepdim=True) if rest else part
+        if 0 in dims or not found:
+            found.append(part)
+        else:
+            found[0] = found[0] + part
+
+
+def fetched(parts: Sequence[Tensor]) -> np.ndarray:
+    """All scores in their order, in double precision: one transfer from each device."""
+    devices = {p.device for p in parts}
+    if len(devices) == 1:
+        return torch.cat([p.double() for p in parts]).cpu().numpy()
+    found: list[np.ndarray | None] = [None] * len(parts)
+    for device in devices:
+        mine = [i for i, p in enumerate(parts) if p.device == device]
+        values = torch.cat([parts[i].double() for i in mine]).cpu().numpy()
+        for i, piece in zip(mine, np.split(values, np.cumsum([parts[i].numel() for i in mine])[:-1]), strict=True):
+            found[i] = piece
+    return np.concatenate([piece for piece in found if piece is not None])
+
+
+def score(parameters: Mapping[str, Tensor], leaves: Mapping[str, Labels], unit: Tensor, criterion: str | Criterion) -> Tensor:
+    """The importance of every unit by a criterion that needs no data.
+
+    Arguments:
+        parameters: the model's parameters by name, on any device.
+        leaves: their labels.
+        unit: the class of each label, shape (labels,).
+        criterion: a name or a callable.
+
+    Returns: float64 scores indexed by class, shape (labels,); 0 for what no parameter belongs to.
+    """
+    from fxprune.criteria import find
+
+    return torch.from_numpy(Scorer(parameters, leaves, unit.numpy(), find(criterion))())
+
+
+def check_finite(score: np.ndarray, families: Sequence[Family], criterion: Criterion) -> None:
+    """Raise PruneError where a unit that may go has a score that is no number."""
+    for family in families:
+        if np.isnan(score[family.units]).any():
+            raise PruneError(
+                f"the criterion {label(criterion)} gives NaN",
+                where=f"family {family.name}",
+                fix="look for NaN among its parameters (and in the data and the loss, where it reads them)",
+            )
+
+
+def comparable(score: np.ndarray, families: Sequence[Family], criterion: Criterion) -> np.ndarray:
+    """Scores for families that compete: each family's own, normalised as the criterion asks."""
+    normalise = NORMALISE[getattr(criterion, "normalise", "none")]
+    made = np.zeros_like(score)
+    for family in families:
+        made[family.units] = normalise(score[family.units])
+    return made

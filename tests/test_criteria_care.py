@@ -1,0 +1,287 @@
+"""Scoring in any precision, without copies of weights, that leaves everything as it was; and what it refuses."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from refusals import IMAGES, net, refuses, untouched
+from scored import GRADIENTS, NEED_DATA, agree, batch, built, scores
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fxprune
+from fxprune import criteria
+from fxprune.api import analyse
+from fxprune.criteria.combine import NORMALISE, REDUCE
+from fxprune.criteria.units import unit_scores
+from fxprune.passes.families import families
+
+
+@pytest.fixture
+def small():
+    return built()
+
+
+def stepped(dtype):
+    """A model whose units differ clearly in size: unit i of 8 has weights near 2^i."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        for p, dim in ((model[0].weight, 0), (model[1].weight, 0), (model[2].weight, 1)):
+            p.copy_(torch.rand_like(p) + 0.5)
+            p.mul_((2.0 ** (order.float() / 2)).reshape([-1 if d == dim else 1 for d in range(p.dim())]))
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "lamp", "bn_scale", "wanda", "taylor", "snip", "hessian"])
+def test_bfloat16_ranks_as_float32(criterion):
+    x, y = torch.randn(16, 6, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 3
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        data = [(x.to(dtype), y)]
+        values = scores(stepped(dtype), x.to(dtype), criterion, data, lambda out, y: out.float().square().mean())
+        found.append(values["0.weight:0"].argsort().tolist())
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("criterion", NEED_DATA)
+def test_under_autocast(small, criterion):
+    model = small.float()
+    x, y = batch()
+    data = [(x.float(), y)]
+    plain = scores(model, x.float(), criterion, data, F.cross_entropy)["one.weight:0"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = scores(model, x.float(), criterion, data, F.cross_entropy)["one.weight:0"]
+    assert found.isfinite().all()
+    if criterion != "grasp":  # signed: what nearly cancels has no relative precision
+        torch.testing.assert_close(found, plain, rtol=0.25, atol=0.05 * float(plain.max()))
+
+
+class Largest(TorchDispatchMode):
+    """The size in bytes of the largest new tensor."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        mine = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+        if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in mine:
+            self.size = max(self.size, out.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "lamp", "bn_scale", "fpgm", "random"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scoring_does_not_copy_weights(criterion, dtype):
+    model = nn.Sequential(nn.Linear(1 << 17, 64), nn.LayerNorm(64), nn.ReLU(), nn.Linear(64, 1 << 16)).to(dtype)
+    largest = max(p.numel() * p.element_size() for p in model.parameters())
+    solution = analyse(model, (torch.randn(1, 1 << 17, dtype=dtype),), {}, heads=True, keep={})
+    found = [f for f in families(solution, {n for n, _ in model.named_parameters()}) if f.frozen is None]
+    assert len(found) == 1 and largest >= 16e6
+    with Largest() as seen:
+        unit_scores(model, solution, found, criteria.find(criterion))
+    assert seen.size <= 8.1 * 2**20, "a block in double precision"
+
+
+def test_everything_is_left_as_it_was(small):
+    model = net()
+    model.train()
+    x, y = IMAGES, torch.zeros(2, dtype=torch.int64)
+    for criterion in criteria.CRITERIA:
+        with untouched(model):
+            fxprune.prune(model, 0.5, example_inputs=x, criterion=criterion, data=[(x, y)], loss=F.cross_entropy)
+
+
+def test_parameters_that_need_no_gradient_are_scored_all_the_same(small):
+    x, y = batch()
+    wanted = scores(small, x, "taylor", [(x, y)], F.cross_entropy)
+    with torch.no_grad():
+        agree(scores(small.requires_grad_(False), x, "taylor", [(x, y)], F.cross_entropy), wanted)
+
+
+def test_a_batch_of_keywords_goes_to_the_loss_whole():
+    class Keyed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(3, 5), nn.Linear(5, 2)
+
+        def forward(self, x, target=None):
+            return {"out": self.down(self.up(x).relu())}
+
+    model, x, y = Keyed(), torch.randn(4, 3), torch.tensor([0, 1, 0, 1])
+    loss = lambda out, given: F.cross_entropy(out["out"], given["target"])  # noqa: E731
+    a = scores(model, x, "taylor", [{"x": x, "target": y}], loss)
+    b = scores(model, x, "taylor", [(x, y)], lambda out, y: F.cross_entropy(out["out"], y))
+    agree(a, b)
+
+
+def prune(model, criterion, **options):
+    return lambda: fxprune.prune(model, 0.5, example_inputs=IMAGES, criterion=criterion, **options)
+
+
+BATCHES = "data=[(images, labels), ...], or a DataLoader of such pairs"
+LABELS = torch.zeros(2, dtype=torch.int64)
+
+
+def test_a_criterion_of_the_wrong_shape():
+    def rows(weight):
+        return weight.flatten(1).sum(1) if weight.dim() > 1 else weight
+
+    model = net()
+    refuses(
+        prune(model, rows),
+        model,
+        what="the criterion rows returns shape (8,) for a parameter of shape (8, 3, 3, 3)",
+        where="stem.weight (family stem.weight:0)",
+        fix="return the importance of each element, as a tensor of the parameter's shape",
+    )
+
+
+def test_a_criterion_that_gives_nan():
+    def broken(weight):
+        return weight * math.nan
+
+    model = net()
+    refuses(
+        prune(model, broken),
+        model,
+        what="the criterion broken gives NaN",
+        where="family stem.weight:0",
+        fix="look for NaN among its parameters (and in the data and the loss, where it reads them)",
+    )
+
+
+def test_a_criterion_that_raises():
+    def broken(weight):
+        raise ValueError("no")
+
+    model = net()
+    error = refuses(
+        prune(model, broken),
+        model,
+        what="the criterion broken raises ValueError: no",
+        where="stem.weight (family stem.weight:0)",
+        fix="return the importance of each element, as a tensor of the parameter's shape",
+    )
+    assert isinstance(error.__cause__, ValueError)
+
+
+@pytest.mark.parametrize("criterion", [3, None, fxprune.Magnitude])
+def test_what_is_no_criterion(criterion):
+    model = net()
+    what = f"criterion must be a name or a callable, not {criterion!r}"
+    refuses(prune(model, criterion), model, what=what, fix="criterion='magnitude', or a function of a parameter")
+
+
+@pytest.mark.parametrize("criterion", NEED_DATA)
+def test_data_that_is_missing_or_empty(criterion):
+    model = net()
+    name = type(criteria.CRITERIA[criterion]).__name__
+    missing = f"the criterion {name} needs data"
+    refuses(prune(model, criterion, loss=F.cross_entropy), model, what=missing, fix=BATCHES)
+    refuses(
+        prune(model, criterion, data=[], loss=F.cross_entropy),
+        model,
+        what="data holds no batches",
+        fix=f"{BATCHES}; one that was read to its end is empty",
+    )
+
+
+@pytest.mark.parametrize("data", [3, IMAGES, {"x": IMAGES}])
+def test_data_that_is_no_batches(data):
+    model = net()
+    what = f"data must be batches, not a {type(data).__name__}"
+    refuses(prune(model, "wanda", data=data), model, what=what, fix=BATCHES)
+
+
+@pytest.mark.parametrize("criterion", GRADIENTS)
+def test_a_loss_that_is_no_scalar(criterion):
+    model = net()
+    vector = lambda out, y: torch.stack([F.cross_entropy(out, y)] * 2)  # noqa: E731
+    refuses(
+        prune(model, criterion, data=[(IMAGES, LABELS)], loss=vector),
+        model,
+        what="the loss must be a scalar, not a tensor of shape (2,)",
+        fix="a mean over the batch: loss(...).mean()",
+    )
+    refuses(
+        prune(model, criterion, data=[(IMAGES, LABELS)], loss=lambda out, y: 0.5),
+        model,
+        what="the loss must be a scalar, not a float",
+        fix="a mean over the batch: loss(...).mean()",
+    )
+
+
+def test_a_loss_that_depends_on_nothing():
+    model = net()
+    refuses(
+        prune(model, "taylor", data=[(IMAGES, LABELS)], loss=lambda out, y: torch.tensor(1.0)),
+        model,
+        what="the loss does not depend on the model's parameters",
+        fix="a loss made of the model's output",
+    )
+
+
+def test_a_loss_that_raises():
+    """One batch is passed where a list of them is meant."""
+
+    def paired(out, y):
+        return F.cross_entropy(out, y)
+
+    paired.__qualname__ = "paired"
+    model = net()
+    error = refuses(
+        prune(model, "taylor", data=(IMAGES, LABELS), loss=paired),
+        model,
+        what="the loss raises TypeError: paired() missing 1 required positional argument: 'y'",
+        fix="a function of the output and the target of a batch, or of the output alone where data has no targets",
+    )
+    assert isinstance(error.__cause__, TypeError)
+
+
+def test_data_that_the_model_does_not_take():
+    model = net()
+    with untouched(model), pytest.raises(fxprune.PruneError, match="the model raises RuntimeError on a batch of data: "):
+        prune(model, "wanda", data=[IMAGES[:, :2]])()
+
+
+def test_a_loss_that_is_missing():
+    model = net()
+    what, fix = "the criterion Taylor needs a loss", "loss=torch.nn.functional.cross_entropy"
+    refuses(prune(model, "taylor", data=[(IMAGES, LABELS)]), model, what=what, fix=fix)
+
+
+def test_data_that_can_be_read_once():
+    """GraSP needs it twice."""
+    model = net()
+    once = iter([(IMAGES, LABELS)])
+    refuses(
+        prune(model, "grasp", data=once, loss=F.cross_entropy),
+        model,
+        what="data holds no batches",
+        fix=f"{BATCHES}; one that was read to its end is empty",
+    )
+
+
+@pytest.mark.parametrize("option", ["reduce", "normalise"])
+def test_options_that_do_not_exist(option):
+    table = {"reduce": REDUCE, "normalise": NORMALISE}[option]
+    refuses(
+        lambda: fxprune.Magnitude(**{option: "best"}),
+        what=f"{option} must be one of {', '.join(table)}, not 'best'",
+        where="criterion Magnitude",
+        fix=f"{option}={next(iter(table))!r}",
+    )
+
+
+def test_bn_scale_where_there_is_none():
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)), torch.randn(1, 4)
+    refuses(
+        lambda: fxprune.prune(model, 0.5, example_inputs=x, criterion="bn_scale"),
+        model,
+        what="the criterion BNScale scores nothing in this model",
+        where="Sequential",
+        fix="criterion='magnitude'",
+    )
