@@ -201,7 +201,7 @@ def as_class(model: nn.Module, pruned: PrunedModule, args: tuple[Any, ...], kwar
             where=type(model).__name__,
             fix="take the GraphModule that prune returns without same_class",
         )
-    setattr(made, "meta", dict(pruned.meta))
+    made.__dict__["meta"] = dict(pruned.meta)
     return made
 
 
