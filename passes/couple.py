@@ -21,6 +21,7 @@ from fxprune.passes.labels import NONE, Factor, Labels, along, counts_channels, 
 from fxprune.passes.probe import probe
 from fxprune.passes.regions import gather_regions
 from fxprune.passes.rules import Call
+from fxprune.passes.sizes import HANDLERS, function_name
 from fxprune.passes.tape import Op, Ref, collect
 from fxprune.passes.ties import Event, Pair, Ties, chained, components
 
@@ -185,6 +186,7 @@ def read(
             if ties.node != which * SPAN + op.node:
                 ties.node = which * SPAN + op.node
                 ties.maker = maker(capture, op.node)
+                ties.literals = literals(capture, op.node)
             call = Call(op, tape, labels, ties, heads, uses, varying)
             if op.node not in sized:
                 sized[op.node] = takes_input_sizes(capture, op.node, labels)
@@ -242,6 +244,14 @@ def maker(capture: Capture, index: int) -> str:
     if node.op == "call_module":
         return "opaque" if str(node.target) in capture.opaque else "module"
     return str(getattr(node.target, "__name__", node.target))
+
+
+def literals(capture: Capture, index: int) -> frozenset[int]:
+    """Numbers written out in a call whose arguments are not known to be sizes, and so are never changed."""
+    node = capture.node_at(index)
+    if node is None or node.op not in ("call_function", "call_method") or function_name(node) in HANDLERS:
+        return frozenset()
+    return frozenset(v for v in collect((node.args, dict(node.kwargs)), int) if not isinstance(v, bool) and v > 1)
 
 
 def hide(capture: Capture, node: fx.Node, labels: dict[int, Labels], ties: Ties) -> None:

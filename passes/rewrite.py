@@ -21,6 +21,7 @@ from fxprune.passes.kept import Cut, Cutter, cut_shape
 from fxprune.passes.labels import counts_channels
 from fxprune.passes.modes import in_mode
 from fxprune.passes.regions import channel_order
+from fxprune.passes.sizes import HANDLERS, function_name
 from fxprune.passes.tape import Ref, collect, map_tensors
 
 Number = (int, float)
@@ -237,8 +238,6 @@ class Rewriter:
 
     def run(self) -> list[fx.Graph]:
         """The pruned programs: one, or one for evaluation and one for training."""
-        from fxprune.passes.sizes import HANDLERS
-
         only: dict[fx.Node, bool | None] = {}
         for node in self.capture.graph.nodes:
             last = self.graph._root.prev
@@ -358,10 +357,6 @@ class GuardError(RuntimeError):
 def describe(node: fx.Node) -> str:
     module = node.meta.get("module")
     return f"%{node.name}{f' in {module}' if module else ''}"
-
-
-def function_name(node: fx.Node) -> str:
-    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
 
 
 def drop_dead(graph: fx.Graph) -> None:

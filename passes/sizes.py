@@ -30,6 +30,10 @@ def handles(*names: str) -> Callable[[Handler], Handler]:
     return file
 
 
+def function_name(node: fx.Node) -> str:
+    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+
+
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
     """An argument given by position or by name."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)

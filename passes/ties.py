@@ -47,6 +47,7 @@ class Ties:
         composed: leaf dimensions, by first label, whose entries belong to several labels at once (an outer product).
         seeking_heads: whether this reading only looks for heads.
         maker: the function or kind of module whose node is being read: what a new tensor's size can be changed through.
+        literals: sizes written out among that node's arguments which the rewriter does not know how to change.
     """
 
     pairs: list[Pair] = field(default_factory=list)
@@ -58,6 +59,7 @@ class Ties:
     size: int = 1
     seeking_heads: bool = False
     maker: str = ""
+    literals: frozenset[int] = frozenset()
     leaves: dict[str, Labels] = field(default_factory=dict)
     starts: dict[int, tuple[str, int, int]] | None = None
     settled: frozenset[tuple[str, int]] = frozenset()

@@ -39,14 +39,14 @@ def uniform(call: Call) -> Labels:
         return call.labels(call.first)
     if call.ties.maker == "opaque":
         return NONE  # its size is written where it cannot be changed
-    return tuple(call.fresh(n, d, len(shape)) for d, n in enumerate(shape) if n > 1)
+    return tuple(call.fresh(n, d, len(shape)) for d, n in enumerate(shape) if n > 1 and n not in call.ties.literals)
 
 
 @rule("aten::arange", "aten::linspace", "aten::logspace", "aten::eye", "aten::hann_window")
 def ramp(call: Call) -> Labels:
     """Entries that differ, each by its place: the tensor is made whole and then cut."""
     shape = call.shape(call.outputs[0])
-    return tuple(call.fresh(n, d, len(shape)) for d, n in enumerate(shape) if n > 1)
+    return tuple(call.fresh(n, d, len(shape)) for d, n in enumerate(shape) if n > 1 and n not in call.ties.literals)
 
 
 @rule("aten::lift_fresh", "aten::lift")

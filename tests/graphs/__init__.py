@@ -28,6 +28,7 @@ for _family in (
     "topologies",
     "spatial",
     "constants",
+    "sizes",
 ):
     import_module(f"{__name__}.{_family}")
 

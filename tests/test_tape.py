@@ -1,0 +1,55 @@
+"""Results that are imagined rather than computed have the form that torch itself gives them."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from fxprune.passes.tape import Recorder, convolved
+
+CONVOLUTIONS = {1: (nn.Conv1d, nn.ConvTranspose1d), 2: (nn.Conv2d, nn.ConvTranspose2d), 3: (nn.Conv3d, nn.ConvTranspose3d)}
+
+
+@pytest.mark.parametrize("ndim", CONVOLUTIONS)
+def test_shape_of_a_convolution_is_that_of_torch(ndim):
+    plain, transposed = CONVOLUTIONS[ndim]
+    x = torch.empty(2, 4, *(13, 17, 11)[:ndim], device="meta")
+    for k, s, p, d, g in itertools.product((1, 3, 4), (1, 2), (0, 2), (1, 2), (1, 2)):
+        layer = plain(4, 6, k, s, p, d, g, device="meta")
+        assert convolved(x, layer.weight, None, [s], [p], [d], False, [0], g) == list(layer(x).shape)
+        layer = transposed(4, 6, k, s, p, s - 1, g, dilation=d, device="meta")
+        assert convolved(x, layer.weight, None, [s], [p], [d], True, [s - 1], g) == list(layer(x).shape)
+
+
+def test_channels_that_do_not_fit_a_convolution_raise():
+    with pytest.raises(ValueError, match=r"weight of shape \(6, 3, 3\) is given \(2, 4, 9\)"):
+        convolved(torch.empty(2, 4, 9), torch.empty(6, 3, 3), None, [1], [0], [1], False, [0], 1)
+
+
+A, B = torch.randn(2, 6, 5), torch.randn(6, 1)
+OPS = {
+    "same shapes": lambda a, b: a * a + 2,
+    "broadcast": lambda a, b: a - b,
+    "the narrow one first": lambda a, b: b / a,
+    "both broadcast": lambda a, b: b + b.t(),
+    "strided": lambda a, b: a.transpose(0, 2) * a.transpose(0, 2),
+    "another dtype": lambda a, b: a + b.double(),
+    "in place": lambda a, b: a.clone().mul_(b).relu_(),
+    "activations": lambda a, b: torch.nn.functional.hardswish(a).sigmoid() + torch.nn.functional.gelu(a),
+    "normalised": lambda a, b: torch.nn.functional.layer_norm(a, (5,)),
+    "reduced": lambda a, b: (a.mean((0, 2), keepdim=True), a.amax(-1), a.argmax(1)),
+    "compared": lambda a, b: (a > b, a == a),
+    "twice the same": lambda a, b: (a @ a.mT, a @ a.mT),
+}
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_imagined_results_have_the_real_form(name):
+    def form(result):
+        found = result if isinstance(result, tuple) else (result,)
+        return [(tuple(t.shape), t.stride(), t.dtype) for t in found]
+
+    with Recorder({}):
+        imagined = OPS[name](A.to("meta"), B.to("meta"))
+    assert form(imagined) == form(OPS[name](A, B))
