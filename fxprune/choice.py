@@ -29,7 +29,16 @@ def selected(model: nn.Module, solution: Solution, request: Request) -> tuple[Te
     """Which labels stay."""
     free, score = prepared(model, solution, request)
     if not request.competes:
-        return settled(solution, one_by_one(free, score, solution, request), score, guards(solution))
+        wanted = one_by_one(free, score, solution, request)
+        kept, cutter = settled(solution, wanted, score, guards(solution))
+        if cutter.whole and any(ratios_of(free, request.ratio, solution)):
+            raise PruneError(
+                "nothing in the model can be pruned by so little: "
+                + ("what would go cannot go alone" if wanted.any() else "no family has a whole unit to lose"),
+                where=type(model).__name__,
+                fix="a larger ratio, or a smaller round_to",
+            )
+        return kept, cutter
     rivalry = Rivalry(free, score, solution, request)
     if request.budget is None:
         return rivalry.settle(rivalry.by_ratio())
