@@ -327,12 +327,12 @@ def test_success_leaves_everything_alone_too():
 
 
 def test_a_ratio_too_small_for_any_unit():
-    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.randn(2, 4)
     refuses(
-        lambda: fxprune.prune(model, 0.25, example_inputs=torch.randn(2, 4)),
+        lambda: fxprune.prune(model, 0.25, example_inputs=x),
         model,
         what="nothing in the model can be pruned by so little: no family has a whole unit to lose",
         where="Sequential",
         fix="a larger ratio, or a smaller round_to",
     )
-    assert fxprune.prune(model, 0.0, example_inputs=torch.randn(2, 4)).get_submodule("0").out_features == 3
+    assert fxprune.prune(model, 0.0, example_inputs=x).get_submodule("0").out_features == 3
