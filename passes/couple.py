@@ -189,7 +189,7 @@ def read(
                 ties.literals = literals(capture, op.node)
             call = Call(op, tape, labels, ties, heads, uses, varying)
             if op.node not in sized:
-                sized[op.node] = takes_input_sizes(capture, op.node, labels)
+                sized[op.node] = takes_input_sizes(capture, op.node, labels, ties.size, size)
             if sized[op.node] or (varying and any(r.id in varying for r in call.inputs)):
                 varying.update(r.id for r in call.outputs)
             apply_rule(call)
@@ -201,8 +201,11 @@ def read(
     return ties, every
 
 
-def takes_input_sizes(capture: Capture, index: int, labels: dict[int, Labels]) -> bool:
-    """Whether a node has sizes of the inputs among its arguments, so that what it makes of nothing varies with them."""
+def takes_input_sizes(capture: Capture, index: int, labels: dict[int, Labels], count: int, owned: int) -> bool:
+    """Whether a node has sizes of the inputs among its arguments, so that what it makes of nothing varies with them.
+
+    Of the `count` labels so far, the first `owned` are those of the model's own tensors: they tell a channel.
+    """
     node = capture.node_at(index)
     numbers = [n for n in node.all_input_nodes if not collect(capture.results[n], Ref)] if node is not None else []
     while numbers:
@@ -214,7 +217,7 @@ def takes_input_sizes(capture: Capture, index: int, labels: dict[int, Labels]) -
         ref, dim = found
         if capture.tape.values[ref.id].from_input:
             at = None if dim is None else dim % max(1, len(capture.tape.shape(ref)))
-            if at is None or not counts_channels(labels.get(ref.id, NONE), at):
+            if at is None or not counts_channels(labels.get(ref.id, NONE), at, np.arange(count) < owned, np.arange(count)):
                 return True
     return False
 

@@ -108,15 +108,17 @@ def lut(labels: Labels, shape: Sequence[int], table: Tensor) -> Tensor:
     return mask
 
 
-def counts_channels(labels: Labels, dim: int, unit: np.ndarray | None = None) -> bool:
+def counts_channels(labels: Labels, dim: int, may_go: np.ndarray, unit: np.ndarray) -> bool:
     """Whether the size of a dimension is a number of channels and nothing else: all entries along it differ.
 
-    Labels that repeat along it come from a size of the inputs, or from a repetition, merged with channels. `unit` is the
-    class of each label, where it is known.
+    Labels that repeat along it come from a size of the inputs, or from a repetition, merged with channels. Those that can
+    never go say nothing of what the dimension is.
+
+    Arguments: `may_go`, for each class of labels; `unit`, the class of each label.
     """
     for f in labels:
         if dim in f.dims:
-            line = f.labels.movedim(dim, -1).reshape(-1, f.labels.shape[dim])[0].numpy()
-            if len(np.unique(line if unit is None else unit[line])) == len(line):
+            line = unit[f.labels.movedim(dim, -1).reshape(-1, f.labels.shape[dim])[0].numpy()]
+            if len(np.unique(line)) == len(line) and bool(may_go[line].any()):
                 return True
     return False

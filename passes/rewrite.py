@@ -48,7 +48,7 @@ class Rewriter:
         self.labels = solution.values[which]
         self.regions = solution.regions[which]
         self.cutter = cutter
-        self.unit = solution.unit.numpy()
+        self.unit, self.may_go = solution.unit.numpy(), solution.frozen < 0
         self.constants = constants
         self.device = device
         self.graph = fx.Graph()
@@ -152,7 +152,7 @@ class Rewriter:
             if dim is None:
                 return True
             dim %= max(1, len(self.before(ref)))
-            return not counts_channels(self.labels.get(ref.id, ()), dim, self.unit)
+            return not counts_channels(self.labels.get(ref.id, ()), dim, self.may_go, self.unit)
         return any(self.is_symbolic(n) for n in node.all_input_nodes)
 
     def is_size(self, node: fx.Node) -> bool:
