@@ -51,10 +51,10 @@ def is_step(node: fx.Node) -> bool:
 
 
 def follow(node: fx.Node) -> list[fx.Node]:
-    """The chain of single-use steps that starts at a node; sizes may be read from any of them."""
+    """The chain of single-use steps that starts at a node; nothing else may ask for what is in between, not even its size."""
     chain = [node]
     while True:
-        users = [u for u in chain[-1].users if u.target is not getattr]
+        users = list(chain[-1].users)
         if len(users) != 1 or not is_step(users[0]) or users[0].args[0] is not chain[-1]:
             return chain
         chain.append(users[0])

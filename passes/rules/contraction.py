@@ -244,7 +244,7 @@ def grouped_convolution(
     return tuple(
         factor(f.labels[:1].expand(1, groups, per_out, -1)[..., 0].reshape(-1))
         for f in merged
-        if f.dims <= {1, 2} and 2 in f.dims
+        if f.dims <= {1, 2}
     )
 
 
