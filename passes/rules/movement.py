@@ -84,7 +84,7 @@ def cut(call: Call, f: Factor, dim: int, start: int, stop: int, step: int = 1) -
     index = (slice(None),) * dim + (slice(start, stop, step),)
     part = factor(f.labels[index], f.nest)
     if len(f.nest) > 1 and dim == f.nest[-1]:
-        if step != 1:
+        if step != 1 or part.nest[-1:] != f.nest[-1:]:  # or a single column, which every row has or none
             call.ties.same_columns(f)
         call.ties.keep_rows_equal(part)
     return call.settle(part, "a slice of one channel")
