@@ -175,7 +175,10 @@ def by_running(call: Call) -> Labels:
         moved_labels = call.op.func(full, *call.op.args[1:], **call.op.kwargs)
         g = factor(moved_labels)
         call.ties.keep_rows_equal(g)
-        result += call.settle(g)
+        if call.op.func._schema.name == "aten::pixel_shuffle":  # its factor stays: all that makes up a channel goes together
+            result += call.collapse(g, [d for d in g.nest if d not in f.dims])
+        else:
+            result += call.settle(g)
     return tuple(result)
 
 
