@@ -274,23 +274,24 @@ def unobserved(model: nn.Module) -> Iterator[None]:
 
 def kept_by(plan: Plan, solution: Solution) -> Tensor:
     """Which labels a plan keeps; raises PruneError where it does not fit the model's coupling."""
-    removed = np.zeros(len(solution.unit), bool)
     unit = solution.unit.numpy()
+    occurs, stays = np.zeros(len(unit), bool), np.zeros(len(unit), bool)  # a class that is left in any tensor stays
     shapes = {v.name: v.shape for c in solution.captures for v in c.tape.values if v.name is not None}
-    for name, made in plan.keep.items():
+    for name, labels in solution.leaves.items():
         shape = shapes.get(name, plan.shapes.get(name, ()))
-        for cut in made:
+        for f in labels:
+            occurs[unit[f.flat]] = True
+            cut = next((c for c in plan.keep.get(name, ()) if f.dims <= set(c.dims)), None)
+            if cut is None:
+                stays[unit[f.flat]] = True
+                continue
             mask = torch.zeros([shape[d] for d in cut.dims], dtype=torch.bool)
             mask.view(-1)[cut.keep] = True
             order = sorted(range(len(cut.dims)), key=lambda i, c=cut: c.dims[i])  # type: ignore[misc]
             full = mask.permute(order).reshape([n if d in cut.dims else 1 for d, n in enumerate(shape)])
-            for f in solution.leaves.get(name, ()):
-                if f.dims <= set(cut.dims):
-                    stays = np.zeros(len(unit), bool)
-                    labels = f.labels.expand(torch.broadcast_shapes(f.labels.shape, full.shape))
-                    stays[labels[full.expand(labels.shape)].numpy()] = True
-                    gone = np.unique(f.labels.numpy())
-                    removed[unit[gone[~stays[gone]]]] = True
+            spread = f.labels.expand(torch.broadcast_shapes(f.labels.shape, full.shape))
+            stays[unit[spread[full.expand(spread.shape)].numpy()]] = True
+    removed = occurs & ~stays
     kept = torch.from_numpy(~removed[unit])
     try:
         made_now = {name: c for name, c in tensor_cuts(solution, kept).items() if c}

@@ -241,11 +241,7 @@ def grouped_convolution(
     for f in [*x_part, *w_part]:
         call.ties.keep_rows_equal(f)
     merged = unify(call, tuple(x_part), x_size, tuple(w_part), w_size)
-    return tuple(
-        factor(f.labels[:1].expand(1, groups, per_out, -1)[..., 0].reshape(-1))
-        for f in merged
-        if f.dims <= {1, 2}
-    )
+    return tuple(factor(f.labels[:1].expand(1, groups, per_out, -1)[..., 0].reshape(-1)) for f in merged if f.dims <= {1, 2})
 
 
 def whole_groups(call: Call, x: list[Factor], w: list[Factor], size: Sequence[int]) -> Labels:
