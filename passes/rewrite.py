@@ -311,7 +311,10 @@ class Rewriter:
         dim = self.cuts(self.result(end))[0].dims[0]
         order = channel_order(self.capture, chain, dim)
         assert order is not None
-        return self.permuted(source, ref, end, dim, order)
+        made = self.permuted(source, ref, end, dim, order)
+        if made is self.new[source] and any(self.capture.index[n] in self.copying for n in chain):
+            return self.graph.call_method("clone", (made,))  # what is left needs no permuting; it may be written to
+        return made
 
     def permuted(self, source: fx.Node, ref: Ref, end: fx.Node, dim: int, order: Tensor) -> fx.Node:
         """The result of index map `order` (result index -> source index) among what is kept."""
