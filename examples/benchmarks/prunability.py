@@ -8,7 +8,8 @@
 A model runs in a process of its own with a time limit, so a sweep can be stopped and started again. Rows go to
 `prunability.jsonl`, the tables to `PRUNABILITY.md`. Both tools prune half of everything. *exact*: the result equals the
 original with the removed channels masked, at the sizes the model takes, up to 1e-9 in double precision (1e-4 in single,
-above 60 million parameters). Torch-Pruning is given what its documentation asks for (the classifiers, the heads); its
+above 60 million parameters and for Torch-Pruning).
+Torch-Pruning is given what its documentation asks for (the classifiers, the heads); its
 result is exact where it equals the original with the same elements zeroed, and only *runs* where that is no reference
 (a norm takes statistics over channels).
 """
@@ -75,7 +76,8 @@ def measure(model: str, tool: str, level: str) -> Row:
         return planned(model)
     network, inputs = make(model)
     count = count_parameters(network)
-    dtype = torch.float64 if count <= DOUBLE_UP_TO else torch.float32
+    # Torch-Pruning's own tensors are in single precision, and would meet the model's
+    dtype = torch.float64 if count <= DOUBLE_UP_TO and tool == "fxprune" else torch.float32
     row: Row = {"params": count, "dtype": str(dtype).removeprefix("torch."), "machine": machine()}
     network = network.to(dtype)
     inputs = map_tensors(inputs, lambda t: t.to(dtype) if t.is_floating_point() else t)
@@ -137,21 +139,11 @@ def planned(model: str) -> Row:
 
 
 def with_torch_pruning(network: nn.Module, inputs: Any, tolerance: float) -> Row:
-    import torch_pruning
-    from speed import classifiers, heads
+    from speed import prune_with_torch_pruning
 
     copied = copy.deepcopy(network)
     start = time.perf_counter()
-    pruner = torch_pruning.pruner.BasePruner(
-        copied,
-        inputs,
-        importance=torch_pruning.importance.MagnitudeImportance(p=2),
-        pruning_ratio=RATIO,
-        ignored_layers=classifiers(copied),
-        num_heads=heads(copied),
-        forward_fn=call,
-    )
-    pruner.step()
+    prune_with_torch_pruning(copied, inputs)
     row: Row = {"seconds": time.perf_counter() - start, "params_after": count_parameters(copied)}
     if row["params_after"] == count_parameters(network):
         return row | {"status": "untouched", "reason": "nothing was removed"}

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 import torch_pruning
-from models import build, full_name, torchvision_names
+from models import build, call, full_name, torchvision_names
 from sweep import Row, limit_memory, machine, markdown_table, one_line, read_rows, sweep
 from torch import Tensor, nn
 
@@ -107,7 +107,7 @@ def take_turns(
     turns = Turns({side: [] for side in sides})
     began = time.perf_counter()
     for done in range(1, ROUNDS + 1):
-        for side, call in sides.items():
+        for side, work in sides.items():
             if side in turns.failures:
                 continue
             turns.results.pop(side, None)  # before the next copy is made: the largest models are gigabytes
@@ -116,7 +116,7 @@ def take_turns(
             try:
                 with time_limit(limits.get(side)):
                     start = time.perf_counter()
-                    turns.results[side] = call(copied)
+                    turns.results[side] = work(copied)
                     turns.times[side].append(time.perf_counter() - start)
             except (Exception, OutOfTime) as error:
                 turns.failures[side] = one_line(error)
@@ -159,10 +159,12 @@ def prune_here(network: nn.Module, images: Tensor, verify: bool) -> nn.Module:
     return fxprune.prune(network, RATIO, example_inputs=images, verify=verify)
 
 
-def prune_with_torch_pruning(network: nn.Module, images: Tensor) -> nn.Module:
+def prune_with_torch_pruning(network: nn.Module, inputs: Any) -> nn.Module:
+    """`network` itself, half of it removed, told what Torch-Pruning's documentation asks for."""
     pruner = torch_pruning.pruner.BasePruner(
         network,
-        images,
+        inputs,
+        forward_fn=call,
         importance=torch_pruning.importance.MagnitudeImportance(p=2),
         pruning_ratio=RATIO,
         ignored_layers=classifiers(network),
