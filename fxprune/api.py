@@ -22,7 +22,8 @@ from fxprune.passes.capture import Capture
 from fxprune.passes.couple import Solution, solve
 from fxprune.passes.families import families
 from fxprune.passes.kept import NotARectangle
-from fxprune.passes.shrink import PrunedModule, shrink, tensor_cuts
+from fxprune.passes.pruned import PrunedModule
+from fxprune.passes.shrink import shrink, tensor_cuts
 from fxprune.passes.tape import collect, map_tensors
 from fxprune.passes.trace import trace
 from fxprune.passes.tree import named_tensors, on_meta, private_copy

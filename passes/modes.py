@@ -147,17 +147,8 @@ def membership(graph: fx.Graph, branches: list[Branch], index: dict[fx.Node, int
     return only
 
 
-def in_mode(graph: fx.Graph, only: Mapping[fx.Node, bool | None], mode: bool, *, copy: bool) -> fx.Graph:
-    """The program of one mode out of a graph with branches; without `copy` the graph itself becomes it."""
-    if copy:
-        made = fx.Graph()
-        new: dict[fx.Node, fx.Node] = {}
-        for node in graph.nodes:
-            if node.target is switch:
-                new[node] = new[node.args[mode]]
-            elif only.get(node, mode) == mode:
-                new[node] = made.node_copy(node, lambda n: new[n])
-        return made
+def in_mode(graph: fx.Graph, only: Mapping[fx.Node, bool | None], mode: bool) -> fx.Graph:
+    """Turn a graph with branches into the program of one mode."""
     for node in list(graph.nodes):
         if node.target is switch:
             node.replace_all_uses_with(node.args[mode])

@@ -20,23 +20,37 @@ from fxprune.passes.couple import Solution
 from fxprune.passes.kept import Cut, Cutter, cut_shape
 from fxprune.passes.labels import counts_channels
 from fxprune.passes.modes import in_mode
+from fxprune.passes.pruned import Program, written
 from fxprune.passes.regions import channel_order
 from fxprune.passes.sizes import HANDLERS, function_name
 from fxprune.passes.tape import Ref, collect, map_tensors
 
 Number = (int, float)
+LITERALS = frozenset([int, float, bool, str, type(None), torch.dtype])
+SEQUENCES = frozenset([tuple, list, fx.immutable_collections.immutable_list])
 PURE = {getattr, "size", "dim", "numel"} | {
     getattr(operator, name)
     for name in ["getitem", "mul", "floordiv", "add", "sub", "truediv", "mod", "pow", "neg", "eq", "ne", "lt", "gt", "le", "ge"]
 }
 
 
+class Same(dict[fx.Node, fx.Node]):
+    """A map in which what is not there stands for itself."""
+
+    def __missing__(self, node: fx.Node) -> fx.Node:
+        return node
+
+
 class Rewriter:
     """One captured program on its way to the pruned one.
 
+    The graph is edited in place, and what is known of its nodes is known of the original program: so nodes keep their
+    arguments until all have been looked at.
+
     Attributes:
-        capture: what was traced; its graph is left alone.
-        graph: the new graph; `new` maps old nodes to new ones.
+        capture: what was traced; its graph is used up.
+        graph: that graph; `new` maps nodes that are replaced to what stands for them, the others to themselves.
+        changes: op, target and arguments that nodes are to have in the end.
         constants: index tensors that the new graph refers to by name.
         attributes: for each module path, the attributes that change.
     """
@@ -51,8 +65,10 @@ class Rewriter:
         self.unit, self.may_go = solution.unit.numpy(), solution.frozen < 0
         self.constants = constants
         self.device = device
-        self.graph = fx.Graph()
-        self.new: dict[fx.Node, fx.Node] = {}
+        self.graph = self.capture.graph
+        self.new: dict[fx.Node, fx.Node] = Same()
+        self.changes: dict[fx.Node, tuple[str, Any, tuple[Any, ...], dict[str, Any]]] = {}
+        self.following: fx.Node = self.graph._root  # the node after the one that is looked at
         self.attributes: dict[str, dict[str, Any]] = {}
         self.made: dict[int, list[Cut]] = {}
         self.values: dict[fx.Node, Any] = {}
@@ -236,31 +252,63 @@ class Rewriter:
 
     # -- the walk -----------------------------------------------------------------------------------------------------
 
-    def run(self) -> list[fx.Graph]:
-        """The pruned programs: one, or one for evaluation and one for training."""
-        only: dict[fx.Node, bool | None] = {}
-        for node in self.capture.graph.nodes:
-            last = self.graph._root.prev
+    def run(self) -> tuple[fx.Graph, Program | None]:
+        """The pruned program for evaluation, and the one for training where it is another one."""
+        only: dict[fx.Node, bool | None] = dict(self.capture.only)
+        nodes = list(self.graph.nodes)
+        inner: set[fx.Node] = set()
+        for node, self.following in zip(nodes, [*nodes[1:], self.graph._root], strict=True):
+            self.graph.inserting_before(node)
+            before = node.prev
             end = self.regions.get(node)
             if end is not None and self.cut_anything(self.result(end)):
                 if node is end:
                     self.new[node] = self.region(node)
+                else:
+                    inner.add(node)
             else:
-                self.new[node] = self.carry(node, HANDLERS)
+                made = self.carry(node, HANDLERS)
+                if made is not node:
+                    self.new[node] = made
                 if node in self.guarded:
+                    self.graph.inserting_before(self.following)
                     self.guard(node, self.guarded[node])
-            if node in self.capture.only:
-                while last.next.op != "root":
-                    last = last.next
-                    only[last] = self.capture.only[node]
-        graphs = [self.graph]
-        if self.capture.only:
-            trained = in_mode(self.graph, only, True, copy=True)
-            graphs = [in_mode(self.graph, only, False, copy=False), trained]
-        for graph in graphs:
-            drop_dead(graph)
-            graph.lint()
-        return graphs
+            if only:
+                while before.next is not self.following:
+                    before = before.next
+                    only[before] = self.capture.only.get(node)
+        self.settle(nodes, inner)
+        only = {n: mode for n, mode in only.items() if not n._erased and mode is not None}
+        trained = written(self.graph, only, True) if self.capture.only else None
+        if trained is not None:
+            in_mode(self.graph, only, False)
+        drop_dead(self.graph)
+        self.graph._tracer_cls = None  # a module made of it is no product of an ordinary trace
+        vars(self.graph).pop("_co_fields", None)
+        return self.graph, trained
+
+    def settle(self, nodes: list[fx.Node], inner: set[fx.Node]) -> None:
+        """Give every node the arguments it is to have, and erase those that others stand for."""
+        gone = [n for n in nodes if n in inner or (n in self.new and n not in self.changes)]
+        erased = set(gone)
+        for node in nodes:
+            if node in erased:
+                continue
+            change = self.changes.get(node)
+            if change is not None:
+                op, target, args, kwargs = change
+                if node.op != op:
+                    node.op = op
+                if node.target is not target:
+                    node.target = target
+                node.args = args
+                if kwargs or node.kwargs:
+                    node.kwargs = kwargs
+            elif any(n in self.new for n in node.all_input_nodes):
+                node.args = fx.node.map_arg(node.args, self.new.__getitem__)
+                node.kwargs = fx.node.map_arg(node.kwargs, self.new.__getitem__)
+        for node in reversed(gone):
+            self.graph.erase_node(node)
 
     def guard(self, node: fx.Node, guard: Guard) -> None:
         """What Python decided by a size holds for inputs that agree with it: the others get an error, not a wrong result."""
@@ -272,22 +320,32 @@ class Rewriter:
         return any(self.cuts(ref) for ref in collect(result, Ref))
 
     def carry(self, node: fx.Node, handlers: dict[str, Callable[..., Any]]) -> fx.Node:
-        if node.op in ("placeholder", "get_attr"):
-            return self.graph.node_copy(node, lambda n: self.new[n])
-        if node.target is switch:
-            return self.graph.call_function(switch, (self.new[node.args[0]], self.new[node.args[1]]))  # type: ignore[index]
+        if node.op in ("placeholder", "get_attr") or node.target is switch:
+            return node
         touches = [self.result(n) for n in node.all_input_nodes] + [self.capture.results.get(node)]
         changed = self.cut_anything(touches)
         if node.op == "call_module" and (changed or str(node.target) in self.capture.opaque):
             self.module(node)
-        handler = handlers.get(function_name(node))
-        if changed and handler is not None and node.op != "output":
+        handler = handlers.get(function_name(node)) if changed and node.op != "output" else None
+        if handler is not None:
             made = handler(self, node)
             if made is not None:
                 return self.as_copy(node, made)
         if not collect(self.capture.results.get(node), Ref) and node.op != "output":
-            return self.graph.node_copy(node, lambda n: self.new[n])  # arithmetic on numbers: mended where it is used
+            return node  # arithmetic on numbers: mended where it is used
+        if self.as_it_is(node) and self.capture.index[node] not in self.copying:
+            return node
         return self.as_copy(node, self.emit(node, self.argument(tuple(node.args)), self.argument(dict(node.kwargs))))
+
+    def as_it_is(self, node: fx.Node) -> bool:
+        """Whether a node's arguments are tensors and plain literals alone, so that nothing in them can change."""
+        for a in (*node.args, *node.kwargs.values()) if node.kwargs else node.args:
+            if isinstance(a, fx.Node):
+                if isinstance(self.capture.results.get(a), Number):
+                    return False
+            elif type(a) not in LITERALS and not (type(a) in SEQUENCES and all(type(v) in LITERALS for v in a)):
+                return False
+        return True
 
     def as_copy(self, node: fx.Node, made: fx.Node) -> fx.Node:
         """A reshape that copied stays a copy: with a dimension shrunk to 1 it might become a view, which can be written to."""
@@ -297,10 +355,12 @@ class Rewriter:
         shrunk = any(now == 1 < was for r in refs for was, now in zip(self.before(r), self.after(r), strict=True))
         return self.graph.call_method("clone", (made,)) if shrunk else made
 
-    def emit(self, node: fx.Node, args: Any, kwargs: Any) -> fx.Node:
-        made = self.graph.create_node(node.op, node.target, tuple(args), dict(kwargs), node.name)
-        made.meta = dict(node.meta)
-        return made
+    def emit(self, node: fx.Node, args: Any, kwargs: Any, *, method: str | None = None) -> fx.Node:
+        """The node with other arguments, or as the call of a `method`; what is made next stands after it."""
+        op, target = ("call_method", method) if method is not None else (node.op, node.target)
+        self.changes[node] = (op, target, tuple(args), dict(kwargs))
+        self.graph.inserting_before(self.following)
+        return node
 
     def region(self, end: fx.Node) -> fx.Node:
         """A chain of reshapes that permutes channels, as one gather."""

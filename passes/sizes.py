@@ -137,7 +137,7 @@ def split(r: Rewriter, node: fx.Node) -> fx.Node | None:
     if not any(dim in c.dims for c in r.cuts(source)):
         return None
     # the halves need not be equal any more: explicit sizes
-    return r.graph.create_node("call_method", "split", (r.new[node.args[0]], list(parts), dim), {}, node.name)  # type: ignore[index]
+    return r.emit(node, (r.new[node.args[0]], list(parts), dim), {}, method="split")  # type: ignore[index]
 
 
 def place(r: Rewriter, ref: Ref, dim: int) -> Tensor:

@@ -47,6 +47,16 @@ def walk(root: nn.Module) -> dict[nn.Module, str]:
     return found
 
 
+def every_path(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module under all of its paths."""
+    pending: list[tuple[str, nn.Module]] = [("", root)]
+    while pending:
+        path, module = pending.pop()
+        yield path, module
+        start = f"{path}." if path else ""
+        pending += [(start + n, m) for n, m in module._modules.items() if m is not None]
+
+
 def fetch(root: nn.Module, path: str) -> Any:
     """The attribute at a dotted path."""
     value: Any = root
@@ -91,6 +101,23 @@ def copy_tree(root: nn.Module, swap: Mapping[int, Tensor]) -> Any:
                 state[key] = duplicate(value, memo)
         memo[id(module)].__dict__.update(state)
     return memo[id(root)]
+
+
+def replace_tensors(root: nn.Module, swap: Mapping[int, Tensor]) -> None:
+    """Put other tensors in the place of those with the given identities, everywhere in a tree."""
+    memo: dict[int, Any] = dict(swap)
+    modules = list(walk(root))
+    memo |= {id(module): module for module in modules}
+    for module in modules:
+        state = vars(module)
+        for held in (module._parameters, module._buffers):
+            for key, value in held.items():
+                if value is not None:
+                    held[key] = swap.get(id(value), value)  # type: ignore[assignment]
+        for key, value in state.items():
+            kind = type(value)
+            if kind not in ATOMS and key not in CHILDREN and key not in HOOKS and (kind not in CONTAINERS or value):
+                state[key] = duplicate(value, memo)
 
 
 def duplicate(value: Any, memo: dict[int, Any]) -> Any:

@@ -1,0 +1,138 @@
+"""The emitted module: a GraphModule with one program for evaluation and, where it differs, one for training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from fxprune.passes.capture import switch
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A graph written down node by node: arguments refer to other nodes by name. It is built when it is asked for."""
+
+    lines: tuple[tuple[str, str, Any, Any, Any, dict[str, Any]], ...]
+
+    def graph(self) -> fx.Graph:
+        graph, made = fx.Graph(), {}
+        for name, op, target, args, kwargs, meta in self.lines:
+            named = [fx.node.map_aggregate(a, lambda x: made[x.name] if type(x) is Name else x) for a in (args, kwargs)]
+            made[name] = graph.create_node(op, target, named[0], named[1], name)
+            made[name].meta = dict(meta)
+        return graph
+
+    @property
+    def targets(self) -> list[str]:
+        return [target for _, op, target, *_ in self.lines if op in ("get_attr", "call_module")]
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """A node, by its name."""
+
+    name: str
+
+
+def written(graph: fx.Graph, only: Mapping[fx.Node, bool | None], mode: bool) -> Program:
+    """The program of one mode out of a graph with branches (see `modes.py`)."""
+    names: dict[fx.Node, Name] = {}
+    lines = []
+    for node in graph.nodes:
+        if node.target is switch:
+            names[node] = names[node.args[mode]]  # type: ignore[index]
+        elif only.get(node, mode) == mode:
+            names[node] = Name(node.name)
+            args = fx.node.map_arg(node.args, lambda n: names[n])  # type: ignore[arg-type, return-value]
+            kwargs = fx.node.map_arg(node.kwargs, lambda n: names[n]) if node.kwargs else {}  # type: ignore[arg-type, return-value]
+            lines.append((node.name, node.op, node.target, args, kwargs, node.meta))
+    return Program(tuple(lines))
+
+
+class PrunedModule(fx.GraphModule):
+    """A GraphModule that keeps one program for evaluation and one for training where the two differ.
+
+    `train()` and `eval()` switch between them. `meta["plan"]` and `meta["verification"]` say how it came about.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        graph: fx.Graph,
+        name: str = "Pruned",
+        programs: dict[bool, fx.Graph | Program] | None = None,
+    ) -> None:
+        super().__init__(nn.Module(), fx.Graph(), name)
+        vars(self)["training"] = root.training
+        adopt(self, root, (str(n.target) for n in graph.nodes if n.op in ("get_attr", "call_module")))
+        for program in (programs or {}).values():
+            if program is not graph:
+                adopt(self, root, program.targets if isinstance(program, Program) else targets_of(program))
+        self.graph = graph
+        self.__dict__["_programs"] = programs or {}
+
+    def train(self, mode: bool = True) -> PrunedModule:
+        super().train(mode)
+        programs = self.__dict__.get("_programs") or {}
+        if mode in programs and programs[mode] is not self._graph:
+            if isinstance(programs[mode], Program):
+                programs[mode] = programs[mode].graph()
+            self.graph = programs[mode]
+        return self
+
+    def _deepcopy_init(self) -> Callable[..., None]:
+        def init(made: PrunedModule, state: nn.Module, graph: fx.Graph) -> None:
+            PrunedModule.__init__(made, state, graph, type(self).__name__, state.__dict__.get("_programs"))
+
+        return init
+
+    @property
+    def plan(self) -> Any:
+        return self.meta.get("plan")
+
+    @property
+    def verification(self) -> Any:
+        return self.meta.get("verification")
+
+
+def targets_of(graph: fx.Graph) -> list[str]:
+    return [str(n.target) for n in graph.nodes if n.op in ("get_attr", "call_module")]
+
+
+def adopt(made: nn.Module, root: nn.Module, targets: Iterable[str]) -> None:
+    """Put what a program refers to where it stands in `root`, below plain modules: nobody else has forwards to call.
+
+    What GraphModule does by itself looks every path up from the root, twice.
+    """
+    pairs: dict[str, tuple[nn.Module, nn.Module]] = {"": (root, made)}
+
+    def pair(path: str) -> tuple[nn.Module, nn.Module]:
+        found = pairs.get(path)
+        if found is None:
+            above, _, name = path.rpartition(".")
+            source, target = pair(above)
+            child = source._modules[name] if name in source._modules else getattr(source, name)
+            assert isinstance(child, nn.Module)
+            mine = child if source is target else target._modules.get(name)
+            if mine is None:
+                mine = target._modules[name] = nn.Module()
+            found = pairs[path] = (child, mine)
+        return found
+
+    for path in targets:
+        above, _, name = path.rpartition(".")
+        source, target = pair(above)
+        if source is target:
+            continue  # a module it lies in has been adopted whole
+        if name in source._modules:
+            target._modules[name] = source._modules[name]
+            pairs.pop(path, None)
+            continue
+        value = getattr(source, name)
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            target.register_buffer(name, value, persistent=name not in source._non_persistent_buffers_set)
+        else:
+            setattr(target, name, value)
