@@ -171,8 +171,8 @@ def guards(solution: Solution) -> list[np.ndarray]:
     for values in solution.values:
         for labels in values.values():
             for f in labels:
-                if id(f.labels) not in seen:
-                    seen.add(id(f.labels))
+                if id(f.base) not in seen:
+                    seen.add(id(f.base))
                     found.append(unit[f.flat])
     return found
 

@@ -23,7 +23,7 @@ from fxprune.passes.regions import gather_regions
 from fxprune.passes.rules import Call
 from fxprune.passes.sizes import HANDLERS, function_name
 from fxprune.passes.tape import Op, Ref, collect
-from fxprune.passes.ties import Event, Pair, Ties, chained, components
+from fxprune.passes.ties import Event, Pair, Ties, chained, components, row
 
 MET_KEPT = "meets a tensor that keeps every index of that dimension"
 SPAN = 1_000_000  # node numbers of one capture
@@ -110,6 +110,7 @@ def leaf_labels(captures: Sequence[Capture]) -> tuple[dict[str, Labels], int]:
         shapes.update({v.name: v.shape for v in capture.tape.values if v.name is not None})
     leaves: dict[str, Labels] = {}
     size = 1
+    numbers = np.arange(1 + sum(sum(s) * groups.get(n, 1) for n, s in shapes.items()))  # each line is a piece of this
     for name, shape in shapes.items():
         made: list[Factor] = []
         for d, n in enumerate(shape):
@@ -121,7 +122,7 @@ def leaf_labels(captures: Sequence[Capture]) -> tuple[dict[str, Labels], int]:
                 made.append(factor(vectors.reshape(shape[0], n, *[1] * (len(shape) - 2)), (0, 1)))
                 size += g * n
             else:
-                made.append(along(torch.arange(size, size + n), d, len(shape)))
+                made.append(Factor.line(numbers[size : size + n], d, len(shape)))
                 size += n
         leaves[name] = tuple(made)
     return leaves, size
@@ -307,7 +308,7 @@ def by_head(leaves: dict[str, Labels], ties: Ties) -> dict[str, Labels]:
     np.minimum.at(smallest, unit, np.arange(ties.size))
     touched = np.zeros(len(smallest), bool)
     for event in ties.coarse:
-        touched[unit[event.labels.reshape(-1).numpy()]] = True
+        touched[unit[row(event.labels)]] = True
     table = torch.from_numpy(np.where(touched[unit], smallest[unit], np.arange(ties.size)))
     table[0] = 0
     # a dimension that is one single head has nothing to remove: it is left without labels, and so kept
@@ -335,7 +336,7 @@ def close(
     frozen = np.full(ties.size, -1, np.int64)
     reasons: list[str] = []
     numbers: dict[tuple[str, int], int] = {}
-    events = [(e.labels.reshape(-1).numpy(), e.why, e.node) for e in ties.frozen]
+    events = [(row(e.labels), e.why, e.node) for e in ties.frozen]
     events += [(labels, MET_KEPT, node) for labels, node in stopped]
     for labels, why, node in events:
         if (why, node) not in numbers:

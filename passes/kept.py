@@ -66,7 +66,7 @@ class Cutter:
         self.table = kept.numpy()
         self.whole = bool(kept.all())
         self.made: dict[tuple[int, ...], tuple[Labels, list[Cut]]] = {}
-        self.vectors: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self.vectors: dict[int, tuple[object, Tensor | None]] = {}
 
     def __call__(self, labels: Labels, shape: Sequence[int]) -> list[Cut]:
         if not labels or self.whole:
@@ -114,13 +114,13 @@ class Cutter:
 
     def vector(self, f: Factor) -> Tensor | None:
         """Kept indices along the one dimension of a factor; None for all of them."""
-        found = self.vectors.get(id(f.labels))
+        found = self.vectors.get(id(f.base))
         if found is None:
             stays = self.table[f.flat]
             keep = np.flatnonzero(stays)
             if not len(keep):
                 raise NotARectangle(f.labels.reshape(-1))
-            found = self.vectors[id(f.labels)] = (f.labels, torch.from_numpy(keep) if len(keep) < len(stays) else None)
+            found = self.vectors[id(f.base)] = (f.base, torch.from_numpy(keep) if len(keep) < len(stays) else None)
         return found[1]
 
 

@@ -18,25 +18,55 @@ import torch
 from torch import Tensor
 
 FROZEN = 0
+LINES = [((d,), frozenset([d])) for d in range(16)]
 
 
 class Factor:
     """One array of labels, broadcastable to the tensor's shape, and the nesting of the dimensions it varies along.
 
-    `flat` is the same array as one row of numbers, `dims` the nest as a set. Factors do not change.
+    Attributes:
+        labels: the array. Most factors are *lines*, vectors laid along one dimension, and never need it.
+        flat: the same array as one row of numbers.
+        dims: the nest as a set.
+        base: the array or vector it was made of; factors that share it hold the same labels.
+
+    Factors do not change.
     """
 
-    __slots__ = ("_flat", "dims", "labels", "nest")
+    __slots__ = ("_flat", "_labels", "_ndim", "base", "dims", "nest")
 
     def __init__(self, labels: Tensor, nest: tuple[int, ...]) -> None:
-        self.labels, self.nest, self.dims = labels, nest, frozenset(nest)
+        self._labels: Tensor | None = labels
         self._flat: np.ndarray | None = None
+        self.base: Tensor | np.ndarray = labels
+        self.nest, self.dims = nest, frozenset(nest)
+
+    @classmethod
+    def line(cls, vector: np.ndarray, dim: int, ndim: int) -> Factor:
+        """A vector of labels, not all the same, laid along one dimension of a tensor with `ndim` dimensions."""
+        made = cls.__new__(cls)
+        made._labels, made._flat, made._ndim, made.base = None, vector, ndim, vector
+        made.nest, made.dims = LINES[dim] if dim < len(LINES) else ((dim,), frozenset([dim]))
+        return made
+
+    @property
+    def labels(self) -> Tensor:
+        if self._labels is None:
+            assert self._flat is not None
+            shape = [1] * self._ndim
+            shape[self.nest[0]] = -1
+            self._labels = torch.from_numpy(self._flat).view(shape)
+        return self._labels
 
     @property
     def flat(self) -> np.ndarray:
         if self._flat is None:
             self._flat = self.labels.reshape(-1).numpy()
         return self._flat
+
+    def at(self, dim: int, ndim: int) -> Factor:
+        """A factor along one dimension, laid along another one of another tensor."""
+        return Factor.line(self.flat, dim, ndim)
 
     def rows(self) -> Tensor:
         """The labels as a matrix: a row for each index of the major dimensions, the minor dimension along it."""
@@ -76,9 +106,7 @@ def factor(labels: Tensor, nest: Sequence[int] = ()) -> Factor:
 
 def along(vector: Tensor, dim: int, ndim: int) -> Factor:
     """The factor of a vector of labels, not all the same, laid along one dimension of a tensor with `ndim` dimensions."""
-    shape = [1] * ndim
-    shape[dim] = vector.numel()
-    return Factor(vector.reshape(shape), (dim,))
+    return Factor.line(vector.reshape(-1).numpy(), dim, ndim)
 
 
 def align(labels: Labels, shape: Sequence[int], ndim: int) -> tuple[Labels, tuple[int, ...]]:
@@ -87,7 +115,10 @@ def align(labels: Labels, shape: Sequence[int], ndim: int) -> tuple[Labels, tupl
     if extra == 0:
         return labels, tuple(shape)
     lifted = tuple(
-        Factor(f.labels.reshape((1,) * extra + tuple(f.labels.shape)), tuple(d + extra for d in f.nest)) for f in labels
+        f.at(f.nest[0] + extra, ndim)
+        if len(f.nest) == 1
+        else Factor(f.labels.reshape((1,) * extra + tuple(f.labels.shape)), tuple(d + extra for d in f.nest))
+        for f in labels
     )
     return lifted, (1,) * extra + tuple(shape)
 

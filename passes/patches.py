@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import types
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -123,28 +125,59 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
             tracer.asked[-1] = True
         return bool(vars(module)["training"])
 
-    wrapped = torch.fx._symbolic_trace._patch_wrapped_functions
+    maths = {id(f): f for name, f in vars(math).items() if callable(f) and not name.startswith("_")}
+    seen: set[object] = set()
+
+    def look_at(module: nn.Module) -> None:
+        """Functions of `math` see proxies, also where a module's file has imported them by name."""
+        kind = module if "forward" in vars(module) else type(module)
+        if kind in seen:
+            return
+        seen.add(kind)
+        names = getattr(module.forward, "__globals__", {})
+        for name, value in list(names.items()) if id(names) not in seen else ():
+            if id(value) in maths and value is maths[id(value)]:
+                names[name] = factory(value)
+                undo.append(functools.partial(names.__setitem__, name, value))
+        seen.add(id(names))
+
+    def module_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        look_at(module)
+        return tracer.call_module(module, functools.partial(plain_call, module), args, kwargs)
+
+    def module_getattr(module: nn.Module, name: str) -> Any:
+        value = plain_getattr(module, name)
+        return tracer.getattr(name, value, {}) if tracer.running is None and isinstance(value, torch.Tensor) else value
+
     fast = torch.backends.mha.get_fastpath_enabled()
     functional: Any = F
     verify_batch_size = functional._verify_batch_size
+    plain_call, plain_getattr = nn.Module.__call__, nn.Module.__getattr__
+    set_tracing = getattr(torch.fx._symbolic_trace, "_set_is_fx_tracing", None)  # what is_fx_tracing() answers by
     try:
-        # functions marked by torch.fx.wrap hold head counts and sizes too, and values let us trace through them
-        torch.fx._symbolic_trace._patch_wrapped_functions = lambda patcher: None
         torch.backends.mha.set_fastpath_enabled(False)
         for name in FACTORIES:
             patch(torch, name, factory(getattr(torch, name)))
         for name in CHECKS:
             patch(torch, name, checker(getattr(torch, name)))
+        for function in maths.values():
+            patch(math, function.__name__, factory(function))
         patch(torch, "finfo", info(torch.finfo))
         patch(torch, "iinfo", info(torch.iinfo))
         patch(torch.autograd.Function, "apply", classmethod(traced_apply))
         # one example may be too few for batch statistics; the shapes are all that matters here
         functional._verify_batch_size = lambda size: None
         patch(nn.Module, "training", property(get_training, lambda m, v: vars(m).__setitem__("training", v)))
+        patch(nn.Module, "__getattr__", module_getattr)
+        patch(nn.Module, "__call__", module_call)
+        look_at(tracer.root)
+        if set_tracing is not None:
+            set_tracing(True)
         yield
     finally:
+        if set_tracing is not None:
+            set_tracing(False)
         for restore in reversed(undo):
             restore()
         functional._verify_batch_size = verify_batch_size
-        torch.fx._symbolic_trace._patch_wrapped_functions = wrapped
         torch.backends.mha.set_fastpath_enabled(fast)

@@ -283,8 +283,6 @@ class Rewriter:
         if trained is not None:
             in_mode(self.graph, only, False)
         drop_dead(self.graph)
-        self.graph._tracer_cls = None  # a module made of it is no product of an ordinary trace
-        vars(self.graph).pop("_co_fields", None)
         return self.graph, trained
 
     def settle(self, nodes: list[fx.Node], inner: set[fx.Node]) -> None:

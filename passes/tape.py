@@ -112,6 +112,7 @@ ELEMENTWISE = frozenset(
         *("add sub mul div maximum minimum _softmax _log_softmax".split()),
     ]
 )
+REDUCTIONS = frozenset(["aten::mean", "aten::sum", "aten::amax", "aten::amin"])
 NORMS = frozenset(["aten::native_batch_norm", "aten::native_layer_norm", "aten::native_group_norm"])
 # in-place ops that change a tensor's shape rather than its contents: the tensor becomes another value
 RESHAPING = frozenset(
@@ -142,7 +143,6 @@ class Imagination:
     def __init__(self) -> None:
         self.kinds: dict[Any, str] = {}
         self.known: dict[Any, Any] = {}
-        self.nothing = (torch.empty(0, device="meta"), torch.empty(0, device="meta"))
 
     def kind(self, func: Any) -> str:
         """What may be assumed of an op, by its schema."""
@@ -163,6 +163,8 @@ class Imagination:
             return "in place"
         if schema.name == "aten::convolution":
             return "convolution"
+        if schema.name in REDUCTIONS and schema.overload_name in ("dim", "dim_IntList", ""):
+            return "reduction"
         if schema.name in ELEMENTWISE:
             return "elementwise"
         pure = not schema.is_mutable and not any(r.alias_info for r in schema.returns)
@@ -173,7 +175,7 @@ class Imagination:
         if not kind or not args or not isinstance(args[0], Tensor) or not args[0].is_meta:
             return None
         if kind == "norm":  # the statistics that it also returns are for training kernels, and have no readers
-            return like(args[0]), *self.nothing
+            return like(args[0]), torch.empty(0, device="meta"), torch.empty(0, device="meta")
         if kind == "in place":
             return args[0]
         if kind == "elementwise" and args[0].is_floating_point() and not any(isinstance(v, Tensor) for v in kwargs.values()):
@@ -185,6 +187,8 @@ class Imagination:
         if kind == "convolution":
             shape = convolved(*args)
             return torch.empty(shape, dtype=args[0].dtype, device="meta") if args[0].is_contiguous() else func(*args)
+        if kind == "reduction" and not kwargs and len(args) > 1 and args[0].is_contiguous() and args[0].is_floating_point():
+            return torch.empty(reduced(*args), dtype=args[0].dtype, device="meta")
         key = (func, signature(args), signature(kwargs)) if kwargs else (func, signature(args))
         if None in key:
             return None
@@ -231,6 +235,13 @@ def convolved(
         else:
             shape.append((n + 2 * p - reach) // s + 1)
     return shape
+
+
+def reduced(x: Tensor, dims: Any, keep: bool = False, *_: Any) -> list[int]:
+    """The shape of a mean or sum over some dimensions; no dimensions are all of them."""
+    ndim = x.dim()
+    gone = {d % ndim for d in ([dims] if isinstance(dims, int) else dims or range(ndim))} if ndim else set()
+    return [1 if d in gone else n for d, n in enumerate(x.shape) if keep or d not in gone]
 
 
 def like(tensor: Tensor) -> Tensor:

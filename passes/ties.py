@@ -17,17 +17,17 @@ from fxprune.passes.labels import Factor, Labels
 class Event:
     """An array of labels with the reason or the place it came from; `node` is the index of the graph node."""
 
-    labels: Tensor
+    labels: Tensor | np.ndarray
     node: int
     why: str = ""
 
 
 @dataclass(slots=True)
 class Pair:
-    """Two arrays of labels to be removed together; a broadcast one repeats a label of one side."""
+    """Two arrays of labels to be removed together; a broadcast one repeats a label of one side. Vectors are of NumPy."""
 
-    a: Tensor
-    b: Tensor
+    a: Tensor | np.ndarray
+    b: Tensor | np.ndarray
     broadcast: bool
     node: int
 
@@ -89,7 +89,12 @@ class Ties:
         if a is not b:
             self.pairs.append(Pair(a, b, broadcast or a.shape != b.shape, self.node))
 
-    def freeze(self, labels: Tensor, why: str) -> None:
+    def join(self, f: Factor, g: Factor) -> None:
+        """Two lines of one length, removed together."""
+        if f.base is not g.base:
+            self.pairs.append(Pair(f.flat, g.flat, False, self.node))
+
+    def freeze(self, labels: Tensor | np.ndarray, why: str) -> None:
         self.frozen.append(Event(labels, self.node, why))
 
     def keep_rows_equal(self, f: Factor) -> None:
@@ -104,9 +109,17 @@ class Ties:
 def flat(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
     """The two sides of a pair as flat arrays of equal length."""
     a, b = pair.a, pair.b
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return a, b
+    assert isinstance(a, Tensor) and isinstance(b, Tensor)
     if a.shape != b.shape:
         a, b = torch.broadcast_tensors(a, b)
     return a.reshape(-1).numpy(), b.reshape(-1).numpy()
+
+
+def row(labels: Tensor | np.ndarray) -> np.ndarray:
+    """An array of labels as one row of numbers."""
+    return labels if isinstance(labels, np.ndarray) else labels.reshape(-1).numpy()
 
 
 def chained(events: list[Event], *, columns: bool = False) -> list[Pair]:

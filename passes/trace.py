@@ -26,7 +26,7 @@ from fxprune.passes.opaque import SizeUse, Whole, watched
 from fxprune.passes.patches import inlined, patched, plain_rnn
 from fxprune.passes.proxy import Items, ReadsValue, ValueProxy, has_tensor, tensors, unwrap
 from fxprune.passes.tape import ATOMS, NeedsValues, Recorder, Ref, collect, map_tensors
-from fxprune.passes.tree import fetch, named_tensors
+from fxprune.passes.tree import fetch, named_tensors, walk
 
 # Modules of torch.nn whose forward holds sizes as literals or insists on relations that pruning changes.
 TRACED_THROUGH = (
@@ -96,7 +96,8 @@ class ValueTracer(fx.Tracer):
     """An FX tracer that evaluates every node as it is made."""
 
     def __init__(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        super().__init__(autowrap_modules=(__import__("math"),))
+        super().__init__(autowrap_modules=())
+        self.root = root
         self.example_args, self.example_kwargs = args, kwargs
         self.forward: Callable[..., Any] = root.forward  # whose signature the program gets
         self.names = {id(t): name for name, t in named_tensors(root)}
@@ -118,15 +119,33 @@ class ValueTracer(fx.Tracer):
         self.retry = True
         self.inputs: list[Ref] = []
         self.index: dict[fx.Node, int] = {}
+        self.short: dict[Any, str] = {}  # by target: names of nodes
         self.depends: dict[fx.Node, bool] = {}
 
     # -- nodes and values ---------------------------------------------------------------------------------------------
 
-    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        node = self.graph.create_node(*args, **kwargs)
+    def create_node(
+        self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str | None = None, type_expr: Any = None
+    ) -> fx.Node:
+        if name is None:
+            name = self.name_of(op, target)
+        node = self.graph.create_node(op, target, (), None, name, type_expr)
+        if args:  # set apart: create_node looks through its arguments for what a trace without symbols never holds
+            node.args = args
+        if kwargs:
+            node.kwargs = kwargs
         node.meta["module"] = self.stack[-1]
         self.index[node] = len(self.index)
         return node
+
+    def name_of(self, op: str, target: Any) -> str | None:
+        """The name that FX would make, with less ado; None where it is better left to FX."""
+        if op in ("call_module", "get_attr"):
+            return target.replace(".", "_") if target.islower() else None
+        found = self.short.get(target)
+        if found is None:
+            found = self.short[target] = self.graph._target_to_str(target)
+        return found
 
     def create_proxy(
         self,
@@ -257,11 +276,18 @@ class ValueTracer(fx.Tracer):
         return self.attributes[name]
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if self.running is None and isinstance(attr_val, Tensor):
-            name = self.names.get(id(attr_val))
-            if name is not None:
-                return self.attribute(name, attr_val)
-        return attr_val
+        """What a forward gets when it reads a tensor of a module."""
+        name = self.names.get(id(attr_val))
+        return attr_val if name is None else self.attribute(name, attr_val)
+
+    def trace(self, root: nn.Module, concrete_args: Any = None) -> fx.Graph:
+        """The graph of one run; `patched` must be in force. (FX's own looks through all attributes for scripted objects.)"""
+        self.submodule_paths = walk(root)
+        self.graph = fx.Graph()
+        call, args = self.create_args_for_root(None, True)
+        self.create_node("output", "output", (self.create_arg(call(*args)),), {})
+        self.submodule_paths = None
+        return self.graph
 
     # -- Python's questions -------------------------------------------------------------------------------------------
 
@@ -414,21 +440,20 @@ def trace(
     tracer = ValueTracer(root, args, kwargs)
     tracer.retry = retry
     prefix = ""
-    with patched(tracer), torch.no_grad():
+    try:
+        if whole:
+            raise RuntimeError("stays of its class")
+        graph = recorded(tracer)
+    except Exception as error:
+        if not retry or hasattr(error, "fxprune_plain") or isinstance(error, PruneError):
+            raise
+        prefix = "whole."
+        tracer = whole_tracer(tracer, root, args, kwargs, error)
         try:
-            if whole:
-                raise RuntimeError("stays of its class")
-            graph = recorded(tracer, root)
-        except Exception as error:
-            if not retry or hasattr(error, "fxprune_plain") or isinstance(error, PruneError):
-                raise
-            prefix = "whole."
-            tracer = whole_tracer(tracer, root, args, kwargs, error)
-            try:
-                graph = recorded(tracer, tracer.root)
-            except Exception as plain:
-                plain.fxprune_where = getattr(error, "fxprune_where", type(root).__name__)  # type: ignore[attr-defined]
-                raise
+            graph = recorded(tracer)
+        except Exception as plain:
+            plain.fxprune_where = getattr(error, "fxprune_where", type(root).__name__)  # type: ignore[attr-defined]
+            raise
     output = next(n for n in graph.nodes if n.op == "output")
     outputs: list[Ref] = []
 
@@ -471,11 +496,11 @@ def whole_tracer(
     return tracer
 
 
-def recorded(tracer: ValueTracer, root: nn.Module) -> fx.Graph:
+def recorded(tracer: ValueTracer) -> fx.Graph:
     """Trace with the recorder in place all the while; it writes only while a node is evaluated."""
     tracer.recorder.active = False
-    with tracer.recorder:
-        return tracer.trace(root)
+    with patched(tracer), torch.no_grad(), tracer.recorder:
+        return tracer.trace(tracer.root)
 
 
 def like_dict(value: dict[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:

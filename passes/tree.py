@@ -145,7 +145,7 @@ def private_copy(root: nn.Module, stand_in: Callable[[Tensor], Tensor] | None = 
             swap[id(tensor)] = stand_in(tensor)
         elif isinstance(tensor, nn.Parameter):
             swap[id(tensor)] = tensor
-        elif not tensor.is_leaf:  # a parameter computed by a hook, left over from the last forward
+        elif type(tensor) is Tensor or not tensor.is_leaf:  # (a parameter computed by a hook, left over from the last forward)
             swap[id(tensor)] = tensor.detach().clone()
     return copy_tree(root, swap)
 

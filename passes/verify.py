@@ -19,7 +19,7 @@ from fxprune.passes.couple import apply_rule
 from fxprune.passes.labels import Labels, lut
 from fxprune.passes.rules import Call
 from fxprune.passes.tape import Op, Recorder, Ref, collect, map_tensors
-from fxprune.passes.ties import Ties
+from fxprune.passes.ties import Ties, flat
 
 Masked = Callable[["Masker", Call, Any, Any], Any]
 MASKED: dict[str, Masked] = {}
@@ -100,7 +100,7 @@ class Masker(Recorder):
             self.kept = torch.cat([self.kept, known])
             self.settled = torch.cat([self.settled, torch.full((grown,), self.fates is not None)])
         for pair in self.ties.pairs:
-            a, b = torch.broadcast_tensors(pair.a, pair.b)
+            a, b = (torch.from_numpy(side) for side in flat(pair))
             for new, old in ((a, b), (b, a)):
                 open_ = ~self.settled[new] & self.settled[old]
                 if bool(open_.any()):

@@ -126,10 +126,10 @@ class Call:
 
     def freeze_dims(self, labels: Labels, dims: Sequence[int], why: str) -> Labels:
         """Freeze the factors that vary along any of `dims`; the others pass."""
-        passed = []
+        passed, among = [], frozenset(dims)
         for f in labels:
-            if f.dims & set(dims):
-                self.ties.freeze(f.labels, why)
+            if f.dims & among:
+                self.ties.freeze(f.flat, why)
             else:
                 passed.append(f)
         return tuple(passed)

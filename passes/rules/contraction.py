@@ -179,11 +179,11 @@ def convolution(call: Call) -> Labels:
     ins = flat_channels(call, call.labels(x))
     w = call.freeze_dims(call.labels(weight), range(2, len(w_shape)), "is a kernel's spatial dimension")
     outs = grouped_convolution(call, ins, call.shape(x), w, w_shape, groups, transposed)
-    result = tuple(along(f.labels.reshape(-1), 1, ndim) for f in outs)
-    result += tuple(f for f in ins if not f.dims & {1, *spatial})
+    result = tuple([f.at(1, ndim) for f in outs])
+    result += tuple([f for f in ins if not f.dims & {1, *spatial}])
     if bias is not None:
         shape = call.shape(call.outputs[0])
-        lifted = tuple(along(f.labels.reshape(-1), 1, ndim) for f in call.labels(bias))
+        lifted = tuple([f.at(1, ndim) for f in call.labels(bias)])
         result = unify(call, result, shape, lifted, [1, shape[1]] + [1] * (ndim - 2))
     return result
 
@@ -192,6 +192,9 @@ def flat_channels(call: Call, labels: Labels) -> Labels:
     """A window mixes positions: what varies along space must be one unit there."""
     result: list[Factor] = []
     for f in labels:
+        if len(f.nest) == 1 and f.nest[0] < 2:
+            result.append(f)
+            continue
         space = [d for d in f.nest if d > 1]
         if space and len(space) == len(f.nest):
             call.ties.freeze(f.labels, "is a spatial dimension of a convolution")
@@ -216,12 +219,15 @@ def grouped_convolution(
     channels = x_shape[1]
     if groups == 1 and all(f.nest == (1,) for f in ins) and all(len(f.nest) == 1 for f in w):
         per_in = 0 if transposed else 1
-        x_line = tuple(along(f.labels.reshape(-1), 0, 1) for f in ins)
-        w_line = tuple(along(f.labels.reshape(-1), 0, 1) for f in w if f.nest == (per_in,))
+        x_line = tuple([f.at(0, 1) for f in ins])
+        w_line = tuple([f.at(0, 1) for f in w if f.nest[0] == per_in])
         unify(call, x_line, [channels], w_line, [channels])
-        return tuple(f for f in w if f.nest == (1 - per_in,))
+        return tuple([f for f in w if f.nest[0] == 1 - per_in])
     per_in = channels // groups
     per_out = w_shape[1] if transposed else w_shape[0] // groups
+    if per_in == per_out == 1 and len(ins) == len(w) == 1 and ins[0].nest == (1,) and w[0].nest == (0,):
+        call.ties.join(ins[0], w[0])  # a group is one channel
+        return w
     x_part: list[Factor] = []
     for f in ins:
         if 1 in f.dims:

@@ -23,6 +23,9 @@ def batch_norm(call: Call) -> list[Labels]:
     ndim = len(shape)
     labels: list[Factor] = []
     for f in call.labels(x):
+        if len(f.nest) == 1 and f.nest[0] == 1:
+            labels.append(f)
+            continue
         rest = [d for d in f.nest if d != 1]
         if len(rest) == len(f.nest):
             labels.append(f)  # per position: statistics run over it, entries stay where they are
@@ -37,7 +40,7 @@ def batch_norm(call: Call) -> list[Labels]:
 
 
 def per_channel(call: Call, ref: Ref, ndim: int) -> Labels:
-    return tuple(along(f.labels.reshape(-1), 1, ndim) for f in call.labels(ref))
+    return tuple([f.at(1, ndim) for f in call.labels(ref)])
 
 
 @rule("aten::native_layer_norm", "aten::layer_norm", "aten::_fused_rms_norm", "aten::rms_norm")

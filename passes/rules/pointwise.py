@@ -66,6 +66,9 @@ def unify(call: Call, a: Labels, a_shape: Sequence[int], b: Labels, b_shape: Seq
     """
     if not a and not b:
         return NONE
+    if len(a) == 1 and len(b) == 1 and len(a[0].nest) == 1 and a[0].nest == b[0].nest:  # (1), as it is nearly always
+        call.ties.join(a[0], b[0])
+        return a
     left, right = list(a), list(b)
     result: list[Factor] = compose(call, left, right) + compose(call, right, left)
     for f in list(left):
@@ -119,10 +122,12 @@ def compose(call: Call, several: list[Factor], single: list[Factor]) -> list[Fac
         return []
     for g in list(single):
         parts = [f for f in several if f.dims == g.dims]
+        alone = sum(h.dims == g.dims for h in single) == 1
+        if len(parts) < 2 or not alone or len(g.nest) != 1:
+            continue
         start = int(g.flat[0])
         known = call.ties.leaf_starts.get(start)
-        alone = sum(h.dims == g.dims for h in single) == 1
-        if len(parts) > 1 and alone and len(g.nest) == 1 and known is not None and known[2] == g.labels.numel():
+        if known is not None and known[2] == len(g.flat):
             call.ties.composed[start] = tuple(f.labels.reshape(-1) for f in parts)
             single.remove(g)
             for f in parts:
