@@ -103,14 +103,15 @@ def prune(
     keep = frozen_names(model, freeze)
     solution = analyse(model, args, kwargs, heads=attention == "heads", keep=keep)
     kept, cutter = selected(model, solution, request)
+    values, made = dict(named_tensors(model)), tensor_cuts(solution, kept, cutter)
     plan = Plan(
-        {name: tuple(t.shape) for name, t in named_tensors(model)},
-        {name: parts for name, parts in tensor_cuts(solution, kept, cutter).items() if parts},
+        {name: tuple(t.shape) for name, t in values.items()},
+        {name: parts for name, parts in made.items() if parts},
         attention,
         tuple(sorted(keep)),
         inputs.describe(example_inputs),
     )
-    pruned = shrink(model, solution, kept, cutter)
+    pruned = shrink(model, solution, kept, cutter, made=made, values=values)
     pruned.meta["plan"] = plan
     pruned.meta["capture"] = described(solution)
     if verify is True or (verify == "auto" and is_cheap(model)):
@@ -277,9 +278,8 @@ def kept_by(plan: Plan, solution: Solution) -> Tensor:
     """Which labels a plan keeps; raises PruneError where it does not fit the model's coupling."""
     unit = solution.unit.numpy()
     occurs, stays = np.zeros(len(unit), bool), np.zeros(len(unit), bool)  # a class that is left in any tensor stays
-    shapes = {v.name: v.shape for c in solution.captures for v in c.tape.values if v.name is not None}
     for name, labels in solution.leaves.items():
-        shape = shapes.get(name, plan.shapes.get(name, ()))
+        shape = solution.shapes.get(name, plan.shapes.get(name, ()))
         for f in labels:
             occurs[unit[f.flat]] = True
             cut = next((c for c in plan.keep.get(name, ()) if f.dims <= set(c.dims)), None)
@@ -343,8 +343,8 @@ def check_request(model: Any, request: Request, attention: str, verify: Any) -> 
 
 
 def check_globs(model: nn.Module, request: Request) -> None:
-    modules = [name for name, _ in model.named_modules()]
     scopes = request.scopes or {}
+    modules = [name for name, _ in model.named_modules()] if scopes or isinstance(request.ratio, Mapping) else []
     asked = [("ratio", glob) for glob in request.ratio if glob not in scopes] if isinstance(request.ratio, Mapping) else []
     asked += [("scopes", glob) for globs in scopes.values() for glob in ([globs] if isinstance(globs, str) else globs)]
     for argument, glob in asked:
@@ -367,8 +367,10 @@ def frozen_names(model: nn.Module, freeze: Freeze) -> dict[str, str]:
             raise PruneError(
                 f"freeze names {item!r}, which is neither a glob nor a module", fix="freeze='layer1', or model.layer1"
             )
-    modules = dict(model.named_modules())
     keep: dict[str, str] = {}
+    if not asked:
+        return keep
+    modules = dict(model.named_modules())
     for item in asked:
         if isinstance(item, nn.Module):
             paths = [path for path, m in modules.items() if m is item]

@@ -148,9 +148,11 @@ class Rivalry:
 def settled(solution: Solution, removed: np.ndarray, score: np.ndarray, spans: Sequence[np.ndarray]) -> tuple[Tensor, Cutter]:
     """What is kept. Choices that would not leave rectangles, or would leave a tensor empty, are taken back."""
     unit = solution.unit.numpy()
-    for classes in spans:
-        if removed[classes].all():  # the best scored unit stays
-            removed[classes[np.argmax(score[classes])]] = False
+    if spans:
+        starts = np.cumsum([0, *(len(classes) for classes in spans[:-1])])
+        for i in np.flatnonzero(np.logical_and.reduceat(removed[np.concatenate(spans)], starts)):
+            if removed[spans[i]].all():  # the best scored unit stays
+                removed[spans[i][np.argmax(score[spans[i]])]] = False
     for _ in range(len(removed) + 1):
         try:
             kept = torch.from_numpy(~removed[unit])

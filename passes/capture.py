@@ -49,6 +49,7 @@ class Capture:
         untracked: nodes whose results did not come out of the dispatcher.
         index: the number of each node.
         prefix: what the names of tensors begin with in `root` and not in the model.
+        modules: every module of `root` by all of its paths.
         note: what the emitted model does not do as the original does.
     """
 
@@ -67,6 +68,7 @@ class Capture:
     untracked: set[fx.Node] = field(default_factory=set)
     index: dict[fx.Node, int] = field(default_factory=dict)
     prefix: str = ""
+    modules: dict[str, nn.Module] = field(default_factory=dict)
     note: str = ""
 
     @property

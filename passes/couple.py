@@ -44,6 +44,7 @@ class Solution:
         equal: matrices of classes whose rows must keep equally many entries.
         regions: nodes replaced by one gather, so that what they pass through need not be a rectangle.
         pairs: the ties that were solved, as the rules reported them.
+        shapes: of the model's own tensors, by name.
     """
 
     captures: list[Capture]
@@ -55,6 +56,7 @@ class Solution:
     equal: list[np.ndarray]
     regions: list[dict[fx.Node, fx.Node]]
     pairs: list[Pair]
+    shapes: dict[str, tuple[int, ...]]
 
 
 def solve(captures: Sequence[Capture], *, heads: bool, keep: Mapping[str, str] | None = None) -> Solution:
@@ -349,7 +351,8 @@ def close(
     if not reasons:
         reasons.append("is never removed")
     equal = distinct([unit[e.labels.numpy()] for e in ties.equal])
-    return Solution(captures, leaves, values, torch.from_numpy(unit), frozen, reasons, equal, regions, pairs)
+    shapes = {v.name: v.shape for capture in captures for v in capture.tape.values if v.name is not None}
+    return Solution(captures, leaves, values, torch.from_numpy(unit), frozen, reasons, equal, regions, pairs, shapes)
 
 
 def distinct(matrices: list[np.ndarray]) -> list[np.ndarray]:

@@ -44,17 +44,13 @@ def families(solution: Solution, parameters: set[str]) -> list[Family]:
             spans.append(unit[f.flat])
     if not places:
         return []
+    where, classes = occurrences(spans)
     # units with equal signatures (a sum of random numbers, one for each place) live in the same places
     marks = np.random.default_rng(0).integers(1, 1 << 62, size=len(places)).astype(np.uint64)
     signature = np.zeros(len(unit), np.uint64)
+    np.add.at(signature, classes, marks[where])
     learned = np.zeros(len(unit), bool)
-    found_in: list[np.ndarray] = []
-    for (name, _), span, mark in zip(places, spans, marks, strict=True):
-        classes = span if bool((span[1:] > span[:-1]).all()) else np.unique(span)
-        found_in.append(classes)
-        signature[classes] += mark
-        if name in parameters:
-            learned[classes] = True
+    learned[classes[np.fromiter((name in parameters for name, _ in places), bool, len(places))[where]]] = True
     # frozen units of one signature may have different reasons: they are told apart
     signature += (solution.frozen.astype(np.int64) + 1).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     units = np.flatnonzero(learned)
@@ -64,9 +60,9 @@ def families(solution: Solution, parameters: set[str]) -> list[Family]:
     leader = np.zeros(len(unit), bool)
     leader[units[first]] = True
     members: list[list[int]] = [[] for _ in first]
-    for i, classes in enumerate(found_in):
-        for g in group_of[classes[leader[classes]]].tolist():
-            members[g].append(i)
+    leads = leader[classes]
+    for i, g in zip(where[leads].tolist(), group_of[classes[leads]].tolist(), strict=True):
+        members[g].append(i)
     order = np.argsort(group, kind="stable")
     blocks = np.split(units[order], np.cumsum(np.bincount(group, minlength=len(first)))[:-1])
     found: list[tuple[int, Family]] = []
@@ -82,3 +78,16 @@ def families(solution: Solution, parameters: set[str]) -> list[Family]:
         named = next((m for m in spanned if m[0] in parameters), spanned[0])
         found.append((members[g][0], Family(f"{named[0]}:{named[1]}", block, tuple(spanned), max(1, width), why)))
     return [family for _, family in sorted(found, key=lambda item: item[0])]
+
+
+def occurrences(spans: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Which class occurs in which place, each pair once: the numbers of the places, and the classes."""
+    lengths = [len(span) for span in spans]
+    where, classes = np.repeat(np.arange(len(spans)), lengths), np.concatenate(spans)
+    ascending = np.ones(len(classes), bool)
+    ascending[1:] = classes[1:] > classes[:-1]
+    ascending[np.cumsum(lengths)[:-1]] = True
+    if ascending.all():
+        return where, classes
+    pairs = np.unique(where * (classes.max() + 1) + classes)
+    return pairs // (classes.max() + 1), pairs % (classes.max() + 1)

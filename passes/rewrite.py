@@ -392,7 +392,7 @@ class Rewriter:
                 self.attributes.setdefault(inner, {}).update(edits)
             return
         ins = [self.after(r) for n in node.args for r in collect(self.result(n), Ref)]
-        module = self.capture.root.get_submodule(path)
+        module = self.capture.modules[path]
         before = [self.before(r) for n in node.args for r in collect(self.result(n), Ref)]
         self.attributes.setdefault(path, {}).update(changed_attributes(module, before, ins, self.shapes_of(path)))
 

@@ -13,22 +13,32 @@ from fxprune.passes.couple import Solution
 from fxprune.passes.kept import Cut, Cutter
 from fxprune.passes.pruned import Program, PrunedModule
 from fxprune.passes.rewrite import Rewriter
-from fxprune.passes.tree import PLAIN, every_path, fetch, named_tensors, replace_tensors, walk
+from fxprune.passes.tree import every_path, fetch, named_tensors, replace_tensors, walk
 
 
 def tensor_cuts(solution: Solution, kept: Tensor, cutter: Cutter | None = None) -> dict[str, list[Cut]]:
     """How each of the model's tensors is cut, by name; raises NotARectangle."""
-    shapes = {v.name: v.shape for c in solution.captures for v in c.tape.values if v.name is not None}
     cutter = cutter or Cutter(kept)
-    return {name: cutter(labels, shapes[name]) for name, labels in solution.leaves.items()}
+    return {name: cutter(labels, solution.shapes[name]) for name, labels in solution.leaves.items()}
 
 
-def shrink(model: nn.Module, solution: Solution, kept: Tensor, cutter: Cutter | None = None) -> PrunedModule:
-    """The pruned model: a new module that shares nothing with `model`. The captures of the solution are used up."""
+def shrink(
+    model: nn.Module,
+    solution: Solution,
+    kept: Tensor,
+    cutter: Cutter | None = None,
+    *,
+    made: Mapping[str, list[Cut]] | None = None,
+    values: Mapping[str, Tensor] | None = None,
+) -> PrunedModule:
+    """The pruned model: a new module that shares nothing with `model`. The captures of the solution are used up.
+
+    Arguments: `made`, the cuts of the model's tensors, and `values`, these tensors by name, where they are known already.
+    """
     cutter = cutter or Cutter(kept)
-    made = tensor_cuts(solution, kept, cutter)
+    made = tensor_cuts(solution, kept, cutter) if made is None else made
     constants: dict[str, Tensor] = {}
-    values = dict(named_tensors(model))
+    values = dict(named_tensors(model)) if values is None else values
     device = next((t.device for t in values.values()), torch.device("cpu"))
     programs: dict[bool, fx.Graph | Program] = {}
     attributes: dict[str, dict[str, Any]] = {}
@@ -42,7 +52,7 @@ def shrink(model: nn.Module, solution: Solution, kept: Tensor, cutter: Cutter | 
             attributes.setdefault(path, {}).update(edits)
     root = cut_tree(values, solution, made)
     for path, edits in attributes.items():
-        module = fetch(root, path) if path else root
+        module = solution.captures[0].modules.get(path) or fetch(root, path)
         for name, value in edits.items():
             object.__setattr__(module, name, value)  # numbers: what a module's own __setattr__ looks for is not there
     for name, data in constants.items():
@@ -79,9 +89,7 @@ def cut_tree(values: Mapping[str, Tensor], solution: Solution, made: Mapping[str
         for name, tensor in named_tensors(other.root):
             if name not in values and not hasattr(tree, name) and name.startswith("_tensor_constant"):
                 setattr(tree, name, copy.copy(tensor))
-    for module in walk(tree):
-        plain = [k for k, v in vars(module).items() if type(v) not in PLAIN and isinstance(v, Tensor)]
-        module._non_persistent_buffers_set |= set(plain)
+                tree._non_persistent_buffers_set.add(name)
     return tree
 
 

@@ -26,7 +26,7 @@ from fxprune.passes.opaque import SizeUse, Whole, watched
 from fxprune.passes.patches import inlined, patched, plain_rnn
 from fxprune.passes.proxy import Items, ReadsValue, ValueProxy, has_tensor, tensors, unwrap
 from fxprune.passes.tape import ATOMS, NeedsValues, Recorder, Ref, collect, map_tensors
-from fxprune.passes.tree import fetch, named_tensors, walk
+from fxprune.passes.tree import every_path, fetch, named_tensors, walk
 
 # Modules of torch.nn whose forward holds sizes as literals or insists on relations that pruning changes.
 TRACED_THROUGH = (
@@ -101,7 +101,7 @@ class ValueTracer(fx.Tracer):
         self.example_args, self.example_kwargs = args, kwargs
         self.forward: Callable[..., Any] = root.forward  # whose signature the program gets
         self.names = {id(t): name for name, t in named_tensors(root)}
-        self.modules = dict(root.named_modules(remove_duplicate=False))
+        self.modules = dict(every_path(root))
         self.recorder = Recorder(self.names)
         self.results: dict[fx.Node, Any] = {}
         self.guards: list[Guard] = []
@@ -479,6 +479,7 @@ def trace(
         tracer.untracked,
         tracer.index,
         prefix,
+        tracer.modules,
     )
 
 

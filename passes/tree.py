@@ -40,8 +40,10 @@ def walk(root: nn.Module) -> dict[nn.Module, str]:
     pending: list[tuple[str, nn.Module]] = [("", root)]
     while pending:
         path, module = pending.pop()
-        if module not in found:
-            found[module] = path
+        if module in found:
+            continue
+        found[module] = path
+        if module._modules:
             start = f"{path}." if path else ""
             pending += [(start + n, m) for n, m in reversed(module._modules.items()) if m is not None]
     return found
@@ -53,8 +55,9 @@ def every_path(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     while pending:
         path, module = pending.pop()
         yield path, module
-        start = f"{path}." if path else ""
-        pending += [(start + n, m) for n, m in module._modules.items() if m is not None]
+        if module._modules:
+            start = f"{path}." if path else ""
+            pending += [(start + n, m) for n, m in reversed(module._modules.items()) if m is not None]
 
 
 def fetch(root: nn.Module, path: str) -> Any:
@@ -69,8 +72,11 @@ def named_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every tensor that a module tree holds: parameters, buffers and plain attributes; tied ones once."""
     seen: set[int] = set()
     for module, prefix in walk(root).items():
-        plain = [(k, v) for k, v in vars(module).items() if type(v) not in PLAIN and isinstance(v, Tensor)]
-        for name, tensor in [*module._parameters.items(), *module._buffers.items(), *plain]:
+        held = [*module._parameters.items(), *module._buffers.items()]
+        for name, value in vars(module).items():
+            if type(value) not in PLAIN and isinstance(value, Tensor):
+                held.append((name, value))
+        for name, tensor in held:
             if tensor is not None and id(tensor) not in seen:
                 seen.add(id(tensor))
                 yield (f"{prefix}.{name}" if prefix else name), tensor
@@ -104,20 +110,25 @@ def copy_tree(root: nn.Module, swap: Mapping[int, Tensor]) -> Any:
 
 
 def replace_tensors(root: nn.Module, swap: Mapping[int, Tensor]) -> None:
-    """Put other tensors in the place of those with the given identities, everywhere in a tree."""
-    memo: dict[int, Any] = dict(swap)
-    modules = list(walk(root))
-    memo |= {id(module): module for module in modules}
+    """Put other tensors in the place of those with the given identities, everywhere in a tree.
+
+    A tensor that is a plain attribute becomes what a GraphModule makes of it when it is read: a buffer that is not saved.
+    """
+    modules = walk(root)
+    memo: dict[int, Any] = {**swap, **{id(module): module for module in modules}}
     for module in modules:
         state = vars(module)
         for held in (module._parameters, module._buffers):
-            for key, value in held.items():
-                if value is not None:
-                    held[key] = swap.get(id(value), value)  # type: ignore[assignment]
+            for key, tensor in held.items():
+                if tensor is not None:
+                    held[key] = swap.get(id(tensor), tensor)  # type: ignore[assignment]
         for key, value in state.items():
             kind = type(value)
-            if kind not in ATOMS and key not in CHILDREN and key not in HOOKS and (kind not in CONTAINERS or value):
-                state[key] = duplicate(value, memo)
+            if kind in ATOMS or key in CHILDREN or key in HOOKS or (kind in CONTAINERS and not value):
+                continue
+            state[key] = duplicate(value, memo)
+            if isinstance(value, Tensor):
+                module._non_persistent_buffers_set.add(key)
 
 
 def duplicate(value: Any, memo: dict[int, Any]) -> Any:

@@ -81,14 +81,18 @@ class Scorer:
         classes: list[np.ndarray] = []
         parts: list[Tensor] = []
         with torch.no_grad():
+            looked_at = []
             for name, parameter in self.parameters.items():
                 places = self.places(name)
-                if not places or not parameter.is_floating_point() or parameter.numel() == 0:
-                    continue
-                if evidence is not None and name not in evidence:
-                    continue
+                if places and parameter.is_floating_point() and parameter.numel() and (evidence is None or name in evidence):
+                    looked_at.append((name, parameter.detach(), places))
+            known = self.vectors(looked_at) if evidence is None else {}
+            for name, weight, places in looked_at:
                 given = None if evidence is None else evidence[name]
-                scored = self.scored(name, parameter.detach(), given, [f.nest for f, _ in places])
+                if name in known:
+                    scored: Sequence[Tensor | None] = [known[name]] * len(places)
+                else:
+                    scored = self.scored(name, weight, given, [f.nest for f, _ in places])
                 for (f, span), part in zip(places, scored, strict=True):
                     if part is None:
                         continue
@@ -99,6 +103,19 @@ class Scorer:
         if not parts:
             return np.zeros(0, np.int64), np.zeros(0), []
         return np.concatenate(classes), fetched(parts), [len(c) for c in classes]
+
+    def vectors(self, looked_at: Sequence[tuple[str, Tensor, Any]]) -> dict[str, Tensor]:
+        """The scores of all parameters of one dimension (biases, scales), which are many and small: in one go."""
+        alike: dict[object, list[tuple[str, Tensor]]] = {}
+        if getattr(self.criterion, "elementwise", False) and not hasattr(self.criterion, "along"):
+            for name, weight, _ in looked_at:
+                if weight.dim() == 1:
+                    alike.setdefault((weight.dtype, weight.device), []).append((name, weight))
+        found: dict[str, Tensor] = {}
+        for several in alike.values():
+            scores = self.elements(several[0][0], torch.cat([w for _, w in several]), None)
+            found.update(zip([name for name, _ in several], scores.split([len(w) for _, w in several]), strict=True))
+        return found
 
     def layers(self, classes: np.ndarray, values: np.ndarray, lengths: list[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """For each place its units and their scores."""
@@ -183,7 +200,8 @@ def fetched(parts: Sequence[Tensor]) -> np.ndarray:
     """All scores in their order, in double precision: one transfer from each device."""
     devices = {p.device for p in parts}
     if len(devices) == 1:
-        return torch.cat([p.double() for p in parts]).cpu().numpy()
+        alike = len({p.dtype for p in parts}) == 1
+        return torch.cat(list(parts) if alike else [p.double() for p in parts]).double().cpu().numpy()
     found: list[np.ndarray | None] = [None] * len(parts)
     for device in devices:
         mine = [i for i, p in enumerate(parts) if p.device == device]
