@@ -166,7 +166,7 @@ def prune(model, **options):
 
 def test_one_budget_at_a_time():
     model = net()
-    fix = "one of ratio, params, macs and memory"
+    fix = "one of ratio, params, macs, memory and latency"
     refuses(prune(model, macs=0.5, params=0.5), model, what="params and macs are both given", fix=fix)
     refuses(prune(model, ratio=0.5, macs=0.5), model, what="ratio and macs are both given", fix=fix)
 
