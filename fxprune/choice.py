@@ -58,7 +58,8 @@ def in_time(free: Sequence[Family], score: np.ndarray, costs: Costs, request: Re
         rivalry = Rivalry(free, score, costs.solution, request, round_to)
         names = [free[rung.pool.cells[0][0]].name for rung in rivalry.ladders]
         try:
-            return timely(request.budget, rivalry.ladders, rivalry.sequence(), costs, rivalry.settle, trial, names)
+            with trial.quiet():
+                return timely(request.budget, rivalry.ladders, rivalry.sequence(), costs, rivalry.settle, trial, names)
         except PruneError:
             if round_to == tried[-1]:
                 raise

@@ -7,6 +7,7 @@ returned was measured to be within the budget.
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from bisect import bisect_left
@@ -114,6 +115,10 @@ class Trial:
         self.original = private_copy(model).eval()
         self.found: Latency | None = None
 
+    def quiet(self) -> contextlib.AbstractContextManager[None]:
+        """Put random state back, whatever the model draws when it is run."""
+        return torch.random.fork_rng(devices=[self.device.index or 0] if self.device.type == "cuda" else [])
+
     def run(self, model: nn.Module) -> Run:
         def forward() -> object:
             with torch.no_grad():
@@ -181,13 +186,11 @@ def timely(
         return trial.measure(*settled[steps], budget)
 
     if share >= 1:
-        steps, found = 0, measured(0)
-    else:
-        table = Timetable(ladders, costs, trial.device, trial.seconds, total)
-        steps, found = chase(budget, share, len(sequence), lambda k: table(climbed(ladders, sequence[:k])), measured)
-        rows = tuple((name, table.alone(i)) for i, name in enumerate(names))
-        found = replace(found, table=rows)
-    trial.found = found
+        trial.found = measured(0)
+        return settled[0]
+    table = Timetable(ladders, costs, trial.device, trial.seconds, total)
+    steps, found = chase(budget, share, len(sequence), lambda k: table(climbed(ladders, sequence[:k])), measured)
+    trial.found = replace(found, table=tuple((name, table.alone(i)) for i, name in enumerate(names)))
     return settled[steps]
 
 

@@ -5,8 +5,10 @@ import torch
 import torchvision
 from refusals import IMAGES, net, refuses
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import VisionTransformer
+from torchvision.models.convnext import CNBlockConfig
 
 import fxprune
 from fxprune import Magnitude
@@ -33,15 +35,28 @@ def regnet():
     return torchvision.models.regnet_x_400mf(weights=None, num_classes=10).eval()
 
 
-MODELS = {f.__name__: f for f in (resnet, vit, mobilenet, regnet)}
+def convnext():
+    torch.manual_seed(0)
+    blocks = [CNBlockConfig(24, 48, 2), CNBlockConfig(48, None, 2)]
+    return torchvision.models.ConvNeXt(blocks, num_classes=10).eval()
+
+
+def swin():
+    torch.manual_seed(0)
+    options = {"embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "window_size": [2, 2]}
+    return torchvision.models.SwinTransformer(patch_size=[4, 4], num_classes=10, **options).eval()
+
+
+MODELS = {f.__name__: f for f in (resnet, vit, mobilenet, regnet, convnext, swin)}
 X = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 def macs(model, x=X):
+    """Half the operations that torch counts, with fused kernels off: they hide their products from its counter."""
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # a fused kernel hides its products from the counter
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model(x)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -66,7 +81,19 @@ def test_budgets_are_met_within_two_percent(build, kind, share):
     model = build()
     pruned = fxprune.prune(model, example_inputs=X, verify=False, **{kind: share})
     left = COUNT[kind](pruned) / COUNT[kind](model)
-    assert share - 0.02 <= left <= share
+    assert 0.98 * share <= left <= share
+
+
+@pytest.mark.parametrize("share", [0.35, 0.4, 0.45, 0.9])
+def test_a_last_step_that_is_large_is_made_up_for(share):
+    """One of two heads is a fifth of this model: where it goes, finer steps of other families are taken back."""
+    torch.manual_seed(0)
+    options = {"num_layers": 1, "num_heads": 2, "hidden_dim": 96, "mlp_dim": 48}
+    model = VisionTransformer(image_size=32, patch_size=8, num_classes=10, **options).eval()
+    for ranking in ("local", "global"):
+        pruned = fxprune.prune(model, example_inputs=X, params=share, ranking=ranking)
+        assert pruned.verification.ok
+        assert 0.98 * share <= params(pruned) / params(model) <= share
 
 
 @pytest.mark.parametrize("ranking", ["global", "isomorphic"])
@@ -75,7 +102,7 @@ def test_budgets_are_met_by_competing_families(build, ranking):
     model = build()
     pruned = fxprune.prune(model, example_inputs=X, macs=0.5, ranking=ranking)
     assert pruned.verification.ok
-    assert 0.48 <= macs(pruned) / macs(model) <= 0.5
+    assert 0.49 <= macs(pruned) / macs(model) <= 0.5
 
 
 @pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
