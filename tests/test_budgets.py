@@ -152,6 +152,14 @@ def test_the_fewest_steps_are_taken():
         assert fxprune.prune(model, example_inputs=torch.randn(1, 4), params=limit).get_submodule("0").out_features == units
 
 
+@pytest.mark.parametrize("ranking", ["local", "global", "isomorphic"])
+def test_ties_do_not_take_more_than_the_budget(ranking):
+    """All scores are equal: a threshold would keep all or nothing."""
+    model = resnet()
+    pruned = fxprune.prune(model, example_inputs=X, params=0.5, ranking=ranking, criterion=torch.zeros_like, verify=False)
+    assert 0.49 <= params(pruned) / params(model) <= 0.5
+
+
 def test_budgets_and_multiples():
     model = resnet()
     pruned = fxprune.prune(model, example_inputs=X, macs=0.5, round_to=8, verify=False)
@@ -207,14 +215,32 @@ def test_what_is_no_amount(amount):
     )
 
 
-def test_a_budget_above_the_original():
+WORDS = {"params": "parameters", "macs": "multiply-accumulates", "memory": "bytes"}
+
+
+@pytest.mark.parametrize("kind", WORDS)
+def test_a_budget_above_the_original(kind):
     model = net()
-    whole = params(model)
+    whole = COUNT[kind](model, IMAGES)
     refuses(
-        prune(model, params=whole + 1),
+        prune(model, **{kind: whole + 1}),
         model,
-        what=f"params={whole + 1} is above the original, which has {whole} parameters",
-        fix=f"params=0.5 keeps half; an absolute amount is at most {whole}",
+        what=f"{kind}={whole + 1} is above the original, which has {whole:,} {WORDS[kind]}",
+        fix=f"{kind}=0.5 keeps half; an absolute amount is at most {whole}",
+    )
+
+
+@pytest.mark.parametrize("kind", WORDS)
+def test_a_budget_below_the_floor(kind):
+    """Against what is left where half of every family goes, which is all that the floor allows."""
+    model = net()
+    least = COUNT[kind](fxprune.prune(model, 0.5, example_inputs=IMAGES), IMAGES)
+    whole = COUNT[kind](model, IMAGES)
+    refuses(
+        prune(model, floor=0.5, **{kind: 0.1}),
+        model,
+        what=f"{kind}=0.1 cannot be met: the least that can is {least:,} of {whole:,} {WORDS[kind]}",
+        fix=f"{kind}={-(-least * 1000 // whole) / 1000} or more, a lower floor, or freeze less",
     )
 
 

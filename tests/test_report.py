@@ -1,5 +1,7 @@
 """The report: sizes before and after, what shrank, and what is to blame where little did."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from clocks import counting_clock
@@ -122,7 +124,7 @@ def test_the_two_must_belong_together():
 
 def chain(*widths):
     torch.manual_seed(0)
-    return nn.Sequential(*[nn.Linear(a, b) for a, b in zip(widths, widths[1:])]).eval()
+    return nn.Sequential(*[nn.Linear(a, b) for a, b in pairwise(widths)]).eval()
 
 
 UNEVEN = [
