@@ -71,10 +71,12 @@ def seconds(text: str) -> float | None:
 def spoken(kind: str, cost: float) -> str:
     """A cost with its unit.
 
-    >>> spoken("params", 25557032), spoken("latency", 0.0123)
-    ('25,557,032 parameters', '12.3 ms')
+    >>> spoken("params", 25557032), spoken("latency", 0.0123), spoken("latency", 1.5)
+    ('25,557,032 parameters', '12.3 ms', '1.5 s')
     """
-    return f"{cost * 1e3:.3g} ms" if kind == "latency" else f"{cost:,} {UNITS[kind]}"
+    if kind == "latency":
+        return f"{cost:.3g} s" if cost >= 1 else f"{cost * 1e3:.3g} ms"
+    return f"{cost:,} {UNITS[kind]}"
 
 
 def budget_of(given: Mapping[str, float | str | None]) -> Budget | None:
@@ -91,7 +93,7 @@ def budget_of(given: Mapping[str, float | str | None]) -> Budget | None:
                 )
             return Budget(kind, amount)
         number = isinstance(amount, int | float) and not isinstance(amount, bool)
-        if not number or not math.isfinite(amount) or amount <= 0:
+        if not number or not 0 < float(amount) < math.inf:
             raise PruneError(
                 f"{kind} must be a positive number, not {amount!r}",
                 fix=f"{kind}=0.5 keeps half of the original; a number above 1 is absolute",

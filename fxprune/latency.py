@@ -135,11 +135,11 @@ class Trial:
         """Time a choice and the original in turns; what is within the budget must be so in twice as many runs."""
         pruned = shrink(self.model, self.solution, kept, cutter).eval()
         runs = [self.run(self.original), self.run(pruned)]
-        times = self.clock(runs, self.device)
-        found = summary(*times, self.device)
+        before, after = self.clock(runs, self.device)
+        found = summary(before, after, self.device)
         if used(budget, found) <= 1:
-            again = self.clock(runs, self.device)
-            found = summary(times[0] + again[0], times[1] + again[1], self.device)
+            more = self.clock(runs, self.device)
+            found = summary(before + more[0], after + more[1], self.device)
         return found
 
 

@@ -159,7 +159,7 @@ def test_least_of_all_is_measured_before_it_is_refused():
     measured, asked = measured_by(lambda k: 1 - k / 200)
     refuses(
         lambda: chase(Budget("latency", 0.25), 0.25, 100, lambda k: 1 - k / 101, measured),
-        what="latency=0.25 cannot be met: the least that can is 500 ms of 1e+03 ms",
+        what="latency=0.25 cannot be met: the least that can is 500 ms of 1 s",
         fix="latency=0.5 or more, a lower floor, or freeze less",
     )
     assert asked[-1] == 100

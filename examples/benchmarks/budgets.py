@@ -2,6 +2,7 @@
 
     budgets.py                                     every model, budget and ranking
     budgets.py --models resnet50 --shares 0.5 --redo
+    budgets.py --kinds latency --shares 0.5 --rankings local
 
 Rows go to `budgets.jsonl`, the table to `BUDGETS.md`. What is left is counted on the pruned model, by code that
 knows nothing of the plan; weights, norms and running statistics are random (see `models.py`).
@@ -9,6 +10,7 @@ knows nothing of the plan; weights, norms and running statistics are random (see
 
 import argparse
 import json
+import statistics
 import sys
 import time
 from collections import Counter
@@ -36,12 +38,13 @@ MODELS = [
 ]
 KINDS, SHARES, RANKINGS = ("params", "macs", "memory"), (0.5, 0.3), ("local", "global")
 WITHIN = 0.02  # of the budget
+TIMED = 15  # runs of either model
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--models", nargs="+", default=MODELS, help="names, with torchvision: or timm:")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--kinds", nargs="+", choices=[*KINDS, "latency"], default=KINDS)
     parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help="of the original that may stay")
     parser.add_argument("--rankings", nargs="+", default=RANKINGS)
     parser.add_argument("--limit", type=float, default=900, help="seconds for one model and budget")
@@ -72,6 +75,8 @@ def measure(model: str, kind: str, share: float, ranking: str) -> Row:
     images = images[:1]
     randomise(network, images)
     row: Row = {"machine": machine()}
+    if kind == "latency":
+        return row | measure_latency(network, images, share, ranking)
     try:
         planned = fxprune.feasible(network, images, ranking=ranking, **{kind: share})
         start = time.perf_counter()
@@ -91,6 +96,36 @@ def measure(model: str, kind: str, share: float, ranking: str) -> Row:
     reasons = {"not within the budget": met, "the plan counts otherwise": agrees, "not exact": found.ok}
     row["reason"] = "; ".join(reason for reason, ok in reasons.items() if not ok)
     return row
+
+
+def measure_latency(network: nn.Module, images: Tensor, share: float, ranking: str) -> Row:
+    """What `prune` says it measured, and what is measured here of the model it returned."""
+    start = time.perf_counter()
+    try:
+        pruned = fxprune.prune(network, example_inputs=images, ranking=ranking, verify=False, latency=share)
+    except fxprune.PruneError as error:
+        return {"status": "failed", "reason": one_line(error)}
+    row: Row = {"prune_s": time.perf_counter() - start}
+    found = pruned.meta["latency"]
+    row["seconds"], row["spread"], row["threads"] = [found.original, found.pruned], found.spread, torch.get_num_threads()
+    row["again"] = timed([network, pruned], images)
+    row["macs"] = [macs(network, images), macs(pruned, images)]
+    row["of_budget"] = found.share / share
+    row["status"] = "met" if row["of_budget"] <= 1 else "missed"
+    return row
+
+
+@torch.no_grad()
+def timed(models: list[nn.Module], images: Tensor) -> list[float]:
+    """Medians of the seconds of each model's forward, run in turns."""
+    seconds: list[list[float]] = [[] for _ in models]
+    for turn in range(TIMED + 2):
+        for model, mine in zip(models, seconds, strict=True):
+            start = time.perf_counter()
+            model(images)
+            if turn >= 2:
+                mine.append(time.perf_counter() - start)
+    return [statistics.median(mine) for mine in seconds]
 
 
 def parameters(model: nn.Module) -> int:
@@ -121,6 +156,9 @@ def table(rows: list[Row]) -> str:
     order = {full_name(model): at for at, model in enumerate(MODELS)}
     rows = sorted(rows, key=lambda r: (order.get(r["model"], len(order)), r["model"], -r["share"], r["kind"], r["ranking"]))
 
+    counted = [row for row in rows if row["kind"] in KINDS]
+    clocked = [row for row in rows if row["kind"] == "latency"]
+
     def left(kind: str) -> object:
         return lambda row: f"{row[kind][1] / row[kind][0]:.2%}" if kind in row else ""
 
@@ -147,13 +185,43 @@ def table(rows: list[Row]) -> str:
         " pooling or softmax. On a CPU torch's counter does not know the fused kernel of attention, so the pruned model"
         " runs with `sdpa_kernel(SDPBackend.MATH)`, where attention is two products; without that its count lacks them"
         " (ViT-S: 4.24 of 4.60 billion).\n\n"
-        f"{summary(rows)}\n{markdown_table(columns, rows)}"
+        f"{summary(rows)}\n{markdown_table(columns, counted)}{latency_table(clocked) if clocked else ''}"
+    )
+
+
+def latency_table(rows: list[Row]) -> str:
+    def times(key: str, at: int) -> object:
+        return lambda row: f"{row[key][at] * 1e3:.1f}" if key in row else ""
+
+    def share(key: str) -> object:
+        return lambda row: f"{row[key][1] / row[key][0]:.0%}" if key in row else ""
+
+    columns = [
+        ("model", "l", lambda row: row["model"]),
+        ("budget", "l", lambda row: f"{row['kind']}={row['share']}"),
+        ("ranking", "l", lambda row: row["ranking"]),
+        ("status", "l", lambda row: row["status"]),
+        ("before, ms", "r", times("seconds", 0)),
+        ("after, ms", "r", times("seconds", 1)),
+        ("left", "r", share("seconds")),
+        ("half of the runs within", "r", lambda row: f"{row['spread']:.0%}" if "spread" in row else ""),
+        ("left, timed again", "r", share("again")),
+        ("macs left", "r", share("macs")),
+        ("prune, s", "r", lambda row: f"{row['prune_s']:.0f}" if "prune_s" in row else ""),
+        ("why", "l", lambda row: row.get("reason", "")),
+    ]
+    return (
+        "\n## Latency\n\n"
+        "One image on one thread of a processor that others used at the same time. *Before* and *after* are what `prune`"
+        " measured, medians of runs in turns; *timed again* is another such measurement, made by this script of the model"
+        " that was returned. How far the two are apart is how far such a machine can be trusted.\n\n"
+        f"{markdown_table(columns, rows)}"
     )
 
 
 def summary(rows: list[Row]) -> str:
     lines = []
-    for kind in KINDS:
+    for kind in (*KINDS, "latency"):
         chosen = [row for row in rows if row["kind"] == kind]
         counts = Counter(row["status"] for row in chosen)
         shares = sorted(row["of_budget"] for row in chosen if "of_budget" in row)
