@@ -28,7 +28,7 @@ from fxprune.ranking import Ladder, climbed, removed
 from fxprune.timetable import Timetable
 
 FRIENDLY = 8  # channels in a multiple of which kernels are written; preferred where the request names none
-CLOSE = 0.05  # a choice that leaves this part of its budget, or no more than clocks vary by, is good enough
+CLOSE, LOOSE = 0.05, 0.15  # good enough is what leaves as much of its budget as clocks vary by, within these limits
 MARGIN = 0.02  # proposals stay this far below the budget
 ROUNDS = 8
 Run = Callable[[], object]
@@ -227,7 +227,7 @@ def chase(
         before = within
         if within:
             high, best, beside = at, found, point
-            if 1 - used(budget, found) <= max(CLOSE, found.spread):
+            if 1 - used(budget, found) <= min(max(CLOSE, found.spread), LOOSE):
                 break
         elif at == steps:
             raise unreachable(budget, found.pruned, found.original)

@@ -65,10 +65,7 @@ def test_uneven_counts_where_friendly_ones_are_not_enough():
 def test_multiples_that_were_asked_for_hold():
     model, x = chain(16, 32, 32, 16), torch.randn(2, 16)
     pruned = prune(model, 0.6, x, round_to=16)
-    assert [m.out_features for m in pruned.children() if isinstance(m, nn.Linear)] == [16, 32, 16] or (
-        macs(pruned, x) <= 0.6 * macs(model, x)
-    )
-    assert all(m.out_features % 16 == 0 for m in pruned.children() if isinstance(m, nn.Linear))
+    assert [m.out_features for m in pruned.children() if isinstance(m, nn.Linear)] == [16, 16, 16]
 
 
 def test_all_of_the_time_may_stay():
