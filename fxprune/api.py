@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -106,8 +107,9 @@ def prune(
     check_request(model, request, attention, verify)
     inputs.check(model, args, kwargs)
     keep = frozen_names(model, freeze)
-    solution = analyse(model, args, kwargs, heads=attention == "heads", keep=keep)
-    trial = Trial(model, solution, args, kwargs) if latency is not None else None
+    coupled = functools.partial(analyse, model, args, kwargs, heads=attention == "heads", keep=keep)
+    solution = coupled()
+    trial = Trial(model, args, kwargs, coupled) if latency is not None else None
     kept, cutter = selected(model, solution, request, trial)
     plan = Plan(
         {name: tuple(t.shape) for name, t in named_tensors(model)},

@@ -96,20 +96,20 @@ class Trial:
 
     Arguments:
         model: the original.
-        solution: its coupling.
         args, kwargs: the example inputs.
+        coupled: captures and couples the model; a capture can be cut only once.
         clock: what times functions; see `stopwatch`.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        solution: Solution,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        coupled: Callable[[], Solution],
         clock: Stopwatch | None = None,
     ) -> None:
-        self.model, self.solution, self.args, self.kwargs = model, solution, args, kwargs
+        self.model, self.args, self.kwargs, self.coupled = model, args, kwargs, coupled
         self.clock = clock or stopwatch
         self.device = next((t.device for _, t in named_tensors(model)), torch.device("cpu"))
         self.original = private_copy(model).eval()
@@ -131,9 +131,16 @@ class Trial:
         with torch.no_grad():
             return statistics.median(self.clock([run], self.device, least=3, seconds=0.01)[0])
 
-    def measure(self, kept: Tensor, cutter: Cutter, budget: Budget) -> Latency:
-        """Time a choice and the original in turns; what is within the budget must be so in twice as many runs."""
-        pruned = shrink(self.model, self.solution, kept, cutter).eval()
+    def measure(self, kept: Tensor, unit: Tensor, budget: Budget) -> Latency:
+        """Time a choice and the original in turns; what is within the budget must be so in twice as many runs.
+
+        Arguments:
+            kept: which labels stay, of those whose classes are `unit`.
+            budget: what may stay.
+        """
+        solution = self.coupled()
+        assert torch.equal(solution.unit, unit), "a model is coupled in the same way each time"
+        pruned = shrink(self.model, solution, kept).eval()
         runs = [self.run(self.original), self.run(pruned)]
         before, after = self.clock(runs, self.device)
         found = summary(before, after, self.device)
@@ -183,7 +190,7 @@ def timely(
 
     def measured(steps: int) -> Latency:
         settled[steps] = settle(removed(ladders, climbed(ladders, sequence[:steps]), size))
-        return trial.measure(*settled[steps], budget)
+        return trial.measure(settled[steps][0], costs.solution.unit, budget)
 
     if share >= 1:
         trial.found = measured(0)
