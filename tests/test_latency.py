@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from clocks import SECONDS, counting_clock
@@ -11,8 +12,14 @@ from torch import nn
 
 import fxprune
 from fxprune import latency
+from fxprune.api import analyse
 from fxprune.budget import Budget
+from fxprune.counting import Costs
 from fxprune.latency import MARGIN, ROUNDS, Latency, chase, stopwatch
+from fxprune.passes.families import families
+from fxprune.ranking import ladder
+from fxprune.select import Pool
+from fxprune.timetable import Timetable
 
 
 @pytest.fixture(autouse=True)
@@ -73,19 +80,53 @@ def test_all_of_the_time_may_stay():
     assert macs(prune(model, 1.0, verify=False)) == macs(model)
 
 
-def test_the_table_is_what_narrowing_one_family_costs():
+def convolutions():
+    """A depthwise one, one of four groups, and a transposed one of two."""
+    torch.manual_seed(0)
+    layers = [
+        *(nn.Conv2d(8, 32, 1), nn.ReLU(), nn.Conv2d(32, 32, 3, groups=32), nn.ReLU()),
+        *(nn.Conv2d(32, 32, 3, groups=4), nn.ReLU(), nn.Conv2d(32, 24, 1), nn.ReLU()),
+        *(nn.ConvTranspose2d(24, 16, 2, groups=2), nn.ReLU(), nn.Conv2d(16, 8, 1)),
+    ]
+    return nn.Sequential(*layers), torch.randn(2, 8, 8, 8)
+
+
+def linears():
+    return chain(16, 64, 32, 16), torch.randn(4, 16)
+
+
+@pytest.mark.parametrize("build", [linears, convolutions])
+def test_the_table_is_what_narrowing_one_family_costs(build):
     """Against pruning that family by itself, and counting."""
-    model, x = chain(16, 64, 32, 16), torch.randn(4, 16)
-    found = prune(model, 0.5, x).meta["latency"]
-    assert [name for name, _ in found.table] == ["0.weight:0", "2.weight:0"]
+    model, x = build()
+    found = prune(model, 0.7, x).meta["latency"]
+    assert len(found.table) == {linears: 2, convolutions: 4}[build]
     whole = 2 * macs(model, x) * SECONDS
-    for (name, rows), n in zip(found.table, (64, 32)):
-        for units, seconds in rows:
-            if units < n:
-                ratio = {name.partition(".")[0]: 1 - units / n}
-                alone = fxprune.prune(model, ratio, example_inputs=x, floor=0)
-                # what is not a product is given a twentieth of the time, and most of it stays
-                assert seconds == pytest.approx(2 * macs(alone, x) * SECONDS, abs=0.06 * whole)
+    for name, rows in found.table:
+        assert len(rows) > 2 and rows[0][1] == pytest.approx(whole, rel=0.06)
+        for units, seconds in rows[1:]:
+            ratio = {name.partition(".")[0]: 1 - units / rows[0][0]}
+            alone = fxprune.prune(model, ratio, example_inputs=x, ranking="global", floor=0)
+            # what is not a product is given a twentieth of the time, and most of it stays
+            assert seconds == pytest.approx(2 * macs(alone, x) * SECONDS, abs=0.06 * whole)
+
+
+def test_every_product_is_timed_and_everything_else_goes_by_size():
+    """A table made by hand: one linear layer's time falls with both of its dimensions."""
+    model, x = linears()
+    solution = analyse(model, (x,), {}, heads=True, keep={})
+    costs = Costs(solution, dict(model.named_parameters()))
+    free = [f for f in families(solution, set(dict(model.named_parameters()))) if f.frozen is None]
+    score = np.arange(len(solution.unit), dtype=float)
+    ladders = [ladder(Pool([(i, f.units)], 1.0), score, [1] * len(free), 1, 0.0) for i, f in enumerate(free)]
+    clock = lambda run: counting_clock([run], None)[0][0]  # noqa: E731
+    products = 2 * macs(model, x) * SECONDS
+    table = Timetable(ladders, costs, torch.device("cpu"), clock, products / 0.9)
+    rest = products / 9
+    for a, b in ((64, 32), (32, 32), (64, 16), (16, 8), (40, 20)):
+        work = 2 * 4 * (16 * a + a * b + b * 16) * SECONDS
+        share = (a + b) / (64 + 32)  # two activations, of these widths
+        assert table([64 - a, 32 - b]) == pytest.approx(work + rest * share, rel=1e-6)
 
 
 def test_the_same_request_gives_the_same_model():

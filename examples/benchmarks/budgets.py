@@ -183,8 +183,7 @@ def table(rows: list[Row]) -> str:
         " the plan said before anything was cut; a row is met only if the two are equal.\n\n"
         "Both counts are of matrix products, convolutions and attention. Neither counts norms, activations, additions,"
         " pooling or softmax. On a CPU torch's counter does not know the fused kernel of attention, so the pruned model"
-        " runs with `sdpa_kernel(SDPBackend.MATH)`, where attention is two products; without that its count lacks them"
-        " (ViT-S: 4.24 of 4.60 billion).\n\n"
+        " runs with `sdpa_kernel(SDPBackend.MATH)`, where attention is two products; without that its count lacks them.\n\n"
         f"{summary(rows)}\n{markdown_table(columns, counted)}{latency_table(clocked) if clocked else ''}"
     )
 
