@@ -66,13 +66,15 @@ def in_time(free: Sequence[Family], score: np.ndarray, costs: Costs, request: Re
     raise AssertionError("the last attempt returns or raises")
 
 
-def outcome(model: nn.Module, solution: Solution, request: Request) -> dict[str, tuple[int, int, int]]:
-    """For each kind of cost: the least, at the request, and the original."""
+def outcome(
+    model: nn.Module, solution: Solution, request: Request, trial: Trial | None = None
+) -> dict[str, tuple[int, int, int]]:
+    """For each kind of cost that is computed: the least, at the request, and the original; `trial.found` for latency."""
     costs = Costs(solution, dict(named_tensors(model)))
     free, score = prepared(model, solution, request)
     rivalry = Rivalry(free, score, solution, request)
     _, least = rivalry.settle(rivalry.everything())
-    _, now = selected(model, solution, request)
+    _, now = selected(model, solution, request, trial)
     return {kind: (costs.of(least, kind), costs.of(now, kind), costs.original(kind)) for kind in KINDS}
 
 

@@ -143,6 +143,17 @@ def test_the_original_is_left_alone():
         prune(model, 0.6, IMAGES, verify=False)
 
 
+def test_the_table_of_what_is_feasible_says_what_was_measured():
+    model, x = linears()
+    found = fxprune.feasible(model, x, latency=0.5)
+    pruned = prune(model, 0.5, x)
+    assert found.latency == pruned.meta["latency"] and found.macs[1] == macs(pruned, x)
+    before, now = (f"{2e3 * n * SECONDS:.3g}" for n in found.macs[:0:-1])
+    share = f"({found.macs[1] / found.macs[2]:.1%})"
+    assert str(found).splitlines()[-1].split() == ["latency", now, "ms", share, before, "ms"]
+    assert fxprune.feasible(model, x).latency is None
+
+
 # -- the search -----------------------------------------------------------------------------------------------------------
 
 
