@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from fxprune.choice import selected
 from fxprune.coupling import Coupling
 from fxprune.criteria.scoring import Criterion
 from fxprune.errors import PruneError
+from fxprune.latency import Trial
 from fxprune.passes.capture import Capture
 from fxprune.passes.couple import Solution, solve
 from fxprune.passes.families import families
@@ -43,6 +45,7 @@ def prune(
     params: float | None = None,
     macs: float | None = None,
     memory: float | None = None,
+    latency: float | str | None = None,
     criterion: str | Criterion = "magnitude",
     data: Iterable[Any] | None = None,
     loss: Callable[..., Tensor] | None = None,
@@ -71,6 +74,9 @@ def prune(
         params, macs, memory: a budget in place of `ratio`: parameters, multiply-accumulates of one forward of the example
             inputs, or bytes of parameters and buffers. A float up to 1 is the share that may stay, a larger number absolute.
             The fewest units go that meet it.
+        latency: likewise the time of one forward of the example inputs on the model's device: a share of the original's, or
+            a time such as "20ms" (a number above 1 is in seconds). It is measured, in evaluation mode; counts of channels
+            are multiples of 8 where that is enough. `meta["latency"]` says what was measured.
         criterion: how units are ranked: a name in `fxprune.criteria.CRITERIA`, one of its classes with options of its own,
             or a function of a parameter that gives the importance of each element. `magnitude` is the L2 norm over the whole
             family.
@@ -96,13 +102,15 @@ def prune(
     Raises: PruneError for anything that cannot be done; nothing has changed then.
     """
     args, kwargs = inputs.arguments(example_inputs)
-    budgets = {"params": params, "macs": macs, "memory": memory}
+    budgets = {"params": params, "macs": macs, "memory": memory, "latency": latency}
     request = Request(ratio, budgets, criterion, ranking, scopes, floor, round_to, data, loss)
     check_request(model, request, attention, verify)
     inputs.check(model, args, kwargs)
     keep = frozen_names(model, freeze)
-    solution = analyse(model, args, kwargs, heads=attention == "heads", keep=keep)
-    kept, cutter = selected(model, solution, request)
+    coupled = functools.partial(analyse, model, args, kwargs, heads=attention == "heads", keep=keep)
+    solution = coupled()
+    trial = Trial(model, args, kwargs, coupled) if latency is not None else None
+    kept, cutter = selected(model, solution, request, trial)
     values, made = dict(named_tensors(model)), tensor_cuts(solution, kept, cutter)
     plan = Plan(
         {name: tuple(t.shape) for name, t in values.items()},
@@ -114,6 +122,8 @@ def prune(
     pruned = shrink(model, solution, kept, cutter, made=made, values=values)
     pruned.meta["plan"] = plan
     pruned.meta["capture"] = described(solution)
+    if trial is not None:
+        pruned.meta["latency"] = trial.found
     if verify is True or (verify == "auto" and is_cheap(model)):
         pruned.meta["verification"] = checked(model, pruned, solution, kept, args, kwargs, attention == "heads")
     return as_class(model, pruned, args, kwargs) if same_class else pruned

@@ -7,6 +7,7 @@ pruned on the way.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,38 +19,81 @@ from fxprune.errors import PruneError
 from fxprune.passes.kept import Cutter
 from fxprune.ranking import Ladder, climbed, removed
 
-KINDS = ("params", "macs", "memory")
+KINDS = ("params", "macs", "memory")  # what is computed; latency is measured
+FIX = "one of ratio, params, macs, memory and latency"
+SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 UNITS = {"params": "parameters", "macs": "multiply-accumulates", "memory": "bytes"}
+CLOSE = 0.995  # a choice that uses this much of its budget is not looked at again
 Settle = Callable[[np.ndarray], tuple[Tensor, Cutter]]
+Choice = tuple[Tensor, Cutter, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What may stay: `kind` is one of params, macs and memory; `amount` a share of the original, or a number."""
+    """What may stay: `kind` is one of params, macs, memory and latency; `amount` a share of the original, or absolute.
+
+    >>> Budget("params", 0.5).of(100), Budget("params", 30).of(100), Budget("latency", "20ms").of(0.05)
+    (50.0, 30.0, 0.02)
+    """
 
     kind: str
-    amount: float
+    amount: float | str
 
-    def limit(self, original: int) -> float:
-        """The largest cost that is within it; raises PruneError for a budget above the original."""
-        if isinstance(self.amount, float) and self.amount <= 1:
-            return self.amount * original
-        if self.amount > original:
-            raise PruneError(
-                f"{self.kind}={self.amount!r} is above the original, which has {original:,} {UNITS[self.kind]}",
-                fix=f"{self.kind}=0.5 keeps half; an absolute amount is at most {original}",
-            )
-        return float(self.amount)
+    def of(self, original: float) -> float:
+        """The largest cost that is within it."""
+        if isinstance(self.amount, str):
+            return seconds(self.amount) or 0.0
+        share = isinstance(self.amount, float) and self.amount <= 1
+        return float(self.amount * original if share else self.amount)
+
+    def limit(self, original: float) -> float:
+        """The same; raises PruneError for a budget above the original."""
+        if self.of(original) <= original:
+            return self.of(original)
+        verb = "takes" if self.kind == "latency" else "has"
+        most = f"'{original * 1e3:.3g}ms'" if self.kind == "latency" else original
+        raise PruneError(
+            f"{self.kind}={self.amount!r} is above the original, which {verb} {spoken(self.kind, original)}",
+            fix=f"{self.kind}=0.5 keeps half; an absolute amount is at most {most}",
+        )
 
 
-def budget_of(given: Mapping[str, float | None]) -> Budget | None:
+def seconds(text: str) -> float | None:
+    """What a time such as "20ms", "1.5 s" or "800us" says; None for what is no time.
+
+    >>> seconds("20ms"), seconds("1.5 s"), seconds("soon")
+    (0.02, 1.5, None)
+    """
+    found = re.fullmatch(r"(\d+\.?\d*|\.\d+) ?(s|ms|us)", text.strip())
+    return float(found[1]) * SECONDS[found[2]] if found else None
+
+
+def spoken(kind: str, cost: float) -> str:
+    """A cost with its unit.
+
+    >>> spoken("params", 25557032), spoken("latency", 0.0123), spoken("latency", 1.5)
+    ('25,557,032 parameters', '12.3 ms', '1.5 s')
+    """
+    if kind == "latency":
+        return f"{cost:.3g} s" if cost >= 1 else f"{cost * 1e3:.3g} ms"
+    return f"{cost:,} {UNITS[kind]}"
+
+
+def budget_of(given: Mapping[str, float | str | None]) -> Budget | None:
     """The one budget that is asked for, if any; raises PruneError for several, and for what is no amount."""
     asked = {kind: amount for kind, amount in given.items() if amount is not None}
     if len(asked) > 1:
-        raise PruneError(f"{' and '.join(asked)} are both given", fix="one of ratio, params, macs and memory")
+        raise PruneError(f"{' and '.join(asked)} are both given", fix=FIX)
     for kind, amount in asked.items():
+        if kind == "latency" and isinstance(amount, str):
+            if not seconds(amount):
+                raise PruneError(
+                    f"latency must be a share up to 1, seconds above 1, or a time, not {amount!r}",
+                    fix="latency=0.5 keeps half of the original's; latency='20ms' is absolute",
+                )
+            return Budget(kind, amount)
         number = isinstance(amount, int | float) and not isinstance(amount, bool)
-        if not number or not math.isfinite(amount) or amount <= 0:
+        if not number or not 0 < float(amount) < math.inf:
             raise PruneError(
                 f"{kind} must be a positive number, not {amount!r}",
                 fix=f"{kind}=0.5 keeps half of the original; a number above 1 is absolute",
@@ -61,7 +105,7 @@ def budget_of(given: Mapping[str, float | None]) -> Budget | None:
 def met(
     budget: Budget, ladders: Sequence[Ladder], sequence: Sequence[int], costs: Costs, settle: Settle, size: int
 ) -> tuple[Tensor, Cutter]:
-    """The choice of the fewest steps whose cost is within the budget.
+    """The choice of the fewest steps whose cost is within the budget, less those that turn out not to be needed.
 
     Arguments:
         budget: what may stay.
@@ -75,30 +119,62 @@ def met(
     """
     limit = budget.limit(costs.original(budget.kind))
 
-    def after(steps: int) -> tuple[Tensor, Cutter, int]:
-        kept, cutter = settle(removed(ladders, climbed(ladders, sequence[:steps]), size))
+    def after(rungs: Sequence[int]) -> tuple[Tensor, Cutter, int]:
+        kept, cutter = settle(removed(ladders, rungs, size))
         return kept, cutter, costs.of(cutter, budget.kind)
 
-    kept, cutter, cost = after(0)
-    if cost <= limit:
-        return kept, cutter
+    whole = after([0] * len(ladders))
+    if whole[2] <= limit:
+        return whole[:2]
     low, high = 0, len(sequence)
-    kept, cutter, least = after(high)
-    if least > limit:
-        raise unreachable(budget, limit, least, costs.original(budget.kind))
+    found = after(climbed(ladders, sequence))
+    if found[2] > limit:
+        raise unreachable(budget, found[2], costs.original(budget.kind))
     while high - low > 1:  # over at `low`, within at `high`
         middle = (low + high) // 2
-        found = after(middle)
-        if found[2] <= limit:
-            high, (kept, cutter, _) = middle, found
+        tried = after(climbed(ladders, sequence[:middle]))
+        if tried[2] <= limit:
+            high, found = middle, tried
         else:
             low = middle
-    return kept, cutter
+    if found[2] < CLOSE * limit:
+        found = given_back(climbed(ladders, sequence[:high]), sequence[:high], found, after, limit)
+    return found[:2]
 
 
-def unreachable(budget: Budget, limit: float, least: int, original: int) -> PruneError:
+def given_back(
+    rungs: list[int], taken: Sequence[int], found: Choice, after: Callable[[Sequence[int]], Choice], limit: float
+) -> Choice:
+    """What is left of the budget by a last step that was large, filled: each ladder steps back as far as fits.
+
+    The ladder that was climbed last goes first: what it lost is worth most.
+
+    Arguments:
+        rungs: how far each ladder is climbed.
+        taken: the steps that led there.
+        found: the choice there, and its cost.
+        after: the choice at some rungs, and its cost.
+        limit: the largest cost.
+    """
+    for i in dict.fromkeys(reversed(taken)):
+        low, high = 0, rungs[i]  # over at `low`, unless that is 0; within at `high`
+        while low < high:
+            middle = (low + high) // 2
+            tried = after([*rungs[:i], middle, *rungs[i + 1 :]])
+            if found[2] <= tried[2] <= limit:
+                high, found = middle, tried
+            else:
+                low = middle + 1
+        rungs[i] = high
+        if found[2] >= CLOSE * limit:
+            break
+    return found
+
+
+def unreachable(budget: Budget, least: float, original: float) -> PruneError:
     share = math.ceil(least / original * 1000) / 1000
+    of = f"{least:,} of" if budget.kind != "latency" else f"{spoken('latency', least)} of"
     return PruneError(
-        f"{budget.kind}={budget.amount!r} cannot be met: the least that can is {least:,} of {original:,} {UNITS[budget.kind]}",
+        f"{budget.kind}={budget.amount!r} cannot be met: the least that can is {of} {spoken(budget.kind, original)}",
         fix=f"{budget.kind}={share} or more, a lower floor, or freeze less",
     )

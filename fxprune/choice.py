@@ -16,6 +16,7 @@ from fxprune.criteria import find
 from fxprune.criteria.scoring import comparable
 from fxprune.criteria.units import unit_scores
 from fxprune.errors import PruneError
+from fxprune.latency import FRIENDLY, Trial, timely
 from fxprune.passes.couple import Solution
 from fxprune.passes.families import Family, families
 from fxprune.passes.kept import Cutter, NotARectangle
@@ -25,8 +26,8 @@ from fxprune.passes.tree import named_tensors
 from fxprune.request import Ratio, Request, Scopes
 
 
-def selected(model: nn.Module, solution: Solution, request: Request) -> tuple[Tensor, Cutter]:
-    """Which labels stay."""
+def selected(model: nn.Module, solution: Solution, request: Request, trial: Trial | None = None) -> tuple[Tensor, Cutter]:
+    """Which labels stay; for a budget of latency, `trial` times them."""
     free, score = prepared(model, solution, request)
     if not request.competes:
         wanted = one_by_one(free, score, solution, request)
@@ -39,20 +40,41 @@ def selected(model: nn.Module, solution: Solution, request: Request) -> tuple[Te
                 fix="a larger ratio, or a smaller round_to",
             )
         return kept, cutter
+    costs = Costs(solution, dict(named_tensors(model)))
+    if request.budget is not None and request.budget.kind == "latency":
+        assert trial is not None
+        return in_time(free, score, costs, request, trial)
     rivalry = Rivalry(free, score, solution, request)
     if request.budget is None:
         return rivalry.settle(rivalry.by_ratio())
-    costs = Costs(solution, dict(named_tensors(model)))
     return met(request.budget, rivalry.ladders, rivalry.sequence(), costs, rivalry.settle, len(solution.unit))
 
 
-def outcome(model: nn.Module, solution: Solution, request: Request) -> dict[str, tuple[int, int, int]]:
-    """For each kind of cost: the least, at the request, and the original."""
+def in_time(free: Sequence[Family], score: np.ndarray, costs: Costs, request: Request, trial: Trial) -> tuple[Tensor, Cutter]:
+    """Which labels stay by a budget of latency: in counts that hardware likes, where that is enough."""
+    assert request.budget is not None
+    tried = [request.round_to] if request.round_to > 1 else [FRIENDLY, 1]
+    for round_to in tried:
+        rivalry = Rivalry(free, score, costs.solution, request, round_to)
+        names = [free[rung.pool.cells[0][0]].name for rung in rivalry.ladders]
+        try:
+            with trial.quiet():
+                return timely(request.budget, rivalry.ladders, rivalry.sequence(), costs, rivalry.settle, trial, names)
+        except PruneError:
+            if round_to == tried[-1]:
+                raise
+    raise AssertionError("the last attempt returns or raises")
+
+
+def outcome(
+    model: nn.Module, solution: Solution, request: Request, trial: Trial | None = None
+) -> dict[str, tuple[int, int, int]]:
+    """For each kind of cost that is computed: the least, at the request, and the original; `trial.found` for latency."""
     costs = Costs(solution, dict(named_tensors(model)))
     free, score = prepared(model, solution, request)
     rivalry = Rivalry(free, score, solution, request)
     _, least = rivalry.settle(rivalry.everything())
-    _, now = selected(model, solution, request)
+    _, now = selected(model, solution, request, trial)
     return {kind: (costs.of(least, kind), costs.of(now, kind), costs.original(kind)) for kind in KINDS}
 
 
@@ -97,13 +119,15 @@ class Rivalry:
         groups: positions in `ladders` of those that compete.
     """
 
-    def __init__(self, free: Sequence[Family], score: np.ndarray, solution: Solution, request: Request) -> None:
+    def __init__(
+        self, free: Sequence[Family], score: np.ndarray, solution: Solution, request: Request, round_to: int | None = None
+    ) -> None:
         self.solution, self.score, self.guards = solution, score, guards(solution)
         floor = ranking.FLOOR if request.floor is None else request.floor
         ratios = [1.0] * len(free) if request.budget else ratios_of(free, request.ratio, solution, request.scopes)
         pools = [p for p in select.pools([f.units for f in free], ratios, solution.equal, len(score)) if p.ratio > 0]
         width = [f.width for f in free]
-        self.ladders = [ranking.ladder(p, score, width, request.round_to, floor) for p in pools]
+        self.ladders = [ranking.ladder(p, score, width, round_to or request.round_to, floor) for p in pools]
         scope = scopes_of(free, request.scopes, solution)
         kinds: Sequence[object] = [None] * len(free)
         if request.ranking == "isomorphic":

@@ -14,7 +14,7 @@ from fxprune.passes.couple import Solution
 from fxprune.passes.families import Family
 from fxprune.passes.kept import Cutter, clusters, cut_shape
 from fxprune.passes.labels import Factor
-from fxprune.passes.tape import Op, Ref, map_tensors
+from fxprune.passes.tape import Op, Ref, Value, map_tensors
 
 Shares = tuple[float, dict[int, float]]
 
@@ -85,7 +85,8 @@ class Costs:
         self.tensors = tensors
         capture = solution.captures[0]
         training = {capture.index[n] for n, mode in capture.only.items() if mode is not False}
-        self.products = [op for op in capture.tape.ops if op.node not in training and formula(op) is not None]
+        self.ops = [op for op in capture.tape.ops if op.node not in training]
+        self.products = [op for op in self.ops if formula(op) is not None]
 
     def original(self, kind: str) -> int:
         """The cost with nothing removed."""
@@ -104,13 +105,18 @@ class Costs:
 
     def flops(self, op: Op, cutter: Cutter) -> int:
         """Operations of one call at the shapes that are left."""
-
-        def shape(ref: Ref) -> tuple[int, ...]:
-            before = self.solution.captures[0].tape.shape(ref)
-            return cut_shape(before, cutter(self.solution.values[0].get(ref.id, ()), before))
-
+        shape = lambda ref: self.shape(ref, cutter)  # noqa: E731
         args, kwargs, out = (map_tensors(x, shape, Ref) for x in (op.args, op.kwargs, op.outs))
         return int(formula(op)(*args, **kwargs, out_val=out))  # type: ignore[misc]
+
+    def shape(self, ref: Ref, cutter: Cutter) -> tuple[int, ...]:
+        """The shape that is left of a value of the program."""
+        before = self.value(ref).shape
+        return cut_shape(before, cutter(self.solution.values[0].get(ref.id, ()), before))
+
+    def value(self, ref: Ref) -> Value:
+        """What is known of a value of the program."""
+        return self.solution.captures[0].tape.values[ref.id]
 
 
 def formula(op: Op) -> Callable[..., int] | None:

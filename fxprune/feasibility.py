@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,10 @@ from torch import nn
 
 from fxprune import inputs
 from fxprune.api import Attention, Freeze, analyse, check_request, frozen_names
-from fxprune.budget import KINDS, UNITS
+from fxprune.budget import KINDS, UNITS, spoken
 from fxprune.choice import outcome
 from fxprune.criteria.scoring import Criterion
+from fxprune.latency import Latency, Trial
 from fxprune.request import HALF, Ratio, Request
 from fxprune.tables import as_text, short, table
 
@@ -36,6 +38,7 @@ class Feasibility:
         macs: multiply-accumulates of one forward of the example inputs, likewise.
         memory: bytes of parameters and buffers, likewise.
         at: the budget, as it was asked for.
+        latency: what was measured, if that is the budget; its least is not looked for.
     """
 
     model: str
@@ -43,6 +46,7 @@ class Feasibility:
     macs: tuple[int, int, int]
     memory: tuple[int, int, int]
     at: str
+    latency: Latency | None = None
 
     def tables(self) -> Iterator[RenderableType]:
         """A headline and a row for each kind of cost, as rich renders them."""
@@ -53,6 +57,9 @@ class Feasibility:
             least, now, most = getattr(self, kind)
             cells = [f"{short(n)} ({n / most:.1%})" if most else "0" for n in (least, now)]
             rows.append((UNITS[kind], *cells, short(most)))
+        if self.latency is not None:
+            now = f"{spoken('latency', self.latency.pruned)} ({self.latency.share:.1%})"
+            rows.append(("latency", "", now, spoken("latency", self.latency.original)))
         yield table(("", "least", f"at {self.at}", "original"), rows)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
@@ -70,6 +77,7 @@ def feasible(
     params: float | None = None,
     macs: float | None = None,
     memory: float | None = None,
+    latency: float | str | None = None,
     criterion: str | Criterion = "magnitude",
     ranking: str = "local",
     scopes: Any = None,
@@ -84,12 +92,15 @@ def feasible(
 
     Arguments: as for `prune`; the `ratio` counts if no budget is given. Raises: PruneError, as `prune` would.
     """
-    budgets = {"params": params, "macs": macs, "memory": memory}
+    budgets = {"params": params, "macs": macs, "memory": memory, "latency": latency}
     request = Request(ratio, budgets, criterion, ranking, scopes, floor, round_to, data, loss)
     check_request(model, request, attention, "auto")
     args, kwargs = inputs.arguments(example_inputs)
     inputs.check(model, args, kwargs)
-    solution = analyse(model, args, kwargs, heads=attention == "heads", keep=frozen_names(model, freeze))
-    costs = outcome(model, solution, request)
+    coupled = functools.partial(analyse, model, args, kwargs, heads=attention == "heads", keep=frozen_names(model, freeze))
+    solution = coupled()
+    trial = Trial(model, args, kwargs, coupled) if latency is not None else None
+    costs = outcome(model, solution, request, trial)
     at = f"{request.budget.kind}={request.budget.amount}" if request.budget else f"ratio={ratio}"
-    return Feasibility(type(model).__name__, costs["params"], costs["macs"], costs["memory"], at)
+    measured = trial.found if trial is not None else None
+    return Feasibility(type(model).__name__, costs["params"], costs["macs"], costs["memory"], at, measured)

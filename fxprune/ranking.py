@@ -64,9 +64,9 @@ def ladder(pool: Pool, score: np.ndarray, width: Sequence[int], round_to: int, f
     for family, n in sizes.items():
         levels = levels[(n // step * (step - levels) * width[family] % round_to == 0) | (levels == 0)]
     sums = sum(score[units].reshape(step, -1).sum(1) for units in order)
-    reached = np.concatenate([[0.0], np.cumsum(sums)])[levels]
     each = sum(sizes.values()) // step
-    price = np.diff(reached) / (np.diff(levels) * each)
+    taken = np.add.reduceat(sums[: levels[-1]], levels[:-1]) if len(levels) > 1 else np.zeros(0)
+    price = taken / (np.diff(levels) * each)
     return Ladder(
         pool,
         lambda k: np.concatenate([units[: levels[k] * (len(units) // step)] for units in order]),

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.text import Text
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxprune import inputs
 from fxprune.api import analyse, kept_by, plan_of, unobserved
 from fxprune.counting import elements
 from fxprune.coupling import CoupledFamily, described
+from fxprune.latency import FRIENDLY, Latency
 from fxprune.passes.families import families
 from fxprune.passes.patches import visible
 from fxprune.passes.tree import named_tensors, private_copy
@@ -33,6 +35,7 @@ SHRUNK_SHOWN, WHOLE_SHOWN, HELD_SHOWN = 15, 10, 3
 # last layer, which keep more, about a third. Above that ratio of the two, something needs an explanation.
 UNREMARKABLE = 4 / 3
 WORTH_NAMING = 0.02
+UNEVEN = 0.25  # of the parameters that are left
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class Report:
         changes: what became of each family, the one with most parameters left first.
         capture: how the model was captured.
         verification: the comparison that `prune` made, if it made one.
+        latency: what `prune` measured, if its budget was one of latency.
     """
 
     model: str
@@ -80,6 +84,7 @@ class Report:
     changes: tuple[Change, ...]
     capture: str
     verification: Verification | None
+    latency: Latency | None = None
 
     @property
     def share(self) -> float:
@@ -107,6 +112,22 @@ class Report:
         large = [c for c in fuller if c.left > WORTH_NAMING * self.parameters[1]]
         return (large or fuller)[:HELD_SHOWN]
 
+    def uneven(self) -> list[Change]:
+        """The families that had a count of channels which hardware likes and have none now, if they are much of the model."""
+        fits = lambda c, units: units * c.family.width % FRIENDLY == 0  # noqa: E731
+        found = [c for c in self.shrunk if fits(c, c.family.units) and not fits(c, c.kept)]
+        return found if sum(c.left for c in found) > UNEVEN * self.parameters[1] else []
+
+    def speed(self) -> Iterator[str]:
+        """What was measured, and what speaks against a gain."""
+        if self.latency is not None:
+            yield f"latency: {self.latency}"
+        uneven = self.uneven()
+        if uneven:
+            have = "has" if len(uneven) == 1 else "have"
+            yield f"{counted(len(uneven), 'family')} {have} a count of channels that is no multiple of {FRIENDLY}, for which"
+            yield f"  kernels are written: the model may be no faster, or slower; round_to={FRIENDLY} keeps to multiples"
+
     def sentences(self) -> Iterator[str]:
         before, after = self.parameters
         yield f"{self.model}: {short(before)} parameters, {short(after)} left ({self.share:.0%})"
@@ -119,6 +140,7 @@ class Report:
         if held:
             yield f"that leaves more than usual, because of {'these' if len(held) > 1 else 'this'}:"
             yield from (f"  {short(c.left)} left with {c.family.name}, which {c.reason}" for c in held)
+        yield from self.speed()
         yield f"captured: {self.capture}"
         unknown = "not compared with the original: prune(..., verify=True) or fxprune.verify does it"
         yield str(self.verification or unknown)
@@ -179,6 +201,7 @@ def report(model: nn.Module, pruned: nn.Module, example_inputs: Any = None) -> R
         changes(model, plan, args, kwargs),
         meta.get("capture", "unknown"),
         meta.get("verification"),
+        meta.get("latency"),
     )
 
 
@@ -202,8 +225,8 @@ def count_parameters(model: nn.Module) -> int:
 
 def count_macs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Multiply-accumulates of one forward; the counter counts both operations of each."""
-    # a fused kernel hides its products from the counter
-    with unobserved(model), visible(), FlopCounterMode(display=False) as counter:
+    # a fused kernel hides its products from the counter; the planner counts them
+    with unobserved(model), visible(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(*args, **kwargs)
     return int(counter.get_total_flops()) // 2
 

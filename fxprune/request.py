@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fxprune.budget import Budget, budget_of
+from fxprune.budget import FIX, Budget, budget_of
 from fxprune.criteria import find
 from fxprune.criteria.scoring import Criterion
 from fxprune.criteria.units import asked
@@ -24,7 +24,7 @@ class Request:
     """What to remove, as the arguments of `prune` say it."""
 
     ratio: Ratio
-    budgets: Mapping[str, float | None]
+    budgets: Mapping[str, float | str | None]
     criterion: str | Criterion
     ranking: str
     scopes: Scopes | None
@@ -38,7 +38,7 @@ class Request:
         """Raise PruneError for what means nothing, whatever the model; sets `budget`."""
         self.budget = budget_of(self.budgets)
         if self.budget is not None and self.ratio is not HALF:
-            raise PruneError(f"ratio and {self.budget.kind} are both given", fix="one of ratio, params, macs and memory")
+            raise PruneError(f"ratio and {self.budget.kind} are both given", fix=FIX)
         if self.ranking not in RANKINGS:
             raise PruneError(f"ranking must be one of {', '.join(RANKINGS)}, not {self.ranking!r}", fix="ranking='local'")
         if self.floor is not None:

@@ -5,8 +5,10 @@ import torch
 import torchvision
 from refusals import IMAGES, net, refuses
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import VisionTransformer
+from torchvision.models.convnext import CNBlockConfig
 
 import fxprune
 from fxprune import Magnitude
@@ -33,15 +35,28 @@ def regnet():
     return torchvision.models.regnet_x_400mf(weights=None, num_classes=10).eval()
 
 
-MODELS = {f.__name__: f for f in (resnet, vit, mobilenet, regnet)}
+def convnext():
+    torch.manual_seed(0)
+    blocks = [CNBlockConfig(24, 48, 2), CNBlockConfig(48, None, 2)]
+    return torchvision.models.ConvNeXt(blocks, num_classes=10).eval()
+
+
+def swin():
+    torch.manual_seed(0)
+    options = {"embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "window_size": [2, 2]}
+    return torchvision.models.SwinTransformer(patch_size=[4, 4], num_classes=10, **options).eval()
+
+
+MODELS = {f.__name__: f for f in (resnet, vit, mobilenet, regnet, convnext, swin)}
 X = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
 def macs(model, x=X):
+    """Half the operations that torch counts, with fused kernels off: they hide their products from its counter."""
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # a fused kernel hides its products from the counter
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             model(x)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -59,14 +74,26 @@ def memory(model, x=None):
 COUNT = {"macs": macs, "params": params, "memory": memory}
 
 
-@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
+@pytest.mark.parametrize("share", [0.3, 0.5])
 @pytest.mark.parametrize("kind", COUNT)
 @pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
 def test_budgets_are_met_within_two_percent(build, kind, share):
     model = build()
     pruned = fxprune.prune(model, example_inputs=X, verify=False, **{kind: share})
     left = COUNT[kind](pruned) / COUNT[kind](model)
-    assert share - 0.02 <= left <= share
+    assert 0.98 * share <= left <= share
+
+
+@pytest.mark.parametrize("share", [0.35, 0.4, 0.45, 0.9])
+def test_a_last_step_that_is_large_is_made_up_for(share):
+    """One of two heads is a fifth of this model: where it goes, finer steps of other families are taken back."""
+    torch.manual_seed(0)
+    options = {"num_layers": 1, "num_heads": 2, "hidden_dim": 96, "mlp_dim": 48}
+    model = VisionTransformer(image_size=32, patch_size=8, num_classes=10, **options).eval()
+    for ranking in ("local", "global"):
+        pruned = fxprune.prune(model, example_inputs=X, params=share, ranking=ranking)
+        assert pruned.verification.ok
+        assert 0.98 * share <= params(pruned) / params(model) <= share
 
 
 @pytest.mark.parametrize("ranking", ["global", "isomorphic"])
@@ -75,7 +102,7 @@ def test_budgets_are_met_by_competing_families(build, ranking):
     model = build()
     pruned = fxprune.prune(model, example_inputs=X, macs=0.5, ranking=ranking)
     assert pruned.verification.ok
-    assert 0.48 <= macs(pruned) / macs(model) <= 0.5
+    assert 0.49 <= macs(pruned) / macs(model) <= 0.5
 
 
 @pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
@@ -125,6 +152,14 @@ def test_the_fewest_steps_are_taken():
         assert fxprune.prune(model, example_inputs=torch.randn(1, 4), params=limit).get_submodule("0").out_features == units
 
 
+@pytest.mark.parametrize("ranking", ["local", "global", "isomorphic"])
+def test_ties_do_not_take_more_than_the_budget(ranking):
+    """All scores are equal: a threshold would keep all or nothing."""
+    model = resnet()
+    pruned = fxprune.prune(model, example_inputs=X, params=0.5, ranking=ranking, criterion=torch.zeros_like, verify=False)
+    assert 0.49 <= params(pruned) / params(model) <= 0.5
+
+
 def test_budgets_and_multiples():
     model = resnet()
     pruned = fxprune.prune(model, example_inputs=X, macs=0.5, round_to=8, verify=False)
@@ -166,7 +201,7 @@ def prune(model, **options):
 
 def test_one_budget_at_a_time():
     model = net()
-    fix = "one of ratio, params, macs and memory"
+    fix = "one of ratio, params, macs, memory and latency"
     refuses(prune(model, macs=0.5, params=0.5), model, what="params and macs are both given", fix=fix)
     refuses(prune(model, ratio=0.5, macs=0.5), model, what="ratio and macs are both given", fix=fix)
 
@@ -180,14 +215,32 @@ def test_what_is_no_amount(amount):
     )
 
 
-def test_a_budget_above_the_original():
+WORDS = {"params": "parameters", "macs": "multiply-accumulates", "memory": "bytes"}
+
+
+@pytest.mark.parametrize("kind", WORDS)
+def test_a_budget_above_the_original(kind):
     model = net()
-    whole = params(model)
+    whole = COUNT[kind](model, IMAGES)
     refuses(
-        prune(model, params=whole + 1),
+        prune(model, **{kind: whole + 1}),
         model,
-        what=f"params={whole + 1} is above the original, which has {whole} parameters",
-        fix=f"params=0.5 keeps half; an absolute amount is at most {whole}",
+        what=f"{kind}={whole + 1} is above the original, which has {whole:,} {WORDS[kind]}",
+        fix=f"{kind}=0.5 keeps half; an absolute amount is at most {whole}",
+    )
+
+
+@pytest.mark.parametrize("kind", WORDS)
+def test_a_budget_below_the_floor(kind):
+    """Against what is left where half of every family goes, which is all that the floor allows."""
+    model = net()
+    least = COUNT[kind](fxprune.prune(model, 0.5, example_inputs=IMAGES), IMAGES)
+    whole = COUNT[kind](model, IMAGES)
+    refuses(
+        prune(model, floor=0.5, **{kind: 0.1}),
+        model,
+        what=f"{kind}=0.1 cannot be met: the least that can is {least:,} of {whole:,} {WORDS[kind]}",
+        fix=f"{kind}={-(-least * 1000 // whole) / 1000} or more, a lower floor, or freeze less",
     )
 
 

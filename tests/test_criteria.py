@@ -34,6 +34,27 @@ def test_lamp_is_the_papers_formula():
     assert max(made(values)) == 1.0
 
 
+def test_lamp_compares_units_of_different_layers_by_the_papers_formula():
+    """Half of all units go: those with the lowest scores, worked out one by one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 2)).double()
+    nn.init.normal_(model[2].weight, std=5)
+    one, two, three = model[0], model[2], model[4]
+    lamp = []
+    for made, read in ((one, two), (two, three)):
+        square = [
+            sum(v.square().sum().item() for v in (made.weight[i], made.bias[i], read.weight[:, i]))
+            for i in range(len(made.bias))
+        ]
+        lamp.append([v / sum(u for u in square if u >= v) for v in square])
+    lowest = sorted(v for layer in lamp for v in layer)[:8]
+    wanted = [sum(v > lowest[-1] for v in layer) for layer in lamp]
+    x = torch.randn(2, 3).double()
+    small = fxprune.prune(model, 0.5, example_inputs=x, criterion="lamp", ranking="global", floor=0)
+    assert [small.get_submodule(n).out_features for n in ("0", "2")] == wanted
+    assert wanted != [3, 5]
+
+
 def test_fpgm_is_the_sum_of_distances_to_the_other_filters(small):
     one, two, head = small.one.weight, small.two.weight, small.head.weight
 
@@ -148,6 +169,7 @@ def test_normalisers_keep_the_order(normalise):
 
 def test_normalisers_are_what_they_say():
     values = torch.tensor([1.0, 2.0, 5.0], dtype=torch.float64).numpy()
+    assert (NORMALISE["none"](values) == values).all()
     assert NORMALISE["mean"](values).mean() == pytest.approx(1)
     assert NORMALISE["max"](values).max() == 1
     assert NORMALISE["sum"](values).sum() == pytest.approx(1)

@@ -40,6 +40,45 @@ def test_joint_taylor_is_the_square_of_a_layers_sum(small):
     agree(scores(small, x, criteria.Taylor(joint=True), [(x, y)], F.cross_entropy), wanted)
 
 
+def test_joint_taylor_is_the_change_of_a_loss_that_is_linear():
+    """Closed form: where the loss is linear in a unit's weights, their removal changes it by the sum of g w, exactly."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5, bias=False), nn.ReLU(), nn.Linear(5, 2, bias=False)).double()
+    x = torch.randn(8, 3, dtype=torch.float64)
+    loss = lambda out: out.sum(1).mean()  # noqa: E731
+    change = []
+    for i in range(5):
+        cut = [p.detach().clone() for p in model.parameters()]
+        cut[1][:, i] = 0  # the unit's weights of one layer; those of the other take it by as much
+        with torch.no_grad():
+            change.append((loss(model(x)) - loss(F.relu(x @ cut[0].T) @ cut[1].T)) ** 2)
+    found = scores(model, x, criteria.Taylor(joint=True), [x], loss)["0.weight:0"]
+    torch.testing.assert_close(found, 2 * torch.stack(change), rtol=1e-9, atol=1e-12)
+
+
+def test_hessian_of_a_regression_is_its_closed_form():
+    """With the loss (w h - y)^2 / 2 a weight's squared gradient is (w h - y)^2 h^2: no automatic differentiation."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5, bias=False), nn.Linear(5, 1, bias=False)).double()
+    x, y = torch.randn(8, 3, dtype=torch.float64), torch.randn(8, 1, dtype=torch.float64)
+    W, w = model[0].weight.detach(), model[1].weight.detach()[0]
+    h = x @ W.T
+    r = (h @ w)[:, None] - y
+    outer = w**2 * (r**2 * h**2).mean(0) / 2
+    inner = (W**2 * ((r * w) ** 2).T.unsqueeze(2).mul((x**2).unsqueeze(0)).mean(1) / 2).sum(1)
+    found = scores(model, x, "hessian", [(x, y)], lambda out, y: ((out - y) ** 2).mean() / 2)
+    agree(found, {"0.weight:0": outer + inner})
+
+
+def test_flap_of_a_channel_that_is_constant_is_zero():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2)).double()
+    with torch.no_grad():
+        model[0].weight[2] = 0
+    found = scores(model, torch.randn(8, 3).double(), "flap", [torch.randn(8, 3).double()])["0.weight:0"]
+    assert found[2] < 1e-20 and (found[[0, 1, 3, 4]] > 1e-3).all()
+
+
 def test_snip_is_connection_sensitivity(small):
     x, y = batch()
     g = gradients(small, x, y)

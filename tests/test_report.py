@@ -1,7 +1,10 @@
 """The report: sizes before and after, what shrank, and what is to blame where little did."""
 
+from itertools import pairwise
+
 import pytest
 import torch
+from clocks import counting_clock
 from refusals import IMAGES, net, untouched
 from torch import nn
 
@@ -117,3 +120,41 @@ def test_the_two_must_belong_together():
     model, other = net(), nn.Linear(3, 4)
     with pytest.raises(PruneError, match="the plan is for another model"):
         fxprune.report(other, pruned(model, IMAGES))
+
+
+def chain(*widths):
+    torch.manual_seed(0)
+    return nn.Sequential(*[nn.Linear(a, b) for a, b in pairwise(widths)]).eval()
+
+
+UNEVEN = [
+    "have a count of channels that is no multiple of 8, for which",
+    "  kernels are written: the model may be no faster, or slower; round_to=8 keeps to multiples",
+]
+
+
+def test_counts_that_hardware_dislikes_are_pointed_out():
+    model, x = chain(8, 64, 64, 8), torch.randn(2, 8)
+    text = str(fxprune.report(model, pruned(model, x, 0.45)))
+    assert "\n".join([f"2 families {UNEVEN[0]}", UNEVEN[1]]) in text
+    for options in ({"ratio": 0.5}, {"ratio": 0.45, "round_to": 8}):
+        assert "multiple of 8" not in str(fxprune.report(model, pruned(model, x, **options)))
+
+
+def test_counts_that_were_uneven_before_are_not_blamed_on_pruning():
+    model, x = chain(8, 62, 62, 8), torch.randn(2, 8)
+    assert "multiple of 8" not in str(fxprune.report(model, pruned(model, x, 0.45)))
+
+
+def test_uneven_counts_of_little_weight_are_not_worth_a_line():
+    model, x = chain(8, 16, 512, 512, 8), torch.randn(2, 8)
+    found = fxprune.report(model, pruned(model, x, {"0": 0.45, "[12]": 0.5}))
+    assert {c.family.name: c.kept for c in found.shrunk}["0.weight:0"] == 9
+    assert "multiple of 8" not in str(found)
+
+
+def test_a_latency_that_was_measured_is_reported(monkeypatch):
+    monkeypatch.setattr("fxprune.latency.stopwatch", counting_clock)
+    model, x = chain(8, 64, 64, 8), torch.randn(2, 8)
+    small = fxprune.prune(model, example_inputs=x, latency=0.5)
+    assert f"latency: {small.meta['latency']}" in str(fxprune.report(model, small)).splitlines()

@@ -239,9 +239,16 @@ def check_finite(score: np.ndarray, families: Sequence[Family], criterion: Crite
 
 
 def comparable(score: np.ndarray, families: Sequence[Family], criterion: Criterion) -> np.ndarray:
-    """Scores for families that compete: each family's own, normalised as the criterion asks."""
-    normalise = NORMALISE[getattr(criterion, "normalise", "none")]
+    """Scores for families that compete: each family's own, normalised as the criterion asks; raises PruneError for infinity."""
+    name = getattr(criterion, "normalise", "none")
+    normalise = NORMALISE[name]
     made = np.zeros_like(score)
     for family in families:
+        if name != "none" and not np.isfinite(score[family.units]).all():
+            raise PruneError(
+                f"the criterion {label(criterion)} gives infinity, which {name!r} cannot make comparable",
+                where=f"family {family.name}",
+                fix="finite scores, or normalise='none'",
+            )
         made[family.units] = normalise(score[family.units])
     return made
