@@ -238,3 +238,15 @@ def hierarchical_split():
 
     scales = nn.ModuleList(conv(6, 6) for _ in range(3))
     return net(forward, a=conv(3, 24), scales=scales, head=linear(24, 5)), image()
+
+
+@graph(targets=("a.weight", "slopes.weight", "b.weight"), min_removed=0.4)
+def cat_of_one_map_with_labelled_positions():
+    """A map made of a vector's channels, joined to itself: each part has its own place for every channel."""
+
+    def forward(self, x):
+        x = self.a(x).view(-1, 6, 2, 2)
+        return self.head(pool(self.b(self.slopes(torch.cat([x, x, x], 1)))))
+
+    parts = {"a": linear(10, 24), "slopes": nn.PReLU(18), "b": conv(18, 20, 1), "head": linear(20, 5)}
+    return net(forward, **parts), features()
