@@ -236,3 +236,14 @@ def blur_by_expanded_buffer():
 
     blur = nn.Buffer(torch.empty(1, 1, 3, 3))
     return net(forward, a=conv(3, 12), blur=blur, b=conv(12, 20), head=linear(20, 5)), image()
+
+
+@graph(stats=True, targets=AB, min_removed=0.4)
+def grouped_conv_of_which_a_few_channels_are_read():
+    """Whatever nobody reads may go first, and yet each group keeps as many channels as the others."""
+
+    def forward(self, x):
+        return self.head(pool(self.norm(self.b(self.a(x)))[:, :2].relu()))
+
+    layers = {"a": conv(3, 10), "b": conv(10, 12, 1, groups=2, bias=False), "norm": nn.GroupNorm(1, 12)}
+    return net(forward, **layers, head=linear(2, 5)), image()
