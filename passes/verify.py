@@ -135,7 +135,7 @@ def filled(masker: Masker, call: Call, args: Any, kwargs: Any, value: float) -> 
     "_convolution",
     "_trilinear",
 )
-@masked("sum", "norm", "linalg_vector_norm", "cumsum", "nansum", "addmv", "count_nonzero")
+@masked("sum", "norm", "linalg_vector_norm", "cumsum", "nansum", "addmv", "count_nonzero", "renorm")
 @masked("_cdist_forward", "any", "col2im")
 def with_zeros(masker: Masker, call: Call, args: Any, kwargs: Any) -> Any:
     """A removed element adds nothing."""
@@ -164,7 +164,8 @@ def attention(masker: Masker, call: Call, args: Any, kwargs: Any) -> Any:
     return (out, *[out.new_empty(0)] * rest) if rest else out
 
 
-@masked("amax", "max", "_softmax", "_log_softmax", "logsumexp", "argmax", "logcumsumexp", "cummax")
+@masked("amax", "max", "logsumexp", "argmax", "logcumsumexp", "cummax")
+@masked("_softmax", "_log_softmax", "_safe_softmax", "_masked_softmax")
 def with_least(masker: Masker, call: Call, args: Any, kwargs: Any) -> Any:
     """A removed element is never the greatest and weighs nothing."""
     args, kwargs = filled(masker, call, args, kwargs, -math.inf)
@@ -175,6 +176,18 @@ def with_least(masker: Masker, call: Call, args: Any, kwargs: Any) -> Any:
 def with_greatest(masker: Masker, call: Call, args: Any, kwargs: Any) -> Any:
     args, kwargs = filled(masker, call, args, kwargs, math.inf)
     return call.op.func(*args, **kwargs)
+
+
+@masked("aminmax")
+def least_and_greatest(masker: Masker, call: Call, args: Any, kwargs: Any) -> Any:
+    above, below = (filled(masker, call, args, kwargs, value) for value in (math.inf, -math.inf))
+    return call.op.func(*above[0], **above[1])[0], call.op.func(*below[0], **below[1])[1]
+
+
+@masked("median")
+def median(masker: Masker, call: Call, args: Any, kwargs: Any) -> Any:
+    args, kwargs = filled(masker, call, args, kwargs, math.nan)
+    return getattr(torch.ops.aten.nanmedian, call.op.func._overloadname)(*args, **kwargs)
 
 
 @masked("prod", "cumprod", "all")

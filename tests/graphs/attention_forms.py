@@ -163,3 +163,16 @@ def attention_pooling_by_learned_query():
 
     parts = {"query": parameter(4, 6), "k": linear(10, 24), "v": linear(10, 24)}
     return net(forward, **parts, head=linear(24, 5)), normal(3, 7, 10)
+
+
+@graph(stats=True, targets=("mix.weight", "qkv.weight", "head.weight"), min_removed=0.4)
+def attention_over_mixed_tokens_dims_first():
+    """Tokens made by a layer may go; heads come after dimensions, for which the fused kernels have a path of their own."""
+
+    def forward(self, x):
+        x = self.mix(x.transpose(1, 2)).transpose(1, 2)
+        q, k, v = self.qkv(x).view(x.shape[0], x.shape[1], 3, 3, 4).permute(2, 0, 4, 1, 3)
+        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.head(x.flatten(1))
+
+    return net(forward, mix=linear(7, 8), qkv=linear(10, 36), head=linear(96, 5)), tokens()
