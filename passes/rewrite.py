@@ -105,14 +105,19 @@ class Rewriter:
         return self.capture.results.get(node) if isinstance(node, fx.Node) else node
 
     def positions(self, ref: Ref, dim: int) -> Tensor:
-        """The kept indices along a dimension; that of a joint factor's minor dimension is the same for every row."""
+        """The kept indices along a dimension; of a joint factor's minor dimension, those of the first row that is left.
+
+        Other rows may keep others, but equally many, and as many before any place at which they are cut.
+        """
         shape = self.before(ref)
         for cut in self.cuts(ref):
             if dim in cut.dims:
                 mask = torch.zeros([shape[d] for d in cut.dims], dtype=torch.bool)
                 mask.view(-1)[cut.keep] = True
                 at = cut.dims.index(dim)
-                return mask.movedim(at, -1).reshape(-1, shape[dim]).any(0).nonzero().flatten()
+                rows = mask.flatten(at + 1).any(-1) if at + 1 < mask.dim() else mask
+                rows = rows.reshape(-1, shape[dim])
+                return rows[int(rows.any(-1).int().argmax())].nonzero().flatten()
         return torch.arange(shape[dim])
 
     # -- sizes and other numbers --------------------------------------------------------------------------------------

@@ -268,10 +268,12 @@ def along_one_dim(r: Rewriter, node: fx.Node) -> fx.Node | None:
         value = index if isinstance(index, int) else r.capture.results[index]
         return with_argument(r, node, 2, "index", int(place(r, source, dim)[value % size]))
     order = original_order(r, node, name, size, dims.index(dim))
-    positions = picked(r, source, target, dim, dim, order)
-    run = run_of(positions) if name == "narrow" else None
-    if run is not None:
+    if name == "narrow":
+        chosen = place(r, source, dim)[order]
+        run = run_of(chosen[chosen >= 0])
+        assert run is not None, "what is kept of a run is a run among the kept"
         return r.graph.call_method("narrow", (r.new[node.args[0]], dim, run.start, run.stop - run.start))  # type: ignore[index]
+    positions = picked(r, source, target, dim, dim, order)
     made = r.gather(node.args[0], dim, positions)  # type: ignore[arg-type]
     others = [i for i, d in enumerate(dims) if d != dim]
     if name == "roll" and others:

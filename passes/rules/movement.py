@@ -86,6 +86,8 @@ def cut(call: Call, f: Factor, dim: int, start: int, stop: int, step: int = 1) -
     if len(f.nest) > 1 and dim == f.nest[-1]:
         if step != 1 or part.nest[-1:] != f.nest[-1:]:  # or a single column, which every row has or none
             call.ties.same_columns(f)
+        elif start:  # it begins at one place for all rows: as many are kept before it in each
+            call.ties.keep_rows_equal(factor(f.labels.narrow(dim, 0, start), f.nest))
         call.ties.keep_rows_equal(part)
     return call.settle(part, "a slice of one channel")
 

@@ -250,3 +250,15 @@ def cat_of_one_map_with_labelled_positions():
 
     parts = {"a": linear(10, 24), "slopes": nn.PReLU(18), "b": conv(18, 20, 1), "head": linear(20, 5)}
     return net(forward, **parts), features()
+
+
+@graph(stats=True, targets=("a.weight", "token", "b.weight"), min_removed=0.3)
+def cat_of_tokens_then_slice_of_channels():
+    """A slice of what each token keeps begins at one place for all of them."""
+
+    def forward(self, x):
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), self.a(x)], 1)[..., 3:11]
+        return self.head(self.b(x * self.scale).relu().mean(1))
+
+    parts = {"a": linear(10, 14), "token": parameter(1, 2, 14), "scale": parameter(8), "b": linear(8, 20)}
+    return net(forward, **parts, head=linear(20, 5)), tokens()
