@@ -42,6 +42,7 @@ class Ties:
         coarse: matrices of labels whose rows are heads, to be removed whole when heads are the granularity.
         equal: matrices of labels whose rows must keep equally many entries.
         product: matrices of labels whose rows must keep the same columns.
+        first_fresh: the first label made on the way: those below it belong to the model's own tensors.
         leaves: the labels of the model's own tensors, where their dimensions may become composed (empty: they may not).
         settled: those dimensions that are composed already.
         composed: leaf dimensions, by first label, whose entries belong to several labels at once (an outer product).
@@ -64,6 +65,10 @@ class Ties:
     starts: dict[int, tuple[str, int, int]] | None = None
     settled: frozenset[tuple[str, int]] = frozenset()
     composed: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+    first_fresh: int = 0
+
+    def __post_init__(self) -> None:
+        self.first_fresh = self.size
 
     @property
     def leaf_starts(self) -> dict[int, tuple[str, int, int]]:

@@ -11,6 +11,7 @@ from fxprune.passes.labels import NONE, Factor, Labels, align, along, factor
 from fxprune.passes.rules import Call, rule
 from fxprune.passes.rules.movement import moved
 from fxprune.passes.rules.pointwise import unify
+from fxprune.passes.tape import Ref
 
 
 def placed(labels: Labels, shape: Sequence[int], places: Sequence[int], ndim: int) -> tuple[Labels, list[int]]:
@@ -38,11 +39,15 @@ def contract(
     b_places: Sequence[int],
     ndim: int,
     summed: Sequence[int],
+    copied: Sequence[int] = (),
 ) -> Labels:
-    """Labels of a product over a common index space of `ndim` dimensions, in which `summed` ones are then of size 1."""
+    """Labels of a product over a common index space of `ndim` dimensions, in which `summed` ones are then of size 1.
+
+    Along the `copied` ones an operand is one weight, expanded: they are no heads.
+    """
     left, left_shape = placed(a, a_shape, a_places, ndim)
     right, right_shape = placed(b, b_shape, b_places, ndim)
-    batch = [d for d in range(ndim) if d not in summed and d in a_places and d in b_places]
+    batch = [d for d in range(ndim) if d not in (*summed, *copied) and d in a_places and d in b_places]
     heads = as_heads(call, left + right, batch) if call.heads else NONE
     merged = unify(call, left, left_shape, right, right_shape)
     result = [f for f in merged if not f.dims & set(summed)]
@@ -54,6 +59,14 @@ def contract(
     if heads:
         result += [h for h in heads if not any(h.dims <= f.dims for f in result)][:1]
     return tuple(result)
+
+
+def copies(call: Call, ref: Ref, places: Sequence[int]) -> list[int]:
+    """Where a tensor that no input goes into repeats itself: dimension i of it is places[i]."""
+    if call.tape.values[ref.id].from_input:
+        return []
+    new = [f for f in call.labels(ref) if len(f.nest) == 1 and bool((f.labels >= call.ties.first_fresh).all())]
+    return [places[f.nest[0]] for f in new]
 
 
 def as_heads(call: Call, labels: Labels, batch: Sequence[int]) -> Labels:
@@ -102,7 +115,8 @@ def matmul(call: Call) -> Labels:
     a_places = [*range(len(a_shape) - 1), len(a_shape)]
     ndim = len(a_shape) + 1
     b_places = [*range(len(b_shape) - 2), ndim - 1, ndim - 2] if lead < len(a_shape) - 1 else [ndim - 1, ndim - 2]
-    out = contract(call, a_labels, a_shape, a_places, b_labels, b_shape, b_places, ndim, [ndim - 1])
+    copied = [d for ref, places in ((a, a_places), (b, b_places)) if len(places) > 2 for d in copies(call, ref, places)]
+    out = contract(call, a_labels, a_shape, a_places, b_labels, b_shape, b_places, ndim, [ndim - 1], copied)
     out = tuple(Factor(f.labels.squeeze(-1), f.nest) for f in out)
     shape = call.shape(call.outputs[0])
     if vector:

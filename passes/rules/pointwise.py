@@ -82,7 +82,7 @@ def unify(call: Call, a: Labels, a_shape: Sequence[int], b: Labels, b_shape: Seq
     result += lone(call, left, right, taken, b_shape) + lone(call, right, left, taken, a_shape)
     for f in [f for f in left if any(f.dims & g.dims for g in right)]:  # (3)
         partners = [g for g in right if f.dims & g.dims]
-        g = next((g for g in partners if f.nest[-1] in g.dims), partners[0])
+        g = main_partner(call, f, partners)
         shared = f.dims & g.dims
         if any(shared & h.dims for h in result):
             for each in (f, *partners):
@@ -100,6 +100,13 @@ def unify(call: Call, a: Labels, a_shape: Sequence[int], b: Labels, b_shape: Seq
             if other is not g:
                 call.ties.freeze(other.labels, KEPT_WHOLE)
     return tuple(f for f in result if f.nest)
+
+
+def main_partner(call: Call, f: Factor, partners: list[Factor]) -> Factor:
+    """The factor that a wider one is tied to: over its minor dimension, unless what varies there are copies, all alike."""
+    minor = [g for g in partners if f.nest[-1] in g.dims]
+    owned = [g for g in partners if bool((g.labels < call.ties.first_fresh).any())]
+    return next((g for g in minor if g in owned), (owned or minor or partners)[0])
 
 
 def lone(call: Call, mine: list[Factor], theirs: list[Factor], taken: set[int], shape: Sequence[int]) -> list[Factor]:
