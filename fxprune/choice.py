@@ -183,7 +183,7 @@ def guards(solution: Solution) -> list[np.ndarray]:
     """The classes of every distinct array of labels: each must keep at least one entry."""
     unit = solution.unit.numpy()
     seen: set[int] = set()
-    found = []
+    found = list(solution.lines)
     for values in solution.values:
         for labels in values.values():
             for f in labels:

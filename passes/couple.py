@@ -23,7 +23,7 @@ from fxprune.passes.regions import gather_regions
 from fxprune.passes.rules import Call
 from fxprune.passes.sizes import HANDLERS, function_name
 from fxprune.passes.tape import Op, Ref, collect
-from fxprune.passes.ties import Event, Pair, Ties, chained, components, row
+from fxprune.passes.ties import Event, Pair, Ties, chained, components, row, settle_rows
 
 MET_KEPT = "meets a tensor that keeps every index of that dimension"
 SPAN = 1_000_000  # node numbers of one capture
@@ -44,6 +44,7 @@ class Solution:
         equal: matrices of classes whose rows must keep equally many entries.
         regions: nodes replaced by one gather, so that what they pass through need not be a rectangle.
         pairs: the ties that were solved, as the rules reported them.
+        lines: classes of which one at least must stay.
     """
 
     captures: list[Capture]
@@ -55,6 +56,7 @@ class Solution:
     equal: list[np.ndarray]
     regions: list[dict[fx.Node, fx.Node]]
     pairs: list[Pair]
+    lines: list[np.ndarray]
 
 
 def solve(captures: Sequence[Capture], *, heads: bool, keep: Mapping[str, str] | None = None) -> Solution:
@@ -330,6 +332,11 @@ def close(
     if uneven:
         pairs = pairs + chained(uneven, columns=True)
         part, stopped = components(ties.size, pairs)
+    lines: list[np.ndarray] = []
+    if ties.rows:
+        made, lines = settle_rows(ties, pairs, part)
+        pairs = pairs + made
+        part, stopped = components(ties.size, pairs)
     smallest = np.full(part.max() + 1, ties.size, np.int64)
     np.minimum.at(smallest, part, np.arange(ties.size))
     unit = smallest[part]
@@ -349,7 +356,8 @@ def close(
     if not reasons:
         reasons.append("is never removed")
     equal = distinct([unit[e.labels.numpy()] for e in ties.equal])
-    return Solution(captures, leaves, values, torch.from_numpy(unit), frozen, reasons, equal, regions, pairs)
+    stay = [unit[e] for e in lines]
+    return Solution(captures, leaves, values, torch.from_numpy(unit), frozen, reasons, equal, regions, pairs, stay)
 
 
 def distinct(matrices: list[np.ndarray]) -> list[np.ndarray]:

@@ -54,6 +54,7 @@ class Masker(Recorder):
         self.kept = kept
         self.settled = torch.ones(len(kept), dtype=torch.bool)
         self.fates = fates
+        self.late = False  # whether a label was found to be removed after it was made
         self.heads = heads
         self.labels: dict[int, Labels] = {}
         self.ties = Ties(size=len(kept))
@@ -106,7 +107,12 @@ class Masker(Recorder):
                 if bool(open_.any()):
                     self.kept[new[open_]] = self.kept[old[open_]]
                     self.settled[new[open_]] = True
-        for name in ("pairs", "frozen", "coarse", "equal", "product"):
+                    self.late |= not bool(self.kept[old[open_]].all())
+        for rows in self.ties.rows:
+            fresh = ~self.settled[rows.labels]
+            self.kept[rows.labels[fresh]] = self.kept[rows.entries[fresh]].any(1)
+            self.settled[rows.labels[fresh]] = self.settled[rows.entries[fresh]].all(1)
+        for name in ("pairs", "frozen", "coarse", "equal", "product", "rows"):
             getattr(self.ties, name).clear()
 
 
@@ -343,7 +349,7 @@ def masked_outputs(
                 masker.add(tensor, from_input=True)
             with masker:
                 out = reference(*a, **k)
-        if fates is not None or bool(masker.kept[len(kept) :].all()):
+        if fates is not None or not masker.late:
             return out
         fates = masker.kept
 

@@ -56,6 +56,8 @@ def contract(
         # rows survive a sum over the minor dimensions; a sum over major ones mixes what is packed row by row
         if rest and f.dims & set(summed) and f.nest[-1] not in summed:
             result += call.collapse(f, [d for d in summed if d in f.dims])
+        elif not call.heads and rest and f.dims & set(summed) and rest <= set(batch):
+            result.append(call.ties.row_labels(f, tuple(rest)))
     if heads:
         result += [h for h in heads if not any(h.dims <= f.dims for f in result)][:1]
     return tuple(result)

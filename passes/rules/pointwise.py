@@ -70,6 +70,8 @@ def unify(call: Call, a: Labels, a_shape: Sequence[int], b: Labels, b_shape: Seq
         call.ties.join(a[0], b[0])
         return a
     left, right = list(a), list(b)
+    if call.ties.standing:
+        left, right = beside_rows(call, left, right), beside_rows(call, right, left)
     result: list[Factor] = compose(call, left, right) + compose(call, right, left)
     for f in list(left):
         twin = counterpart(f, [g for g in right if g.dims == f.dims])
@@ -77,7 +79,7 @@ def unify(call: Call, a: Labels, a_shape: Sequence[int], b: Labels, b_shape: Seq
             left.remove(f)
             right.remove(twin)
             match(call, f, twin)
-            result.append(f)
+            result.append(twin if call.ties.stands(twin) else f)
     taken = {d for f in result for d in f.dims}
     result += lone(call, left, right, taken, b_shape) + lone(call, right, left, taken, a_shape)
     for f in [f for f in left if any(f.dims & g.dims for g in right)]:  # (3)
@@ -100,6 +102,18 @@ def unify(call: Call, a: Labels, a_shape: Sequence[int], b: Labels, b_shape: Seq
             if other is not g:
                 call.ties.freeze(other.labels, KEPT_WHOLE)
     return tuple(f for f in result if f.nest)
+
+
+def beside_rows(call: Call, mine: list[Factor], theirs: list[Factor]) -> list[Factor]:
+    """Without the factors of row labels where the other operand has the rows: those say as much."""
+    left = []
+    for f in mine:
+        wide = next((g for g in theirs if f.dims < g.dims), None)
+        if wide is not None and call.ties.stands(f):
+            call.ties.stand(f.labels, wide.labels)
+        else:
+            left.append(f)
+    return left
 
 
 def main_partner(call: Call, f: Factor, partners: list[Factor]) -> Factor:

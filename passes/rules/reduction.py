@@ -49,8 +49,10 @@ def row_by_row(call: Call, f: Factor, dims: Sequence[int]) -> Labels:
     if not touched:
         return (f,)
     rest = [d for d in f.nest if d not in dims]
-    if not rest or f.nest[-1] not in rest:
+    if not rest:
         return NONE
+    if f.nest[-1] not in rest:
+        return (call.ties.row_labels(f, rest),)
     return call.collapse(f, touched)
 
 
