@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.passes import rules
+from fxprune.passes.alike import follow, read_apart
 from fxprune.passes.capture import Capture, size_source
 from fxprune.passes.labels import NONE, Factor, Labels, along, counts_channels, factor
 from fxprune.passes.probe import probe
@@ -229,6 +230,7 @@ def apply_rule(call: Call) -> None:
     """Store the labels of an op's results; an op without a rule is probed through autograd, else frozen."""
     if not call.outputs:
         return
+    shared = read_apart(call) if call.ties.alike else {}
     ruled = rules.find(call.op.func)
     if ruled is not None:
         result = ruled(call)
@@ -241,6 +243,9 @@ def apply_rule(call: Call) -> None:
         if any(ref.id == r.id for r in call.inputs):
             continue  # written in place: the ties say it all
         call.known[ref.id] = labels
+    call.known.update(shared)
+    if call.ties.alike:
+        follow(call)
 
 
 def maker(capture: Capture, index: int) -> str:

@@ -1,0 +1,44 @@
+"""What is tied and what is not, where the outputs of a pruned model would not tell."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from graphs.registry import features, linear, net, tokens
+from torch import nn
+
+import fxprune
+
+
+def family_of(coupling: fxprune.Coupling, name: str, dim: int = 0) -> object:
+    return next(f for f in coupling.families if (name, dim) in f.members)
+
+
+@pytest.mark.parametrize(
+    ("rnn", "other"),
+    [
+        (nn.LSTM(10, 14, num_layers=2, batch_first=True), "rnn.weight_hh_l1"),
+        (nn.GRU(10, 14, num_layers=2, batch_first=True), "rnn.weight_hh_l1"),
+        (nn.LSTM(10, 14, bidirectional=True, batch_first=True), "rnn.weight_hh_l0_reverse"),
+        (nn.RNN(10, 14, bidirectional=True, batch_first=True), "rnn.weight_hh_l0_reverse"),
+    ],
+)
+def test_a_state_of_zeros_ties_no_layers(rnn: nn.Module, other: str) -> None:
+    width = 28 if "reverse" in other else 14
+    model = net(lambda self, x: self.head(self.rnn(x)[0]), rnn=rnn, head=linear(width, 5)).double()
+    coupling = fxprune.couple(model, tokens())
+    one, two = family_of(coupling, "rnn.weight_hh_l0"), family_of(coupling, other)
+    assert one is not two and one.units == two.units == 14 and one.frozen is two.frozen is None
+
+
+def test_a_state_that_is_written_to_ties_its_readers() -> None:
+    """It is no constant any more: both cells start from what was put there, index by index."""
+
+    def forward(self, x):
+        h = torch.zeros(x.shape[0], 14, dtype=x.dtype)
+        h[:, :10] = x
+        return self.head(torch.cat([self.one(x, h), self.two(x, h)], 1))
+
+    cells = {"one": nn.GRUCell(10, 14), "two": nn.GRUCell(10, 14)}
+    coupling = fxprune.couple(net(forward, **cells, head=linear(28, 5)).double(), features())
+    assert family_of(coupling, "one.weight_hh", 1) is family_of(coupling, "two.weight_hh", 1)
