@@ -1,7 +1,8 @@
-"""Constants whose entries are all alike, read more than once: the readers are not tied to one another through them.
+"""Who else sees a tensor: constants that several calls read, and views that are written into.
 
-An initial state of zeros for several recurrent layers is one tensor, cut into pieces. Which of its entries are left does not
-matter, only how many: every reader but the first gets labels of its own, that keep equally many.
+An initial state of zeros for several recurrent layers is one tensor, cut into pieces, and ties no layers to one another. Which
+of its entries are left does not matter, only how many: every reader but the first gets labels of its own, that keep equally
+many.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import torch
 
 from fxprune.passes.labels import Factor, Labels
 from fxprune.passes.rules import Call
-from fxprune.passes.tape import Ref
+from fxprune.passes.tape import Op, Ref, Tape, collect
 
 # what these return is a view of their argument, or a copy of its entries
 MOVING = frozenset(
@@ -28,7 +29,7 @@ def read_apart(call: Call) -> dict[int, Labels]:
     if name in MOVING:
         return {}
     shared: dict[int, Labels] = {}
-    written = {call.ties.alike.get(r.id) for r in writes(call)}
+    written = {call.ties.alike.get(r.id) for r in writes(call.op)}
     for ref in call.inputs:
         base = call.ties.alike.get(ref.id)
         if base is None or base in written or ref.id in shared:
@@ -50,7 +51,7 @@ def apart(call: Call, f: Factor) -> Factor:
 def follow(call: Call) -> None:
     """Views of a constant are constants; one that is written to is none any more."""
     alike = call.ties.alike
-    written = {alike[r.id] for r in writes(call) if r.id in alike}
+    written = {alike[r.id] for r in writes(call.op) if r.id in alike}
     if written:
         for i in [i for i, base in alike.items() if base in written]:
             del alike[i]
@@ -58,7 +59,23 @@ def follow(call: Call) -> None:
         alike.update({r.id: alike[call.first.id] for r in call.outputs})
 
 
-def writes(call: Call) -> list[Ref]:
+def written_through(tape: Tape) -> set[int]:
+    """Strided slices that a later node writes into, directly or through a view: they cannot become copies of what is left."""
+    maker = {ref.id: op for op in tape.ops for ref in collect(op.outs, Ref) if op.func._schema.name in MOVING}
+    found: set[int] = set()
+    for op in tape.ops:
+        for ref in writes(op):
+            at = ref.id
+            while at in maker:
+                source = maker.pop(at)
+                strided = source.func._schema.name == "aten::slice" and len(source.args) > 4 and source.args[4] != 1
+                if strided and source.node != op.node:
+                    found.add(at)
+                at = collect(source.args, Ref)[0].id
+    return found
+
+
+def writes(op: Op) -> list[Ref]:
     """The arguments that a call writes into."""
-    arguments = zip(call.op.func._schema.arguments, call.op.args, strict=False)
+    arguments = zip(op.func._schema.arguments, op.args, strict=False)
     return [v for a, v in arguments if isinstance(v, Ref) and a.alias_info is not None and a.alias_info.is_write]

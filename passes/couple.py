@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.passes import rules
-from fxprune.passes.alike import follow, read_apart
+from fxprune.passes.alike import follow, read_apart, written_through
 from fxprune.passes.capture import Capture, size_source
 from fxprune.passes.labels import NONE, Factor, Labels, along, counts_channels, factor
 from fxprune.passes.probe import probe
@@ -179,6 +179,7 @@ def read(
         uses = {r.id for op in tape.ops for r in collect((op.args, op.kwargs), Ref)} | {r.id for r in capture.outputs}
         hidden = sorted(capture.index[n] for n in capture.untracked)
         end = Op(None, (), {}, (), len(capture.index))
+        ties.pinned = written_through(tape)
         varying: set[int] = set()
         sized: dict[int, bool] = {}
         for op in [*tape.ops, end]:

@@ -63,6 +63,7 @@ class Ties:
         product: matrices of labels whose rows must keep the same columns.
         rows: labels that stand for rows of others; `standing` is the set of them.
         alike: values whose entries are all alike, with the one that they are views of; `read_before`: those some call has read.
+        pinned: views that are written into and cannot become copies.
         first_fresh: the first label made on the way: those below it belong to the model's own tensors.
         leaves: the labels of the model's own tensors, where their dimensions may become composed (empty: they may not).
         settled: those dimensions that are composed already.
@@ -79,6 +80,7 @@ class Ties:
     product: list[Event] = field(default_factory=list)
     rows: list[Rows] = field(default_factory=list)
     standing: set[int] = field(default_factory=set)
+    pinned: set[int] = field(default_factory=set)
     alike: dict[int, int] = field(default_factory=dict)
     read_before: set[int] = field(default_factory=set)
     node: int = -1

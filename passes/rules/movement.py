@@ -102,7 +102,10 @@ def slice_(call: Call) -> Labels:
         start, stop, step = slice(call.get("start"), call.get("end"), call.get("step", 1)).indices(shape[dim])
     if call.shape(call.outputs[0]) == shape:
         return call.labels(call.first)
-    return tuple(g for f in call.labels(call.first) for g in cut(call, f, dim, start, stop, step))
+    labels = call.labels(call.first)
+    if call.outputs[0].id in call.ties.pinned:
+        labels = call.freeze_dims(labels, [dim], "is written through a view of every so many entries")
+    return tuple(g for f in labels for g in cut(call, f, dim, start, stop, step))
 
 
 @rule(
