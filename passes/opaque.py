@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fxprune.passes.attributes import changed_attributes
 from fxprune.passes.tape import Ref, collect
 
 if TYPE_CHECKING:
@@ -92,10 +91,7 @@ def opaque_attributes(r: Rewriter, path: str) -> dict[str, dict[str, Any]]:
     """Attribute edits by module path for everything inside an opaque module."""
     edits: dict[str, dict[str, Any]] = {}
     for call in r.capture.calls.get(path, ()):
-        module = r.capture.root.get_submodule(call.module)
-        refs = collect(call.args, Ref)
-        before, after = [r.before(x) for x in refs], [r.after(x) for x in refs]
-        edits.setdefault(call.module, {}).update(changed_attributes(module, before, after, r.shapes_of(call.module)))
+        edits.setdefault(call.module, {}).update(r.edits(call.module, collect(call.args, Ref)))
     for use in r.capture.sizes.get(path, ()):
         if r.after(use.ref)[use.dim] != r.before(use.ref)[use.dim]:
             edits.setdefault(use.module, {})[use.name] = r.after(use.ref)[use.dim]

@@ -262,8 +262,20 @@ def grouped_convolution(
     x_size = [x_shape[0], groups, 1, per_in]
     for f in [*x_part, *w_part]:
         call.ties.keep_rows_equal(f)
+    if groups > 1:
+        whole_or_part(call, x_part, w_part, groups)
     merged = unify(call, tuple(x_part), x_size, tuple(w_part), w_size)
     return tuple(factor(f.labels[:1].expand(1, groups, per_out, -1)[..., 0].reshape(-1)) for f in merged if f.dims <= {1, 2})
+
+
+def whole_or_part(call: Call, x: list[Factor], w: list[Factor], groups: int) -> None:
+    """A group goes with its inputs and its outputs, or keeps some of both."""
+    labels = call.ties.fresh(groups).reshape(1, groups, 1, 1)
+    for f in [*x, *w]:
+        if 1 in f.dims:
+            call.ties.stand(labels, f.labels)
+    if not any(1 in f.dims for f in x):
+        call.ties.freeze(labels, "is a group of a convolution whose inputs are all kept")
 
 
 def whole_groups(call: Call, x: list[Factor], w: list[Factor], size: Sequence[int]) -> Labels:
