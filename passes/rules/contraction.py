@@ -136,6 +136,9 @@ def attention(call: Call) -> list[Labels]:
     n = len(call.shape(q)) - 2
     if n < 0 or not call.outputs:
         return [NONE] * len(call.outputs)
+    if call.get("is_causal", False):  # by their positions
+        for ref in (q, k):
+            call.freeze_dims(call.labels(ref), [n], "is a token of causal attention")
     k_labels, k_shape = grouped(call, k, call.shape(q))
     v_labels, v_shape = grouped(call, v, call.shape(q))
     batch = list(range(n))

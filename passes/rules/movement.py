@@ -166,12 +166,16 @@ def as_strided(call: Call) -> Labels:
     return NONE
 
 
-@rule("aten::diagonal", "aten::unfold", "aten::pixel_unshuffle", "aten::pixel_shuffle", "aten::tril")
-@rule("aten::triu")
+@rule("aten::tril", "aten::triu")
+def triangle(call: Call) -> Labels:
+    """Which entries are zero depends on where they stand along two dimensions: both are kept."""
+    ndim = len(call.shape(call.first))
+    return call.freeze_dims(call.labels(call.first), [ndim - 2, ndim - 1], "is cut to a triangle")
+
+
+@rule("aten::diagonal", "aten::unfold", "aten::pixel_unshuffle", "aten::pixel_shuffle")
 def by_running(call: Call) -> Labels:
     """Any other index map: expand the factor to the tensor's full size and run the op on it."""
-    if call.op.func._schema.name in ("aten::tril", "aten::triu"):
-        return call.labels(call.first)
     result: list[Factor] = []
     for f in call.labels(call.first):
         if len(f.nest) > 1:
