@@ -21,12 +21,13 @@ from fxprune.errors import PruneError
 from fxprune.passes.capture import Capture
 from fxprune.passes.couple import Solution, solve
 from fxprune.passes.families import families
-from fxprune.passes.kept import NotARectangle
+from fxprune.passes.kept import Cutter, NotARectangle
 from fxprune.passes.pruned import PrunedModule
 from fxprune.passes.shrink import shrink, tensor_cuts
 from fxprune.passes.tape import collect, map_tensors
 from fxprune.passes.trace import trace
 from fxprune.passes.tree import named_tensors, on_meta, private_copy
+from fxprune.passes.trial import broken, opaque_sites
 from fxprune.plan import Plan
 from fxprune.request import HALF, Ratio, Request, Scopes
 from fxprune.verification import TOLERANCE, Verification, compare
@@ -101,8 +102,7 @@ def prune(
     check_request(model, request, attention, verify)
     inputs.check(model, args, kwargs)
     keep = frozen_names(model, freeze)
-    solution = analyse(model, args, kwargs, heads=attention == "heads", keep=keep)
-    kept, cutter = selected(model, solution, request)
+    solution, kept, cutter, pruned, closed = shrunk(model, args, kwargs, request, heads=attention == "heads", keep=keep)
     plan = Plan(
         {name: tuple(t.shape) for name, t in named_tensors(model)},
         {name: parts for name, parts in tensor_cuts(solution, kept, cutter).items() if parts},
@@ -110,9 +110,9 @@ def prune(
         tuple(sorted(keep)),
         inputs.describe(example_inputs),
     )
-    pruned = shrink(model, solution, kept, cutter)
     pruned.meta["plan"] = plan
     pruned.meta["capture"] = described(solution)
+    pruned.meta["closed"] = closed
     if verify is True or (verify == "auto" and is_cheap(model)):
         pruned.meta["verification"] = checked(model, pruned, solution, kept, args, kwargs, attention == "heads")
     return as_class(model, pruned, args, kwargs) if same_class else pruned
@@ -209,15 +209,48 @@ def as_class(model: nn.Module, pruned: PrunedModule, args: tuple[Any, ...], kwar
 # -- the steps ---------------------------------------------------------------------------------------------------------
 
 
+def shrunk(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    request: Request,
+    *,
+    heads: bool,
+    keep: Mapping[str, str],
+) -> tuple[Solution, Tensor, Cutter, PrunedModule, dict[str, str]]:
+    """From a request to the pruned module. Opaque modules that cannot be cut are found by trying, and then stay whole."""
+    closed: dict[str, str] = {}
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    tolerance = max((TOLERANCE.get(d, 1e-3) for d in dtypes), default=1e-3)
+    while True:
+        solution = analyse(model, args, kwargs, heads=heads, keep=keep, closed=closed)
+        if solution.captures[0].opaque and request.data is not None:
+            request.data = list(request.data)  # it may be asked for again
+        kept, cutter = selected(model, solution, request)
+        sites = opaque_sites(solution, cutter)
+        pruned = shrink(model, solution, kept, cutter)
+        with unobserved(model):
+            found = broken(model, pruned, solution, cutter, sites, args, kwargs, heads=heads, tolerance=tolerance)
+        if not found.keys() - closed.keys():
+            return solution, kept, cutter, pruned, closed
+        closed |= found
+
+
 def analyse(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, heads: bool, keep: Mapping[str, str]
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    heads: bool,
+    keep: Mapping[str, str],
+    closed: Mapping[str, str] | None = None,
 ) -> Solution:
     """Trace and couple: in evaluation mode, and in training mode too where the program asks which one it is in."""
     with unobserved(model):
         try:
-            return solve(programs(model, args, kwargs, on_meta), heads=heads, keep=keep)
+            return solve(programs(model, args, kwargs, on_meta), heads=heads, keep=keep, closed=closed)
         except Exception:  # the program reads values, or runs code that knows nothing of meta tensors
-            return solve(programs(model, args, kwargs, None), heads=heads, keep=keep)
+            return solve(programs(model, args, kwargs, None), heads=heads, keep=keep, closed=closed)
 
 
 def programs(

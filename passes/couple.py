@@ -60,13 +60,20 @@ class Solution:
     lines: list[np.ndarray]
 
 
-def solve(captures: Sequence[Capture], *, heads: bool, keep: Mapping[str, str] | None = None) -> Solution:
+def solve(
+    captures: Sequence[Capture],
+    *,
+    heads: bool,
+    keep: Mapping[str, str] | None = None,
+    closed: Mapping[str, str] | None = None,
+) -> Solution:
     """Labels for every value of the captured runs, with ties solved.
 
     Arguments:
         captures: runs of the same model (evaluation, and training where it differs).
         heads: whether a batch dimension of a product of activations is removed whole (else what is within it).
         keep: names of parameters and buffers that stay as they are, with the reason.
+        closed: paths of modules nothing of which is removed, nor of what they read and return, with the reason.
     """
     rules.load()
     leaves, size = leaf_labels(captures)
@@ -85,11 +92,25 @@ def solve(captures: Sequence[Capture], *, heads: bool, keep: Mapping[str, str] |
     for name, reason in (keep or {}).items():
         for f in leaves.get(name, NONE):
             ties.frozen.append(Event(f.labels, -1, reason))
+    for which, (capture, labels) in enumerate(zip(captures, values, strict=True)):
+        for path, reason in (closed or {}).items():
+            shut(capture, which, labels, path, reason, ties)
     regions = [gather_regions(c, v) for c, v in zip(captures, values, strict=True)]
     inside = {number(c, i, node) for i, (c, r) in enumerate(zip(captures, regions, strict=True)) for node in r}
     ties.product = [e for e in ties.product if e.node not in inside]
     ties.equal = [e for e in ties.equal if e.node not in inside]
     return close(list(captures), leaves, values, ties, regions)
+
+
+def shut(capture: Capture, which: int, labels: Mapping[int, Labels], path: str, why: str, ties: Ties) -> None:
+    """Freeze what a module holds, reads and returns."""
+    nodes = [n for n in capture.graph.nodes if n.op == "call_module" and str(n.target) == path]
+    for node in nodes:
+        for ref in collect([capture.results[n] for n in (*node.all_input_nodes, node)], Ref):
+            ties.frozen += [Event(f.labels, number(capture, which, node), why) for f in labels.get(ref.id, NONE)]
+    for i, value in enumerate(capture.tape.values):
+        if nodes and value.name is not None and f"{capture.prefix}{value.name}".startswith(f"{path}."):
+            ties.frozen += [Event(f.labels, number(capture, which, nodes[0]), why) for f in labels.get(i, NONE)]
 
 
 def has_heads(capture: Capture) -> bool:

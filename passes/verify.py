@@ -333,8 +333,9 @@ def masked_outputs(
     heads: bool,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    given: Sequence[Labels] = (),
 ) -> Any:
-    """What the masked original returns."""
+    """What the masked original returns; `given` are the labels of the tensors among its arguments, if they have any."""
     from fxprune.passes.patches import visible
     from fxprune.passes.tree import named_tensors
 
@@ -345,8 +346,8 @@ def masked_outputs(
         masker = Masker(names, leaves, kept, heads, fates)
         a, k = map_tensors((args, kwargs), torch.clone)
         with torch.no_grad(), visible():
-            for tensor in collect((a, k), Tensor):
-                masker.add(tensor, from_input=True)
+            refs = [masker.add(tensor, from_input=True) for tensor in collect((a, k), Tensor)]
+            masker.labels.update({r.id: labels for r, labels in zip(refs, given, strict=False)})
             with masker:
                 out = reference(*a, **k)
         if fates is not None or not masker.late:
