@@ -42,3 +42,22 @@ def test_a_state_that_is_written_to_ties_its_readers() -> None:
     cells = {"one": nn.GRUCell(10, 14), "two": nn.GRUCell(10, 14)}
     coupling = fxprune.couple(net(forward, **cells, head=linear(28, 5)).double(), features())
     assert family_of(coupling, "one.weight_hh", 1) is family_of(coupling, "two.weight_hh", 1)
+
+
+def test_what_keeps_a_dimension_is_named() -> None:
+    """An input, as it is or scaled; a constant; or another tensor, whose own reason is elsewhere."""
+
+    def forward(self, x):
+        seen = torch.randperm(12).to(x)
+        y = self.other(x / 2) * seen
+        return self.head(self.first(x) + 1), self.tail(y), self.last(self.first(x).sort(1).values)
+
+    layers = {"first": linear(10, 14), "other": linear(10, 12), "head": linear(14, 5), "last": linear(14, 5)}
+    layers |= {"tail": linear(12, 5)}
+    coupling = fxprune.couple(net(forward, **layers).double(), features())
+    assert family_of(coupling, "first.weight", 1).frozen == "is tied to an input of the model (at %first in first)"
+    assert family_of(coupling, "other.weight", 1).frozen == "is tied to an input of the model (at %other in other)"
+    constant = "meets a constant that keeps every index of that dimension (at %mul)"
+    assert family_of(coupling, "other.weight", 0).frozen == constant
+    kept = "meets a tensor that keeps every index of that dimension (at %last in last)"
+    assert family_of(coupling, "last.weight", 1).frozen == kept

@@ -8,8 +8,11 @@ import torch
 
 from fxprune.passes.labels import NONE, Factor, Labels, align, factor
 from fxprune.passes.rules import Call, rule
+from fxprune.passes.tape import Ref, collect
 
 KEPT_WHOLE = "meets a tensor that keeps every index of that dimension"
+FROM_INPUT = "is tied to an input of the model"
+FROM_CONSTANT = "meets a constant that keeps every index of that dimension"
 
 
 @rule(
@@ -88,7 +91,7 @@ def unify(call: Call, a: Labels, a_shape: Sequence[int], b: Labels, b_shape: Seq
         shared = f.dims & g.dims
         if any(shared & h.dims for h in result):
             for each in (f, *partners):
-                call.ties.freeze(each.labels, KEPT_WHOLE)
+                call.ties.freeze(each.labels, kept_whole(call))
             continue
         call.ties.tie(f.labels, g.labels, broadcast=True)
         if call.ties.seeking_heads:  # the wider one still tells heads apart
@@ -100,7 +103,7 @@ def unify(call: Call, a: Labels, a_shape: Sequence[int], b: Labels, b_shape: Seq
         result.append(factor(narrow, g.nest))
         for other in partners:
             if other is not g:
-                call.ties.freeze(other.labels, KEPT_WHOLE)
+                call.ties.freeze(other.labels, kept_whole(call))
     return tuple(f for f in result if f.nest)
 
 
@@ -131,10 +134,37 @@ def lone(call: Call, mine: list[Factor], theirs: list[Factor], taken: set[int], 
             continue
         minor = f.nest[-1]
         if shape[minor] > 1 or minor in taken:
-            call.ties.freeze(f.labels, KEPT_WHOLE)
+            call.ties.freeze(f.labels, kept_whole(call))
         if shape[minor] == 1 or call.ties.seeking_heads:
             passed.append(f)
     return passed
+
+
+def kept_whole(call: Call) -> str:
+    """Why an operand's dimension stays: what the other one is, if it has no labels."""
+    for ref in call.inputs:
+        if not call.labels(ref) and any(n > 1 for n in call.shape(ref)):
+            if not call.tape.values[ref.id].from_input:
+                return FROM_CONSTANT
+            if made_of_inputs(call, ref):
+                return FROM_INPUT
+    return KEPT_WHOLE
+
+
+def made_of_inputs(call: Call, ref: Ref) -> bool:
+    """Whether nothing that the model learned or that was ever labelled went into a value."""
+    pending, seen = [ref.id], set()
+    while pending:
+        current = pending.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if call.known.get(current):
+            return False
+        op = call.tape.maker(current)
+        if op is not None:
+            pending += [r.id for r in collect((op.args, op.kwargs), Ref)]
+    return True
 
 
 def compose(call: Call, several: list[Factor], single: list[Factor]) -> list[Factor]:
