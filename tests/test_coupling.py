@@ -48,7 +48,7 @@ def test_what_keeps_a_dimension_is_named() -> None:
     """An input, as it is or scaled; a constant; or another tensor, whose own reason is elsewhere."""
 
     def forward(self, x):
-        seen = torch.randperm(12).to(x)
+        seen = torch.randperm(12, device=x.device)
         y = self.other(x / 2) * seen
         return self.head(self.first(x) + 1), self.tail(y), self.last(self.first(x).sort(1).values)
 
