@@ -21,10 +21,11 @@ from fxprune.errors import PruneError
 from fxprune.passes.capture import Capture
 from fxprune.passes.couple import Solution, solve
 from fxprune.passes.families import families
+from fxprune.passes.faults import surface
 from fxprune.passes.kept import Cutter, NotARectangle
 from fxprune.passes.pruned import PrunedModule
 from fxprune.passes.shrink import shrink, tensor_cuts
-from fxprune.passes.tape import collect, map_tensors
+from fxprune.passes.tape import NeedsValues, collect, map_tensors
 from fxprune.passes.trace import trace
 from fxprune.passes.tree import named_tensors, on_meta, private_copy
 from fxprune.passes.trial import broken, opaque_sites
@@ -248,9 +249,18 @@ def analyse(
     """Trace and couple: in evaluation mode, and in training mode too where the program asks which one it is in."""
     with unobserved(model):
         try:
-            return solve(programs(model, args, kwargs, on_meta), heads=heads, keep=keep, closed=closed)
-        except Exception:  # the program reads values, or runs code that knows nothing of meta tensors
-            return solve(programs(model, args, kwargs, None), heads=heads, keep=keep, closed=closed)
+            found = programs(model, args, kwargs, on_meta)
+        except Exception as error:  # the program reads values, or runs code that knows nothing of meta tensors
+            surface(error)
+            found = None
+        if found is not None:
+            try:
+                return solve(found, heads=heads, keep=keep, closed=closed)
+            except NeedsValues:  # the contents of a constant
+                pass
+            except Exception as error:
+                surface(error, ours=True)
+        return solve(programs(model, args, kwargs, None), heads=heads, keep=keep, closed=closed)
 
 
 def programs(
@@ -286,6 +296,7 @@ def captured(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, 
     except PruneError:
         raise
     except Exception as error:
+        surface(error)
         raise PruneError(
             f"the model's own forward raises {type(error).__name__}: {error}",
             where=getattr(error, "fxprune_where", type(root).__name__),

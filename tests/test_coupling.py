@@ -61,3 +61,25 @@ def test_what_keeps_a_dimension_is_named() -> None:
     assert family_of(coupling, "other.weight", 0).frozen == constant
     kept = "meets a tensor that keeps every index of that dimension (at %last in last)"
     assert family_of(coupling, "last.weight", 1).frozen == kept
+
+
+def test_an_error_of_the_compiler_is_no_reason_to_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In tests it is let out; users get a run with values."""
+    from fxprune.passes import rules
+    from fxprune.passes.faults import EngineFault
+
+    rules.load()
+    model = net(lambda self, x: self.head(self.a(x).relu()), a=linear(10, 14), head=linear(14, 5)).double()
+    calls = []
+
+    def fails_once(call: rules.Call) -> object:
+        calls.append(call)
+        return {}["missing"] if len(calls) == 1 else call.labels(call.first)
+
+    monkeypatch.setitem(rules.RULES, "aten::relu", fails_once)
+    monkeypatch.setattr(rules, "FOUND", {})
+    with pytest.raises(EngineFault, match="KeyError: 'missing'"):
+        fxprune.couple(model, features())
+    calls.clear()
+    monkeypatch.setenv("FXPRUNE_STRICT", "0")
+    assert family_of(fxprune.couple(model, features()), "a.weight").frozen is None
