@@ -34,6 +34,12 @@ def masked(*names: str) -> Callable[[Masked], Masked]:
     return file
 
 
+def masked_form(name: str) -> Masked | None:
+    """What an op computes of kept elements, where that is not what it computes anyway."""
+    begins = (m for k, m in MASKED.items() if k.endswith("*") and name.startswith(k[:-1]))
+    return MASKED.get(name) or next(begins, None)
+
+
 class Masker(Recorder):
     """Runs the original with removed elements masked.
 
@@ -78,9 +84,7 @@ class Masker(Recorder):
         before = len(self.tape.ops)
         in_args, in_kwargs = map_tensors(args, self.ref), map_tensors(kwargs, self.ref)
         refs = collect((in_args, in_kwargs), Ref)
-        function = MASKED.get(func._schema.name) or next(
-            (m for k, m in MASKED.items() if k.endswith("*") and func._schema.name.startswith(k[:-1])), None
-        )
+        function = masked_form(func._schema.name)
         if function is not None and any(self.mask(r) is not None for r in refs):
             shell = Call(Op(func, in_args, in_kwargs, (), -1), self.tape, self.labels, self.ties, self.heads, set())
             out = function(self, shell, args, kwargs)
