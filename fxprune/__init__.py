@@ -6,6 +6,7 @@ from fxprune.coupling import Coupling
 from fxprune.criteria import Magnitude
 from fxprune.errors import PruneError
 from fxprune.feasibility import Feasibility, feasible
+from fxprune.ops import register_op
 from fxprune.plan import Plan
 from fxprune.report import report
 from fxprune.verification import Verification
@@ -22,6 +23,7 @@ __all__ = [
     "feasible",
     "plan_of",
     "prune",
+    "register_op",
     "report",
     "verify",
 ]

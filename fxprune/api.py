@@ -23,12 +23,14 @@ from fxprune.latency import Trial
 from fxprune.passes.capture import Capture
 from fxprune.passes.couple import Solution, solve
 from fxprune.passes.families import families
-from fxprune.passes.kept import NotARectangle
+from fxprune.passes.faults import surface
+from fxprune.passes.kept import Cut, NotARectangle
 from fxprune.passes.pruned import PrunedModule
 from fxprune.passes.shrink import shrink, tensor_cuts
-from fxprune.passes.tape import collect, map_tensors
+from fxprune.passes.tape import NeedsValues, collect, map_tensors
 from fxprune.passes.trace import trace
 from fxprune.passes.tree import named_tensors, on_meta, private_copy
+from fxprune.passes.trial import broken, opaque_sites
 from fxprune.plan import Plan
 from fxprune.request import HALF, Ratio, Request, Scopes
 from fxprune.verification import TOLERANCE, Verification, compare
@@ -107,23 +109,17 @@ def prune(
     check_request(model, request, attention, verify)
     inputs.check(model, args, kwargs)
     keep = frozen_names(model, freeze)
-    coupled = functools.partial(analyse, model, args, kwargs, heads=attention == "heads", keep=keep)
-    solution = coupled()
-    trial = Trial(model, args, kwargs, coupled) if latency is not None else None
-    kept, cutter = selected(model, solution, request, trial)
-    values, made = dict(named_tensors(model)), tensor_cuts(solution, kept, cutter)
+    solution, kept, made, pruned, closed = shrunk(model, args, kwargs, request, heads=attention == "heads", keep=keep)
     plan = Plan(
-        {name: tuple(t.shape) for name, t in values.items()},
+        {name: tuple(t.shape) for name, t in named_tensors(model)},
         {name: parts for name, parts in made.items() if parts},
         attention,
         tuple(sorted(keep)),
         inputs.describe(example_inputs),
     )
-    pruned = shrink(model, solution, kept, cutter, made=made, values=values)
     pruned.meta["plan"] = plan
     pruned.meta["capture"] = described(solution)
-    if trial is not None:
-        pruned.meta["latency"] = trial.found
+    pruned.meta["closed"] = closed
     if verify is True or (verify == "auto" and is_cheap(model)):
         pruned.meta["verification"] = checked(model, pruned, solution, kept, args, kwargs, attention == "heads")
     return as_class(model, pruned, args, kwargs) if same_class else pruned
@@ -220,15 +216,63 @@ def as_class(model: nn.Module, pruned: PrunedModule, args: tuple[Any, ...], kwar
 # -- the steps ---------------------------------------------------------------------------------------------------------
 
 
+def shrunk(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    request: Request,
+    *,
+    heads: bool,
+    keep: Mapping[str, str],
+) -> tuple[Solution, Tensor, dict[str, list[Cut]], PrunedModule, dict[str, str]]:
+    """From a request to the pruned module. Opaque modules that cannot be cut are found by trying, and then stay whole."""
+    closed: dict[str, str] = {}
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    tolerance = max((TOLERANCE.get(d, 1e-3) for d in dtypes), default=1e-3)
+    while True:
+        coupled = functools.partial(analyse, model, args, kwargs, heads=heads, keep=keep, closed=closed)
+        solution = coupled()
+        if solution.captures[0].opaque and request.data is not None:
+            request.data = list(request.data)  # it may be asked for again
+        timed = request.budget is not None and request.budget.kind == "latency"
+        trial = Trial(model, args, kwargs, coupled) if timed else None
+        kept, cutter = selected(model, solution, request, trial)
+        sites = opaque_sites(solution, cutter)
+        made = tensor_cuts(solution, kept, cutter)
+        pruned = shrink(model, solution, kept, cutter, made=made)
+        if trial is not None:
+            pruned.meta["latency"] = trial.found
+        with unobserved(model):
+            found = broken(model, pruned, solution, cutter, sites, args, kwargs, heads=heads, tolerance=tolerance)
+        if not found.keys() - closed.keys():
+            return solution, kept, made, pruned, closed
+        closed |= found
+
+
 def analyse(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, heads: bool, keep: Mapping[str, str]
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    heads: bool,
+    keep: Mapping[str, str],
+    closed: Mapping[str, str] | None = None,
 ) -> Solution:
     """Trace and couple: in evaluation mode, and in training mode too where the program asks which one it is in."""
     with unobserved(model):
         try:
-            return solve(programs(model, args, kwargs, on_meta), heads=heads, keep=keep)
-        except Exception:  # the program reads values, or runs code that knows nothing of meta tensors
-            return solve(programs(model, args, kwargs, None), heads=heads, keep=keep)
+            found = programs(model, args, kwargs, on_meta)
+        except Exception as error:  # the program reads values, or runs code that knows nothing of meta tensors
+            surface(error)
+            found = None
+        if found is not None:
+            try:
+                return solve(found, heads=heads, keep=keep, closed=closed)
+            except NeedsValues:  # the contents of a constant
+                pass
+            except Exception as error:
+                surface(error, ours=True)
+        return solve(programs(model, args, kwargs, None), heads=heads, keep=keep, closed=closed)
 
 
 def programs(
@@ -264,6 +308,7 @@ def captured(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, 
     except PruneError:
         raise
     except Exception as error:
+        surface(error)
         raise PruneError(
             f"the model's own forward raises {type(error).__name__}: {error}",
             where=getattr(error, "fxprune_where", type(root).__name__),

@@ -178,6 +178,7 @@ def settled(solution: Solution, removed: np.ndarray, score: np.ndarray, spans: S
             if removed[spans[i]].all():  # the best scored unit stays
                 removed[spans[i][np.argmax(score[spans[i]])]] = False
     for _ in range(len(removed) + 1):
+        even_rows(solution, removed, score)
         try:
             kept = torch.from_numpy(~removed[unit])
             cutter = Cutter(kept)
@@ -189,11 +190,26 @@ def settled(solution: Solution, removed: np.ndarray, score: np.ndarray, spans: S
     raise AssertionError("restoring units always ends in a rectangle")
 
 
+def even_rows(solution: Solution, removed: np.ndarray, score: np.ndarray) -> None:
+    """Take back removals, those of the best scored units first, until the rows of each constraint keep equally many entries."""
+    uneven = True
+    while uneven:
+        uneven = False
+        for matrix in solution.equal:
+            counts = (~removed[matrix]).sum(1)
+            if (counts == counts[0]).all():
+                continue
+            uneven = True
+            for row in matrix[counts < counts.max()]:
+                gone = row[removed[row]]
+                removed[gone[np.argmax(score[gone])]] = False
+
+
 def guards(solution: Solution) -> list[np.ndarray]:
     """The classes of every distinct array of labels: each must keep at least one entry."""
     unit = solution.unit.numpy()
     seen: set[int] = set()
-    found = []
+    found = list(solution.lines)
     for values in solution.values:
         for labels in values.values():
             for f in labels:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -198,17 +198,19 @@ def report(model: nn.Module, pruned: nn.Module, example_inputs: Any = None) -> R
         type(model).__name__,
         (count_parameters(model), count_parameters(pruned)),
         macs,
-        changes(model, plan, args, kwargs),
+        changes(model, plan, args, kwargs, meta.get("closed")),
         meta.get("capture", "unknown"),
         meta.get("verification"),
         meta.get("latency"),
     )
 
 
-def changes(model: nn.Module, plan: Plan, args: Any, kwargs: Any) -> tuple[Change, ...]:
-    """What a plan makes of each family of a model."""
+def changes(
+    model: nn.Module, plan: Plan, args: Any, kwargs: Any, closed: Mapping[str, str] | None = None
+) -> tuple[Change, ...]:
+    """What a plan makes of each family of a model; `closed` are the modules that could not be cut, with the reason."""
     frozen = dict.fromkeys(plan.freeze, "is frozen by request")
-    solution = analyse(model, args, kwargs, heads=plan.attention == "heads", keep=frozen)
+    solution = analyse(model, args, kwargs, heads=plan.attention == "heads", keep=frozen, closed=closed)
     kept = kept_by(plan, solution).numpy()
     tensors = dict(named_tensors(model))
     found = families(solution, {name for name, _ in model.named_parameters()})

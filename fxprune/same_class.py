@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fxprune.errors import PruneError
 from fxprune.passes.couple import Solution
+from fxprune.passes.opaque import OPERATORS
 from fxprune.passes.shrink import shrink
 from fxprune.passes.tape import collect
 from fxprune.passes.verify import relative_error
@@ -35,9 +36,10 @@ def shrunk(model: nn.Module, solution: Solution, kept: Tensor) -> tuple[nn.Modul
     made: nn.Module = shrink(model, solution, kept).get_submodule("whole")
     for (_, was), (_, now) in zip(model.named_modules(), made.named_modules(), strict=True):
         now.training = was.training
-    uses = [use for found in solution.captures[0].sizes.values() for use in found]
-    paths = [use.module.removeprefix("whole").removeprefix(".") for use in uses]
-    return made, {(path, use.name): getattr(made.get_submodule(path), use.name) for path, use in zip(paths, uses, strict=True)}
+    trees = [use.tree for found in solution.captures[0].sizes.values() for use in found]
+    uses = [tree for tree in trees if tree[0] not in OPERATORS]
+    paths = [module.removeprefix("whole").removeprefix(".") for module, _ in uses]
+    return made, {(path, name): getattr(made.get_submodule(path), name) for path, (_, name) in zip(paths, uses, strict=True)}
 
 
 def configure(model: nn.Module, made: nn.Module, known: Attributes, wanted: list[Tensor], run: Any, tolerance: float) -> None:

@@ -68,9 +68,7 @@ def layer_norm(m: Any, before: Any, after: Any, own: Shapes) -> dict[str, Any]:
 
 
 def group_norm(m: Any, before: Any, after: Any, own: Shapes) -> dict[str, Any]:
-    per_group = m.num_channels // m.num_groups
-    groups = after[0][1] // per_group if per_group == 1 else m.num_groups
-    return {"num_channels": after[0][1], "num_groups": groups}
+    return {"num_channels": after[0][1]}
 
 
 def prelu(m: Any, before: Any, after: Any, own: Shapes) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.passes import rules
+from fxprune.passes.alike import follow, read_apart, written_through
 from fxprune.passes.capture import Capture, size_source
 from fxprune.passes.labels import NONE, Factor, Labels, along, counts_channels, factor
 from fxprune.passes.probe import probe
@@ -23,7 +24,7 @@ from fxprune.passes.regions import gather_regions
 from fxprune.passes.rules import Call
 from fxprune.passes.sizes import HANDLERS, function_name
 from fxprune.passes.tape import Op, Ref, collect
-from fxprune.passes.ties import Event, Pair, Ties, chained, components, row
+from fxprune.passes.ties import Event, Pair, Ties, chained, components, row, settle_rows
 
 MET_KEPT = "meets a tensor that keeps every index of that dimension"
 SPAN = 1_000_000  # node numbers of one capture
@@ -45,6 +46,7 @@ class Solution:
         regions: nodes replaced by one gather, so that what they pass through need not be a rectangle.
         pairs: the ties that were solved, as the rules reported them.
         shapes: of the model's own tensors, by name.
+        lines: classes of which one at least must stay.
     """
 
     captures: list[Capture]
@@ -57,15 +59,23 @@ class Solution:
     regions: list[dict[fx.Node, fx.Node]]
     pairs: list[Pair]
     shapes: dict[str, tuple[int, ...]]
+    lines: list[np.ndarray]
 
 
-def solve(captures: Sequence[Capture], *, heads: bool, keep: Mapping[str, str] | None = None) -> Solution:
+def solve(
+    captures: Sequence[Capture],
+    *,
+    heads: bool,
+    keep: Mapping[str, str] | None = None,
+    closed: Mapping[str, str] | None = None,
+) -> Solution:
     """Labels for every value of the captured runs, with ties solved.
 
     Arguments:
         captures: runs of the same model (evaluation, and training where it differs).
         heads: whether a batch dimension of a product of activations is removed whole (else what is within it).
         keep: names of parameters and buffers that stay as they are, with the reason.
+        closed: paths of modules nothing of which is removed, nor of what they read and return, with the reason.
     """
     rules.load()
     leaves, size = leaf_labels(captures)
@@ -84,11 +94,25 @@ def solve(captures: Sequence[Capture], *, heads: bool, keep: Mapping[str, str] |
     for name, reason in (keep or {}).items():
         for f in leaves.get(name, NONE):
             ties.frozen.append(Event(f.labels, -1, reason))
+    for which, (capture, labels) in enumerate(zip(captures, values, strict=True)):
+        for path, reason in (closed or {}).items():
+            shut(capture, which, labels, path, reason, ties)
     regions = [gather_regions(c, v) for c, v in zip(captures, values, strict=True)]
     inside = {number(c, i, node) for i, (c, r) in enumerate(zip(captures, regions, strict=True)) for node in r}
     ties.product = [e for e in ties.product if e.node not in inside]
     ties.equal = [e for e in ties.equal if e.node not in inside]
     return close(list(captures), leaves, values, ties, regions)
+
+
+def shut(capture: Capture, which: int, labels: Mapping[int, Labels], path: str, why: str, ties: Ties) -> None:
+    """Freeze what a module holds, reads and returns."""
+    nodes = [n for n in capture.graph.nodes if n.op == "call_module" and str(n.target) == path]
+    for node in nodes:
+        for ref in collect([capture.results[n] for n in (*node.all_input_nodes, node)], Ref):
+            ties.frozen += [Event(f.labels, number(capture, which, node), why) for f in labels.get(ref.id, NONE)]
+    for i, value in enumerate(capture.tape.values):
+        if nodes and value.name is not None and f"{capture.prefix}{value.name}".startswith(f"{path}."):
+            ties.frozen += [Event(f.labels, number(capture, which, nodes[0]), why) for f in labels.get(i, NONE)]
 
 
 def has_heads(capture: Capture) -> bool:
@@ -178,6 +202,7 @@ def read(
         uses = {r.id for op in tape.ops for r in collect((op.args, op.kwargs), Ref)} | {r.id for r in capture.outputs}
         hidden = sorted(capture.index[n] for n in capture.untracked)
         end = Op(None, (), {}, (), len(capture.index))
+        ties.pinned = written_through(tape)
         varying: set[int] = set()
         sized: dict[int, bool] = {}
         for op in [*tape.ops, end]:
@@ -229,6 +254,7 @@ def apply_rule(call: Call) -> None:
     """Store the labels of an op's results; an op without a rule is probed through autograd, else frozen."""
     if not call.outputs:
         return
+    shared = read_apart(call) if call.ties.alike else {}
     ruled = rules.find(call.op.func)
     if ruled is not None:
         result = ruled(call)
@@ -241,6 +267,9 @@ def apply_rule(call: Call) -> None:
         if any(ref.id == r.id for r in call.inputs):
             continue  # written in place: the ties say it all
         call.known[ref.id] = labels
+    call.known.update(shared)
+    if call.ties.alike:
+        follow(call)
 
 
 def maker(capture: Capture, index: int) -> str:
@@ -332,6 +361,11 @@ def close(
     if uneven:
         pairs = pairs + chained(uneven, columns=True)
         part, stopped = components(ties.size, pairs)
+    lines: list[np.ndarray] = []
+    if ties.rows:
+        made, lines = settle_rows(ties, pairs, part)
+        pairs = pairs + made
+        part, stopped = components(ties.size, pairs)
     smallest = np.full(part.max() + 1, ties.size, np.int64)
     np.minimum.at(smallest, part, np.arange(ties.size))
     unit = smallest[part]
@@ -352,7 +386,8 @@ def close(
         reasons.append("is never removed")
     equal = distinct([unit[e.labels.numpy()] for e in ties.equal])
     shapes = {v.name: v.shape for capture in captures for v in capture.tape.values if v.name is not None}
-    return Solution(captures, leaves, values, torch.from_numpy(unit), frozen, reasons, equal, regions, pairs, shapes)
+    stay = [unit[e] for e in lines]
+    return Solution(captures, leaves, values, torch.from_numpy(unit), frozen, reasons, equal, regions, pairs, shapes, stay)
 
 
 def distinct(matrices: list[np.ndarray]) -> list[np.ndarray]:

@@ -8,14 +8,16 @@ size of that tensor is what the attribute must become. Standard layers inside ha
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fxprune.passes.attributes import changed_attributes
 from fxprune.passes.tape import Ref, collect
+from fxprune.passes.tree import fetch
 
 if TYPE_CHECKING:
     from fxprune.passes.rewrite import Rewriter
@@ -26,17 +28,51 @@ SIZED |= dict.fromkeys(["zeros", "ones", "empty", "full", "rand", "randn"], 0)
 
 
 class Origin(int):
-    """An integer attribute that remembers its module and name."""
+    """An integer that remembers the attribute it is, or the attributes and numbers it was computed from.
 
-    module: str
-    name: str
+    Attributes:
+        tree: the path of a module and the name of an attribute, or an operator and its two sides.
+    """
+
+    tree: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, value: int, tree: tuple[Any, ...]) -> Origin:
+        made = cls(value)
+        made.tree = tree
+        return made
 
 
+OPERATORS = {"add": operator.add, "sub": operator.sub, "mul": operator.mul, "floordiv": operator.floordiv}
+
+
+def remembering(name: str, *, swapped: bool) -> Any:
+    function = OPERATORS[name]
+
+    def method(self: Origin, other: Any) -> Any:
+        a, b = (other, self) if swapped else (self, other)
+        value = function(int(a), int(b)) if isinstance(other, int) else NotImplemented
+        return value if value is NotImplemented else Origin.of(value, (name, tree_of(a), tree_of(b)))
+
+    return method
+
+
+def tree_of(number: int) -> Any:
+    return number.tree if isinstance(number, Origin) else int(number)
+
+
+for _name in OPERATORS:
+    setattr(Origin, f"__{_name}__", remembering(_name, swapped=False))
+    setattr(Origin, f"__r{_name}__", remembering(_name, swapped=True))
+
+
+@dataclass(frozen=True, slots=True)
 class SizeUse:
-    """An attribute found as the size of a dimension of a tensor."""
+    """A number that came from attributes, found as the size of a dimension of a tensor."""
 
-    def __init__(self, origin: Origin, ref: Ref, dim: int) -> None:
-        self.module, self.name, self.ref, self.dim = origin.module, origin.name, ref, dim
+    tree: tuple[Any, ...]
+    ref: Ref
+    dim: int
 
 
 class Watch(TorchFunctionMode):
@@ -64,7 +100,7 @@ class Watch(TorchFunctionMode):
     def note(self, sizes: Any, out: Tensor, first: int) -> None:
         for i, size in enumerate(sizes):
             if isinstance(size, Origin):
-                self.found.append(SizeUse(size, self.number(out), first + i))
+                self.found.append(SizeUse(size.tree, self.number(out), first + i))
 
 
 @contextlib.contextmanager
@@ -76,9 +112,7 @@ def watched(module: nn.Module, path: str, number: Callable[[Tensor], Ref], found
             continue
         for name, value in list(vars(part).items()):
             if type(value) is int and not name.startswith("_"):
-                origin = Origin(value)
-                origin.module, origin.name = ".".join(p for p in (path, inner) if p), name
-                vars(part)[name] = origin
+                vars(part)[name] = Origin.of(value, (".".join(p for p in (path, inner) if p), name))
                 changed.append((part, name, value))
     try:
         with Watch(number, found):
@@ -92,14 +126,71 @@ def opaque_attributes(r: Rewriter, path: str) -> dict[str, dict[str, Any]]:
     """Attribute edits by module path for everything inside an opaque module."""
     edits: dict[str, dict[str, Any]] = {}
     for call in r.capture.calls.get(path, ()):
-        module = r.capture.root.get_submodule(call.module)
-        refs = collect(call.args, Ref)
-        before, after = [r.before(x) for x in refs], [r.after(x) for x in refs]
-        edits.setdefault(call.module, {}).update(changed_attributes(module, before, after, r.shapes_of(call.module)))
-    for use in r.capture.sizes.get(path, ()):
-        if r.after(use.ref)[use.dim] != r.before(use.ref)[use.dim]:
-            edits.setdefault(use.module, {})[use.name] = r.after(use.ref)[use.dim]
+        edits.setdefault(call.module, {}).update(r.edits(call.module, collect(call.args, Ref)))
+    for (module, name), value in solved(r, r.capture.sizes.get(path, ())).items():
+        edits.setdefault(module, {})[name] = value
     return edits
+
+
+def solved(r: Rewriter, uses: Sequence[SizeUse]) -> dict[tuple[str, str], int]:
+    """Attributes that change, so that each size comes to what is wanted of it.
+
+    First those that are sizes themselves; then, of a size computed from attributes, one that is not known yet.
+    """
+    known: dict[tuple[str, str], int] = {}
+    computed: list[tuple[Any, int]] = []
+    for use in uses:
+        wanted = r.after(use.ref)[use.dim]
+        if use.tree[0] in OPERATORS:
+            computed.append((use.tree, wanted))
+        elif use.tree not in known or wanted != r.before(use.ref)[use.dim]:
+            known[use.tree] = wanted
+    for tree, wanted in sorted(computed, key=lambda item: len(attributes_of(item[0]))):
+        for name, value in inverted(r, tree, wanted, known).items():
+            known.setdefault(name, value)
+    return {name: value for name, value in known.items() if value != original(r, name)}
+
+
+def original(r: Rewriter, attribute: tuple[str, str]) -> int:
+    return int(getattr(fetch(r.capture.root, attribute[0]) if attribute[0] else r.capture.root, attribute[1]))
+
+
+def attributes_of(tree: Any) -> set[tuple[str, str]]:
+    if isinstance(tree, int):
+        return set()
+    return {tree} if tree[0] not in OPERATORS else attributes_of(tree[1]) | attributes_of(tree[2])
+
+
+def value_of(r: Rewriter, tree: Any, known: Mapping[tuple[str, str], int]) -> int:
+    """What a tree comes to; an attribute that nothing is known of has its original value."""
+    if isinstance(tree, int):
+        return tree
+    if tree[0] not in OPERATORS:
+        return known[tree] if tree in known else original(r, tree)
+    a, b = value_of(r, tree[1], known), value_of(r, tree[2], known)
+    return OPERATORS[tree[0]](a, b) if b or tree[0] != "floordiv" else 0
+
+
+def inverted(r: Rewriter, tree: Any, wanted: int, known: Mapping[tuple[str, str], int]) -> dict[tuple[str, str], int]:
+    """The value that the one unknown attribute of a tree must have; none where the tree is right already, or it cannot be."""
+    if isinstance(tree, int) or value_of(r, tree, known) == wanted:
+        return {}
+    if tree[0] not in OPERATORS:
+        return {} if tree in known else {tree: wanted}
+    name, a, b = tree
+    free = [side for side in (a, b) if attributes_of(side) - known.keys()]
+    if len(free) != 1:
+        return {}
+    other = value_of(r, b if free[0] is a else a, known)
+    if name == "add":
+        needed = wanted - other
+    elif name == "sub":
+        needed = wanted + other if free[0] is a else other - wanted
+    elif name == "mul":
+        needed = wanted // other if other and wanted % other == 0 else 0
+    else:
+        needed = wanted * other if free[0] is a else (other // wanted if wanted else 0)
+    return inverted(r, free[0], needed, known) if needed > 0 else {}
 
 
 class Whole(nn.Module):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxprune.passes.attributes import changed_attributes
 from fxprune.passes.capture import Capture, Guard, size_source, switch
 from fxprune.passes.couple import Solution
 from fxprune.passes.kept import Cut, Cutter, cut_shape
@@ -22,7 +23,7 @@ from fxprune.passes.labels import counts_channels
 from fxprune.passes.modes import in_mode
 from fxprune.passes.pruned import Program, written
 from fxprune.passes.regions import channel_order
-from fxprune.passes.sizes import HANDLERS, function_name
+from fxprune.passes.sizes import HANDLERS, function_name, groups_left
 from fxprune.passes.tape import Ref, collect, map_tensors
 
 Number = (int, float)
@@ -105,14 +106,19 @@ class Rewriter:
         return self.capture.results.get(node) if isinstance(node, fx.Node) else node
 
     def positions(self, ref: Ref, dim: int) -> Tensor:
-        """The kept indices along a dimension; that of a joint factor's minor dimension is the same for every row."""
+        """The kept indices along a dimension; of a joint factor's minor dimension, those of the first row that is left.
+
+        Other rows may keep others, but equally many, and as many before any place at which they are cut.
+        """
         shape = self.before(ref)
         for cut in self.cuts(ref):
             if dim in cut.dims:
                 mask = torch.zeros([shape[d] for d in cut.dims], dtype=torch.bool)
                 mask.view(-1)[cut.keep] = True
                 at = cut.dims.index(dim)
-                return mask.movedim(at, -1).reshape(-1, shape[dim]).any(0).nonzero().flatten()
+                rows = mask.flatten(at + 1).any(-1) if at + 1 < mask.dim() else mask
+                rows = rows.reshape(-1, shape[dim])
+                return rows[int(rows.any(-1).int().argmax())].nonzero().flatten()
         return torch.arange(shape[dim])
 
     # -- sizes and other numbers --------------------------------------------------------------------------------------
@@ -382,8 +388,6 @@ class Rewriter:
         return self.gather(source, dim, place[order[self.positions(self.result(end), dim)]])
 
     def module(self, node: fx.Node) -> None:
-        from fxprune.passes.attributes import changed_attributes
-
         path = str(node.target)
         if path in self.capture.opaque:
             from fxprune.passes.opaque import opaque_attributes
@@ -391,10 +395,17 @@ class Rewriter:
             for inner, edits in opaque_attributes(self, path).items():
                 self.attributes.setdefault(inner, {}).update(edits)
             return
-        ins = [self.after(r) for n in node.args for r in collect(self.result(n), Ref)]
-        module = self.capture.modules[path]
-        before = [self.before(r) for n in node.args for r in collect(self.result(n), Ref)]
-        self.attributes.setdefault(path, {}).update(changed_attributes(module, before, ins, self.shapes_of(path)))
+        refs = [r for n in node.args for r in collect(self.result(n), Ref)]
+        self.attributes.setdefault(path, {}).update(self.edits(path, refs))
+
+    def edits(self, path: str, refs: list[Ref]) -> dict[str, Any]:
+        """The attributes of a standard layer that change where it is called on these tensors."""
+        module: Any = self.capture.modules[path]
+        before, after = [self.before(r) for r in refs], [self.after(r) for r in refs]
+        changed = changed_attributes(module, before, after, self.shapes_of(path))
+        if "num_channels" in changed and isinstance(module.num_groups, int):  # groups may go whole
+            changed["num_groups"] = groups_left(self, refs[0], 1, module.num_groups)
+        return changed
 
     def shapes_of(self, path: str) -> dict[str, tuple[int, ...]]:
         """Pruned shapes of a module's own tensors."""

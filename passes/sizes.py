@@ -17,6 +17,7 @@ from fxprune.passes.tape import Ref, collect
 if TYPE_CHECKING:
     from fxprune.passes.rewrite import Rewriter
 
+FUSED_ATTENTION = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention", "attention_math")
 Handler = Callable[["Rewriter", fx.Node], fx.Node | None]
 HANDLERS: dict[str, Handler] = {}
 
@@ -31,7 +32,12 @@ def handles(*names: str) -> Callable[[Handler], Handler]:
 
 
 def function_name(node: fx.Node) -> str:
-    return str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    """The name that has a handler: that of the method or function, also where the op itself is called (`aten.view.default`)."""
+    if node.op == "call_method":
+        return str(node.target)
+    if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aten":
+        return str(node.target._schema.name.partition("::")[2])
+    return getattr(node.target, "__name__", "")
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
@@ -65,7 +71,7 @@ def sizes_after(r: Rewriter, node: fx.Node, start: int, name: str = "size") -> t
     return list(rest), False
 
 
-@handles("view", "reshape", "expand", "broadcast_to", "view_copy", "new_zeros", "new_ones", "new_empty")
+@handles("view", "reshape", "expand", "broadcast_to", "view_copy", "new_zeros", "new_ones", "new_empty", "_unsafe_view")
 def shape_of_result(r: Rewriter, node: fx.Node) -> fx.Node | None:
     if any(isinstance(a, torch.dtype) for a in node.args[1:2]):
         return None
@@ -95,7 +101,7 @@ def made_whole(r: Rewriter, node: fx.Node) -> fx.Node | None:
 
 @handles("full", "new_full")
 def filled(r: Rewriter, node: fx.Node) -> fx.Node | None:
-    at = 1 if node.op == "call_method" else 0
+    at = 0 if function_name(node) == "full" else 1
     given = argument(node, at, "size")
     return with_argument(r, node, at, "size", tuple(resized(r, given, r.after(r.result(node)))))
 
@@ -162,11 +168,24 @@ def picked(r: Rewriter, source: Ref, target: Ref, dim: int, out_dim: int, chosen
 @handles("getitem", "setitem")
 def getitem(r: Rewriter, node: fx.Node) -> fx.Node | None:
     """x[index]: along dimensions that shrank, numbers, slices and index tensors are mapped to kept positions."""
+    return indexed(r, node, node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],))
+
+
+@handles("slice", "index")
+def called_index(r: Rewriter, node: fx.Node) -> fx.Node | None:
+    """The ops that an index comes down to, called by name."""
+    if function_name(node) == "index":
+        return indexed(r, node, tuple(slice(None) if i is None else i for i in argument(node, 1, "indices")))
+    dim = argument(node, 1, "dim", 0) % len(r.before(r.result(node.args[0])))
+    bounds = slice(*(argument(node, 2 + i, name) for i, name in enumerate(("start", "end", "step"))))
+    return indexed(r, node, (*[slice(None)] * dim, bounds))
+
+
+def indexed(r: Rewriter, node: fx.Node, index: tuple[Any, ...]) -> fx.Node | None:
     source = r.result(node.args[0])
     if not isinstance(source, Ref):
         return None
     shape = r.before(source)
-    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
     spans = [span(r, i) for i in index]
     at = next((n for n, i in enumerate(index) if i is Ellipsis), len(index))
     fill = (slice(None),) * (len(shape) - sum(spans))
@@ -197,6 +216,8 @@ def getitem(r: Rewriter, node: fx.Node) -> fx.Node | None:
     while new and at == len(index) and isinstance(new[-1], slice) and new[-1] == slice(None) and len(new) > len(index):
         new.pop()
     args = [r.new[node.args[0]], tuple(new) if len(new) != 1 else new[0]]  # type: ignore[index]
+    if node.target not in (operator.getitem, operator.setitem):
+        return r.graph.call_function(operator.getitem, tuple(args))
     return r.emit(node, args + [r.argument(a) for a in node.args[2:]], {})
 
 
@@ -248,7 +269,7 @@ def mapped(r: Rewriter, source: Ref, target: Ref | None, dim: int, out: int, i: 
 def along_one_dim(r: Rewriter, node: fx.Node) -> fx.Node | None:
     """Index maps along one dimension: the op is run on the dimension's indices and becomes a gather among the kept."""
     source, target = r.result(node.args[0]), r.result(node)
-    name = node.target if isinstance(node.target, str) else node.target.__name__
+    name = function_name(node)
     ndim = len(r.before(source))
     dims: Any = argument(node, 1, "dim", 0)
     if name == "roll":
@@ -268,10 +289,12 @@ def along_one_dim(r: Rewriter, node: fx.Node) -> fx.Node | None:
         value = index if isinstance(index, int) else r.capture.results[index]
         return with_argument(r, node, 2, "index", int(place(r, source, dim)[value % size]))
     order = original_order(r, node, name, size, dims.index(dim))
-    positions = picked(r, source, target, dim, dim, order)
-    run = run_of(positions) if name == "narrow" else None
-    if run is not None:
+    if name == "narrow":
+        chosen = place(r, source, dim)[order]
+        run = run_of(chosen[chosen >= 0])
+        assert run is not None, "what is kept of a run is a run among the kept"
         return r.graph.call_method("narrow", (r.new[node.args[0]], dim, run.start, run.stop - run.start))  # type: ignore[index]
+    positions = picked(r, source, target, dim, dim, order)
     made = r.gather(node.args[0], dim, positions)  # type: ignore[arg-type]
     others = [i for i, d in enumerate(dims) if d != dim]
     if name == "roll" and others:
@@ -302,7 +325,7 @@ def original_order(r: Rewriter, node: fx.Node, name: str, size: int, which: int)
     return indices.view(groups, -1).t().reshape(-1)
 
 
-@handles("pad")
+@handles("pad", "constant_pad_nd")
 def pad(r: Rewriter, node: fx.Node) -> fx.Node | None:
     amounts = list(argument(node, 1, "pad"))
     source, target = r.result(node.args[0]), r.result(node)
@@ -319,7 +342,7 @@ def pad(r: Rewriter, node: fx.Node) -> fx.Node | None:
     return with_argument(r, node, 1, "pad", amounts)
 
 
-@handles("layer_norm", "rms_norm")
+@handles("layer_norm", "rms_norm", "native_layer_norm", "_fused_rms_norm")
 def normalized_shape(r: Rewriter, node: fx.Node) -> fx.Node | None:
     given = argument(node, 1, "normalized_shape")
     given = list(given) if isinstance(given, tuple | list) else [given]
@@ -344,16 +367,44 @@ def channel_dim(r: Rewriter, node: fx.Node) -> int:
     return len(r.before(r.result(node.args[0]))) - len(r.before(r.result(argument(node, 1, "weight")))) + 1
 
 
-@handles("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+@handles("native_group_norm")
+def native_group_norm(r: Rewriter, node: fx.Node) -> fx.Node | None:
+    """(x, weight, bias, N, C, positions, groups, eps)"""
+    source = r.result(node.args[0])
+    args = [r.argument(a) for a in node.args]
+    args[4] = r.size(node.args[4], r.after(source)[1])
+    args[6] = r.size(node.args[6], groups_left(r, source, 1, r.number_of(node.args[6])))
+    return r.emit(node, args, r.argument(dict(node.kwargs)))
+
+
+@handles("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution")
 def conv_groups(r: Rewriter, node: fx.Node) -> fx.Node | None:
-    name = node.target if isinstance(node.target, str) else node.target.__name__
-    at = 7 if "transpose" in name else 6
+    at = 8 if function_name(node) == "convolution" else 6
     given = argument(node, at, "groups", 1)
     groups = r.number_of(given)
     if groups == 1:
         return None
     left = groups_left(r, r.result(node.args[0]), channel_dim(r, node), groups)
     return with_argument(r, node, at, "groups", r.size(given, left))
+
+
+@handles("as_strided")
+def as_strided(r: Rewriter, node: fx.Node) -> fx.Node | None:
+    """Followed only where every element stays at its place, in one of the two usual orders."""
+    after, before = r.after(r.result(node)), r.before(r.result(node))
+    given, strides = list(argument(node, 1, "size")), tuple(argument(node, 2, "stride"))
+    plain = strides == torch.empty(before, device="meta").stride()
+    order = torch.contiguous_format if plain else torch.channels_last
+    now = torch.empty(after, device="meta").to(memory_format=order).stride()
+    return r.emit(node, (r.new[node.args[0]], tuple(resized(r, given, after)), now), {})  # type: ignore[index]
+
+
+@handles(*(f"_scaled_dot_product_{kind}" for kind in FUSED_ATTENTION))
+def fused_attention_scale(r: Rewriter, node: fx.Node) -> fx.Node | None:
+    width = r.before(r.result(node.args[0]))[-1]
+    if r.after(r.result(node.args[0]))[-1] == width or node.kwargs.get("scale") is not None:
+        return None
+    return r.emit(node, r.argument(tuple(node.args)), {**r.argument(dict(node.kwargs)), "scale": width**-0.5})
 
 
 @handles("scaled_dot_product_attention")

@@ -62,6 +62,15 @@ class Op:
 class Tape:
     values: list[Value] = field(default_factory=list)
     ops: list[Op] = field(default_factory=list)
+    made: dict[int, Op] = field(default_factory=dict)
+
+    def maker(self, value: int) -> Op | None:
+        """The call that made a value; None for what was there before. Asked for once the tape is complete."""
+        if not self.made:
+            for op in self.ops:
+                for ref in collect(op.outs, Ref):
+                    self.made.setdefault(ref.id, op)
+        return self.made.get(value)
 
     def shape(self, ref: Ref) -> tuple[int, ...]:
         return self.values[ref.id].shape

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,6 +13,8 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from fxprune.passes.labels import Factor, Labels
+
+PART_OF_ROWS = "is a row of channels that go one by one"
 
 
 @dataclass(slots=True)
@@ -33,6 +37,21 @@ class Pair:
 
 
 @dataclass(slots=True)
+class Rows:
+    """Labels that each stand for one row of others: it goes if the row is a single unit that goes, else it stays.
+
+    Attributes:
+        labels: one for each row.
+        entries: a row of labels for each.
+        node: index of the graph node.
+    """
+
+    labels: Tensor
+    entries: Tensor
+    node: int
+
+
+@dataclass(slots=True)
 class Ties:
     """Everything the rules report, in the order it was met.
 
@@ -42,6 +61,10 @@ class Ties:
         coarse: matrices of labels whose rows are heads, to be removed whole when heads are the granularity.
         equal: matrices of labels whose rows must keep equally many entries.
         product: matrices of labels whose rows must keep the same columns.
+        rows: labels that stand for rows of others; `standing` is the set of them.
+        alike: values whose entries are all alike, with the one that they are views of; `read_before`: those some call has read.
+        pinned: views that are written into and cannot become copies.
+        first_fresh: the first label made on the way: those below it belong to the model's own tensors.
         leaves: the labels of the model's own tensors, where their dimensions may become composed (empty: they may not).
         settled: those dimensions that are composed already.
         composed: leaf dimensions, by first label, whose entries belong to several labels at once (an outer product).
@@ -55,6 +78,11 @@ class Ties:
     coarse: list[Event] = field(default_factory=list)
     equal: list[Event] = field(default_factory=list)
     product: list[Event] = field(default_factory=list)
+    rows: list[Rows] = field(default_factory=list)
+    standing: set[int] = field(default_factory=set)
+    pinned: set[int] = field(default_factory=set)
+    alike: dict[int, int] = field(default_factory=dict)
+    read_before: set[int] = field(default_factory=set)
     node: int = -1
     size: int = 1
     seeking_heads: bool = False
@@ -64,6 +92,10 @@ class Ties:
     starts: dict[int, tuple[str, int, int]] | None = None
     settled: frozenset[tuple[str, int]] = frozenset()
     composed: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+    first_fresh: int = 0
+
+    def __post_init__(self) -> None:
+        self.first_fresh = self.size
 
     @property
     def leaf_starts(self) -> dict[int, tuple[str, int, int]]:
@@ -83,6 +115,25 @@ class Ties:
 
     def head_rows(self, rows: Tensor) -> None:
         self.coarse.append(Event(rows, self.node))
+
+    def row_labels(self, f: Factor, rest: Sequence[int]) -> Factor:
+        """A factor over the dimensions `rest` of another one, for what no longer tells its other entries apart."""
+        shape = [n if d in rest else 1 for d, n in enumerate(f.labels.shape)]
+        labels = self.fresh(math.prod(shape)).reshape(shape)
+        self.standing.update(labels.flatten().tolist())
+        self.stand(labels, f.labels)
+        return Factor(labels, tuple(d for d in f.nest if d in rest))
+
+    def stand(self, labels: Tensor, entries: Tensor) -> None:
+        """Labels of row type go with the rows of a wider array, where those go whole."""
+        rest = [d for d, n in enumerate(labels.shape) if n > 1]
+        order = [*rest, *(d for d in range(entries.dim()) if d not in rest)]
+        full = entries.expand([max(n, m) for n, m in zip(labels.shape, entries.shape, strict=True)])
+        self.rows.append(Rows(labels.flatten(), full.permute(order).reshape(labels.numel(), -1), self.node))
+
+    def stands(self, f: Factor) -> bool:
+        """Whether all labels of a factor are of row type."""
+        return bool(self.standing) and all(x in self.standing for x in f.flat.tolist())
 
     def tie(self, a: Tensor, b: Tensor, *, broadcast: bool = False) -> None:
         """`a` and `b` broadcast against each other; a tie with label 0 freezes."""
@@ -148,3 +199,42 @@ def components(size: int, pairs: list[Pair]) -> tuple[np.ndarray, list[tuple[np.
     rows, cols = rows[differs], cols[differs]
     graph = coo_matrix((np.ones(len(rows), np.int8), (rows, cols)), shape=(size, size))
     return connected_components(graph, directed=False)[1].astype(np.int64), stopped
+
+
+def whole(classes: np.ndarray) -> np.ndarray:
+    """For each row of a matrix, whether it is one class."""
+    return (classes == classes[:, :1]).all(1)
+
+
+def settle_rows(ties: Ties, pairs: list[Pair], part: np.ndarray) -> tuple[list[Pair], list[np.ndarray]]:
+    """Ties of row labels to the rows that go whole, and the rows (of labels) that must keep an entry.
+
+    A row label that stands for several rows goes with them if all of them are whole. If not, it is frozen, and with it
+    those rows that are. Ties make more rows whole, so this is repeated.
+    """
+    made: list[Pair] = []
+    while True:
+        held = np.zeros(len(part), bool)
+        for r in ties.rows:
+            alone = whole(part[r.entries.numpy()]) & (r.entries[:, 0].numpy() != 0)
+            held[r.labels.numpy()[~alone]] = True
+        new = []
+        for r in ties.rows:
+            labels, lead = r.labels.numpy(), r.entries[:, 0].numpy()
+            going = ~held[labels] & (part[labels] != part[lead])
+            if going.any():
+                chosen = torch.from_numpy(going)
+                new.append(Pair(r.labels[chosen], r.entries[chosen, 0], False, r.node))
+        if not new:
+            break
+        made += new
+        part, _ = components(ties.size, pairs + made)
+    stay: list[np.ndarray] = []
+    for r in ties.rows:
+        kept = held[r.labels.numpy()]
+        if kept.any():
+            ties.frozen.append(Event(r.labels[torch.from_numpy(kept)], r.node, PART_OF_ROWS))
+            alone = whole(part[r.entries.numpy()])
+            ties.frozen.append(Event(r.entries[torch.from_numpy(kept & alone), 0], r.node, PART_OF_ROWS))
+            stay += list(r.entries[torch.from_numpy(kept & ~alone)].numpy())
+    return made, stay

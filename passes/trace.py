@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.errors import PruneError
 from fxprune.passes.capture import Call, Capture, Guard
+from fxprune.passes.faults import surface
 from fxprune.passes.modes import Branch, in_both_modes, membership
 from fxprune.passes.opaque import SizeUse, Whole, watched
 from fxprune.passes.patches import inlined, patched, plain_rnn
@@ -367,6 +368,7 @@ class ValueTracer(fx.Tracer):
         except Exception as error:
             if hasattr(error, "fxprune_plain") or not self.retry:
                 raise
+            surface(error)
             where = getattr(error, "fxprune_where", None)
             reason = f"reads {error}" if isinstance(error, ReadsValue) else f"{type(error).__name__}: {error}"
         finally:
@@ -447,6 +449,8 @@ def trace(
     except Exception as error:
         if not retry or hasattr(error, "fxprune_plain") or isinstance(error, PruneError):
             raise
+        if not whole:
+            surface(error)
         prefix = "whole."
         tracer = whole_tracer(tracer, root, args, kwargs, error)
         try:

@@ -34,6 +34,12 @@ def masked(*names: str) -> Callable[[Masked], Masked]:
     return file
 
 
+def masked_form(name: str) -> Masked | None:
+    """What an op computes of kept elements, where that is not what it computes anyway."""
+    begins = (m for k, m in MASKED.items() if k.endswith("*") and name.startswith(k[:-1]))
+    return MASKED.get(name) or next(begins, None)
+
+
 class Masker(Recorder):
     """Runs the original with removed elements masked.
 
@@ -54,6 +60,7 @@ class Masker(Recorder):
         self.kept = kept
         self.settled = torch.ones(len(kept), dtype=torch.bool)
         self.fates = fates
+        self.late = False  # whether a label was found to be removed after it was made
         self.heads = heads
         self.labels: dict[int, Labels] = {}
         self.ties = Ties(size=len(kept))
@@ -77,9 +84,7 @@ class Masker(Recorder):
         before = len(self.tape.ops)
         in_args, in_kwargs = map_tensors(args, self.ref), map_tensors(kwargs, self.ref)
         refs = collect((in_args, in_kwargs), Ref)
-        function = MASKED.get(func._schema.name) or next(
-            (m for k, m in MASKED.items() if k.endswith("*") and func._schema.name.startswith(k[:-1])), None
-        )
+        function = masked_form(func._schema.name)
         if function is not None and any(self.mask(r) is not None for r in refs):
             shell = Call(Op(func, in_args, in_kwargs, (), -1), self.tape, self.labels, self.ties, self.heads, set())
             out = function(self, shell, args, kwargs)
@@ -106,7 +111,12 @@ class Masker(Recorder):
                 if bool(open_.any()):
                     self.kept[new[open_]] = self.kept[old[open_]]
                     self.settled[new[open_]] = True
-        for name in ("pairs", "frozen", "coarse", "equal", "product"):
+                    self.late |= not bool(self.kept[old[open_]].all())
+        for rows in self.ties.rows:
+            fresh = ~self.settled[rows.labels]
+            self.kept[rows.labels[fresh]] = self.kept[rows.entries[fresh]].any(1)
+            self.settled[rows.labels[fresh]] = self.settled[rows.entries[fresh]].all(1)
+        for name in ("pairs", "frozen", "coarse", "equal", "product", "rows"):
             getattr(self.ties, name).clear()
 
 
@@ -135,7 +145,7 @@ def filled(masker: Masker, call: Call, args: Any, kwargs: Any, value: float) -> 
     "_convolution",
     "_trilinear",
 )
-@masked("sum", "norm", "linalg_vector_norm", "cumsum", "nansum", "addmv", "count_nonzero")
+@masked("sum", "norm", "linalg_vector_norm", "cumsum", "nansum", "addmv", "count_nonzero", "renorm")
 @masked("_cdist_forward", "any", "col2im")
 def with_zeros(masker: Masker, call: Call, args: Any, kwargs: Any) -> Any:
     """A removed element adds nothing."""
@@ -164,7 +174,8 @@ def attention(masker: Masker, call: Call, args: Any, kwargs: Any) -> Any:
     return (out, *[out.new_empty(0)] * rest) if rest else out
 
 
-@masked("amax", "max", "_softmax", "_log_softmax", "logsumexp", "argmax", "logcumsumexp", "cummax")
+@masked("amax", "max", "logsumexp", "argmax", "logcumsumexp", "cummax")
+@masked("_softmax", "_log_softmax", "_safe_softmax", "_masked_softmax")
 def with_least(masker: Masker, call: Call, args: Any, kwargs: Any) -> Any:
     """A removed element is never the greatest and weighs nothing."""
     args, kwargs = filled(masker, call, args, kwargs, -math.inf)
@@ -175,6 +186,18 @@ def with_least(masker: Masker, call: Call, args: Any, kwargs: Any) -> Any:
 def with_greatest(masker: Masker, call: Call, args: Any, kwargs: Any) -> Any:
     args, kwargs = filled(masker, call, args, kwargs, math.inf)
     return call.op.func(*args, **kwargs)
+
+
+@masked("aminmax")
+def least_and_greatest(masker: Masker, call: Call, args: Any, kwargs: Any) -> Any:
+    above, below = (filled(masker, call, args, kwargs, value) for value in (math.inf, -math.inf))
+    return call.op.func(*above[0], **above[1])[0], call.op.func(*below[0], **below[1])[1]
+
+
+@masked("median")
+def median(masker: Masker, call: Call, args: Any, kwargs: Any) -> Any:
+    args, kwargs = filled(masker, call, args, kwargs, math.nan)
+    return getattr(torch.ops.aten.nanmedian, call.op.func._overloadname)(*args, **kwargs)
 
 
 @masked("prod", "cumprod", "all")
@@ -314,8 +337,9 @@ def masked_outputs(
     heads: bool,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
+    given: Sequence[Labels] = (),
 ) -> Any:
-    """What the masked original returns."""
+    """What the masked original returns; `given` are the labels of the tensors among its arguments, if they have any."""
     from fxprune.passes.patches import visible
     from fxprune.passes.tree import named_tensors
 
@@ -326,11 +350,11 @@ def masked_outputs(
         masker = Masker(names, leaves, kept, heads, fates)
         a, k = map_tensors((args, kwargs), torch.clone)
         with torch.no_grad(), visible():
-            for tensor in collect((a, k), Tensor):
-                masker.add(tensor, from_input=True)
+            refs = [masker.add(tensor, from_input=True) for tensor in collect((a, k), Tensor)]
+            masker.labels.update({r.id: labels for r, labels in zip(refs, given, strict=False)})
             with masker:
                 out = reference(*a, **k)
-        if fates is not None or bool(masker.kept[len(kept) :].all()):
+        if fates is not None or not masker.late:
             return out
         fates = masker.kept
 

@@ -12,7 +12,7 @@ IN_RANGE = "ratio=0.5 removes half of every family"
 ARGUMENTS = "a tensor, a tuple of positional arguments, or a dict of keyword arguments"
 RUNS = "example_inputs on which model(*example_inputs) runs"
 WHY = "freeze less; print(fxprune.couple(model, example_inputs)) says why each family stays"
-FROM_INPUT = "meets a tensor that keeps every index of that dimension (at %stem in stem)"
+FROM_INPUT = "is tied to an input of the model (at %stem in stem)"
 
 
 class Broken(nn.Module):

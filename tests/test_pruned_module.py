@@ -244,3 +244,19 @@ def test_compiled_the_outputs_are_the_same(build):
         compiled = torch.compile(pruned, backend=BACKEND)
         assert relative_error(outputs(pruned, x), outputs(compiled, x)) < 1e-4
     torch.compiler.reset()
+
+
+def test_an_opaque_module_that_cannot_be_cut_stays_whole() -> None:
+    """Its sizes are written out where nothing rewrites them. The report says so, and the plan can be applied again."""
+    from graphs import GRAPHS
+
+    model, inputs = GRAPHS["opaque_with_sizes_written_out"].make()
+    pruned = fxprune.prune(model, 0.5, example_inputs=inputs, verify=False)
+    why = "belongs to a module that is not captured and fails once it is cut (RuntimeError)"
+    assert pruned.meta["closed"] == {"block": why}
+    assert pruned.get_submodule("block.inner").weight.shape == (24, 14)
+    assert pruned.get_submodule("b").weight.shape == (20, 14)
+    reasons = {c.family.name: c.reason for c in fxprune.report(model, pruned, inputs).whole}
+    assert reasons["block.inner.weight:0"] == f"{why} (at %block in block)"
+    again = fxprune.plan_of(pruned).apply(model, inputs)
+    assert torch.equal(again(inputs), pruned(inputs))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -46,6 +47,21 @@ def signature(func: Any) -> tuple[list[str], dict[str, Any]]:
     return found
 
 
+class Renamed:
+    """An op that goes by another one's name."""
+
+    def __init__(self, func: Any, name: str) -> None:
+        self.func = func
+        self._schema = SimpleNamespace(name=name, arguments=func._schema.arguments, returns=func._schema.returns)
+        self._overloadname = "default"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.func(*args, **kwargs)
+
+
+RENAMED: dict[tuple[Any, str], Renamed] = {}
+
+
 class Call:
     """One op on the tape as a rule sees it: arguments by name, labels and shapes of tensors, and where to report."""
 
@@ -74,6 +90,13 @@ class Call:
 
     def get(self, name: str, default: Any = None) -> Any:
         return self.named.get(name, default)
+
+    def under(self, name: str) -> Call:
+        """The same call as one of another op, which has the same arguments."""
+        op = self.op
+        func = RENAMED.setdefault((op.func, name), Renamed(op.func, name))
+        same = Op(func, op.args, op.kwargs, op.outs, op.node)
+        return Call(same, self.tape, self.known, self.ties, self.heads, self.uses, self.varying or None)
 
     @property
     def first(self) -> Ref:
@@ -166,14 +189,19 @@ def find(func: Any) -> Rule | None:
 def search(func: Any) -> Rule | None:
     from fxprune.passes.rules import pointwise
 
-    name = func._schema.name
+    found = named(func._schema.name)
+    if found is None and torch.Tag.pointwise in func.tags:
+        found = pointwise.pointwise
+    return found
+
+
+def named(name: str) -> Rule | None:
+    """The rule filed for a schema name: its own, that of its plain form, or one for names that begin alike."""
     found = RULES.get(name)
     if found is None and name.endswith("_") and not name.endswith("__"):
         found = RULES.get(name[:-1])
     if found is None:
         found = next((r for key, r in RULES.items() if key.endswith("*") and name.startswith(key[:-1])), None)
-    if found is None and torch.Tag.pointwise in func.tags:
-        found = pointwise.pointwise
     return found
 
 

@@ -11,6 +11,7 @@ from fxprune.passes.labels import NONE, Factor, Labels, align, along, factor
 from fxprune.passes.rules import Call, rule
 from fxprune.passes.rules.movement import moved
 from fxprune.passes.rules.pointwise import unify
+from fxprune.passes.tape import Ref
 
 
 def placed(labels: Labels, shape: Sequence[int], places: Sequence[int], ndim: int) -> tuple[Labels, list[int]]:
@@ -38,11 +39,15 @@ def contract(
     b_places: Sequence[int],
     ndim: int,
     summed: Sequence[int],
+    copied: Sequence[int] = (),
 ) -> Labels:
-    """Labels of a product over a common index space of `ndim` dimensions, in which `summed` ones are then of size 1."""
+    """Labels of a product over a common index space of `ndim` dimensions, in which `summed` ones are then of size 1.
+
+    Along the `copied` ones an operand is one weight, expanded: they are no heads.
+    """
     left, left_shape = placed(a, a_shape, a_places, ndim)
     right, right_shape = placed(b, b_shape, b_places, ndim)
-    batch = [d for d in range(ndim) if d not in summed and d in a_places and d in b_places]
+    batch = [d for d in range(ndim) if d not in (*summed, *copied) and d in a_places and d in b_places]
     heads = as_heads(call, left + right, batch) if call.heads else NONE
     merged = unify(call, left, left_shape, right, right_shape)
     result = [f for f in merged if not f.dims & set(summed)]
@@ -51,9 +56,19 @@ def contract(
         # rows survive a sum over the minor dimensions; a sum over major ones mixes what is packed row by row
         if rest and f.dims & set(summed) and f.nest[-1] not in summed:
             result += call.collapse(f, [d for d in summed if d in f.dims])
+        elif not call.heads and rest and f.dims & set(summed) and rest <= set(batch):
+            result.append(call.ties.row_labels(f, tuple(rest)))
     if heads:
         result += [h for h in heads if not any(h.dims <= f.dims for f in result)][:1]
     return tuple(result)
+
+
+def copies(call: Call, ref: Ref, places: Sequence[int]) -> list[int]:
+    """Where a tensor that no input goes into repeats itself: dimension i of it is places[i]."""
+    if call.tape.values[ref.id].from_input:
+        return []
+    new = [f for f in call.labels(ref) if len(f.nest) == 1 and bool((f.labels >= call.ties.first_fresh).all())]
+    return [places[f.nest[0]] for f in new]
 
 
 def as_heads(call: Call, labels: Labels, batch: Sequence[int]) -> Labels:
@@ -102,7 +117,8 @@ def matmul(call: Call) -> Labels:
     a_places = [*range(len(a_shape) - 1), len(a_shape)]
     ndim = len(a_shape) + 1
     b_places = [*range(len(b_shape) - 2), ndim - 1, ndim - 2] if lead < len(a_shape) - 1 else [ndim - 1, ndim - 2]
-    out = contract(call, a_labels, a_shape, a_places, b_labels, b_shape, b_places, ndim, [ndim - 1])
+    copied = [d for ref, places in ((a, a_places), (b, b_places)) if len(places) > 2 for d in copies(call, ref, places)]
+    out = contract(call, a_labels, a_shape, a_places, b_labels, b_shape, b_places, ndim, [ndim - 1], copied)
     out = tuple(Factor(f.labels.squeeze(-1), f.nest) for f in out)
     shape = call.shape(call.outputs[0])
     if vector:
@@ -120,6 +136,9 @@ def attention(call: Call) -> list[Labels]:
     n = len(call.shape(q)) - 2
     if n < 0 or not call.outputs:
         return [NONE] * len(call.outputs)
+    if call.get("is_causal", False):  # by their positions
+        for ref in (q, k):
+            call.freeze_dims(call.labels(ref), [n], "is a token of causal attention")
     k_labels, k_shape = grouped(call, k, call.shape(q))
     v_labels, v_shape = grouped(call, v, call.shape(q))
     batch = list(range(n))
@@ -246,8 +265,20 @@ def grouped_convolution(
     x_size = [x_shape[0], groups, 1, per_in]
     for f in [*x_part, *w_part]:
         call.ties.keep_rows_equal(f)
+    if groups > 1:
+        whole_or_part(call, x_part, w_part, groups)
     merged = unify(call, tuple(x_part), x_size, tuple(w_part), w_size)
     return tuple(factor(f.labels[:1].expand(1, groups, per_out, -1)[..., 0].reshape(-1)) for f in merged if f.dims <= {1, 2})
+
+
+def whole_or_part(call: Call, x: list[Factor], w: list[Factor], groups: int) -> None:
+    """A group goes with its inputs and its outputs, or keeps some of both."""
+    labels = call.ties.fresh(groups).reshape(1, groups, 1, 1)
+    for f in [*x, *w]:
+        if 1 in f.dims:
+            call.ties.stand(labels, f.labels)
+    if not any(1 in f.dims for f in x):
+        call.ties.freeze(labels, "is a group of a convolution whose inputs are all kept")
 
 
 def whole_groups(call: Call, x: list[Factor], w: list[Factor], size: Sequence[int]) -> Labels:

@@ -39,6 +39,7 @@ def uniform(call: Call) -> Labels:
         return call.labels(call.first)
     if call.ties.maker == "opaque":
         return NONE  # its size is written where it cannot be changed
+    call.ties.alike[call.outputs[0].id] = call.outputs[0].id
     return tuple(call.fresh(n, d, len(shape)) for d, n in enumerate(shape) if n > 1 and n not in call.ties.literals)
 
 

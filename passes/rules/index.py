@@ -88,7 +88,8 @@ def index_put(call: Call) -> Labels:
     """Rows are written where the indices say: the dimensions behind the indexed ones correspond from the right."""
     x, indices, values = call["self"], call["indices"], call["values"]
     shape = call.shape(x)
-    if all(i is None or call.data(i) is not None for i in indices):
+    rewritten = call.ties.maker in ("setitem", "")  # what is called by another name keeps its indices
+    if rewritten and all(i is None or call.data(i) is not None for i in indices):
         return put_at_constants(call, x, indices, values)
     indexed = [d for d, i in enumerate(indices) if i is not None]
     if indexed != list(range(len(indexed))) or any(call.tape.values[i.id].dtype == torch.bool for i in indices if i):

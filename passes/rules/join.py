@@ -56,7 +56,7 @@ def join(call: Call, parts: Sequence[Labels], shapes: Sequence[Sequence[int]], d
                 continue
         arrays = [lay_out(f, shape, dim, other) for f, shape in zip(chosen, shapes, strict=True)]
         nests = {tuple(d for d in f.nest if d != dim) for f in chosen if f is not None}
-        if other and same_everywhere(arrays):
+        if other and arrays[0].shape[dim] == 1 and same_everywhere(arrays):
             result += (factor(arrays[0].narrow(dim, 0, 1), nests.pop()),)
             continue
         total = sum(shape[dim] for shape in shapes)

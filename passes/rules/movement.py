@@ -86,6 +86,8 @@ def cut(call: Call, f: Factor, dim: int, start: int, stop: int, step: int = 1) -
     if len(f.nest) > 1 and dim == f.nest[-1]:
         if step != 1 or part.nest[-1:] != f.nest[-1:]:  # or a single column, which every row has or none
             call.ties.same_columns(f)
+        elif start:  # it begins at one place for all rows: as many are kept before it in each
+            call.ties.keep_rows_equal(factor(f.labels.narrow(dim, 0, start), f.nest))
         call.ties.keep_rows_equal(part)
     return call.settle(part, "a slice of one channel")
 
@@ -100,7 +102,10 @@ def slice_(call: Call) -> Labels:
         start, stop, step = slice(call.get("start"), call.get("end"), call.get("step", 1)).indices(shape[dim])
     if call.shape(call.outputs[0]) == shape:
         return call.labels(call.first)
-    return tuple(g for f in call.labels(call.first) for g in cut(call, f, dim, start, stop, step))
+    labels = call.labels(call.first)
+    if call.outputs[0].id in call.ties.pinned:
+        labels = call.freeze_dims(labels, [dim], "is written through a view of every so many entries")
+    return tuple(g for f in labels for g in cut(call, f, dim, start, stop, step))
 
 
 @rule(
@@ -161,12 +166,16 @@ def as_strided(call: Call) -> Labels:
     return NONE
 
 
-@rule("aten::diagonal", "aten::unfold", "aten::pixel_unshuffle", "aten::pixel_shuffle", "aten::tril")
-@rule("aten::triu")
+@rule("aten::tril", "aten::triu")
+def triangle(call: Call) -> Labels:
+    """Which entries are zero depends on where they stand along two dimensions: both are kept."""
+    ndim = len(call.shape(call.first))
+    return call.freeze_dims(call.labels(call.first), [ndim - 2, ndim - 1], "is cut to a triangle")
+
+
+@rule("aten::diagonal", "aten::unfold", "aten::pixel_unshuffle", "aten::pixel_shuffle")
 def by_running(call: Call) -> Labels:
     """Any other index map: expand the factor to the tensor's full size and run the op on it."""
-    if call.op.func._schema.name in ("aten::tril", "aten::triu"):
-        return call.labels(call.first)
     result: list[Factor] = []
     for f in call.labels(call.first):
         if len(f.nest) > 1:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from fxprune.passes.labels import NONE, Factor, Labels, align, along, factor
 from fxprune.passes.rules import Call, rule
 from fxprune.passes.rules.pointwise import unify
-from fxprune.passes.rules.reduction import row_by_row
 from fxprune.passes.tape import Ref
 
 
@@ -74,8 +73,10 @@ def group_norm(call: Call) -> list[Labels]:
                 rows = g.labels.reshape(groups, -1)
                 call.ties.keep_rows_equal(factor(rows))
                 labels.append(g)
-        else:
-            labels += row_by_row(call, f, range(2, ndim))
+        else:  # per position: statistics run over it, entries stay where they are
+            if len(f.nest) > 1 and f.nest[-1] < 2:
+                call.ties.same_columns(f)
+            labels.append(f)
     merged = tuple(labels)
     for name in ("weight", "bias"):
         ref = call.get(name)

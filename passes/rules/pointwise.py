@@ -8,8 +8,11 @@ import torch
 
 from fxprune.passes.labels import NONE, Factor, Labels, align, factor
 from fxprune.passes.rules import Call, rule
+from fxprune.passes.tape import Ref, collect
 
 KEPT_WHOLE = "meets a tensor that keeps every index of that dimension"
+FROM_INPUT = "is tied to an input of the model"
+FROM_CONSTANT = "meets a constant that keeps every index of that dimension"
 
 
 @rule(
@@ -70,6 +73,8 @@ def unify(call: Call, a: Labels, a_shape: Sequence[int], b: Labels, b_shape: Seq
         call.ties.join(a[0], b[0])
         return a
     left, right = list(a), list(b)
+    if call.ties.standing:
+        left, right = beside_rows(call, left, right), beside_rows(call, right, left)
     result: list[Factor] = compose(call, left, right) + compose(call, right, left)
     for f in list(left):
         twin = counterpart(f, [g for g in right if g.dims == f.dims])
@@ -77,16 +82,16 @@ def unify(call: Call, a: Labels, a_shape: Sequence[int], b: Labels, b_shape: Seq
             left.remove(f)
             right.remove(twin)
             match(call, f, twin)
-            result.append(f)
+            result.append(twin if call.ties.stands(twin) else f)
     taken = {d for f in result for d in f.dims}
     result += lone(call, left, right, taken, b_shape) + lone(call, right, left, taken, a_shape)
     for f in [f for f in left if any(f.dims & g.dims for g in right)]:  # (3)
         partners = [g for g in right if f.dims & g.dims]
-        g = next((g for g in partners if f.nest[-1] in g.dims), partners[0])
+        g = main_partner(call, f, partners)
         shared = f.dims & g.dims
         if any(shared & h.dims for h in result):
             for each in (f, *partners):
-                call.ties.freeze(each.labels, KEPT_WHOLE)
+                call.ties.freeze(each.labels, kept_whole(call))
             continue
         call.ties.tie(f.labels, g.labels, broadcast=True)
         if call.ties.seeking_heads:  # the wider one still tells heads apart
@@ -98,8 +103,27 @@ def unify(call: Call, a: Labels, a_shape: Sequence[int], b: Labels, b_shape: Seq
         result.append(factor(narrow, g.nest))
         for other in partners:
             if other is not g:
-                call.ties.freeze(other.labels, KEPT_WHOLE)
+                call.ties.freeze(other.labels, kept_whole(call))
     return tuple(f for f in result if f.nest)
+
+
+def beside_rows(call: Call, mine: list[Factor], theirs: list[Factor]) -> list[Factor]:
+    """Without the factors of row labels where the other operand has the rows: those say as much."""
+    left = []
+    for f in mine:
+        wide = next((g for g in theirs if f.dims < g.dims), None)
+        if wide is not None and call.ties.stands(f):
+            call.ties.stand(f.labels, wide.labels)
+        else:
+            left.append(f)
+    return left
+
+
+def main_partner(call: Call, f: Factor, partners: list[Factor]) -> Factor:
+    """The factor that a wider one is tied to: over its minor dimension, unless what varies there are copies, all alike."""
+    minor = [g for g in partners if f.nest[-1] in g.dims]
+    owned = [g for g in partners if bool((g.labels < call.ties.first_fresh).any())]
+    return next((g for g in minor if g in owned), (owned or minor or partners)[0])
 
 
 def lone(call: Call, mine: list[Factor], theirs: list[Factor], taken: set[int], shape: Sequence[int]) -> list[Factor]:
@@ -110,10 +134,37 @@ def lone(call: Call, mine: list[Factor], theirs: list[Factor], taken: set[int], 
             continue
         minor = f.nest[-1]
         if shape[minor] > 1 or minor in taken:
-            call.ties.freeze(f.labels, KEPT_WHOLE)
+            call.ties.freeze(f.labels, kept_whole(call))
         if shape[minor] == 1 or call.ties.seeking_heads:
             passed.append(f)
     return passed
+
+
+def kept_whole(call: Call) -> str:
+    """Why an operand's dimension stays: what the other one is, if it has no labels."""
+    for ref in call.inputs:
+        if not call.labels(ref) and any(n > 1 for n in call.shape(ref)):
+            if not call.tape.values[ref.id].from_input:
+                return FROM_CONSTANT
+            if made_of_inputs(call, ref):
+                return FROM_INPUT
+    return KEPT_WHOLE
+
+
+def made_of_inputs(call: Call, ref: Ref) -> bool:
+    """Whether nothing that the model learned or that was ever labelled went into a value."""
+    pending, seen = [ref.id], set()
+    while pending:
+        current = pending.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if call.known.get(current):
+            return False
+        op = call.tape.maker(current)
+        if op is not None:
+            pending += [r.id for r in collect((op.args, op.kwargs), Ref)]
+    return True
 
 
 def compose(call: Call, several: list[Factor], single: list[Factor]) -> list[Factor]:

@@ -49,8 +49,10 @@ def row_by_row(call: Call, f: Factor, dims: Sequence[int]) -> Labels:
     if not touched:
         return (f,)
     rest = [d for d in f.nest if d not in dims]
-    if not rest or f.nest[-1] not in rest:
+    if not rest:
         return NONE
+    if f.nest[-1] not in rest:
+        return (call.ties.row_labels(f, rest),)
     return call.collapse(f, touched)
 
 
@@ -72,9 +74,12 @@ def reduce_with_index(call: Call) -> list[Labels]:
         from fxprune.passes.rules.pointwise import pointwise
 
         return pointwise(call)
+    name = call.op.func._schema.name
+    if name in ("aten::mode", "aten::kthvalue"):
+        dims = call.dims(call.get("dim"), len(call.shape(call.first)))
+        call.freeze_dims(call.labels(call.first), dims, "is ranked by value")
     values = reduce(call)[0]
     outs = call.outputs
-    name = call.op.func._schema.name
     indices = outs[1:] if len(outs) > 1 else (outs if name.startswith("aten::arg") else [])
     for ref in indices:
         if call.used(ref):

@@ -29,6 +29,7 @@ for _family in (
     "spatial",
     "constants",
     "sizes",
+    "by_op",
 ):
     import_module(f"{__name__}.{_family}")
 

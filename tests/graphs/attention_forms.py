@@ -163,3 +163,35 @@ def attention_pooling_by_learned_query():
 
     parts = {"query": parameter(4, 6), "k": linear(10, 24), "v": linear(10, 24)}
     return net(forward, **parts, head=linear(24, 5)), normal(3, 7, 10)
+
+
+@graph(stats=True, targets=("mix.weight", "qkv.weight", "head.weight"), min_removed=0.4)
+def attention_over_mixed_tokens_dims_first():
+    """Tokens made by a layer may go; heads come after dimensions, for which the fused kernels have a path of their own."""
+
+    def forward(self, x):
+        x = self.mix(x.transpose(1, 2)).transpose(1, 2)
+        q, k, v = self.qkv(x).view(x.shape[0], x.shape[1], 3, 3, 4).permute(2, 0, 4, 1, 3)
+        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.head(x.flatten(1))
+
+    return net(forward, mix=linear(7, 8), qkv=linear(10, 36), head=linear(96, 5)), tokens()
+
+
+@graph("causal_attention_over_mixed_tokens", args=(True,), targets=("q.weight", "kv.weight", "head.weight"), min_removed=0.4)
+@graph("causal_mask_over_mixed_tokens", args=(False,), targets=("q.weight", "kv.weight", "head.weight"), min_removed=0.4)
+def causal_over_mixed_tokens(fused):
+    """Tokens that a layer made could go, but which keys each of them sees is counted by its place."""
+
+    def forward(self, x):
+        y = self.mix(x.transpose(1, 2)).transpose(1, 2)
+        q = self.q(y).unflatten(-1, (4, 6)).transpose(1, 2)
+        k, v = self.kv(x).unflatten(-1, (2, 4, 6)).permute(2, 0, 3, 1, 4)
+        if fused:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+            y = (q @ k.mT * 0.4).masked_fill(~seen, -1e9).softmax(-1) @ v
+        return self.head(y.transpose(1, 2).flatten(2))
+
+    return net(forward, mix=linear(7, 5), q=linear(10, 24), kv=linear(10, 48), head=linear(24, 5)), tokens()

@@ -236,3 +236,29 @@ def blur_by_expanded_buffer():
 
     blur = nn.Buffer(torch.empty(1, 1, 3, 3))
     return net(forward, a=conv(3, 12), blur=blur, b=conv(12, 20), head=linear(20, 5)), image()
+
+
+@graph(stats=True, targets=AB, min_removed=0.4)
+def grouped_conv_of_which_a_few_channels_are_read():
+    """Whatever nobody reads may go first, and yet each group keeps as many channels as the others."""
+
+    def forward(self, x):
+        return self.head(pool(self.norm(self.b(self.a(x)))[:, :2].relu()))
+
+    layers = {"a": conv(3, 10), "b": conv(10, 12, 1, groups=2, bias=False), "norm": nn.GroupNorm(1, 12)}
+    return net(forward, **layers, head=linear(2, 5)), image()
+
+
+@graph("grouped_conv_outputs_tied_by_group", args=(conv(12, 18, 1, groups=6),), targets=("b.weight", "c.weight"))
+@graph("group_norm_groups_tied", args=(nn.GroupNorm(6, 18),), stats=True, targets=("a.weight", "b.weight", "c.weight"))
+def each_group_one_unit(middle):
+    """All outputs of a group are added up elsewhere, so that they go together: the group goes whole, or they stay."""
+
+    def forward(self, x):
+        x = self.b(self.a(x).relu())
+        y = x[:, 0:18:3] + x[:, 1:18:3] * x[:, 2:18:3]
+        return self.head(pool(self.c(x).relu())), self.other(pool(y))
+
+    a = conv(3, 12 if isinstance(middle, nn.Conv2d) else 18)
+    layers = {"a": a, "b": middle, "c": conv(18, 20), "head": linear(20, 5), "other": linear(6, 5)}
+    return net(forward, **layers), image()

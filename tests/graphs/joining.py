@@ -238,3 +238,27 @@ def hierarchical_split():
 
     scales = nn.ModuleList(conv(6, 6) for _ in range(3))
     return net(forward, a=conv(3, 24), scales=scales, head=linear(24, 5)), image()
+
+
+@graph(targets=("a.weight", "slopes.weight", "b.weight"), min_removed=0.4)
+def cat_of_one_map_with_labelled_positions():
+    """A map made of a vector's channels, joined to itself: each part has its own place for every channel."""
+
+    def forward(self, x):
+        x = self.a(x).view(-1, 6, 2, 2)
+        return self.head(pool(self.b(self.slopes(torch.cat([x, x, x], 1)))))
+
+    parts = {"a": linear(10, 24), "slopes": nn.PReLU(18), "b": conv(18, 20, 1), "head": linear(20, 5)}
+    return net(forward, **parts), features()
+
+
+@graph(stats=True, targets=("a.weight", "token", "b.weight"), min_removed=0.3)
+def cat_of_tokens_then_slice_of_channels():
+    """A slice of what each token keeps begins at one place for all of them."""
+
+    def forward(self, x):
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), self.a(x)], 1)[..., 3:11]
+        return self.head(self.b(x * self.scale).relu().mean(1))
+
+    parts = {"a": linear(10, 14), "token": parameter(1, 2, 14), "scale": parameter(8), "b": linear(8, 20)}
+    return net(forward, **parts, head=linear(20, 5)), tokens()

@@ -262,3 +262,15 @@ def prelu(slopes):
 
     layers = {"a": conv(3, 14), "act": nn.PReLU(slopes), "b": conv(14, 20), "head": linear(20, 5)}
     return net(forward, **layers), image()
+
+
+@graph(stats=True, targets=("a.weight", "scale", "b.weight"), min_removed=0.4)
+def group_norm_over_positions_of_a_parameter():
+    """Positions that are copies, scaled apart by a parameter, may go: statistics then run over those that are left."""
+
+    def forward(self, x):
+        x = self.a(x)[:, :, None, None].expand(-1, -1, 4, 6) * self.scale
+        return self.head(self.b(self.norm(x).relu().mean((2, 3))))
+
+    parts = {"a": linear(10, 14), "scale": parameter(4, 6), "norm": nn.GroupNorm(1, 14), "b": linear(14, 20)}
+    return net(forward, **parts, head=linear(20, 5)), features()

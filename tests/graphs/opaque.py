@@ -183,3 +183,56 @@ def custom_function_with_weight(function):
 
     parts = {"a": linear(10, 14), "weight": parameter(9, 14), "b": linear(9, 22), "head": linear(22, 5)}
     return net(forward, **parts), tokens()
+
+
+class Computing(nn.Module):
+    """Sizes are computed from attributes where they are needed, and one of them is the size of nothing."""
+
+    def __init__(self, dim: int, heads: int, size: int) -> None:
+        super().__init__()
+        self.heads, self.width = heads, heads * size
+        self.scale = size**-0.5
+        self.qkv, self.proj = linear(dim, 3 * heads * size), linear(heads * size, dim)
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        if x.abs().max() > 1e6:
+            raise ValueError("the input has exploded")
+        qkv = self.qkv(x).reshape(b, n, 3 * self.heads, self.width // self.heads).transpose(1, 2)
+        q, k, v = qkv.split([self.heads, self.heads, self.heads], 1)
+        x = ((q * self.scale @ k.mT).softmax(-1) @ v).transpose(1, 2)
+        return self.proj(x.reshape(b, n, 1 * self.width))
+
+
+@graph(targets=("a.weight", "attention.qkv.bias", "attention.proj.bias"), min_removed=0.4)
+def opaque_attention_with_computed_sizes():
+    def forward(self, x):
+        x = self.a(x)
+        return self.head(x + self.attention(x))
+
+    return net(forward, a=linear(10, 14), attention=Computing(14, 4, 6), head=linear(14, 5)), tokens()
+
+
+class WrittenOut(nn.Module):
+    """The number of channels is written in the forward, which reads a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = linear(14, 24), linear(24, 14)
+
+    def forward(self, x):
+        if x.abs().max() > 1e6:
+            raise ValueError("the input has exploded")
+        x = self.inner(x).view(x.shape[0], x.shape[1], 4, 6)
+        return self.outer(x.softmax(-1).reshape(x.shape[0], x.shape[1], 24))
+
+
+@graph(stats=True, targets=("b.weight", "head.weight"), min_removed=0.15)
+def opaque_with_sizes_written_out():
+    """It would not run with fewer channels: it stays whole, and what does not pass through it is pruned."""
+
+    def forward(self, x):
+        x = self.a(x)
+        return self.head(self.b(x + self.block(x)).relu())
+
+    return net(forward, a=linear(10, 14), block=WrittenOut(), b=linear(14, 40), head=linear(40, 5)), tokens()

@@ -240,3 +240,15 @@ def kronecker_weight():
 
     parts = {"rows": parameter(20), "columns": parameter(14), "mix": parameter(20, 14)}
     return net(forward, a=linear(10, 14), **parts, head=linear(20, 5)), normal(3, 10)
+
+
+@graph(targets=("a.weight", "weight", "head.weight"), min_removed=0.4)
+def bmm_of_tokens_with_an_expanded_weight():
+    """Tokens are made of channels, and each has its own. Copies of a weight along tokens are no heads."""
+
+    def forward(self, x):
+        x = self.a(x).view(-1, 12, 4).permute(2, 0, 1)
+        x = torch.bmm(x, self.weight.expand(4, -1, -1)).relu()
+        return self.head(x.mean(0))
+
+    return net(forward, a=linear(10, 48), weight=parameter(1, 12, 20), head=linear(20, 5)), features()

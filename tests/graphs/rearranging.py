@@ -267,3 +267,27 @@ def shift_groups_of_channels():
         return torch.cat([p.roll(1, 2), q.roll(-1, 2), r.roll(1, 3), s.roll(-1, 3)], 1)
 
     return between(step, 20, 20)
+
+
+@graph(stats=True, targets=("a.weight", "b.weight", "c.weight"), min_removed=0.4)
+def groups_gated_whole_and_their_maxima():
+    """A gate for each group makes the group one unit; its maximum over the group goes with it."""
+
+    def forward(self, x):
+        x = self.a(x).unflatten(1, (6, 4)) * self.gate.view(6, 1)
+        return self.head(torch.cat([self.b(x.amax(2)).relu(), self.c(x.flatten(1)).relu()], 1))
+
+    parts = {"a": linear(10, 24), "gate": parameter(6), "b": linear(6, 12), "c": linear(24, 12)}
+    return net(forward, **parts, head=linear(24, 5)), features()
+
+
+@graph(stats=True, targets=("a.weight", "b.weight"), min_removed=0.4)
+def groups_normalised_by_hand():
+    """The statistic of a group goes back to the channels of its group, which go one by one."""
+
+    def forward(self, x):
+        x = self.a(x).unflatten(1, (6, 4))
+        x = (x - x.mean(2, keepdim=True)) / (x.std(2, keepdim=True) + 0.1)
+        return self.head(self.b(x.flatten(1)).relu())
+
+    return net(forward, a=linear(10, 24), b=linear(24, 20), head=linear(20, 5)), features()

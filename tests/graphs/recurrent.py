@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from .registry import graph, linear, net, tokens
+from .registry import features, graph, linear, net, tokens
 
 LAYER = ("rnn.weight_ih_l0", "rnn.weight_hh_l0")
 SECOND = ("rnn.weight_ih_l1", "rnn.weight_hh_l1")
@@ -154,3 +154,14 @@ def lstm_by_hand():
 
     layers = {"inside": linear(10, 11), "gates": linear(11, 56), "back": linear(14, 56, bias=False)}
     return net(forward, **layers, head=linear(14, 5)), tokens(10, 4)
+
+
+@graph(targets=("a.weight", *LAYER, "head.weight"), min_removed=0.5)
+def lstm_over_steps_made_of_channels():
+    """Each channel of a step comes from a channel of its own: those of all steps go together."""
+
+    def forward(self, x):
+        x = self.a(x).view(-1, 11, 3).transpose(1, 2)
+        return self.head(self.rnn(x)[1][0][-1])
+
+    return net(forward, a=linear(10, 33), rnn=nn.LSTM(11, 14, batch_first=True), head=linear(14, 5)), features()

@@ -25,6 +25,8 @@ def scaled(statistic):
 @graph("amax_over_channels", args=(lambda x: x.amax(1, keepdim=True),), stats=True, targets=AB)
 @graph("amin_over_channels", args=(lambda x: (x - 1).amin(1, keepdim=True),), stats=True, targets=AB)
 @graph("max_values_over_channels", args=(lambda x: torch.max(x - 2, 1, True)[0],), stats=True, targets=AB)
+@graph("median_over_channels", args=(lambda x: x.median(1, keepdim=True).values,), stats=True, targets=AB)
+@graph("range_over_channels", args=(lambda x: torch.sub(*(x - 2).aminmax(dim=1, keepdim=True)),), stats=True, targets=AB)
 @graph("var_over_channels", args=(lambda x: x.var(1, keepdim=True),), stats=True, targets=AB)
 @graph(
     "std_over_channels",

@@ -218,3 +218,17 @@ def copy_into_token_zero():
         return self.head(x.relu())
 
     return net(forward, a=linear(10, 14), b=linear(14, 14), head=linear(14, 5)), tokens()
+
+
+@graph(targets=("b.weight", "head.weight"), min_removed=0.2)
+def strided_view_written_later():
+    """A view of every second channel is written into: as a copy of what is left it would leave its source as it was."""
+
+    def forward(self, x):
+        x = self.a(x)
+        x[:, 1:10:2].mul_(0.5)
+        every = x[:, ::3]
+        every.add_(1)
+        return self.head(pool(self.b(x).relu()))
+
+    return net(forward, a=conv(3, 12), b=conv(12, 20), head=linear(20, 5)), image()

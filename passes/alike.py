@@ -1,0 +1,81 @@
+"""Who else sees a tensor: constants that several calls read, and views that are written into.
+
+An initial state of zeros for several recurrent layers is one tensor, cut into pieces, and ties no layers to one another. Which
+of its entries are left does not matter, only how many: every reader but the first gets labels of its own, that keep equally
+many.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fxprune.passes.labels import Factor, Labels
+from fxprune.passes.rules import Call
+from fxprune.passes.tape import Op, Ref, Tape, collect
+
+# what these return is a view of their argument, or a copy of its entries
+MOVING = frozenset(
+    f"aten::{name}"
+    for name in (
+        "select slice narrow unbind split split_with_sizes unsafe_split unsafe_split_with_sizes chunk tensor_split"
+        " view _unsafe_view reshape _reshape_alias permute transpose t squeeze unsqueeze expand alias detach"
+    ).split()
+)
+
+
+def read_apart(call: Call) -> dict[int, Labels]:
+    """Give constants that were read before other labels, for this call; returns those that they have."""
+    name = call.op.func._schema.name
+    if name in MOVING:
+        return {}
+    shared: dict[int, Labels] = {}
+    written = {call.ties.alike.get(r.id) for r in writes(call.op)}
+    for ref in call.inputs:
+        base = call.ties.alike.get(ref.id)
+        if base is None or base in written or ref.id in shared:
+            continue
+        if base in call.ties.read_before and all(len(f.nest) == 1 for f in call.labels(ref)):
+            shared[ref.id] = call.labels(ref)
+            call.known[ref.id] = tuple(apart(call, f) for f in call.labels(ref))
+        call.ties.read_before.add(base)
+    return shared
+
+
+def apart(call: Call, f: Factor) -> Factor:
+    """New labels that keep as many entries as those of a factor."""
+    made = Factor(call.ties.fresh(f.labels.numel()).reshape(f.labels.shape), f.nest)
+    call.ties.keep_rows_equal(Factor(torch.stack([f.labels.flatten(), made.labels.flatten()]), (0, 1)))
+    return made
+
+
+def follow(call: Call) -> None:
+    """Views of a constant are constants; one that is written to is none any more."""
+    alike = call.ties.alike
+    written = {alike[r.id] for r in writes(call.op) if r.id in alike}
+    if written:
+        for i in [i for i, base in alike.items() if base in written]:
+            del alike[i]
+    if call.op.func._schema.name in MOVING and call.inputs and call.first.id in alike:
+        alike.update({r.id: alike[call.first.id] for r in call.outputs})
+
+
+def written_through(tape: Tape) -> set[int]:
+    """Strided slices that a later node writes into, directly or through a view: they cannot become copies of what is left."""
+    maker = {ref.id: op for op in tape.ops for ref in collect(op.outs, Ref) if op.func._schema.name in MOVING}
+    found: set[int] = set()
+    for op in tape.ops:
+        for ref in writes(op):
+            at = ref.id
+            while at in maker:
+                source = maker.pop(at)
+                strided = source.func._schema.name == "aten::slice" and len(source.args) > 4 and source.args[4] != 1
+                if strided and source.node != op.node:
+                    found.add(at)
+                at = collect(source.args, Ref)[0].id
+    return found
+
+
+def writes(op: Op) -> list[Ref]:
+    """The arguments that a call writes into."""
+    arguments = zip(op.func._schema.arguments, op.args, strict=False)
+    return [v for a, v in arguments if isinstance(v, Ref) and a.alias_info is not None and a.alias_info.is_write]

@@ -1,0 +1,146 @@
+"""Trial: each opaque module, once cut, on what it is given in the original, against itself masked.
+
+The Python inside of an opaque module is not rewritten. Attributes that sizes came from are changed, but a size may be written
+out, or come from somewhere nobody saw. Such a module then fails or computes something else: it must stay whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune.passes.couple import Solution
+from fxprune.passes.kept import Cutter
+from fxprune.passes.labels import Labels
+from fxprune.passes.tape import Ref, collect, map_tensors
+from fxprune.passes.tree import fetch, named_tensors, private_copy
+from fxprune.passes.verify import masked_outputs, relative_error
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One call of an opaque module: its path, and the tensors that go in and come out."""
+
+    path: str
+    ins: list[Ref]
+    outs: list[Ref]
+
+
+def opaque_sites(solution: Solution, cutter: Cutter) -> list[Site]:
+    """The calls of opaque modules that read, hold or return anything that is cut; from captures not used up yet."""
+    capture = solution.captures[0]
+    found: list[Site] = []
+    for node in capture.graph.nodes:
+        path = str(node.target)
+        if node.op == "call_module" and path in capture.opaque and capture.only.get(node) is not True:
+            ins = collect(fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: capture.results[n]), Ref)
+            site = Site(path, ins, collect(capture.results[node], Ref))
+            if touched(solution, cutter, site):
+                found.append(site)
+    return found
+
+
+def touched(solution: Solution, cutter: Cutter, site: Site) -> bool:
+    capture, labels, values = solution.captures[0], solution.values[0], solution.captures[0].tape.values
+    own = [i for i, v in enumerate(values) if v.name is not None and inside(f"{capture.prefix}{v.name}", site.path)]
+    return any(cutter(labels.get(i, ()), values[i].shape) for i in [*own, *(r.id for r in (*site.ins, *site.outs))])
+
+
+def broken(
+    model: nn.Module,
+    pruned: nn.Module,
+    solution: Solution,
+    cutter: Cutter,
+    sites: Sequence[Site],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    heads: bool,
+    tolerance: float,
+) -> dict[str, str]:
+    """Paths of the modules that do not compute, once cut, what they compute masked, with a reason that completes "it ..."."""
+    if not sites:
+        return {}
+    prefix = solution.captures[0].prefix
+    given = arguments(model, {s.path for s in sites}, prefix, args, kwargs)
+    found: dict[str, str] = {}
+    for site in sites:
+        if site.path not in found and given[site.path]:
+            call = given[site.path].pop(0)
+            wrong = compared(model, pruned, solution, cutter, site, *call, heads=heads, tolerance=tolerance)
+            if wrong:
+                found[site.path] = f"belongs to a module that is not captured and {wrong}"
+    return found
+
+
+def inside(name: str, path: str) -> bool:
+    return name.startswith(f"{path}.")
+
+
+def arguments(
+    model: nn.Module, paths: set[str], prefix: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, list[tuple[Any, Any]]]:
+    """What modules are called with in one run of the original, call by call."""
+    root = private_copy(model).eval()
+    given: dict[str, list[tuple[Any, Any]]] = {path: [] for path in paths}
+    for path in paths:
+        module = root if f"{path}." == prefix else fetch(root, path.removeprefix(prefix))
+
+        def keep(module: nn.Module, a: Any, k: Any, path: str = path) -> None:
+            given[path].append(map_tensors((a, k), lambda t: t.detach().clone()))
+
+        module.register_forward_pre_hook(keep, with_kwargs=True)
+    with torch.no_grad():
+        root(*map_tensors(args, torch.clone), **map_tensors(kwargs, torch.clone))
+    return given
+
+
+def compared(
+    model: nn.Module,
+    pruned: nn.Module,
+    solution: Solution,
+    cutter: Cutter,
+    site: Site,
+    args: Any,
+    kwargs: Any,
+    *,
+    heads: bool,
+    tolerance: float,
+) -> str:
+    """What is wrong with a cut module on these arguments: nothing, or a clause."""
+    capture, labels, path = solution.captures[0], solution.values[0], site.path
+    whole = f"{path}." == capture.prefix
+    module = model if whole else fetch(model, path.removeprefix(capture.prefix))
+    names = {id(t): name for name, t in named_tensors(model)}
+    own = {name: solution.leaves.get(names.get(id(t), ""), ()) for name, t in named_tensors(module)}
+    tensors = collect((args, kwargs), Tensor)
+    if len(site.ins) != len(tensors):
+        return ""  # some of them are the model's own, which the program does not hand over
+    cut = {id(t): taken(t, labels.get(r.id, ()), cutter) for t, r in zip(tensors, site.ins, strict=True)}
+    few_args, few_kwargs = map_tensors((args, kwargs), lambda t: cut[id(t)].clone())
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        known = [labels.get(r.id, ()) for r in site.ins]
+        wanted = masked_outputs(module, own, cutter.kept, heads, args, kwargs, given=known)
+        torch.manual_seed(0)
+        try:
+            got = fetch(pruned, path)(*few_args, **few_kwargs)
+        except Exception as error:
+            return f"fails once it is cut ({type(error).__name__})"
+    expected, found = collect(wanted, Tensor), collect(got, Tensor)
+    if not len(site.outs) == len(expected) == len(found):
+        return "returns something else once it is cut"
+    least = [taken(t, labels.get(r.id, ()), cutter) for t, r in zip(expected, site.outs, strict=True)]
+    errors = [relative_error(a, b) for a, b in zip(least, found, strict=True)]
+    return "" if max(errors, default=0.0) <= tolerance else "computes something else once it is cut"
+
+
+def taken(tensor: Tensor, labels: Labels, cutter: Cutter) -> Tensor:
+    """What is kept of a tensor."""
+    for cut in cutter(labels, tensor.shape):
+        tensor = cut.take(tensor)
+    return tensor

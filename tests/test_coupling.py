@@ -1,0 +1,85 @@
+"""What is tied and what is not, where the outputs of a pruned model would not tell."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from graphs.registry import features, linear, net, tokens
+from torch import nn
+
+import fxprune
+
+
+def family_of(coupling: fxprune.Coupling, name: str, dim: int = 0) -> object:
+    return next(f for f in coupling.families if (name, dim) in f.members)
+
+
+@pytest.mark.parametrize(
+    ("rnn", "other"),
+    [
+        (nn.LSTM(10, 14, num_layers=2, batch_first=True), "rnn.weight_hh_l1"),
+        (nn.GRU(10, 14, num_layers=2, batch_first=True), "rnn.weight_hh_l1"),
+        (nn.LSTM(10, 14, bidirectional=True, batch_first=True), "rnn.weight_hh_l0_reverse"),
+        (nn.RNN(10, 14, bidirectional=True, batch_first=True), "rnn.weight_hh_l0_reverse"),
+    ],
+)
+def test_a_state_of_zeros_ties_no_layers(rnn: nn.Module, other: str) -> None:
+    width = 28 if "reverse" in other else 14
+    model = net(lambda self, x: self.head(self.rnn(x)[0]), rnn=rnn, head=linear(width, 5)).double()
+    coupling = fxprune.couple(model, tokens())
+    one, two = family_of(coupling, "rnn.weight_hh_l0"), family_of(coupling, other)
+    assert one is not two and one.units == two.units == 14 and one.frozen is two.frozen is None
+
+
+def test_a_state_that_is_written_to_ties_its_readers() -> None:
+    """It is no constant any more: both cells start from what was put there, index by index."""
+
+    def forward(self, x):
+        h = torch.zeros(x.shape[0], 14, dtype=x.dtype)
+        h[:, :10] = x
+        return self.head(torch.cat([self.one(x, h), self.two(x, h)], 1))
+
+    cells = {"one": nn.GRUCell(10, 14), "two": nn.GRUCell(10, 14)}
+    coupling = fxprune.couple(net(forward, **cells, head=linear(28, 5)).double(), features())
+    assert family_of(coupling, "one.weight_hh", 1) is family_of(coupling, "two.weight_hh", 1)
+
+
+def test_what_keeps_a_dimension_is_named() -> None:
+    """An input, as it is or scaled; a constant; or another tensor, whose own reason is elsewhere."""
+
+    def forward(self, x):
+        seen = torch.randperm(12, device=x.device)
+        y = self.other(x / 2) * seen
+        return self.head(self.first(x) + 1), self.tail(y), self.last(self.first(x).sort(1).values)
+
+    layers = {"first": linear(10, 14), "other": linear(10, 12), "head": linear(14, 5), "last": linear(14, 5)}
+    layers |= {"tail": linear(12, 5)}
+    coupling = fxprune.couple(net(forward, **layers).double(), features())
+    assert family_of(coupling, "first.weight", 1).frozen == "is tied to an input of the model (at %first in first)"
+    assert family_of(coupling, "other.weight", 1).frozen == "is tied to an input of the model (at %other in other)"
+    constant = "meets a constant that keeps every index of that dimension (at %mul)"
+    assert family_of(coupling, "other.weight", 0).frozen == constant
+    kept = "meets a tensor that keeps every index of that dimension (at %last in last)"
+    assert family_of(coupling, "last.weight", 1).frozen == kept
+
+
+def test_an_error_of_the_compiler_is_no_reason_to_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In tests it is let out; users get a run with values."""
+    from fxprune.passes import rules
+    from fxprune.passes.faults import EngineFault
+
+    rules.load()
+    model = net(lambda self, x: self.head(self.a(x).relu()), a=linear(10, 14), head=linear(14, 5)).double()
+    calls = []
+
+    def fails_once(call: rules.Call) -> object:
+        calls.append(call)
+        return {}["missing"] if len(calls) == 1 else call.labels(call.first)
+
+    monkeypatch.setitem(rules.RULES, "aten::relu", fails_once)
+    monkeypatch.setattr(rules, "FOUND", {})
+    with pytest.raises(EngineFault, match="KeyError: 'missing'"):
+        fxprune.couple(model, features())
+    calls.clear()
+    monkeypatch.setenv("FXPRUNE_STRICT", "0")
+    assert family_of(fxprune.couple(model, features()), "a.weight").frozen is None
