@@ -16,6 +16,8 @@ from models import IMAGE_SIZES, build, full_name
 from torch import Tensor, nn
 
 Built = tuple[nn.Module, Any]
+# Of the timm models that take any image size, those that do not take 128 or say less there.
+SMALLER = {"deepseek_vit_412m": 126, "gemma4_vit_167m": 96, "sam2_hiera_tiny": 224}
 
 
 def torchvision_suite() -> list[str]:
@@ -23,7 +25,7 @@ def torchvision_suite() -> list[str]:
 
 
 def timm_suite() -> list[str]:
-    """The smallest model of each of timm's families, as `families.json` beside this file lists them."""
+    """The smallest model of each of timm's families, as `timm_families.json` beside this file lists them."""
     listed = json.loads((Path(__file__).parent / "timm_families.json").read_text())
     return [f"timm:{name}" for name in listed.values()]
 
@@ -58,8 +60,9 @@ def timm_model(short: str) -> Built:
     import timm
 
     model = timm.create_model(short).eval()
-    size = model.pretrained_cfg["input_size"]
-    return model, torch.randn(2, *size)
+    config = model.pretrained_cfg
+    size = config["input_size"][-1] if config.get("fixed_input_size") else SMALLER.get(short, 128)
+    return model, images(2, size)
 
 
 def torchvision_model(short: str) -> Built:
