@@ -11,6 +11,7 @@ from fxprune.passes.labels import NONE, Factor, Labels, align, along, factor
 from fxprune.passes.rules import Call, rule
 from fxprune.passes.rules.movement import moved
 from fxprune.passes.rules.pointwise import unify
+from fxprune.passes.tape import Ref
 
 
 def placed(labels: Labels, shape: Sequence[int], places: Sequence[int], ndim: int) -> tuple[Labels, list[int]]:
@@ -44,6 +45,7 @@ def contract(
     right, right_shape = placed(b, b_shape, b_places, ndim)
     batch = [d for d in range(ndim) if d not in summed and d in a_places and d in b_places]
     heads = as_heads(call, left + right, batch) if call.heads else NONE
+    left, right = mixed(call, left, right, summed), mixed(call, right, left, summed)
     merged = unify(call, left, left_shape, right, right_shape)
     result = [f for f in merged if not f.dims & set(summed)]
     for f in merged:
@@ -53,6 +55,22 @@ def contract(
             result += call.collapse(f, [d for d in summed if d in f.dims])
     if heads:
         result += [h for h in heads if not any(h.dims <= f.dims for f in result)][:1]
+    return tuple(result)
+
+
+def mixed(call: Call, mine: Labels, theirs: Labels, summed: Sequence[int]) -> Labels:
+    """Factors of one operand, ready to meet those of the other.
+
+    A sum over the rows of a joint factor (streams that were stacked) with one weight for each row ties column to column
+    and leaves the rows alone. Were the weight's index of rows to meet the factor, it would tie all columns of a row.
+    """
+    result: list[Factor] = []
+    for f in mine:
+        rows = [d for d in f.nest if d in summed]
+        if rows and f.nest[-1] not in summed and not any(f.dims <= g.dims for g in theirs):
+            result += call.collapse(f, rows)
+        else:
+            result.append(f)
     return tuple(result)
 
 
@@ -176,16 +194,41 @@ def convolution(call: Call) -> Labels:
     ndim = len(call.shape(x))
     w_shape = call.shape(weight)
     spatial = range(2, ndim)
+    if groups == 1 and not transposed and by_position(call) and any(f.dims & set(spatial) for f in call.labels(x)):
+        return pointwise_convolution(call)
     ins = flat_channels(call, call.labels(x))
     w = call.freeze_dims(call.labels(weight), range(2, len(w_shape)), "is a kernel's spatial dimension")
     outs = grouped_convolution(call, ins, call.shape(x), w, w_shape, groups, transposed)
     result = tuple(along(f.labels.reshape(-1), 1, ndim) for f in outs)
     result += tuple(f for f in ins if not f.dims & {1, *spatial})
-    if bias is not None:
-        shape = call.shape(call.outputs[0])
-        lifted = tuple(along(f.labels.reshape(-1), 1, ndim) for f in call.labels(bias))
-        result = unify(call, result, shape, lifted, [1, shape[1]] + [1] * (ndim - 2))
-    return result
+    return with_bias(call, result, bias)
+
+
+def by_position(call: Call) -> bool:
+    """Whether a convolution looks at one position at a time and visits all of them."""
+    kernel = call.shape(call["weight"])[2:]
+    return set(kernel) == {1} and set(call["stride"]) == {1} and not any(call["padding"])
+
+
+def pointwise_convolution(call: Call) -> Labels:
+    """A matrix product at every position, so that what varies along space passes."""
+    x, weight, bias = call["input"], call["weight"], call.get("bias")
+    ndim = len(call.shape(x))
+    w = tuple(Factor(f.labels.flatten(1), f.nest) for f in call.labels(weight))
+    places = [0, ndim, *range(2, ndim)]
+    out = contract(call, call.labels(x), call.shape(x), places, w, call.shape(weight)[:2], [1, ndim], ndim + 1, [ndim])
+    out = tuple(Factor(f.labels.squeeze(-1), f.nest) for f in out)
+    return with_bias(call, out, bias)
+
+
+def with_bias(call: Call, result: Labels, bias: Ref | None) -> Labels:
+    """The labels of a convolution's result, with those of its bias (O)."""
+    if bias is None:
+        return result
+    shape = call.shape(call.outputs[0])
+    ndim = len(shape)
+    lifted = tuple(along(f.labels.reshape(-1), 1, ndim) for f in call.labels(bias))
+    return unify(call, result, shape, lifted, [1, shape[1]] + [1] * (ndim - 2))
 
 
 def flat_channels(call: Call, labels: Labels) -> Labels:
