@@ -48,6 +48,19 @@ def static_channels_checked():
 
 
 @graph(targets=AB, min_removed=0.4)
+def autocast_switched_off_by_device():
+    """The kind of device is read off a tensor, and the sizes behind are written out."""
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        with torch.autocast(device_type=x.device.type, enabled=not torch.is_autocast_enabled(x.device.type) and False):
+            x = x.view(x.shape[0], 2, 7, -1).sum(1)
+        return self.head(self.b(x.reshape(x.shape[0], 7 * 60)))
+
+    return net(forward, a=conv(3, 14), b=linear(420, 20), head=linear(20, 5)), image()
+
+
+@graph(targets=AB, min_removed=0.4)
 def inputs_by_name():
     def forward(self, x, *, scale=1.0, extra=None):
         x = self.a(x) * scale
