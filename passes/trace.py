@@ -24,7 +24,7 @@ from fxprune.passes.capture import Call, Capture, Guard
 from fxprune.passes.modes import Branch, in_both_modes, membership
 from fxprune.passes.opaque import SizeUse, Whole, watched
 from fxprune.passes.patches import inlined, patched, plain_rnn
-from fxprune.passes.proxy import Items, ReadsValue, ValueProxy, has_tensor, tensors, unwrap
+from fxprune.passes.proxy import Items, ReadsValue, ValueProxy, has_tensor, iterate, tensors, unwrap
 from fxprune.passes.tape import ATOMS, NeedsValues, Recorder, Ref, collect, map_tensors
 from fxprune.passes.tree import fetch, named_tensors
 
@@ -101,6 +101,7 @@ class ValueTracer(fx.Tracer):
         self.forward: Callable[..., Any] = root.forward  # whose signature the program gets
         self.names = {id(t): name for name, t in named_tensors(root)}
         self.modules = dict(root.named_modules(remove_duplicate=False))
+        self.attributes_before = {m: dict(vars(m)) for m in self.modules.values()}
         self.recorder = Recorder(self.names)
         self.results: dict[fx.Node, Any] = {}
         self.guards: list[Guard] = []
@@ -366,9 +367,23 @@ class ValueTracer(fx.Tracer):
         self.guards = [g for g in self.guards if self.index[g.node] < mark]
         if self.branches is not None:
             self.branches = [b for b in self.branches if b.end <= mark]
+        self.forget(mark)
         gone = [k for k, p in self.attributes.items() if isinstance(p, ValueProxy) and self.index[p.node] >= mark]
         for key in gone:
             del self.attributes[key]
+
+    def forget(self, mark: int) -> None:
+        """Take back what forwards stored on their modules, where it stands for a node made since the mark."""
+        for module, before in self.attributes_before.items():
+            now = vars(module)
+            for name in [k for k, v in now.items() if type(v) not in ATOMS and self.stands_for(v, mark)]:
+                if name in before:
+                    now[name] = before[name]
+                else:
+                    del now[name]
+
+    def stands_for(self, stored: Any, mark: int) -> bool:
+        return any(type(v) is ValueProxy and self.index.get(v.node, mark) >= mark for v in iterate(stored))
 
     # -- the root -----------------------------------------------------------------------------------------------------
 
@@ -429,6 +444,7 @@ def trace(
             except Exception as plain:
                 plain.fxprune_where = getattr(error, "fxprune_where", type(root).__name__)  # type: ignore[attr-defined]
                 raise
+    tracer.forget(0)
     output = next(n for n in graph.nodes if n.op == "output")
     outputs: list[Ref] = []
 
@@ -461,6 +477,7 @@ def whole_tracer(
     failed: ValueTracer, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception
 ) -> ValueTracer:
     """A tracer for which the whole model is one opaque node."""
+    failed.forget(0)
     wrapper = Whole(root)
     wrapper.train(root.training)
     tracer = ValueTracer(wrapper, args, kwargs)
