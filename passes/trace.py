@@ -108,6 +108,7 @@ class ValueTracer(fx.Tracer):
         self.opaque: dict[str, str] = {}
         self.calls: dict[str, list[Call]] = {}
         self.sizes: dict[str, list[SizeUse]] = {}
+        self.leaks: dict[str, set[str]] = {}
         self.untracked: set[fx.Node] = set()
         self.attributes: dict[str, Any] = {}
         self.stack: list[str] = [""]
@@ -203,7 +204,8 @@ class ValueTracer(fx.Tracer):
         """Follow the integer attributes of an opaque module into sizes."""
         if path not in self.opaque:
             return contextlib.nullcontext()
-        return watched(module, path, self.recorder.ref, self.sizes.setdefault(path, []))
+        found, leaks = self.sizes.setdefault(path, []), self.leaks.setdefault(path, set())
+        return watched(module, path, self.recorder.ref, found, leaks)
 
     def made_outside(self, node: fx.Node, value: Any, first: int) -> bool:
         """Whether a result did not come out of the dispatcher (NumPy, another library), or only by way of a new constant.
@@ -211,6 +213,8 @@ class ValueTracer(fx.Tracer):
         `first` is the number of the first value that the node made.
         """
         recorder, values = self.recorder, self.recorder.tape.values
+        if node.op == "call_module" and str(node.target) in self.opaque:
+            return bool(self.leaks[str(node.target)])
         if getattr(node.target, "__name__", node.target) in ("tensor", "as_tensor", "new_tensor"):
             return False
         found = [recorder.find(t) for t in tensors(value)]
