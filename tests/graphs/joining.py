@@ -85,6 +85,19 @@ def streams_mixed_by_pointwise_convolution():
     return net(forward, **parts, head=linear(12, 5)), image()
 
 
+@graph("groups_joined_alone", args=(1,), targets=AB, min_removed=0.4)
+@graph("groups_joined_with_themselves", args=(2,), targets=AB, min_removed=0.4)
+def groups_joined(times):
+    """Three groups of four channels, joined ``times`` times along the groups."""
+
+    def forward(self, x):
+        x = self.a(x).relu().unflatten(1, (3, 4))
+        x = torch.cat([x * (i + 1) for i in range(times)], 1)
+        return self.head(pool(self.b(x.flatten(1, 2))))
+
+    return net(forward, a=conv(3, 12), b=conv(12 * times, 20), head=linear(20, 5)), image()
+
+
 @graph(targets=ABC, min_removed=0.5)
 def cat_along_width():
     return two_branches(lambda self, u, v: torch.cat([u, v], 3), 12)
