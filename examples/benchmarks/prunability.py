@@ -83,8 +83,11 @@ def measure(model: str, tool: str, level: str) -> Row:
     inputs = map_tensors(inputs, lambda t: t.to(dtype) if t.is_floating_point() else t)
     try:
         with double_throughout() if dtype == torch.float64 else contextlib.nullcontext():
+            attributes = [(vars(m), dict(vars(m))) for m in network.modules()]
             with torch.no_grad():
                 randomise(network, inputs)
+            for now, before in attributes:
+                now.update(before)  # a forward may leave something for the next one of the same size
             run = with_fxprune if tool == "fxprune" else with_torch_pruning
             return row | run(network, inputs, TOLERANCES[dtype])
     except Exception as error:

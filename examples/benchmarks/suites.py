@@ -23,7 +23,13 @@ Built = tuple[nn.Module, Any]
 # Image sizes of timm models that take any, where 96 is too small or does not fit the patches.
 SIZES = {"deepseek_vit_412m": 126, "sam2_hiera_tiny": 224, "inception_v3": 128, "inception_v4": 128, "csatv2": 128}
 # and of large ones that are built for one size, but for any
-BUILT_FOR = {"beit_base_patch16_224": 96, "samvit_base_patch16_224": 112, "cait_xxs24_224": 112, "volo_d1_224": 112}
+BUILT_FOR = {
+    "beit_base_patch16_224": 96,
+    "samvit_base_patch16_224": 112,
+    "cait_xxs24_224": 112,
+    "volo_d1_224": 112,
+    "sequencer2d_s": 56,
+}
 YOLO = ("yolov8n", "yolov8n-seg", "yolov10n", "yolo11n", "yolo11n-seg", "yolo12n", "yolo12n-seg")
 
 
@@ -100,7 +106,11 @@ def yolo(short: str) -> Built:
     os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.mkdtemp())  # the package writes its settings on import
     tasks = importlib.import_module("ultralytics.nn.tasks")
     kind = tasks.SegmentationModel if short.endswith("-seg") else tasks.DetectionModel
-    return kind(f"{short}.yaml", verbose=False).eval(), images(2, 96)
+    model = kind(f"{short}.yaml", verbose=False).eval()
+    for module in model.modules():
+        if hasattr(module, "export"):
+            module.export = True  # predictions alone, without the features that losses are computed from
+    return model, images(2, 96)
 
 
 def torchvision_model(short: str) -> Built:
