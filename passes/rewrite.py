@@ -24,6 +24,7 @@ from fxprune.passes.pruned import Program, written
 from fxprune.passes.regions import channel_order
 from fxprune.passes.sizes import HANDLERS, function_name
 from fxprune.passes.tape import Ref, collect, map_tensors
+from fxprune.passes.windows import slid, sliding
 
 Number = (int, float)
 LITERALS = frozenset([int, float, bool, str, type(None), torch.dtype])
@@ -85,6 +86,7 @@ class Rewriter:
         self.guarded = {g.node: g for g in self.capture.guards}
         copies = ("aten::clone", "aten::_unsafe_view")
         self.copying = {op.node for op in self.capture.tape.ops if op.func._schema.name in copies}
+        self.sliding = sliding(self.capture.tape)
         self.symbolic: dict[fx.Node, bool] = {}
         self.changed: dict[fx.Node, bool] = {}
 
@@ -326,6 +328,9 @@ class Rewriter:
         changed = self.cut_anything(touches)
         if node.op == "call_module" and (changed or str(node.target) in self.capture.opaque):
             self.module(node)
+        wide = slid(self, node) if changed else None
+        if wide is not None:
+            return wide
         handler = handlers.get(function_name(node)) if changed and node.op != "output" else None
         if handler is not None:
             made = handler(self, node)

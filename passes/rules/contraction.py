@@ -196,12 +196,25 @@ def convolution(call: Call) -> Labels:
     spatial = range(2, ndim)
     if groups == 1 and not transposed and by_position(call) and any(f.dims & set(spatial) for f in call.labels(x)):
         return pointwise_convolution(call)
-    ins = flat_channels(call, call.labels(x))
+    along_channels = slides(call, groups, transposed)
+    ins = flat_channels(call, tuple(f for f in call.labels(x) if f not in along_channels))
     w = call.freeze_dims(call.labels(weight), range(2, len(w_shape)), "is a kernel's spatial dimension")
     outs = grouped_convolution(call, ins, call.shape(x), w, w_shape, groups, transposed)
     result = tuple(along(f.labels.reshape(-1), 1, ndim) for f in outs)
-    result += tuple(f for f in ins if not f.dims & {1, *spatial})
+    result += tuple(f for f in ins if not f.dims & {1, *spatial}) + along_channels
     return with_bias(call, result, bias)
+
+
+def slides(call: Call, groups: int, transposed: bool) -> Labels:
+    """Factors that a window slides along and leaves as wide as they are: entry by entry, what is removed is a zero to it.
+
+    The rewriter lays such a dimension out at its original width, which it cannot do inside of an opaque module.
+    """
+    if groups != 1 or transposed or call.ties.maker == "opaque":
+        return NONE
+    before, after = call.shape(call["input"]), call.shape(call.outputs[0])
+    labels = call.labels(call["input"])
+    return tuple(f for f in labels if len(f.nest) == 1 and f.nest[0] > 1 and before[f.nest[0]] == after[f.nest[0]])
 
 
 def by_position(call: Call) -> bool:
