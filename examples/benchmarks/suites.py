@@ -78,27 +78,27 @@ SUITES: dict[str, Callable[[], list[str]]] = {
 }
 
 
-def make(name: str) -> Built:
-    """The model of a suite's entry and its example inputs."""
+def make(name: str, *, own_size: bool = False) -> Built:
+    """The model of a suite's entry and its example inputs; with `own_size` timm's at the image size they are made for."""
     library, _, short = name.partition(":")
     torch.manual_seed(0)
     if library == "torchvision":
         return torchvision_model(short)
     if library == "timm":
-        return timm_model(short)
+        return timm_model(short, own_size)
     if library == "ultralytics":
         return yolo(short)
     return importlib.import_module(f"{library}_configs").CONFIGS[short]()
 
 
-def timm_model(short: str) -> Built:
+def timm_model(short: str, own_size: bool) -> Built:
     import timm
 
-    if short in BUILT_FOR:
+    if short in BUILT_FOR and not own_size:
         return timm.create_model(short, img_size=BUILT_FOR[short]).eval(), images(2, BUILT_FOR[short])
     model = timm.create_model(short).eval()
     config = model.pretrained_cfg
-    size = config["input_size"][-1] if config.get("fixed_input_size") else SIZES.get(short, 96)
+    size = config["input_size"][-1] if own_size or config.get("fixed_input_size") else SIZES.get(short, 96)
     return model, images(2, size)
 
 
@@ -142,7 +142,7 @@ def detection(short: str) -> Built:
 
 
 def video(short: str) -> Built:
-    size, frames = (224, 16) if short.startswith(("mvit", "s3d")) else (64, 16)
+    size, frames = (224, 16) if short.startswith(("mvit", "s3d")) else (48, 8)
     return torchvision.models.get_model(short, weights=None).eval(), torch.randn(1, 3, frames, size, size)
 
 
