@@ -200,7 +200,8 @@ def read(
         tape = capture.tape
         labels: dict[int, Labels] = {i: leaves[v.name] for i, v in enumerate(tape.values) if v.name is not None}
         uses = {r.id for op in tape.ops for r in collect((op.args, op.kwargs), Ref)} | {r.id for r in capture.outputs}
-        hidden = sorted(capture.index[n] for n in capture.untracked)
+        leaking = [n for n in capture.untracked if n.op == "call_module" and str(n.target) in capture.opaque]
+        hidden = sorted(capture.index[n] for n in capture.untracked if n not in leaking)
         end = Op(None, (), {}, (), len(capture.index))
         ties.pinned = written_through(tape)
         varying: set[int] = set()
@@ -221,6 +222,9 @@ def read(
             if sized[op.node] or (varying and any(r.id in varying for r in call.inputs)):
                 varying.update(r.id for r in call.outputs)
             apply_rule(call)
+        for node in leaking:
+            ties.node = which * SPAN + capture.index[node]
+            freeze_inside(capture, node, labels, ties)
         ties.node = which * SPAN + capture.index[capture.output]
         for ref in capture.outputs:
             for f in labels.get(ref.id, NONE):
@@ -294,6 +298,15 @@ def hide(capture: Capture, node: fx.Node, labels: dict[int, Labels], ties: Ties)
     call = Call(as_op(capture, node), capture.tape, labels, ties, False, set())
     for ref, found in zip(call.outputs, probe(call), strict=True):
         labels[ref.id] = found
+
+
+def freeze_inside(capture: Capture, node: fx.Node, labels: dict[int, Labels], ties: Ties) -> None:
+    """Nothing that an opaque module holds or is given can go: its Python took contents where no rule sees them."""
+    given = collect([capture.results[n] for n in node.all_input_nodes], Ref)
+    held = [Ref(i) for i, v in enumerate(capture.tape.values) if v.name and v.name.startswith(f"{node.target}.")]
+    for ref in [*given, *held]:
+        for f in labels.get(ref.id, NONE):
+            ties.freeze(f.labels, "is in a module whose Python takes the contents of tensors")
 
 
 def as_op(capture: Capture, node: fx.Node) -> Op:

@@ -75,16 +75,25 @@ class SizeUse:
     dim: int
 
 
-class Watch(TorchFunctionMode):
-    """Sees the sizes that Python code hands to torch, with the attributes they came from."""
+# by which contents leave a tensor unseen by the dispatcher (`item` is seen)
+LEAKS = frozenset(["tolist", "numpy", "__array__", "data_ptr", "__dlpack__", "untyped_storage", "apply_", "map_"])
 
-    def __init__(self, number: Callable[[Tensor], Ref], found: list[SizeUse]) -> None:
+
+class Watch(TorchFunctionMode):
+    """Sees the sizes that Python code hands to torch, with the attributes they came from.
+
+    `leaks` names the methods by which contents left a tensor: what comes back of them is no longer known.
+    """
+
+    def __init__(self, number: Callable[[Tensor], Ref], found: list[SizeUse], leaks: set[str]) -> None:
         super().__init__()
-        self.number, self.found = number, found
+        self.number, self.found, self.leaks = number, found, leaks
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
+        if name in LEAKS:
+            self.leaks.add(name)
         if name in SIZED and isinstance(out, Tensor):
             given = (kwargs or {}).get("size", (kwargs or {}).get("shape", args[SIZED[name] :]))
             sizes = given[0] if len(given) >= 1 and isinstance(given[0], tuple | list) else given
@@ -104,7 +113,9 @@ class Watch(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def watched(module: nn.Module, path: str, number: Callable[[Tensor], Ref], found: list[SizeUse]) -> Iterator[None]:
+def watched(
+    module: nn.Module, path: str, number: Callable[[Tensor], Ref], found: list[SizeUse], leaks: set[str]
+) -> Iterator[None]:
     """Run a module with integer attributes that remember their origin."""
     changed: list[tuple[nn.Module, str, int]] = []
     for inner, part in module.named_modules():
@@ -115,7 +126,7 @@ def watched(module: nn.Module, path: str, number: Callable[[Tensor], Ref], found
                 vars(part)[name] = Origin.of(value, (".".join(p for p in (path, inner) if p), name))
                 changed.append((part, name, value))
     try:
-        with Watch(number, found):
+        with Watch(number, found, leaks):
             yield
     finally:
         for part, name, value in changed:

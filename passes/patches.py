@@ -107,8 +107,8 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
             return tracer.create_proxy("call_function", named_apply(cls), args, kwargs)
         return apply.__get__(None, cls)(*args, **kwargs)
 
-    def info(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda dtype=None: function(unwrap(dtype)) if dtype is not None else function()
+    def told(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: function(*unwrap(args), **unwrap(kwargs))
 
     def checker(function: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -162,8 +162,9 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
             patch(torch, name, checker(getattr(torch, name)))
         for function in maths.values():
             patch(math, function.__name__, factory(function))
-        patch(torch, "finfo", info(torch.finfo))
-        patch(torch, "iinfo", info(torch.iinfo))
+        for name in ("finfo", "iinfo", "is_autocast_enabled", "get_autocast_dtype"):
+            patch(torch, name, told(getattr(torch, name)))
+        patch(torch.autocast, "__init__", told(torch.autocast.__init__))
         patch(torch.autograd.Function, "apply", classmethod(traced_apply))
         # one example may be too few for batch statistics; the shapes are all that matters here
         functional._verify_batch_size = lambda size: None

@@ -25,6 +25,7 @@ from fxprune.passes.pruned import Program, written
 from fxprune.passes.regions import channel_order
 from fxprune.passes.sizes import HANDLERS, function_name, groups_left
 from fxprune.passes.tape import Ref, collect, map_tensors
+from fxprune.passes.windows import slid, sliding
 
 Number = (int, float)
 LITERALS = frozenset([int, float, bool, str, type(None), torch.dtype])
@@ -86,6 +87,7 @@ class Rewriter:
         self.guarded = {g.node: g for g in self.capture.guards}
         copies = ("aten::clone", "aten::_unsafe_view")
         self.copying = {op.node for op in self.capture.tape.ops if op.func._schema.name in copies}
+        self.sliding = sliding(self.capture.tape)
         self.symbolic: dict[fx.Node, bool] = {}
         self.changed: dict[fx.Node, bool] = {}
 
@@ -263,7 +265,8 @@ class Rewriter:
         only: dict[fx.Node, bool | None] = dict(self.capture.only)
         nodes = list(self.graph.nodes)
         inner: set[fx.Node] = set()
-        for node, self.following in zip(nodes, [*nodes[1:], self.graph._root], strict=True):
+        for node, following in zip(nodes, [*nodes[1:], self.graph._root], strict=True):
+            self.following = following
             self.graph.inserting_before(node)
             before = node.prev
             end = self.regions.get(node)
@@ -280,7 +283,7 @@ class Rewriter:
                     self.graph.inserting_before(self.following)
                     self.guard(node, self.guarded[node])
             if only:
-                while before.next is not self.following:
+                while before.next is not following:
                     before = before.next
                     only[before] = self.capture.only.get(node)
         self.settle(nodes, inner)
@@ -330,6 +333,9 @@ class Rewriter:
         changed = self.cut_anything(touches)
         if node.op == "call_module" and (changed or str(node.target) in self.capture.opaque):
             self.module(node)
+        wide = slid(self, node) if changed else None
+        if wide is not None:
+            return wide
         handler = handlers.get(function_name(node)) if changed and node.op != "output" else None
         if handler is not None:
             made = handler(self, node)

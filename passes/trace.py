@@ -25,7 +25,7 @@ from fxprune.passes.faults import surface
 from fxprune.passes.modes import Branch, in_both_modes, membership
 from fxprune.passes.opaque import SizeUse, Whole, watched
 from fxprune.passes.patches import inlined, patched, plain_rnn
-from fxprune.passes.proxy import Items, ReadsValue, ValueProxy, has_tensor, tensors, unwrap
+from fxprune.passes.proxy import Items, ReadsValue, ValueProxy, has_tensor, iterate, tensors, unwrap
 from fxprune.passes.tape import ATOMS, NeedsValues, Recorder, Ref, collect, map_tensors
 from fxprune.passes.tree import every_path, fetch, named_tensors, walk
 
@@ -103,12 +103,14 @@ class ValueTracer(fx.Tracer):
         self.forward: Callable[..., Any] = root.forward  # whose signature the program gets
         self.names = {id(t): name for name, t in named_tensors(root)}
         self.modules = dict(every_path(root))
+        self.attributes_before = {m: dict(vars(m)) for m in self.modules.values()}
         self.recorder = Recorder(self.names)
         self.results: dict[fx.Node, Any] = {}
         self.guards: list[Guard] = []
         self.opaque: dict[str, str] = {}
         self.calls: dict[str, list[Call]] = {}
         self.sizes: dict[str, list[SizeUse]] = {}
+        self.leaks: dict[str, set[str]] = {}
         self.untracked: set[fx.Node] = set()
         self.attributes: dict[str, Any] = {}
         self.stack: list[str] = [""]
@@ -126,7 +128,13 @@ class ValueTracer(fx.Tracer):
     # -- nodes and values ---------------------------------------------------------------------------------------------
 
     def create_node(
-        self, op: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str | None = None, type_expr: Any = None
+        self,
+        op: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        name: str | None = None,
+        type_expr: Any = None,
     ) -> fx.Node:
         if name is None:
             name = self.name_of(op, target)
@@ -222,7 +230,8 @@ class ValueTracer(fx.Tracer):
         """Follow the integer attributes of an opaque module into sizes."""
         if path not in self.opaque:
             return contextlib.nullcontext()
-        return watched(module, path, self.recorder.ref, self.sizes.setdefault(path, []))
+        found, leaks = self.sizes.setdefault(path, []), self.leaks.setdefault(path, set())
+        return watched(module, path, self.recorder.ref, found, leaks)
 
     def made_outside(self, node: fx.Node, value: Any, first: int) -> bool:
         """Whether a result did not come out of the dispatcher (NumPy, another library), or only by way of a new constant.
@@ -230,6 +239,8 @@ class ValueTracer(fx.Tracer):
         `first` is the number of the first value that the node made.
         """
         recorder, values = self.recorder, self.recorder.tape.values
+        if node.op == "call_module" and str(node.target) in self.opaque:
+            return bool(self.leaks[str(node.target)])
         if getattr(node.target, "__name__", node.target) in ("tensor", "as_tensor", "new_tensor"):
             return False
         found = [recorder.find(t) for t in tensors(value)]
@@ -394,9 +405,23 @@ class ValueTracer(fx.Tracer):
         self.guards = [g for g in self.guards if self.index[g.node] < mark]
         if self.branches is not None:
             self.branches = [b for b in self.branches if b.end <= mark]
+        self.forget(mark)
         gone = [k for k, p in self.attributes.items() if isinstance(p, ValueProxy) and self.index[p.node] >= mark]
         for key in gone:
             del self.attributes[key]
+
+    def forget(self, mark: int) -> None:
+        """Take back what forwards stored on their modules, where it stands for a node made since the mark."""
+        for module, before in self.attributes_before.items():
+            now = vars(module)
+            for name in [k for k, v in now.items() if type(v) not in ATOMS and self.stands_for(v, mark)]:
+                if name in before:
+                    now[name] = before[name]
+                else:
+                    del now[name]
+
+    def stands_for(self, stored: Any, mark: int) -> bool:
+        return any(type(v) is ValueProxy and self.index.get(v.node, mark) >= mark for v in iterate(stored))
 
     # -- the root -----------------------------------------------------------------------------------------------------
 
@@ -458,6 +483,7 @@ def trace(
         except Exception as plain:
             plain.fxprune_where = getattr(error, "fxprune_where", type(root).__name__)  # type: ignore[attr-defined]
             raise
+    tracer.forget(0)
     output = next(n for n in graph.nodes if n.op == "output")
     outputs: list[Ref] = []
 
@@ -491,6 +517,7 @@ def whole_tracer(
     failed: ValueTracer, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception
 ) -> ValueTracer:
     """A tracer for which the whole model is one opaque node."""
+    failed.forget(0)
     wrapper = Whole(root)
     wrapper.train(root.training)
     tracer = ValueTracer(wrapper, args, kwargs)

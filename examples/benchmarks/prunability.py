@@ -28,6 +28,7 @@ from models import call, double_throughout, randomise
 from suites import SUITES, make
 from sweep import Row, limit_memory, machine, markdown_table, one_line, read_rows, sweep
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import fxprune
 from fxprune.passes.tape import collect, map_tensors
@@ -83,8 +84,12 @@ def measure(model: str, tool: str, level: str) -> Row:
     inputs = map_tensors(inputs, lambda t: t.to(dtype) if t.is_floating_point() else t)
     try:
         with double_throughout() if dtype == torch.float64 else contextlib.nullcontext():
+            attributes = [(vars(m), dict(vars(m))) for m in network.modules()]
             with torch.no_grad():
                 randomise(network, inputs)
+            for now, before in attributes:
+                now.clear()  # a forward may leave something for the next one of the same size
+                now.update(before)
             run = with_fxprune if tool == "fxprune" else with_torch_pruning
             return row | run(network, inputs, TOLERANCES[dtype])
     except Exception as error:
@@ -126,9 +131,21 @@ def reach(network: nn.Module, coupling: fxprune.Coupling) -> Row:
     }
 
 
+class Untouched(TorchFunctionMode):
+    """Leaves parameters as they were allocated, so that a model of any size is built at once and takes no memory."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        first = args[0] if args else kwargs.get("tensor")
+        name = getattr(func, "__name__", "")
+        writes = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+        return first if writes and isinstance(first, nn.Parameter) else func(*args, **kwargs)
+
+
 def planned(model: str) -> Row:
     """Couple and choose on shapes alone."""
-    network, inputs = make(model)
+    with Untouched():
+        network, inputs = make(model, own_size=True)
     row: Row = {"params": count_parameters(network), "machine": machine()}
     start = time.perf_counter()
     try:

@@ -5,7 +5,11 @@ where a model allows it; nothing is downloaded. What a model returns only for tr
 its own options.
 """
 
+import importlib.util
 import json
+import os
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,17 @@ from models import IMAGE_SIZES, build, full_name
 from torch import Tensor, nn
 
 Built = tuple[nn.Module, Any]
+# Image sizes of timm models that take any, where 96 is too small or does not fit the patches.
+SIZES = {"deepseek_vit_412m": 126, "sam2_hiera_tiny": 224, "inception_v3": 128, "inception_v4": 128, "csatv2": 128}
+# and of large ones that are built for one size, but for any
+BUILT_FOR = {
+    "beit_base_patch16_224": 96,
+    "samvit_base_patch16_224": 112,
+    "cait_xxs24_224": 112,
+    "volo_d1_224": 112,
+    "sequencer2d_s": 56,
+}
+YOLO = ("yolov8n", "yolov8n-seg", "yolov10n", "yolo11n", "yolo11n-seg", "yolo12n", "yolo12n-seg")
 
 
 def torchvision_suite() -> list[str]:
@@ -23,7 +38,7 @@ def torchvision_suite() -> list[str]:
 
 
 def timm_suite() -> list[str]:
-    """The smallest model of each of timm's families, as `families.json` beside this file lists them."""
+    """The smallest model of each of timm's families, as `timm_families.json` beside this file lists them."""
     listed = json.loads((Path(__file__).parent / "timm_families.json").read_text())
     return [f"timm:{name}" for name in listed.values()]
 
@@ -34,32 +49,68 @@ def transformers_suite() -> list[str]:
     return [f"transformers:{name}" for name in CONFIGS]
 
 
+def diffusers_suite() -> list[str]:
+    if importlib.util.find_spec("diffusers") is None:
+        return left_out("diffusers")
+    from diffusers_configs import CONFIGS
+
+    return [f"diffusers:{name}" for name in CONFIGS]
+
+
+def ultralytics_suite() -> list[str]:
+    """Built from the package's own descriptions of the architectures."""
+    if importlib.util.find_spec("ultralytics") is None:
+        return left_out("ultralytics")
+    return [f"ultralytics:{name}" for name in YOLO]
+
+
+def left_out(package: str) -> list[str]:
+    print(f"{package} is not installed: its models are left out", file=sys.stderr)
+    return []
+
+
 SUITES: dict[str, Callable[[], list[str]]] = {
     "torchvision": torchvision_suite,
     "timm": timm_suite,
     "transformers": transformers_suite,
+    "diffusers": diffusers_suite,
+    "ultralytics": ultralytics_suite,
 }
 
 
-def make(name: str) -> Built:
-    """The model of a suite's entry and its example inputs."""
+def make(name: str, *, own_size: bool = False) -> Built:
+    """The model of a suite's entry and its example inputs; with `own_size` timm's at the image size they are made for."""
     library, _, short = name.partition(":")
     torch.manual_seed(0)
     if library == "torchvision":
         return torchvision_model(short)
     if library == "timm":
-        return timm_model(short)
-    from transformers_configs import CONFIGS
+        return timm_model(short, own_size)
+    if library == "ultralytics":
+        return yolo(short)
+    return importlib.import_module(f"{library}_configs").CONFIGS[short]()
 
-    return CONFIGS[short]()
 
-
-def timm_model(short: str) -> Built:
+def timm_model(short: str, own_size: bool) -> Built:
     import timm
 
+    if short in BUILT_FOR and not own_size:
+        return timm.create_model(short, img_size=BUILT_FOR[short]).eval(), images(2, BUILT_FOR[short])
     model = timm.create_model(short).eval()
-    size = model.pretrained_cfg["input_size"]
-    return model, torch.randn(2, *size)
+    config = model.pretrained_cfg
+    size = config["input_size"][-1] if own_size or config.get("fixed_input_size") else SIZES.get(short, 96)
+    return model, images(2, size)
+
+
+def yolo(short: str) -> Built:
+    os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.mkdtemp())  # the package writes its settings on import
+    tasks = importlib.import_module("ultralytics.nn.tasks")
+    kind = tasks.SegmentationModel if short.endswith("-seg") else tasks.DetectionModel
+    model = kind(f"{short}.yaml", verbose=False).eval()
+    for module in model.modules():
+        if hasattr(module, "export"):
+            module.export = True  # predictions alone, without the features that losses are computed from
+    return model, images(2, 96)
 
 
 def torchvision_model(short: str) -> Built:
@@ -91,7 +142,7 @@ def detection(short: str) -> Built:
 
 
 def video(short: str) -> Built:
-    size, frames = (224, 16) if short.startswith(("mvit", "s3d")) else (64, 16)
+    size, frames = (224, 16) if short.startswith(("mvit", "s3d")) else (48, 8)
     return torchvision.models.get_model(short, weights=None).eval(), torch.randn(1, 3, frames, size, size)
 
 

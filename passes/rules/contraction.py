@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fxprune.passes.labels import NONE, Factor, Labels, align, along, factor
+from fxprune.passes.labels import NONE, Factor, Labels, align, factor
 from fxprune.passes.rules import Call, rule
 from fxprune.passes.rules.movement import moved
 from fxprune.passes.rules.pointwise import unify
@@ -49,6 +49,7 @@ def contract(
     right, right_shape = placed(b, b_shape, b_places, ndim)
     batch = [d for d in range(ndim) if d not in (*summed, *copied) and d in a_places and d in b_places]
     heads = as_heads(call, left + right, batch) if call.heads else NONE
+    left, right = mixed(call, left, right, summed), mixed(call, right, left, summed)
     merged = unify(call, left, left_shape, right, right_shape)
     result = [f for f in merged if not f.dims & set(summed)]
     for f in merged:
@@ -69,6 +70,22 @@ def copies(call: Call, ref: Ref, places: Sequence[int]) -> list[int]:
         return []
     new = [f for f in call.labels(ref) if len(f.nest) == 1 and bool((f.labels >= call.ties.first_fresh).all())]
     return [places[f.nest[0]] for f in new]
+
+
+def mixed(call: Call, mine: Labels, theirs: Labels, summed: Sequence[int]) -> Labels:
+    """Factors of one operand, ready to meet those of the other.
+
+    A sum over the rows of a joint factor (streams that were stacked) with one weight for each row ties column to column
+    and leaves the rows alone. Were the weight's index of rows to meet the factor, it would tie all columns of a row.
+    """
+    result: list[Factor] = []
+    for f in mine:
+        rows = [d for d in f.nest if d in summed]
+        if rows and f.nest[-1] not in summed and not any(f.dims <= g.dims for g in theirs):
+            result += call.collapse(f, rows)
+        else:
+            result.append(f)
+    return tuple(result)
 
 
 def as_heads(call: Call, labels: Labels, batch: Sequence[int]) -> Labels:
@@ -195,16 +212,54 @@ def convolution(call: Call) -> Labels:
     ndim = len(call.shape(x))
     w_shape = call.shape(weight)
     spatial = range(2, ndim)
-    ins = flat_channels(call, call.labels(x))
+    if groups == 1 and not transposed and by_position(call) and any(f.dims & set(spatial) for f in call.labels(x)):
+        return pointwise_convolution(call)
+    along_channels = slides(call, groups, transposed)
+    ins = flat_channels(call, tuple(f for f in call.labels(x) if f not in along_channels))
     w = call.freeze_dims(call.labels(weight), range(2, len(w_shape)), "is a kernel's spatial dimension")
     outs = grouped_convolution(call, ins, call.shape(x), w, w_shape, groups, transposed)
     result = tuple([f.at(1, ndim) for f in outs])
-    result += tuple([f for f in ins if not f.dims & {1, *spatial}])
-    if bias is not None:
-        shape = call.shape(call.outputs[0])
-        lifted = tuple([f.at(1, ndim) for f in call.labels(bias)])
-        result = unify(call, result, shape, lifted, [1, shape[1]] + [1] * (ndim - 2))
-    return result
+    result += tuple([f for f in ins if not f.dims & {1, *spatial}]) + along_channels
+    return with_bias(call, result, bias)
+
+
+def slides(call: Call, groups: int, transposed: bool) -> Labels:
+    """Factors that a window slides along and leaves as wide as they are: entry by entry, what is removed is a zero to it.
+
+    The rewriter lays such a dimension out at its original width, which it cannot do inside of an opaque module.
+    """
+    if groups != 1 or transposed or call.ties.maker == "opaque":
+        return NONE
+    before, after = call.shape(call["input"]), call.shape(call.outputs[0])
+    labels = call.labels(call["input"])
+    return tuple(f for f in labels if len(f.nest) == 1 and f.nest[0] > 1 and before[f.nest[0]] == after[f.nest[0]])
+
+
+def by_position(call: Call) -> bool:
+    """Whether a convolution looks at one position at a time and visits all of them."""
+    kernel = call.shape(call["weight"])[2:]
+    return set(kernel) == {1} and set(call["stride"]) == {1} and not any(call["padding"])
+
+
+def pointwise_convolution(call: Call) -> Labels:
+    """A matrix product at every position, so that what varies along space passes."""
+    x, weight, bias = call["input"], call["weight"], call.get("bias")
+    ndim = len(call.shape(x))
+    w = tuple(Factor(f.labels.flatten(1), f.nest) for f in call.labels(weight))
+    places = [0, ndim, *range(2, ndim)]
+    out = contract(call, call.labels(x), call.shape(x), places, w, call.shape(weight)[:2], [1, ndim], ndim + 1, [ndim])
+    out = tuple(Factor(f.labels.squeeze(-1), f.nest) for f in out)
+    return with_bias(call, out, bias)
+
+
+def with_bias(call: Call, result: Labels, bias: Ref | None) -> Labels:
+    """The labels of a convolution's result, with those of its bias (O)."""
+    if bias is None:
+        return result
+    shape = call.shape(call.outputs[0])
+    ndim = len(shape)
+    lifted = tuple([f.at(1, ndim) for f in call.labels(bias)])
+    return unify(call, result, shape, lifted, [1, shape[1]] + [1] * (ndim - 2))
 
 
 def flat_channels(call: Call, labels: Labels) -> Labels:

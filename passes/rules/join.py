@@ -56,7 +56,7 @@ def join(call: Call, parts: Sequence[Labels], shapes: Sequence[Sequence[int]], d
                 continue
         arrays = [lay_out(f, shape, dim, other) for f, shape in zip(chosen, shapes, strict=True)]
         nests = {tuple(d for d in f.nest if d != dim) for f in chosen if f is not None}
-        if other and arrays[0].shape[dim] == 1 and same_everywhere(arrays):
+        if other and same_everywhere(arrays, dim):
             result += (factor(arrays[0].narrow(dim, 0, 1), nests.pop()),)
             continue
         total = sum(shape[dim] for shape in shapes)
@@ -88,9 +88,10 @@ def lay_out(f: Factor | None, shape: Sequence[int], dim: int, other: frozenset[i
     return fill(f, shape, other | ({dim} if dim in f.dims or not other else set()))
 
 
-def same_everywhere(arrays: Sequence[Tensor]) -> bool:
+def same_everywhere(arrays: Sequence[Tensor], dim: int) -> bool:
+    """Whether the parts have the same labels, and those do not vary along the joined dimension."""
     first = arrays[0]
-    return all(a.shape == first.shape and bool((a == first).all()) for a in arrays[1:])
+    return first.shape[dim] == 1 and all(a.shape == first.shape and bool((a == first).all()) for a in arrays[1:])
 
 
 def tie_parts(call: Call, arrays: Sequence[Tensor], dim: int, nests: set[tuple[int, ...]]) -> Labels:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fxprune.passes.labels import NONE, Factor, Labels, align, along, factor
+from fxprune.passes.labels import NONE, Factor, Labels, align, factor
 from fxprune.passes.rules import Call, rule
 from fxprune.passes.rules.pointwise import unify
 from fxprune.passes.tape import Ref

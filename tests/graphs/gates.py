@@ -38,17 +38,30 @@ def effective_squeeze_excite():
     return between(step, 14, 14, excite=conv(14, 14, 1))
 
 
-@graph(targets=("a.weight", "b.weight"), min_removed=0.2)
-def efficient_channel_attention_stays():
-    """ECA convolves along the channels: they are a spatial axis there and must stay, the rest need not."""
+@graph(targets=("first.weight", "a.weight", "b.weight"), min_removed=0.4)
+def efficient_channel_attention():
+    """ECA convolves along the channels: a spatial axis there, on which neighbours must stay neighbours."""
 
     def forward(self, x):
-        x = self.fixed(x)
+        x = self.first(x)
         y = self.mix(x.mean((2, 3)).unsqueeze(1)).squeeze(1).sigmoid()
         return self.head(pool(self.b(self.a(x * y[:, :, None, None]).relu())))
 
-    parts = {"fixed": conv(3, 7), "mix": nn.Conv1d(1, 1, 3, padding=1), "a": conv(7, 12), "b": conv(12, 20)}
+    parts = {"first": conv(3, 12), "mix": nn.Conv1d(1, 1, 3, padding=1), "a": conv(12, 14), "b": conv(14, 20)}
     return net(forward, **parts, head=linear(20, 5)), image()
+
+
+@graph(targets=("a.weight", "b.weight"), min_removed=0.4)
+def window_over_tokens_and_channels():
+    """One kernel slides along both: what it finds of a channel stays that channel's."""
+
+    def forward(self, x):
+        x = self.a(x)
+        x = x + F.conv2d(x.unsqueeze(1), self.kernel, self.bias, padding=(1, 2)).squeeze(1).tanh()
+        return self.head(self.b(x).relu().mean(1))
+
+    parts = {"a": linear(10, 14), "b": linear(14, 20), "head": linear(20, 5)}
+    return net(forward, **parts, kernel=parameter(1, 1, 3, 5), bias=parameter(1)), tokens()
 
 
 @graph(stats=True, targets=AB, min_removed=0.4)

@@ -62,6 +62,42 @@ def stack_then_max():
     return two_branches(lambda self, u, v: torch.stack([u, v], dim=-1).max(-1).values, 12)
 
 
+@graph(targets=(*ABC, "head.weight"), min_removed=0.4)
+def streams_mixed_by_linear():
+    """One weight for each of three streams, the same for every channel."""
+
+    def forward(self, x):
+        x = torch.stack([pool(self.a(x)), pool(self.b(x)), pool(self.c(x))], -1)
+        return self.head(self.mix(x).relu().squeeze(-1))
+
+    return net(forward, a=conv(3, 12), b=conv(3, 12), c=conv(3, 12), mix=linear(3, 1), head=linear(12, 5)), image()
+
+
+@graph(targets=(*ABC, "head.weight"), min_removed=0.4)
+def streams_mixed_by_pointwise_convolution():
+    """The convolution's channels are the streams, and its space is what the streams hold (CoaT)."""
+
+    def forward(self, x):
+        x = torch.stack([pool(self.a(x)), pool(self.b(x)), pool(self.c(x))], 1)
+        return self.head(self.mix(x).relu().squeeze(1))
+
+    parts = {"a": conv(3, 12), "b": conv(3, 12), "c": conv(3, 12), "mix": nn.Conv1d(3, 1, 1)}
+    return net(forward, **parts, head=linear(12, 5)), image()
+
+
+@graph("groups_joined_alone", args=(1,), targets=AB, min_removed=0.4)
+@graph("groups_joined_with_themselves", args=(2,), targets=AB, min_removed=0.4)
+def groups_joined(times):
+    """Three groups of four channels, joined ``times`` times along the groups."""
+
+    def forward(self, x):
+        x = self.a(x).relu().unflatten(1, (3, 4))
+        x = torch.cat([x * (i + 1) for i in range(times)], 1)
+        return self.head(pool(self.b(x.flatten(1, 2))))
+
+    return net(forward, a=conv(3, 12), b=conv(12 * times, 20), head=linear(20, 5)), image()
+
+
 @graph(targets=ABC, min_removed=0.5)
 def cat_along_width():
     return two_branches(lambda self, u, v: torch.cat([u, v], 3), 12)

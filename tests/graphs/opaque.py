@@ -94,6 +94,40 @@ def value_read_with_item():
     return net(forward, **parts, temperature=parameter(1)), image()
 
 
+@graph(targets=AB, min_removed=0.4)
+def constants_made_after_a_value_was_read():
+    """An opaque program makes tensors of its own, out of numbers that are no contents of tensors."""
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        count = torch.zeros((), dtype=x.dtype)
+        if x.mean() < 1e6:
+            count = count + torch.tensor([2.0, 3.0], dtype=x.dtype).sum()
+        return self.head(pool(self.b(x * count))), count
+
+    return net(forward, a=conv(3, 12), b=conv(12, 20), head=linear(20, 5)), image()
+
+
+class Recentred(nn.Module):
+    """Takes statistics out of torch and back in: which channel a number came from is lost."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.bias = parameter(channels)
+
+    def forward(self, x):
+        total = torch.tensor(x.square().mean((0, 2, 3)).tolist(), dtype=x.dtype).sum()
+        return x / total + self.bias.view(1, -1, 1, 1)
+
+
+@graph(targets=("b.weight",), min_removed=0.2)
+def contents_taken_out_and_back_in():
+    def forward(self, x):
+        return self.head(pool(self.b(self.norm(self.a(x).sigmoid())).relu()))
+
+    return net(forward, a=conv(3, 12), norm=Recentred(12), b=conv(12, 20), head=linear(20, 5)), image()
+
+
 class Swish(torch.autograd.Function):
     """Memory-efficient SiLU, as EfficientNets carry it."""
 

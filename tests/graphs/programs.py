@@ -48,6 +48,35 @@ def static_channels_checked():
 
 
 @graph(targets=AB, min_removed=0.4)
+def results_kept_on_the_module():
+    """What a forward leaves on its module (anchors of a detector) is made anew for another size."""
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        for _ in range(150):  # too many for a copy that would follow the program from one node to the next
+            x = x + 0.001
+        if self.shape != x.shape:
+            self.shape, self.steps = x.shape, [torch.arange(n, dtype=x.dtype) / n for n in x.shape[2:]]
+            self.places = self.steps[0][:, None] + self.steps[1]
+        return self.head(pool(self.b(x + self.places)))
+
+    return net(forward, a=conv(3, 14), b=conv(14, 20), head=linear(20, 5), shape=None, places=None), image()
+
+
+@graph(targets=AB, min_removed=0.4)
+def autocast_switched_off_by_device():
+    """The kind of device is read off a tensor, and the sizes behind are written out."""
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        with torch.autocast(device_type=x.device.type, enabled=not torch.is_autocast_enabled(x.device.type) and False):
+            x = x.view(x.shape[0], 2, 7, -1).sum(1)
+        return self.head(self.b(x.reshape(x.shape[0], 7 * 60)))
+
+    return net(forward, a=conv(3, 14), b=linear(420, 20), head=linear(20, 5)), image()
+
+
+@graph(targets=AB, min_removed=0.4)
 def inputs_by_name():
     def forward(self, x, *, scale=1.0, extra=None):
         x = self.a(x) * scale
