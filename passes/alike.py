@@ -61,6 +61,8 @@ def follow(call: Call) -> None:
 
 def written_through(tape: Tape) -> set[int]:
     """Strided slices that a later node writes into, directly or through a view: they cannot become copies of what is left."""
+    if not any(strided(op) for op in tape.ops):
+        return set()
     maker = {ref.id: op for op in tape.ops for ref in collect(op.outs, Ref) if op.func._schema.name in MOVING}
     found: set[int] = set()
     for op in tape.ops:
@@ -68,14 +70,24 @@ def written_through(tape: Tape) -> set[int]:
             at = ref.id
             while at in maker:
                 source = maker.pop(at)
-                strided = source.func._schema.name == "aten::slice" and len(source.args) > 4 and source.args[4] != 1
-                if strided and source.node != op.node:
+                if strided(source) and source.node != op.node:
                     found.add(at)
                 at = collect(source.args, Ref)[0].id
     return found
 
 
+def strided(op: Op) -> bool:
+    return len(op.args) > 4 and op.args[4] != 1 and op.func._schema.name == "aten::slice"
+
+
+WRITTEN: dict[object, tuple[int, ...]] = {}
+
+
 def writes(op: Op) -> list[Ref]:
     """The arguments that a call writes into."""
-    arguments = zip(op.func._schema.arguments, op.args, strict=False)
-    return [v for a, v in arguments if isinstance(v, Ref) and a.alias_info is not None and a.alias_info.is_write]
+    places = WRITTEN.get(op.func)
+    if places is None:
+        arguments = enumerate(op.func._schema.arguments)
+        places = tuple(i for i, a in arguments if getattr(a, "alias_info", None) is not None and a.alias_info.is_write)
+        WRITTEN[op.func] = places
+    return [v for i in places if i < len(op.args) and isinstance(v := op.args[i], Ref)] if places else []

@@ -199,7 +199,7 @@ def read(
     for which, capture in enumerate(captures):
         tape = capture.tape
         labels: dict[int, Labels] = {i: leaves[v.name] for i, v in enumerate(tape.values) if v.name is not None}
-        uses = {r.id for op in tape.ops for r in collect((op.args, op.kwargs), Ref)} | {r.id for r in capture.outputs}
+        uses = {r.id for op in tape.ops for r in op.inputs} | {r.id for r in capture.outputs}
         leaking = [n for n in capture.untracked if n.op == "call_module" and str(n.target) in capture.opaque]
         hidden = sorted(capture.index[n] for n in capture.untracked if n not in leaking)
         end = Op(None, (), {}, (), len(capture.index))
@@ -238,8 +238,10 @@ def takes_input_sizes(capture: Capture, index: int, labels: dict[int, Labels], c
 
     Of the `count` labels so far, the first `owned` are those of the model's own tensors: they tell a channel.
     """
-    node = capture.node_at(index)
-    numbers = [n for n in node.all_input_nodes if not collect(capture.results[n], Ref)] if node is not None else []
+    node, results = capture.node_at(index), capture.results
+    if node is None:
+        return False
+    numbers = [n for n in node.all_input_nodes if type(results[n]) is not Ref and not collect(results[n], Ref)]
     while numbers:
         number = numbers.pop()
         found = size_source(capture, number)
@@ -348,12 +350,10 @@ def by_head(leaves: dict[str, Labels], ties: Ties) -> dict[str, Labels]:
     """Leaf labels with one label for each row of a head. Broadcast ties are not followed: they join heads to one another."""
     aligned = [p for p in ties.pairs if not p.broadcast]
     unit, _ = components(ties.size, chained(ties.coarse) + aligned)
-    smallest = np.full(unit.max() + 1, ties.size, np.int64)
-    np.minimum.at(smallest, unit, np.arange(ties.size))
-    touched = np.zeros(len(smallest), bool)
+    touched = np.zeros(len(unit), bool)
     for event in ties.coarse:
         touched[unit[row(event.labels)]] = True
-    table = torch.from_numpy(np.where(touched[unit], smallest[unit], np.arange(ties.size)))
+    table = torch.from_numpy(np.where(touched[unit], unit, np.arange(ties.size)))
     table[0] = 0
     # a dimension that is one single head has nothing to remove: it is left without labels, and so kept
     return {name: tuple(g for f in labels if (g := factor(table[f.labels], f.nest)).nest) for name, labels in leaves.items()}
@@ -379,9 +379,7 @@ def close(
         made, lines = settle_rows(ties, pairs, part)
         pairs = pairs + made
         part, stopped = components(ties.size, pairs)
-    smallest = np.full(part.max() + 1, ties.size, np.int64)
-    np.minimum.at(smallest, part, np.arange(ties.size))
-    unit = smallest[part]
+    unit = part
     frozen = np.full(ties.size, -1, np.int64)
     reasons: list[str] = []
     numbers: dict[tuple[str, int], int] = {}

@@ -188,7 +188,10 @@ def tensors(x: Any) -> list[Tensor]:
 
 def has_tensor(x: Any) -> bool:
     if type(x) in (tuple, list):
-        return any(isinstance(v, Tensor) or (type(v) not in ATOMS and has_tensor(v)) for v in x)
+        for v in x:
+            if isinstance(v, Tensor) or (type(v) not in ATOMS and has_tensor(v)):
+                return True
+        return False
     return isinstance(x, Tensor) or any(isinstance(v, Tensor) for v in iterate(x))
 
 

@@ -56,6 +56,14 @@ class Op:
     kwargs: dict[str, Any]
     outs: Any
     node: int
+    ins: list[Ref] | None = None
+
+    @property
+    def inputs(self) -> list[Ref]:
+        """The tensors among its arguments, in order."""
+        if self.ins is None:
+            self.ins = collect((self.args, self.kwargs) if self.kwargs else self.args, Ref)
+        return self.ins
 
 
 @dataclass(slots=True)

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from fxprune.passes.labels import Factor, Labels
@@ -180,7 +178,7 @@ def chained(events: list[Event], *, columns: bool = False) -> list[Pair]:
 
 
 def components(size: int, pairs: list[Pair]) -> tuple[np.ndarray, list[tuple[np.ndarray, int]]]:
-    """The connected component of each of `size` labels, and for each pair that met label 0 the other labels and its node.
+    """The smallest label tied to each of `size` labels, and for each pair that met label 0 the other labels and its node.
 
     Label 0 ties nothing together: to meet it is to be frozen.
     """
@@ -196,9 +194,28 @@ def components(size: int, pairs: list[Pair]) -> tuple[np.ndarray, list[tuple[np.
         met = np.maximum(rows, cols)[zero]
         stopped = [(met[which == i], pairs[i].node) for i in np.unique(which)]
         differs &= ~zero
-    rows, cols = rows[differs], cols[differs]
-    graph = coo_matrix((np.ones(len(rows), np.int8), (rows, cols)), shape=(size, size))
-    return connected_components(graph, directed=False)[1].astype(np.int64), stopped
+    return smallest_tied(size, rows[differs], cols[differs]), stopped
+
+
+def smallest_tied(size: int, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
+    """The smallest member of each number's connected component, the edges being (rows[i], cols[i]).
+
+    Roots are hooked to smaller roots and paths halved, all at once (Shiloach and Vishkin, An O(log n) parallel connectivity
+    algorithm, 1982).
+    """
+    root = np.arange(size)
+    while len(rows):
+        low, high = np.minimum(rows, cols), np.maximum(rows, cols)
+        root[high] = low  # of several, any: the others are met again in the next round
+        while True:
+            further = root[root]
+            if np.array_equal(further, root):
+                break
+            root = further
+        rows, cols = root[rows], root[cols]
+        apart = rows != cols
+        rows, cols = rows[apart], cols[apart]
+    return root
 
 
 def whole(classes: np.ndarray) -> np.ndarray:

@@ -166,14 +166,16 @@ class ValueTracer(fx.Tracer):
         type_expr: Any = None,
         proxy_factory_fn: Any = None,
     ) -> Any:
-        node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs), name, type_expr)
-        ins, kwins = unwrap(args), unwrap(kwargs)
+        made = tuple([a.node if type(a) is ValueProxy else self.create_arg(a) for a in args])
+        node = self.create_node(kind, target, made, self.create_arg(kwargs) if kwargs else {}, name, type_expr)
+        ins = tuple([a.value if type(a) is ValueProxy else unwrap(a) for a in args])
+        kwins = unwrap(kwargs) if kwargs else kwargs
         value = self.evaluate(node, ins, kwins)
         return self.bind(node, value)
 
     def bind(self, node: fx.Node, value: Any) -> Any:
         """Record a node's value and hand out proxies for it: containers become real containers of proxies."""
-        self.depends[node] = node.op == "placeholder" or any(self.depends[n] for n in node.all_input_nodes)
+        self.depends[node] = node.op == "placeholder" or any([self.depends[n] for n in node.all_input_nodes])
         if isinstance(value, Tensor):
             self.results[node] = self.recorder.ref(value)
             return ValueProxy(node, self, value)

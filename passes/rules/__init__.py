@@ -77,8 +77,8 @@ class Call:
     ) -> None:
         self.op, self.tape, self.known, self.ties, self.heads, self.uses = op, tape, labels, ties, heads, uses
         self.varying = varying or ()  # values whose contents change with the sizes of the inputs
-        self.inputs: list[Ref] = collect((op.args, op.kwargs) if op.kwargs else op.args, Ref)
-        self.outputs: list[Ref] = collect(op.outs, Ref)
+        self.inputs: list[Ref] = op.inputs
+        self.outputs: list[Ref] = [op.outs] if type(op.outs) is Ref else collect(op.outs, Ref)
 
     @functools.cached_property
     def named(self) -> dict[str, Any]:

@@ -69,7 +69,8 @@ def unify(call: Call, a: Labels, a_shape: Sequence[int], b: Labels, b_shape: Seq
     """
     if not a and not b:
         return NONE
-    if len(a) == 1 and len(b) == 1 and len(a[0].nest) == 1 and a[0].nest == b[0].nest:  # (1), as it is nearly always
+    plain = len(a) == 1 == len(b) and not call.ties.standing
+    if plain and len(a[0].nest) == 1 and a[0].nest == b[0].nest:  # (1), as it is nearly always
         call.ties.join(a[0], b[0])
         return a
     left, right = list(a), list(b)
