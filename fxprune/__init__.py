@@ -7,6 +7,7 @@ from fxprune.criteria import Magnitude
 from fxprune.errors import PruneError
 from fxprune.feasibility import Feasibility, feasible
 from fxprune.plan import Plan
+from fxprune.pruner import Pruner
 from fxprune.report import report
 from fxprune.verification import Verification
 
@@ -16,6 +17,7 @@ __all__ = [
     "Magnitude",
     "Plan",
     "PruneError",
+    "Pruner",
     "Verification",
     "couple",
     "criteria",

@@ -90,6 +90,20 @@ def overlapping(pool: Pool, score: np.ndarray, total: int, floor: float) -> Ladd
     return Ladder(pool, lambda k: sets[k], [len(s) for s in sets], price)
 
 
+def begun(ladders: Sequence[Ladder], held: np.ndarray) -> None:
+    """Make the steps free that take nothing but what is gone already: they come first, whatever the price of others.
+
+    Arguments:
+        ladders: made with scores by which, within a family, what is gone scores lowest.
+        held: for each class whether it is gone, shape (labels,).
+    """
+    for rung in ladders:
+        for k in range(1, len(rung.count)):
+            if not held[rung.gone(k)].all():
+                break
+            rung.price[k] = -math.inf
+
+
 def in_order(ladders: Sequence[Ladder]) -> list[int]:
     """The order in which ladders that compete are climbed, by price: for each step the ladder that takes it.
 

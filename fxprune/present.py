@@ -1,0 +1,173 @@
+"""A pruned model as a part of the original: its tensors, and its labels, there and back.
+
+A cut says where in the original every element of a pruned tensor stands. So whatever is shaped like a pruned tensor (its
+value, an optimizer's state, a moving average) can be put back into the original's shape, and cut again by another plan.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fxprune import inputs
+from fxprune.api import Attention, checked, described, is_cheap
+from fxprune.errors import PruneError
+from fxprune.passes.couple import Solution
+from fxprune.passes.kept import Cut, Cutter
+from fxprune.passes.labels import Factor, Labels, squash, varying
+from fxprune.passes.shrink import PrunedModule, shrink, tensor_cuts
+from fxprune.passes.tree import copy_tree, fetch, named_tensors, walk
+from fxprune.plan import Plan
+
+
+def narrow(cuts: Sequence[Cut], tensor: Tensor) -> Tensor:
+    """What cuts leave of a tensor.
+
+    >>> narrow([Cut((0,), torch.tensor([0, 2]), (2,))], torch.arange(4)).tolist()
+    [0, 2]
+    """
+    for cut in cuts:
+        tensor = cut.take(tensor)
+    return tensor
+
+
+def widen(cuts: Sequence[Cut], tensor: Tensor, into: Tensor) -> Tensor:
+    """A copy of a tensor of the original shape, in which what the cuts leave has the values of the cut one.
+
+    >>> widen([Cut((0,), torch.tensor([0, 2]), (2,))], torch.tensor([7, 8]), torch.zeros(4, dtype=torch.int64)).tolist()
+    [7, 0, 8, 0]
+    """
+    if not cuts:
+        return tensor.detach().clone()
+    where = narrow(cuts, torch.arange(math.prod(into.shape), device=tensor.device).reshape(into.shape))
+    made = into.detach().clone(memory_format=torch.contiguous_format)
+    made.view(-1)[where.reshape(-1)] = tensor.detach().reshape(-1).to(made.dtype)
+    return made
+
+
+def narrow_labels(labels: Labels, cuts: Sequence[Cut], shape: Sequence[int]) -> Labels:
+    """The labels of what cuts leave of a tensor; the labels themselves stay those of the original."""
+    made = []
+    for f in labels:
+        mine = [c for c in cuts if f.dims & set(c.dims)]
+        along = {d for c in mine for d in c.dims}
+        array = narrow(mine, f.labels.expand([n if d in along else f.labels.shape[d] for d, n in enumerate(shape)]))
+        nest = f.nest + tuple(d for d in varying(array) if d not in f.nest)
+        made.append(Factor(squash(array, nest), nest))
+    return tuple(made)
+
+
+def tensors_of(model: nn.Module, plan: Plan, prefix: str = "", needed: Sequence[str] = ()) -> dict[str, Tensor]:
+    """A model's tensors by the names they have in the original.
+
+    Arguments:
+        model: the original architecture as a plan leaves it.
+        plan: what was cut; with no cuts, `model` is the original architecture itself.
+        prefix: what the names in `model` begin with and those in the original do not.
+        needed: names that the model must have; one that its program does not use may be missing.
+
+    Raises: PruneError where a tensor is missing or has another shape.
+    """
+    if not isinstance(model, nn.Module):
+        raise PruneError(f"model is of type {type(model).__name__}, not a torch.nn.Module", fix="pass the module itself")
+    fix = "the module that step() returned, trained or not; of a wrapper around it, what is inside (wrapper.module)"
+    found: dict[str, Tensor] = {}
+    for name in plan.shapes:
+        try:
+            tensor = fetch(model, prefix + name)
+        except AttributeError:
+            if name in needed:
+                raise PruneError(f"this is another model: it has no {name}", where=type(model).__name__, fix=fix) from None
+            continue
+        if tuple(tensor.shape) != plan.kept_shape(name):
+            what = f"this is another model: {name} has shape {tuple(tensor.shape)}, not {plan.kept_shape(name)}"
+            raise PruneError(what, where=type(model).__name__, fix=fix)
+        found[name] = tensor
+    return found
+
+
+def widened(original: nn.Module, model: nn.Module, tensors: Mapping[str, Tensor], plan: Plan, prefix: str = "") -> nn.Module:
+    """A copy of the original with the values, the modes and the `requires_grad` of a model that was cut from it.
+
+    What was removed is zero; buffers of integers keep what the original has there.
+    """
+    swap: dict[int, Tensor] = {}
+    with torch.no_grad():
+        for name, old in named_tensors(original):
+            now = tensors.get(name, old)
+            into = torch.zeros_like(old, device=now.device) if old.is_floating_point() else old.to(now.device)
+            new = widen(plan.keep.get(name, ()) if name in tensors else (), now, into)
+            parameter = isinstance(old, nn.Parameter)
+            swap[id(old)] = nn.Parameter(new, now.requires_grad and now.is_leaf) if parameter else new
+    copy: nn.Module = copy_tree(original, swap)
+    modes = {path.removeprefix(prefix): m.training for m, path in walk(model).items() if path}
+    for module, path in walk(copy).items():
+        module.training = modes.get(path, model.training)
+    return copy
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A model in evaluation mode, each module back in its own afterwards.
+
+    A copy of a pruned module shares its program: put into another mode, it would change that of the original.
+    """
+    modes = {m: m.training for m in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        model.train(modes[model])
+        for module, training in modes.items():
+            module.training = training
+
+
+def built(
+    model: nn.Module,
+    solution: Solution,
+    choice: tuple[Tensor, Cutter],
+    keep: Mapping[str, str],
+    example_inputs: Any,
+    attention: Attention,
+    verify: bool | Literal["auto"],
+) -> PrunedModule:
+    """The pruned model of a choice, with its plan, verified if asked for.
+
+    Arguments:
+        model: the original architecture, with the values to take.
+        solution: its coupling.
+        choice: which labels are kept, and their cutter.
+        keep: names of tensors that stay by request.
+        example_inputs, attention, verify: as for `prune`.
+    """
+    kept, cutter = choice
+    args, kwargs = inputs.arguments(example_inputs)
+    pruned = shrink(model, solution, kept, cutter)
+    pruned.meta["plan"] = planned(model, solution, choice, keep, example_inputs, attention)
+    pruned.meta["capture"] = described(solution)
+    if verify is True or (verify == "auto" and is_cheap(model)):
+        pruned.meta["verification"] = checked(model, pruned, solution, kept, args, kwargs, attention == "heads")
+    return pruned
+
+
+def planned(
+    model: nn.Module,
+    solution: Solution,
+    choice: tuple[Tensor, Cutter],
+    keep: Mapping[str, str],
+    example_inputs: Any,
+    attention: Attention,
+) -> Plan:
+    """A choice as plain data; arguments as for `built`."""
+    return Plan(
+        {name: tuple(t.shape) for name, t in named_tensors(model)},
+        {name: cuts for name, cuts in tensor_cuts(solution, *choice).items() if cuts},
+        attention,
+        tuple(sorted(keep)),
+        inputs.describe(example_inputs),
+    )
