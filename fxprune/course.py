@@ -118,11 +118,12 @@ class Course:
         What is gone scores lower than all else of its family.
         """
         criterion = find(self.request.criterion)
-        tensors = tensors_of(present, view.plan, view.prefix, list(self.solution.leaves))
+        tensors = tensors_of(present, view.plan, view.prefix, self.solution.leaves)
         named = {id(t): name for name, t in named_tensors(present)}
         leaves = {
             named[id(tensors[name])]: narrow_labels(labels, view.plan.keep.get(name, ()), view.plan.shapes[name])
             for name, labels in self.solution.leaves.items()
+            if name in tensors  # a constant of the program is none of the model's
         }
         alive = [dataclasses.replace(f, units=f.units[~gone[f.units]]) for f in self.free]
         with evaluating(present):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,32 +16,38 @@ from fxprune.plan import Plan
 from fxprune.present import narrow, widen
 
 
-@dataclass(slots=True)
 class Move:
     """From one model to the next that was cut from it.
 
-    Attributes:
-        model: the next model.
-        old: names in the original of the tensors of the model before, by identity; `new` tensors of the next one by that name.
-        keys: names in the original by their key in the state dict of the model before.
-        before, after: where both stand in the original.
-        zero: for each tensor what must be zero, if elements are masked instead of cut.
+    Arguments:
+        last, model: the two models.
+        old, new: their tensors by the names in the original.
+        before, after: where they stand in the original.
+        kept: for each tensor what is not masked, if elements are masked instead of cut.
     """
 
-    model: nn.Module
-    old: dict[int, str]
-    new: dict[str, Tensor]
-    keys: dict[str, str]
-    before: Plan
-    after: Plan
-    zero: Mapping[str, Tensor] = field(default_factory=dict)
+    def __init__(
+        self,
+        last: nn.Module,
+        model: nn.Module,
+        old: Mapping[str, Tensor],
+        new: Mapping[str, Tensor],
+        before: Plan,
+        after: Plan,
+        kept: Mapping[str, Tensor],
+    ) -> None:
+        self.model, self.new, self.before, self.after, self.kept = model, new, before, after, kept
+        self.last = last  # its tensors are known by identity, so it must live on
+        self.old = {id(t): name for name, t in old.items()}
+        state = last.state_dict(keep_vars=True)
+        self.keys = {key: self.old[id(t)] for key, t in state.items() if id(t) in self.old}
 
     def __call__(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor of the shape that one of the model's tensors had before, in the shape that it has now."""
         there, here = self.before.keep.get(name, ()), self.after.keep.get(name, ())
         into = torch.zeros(self.before.shapes[name], dtype=tensor.dtype, device=tensor.device)
         made = narrow(here, widen(there, tensor, into)).contiguous()
-        return made.masked_fill(self.zero[name].to(made.device), 0) if name in self.zero else made
+        return made.masked_fill(~self.kept[name].to(made.device), 0) if name in self.kept else made
 
     def state(self, name: str, key: str, value: Any, owner: str) -> Any:
         """An entry of an optimizer's state; raises PruneError where it cannot be told what belongs to which element."""

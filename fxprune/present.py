@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fxprune import inputs
 from fxprune.api import Attention, checked, described, is_cheap
@@ -62,14 +62,14 @@ def narrow_labels(labels: Labels, cuts: Sequence[Cut], shape: Sequence[int]) -> 
     return tuple(made)
 
 
-def tensors_of(model: nn.Module, plan: Plan, prefix: str = "", needed: Sequence[str] = ()) -> dict[str, Tensor]:
+def tensors_of(model: nn.Module, plan: Plan, prefix: str = "", needed: Collection[str] = ()) -> dict[str, Tensor]:
     """A model's tensors by the names they have in the original.
 
     Arguments:
         model: the original architecture as a plan leaves it.
         plan: what was cut; with no cuts, `model` is the original architecture itself.
         prefix: what the names in `model` begin with and those in the original do not.
-        needed: names that the model must have; one that its program does not use may be missing.
+        needed: names that the model must have; what its program does not use may be missing or out of date.
 
     Raises: PruneError where a tensor is missing or has another shape.
     """
@@ -85,6 +85,8 @@ def tensors_of(model: nn.Module, plan: Plan, prefix: str = "", needed: Sequence[
                 raise PruneError(f"this is another model: it has no {name}", where=type(model).__name__, fix=fix) from None
             continue
         if tuple(tensor.shape) != plan.kept_shape(name):
+            if name not in needed:  # left over from a hook that computes it anew
+                continue
             what = f"this is another model: {name} has shape {tuple(tensor.shape)}, not {plan.kept_shape(name)}"
             raise PruneError(what, where=type(model).__name__, fix=fix)
         found[name] = tensor
@@ -115,7 +117,8 @@ def widened(original: nn.Module, model: nn.Module, tensors: Mapping[str, Tensor]
 def evaluating(model: nn.Module) -> Iterator[None]:
     """A model in evaluation mode, each module back in its own afterwards.
 
-    A copy of a pruned module shares its program: put into another mode, it would change that of the original.
+    The copies that tracing makes of a GraphModule share its class, and with it the program: put into another mode, they would
+    change that of the module.
     """
     modes = {m: m.training for m in model.modules()}
     try:
@@ -125,6 +128,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(modes[model])
         for module, training in modes.items():
             module.training = training
+        if isinstance(model, fx.GraphModule):
+            model.recompile()
 
 
 def built(

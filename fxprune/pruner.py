@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 from fxprune import inputs, masks
 from fxprune.api import Attention, Freeze, analyse, check_request, frozen_names
 from fxprune.course import Course, View
-from fxprune.criteria.roles import roles
 from fxprune.criteria.scoring import Criterion
 from fxprune.errors import PruneError
 from fxprune.history import History, Step
@@ -20,9 +19,9 @@ from fxprune.optimizer import Move, remap, remap_module, remap_state
 from fxprune.passes.kept import Cutter
 from fxprune.passes.shrink import shrink
 from fxprune.plan import Plan
-from fxprune.present import built, narrow_labels, planned, tensors_of, widened
+from fxprune.present import built, planned, tensors_of, widened
 from fxprune.proposal import Proposal
-from fxprune.regularizers import Regularizer, Spans, find
+from fxprune.regularizers import Regularizer, Spans, find, spans_of
 from fxprune.request import HALF, Ratio, Request, Scopes
 from fxprune.schedule import Schedule, asked, part_of, shares
 
@@ -32,7 +31,7 @@ AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
 class Pruner:
     """Prunes a model in steps; what each one leaves is trained before the next.
 
-    >>> import fxprune
+    >>> import torch, fxprune
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> pruner = fxprune.Pruner(net, 0.5, example_inputs=torch.randn(1, 4), steps=2)
     >>> while not pruner.done:
@@ -108,7 +107,6 @@ class Pruner:
         self._view = View(self.plan)
         self.history = History()
         self._move: Move | None = None
-        self._previous: nn.Module | None = None  # its parameters are known by their identity while it lives
         self._spans: Spans | None = None
         self._marked: np.ndarray | None = None
         self._calls = 0
@@ -148,7 +146,7 @@ class Pruner:
             raise PruneError(what, fix="steps= says how many there are; pruner.done tells when to stop")
         number = len(self.history)
         present = self.model if model is None else model
-        before = np.zeros_like(self._gone) if self._mask == "soft" else self._gone
+        before = self._stuck
         choice = self._course.choose(*self._looked_at(present), before, self._shares[number])
 
         def take(removed: np.ndarray) -> nn.Module:
@@ -173,10 +171,12 @@ class Pruner:
             (self._cost("macs"), self._course.costs.of(choice[1], "macs")),
             None if verification is None else verification.error,
         )
-        # nothing can fail from here on
         view = self._view if self._mask else View(plan, self._course.solution.captures[0].prefix)
-        self._move = self._moved(present, made, view, plan)
-        self._previous, self.model, self._view, self.plan, self._choice = present, made, view, plan, choice
+        before, after = self._tensors(present), tensors_of(made, view.plan, view.prefix)
+        zero = plan.masks(self._original) if self._mask == "hold" else {}
+        self._move = Move(present, made, before, after, self._view.plan, view.plan, zero)
+        # nothing can fail from here on
+        self.model, self._view, self.plan, self._choice = made, view, plan, choice
         self._gone = np.zeros_like(removed)
         self._gone[self._course.unit[now]] = True
         self.history += step
@@ -207,13 +207,18 @@ class Pruner:
         return widened(self._original, present, tensors, self._view.plan, self._view.prefix)
 
     def _tensors(self, model: nn.Module) -> dict[str, Tensor]:
-        return tensors_of(model, self._view.plan, self._view.prefix, list(self._course.solution.leaves))
+        return tensors_of(model, self._view.plan, self._view.prefix, self._course.solution.leaves)
 
     def _planned(self, choice: tuple[Tensor, Cutter]) -> Plan:
         return planned(self._original, self._course.solution, choice, self._keep, self._inputs, self._attention)
 
     def _cost(self, kind: str) -> int:
         return self._course.costs.of(self._choice[1], kind)
+
+    @property
+    def _stuck(self) -> np.ndarray:
+        """Classes that are gone and cannot come back."""
+        return np.zeros_like(self._gone) if self._mask == "soft" else self._gone
 
     def _looked_at(self, present: nn.Module) -> tuple[nn.Module, View]:
         """The model whose units are scored: with masks that hold, what they leave."""
@@ -263,14 +268,6 @@ class Pruner:
             raise PruneError("no step was taken yet", fix="call it after pruner.step()")
         return self._move
 
-    def _moved(self, present: nn.Module, made: nn.Module, view: View, plan: Plan) -> Move:
-        before = self._tensors(present)
-        old = {id(t): name for name, t in before.items()}
-        keys = {key: old[id(t)] for key, t in present.state_dict(keep_vars=True).items() if id(t) in old}
-        new = tensors_of(made, view.plan, view.prefix)
-        zero = {name: ~m for name, m in plan.masks(self._original).items()} if self._mask == "hold" else {}
-        return Move(made, old, new, keys, self._view.plan, view.plan, zero)
-
     # -- sparse training --------------------------------------------------------------------------------------------------
 
     def regularize(self, model: nn.Module) -> None:
@@ -291,24 +288,9 @@ class Pruner:
             self._marked = np.zeros_like(self._gone)
             if not self.done:
                 looked_at = self._looked_at(model)
-                chosen = self._course.choose(*looked_at, self._gone, self._shares[len(self.history)])
-                self._marked = chosen.wanted & ~self._gone
+                chosen = self._course.choose(*looked_at, self._stuck, self._shares[len(self.history)])
+                self._marked = chosen.wanted & ~self._stuck
         if self._spans is None:
-            self._spans = self._made_spans()
+            self._spans = spans_of(self._course.solution, self._course.free, self._stuck, self._view.plan, self._regularizer)
         self._spans.add(learned, self._regularizer, self._marked, self._calls)
         self._calls += 1
-
-    def _made_spans(self) -> Spans:
-        course, plan = self._course, self._view.plan
-        leaves = {
-            name: narrow_labels(labels, plan.keep.get(name, ()), plan.shapes[name])
-            for name, labels in course.solution.leaves.items()
-        }
-        scales = getattr(self._regularizer, "places", "all") == "scales"
-        named = roles(course.solution.captures).scales if scales else set(leaves)
-        alive = [f.units[~self._gone[f.units]] for f in course.free]
-        spans = Spans(list(leaves), leaves, course.unit, alive, lambda name, f: name in named)
-        if not spans.rows:
-            what = "the regularizer pulls at nothing in this model: no parameter scales a normalised activation"
-            raise PruneError(what, where=type(self._original).__name__, fix="regularizer='group_lasso'")
-        return spans

@@ -14,9 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxprune.criteria.roles import roles
 from fxprune.criteria.scoring import HALF
 from fxprune.errors import PruneError
+from fxprune.passes.couple import Solution
+from fxprune.passes.families import Family
 from fxprune.passes.labels import Factor, Labels
+from fxprune.plan import Plan
+from fxprune.present import narrow_labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +215,27 @@ class Spans:
             towards = w.sign() if getattr(of, "signs", False) else w
             extra = (towards * pull[index].to(w.device, w.dtype)).to(p.dtype)
             p.grad = extra if p.grad is None else p.grad.add_(extra)
+
+
+def spans_of(solution: Solution, free: Sequence[Family], gone: np.ndarray, plan: Plan, of: Regularizer) -> Spans:
+    """What a regulariser pulls at in a model that a plan has left; raises PruneError where that is nothing.
+
+    Arguments:
+        solution: the coupling of the original, and `free` its families that may go.
+        gone: classes that are removed, shape (labels,).
+        plan: what the model was cut by.
+        of: the regulariser.
+    """
+    owned = ((n, labels) for n, labels in solution.leaves.items() if n in plan.shapes)
+    leaves = {n: narrow_labels(labels, plan.keep.get(n, ()), plan.shapes[n]) for n, labels in owned}
+    scales = getattr(of, "places", "all") == "scales"
+    named = roles(solution.captures).scales if scales else set(leaves)
+    alive = [f.units[~gone[f.units]] for f in free]
+    spans = Spans(list(leaves), leaves, solution.unit.numpy(), alive, lambda name, f: name in named)
+    if not spans.rows:
+        what = "the regularizer pulls at nothing in this model: no parameter scales a normalised activation"
+        raise PruneError(what, fix="regularizer='group_lasso'")
+    return spans
 
 
 def floating(weight: Tensor) -> Tensor:

@@ -1,0 +1,209 @@
+"""Iterative pruning: every step is exact, adds to the last one, and is part of one plan of the original."""
+
+import copy
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from graphs import GRAPHS
+from oracle import run
+from scored import GRADIENTS, NEED_DATA, batch, built
+from scored import scores as scores_of
+from stepping import IMAGES, MODELS, put_back, residual, shapes, trained
+from torch import nn
+
+import fxprune
+
+every_model = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS.keys())
+HEADED = sorted(name for name, graph in GRAPHS.items() if graph.heads)
+CASES = [(name, "heads") for name in sorted(GRAPHS)[::23]] + [(name, "dims") for name in HEADED[::8]]
+
+
+@pytest.mark.parametrize(("name", "attention"), CASES)
+def test_every_step_is_exact_and_adds_to_the_last(name, attention):
+    model, x = GRAPHS[name].make()
+    pruner = fxprune.Pruner(model, 0.5, example_inputs=x, attention=attention, steps=3, verify=True)
+    kept = []
+    while not pruner.done:
+        small = pruner.step()
+        assert small.verification.error < 1e-8
+        kept.append(pruner.plan.masks(model))
+        again = pruner.plan.apply(GRAPHS[name].make()[0])
+        assert shapes(again) == shapes(small)
+        assert again.code == small.code
+        trained(small, seed=len(kept))
+    for before, after in pairwise(kept):
+        assert not any((after[n] & ~before[n]).any() for n in after), "nothing comes back"
+    once = fxprune.prune(model, 0.5, example_inputs=x, attention=attention, verify=False)
+    assert shapes(once) == shapes(small), "several steps remove as much as one"
+
+
+@every_model
+def test_a_step_keeps_what_was_trained(build):
+    """Against values put back into the original by their masks, with NaN in place of all that is gone."""
+    model = build()
+    pruner = fxprune.Pruner(model, 0.5, example_inputs=IMAGES, steps=3, attention="dims")
+    small = trained(pruner.step(), seed=1)
+    for seed in (2, 3):
+        whole = put_back(build(), small, pruner.plan)
+        small = pruner.step()
+        assert shapes(pruner.plan.apply(whole)) == shapes(small)
+        for name, value in pruner.plan.apply(whole).state_dict().items():
+            assert torch.equal(value, small.state_dict()[name]), name
+        assert torch.equal(run(pruner.plan.apply(whole), IMAGES), run(small, IMAGES))
+        trained(small, seed)
+
+
+@pytest.mark.parametrize("options", [{"ratio": 0.5}, {"macs": 0.4, "ranking": "global"}, {"params": 3_000}])
+@every_model
+def test_one_step_is_prune(build, options):
+    model = build()
+    once = fxprune.prune(model, example_inputs=IMAGES, verify=False, **options)
+    pruner = fxprune.Pruner(model, example_inputs=IMAGES, **options)
+    step = pruner.step()
+    assert pruner.plan == fxprune.plan_of(step) == fxprune.plan_of(once)
+    assert step.verification.ok and pruner.done
+    assert torch.equal(run(step, IMAGES), run(once, IMAGES))
+
+
+@pytest.mark.parametrize("kind", ["params", "macs", "memory"])
+@pytest.mark.parametrize("ranking", ["local", "global", "isomorphic"])
+def test_budgets_fall_step_by_step(kind, ranking):
+    model = residual()
+    pruner = fxprune.Pruner(model, example_inputs=IMAGES, **{kind: 0.4}, ranking=ranking, schedule="cubic", steps=3)
+    costs = lambda m: getattr(fxprune.feasible(m, IMAGES, ratio=0.0), kind)[2]  # noqa: E731
+    whole, kept = costs(model), [pruner.plan.masks(model)]
+    for t in (1 / 3, 2 / 3, 1):
+        small = trained(pruner.step(), seed=3)
+        limit = 1 - 0.6 * (1 - (1 - t) ** 3)
+        assert limit - 0.1 < costs(small) / whole <= limit
+        kept.append(pruner.plan.masks(model))
+    for before, after in pairwise(kept):
+        assert not any((after[n] & ~before[n]).any() for n in after)
+
+
+@pytest.mark.parametrize("ranking", ["global", "isomorphic"])
+def test_shares_of_the_original_compete(ranking):
+    model = residual()
+    pruner = fxprune.Pruner(model, 0.6, example_inputs=IMAGES, ranking=ranking, steps=4)
+    for k in range(1, 5):
+        trained(pruner.step(), seed=k)
+        gone, total = pruner.history[-1].units
+        assert 0.15 * k - 0.04 < gone / total <= 0.15 * k
+
+
+def test_ratios_by_glob_are_scaled():
+    pruner = fxprune.Pruner(residual(), {"inner_norm": 0.5, "down": 0.4}, example_inputs=IMAGES, steps=2)
+    counts = [[len(m.weight) for m in (s.inner, s.down, s.stem)] for s in (pruner.step(), pruner.step())]
+    assert counts == [[18, 16, 16], [12, 12, 16]]
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "bn_scale", "lamp", "fpgm", *NEED_DATA])
+def test_a_step_scores_the_present_model(criterion):
+    """By what the criterion says of that model itself, coupled anew."""
+    model = built()
+    data = [batch(8, seed=s) for s in (1, 2)]
+    loss = F.cross_entropy if criterion in GRADIENTS else None
+    options = {"data": data if criterion in NEED_DATA else None, "loss": loss}
+    x = data[0][0]
+    pruner = fxprune.Pruner(model, 0.5, example_inputs=x, criterion=criterion, steps=2, **options)
+    small = trained(pruner.step(), seed=1)
+    wanted = scores_of(small, x, criterion, **options)
+    proposal = pruner.step(interactive=True)
+    compared = 0
+    for candidate in proposal.candidates:
+        found = candidate.scores[0][~np.isnan(candidate.scores[0])]
+        if candidate.family.name in wanted:
+            np.testing.assert_allclose(found, wanted[candidate.family.name].numpy(), rtol=1e-9, atol=1e-12)
+            compared += len(set(found.tolist())) > 1
+    assert compared == (1 if criterion == "bn_scale" else 2)
+
+
+class Mixed(nn.Module):
+    """It drops out in training, and has a frozen parameter and a tied one."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.scale = nn.Parameter(torch.randn(8), requires_grad=False)
+        self.norm = nn.BatchNorm1d(12)
+        self.mix, self.back = nn.Linear(8, 12), nn.Linear(12, 8)
+        self.head = nn.Linear(8, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, words):
+        x = self.embed(words) * self.scale
+        x = self.norm(F.relu(self.mix(x)).transpose(1, 2)).transpose(1, 2)
+        return self.head(F.dropout(self.back(x), 0.5, self.training))
+
+
+WORDS = torch.arange(14).remainder(11).view(2, 7)
+
+
+def test_modes_ties_and_flags_are_taken_over():
+    torch.manual_seed(0)
+    pruner = fxprune.Pruner(Mixed().train(), 0.5, example_inputs=WORDS, steps=2)
+    first = pruner.step()
+    assert first.training and not torch.equal(run(first, WORDS), run(first, WORDS)), "it drops out"
+    first.norm.eval()
+    first.mix.bias.requires_grad_(False)
+    program = first.code
+    second = pruner.step()
+    assert first.training and not first.norm.training and first.code == program, "the last model is left alone"
+    assert not torch.equal(run(first, WORDS), run(first, WORDS))
+    assert second.training and not second.norm.training
+    assert not torch.equal(run(second, WORDS), run(second, WORDS)), "it still drops out, unlike a model traced again"
+    assert torch.equal(run(second.eval(), WORDS), run(second, WORDS))
+    frozen = [name for name, p in second.named_parameters() if not p.requires_grad]
+    assert frozen == ["scale", "mix.bias"]
+    assert second.embed.weight is second.head.weight
+    assert second.embed.weight.shape == (11, 4)
+
+
+def test_scoring_by_data_leaves_the_program_for_training():
+    torch.manual_seed(0)
+    data = [(WORDS, WORDS)]
+    options = {"criterion": "wanda", "data": data, "example_inputs": WORDS}
+    pruner = fxprune.Pruner(Mixed().train(), 0.5, steps=2, **options)
+    first = pruner.step()
+    pruner.step()
+    assert not torch.equal(run(first, WORDS), run(first, WORDS))
+    quiet = fxprune.Pruner(Mixed().eval(), 0.5, steps=2, **options)
+    first = quiet.step()
+    quiet.step()
+    assert torch.equal(run(first, WORDS), run(first, WORDS))
+
+
+def test_a_copy_of_the_last_model_will_do():
+    model = residual()
+    pruner = fxprune.Pruner(model, 0.5, example_inputs=IMAGES, steps=2)
+    other = trained(copy.deepcopy(pruner.step()), seed=9)
+    small = pruner.step(other)
+    whole = put_back(residual(), other, fxprune.plan_of(other))
+    assert torch.equal(run(pruner.plan.apply(whole), IMAGES), run(small, IMAGES))
+
+
+def test_small_shares_wait_until_a_unit_goes():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    pruner = fxprune.Pruner(model, 0.5, example_inputs=torch.randn(1, 3), steps=8)
+    assert [pruner.step().get_submodule("0").out_features for _ in range(8)] == [4, 4, 4, 3, 3, 3, 3, 2]
+
+
+def test_history_counts_what_the_models_have():
+    model = residual()
+    pruner = fxprune.Pruner(model, 0.5, example_inputs=IMAGES, steps=2, schedule="cubic")
+    models = [model, pruner.step(), pruner.step()]
+    count = [sum(p.numel() for p in m.parameters()) for m in models]
+    macs = [fxprune.report(model, m, IMAGES).macs[1] for m in models[1:]]
+    assert [s.params for s in pruner.history] == list(pairwise(count))
+    assert [s.macs[1] for s in pruner.history] == macs and pruner.history[1].macs[0] == macs[0]
+    assert [s.asked for s in pruner.history] == ["ratio=0.4375", "ratio=0.5"]
+    assert [s.units[0] for s in pruner.history] == list(np.cumsum([s.fresh for s in pruner.history]))
+    assert pruner.history[-1].units == (30, 60)
+    assert all(s.error < 1e-8 for s in pruner.history)
+    lines = str(pruner.history).splitlines()
+    assert lines[0] == "2 steps" and lines[-1].startswith("2 ") and lines[-1].endswith("ratio=0.5")
+    assert repr(pruner) == f"Pruner(Residual: step 2 of 2, {pruner.plan!r})"
+    assert pruner.history[1].to_dict()["params"] == (count[1], count[2])
