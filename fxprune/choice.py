@@ -85,12 +85,15 @@ def free_families(model: nn.Module, solution: Solution, request: Request) -> lis
     return free
 
 
-def one_by_one(free: Sequence[Family], score: np.ndarray, solution: Solution, request: Request) -> np.ndarray:
-    """Removed classes where every family loses its own ratio."""
+def one_by_one(
+    free: Sequence[Family], score: np.ndarray, solution: Solution, request: Request, held: np.ndarray | None = None
+) -> np.ndarray:
+    """Removed classes where every family loses its own ratio, in which those that are `held` count."""
     most = 1.0 if request.floor is None else 1 - request.floor
     ratios = [min(r, most) for r in ratios_of(free, request.ratio, solution)]
     removed = np.zeros(len(score), bool)
-    for pool in select.pools([f.units for f in free], ratios, solution.equal, len(score)):
+    pools = select.pools([f.units for f in free], ratios, solution.equal, len(score))
+    for pool in pools if held is None else select.resume(pools, held):
         removed[select.choose(pool, score, [f.width for f in free], request.round_to)] = True
     return removed
 
@@ -115,6 +118,7 @@ class Rivalry:
         floor = ranking.FLOOR if request.floor is None else request.floor
         ratios = [1.0] * len(free) if request.budget else ratios_of(free, request.ratio, solution, request.scopes)
         pools = [p for p in select.pools([f.units for f in free], ratios, solution.equal, len(score)) if p.ratio > 0]
+        pools = pools if held is None else select.resume(pools, held)
         width = [f.width for f in free]
         self.ladders = [ranking.ladder(p, score, width, request.round_to, floor) for p in pools]
         if held is not None:

@@ -96,7 +96,7 @@ class Course:
         free, score = self.scores(present, view, gone)
         request = schedule.part_of(self.request, share, self.original)
         if not request.competes:
-            wanted = one_by_one(free, score, self.solution, request)
+            wanted = one_by_one(free, score, self.solution, request, gone)
             kept, _ = settled(self.solution, wanted, score, self.guards, gone)
         else:
             rivalry = Rivalry(free, score, self.solution, request, gone)

@@ -7,6 +7,7 @@ nothing.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,8 +18,10 @@ from fxprune import inputs
 from fxprune.api import Attention, Freeze, analyse, check_attention, frozen_names
 from fxprune.choice import guards, settled
 from fxprune.criteria.combine import Options
+from fxprune.criteria.roles import roles
 from fxprune.criteria.scoring import Scorer
 from fxprune.errors import PruneError
+from fxprune.passes.couple import Solution
 from fxprune.passes.families import families
 from fxprune.passes.tree import copy_tree, named_tensors
 from fxprune.plan import Plan
@@ -41,7 +44,11 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
 
     Raises: PruneError if the plan is for another model.
     """
-    masks = plan.masks(model)
+    return zeroed(model, plan.masks(model))
+
+
+def zeroed(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of a model with zeros where a mask, if there is one for a tensor, says so; masks broadcast."""
     swap: dict[int, Tensor] = {}
     for name, tensor in named_tensors(model):
         new = tensor.detach().clone()
@@ -50,6 +57,32 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
         swap[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
     copy: nn.Module = copy_tree(model, swap)
     return copy
+
+
+def muted(model: nn.Module, solution: Solution, kept: Tensor) -> nn.Module:
+    """A copy of a model in which nothing reads what is removed: the weights that would are zero.
+
+    What writes it is left, so that the zeros have gradients, and units can come back: where all of a unit is zero, none of it
+    ever learns again. Units that no weight reads are zero altogether.
+
+    Arguments:
+        model: of the architecture that was coupled.
+        solution: its coupling.
+        kept: for each label whether it stays, shape (labels,).
+    """
+    reads = roles(solution.captures).reads
+    read = torch.zeros(len(kept), dtype=torch.bool)
+    for name, labels in solution.leaves.items():
+        for f in labels:
+            if (name, f.nest[-1]) in reads:
+                read[solution.unit[f.labels]] = True
+    others = kept | read[solution.unit]
+    masks: dict[str, Tensor] = {}
+    for name, labels in solution.leaves.items():
+        masks[name] = torch.ones((), dtype=torch.bool)
+        for f in labels:
+            masks[name] = masks[name] & (kept if (name, f.nest[-1]) in reads else others)[f.labels]
+    return zeroed(model, masks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +107,9 @@ def hold(model: nn.Module, plan: Plan) -> Hold:
         model: of the architecture that the plan was made for. Parameters without `requires_grad` are zeroed, not held.
         plan: what goes.
 
-    Returns: a handle whose `remove()` ends it. Raises: PruneError if the plan is for another model.
+    Returns: a handle whose `remove()` ends it. What is zero in all layers has no gradients even so: it stays where it is.
+
+     Raises: PruneError if the plan is for another model.
     """
     handles = []
     masks = plan.masks(model)

@@ -51,8 +51,9 @@ class Pruner:
         steps: how many there are.
         regularizer: what `regularize` adds: `bn_l1`, `group_lasso`, `depgraph`, `growing`, one of the classes in
             `fxprune.regularizers` with options of its own, or a function of `fxprune.regularizers.Units`.
-        mask: let `step` return the original architecture with removed elements at zero: `hold` keeps them there in training,
-            `soft` lets them grow back, to be chosen or not in the next step (arXiv:1808.06866). `shrink` ends it.
+        mask: let `step` return the original architecture with zeros in place of what is removed: `hold` keeps all of it at zero
+            in training; `soft` zeroes the weights that read it, which may grow back, and chooses anew in every step (in the
+            spirit of soft filter pruning, arXiv:1808.06866). `shrink` ends it.
 
     Attributes:
         model: what the last step returned; before the first, the original.
@@ -186,9 +187,10 @@ class Pruner:
     def _made(self, present: nn.Module, plan: Plan, choice: tuple[Tensor, Cutter]) -> nn.Module:
         if self._mask is None:
             return self._shrunk(present, choice)
+        if self._mask == "soft":
+            return masks.muted(self._widened(present), self._course.solution, choice[0])
         made = masks.masked(self._widened(present), plan)
-        if self._mask == "hold":
-            masks.hold(made, plan)
+        masks.hold(made, plan)
         return made
 
     def shrink(self, model: nn.Module | None = None) -> fx.GraphModule:

@@ -81,7 +81,7 @@ def overlapping(pool: Pool, score: np.ndarray, total: int, floor: float) -> Ladd
     for share in (0.25, 0.5, 0.75):
         if share > 1 - floor:
             break
-        gone = balanced(Pool(pool.cells, share, pool.equal), score, int(share * total))
+        gone = balanced(Pool(pool.cells, share, pool.equal, pool.gone), score, int(share * total))
         if len(gone) > len(sets[-1]):
             fresh = np.setdiff1d(gone, sets[-1])
             least = price[-1] if len(sets) > 1 else -math.inf
