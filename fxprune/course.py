@@ -61,6 +61,7 @@ class Course:
         self.unit = solution.unit.numpy()
         self.free = free_families(model, solution, request)
         self.guards = guards(solution)
+        self.learned = frozenset(n for n, t in named_tensors(model) if n in solution.leaves and isinstance(t, nn.Parameter))
         self.costs = Costs(solution, dict(named_tensors(model)))
         self.original = self.costs.original(request.budget.kind) if request.budget else 0
         self.check()
@@ -118,12 +119,12 @@ class Course:
         What is gone scores lower than all else of its family.
         """
         criterion = find(self.request.criterion)
-        tensors = tensors_of(present, view.plan, view.prefix, self.solution.leaves)
+        tensors = tensors_of(present, view.plan, view.prefix, self.learned)
         named = {id(t): name for name, t in named_tensors(present)}
         leaves = {
             named[id(tensors[name])]: narrow_labels(labels, view.plan.keep.get(name, ()), view.plan.shapes[name])
             for name, labels in self.solution.leaves.items()
-            if name in tensors  # a constant of the program is none of the model's
+            if name in tensors  # constants are none of the model's, index buffers were rewritten
         }
         alive = [dataclasses.replace(f, units=f.units[~gone[f.units]]) for f in self.free]
         with evaluating(present):

@@ -209,7 +209,7 @@ class Pruner:
         return widened(self._original, present, tensors, self._view.plan, self._view.prefix)
 
     def _tensors(self, model: nn.Module) -> dict[str, Tensor]:
-        return tensors_of(model, self._view.plan, self._view.prefix, self._course.solution.leaves)
+        return tensors_of(model, self._view.plan, self._view.prefix, self._course.learned)
 
     def _planned(self, choice: tuple[Tensor, Cutter]) -> Plan:
         return planned(self._original, self._course.solution, choice, self._keep, self._inputs, self._attention)
