@@ -6,11 +6,13 @@ to what is gone already; so the plan is always one of the original, and needs no
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fxprune import schedule, select
 from fxprune.api import programs, unobserved
@@ -28,9 +30,10 @@ from fxprune.passes.families import Family
 from fxprune.passes.kept import Cutter
 from fxprune.passes.tree import named_tensors, on_meta
 from fxprune.plan import Plan
-from fxprune.present import evaluating, narrow_labels, tensors_of
+from fxprune.present import narrow_labels, tensors_of
 from fxprune.proposal import Choice
 from fxprune.request import Request
+from fxprune.verification import evaluating
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,6 +42,20 @@ class View:
 
     plan: Plan
     prefix: str = ""
+
+
+@contextlib.contextmanager
+def looked_into(model: nn.Module) -> Iterator[None]:
+    """A model in evaluation mode, while it is traced or copied.
+
+    Such copies of a GraphModule share its class, and with it the program: put into another mode, they change that of the model.
+    """
+    try:
+        with evaluating(model):
+            yield
+    finally:
+        if isinstance(model, fx.GraphModule):
+            model.recompile()
 
 
 class Course:
@@ -127,7 +144,7 @@ class Course:
             if name in tensors  # constants are none of the model's, index buffers were rewritten
         }
         alive = [dataclasses.replace(f, units=f.units[~gone[f.units]]) for f in self.free]
-        with evaluating(present):
+        with looked_into(present):
             looked_at = dataclasses.replace(self.solution, leaves=leaves, captures=self.captures(present, view))
             score, seen = unit_scores(present, looked_at, alive, criterion, self.request.data, self.request.loss)
         told = [i for i, f in enumerate(alive) if seen[f.units].any()]

@@ -6,13 +6,12 @@ value, an optimizer's state, a moving average) can be put back into the original
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from fxprune import inputs
 from fxprune.api import Attention, checked, described, is_cheap
@@ -111,25 +110,6 @@ def widened(original: nn.Module, model: nn.Module, tensors: Mapping[str, Tensor]
     for module, path in walk(copy).items():
         module.training = modes.get(path, model.training)
     return copy
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """A model in evaluation mode, each module back in its own afterwards.
-
-    The copies that tracing makes of a GraphModule share its class, and with it the program: put into another mode, they would
-    change that of the module.
-    """
-    modes = {m: m.training for m in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        model.train(modes[model])
-        for module, training in modes.items():
-            module.training = training
-        if isinstance(model, fx.GraphModule):
-            model.recompile()
 
 
 def built(

@@ -129,7 +129,7 @@ def test_growing_brings_units_to_zero_before_they_go():
     pruner = fxprune.Pruner(model, 0.5, example_inputs=IMAGES, regularizer=regularizer)
     going = {c.family.name: c.units[0] for c in pruner.step(interactive=True)}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
-    for _ in range(150):
+    for _ in range(400):
         backward(model)
         pruner.regularize(model)
         optimizer.step()
