@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from graphs import GRAPHS
 from oracle import run
+from refusals import untouched
 from scored import GRADIENTS, NEED_DATA, batch, built
 from scored import scores as scores_of
-from stepping import IMAGES, MODELS, put_back, residual, shapes, trained
+from stepping import IMAGES, MODELS, TARGETS, put_back, residual, shapes, trained
 from torch import nn
 
 import fxprune
@@ -183,6 +184,24 @@ def test_a_copy_of_the_last_model_will_do():
     small = pruner.step(other)
     whole = put_back(residual(), other, fxprune.plan_of(other))
     assert torch.equal(run(pruner.plan.apply(whole), IMAGES), run(small, IMAGES))
+
+
+@pytest.mark.parametrize("mask", [None, "hold", "soft"])
+def test_a_step_leaves_the_last_model_and_random_numbers_alone(mask):
+    model = residual().train()
+    model.outer_norm.eval()
+    data = [(IMAGES, TARGETS)]
+    options = {"criterion": "taylor", "data": data, "loss": F.cross_entropy, "mask": mask}
+    pruner = fxprune.Pruner(model, 0.5, example_inputs=IMAGES, steps=2, **options)
+    with untouched(model):
+        first = pruner.step()
+    first(IMAGES).sum().backward()
+    with untouched(model, first):
+        second = pruner.step()
+    assert all(p.grad is None for p in second.parameters())
+    mine, theirs = ({p.data_ptr() for p in m.parameters()} for m in (second, first))
+    assert not mine & theirs, "nothing is shared"
+    assert [n for n, m in second.named_modules() if not m.training] == ["outer_norm"]
 
 
 def test_small_shares_wait_until_a_unit_goes():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from refusals import IMAGES, net, refuses
+from refusals import IMAGES, net, refuses, untouched
 from torch import nn
 
 import fxprune
@@ -139,15 +139,40 @@ def test_a_step_from_another_model():
     assert pruner.step().stem.out_channels == 4, "it goes on as if nothing had happened"
 
 
-def test_a_step_that_fails_changes_nothing():
-    """Its data is read to its end in the first step."""
-    model = net()
-    data = iter([IMAGES])
-    pruner = fxprune.Pruner(model, example_inputs=IMAGES, steps=2, criterion="wanda", data=data)
+class Fussy:
+    """Batches for one pass, and a loss and a criterion that fail in the second step."""
+
+    def __init__(self):
+        self.steps = 0
+
+    def loss(self, out):
+        return out if self.steps else out.square().mean()
+
+    def criterion(self, weight):
+        return weight * torch.nan if self.steps else weight.abs()
+
+
+LATE = {
+    "an empty loader": (lambda f: {"criterion": "wanda", "data": iter([IMAGES])}, "data holds no batches"),
+    "a loss that is no scalar": (
+        lambda f: {"criterion": "taylor", "data": [IMAGES], "loss": f.loss},
+        "the loss must be a scalar, not a tensor of shape (2, 4)",
+    ),
+    "a criterion that gives NaN": (lambda f: {"criterion": f.criterion}, "the criterion criterion gives NaN"),
+}
+
+
+@pytest.mark.parametrize(("options", "what"), LATE.values(), ids=LATE.keys())
+def test_a_step_that_fails_changes_nothing(options, what):
+    model, fussy = net(), Fussy()
+    pruner = fxprune.Pruner(model, example_inputs=IMAGES, steps=2, **options(fussy))
     first = pruner.step()
-    with pytest.raises(fxprune.PruneError, match="data holds no batches"):
+    fussy.steps += 1
+    plan = pruner.plan
+    with untouched(model, first), pytest.raises(fxprune.PruneError) as caught:
         pruner.step()
-    assert pruner.model is first and len(pruner.history) == 1
+    assert caught.value.what == what
+    assert pruner.model is first and pruner.plan is plan and len(pruner.history) == 1
 
 
 @pytest.mark.parametrize("what", ["remap_optimizer", "remap_average"])
