@@ -12,10 +12,11 @@ from oracle import run
 from refusals import untouched
 from scored import GRADIENTS, NEED_DATA, batch, built
 from scored import scores as scores_of
-from stepping import IMAGES, MODELS, TARGETS, put_back, residual, shapes, trained
+from stepping import IMAGES, MODELS, TARGETS, put_back, residual, shapes, trained, vit
 from torch import nn
 
 import fxprune
+from fxprune.select import Pool, choose
 
 every_model = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS.keys())
 HEADED = sorted(name for name, graph in GRAPHS.items() if graph.heads)
@@ -226,3 +227,86 @@ def test_history_counts_what_the_models_have():
     assert lines[0] == "2 steps" and lines[-1].startswith("2 ") and lines[-1].endswith("ratio=0.5")
     assert repr(pruner) == f"Pruner(Residual: step 2 of 2, {pruner.plan!r})"
     assert pruner.history[1].to_dict()["params"] == (count[1], count[2])
+
+
+# -- what a step adds to the last one -------------------------------------------------------------------------------------
+
+
+def chain(*widths):
+    torch.manual_seed(0)
+    layers = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b, bias=False), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
+
+
+def test_what_is_gone_counts_first_whatever_others_cost():
+    """A family that lost units becomes a thousand times as important: the share of the whole stays what was asked for."""
+    model = chain(4, 20, 20, 3)
+    with torch.no_grad():
+        model[2].weight.fill_(1.0)
+        model[0].weight.fill_(1.0)
+        model[4].weight.fill_(3.0)
+    criterion = fxprune.Magnitude(p=1, normalise="none")
+    options = {"ranking": "global", "criterion": criterion, "example_inputs": torch.randn(1, 4), "floor": 0.0}
+    pruner = fxprune.Pruner(model, 0.5, steps=2, **options)
+    small = pruner.step()
+    assert [small.get_submodule("0").out_features, small.get_submodule("2").out_features] == [10, 20]
+    with torch.no_grad():
+        small.get_submodule("0").weight.fill_(1000.0)  # all alike: what is gone would be worth nearly as much
+    small = pruner.step()
+    assert [small.get_submodule("0").out_features, small.get_submodule("2").out_features] == [10, 10]
+
+
+@pytest.mark.parametrize("options", [{}, {"ranking": "global"}, {"params": 0.4, "ranking": "global"}])
+def test_what_is_gone_counts_first_where_scores_are_negative(options):
+    def inverted(weight):
+        return -weight.abs()
+
+    model, x = chain(4, 20, 20, 3), torch.randn(1, 4)
+    pruner = fxprune.Pruner(model, example_inputs=x, criterion=inverted, steps=3, **options)
+    plans = []
+    while not pruner.done:
+        with torch.no_grad():
+            for p in pruner.step().parameters():
+                p.copy_(torch.randn(p.shape))
+        plans.append(pruner.plan.masks(model)["2.weight"])
+    gone, total = pruner.history[-1].units
+    if "params" in options:
+        assert 0.36 < pruner.history[-1].params[1] / pruner.history[0].params[0] <= 0.4
+    else:
+        assert gone == total // 2
+    assert all((before | ~after).all() for before, after in pairwise(plans))
+
+
+def test_families_are_compared_by_what_is_left_of_them():
+    model = residual()
+    pruner = fxprune.Pruner(model, 0.6, example_inputs=IMAGES, ranking="global", steps=2)
+    trained(pruner.step(), seed=3)
+    for candidate in pruner.step(interactive=True).candidates:
+        left = candidate.scores[0][~np.isnan(candidate.scores[0])]
+        assert len(left) < candidate.family.units
+        np.testing.assert_allclose(left.mean(), 1.0)  # magnitudes are over their mean
+
+
+def test_what_is_gone_stays_where_rows_must_be_equal():
+    """In the second step too much of one head is asked for: all of that is taken back, and nothing of the first step."""
+    pruner = fxprune.Pruner(vit(), 0.5, example_inputs=IMAGES, attention="dims", steps=2)
+    pruner.step()
+    course, gone = pruner._course, pruner._gone
+    family = next(f for f in course.free if "in_proj_weight" in f.name and gone[f.units].any())
+    asked = gone.copy()
+    asked[next(u for u in family.units if not gone[u])] = True
+    kept, _ = course.settle(asked, np.zeros(len(gone)), gone)
+    assert not kept.numpy()[np.flatnonzero(gone)].any()
+    assert (~kept.numpy()[family.units]).sum() == gone[family.units].sum()
+
+
+def test_rows_that_overlap_go_on_from_what_is_gone():
+    """Two rows of four that share a unit: 1 and 4 went first, so they go, although 0 and 5 score lower."""
+    score = np.array([0.0, 9.0, 5.0, 5.0, 9.0, 0.0, 5.0])
+    cells = [(0, np.array([0, 1, 2])), (0, np.array([3])), (0, np.array([4, 5, 6]))]
+    equal = [np.array([[0, 1, 2, 3], [3, 4, 5, 6]])]
+    fresh, begun = Pool(cells, 2 / 7, equal), Pool(cells, 2 / 7, equal, np.array([1, 4]))
+    assert sorted(choose(fresh, score, [1], 1)) == [0, 5]
+    assert sorted(choose(begun, score, [1], 1)) == [1, 4]
+    more = Pool(cells, 4 / 7, equal, np.array([1, 4]))
+    assert sorted(choose(more, score, [1], 1)) == [0, 1, 4, 5]
