@@ -21,6 +21,7 @@ from fxprune.choice import Rivalry, free_families, guards, one_by_one, ratios_of
 from fxprune.counting import Costs, elements
 from fxprune.coupling import CoupledFamily, described
 from fxprune.criteria import find
+from fxprune.criteria.roles import roles
 from fxprune.criteria.scoring import comparable
 from fxprune.criteria.units import asked, unit_scores
 from fxprune.errors import PruneError
@@ -30,7 +31,7 @@ from fxprune.passes.families import Family
 from fxprune.passes.kept import Cutter
 from fxprune.passes.tree import named_tensors, on_meta
 from fxprune.plan import Plan
-from fxprune.present import narrow_labels, tensors_of
+from fxprune.present import beside, narrow_labels, tensors_of
 from fxprune.proposal import Choice
 from fxprune.request import Request
 from fxprune.verification import evaluating
@@ -77,6 +78,9 @@ class Course:
         self.args, self.kwargs = args, kwargs
         self.unit = solution.unit.numpy()
         self.free = free_families(model, solution, request)
+        if asked(find(request.criterion))[0] == "scales":  # families without a scale have no score, and stay
+            scales = roles(solution.captures).scales
+            self.free = [f for f in self.free if any(name in scales for name, _ in f.members)] or self.free
         self.guards = guards(solution)
         self.learned = frozenset(n for n, t in named_tensors(model) if n in solution.leaves and isinstance(t, nn.Parameter))
         self.costs = Costs(solution, dict(named_tensors(model)))
@@ -162,11 +166,12 @@ class Course:
         _, needs = asked(find(self.request.criterion))
         if not view.prefix and not (view.plan.keep and needs):
             return self.solution.captures
+        args, kwargs = beside(present, self.args, self.kwargs)
         with unobserved(present):
             try:
-                return programs(present, self.args, self.kwargs, on_meta)
+                return programs(present, args, kwargs, on_meta)
             except Exception:  # as in `analyse`
-                return programs(present, self.args, self.kwargs, None)
+                return programs(present, args, kwargs, None)
 
     def pools(self) -> list[list[tuple[Family, CoupledFamily]]]:
         """Families that one constraint ties together, each also as a user reads it."""

@@ -20,6 +20,7 @@ from fxprune.passes.couple import Solution
 from fxprune.passes.kept import Cut, Cutter
 from fxprune.passes.labels import Factor, Labels, squash, varying
 from fxprune.passes.shrink import PrunedModule, shrink, tensor_cuts
+from fxprune.passes.tape import map_tensors
 from fxprune.passes.tree import copy_tree, fetch, named_tensors, walk
 from fxprune.plan import Plan
 
@@ -98,18 +99,27 @@ def widened(original: nn.Module, model: nn.Module, tensors: Mapping[str, Tensor]
     What was removed is zero; buffers of integers keep what the original has there.
     """
     swap: dict[int, Tensor] = {}
+    device = next((t.device for t in tensors.values()), torch.device("cpu"))
     with torch.no_grad():
         for name, old in named_tensors(original):
-            now = tensors.get(name, old)
-            into = torch.zeros_like(old, device=now.device) if old.is_floating_point() else old.to(now.device)
+            now = tensors.get(name, old).to(device)
+            into = torch.zeros_like(old, device=device) if old.is_floating_point() else old.to(device)
             new = widen(plan.keep.get(name, ()) if name in tensors else (), now, into)
             parameter = isinstance(old, nn.Parameter)
-            swap[id(old)] = nn.Parameter(new, now.requires_grad and now.is_leaf) if parameter else new
+            learns = tensors.get(name, old).requires_grad
+            swap[id(old)] = nn.Parameter(new, learns) if parameter else new
     copy: nn.Module = copy_tree(original, swap)
     modes = {path.removeprefix(prefix): m.training for m, path in walk(model).items() if path}
     for module, path in walk(copy).items():
         module.training = modes.get(path, model.training)
     return copy
+
+
+def beside(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs on the device where the model is by now."""
+    device = next((t.device for _, t in named_tensors(model)), torch.device("cpu"))
+    moved: tuple[tuple[Any, ...], dict[str, Any]] = map_tensors((args, kwargs), lambda t: t.to(device))
+    return moved
 
 
 def built(
@@ -131,7 +141,7 @@ def built(
         example_inputs, attention, verify: as for `prune`.
     """
     kept, cutter = choice
-    args, kwargs = inputs.arguments(example_inputs)
+    args, kwargs = beside(model, *inputs.arguments(example_inputs))
     pruned = shrink(model, solution, kept, cutter)
     pruned.meta["plan"] = planned(model, solution, choice, keep, example_inputs, attention)
     pruned.meta["capture"] = described(solution)

@@ -16,6 +16,7 @@ from stepping import IMAGES, MODELS, TARGETS, put_back, residual, shapes, traine
 from torch import nn
 
 import fxprune
+from fxprune.present import beside, tensors_of, widened
 from fxprune.select import Pool, choose
 
 every_model = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS.keys())
@@ -203,6 +204,18 @@ def test_a_step_leaves_the_last_model_and_random_numbers_alone(mask):
     mine, theirs = ({p.data_ptr() for p in m.parameters()} for m in (second, first))
     assert not mine & theirs, "nothing is shared"
     assert [n for n, m in second.named_modules() if not m.training] == ["outer_norm"]
+
+
+def test_example_inputs_go_where_the_model_went():
+    """It may have been moved to another device since."""
+    x = torch.randn(2, 3)
+    args, kwargs = beside(nn.Linear(3, 2, device="meta"), (x, 5), {"more": [x]})
+    assert args[0].is_meta and args[1] == 5 and kwargs["more"][0].is_meta and not x.is_meta
+    model = residual()
+    pruner = fxprune.Pruner(model, 0.5, example_inputs=IMAGES)
+    small = pruner.step().to("meta")
+    whole = widened(model, small, tensors_of(small, pruner.plan), pruner.plan)
+    assert all(t.is_meta for t in whole.state_dict().values()) and shapes(whole) == shapes(model)
 
 
 def test_small_shares_wait_until_a_unit_goes():

@@ -91,6 +91,12 @@ BAD = [
         None,
         "params=0.068 or more, a lower floor, or freeze less",
     ),
+    (  # the six channels of the second convolution have no scale: they stay
+        {"params": 60, "criterion": "bn_scale", "steps": 2},
+        "params=60 cannot be met: the least that can is 118 of 706 parameters",
+        None,
+        "params=0.168 or more, a lower floor, or freeze less",
+    ),
     (
         {"ratio": 0.1, "round_to": 8, "steps": 3},
         "nothing in the model can be pruned by so little, not even in the last step",
