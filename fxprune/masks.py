@@ -25,7 +25,7 @@ from fxprune.passes.couple import Solution
 from fxprune.passes.families import families
 from fxprune.passes.tree import copy_tree, named_tensors
 from fxprune.plan import Plan
-from fxprune.present import built
+from fxprune.present import built, planned
 
 
 def masked(model: nn.Module, plan: Plan) -> nn.Module:
@@ -175,4 +175,5 @@ def prune_zeros(
     choice = settled(solution, zero, count, guards(solution))
     if choice[1].whole:
         raise none
-    return built(model, solution, choice, keep, example_inputs, attention, verify)
+    plan = planned(model, solution, choice, keep, example_inputs, attention)
+    return built(model, solution, plan, args, kwargs, verify)

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from fxprune import inputs
-from fxprune.api import Attention, checked, described, is_cheap
+from fxprune.api import Attention, checked, described, is_cheap, kept_by
 from fxprune.errors import PruneError
 from fxprune.passes.couple import Solution
 from fxprune.passes.kept import Cut, Cutter
 from fxprune.passes.labels import Factor, Labels, squash, varying
-from fxprune.passes.shrink import PrunedModule, shrink, tensor_cuts
+from fxprune.passes.pruned import PrunedModule
+from fxprune.passes.shrink import shrink, tensor_cuts
 from fxprune.passes.tape import map_tensors
 from fxprune.passes.tree import copy_tree, fetch, named_tensors, walk
 from fxprune.plan import Plan
@@ -125,28 +126,29 @@ def beside(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
 def built(
     model: nn.Module,
     solution: Solution,
-    choice: tuple[Tensor, Cutter],
-    keep: Mapping[str, str],
-    example_inputs: Any,
-    attention: Attention,
-    verify: bool | Literal["auto"],
+    plan: Plan,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    verify: bool | Literal["auto"] = False,
 ) -> PrunedModule:
-    """The pruned model of a choice, with its plan, verified if asked for.
+    """The pruned model that a plan makes, verified if asked for.
 
     Arguments:
         model: the original architecture, with the values to take.
-        solution: its coupling.
-        choice: which labels are kept, and their cutter.
-        keep: names of tensors that stay by request.
-        example_inputs, attention, verify: as for `prune`.
+        solution: its coupling, whose captured program becomes the result.
+        plan: what is kept.
+        args, kwargs: example inputs.
+        verify: as for `prune`.
     """
-    kept, cutter = choice
-    args, kwargs = beside(model, *inputs.arguments(example_inputs))
-    pruned = shrink(model, solution, kept, cutter)
-    pruned.meta["plan"] = planned(model, solution, choice, keep, example_inputs, attention)
+    kept = kept_by(plan, solution)
+    pruned = shrink(model, solution, kept)
+    device = next((t.device for _, t in named_tensors(model)), torch.device("cpu"))
+    pruned.to(device)  # constants of a program that was captured elsewhere
+    pruned.meta["plan"] = plan
     pruned.meta["capture"] = described(solution)
     if verify is True or (verify == "auto" and is_cheap(model)):
-        pruned.meta["verification"] = checked(model, pruned, solution, kept, args, kwargs, attention == "heads")
+        args, kwargs = beside(model, args, kwargs)
+        pruned.meta["verification"] = checked(model, pruned, solution, kept, args, kwargs, plan.attention == "heads")
     return pruned
 
 
@@ -158,7 +160,15 @@ def planned(
     example_inputs: Any,
     attention: Attention,
 ) -> Plan:
-    """A choice as plain data; arguments as for `built`."""
+    """A choice as plain data.
+
+    Arguments:
+        model: the original.
+        solution: its coupling.
+        choice: which labels are kept, and their cutter.
+        keep: names of tensors that stay by request.
+        example_inputs, attention: as for `prune`.
+    """
     return Plan(
         {name: tuple(t.shape) for name, t in named_tensors(model)},
         {name: cuts for name, cuts in tensor_cuts(solution, *choice).items() if cuts},

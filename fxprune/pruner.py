@@ -17,9 +17,8 @@ from fxprune.errors import PruneError
 from fxprune.history import History, Step
 from fxprune.optimizer import Move, remap, remap_module, remap_state
 from fxprune.passes.kept import Cutter
-from fxprune.passes.shrink import shrink
 from fxprune.plan import Plan
-from fxprune.present import built, planned, tensors_of, widened
+from fxprune.present import beside, built, planned, tensors_of, widened
 from fxprune.proposal import Proposal
 from fxprune.regularizers import Regularizer, Spans, find, spans_of
 from fxprune.request import HALF, Ratio, Request, Scopes
@@ -98,7 +97,9 @@ class Pruner:
             raise PruneError(f"mask must be 'hold', 'soft' or None, not {mask!r}", fix="mask='hold'")
         inputs.check(model, args, kwargs)
         self._keep = frozen_names(model, freeze)
-        self._inputs, self._attention, self._verify, self._mask = example_inputs, attention, verify, mask
+        self._inputs, self._attention = example_inputs, attention
+        self._verify: bool | Literal["auto"] = verify
+        self._mask = mask
         self._original = self.model = model
         solution = analyse(model, args, kwargs, heads=attention == "heads", keep=self._keep)
         self._course = Course(model, solution, request, args, kwargs)
@@ -186,7 +187,7 @@ class Pruner:
 
     def _made(self, present: nn.Module, plan: Plan, choice: tuple[Tensor, Cutter]) -> nn.Module:
         if self._mask is None:
-            return self._shrunk(present, choice)
+            return self._shrunk(present, plan, self._verify)
         if self._mask == "soft":
             return masks.muted(self._widened(present), self._course.solution, choice[0])
         made = masks.masked(self._widened(present), plan)
@@ -198,11 +199,13 @@ class Pruner:
 
         Arguments: as for `step`. Raises: PruneError if `model` is another model.
         """
-        return self._shrunk(self.model if model is None else model, self._choice)
+        return self._shrunk(self.model if model is None else model, self.plan, self._verify)
 
-    def _shrunk(self, present: nn.Module, choice: tuple[Tensor, Cutter]) -> fx.GraphModule:
+    def _shrunk(self, present: nn.Module, plan: Plan, verify: bool | Literal["auto"]) -> fx.GraphModule:
         whole = self._widened(present)
-        return built(whole, self._course.solution, choice, self._keep, self._inputs, self._attention, self._verify)
+        args, kwargs = beside(self._original, self._course.args, self._course.kwargs)
+        solution = analyse(self._original, args, kwargs, heads=self._attention == "heads", keep=self._keep)  # it is used up
+        return built(whole, solution, plan, args, kwargs, verify)
 
     def _widened(self, present: nn.Module) -> nn.Module:
         tensors = self._tensors(present)
@@ -226,7 +229,7 @@ class Pruner:
         """The model whose units are scored: with masks that hold, what they leave."""
         if self._mask != "hold" or not self.plan.keep:
             return present, self._view
-        small = shrink(self._widened(present), self._course.solution, *self._choice)
+        small = self._shrunk(present, self.plan, verify=False)
         return small, View(self.plan, self._course.solution.captures[0].prefix)
 
     # -- what goes along --------------------------------------------------------------------------------------------------
