@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from fxprune import schedule, select
 from fxprune.api import programs, unobserved
@@ -43,20 +42,6 @@ class View:
 
     plan: Plan
     prefix: str = ""
-
-
-@contextlib.contextmanager
-def looked_into(model: nn.Module) -> Iterator[None]:
-    """A model in evaluation mode, while it is traced or copied.
-
-    Such copies of a GraphModule share its class, and with it the program: put into another mode, they change that of the model.
-    """
-    try:
-        with evaluating(model):
-            yield
-    finally:
-        if isinstance(model, fx.GraphModule):
-            model.recompile()
 
 
 class Course:
@@ -149,7 +134,7 @@ class Course:
         }
         alive = [dataclasses.replace(f, units=f.units[~gone[f.units]]) for f in self.free]
         runs = bool(asked(criterion)[1]) or bool(view.prefix)
-        with looked_into(present) if runs else contextlib.nullcontext():
+        with evaluating(present) if runs else contextlib.nullcontext():  # a copy in another mode would share its program
             looked_at = dataclasses.replace(self.solution, leaves=leaves, captures=self.captures(present, view))
             score, seen = unit_scores(present, looked_at, alive, criterion, self.request.data, self.request.loss)
         told = [i for i, f in enumerate(alive) if seen[f.units].any()]
