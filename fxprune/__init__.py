@@ -8,6 +8,7 @@ from fxprune.errors import PruneError
 from fxprune.feasibility import Feasibility, feasible
 from fxprune.ops import register_op
 from fxprune.plan import Plan
+from fxprune.pruner import Pruner
 from fxprune.report import report
 from fxprune.verification import Verification
 
@@ -17,6 +18,7 @@ __all__ = [
     "Magnitude",
     "Plan",
     "PruneError",
+    "Pruner",
     "Verification",
     "couple",
     "criteria",

@@ -80,6 +80,15 @@ def outcome(
 
 def prepared(model: nn.Module, solution: Solution, request: Request) -> tuple[list[Family], np.ndarray]:
     """The families that may lose units, and the score of every unit."""
+    free = free_families(model, solution, request)
+    criterion = find(request.criterion)
+    score, seen = unit_scores(model, solution, free, criterion, request.data, request.loss)
+    free = [f for f in free if seen[f.units].any()]
+    return free, comparable(score, free, criterion) if request.competes else score
+
+
+def free_families(model: nn.Module, solution: Solution, request: Request) -> list[Family]:
+    """The families that may lose units; raises PruneError where there are none."""
     found = families(solution, set(dict(model.named_parameters())))
     free = [f for f in found if f.frozen is None and len(f.units) > 1]
     if not free:
@@ -95,18 +104,18 @@ def prepared(model: nn.Module, solution: Solution, request: Request) -> tuple[li
             f"round_to={request.round_to} is larger than every family (the largest has {largest} channels)",
             fix=f"round_to<={largest}",
         )
-    criterion = find(request.criterion)
-    score, seen = unit_scores(model, solution, free, criterion, request.data, request.loss)
-    free = [f for f in free if seen[f.units].any()]
-    return free, comparable(score, free, criterion) if request.competes else score
+    return free
 
 
-def one_by_one(free: Sequence[Family], score: np.ndarray, solution: Solution, request: Request) -> np.ndarray:
-    """Removed classes where every family loses its own ratio."""
+def one_by_one(
+    free: Sequence[Family], score: np.ndarray, solution: Solution, request: Request, held: np.ndarray | None = None
+) -> np.ndarray:
+    """Removed classes where every family loses its own ratio, in which those that are `held` count."""
     most = 1.0 if request.floor is None else 1 - request.floor
     ratios = [min(r, most) for r in ratios_of(free, request.ratio, solution)]
     removed = np.zeros(len(score), bool)
-    for pool in select.pools([f.units for f in free], ratios, solution.equal, len(score)):
+    pools = select.pools([f.units for f in free], ratios, solution.equal, len(score))
+    for pool in pools if held is None else select.resume(pools, held):
         removed[select.choose(pool, score, [f.width for f in free], request.round_to)] = True
     return removed
 
@@ -120,14 +129,23 @@ class Rivalry:
     """
 
     def __init__(
-        self, free: Sequence[Family], score: np.ndarray, solution: Solution, request: Request, round_to: int | None = None
+        self,
+        free: Sequence[Family],
+        score: np.ndarray,
+        solution: Solution,
+        request: Request,
+        round_to: int | None = None,
+        held: np.ndarray | None = None,
     ) -> None:
-        self.solution, self.score, self.guards = solution, score, guards(solution)
+        self.solution, self.score, self.guards, self.held = solution, score, guards(solution), held
         floor = ranking.FLOOR if request.floor is None else request.floor
         ratios = [1.0] * len(free) if request.budget else ratios_of(free, request.ratio, solution, request.scopes)
         pools = [p for p in select.pools([f.units for f in free], ratios, solution.equal, len(score)) if p.ratio > 0]
+        pools = pools if held is None else select.resume(pools, held)
         width = [f.width for f in free]
         self.ladders = [ranking.ladder(p, score, width, round_to or request.round_to, floor) for p in pools]
+        if held is not None:
+            ranking.begun(self.ladders, held)
         scope = scopes_of(free, request.scopes, solution)
         kinds: Sequence[object] = [None] * len(free)
         if request.ranking == "isomorphic":
@@ -163,20 +181,32 @@ class Rivalry:
         return ranking.removed(self.ladders, [len(rung.count) - 1 for rung in self.ladders], len(self.score))
 
     def settle(self, removed: np.ndarray) -> tuple[Tensor, Cutter]:
-        return settled(self.solution, removed, self.score, self.guards)
+        return settled(self.solution, removed, self.score, self.guards, self.held)
 
 
 # -- rectangles -----------------------------------------------------------------------------------------------------------
 
 
-def settled(solution: Solution, removed: np.ndarray, score: np.ndarray, spans: Sequence[np.ndarray]) -> tuple[Tensor, Cutter]:
-    """What is kept. Choices that would not leave rectangles, or would leave a tensor empty, are taken back."""
+def settled(
+    solution: Solution,
+    removed: np.ndarray,
+    score: np.ndarray,
+    spans: Sequence[np.ndarray],
+    held: np.ndarray | None = None,
+) -> tuple[Tensor, Cutter]:
+    """What is kept. Choices that would not leave rectangles, or would leave a tensor empty, are taken back.
+
+    Classes that are `held` stay removed: an earlier choice of this kind, to which this one adds.
+    """
     unit = solution.unit.numpy()
+    if held is not None:
+        removed = removed | held
     if spans:
         starts = np.cumsum([0, *(len(classes) for classes in spans[:-1])])
         for i in np.flatnonzero(np.logical_and.reduceat(removed[np.concatenate(spans)], starts)):
             if removed[spans[i]].all():  # the best scored unit stays
-                removed[spans[i][np.argmax(score[spans[i]])]] = False
+                mine = spans[i] if held is None else spans[i][~held[spans[i]]]
+                removed[mine[np.argmax(score[mine])]] = False
     for _ in range(len(removed) + 1):
         even_rows(solution, removed, score)
         try:
@@ -186,7 +216,8 @@ def settled(solution: Solution, removed: np.ndarray, score: np.ndarray, spans: S
             activations_are_rectangles(solution, cutter)
             return kept, cutter
         except NotARectangle as error:
-            removed[unit[error.labels.numpy()]] = False
+            classes = unit[error.labels.numpy()]
+            removed[classes] = False if held is None else held[classes]
     raise AssertionError("restoring units always ends in a rectangle")
 
 

@@ -81,13 +81,27 @@ def overlapping(pool: Pool, score: np.ndarray, total: int, floor: float) -> Ladd
     for share in (0.25, 0.5, 0.75):
         if share > 1 - floor:
             break
-        gone = balanced(Pool(pool.cells, share, pool.equal), score, int(share * total))
+        gone = balanced(Pool(pool.cells, share, pool.equal, pool.gone), score, int(share * total))
         if len(gone) > len(sets[-1]):
             fresh = np.setdiff1d(gone, sets[-1])
             least = price[-1] if len(sets) > 1 else -math.inf
             price.append(max(least, float(score[fresh].mean())))
             sets.append(gone)
     return Ladder(pool, lambda k: sets[k], [len(s) for s in sets], price)
+
+
+def begun(ladders: Sequence[Ladder], held: np.ndarray) -> None:
+    """Make the steps free that take nothing but what is gone already: they come first, whatever the price of others.
+
+    Arguments:
+        ladders: made with scores by which, within a family, what is gone scores lowest.
+        held: for each class whether it is gone, shape (labels,).
+    """
+    for rung in ladders:
+        for k in range(1, len(rung.count)):
+            if not held[rung.gone(k)].all():
+                break
+            rung.price[k] = -math.inf
 
 
 def in_order(ladders: Sequence[Ladder]) -> list[int]:

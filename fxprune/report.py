@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from fxprune.passes.patches import visible
 from fxprune.passes.tree import named_tensors, private_copy
 from fxprune.plan import Plan
 from fxprune.tables import as_text, counted, short, table
-from fxprune.verification import Verification
+from fxprune.verification import Verification, evaluating
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -231,15 +230,6 @@ def count_macs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     with unobserved(model), visible(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(*args, **kwargs)
     return int(counter.get_total_flops()) // 2
-
-
-@contextlib.contextmanager
-def evaluating(pruned: nn.Module) -> Iterator[nn.Module]:
-    mode = pruned.training
-    try:
-        yield pruned.eval()
-    finally:
-        pruned.train(mode)
 
 
 def shrunk_table(shrunk: Sequence[Change]) -> Table:

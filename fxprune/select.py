@@ -17,11 +17,12 @@ from scipy.sparse import csr_matrix
 
 @dataclass(slots=True)
 class Pool:
-    """Units that lose the same share: `cells` lists (family, units) that the constraints tell apart."""
+    """Units that lose the same share: `cells` lists (family, units) that the constraints tell apart; `gone` went before."""
 
     cells: list[tuple[int, np.ndarray]]
     ratio: float
     equal: list[np.ndarray] = field(default_factory=list)
+    gone: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
 def pools(families: Sequence[np.ndarray], ratios: Sequence[float], equal: Sequence[np.ndarray], size: int) -> list[Pool]:
@@ -73,6 +74,14 @@ def pools(families: Sequence[np.ndarray], ratios: Sequence[float], equal: Sequen
     return list(made.values())
 
 
+def resume(pools: Sequence[Pool], held: np.ndarray) -> list[Pool]:
+    """The pools as they go on from an earlier choice; `held` says for each class whether it is gone, shape (labels,)."""
+    for pool in pools:
+        units = np.concatenate([units for _, units in pool.cells])
+        pool.gone = units[held[units]]
+    return list(pools)
+
+
 def choose(pool: Pool, score: np.ndarray, width: Sequence[int], round_to: int) -> np.ndarray:
     """The units of a pool to remove: the lowest scored of each cell, the same share of every cell.
 
@@ -104,7 +113,7 @@ def balanced(pool: Pool, score: np.ndarray, wanted: int) -> np.ndarray:
     """The units to remove where rows overlap so that no common share of every cell exists.
 
     A small integer program: of each family at most its ratio goes, every row of a constraint loses equally many entries,
-    as many units as possible go, and of those the lowest scored.
+    as many units as possible go, and of those the lowest scored. Those that are gone go again.
     """
     units = np.unique(np.concatenate([units for _, units in pool.cells]))
     column = {int(u): i for i, u in enumerate(units)}
@@ -142,7 +151,8 @@ def balanced(pool: Pool, score: np.ndarray, wanted: int) -> np.ndarray:
     scale = max(float(above.max()), 1e-30)
     cost = np.r_[above / scale - 2.0, np.zeros(extra)]
     constraint = LinearConstraint(csr_matrix((values, (rows, cols)), shape=(count, n + extra)), low, high)
-    bounds = Bounds(np.zeros(n + extra), np.r_[np.ones(n), np.full(extra, float(wanted))])
+    surely = np.r_[np.isin(units, pool.gone).astype(float), np.zeros(extra)]
+    bounds = Bounds(surely, np.r_[np.ones(n), np.full(extra, float(wanted))])
     found = milp(
         cost,
         constraints=constraint,

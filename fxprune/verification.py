@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,19 @@ class Verification:
         return f"{verdict}: largest relative error {self.error:.1e} against the masked original ({'; '.join(self.compared)})"
 
 
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """A model in evaluation mode, each module back in its own afterwards."""
+    modes = {m: m.training for m in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        model.train(modes[model])
+        for module, training in modes.items():
+            module.training = training
+
+
 def compare(
     model: nn.Module,
     pruned: fx.GraphModule,
@@ -54,8 +68,6 @@ def compare(
     sizes: bool,
 ) -> Verification:
     """Run both on the example inputs, and at other sizes where the original takes them."""
-    mode = pruned.training
-    pruned.eval()
     error, compared = 0.0, []
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     tolerance = max((TOLERANCE.get(d, 1e-3) for d in dtypes), default=1e-3)
@@ -63,26 +75,23 @@ def compare(
     if sizes:
         cases += list(inputs.other_sizes(args, kwargs))
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            for name, a, k in cases:
-                try:
-                    wanted = masked_outputs(model, leaves, kept, heads, a, k)
-                except Exception:
-                    if name == "the example inputs":
-                        raise
-                    continue  # the original does not take this size
-                try:
-                    got = pruned(*a, **k)
-                except GuardError as refused:
-                    if name == "the example inputs":
-                        raise
-                    compared.append(f"another {name} is refused: {refused}")
-                    continue
-                error = max([error, *differences(wanted, got)])
-                compared.append(name if name == "the example inputs" else f"another {name}")
-    finally:
-        pruned.train(mode)
+    with evaluating(pruned), torch.no_grad(), torch.random.fork_rng(devices=devices):
+        for name, a, k in cases:
+            try:
+                wanted = masked_outputs(model, leaves, kept, heads, a, k)
+            except Exception:
+                if name == "the example inputs":
+                    raise
+                continue  # the original does not take this size
+            try:
+                got = pruned(*a, **k)
+            except GuardError as refused:
+                if name == "the example inputs":
+                    raise
+                compared.append(f"another {name} is refused: {refused}")
+                continue
+            error = max([error, *differences(wanted, got)])
+            compared.append(name if name == "the example inputs" else f"another {name}")
     return Verification(error, tuple(compared), tolerance)
 
 

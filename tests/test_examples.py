@@ -40,3 +40,9 @@ def test_both_kinds_of_attention_pruning_shrink_the_model():
     left = load("vit_heads").main()
     assert set(left) == {"heads", "dims"}
     assert all(share < 0.5 for share in left.values())
+
+
+def test_one_training_run_goes_through_all_steps():
+    reached, pruner = load("iterative").main()
+    assert reached > 0.9
+    assert pruner.done and pruner.history[-1].macs[1] <= 0.3 * pruner.history[0].macs[0]
