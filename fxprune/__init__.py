@@ -7,6 +7,7 @@ from fxprune.criteria import Magnitude
 from fxprune.errors import PruneError
 from fxprune.feasibility import Feasibility, feasible
 from fxprune.plan import Plan
+from fxprune.repair import Repair, repair
 from fxprune.report import report
 from fxprune.verification import Verification
 
@@ -16,12 +17,14 @@ __all__ = [
     "Magnitude",
     "Plan",
     "PruneError",
+    "Repair",
     "Verification",
     "couple",
     "criteria",
     "feasible",
     "plan_of",
     "prune",
+    "repair",
     "report",
     "verify",
 ]
