@@ -9,6 +9,7 @@ from fxprune.feasibility import Feasibility, feasible
 from fxprune.plan import Plan
 from fxprune.repair import Repair, repair
 from fxprune.report import report
+from fxprune.sensitivity import Sensitivity, sensitivity
 from fxprune.verification import Verification
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Plan",
     "PruneError",
     "Repair",
+    "Sensitivity",
     "Verification",
     "couple",
     "criteria",
@@ -26,6 +28,7 @@ __all__ = [
     "prune",
     "repair",
     "report",
+    "sensitivity",
     "verify",
 ]
 __version__ = "0.1.0"

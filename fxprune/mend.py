@@ -13,9 +13,12 @@ from torch import Tensor, fx
 from fxprune.criteria.statistics import wide
 from fxprune.passes.tape import map_tensors
 from fxprune.refit import Normal, add, as_weight, groups, is_convolution
-from fxprune.walk import Met, Site, Walk
+from fxprune.sites import Met, Site
+from fxprune.walk import Walk
 
 NO_PLACE = "it has no bias, and no normalisation with running statistics behind it"
+
+NOT_FINITE = "its inputs or its result are not finite"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +120,9 @@ def reconstruct(repairer: Repairer, node: fx.Node, site: Site) -> list[Step]:
         size += float(wide(target).double().square().sum())
     if met is None or normal.squares == 0.0:
         return []
+    if not math.isfinite(normal.squares + float(normal.gram.sum())):
+        return repairer.skipped(site, "reconstruct", NOT_FINITE)
     change, shift = normal.solve()
-    if not bool(change.isfinite().all()):
-        return repairer.skipped(site, "reconstruct", "its inputs or its result are not finite")
     met.weight.add_(as_weight(met, change).to(met.weight.dtype))
     shifted(repairer, site, met, shift.reshape(-1))
     return repairer.step(site, "reconstruct", (relative(normal.squares, size), relative(normal.left(change, shift), size)))
@@ -143,6 +146,8 @@ def compensate(repairer: Repairer, node: fx.Node, site: Site) -> list[Step]:
         return []
     if site.place is None:
         return repairer.skipped(site, "compensate", NO_PLACE)
+    if not math.isfinite(squares):
+        return repairer.skipped(site, "compensate", NOT_FINITE)
     shift = total / count
     shifted(repairer, site, met, shift)
     left = max(squares - count * float(shift.square().sum()), 0.0)
@@ -188,6 +193,8 @@ def recalibrate(repairer: Repairer, node: fx.Node, site: Site) -> list[Step]:
         mean, count = mean.to(x.device) + change * (n / (count + n)), count + n
     if met is None or met.var is None or count < 2:
         return repairer.skipped(site, "recalibrate", "the data holds a single value for each channel")
+    if not bool((mean + spread).isfinite().all()):
+        return repairer.skipped(site, "recalibrate", NOT_FINITE)
     met.weight.copy_(mean)
     met.var.copy_(spread / (count - 1))
     return repairer.step(site, "recalibrate")
@@ -235,9 +242,7 @@ def contribution(met: Met, constant: Tensor, gone: Tensor, *, padded: bool = Tru
         swap[id(met.bias)] = torch.zeros_like(met.bias)
     args, kwargs = map_tensors((met.args, met.kwargs), lambda t: swap.get(id(t), t))
     if not padded:
-        at = list(met.call.named).index("padding")
-        names = [a.name for a in met.func._schema.arguments]
-        at = names.index("padding")
+        at = [a.name for a in met.func._schema.arguments].index("padding")
         args = tuple([0] * len(v) if i == at else v for i, v in enumerate(args))
     try:
         return met.func(*args, **kwargs)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxprune.criteria.statistics import wide
-from fxprune.walk import Met
+from fxprune.sites import Met
 
 LARGEST = 1 << 24  # elements of a matrix of inputs: windows are taken from a part of the samples at a time
 

@@ -66,11 +66,11 @@ class Repair:
     def sentences(self) -> Iterator[str]:
         before, after = self.error
         yield f"repaired by {', '.join(self.methods)}: the error of the output on the data was {before:.1%}, is {after:.1%}"
-        yield f"{counted(len(self.done), 'change')}, {counted(len(self.skipped), 'site')} left as it is"
+        yield f"{counted(len(self.done), 'change')}; {counted(len(self.skipped), 'site')} not changed"
         for note, times in Counter(s.note for s in self.skipped).items():
-            yield f"  left, {times} times: {note}" if times > 1 else f"  left: {note}"
+            yield f"  {counted(times, 'site')}: {note}"
         if self.computed:
-            yield f"  {counted(self.computed, 'product')} with a computed weight left"
+            yield f"{counted(self.computed, 'product')} not looked at: the weight is computed"
 
     def tables(self) -> Iterator[RenderableType]:
         """The sentences and a row for each change, as rich renders them."""
@@ -162,7 +162,9 @@ def asked(method: Any, ridge: Any) -> tuple[str, ...]:
     methods = (method,) if isinstance(method, str) else tuple(method) if isinstance(method, list | tuple) else ()
     unknown = [m for m in methods if m not in METHODS]
     if unknown or not methods:
-        raise PruneError(f"there is no method {unknown[0] if unknown else method!r}", fix=f"one or more of {', '.join(METHODS)}")
+        raise PruneError(
+            f"there is no method {(unknown[0] if unknown else method)!r}", fix=f"one or more of {', '.join(METHODS)}"
+        )
     number = isinstance(ridge, int | float) and not isinstance(ridge, bool)
     if not number or not math.isfinite(ridge) or ridge < 0:
         raise PruneError(f"ridge must be a number of 0 or more, not {ridge!r}", fix="ridge=0.01")

@@ -40,3 +40,8 @@ def test_both_kinds_of_attention_pruning_shrink_the_model():
     left = load("vit_heads").main()
     assert set(left) == {"heads", "dims"}
     assert all(share < 0.5 for share in left.values())
+
+
+def test_repair_gives_back_most_of_what_pruning_took():
+    found = load("repair").main()
+    assert found["repaired"] - found["pruned"] > 0.7 * (found["trained"] - found["pruned"]) > 0.1

@@ -19,7 +19,6 @@ import sys
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch_pruning
