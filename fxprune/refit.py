@@ -110,7 +110,8 @@ def windows(met: Met, x: Tensor) -> Tensor:
     if met.call.get("transposed"):  # the same as a convolution of what is spread out by the stride
         extra = spread(met.call["output_padding"], spatial)
         grown = x.new_zeros(*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)))
-        grown[(..., *(slice(None, None, s) for s in stride))] = x
+        every = [slice(None), slice(None), *(slice(None, None, s) for s in stride)]
+        grown[tuple(every)] = x
         around = [d * (k - 1) - p for d, k, p in zip(dilation, sizes, padding, strict=True)]
         x = F.pad(grown, [n for a, e in reversed(list(zip(around, extra, strict=True))) for n in (a, a + e)])
         stride = [1] * spatial

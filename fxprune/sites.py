@@ -87,8 +87,9 @@ class Watch(Recorder):
         return None if tensor is None or not tensor.numel() else self.owned.get(tensor.untyped_storage().data_ptr())
 
     def span(self, tensor: Tensor) -> Span:
+        start = int(tensor.storage_offset())
         reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-        return self.owned[tensor.untyped_storage().data_ptr()], tensor.storage_offset(), tensor.storage_offset() + reach
+        return self.owned[tensor.untyped_storage().data_ptr()], start, start + reach
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

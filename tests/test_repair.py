@@ -95,6 +95,49 @@ def test_reconstruct_fits_what_repaired_layers_hand_on():
         same(result(x), optimum(pruned.get_submodule("4"), second.tanh(), model(x)))
 
 
+@pytest.mark.parametrize("grouped", [nn.Conv1d(8, 8, 3, groups=2), nn.ConvTranspose1d(8, 8, 3, stride=2, groups=2)])
+def test_what_is_fitted_are_the_outputs_that_are_left(grouped):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(3, 8, 1), nn.Tanh(), copy.deepcopy(grouped), nn.Tanh(), nn.Conv1d(8, 2, 1)).double()
+    x = torch.randn(8, 3, 9, dtype=DOUBLE)
+    pruned = pruned_by_half(model, x)
+    rows = kept(pruned, "2.bias")
+    assert rows.tolist() != [0, 1, 2, 3]
+    with torch.no_grad():
+        hidden = pruned.get_submodule("0")(x).tanh()
+        target = model[2](model[0](x).tanh())[:, rows]
+        result = repaired(model, pruned, x, "reconstruct", ridge=0)
+        same(result.get_submodule("2")(hidden), optimum(pruned.get_submodule("2"), hidden, target))
+        for method in ("compensate", "reconstruct"):
+            result = repaired(model, pruned, x, method)
+            same(result.get_submodule("2")(hidden).mean((0, 2)), target.mean((0, 2)))
+
+
+def test_each_expert_keeps_outputs_of_its_own():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.middle = nn.Parameter(torch.randn(4, 5, 8)), nn.Parameter(torch.randn(8, 24))
+            self.down = nn.Parameter(torch.randn(24, 2))
+
+        def forward(self, x):
+            middle = self.middle.view(8, 4, -1).permute(1, 0, 2)
+            return torch.bmm(torch.bmm(torch.bmm(x, self.up).tanh(), middle).tanh(), self.down.view(4, -1, 2))
+
+    torch.manual_seed(0)
+    model, x = Experts().double(), torch.randn(4, 30, 5, dtype=DOUBLE)
+    pruned = pruned_by_half(model, x, attention="dims")
+    stays = fxprune.plan_of(pruned).masks(model)["middle"].any(0).view(4, 6)
+    assert len({tuple(s.tolist()) for s in stays}) > 1, "experts that keep different outputs"
+    result = repaired(model, pruned, x, "reconstruct", ridge=0)
+    with torch.no_grad():
+        hidden = torch.bmm(x, pruned.up).tanh()
+        target = torch.bmm(torch.bmm(x, model.up).tanh(), model.middle.view(8, 4, 6).permute(1, 0, 2))
+        for i, mask in enumerate(stays):
+            wanted = torch.linalg.lstsq(hidden[i], target[i][:, mask]).solution
+            same(result.middle.view(len(wanted), 4, -1)[:, i].detach(), wanted)
+
+
 def test_ridge_is_towards_the_weight_there_was():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3, bias=False)).double()
