@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fxprune.criteria.roles import Product, products
 from fxprune.passes.rules import Call
-from fxprune.passes.tape import Recorder, collect
+from fxprune.passes.tape import Recorder, collect, map_tensors
 from fxprune.passes.ties import Ties
 
 Key = tuple[str, int]  # the name of a parameter (or of a running mean), and which of its sites in the program
@@ -93,6 +93,8 @@ class Watch(Recorder):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            self.rescue({t.untyped_storage().data_ptr() for t in collect((args, kwargs), Tensor) if t.numel()})
         out = super().__torch_dispatch__(func, types, args, kwargs)
         call = Call(self.tape.ops[-1], self.tape, {}, Ties(size=1), False, set())
         given = collect((args, kwargs), Tensor)
@@ -102,6 +104,17 @@ class Watch(Recorder):
         tensors = {r.id: t for r, t in zip(call.inputs, given, strict=True)}
         self.look(call, tensors, func, args, kwargs, out)
         return out
+
+    def rescue(self, written: set[int]) -> None:
+        """Copy what sites have met before it is written over."""
+        for met in self.met:
+            for role in ("source", "out"):
+                tensor = getattr(met, role)
+                if tensor.numel() and tensor.untyped_storage().data_ptr() in written:
+                    own = tensor.clone()
+                    setattr(met, role, own)
+                    swap = lambda t: own if t is tensor else t  # noqa: B023, E731
+                    met.args, met.kwargs = map_tensors((met.args, met.kwargs), swap)
 
     def look(self, call: Call, tensors: dict[int, Tensor], func: Any, args: Any, kwargs: Any, out: Any) -> None:
         mean, var = call.get("running_mean"), call.get("running_var")

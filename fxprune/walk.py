@@ -141,6 +141,8 @@ class Walk:
 
     def reach(self, key: Key) -> list[Met]:
         """Run up to and with the node of a site, and return what it met on each batch; empty if there is no such site."""
+        if not any(site.key == key for sites in self.sites.values() for site in sites):
+            return []
         while key not in self.seen and self.at < len(self.nodes):
             node = self.nodes[self.at]
             self.seen = self.run(node, watched=node in self.sites)

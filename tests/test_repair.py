@@ -411,6 +411,41 @@ def test_of_the_original_class(every):
     assert b.meta["repair"].error[1] < b.meta["repair"].error[0]
 
 
+class Plain(nn.Module):
+    """`Reading` computes the same, but reads a value on the way, so that all of it is one node of the program."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
+        self.more, self.head = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = torch.relu_(self.norm(self.conv(x)))
+        return self.head(torch.relu_(self.more(x)).mean((2, 3)))
+
+
+class Reading(Plain):
+    def forward(self, x):
+        return super().forward(x) if float(x.sum()) > -1e9 else x
+
+
+@pytest.mark.parametrize("method", ["reconstruct", "compensate", "recalibrate", ("reconstruct", "recalibrate")])
+def test_an_opaque_module_is_repaired_site_by_site(method):
+    x, found = torch.randn(6, 3, 8, 8, dtype=DOUBLE), []
+    for kind in (Plain, Reading):
+        torch.manual_seed(0)
+        model = kind().double().eval()
+        nn.init.uniform_(model.norm.weight, 0.5, 1.5)
+        pruned = pruned_by_half(model, x)
+        assert ("opaque" in pruned.meta["capture"]) == (kind is Reading)
+        with torch.no_grad():
+            found.append(fxprune.repair(model, pruned, [x[:2], x[2:]], method=method))
+    with torch.no_grad():
+        same(found[1](x), found[0](x))
+        assert (found[0](x) - pruned(x)).abs().max() > 1e-3
+    assert [s.layer for s in found[0].meta["repair"].steps] == [s.layer for s in found[1].meta["repair"].steps]
+
+
 class Shared(nn.Module):
     """A weight for two products, one that is computed, and one that a recurrent layer uses at every step."""
 

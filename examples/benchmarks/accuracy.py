@@ -38,7 +38,6 @@ FEWER = (2, 3, 4)
 SCORING, CALIBRATION, STEPS = 512, 256, 20
 CHOICES = ("magnitude:local", "magnitude:global", "taylor:global")
 OTHER = {"magnitude": torch_pruning.importance.MagnitudeImportance, "taylor": torch_pruning.importance.TaylorImportance}
-STAGES = ("pruned", "repaired", "tuned", "other_pruned", "other_norms", "other_tuned")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -232,14 +231,17 @@ def summary(lines: list[Row], failed: list[Row]) -> str:
             f"{what}: fxprune is ahead in {len(gaps) - len(behind)} of {len(gaps)} lines, by {middle:+.1f} points in the median"
             + (f"; behind in {', '.join(behind)}" if behind else "")
         )
-    left = [100 * v for line in lines for v in (*values(line, "left"), *values(line, "other_left"))]
-    over = [v * line["fewer"] for line in lines for v in values(line, "left")]
-    other_over = [v * line["fewer"] for line in lines for v in values(line, "other_left")]
-    if left:
+    worse = [
+        f"{place(line)} ({100 * gap(line, 'tuned', 'repaired'):+.1f})" for line in lines if gap(line, "tuned", "repaired") < 0
+    ]
+    if worse:
         made.append(
-            f"multiply-accumulates left, as a share of the budget: fxprune {min(over):.1%} to {max(over):.1%},"
-            f" Torch-Pruning {min(other_over):.1%} to {max(other_over):.1%}"
+            f"fine-tuning this short makes a repaired model worse in {len(worse)} of {len(lines)} lines: {', '.join(worse)}"
         )
+    if lines:
+        spans = [[v * line["fewer"] for line in lines for v in values(line, stage)] for stage in ("left", "other_left")]
+        mine, other = (f"{min(span):.1%} to {max(span):.1%}" for span in spans)
+        made.append(f"multiply-accumulates left, as a share of the budget: fxprune {mine}, Torch-Pruning {other}")
     made += [f"failed: {row['network']} {row['seed']} {row['criterion']} {row['ranking']}: {row['reason']}" for row in failed]
     return "".join(f"- {line}\n" for line in made)
 
