@@ -144,7 +144,8 @@ def repair(
     with unobserved(model), visible():
         made, program, original, prefix = programs(model, pruned, plan, batches)
         old, new = Walk(original, batches, prefix), Walk(program, batches, prefix)
-        before = [program(*b.args, **b.kwargs) for b in batches]
+        given = [map_tensors((b.args, b.kwargs), torch.clone) for b in batches]
+        before = [program(*args, **kwargs) for args, kwargs in given]
         repairer = Repairer(old, new, plan.masks(model), float(ridge))
         repairer.run(methods)
     error = (difference(old.result, before), difference(old.result, new.result))

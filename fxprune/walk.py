@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from fxprune.criteria.evidence import BATCHES, Batch
@@ -68,8 +69,8 @@ class Walk:
         if aside:
             own = lambda t: t.untyped_storage().data_ptr() in self.owned if t.numel() else False  # noqa: E731
             args, kwargs = map_tensors((args, kwargs), lambda t: t if own(t) or id(t) in self.names else t.clone())
-        if node.op == "placeholder":
-            return bound(self.program, batch)[str(node.target).lstrip("*")]
+        if node.op == "placeholder":  # a program may write to its inputs, and the data is not its own
+            return map_tensors(bound(self.program, batch)[str(node.target).lstrip("*")], torch.clone)
         if node.op == "get_attr":
             return fetch(self.program, str(node.target))
         if node.op == "call_module":
@@ -83,13 +84,14 @@ class Walk:
         watch = Watch(self.names, self.owned)
         values: dict[fx.Node, Any] = {}
         batch = self.batches[0]
-        for tensor in collect((batch.args, batch.kwargs), Tensor):
-            watch.add(tensor, from_input=True)
         sites: list[tuple[Site, Met, int]] = []
         count: Counter[str] = Counter()
         with watch:
             for node in self.nodes:
                 values[node] = self.call(node, values, batch)
+                if node.op == "placeholder":
+                    for tensor in collect(values[node], Tensor):
+                        watch.tape.values[watch.ref(tensor).id].from_input = True
                 here: Counter[str] = Counter()
                 for met in watch.met:
                     site = Site((met.name, count[met.name]), met.product is None, here[met.name])

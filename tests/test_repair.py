@@ -446,6 +446,43 @@ def test_an_opaque_module_is_repaired_site_by_site(method):
     assert [s.layer for s in found[0].meta["repair"].steps] == [s.layer for s in found[1].meta["repair"].steps]
 
 
+class Writing(Plain):
+    """Writes to its input, and to what a layer has read."""
+
+    def forward(self, x):
+        y = self.norm(self.conv(x.mul_(0.5)))
+        z = self.more(y)
+        y.add_(z)
+        return self.head(y.relu_().mean((2, 3)))
+
+
+class Fresh(Plain):
+    def forward(self, x):
+        y = self.norm(self.conv(x * 0.5))
+        return self.head((y + self.more(y)).relu().mean((2, 3)))
+
+
+class WritingInside(Writing):
+    def forward(self, x):
+        return super().forward(x) if float(x.sum()) > -1e9 else x
+
+
+@pytest.mark.parametrize("kind", [Writing, WritingInside])
+def test_programs_that_write_in_place(kind):
+    x, found = torch.randn(6, 3, 8, 8, dtype=DOUBLE), []
+    for chosen in (Fresh, kind):
+        torch.manual_seed(0)
+        model = chosen().double().eval()
+        pruned = pruned_by_half(model, x.clone())
+        given = x.clone()
+        found.append(fxprune.repair(model, pruned, [given[:2], given[2:]]))
+        assert torch.equal(given, x)
+    with torch.no_grad():
+        same(found[1](x.clone()), found[0](x))
+    assert found[1].meta["repair"].error == pytest.approx(found[0].meta["repair"].error)
+    assert len(found[0].meta["repair"].done) == 3
+
+
 class Shared(nn.Module):
     """A weight for two products, one that is computed, and one that a recurrent layer uses at every step."""
 
