@@ -14,11 +14,10 @@ from rich.text import Text
 from torch import Tensor, fx, nn
 
 from fxprune import inputs
-from fxprune.api import analyse, kept_by, plan_of, unobserved
+from fxprune.api import analyse, apply_plan, plan_of, unobserved
 from fxprune.criteria.evidence import BATCHES, Batch, batch_of
 from fxprune.errors import PruneError
 from fxprune.mend import METHODS, Repairer, Step
-from fxprune.passes.couple import Solution
 from fxprune.passes.patches import visible
 from fxprune.passes.shrink import shrink
 from fxprune.passes.tape import collect, map_tensors
@@ -195,18 +194,20 @@ def programs(
     except PruneError:  # a description that is not enough
         args, kwargs = batches[0].args, batches[0].kwargs
     solution = analyse(model, args, kwargs, heads=plan.attention == "heads", keep=dict.fromkeys(plan.freeze, "is frozen"))
-    made = copy.deepcopy(pruned)
-    program: fx.GraphModule = made if isinstance(made, fx.GraphModule) else sharing(made, model, solution, plan)
+    prefix = solution.captures[0].prefix
     original = shrink(model, solution, torch.ones(len(solution.unit), dtype=torch.bool))
-    return made, program.eval(), original.eval(), solution.captures[0].prefix
+    made = copy.deepcopy(pruned)
+    if isinstance(made, fx.GraphModule):
+        return made, made.eval(), original.eval(), prefix
+    program = apply_plan(plan, model, kwargs or args)
+    return made, sharing(made, program, prefix).eval(), original.eval(), prefix
 
 
-def sharing(made: nn.Module, model: nn.Module, solution: Solution, plan: Plan) -> fx.GraphModule:
-    """The pruned program, on the tensors of a pruned model of the original's class."""
-    program = shrink(model, solution, kept_by(plan, solution))
+def sharing(made: nn.Module, program: fx.GraphModule, prefix: str) -> fx.GraphModule:
+    """A pruned program on the tensors of a pruned model of the original's class."""
     tensors = dict(named_tensors(made))
     for name, tensor in named_tensors(program):
-        own = tensors.get(name.removeprefix(solution.captures[0].prefix))
+        own = tensors.get(name.removeprefix(prefix))
         if own is not None:
             tensor.data = own.data
     return program

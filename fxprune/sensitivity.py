@@ -139,11 +139,15 @@ def sensitivity(
     check_request(model, request, attention, "auto")
     args, kwargs = inputs.arguments(example_inputs)
     inputs.check(model, args, kwargs)
-    solution = analyse(model, args, kwargs, heads=attention == "heads", keep=frozen_names(model, freeze))
+
+    def fresh() -> Solution:  # shrinking uses one up
+        return analyse(model, args, kwargs, heads=attention == "heads", keep=frozen_names(model, freeze))
+
+    solution = fresh()
     free, score = choice.prepared(model, solution, request)
     spans = choice.guards(solution)
     pools = [select.pools([f.units for f in free], [r] * len(free), solution.equal, len(score)) for r in shares]
-    whole = value(model, solution, torch.ones(len(solution.unit), dtype=torch.bool), evaluate)
+    whole = value(model, fresh(), torch.ones(len(solution.unit), dtype=torch.bool), evaluate)
     curves = []
     for at, pool in enumerate(tqdm(pools[0], desc="sensitivity", unit="family", disable=None, leave=False)):
         removed, values = [], []
@@ -152,7 +156,7 @@ def sensitivity(
             gone[select.choose(same[at], score, [f.width for f in free], round_to)] = True
             kept, cutter = choice.settled(solution, gone, score, spans)
             removed.append(int(gone.sum()))
-            values.append(whole if cutter.whole else value(model, solution, kept, evaluate))
+            values.append(whole if cutter.whole else value(model, fresh(), kept, evaluate))
         mine = [free[i] for i in dict.fromkeys(family for family, _ in pool.cells)]
         curves.append(curve(mine, removed, values))
     return Sensitivity(type(model).__name__, whole, shares, tuple(curves))
