@@ -75,14 +75,16 @@ def test_the_table_says_where_it_is_behind():
             ("other_pruned", "other_norms", "other_tuned"), other
         )
         budgets = {str(n): found | {"left": 0.9 / n, "other_left": 1 / n} for n in accuracy.FEWER}
-        job = {"network": "vit", "seed": seed, "criterion": "magnitude", "ranking": "local"}
+        job = {"network": "vit", "seed": seed, "criterion": "magnitude", "ranking": "local", "repair": True}
         return {**job, "status": "measured", "base": 0.9, "budgets": budgets, "machine": "here"}
 
     rows = [row(0, 0.5, 0.4), row(1, 0.7, 0.6)]
     rows[0]["budgets"]["3"] |= {"tuned": 0.1}
-    text = accuracy.table(rows)
+    alone = {n: {"tuned_alone": 0.55} for n in rows[0]["budgets"]}
+    text = accuracy.table([*rows, {**rows[0], "repair": False, "budgets": alone}])
     assert "ahead in 3 of 3 lines, by +10.0 points in the median\n" in text
-    assert "after fine-tuning: fxprune is ahead in 2 of 3 lines, by +10.0 points in the median" in text
+    assert "against its result after fine-tuning: fxprune is ahead in 2 of 3 lines, by +10.0 points" in text
+    assert "without repair, against the same: fxprune is ahead in 3 of 3 lines, by +5.0 points" in text
     assert "; behind in vit at 3, magnitude local (-10.0)" in text
     assert "fine-tuning this short makes a repaired model worse in 1 of 3 lines: vit at 3, magnitude local (-20.0)" in text
     assert "fxprune 90.0% to 90.0%, Torch-Pruning 100.0% to 100.0%" in text

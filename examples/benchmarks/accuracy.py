@@ -7,8 +7,9 @@ Rows go to `accuracy.jsonl`, the table to `ACCURACY.md`. Needs `apt-get install 
 small ViT are trained from scratch for each seed (and kept in `scratch/`), then brought to 2, 3 and 4 times fewer
 multiply-accumulates. Torch-Pruning gets the same criterion, ranking and scoring data, the floor that fxprune has, the layer
 to leave alone and the heads of each attention; its ratio is searched until its multiply-accumulates are within the budget.
-Fine-tuning is the same on both sides. Repair sees a few images of the training set, without their labels; since
-Torch-Pruning has none, its batch normalisation is re-estimated on the same images by hand.
+Fine-tuning is the same on both sides, and is done without repair, too, so that the two can be told apart. Repair sees a few
+images of the training set, without their labels; since Torch-Pruning has none, its batch normalisation is re-estimated on
+the same images by hand.
 """
 
 import argparse
@@ -55,7 +56,8 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(measure(**arguments.job)))
         return
     jobs = [
-        {"network": network, "seed": seed, "criterion": choice.partition(":")[0], "ranking": choice.partition(":")[2]}
+        {"network": network, "seed": seed, **dict(zip(("criterion", "ranking"), choice.split(":"))), "repair": repair}
+        for repair in (True, False)
         for seed in arguments.seeds
         for network in arguments.networks
         for choice in arguments.criteria
@@ -67,8 +69,8 @@ def main(argv: list[str] | None = None) -> None:
     print(TABLE.relative_to(Path.cwd()) if TABLE.is_relative_to(Path.cwd()) else TABLE)
 
 
-def measure(network: str, seed: int, criterion: str, ranking: str) -> Row:
-    """Accuracies at every budget, and the share of multiply-accumulates that is left."""
+def measure(network: str, seed: int, criterion: str, ranking: str, repair: bool) -> Row:
+    """Accuracies at every budget, and the share of multiply-accumulates that is left; without `repair`, of fxprune alone."""
     model = base(network, seed)
     images, labels = fashion("train", TRAIN)
     test = fashion("t10k", TEST)
@@ -76,6 +78,10 @@ def measure(network: str, seed: int, criterion: str, ranking: str) -> Row:
     budgets = {}
     for fewer in FEWER:
         pruned = prune_here(model, images, labels, criterion, ranking, 1 / fewer)
+        if not repair:
+            train(pruned, images, labels, steps=STEPS, rate=TUNE_RATE, seed=seed)
+            budgets[str(fewer)] = {"tuned_alone": accuracy(pruned, *test)}
+            continue
         other = prune_with_torch_pruning(model, images, labels, criterion, ranking, whole / fewer)
         found = {"left": macs_of(pruned, images) / whole, "other_left": macs_of(other, images) / whole}
         found["pruned"], found["other_pruned"] = accuracy(pruned, *test), accuracy(other, *test)
@@ -166,12 +172,17 @@ def with_fresh_norms(model: nn.Module, images: Tensor) -> nn.Module:
 
 def table(rows: list[Row]) -> str:
     measured = [row for row in rows if row.get("status") == "measured"]
+
+    def chosen(network: str, choice: str, repair: bool) -> list[Row]:
+        job = (network, *choice.split(":"), repair)
+        return [r for r in measured if (r["network"], r["criterion"], r["ranking"], r["repair"]) == job]
+
     lines = [
-        {"network": network, "choice": choice, "fewer": fewer, "rows": mine}
+        {"network": network, "choice": choice, "fewer": fewer, "rows": mine, "alone": chosen(network, choice, False)}
         for network in dict.fromkeys(row["network"] for row in measured)
         for fewer in FEWER
         for choice in CHOICES
-        if (mine := [r for r in measured if r["network"] == network and f"{r['criterion']}:{r['ranking']}" == choice])
+        if (mine := chosen(network, choice, True))
     ]
     columns = [
         ("network", "l", lambda line: line["network"]),
@@ -198,6 +209,7 @@ HEADINGS = (
     ("pruned", "pruned"),
     ("repaired", "repaired"),
     ("tuned", "tuned"),
+    ("tuned, not repaired", "tuned_alone"),
     ("Torch-Pruning: pruned", "other_pruned"),
     ("norms", "other_norms"),
     ("tuned", "other_tuned"),
@@ -205,10 +217,13 @@ HEADINGS = (
 
 
 def values(line: Row, stage: str) -> list[float]:
-    return [row["budgets"][str(line["fewer"])][stage] for row in line["rows"]]
+    rows = line["alone" if stage == "tuned_alone" else "rows"]
+    return [row["budgets"][str(line["fewer"])][stage] for row in rows]
 
 
 def percent(shares: list[float]) -> str:
+    if not shares:
+        return ""
     spread = f" ± {100 * statistics.stdev(shares):.1f}" if len(shares) > 1 else ""
     return f"{100 * statistics.mean(shares):.1f}{spread}"
 
@@ -219,10 +234,11 @@ def summary(lines: list[Row], failed: list[Row]) -> str:
     for what, mine, other in (
         ("after pruning and repair, against its result as it is", "repaired", "other_pruned"),
         ("after pruning and repair, against its result with norms re-estimated", "repaired", "other_norms"),
-        ("after fine-tuning", "tuned", "other_tuned"),
+        ("after repair and fine-tuning, against its result after fine-tuning", "tuned", "other_tuned"),
+        ("after fine-tuning without repair, against the same", "tuned_alone", "other_tuned"),
         ("after pruning alone", "pruned", "other_pruned"),
     ):
-        gaps = [(gap(line, mine, other), line) for line in lines]
+        gaps = [(gap(line, mine, other), line) for line in lines if values(line, mine)]
         if not gaps:
             continue
         behind = [f"{place(line)} ({100 * g:+.1f})" for g, line in gaps if g < 0]
@@ -231,13 +247,10 @@ def summary(lines: list[Row], failed: list[Row]) -> str:
             f"{what}: fxprune is ahead in {len(gaps) - len(behind)} of {len(gaps)} lines, by {middle:+.1f} points in the median"
             + (f"; behind in {', '.join(behind)}" if behind else "")
         )
-    worse = [
-        f"{place(line)} ({100 * gap(line, 'tuned', 'repaired'):+.1f})" for line in lines if gap(line, "tuned", "repaired") < 0
-    ]
+    worse = [f"{place(line)} ({100 * g:+.1f})" for line in lines if (g := gap(line, "tuned", "repaired")) < 0]
     if worse:
-        made.append(
-            f"fine-tuning this short makes a repaired model worse in {len(worse)} of {len(lines)} lines: {', '.join(worse)}"
-        )
+        count = f"{len(worse)} of {len(lines)} lines"
+        made.append(f"fine-tuning this short makes a repaired model worse in {count}: {', '.join(worse)}")
     if lines:
         spans = [[v * line["fewer"] for line in lines for v in values(line, stage)] for stage in ("left", "other_left")]
         mine, other = (f"{min(span):.1%} to {max(span):.1%}" for span in spans)
