@@ -213,20 +213,20 @@ def drawn(found: Sensitivity) -> str:
         return f"{LEFT + WIDTH * r / right:.1f},{TOP + HEIGHT * (high - v) / (high - low):.1f}"
 
     lines = []
+    for v in (low + (high - low) * k / 4 for k in range(5)):
+        y = TOP + HEIGHT * (high - v) / (high - low)
+        lines.append(f'<line x1="{LEFT}" x2="{LEFT + WIDTH}" y1="{y:.1f}" y2="{y:.1f}" stroke="#ddd"/>')
+        lines.append(text(LEFT - 8, y + 4, f"{v:.3g}", anchor="end"))
+    for r in (0.0, *found.ratios):
+        lines.append(text(LEFT + WIDTH * r / right, TOP + HEIGHT + 20, f"{r:g}", anchor="middle"))
     for i, c in enumerate(found.curves):
         colour = f"hsl({360 * i // max(len(found.curves), 1)},65%,42%)"
-        points = [spot(0.0, found.whole)]
-        points += [spot(r, v) for r, v in zip(found.ratios, c.values, strict=True) if math.isfinite(v)]
+        known = zip((0.0, *found.ratios), (found.whole, *c.values), strict=True)
+        points = " ".join(spot(r, v) for r, v in known if math.isfinite(v))
         name = html.escape(c.family)
-        line = f'<polyline fill="none" stroke="{colour}" stroke-width="1.8" points="{" ".join(points)}">'
+        line = f'<polyline fill="none" stroke="{colour}" stroke-width="1.8" points="{points}">'
         lines.append(f"{line}<title>{name}</title></polyline>")
         lines.append(text(LEFT + WIDTH + 16, TOP + LINE * i + 8, name, fill=colour))
-    for k in range(5):
-        v, r = low + (high - low) * k / 4, right * k / 4
-        x, y = spot(r, v).split(",")
-        lines.append(f'<line x1="{LEFT}" x2="{LEFT + WIDTH}" y1="{y}" y2="{y}" stroke="#ddd"/>')
-        lines.append(text(LEFT - 8, float(y) + 4, f"{v:.3g}", anchor="end"))
-        lines.append(text(float(x), TOP + HEIGHT + 20, f"{r:.2g}", anchor="middle"))
     lines.append(text(LEFT, 22, html.escape(f"{found.model}: one family pruned at a time")))
     lines.append(text(LEFT + WIDTH / 2, TOP + HEIGHT + 42, "share of the family's units removed", anchor="middle"))
     size = (LEFT + WIDTH + 300, max(TOP + HEIGHT + 56, TOP + LINE * len(found.curves) + 16))
