@@ -1,6 +1,6 @@
 """Accuracy on Fashion-MNIST after pruning, after repair without training, and after a short fine-tuning.
 
-    accuracy.py                                     everything: about 25 minutes on one core
+    accuracy.py                                     everything: about half an hour on one core
     accuracy.py --networks vit --seeds 0 --criteria magnitude:local
 
 Rows go to `accuracy.jsonl`, the table to `ACCURACY.md`. Needs `apt-get install dataset-fashion-mnist`. A ResNet-20 and a
