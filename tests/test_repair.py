@@ -408,6 +408,24 @@ def test_neither_model_is_touched(every, method):
     assert fxprune.plan_of(result) == fxprune.plan_of(pruned) and "repair" not in pruned.meta
 
 
+@pytest.mark.parametrize("same_class", [False, True])
+def test_what_is_repaired_trains(every, same_class):
+    model, x = every
+    model.train()
+    pruned = pruned_by_half(model, x, same_class=same_class)
+    result = repaired(model, pruned, x, "reconstruct")
+    again = copy.deepcopy(result)
+    norm = result.get_submodule("stem.1")
+    before = norm.running_mean.clone()
+    out = result(x)
+    with torch.no_grad():
+        same(out, again(x))
+        assert (pruned(x) - out).abs().max() > 1e-3, "the program for training has the repaired weights, too"
+    out.square().mean().backward()
+    assert all(p.grad is not None and bool(p.grad.any()) for p in result.parameters())
+    same(norm.running_mean, 0.9 * before + 0.1 * result.get_submodule("stem.0")(x).mean((0, 2, 3)))
+
+
 def test_of_the_original_class(every):
     model, x = every
     a = repaired(model, pruned_by_half(model, x), x, "reconstruct")
