@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.text import Text
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxprune import inputs
@@ -203,7 +204,7 @@ def count_parameters(model: nn.Module) -> int:
 def count_macs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Multiply-accumulates of one forward; the counter counts both operations of each."""
     # a fused kernel hides its products from the counter
-    with unobserved(model), visible(), FlopCounterMode(display=False) as counter:
+    with unobserved(model), visible(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(*args, **kwargs)
     return int(counter.get_total_flops()) // 2
 
