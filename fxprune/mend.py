@@ -125,7 +125,12 @@ def reconstruct(repairer: Repairer, node: fx.Node, site: Site) -> list[Step]:
     change, shift = normal.solve()
     met.weight.add_(as_weight(met, change).to(met.weight.dtype))
     shifted(repairer, site, met, shift.reshape(-1))
-    return repairer.step(site, "reconstruct", (relative(normal.squares, size), relative(normal.left(change, shift), size)))
+    error = (relative(normal.squares, size), relative(normal.left(change, shift), size))
+    columns = normal.gram.shape[1]
+    note = (
+        f"{normal.count:,} samples and positions for {columns:,} inputs: more data would help" if normal.count < columns else ""
+    )
+    return repairer.step(site, "reconstruct", error, note)
 
 
 def compensate(repairer: Repairer, node: fx.Node, site: Site) -> list[Step]:

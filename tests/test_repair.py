@@ -200,6 +200,7 @@ def test_a_product_with_one_row_is_fitted_exactly_by_the_smallest_change():
         result = repaired(model, pruned, x, "reconstruct", ridge=0)
         same(result(x), model(x))
         same(result.weight - pruned.weight, torch.outer(residual, hidden) / hidden.square().sum())
+    assert [s.note for s in result.meta["repair"].done] == ["1 samples and positions for 4 inputs: more data would help"]
 
 
 def test_two_batches_are_one(every):
@@ -250,6 +251,7 @@ def test_reconstruct_brings_the_output_closer_and_says_by_how_much(every):
     assert found.error[1] < 0.5 * found.error[0]
     assert [s.layer for s in found.done] == ["branch.0.weight", "depthwise.weight", "head.weight"]
     assert all(after < before for before, after in (s.error for s in found.done))
+    assert all(s.note == "" for s in found.done), "there was data enough"
     assert not found.skipped
 
 
