@@ -9,7 +9,9 @@ from fxprune.feasibility import Feasibility, feasible
 from fxprune.ops import register_op
 from fxprune.plan import Plan
 from fxprune.pruner import Pruner
+from fxprune.repair import Repair, repair
 from fxprune.report import report
+from fxprune.sensitivity import Sensitivity, sensitivity
 from fxprune.verification import Verification
 
 __all__ = [
@@ -19,6 +21,8 @@ __all__ = [
     "Plan",
     "PruneError",
     "Pruner",
+    "Repair",
+    "Sensitivity",
     "Verification",
     "couple",
     "criteria",
@@ -26,7 +30,9 @@ __all__ = [
     "plan_of",
     "prune",
     "register_op",
+    "repair",
     "report",
+    "sensitivity",
     "verify",
 ]
 __version__ = "0.1.0"

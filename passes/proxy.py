@@ -188,10 +188,7 @@ def tensors(x: Any) -> list[Tensor]:
 
 def has_tensor(x: Any) -> bool:
     if type(x) in (tuple, list):
-        for v in x:
-            if isinstance(v, Tensor) or (type(v) not in ATOMS and has_tensor(v)):
-                return True
-        return False
+        return any(isinstance(v, Tensor) or (type(v) not in ATOMS and has_tensor(v)) for v in x)
     return isinstance(x, Tensor) or any(isinstance(v, Tensor) for v in iterate(x))
 
 

@@ -27,7 +27,7 @@ from fxprune.passes.opaque import SizeUse, Whole, watched
 from fxprune.passes.patches import inlined, patched, plain_rnn
 from fxprune.passes.proxy import Items, ReadsValue, ValueProxy, has_tensor, iterate, tensors, unwrap
 from fxprune.passes.tape import ATOMS, NeedsValues, Recorder, Ref, collect, map_tensors
-from fxprune.passes.tree import every_path, fetch, named_tensors, walk
+from fxprune.passes.tree import CONTAINERS, every_path, fetch, named_tensors, walk
 
 # Modules of torch.nn whose forward holds sizes as literals or insists on relations that pruning changes.
 TRACED_THROUGH = (
@@ -175,7 +175,7 @@ class ValueTracer(fx.Tracer):
 
     def bind(self, node: fx.Node, value: Any) -> Any:
         """Record a node's value and hand out proxies for it: containers become real containers of proxies."""
-        self.depends[node] = node.op == "placeholder" or any([self.depends[n] for n in node.all_input_nodes])
+        self.depends[node] = node.op == "placeholder" or any(self.depends[n] for n in node.all_input_nodes)
         if isinstance(value, Tensor):
             self.results[node] = self.recorder.ref(value)
             return ValueProxy(node, self, value)
@@ -416,13 +416,16 @@ class ValueTracer(fx.Tracer):
         """Take back what forwards stored on their modules, where it stands for a node made since the mark."""
         for module, before in self.attributes_before.items():
             now = vars(module)
-            for name in [k for k, v in now.items() if type(v) not in ATOMS and self.stands_for(v, mark)]:
+            stored = [(k, v) for k, v in now.items() if type(v) not in ATOMS and not (type(v) in CONTAINERS and not v)]
+            for name in [k for k, v in stored if k != "_modules" and self.stands_for(v, mark)]:
                 if name in before:
                     now[name] = before[name]
                 else:
                     del now[name]
 
     def stands_for(self, stored: Any, mark: int) -> bool:
+        if type(stored) is dict and not any(type(v) is ValueProxy or type(v) in CONTAINERS for v in stored.values()):
+            return False
         return any(type(v) is ValueProxy and self.index.get(v.node, mark) >= mark for v in iterate(stored))
 
     # -- the root -----------------------------------------------------------------------------------------------------

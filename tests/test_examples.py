@@ -46,3 +46,8 @@ def test_one_training_run_goes_through_all_steps():
     reached, pruner = load("iterative").main()
     assert reached > 0.9
     assert pruner.done and pruner.history[-1].macs[1] <= 0.3 * pruner.history[0].macs[0]
+
+
+def test_repair_gives_back_most_of_what_pruning_took():
+    found = load("repair").main()
+    assert found["repaired"] - found["pruned"] > 0.7 * (found["trained"] - found["pruned"]) > 0.1

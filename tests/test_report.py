@@ -53,6 +53,23 @@ def test_counts():
     assert left["head.weight:0"] == 4 * 3 + 4
 
 
+def test_macs_count_attention_that_one_call_computes():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 3)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, 4, -1).permute(2, 0, 3, 1, 4).unbind(0)
+            h = nn.functional.scaled_dot_product_attention(q, k, v)
+            return self.out(h.transpose(1, 2).flatten(2))
+
+    model, x = Attention().eval(), torch.randn(2, 5, 16)
+    found = fxprune.report(model, pruned(model, x, verify=False), x)
+    assert found.macs[0] == 2 * 5 * (16 * 48 + 16 * 3) + 2 * 2 * 5 * 5 * 16
+    assert found.macs[1] == 2 * 5 * (16 * 24 + 8 * 3) + 2 * 2 * 5 * 5 * 8
+
+
 def test_macs_count_attention_whatever_kernel_computes_it():
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval()

@@ -1,0 +1,269 @@
+"""Accuracy on Fashion-MNIST after pruning, after repair without training, and after a short fine-tuning.
+
+    accuracy.py                                     everything: about half an hour on one core
+    accuracy.py --networks vit --seeds 0 --criteria magnitude:local
+
+Rows go to `accuracy.jsonl`, the table to `ACCURACY.md`. Needs `apt-get install dataset-fashion-mnist`. A ResNet-20 and a
+small ViT are trained from scratch for each seed (and kept in `scratch/`), then brought to 2, 3 and 4 times fewer
+multiply-accumulates. Torch-Pruning gets the same criterion, ranking and scoring data, the floor that fxprune has, the layer
+to leave alone and the heads of each attention; its ratio is searched until its multiply-accumulates are within the budget.
+Fine-tuning is the same on both sides, and is done without repair, too, so that the two can be told apart. Repair sees a few
+images of the training set, without their labels; since Torch-Pruning has none, its batch normalisation is re-estimated on
+the same images by hand.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch_pruning
+from data import fashion
+from sweep import Row, limit_memory, machine, markdown_table, read_rows, sweep
+from torch import Tensor, nn
+from torch.nn import functional as F
+from training import BATCH, EPOCHS, TEST, TRAIN, TUNE_RATE, accuracy, base, train
+
+import fxprune
+from fxprune.report import count_macs
+
+HERE = Path(__file__).parent
+ROWS, TABLE = HERE / "accuracy.jsonl", HERE / "ACCURACY.md"
+FEWER = (2, 3, 4)
+SCORING, CALIBRATION, STEPS = 512, 256, 20
+CHOICES = ("magnitude:local", "magnitude:global", "taylor:global")
+OTHER = {"magnitude": torch_pruning.importance.MagnitudeImportance, "taylor": torch_pruning.importance.TaylorImportance}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--networks", nargs="+", default=list(EPOCHS), choices=list(EPOCHS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--criteria", nargs="+", default=list(CHOICES), help="criterion:ranking")
+    parser.add_argument("--limit", type=float, default=3600, help="seconds for one job")
+    parser.add_argument("--redo", action="store_true", help="run again what the file has already")
+    parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.job:
+        limit_memory()
+        torch.set_num_threads(1)
+        print(json.dumps(measure(**arguments.job)))
+        return
+    jobs = [
+        {"network": network, "seed": seed, **dict(zip(("criterion", "ranking"), choice.split(":"))), "repair": repair}
+        for repair in (True, False)
+        for seed in arguments.seeds
+        for network in arguments.networks
+        for choice in arguments.criteria
+    ]
+    try:
+        sweep(__file__, jobs, ROWS, limit=arguments.limit, redo=arguments.redo)
+    finally:
+        TABLE.write_text(table(read_rows(ROWS)))
+    print(TABLE.relative_to(Path.cwd()) if TABLE.is_relative_to(Path.cwd()) else TABLE)
+
+
+def measure(network: str, seed: int, criterion: str, ranking: str, repair: bool) -> Row:
+    """Accuracies at every budget, and the share of multiply-accumulates that is left; without `repair`, of fxprune alone."""
+    model = base(network, seed)
+    images, labels = fashion("train", TRAIN)
+    test = fashion("t10k", TEST)
+    whole = macs_of(model, images)
+    budgets = {}
+    for fewer in FEWER:
+        pruned = prune_here(model, images, labels, criterion, ranking, 1 / fewer)
+        if not repair:
+            train(pruned, images, labels, steps=STEPS, rate=TUNE_RATE, seed=seed)
+            budgets[str(fewer)] = {"tuned_alone": accuracy(pruned, *test)}
+            continue
+        other = prune_with_torch_pruning(model, images, labels, criterion, ranking, whole / fewer)
+        found = {"left": macs_of(pruned, images) / whole, "other_left": macs_of(other, images) / whole}
+        found["pruned"], found["other_pruned"] = accuracy(pruned, *test), accuracy(other, *test)
+        repaired = fxprune.repair(model, pruned, images[:CALIBRATION].split(64))
+        found["repaired"] = accuracy(repaired, *test)
+        found["other_norms"] = accuracy(with_fresh_norms(other, images[:CALIBRATION]), *test)
+        for name, made in (("tuned", repaired), ("other_tuned", other)):
+            train(made, images, labels, steps=STEPS, rate=TUNE_RATE, seed=seed)
+            found[name] = accuracy(made, *test)
+        budgets[str(fewer)] = found
+    return {"status": "measured", "base": accuracy(model, *test), "macs": whole, "budgets": budgets, "machine": machine()}
+
+
+def prune_here(
+    model: nn.Module, images: Tensor, labels: Tensor, criterion: str, ranking: str, share: float
+) -> torch.fx.GraphModule:
+    return fxprune.prune(
+        model,
+        macs=share,
+        example_inputs=images[:1],
+        criterion=criterion,
+        ranking=ranking,
+        data=[(images[:SCORING], labels[:SCORING])],
+        loss=F.cross_entropy,
+        attention="dims",
+    )
+
+
+def prune_with_torch_pruning(
+    model: nn.Module, images: Tensor, labels: Tensor, criterion: str, ranking: str, most: float
+) -> nn.Module:
+    """The smallest ratio, to a thousandth, whose multiply-accumulates are within the budget."""
+    gradients: Iterable[Tensor | None] = [None] * len(list(model.parameters()))
+    if criterion == "taylor":
+        loss = F.cross_entropy(model(images[:SCORING]), labels[:SCORING])
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+
+    def at(ratio: float) -> nn.Module:
+        made = copy.deepcopy(model)
+        for parameter, gradient in zip(made.parameters(), gradients):
+            parameter.grad = None if gradient is None else gradient.clone()
+        torch_pruning.pruner.BasePruner(
+            made,
+            images[:1],
+            importance=OTHER[criterion](),
+            global_pruning=ranking == "global",
+            pruning_ratio=ratio,
+            max_pruning_ratio=0.9,
+            ignored_layers=[made.head],
+            num_heads={m.qkv: m.num_heads for m in made.modules() if hasattr(m, "qkv")},
+        ).step()
+        made.zero_grad()
+        return made
+
+    low, high = 0.0, 0.95
+    best = at(high)
+    while high - low > 1e-3:
+        middle = (low + high) / 2
+        found = at(middle)
+        if macs_of(found, images) <= most:
+            high, best = middle, found
+        else:
+            low = middle
+    return best
+
+
+def macs_of(model: nn.Module, images: Tensor) -> int:
+    """Multiply-accumulates for one image."""
+    return count_macs(model, (images[:1],), {})
+
+
+def with_fresh_norms(model: nn.Module, images: Tensor) -> nn.Module:
+    """A copy whose batch normalisation has the statistics of some images, as a user of any tool can do it."""
+    made = copy.deepcopy(model)
+    for module in made.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None
+    made.train()
+    with torch.no_grad():
+        made(images)
+    return made.eval()
+
+
+# -- the table ------------------------------------------------------------------------------------------------------------
+
+
+def table(rows: list[Row]) -> str:
+    measured = [row for row in rows if row.get("status") == "measured"]
+
+    def chosen(network: str, choice: str, repair: bool) -> list[Row]:
+        job = (network, *choice.split(":"), repair)
+        return [r for r in measured if (r["network"], r["criterion"], r["ranking"], r["repair"]) == job]
+
+    lines = [
+        {"network": network, "choice": choice, "fewer": fewer, "rows": mine, "alone": chosen(network, choice, False)}
+        for network in dict.fromkeys(row["network"] for row in measured)
+        for fewer in FEWER
+        for choice in CHOICES
+        if (mine := chosen(network, choice, True))
+    ]
+    columns = [
+        ("network", "l", lambda line: line["network"]),
+        ("MACs, times fewer", "r", lambda line: line["fewer"]),
+        ("criterion, ranking", "l", lambda line: line["choice"].replace(":", ", ")),
+        ("seeds", "r", lambda line: len(line["rows"])),
+        ("unpruned", "r", lambda line: percent([r["base"] for r in line["rows"]])),
+        *((heading, "r", lambda line, stage=stage: percent(values(line, stage))) for heading, stage in HEADINGS),
+    ]
+    failed = [row for row in rows if row.get("status") != "measured"]
+    return (
+        "# Accuracy on Fashion-MNIST, side by side with Torch-Pruning\n\n"
+        "Written by `accuracy.py` from `accuracy.jsonl`. Per cent of"
+        f" {TEST:,} test images that are classified rightly: means over the seeds, with the standard deviation. Trained from"
+        f" scratch on {TRAIN:,} images ({', '.join(f'{n} for {e} epochs' for n, e in EPOCHS.items())}); scored on {SCORING};"
+        f" *repaired* on {CALIBRATION} of them without labels, by `fxprune.repair` with its defaults; *tuned* is that,"
+        f" and Torch-Pruning's result, after {STEPS} steps of {BATCH} images with AdamW. *norms*: Torch-Pruning's result"
+        f" with its batch normalisation re-estimated by hand on the same {CALIBRATION} images.\n\n"
+        f"{summary(lines, failed)}\n{markdown_table(columns, lines)}"
+    )
+
+
+HEADINGS = (
+    ("pruned", "pruned"),
+    ("repaired", "repaired"),
+    ("tuned", "tuned"),
+    ("tuned, not repaired", "tuned_alone"),
+    ("Torch-Pruning: pruned", "other_pruned"),
+    ("norms", "other_norms"),
+    ("tuned", "other_tuned"),
+)
+
+
+def values(line: Row, stage: str) -> list[float]:
+    rows = line["alone" if stage == "tuned_alone" else "rows"]
+    return [row["budgets"][str(line["fewer"])][stage] for row in rows]
+
+
+def percent(shares: list[float]) -> str:
+    if not shares:
+        return ""
+    spread = f" ± {100 * statistics.stdev(shares):.1f}" if len(shares) > 1 else ""
+    return f"{100 * statistics.mean(shares):.1f}{spread}"
+
+
+def summary(lines: list[Row], failed: list[Row]) -> str:
+    machines = sorted({row["machine"] for line in lines for row in line["rows"]})
+    made = [f"Torch-Pruning {version('torch-pruning')}; {name}" for name in machines]
+    for what, mine, other in (
+        ("after pruning and repair, against its result as it is", "repaired", "other_pruned"),
+        ("after pruning and repair, against its result with norms re-estimated", "repaired", "other_norms"),
+        ("after repair and fine-tuning, against its result after fine-tuning", "tuned", "other_tuned"),
+        ("after fine-tuning without repair, against the same", "tuned_alone", "other_tuned"),
+        ("after pruning alone", "pruned", "other_pruned"),
+    ):
+        gaps = [(gap(line, mine, other), line) for line in lines if values(line, mine)]
+        if not gaps:
+            continue
+        behind = [f"{place(line)} ({100 * g:+.1f})" for g, line in gaps if g < 0]
+        middle = 100 * statistics.median(g for g, _ in gaps)
+        made.append(
+            f"{what}: fxprune is ahead in {len(gaps) - len(behind)} of {len(gaps)} lines, by {middle:+.1f} points in the median"
+            + (f"; behind in {', '.join(behind)}" if behind else "")
+        )
+    worse = [f"{place(line)} ({100 * g:+.1f})" for line in lines if (g := gap(line, "tuned", "repaired")) < 0]
+    if worse:
+        count = f"{len(worse)} of {len(lines)} lines"
+        made.append(f"fine-tuning this short makes a repaired model worse in {count}: {', '.join(worse)}")
+    if lines:
+        spans = [[v * line["fewer"] for line in lines for v in values(line, stage)] for stage in ("left", "other_left")]
+        mine, other = (f"{min(span):.1%} to {max(span):.1%}" for span in spans)
+        made.append(f"multiply-accumulates left, as a share of the budget: fxprune {mine}, Torch-Pruning {other}")
+    made += [f"failed: {row['network']} {row['seed']} {row['criterion']} {row['ranking']}: {row['reason']}" for row in failed]
+    return "".join(f"- {line}\n" for line in made)
+
+
+def gap(line: Row, mine: str, other: str) -> float:
+    return statistics.mean(values(line, mine)) - statistics.mean(values(line, other))
+
+
+def place(line: Row) -> str:
+    return f"{line['network']} at {line['fewer']}, {line['choice'].replace(':', ' ')}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

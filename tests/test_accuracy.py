@@ -1,0 +1,108 @@
+"""The parts of `examples/benchmarks/accuracy.py` that can be wrong without being seen: the reader, the networks, the table."""
+
+import gzip
+import struct
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[1] / "examples" / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch):
+    """Scripts import each other by name, as when one of them is run."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(BENCHMARKS)):
+            del sys.modules[name]
+
+
+def written(folder, split, shape, start):
+    """An idx file of counting bytes, and one of labels."""
+    for name, dims in (("images-idx3", shape), ("labels-idx1", shape[:1])):
+        body = bytes((start + i) % 251 for i in range(torch.Size(dims).numel()))
+        head = struct.pack(f">HBB{len(dims)}I", 0, 8, len(dims), *dims)
+        with gzip.open(folder / f"{split}-{name}-ubyte.gz", "wb") as file:
+            file.write(head + body)
+
+
+def test_the_reader(tmp_path):
+    import data
+
+    written(tmp_path, "train", (5, 4, 3), 7)
+    images, labels = data.fashion("train", 2, folder=tmp_path)
+    assert images.shape == (2, 1, 4, 3) and labels.tolist() == [7, 8]
+    pixels = torch.arange(7, 31).reshape(2, 1, 4, 3)
+    torch.testing.assert_close(images * data.DEVIATION + data.MEAN, pixels / 255)
+    with pytest.raises(FileNotFoundError, match="apt-get install dataset-fashion-mnist"):
+        data.fashion("train", 2, folder=tmp_path / "none")
+    with gzip.open(tmp_path / "short.gz", "wb") as file:
+        file.write(struct.pack(">HBBI", 0, 8, 1, 9) + b"1234")
+    with pytest.raises(ValueError, match="holds 4 bytes, not 9"):
+        data.idx(tmp_path / "short.gz")
+
+
+def test_the_networks_and_their_training():
+    import networks
+    import training
+
+    torch.manual_seed(0)
+    images, labels = torch.randn(64, 1, 28, 28), torch.arange(64) % 10
+    for name in training.EPOCHS:
+        network = networks.build(name)
+        before = torch.nn.functional.cross_entropy(network(images), labels)
+        training.train(network, images, labels, steps=4, rate=3e-3, seed=0)
+        assert not network.training
+        network.train()
+        assert torch.nn.functional.cross_entropy(network(images), labels) < before
+    constant = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(784, 10))
+    with torch.no_grad():
+        constant[1].weight.zero_()
+        constant[1].bias.copy_(torch.arange(10.0))
+    assert training.accuracy(constant, images, labels) == pytest.approx(float((labels == 9).float().mean()))
+
+
+def test_the_table_says_where_it_is_behind():
+    import accuracy
+
+    def row(seed, mine, other):
+        found = dict.fromkeys(("pruned", "repaired", "tuned"), mine) | dict.fromkeys(
+            ("other_pruned", "other_norms", "other_tuned"), other
+        )
+        budgets = {str(n): found | {"left": 0.9 / n, "other_left": 1 / n} for n in accuracy.FEWER}
+        job = {"network": "vit", "seed": seed, "criterion": "magnitude", "ranking": "local", "repair": True}
+        return {**job, "status": "measured", "base": 0.9, "budgets": budgets, "machine": "here"}
+
+    rows = [row(0, 0.5, 0.4), row(1, 0.7, 0.6)]
+    rows[0]["budgets"]["3"] |= {"tuned": 0.1}
+    alone = {n: {"tuned_alone": 0.55} for n in rows[0]["budgets"]}
+    text = accuracy.table([*rows, {**rows[0], "repair": False, "budgets": alone}])
+    assert "ahead in 3 of 3 lines, by +10.0 points in the median\n" in text
+    assert "against its result after fine-tuning: fxprune is ahead in 2 of 3 lines, by +10.0 points" in text
+    assert "without repair, against the same: fxprune is ahead in 3 of 3 lines, by +5.0 points" in text
+    assert "; behind in vit at 3, magnitude local (-10.0)" in text
+    assert "fine-tuning this short makes a repaired model worse in 1 of 3 lines: vit at 3, magnitude local (-20.0)" in text
+    assert "fxprune 90.0% to 90.0%, Torch-Pruning 100.0% to 100.0%" in text
+    assert "| vit | 2 | magnitude, local | 2 | 90.0 ± 0.0 | 60.0 ± 14.1 |" in text
+
+
+def test_torch_pruning_is_within_the_budget_too():
+    import accuracy
+    import networks
+
+    torch.manual_seed(0)
+    model = networks.ResNet20(width=8).eval()
+    images, labels = torch.randn(8, 1, 28, 28), torch.arange(8)
+    whole = accuracy.macs_of(model, images)
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    for criterion in ("magnitude", "taylor"):
+        found = accuracy.prune_with_torch_pruning(model, images, labels, criterion, "global", whole / 2)
+        assert 0.35 < accuracy.macs_of(found, images) / whole <= 0.5
+        assert found(images).shape == (8, 10)
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
