@@ -175,7 +175,7 @@ def attention(masker: Masker, call: Call, args: Any, kwargs: Any) -> Any:
 
 
 @masked("amax", "max", "logsumexp", "argmax", "logcumsumexp", "cummax")
-@masked("_softmax", "_log_softmax", "_safe_softmax", "_masked_softmax")
+@masked("_softmax", "_log_softmax", "_safe_softmax", "_masked_softmax", "softmax", "log_softmax")
 def with_least(masker: Masker, call: Call, args: Any, kwargs: Any) -> Any:
     """A removed element is never the greatest and weighs nothing."""
     args, kwargs = filled(masker, call, args, kwargs, -math.inf)

@@ -83,3 +83,24 @@ def test_an_error_of_the_compiler_is_no_reason_to_fall_back(monkeypatch: pytest.
     calls.clear()
     monkeypatch.setenv("FXPRUNE_STRICT", "0")
     assert family_of(fxprune.couple(model, features()), "a.weight").frozen is None
+
+
+def test_every_statistic_has_a_masked_form() -> None:
+    """An op whose rule lets reduced or normalised channels go is compared with what it makes of those that are left."""
+    from fxprune.passes import rules
+    from fxprune.passes.rules import reduction
+    from fxprune.passes.verify import masked_form
+
+    rules.load()
+    statistics = (reduction.reduce, reduction.reduce_with_index, reduction.normalise)
+    frozen = {"aten::mode", "aten::kthvalue"}  # by their rule
+    composite = torch._C.DispatchKey.CompositeImplicitAutograd
+    seen = set()
+    for name, rule in rules.RULES.items():
+        packet = getattr(torch.ops.aten, name.removeprefix("aten::"), None)
+        if rule in statistics and packet is not None and name not in frozen:
+            overloads = [getattr(packet, o) for o in packet.overloads()]
+            if not all(o.has_kernel_for_dispatch_key(composite) for o in overloads):  # those are taken apart
+                seen.add(name)
+    missing = {name for name in seen if masked_form(name) is None}
+    assert len(seen) > 20 and not missing, missing
