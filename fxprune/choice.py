@@ -202,7 +202,8 @@ def even_rows(solution: Solution, removed: np.ndarray, score: np.ndarray) -> Non
             uneven = True
             for row in matrix[counts < counts.max()]:
                 gone = row[removed[row]]
-                removed[gone[np.argmax(score[gone])]] = False
+                if len(gone):  # else what another row took back was its, too
+                    removed[gone[np.argmax(score[gone])]] = False
 
 
 def guards(solution: Solution) -> list[np.ndarray]:
@@ -220,14 +221,14 @@ def guards(solution: Solution) -> list[np.ndarray]:
 
 
 def activations_are_rectangles(solution: Solution, cutter: Cutter) -> None:
-    """Raise NotARectangle where a value outside of a gathered region would not be one."""
+    """Raise NotARectangle where a value outside of a gathered region would not be one, or would be empty."""
     for capture, values, regions in zip(solution.captures, solution.values, solution.regions, strict=True):
         for node, result in capture.results.items():
             if node in regions and regions[node] is not node:
                 continue
             for ref in collect(result, Ref):
                 labels = values.get(ref.id, ())
-                if any(len(f.nest) > 1 for f in labels):
+                if any(len(f.nest) > 1 for f in labels) or len({f.nest for f in labels}) < len(labels):
                     cutter(labels, capture.tape.shape(ref))
 
 

@@ -7,6 +7,8 @@ many.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from fxprune.passes.labels import Factor, Labels
@@ -60,17 +62,20 @@ def follow(call: Call) -> None:
 
 
 def written_through(tape: Tape) -> set[int]:
-    """Strided slices that a later node writes into, directly or through a view: they cannot become copies of what is left."""
+    """Strided slices that a later node writes into, directly or through a view: they cannot become copies of what is left.
+
+    Where Python puts what was written back at once (`x[::2] *= 2`), they can.
+    """
     if not any(strided(op) for op in tape.ops):
         return set()
     maker = {ref.id: op for op in tape.ops for ref in collect(op.outs, Ref) if op.func._schema.name in MOVING}
     found: set[int] = set()
-    for op in tape.ops:
+    for i, op in enumerate(tape.ops):
         for ref in writes(op):
             at = ref.id
             while at in maker:
-                source = maker.pop(at)
-                if strided(source) and source.node != op.node:
+                source = maker[at]
+                if strided(source) and source.node != op.node and not put_back(tape.ops[i + 1 : i + 3], at, source):
                     found.add(at)
                 at = collect(source.args, Ref)[0].id
     return found
@@ -78,6 +83,16 @@ def written_through(tape: Tape) -> set[int]:
 
 def strided(op: Op) -> bool:
     return len(op.args) > 4 and op.args[4] != 1 and op.func._schema.name == "aten::slice"
+
+
+def put_back(following: Sequence[Op], view: int, source: Op) -> bool:
+    """Whether the next two calls take the same slice again and copy the view into it."""
+    if len(following) < 2 or following[0].func != source.func or following[1].func._schema.name != "aten::copy_":
+        return False
+    again, copied = following
+    same = again.args[0] is source.args[0] and tuple(again.args[1:]) == tuple(source.args[1:])
+    written = copied.args[1]
+    return same and copied.args[0] is again.outs and isinstance(written, Ref) and written.id == view
 
 
 WRITTEN: dict[object, tuple[int, ...]] = {}

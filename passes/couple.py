@@ -374,9 +374,10 @@ def close(
     if uneven:
         pairs = pairs + chained(uneven, columns=True)
         part, stopped = components(ties.size, pairs)
-    lines: list[np.ndarray] = []
+    lines = list(ties.lines)
     if ties.rows:
-        made, lines = settle_rows(ties, pairs, part)
+        made, stay = settle_rows(ties, pairs, part)
+        lines += stay
         pairs = pairs + made
         part, stopped = components(ties.size, pairs)
     unit = part

@@ -359,7 +359,8 @@ class Rewriter:
 
     def as_copy(self, node: fx.Node, made: fx.Node) -> fx.Node:
         """A reshape that copied stays a copy: with a dimension shrunk to 1 it might become a view, which can be written to."""
-        if self.capture.index[node] not in self.copying or made.target == "clone":
+        copies = self.capture.index[node] in self.copying and isinstance(self.result(node), Ref)
+        if not copies or made.target == "clone":
             return made
         refs = [r for n in node.all_input_nodes for r in collect(self.result(n), Ref)]
         shrunk = any(now == 1 < was for r in refs for was, now in zip(self.before(r), self.after(r), strict=True))

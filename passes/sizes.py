@@ -296,6 +296,8 @@ def along_one_dim(r: Rewriter, node: fx.Node) -> fx.Node | None:
         return r.graph.call_method("narrow", (r.new[node.args[0]], dim, run.start, run.stop - run.start))  # type: ignore[index]
     positions = picked(r, source, target, dim, dim, order)
     made = r.gather(node.args[0], dim, positions)  # type: ignore[arg-type]
+    if made is r.new[node.args[0]]:  # type: ignore[index]
+        made = r.graph.call_method("clone", (made,))  # as these ops return one: either may be written to
     others = [i for i, d in enumerate(dims) if d != dim]
     if name == "roll" and others:
         shifts = argument(node, 1, "shifts")

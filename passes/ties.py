@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fxprune.passes.labels import Factor, Labels
 
+MANY = 16
 PART_OF_ROWS = "is a row of channels that go one by one"
 
 
@@ -59,6 +60,7 @@ class Ties:
         coarse: matrices of labels whose rows are heads, to be removed whole when heads are the granularity.
         equal: matrices of labels whose rows must keep equally many entries.
         product: matrices of labels whose rows must keep the same columns.
+        lines: labels of which one at least must stay.
         rows: labels that stand for rows of others; `standing` is the set of them.
         alike: values whose entries are all alike, with the one that they are views of; `read_before`: those some call has read.
         pinned: views that are written into and cannot become copies.
@@ -76,6 +78,7 @@ class Ties:
     coarse: list[Event] = field(default_factory=list)
     equal: list[Event] = field(default_factory=list)
     product: list[Event] = field(default_factory=list)
+    lines: list[np.ndarray] = field(default_factory=list)
     rows: list[Rows] = field(default_factory=list)
     standing: set[int] = field(default_factory=set)
     pinned: set[int] = field(default_factory=set)
@@ -113,6 +116,14 @@ class Ties:
 
     def head_rows(self, rows: Tensor) -> None:
         self.coarse.append(Event(rows, self.node))
+
+    def keep_two(self, rows: Tensor) -> None:
+        """Each row of labels keeps two entries at least: one without any other one, or of many, one of either half."""
+        n = rows.shape[1]
+        if n > MANY:
+            self.lines += [*rows[:, : n // 2].numpy(), *rows[:, n // 2 :].numpy()]
+        elif n > 1:
+            self.lines += [line for i in range(n) for line in torch.cat([rows[:, :i], rows[:, i + 1 :]], 1).numpy()]
 
     def row_labels(self, f: Factor, rest: Sequence[int]) -> Factor:
         """A factor over the dimensions `rest` of another one, for what no longer tells its other entries apart."""

@@ -19,7 +19,7 @@ from fxprune.passes.couple import apply_rule
 from fxprune.passes.labels import Labels, lut
 from fxprune.passes.rules import Call
 from fxprune.passes.tape import Op, Recorder, Ref, collect, map_tensors
-from fxprune.passes.ties import Ties, flat
+from fxprune.passes.ties import Rows, Ties, flat, row
 
 Masked = Callable[["Masker", Call, Any, Any], Any]
 MASKED: dict[str, Masked] = {}
@@ -64,6 +64,8 @@ class Masker(Recorder):
         self.heads = heads
         self.labels: dict[int, Labels] = {}
         self.ties = Ties(size=len(kept))
+        self.pairs: list[Any] = []  # ties of labels whose fate is open
+        self.rows: list[Rows] = []
 
     def add(self, tensor: Tensor, *, from_input: bool, name: str | None = None) -> Ref:
         ref = super().add(tensor, from_input=from_input, name=name)
@@ -97,6 +99,22 @@ class Masker(Recorder):
         del self.tape.ops[before:]
         return produced
 
+    def spread(self) -> bool:
+        """Settle what is tied to something settled; whether that was anything."""
+        before = int(self.settled.sum())
+        for pair in self.pairs:
+            for new, old in (pair, pair[::-1]):
+                open_ = ~self.settled[new] & self.settled[old]
+                if bool(open_.any()):
+                    self.kept[new[open_]] = self.kept[old[open_]]
+                    self.settled[new[open_]] = True
+                    self.late |= not bool(self.kept[old[open_]].all())
+        for rows in self.rows:
+            ready = ~self.settled[rows.labels] & self.settled[rows.entries].all(1)
+            self.kept[rows.labels[ready]] = self.kept[rows.entries[ready]].any(1)
+            self.settled[rows.labels[ready]] = True
+        return int(self.settled.sum()) > before
+
     def settle(self) -> None:
         """New labels (of broadcast copies, padding, constants) share the fate of what they are tied to."""
         if self.ties.size > len(self.kept):
@@ -104,18 +122,14 @@ class Masker(Recorder):
             known = self.fates[start : start + grown] if self.fates is not None else torch.ones(grown, dtype=torch.bool)
             self.kept = torch.cat([self.kept, known])
             self.settled = torch.cat([self.settled, torch.full((grown,), self.fates is not None)])
-        for pair in self.ties.pairs:
-            a, b = (torch.from_numpy(side) for side in flat(pair))
-            for new, old in ((a, b), (b, a)):
-                open_ = ~self.settled[new] & self.settled[old]
-                if bool(open_.any()):
-                    self.kept[new[open_]] = self.kept[old[open_]]
-                    self.settled[new[open_]] = True
-                    self.late |= not bool(self.kept[old[open_]].all())
-        for rows in self.ties.rows:
-            fresh = ~self.settled[rows.labels]
-            self.kept[rows.labels[fresh]] = self.kept[rows.entries[fresh]].any(1)
-            self.settled[rows.labels[fresh]] = self.settled[rows.entries[fresh]].all(1)
+        for event in self.ties.frozen:  # what a rule keeps is kept, whatever it is tied to later
+            self.settled[torch.from_numpy(row(event.labels))] = True
+        self.pairs += [tuple(torch.from_numpy(side) for side in flat(pair)) for pair in self.ties.pairs]
+        self.rows += self.ties.rows
+        while self.spread():
+            pass
+        self.pairs = [(a, b) for a, b in self.pairs if not bool((self.settled[a] & self.settled[b]).all())]
+        self.rows = [rows for rows in self.rows if not bool(self.settled[rows.labels].all())]
         for name in ("pairs", "frozen", "coarse", "equal", "product", "rows"):
             getattr(self.ties, name).clear()
 

@@ -5,6 +5,7 @@ Batch dimensions of a product of activations are units of their own, heads, abov
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from fxprune.passes.labels import NONE, Factor, Labels, align, factor
@@ -49,7 +50,8 @@ def contract(
     right, right_shape = placed(b, b_shape, b_places, ndim)
     batch = [d for d in range(ndim) if d not in (*summed, *copied) and d in a_places and d in b_places]
     heads = as_heads(call, left + right, batch) if call.heads else NONE
-    left, right = mixed(call, left, right, summed), mixed(call, right, left, summed)
+    shared = [d for d in range(ndim) if d in a_places and d in b_places and d not in summed]
+    left, right = mixed(call, left, right, summed, shared), mixed(call, right, left, summed, shared)
     merged = unify(call, left, left_shape, right, right_shape)
     result = [f for f in merged if not f.dims & set(summed)]
     for f in merged:
@@ -72,16 +74,19 @@ def copies(call: Call, ref: Ref, places: Sequence[int]) -> list[int]:
     return [places[f.nest[0]] for f in new]
 
 
-def mixed(call: Call, mine: Labels, theirs: Labels, summed: Sequence[int]) -> Labels:
+def mixed(call: Call, mine: Labels, theirs: Labels, summed: Sequence[int], shared: Sequence[int]) -> Labels:
     """Factors of one operand, ready to meet those of the other.
 
     A sum over the rows of a joint factor (streams that were stacked) with one weight for each row ties column to column
-    and leaves the rows alone. Were the weight's index of rows to meet the factor, it would tie all columns of a row.
+    and leaves the rows alone. Were the weight's index of rows to meet the factor, it would tie all columns of a row: so it
+    does where rows are no fewer than half the columns, or where both operands have the columns (a batch).
     """
     result: list[Factor] = []
     for f in mine:
         rows = [d for d in f.nest if d in summed]
-        if rows and f.nest[-1] not in summed and not any(f.dims <= g.dims for g in theirs):
+        count = math.prod(f.labels.shape[d] for d in rows)
+        few = 2 * count * count < len(f.labels.unique())
+        if rows and few and f.nest[-1] not in (*summed, *shared) and not any(f.dims <= g.dims for g in theirs):
             result += call.collapse(f, rows)
         else:
             result.append(f)

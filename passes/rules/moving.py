@@ -68,7 +68,8 @@ def moved_call(r: Rewriter, node: fx.Node) -> fx.Node | None:
         first = whole[tuple(slice(None) if d == dim else 0 for d in range(whole.dim()))]
         order = first // stride % shape[dim]
         if torch.equal(places.index_select(dim, order), whole):
-            return r.permuted(node.args[0], source, node, dim, order)  # type: ignore[arg-type]
+            made = r.permuted(node.args[0], source, node, dim, order)  # type: ignore[arg-type]
+            return r.graph.call_method("clone", (made,)) if made is r.new[node.args[0]] else made  # type: ignore[index]
     made = filled_up(r, r.new[node.args[0]], source)  # type: ignore[index]
     made = r.emit(node, (made, *r.argument(tuple(node.args[1:]))), r.argument(dict(node.kwargs)))
     for dim in sorted({d for cut in r.cuts(target) for d in cut.dims}):

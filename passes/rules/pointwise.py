@@ -72,18 +72,19 @@ def unify(call: Call, a: Labels, a_shape: Sequence[int], b: Labels, b_shape: Seq
     plain = len(a) == 1 == len(b) and not call.ties.standing
     if plain and len(a[0].nest) == 1 and a[0].nest == b[0].nest:  # (1), as it is nearly always
         call.ties.join(a[0], b[0])
-        return a
+        return b if call.ties.stands(b[0]) else a
     left, right = list(a), list(b)
     if call.ties.standing:
         left, right = beside_rows(call, left, right), beside_rows(call, right, left)
     result: list[Factor] = compose(call, left, right) + compose(call, right, left)
-    for f in list(left):
-        twin = counterpart(f, [g for g in right if g.dims == f.dims])
-        if twin is not None:  # (1)
-            left.remove(f)
-            right.remove(twin)
-            match(call, f, twin)
-            result.append(twin if call.ties.stands(twin) else f)
+    for patient in (not call.ties.seeking_heads, False):
+        for f in list(left):
+            twin = counterpart(f, [g for g in right if g.dims == f.dims])
+            if twin is not None and not (patient and outbid(f, twin, left)):  # (1)
+                left.remove(f)
+                right.remove(twin)
+                match(call, f, twin)
+                result.append(twin if call.ties.stands(twin) else f)
     taken = {d for f in result for d in f.dims}
     result += lone(call, left, right, taken, b_shape) + lone(call, right, left, taken, a_shape)
     for f in [f for f in left if any(f.dims & g.dims for g in right)]:  # (3)
@@ -193,12 +194,20 @@ def counterpart(f: Factor, candidates: list[Factor]) -> Factor | None:
     if len(candidates) < 2:
         return candidates[0] if candidates else None
 
-    def blur(g: Factor) -> int:
-        a, b = torch.broadcast_tensors(f.labels, g.labels)
-        pairs = torch.stack([a.reshape(-1), b.reshape(-1)]).unique(dim=1).shape[1]
-        return 2 * pairs - len(f.labels.unique()) - len(g.labels.unique())
+    return min(candidates, key=lambda g: blur(f, g))
 
-    return min(candidates, key=blur)
+
+def blur(f: Factor, g: Factor) -> int:
+    """How far two factors over the same dimensions are from corresponding one to one."""
+    a, b = torch.broadcast_tensors(f.labels, g.labels)
+    pairs = torch.stack([a.reshape(-1), b.reshape(-1)]).unique(dim=1).shape[1]
+    return 2 * pairs - len(f.labels.unique()) - len(g.labels.unique())
+
+
+def outbid(f: Factor, g: Factor, mine: list[Factor]) -> bool:
+    """Whether another factor of the operand, over the same dimensions, corresponds better to one of the other operand's."""
+    rivals = [h for h in mine if h is not f and h.dims == f.dims]
+    return bool(rivals) and min(blur(h, g) for h in rivals) < blur(f, g)
 
 
 def match(call: Call, f: Factor, g: Factor) -> None:

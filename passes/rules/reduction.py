@@ -56,6 +56,12 @@ def row_by_row(call: Call, f: Factor, dims: Sequence[int]) -> Labels:
     return call.collapse(f, touched)
 
 
+def spreads(call: Call) -> bool:
+    """Whether an op divides by one less than the number of entries: of a single one there is no such spread."""
+    named = call.op.func._schema.name.removeprefix("aten::") in ("var", "std", "var_mean", "std_mean")
+    return named and call.get("correction", int(call.get("unbiased", True))) != 0
+
+
 @rule(*(f"aten::{name}" for name in REDUCTIONS))
 def reduce(call: Call) -> list[Labels]:
     x = call.first
@@ -63,6 +69,10 @@ def reduce(call: Call) -> list[Labels]:
     dims = call.dims(call.get("dim"), ndim)
     out = call.outputs[0]
     keepdim = bool(call.get("keepdim", False)) and len(call.shape(out)) == ndim
+    if spreads(call):
+        for f in call.labels(x):
+            if f.nest[-1] in dims and f.dims <= {f.nest[-1], *(d for d in range(ndim) if d not in dims)}:
+                call.ties.keep_two(f.rows())
     result = tuple(drop(g, dims, keepdim) for f in call.labels(x) for g in row_by_row(call, f, dims))
     return [result] * len(call.outputs)
 

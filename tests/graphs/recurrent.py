@@ -165,3 +165,13 @@ def lstm_over_steps_made_of_channels():
         return self.head(self.rnn(x)[1][0][-1])
 
     return net(forward, a=linear(10, 33), rnn=nn.LSTM(11, 14, batch_first=True), head=linear(14, 5)), features()
+
+
+@graph(targets=("embed.weight", "rnn.weight_hh_l0", "head.weight"), min_removed=0.3)
+def lstm_left_with_one_unit():
+    """It returns a tuple, of tensors with a dimension of size 1."""
+
+    def forward(self, x):
+        return self.head(self.rnn(self.embed(x))[1][0][-1])
+
+    return net(forward, embed=linear(10, 8), rnn=nn.LSTM(8, 2, batch_first=True), head=linear(2, 5)), tokens()

@@ -144,3 +144,26 @@ def normalised_over_channels_by_sum():
         return self.head(x + self.b(x))
 
     return net(forward, a=linear(10, 14), b=linear(14, 14), head=linear(14, 5)), tokens()
+
+
+@graph(stats=True, targets=("b.weight", "head.weight"), min_removed=0.2)
+def std_of_two_channels():
+    """A single one would have no spread."""
+
+    def forward(self, x):
+        x = self.a(x)
+        return self.head(pool(self.b(x * x.std(1, keepdim=True)).relu()))
+
+    return net(forward, a=conv(3, 2), b=conv(2, 20), head=linear(20, 5)), image()
+
+
+@graph(stats=True, targets=("a.weight", "b.weight"), min_removed=0.3)
+def means_of_groups_that_share_units():
+    """Rows of which one takes back what another one lost."""
+
+    def forward(self, x):
+        x = self.a(x)
+        x = x + x.flip(1)
+        return self.head(self.b(x.unflatten(1, (3, 4)).mean(2)).relu() + self.c(x).relu())
+
+    return net(forward, a=linear(10, 12), b=linear(3, 20), c=linear(12, 20), head=linear(20, 5)), features()

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from .indexing import between
 from .registry import buffer, conv, features, graph, image, linear, net, parameter, pool, tokens
@@ -232,3 +233,43 @@ def strided_view_written_later():
         return self.head(pool(self.b(x).relu()))
 
     return net(forward, a=conv(3, 12), b=conv(12, 20), head=linear(20, 5)), image()
+
+
+@graph(targets=("a.weight", "b.weight"), min_removed=0.4)
+def roll_by_nothing_then_source_written():
+    """A roll is a copy, also where every channel stays at its place."""
+
+    def forward(self, x):
+        x = self.a(x)
+        y = x.roll(0, 1)
+        x.tanh_()
+        return self.head(pool(self.b(y) * self.b(x)))
+
+    return net(forward, a=conv(3, 12), b=conv(12, 20), head=linear(20, 5)), image()
+
+
+@graph(stats=True, targets=("a.weight", "b.weight"), min_removed=0.4)
+def zeros_filled_then_normalised():
+    """Of one image, whose batch dimension other sizes fold into channels."""
+
+    def forward(self, x):
+        x = self.a(x)
+        y = torch.zeros(x.shape[0], 24, x.shape[2], x.shape[3], dtype=x.dtype)
+        y[:, :12] = x
+        y[:, 12:] = F.pad(x, (0, 0, 0, 0, 2, 0), value=0.5)[:, :12].softmax(1)
+        return self.head(pool(self.b(self.norm(y)).relu()))
+
+    layers = {"a": conv(3, 12), "norm": nn.InstanceNorm2d(24, affine=True), "b": conv(24, 20), "head": linear(20, 5)}
+    return net(forward, **layers), image()[:1]
+
+
+@graph(targets=("a.weight", "b.weight"), min_removed=0.3)
+def repeated_then_a_few_written():
+    """What is written to is made of few channels and few copies, which do not all go together."""
+
+    def forward(self, x):
+        x = self.a(x).unsqueeze(2).expand(-1, -1, 3).flatten(1)
+        x[:, 1:4] += x[:, 1:4].sigmoid()
+        return self.head(self.b(x).relu())
+
+    return net(forward, a=linear(10, 7), b=linear(21, 20), head=linear(20, 5)), features()
