@@ -203,7 +203,7 @@ def settled(
         removed = removed | held
     if spans:
         starts = np.cumsum([0, *(len(classes) for classes in spans[:-1])])
-        for i in np.flatnonzero(np.logical_and.reduceat(removed[np.concatenate(spans)], starts)):
+        for i in np.flatnonzero(np.logical_and.reduceat(removed[np.concatenate(spans)], starts)).tolist():
             if removed[spans[i]].all():  # the best scored unit stays
                 mine = spans[i] if held is None else spans[i][~held[spans[i]]]
                 removed[mine[np.argmax(score[mine])]] = False

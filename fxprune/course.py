@@ -81,7 +81,7 @@ class Course:
             rivalry = Rivalry(self.free, score, self.solution, self.request)
             least = self.costs.of(rivalry.settle(rivalry.everything())[1], budget.kind)
             if least > limit:
-                raise unreachable(budget, limit, least, self.original)
+                raise unreachable(budget, least, self.original)
         elif not self.request.competes and any(ratios_of(self.free, self.request.ratio, self.solution)):
             wanted = one_by_one(self.free, score, self.solution, self.request)
             if settled(self.solution, wanted, score, self.guards)[1].whole:
@@ -106,7 +106,7 @@ class Course:
             wanted = one_by_one(free, score, self.solution, request, gone)
             kept, _ = settled(self.solution, wanted, score, self.guards, gone)
         else:
-            rivalry = Rivalry(free, score, self.solution, request, gone)
+            rivalry = Rivalry(free, score, self.solution, request, held=gone)
             if request.budget is None:
                 kept, _ = rivalry.settle(rivalry.by_ratio())
             else:

@@ -62,22 +62,35 @@ def follow(call: Call) -> None:
 
 
 def written_through(tape: Tape) -> set[int]:
-    """Strided slices that a later node writes into, directly or through a view: they cannot become copies of what is left.
+    """Strided slices that cannot become copies of what is left: a later node writes into them, or into what they show.
 
     Where Python puts what was written back at once (`x[::2] *= 2`), they can.
     """
     if not any(strided(op) for op in tape.ops):
         return set()
     maker = {ref.id: op for op in tape.ops for ref in collect(op.outs, Ref) if op.func._schema.name in MOVING}
+
+    def chain(value: int) -> list[int]:
+        found = [value]
+        while found[-1] in maker:
+            found.append(collect(maker[found[-1]].args, Ref)[0].id)
+        return found
+
+    slices = {op.outs.id: chain(op.outs.id)[-1] for op in tape.ops if strided(op)}
+    read: dict[int, int] = {}
+    for i, op in enumerate(tape.ops):
+        read.update({at: i for ref in collect(op.args, Ref) for at in chain(ref.id) if at in slices})
     found: set[int] = set()
     for i, op in enumerate(tape.ops):
         for ref in writes(op):
-            at = ref.id
-            while at in maker:
+            mine = chain(ref.id)
+            for at, root in slices.items():
                 source = maker[at]
-                if strided(source) and source.node != op.node and not put_back(tape.ops[i + 1 : i + 3], at, source):
+                if root != mine[-1] or source.node >= op.node or at in found:
+                    continue
+                through = at in mine and not put_back(tape.ops[i + 1 : i + 3], at, source)
+                if through or (at not in mine and read.get(at, -1) > i):
                     found.add(at)
-                at = collect(source.args, Ref)[0].id
     return found
 
 

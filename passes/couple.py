@@ -89,6 +89,7 @@ def solve(
     while ties.composed:  # what is composed in one reading may ask for more in the next
         settled |= {ties.leaf_starts[start][:2] for start in ties.composed}
         leaves = composed(leaves, ties)
+        size = ties.size  # labels that were new in this reading may be among them: the next one numbers its own after them
         last = len(settled) > MOST_COMPOSED
         ties, values = read(captures, leaves, size, heads, settled=frozenset(settled), compose=not last)
     for name, reason in (keep or {}).items():
@@ -370,7 +371,7 @@ def close(
     pairs: list[Pair] = ties.pairs + chained(ties.coarse)
     part, stopped = components(ties.size, pairs)
     # rows that go whole need not agree in their columns
-    uneven = [e for e in ties.product if not whole_rows(part[e.labels.numpy()])]
+    uneven = [e for e in ties.product if not whole_rows(part[e.array])]
     if uneven:
         pairs = pairs + chained(uneven, columns=True)
         part, stopped = components(ties.size, pairs)
@@ -396,7 +397,7 @@ def close(
     frozen[0] = frozen[0] if frozen[0] >= 0 else 0
     if not reasons:
         reasons.append("is never removed")
-    equal = distinct([unit[e.labels.numpy()] for e in ties.equal])
+    equal = distinct([unit[e.array] for e in ties.equal])
     shapes = {v.name: v.shape for capture in captures for v in capture.tape.values if v.name is not None}
     stay = [unit[e] for e in lines]
     return Solution(captures, leaves, values, torch.from_numpy(unit), frozen, reasons, equal, regions, pairs, shapes, stay)

@@ -34,6 +34,7 @@ class Factor:
     """
 
     __slots__ = ("_flat", "_labels", "_ndim", "base", "dims", "nest")
+    _ndim: int
 
     def __init__(self, labels: Tensor, nest: tuple[int, ...]) -> None:
         self._labels: Tensor | None = labels

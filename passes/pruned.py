@@ -20,7 +20,7 @@ class Program:
     def graph(self) -> fx.Graph:
         graph, made = fx.Graph(), {}
         for name, op, target, args, kwargs, meta in self.lines:
-            named = [fx.node.map_aggregate(a, lambda x: made[x.name] if type(x) is Name else x) for a in (args, kwargs)]
+            named = [fx.node.map_aggregate(a, lambda x: made[x.name] if isinstance(x, Name) else x) for a in (args, kwargs)]
             made[name] = graph.create_node(op, target, named[0], named[1], name)
             made[name].meta = dict(meta)
         return graph
@@ -46,7 +46,7 @@ def written(graph: fx.Graph, only: Mapping[fx.Node, bool | None], mode: bool) ->
             names[node] = names[node.args[mode]]  # type: ignore[index]
         elif only.get(node, mode) == mode:
             names[node] = Name(node.name)
-            args = fx.node.map_arg(node.args, lambda n: names[n])  # type: ignore[arg-type, return-value]
+            args = fx.node.map_arg(node.args, lambda n: names[n])
             kwargs = fx.node.map_arg(node.kwargs, lambda n: names[n]) if node.kwargs else {}  # type: ignore[arg-type, return-value]
             lines.append((node.name, node.op, node.target, args, kwargs, node.meta))
     return Program(tuple(lines))

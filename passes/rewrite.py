@@ -29,7 +29,6 @@ from fxprune.passes.windows import slid, sliding
 
 Number = (int, float)
 LITERALS = frozenset([int, float, bool, str, type(None), torch.dtype])
-SEQUENCES = frozenset([tuple, list, fx.immutable_collections.immutable_list])
 PURE = {getattr, "size", "dim", "numel"} | {
     getattr(operator, name)
     for name in ["getitem", "mul", "floordiv", "add", "sub", "truediv", "mod", "pow", "neg", "eq", "ne", "lt", "gt", "le", "ge"]
@@ -223,10 +222,8 @@ class Rewriter:
         return self.scaled(self.original(given), Fraction(wanted, was)) if was else self.new[given]
 
     def number(self, given: fx.Node) -> Any:
-        """A number that is no size: it keeps its original value."""
-        if isinstance(self.capture.results[given], bool) or not isinstance(self.capture.results[given], Number):
-            return self.new[given]
-        return self.original(given)
+        """A number that is no size: it keeps its original value. So does what Python asked of sizes (`c % groups == 0`)."""
+        return self.original(given) if isinstance(self.capture.results[given], Number) else self.new[given]
 
     def number_of(self, given: Any) -> Any:
         """The original value of a number that may be computed in the graph."""
@@ -353,7 +350,10 @@ class Rewriter:
             if isinstance(a, fx.Node):
                 if isinstance(self.capture.results.get(a), Number):
                     return False
-            elif type(a) not in LITERALS and not (type(a) in SEQUENCES and all(type(v) in LITERALS for v in a)):
+            elif isinstance(a, tuple | list):
+                if not all(type(v) in LITERALS for v in a):
+                    return False
+            elif type(a) not in LITERALS:
                 return False
         return True
 

@@ -24,6 +24,10 @@ class Event:
     node: int
     why: str = ""
 
+    @property
+    def array(self) -> np.ndarray:
+        return self.labels if isinstance(self.labels, np.ndarray) else self.labels.numpy()
+
 
 @dataclass(slots=True)
 class Pair:
@@ -185,7 +189,8 @@ def row(labels: Tensor | np.ndarray) -> np.ndarray:
 def chained(events: list[Event], *, columns: bool = False) -> list[Pair]:
     """Ties that make every row (or every column) of each matrix one unit."""
     along = 0 if columns else 1
-    return [Pair(m.labels.amax(along, keepdim=True).expand_as(m.labels), m.labels, True, m.node) for m in events]
+    matrices = [(torch.from_numpy(e.array), e.node) for e in events]
+    return [Pair(m.amax(along, keepdim=True).expand_as(m), m, True, node) for m, node in matrices]
 
 
 def components(size: int, pairs: list[Pair]) -> tuple[np.ndarray, list[tuple[np.ndarray, int]]]:

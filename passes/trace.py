@@ -97,7 +97,7 @@ class ValueTracer(fx.Tracer):
     """An FX tracer that evaluates every node as it is made."""
 
     def __init__(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        super().__init__(autowrap_modules=())
+        super().__init__(autowrap_modules=())  # type: ignore[arg-type]
         self.root = root
         self.example_args, self.example_kwargs = args, kwargs
         self.forward: Callable[..., Any] = root.forward  # whose signature the program gets
@@ -294,7 +294,7 @@ class ValueTracer(fx.Tracer):
         name = self.names.get(id(attr_val))
         return attr_val if name is None else self.attribute(name, attr_val)
 
-    def trace(self, root: nn.Module, concrete_args: Any = None) -> fx.Graph:
+    def trace(self, root: nn.Module, concrete_args: Any = None) -> fx.Graph:  # type: ignore[override]
         """The graph of one run; `patched` must be in force. (FX's own looks through all attributes for scripted objects.)"""
         self.submodule_paths = walk(root)
         self.graph = fx.Graph()

@@ -273,3 +273,16 @@ def repeated_then_a_few_written():
         return self.head(self.b(x).relu())
 
     return net(forward, a=linear(10, 7), b=linear(21, 20), head=linear(20, 5)), features()
+
+
+@graph(targets=("b.weight", "head.weight"), min_removed=0.2)
+def strided_view_of_what_is_written_later():
+    """A view of every second channel shows what is put into its source after it was taken."""
+
+    def forward(self, x):
+        x = self.a(x)
+        every = x[:, ::2]
+        x.clamp_(max=0.3)
+        return self.head(pool(self.b(every).relu()))
+
+    return net(forward, a=conv(3, 12), b=conv(6, 20), head=linear(20, 5)), image()
