@@ -39,15 +39,14 @@ class Name:
 
 def written(graph: fx.Graph, only: Mapping[fx.Node, bool | None], mode: bool) -> Program:
     """The program of one mode out of a graph with branches (see `modes.py`)."""
-    names: dict[fx.Node, Name] = {}
+    names: dict[Any, Any] = {}
     lines = []
     for node in graph.nodes:
         if node.target is switch:
-            names[node] = names[node.args[mode]]  # type: ignore[index]
+            names[node] = names[node.args[mode]]
         elif only.get(node, mode) == mode:
             names[node] = Name(node.name)
-            args = fx.node.map_arg(node.args, lambda n: names[n])
-            kwargs = fx.node.map_arg(node.kwargs, lambda n: names[n]) if node.kwargs else {}  # type: ignore[arg-type, return-value]
+            args, kwargs = (fx.node.map_arg(x, names.__getitem__) if x else x for x in (node.args, node.kwargs))
             lines.append((node.name, node.op, node.target, args, kwargs, node.meta))
     return Program(tuple(lines))
 

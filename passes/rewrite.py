@@ -338,7 +338,8 @@ class Rewriter:
             made = handler(self, node)
             if made is not None:
                 return self.as_copy(node, made)
-        if not collect(self.capture.results.get(node), Ref) and node.op != "output":
+        result = self.capture.results.get(node)
+        if not collect(result, Ref) and result is not None and node.op != "output":
             return node  # arithmetic on numbers: mended where it is used
         if self.as_it_is(node) and self.capture.index[node] not in self.copying:
             return node

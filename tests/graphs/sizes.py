@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from .registry import conv, graph, index, linear, net, normal, parameter, pool, tokens
+from .registry import conv, graph, image, index, linear, net, normal, parameter, pool, tokens
 
 AB = ("a.weight", "b.weight")
 
@@ -91,3 +91,19 @@ def copy_that_shrinks_to_a_view():
         return self.head(pool(self.b(twice).relu()))
 
     return net(forward, a=conv(3, 2), b=conv(4, 20), head=linear(20, 5)), normal(2, 3, 6, 10)
+
+
+@graph(stats=True, targets=("a.weight", "head.weight"), min_removed=0.3)
+def asserted_of_channels():
+    """What a forward asserts of its channels is true of the original, and may not be of what is left."""
+
+    def forward(self, x):
+        x = self.a(x)
+        b, c, h, w = x.shape
+        torch._assert(c % 3 == 0, "three groups")
+        x = x.reshape(b, 3, c // 3, h, w)
+        spread = x.var((2, 3, 4), unbiased=False, keepdim=True).add(1e-5).sqrt()
+        x = x.reshape(b, c, h, w) / spread.expand(-1, 3, c // 3, h, w).reshape(b, c, h, w) * self.scale.view(1, -1, 1, 1)
+        return self.head(pool(x))
+
+    return net(forward, a=conv(3, 24), scale=parameter(24), head=linear(24, 5)), image()
