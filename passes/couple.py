@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from fxprune.passes import rules
 from fxprune.passes.alike import follow, read_apart, written_through
 from fxprune.passes.capture import Capture, size_source
-from fxprune.passes.labels import NONE, Factor, Labels, along, counts_channels, factor
+from fxprune.passes.labels import NONE, Factor, Labels, along, factor
 from fxprune.passes.probe import probe
 from fxprune.passes.regions import gather_regions
 from fxprune.passes.rules import Call
@@ -219,7 +219,7 @@ def read(
                 ties.literals = literals(capture, op.node)
             call = Call(op, tape, labels, ties, heads, uses, varying)
             if op.node not in sized:
-                sized[op.node] = takes_input_sizes(capture, op.node, labels, ties.size, size)
+                sized[op.node] = takes_input_sizes(capture, op.node, labels, size)
             if sized[op.node] or (varying and any(r.id in varying for r in call.inputs)):
                 varying.update(r.id for r in call.outputs)
             apply_rule(call)
@@ -234,10 +234,20 @@ def read(
     return ties, every
 
 
-def takes_input_sizes(capture: Capture, index: int, labels: dict[int, Labels], count: int, owned: int) -> bool:
+def tells_channels(labels: Labels, dim: int, owned: int) -> bool:
+    """Whether entries along a dimension all differ, and some are labels of the model's own tensors, the first `owned`."""
+    for f in labels:
+        if dim in f.dims:
+            line = f.flat if len(f.nest) == 1 else row(f.labels.movedim(dim, -1).reshape(-1, f.labels.shape[dim])[0])
+            if int(line.min()) < owned and (bool((line[1:] > line[:-1]).all()) or len(np.unique(line)) == len(line)):
+                return True
+    return False
+
+
+def takes_input_sizes(capture: Capture, index: int, labels: dict[int, Labels], owned: int) -> bool:
     """Whether a node has sizes of the inputs among its arguments, so that what it makes of nothing varies with them.
 
-    Of the `count` labels so far, the first `owned` are those of the model's own tensors: they tell a channel.
+    The first `owned` labels are those of the model's own tensors: they tell a channel.
     """
     node, results = capture.node_at(index), capture.results
     if node is None:
@@ -252,7 +262,7 @@ def takes_input_sizes(capture: Capture, index: int, labels: dict[int, Labels], c
         ref, dim = found
         if capture.tape.values[ref.id].from_input:
             at = None if dim is None else dim % max(1, len(capture.tape.shape(ref)))
-            if at is None or not counts_channels(labels.get(ref.id, NONE), at, np.arange(count) < owned, np.arange(count)):
+            if at is None or not tells_channels(labels.get(ref.id, NONE), at, owned):
                 return True
     return False
 
@@ -354,10 +364,18 @@ def by_head(leaves: dict[str, Labels], ties: Ties) -> dict[str, Labels]:
     touched = np.zeros(len(unit), bool)
     for event in ties.coarse:
         touched[unit[row(event.labels)]] = True
-    table = torch.from_numpy(np.where(touched[unit], unit, np.arange(ties.size)))
-    table[0] = 0
+    lines = np.where(touched[unit], unit, np.arange(ties.size))
+    lines[0] = 0
+    table = torch.from_numpy(lines)
+
+    def renamed(f: Factor) -> Factor:
+        if len(f.nest) > 1:
+            return factor(table[f.labels], f.nest)
+        vector = lines[f.flat]
+        return Factor.line(vector, f.nest[0], f.ndim) if bool((vector != vector[0]).any()) else Factor(f.labels, ())
+
     # a dimension that is one single head has nothing to remove: it is left without labels, and so kept
-    return {name: tuple(g for f in labels if (g := factor(table[f.labels], f.nest)).nest) for name, labels in leaves.items()}
+    return {name: tuple(g for f in labels if (g := renamed(f)).nest) for name, labels in leaves.items()}
 
 
 def close(
@@ -405,13 +423,18 @@ def close(
 
 def distinct(matrices: list[np.ndarray]) -> list[np.ndarray]:
     """Constraints without repetitions, and without those that hold by themselves."""
-    seen: dict[bytes, np.ndarray] = {}
+    seen: dict[object, np.ndarray] = {}
+    rng = np.random.default_rng(0)
     for m in matrices:
-        if m.shape[0] > 1 and not whole_rows(m):
-            m = np.unique(m, axis=0)
-            if m.shape[0] > 1:
-                seen.setdefault(bytes(str(m.shape), "ascii") + m.tobytes(), m)
-    return list(seen.values())
+        key = (m.shape, m.tobytes())
+        if m.shape[0] < 2 or key in seen or whole_rows(m):
+            continue
+        # equal rows are found by their product with a random vector: sorting whole rows takes far longer
+        sums = m.astype(np.uint64) @ rng.integers(1, 1 << 62, size=m.shape[1]).astype(np.uint64)
+        _, first = np.unique(sums, return_index=True)
+        seen[key] = m[np.sort(first)]
+    unlike = {(m.shape, m.tobytes()): m for m in seen.values() if m.shape[0] > 1}
+    return list(unlike.values())
 
 
 def whole_rows(classes: np.ndarray) -> bool:

@@ -44,7 +44,7 @@ def families(solution: Solution, parameters: set[str]) -> list[Family]:
             spans.append(unit[f.flat])
     if not places:
         return []
-    where, classes = occurrences(spans)
+    where, classes = occurrences(spans, len(unit))
     # units with equal signatures (a sum of random numbers, one for each place) live in the same places
     marks = np.random.default_rng(0).integers(1, 1 << 62, size=len(places)).astype(np.uint64)
     signature = np.zeros(len(unit), np.uint64)
@@ -80,14 +80,14 @@ def families(solution: Solution, parameters: set[str]) -> list[Family]:
     return [family for _, family in sorted(found, key=lambda item: item[0])]
 
 
-def occurrences(spans: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Which class occurs in which place, each pair once: the numbers of the places, and the classes."""
-    lengths = [len(span) for span in spans]
-    where, classes = np.repeat(np.arange(len(spans)), lengths), np.concatenate(spans)
-    ascending = np.ones(len(classes), bool)
-    ascending[1:] = classes[1:] > classes[:-1]
-    ascending[np.cumsum(lengths)[:-1]] = True
-    if ascending.all():
-        return where, classes
-    pairs = np.unique(where * (classes.max() + 1) + classes)
-    return pairs // (classes.max() + 1), pairs % (classes.max() + 1)
+def occurrences(spans: list[np.ndarray], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which of `count` classes occurs in which place, each pair once: the numbers of the places, and the classes."""
+    mark = np.zeros(count, bool)
+    once: list[np.ndarray] = []
+    for span in spans:
+        if not bool((span[1:] > span[:-1]).all()):
+            mark[span] = True
+            span = np.flatnonzero(mark)
+            mark[span] = False
+        once.append(span)
+    return np.repeat(np.arange(len(once)), [len(span) for span in once]), np.concatenate(once)

@@ -60,6 +60,10 @@ class Factor:
         return self._labels
 
     @property
+    def ndim(self) -> int:
+        return self._ndim if self._labels is None else self._labels.dim()
+
+    @property
     def flat(self) -> np.ndarray:
         if self._flat is None:
             self._flat = self.labels.reshape(-1).numpy()

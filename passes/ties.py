@@ -224,13 +224,15 @@ def smallest_tied(size: int, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
         low, high = np.minimum(rows, cols), np.maximum(rows, cols)
         root[high] = low  # of several, any: the others are met again in the next round
         while True:
-            further = root[root]
-            if np.array_equal(further, root):
+            further = root[root[high]]
+            if np.array_equal(further, root[high]):
                 break
-            root = further
+            root[high] = further
         rows, cols = root[rows], root[cols]
         apart = rows != cols
         rows, cols = rows[apart], cols[apart]
+    while not np.array_equal(further := root[root], root):
+        root = further
     return root
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from graphs.registry import features, linear, net, tokens
 from torch import nn
 
 import fxprune
+from fxprune.passes.ties import smallest_tied
 
 
 def family_of(coupling: fxprune.Coupling, name: str, dim: int = 0) -> object:
@@ -104,3 +106,19 @@ def test_every_statistic_has_a_masked_form() -> None:
                 seen.add(name)
     missing = {name for name in seen if masked_form(name) is None}
     assert len(seen) > 20 and not missing, missing
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_components_are_those_of_a_slow_search(seed):
+    rng = np.random.default_rng(seed)
+    size = int(rng.integers(1, 60))
+    rows, cols = rng.integers(0, size, (2, int(rng.integers(0, 80))))
+    if seed % 4 == 0 and size > 1:  # one long path in no order
+        path = rng.permutation(size)
+        rows, cols = path[:-1], path[1:]
+    rows, cols = rows[rows != cols], cols[rows != cols]
+    expected = list(range(size))
+    for _ in range(size):
+        for a, b in zip(rows, cols):
+            expected[a] = expected[b] = min(expected[a], expected[b])
+    assert smallest_tied(size, rows, cols).tolist() == expected

@@ -84,9 +84,12 @@ def mixed(call: Call, mine: Labels, theirs: Labels, summed: Sequence[int], share
     result: list[Factor] = []
     for f in mine:
         rows = [d for d in f.nest if d in summed]
+        free = f.nest[-1] not in (*summed, *shared)
+        if not rows or not free or any(f.dims <= g.dims for g in theirs):
+            result.append(f)
+            continue
         count = math.prod(f.labels.shape[d] for d in rows)
-        few = 2 * count * count < len(f.labels.unique())
-        if rows and few and f.nest[-1] not in (*summed, *shared) and not any(f.dims <= g.dims for g in theirs):
+        if 2 * count * count < len(f.labels.unique()):
             result += call.collapse(f, rows)
         else:
             result.append(f)
