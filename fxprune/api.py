@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import functools
+import gc
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -227,8 +228,6 @@ def shrunk(
 ) -> tuple[Solution, Tensor, dict[str, list[Cut]], PrunedModule, dict[str, str]]:
     """From a request to the pruned module. Opaque modules that cannot be cut are found by trying, and then stay whole."""
     closed: dict[str, str] = {}
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    tolerance = max((TOLERANCE.get(d, 1e-3) for d in dtypes), default=1e-3)
     while True:
         coupled = functools.partial(analyse, model, args, kwargs, heads=heads, keep=keep, closed=closed)
         solution = coupled()
@@ -239,9 +238,14 @@ def shrunk(
         kept, cutter = selected(model, solution, request, trial)
         sites = opaque_sites(solution, cutter)
         made = tensor_cuts(solution, kept, cutter)
-        pruned = shrink(model, solution, kept, cutter, made=made)
+        with uncollected():
+            pruned = shrink(model, solution, kept, cutter, made=made)
         if trial is not None:
             pruned.meta["latency"] = trial.found
+        if not sites:
+            return solution, kept, made, pruned, closed
+        dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+        tolerance = max((TOLERANCE.get(d, 1e-3) for d in dtypes), default=1e-3)
         with unobserved(model):
             found = broken(model, pruned, solution, cutter, sites, args, kwargs, heads=heads, tolerance=tolerance)
         if not found.keys() - closed.keys():
@@ -259,7 +263,7 @@ def analyse(
     closed: Mapping[str, str] | None = None,
 ) -> Solution:
     """Trace and couple: in evaluation mode, and in training mode too where the program asks which one it is in."""
-    with unobserved(model):
+    with unobserved(model), uncollected():
         try:
             found = programs(model, args, kwargs, on_meta)
         except Exception as error:  # the program reads values, or runs code that knows nothing of meta tensors
@@ -319,6 +323,19 @@ def captured(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, 
 def code(capture: Capture) -> list[Any]:
     """What a captured program does, for comparison."""
     return [(n.op, n.name, str(n.target), str(n.args), str(n.kwargs)) for n in capture.graph.nodes]
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Put the garbage collector off: what is made here is many small objects without cycles, and a full collection over a
+    session's modules takes longer than a model does."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 @contextlib.contextmanager

@@ -75,12 +75,16 @@ class PrunedModule(fx.GraphModule):
 
     def train(self, mode: bool = True) -> PrunedModule:
         super().train(mode)
+        self.choose(mode)
+        return self
+
+    def choose(self, mode: bool) -> None:
+        """Switch to the program of a mode."""
         programs = self.__dict__.get("_programs") or {}
         if mode in programs and programs[mode] is not self._graph:
             if isinstance(programs[mode], Program):
                 programs[mode] = programs[mode].graph()
             self.graph = programs[mode]
-        return self
 
     def _deepcopy_init(self) -> Callable[..., None]:
         def init(made: PrunedModule, state: nn.Module, graph: fx.Graph) -> None:

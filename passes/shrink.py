@@ -60,7 +60,8 @@ def shrink(
     evaluated = programs[False]
     assert isinstance(evaluated, fx.Graph)
     pruned = PrunedModule(root, evaluated, type(model).__name__, programs if len(programs) > 1 else None)
-    pruned.train(model.training)
+    vars(pruned)["training"] = model.training
+    pruned.choose(model.training)
     modes = {path: m.training for path, m in every_path(model)}
     for module, path in walk(pruned).items():
         if path:
