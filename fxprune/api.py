@@ -353,10 +353,10 @@ def kept_by(plan: Plan, solution: Solution) -> Tensor:
     for name, labels in solution.leaves.items():
         shape = solution.shapes.get(name, plan.shapes.get(name, ()))
         for f in labels:
-            occurs[unit[f.flat]] = True
+            occurs[unit[f.brief]] = True
             cut = next((c for c in plan.keep.get(name, ()) if f.dims <= set(c.dims)), None)
             if cut is None:
-                stays[unit[f.flat]] = True
+                stays[unit[f.brief]] = True
                 continue
             mask = torch.zeros([shape[d] for d in cut.dims], dtype=torch.bool)
             mask.view(-1)[cut.keep] = True

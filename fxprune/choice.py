@@ -247,7 +247,7 @@ def guards(solution: Solution) -> list[np.ndarray]:
             for f in labels:
                 if id(f.base) not in seen:
                     seen.add(id(f.base))
-                    found.append(unit[f.flat])
+                    found.append(unit[f.brief])
     return found
 
 
@@ -309,7 +309,7 @@ def emitters(solution: Solution) -> dict[int, set[str]]:
         for node, result in capture.results.items():
             if node.op == "call_module":
                 for f in (f for ref in collect(result, Ref) for f in values.get(ref.id, ())):
-                    for c in np.unique(unit[f.flat]).tolist():
+                    for c in np.unique(unit[f.brief]).tolist():
                         found.setdefault(c, set()).add(str(node.target).removeprefix(capture.prefix))
     return found
 

@@ -48,17 +48,25 @@ def pools(families: Sequence[np.ndarray], ratios: Sequence[float], equal: Sequen
 
     rng = np.random.default_rng(0)
     constrained: list[tuple[int, np.ndarray]] = []
+    at = np.empty(size, np.int64)
     for matrix in equal:
         rows = matrix.shape[0]
-        units, inverse = np.unique(matrix, return_inverse=True)
-        counts = np.zeros((rows, len(units)), np.int32)
-        np.add.at(counts, (np.repeat(np.arange(rows), matrix.shape[1]), inverse.reshape(-1)), 1)
-        uneven = (counts != counts[:1]).any(0)
-        mine = uneven & (family_of[units] >= 0)
+        key = np.asarray(rng.integers(1, 1 << 62, size=rows), dtype=np.uint64)
+        units = matrix.reshape(-1)
+        at[units] = np.arange(len(units))
+        if rows > 1 and bool((at[units] == np.arange(len(units))).all()):  # no unit occurs twice
+            row = np.repeat(np.arange(rows), matrix.shape[1])
+            mine = family_of[units] >= 0
+            pattern[units[mine]] += key[row[mine]]
+        else:
+            units, inverse = np.unique(matrix, return_inverse=True)
+            counts = np.zeros((rows, len(units)), np.int32)
+            np.add.at(counts, (np.repeat(np.arange(rows), matrix.shape[1]), inverse.reshape(-1)), 1)
+            uneven = (counts != counts[:1]).any(0)
+            mine = uneven & (family_of[units] >= 0)
+            pattern[units[mine]] += (counts[:, mine].astype(np.uint64) * key[:, None]).sum(0, dtype=np.uint64)
         if not mine.any():
             continue
-        key = np.asarray(rng.integers(1, 1 << 62, size=rows), dtype=np.uint64)
-        pattern[units[mine]] += (counts[:, mine].astype(np.uint64) * key[:, None]).sum(0, dtype=np.uint64)
         members = np.unique(family_of[units[mine]])
         constrained.append((int(members[0]), matrix))
         for other in members[1:]:
@@ -67,8 +75,13 @@ def pools(families: Sequence[np.ndarray], ratios: Sequence[float], equal: Sequen
     for i, units in enumerate(families):
         pool = made.setdefault(find(i), Pool([], ratios[i]))
         pool.ratio = min(pool.ratio, ratios[i])
-        for value in np.unique(pattern[units]):
-            pool.cells.append((i, units[pattern[units] == value]))
+        mine = pattern[units]
+        if bool((mine == mine[0]).all()):
+            pool.cells.append((i, units))
+            continue
+        order = np.argsort(mine, kind="stable")
+        steps = np.flatnonzero(mine[order][1:] != mine[order][:-1]) + 1
+        pool.cells += [(i, cell) for cell in np.split(units[order], steps)]
     for family, matrix in constrained:
         made[find(family)].equal.append(matrix)
     return list(made.values())

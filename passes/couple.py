@@ -146,7 +146,7 @@ def leaf_labels(captures: Sequence[Capture]) -> tuple[dict[str, Labels], int]:
             if d == 1 and name in groups:
                 g = groups[name]
                 vectors = torch.arange(size, size + g * n).view(g, 1, n).expand(g, shape[0] // g, n)
-                made.append(factor(vectors.reshape(shape[0], n, *[1] * (len(shape) - 2)), (0, 1)))
+                made.append(Factor(vectors.reshape(shape[0], n, *[1] * (len(shape) - 2)), (0, 1)))
                 size += g * n
             else:
                 made.append(Factor.line(numbers[size : size + n], d, len(shape)))
@@ -391,14 +391,17 @@ def close(
     # rows that go whole need not agree in their columns
     uneven = [e for e in ties.product if not whole_rows(part[e.array])]
     if uneven:
-        pairs = pairs + chained(uneven, columns=True)
-        part, stopped = components(ties.size, pairs)
+        level = chained(uneven, columns=True)
+        pairs = pairs + level
+        part, more = components(ties.size, level, part)
+        stopped += more
     lines = list(ties.lines)
     if ties.rows:
-        made, stay = settle_rows(ties, pairs, part)
+        made, stay = settle_rows(ties, part)
         lines += stay
         pairs = pairs + made
-        part, stopped = components(ties.size, pairs)
+        part, more = components(ties.size, made, part)
+        stopped += more
     unit = part
     frozen = np.full(ties.size, -1, np.int64)
     reasons: list[str] = []

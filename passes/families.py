@@ -41,28 +41,31 @@ def families(solution: Solution, parameters: set[str]) -> list[Family]:
     for name, labels in solution.leaves.items():
         for f in labels:
             places.append((name, f.nest[-1]))
-            spans.append(unit[f.flat])
+            spans.append(unit[f.brief])
     if not places:
         return []
-    where, classes = occurrences(spans, len(unit))
     # units with equal signatures (a sum of random numbers, one for each place) live in the same places
     marks = np.random.default_rng(0).integers(1, 1 << 62, size=len(places)).astype(np.uint64)
     signature = np.zeros(len(unit), np.uint64)
-    np.add.at(signature, classes, marks[where])
     learned = np.zeros(len(unit), bool)
-    learned[classes[np.fromiter((name in parameters for name, _ in places), bool, len(places))[where]]] = True
-    # frozen units of one signature may have different reasons: they are told apart
-    signature += (solution.frozen.astype(np.int64) + 1).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    blocks_of = occurrences(spans, len(unit))
+    for classes, where in blocks_of:
+        signature[classes] += marks[where].sum(dtype=np.uint64)
+        if any(places[i][0] in parameters for i in where):
+            learned[classes] = True
     units = np.flatnonzero(learned)
-    _, first, group = np.unique(signature[units], return_index=True, return_inverse=True)
+    # frozen units of one signature may have different reasons: they are told apart
+    told = signature[units] + (solution.frozen[units].astype(np.int64) + 1).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    _, first, group = np.unique(told, return_index=True, return_inverse=True)
     group_of = np.full(len(unit), -1)
     group_of[units] = group
     leader = np.zeros(len(unit), bool)
     leader[units[first]] = True
     members: list[list[int]] = [[] for _ in first]
-    leads = leader[classes]
-    for i, g in zip(where[leads].tolist(), group_of[classes[leads]].tolist(), strict=True):
-        members[g].append(i)
+    for classes, where in blocks_of:
+        for g in group_of[classes][leader[classes]].tolist():
+            members[g] += where
+    members = [sorted(m) for m in members]
     order = np.argsort(group, kind="stable")
     blocks = np.split(units[order], np.cumsum(np.bincount(group, minlength=len(first)))[:-1])
     found: list[tuple[int, Family]] = []
@@ -80,14 +83,24 @@ def families(solution: Solution, parameters: set[str]) -> list[Family]:
     return [family for _, family in sorted(found, key=lambda item: item[0])]
 
 
-def occurrences(spans: list[np.ndarray], count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which of `count` classes occurs in which place, each pair once: the numbers of the places, and the classes."""
+def occurrences(spans: list[np.ndarray], count: int) -> list[tuple[slice | np.ndarray, list[int]]]:
+    """Which of `count` classes occur where: sets of classes, each with the numbers of the places that hold just these.
+
+    A class may be in several sets.
+    """
+    found: dict[object, tuple[slice | np.ndarray, list[int]]] = {}
     mark = np.zeros(count, bool)
-    once: list[np.ndarray] = []
-    for span in spans:
-        if not bool((span[1:] > span[:-1]).all()):
-            mark[span] = True
-            span = np.flatnonzero(mark)
-            mark[span] = False
-        once.append(span)
-    return np.repeat(np.arange(len(once)), [len(span) for span in once]), np.concatenate(once)
+    for i, span in enumerate(spans):
+        if not len(span):
+            continue
+        start, end = int(span[0]), int(span[-1]) + 1
+        ascending = end - start >= len(span) and bool((span[1:] > span[:-1]).all())
+        if ascending and end - start == len(span):
+            found.setdefault((start, end), (slice(start, end), []))[1].append(i)
+        else:
+            if not ascending:
+                mark[span] = True
+                span = np.flatnonzero(mark)
+                mark[span] = False
+            found[i] = span, [i]
+    return list(found.values())

@@ -86,28 +86,29 @@ class Cutter:
                 if keep is not None:
                     found.append(Cut(group[0].nest, keep, (len(keep),)))
                 continue
-            if all(bool(self.kept[f.labels].all()) for f in group):
+            stays = [self.table[f.brief] for f in group]
+            if all(bool(s.all()) for s in stays):
                 continue
             lead = max(group, key=lambda f: len(f.nest))
             nest = lead.nest + tuple(d for f in group for d in f.nest if d not in lead.nest)
             nest = tuple(dict.fromkeys(nest))
-            mask = torch.ones([shape[d] if d in nest else 1 for d in range(len(shape))], dtype=torch.bool)
-            for f in group:
-                mask = mask & self.kept[f.labels]
-            mask = mask.permute([*nest, *(d for d in range(len(shape)) if d not in nest)]).reshape([shape[d] for d in nest])
+            mask = np.ones([shape[d] if d in nest else 1 for d in range(len(shape))], bool)
+            for f, s in zip(group, stays, strict=True):
+                mask = mask & spread(f, s)
+            mask = mask.transpose([*nest, *(d for d in range(len(shape)) if d not in nest)]).reshape([shape[d] for d in nest])
             sizes = rectangle(mask)
             if sizes is None or self.loses_all(group, mask, nest):
                 raise NotARectangle(torch.cat([f.labels.reshape(-1) for f in group]))
-            found.append(Cut(nest, mask.reshape(-1).nonzero().flatten(), sizes))
+            found.append(Cut(nest, torch.from_numpy(np.flatnonzero(mask)), sizes))
         return found
 
-    def loses_all(self, group: Sequence[Factor], mask: Tensor, nest: Sequence[int]) -> bool:
+    def loses_all(self, group: Sequence[Factor], mask: np.ndarray, nest: Sequence[int]) -> bool:
         """Whether an index that its own dimension's labels keep has nothing left along the others."""
         for at, d in enumerate(nest):
             mine = [f for f in group if f.nest == (d,)]
             if mine and len(nest) > 1:
                 stays = np.logical_and.reduce([self.table[f.flat] for f in mine])
-                alive = mask.movedim(at, 0).reshape(mask.shape[at], -1).any(1).numpy()
+                alive = np.moveaxis(mask, at, 0).reshape(mask.shape[at], -1).any(1)
                 if bool((stays & ~alive).any()):
                     return True
         return False
@@ -124,12 +125,21 @@ class Cutter:
         return found[1]
 
 
-def rectangle(mask: Tensor) -> tuple[int, ...] | None:
+def spread(f: Factor, brief: np.ndarray) -> np.ndarray:
+    """What is said of a factor's `brief` labels, as an array of the form of its labels."""
+    if f.times == 1:
+        return brief.reshape(f.labels.shape)
+    n, *rest = f.labels.movedim(f.nest[0], 0).shape
+    runs = np.broadcast_to(brief.reshape(n // f.times, 1, *rest), (n // f.times, f.times, *rest))
+    return np.moveaxis(runs.reshape(n, *rest), 0, f.nest[0])
+
+
+def rectangle(mask: np.ndarray) -> tuple[int, ...] | None:
     """Sizes of what a mask keeps, dimension by dimension from the major one; None if rows differ."""
     sizes = []
-    for level in range(mask.dim()):
-        alive = mask.flatten(level + 1).any(-1) if level + 1 < mask.dim() else mask
-        counts = alive.sum(-1).reshape(-1)
+    for level in range(mask.ndim):
+        alive = mask.reshape(*mask.shape[: level + 1], -1).any(-1)
+        counts = np.count_nonzero(alive, axis=-1).reshape(-1)
         counts = counts[counts > 0]
         if not len(counts) or bool((counts != counts[0]).any()):
             return None

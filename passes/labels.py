@@ -27,14 +27,17 @@ class Factor:
     Attributes:
         labels: the array. Most factors are *lines*, vectors laid along one dimension, and never need it.
         flat: the same array as one row of numbers.
+        times: how often in a row each slice along the major dimension occurs, all of them equally often.
+        brief: the array as one row of numbers, with each of these runs of slices once (the major dimension first).
         dims: the nest as a set.
         base: the array or vector it was made of; factors that share it hold the same labels.
 
     Factors do not change.
     """
 
-    __slots__ = ("_flat", "_labels", "_ndim", "base", "dims", "nest")
+    __slots__ = ("_brief", "_flat", "_labels", "_ndim", "base", "dims", "nest")
     _ndim: int
+    _brief: tuple[np.ndarray, int]
 
     def __init__(self, labels: Tensor, nest: tuple[int, ...]) -> None:
         self._labels: Tensor | None = labels
@@ -68,6 +71,24 @@ class Factor:
         if self._flat is None:
             self._flat = self.labels.reshape(-1).numpy()
         return self._flat
+
+    @property
+    def brief(self) -> np.ndarray:
+        return self.flat if len(self.nest) == 1 else self.runs()[0]
+
+    @property
+    def times(self) -> int:
+        return 1 if len(self.nest) == 1 else self.runs()[1]
+
+    def runs(self) -> tuple[np.ndarray, int]:
+        if not hasattr(self, "_brief"):
+            slices = self.labels.movedim(self.nest[0], 0).flatten(1).numpy()
+            other = np.flatnonzero(slices[:, 0] != slices[0, 0])
+            times = int(other[0]) if len(other) and len(slices) % other[0] == 0 else 1
+            runs = slices.reshape(len(slices) // times, times, -1)
+            once = times > 1 and bool((runs == runs[:, :1]).all())
+            self._brief = (runs[:, 0].reshape(-1), times) if once else (self.flat, 1)
+        return self._brief
 
     def at(self, dim: int, ndim: int) -> Factor:
         """A factor along one dimension, laid along another one of another tensor."""

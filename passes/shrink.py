@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.passes.couple import Solution
-from fxprune.passes.kept import Cut, Cutter
+from fxprune.passes.kept import Cut, Cutter, cut_shape
 from fxprune.passes.pruned import Program, PrunedModule
 from fxprune.passes.rewrite import Rewriter
 from fxprune.passes.tree import every_path, fetch, named_tensors, replace_tensors, walk
@@ -97,7 +97,25 @@ def cut_tree(values: Mapping[str, Tensor], solution: Solution, made: Mapping[str
 def cut(source: Tensor, cuts: Sequence[Cut]) -> Tensor:
     """A new tensor with what the cuts leave of one; a parameter where that is one."""
     new = source.detach()
-    for each in cuts:
-        new = each.take(new)
-    new = new.contiguous() if cuts else new.clone()
+    if len(cuts) > 1 and cuts[0].dims == (0,) and not new.is_cuda and new.numel() > BLOCK:
+        new = in_blocks(new, cuts)
+    else:
+        for each in cuts:
+            new = each.take(new)
+        new = new.contiguous() if cuts else new.clone()
     return nn.Parameter(new, requires_grad=source.requires_grad) if isinstance(source, nn.Parameter) else new
+
+
+BLOCK = 1 << 20  # elements of a large tensor cut at a time: what one cut leaves is still in the cache for the next
+
+
+def in_blocks(source: Tensor, cuts: Sequence[Cut]) -> Tensor:
+    """What cuts leave, the first of them along the first dimension, without a second large tensor on the way."""
+    rows = cuts[0].keep.to(source.device)
+    made = source.new_empty(cut_shape(source.shape, cuts))
+    for some in zip(rows.split(step := max(1, BLOCK * len(source) // source.numel())), made.split(step), strict=True):
+        part = source.index_select(0, some[0])
+        for each in cuts[1:]:
+            part = each.take(part)
+        some[1].copy_(part)
+    return made

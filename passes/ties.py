@@ -193,14 +193,20 @@ def chained(events: list[Event], *, columns: bool = False) -> list[Pair]:
     return [Pair(m.amax(along, keepdim=True).expand_as(m), m, True, node) for m, node in matrices]
 
 
-def components(size: int, pairs: list[Pair]) -> tuple[np.ndarray, list[tuple[np.ndarray, int]]]:
+def components(
+    size: int, pairs: Sequence[Pair], part: np.ndarray | None = None
+) -> tuple[np.ndarray, list[tuple[np.ndarray, int]]]:
     """The smallest label tied to each of `size` labels, and for each pair that met label 0 the other labels and its node.
 
-    Label 0 ties nothing together: to meet it is to be frozen.
+    Label 0 ties nothing together: to meet it is to be frozen. `part` is what earlier pairs came to; these add to it.
     """
-    if not pairs:
-        return np.arange(size), []
-    sides = [flat(pair) for pair in pairs]
+    rest = pairs
+    if part is None:
+        part = np.arange(size)
+        rest = whole_lines(part, pairs)
+    if not rest:
+        return part, []
+    sides = [flat(pair) for pair in rest]
     rows, cols = np.concatenate([a for a, _ in sides]), np.concatenate([b for _, b in sides])
     differs = rows != cols
     zero = ((rows == 0) | (cols == 0)) & differs
@@ -208,18 +214,69 @@ def components(size: int, pairs: list[Pair]) -> tuple[np.ndarray, list[tuple[np.
     if zero.any():
         which = np.repeat(np.arange(len(sides)), [len(a) for a, _ in sides])[zero]
         met = np.maximum(rows, cols)[zero]
-        stopped = [(met[which == i], pairs[i].node) for i in np.unique(which)]
+        stopped = [(met[which == i], rest[i].node) for i in np.unique(which)]
         differs &= ~zero
-    return smallest_tied(size, rows[differs], cols[differs]), stopped
+    return smallest_tied(part, rows[differs], cols[differs]), stopped
 
 
-def smallest_tied(size: int, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
+def whole_lines(part: np.ndarray, pairs: Sequence[Pair]) -> list[Pair]:
+    """Settle the pairs of lines that each hold consecutive labels, as nearly all do, line by line; returns the others.
+
+    Lines that overlap others without being the same are among those. `part` ties nothing yet, and is changed.
+    """
+    vectors = {id(v): v for p in pairs if isinstance(p.a, np.ndarray) for v in (p.a, p.b) if isinstance(v, np.ndarray)}
+    ends = {k: (v, int(v[0]), int(v[-1]) + 1) for k, v in vectors.items() if len(v)}
+    spans = {
+        k: (start, end - start)
+        for k, (v, start, end) in ends.items()
+        if start > 0 and end - start == len(v) and bool((v[1:] > v[:-1]).all())
+    }
+    distinct = sorted(set(spans.values()))
+    shared: set[tuple[int, int]] = set()
+    end, last = 0, (0, 0)
+    for span in distinct:
+        if span[0] < end:
+            shared |= {span, last}
+        if span[0] + span[1] > end:
+            end, last = span[0] + span[1], span
+    lead = {span: span for span in distinct if span not in shared}
+
+    def find(span: tuple[int, int]) -> tuple[int, int]:
+        while lead[span] != span:
+            lead[span] = lead[lead[span]]
+            span = lead[span]
+        return span
+
+    rest = []
+    for pair in pairs:
+        a, b = spans.get(id(pair.a)), spans.get(id(pair.b))
+        if a in lead and b in lead and a is not None and b is not None and a[1] == b[1]:
+            a, b = find(a), find(b)
+            lead[max(a, b)] = min(a, b)
+        else:
+            rest.append(pair)
+    for span in lead:
+        first = find(span)
+        if first != span:
+            part[span[0] : span[0] + span[1]] = part[first[0] : first[0] + first[1]]
+    return rest
+
+
+def smallest_tied(part: np.ndarray, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
     """The smallest member of each number's connected component, the edges being (rows[i], cols[i]).
+
+    Arguments: `part`, the smallest member of each number's component without these edges (the number itself where it has
+    none).
 
     Roots are hooked to smaller roots and paths halved, all at once (Shiloach and Vishkin, An O(log n) parallel connectivity
     algorithm, 1982).
     """
-    root = np.arange(size)
+    rows, cols = part[rows], part[cols]
+    apart = rows != cols
+    rows, cols = rows[apart], cols[apart]
+    if not len(rows):
+        return part
+    root, met = part.copy(), np.concatenate([rows, cols])  # only roots that are met change
     while len(rows):
         low, high = np.minimum(rows, cols), np.maximum(rows, cols)
         root[high] = low  # of several, any: the others are met again in the next round
@@ -231,9 +288,9 @@ def smallest_tied(size: int, rows: np.ndarray, cols: np.ndarray) -> np.ndarray:
         rows, cols = root[rows], root[cols]
         apart = rows != cols
         rows, cols = rows[apart], cols[apart]
-    while not np.array_equal(further := root[root], root):
-        root = further
-    return root
+    while not np.array_equal(further := root[root[met]], root[met]):
+        root[met] = further
+    return root[part]
 
 
 def whole(classes: np.ndarray) -> np.ndarray:
@@ -241,7 +298,7 @@ def whole(classes: np.ndarray) -> np.ndarray:
     return (classes == classes[:, :1]).all(1)
 
 
-def settle_rows(ties: Ties, pairs: list[Pair], part: np.ndarray) -> tuple[list[Pair], list[np.ndarray]]:
+def settle_rows(ties: Ties, part: np.ndarray) -> tuple[list[Pair], list[np.ndarray]]:
     """Ties of row labels to the rows that go whole, and the rows (of labels) that must keep an entry.
 
     A row label that stands for several rows goes with them if all of them are whole. If not, it is frozen, and with it
@@ -250,9 +307,11 @@ def settle_rows(ties: Ties, pairs: list[Pair], part: np.ndarray) -> tuple[list[P
     made: list[Pair] = []
     while True:
         held = np.zeros(len(part), bool)
+        goes_whole = []
         for r in ties.rows:
-            alone = whole(part[r.entries.numpy()]) & (r.entries[:, 0].numpy() != 0)
-            held[r.labels.numpy()[~alone]] = True
+            alone = whole(part[r.entries.numpy()])
+            goes_whole.append(alone)
+            held[r.labels.numpy()[~(alone & (r.entries[:, 0].numpy() != 0))]] = True
         new = []
         for r in ties.rows:
             labels, lead = r.labels.numpy(), r.entries[:, 0].numpy()
@@ -263,13 +322,13 @@ def settle_rows(ties: Ties, pairs: list[Pair], part: np.ndarray) -> tuple[list[P
         if not new:
             break
         made += new
-        part, _ = components(ties.size, pairs + made)
+        part, _ = components(ties.size, new, part)
     stay: list[np.ndarray] = []
-    for r in ties.rows:
+    for r, alone in zip(ties.rows, goes_whole, strict=True):
         kept = held[r.labels.numpy()]
         if kept.any():
-            ties.frozen.append(Event(r.labels[torch.from_numpy(kept)], r.node, PART_OF_ROWS))
-            alone = whole(part[r.entries.numpy()])
-            ties.frozen.append(Event(r.entries[torch.from_numpy(kept & alone), 0], r.node, PART_OF_ROWS))
-            stay += list(r.entries[torch.from_numpy(kept & ~alone)].numpy())
+            entries = r.entries.numpy()
+            ties.frozen.append(Event(r.labels.numpy()[kept], r.node, PART_OF_ROWS))
+            ties.frozen.append(Event(entries[kept & alone, 0], r.node, PART_OF_ROWS))
+            stay += list(entries[kept & ~alone])
     return made, stay

@@ -202,6 +202,16 @@ def test_frozen_families_say_so():
     assert reasons["layer1.0.conv1.weight:0"] == "is frozen by freeze='layer1.0.conv1'"
 
 
+def test_a_channel_of_a_transposed_grouped_convolution_counts_once():
+    """Its weight names an output channel once for every input of the group: the family is as wide as the channels."""
+    net = nn.Sequential(nn.ConvTranspose2d(8, 16, 2, groups=2), nn.ReLU(), nn.Conv2d(16, 4, 1))
+    x = torch.randn(1, 8, 4, 4)
+    family = next(f for f in fxprune.couple(net, x).families if f.name == "0.weight:1")
+    assert (family.units, family.width) == (16, 1)
+    small = fxprune.prune(net, 0.4, example_inputs=x, round_to=4)
+    assert small.get_submodule("2").weight.shape == (4, 12, 1, 1)
+
+
 @pytest.mark.parametrize("round_to", [1, 8, 24])
 def test_kept_counts_are_multiples(round_to):
     model, x = resnet(), images()

@@ -9,7 +9,7 @@ from graphs.registry import features, linear, net, tokens
 from torch import nn
 
 import fxprune
-from fxprune.passes.ties import smallest_tied
+from fxprune.passes.ties import Pair, components, smallest_tied
 
 
 def family_of(coupling: fxprune.Coupling, name: str, dim: int = 0) -> object:
@@ -121,4 +121,37 @@ def test_components_are_those_of_a_slow_search(seed):
     for _ in range(size):
         for a, b in zip(rows, cols):
             expected[a] = expected[b] = min(expected[a], expected[b])
-    assert smallest_tied(size, rows, cols).tolist() == expected
+    assert smallest_tied(np.arange(size), rows, cols).tolist() == expected
+    half = len(rows) // 2
+    earlier = smallest_tied(np.arange(size), rows[:half], cols[:half])
+    assert smallest_tied(earlier, rows[half:], cols[half:]).tolist() == expected
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_ties_of_lines_are_those_of_their_labels(seed):
+    rng = np.random.default_rng(seed)
+    starts, lines, size = [], [], 1
+    for _ in range(int(rng.integers(2, 12))):
+        n = int(rng.integers(1, 4))
+        starts.append((size, n))
+        lines.append(np.arange(size, size + n))
+        size += n
+    lines += [np.arange(s, s + n) for s, n in starts[: len(starts) // 3]]  # the same once more, as another array
+    if seed % 2:  # parts of lines, lines end to end, lines in no order, and label 0
+        lines += [line[1:] for line in lines[:3] if len(line) > 1]
+        lines += [np.arange(s, s + 4) for s, _ in starts[:2] if s + 4 <= size]
+        lines += [rng.permutation(lines[0]), np.zeros(2, np.int64), np.array([0, 1])]
+    pairs = []
+    for _ in range(int(rng.integers(1, 20))):
+        a = lines[int(rng.integers(len(lines)))]
+        fitting = [line for line in lines if len(line) == len(a)]
+        pairs.append(Pair(a, fitting[int(rng.integers(len(fitting)))], False, len(pairs)))
+    edges = [(a, b, p.node) for p in pairs for a, b in zip(p.a.tolist(), p.b.tolist()) if a != b]
+    joined = [(a, b) for a, b, _ in edges if a and b]
+    expected = smallest_tied(np.arange(size), *np.array(joined, np.int64).reshape(-1, 2).T).tolist()
+    part, stopped = components(size, pairs)
+    assert part.tolist() == expected
+    met = sorted((max(a, b), node) for a, b, node in edges if not (a and b))
+    assert sorted((int(x), node) for labels, node in stopped for x in labels) == met
+    half = len(pairs) // 2
+    assert components(size, pairs[half:], components(size, pairs[:half])[0])[0].tolist() == expected

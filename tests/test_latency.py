@@ -86,7 +86,7 @@ def convolutions():
     layers = [
         *(nn.Conv2d(8, 32, 1), nn.ReLU(), nn.Conv2d(32, 32, 3, groups=32), nn.ReLU()),
         *(nn.Conv2d(32, 32, 3, groups=4), nn.ReLU(), nn.Conv2d(32, 24, 1), nn.ReLU()),
-        *(nn.ConvTranspose2d(24, 16, 2, groups=2), nn.ReLU(), nn.Conv2d(16, 8, 1)),
+        *(nn.ConvTranspose2d(24, 48, 2, groups=2), nn.ReLU(), nn.Conv2d(48, 8, 1)),
     ]
     return nn.Sequential(*layers), torch.randn(2, 8, 8, 8)
 

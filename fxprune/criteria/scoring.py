@@ -41,6 +41,7 @@ class Scorer:
     counts: Places | None = None
     seen: np.ndarray = field(init=False)
     free: np.ndarray | None = field(init=False, default=None)
+    room: dict[torch.dtype, Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         check_options(self.criterion)
@@ -73,7 +74,7 @@ class Scorer:
         labels = self.leaves.get(name, ())
         if self.counts is not None:
             labels = tuple(f for f in labels if self.counts(name, f))
-        spans = [(f, self.unit[f.flat]) for f in labels]
+        spans = [(f, self.unit[f.brief]) for f in labels]
         return spans if self.free is None else [(f, span) for f, span in spans if self.free[span].any()]
 
     def rows(self, evidence: Mapping[str, Tensor] | None) -> tuple[np.ndarray, np.ndarray, list[int]]:
@@ -96,7 +97,10 @@ class Scorer:
                 for (f, span), part in zip(places, scored, strict=True):
                     if part is None:
                         continue
-                    if len(span) != part.numel():
+                    if f.times > 1:
+                        major = part.movedim(f.nest[0], 0)
+                        part = major.reshape(len(major) // f.times, f.times, -1).sum(1)
+                    elif len(span) != part.numel():
                         span = np.broadcast_to(span.reshape(f.labels.shape), part.shape)
                     classes.append(span.reshape(-1))
                     parts.append(part.reshape(-1))
@@ -137,8 +141,7 @@ class Scorer:
         if weight.dim() == 1:
             scores = self.elements(name, weight, evidence)
             return [scores for _ in spans]
-        whole = weight.is_cuda or not getattr(of, "elementwise", False)
-        rows = len(weight) if whole else max(1, BLOCK * len(weight) // weight.numel())
+        rows = max(1, BLOCK * len(weight) // weight.numel()) if self.in_blocks(weight) else len(weight)
         parts: list[list[Tensor]] = [[] for _ in spans]
         for start in range(0, len(weight), rows):
             block = weight[start : start + rows]
@@ -147,9 +150,16 @@ class Scorer:
             reduced(self.elements(name, block, beside), spans, parts)
         return [torch.cat(found) if len(found) > 1 else found[0] for found in parts]
 
+    def in_blocks(self, weight: Tensor) -> bool:
+        """Whether a parameter is scored a few rows at a time, each block gone before the next comes."""
+        return weight.dim() > 1 and not weight.is_cuda and getattr(self.criterion, "elementwise", False)
+
     def elements(self, name: str, weight: Tensor, evidence: Tensor | None) -> Tensor:
         """The criterion's word on each element of a (part of a) parameter."""
         weight = weight.float() if weight.dtype in HALF else weight
+        if hasattr(self.criterion, "into") and evidence is None and self.in_blocks(weight) and weight.numel() <= BLOCK:
+            out = self.room.setdefault(weight.dtype, torch.empty(0, dtype=weight.dtype)).resize_(BLOCK)
+            return self.criterion.into(weight, out[: weight.numel()].view(weight.shape))
         given = () if evidence is None else (evidence.to(weight.dtype),)
         try:
             scores = self.criterion(weight, *given)
@@ -176,7 +186,7 @@ class Scorer:
         )
 
 
-BLOCK = 1 << 18  # elements scored at a time: small enough to stay in a processor's cache
+BLOCK = 1 << 20  # elements scored at a time: small enough to stay in a processor's cache, and to make no large arrays
 
 
 def reduced(values: Tensor, spans: Sequence[frozenset[int]], parts: list[list[Tensor]]) -> None:
@@ -190,6 +200,7 @@ def reduced(values: Tensor, spans: Sequence[frozenset[int]], parts: list[list[Te
             part = part.sum(0, keepdim=True)
         rest = [d for d in range(1, values.dim()) if d not in dims]
         part = part.sum(rest, keepdim=True) if rest else part
+        part = part.clone() if part is values else part  # whose memory is used again
         if 0 in dims or not found:
             found.append(part)
         else:

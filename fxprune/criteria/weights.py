@@ -39,6 +39,11 @@ class Magnitude(Options):
             return weight.square()
         return weight.abs() if self.p == 1 else weight.abs().pow(self.p)
 
+    def into(self, weight: Tensor, out: Tensor) -> Tensor:
+        if self.p == 2:
+            return torch.mul(weight, weight, out=out)
+        return torch.abs(weight, out=out) if self.p == 1 else torch.pow(weight.abs(), self.p, out=out)
+
 
 @dataclass(frozen=True, kw_only=True)
 class LAMP(Options):
