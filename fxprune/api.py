@@ -30,7 +30,7 @@ from fxprune.passes.pruned import PrunedModule
 from fxprune.passes.shrink import shrink, tensor_cuts
 from fxprune.passes.tape import NeedsValues, collect, map_tensors
 from fxprune.passes.trace import trace
-from fxprune.passes.tree import named_tensors, on_meta, private_copy
+from fxprune.passes.tree import named_parameters, named_tensors, on_meta, private_copy
 from fxprune.passes.trial import broken, opaque_sites
 from fxprune.plan import Plan
 from fxprune.request import HALF, Ratio, Request, Scopes
@@ -139,7 +139,7 @@ def couple(model: nn.Module, example_inputs: Any = None, *, freeze: Freeze = (),
     check_attention(attention)
     inputs.check(model, args, kwargs)
     solution = analyse(model, args, kwargs, heads=attention == "heads", keep=frozen_names(model, freeze))
-    found = families(solution, {name for name, _ in model.named_parameters()})
+    found = families(solution, set(named_parameters(model)))
     return Coupling(type(model).__name__, found, solution, dict(named_tensors(model)))
 
 
@@ -341,7 +341,7 @@ def uncollected() -> Iterator[None]:
 @contextlib.contextmanager
 def unobserved(model: nn.Module) -> Iterator[None]:
     """Leave random state and gradient mode as they are."""
-    devices = sorted({t.device.index or 0 for t in model.parameters() if t.is_cuda})
+    devices = sorted({t.device.index or 0 for t in named_parameters(model).values() if t.is_cuda})
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         yield
 

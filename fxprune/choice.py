@@ -22,7 +22,7 @@ from fxprune.passes.families import Family, families
 from fxprune.passes.kept import Cutter, NotARectangle
 from fxprune.passes.shrink import tensor_cuts
 from fxprune.passes.tape import Ref, collect
-from fxprune.passes.tree import named_tensors
+from fxprune.passes.tree import named_parameters, named_tensors
 from fxprune.request import Ratio, Request, Scopes
 
 
@@ -89,7 +89,7 @@ def prepared(model: nn.Module, solution: Solution, request: Request) -> tuple[li
 
 def free_families(model: nn.Module, solution: Solution, request: Request) -> list[Family]:
     """The families that may lose units; raises PruneError where there are none."""
-    found = families(solution, set(dict(model.named_parameters())))
+    found = families(solution, set(named_parameters(model)))
     free = [f for f in found if f.frozen is None and len(f.units) > 1]
     if not free:
         reasons = sorted({f.frozen for f in found if f.frozen})

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fxprune.errors import PruneError
 from fxprune.passes.tape import collect, map_tensors
+from fxprune.passes.tree import named_parameters
 
 
 def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -33,7 +34,7 @@ def check(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         what = f"model is of type {type(model).__name__}, not a torch.nn.Module"
         raise PruneError(what, fix="pass the module itself")
     check_names(model, args, kwargs)
-    held = list(model.parameters())
+    held = list(named_parameters(model).values())
     if any(p.is_meta for p in held):
         raise PruneError(
             "the model is on the meta device: it has no weights to score or to cut",

@@ -130,12 +130,11 @@ def membership(graph: fx.Graph, branches: list[Branch], index: dict[fx.Node, int
     only: dict[fx.Node, bool | None] = {}
     if not branches:
         return only
-    for node in graph.nodes:
-        if node.op == "get_attr":
-            continue
-        at = index[node]
-        for branch in branches:
-            if branch.begin <= at < branch.end:
+    numbered = {index[node]: node for node in graph.nodes if node.op != "get_attr"}
+    for branch in branches:
+        for at in range(branch.begin, branch.end):
+            node = numbered.get(at)
+            if node is not None:
                 mode = at >= branch.middle
                 only[node] = mode if only.get(node, mode) == mode else None
     for node in graph.nodes:

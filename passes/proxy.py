@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxprune.passes.tape import ATOMS
+from fxprune.passes.imagine import ATOMS
 
 
 class ReadsValue(Exception):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -22,11 +23,12 @@ from torch import Tensor, fx, nn
 from fxprune.errors import PruneError
 from fxprune.passes.capture import Call, Capture, Guard
 from fxprune.passes.faults import surface
+from fxprune.passes.imagine import ATOMS
 from fxprune.passes.modes import Branch, in_both_modes, membership
 from fxprune.passes.opaque import SizeUse, Whole, watched
 from fxprune.passes.patches import inlined, patched, plain_rnn
 from fxprune.passes.proxy import Items, ReadsValue, ValueProxy, has_tensor, iterate, tensors, unwrap
-from fxprune.passes.tape import ATOMS, NeedsValues, Recorder, Ref, collect, map_tensors
+from fxprune.passes.tape import NeedsValues, Recorder, Ref, collect, map_tensors
 from fxprune.passes.tree import CONTAINERS, every_path, fetch, named_tensors, walk
 
 # Modules of torch.nn whose forward holds sizes as literals or insists on relations that pruning changes.
@@ -104,6 +106,10 @@ class ValueTracer(fx.Tracer):
         self.names = {id(t): name for name, t in named_tensors(root)}
         self.modules = dict(every_path(root))
         self.attributes_before = {m: dict(vars(m)) for m in self.modules.values()}
+        boxes = [
+            [v for k, v in b.items() if type(v) in CONTAINERS and k != "_modules"] for b in self.attributes_before.values()
+        ]
+        self.containers_before = dict(zip(self.attributes_before, boxes, strict=True))
         self.recorder = Recorder(self.names)
         self.results: dict[fx.Node, Any] = {}
         self.guards: list[Guard] = []
@@ -250,7 +256,7 @@ class ValueTracer(fx.Tracer):
             return True
         if all(values[ref.id].from_input for ref in found if ref):
             return False
-        mine = [op for op in recorder.tape.ops if op.node == recorder.node]
+        mine = list(itertools.takewhile(lambda op: op.node == recorder.node, reversed(recorder.tape.ops)))
         used = {r.id for op in mine for r in collect((op.args, op.kwargs), Ref)}
         made = {r.id for op in mine for r in collect(op.outs, Ref) if r not in collect(op.args, Ref)}
         return any(i >= first and i not in made and values[i].name is None for i in used)
@@ -398,11 +404,10 @@ class ValueTracer(fx.Tracer):
 
     def roll_back(self, mark: int, ops: int) -> None:
         """Forget every node and call made since the mark."""
-        for node in reversed(list(self.graph.nodes)):
-            if self.index[node] >= mark:
-                self.graph.erase_node(node)
-                self.results.pop(node, None)
-                self.untracked.discard(node)
+        for node in list(itertools.takewhile(lambda n: self.index[n] >= mark, reversed(self.graph.nodes))):
+            self.graph.erase_node(node)
+            self.results.pop(node, None)
+            self.untracked.discard(node)
         self.recorder.truncate(ops)
         self.guards = [g for g in self.guards if self.index[g.node] < mark]
         if self.branches is not None:
@@ -415,7 +420,10 @@ class ValueTracer(fx.Tracer):
     def forget(self, mark: int) -> None:
         """Take back what forwards stored on their modules, where it stands for a node made since the mark."""
         for module, before in self.attributes_before.items():
-            now = vars(module)
+            now, boxes = vars(module), self.containers_before[module]
+            same = len(now) == len(before) and all(map(operator.is_, now.values(), before.values()))
+            if same and not any(box and self.stands_for(box, mark) for box in boxes):
+                continue
             stored = [(k, v) for k, v in now.items() if type(v) not in ATOMS and not (type(v) in CONTAINERS and not v)]
             for name in [k for k, v in stored if k != "_modules" and self.stands_for(v, mark)]:
                 if name in before:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxprune.passes.tape import like
+from fxprune.passes.imagine import like
 
 # what a copy can share with the original: nothing in it can be changed
 SHARED: tuple[type, ...] = (
@@ -72,14 +72,22 @@ def named_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every tensor that a module tree holds: parameters, buffers and plain attributes; tied ones once."""
     seen: set[int] = set()
     for module, prefix in walk(root).items():
-        held = [*module._parameters.items(), *module._buffers.items()]
-        for name, value in vars(module).items():
-            if type(value) not in PLAIN and isinstance(value, Tensor):
-                held.append((name, value))
+        other = [(name, value) for name, value in vars(module).items() if type(value) not in PLAIN]
+        held = [*module._parameters.items(), *module._buffers.items(), *((n, v) for n, v in other if isinstance(v, Tensor))]
         for name, tensor in held:
             if tensor is not None and id(tensor) not in seen:
                 seen.add(id(tensor))
                 yield (f"{prefix}.{name}" if prefix else name), tensor
+
+
+def named_parameters(root: nn.Module) -> dict[str, nn.Parameter]:
+    """What `named_parameters` says, without a generator per level."""
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for module, prefix in walk(root).items():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in found:
+                found[id(parameter)] = (f"{prefix}.{name}" if prefix else name, parameter)
+    return dict(found.values())
 
 
 def copy_tree(root: nn.Module, swap: Mapping[int, Tensor]) -> Any:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from fxprune.passes.tape import Recorder, convolved
+from fxprune.passes.imagine import convolved
+from fxprune.passes.tape import Recorder
 
 CONVOLUTIONS = {1: (nn.Conv1d, nn.ConvTranspose1d), 2: (nn.Conv2d, nn.ConvTranspose2d), 3: (nn.Conv3d, nn.ConvTranspose3d)}
 
@@ -41,6 +42,13 @@ OPS = {
     "reduced": lambda a, b: (a.mean((0, 2), keepdim=True), a.amax(-1), a.argmax(1)),
     "compared": lambda a, b: (a > b, a == a),
     "twice the same": lambda a, b: (a @ a.mT, a @ a.mT),
+    "products": lambda a, b: (b.t() @ b, torch.bmm(a, a.mT), torch.addmm(b[:, 0], b, b.t()), a.mT @ a),
+    "a whole matrix added": lambda a, b: torch.addmm(b @ b.t(), b, b.t()),
+    "views": lambda a, b: (a.view(3, 4, 5), a.permute(2, 0, 1), b.expand(6, 3), b.t(), a.transpose(0, 1), b.squeeze(1), a[1]),
+    "joined": lambda a, b: (torch.cat([a, a, a], 1), torch.cat([a, a], -1), torch.cat([b, b])),
+    "strided ones joined": lambda a, b: torch.cat([a.mT, a.mT], 0),
+    "other dtypes joined": lambda a, b: torch.cat([b, b.double()]),
+    "nothing joined": lambda a, b: torch.cat([a.new_empty(0), a]),
 }
 
 
@@ -53,3 +61,20 @@ def test_imagined_results_have_the_real_form(name):
     with Recorder({}):
         imagined = OPS[name](A.to("meta"), B.to("meta"))
     assert form(imagined) == form(OPS[name](A, B))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda a, b: torch.mm(b, b),
+        lambda a, b: torch.bmm(a, a[:1].mT),
+        lambda a, b: torch.addmm(a[0, 0], b, b.t()),
+        lambda a, b: torch.cat([a, a[:, :5]]),
+        lambda a, b: a.view(7, 7),
+    ],
+)
+def test_what_does_not_fit_raises_as_it_does_in_torch(call):
+    with pytest.raises(RuntimeError):
+        call(A, B)
+    with pytest.raises(RuntimeError), Recorder({}):
+        call(A.to("meta"), B.to("meta"))

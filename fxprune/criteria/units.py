@@ -15,6 +15,7 @@ from fxprune.criteria.scoring import Criterion, Places, Scorer, check_finite
 from fxprune.errors import PruneError
 from fxprune.passes.couple import Solution
 from fxprune.passes.families import Family
+from fxprune.passes.tree import named_parameters
 
 PLACES = ("all", "reads", "scales")
 
@@ -32,7 +33,7 @@ def unit_scores(
     Raises: PruneError where the criterion needs what is not given, returns what is no score, or speaks of no family.
     """
     places, needs = asked(criterion)
-    parameters: Mapping[str, Tensor] = dict(model.named_parameters())
+    parameters: Mapping[str, Tensor] = named_parameters(model)
     found = None if places == "all" else roles(solution.captures)
     counts: Places | None = None
     if found is not None and places == "reads":
