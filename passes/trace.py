@@ -10,6 +10,7 @@ module becomes one opaque node: it still runs under the recorder, so it is coupl
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import itertools
 import operator
@@ -351,7 +352,7 @@ class ValueTracer(fx.Tracer):
             return self.read_attribute(args[0], owner.__name__) if type(args[0]) is ValueProxy else NotImplemented
         if name in FACT_METHODS:
             return method(*unwrap(args), **unwrap(kwargs))
-        if torch.overrides.is_tensor_method_or_property(method):
+        if belongs_to_tensors(method):
             return self.create_proxy("call_method", name, args, kwargs)
         return self.create_proxy("call_function", method, args, kwargs)
 
@@ -546,6 +547,12 @@ def recorded(tracer: ValueTracer) -> fx.Graph:
     tracer.recorder.active = False
     with patched(tracer), torch.no_grad(), tracer.recorder:
         return tracer.trace(tracer.root)
+
+
+@functools.cache
+def belongs_to_tensors(method: Callable[..., Any]) -> bool:
+    """Whether torch knows a function as a method of tensors (its own answer takes longer than making a node does)."""
+    return bool(torch.overrides.is_tensor_method_or_property(method))
 
 
 def like_dict(value: dict[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:
