@@ -110,9 +110,13 @@ def prune(
     check_request(model, request, attention, verify)
     inputs.check(model, args, kwargs)
     keep = frozen_names(model, freeze)
-    solution, kept, made, pruned, closed = shrunk(model, args, kwargs, request, heads=attention == "heads", keep=keep)
+    tensors = dict(named_tensors(model))
+    with contextlib.nullcontext() if request.runs_the_model else uncollected():
+        solution, kept, made, pruned, closed = shrunk(
+            model, args, kwargs, request, heads=attention == "heads", keep=keep, tensors=tensors
+        )
     plan = Plan(
-        {name: tuple(t.shape) for name, t in named_tensors(model)},
+        {name: tuple(t.shape) for name, t in tensors.items()},
         {name: parts for name, parts in made.items() if parts},
         attention,
         tuple(sorted(keep)),
@@ -225,8 +229,12 @@ def shrunk(
     *,
     heads: bool,
     keep: Mapping[str, str],
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> tuple[Solution, Tensor, dict[str, list[Cut]], PrunedModule, dict[str, str]]:
-    """From a request to the pruned module. Opaque modules that cannot be cut are found by trying, and then stay whole."""
+    """From a request to the pruned module. Opaque modules that cannot be cut are found by trying, and then stay whole.
+
+    `tensors` are the model's own, by name, where they are known already.
+    """
     closed: dict[str, str] = {}
     while True:
         coupled = functools.partial(analyse, model, args, kwargs, heads=heads, keep=keep, closed=closed)
@@ -239,7 +247,7 @@ def shrunk(
         sites = opaque_sites(solution, cutter)
         made = tensor_cuts(solution, kept, cutter)
         with uncollected():
-            pruned = shrink(model, solution, kept, cutter, made=made)
+            pruned = shrink(model, solution, kept, cutter, made=made, values=tensors)
         if trial is not None:
             pruned.meta["latency"] = trial.found
         if not sites:

@@ -53,3 +53,8 @@ class Request:
     @property
     def competes(self) -> bool:
         return self.ranking != "local" or self.scopes is not None or self.budget is not None
+
+    @property
+    def runs_the_model(self) -> bool:
+        """Whether choosing takes forwards of the model, on data or by the clock."""
+        return self.data is not None or (self.budget is not None and self.budget.kind == "latency")

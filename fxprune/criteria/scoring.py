@@ -198,7 +198,7 @@ def reduced(values: Tensor, spans: Sequence[frozenset[int]], parts: list[list[Te
         part = values
         if 0 not in dims:  # first over what lies furthest apart: whole rows are added
             part = part.sum(0, keepdim=True)
-        rest = [d for d in range(1, values.dim()) if d not in dims]
+        rest = [d for d in range(1, values.dim()) if d not in dims and values.shape[d] > 1]
         part = part.sum(rest, keepdim=True) if rest else part
         part = part.clone() if part is values else part  # whose memory is used again
         if 0 in dims or not found:
