@@ -18,6 +18,7 @@ from fxprune import inputs
 from fxprune import same_class as own_class
 from fxprune.choice import selected
 from fxprune.coupling import Coupling
+from fxprune.criteria import find
 from fxprune.criteria.scoring import Criterion
 from fxprune.errors import PruneError
 from fxprune.latency import Trial
@@ -69,7 +70,8 @@ def prune(
     torch.Size([4, 3, 3, 3])
 
     Arguments:
-        model: any module; it is not touched.
+        model: any module; it is not touched. On the meta device it is coupled and cut in form alone, by a criterion that looks
+            at no weights (`random`), and the plan can be applied to the model once it has some.
         ratio: the share of units removed from every prunable family, in [0, 1), or a mapping from globs over module names
             to shares, the first match of which counts; families that no glob matches stay whole.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments, nested as forward takes
@@ -108,7 +110,7 @@ def prune(
     budgets = {"params": params, "macs": macs, "memory": memory, "latency": latency}
     request = Request(ratio, budgets, criterion, ranking, scopes, floor, round_to, data, loss)
     check_request(model, request, attention, verify)
-    inputs.check(model, args, kwargs)
+    inputs.check(model, args, kwargs, weights=not hasattr(find(criterion), "units"))
     keep = frozen_names(model, freeze)
     tensors = dict(named_tensors(model))
     with contextlib.nullcontext() if request.runs_the_model else uncollected():
@@ -137,11 +139,11 @@ def couple(model: nn.Module, example_inputs: Any = None, *, freeze: Freeze = (),
     >>> [f.name for f in couple(net, torch.randn(1, 4)).families if f.frozen is None]
     ['0.weight:0']
 
-    Arguments: as for `prune`. Raises: PruneError.
+    Arguments: as for `prune`; the model may be on the meta device, however large it is. Raises: PruneError.
     """
     args, kwargs = inputs.arguments(example_inputs)
     check_attention(attention)
-    inputs.check(model, args, kwargs)
+    inputs.check(model, args, kwargs, weights=False)
     solution = analyse(model, args, kwargs, heads=attention == "heads", keep=frozen_names(model, freeze))
     found = families(solution, set(named_parameters(model)))
     return Coupling(type(model).__name__, found, solution, dict(named_tensors(model)))
@@ -470,7 +472,7 @@ def frozen_names(model: nn.Module, freeze: Freeze) -> dict[str, str]:
 
 def is_cheap(model: nn.Module) -> bool:
     """Whether to verify without being asked: a few forwards of a model this small take little time."""
-    return sum(p.numel() for p in model.parameters()) <= 100_000_000
+    return sum(math.inf if p.is_meta else p.numel() for p in model.parameters()) <= 100_000_000
 
 
 def checked(

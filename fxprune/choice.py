@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -201,11 +201,11 @@ def settled(
     unit = solution.unit.numpy()
     if held is not None:
         removed = removed | held
-    if spans:
-        starts = np.cumsum([0, *(len(classes) for classes in spans[:-1])])
-        for i in np.flatnonzero(np.logical_and.reduceat(removed[np.concatenate(spans)], starts)).tolist():
-            if removed[spans[i]].all():  # the best scored unit stays
-                mine = spans[i] if held is None else spans[i][~held[spans[i]]]
+    for some in portions(spans, PORTION):
+        starts = np.cumsum([0, *(len(classes) for classes in some[:-1])])
+        for i in np.flatnonzero(np.logical_and.reduceat(removed[np.concatenate(some)], starts)).tolist():
+            if removed[some[i]].all():  # the best scored unit stays
+                mine = some[i] if held is None else some[i][~held[some[i]]]
                 removed[mine[np.argmax(score[mine])]] = False
     for _ in range(len(removed) + 1):
         even_rows(solution, removed, score)
@@ -219,6 +219,20 @@ def settled(
             classes = unit[error.labels.numpy()]
             removed[classes] = False if held is None else held[classes]
     raise AssertionError("restoring units always ends in a rectangle")
+
+
+PORTION = 1 << 20  # classes looked at in one go
+
+
+def portions(arrays: Sequence[np.ndarray], size: int) -> Iterator[Sequence[np.ndarray]]:
+    """The arrays in their order, so many at a time that they have about so many elements."""
+    ends = np.cumsum([len(a) for a in arrays])
+    start = 0
+    while start < len(arrays):
+        reached = int(ends[start - 1]) if start else 0
+        end = max(start + 1, int(np.searchsorted(ends, reached + size)))
+        yield arrays[start:end]
+        start = end
 
 
 def even_rows(solution: Solution, removed: np.ndarray, score: np.ndarray) -> None:

@@ -28,24 +28,28 @@ def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (example_inputs,), {}
 
 
-def check(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raise PruneError where the arguments cannot be what the model takes: names, devices, dtypes."""
+def check(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, weights: bool = True) -> None:
+    """Raise PruneError where the arguments cannot be what the model takes: names, devices, dtypes.
+
+    A model without `weights`, on the meta device, will do where they do not matter, and so will inputs on any device.
+    """
     if not isinstance(model, nn.Module):
         what = f"model is of type {type(model).__name__}, not a torch.nn.Module"
         raise PruneError(what, fix="pass the module itself")
     check_names(model, args, kwargs)
     held = list(named_parameters(model).values())
-    if any(p.is_meta for p in held):
+    on_meta = any(p.is_meta for p in held)
+    if on_meta and weights:
         raise PruneError(
             "the model is on the meta device: it has no weights to score or to cut",
             where=type(model).__name__,
-            fix="model.to_empty(device='cpu') and load its weights, then prune",
+            fix="model.to_empty(device='cpu') and load its weights, then prune; criterion='random' looks at none",
         )
     devices = list(dict.fromkeys(p.device for p in held))
     dtypes = list(dict.fromkeys(p.dtype for p in held if p.is_floating_point()))
     tensors: list[Tensor] = collect((args, kwargs), Tensor)
     for tensor in tensors:
-        if devices and tensor.device not in devices:
+        if devices and tensor.device not in devices and not on_meta:
             raise PruneError(
                 f"the example inputs are on {tensor.device}, the model on {devices[0]}",
                 where=type(model).__name__,

@@ -220,11 +220,11 @@ def components(
 
 
 def whole_lines(part: np.ndarray, pairs: Sequence[Pair]) -> list[Pair]:
-    """Settle the pairs of lines that each hold consecutive labels, as nearly all do, line by line; returns the others.
+    """Settle the pairs of arrays that each hold consecutive labels, as nearly all do, array by array; returns the others.
 
-    Lines that overlap others without being the same are among those. `part` ties nothing yet, and is changed.
+    Arrays that overlap others without being the same are among those. `part` ties nothing yet, and is changed.
     """
-    vectors = {id(v): v for p in pairs if isinstance(p.a, np.ndarray) for v in (p.a, p.b) if isinstance(v, np.ndarray)}
+    vectors = {id(v): row(v) for p in pairs if p.a.shape == p.b.shape for v in (p.a, p.b)}
     ends = {k: (v, int(v[0]), int(v[-1]) + 1) for k, v in vectors.items() if len(v)}
     spans = {
         k: (start, end - start)
@@ -250,7 +250,7 @@ def whole_lines(part: np.ndarray, pairs: Sequence[Pair]) -> list[Pair]:
     rest = []
     for pair in pairs:
         a, b = spans.get(id(pair.a)), spans.get(id(pair.b))
-        if a in lead and b in lead and a is not None and b is not None and a[1] == b[1]:
+        if pair.a.shape == pair.b.shape and a in lead and b in lead and a is not None and b is not None and a[1] == b[1]:
             a, b = find(a), find(b)
             lead[max(a, b)] = min(a, b)
         else:
@@ -279,7 +279,7 @@ def smallest_tied(part: np.ndarray, rows: np.ndarray, cols: np.ndarray) -> np.nd
     root, met = part.copy(), np.concatenate([rows, cols])  # only roots that are met change
     while len(rows):
         low, high = np.minimum(rows, cols), np.maximum(rows, cols)
-        root[high] = low  # of several, any: the others are met again in the next round
+        np.minimum.at(root, high, low)  # of several the smallest: with any of them, a star would shrink by one arm a round
         while True:
             further = root[root[high]]
             if np.array_equal(further, root[high]):

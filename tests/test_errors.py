@@ -302,7 +302,7 @@ def test_model_on_meta():
             model,
             what="the model is on the meta device: it has no weights to score or to cut",
             where="Net",
-            fix="model.to_empty(device='cpu') and load its weights, then prune",
+            fix="model.to_empty(device='cpu') and load its weights, then prune; criterion='random' looks at none",
         )
 
 

@@ -1,0 +1,72 @@
+"""A model without weights, on the meta device, is coupled and planned as the same model with weights."""
+
+import copy
+import resource
+
+import pytest
+import torch
+from torch import nn
+
+import fxprune
+
+
+def llama(device, layers=2, width=64):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers, "vocab_size": 256}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, use_cache=False)
+    with torch.device(device):
+        return LlamaForCausalLM(config).eval()
+
+
+def resnet(device):
+    from torchvision.models import resnet18
+
+    with torch.device(device):
+        return resnet18(num_classes=10).eval()
+
+
+CASES = {
+    "llama": (llama, {"input_ids": torch.arange(12).view(1, 12)}),
+    "resnet": (resnet, torch.randn(1, 3, 64, 64)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_coupling_needs_no_weights(name):
+    build, inputs = CASES[name]
+    assert fxprune.couple(build("meta"), inputs).to_dict() == fxprune.couple(build("cpu"), inputs).to_dict()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_plan_made_without_weights_applies_to_the_model_with_them(name):
+    build, inputs = CASES[name]
+    empty, real = build("meta"), build("cpu")
+    made = fxprune.prune(empty, 0.5, example_inputs=inputs, criterion="random")
+    assert all(p.is_meta for p in made.parameters()) and made.verification is None
+    plan = fxprune.Plan.from_json(fxprune.plan_of(made).to_json())
+    assert plan.to_json() == fxprune.plan_of(fxprune.prune(real, 0.5, example_inputs=inputs, criterion="random")).to_json()
+    small = plan.apply(real)
+    assert fxprune.verify(real, small, inputs).ok
+    assert {n: p.shape for n, p in small.named_parameters()} == {n: p.shape for n, p in made.named_parameters()}
+
+
+def test_inputs_may_be_on_the_meta_device_too():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).to("meta")
+    before = copy.deepcopy(net)
+    coupled = [fxprune.couple(net, x).to_dict() for x in (torch.randn(1, 3, 8, 8), torch.empty(1, 3, 8, 8, device="meta"))]
+    assert coupled[0] == coupled[1]
+    assert all(p.is_meta and p.shape == q.shape for p, q in zip(net.parameters(), before.parameters()))
+
+
+def test_seven_billion_parameters_are_planned_in_little_memory():
+    """Nothing of the size of a weight is made: all of them would take 14 GB."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=32, use_cache=False)).eval()
+    assert sum(p.numel() for p in model.parameters()) > 6.5e9
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    made = fxprune.prune(model, 0.5, example_inputs={"input_ids": torch.arange(8).view(1, 8)}, criterion="random")
+    assert sum(p.numel() for p in made.parameters()) < 0.4 * sum(p.numel() for p in model.parameters())
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 1 << 30
