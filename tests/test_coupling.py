@@ -155,3 +155,29 @@ def test_ties_of_lines_are_those_of_their_labels(seed):
     assert sorted((int(x), node) for labels, node in stopped for x in labels) == met
     half = len(pairs) // 2
     assert components(size, pairs[half:], components(size, pairs[:half])[0])[0].tolist() == expected
+
+
+class HeadsTiedWhole(nn.Module):
+    """The entries of each head of v go together; the weights of the attention, which no label tells apart, have every head."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.norm, self.out = nn.Linear(10, 27, bias=False), nn.LayerNorm(3), nn.Linear(9, 2)
+
+    def forward(self, x):
+        b, n = x.shape[:2]
+        q, k, v = (t.view(b, n, 3, -1).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))
+        weights = torch.einsum("bhnd,bhmd->bhnm", self.norm(q), self.norm(k)).softmax(-1)
+        heads = torch.einsum("bhnm,bhmd->bhnd", weights, v).transpose(1, 2).reshape(b, n, 9)
+        pieces = heads[..., 0::3] + heads[..., 1::3] + heads[..., 2::3]
+        return self.out(heads + 0 * pieces.sum(-1, keepdim=True))
+
+
+def test_rows_that_meet_every_row_of_another_tensor_stay():
+    """Found by fuzzing: whole heads of v went, while the other factor of the product kept all of them."""
+    torch.manual_seed(0)
+    model, x = HeadsTiedWhole().double().eval(), torch.randn(2, 5, 10, dtype=torch.float64)
+    family = next(f for f in fxprune.couple(model, x, attention="dims").families if ("out.weight", 1) in f.members)
+    assert family.frozen and "keeps every index" in family.frozen
+    small = fxprune.prune(model, 0.4, example_inputs=x, attention="dims")
+    assert small.verification.error < 1e-9 and small.get_submodule("norm").normalized_shape == (2,)

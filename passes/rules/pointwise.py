@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -139,6 +140,12 @@ def lone(call: Call, mine: list[Factor], theirs: list[Factor], taken: set[int], 
             call.ties.freeze(f.labels, kept_whole(call))
         if shape[minor] == 1 or call.ties.seeking_heads:
             passed.append(f)
+            rows = [d for d in f.nest[:-1] if shape[d] > 1]
+            if rows and not call.ties.seeking_heads:  # the other one has them all: each keeps something
+                labels = call.ties.fresh(math.prod(f.labels.shape[d] for d in rows))
+                labels = labels.reshape([n if d in rows else 1 for d, n in enumerate(f.labels.shape)])
+                call.ties.stand(labels, f.labels)
+                call.ties.freeze(labels, kept_whole(call))
     return passed
 
 
