@@ -97,7 +97,7 @@ def cut_tree(values: Mapping[str, Tensor], solution: Solution, made: Mapping[str
 def cut(source: Tensor, cuts: Sequence[Cut]) -> Tensor:
     """A new tensor with what the cuts leave of one; a parameter where that is one."""
     new = source.detach()
-    if len(cuts) > 1 and cuts[0].dims == (0,) and not new.is_cuda and new.numel() > BLOCK:
+    if len(cuts) > 1 and cuts[0].dims == (0,) and new.is_cpu and new.numel() > BLOCK:
         new = in_blocks(new, cuts)
     else:
         for each in cuts:
