@@ -103,11 +103,13 @@ def measure(case: str, depth: int) -> Row:
     model, inputs, criterion = CASES[case][0](depth)
     row: Row = {"params": sum(p.numel() for p in model.parameters()), "machine": machine()}
     before = peak()
-    seconds = []
+    seconds, pruned = [], None
     for _ in range(RUNS):
+        pruned = None  # before the next is made
         start = time.perf_counter()
         pruned = fxprune.prune(model, 0.5, example_inputs=inputs, criterion=criterion, verify=False)
         seconds.append(time.perf_counter() - start)
+    assert pruned is not None
     row |= {"nodes": len(pruned.graph.nodes), "params_after": sum(p.numel() for p in pruned.parameters())}
     return row | {"seconds": min(seconds), "before_gib": before, "peak_gib": peak(), "status": "timed"}
 
