@@ -18,7 +18,6 @@ from fxprune import inputs
 from fxprune import same_class as own_class
 from fxprune.choice import selected
 from fxprune.coupling import Coupling
-from fxprune.criteria import find
 from fxprune.criteria.scoring import Criterion
 from fxprune.errors import PruneError
 from fxprune.latency import Trial
@@ -71,7 +70,7 @@ def prune(
 
     Arguments:
         model: any module; it is not touched. On the meta device it is coupled and cut in form alone, by a criterion that looks
-            at no weights (`random`), and the plan can be applied to the model once it has some.
+            at no weights (`random`), unverified, and the plan can be applied to the model once it has some.
         ratio: the share of units removed from every prunable family, in [0, 1), or a mapping from globs over module names
             to shares, the first match of which counts; families that no glob matches stay whole.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments, nested as forward takes
@@ -110,7 +109,7 @@ def prune(
     budgets = {"params": params, "macs": macs, "memory": memory, "latency": latency}
     request = Request(ratio, budgets, criterion, ranking, scopes, floor, round_to, data, loss)
     check_request(model, request, attention, verify)
-    inputs.check(model, args, kwargs, weights=not hasattr(find(criterion), "units"))
+    inputs.check(model, args, kwargs, weights=request.reads_weights or request.runs_the_model or verify is True or same_class)
     keep = frozen_names(model, freeze)
     tensors = dict(named_tensors(model))
     with contextlib.nullcontext() if request.runs_the_model else uncollected():
@@ -231,11 +230,11 @@ def shrunk(
     *,
     heads: bool,
     keep: Mapping[str, str],
-    tensors: Mapping[str, Tensor] | None = None,
+    tensors: Mapping[str, Tensor],
 ) -> tuple[Solution, Tensor, dict[str, list[Cut]], PrunedModule, dict[str, str]]:
     """From a request to the pruned module. Opaque modules that cannot be cut are found by trying, and then stay whole.
 
-    `tensors` are the model's own, by name, where they are known already.
+    `tensors` are the model's own, by name.
     """
     closed: dict[str, str] = {}
     while True:

@@ -43,7 +43,7 @@ def check(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, weights:
         raise PruneError(
             "the model is on the meta device: it has no weights to score or to cut",
             where=type(model).__name__,
-            fix="model.to_empty(device='cpu') and load its weights, then prune; criterion='random' looks at none",
+            fix="model.to_empty(device='cpu') and load its weights, then prune; or criterion='random', unverified",
         )
     devices = list(dict.fromkeys(p.device for p in held))
     dtypes = list(dict.fromkeys(p.dtype for p in held if p.is_floating_point()))

@@ -55,6 +55,11 @@ class Request:
         return self.ranking != "local" or self.scopes is not None or self.budget is not None
 
     @property
+    def reads_weights(self) -> bool:
+        """Whether choosing looks at the values of parameters."""
+        return not hasattr(find(self.criterion), "units")
+
+    @property
     def runs_the_model(self) -> bool:
         """Whether choosing takes forwards of the model, on data or by the clock."""
         return self.data is not None or (self.budget is not None and self.budget.kind == "latency")

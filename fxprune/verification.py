@@ -56,6 +56,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextlib.contextmanager
+def restoring(model: nn.Module) -> Iterator[None]:
+    """What a forward writes into buffers (running statistics, caches) is taken back."""
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
 def compare(
     model: nn.Module,
     pruned: fx.GraphModule,
@@ -84,7 +96,8 @@ def compare(
                     raise
                 continue  # the original does not take this size
             try:
-                got = pruned(*a, **k)
+                with restoring(pruned):
+                    got = pruned(*a, **k)
             except GuardError as refused:
                 if name == "the example inputs":
                     raise

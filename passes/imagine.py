@@ -19,7 +19,7 @@ ELEMENTWISE = frozenset(
     ]
 )
 REDUCTIONS = frozenset(["aten::mean", "aten::sum", "aten::amax", "aten::amin"])
-PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1}  # which argument is the first factor
+PRODUCTS = {"mm": (0, 2), "bmm": (0, 3), "addmm": (1, 2)}  # which argument is the first factor, and the rank of both
 SHAPED = frozenset(["aten::convolution", "aten::cat", *(f"aten::{name}" for name in PRODUCTS)])
 NORMS = frozenset(["aten::native_batch_norm", "aten::native_layer_norm", "aten::native_group_norm"])
 # in-place ops that change a tensor's shape rather than its contents: the tensor becomes another value
@@ -55,9 +55,10 @@ VIEWS: dict[Any, Callable[..., Tensor]] = {
 class Imagination:
     """Results of ops on the meta device, where a shape says all there is to say.
 
-    The general meta kernels are Python, and slow. Here (1) what writes a tensor in place returns it; (2) arithmetic and
-    activations of floating tensors of one form keep it; (3) any other pure op is run once for each shape, stride and dtype
-    of its arguments. Anything else gets no answer.
+    The general meta kernels are Python, and slow. Here (1) what writes a tensor in place returns it; (2) arithmetic,
+    activations and norms of floating tensors of one form keep it; (3) shapes of convolutions, products, reductions and `cat`
+    are computed, and views are asked of the tensor; (4) any other pure op is run once for each shape, stride and dtype of its
+    arguments. Anything else gets no answer, and what does not fit none here: torch says what is wrong.
     """
 
     def __init__(self) -> None:
@@ -107,7 +108,8 @@ class Imagination:
         if kind == "view":
             return VIEWS[func](*args, **kwargs)
         if kind in PRODUCTS and not kwargs:
-            return multiplied(args[PRODUCTS[kind] :], args[: PRODUCTS[kind]])
+            first, ndim = PRODUCTS[kind]
+            return multiplied(args[first:], args[:first], ndim)
         if kind == "norm":  # the statistics that it also returns are for training kernels, and have no readers
             return like(args[0]), empty(0, device="meta"), empty(0, device="meta")
         if kind == "in place":
@@ -122,7 +124,8 @@ class Imagination:
             shape = convolved(*args)
             return empty(shape, dtype=args[0].dtype, device="meta") if args[0].is_contiguous() else func(*args)
         if kind == "reduction" and not kwargs and len(args) > 1 and args[0].is_contiguous() and args[0].is_floating_point():
-            return empty(reduced(*args), dtype=args[0].dtype, device="meta")
+            left = reduced(*args)
+            return None if left is None else empty(left, dtype=args[0].dtype, device="meta")
         key = (func, signature(args), signature(kwargs)) if kwargs else (func, signature(args))
         if None in key:
             return None
@@ -139,9 +142,11 @@ class Imagination:
         return tuple(made_now) if several else made_now[0]
 
 
-def multiplied(factors: Sequence[Tensor], added: Sequence[Tensor]) -> Tensor | None:
+def multiplied(factors: Sequence[Tensor], added: Sequence[Tensor], ndim: int) -> Tensor | None:
     """The result of a product of two (stacks of) matrices, to which a row may be added; None where they do not fit."""
     a, b = factors
+    if a.dim() != ndim or b.dim() != ndim or not all(t.is_meta for t in (a, b, *added)):
+        return None
     if a.shape[-1] != b.shape[-2] or a.shape[:-2] != b.shape[:-2] or a.dtype != b.dtype:
         return None
     if any(t.dim() != 1 or t.shape[0] != b.shape[-1] or t.dtype != a.dtype for t in added):
@@ -151,13 +156,15 @@ def multiplied(factors: Sequence[Tensor], added: Sequence[Tensor]) -> Tensor | N
 
 def joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:
     """The result of `cat` for contiguous meta tensors of one dtype and rank; None for others."""
+    if not tensors or not -tensors[0].dim() <= dim < tensors[0].dim():
+        return None  # torch says what is wrong
     first = tensors[0]
     if not all(t.is_meta and t.dtype == first.dtype and t.dim() == first.dim() > 1 and t.is_contiguous() for t in tensors):
         return None
     dim %= first.dim()
     others = [*first.shape[:dim], *first.shape[dim + 1 :]]
     if any([*t.shape[:dim], *t.shape[dim + 1 :]] != others for t in tensors):
-        return None  # torch says what is wrong
+        return None
     shape = [*first.shape[:dim], sum(t.shape[dim] for t in tensors), *first.shape[dim + 1 :]]
     return empty(shape, dtype=first.dtype, device="meta")
 
@@ -194,10 +201,13 @@ def convolved(
     return shape
 
 
-def reduced(x: Tensor, dims: Any, keep: bool = False, *_: Any) -> list[int]:
-    """The shape of a mean or sum over some dimensions; no dimensions are all of them."""
+def reduced(x: Tensor, dims: Any, keep: bool = False, *_: Any) -> list[int] | None:
+    """The shape of a mean or sum over some dimensions; no dimensions are all of them. None where there are no such ones."""
     ndim = x.dim()
-    gone = {d % ndim for d in ([dims] if isinstance(dims, int) else dims or range(ndim))} if ndim else set()
+    given = [dims] if isinstance(dims, int) else dims or range(ndim)
+    if any(not -ndim <= d < ndim for d in given):
+        return None
+    gone = {d % ndim for d in given}
     return [1 if d in gone else n for d, n in enumerate(x.shape) if keep or d not in gone]
 
 

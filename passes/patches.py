@@ -120,11 +120,11 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
 
         return wrapper
 
-    def batch_norm(x: Any, *args: Any) -> Any:
+    def batch_norm(*args: Any, **kwargs: Any) -> Any:
         """Without the room for what a GPU's training kernel notes, which the dispatcher would show as one more call."""
-        if type(x) is torch.Tensor and x.is_meta and len(args) == 8:
-            return torch.native_batch_norm(x, *args[:7])[0]
-        return plain_batch_norm(x, *args)
+        if len(args) == 9 and type(args[0]) is torch.Tensor and args[0].is_meta:
+            return torch.native_batch_norm(*args[:8])[0]
+        return plain_batch_norm(*args, **kwargs)
 
     def get_training(module: nn.Module) -> bool:
         if tracer.running is None:

@@ -106,11 +106,7 @@ class ValueTracer(fx.Tracer):
         self.forward: Callable[..., Any] = root.forward  # whose signature the program gets
         self.names = {id(t): name for name, t in named_tensors(root)}
         self.modules = dict(every_path(root))
-        self.attributes_before = {m: dict(vars(m)) for m in self.modules.values()}
-        boxes = [
-            [v for k, v in b.items() if type(v) in CONTAINERS and k != "_modules"] for b in self.attributes_before.values()
-        ]
-        self.containers_before = dict(zip(self.attributes_before, boxes, strict=True))
+        self.before = {m: (dict(vars(m)), containers(m)) for m in self.modules.values()}
         self.recorder = Recorder(self.names)
         self.results: dict[fx.Node, Any] = {}
         self.guards: list[Guard] = []
@@ -420,8 +416,8 @@ class ValueTracer(fx.Tracer):
 
     def forget(self, mark: int) -> None:
         """Take back what forwards stored on their modules, where it stands for a node made since the mark."""
-        for module, before in self.attributes_before.items():
-            now, boxes = vars(module), self.containers_before[module]
+        for module, (before, boxes) in self.before.items():
+            now = vars(module)
             same = len(now) == len(before) and all(map(operator.is_, now.values(), before.values()))
             if same and not any(box and self.stands_for(box, mark) for box in boxes):
                 continue
@@ -549,7 +545,12 @@ def recorded(tracer: ValueTracer) -> fx.Graph:
         return tracer.trace(tracer.root)
 
 
-@functools.cache
+def containers(module: nn.Module) -> list[Any]:
+    """The attributes of a module that a forward can put something into."""
+    return [v for k, v in vars(module).items() if type(v) in CONTAINERS and k != "_modules"]
+
+
+@functools.lru_cache(maxsize=4096)
 def belongs_to_tensors(method: Callable[..., Any]) -> bool:
     """Whether torch knows a function as a method of tensors (its own answer takes longer than making a node does)."""
     return bool(torch.overrides.is_tensor_method_or_property(method))

@@ -1,6 +1,7 @@
 """Scoring in any precision that leaves everything as it was; and what it refuses."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fxprune
 from fxprune import criteria
+from fxprune.api import analyse
 from fxprune.criteria.combine import NORMALISE, REDUCE
+from fxprune.passes.labels import Factor
 
 
 @pytest.fixture
@@ -332,3 +335,56 @@ def test_bn_scale_where_there_is_none():
         where="Sequential",
         fix="criterion='magnitude'",
     )
+
+
+def test_scores_written_into_a_given_tensor_are_those_returned(small):
+    """In blocks that use the same memory again; a function without `into` is the reference."""
+    x = batch()[0]
+    for p in (1, 2, 3):
+        agree(scores(small, x, fxprune.Magnitude(p=p)), scores(small, x, lambda w, p=p: w.abs() ** p))
+
+
+class Into:
+    """Scores that are written down wrongly."""
+
+    elementwise, __name__ = True, "Into"
+
+    def __init__(self, into):
+        self.into = into
+
+    def __call__(self, weight):
+        return weight.square()
+
+
+def broken(weight, out):
+    raise ValueError("no room")
+
+
+@pytest.mark.parametrize(
+    "into, what",
+    [
+        (broken, "raises ValueError: no room"),
+        (lambda w, out: None, "returns a NoneType for a parameter of shape (8, 3, 3, 3)"),
+        (lambda w, out: out[0], "returns shape (3, 3, 3) for a parameter of shape (8, 3, 3, 3)"),
+    ],
+)
+def test_what_is_written_into_a_given_tensor_is_checked_too(into, what):
+    with pytest.raises(fxprune.PruneError, match=re.escape(what)):
+        fxprune.prune(net(), 0.5, example_inputs=IMAGES, criterion=Into(into))
+
+
+@pytest.mark.parametrize("criterion", sorted(criteria.CRITERIA.keys() - {"bn_scale"}))  # that one looks at vectors alone
+@pytest.mark.parametrize("layer", [nn.Conv2d, nn.ConvTranspose2d])
+def test_repeated_rows_of_labels_are_scored_as_if_each_were_looked_at(criterion, layer, monkeypatch):
+    """The weight of a grouped convolution names an input (of a transposed one, an output) once for every other channel."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 12, 1), nn.GELU(), layer(12, 24, 3, groups=3), nn.GELU(), nn.Flatten(), nn.LazyLinear(4)]
+    model, x = nn.Sequential(*layers).double(), torch.randn(5, 3, 4, 4, dtype=torch.float64)
+    model(x)
+    model.eval()
+    found = analyse(model, (x,), {}, heads=True, keep={})
+    assert any(f.times > 1 for labels in found.leaves.values() for f in labels)
+    given = (model, x, criterion, [(x, torch.arange(5) % 4)], F.cross_entropy)
+    briefly = scores(*given)
+    monkeypatch.setattr(Factor, "runs", lambda f: (f.flat, 1))
+    agree(scores(*given), briefly)

@@ -302,8 +302,20 @@ def test_model_on_meta():
             model,
             what="the model is on the meta device: it has no weights to score or to cut",
             where="Net",
-            fix="model.to_empty(device='cpu') and load its weights, then prune; criterion='random' looks at none",
+            fix="model.to_empty(device='cpu') and load its weights, then prune; or criterion='random', unverified",
         )
+
+
+@pytest.mark.parametrize("options", [{"verify": True}, {"latency": 0.5}, {"same_class": True}], ids=lambda o: next(iter(o)))
+def test_model_on_meta_that_would_have_to_run(options):
+    model = Net().to("meta")
+    refuses(
+        lambda: fxprune.prune(model, example_inputs=IMAGES, criterion="random", **options),
+        model,
+        what="the model is on the meta device: it has no weights to score or to cut",
+        where="Net",
+        fix="model.to_empty(device='cpu') and load its weights, then prune; or criterion='random', unverified",
+    )
 
 
 @pytest.mark.parametrize("call", [fxprune.prune, fxprune.couple], ids=["prune", "couple"])

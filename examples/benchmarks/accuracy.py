@@ -14,7 +14,6 @@ the same images by hand.
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 from collections.abc import Iterable
@@ -24,7 +23,7 @@ from pathlib import Path
 import torch
 import torch_pruning
 from data import fashion
-from sweep import Row, limit_memory, machine, markdown_table, read_rows, sweep
+from sweep import Row, machine, markdown_table, options, read_rows, sweep
 from torch import Tensor, nn
 from torch.nn import functional as F
 from training import BATCH, EPOCHS, TEST, TRAIN, TUNE_RATE, accuracy, base, train
@@ -46,13 +45,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--criteria", nargs="+", default=list(CHOICES), help="criterion:ranking")
     parser.add_argument("--limit", type=float, default=3600, help="seconds for one job")
-    parser.add_argument("--redo", action="store_true", help="run again what the file has already")
-    parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
-    arguments = parser.parse_args(argv)
-    if arguments.job:
-        limit_memory()
-        torch.set_num_threads(1)
-        print(json.dumps(measure(**arguments.job)))
+    torch.set_num_threads(1)
+    arguments = options(parser, measure, argv)
+    if arguments is None:
         return
     jobs = [
         {"network": network, "seed": seed, **dict(zip(("criterion", "ranking"), choice.split(":"))), "repair": repair}

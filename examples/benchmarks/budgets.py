@@ -9,7 +9,6 @@ knows nothing of the plan; weights, norms and running statistics are random (see
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import torch
 from models import build, full_name, randomise
-from sweep import Row, limit_memory, machine, markdown_table, one_line, read_rows, sweep
+from sweep import Row, machine, markdown_table, one_line, options, read_rows, sweep
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -48,12 +47,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help="of the original that may stay")
     parser.add_argument("--rankings", nargs="+", default=RANKINGS)
     parser.add_argument("--limit", type=float, default=900, help="seconds for one model and budget")
-    parser.add_argument("--redo", action="store_true", help="run again what the file has already")
-    parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
-    arguments = parser.parse_args(argv)
-    if arguments.job:
-        limit_memory()
-        print(json.dumps(measure(**arguments.job)))
+    arguments = options(parser, measure, argv)
+    if arguments is None:
         return
     jobs = [
         {"model": full_name(model), "kind": kind, "share": share, "ranking": ranking}

@@ -10,7 +10,6 @@ Rows go to `exactness.jsonl`, the table to `EXACTNESS.md`. Weights, norms and ru
 
 import argparse
 import contextlib
-import json
 import sys
 import time
 from collections import Counter
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import torch
 from models import SUITES, build, double_throughout, full_name, randomise
-from sweep import Row, limit_memory, machine, markdown_table, one_line, read_rows, sweep
+from sweep import Row, machine, markdown_table, one_line, options, read_rows, sweep
 from torch import Tensor, nn
 from torchvision.models import get_model_weights
 
@@ -39,12 +38,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.5, 0.25])
     parser.add_argument("--quick", action="store_true", help="the first ratio only for models in single precision")
     parser.add_argument("--limit", type=float, default=1200, help="seconds for one model at one ratio")
-    parser.add_argument("--redo", action="store_true", help="run again what the file has already")
-    parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
-    arguments = parser.parse_args(argv)
-    if arguments.job:
-        limit_memory()
-        print(json.dumps(measure(**arguments.job)))
+    arguments = options(parser, measure, argv)
+    if arguments is None:
         return
     suites = SUITES if arguments.suite == "all" else [arguments.suite]
     names = arguments.models or [name for suite in suites for name in SUITES[suite]()]

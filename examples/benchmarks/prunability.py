@@ -17,7 +17,6 @@ result is exact where it equals the original with the same elements zeroed, and 
 import argparse
 import contextlib
 import copy
-import json
 import sys
 import time
 from pathlib import Path
@@ -26,7 +25,7 @@ from typing import Any
 import torch
 from models import call, double_throughout, randomise
 from suites import SUITES, make
-from sweep import Row, limit_memory, machine, markdown_table, one_line, read_rows, sweep
+from sweep import Row, machine, markdown_table, one_line, options, read_rows, sweep
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -49,12 +48,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--level", choices=["exact", "plan"], default="exact")
     parser.add_argument("--all", action="store_true", help="every timm model (with --level plan)")
     parser.add_argument("--limit", type=float, default=600, help="seconds for one model")
-    parser.add_argument("--redo", action="store_true", help="run again what the file has already")
-    parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
-    arguments = parser.parse_args(argv)
-    if arguments.job:
-        limit_memory(0.8)
-        print(json.dumps(measure(**arguments.job)))
+    arguments = options(parser, measure, argv, memory=0.8)
+    if arguments is None:
         return
     suites = list(SUITES) if arguments.suite == "all" else [arguments.suite]
     names = arguments.models or [name for suite in suites for name in SUITES[suite]()]

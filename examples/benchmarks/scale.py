@@ -9,7 +9,6 @@ timed is capture, coupling, choice and the shapes of the result.
 """
 
 import argparse
-import json
 import resource
 import sys
 import time
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from sweep import Row, limit_memory, machine, markdown_table, read_rows, sweep
+from sweep import Row, machine, markdown_table, options, read_rows, sweep
 from torch import Tensor, nn
 
 import fxprune
@@ -82,12 +81,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--limit", type=float, default=600, help="seconds for one size of one case")
-    parser.add_argument("--redo", action="store_true", help="run again what the file has already")
-    parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
-    arguments = parser.parse_args(argv)
-    if arguments.job:
-        limit_memory()
-        print(json.dumps(measure(**arguments.job)))
+    arguments = options(parser, measure, argv)
+    if arguments is None:
         return
     jobs = [{"case": case, "depth": depth} for case in arguments.cases for depth in CASES[case][1]]
     try:

@@ -12,7 +12,6 @@ made outside of the timed part, and both sides prune a tiny network first, so th
 import argparse
 import copy
 import gc
-import json
 import signal
 import statistics
 import sys
@@ -28,7 +27,7 @@ from typing import Any
 import torch
 import torch_pruning
 from models import build, call, full_name, torchvision_names
-from sweep import Row, limit_memory, machine, markdown_table, one_line, read_rows, sweep
+from sweep import Row, machine, markdown_table, one_line, options, read_rows, sweep
 from torch import Tensor, nn
 
 import fxprune
@@ -46,12 +45,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--budget", type=float, default=20, help="seconds to spend on repeats of one model")
     parser.add_argument("--other-limit", type=float, default=300, help="seconds Torch-Pruning may take for one")
     parser.add_argument("--limit", type=float, default=1200, help="seconds for one model, all told")
-    parser.add_argument("--redo", action="store_true", help="run again what the file has already")
-    parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
-    arguments = parser.parse_args(argv)
-    if arguments.job:
-        limit_memory()
-        print(json.dumps(measure(**arguments.job)))
+    arguments = options(parser, measure, argv)
+    if arguments is None:
         return
     plain = [name for name in torchvision_names() if "quantized" not in name]
     settings = {"budget": arguments.budget, "other_limit": arguments.other_limit}

@@ -4,6 +4,7 @@ A sweep can be stopped and started again: jobs whose row is in the `.jsonl` alre
 is the same script with `--job JSON`; it prints its row as the last line of its output.
 """
 
+import argparse
 import json
 import os
 import platform
@@ -60,6 +61,20 @@ def sweep(
             rows[at] = row
         write_rows(path, rows)
     return rows
+
+
+def options(
+    parser: argparse.ArgumentParser, measure: Callable[..., Row], argv: Sequence[str] | None, *, memory: float = 0.6
+) -> argparse.Namespace | None:
+    """The arguments of a script; None where it is a worker, which has then printed its row. `memory`: see `limit_memory`."""
+    parser.add_argument("--redo", action="store_true", help="run again what the file has already")
+    parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if not arguments.job:
+        return arguments
+    limit_memory(memory)
+    print(json.dumps(measure(**arguments.job)))
+    return None
 
 
 def find(rows: Sequence[Row], job: Row) -> int | None:

@@ -14,8 +14,8 @@ unit, in every layer the unit spans, as tensor reductions on the parameter's own
 What else a criterion may say, as attributes:
     needs: what it is given as a second argument; see `fxprune.criteria.evidence.GATHER` for what there is to ask for.
     elementwise: it looks at elements one by one, so that a large parameter may be given to it in blocks.
-    into: the same scores, written into a tensor that is given as a second argument (fresh memory costs more than the
-        arithmetic).
+    into: a method: the same scores, written into a tensor that is given as a second argument, and returned (fresh memory costs
+        more than the arithmetic).
     places: `all` parameters count, only those that `read` the units from an activation, or only those that `scale` a
         normalised activation.
     reduce: how the layers of a family are put together; see `fxprune.criteria.combine.REDUCE`.

@@ -152,17 +152,19 @@ class Scorer:
 
     def in_blocks(self, weight: Tensor) -> bool:
         """Whether a parameter is scored a few rows at a time, each block gone before the next comes."""
-        return weight.dim() > 1 and not weight.is_cuda and getattr(self.criterion, "elementwise", False)
+        return weight.dim() > 1 and weight.is_cpu and getattr(self.criterion, "elementwise", False)
 
     def elements(self, name: str, weight: Tensor, evidence: Tensor | None) -> Tensor:
         """The criterion's word on each element of a (part of a) parameter."""
         weight = weight.float() if weight.dtype in HALF else weight
-        if hasattr(self.criterion, "into") and evidence is None and self.in_blocks(weight) and weight.numel() <= BLOCK:
-            out = self.room.setdefault(weight.dtype, torch.empty(0, dtype=weight.dtype)).resize_(BLOCK)
-            return self.criterion.into(weight, out[: weight.numel()].view(weight.shape))
         given = () if evidence is None else (evidence.to(weight.dtype),)
+        score = self.criterion
+        if hasattr(score, "into") and evidence is None and self.in_blocks(weight) and weight.numel() <= BLOCK:
+            if weight.dtype not in self.room:
+                self.room[weight.dtype] = torch.empty(BLOCK, dtype=weight.dtype, device=weight.device)
+            score, given = score.into, (self.room[weight.dtype][: weight.numel()].view(weight.shape),)
         try:
-            scores = self.criterion(weight, *given)
+            scores = score(weight, *given)
         except PruneError:
             raise
         except Exception as error:
