@@ -116,18 +116,21 @@ def prune(
         solution, kept, made, pruned, closed = shrunk(
             model, args, kwargs, request, heads=attention == "heads", keep=keep, tensors=tensors
         )
-    plan = Plan(
-        {name: tuple(t.shape) for name, t in tensors.items()},
-        {name: parts for name, parts in made.items() if parts},
-        attention,
-        tuple(sorted(keep)),
-        inputs.describe(example_inputs),
-    )
-    pruned.meta["plan"] = plan
-    pruned.meta["capture"] = described(solution)
-    pruned.meta["closed"] = closed
-    if verify is True or (verify == "auto" and is_cheap(model)):
-        pruned.meta["verification"] = checked(model, pruned, solution, kept, args, kwargs, attention == "heads")
+        pruned.meta["plan"] = Plan(
+            {name: tuple(t.shape) for name, t in tensors.items()},
+            {name: parts for name, parts in made.items() if parts},
+            attention,
+            tuple(sorted(keep)),
+            inputs.describe(example_inputs),
+        )
+        pruned.meta["capture"] = described(solution)
+        pruned.meta["closed"] = closed
+        check = None
+        if verify is True or (verify == "auto" and is_cheap(model)):
+            check = functools.partial(checked, model, pruned, solution, kept, args, kwargs, attention == "heads")
+        del solution, kept  # most of it goes now, before the collector looks through what is left
+    if check is not None:
+        pruned.meta["verification"] = check()
     return as_class(model, pruned, args, kwargs) if same_class else pruned
 
 

@@ -72,8 +72,10 @@ def named_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every tensor that a module tree holds: parameters, buffers and plain attributes; tied ones once."""
     seen: set[int] = set()
     for module, prefix in walk(root).items():
-        other = [(name, value) for name, value in vars(module).items() if type(value) not in PLAIN]
-        held = [*module._parameters.items(), *module._buffers.items(), *((n, v) for n, v in other if isinstance(v, Tensor))]
+        state = vars(module)
+        held = [*module._parameters.items(), *module._buffers.items()]
+        if not PLAIN.issuperset(map(type, state.values())):
+            held += [(n, v) for n, v in state.items() if type(v) not in PLAIN and isinstance(v, Tensor)]
         for name, tensor in held:
             if tensor is not None and id(tensor) not in seen:
                 seen.add(id(tensor))
@@ -100,12 +102,13 @@ def copy_tree(root: nn.Module, swap: Mapping[int, Tensor]) -> Any:
     for module in modules:
         memo[id(module)] = object.__new__(module.__class__)  # a GraphModule would make a class without its forward
     for module in modules:
-        state = {}
+        state = vars(memo[id(module)])
+        state.update(vars(module))
         for key, value in vars(module).items():
             kind = type(value)
             if kind in ATOMS:
-                state[key] = value
-            elif kind in CONTAINERS and not value:
+                continue
+            if kind in CONTAINERS and not value:
                 state[key] = kind()
             elif key in HOOKS:
                 state[key] = OrderedDict(value)
@@ -113,7 +116,6 @@ def copy_tree(root: nn.Module, swap: Mapping[int, Tensor]) -> Any:
                 state[key] = kind([(k, None if v is None else duplicate(v, memo)) for k, v in value.items()])
             else:
                 state[key] = duplicate(value, memo)
-        memo[id(module)].__dict__.update(state)
     return memo[id(root)]
 
 
