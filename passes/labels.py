@@ -41,8 +41,8 @@ class Factor:
 
     def __init__(self, labels: Tensor, nest: tuple[int, ...]) -> None:
         self._labels: Tensor | None = labels
-        self._flat: np.ndarray | None = None
-        self.base: Tensor | np.ndarray = labels
+        self._flat: np.ndarray | None = labels.reshape(-1).numpy() if len(nest) == 1 else None
+        self.base: Tensor | np.ndarray = labels if self._flat is None else self._flat
         self.nest, self.dims = nest, frozenset(nest)
 
     @classmethod
@@ -93,6 +93,22 @@ class Factor:
     def at(self, dim: int, ndim: int) -> Factor:
         """A factor along one dimension, laid along another one of another tensor."""
         return Factor.line(self.flat, dim, ndim)
+
+    def over(self, nest: tuple[int, ...], ndim: int) -> Factor:
+        """The factor along other dimensions, in the same order, of a tensor with `ndim` dimensions."""
+        if len(nest) == 1:
+            return self.at(nest[0], ndim)
+        sizes = [1] * ndim
+        for old, new in zip(self.nest, nest, strict=True):
+            sizes[new] = self.labels.shape[old]
+        return Factor(self.labels.reshape(sizes), nest)
+
+    def without(self, dim: int) -> Factor:
+        """The factor after a dimension that it does not vary along was taken away."""
+        dim %= self.ndim
+        if len(self.nest) == 1:
+            return self.at(self.nest[0] - (self.nest[0] > dim), self.ndim - 1)
+        return Factor(self.labels.squeeze(dim), tuple(d - (d > dim) for d in self.nest))
 
     def rows(self) -> Tensor:
         """The labels as a matrix: a row for each index of the major dimensions, the minor dimension along it."""

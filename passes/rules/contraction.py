@@ -23,6 +23,9 @@ def placed(labels: Labels, shape: Sequence[int], places: Sequence[int], ndim: in
         sizes[place] = shape[d]
     result = []
     for f in labels:
+        if len(f.nest) == 1:
+            result.append(f.at(places[f.nest[0]], ndim))
+            continue
         small = [1] * ndim
         for d, place in enumerate(places):
             small[place] = f.labels.shape[d]
@@ -144,10 +147,10 @@ def matmul(call: Call) -> Labels:
     b_places = [*range(len(b_shape) - 2), ndim - 1, ndim - 2] if lead < len(a_shape) - 1 else [ndim - 1, ndim - 2]
     copied = [d for ref, places in ((a, a_places), (b, b_places)) if len(places) > 2 for d in copies(call, ref, places)]
     out = contract(call, a_labels, a_shape, a_places, b_labels, b_shape, b_places, ndim, [ndim - 1], copied)
-    out = tuple(Factor(f.labels.squeeze(-1), f.nest) for f in out)
+    out = tuple([f.without(-1) for f in out])
     shape = call.shape(call.outputs[0])
     if vector:
-        out = tuple(Factor(f.labels.squeeze(-1), f.nest) for f in out if len(shape))
+        out = tuple([f.without(-1) for f in out if len(shape)])
     if added is not None:
         out = unify(call, out, shape, *align(call.labels(added), call.shape(added), len(shape)))
     return out
@@ -179,13 +182,13 @@ def attention(call: Call) -> list[Labels]:
         n + 3,
         [n + 2],
     )
-    weights = tuple(Factor(f.labels.squeeze(-1), f.nest) for f in weights)
+    weights = tuple([f.without(-1) for f in weights])
     shape = (*call.shape(q)[:-1], k_shape[-2])
     if mask is not None:
         weights = unify(call, weights, shape, *align(call.labels(mask), call.shape(mask), n + 2))
     # index space: batch, L, D, S
     out = contract(call, weights, shape, [*batch, n, n + 2], v_labels, v_shape, [*batch, n + 2, n + 1], n + 3, [n + 2])
-    return [tuple(Factor(f.labels.squeeze(-1), f.nest) for f in out)] + [NONE] * (len(call.outputs) - 1)
+    return [tuple([f.without(-1) for f in out])] + [NONE] * (len(call.outputs) - 1)
 
 
 def grouped(call: Call, ref: object, q_shape: Sequence[int]) -> tuple[Labels, tuple[int, ...]]:
@@ -256,7 +259,7 @@ def pointwise_convolution(call: Call) -> Labels:
     w = tuple(Factor(f.labels.flatten(1), f.nest) for f in call.labels(weight))
     places = [0, ndim, *range(2, ndim)]
     out = contract(call, call.labels(x), call.shape(x), places, w, call.shape(weight)[:2], [1, ndim], ndim + 1, [ndim])
-    out = tuple(Factor(f.labels.squeeze(-1), f.nest) for f in out)
+    out = tuple([f.without(-1) for f in out])
     return with_bias(call, out, bias)
 
 
@@ -380,8 +383,7 @@ def trilinear(call: Call) -> Labels:
     for f in merged:
         if f.dims & set(gone):
             continue
-        array, nest = f.labels, f.nest
         for d in gone:
-            array, nest = array.squeeze(d), tuple(n - (n > d) for n in nest)
-        result.append(Factor(array, nest))
+            f = f.without(d)
+        result.append(f)
     return tuple(result)

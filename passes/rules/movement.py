@@ -14,7 +14,14 @@ from fxprune.passes.rules import Call, rule
 def moved(labels: Labels, order: Sequence[int]) -> Labels:
     """Factors of a tensor whose dimensions were permuted: output dimension i was input dimension order[i]."""
     place = {d: i for i, d in enumerate(order)}
-    return tuple(Factor(f.labels.permute(tuple(order)), tuple(place[d] for d in f.nest)) for f in labels)
+    return tuple(
+        [
+            f.at(place[f.nest[0]], len(place))
+            if len(f.nest) == 1
+            else Factor(f.labels.permute(tuple(order)), tuple(place[d] for d in f.nest))
+            for f in labels
+        ]
+    )
 
 
 @rule("aten::permute", "aten::permute_copy")
@@ -58,10 +65,11 @@ def select(call: Call) -> Labels:
     dim = call.dim(call["dim"], len(call.shape(call.first)))
     result: list[Factor] = []
     for f in call.labels(call.first):
-        if dim in f.dims:
-            one_by_one(call, f, dim)
-        index = call["index"] if dim in f.dims else 0
-        result += call.settle(shifted(f, f.labels.select(dim, index), dim))
+        if dim not in f.dims:
+            result.append(f.without(dim))
+            continue
+        one_by_one(call, f, dim)
+        result += call.settle(shifted(f, f.labels.select(dim, call["index"]), dim))
     return tuple(result)
 
 
@@ -73,7 +81,7 @@ def unbind(call: Call) -> list[Labels]:
         if dim in f.dims:
             one_by_one(call, f, dim)
         for i in range(len(outs)):
-            outs[i] += call.settle(shifted(f, f.labels.select(dim, i if dim in f.dims else 0), dim))
+            outs[i] += call.settle(shifted(f, f.labels.select(dim, i), dim)) if dim in f.dims else (f.without(dim),)
     return outs
 
 

@@ -70,10 +70,10 @@ def unify(call: Call, a: Labels, a_shape: Sequence[int], b: Labels, b_shape: Seq
     """
     if not a and not b:
         return NONE
-    plain = len(a) == 1 == len(b) and not call.ties.standing
-    if plain and len(a[0].nest) == 1 and a[0].nest == b[0].nest:  # (1), as it is nearly always
-        call.ties.join(a[0], b[0])
-        return b if call.ties.stands(b[0]) else a
+    if not call.ties.standing:
+        plain = lines(call, a, a_shape, b, b_shape)  # as it is nearly always
+        if plain is not None:
+            return plain
     left, right = list(a), list(b)
     if call.ties.standing:
         left, right = beside_rows(call, left, right), beside_rows(call, right, left)
@@ -108,6 +108,25 @@ def unify(call: Call, a: Labels, a_shape: Sequence[int], b: Labels, b_shape: Seq
             if other is not g:
                 call.ties.freeze(other.labels, kept_whole(call))
     return tuple(f for f in result if f.nest)
+
+
+def lines(call: Call, a: Labels, a_shape: Sequence[int], b: Labels, b_shape: Sequence[int]) -> Labels | None:
+    """What `unify` comes to where both operands have at most one factor along a dimension, and none along several.
+
+    None where they do not, or where one keeps all of what the other varies along.
+    """
+    theirs = {f.nest: f for f in b}
+    mine = {f.nest: f for f in a}
+    if len(theirs) < len(b) or len(mine) < len(a) or any(len(nest) > 1 for nest in (*mine, *theirs)):
+        return None
+    left = [f for nest, f in mine.items() if nest not in theirs]
+    right = [f for nest, f in theirs.items() if nest not in mine]
+    if any(b_shape[f.nest[0]] > 1 for f in left) or any(a_shape[f.nest[0]] > 1 for f in right):
+        return None
+    met = [f for nest, f in mine.items() if nest in theirs]
+    for f in met:
+        call.ties.join(f, theirs[f.nest])
+    return (*met, *left, *right)
 
 
 def beside_rows(call: Call, mine: list[Factor], theirs: list[Factor]) -> list[Factor]:

@@ -66,7 +66,10 @@ def reshape(
     before: Sequence[int],
     after: Sequence[int],
 ) -> Factor:
-    active = [(left, right) for left, right in runs if f.dims & set(left)]
+    active = [(left, right) for left, right in runs if not f.dims.isdisjoint(left)]
+    moved = one_to_one(active, before, after)
+    if moved is not None:
+        return f.over(tuple([moved[d] for d in f.nest]), len(after))
     sizes = [1] * len(after)
     nest: list[int] = []
     split = False
@@ -89,6 +92,19 @@ def reshape(
     if split:
         call.ties.keep_rows_equal(g)
     return g
+
+
+def one_to_one(
+    active: list[tuple[list[int], list[int]]], before: Sequence[int], after: Sequence[int]
+) -> dict[int, int] | None:
+    """Where each dimension goes, if none of them is split or merged; None otherwise."""
+    moved: dict[int, int] = {}
+    for left, right in active:
+        old, new = [d for d in left if before[d] > 1], [d for d in right if after[d] > 1]
+        if len(old) != 1 or len(new) != 1:
+            return None
+        moved[old[0]] = new[0]
+    return moved
 
 
 def first(f: Factor, dims: Sequence[int]) -> int:
