@@ -17,7 +17,14 @@ from scipy.sparse import csr_matrix
 
 @dataclass(slots=True)
 class Pool:
-    """Units that lose the same share: `cells` lists (family, units) that the constraints tell apart; `gone` went before."""
+    """Units that lose the same share.
+
+    Attributes:
+        cells: (family, units) that the constraints tell apart; the units ascend.
+        ratio: that share.
+        equal: the constraints.
+        gone: units that went before.
+    """
 
     cells: list[tuple[int, np.ndarray]]
     ratio: float
@@ -81,7 +88,8 @@ def pools(families: Sequence[np.ndarray], ratios: Sequence[float], equal: Sequen
             continue
         order = np.argsort(mine, kind="stable")
         steps = np.flatnonzero(mine[order][1:] != mine[order][:-1]) + 1
-        pool.cells += [(i, cell) for cell in np.split(units[order], steps)]
+        ends, ordered = steps.tolist(), units[order]
+        pool.cells += [(i, ordered[a:b]) for a, b in zip([0, *ends], [*ends, len(ordered)], strict=True)]
     for family, matrix in constrained:
         made[find(family)].equal.append(matrix)
     return list(made.values())
@@ -118,8 +126,12 @@ def choose(pool: Pool, score: np.ndarray, width: Sequence[int], round_to: int) -
         balanced_choice = balanced(pool, score, wanted)
         if len(balanced_choice) > steps * sum(n // step for n in families.values()):
             return balanced_choice
-    removed = [units[np.lexsort((units, score[units]))[: steps * (len(units) // step)]] for _, units in pool.cells]
-    return np.concatenate(removed)
+    cells = [units for _, units in pool.cells]
+    if len({len(units) for units in cells}) == 1:  # as many groups are: all at once
+        matrix = np.stack(cells)
+        lowest = np.argsort(score[matrix], axis=1, kind="stable")[:, : steps * (matrix.shape[1] // step)]
+        return np.take_along_axis(matrix, lowest, 1).reshape(-1)
+    return np.concatenate([units[np.argsort(score[units], kind="stable")[: steps * (len(units) // step)]] for units in cells])
 
 
 def balanced(pool: Pool, score: np.ndarray, wanted: int) -> np.ndarray:

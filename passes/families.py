@@ -90,15 +90,15 @@ def occurrences(spans: list[np.ndarray], count: int) -> list[tuple[slice | np.nd
     """
     found: dict[object, tuple[slice | np.ndarray, list[int]]] = {}
     mark = np.zeros(count, bool)
+    every = np.arange(count)
     for i, span in enumerate(spans):
         if not len(span):
             continue
         start, end = int(span[0]), int(span[-1]) + 1
-        ascending = end - start >= len(span) and bool((span[1:] > span[:-1]).all())
-        if ascending and end - start == len(span):
+        if end - start == len(span) and span.tobytes() == every[start:end].tobytes():
             found.setdefault((start, end), (slice(start, end), []))[1].append(i)
         else:
-            if not ascending:
+            if not bool((span[1:] > span[:-1]).all()):
                 mark[span] = True
                 span = np.flatnonzero(mark)
                 mark[span] = False

@@ -97,7 +97,7 @@ def cut_tree(values: Mapping[str, Tensor], solution: Solution, made: Mapping[str
 def cut(source: Tensor, cuts: Sequence[Cut]) -> Tensor:
     """A new tensor with what the cuts leave of one; a parameter where that is one."""
     new = source.detach()
-    if len(cuts) > 1 and cuts[0].dims == (0,) and new.is_cpu and new.numel() > BLOCK:
+    if len(cuts) > 1 and cuts[0].dims == (0,) and new.is_cpu and new.numel() > LARGE:
         new = in_blocks(new, cuts)
     else:
         for each in cuts:
@@ -106,6 +106,7 @@ def cut(source: Tensor, cuts: Sequence[Cut]) -> Tensor:
     return nn.Parameter(new, requires_grad=source.requires_grad) if isinstance(source, nn.Parameter) else new
 
 
+LARGE = 1 << 22  # elements of a tensor that is cut block by block
 BLOCK = 1 << 20  # elements of a large tensor cut at a time: what one cut leaves is still in the cache for the next
 
 

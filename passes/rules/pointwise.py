@@ -71,7 +71,10 @@ def unify(call: Call, a: Labels, a_shape: Sequence[int], b: Labels, b_shape: Seq
     if not a and not b:
         return NONE
     if not call.ties.standing:
-        plain = lines(call, a, a_shape, b, b_shape)  # as it is nearly always
+        if len(a) == 1 == len(b) and len(a[0].nest) == 1 and a[0].nest == b[0].nest:  # (1), as it is nearly always
+            call.ties.join(a[0], b[0])
+            return a
+        plain = lines(call, a, a_shape, b, b_shape)
         if plain is not None:
             return plain
     left, right = list(a), list(b)

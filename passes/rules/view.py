@@ -94,9 +94,7 @@ def reshape(
     return g
 
 
-def one_to_one(
-    active: list[tuple[list[int], list[int]]], before: Sequence[int], after: Sequence[int]
-) -> dict[int, int] | None:
+def one_to_one(active: list[tuple[list[int], list[int]]], before: Sequence[int], after: Sequence[int]) -> dict[int, int] | None:
     """Where each dimension goes, if none of them is split or merged; None otherwise."""
     moved: dict[int, int] = {}
     for left, right in active:
