@@ -17,6 +17,7 @@ from fxprune.budget import Budget
 from fxprune.counting import Costs
 from fxprune.latency import MARGIN, ROUNDS, Latency, chase, stopwatch
 from fxprune.passes.families import families
+from fxprune.passes.terms import Terms
 from fxprune.ranking import ladder
 from fxprune.select import Pool
 from fxprune.timetable import Timetable
@@ -114,7 +115,7 @@ def test_the_table_is_what_narrowing_one_family_costs(build):
 def test_every_product_is_timed_and_everything_else_goes_by_size():
     """A table made by hand: one linear layer's time falls with both of its dimensions."""
     model, x = linears()
-    solution = analyse(model, (x,), {}, heads=True, keep={})
+    solution = analyse(model, (x,), {}, Terms())
     costs = Costs(solution, dict(model.named_parameters()))
     free = [f for f in families(solution, set(dict(model.named_parameters()))) if f.frozen is None]
     score = np.arange(len(solution.unit), dtype=float)
