@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         for choice in arguments.criteria
     ]
     try:
-        sweep(__file__, jobs, ROWS, limit=arguments.limit, redo=arguments.redo)
+        sweep(__file__, jobs, ROWS, limit=arguments.limit, redo=arguments.redo, workers=arguments.workers)
     finally:
         TABLE.write_text(table(read_rows(ROWS)))
     print(TABLE.relative_to(Path.cwd()) if TABLE.is_relative_to(Path.cwd()) else TABLE)

@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     tools = ["fxprune"] if arguments.level == "plan" else arguments.tools
     jobs = [{"model": name, "tool": tool, "level": arguments.level} for tool in tools for name in names]
     try:
-        sweep(__file__, jobs, ROWS, limit=arguments.limit, redo=arguments.redo)
+        sweep(__file__, jobs, ROWS, limit=arguments.limit, redo=arguments.redo, workers=arguments.workers)
     finally:
         TABLE.write_text(tables(read_rows(ROWS)))
     print(TABLE)
