@@ -195,6 +195,7 @@ def read(
         tape = capture.tape
         labels: dict[int, Labels] = {i: leaves[v.name] for i, v in enumerate(tape.values) if v.name is not None}
         uses = {r.id for op in tape.ops for r in op.inputs} | {r.id for _, r in capture.outputs}
+        uses |= {r.id for n in capture.untracked for r in collect([capture.results[m] for m in n.all_input_nodes], Ref)}
         leaking = [n for n in capture.untracked if n.op == "call_module" and str(n.target) in capture.opaque]
         hidden = sorted(capture.index[n] for n in capture.untracked if n not in leaking)
         end = Op(None, (), {}, (), len(capture.index))
