@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, overload
 
@@ -15,6 +16,7 @@ from fxprune.course import Course, View
 from fxprune.criteria.scoring import Criterion
 from fxprune.errors import PruneError
 from fxprune.history import History, Step
+from fxprune.latency import Trial
 from fxprune.optimizer import Move, remap, remap_module, remap_state
 from fxprune.passes.kept import Cutter
 from fxprune.plan import Plan
@@ -41,7 +43,7 @@ class Pruner:
 
     Arguments:
         model: any module; it is not touched.
-        ratio, params, macs, memory: as for `prune`: what is to be gone, or may be left, after the last step. A ratio is a
+        ratio, params, macs, memory, latency: as for `prune`: what is to be gone, or may be left, after the last step. A ratio is a
             share of the original's units at every step.
         example_inputs, criterion, data, loss, ranking, scopes, floor, freeze, release, round_to, attention,
             verify: as for `prune`. `data` is read in every step.
@@ -72,6 +74,7 @@ class Pruner:
         params: float | None = None,
         macs: float | None = None,
         memory: float | None = None,
+        latency: float | str | None = None,
         criterion: str | Criterion = "magnitude",
         data: Iterable[Any] | None = None,
         loss: Callable[..., Tensor] | None = None,
@@ -89,7 +92,7 @@ class Pruner:
         mask: Literal["hold", "soft"] | None = None,
     ) -> None:
         args, kwargs = inputs.arguments(example_inputs)
-        budgets = {"params": params, "macs": macs, "memory": memory}
+        budgets = {"params": params, "macs": macs, "memory": memory, "latency": latency}
         request = Request(ratio, budgets, criterion, ranking, scopes, floor, round_to, data, loss)
         check_request(model, request, attention, verify)
         self._shares = shares(schedule, steps)
@@ -102,8 +105,11 @@ class Pruner:
         self._verify: bool | Literal["auto"] = verify
         self._mask = mask
         self._original = self.model = model
-        solution = analyse(model, args, kwargs, self._terms)
-        self._course = Course(model, solution, request, args, kwargs)
+        coupled = functools.partial(analyse, model, args, kwargs, self._terms)
+        solution = coupled()
+        timed = request.budget is not None and request.budget.kind == "latency"
+        trial = Trial(model, args, kwargs, coupled) if timed else None
+        self._course = Course(model, solution, request, args, kwargs, trial)
         self._gone = np.zeros(len(solution.unit), bool)
         self._choice = self._course.settle(self._gone, np.zeros(len(self._gone)), self._gone)
         self.plan = self._planned(self._choice)

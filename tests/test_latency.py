@@ -245,6 +245,43 @@ def test_what_was_measured_reads_well():
     assert str(found) == "41.2 ms before, 19.8 ms now (48%) on cuda:0: medians of 14 runs each, half of them within 3%"
 
 
+# -- in steps -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("amount", [0.5, "half"])
+def test_each_step_takes_its_part_of_the_time(amount):
+    model = MODELS["vit"]()
+    whole = 2 * macs(model) * SECONDS
+    amount = f"{whole * 500:.9f}ms" if amount == "half" else amount
+    pruner = fxprune.Pruner(model, example_inputs=X, latency=amount, steps=2, verify=False)
+    first = pruner.step()
+    assert 0.6 < macs(first) / macs(model) <= 0.75
+    second = pruner.step()
+    assert 0.4 < macs(second) / macs(model) <= 0.5
+    assert [step.asked for step in pruner.history] == ["latency=0.75", f"latency={amount!r}"]
+    assert set(kept_of(second)) == set(kept_of(first))
+    assert all(set(now) <= set(kept_of(first)[name]) for name, now in kept_of(second).items())
+
+
+def kept_of(pruned):
+    """Which indices of each tensor are left, along its first dimension."""
+    plan = fxprune.plan_of(pruned)
+    return {name: cuts[0].keep.tolist() for name, cuts in plan.keep.items() if cuts[0].dims == (0,)}
+
+
+def test_steps_towards_a_latency_that_cannot_be_met():
+    model, x = chain(16, 40, 20, 16), torch.randn(4, 16)
+    least = fxprune.prune(model, example_inputs=x, params=fxprune.feasible(model, x).params[0])
+    now, whole = macs(least, x), macs(model, x)
+    refuses(
+        lambda: fxprune.Pruner(model, example_inputs=x, latency=0.01, steps=3),
+        model,
+        what=f"latency=0.01 cannot be met: the least that can is {2 * now * SECONDS * 1e3:.3g} ms"
+        f" of {2 * whole * SECONDS * 1e3:.3g} ms",
+        fix=f"latency={-(-1000 * now // whole) / 1000} or more, a lower floor, or freeze less",
+    )
+
+
 # -- errors ---------------------------------------------------------------------------------------------------------------
 
 
