@@ -43,8 +43,8 @@ class Pruner:
 
     Arguments:
         model: any module; it is not touched.
-        ratio, params, macs, memory, latency: as for `prune`: what is to be gone, or may be left, after the last step. A ratio is a
-            share of the original's units at every step.
+        ratio, params, macs, memory, latency: as for `prune`: what is to be gone, or may be left, after the last step. A
+            ratio is a share of the original's units at every step.
         example_inputs, criterion, data, loss, ranking, scopes, floor, freeze, release, round_to, attention,
             verify: as for `prune`. `data` is read in every step.
         schedule: how much is done after each step: `linear`, `cubic` (arXiv:1710.01878), or a function from time to the
