@@ -220,7 +220,8 @@ def summary(lines: list[Row], failed: list[Row]) -> str:
             f" {gained:+.1f} points of frames heard rightly in the median"
         )
     made += [
-        f"Torch-Pruning fails: {line['capacity']} {line['criterion']} {line['ranking']} at {line['share']}: {line['other_fails']}"
+        f"Torch-Pruning fails: {line['capacity']}, {line['criterion']} {line['ranking']} at {line['share']:.0%}:"
+        f" {line['other_fails']}"
         for line in lines
         if "other_fails" in line
     ]
