@@ -29,6 +29,7 @@ from fxprune.passes.kept import Cut, NotARectangle
 from fxprune.passes.pruned import PrunedModule
 from fxprune.passes.shrink import shrink, tensor_cuts
 from fxprune.passes.tape import NeedsValues, collect, map_tensors
+from fxprune.passes.terms import Terms
 from fxprune.passes.trace import trace
 from fxprune.passes.tree import named_parameters, named_tensors, on_meta, private_copy
 from fxprune.passes.trial import broken, opaque_sites
@@ -56,6 +57,7 @@ def prune(
     scopes: Scopes | None = None,
     floor: float | None = None,
     freeze: Freeze = (),
+    release: str | Sequence[str] = (),
     round_to: int = 1,
     attention: Attention = "heads",
     verify: bool | Literal["auto"] = "auto",
@@ -95,6 +97,9 @@ def prune(
         floor: the share of every family that stays where families compete or a budget is given, 0.1 by default; with
             `local` ratios none by default.
         freeze: globs over module names, or modules, whose parameters stay as they are.
+        release: globs over the names of outputs, whose channels then may go too: the keys, fields and positions that lead to
+            a tensor, such as `last_hidden_state`, `hidden_states.*` or `1`; a model's one tensor is `output`. By default
+            every output keeps its shape.
         round_to: what is left of a family is a multiple of this; a family that cannot be stays whole.
         attention: remove whole `heads`, or `dims` within them.
         verify: compare the result to the masked original; `auto` does so where a forward is cheap.
@@ -110,31 +115,37 @@ def prune(
     request = Request(ratio, budgets, criterion, ranking, scopes, floor, round_to, data, loss)
     check_request(model, request, attention, verify)
     inputs.check(model, args, kwargs, weights=request.reads_weights or request.runs_the_model or verify is True or same_class)
-    keep = frozen_names(model, freeze)
+    terms = terms_of(model, attention, freeze, release)
     tensors = dict(named_tensors(model))
     with contextlib.nullcontext() if request.runs_the_model else uncollected():
-        solution, kept, made, pruned, closed = shrunk(
-            model, args, kwargs, request, heads=attention == "heads", keep=keep, tensors=tensors
-        )
+        solution, kept, made, pruned, closed = shrunk(model, args, kwargs, request, terms, tensors=tensors)
         pruned.meta["plan"] = Plan(
             {name: tuple(t.shape) for name, t in tensors.items()},
             {name: parts for name, parts in made.items() if parts},
             attention,
-            tuple(sorted(keep)),
+            tuple(sorted(terms.keep)),
             inputs.describe(example_inputs),
+            terms.release,
         )
         pruned.meta["capture"] = described(solution)
         pruned.meta["closed"] = closed
         check = None
         if verify is True or (verify == "auto" and is_cheap(model)):
-            check = functools.partial(checked, model, pruned, solution, kept, args, kwargs, attention == "heads")
+            check = functools.partial(checked, model, pruned, solution, kept, args, kwargs, terms.heads)
         del solution, kept  # most of it goes now, before the collector looks through what is left
     if check is not None:
         pruned.meta["verification"] = check()
     return as_class(model, pruned, args, kwargs) if same_class else pruned
 
 
-def couple(model: nn.Module, example_inputs: Any = None, *, freeze: Freeze = (), attention: Attention = "heads") -> Coupling:
+def couple(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    freeze: Freeze = (),
+    release: str | Sequence[str] = (),
+    attention: Attention = "heads",
+) -> Coupling:
     """Which channels of a model go together, and why the others stay.
 
     >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
@@ -146,7 +157,7 @@ def couple(model: nn.Module, example_inputs: Any = None, *, freeze: Freeze = (),
     args, kwargs = inputs.arguments(example_inputs)
     check_attention(attention)
     inputs.check(model, args, kwargs, weights=False)
-    solution = analyse(model, args, kwargs, heads=attention == "heads", keep=frozen_names(model, freeze))
+    solution = analyse(model, args, kwargs, terms_of(model, attention, freeze, release))
     found = families(solution, set(named_parameters(model)))
     return Coupling(type(model).__name__, found, solution, dict(named_tensors(model)))
 
@@ -165,10 +176,9 @@ def verify(model: nn.Module, pruned: fx.GraphModule, example_inputs: Any, *, siz
     args, kwargs = inputs.arguments(example_inputs)
     inputs.check(model, args, kwargs)
     plan = plan_of(pruned)
-    heads = plan.attention == "heads"
     plan.check(model)
-    solution = analyse(model, args, kwargs, heads=heads, keep=dict.fromkeys(plan.freeze, "is frozen"))
-    return compare(model, pruned, solution.leaves, kept_by(plan, solution), heads, args, kwargs, sizes=sizes)
+    solution = analyse(model, args, kwargs, plan.terms)
+    return compare(model, pruned, solution.leaves, kept_by(plan, solution), plan.terms.heads, args, kwargs, sizes=sizes)
 
 
 def plan_of(pruned: nn.Module) -> Plan:
@@ -185,8 +195,7 @@ def apply_plan(plan: Plan, model: nn.Module, example_inputs: Any = None) -> fx.G
     given = inputs.imagine(plan.inputs, device) if example_inputs is None else example_inputs
     args, kwargs = inputs.arguments(given)
     inputs.check(model, args, kwargs)
-    heads = plan.attention == "heads"
-    solution = analyse(model, args, kwargs, heads=heads, keep=dict.fromkeys(plan.freeze, "is frozen"))
+    solution = analyse(model, args, kwargs, plan.terms)
     kept = kept_by(plan, solution)
     pruned = shrink(model, solution, kept)
     pruned.meta["plan"] = plan
@@ -199,7 +208,7 @@ def as_class(model: nn.Module, pruned: PrunedModule, args: tuple[Any, ...], kwar
     plan = plan_of(pruned)
     with unobserved(model):
         whole = trace(private_copy(model).eval(), args, kwargs, whole=True)
-        solution = solve([whole], heads=plan.attention == "heads", keep=dict.fromkeys(plan.freeze, "is frozen"))
+        solution = solve([whole], plan.terms)
         made, known = own_class.shrunk(model, solution, kept_by(plan, solution))
         mode = pruned.training
         wanted = collect(pruned.eval()(*args, **kwargs), Tensor)
@@ -230,9 +239,8 @@ def shrunk(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     request: Request,
+    terms: Terms,
     *,
-    heads: bool,
-    keep: Mapping[str, str],
     tensors: Mapping[str, Tensor],
 ) -> tuple[Solution, Tensor, dict[str, list[Cut]], PrunedModule, dict[str, str]]:
     """From a request to the pruned module. Opaque modules that cannot be cut are found by trying, and then stay whole.
@@ -241,7 +249,7 @@ def shrunk(
     """
     closed: dict[str, str] = {}
     while True:
-        coupled = functools.partial(analyse, model, args, kwargs, heads=heads, keep=keep, closed=closed)
+        coupled = functools.partial(analyse, model, args, kwargs, terms, closed)
         solution = coupled()
         if solution.captures[0].opaque and request.data is not None:
             request.data = list(request.data)  # it may be asked for again
@@ -259,7 +267,7 @@ def shrunk(
         dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
         tolerance = max((TOLERANCE.get(d, 1e-3) for d in dtypes), default=1e-3)
         with unobserved(model):
-            found = broken(model, pruned, solution, cutter, sites, args, kwargs, heads=heads, tolerance=tolerance)
+            found = broken(model, pruned, solution, cutter, sites, args, kwargs, heads=terms.heads, tolerance=tolerance)
         if not found.keys() - closed.keys():
             return solution, kept, made, pruned, closed
         closed |= found
@@ -269,9 +277,7 @@ def analyse(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    *,
-    heads: bool,
-    keep: Mapping[str, str],
+    terms: Terms,
     closed: Mapping[str, str] | None = None,
 ) -> Solution:
     """Trace and couple: in evaluation mode, and in training mode too where the program asks which one it is in."""
@@ -282,13 +288,16 @@ def analyse(
             surface(error)
             found = None
         if found is not None:
+            terms.check([name for name, _ in found[0].outputs])
             try:
-                return solve(found, heads=heads, keep=keep, closed=closed)
+                return solve(found, terms, closed)
             except NeedsValues:  # the contents of a constant
                 pass
             except Exception as error:
                 surface(error, ours=True)
-        return solve(programs(model, args, kwargs, None), heads=heads, keep=keep, closed=closed)
+        found = programs(model, args, kwargs, None)
+        terms.check([name for name, _ in found[0].outputs])
+        return solve(found, terms, closed)
 
 
 def programs(
@@ -441,6 +450,14 @@ def did_you_mean(glob: str, modules: Sequence[str]) -> str:
 
     close = difflib.get_close_matches(glob, [m for m in modules if m], n=3, cutoff=0.4)
     return f"one of the names of model.named_modules(){', such as ' + ', '.join(close) if close else ''}"
+
+
+def terms_of(model: nn.Module, attention: Attention, freeze: Freeze, release: str | Sequence[str]) -> Terms:
+    """What may go of a model and what may not; raises PruneError for what means nothing."""
+    globs = [release] if isinstance(release, str) else release
+    if not isinstance(globs, list | tuple) or not all(isinstance(glob, str) for glob in globs):
+        raise PruneError(f"release must be globs over names of outputs, not {release!r}", fix="release='hidden_states'")
+    return Terms(attention == "heads", frozen_names(model, freeze), tuple(globs))
 
 
 def frozen_names(model: nn.Module, freeze: Freeze) -> dict[str, str]:

@@ -50,12 +50,22 @@ def selected(model: nn.Module, solution: Solution, request: Request, trial: Tria
     return met(request.budget, rivalry.ladders, rivalry.sequence(), costs, rivalry.settle, len(solution.unit))
 
 
-def in_time(free: Sequence[Family], score: np.ndarray, costs: Costs, request: Request, trial: Trial) -> tuple[Tensor, Cutter]:
-    """Which labels stay by a budget of latency: in counts that hardware likes, where that is enough."""
+def in_time(
+    free: Sequence[Family],
+    score: np.ndarray,
+    costs: Costs,
+    request: Request,
+    trial: Trial,
+    held: np.ndarray | None = None,
+) -> tuple[Tensor, Cutter]:
+    """Which labels stay by a budget of latency: in counts that hardware likes, where that is enough.
+
+    What is `held` is gone already, and stays so.
+    """
     assert request.budget is not None
     tried = [request.round_to] if request.round_to > 1 else [FRIENDLY, 1]
     for round_to in tried:
-        rivalry = Rivalry(free, score, costs.solution, request, round_to)
+        rivalry = Rivalry(free, score, costs.solution, request, round_to, held)
         names = [free[rung.pool.cells[0][0]].name for rung in rivalry.ladders]
         try:
             with trial.quiet():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fxprune import schedule, select
 from fxprune.api import programs, unobserved
 from fxprune.budget import met, unreachable
-from fxprune.choice import Rivalry, free_families, guards, one_by_one, ratios_of, settled
+from fxprune.choice import Rivalry, free_families, guards, in_time, one_by_one, ratios_of, settled
 from fxprune.counting import Costs, elements
 from fxprune.coupling import CoupledFamily, described
 from fxprune.criteria import find
@@ -24,6 +24,7 @@ from fxprune.criteria.roles import roles
 from fxprune.criteria.scoring import comparable
 from fxprune.criteria.units import asked, unit_scores
 from fxprune.errors import PruneError
+from fxprune.latency import Trial, used
 from fxprune.passes.capture import Capture
 from fxprune.passes.couple import Solution
 from fxprune.passes.families import Family
@@ -52,12 +53,19 @@ class Course:
         solution: its coupling.
         request: what is to be gone after the last step.
         args, kwargs: example inputs.
+        trial: times choices, where the budget is one of latency.
 
     Raises: PruneError where that cannot be reached.
     """
 
     def __init__(
-        self, model: nn.Module, solution: Solution, request: Request, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        model: nn.Module,
+        solution: Solution,
+        request: Request,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        trial: Trial | None = None,
     ) -> None:
         self.model, self.solution, self.request = model, solution, request
         self.args, self.kwargs = args, kwargs
@@ -69,7 +77,12 @@ class Course:
         self.guards = guards(solution)
         self.learned = frozenset(n for n, t in named_tensors(model) if n in solution.leaves and isinstance(t, nn.Parameter))
         self.costs = Costs(solution, dict(named_tensors(model)))
-        self.original = self.costs.original(request.budget.kind) if request.budget else 0
+        self.trial = trial
+        self.original: float = 0
+        if trial is not None:
+            self.original = trial.original_seconds()
+        elif request.budget is not None:
+            self.original = self.costs.original(request.budget.kind)
         self.check()
 
     def check(self) -> None:
@@ -79,8 +92,13 @@ class Course:
         if budget is not None:
             limit = budget.limit(self.original)
             rivalry = Rivalry(self.free, score, self.solution, self.request)
-            least = self.costs.of(rivalry.settle(rivalry.everything())[1], budget.kind)
-            if least > limit:
+            kept, cutter = rivalry.settle(rivalry.everything())
+            if self.trial is not None:
+                with self.trial.quiet():
+                    found = self.trial.measure(kept, self.solution.unit, budget)
+                if used(budget, found) > 1:
+                    raise unreachable(budget, found.pruned, found.original)
+            elif (least := self.costs.of(cutter, budget.kind)) > limit:
                 raise unreachable(budget, least, self.original)
         elif not self.request.competes and any(ratios_of(self.free, self.request.ratio, self.solution)):
             wanted = one_by_one(self.free, score, self.solution, self.request)
@@ -105,6 +123,8 @@ class Course:
         if not request.competes:
             wanted = one_by_one(free, score, self.solution, request, gone)
             kept, _ = settled(self.solution, wanted, score, self.guards, gone)
+        elif self.trial is not None:
+            kept, _ = in_time(free, score, self.costs, request, self.trial, gone)
         else:
             rivalry = Rivalry(free, score, self.solution, request, held=gone)
             if request.budget is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from rich.text import Text
 from torch import nn
 
 from fxprune import inputs
-from fxprune.api import Attention, Freeze, analyse, check_request, frozen_names
+from fxprune.api import Attention, Freeze, analyse, check_request, terms_of
 from fxprune.budget import KINDS, UNITS, spoken
 from fxprune.choice import outcome
 from fxprune.criteria.scoring import Criterion
@@ -85,6 +85,7 @@ def feasible(
     data: Any = None,
     loss: Any = None,
     freeze: Freeze = (),
+    release: str | Sequence[str] = (),
     round_to: int = 1,
     attention: Attention = "heads",
 ) -> Feasibility:
@@ -97,7 +98,7 @@ def feasible(
     check_request(model, request, attention, "auto")
     args, kwargs = inputs.arguments(example_inputs)
     inputs.check(model, args, kwargs)
-    coupled = functools.partial(analyse, model, args, kwargs, heads=attention == "heads", keep=frozen_names(model, freeze))
+    coupled = functools.partial(analyse, model, args, kwargs, terms_of(model, attention, freeze, release))
     solution = coupled()
     trial = Trial(model, args, kwargs, coupled) if latency is not None else None
     costs = outcome(model, solution, request, trial)

@@ -33,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # what the model prints is not part of the answer
         with contextlib.redirect_stdout(sys.stderr):
             model, example_inputs = load(arguments.model)
-            found = couple(model, example_inputs, freeze=arguments.freeze, attention=arguments.attention)
+            found = couple(
+                model, example_inputs, freeze=arguments.freeze, release=arguments.release, attention=arguments.attention
+            )
         if arguments.dot:
             write(Path(arguments.dot), to_dot(found.to_networkx(), found.model))
     except PruneError as error:
@@ -60,6 +62,13 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         help="modules that stay as they are; may be repeated",
+    )
+    made.add_argument(
+        "--release",
+        metavar="GLOB",
+        action="append",
+        default=[],
+        help="outputs whose channels may go; may be repeated",
     )
     return made
 

@@ -131,6 +131,10 @@ class Trial:
         with torch.no_grad():
             return statistics.median(self.clock([run], self.device, least=3, seconds=0.01)[0])
 
+    def original_seconds(self) -> float:
+        """The time of the original."""
+        return statistics.median(self.clock([self.run(self.original)], self.device)[0])
+
     def measure(self, kept: Tensor, unit: Tensor, budget: Budget) -> Latency:
         """Time a choice and the original in turns; what is within the budget must be so in twice as many runs.
 
@@ -184,7 +188,7 @@ def timely(
     Raises: PruneError where the budget is above the original or below the least that was measured.
     """
     size = len(costs.solution.unit)
-    total = statistics.median(trial.clock([trial.run(trial.original)], trial.device)[0])
+    total = trial.original_seconds()
     share = budget.limit(total) / total
     settled: dict[int, tuple[Tensor, Cutter]] = {}
 

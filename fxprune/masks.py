@@ -7,7 +7,7 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune import inputs
-from fxprune.api import Attention, Freeze, analyse, check_attention, frozen_names
+from fxprune.api import Attention, Freeze, analyse, check_attention, terms_of
 from fxprune.choice import guards, settled
 from fxprune.criteria.combine import Options
 from fxprune.criteria.roles import roles
@@ -136,6 +136,7 @@ def prune_zeros(
     example_inputs: Any,
     *,
     freeze: Freeze = (),
+    release: str | Sequence[str] = (),
     attention: Attention = "heads",
     verify: bool | Literal["auto"] = "auto",
 ) -> fx.GraphModule:
@@ -156,8 +157,8 @@ def prune_zeros(
     args, kwargs = inputs.arguments(example_inputs)
     check_attention(attention)
     inputs.check(model, args, kwargs)
-    keep = frozen_names(model, freeze)
-    solution = analyse(model, args, kwargs, heads=attention == "heads", keep=keep)
+    terms = terms_of(model, attention, freeze, release)
+    solution = analyse(model, args, kwargs, terms)
     parameters = dict(model.named_parameters())
     free = [f for f in families(solution, set(parameters)) if f.frozen is None and len(f.units) > 1]
     none = PruneError(
@@ -175,5 +176,5 @@ def prune_zeros(
     choice = settled(solution, zero, count, guards(solution))
     if choice[1].whole:
         raise none
-    plan = planned(model, solution, choice, keep, example_inputs, attention)
+    plan = planned(model, solution, choice, terms, example_inputs)
     return built(model, solution, plan, args, kwargs, verify)

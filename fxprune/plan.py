@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fxprune.errors import PruneError
 from fxprune.passes.kept import Cut, cut_shape
+from fxprune.passes.terms import Terms
 from fxprune.passes.tree import named_tensors
 
 FORMAT = "fxprune.plan/1"
@@ -28,6 +29,7 @@ class Plan:
         attention: the granularity it was made with, `heads` or `dims`.
         freeze: names of tensors that were kept by request.
         inputs: what the example inputs looked like, so that the plan can be applied without them.
+        release: globs over names of outputs that were allowed to shrink.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -35,6 +37,7 @@ class Plan:
     attention: str = "heads"
     freeze: tuple[str, ...] = ()
     inputs: Any = field(default=None)
+    release: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         elements = sum(math.prod(shape) for shape in self.shapes.values())
@@ -53,6 +56,11 @@ class Plan:
     def __hash__(self) -> int:
         return hash(self.to_json())
 
+    @property
+    def terms(self) -> Terms:
+        """What it was asked of a coupling to make the plan."""
+        return Terms(self.attention == "heads", dict.fromkeys(self.freeze, "is frozen by request"), self.release)
+
     def kept_shape(self, name: str) -> tuple[int, ...]:
         """What is left of a tensor's shape."""
         return cut_shape(self.shapes[name], self.keep.get(name, ()))
@@ -67,6 +75,7 @@ class Plan:
             "format": FORMAT,
             "attention": self.attention,
             "freeze": list(self.freeze),
+            "release": list(self.release),
             "inputs": self.inputs,
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "keep": cuts,
@@ -84,7 +93,8 @@ class Plan:
         try:
             shapes = {name: tuple(int(n) for n in shape) for name, shape in data["shapes"].items()}
             keep = {name: [cut_from(c, shapes[name]) for c in made] for name, made in data["keep"].items()}
-            return cls(shapes, keep, data["attention"], tuple(data["freeze"]), data["inputs"])
+            release = tuple(data.get("release", ()))  # plans of before 0.2 have none
+            return cls(shapes, keep, data["attention"], tuple(data["freeze"]), data["inputs"], release)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
             raise PruneError(f"this is no plan: {why}", fix="what Plan.to_dict() returned") from error

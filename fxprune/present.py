@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune import inputs
-from fxprune.api import Attention, checked, described, is_cheap, kept_by
+from fxprune.api import checked, described, is_cheap, kept_by
 from fxprune.errors import PruneError
 from fxprune.passes.couple import Solution
 from fxprune.passes.kept import Cut, Cutter
@@ -22,6 +22,7 @@ from fxprune.passes.labels import Factor, Labels, squash, varying
 from fxprune.passes.pruned import PrunedModule
 from fxprune.passes.shrink import shrink, tensor_cuts
 from fxprune.passes.tape import map_tensors
+from fxprune.passes.terms import Terms
 from fxprune.passes.tree import copy_tree, fetch, named_tensors, walk
 from fxprune.plan import Plan
 
@@ -148,7 +149,7 @@ def built(
     pruned.meta["capture"] = described(solution)
     if verify is True or (verify == "auto" and is_cheap(model)):
         args, kwargs = beside(model, args, kwargs)
-        pruned.meta["verification"] = checked(model, pruned, solution, kept, args, kwargs, plan.attention == "heads")
+        pruned.meta["verification"] = checked(model, pruned, solution, kept, args, kwargs, plan.terms.heads)
     return pruned
 
 
@@ -156,9 +157,8 @@ def planned(
     model: nn.Module,
     solution: Solution,
     choice: tuple[Tensor, Cutter],
-    keep: Mapping[str, str],
+    terms: Terms,
     example_inputs: Any,
-    attention: Attention,
 ) -> Plan:
     """A choice as plain data.
 
@@ -166,13 +166,14 @@ def planned(
         model: the original.
         solution: its coupling.
         choice: which labels are kept, and their cutter.
-        keep: names of tensors that stay by request.
-        example_inputs, attention: as for `prune`.
+        terms: those of the coupling.
+        example_inputs: as for `prune`.
     """
     return Plan(
         {name: tuple(t.shape) for name, t in named_tensors(model)},
         {name: cuts for name, cuts in tensor_cuts(solution, *choice).items() if cuts},
-        attention,
-        tuple(sorted(keep)),
+        "heads" if terms.heads else "dims",
+        tuple(sorted(terms.keep)),
         inputs.describe(example_inputs),
+        terms.release,
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
@@ -10,11 +11,12 @@ from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
 from fxprune import inputs, masks
-from fxprune.api import Attention, Freeze, analyse, check_request, frozen_names
+from fxprune.api import Attention, Freeze, analyse, check_request, terms_of
 from fxprune.course import Course, View
 from fxprune.criteria.scoring import Criterion
 from fxprune.errors import PruneError
 from fxprune.history import History, Step
+from fxprune.latency import Trial
 from fxprune.optimizer import Move, remap, remap_module, remap_state
 from fxprune.passes.kept import Cutter
 from fxprune.plan import Plan
@@ -41,10 +43,10 @@ class Pruner:
 
     Arguments:
         model: any module; it is not touched.
-        ratio, params, macs, memory: as for `prune`: what is to be gone, or may be left, after the last step. A ratio is a
-            share of the original's units at every step.
-        example_inputs, criterion, data, loss, ranking, scopes, floor, freeze, round_to, attention, verify: as for `prune`.
-            `data` is read in every step.
+        ratio, params, macs, memory, latency: as for `prune`: what is to be gone, or may be left, after the last step. A
+            ratio is a share of the original's units at every step.
+        example_inputs, criterion, data, loss, ranking, scopes, floor, freeze, release, round_to, attention,
+            verify: as for `prune`. `data` is read in every step.
         schedule: how much is done after each step: `linear`, `cubic` (arXiv:1710.01878), or a function from time to the
             share that is done, both from 0 to 1, that never falls.
         steps: how many there are.
@@ -72,6 +74,7 @@ class Pruner:
         params: float | None = None,
         macs: float | None = None,
         memory: float | None = None,
+        latency: float | str | None = None,
         criterion: str | Criterion = "magnitude",
         data: Iterable[Any] | None = None,
         loss: Callable[..., Tensor] | None = None,
@@ -79,6 +82,7 @@ class Pruner:
         scopes: Scopes | None = None,
         floor: float | None = None,
         freeze: Freeze = (),
+        release: str | Sequence[str] = (),
         round_to: int = 1,
         attention: Attention = "heads",
         verify: bool | Literal["auto"] = "auto",
@@ -88,7 +92,7 @@ class Pruner:
         mask: Literal["hold", "soft"] | None = None,
     ) -> None:
         args, kwargs = inputs.arguments(example_inputs)
-        budgets = {"params": params, "macs": macs, "memory": memory}
+        budgets = {"params": params, "macs": macs, "memory": memory, "latency": latency}
         request = Request(ratio, budgets, criterion, ranking, scopes, floor, round_to, data, loss)
         check_request(model, request, attention, verify)
         self._shares = shares(schedule, steps)
@@ -96,13 +100,16 @@ class Pruner:
         if mask not in (None, "hold", "soft"):
             raise PruneError(f"mask must be 'hold', 'soft' or None, not {mask!r}", fix="mask='hold'")
         inputs.check(model, args, kwargs)
-        self._keep = frozen_names(model, freeze)
-        self._inputs, self._attention = example_inputs, attention
+        self._terms = terms_of(model, attention, freeze, release)
+        self._inputs = example_inputs
         self._verify: bool | Literal["auto"] = verify
         self._mask = mask
         self._original = self.model = model
-        solution = analyse(model, args, kwargs, heads=attention == "heads", keep=self._keep)
-        self._course = Course(model, solution, request, args, kwargs)
+        coupled = functools.partial(analyse, model, args, kwargs, self._terms)
+        solution = coupled()
+        timed = request.budget is not None and request.budget.kind == "latency"
+        trial = Trial(model, args, kwargs, coupled) if timed else None
+        self._course = Course(model, solution, request, args, kwargs, trial)
         self._gone = np.zeros(len(solution.unit), bool)
         self._choice = self._course.settle(self._gone, np.zeros(len(self._gone)), self._gone)
         self.plan = self._planned(self._choice)
@@ -204,7 +211,7 @@ class Pruner:
     def _shrunk(self, present: nn.Module, plan: Plan, verify: bool | Literal["auto"]) -> fx.GraphModule:
         whole = self._widened(present)
         args, kwargs = beside(self._original, self._course.args, self._course.kwargs)
-        solution = analyse(self._original, args, kwargs, heads=self._attention == "heads", keep=self._keep)  # it is used up
+        solution = analyse(self._original, args, kwargs, self._terms)  # it is used up
         return built(whole, solution, plan, args, kwargs, verify)
 
     def _widened(self, present: nn.Module) -> nn.Module:
@@ -215,7 +222,7 @@ class Pruner:
         return tensors_of(model, self._view.plan, self._view.prefix, self._course.learned)
 
     def _planned(self, choice: tuple[Tensor, Cutter]) -> Plan:
-        return planned(self._original, self._course.solution, choice, self._keep, self._inputs, self._attention)
+        return planned(self._original, self._course.solution, choice, self._terms, self._inputs)
 
     def _cost(self, kind: str) -> int:
         return self._course.costs.of(self._choice[1], kind)

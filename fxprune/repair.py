@@ -193,7 +193,7 @@ def programs(
         args, kwargs = inputs.arguments(inputs.imagine(plan.inputs, device))
     except PruneError:  # a description that is not enough
         args, kwargs = batches[0].args, batches[0].kwargs
-    solution = analyse(model, args, kwargs, heads=plan.attention == "heads", keep=dict.fromkeys(plan.freeze, "is frozen"))
+    solution = analyse(model, args, kwargs, plan.terms)
     prefix = solution.captures[0].prefix
     original = shrink(model, solution, torch.ones(len(solution.unit), dtype=torch.bool))
     made = copy.deepcopy(pruned)

@@ -208,8 +208,7 @@ def changes(
     model: nn.Module, plan: Plan, args: Any, kwargs: Any, closed: Mapping[str, str] | None = None
 ) -> tuple[Change, ...]:
     """What a plan makes of each family of a model; `closed` are the modules that could not be cut, with the reason."""
-    frozen = dict.fromkeys(plan.freeze, "is frozen by request")
-    solution = analyse(model, args, kwargs, heads=plan.attention == "heads", keep=frozen, closed=closed)
+    solution = analyse(model, args, kwargs, plan.terms, closed)
     kept = kept_by(plan, solution).numpy()
     tensors = dict(named_tensors(model))
     found = families(solution, {name for name, _ in model.named_parameters()})

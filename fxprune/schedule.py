@@ -77,7 +77,7 @@ def shares(schedule: str | Schedule, steps: int) -> list[float]:
     return found
 
 
-def part_of(request: Request, share: float, original: int) -> Request:
+def part_of(request: Request, share: float, original: float) -> Request:
     """A request for a share of what another one asks for.
 
     Arguments:
@@ -101,7 +101,8 @@ def part_of(request: Request, share: float, original: int) -> Request:
 def asked(request: Request) -> str:
     """What a request asks for, in the words of the arguments."""
     if request.budget is not None:
-        return f"{request.budget.kind}={request.budget.amount:.4g}"
+        amount = request.budget.amount
+        return f"{request.budget.kind}={amount!r}" if isinstance(amount, str) else f"{request.budget.kind}={amount:.4g}"
     if isinstance(request.ratio, Mapping):
         return ", ".join(f"{glob}: {ratio:.4g}" for glob, ratio in request.ratio.items())
     return f"ratio={request.ratio:.4g}"

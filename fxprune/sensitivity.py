@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fxprune import choice, inputs, select
-from fxprune.api import Attention, Freeze, analyse, check_request, frozen_names, unobserved
+from fxprune.api import Attention, Freeze, analyse, check_request, terms_of, unobserved
 from fxprune.coupling import place
 from fxprune.criteria.scoring import Criterion
 from fxprune.errors import PruneError
@@ -111,6 +111,7 @@ def sensitivity(
     data: Iterable[Any] | None = None,
     loss: Callable[..., Tensor] | None = None,
     freeze: Freeze = (),
+    release: str | Sequence[str] = (),
     round_to: int = 1,
     attention: Attention = "heads",
 ) -> Sensitivity:
@@ -128,7 +129,7 @@ def sensitivity(
         example_inputs: as for `prune`.
         evaluate: a function of a pruned model, in evaluation mode, that returns a number: an accuracy, a loss.
         ratios: shares of units, each in (0, 1).
-        criterion, data, loss, freeze, round_to, attention: as for `prune`.
+        criterion, data, loss, freeze, release, round_to, attention: as for `prune`.
 
     Returns: a table that can be printed, `to_dict()`, and `plot(path)`.
 
@@ -141,7 +142,7 @@ def sensitivity(
     inputs.check(model, args, kwargs)
 
     def fresh() -> Solution:  # shrinking uses one up
-        return analyse(model, args, kwargs, heads=attention == "heads", keep=frozen_names(model, freeze))
+        return analyse(model, args, kwargs, terms_of(model, attention, freeze, release))
 
     solution = fresh()
     free, score = choice.prepared(model, solution, request)

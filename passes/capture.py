@@ -43,7 +43,7 @@ class Capture:
         calls: calls made inside opaque modules.
         sizes: attributes of opaque modules that were used as sizes.
         inputs: references of the example inputs' tensors.
-        outputs: references of the tensors returned.
+        outputs: the tensors returned, by name (see `terms.named_outputs`) and reference.
         reads_training: whether a forward asked for its mode in a way that only a second run can answer.
         only: nodes that belong to one mode alone: True for training, False for evaluation, None for neither.
         untracked: nodes whose results did not come out of the dispatcher.
@@ -62,7 +62,7 @@ class Capture:
     calls: dict[str, list[Call]]
     sizes: dict[str, list[SizeUse]]
     inputs: list[Ref]
-    outputs: list[Ref]
+    outputs: list[tuple[str, Ref]]
     reads_training: bool
     only: dict[fx.Node, bool | None] = field(default_factory=dict)
     untracked: set[fx.Node] = field(default_factory=set)

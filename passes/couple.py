@@ -24,6 +24,7 @@ from fxprune.passes.regions import gather_regions
 from fxprune.passes.rules import Call
 from fxprune.passes.sizes import HANDLERS, function_name
 from fxprune.passes.tape import Op, Ref, collect
+from fxprune.passes.terms import ONLY, Terms
 from fxprune.passes.ties import Event, Pair, Ties, chained, components, row, settle_rows
 
 MET_KEPT = "meets a tensor that keeps every index of that dimension"
@@ -62,37 +63,30 @@ class Solution:
     lines: list[np.ndarray]
 
 
-def solve(
-    captures: Sequence[Capture],
-    *,
-    heads: bool,
-    keep: Mapping[str, str] | None = None,
-    closed: Mapping[str, str] | None = None,
-) -> Solution:
+def solve(captures: Sequence[Capture], terms: Terms, closed: Mapping[str, str] | None = None) -> Solution:
     """Labels for every value of the captured runs, with ties solved.
 
     Arguments:
         captures: runs of the same model (evaluation, and training where it differs).
-        heads: whether a batch dimension of a product of activations is removed whole (else what is within it).
-        keep: names of parameters and buffers that stay as they are, with the reason.
+        terms: what may go and what may not.
         closed: paths of modules nothing of which is removed, nor of what they read and return, with the reason.
     """
     rules.load()
     leaves, size = leaf_labels(captures)
-    seeking = heads and any(has_heads(c) for c in captures)
-    ties, values = read(captures, leaves, size, heads, seeking=seeking)
+    seeking = terms.heads and any(has_heads(c) for c in captures)
+    ties, values = read(captures, leaves, size, terms, seeking=seeking)
     if seeking:
         if any(len(e.labels[0]) > 1 for e in ties.coarse):
             leaves = by_head(leaves, ties)
-        ties, values = read(captures, leaves, size, heads)
+        ties, values = read(captures, leaves, size, terms)
     settled: set[tuple[str, int]] = set()
     while ties.composed:  # what is composed in one reading may ask for more in the next
         settled |= {ties.leaf_starts[start][:2] for start in ties.composed}
         leaves = composed(leaves, ties)
         size = ties.size  # labels that were new in this reading may be among them: the next one numbers its own after them
         last = len(settled) > MOST_COMPOSED
-        ties, values = read(captures, leaves, size, heads, settled=frozenset(settled), compose=not last)
-    for name, reason in (keep or {}).items():
+        ties, values = read(captures, leaves, size, terms, settled=frozenset(settled), compose=not last)
+    for name, reason in terms.keep.items():
         for f in leaves.get(name, NONE):
             ties.frozen.append(Event(f.labels, -1, reason))
     for which, (capture, labels) in enumerate(zip(captures, values, strict=True)):
@@ -188,7 +182,7 @@ def read(
     captures: Sequence[Capture],
     leaves: dict[str, Labels],
     size: int,
-    heads: bool,
+    terms: Terms,
     *,
     seeking: bool = False,
     compose: bool = True,
@@ -200,7 +194,8 @@ def read(
     for which, capture in enumerate(captures):
         tape = capture.tape
         labels: dict[int, Labels] = {i: leaves[v.name] for i, v in enumerate(tape.values) if v.name is not None}
-        uses = {r.id for op in tape.ops for r in op.inputs} | {r.id for r in capture.outputs}
+        uses = {r.id for op in tape.ops for r in op.inputs} | {r.id for _, r in capture.outputs}
+        uses |= {r.id for n in capture.untracked for r in collect([capture.results[m] for m in n.all_input_nodes], Ref)}
         leaking = [n for n in capture.untracked if n.op == "call_module" and str(n.target) in capture.opaque]
         hidden = sorted(capture.index[n] for n in capture.untracked if n not in leaking)
         end = Op(None, (), {}, (), len(capture.index))
@@ -217,7 +212,7 @@ def read(
                 ties.node = which * SPAN + op.node
                 ties.maker = maker(capture, op.node)
                 ties.literals = literals(capture, op.node)
-            call = Call(op, tape, labels, ties, heads, uses, varying)
+            call = Call(op, tape, labels, ties, terms.heads, uses, varying)
             if op.node not in sized:
                 sized[op.node] = takes_input_sizes(capture, op.node, labels, size)
             if sized[op.node] or (varying and any(r.id in varying for r in call.inputs)):
@@ -227,9 +222,11 @@ def read(
             ties.node = which * SPAN + capture.index[node]
             freeze_inside(capture, node, labels, ties)
         ties.node = which * SPAN + capture.index[capture.output]
-        for ref in capture.outputs:
-            for f in labels.get(ref.id, NONE):
-                ties.freeze(f.labels, "is an output of the model")
+        for name, ref in capture.outputs:
+            if not terms.releases(name):
+                why = "is an output of the model" + (f", {name}" if name != ONLY else "")
+                for f in labels.get(ref.id, NONE):
+                    ties.freeze(f.labels, why)
         every.append(labels)
     return ties, every
 

@@ -147,7 +147,7 @@ def split(r: Rewriter, node: fx.Node) -> fx.Node | None:
 
 
 def place(r: Rewriter, ref: Ref, dim: int) -> Tensor:
-    """Where each index of a dimension is among the kept ones; -1 for removed ones."""
+    """Where each index of a dimension is among the kept ones; -1 for removed ones, which is an index for who wants any."""
     kept = r.positions(ref, dim)
     table = torch.full((r.before(ref)[dim],), -1)
     table[kept] = torch.arange(len(kept))

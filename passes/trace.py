@@ -30,6 +30,7 @@ from fxprune.passes.opaque import SizeUse, Whole, watched
 from fxprune.passes.patches import inlined, patched, plain_rnn
 from fxprune.passes.proxy import Items, ReadsValue, ValueProxy, has_tensor, iterate, tensors, unwrap
 from fxprune.passes.tape import NeedsValues, Recorder, Ref, collect, map_tensors
+from fxprune.passes.terms import named_outputs
 from fxprune.passes.tree import CONTAINERS, every_path, fetch, named_tensors, walk
 
 # Modules of torch.nn whose forward holds sizes as literals or insists on relations that pruning changes.
@@ -495,13 +496,7 @@ def trace(
             raise
     tracer.forget(0)
     output = next(n for n in graph.nodes if n.op == "output")
-    outputs: list[Ref] = []
-
-    def gather(node: fx.Node) -> fx.Node:
-        map_tensors(tracer.results[node], outputs.append, Ref)
-        return node
-
-    fx.node.map_arg(output.args, gather)
+    outputs = list(named_outputs(output.args[0], tracer.results))
     only = membership(graph, tracer.branches or [], tracer.index)
     return Capture(
         tracer.root,

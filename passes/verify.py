@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fxprune.passes import rules
 from fxprune.passes.couple import apply_rule
+from fxprune.passes.kept import Cutter
 from fxprune.passes.labels import Labels, lut
 from fxprune.passes.rules import Call
 from fxprune.passes.tape import Op, Recorder, Ref, collect, map_tensors
@@ -72,6 +73,12 @@ class Masker(Recorder):
         if name is not None and name in self.leaf_labels:
             self.labels[ref.id] = self.leaf_labels[name]
         return ref
+
+    def kept_of(self, value: Tensor) -> Tensor:
+        """What stays of a value that the masked original computed."""
+        for cut in Cutter(self.kept)(self.labels.get(self.ref(value).id, ()), value.shape):
+            value = cut.take(value)
+        return value
 
     def mask(self, ref: Ref) -> Tensor | None:
         """A boolean tensor broadcastable to the value, True where kept; None where all of it is."""
@@ -352,8 +359,15 @@ def masked_outputs(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     given: Sequence[Labels] = (),
+    *,
+    whole: bool = True,
 ) -> Any:
-    """What the masked original returns; `given` are the labels of the tensors among its arguments, if they have any."""
+    """What the masked original returns.
+
+    Arguments:
+        given: the labels of the tensors among its arguments, if they have any.
+        whole: with what was removed of it as zeros or whatever else it came to (else without).
+    """
     from fxprune.passes.patches import visible
     from fxprune.passes.tree import named_tensors
 
@@ -369,7 +383,7 @@ def masked_outputs(
             with masker:
                 out = reference(*a, **k)
         if fates is not None or not masker.late:
-            return out
+            return out if whole else map_tensors(out, masker.kept_of)
         fates = masker.kept
 
 

@@ -8,6 +8,7 @@ from fxprune import criteria
 from fxprune.api import analyse
 from fxprune.criteria.units import unit_scores
 from fxprune.passes.families import families
+from fxprune.passes.terms import Terms
 
 NEED_DATA = ["taylor", "hessian", "obdc", "fisher", "wanda", "flap", "snip", "grasp"]
 GRADIENTS = ["taylor", "hessian", "obdc", "fisher", "snip", "grasp"]
@@ -50,7 +51,7 @@ def batch(n=7, seed=0):
 
 def scores(model, x, criterion, data=None, loss=None):
     """What each family's units score, in the order of their channels."""
-    solution = analyse(model, (x,), {}, heads=True, keep={})
+    solution = analyse(model, (x,), {}, Terms())
     found = [f for f in families(solution, {n for n, _ in model.named_parameters()}) if f.frozen is None]
     total, _ = unit_scores(model, solution, found, criteria.find(criterion), data, loss)
     return {f.name: torch.from_numpy(total[f.units]) for f in found}

@@ -16,6 +16,7 @@ from fxprune import criteria
 from fxprune.api import analyse
 from fxprune.criteria.combine import NORMALISE, REDUCE
 from fxprune.passes.labels import Factor
+from fxprune.passes.terms import Terms
 
 
 @pytest.fixture
@@ -382,7 +383,7 @@ def test_repeated_rows_of_labels_are_scored_as_if_each_were_looked_at(criterion,
     model, x = nn.Sequential(*layers).double(), torch.randn(5, 3, 4, 4, dtype=torch.float64)
     model(x)
     model.eval()
-    found = analyse(model, (x,), {}, heads=True, keep={})
+    found = analyse(model, (x,), {}, Terms())
     assert any(f.times > 1 for labels in found.leaves.values() for f in labels)
     given = (model, x, criterion, [(x, torch.arange(5) % 4)], F.cross_entropy)
     briefly = scores(*given)

@@ -12,6 +12,7 @@ from fxprune import criteria
 from fxprune.api import analyse
 from fxprune.criteria.units import unit_scores
 from fxprune.passes.families import families
+from fxprune.passes.terms import Terms
 
 
 class Allocated(TorchDispatchMode):
@@ -78,7 +79,7 @@ def test_scoring_does_not_copy_weights(criterion, dtype):
     model, x = Wide().to(dtype), torch.randn(1, 1 << 16, dtype=dtype)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     with Allocated() as seen:
-        solution = analyse(model, (x,), {}, heads=True, keep={})
+        solution = analyse(model, (x,), {}, Terms())
         found = [f for f in families(solution, {n for n, _ in model.named_parameters()}) if f.frozen is None]
         unit_scores(model, solution, found, criteria.find(criterion))
     assert len(found) == 2 and size >= 4 * 8.3e6

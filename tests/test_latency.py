@@ -17,6 +17,7 @@ from fxprune.budget import Budget
 from fxprune.counting import Costs
 from fxprune.latency import MARGIN, ROUNDS, Latency, chase, stopwatch
 from fxprune.passes.families import families
+from fxprune.passes.terms import Terms
 from fxprune.ranking import ladder
 from fxprune.select import Pool
 from fxprune.timetable import Timetable
@@ -114,7 +115,7 @@ def test_the_table_is_what_narrowing_one_family_costs(build):
 def test_every_product_is_timed_and_everything_else_goes_by_size():
     """A table made by hand: one linear layer's time falls with both of its dimensions."""
     model, x = linears()
-    solution = analyse(model, (x,), {}, heads=True, keep={})
+    solution = analyse(model, (x,), {}, Terms())
     costs = Costs(solution, dict(model.named_parameters()))
     free = [f for f in families(solution, set(dict(model.named_parameters()))) if f.frozen is None]
     score = np.arange(len(solution.unit), dtype=float)
@@ -242,6 +243,43 @@ def test_a_result_within_the_budget_is_timed_twice(monkeypatch):
 def test_what_was_measured_reads_well():
     found = Latency(0.0412, 0.0198, 14, 0.03, "cuda:0")
     assert str(found) == "41.2 ms before, 19.8 ms now (48%) on cuda:0: medians of 14 runs each, half of them within 3%"
+
+
+# -- in steps -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("amount", [0.5, "half"])
+def test_each_step_takes_its_part_of_the_time(amount):
+    model = MODELS["vit"]()
+    whole = 2 * macs(model) * SECONDS
+    amount = f"{whole * 500:.9f}ms" if amount == "half" else amount
+    pruner = fxprune.Pruner(model, example_inputs=X, latency=amount, steps=2, verify=False)
+    first = pruner.step()
+    assert 0.6 < macs(first) / macs(model) <= 0.75
+    second = pruner.step()
+    assert 0.4 < macs(second) / macs(model) <= 0.5
+    assert [step.asked for step in pruner.history] == ["latency=0.75", f"latency={amount!r}"]
+    early, late = kept_of(first), kept_of(second)
+    assert early and all(set(late[name]) <= set(kept) for name, kept in early.items())
+
+
+def kept_of(pruned):
+    """Which indices of each tensor are left, along its first dimension."""
+    plan = fxprune.plan_of(pruned)
+    return {name: cuts[0].keep.tolist() for name, cuts in plan.keep.items() if cuts[0].dims == (0,)}
+
+
+def test_steps_towards_a_latency_that_cannot_be_met():
+    model, x = chain(16, 40, 20, 16), torch.randn(4, 16)
+    least = fxprune.prune(model, example_inputs=x, params=fxprune.feasible(model, x).params[0])
+    now, whole = macs(least, x), macs(model, x)
+    refuses(
+        lambda: fxprune.Pruner(model, example_inputs=x, latency=0.01, steps=3),
+        model,
+        what=f"latency=0.01 cannot be met: the least that can is {2 * now * SECONDS * 1e3:.3g} ms"
+        f" of {2 * whole * SECONDS * 1e3:.3g} ms",
+        fix=f"latency={-(-1000 * now // whole) / 1000} or more, a lower floor, or freeze less",
+    )
 
 
 # -- errors ---------------------------------------------------------------------------------------------------------------

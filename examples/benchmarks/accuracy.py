@@ -13,23 +13,21 @@ the same images by hand.
 """
 
 import argparse
-import copy
 import statistics
 import sys
-from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import torch_pruning
 from data import fashion
+from rival import macs_of, with_fresh_norms, within_budget
 from sweep import Row, machine, markdown_table, options, read_rows, sweep
 from torch import Tensor, nn
 from torch.nn import functional as F
 from training import BATCH, EPOCHS, TEST, TRAIN, TUNE_RATE, accuracy, base, train
 
 import fxprune
-from fxprune.report import count_macs
 
 HERE = Path(__file__).parent
 ROWS, TABLE = HERE / "accuracy.jsonl", HERE / "ACCURACY.md"
@@ -57,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         for choice in arguments.criteria
     ]
     try:
-        sweep(__file__, jobs, ROWS, limit=arguments.limit, redo=arguments.redo)
+        sweep(__file__, jobs, ROWS, limit=arguments.limit, redo=arguments.redo, workers=arguments.workers)
     finally:
         TABLE.write_text(table(read_rows(ROWS)))
     print(TABLE.relative_to(Path.cwd()) if TABLE.is_relative_to(Path.cwd()) else TABLE)
@@ -68,7 +66,7 @@ def measure(network: str, seed: int, criterion: str, ranking: str, repair: bool)
     model = base(network, seed)
     images, labels = fashion("train", TRAIN)
     test = fashion("t10k", TEST)
-    whole = macs_of(model, images)
+    whole = macs_of(model, images[:1])
     budgets = {}
     for fewer in FEWER:
         pruned = prune_here(model, images, labels, criterion, ranking, 1 / fewer)
@@ -77,7 +75,7 @@ def measure(network: str, seed: int, criterion: str, ranking: str, repair: bool)
             budgets[str(fewer)] = {"tuned_alone": accuracy(pruned, *test)}
             continue
         other = prune_with_torch_pruning(model, images, labels, criterion, ranking, whole / fewer)
-        found = {"left": macs_of(pruned, images) / whole, "other_left": macs_of(other, images) / whole}
+        found = {"left": macs_of(pruned, images[:1]) / whole, "other_left": macs_of(other, images[:1]) / whole}
         found["pruned"], found["other_pruned"] = accuracy(pruned, *test), accuracy(other, *test)
         repaired = fxprune.repair(model, pruned, images[:CALIBRATION].split(64))
         found["repaired"] = accuracy(repaired, *test)
@@ -107,57 +105,21 @@ def prune_here(
 def prune_with_torch_pruning(
     model: nn.Module, images: Tensor, labels: Tensor, criterion: str, ranking: str, most: float
 ) -> nn.Module:
-    """The smallest ratio, to a thousandth, whose multiply-accumulates are within the budget."""
-    gradients: Iterable[Tensor | None] = [None] * len(list(model.parameters()))
+    gradients = None
     if criterion == "taylor":
         loss = F.cross_entropy(model(images[:SCORING]), labels[:SCORING])
         gradients = torch.autograd.grad(loss, list(model.parameters()))
 
-    def at(ratio: float) -> nn.Module:
-        made = copy.deepcopy(model)
-        for parameter, gradient in zip(made.parameters(), gradients):
-            parameter.grad = None if gradient is None else gradient.clone()
-        torch_pruning.pruner.BasePruner(
-            made,
-            images[:1],
-            importance=OTHER[criterion](),
-            global_pruning=ranking == "global",
-            pruning_ratio=ratio,
-            max_pruning_ratio=0.9,
-            ignored_layers=[made.head],
-            num_heads={m.qkv: m.num_heads for m in made.modules() if hasattr(m, "qkv")},
-        ).step()
-        made.zero_grad()
-        return made
-
-    low, high = 0.0, 0.95
-    best = at(high)
-    while high - low > 1e-3:
-        middle = (low + high) / 2
-        found = at(middle)
-        if macs_of(found, images) <= most:
-            high, best = middle, found
-        else:
-            low = middle
-    return best
-
-
-def macs_of(model: nn.Module, images: Tensor) -> int:
-    """Multiply-accumulates for one image."""
-    return count_macs(model, (images[:1],), {})
-
-
-def with_fresh_norms(model: nn.Module, images: Tensor) -> nn.Module:
-    """A copy whose batch normalisation has the statistics of some images, as a user of any tool can do it."""
-    made = copy.deepcopy(model)
-    for module in made.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.reset_running_stats()
-            module.momentum = None
-    made.train()
-    with torch.no_grad():
-        made(images)
-    return made.eval()
+    return within_budget(
+        model,
+        images[:1],
+        most,
+        importance=OTHER[criterion],
+        ignored=lambda made: [made.head],
+        gradients=gradients,
+        heads=lambda made: {m.qkv: m.num_heads for m in made.modules() if hasattr(m, "qkv")},
+        global_pruning=ranking == "global",
+    )
 
 
 # -- the table ------------------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help="of the original that may stay")
     parser.add_argument("--rankings", nargs="+", default=RANKINGS)
     parser.add_argument("--limit", type=float, default=900, help="seconds for one model and budget")
-    arguments = options(parser, measure, argv)
+    arguments = options(parser, measure, argv, alone=True)
     if arguments is None:
         return
     jobs = [

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         if not (arguments.quick and ratio != arguments.ratios[0] and is_large(full_name(name)))
     ]
     try:
-        sweep(__file__, jobs, ROWS, limit=arguments.limit, redo=arguments.redo)
+        sweep(__file__, jobs, ROWS, limit=arguments.limit, redo=arguments.redo, workers=arguments.workers)
     finally:
         TABLE.write_text(table(read_rows(ROWS)))
     print(TABLE.relative_to(Path.cwd()) if TABLE.is_relative_to(Path.cwd()) else TABLE)

@@ -9,6 +9,7 @@ A model runs in a process of its own with a time limit, so a sweep can be stoppe
 `prunability.jsonl`, the tables to `PRUNABILITY.md`. Both tools prune half of everything. *exact*: the result equals the
 original with the removed channels masked, at the sizes the model takes, up to 1e-9 in double precision (1e-4 in single,
 above 60 million parameters and for Torch-Pruning).
+*with states released*: for models that return hidden states besides their answer, which then may shrink.
 Torch-Pruning is given what its documentation asks for (the classifiers, the heads); its
 result is exact where it equals the original with the same elements zeroed, and only *runs* where that is no reference
 (a norm takes statistics over channels).
@@ -19,12 +20,13 @@ import contextlib
 import copy
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from models import call, double_throughout, randomise
-from suites import SUITES, make
+from suites import RELEASED, SUITES, make
 from sweep import Row, machine, markdown_table, one_line, options, read_rows, sweep
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -60,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     tools = ["fxprune"] if arguments.level == "plan" else arguments.tools
     jobs = [{"model": name, "tool": tool, "level": arguments.level} for tool in tools for name in names]
     try:
-        sweep(__file__, jobs, ROWS, limit=arguments.limit, redo=arguments.redo)
+        sweep(__file__, jobs, ROWS, limit=arguments.limit, redo=arguments.redo, workers=arguments.workers)
     finally:
         TABLE.write_text(tables(read_rows(ROWS)))
     print(TABLE)
@@ -85,16 +87,20 @@ def measure(model: str, tool: str, level: str) -> Row:
             for now, before in attributes:
                 now.clear()  # a forward may leave something for the next one of the same size
                 now.update(before)
-            run = with_fxprune if tool == "fxprune" else with_torch_pruning
-            return row | run(network, inputs, TOLERANCES[dtype])
+            if tool != "fxprune":
+                return row | with_torch_pruning(network, inputs, TOLERANCES[dtype])
+            row |= with_fxprune(network, inputs, TOLERANCES[dtype])
+            if model in RELEASED:  # and once more, with the outputs released that are there besides the answer
+                row["released"] = with_fxprune(network, inputs, TOLERANCES[dtype], RELEASED[model])
+            return row
     except Exception as error:
         return row | {"status": "failed", "reason": one_line(error)}
 
 
-def with_fxprune(network: nn.Module, inputs: Any, tolerance: float) -> Row:
-    coupling = fxprune.couple(network, inputs)
+def with_fxprune(network: nn.Module, inputs: Any, tolerance: float, release: Sequence[str] = ()) -> Row:
+    coupling = fxprune.couple(network, inputs, release=release)
     start = time.perf_counter()
-    pruned = fxprune.prune(network, RATIO, example_inputs=inputs, verify=False)
+    pruned = fxprune.prune(network, RATIO, example_inputs=inputs, release=release, verify=False)
     seconds = time.perf_counter() - start
     found = fxprune.verify(network, pruned, inputs)
     with torch.no_grad():
@@ -235,6 +241,11 @@ COLUMNS = [
     ("error", "r", lambda row: f"{row['error']:.0e}" if "error" in row else ""),
     ("in prunable families", "r", lambda row: f"{row['in_prunable']:.1%}" if "in_prunable" in row else ""),
     ("left", "r", lambda row: f"{row['params_after'] / row['params']:.0%}" if "params_after" in row else ""),
+    (
+        "with states released",
+        "l",
+        lambda row: "{status}, {in_prunable:.1%} in prunable families".format(**row["released"]) if "released" in row else "",
+    ),
     ("seconds", "r", lambda row: f"{row['seconds']:.1f}" if "seconds" in row else ""),
     ("captured", "l", lambda row: row.get("capture", "")),
     ("why not, or what stays", "l", lambda row: row.get("reason") or "; ".join(row.get("frozen", [])[:2])),

@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--limit", type=float, default=600, help="seconds for one size of one case")
-    arguments = options(parser, measure, argv)
+    arguments = options(parser, measure, argv, alone=True)
     if arguments is None:
         return
     jobs = [{"case": case, "depth": depth} for case in arguments.cases for depth in CASES[case][1]]

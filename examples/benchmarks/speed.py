@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--budget", type=float, default=20, help="seconds to spend on repeats of one model")
     parser.add_argument("--other-limit", type=float, default=300, help="seconds Torch-Pruning may take for one")
     parser.add_argument("--limit", type=float, default=1200, help="seconds for one model, all told")
-    arguments = options(parser, measure, argv)
+    arguments = options(parser, measure, argv, alone=True)
     if arguments is None:
         return
     plain = [name for name in torchvision_names() if "quantized" not in name]

@@ -30,6 +30,12 @@ BUILT_FOR = {
     "volo_d1_224": 112,
     "sequencer2d_s": 56,
 }
+# Hidden states that a model returns besides its answer: `prunability.py` also says what can go where these may.
+RELEASED = {
+    "transformers:bart": ["encoder_last_hidden_state"],
+    "transformers:clip": ["text_model_output", "vision_model_output"],
+    "transformers:blip": ["last_hidden_state", "image_embeds"],
+}
 YOLO = ("yolov8n", "yolov8n-seg", "yolov10n", "yolo11n", "yolo11n-seg", "yolo12n", "yolo12n-seg")
 
 

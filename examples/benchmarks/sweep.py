@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -41,38 +42,58 @@ def sweep(
     limit: float,
     settings: Row | None = None,
     redo: bool = False,
+    workers: int = 1,
 ) -> list[Row]:
     """Every row of the file, after running the jobs whose row it lacks (with `redo`, all of them).
 
     A row belongs to the job all of whose items it holds; `settings` go to the worker but do not tell rows
-    apart. `limit` is in seconds.
+    apart. `limit` is in seconds. `workers` jobs run at a time, on as many cores each as there are for them.
     """
     rows = read_rows(path)
     todo = [job for job in jobs if redo or find(rows, job) is None]
-    progress = tqdm(todo, unit="job", disable=None)
-    for job in progress:
-        progress.set_postfix_str(" ".join(str(value) for value in job.values()))
-        row = {**job, **run_job(script, {**job, **(settings or {})}, limit)}
-        tqdm.write(f"{row.get('status', '?'):<10} {' '.join(str(value) for value in job.values())}")
-        at = find(rows, job)
-        if at is None:
-            rows.append(row)
-        else:
-            rows[at] = row
-        write_rows(path, rows)
+    progress = tqdm(total=len(todo), unit="job", disable=None)
+    pool = ThreadPoolExecutor(workers)
+    running = {pool.submit(run_job, script, {**job, **(settings or {})}, limit, workers): job for job in todo}
+    try:
+        for done in as_completed(running):
+            job = running[done]
+            row = {**job, **done.result()}
+            tqdm.write(f"{row.get('status', '?'):<10} {' '.join(str(value) for value in job.values())}")
+            at = find(rows, job)
+            if at is None:
+                rows.append(row)
+            else:
+                rows[at] = row
+            write_rows(path, rows)
+            progress.update()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in tuple(STARTED):
+            end(worker)
     return rows
 
 
 def options(
-    parser: argparse.ArgumentParser, measure: Callable[..., Row], argv: Sequence[str] | None, *, memory: float = 0.6
+    parser: argparse.ArgumentParser,
+    measure: Callable[..., Row],
+    argv: Sequence[str] | None,
+    *,
+    memory: float = 0.6,
+    alone: bool = False,
 ) -> argparse.Namespace | None:
-    """The arguments of a script; None where it is a worker, which has then printed its row. `memory`: see `limit_memory`."""
+    """The arguments of a script; None where it is a worker, which has then printed its row.
+
+    Arguments: `memory`, see `limit_memory`; `alone`, whether jobs are timed and so run one at a time.
+    """
+    parser.set_defaults(workers=1)
     parser.add_argument("--redo", action="store_true", help="run again what the file has already")
+    if not alone:
+        parser.add_argument("--workers", type=int, default=1, help="jobs that run at a time")
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if not arguments.job:
         return arguments
-    limit_memory(memory)
+    limit_memory(min(memory, 0.9 / arguments.workers))
     print(json.dumps(measure(**arguments.job)))
     return None
 
@@ -81,30 +102,42 @@ def find(rows: Sequence[Row], job: Row) -> int | None:
     return next((at for at, row in enumerate(rows) if job.items() <= row.items()), None)
 
 
-def run_job(script: str, job: Row, limit: float) -> Row:
+STARTED: set["subprocess.Popen[str]"] = set()
+
+
+def run_job(script: str, job: Row, limit: float, workers: int = 1) -> Row:
     """The row that the worker prints, or one with status `failed` and the reason in a line."""
-    command = [sys.executable, script, "--job", json.dumps(job)]
+    command = [sys.executable, script, "--job", json.dumps(job), *(["--workers", str(workers)] if workers > 1 else [])]
+    threads = {} if workers == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
     worker = subprocess.Popen(
         command,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,  # so that what it starts ends with it
+        env=os.environ | threads,
     )
+    STARTED.add(worker)
     try:
         output, errors = worker.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
+        end(worker)
+        worker.communicate()
         return {"status": "failed", "reason": f"no result within {limit:.0f} s"}
     finally:
-        if worker.poll() is None:
-            os.killpg(worker.pid, signal.SIGKILL)
-            worker.communicate()
+        STARTED.discard(worker)
     if worker.returncode == 0:
         return json.loads(output.splitlines()[-1])
     if worker.returncode < 0:
         return {"status": "failed", "reason": f"killed by {signal.Signals(-worker.returncode).name}"}
     last = next((line for line in reversed(errors.splitlines()) if line.strip()), "no message")
     return {"status": "failed", "reason": last.strip()[:300]}
+
+
+def end(worker: "subprocess.Popen[str]") -> None:
+    """Kill a worker and what it started."""
+    if worker.poll() is None:
+        os.killpg(worker.pid, signal.SIGKILL)
 
 
 def limit_memory(share: float = 0.6) -> None:

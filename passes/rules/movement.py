@@ -68,8 +68,12 @@ def select(call: Call) -> Labels:
         if dim not in f.dims:
             result.append(f.without(dim))
             continue
+        part = shifted(f, f.labels.select(dim, call["index"]), dim)
+        if call.ties.maker != "opaque" and not call.used(call.outputs[0]):  # wanted for its shape: any index will do
+            result += [part] if part.nest else []
+            continue
         one_by_one(call, f, dim)
-        result += call.settle(shifted(f, f.labels.select(dim, call["index"]), dim))
+        result += call.settle(part)
     return tuple(result)
 
 

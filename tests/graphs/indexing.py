@@ -25,6 +25,17 @@ def index_by_list():
 
 
 @graph(targets=AB, min_removed=0.4)
+def index_for_its_shape_alone():
+    """What nobody reads the contents of holds no channel."""
+    return between(lambda self, x: x * x[:, 5].shape[-1], 12, 12)
+
+
+@graph(targets=AB, min_removed=0.4)
+def select_for_its_shape_alone():
+    return between(lambda self, x: x * x.select(1, 3).shape[-1], 12, 12)
+
+
+@graph(targets=AB, min_removed=0.4)
 def index_by_buffer():
     order = index(5, 2, 9, 0, 11, 7, 1, 3, 10, 8, 4, 6)
     return between(lambda self, x: x[:, self.order], 12, 12, order=order)
