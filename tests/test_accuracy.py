@@ -98,11 +98,11 @@ def test_torch_pruning_is_within_the_budget_too():
     torch.manual_seed(0)
     model = networks.ResNet20(width=8).eval()
     images, labels = torch.randn(8, 1, 28, 28), torch.arange(8)
-    whole = accuracy.macs_of(model, images)
+    whole = accuracy.macs_of(model, images[:1])
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     for criterion in ("magnitude", "taylor"):
         found = accuracy.prune_with_torch_pruning(model, images, labels, criterion, "global", whole / 2)
-        assert 0.35 < accuracy.macs_of(found, images) / whole <= 0.5
+        assert 0.35 < accuracy.macs_of(found, images[:1]) / whole <= 0.5
         assert found(images).shape == (8, 10)
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
