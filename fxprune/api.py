@@ -288,7 +288,7 @@ def analyse(
             surface(error)
             found = None
         if found is not None:
-            terms.check([name for name, _ in found[0].outputs])
+            terms.check([name for capture in found for name, _ in capture.outputs])
             try:
                 return solve(found, terms, closed)
             except NeedsValues:  # the contents of a constant
@@ -296,7 +296,7 @@ def analyse(
             except Exception as error:
                 surface(error, ours=True)
         found = programs(model, args, kwargs, None)
-        terms.check([name for name, _ in found[0].outputs])
+        terms.check([name for capture in found for name, _ in capture.outputs])
         return solve(found, terms, closed)
 
 

@@ -36,7 +36,8 @@ class Terms:
         return any(fnmatch.fnmatchcase(whole, glob) for glob in self.release for whole in wholes)
 
     def check(self, names: Sequence[str]) -> None:
-        """Raise PruneError for a glob that matches none of a model's outputs."""
+        """Raise PruneError for a glob that matches none of a model's outputs, in evaluation or in training."""
+        names = list(dict.fromkeys(names))
         for glob in self.release:
             if not any(Terms(release=(glob,)).releases(name) for name in names):
                 listed = ", ".join(repr(name) for name in names[:8]) + (", ..." if len(names) > 8 else "")

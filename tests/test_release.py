@@ -150,6 +150,25 @@ def test_encoder_states_of_an_encoder_with_a_decoder():
     assert small.meta["verification"].error < 1e-10
 
 
+class Auxiliary(Body):
+    """In training it returns more, under other names."""
+
+    def forward(self, x: torch.Tensor) -> Any:
+        a = self.first(x).relu()
+        b = self.second(a)
+        return {"answer": b, "aside": a} if self.training else b
+
+
+def test_an_output_of_training_alone():
+    torch.manual_seed(1)
+    model = Auxiliary("").double()
+    small = fxprune.prune(model.eval(), example_inputs=X, release=["output", "answer", "aside"])
+    assert small(X).shape == (2, 5)
+    assert {k: v.shape[1] for k, v in small.train()(X).items()} == {"answer": 5, "aside": 4}
+    answer = fxprune.prune(model, example_inputs=X, release=["output", "answer"])
+    assert {k: v.shape[1] for k, v in answer.train()(X).items()} == {"answer": 5, "aside": 8}
+
+
 def test_a_glob_that_matches_no_output():
     with pytest.raises(PruneError) as caught:
         fxprune.prune(body("dict"), example_inputs=X, release="hidden_states")
