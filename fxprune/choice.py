@@ -271,7 +271,7 @@ def guards(solution: Solution) -> list[np.ndarray]:
             for f in labels:
                 if id(f.base) not in seen:
                     seen.add(id(f.base))
-                    found.append(unit[f.brief])
+                    found.append(f.among(unit))
     return found
 
 

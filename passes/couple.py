@@ -143,7 +143,7 @@ def leaf_labels(captures: Sequence[Capture]) -> tuple[dict[str, Labels], int]:
                 made.append(Factor(vectors.reshape(shape[0], n, *[1] * (len(shape) - 2)), (0, 1)))
                 size += g * n
             else:
-                made.append(Factor.line(numbers[size : size + n], d, len(shape)))
+                made.append(Factor.line(numbers[size : size + n], d, len(shape), size))
                 size += n
         leaves[name] = tuple(made)
     return leaves, size

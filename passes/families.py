@@ -41,7 +41,7 @@ def families(solution: Solution, parameters: set[str]) -> list[Family]:
     for name, labels in solution.leaves.items():
         for f in labels:
             places.append((name, f.nest[-1]))
-            spans.append(unit[f.brief])
+            spans.append(f.among(unit))
     if not places:
         return []
     # units with equal signatures (a sum of random numbers, one for each place) live in the same places

@@ -117,7 +117,7 @@ class Cutter:
         """Kept indices along the one dimension of a factor; None for all of them."""
         found = self.vectors.get(id(f.base))
         if found is None:
-            stays = self.table[f.flat]
+            stays = f.among(self.table)
             keep = np.flatnonzero(stays)
             if not len(keep):
                 raise NotARectangle(f.labels.reshape(-1))

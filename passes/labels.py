@@ -31,24 +31,27 @@ class Factor:
         brief: the array as one row of numbers, with each of these runs of slices once (the major dimension first).
         dims: the nest as a set.
         base: the array or vector it was made of; factors that share it hold the same labels.
+        start: the first label, where the labels are known to be consecutive and ascending; else None.
 
     Factors do not change.
     """
 
-    __slots__ = ("_brief", "_flat", "_labels", "_ndim", "base", "dims", "nest")
+    __slots__ = ("_brief", "_flat", "_labels", "_ndim", "base", "dims", "nest", "start")
     _ndim: int
     _brief: tuple[np.ndarray, int]
 
     def __init__(self, labels: Tensor, nest: tuple[int, ...]) -> None:
+        self.start: int | None = None
         self._labels: Tensor | None = labels
         self._flat: np.ndarray | None = labels.reshape(-1).numpy() if len(nest) == 1 else None
         self.base: Tensor | np.ndarray = labels if self._flat is None else self._flat
         self.nest, self.dims = nest, frozenset(nest)
 
     @classmethod
-    def line(cls, vector: np.ndarray, dim: int, ndim: int) -> Factor:
+    def line(cls, vector: np.ndarray, dim: int, ndim: int, start: int | None = None) -> Factor:
         """A vector of labels, not all the same, laid along one dimension of a tensor with `ndim` dimensions."""
         made = cls.__new__(cls)
+        made.start = start
         made._labels, made._flat, made._ndim, made.base = None, vector, ndim, vector
         made.nest, made.dims = LINES[dim] if dim < len(LINES) else ((dim,), frozenset([dim]))
         return made
@@ -92,7 +95,13 @@ class Factor:
 
     def at(self, dim: int, ndim: int) -> Factor:
         """A factor along one dimension, laid along another one of another tensor."""
-        return Factor.line(self.flat, dim, ndim)
+        return Factor.line(self.flat, dim, ndim, self.start)
+
+    def among(self, table: np.ndarray) -> np.ndarray:
+        """What a table says of the labels in `brief`, in their order; not to be written to."""
+        if self.start is not None:
+            return table[self.start : self.start + len(self.flat)]
+        return table[self.brief]
 
     def over(self, nest: tuple[int, ...], ndim: int) -> Factor:
         """The factor along other dimensions, in the same order, of a tensor with `ndim` dimensions."""

@@ -31,12 +31,20 @@ class Event:
 
 @dataclass(slots=True)
 class Pair:
-    """Two arrays of labels to be removed together; a broadcast one repeats a label of one side. Vectors are of NumPy."""
+    """Two arrays of labels to be removed together.
+
+    Attributes:
+        a, b: the arrays; vectors are of NumPy.
+        broadcast: whether a label of one side is repeated.
+        node: index of the graph node.
+        starts: the first labels of vectors that are known to be consecutive and ascending.
+    """
 
     a: Tensor | np.ndarray
     b: Tensor | np.ndarray
     broadcast: bool
     node: int
+    starts: tuple[int | None, int | None] = (None, None)
 
 
 @dataclass(slots=True)
@@ -156,7 +164,7 @@ class Ties:
     def join(self, f: Factor, g: Factor) -> None:
         """Two lines of one length, removed together."""
         if f.base is not g.base:
-            self.pairs.append(Pair(f.flat, g.flat, False, self.node))
+            self.pairs.append(Pair(f.flat, g.flat, False, self.node, (f.start, g.start)))
 
     def freeze(self, labels: Tensor | np.ndarray, why: str) -> None:
         self.frozen.append(Event(labels, self.node, why))
@@ -224,9 +232,11 @@ def whole_lines(part: np.ndarray, pairs: Sequence[Pair]) -> list[Pair]:
 
     Arrays that overlap others without being the same are among those. `part` ties nothing yet, and is changed.
     """
-    vectors = {id(v): row(v) for p in pairs if p.a.shape == p.b.shape for v in (p.a, p.b)}
+    lines = {id(v): (start, v) for p in pairs if p.a.shape == p.b.shape for v, start in zip((p.a, p.b), p.starts, strict=True)}
+    known = {k: (start, len(v)) for k, (start, v) in lines.items() if start is not None}
+    vectors = {k: row(v) for k, (_, v) in lines.items() if k not in known}
     ends = {k: (v, int(v[0]), int(v[-1]) + 1) for k, v in vectors.items() if len(v)}
-    spans = {
+    spans = known | {
         k: (start, end - start)
         for k, (v, start, end) in ends.items()
         if start > 0 and end - start == len(v) and bool((v[1:] > v[:-1]).all())

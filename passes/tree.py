@@ -106,7 +106,7 @@ def copy_tree(root: nn.Module, swap: Mapping[int, Tensor]) -> Any:
         state.update(vars(module))
         for key, value in vars(module).items():
             kind = type(value)
-            if kind in ATOMS:
+            if kind in ATOMS or (kind is tuple and ATOMS.issuperset(map(type, value))):
                 continue
             if kind in CONTAINERS and not value:
                 state[key] = kind()
@@ -134,7 +134,9 @@ def replace_tensors(root: nn.Module, swap: Mapping[int, Tensor]) -> None:
                     held[key] = swap.get(id(tensor), tensor)  # type: ignore[assignment]
         for key, value in state.items():
             kind = type(value)
-            if kind in ATOMS or key in CHILDREN or key in HOOKS or (kind in CONTAINERS and not value):
+            if kind in ATOMS or (kind in CONTAINERS and not value) or key in CHILDREN or key in HOOKS:
+                continue
+            if kind is tuple and ATOMS.issuperset(map(type, value)):
                 continue
             state[key] = duplicate(value, memo)
             if isinstance(value, Tensor):

@@ -74,7 +74,7 @@ class Scorer:
         labels = self.leaves.get(name, ())
         if self.counts is not None:
             labels = tuple(f for f in labels if self.counts(name, f))
-        spans = [(f, self.unit[f.brief]) for f in labels]
+        spans = [(f, f.among(self.unit)) for f in labels]
         return spans if self.free is None else [(f, span) for f, span in spans if self.free[span].any()]
 
     def rows(self, evidence: Mapping[str, Tensor] | None) -> tuple[np.ndarray, np.ndarray, list[int]]:
