@@ -356,10 +356,8 @@ class ValueTracer(fx.Tracer):
     # -- modules ------------------------------------------------------------------------------------------------------
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        kind = type(m)
-        standard = kind.__module__.startswith(("torch.nn.", "torch.ao.nn."))
-        alone = all(name == "parametrizations" for name, _ in m.named_children())
-        return standard and alone and not isinstance(m, TRACED_THROUGH)
+        alone = not m._modules or all(name == "parametrizations" for name, child in m._modules.items() if child is not None)
+        return alone and is_standard(type(m))
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         path = (self.submodule_paths or {}).get(m)
@@ -543,6 +541,12 @@ def recorded(tracer: ValueTracer) -> fx.Graph:
 def containers(module: nn.Module) -> list[Any]:
     """The attributes of a module that a forward can put something into."""
     return [v for k, v in vars(module).items() if type(v) in CONTAINERS and k != "_modules"]
+
+
+@functools.lru_cache(maxsize=4096)
+def is_standard(kind: type[nn.Module]) -> bool:
+    """Whether layers of a class are nodes of the program."""
+    return kind.__module__.startswith(("torch.nn.", "torch.ao.nn.")) and not issubclass(kind, TRACED_THROUGH)
 
 
 @functools.lru_cache(maxsize=4096)
