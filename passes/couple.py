@@ -151,13 +151,9 @@ def leaf_labels(captures: Sequence[Capture]) -> tuple[dict[str, Labels], int]:
 
 def grouped_weights(capture: Capture) -> dict[str, int]:
     """Parameters that reach a grouped convolution's weight through ops that keep their first two dimensions."""
-    producer: dict[int, Op] = {}
     found: dict[str, int] = {}
     for op in capture.tape.ops:
-        for ref in collect(op.outs, Ref):
-            producer.setdefault(ref.id, op)
-        name = op.func._schema.name
-        if "conv" not in name or len(op.args) < 2 or not isinstance(op.args[1], Ref):
+        if "conv" not in op.func._schema.name or len(op.args) < 2 or not isinstance(op.args[1], Ref):
             continue
         arguments = {a.name: v for a, v in zip(op.func._schema.arguments, op.args, strict=False)}
         groups = arguments.get("groups", 1)
@@ -171,10 +167,11 @@ def grouped_weights(capture: Capture) -> dict[str, int]:
             if current in seen or value.shape[:2] != shape[:2]:
                 continue
             seen.add(current)
+            maker = capture.tape.maker(current)
             if value.name is not None:
                 found[value.name] = groups
-            elif current in producer:
-                pending += [r.id for r in collect((producer[current].args, producer[current].kwargs), Ref)]
+            elif maker is not None:
+                pending += [r.id for r in collect((maker.args, maker.kwargs), Ref)]
     return found
 
 

@@ -107,7 +107,9 @@ class ValueTracer(fx.Tracer):
         self.forward: Callable[..., Any] = root.forward  # whose signature the program gets
         self.names = {id(t): name for name, t in named_tensors(root)}
         self.modules = dict(every_path(root))
-        self.before = {m: (dict(vars(m)), containers(m)) for m in self.modules.values()}
+        # what a layer of torch.nn stores while it runs is no proxy: there is nothing to take back
+        inner = [m for path, m in self.modules.items() if not self.is_leaf_module(m, path)]
+        self.before = {m: (dict(vars(m)), containers(m)) for m in inner}
         self.recorder = Recorder(self.names)
         self.results: dict[fx.Node, Any] = {}
         self.guards: list[Guard] = []
@@ -544,7 +546,7 @@ def containers(module: nn.Module) -> list[Any]:
 
 
 @functools.lru_cache(maxsize=4096)
-def is_standard(kind: type[nn.Module]) -> bool:
+def is_standard(kind: type) -> bool:
     """Whether layers of a class are nodes of the program."""
     return kind.__module__.startswith(("torch.nn.", "torch.ao.nn.")) and not issubclass(kind, TRACED_THROUGH)
 

@@ -15,6 +15,7 @@ import fxprune
 from fxprune import criteria
 from fxprune.api import analyse
 from fxprune.criteria.combine import NORMALISE, REDUCE
+from fxprune.criteria.scoring import SMALL
 from fxprune.passes.labels import Factor
 from fxprune.passes.terms import Terms
 
@@ -365,13 +366,16 @@ def broken(weight, out):
     "into, what",
     [
         (broken, "raises ValueError: no room"),
-        (lambda w, out: None, "returns a NoneType for a parameter of shape (8, 3, 3, 3)"),
-        (lambda w, out: out[0], "returns shape (3, 3, 3) for a parameter of shape (8, 3, 3, 3)"),
+        (lambda w, out: None, "returns a NoneType for a parameter of shape (64, 32, 3, 3)"),
+        (lambda w, out: out[0], "returns shape (32, 3, 3) for a parameter of shape (64, 32, 3, 3)"),
     ],
 )
 def test_what_is_written_into_a_given_tensor_is_checked_too(into, what):
+    """Of a parameter that is large enough for a criterion not to see it together with others."""
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.Conv2d(64, 4, 3))
+    assert model[2].weight.numel() > SMALL
     with pytest.raises(fxprune.PruneError, match=re.escape(what)):
-        fxprune.prune(net(), 0.5, example_inputs=IMAGES, criterion=Into(into))
+        fxprune.prune(model, 0.5, example_inputs=IMAGES, criterion=Into(into))
 
 
 @pytest.mark.parametrize("criterion", sorted(criteria.CRITERIA.keys() - {"bn_scale"}))  # that one looks at vectors alone

@@ -87,11 +87,11 @@ class Scorer:
                 places = self.places(name)
                 if places and parameter.is_floating_point() and parameter.numel() and (evidence is None or name in evidence):
                     looked_at.append((name, parameter.detach(), places))
-            known = self.vectors(looked_at) if evidence is None else {}
+            known = self.small(looked_at) if evidence is None else {}
             for name, weight, places in looked_at:
                 given = None if evidence is None else evidence[name]
                 if name in known:
-                    scored: Sequence[Tensor | None] = [known[name]] * len(places)
+                    scored: Sequence[Tensor | None] = added_up(known[name], [f.dims for f, _ in places])
                 else:
                     scored = self.scored(name, weight, given, [f.nest for f, _ in places])
                 for (f, span), part in zip(places, scored, strict=True):
@@ -108,17 +108,21 @@ class Scorer:
             return np.zeros(0, np.int64), np.zeros(0), []
         return np.concatenate(classes), fetched(parts), [len(c) for c in classes]
 
-    def vectors(self, looked_at: Sequence[tuple[str, Tensor, Any]]) -> dict[str, Tensor]:
-        """The scores of all parameters of one dimension (biases, scales), which are many and small: in one go."""
-        alike: dict[object, list[tuple[str, Tensor]]] = {}
+    def small(self, looked_at: Sequence[tuple[str, Tensor, Any]]) -> dict[str, Tensor]:
+        """The scores of the elements of small parameters (biases, scales, narrow layers), which are many: many in one go."""
+        alike: dict[object, list[list[tuple[str, Tensor]]]] = {}
         if getattr(self.criterion, "elementwise", False) and not hasattr(self.criterion, "along"):
             for name, weight, _ in looked_at:
-                if weight.dim() == 1:
-                    alike.setdefault((weight.dtype, weight.device), []).append((name, weight))
+                if weight.numel() <= SMALL:
+                    runs = alike.setdefault((weight.dtype, weight.device), [[]])
+                    if len(runs[-1]) * SMALL >= BLOCK:
+                        runs.append([])
+                    runs[-1].append((name, weight))
         found: dict[str, Tensor] = {}
-        for several in alike.values():
-            scores = self.elements(several[0][0], torch.cat([w for _, w in several]), None)
-            found.update(zip([name for name, _ in several], scores.split([len(w) for _, w in several]), strict=True))
+        for several in (run for runs in alike.values() for run in runs):
+            scores = self.elements(several[0][0], torch.cat([w.reshape(-1) for _, w in several]), None)
+            parts = scores.split([w.numel() for _, w in several])
+            found.update({name: part.view(w.shape) for (name, w), part in zip(several, parts, strict=True)})
         return found
 
     def layers(self, classes: np.ndarray, values: np.ndarray, lengths: list[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -189,6 +193,18 @@ class Scorer:
 
 
 BLOCK = 1 << 20  # elements scored at a time: small enough to stay in a processor's cache, and to make no large arrays
+
+
+SMALL = 1 << 13  # elements of a parameter that is scored together with others
+
+
+def added_up(values: Tensor, spans: Sequence[frozenset[int]]) -> list[Tensor]:
+    """For each set of dimensions, the scores of elements summed over all others."""
+    if values.dim() == 1:
+        return [values] * len(spans)
+    parts: list[list[Tensor]] = [[] for _ in spans]
+    reduced(values, spans, parts)
+    return [found[0] for found in parts]
 
 
 def reduced(values: Tensor, spans: Sequence[frozenset[int]], parts: list[list[Tensor]]) -> None:
