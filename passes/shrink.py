@@ -97,14 +97,14 @@ def cut_tree(values: Mapping[str, Tensor], solution: Solution, made: Mapping[str
 
 Room = dict[torch.dtype, Tensor]  # memory for what is wanted for a moment: fresh memory takes longer than copying into it
 
-LARGE = 1 << 22  # elements of a tensor that is cut block by block
-BLOCK = 1 << 20  # elements of a large tensor cut at a time: what one cut leaves is still in the cache for the next
+BLOCK = 1 << 20  # elements: what the first cut of a larger tensor leaves goes into the scratch buffer
+LARGE = 1 << 22  # elements of a tensor that is cut a block at a time: what one cut leaves is still in the cache for the next
 
 
 def cut(source: Tensor, cuts: Sequence[Cut], room: Room) -> Tensor:
     """A new tensor with what the cuts leave of one; a parameter where that is one."""
     new = source.detach()
-    if len(cuts) > 1 and cuts[0].dims == (0,) and new.is_cpu:
+    if len(cuts) > 1 and cuts[0].dims == (0,) and new.is_cpu and new.numel() > BLOCK:
         new = in_blocks(new, cuts, room)
     else:
         for each in cuts:
