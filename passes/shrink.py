@@ -97,15 +97,21 @@ def cut_tree(values: Mapping[str, Tensor], solution: Solution, made: Mapping[str
 
 Room = dict[torch.dtype, Tensor]  # memory for what is wanted for a moment: fresh memory takes longer than copying into it
 
-BLOCK = 1 << 20  # elements: what the first cut of a larger tensor leaves goes into the scratch buffer
-LARGE = 1 << 22  # elements of a tensor that is cut a block at a time: what one cut leaves is still in the cache for the next
+LARGE = 1 << 22  # elements of a tensor that is cut a block at a time
+BLOCK = 1 << 20  # elements of such a block: what one cut leaves is still in the cache for the next
 
 
 def cut(source: Tensor, cuts: Sequence[Cut], room: Room) -> Tensor:
     """A new tensor with what the cuts leave of one; a parameter where that is one."""
     new = source.detach()
-    if len(cuts) > 1 and cuts[0].dims == (0,) and new.is_cpu and new.numel() > BLOCK:
-        new = in_blocks(new, cuts, room)
+    if len(cuts) > 1 and cuts[0].dims == (0,) and new.is_cpu:
+        if new.numel() > LARGE:
+            new = in_blocks(new, cuts, room)
+        else:
+            new = rows_of(new, cuts[0].keep, room)
+            for each in cuts[1:]:
+                new = each.take(new)
+            new = new.contiguous()
     else:
         for each in cuts:
             new = each.take(new)
@@ -113,18 +119,21 @@ def cut(source: Tensor, cuts: Sequence[Cut], room: Room) -> Tensor:
     return nn.Parameter(new, requires_grad=source.requires_grad) if isinstance(source, nn.Parameter) else new
 
 
+def rows_of(source: Tensor, rows: Tensor, room: Room) -> Tensor:
+    """Some rows of a tensor, for a moment: the next call may write over them."""
+    size = len(rows) * source[0].numel()
+    if source.dtype not in room or room[source.dtype].numel() < size:
+        room[source.dtype] = source.new_empty(max(size, BLOCK))
+    return torch.index_select(source, 0, rows, out=room[source.dtype][:size].view(len(rows), *source.shape[1:]))
+
+
 def in_blocks(source: Tensor, cuts: Sequence[Cut], room: Room) -> Tensor:
     """What cuts leave, the first of them along the first dimension, without a second large tensor on the way."""
-    rows = cuts[0].keep
-    step = max(1, BLOCK * len(source) // source.numel()) if source.numel() > LARGE else len(rows)
-    size = max(LARGE, step * source[0].numel())
-    if source.dtype not in room or room[source.dtype].numel() < size:
-        room[source.dtype] = source.new_empty(size)
     made = source.new_empty(cut_shape(source.shape, cuts))
+    step = max(1, BLOCK * len(source) // source.numel())
     *between, last = cuts[1:]
-    for some, place in zip(rows.split(step), made.split(step), strict=True):
-        part = room[source.dtype][: len(some) * source[0].numel()].view(len(some), *source.shape[1:])
-        torch.index_select(source, 0, some, out=part)
+    for rows, place in zip(cuts[0].keep.split(step), made.split(step), strict=True):
+        part = rows_of(source, rows, room)
         for each in between:
             part = each.take(part)
         if len(last.dims) == 1:
