@@ -56,13 +56,15 @@ def fitted(mets: Sequence[Met], residuals: Sequence[Tensor], ridge: float, const
     left = [wide(r) for r in residuals]
     damping = ridge * energy(mets, constant)
     change = Change(torch.zeros_like(wide(mets[0].weight)), torch.zeros_like(summed(mets[0], left[0])))
+    beside = [run(met, change.weight, wide(met.source)) for met in mets]  # what a call adds to its product (`torch.addmm`)
+    beside = [extra if bool(extra.any()) else extra.new_zeros(()) for extra in beside]
     downhill = gradient(mets, left, constant)
     before, start = squares(left), downhill.square()
     direction, now = downhill, start
     for _ in range(STEPS):
         if now <= ENOUGH**2 * start:
             break
-        made = [result(met, direction) for met in mets]
+        made = [result(met, direction) - extra for met, extra in zip(mets, beside, strict=True)]
         length = squares(made) + float((damping * direction.weight.double().square()).sum())
         if not length > 0:
             break

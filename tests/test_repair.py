@@ -104,6 +104,26 @@ def test_a_layer_with_too_many_inputs_for_the_normal_equations_is_fitted_in_step
         assert a.error == pytest.approx(b.error, rel=1e-6, abs=1e-9)
 
 
+def test_what_a_call_adds_to_its_product_is_no_part_of_it(monkeypatch):
+    class Adds(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.weight = nn.Linear(5, 8), nn.Parameter(torch.randn(8, 5))
+
+        def forward(self, x):
+            return torch.addmm(x, self.first(x).tanh(), self.weight)
+
+    torch.manual_seed(0)
+    model = Adds().double().eval()
+    x = torch.randn(40, 5, dtype=DOUBLE)
+    pruned = pruned_by_half(model, x)
+    at_once = repaired(model, pruned, x, "reconstruct", ridge=0.1)
+    assert [s.done for s in at_once.meta["repair"].steps] == [True]
+    monkeypatch.setattr(gradual, "WIDE", 0)
+    monkeypatch.setattr(gradual, "ENOUGH", 1e-10)
+    same(repaired(model, pruned, x, "reconstruct", ridge=0.1)(x), at_once(x))
+
+
 def test_a_layer_with_very_many_inputs_takes_no_large_matrix():
     """30,000 inputs: the normal equations alone would be 1.8 GB in the pruned layer."""
     torch.manual_seed(0)
