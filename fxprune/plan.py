@@ -93,7 +93,7 @@ class Plan:
         try:
             shapes = {name: tuple(int(n) for n in shape) for name, shape in data["shapes"].items()}
             keep = {name: [cut_from(c, shapes[name]) for c in made] for name, made in data["keep"].items()}
-            release = tuple(data.get("release", ()))  # plans of before 0.2 have none
+            release = tuple(data.get("release", ()))  # older plans have none
             return cls(shapes, keep, data["attention"], tuple(data["freeze"]), data["inputs"], release)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             why = f"it has no {error}" if isinstance(error, KeyError) else str(error)

@@ -9,8 +9,7 @@ package, which needs audio libraries, is not imported). Sounds are made here: ha
 noise. Torch-Pruning gets the same criterion, ranking and scoring data; it is told to leave the outputs of the last
 convolution alone, which `forward` reads in an order that it does not follow. Both are brought to the same share of the
 multiply-accumulates. Criteria that look at gradients see 256 frames and their pitches; repair sees the same frames and no
-pitches; Torch-Pruning's result has its batch normalisation re-estimated
-on the same frames by hand.
+pitches; Torch-Pruning's result has its batch normalisation re-estimated on the same frames by hand.
 """
 
 import argparse

@@ -118,6 +118,7 @@ class Call:
         return value.data
 
     def used(self, ref: Ref) -> bool:
+        """Whether a later call reads a value; `uses` is empty where calls are looked at one by one, and nobody knows."""
         return ref.id in self.uses
 
     def dim(self, index: int, ndim: int) -> int:
