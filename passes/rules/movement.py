@@ -69,7 +69,8 @@ def select(call: Call) -> Labels:
             result.append(f.without(dim))
             continue
         part = shifted(f, f.labels.select(dim, call["index"]), dim)
-        if call.uses and call.ties.maker != "opaque" and not call.used(call.outputs[0]):  # wanted for its shape: any index will do
+        unread = bool(call.uses) and not call.used(call.outputs[0])
+        if unread and call.ties.maker != "opaque":  # wanted for its shape: any index will do
             result += [part] if part.nest else []
             continue
         one_by_one(call, f, dim)
