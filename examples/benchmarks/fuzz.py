@@ -9,16 +9,13 @@ run again; the summary goes to `FUZZ.md`. The programs are those of `tests/fuzzi
 """
 
 import argparse
-import json
 import sys
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from sweep import Row, find, limit_memory, machine, markdown_table, read_rows, run_job, write_rows
-from tqdm import tqdm
+from sweep import Row, machine, markdown_table, options, read_rows, sweep
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1] / "tests"))
@@ -36,16 +33,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--count", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0, help="the first; a graph has the seed after the one before it")
-    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument("--limit", type=float, default=900, help="seconds for a block of 100 graphs")
-    parser.add_argument("--redo", action="store_true", help="run again what the file has already")
     parser.add_argument("--show", type=int, metavar="SEED", help="one program, and what happens to it")
-    parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
-    arguments = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    if arguments.job:
-        limit_memory()
-        print(json.dumps(measure(**arguments.job)))
+    arguments = options(parser, measure, argv)
+    if arguments is None:
         return
     if arguments.show is not None:
         show(arguments.show)
@@ -53,26 +44,15 @@ def main(argv: list[str] | None = None) -> None:
     seeds = range(arguments.seed, arguments.seed + arguments.count, BLOCK)
     jobs = [{"seed": seed, "graphs": min(BLOCK, arguments.seed + arguments.count - seed)} for seed in seeds]
     try:
-        run_blocks(jobs, arguments.jobs, arguments.limit, arguments.redo)
+        sweep(__file__, jobs, ROWS, limit=arguments.limit, redo=arguments.redo, workers=arguments.workers)
     finally:
         TABLE.write_text(table(read_rows(ROWS)))
     print(summary(read_rows(ROWS)))
 
 
-def run_blocks(jobs: list[Row], at_a_time: int, limit: float, redo: bool) -> None:
-    """Every job whose row the file lacks; rows are written as they come."""
-    rows = read_rows(ROWS)
-    todo = [job for job in jobs if redo or find(rows, job) is None]
-    with ThreadPoolExecutor(at_a_time) as pool, tqdm(total=sum(j["graphs"] for j in todo), unit="graph", disable=None) as bar:
-        for job, row in zip(todo, pool.map(lambda job: run_job(__file__, job, limit), todo)):
-            rows = [r for r in rows if not job.items() <= r.items()] + [{**job, **row}]
-            write_rows(ROWS, sorted(rows, key=lambda r: r["seed"]))
-            bar.update(job["graphs"])
-            bar.set_postfix(Counter(s for r in rows for s in ("wrong", "crashed") for _ in r.get("failures", {}).get(s, [])))
-
-
 def measure(seed: int, graphs: int) -> Row:
     """The row of a block: how many ended how, and the seeds of those that failed."""
+    torch.set_num_threads(1)
     start = time.perf_counter()
     outcomes = {number: check(draw(number)) for number in range(seed, seed + graphs)}
     counts = Counter(outcome.status for outcome in outcomes.values())

@@ -6,7 +6,7 @@
     prunability.py --level plan --all                 couple and plan on shapes alone: all of timm
 
 A model runs in a process of its own with a time limit, so a sweep can be stopped and started again. Rows go to
-`prunability.jsonl`, the tables to `PRUNABILITY.md`. Both tools prune half of everything. *exact*: the result equals the
+`prunability.jsonl` (those of `--level plan` to `plans.jsonl`), the tables to `PRUNABILITY.md`. Both tools prune half of everything. *exact*: the result equals the
 original with the removed channels masked, at the sizes the model takes, up to 1e-9 in double precision (1e-4 in single,
 above 60 million parameters and for Torch-Pruning).
 *with states released*: for models that return hidden states besides their answer, which then may shrink.
@@ -18,6 +18,7 @@ result is exact where it equals the original with the same elements zeroed, and 
 import argparse
 import contextlib
 import copy
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -35,11 +36,12 @@ import fxprune
 from fxprune.passes.tape import collect, map_tensors
 
 HERE = Path(__file__).parent
-ROWS, TABLE = HERE / "prunability.jsonl", HERE / "PRUNABILITY.md"
+ROWS, PLANS, TABLE = HERE / "prunability.jsonl", HERE / "plans.jsonl", HERE / "PRUNABILITY.md"
 TOOLS = ("fxprune", "torch-pruning")
 DOUBLE_UP_TO = 60_000_000  # parameters
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
 RATIO = 0.5
+REACHED = 0.9  # of the parameters: what a plan has to reach not to be listed by itself
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -62,9 +64,10 @@ def main(argv: list[str] | None = None) -> None:
     tools = ["fxprune"] if arguments.level == "plan" else arguments.tools
     jobs = [{"model": name, "tool": tool, "level": arguments.level} for tool in tools for name in names]
     try:
-        sweep(__file__, jobs, ROWS, limit=arguments.limit, redo=arguments.redo, workers=arguments.workers)
+        path = PLANS if arguments.level == "plan" else ROWS
+        sweep(__file__, jobs, path, limit=arguments.limit, redo=arguments.redo, workers=arguments.workers)
     finally:
-        TABLE.write_text(tables(read_rows(ROWS)))
+        TABLE.write_text(tables(read_rows(ROWS) + read_rows(PLANS)))
     print(TABLE)
 
 
@@ -153,7 +156,12 @@ def planned(model: str) -> Row:
         coupling = fxprune.couple(network, inputs)
     except Exception as error:
         return row | {"status": "failed", "reason": one_line(error)}
-    return row | reach(network, coupling) | {"status": "planned", "seconds": time.perf_counter() - start}
+    seconds = time.perf_counter() - start
+    row |= reach(network, coupling)
+    if row["in_prunable"] >= REACHED:
+        del row["frozen"]
+    row["in_prunable"] = round(row["in_prunable"], 4)
+    return row | {"status": "planned", "seconds": round(seconds, 3)}
 
 
 def with_torch_pruning(network: nn.Module, inputs: Any, tolerance: float) -> Row:
@@ -206,8 +214,28 @@ def tables(rows: list[Row]) -> str:
     for level, suite in sorted({(row["level"], row["model"].partition(":")[0]) for row in rows}):
         chosen = [row for row in rows if row["level"] == level and row["model"].startswith(suite + ":")]
         parts.append(f"\n## {suite}" + (", planned on shapes alone" if level == "plan" else "") + "\n\n")
-        parts.append(summary(chosen) + "\n" + markdown_table(COLUMNS, side_by_side(chosen)))
+        if level == "plan":
+            parts.append(of_plans(chosen) + "\n")
+            chosen = [row for row in chosen if row.get("in_prunable", 0) < REACHED]
+        else:
+            parts.append(summary(chosen) + "\n")
+        parts.append(markdown_table(COLUMNS, side_by_side(chosen)) if chosen else "")
     return "".join(parts)
+
+
+def of_plans(rows: list[Row]) -> str:
+    done = [row for row in rows if row["status"] == "planned"]
+    if not done:
+        return ""
+    reached = sorted(row["in_prunable"] for row in done)
+    seconds = sorted(row["seconds"] for row in done)
+    low = sum(share < REACHED for share in reached)
+    return (
+        f"- {len(done)} of {len(rows)} models planned, in {statistics.median(seconds):.1f} s in the median and"
+        f" {seconds[-1]:.0f} s at the longest\n"
+        f"- share of the parameters in prunable families: {statistics.median(reached):.2%} in the median; under {REACHED:.0%} in"
+        f" {low} models, listed here with those that fail\n"
+    )
 
 
 def machines(rows: list[Row]) -> list[tuple[str, int]]:

@@ -1,14 +1,17 @@
 """Run a measurement once per job, each in its own process with a time limit, and keep the rows.
 
-A sweep can be stopped and started again: jobs whose row is in the `.jsonl` already are skipped. The worker
-is the same script with `--job JSON`; it prints its row as the last line of its output.
+A sweep can be stopped and started again: jobs whose row is in the `.jsonl` already are skipped. The worker is the same
+script with `--worker`: it has done its imports, which take longer than many a job, reads jobs as lines of JSON, and answers
+each with a row that a process forked for it has made.
 """
 
 import argparse
 import json
 import os
 import platform
+import queue
 import resource
+import select
 import signal
 import subprocess
 import sys
@@ -53,7 +56,19 @@ def sweep(
     todo = [job for job in jobs if redo or find(rows, job) is None]
     progress = tqdm(total=len(todo), unit="job", disable=None)
     pool = ThreadPoolExecutor(workers)
-    running = {pool.submit(run_job, script, {**job, **(settings or {})}, limit, workers): job for job in todo}
+    idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+    team = [Worker(script, workers) for _ in range(workers if todo else 0)]
+    for worker in team:
+        idle.put(worker)
+
+    def run(job: Row) -> Row:
+        worker = idle.get()
+        try:
+            return worker.row({**job, **(settings or {})}, limit)
+        finally:
+            idle.put(worker)
+
+    running = {pool.submit(run, job): job for job in todo}
     try:
         for done in as_completed(running):
             job = running[done]
@@ -68,8 +83,8 @@ def sweep(
             progress.update()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-        for worker in tuple(STARTED):
-            end(worker)
+        for worker in team:
+            worker.end()
     return rows
 
 
@@ -89,55 +104,82 @@ def options(
     parser.add_argument("--redo", action="store_true", help="run again what the file has already")
     if not alone:
         parser.add_argument("--workers", type=int, default=1, help="jobs that run at a time")
-    parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
-    if not arguments.job:
+    if not arguments.worker:
         return arguments
-    limit_memory(min(memory, 0.9 / arguments.workers))
-    print(json.dumps(measure(**arguments.job)))
+    serve(measure, min(memory, 0.9 / arguments.workers))
     return None
+
+
+def serve(measure: Callable[..., Row], memory: float) -> None:
+    """Answer every job on standard input; what jobs print goes to standard error."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    for line in sys.stdin:
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            limit_memory(memory)
+            try:
+                row = measure(**json.loads(line))
+            except BaseException as error:  # a SystemExit, too, must not leave this loop to two processes
+                row = {"status": "failed", "reason": one_line(error)}
+            with os.fdopen(writing, "w") as pipe:
+                json.dump(row, pipe)
+            os._exit(0)
+        os.close(writing)
+        with os.fdopen(reading) as pipe:
+            answer = pipe.read()
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code < 0:
+            answer = json.dumps({"status": "failed", "reason": f"killed by {signal.Signals(-code).name}"})
+        print(answer, file=answers, flush=True)
 
 
 def find(rows: Sequence[Row], job: Row) -> int | None:
     return next((at for at, row in enumerate(rows) if job.items() <= row.items()), None)
 
 
-STARTED: set["subprocess.Popen[str]"] = set()
+class Worker:
+    """A process of `script` that answers jobs; one of `workers` that share the cores."""
 
+    def __init__(self, script: str, workers: int) -> None:
+        self.command = [sys.executable, script, "--worker", *(["--workers", str(workers)] if workers > 1 else [])]
+        self.threads = {} if workers == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
+        self.process: subprocess.Popen[str] | None = None
 
-def run_job(script: str, job: Row, limit: float, workers: int = 1) -> Row:
-    """The row that the worker prints, or one with status `failed` and the reason in a line."""
-    command = [sys.executable, script, "--job", json.dumps(job), *(["--workers", str(workers)] if workers > 1 else [])]
-    threads = {} if workers == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // workers))}
-    worker = subprocess.Popen(
-        command,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,  # so that what it starts ends with it
-        env=os.environ | threads,
-    )
-    STARTED.add(worker)
-    try:
-        output, errors = worker.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
-        end(worker)
-        worker.communicate()
-        return {"status": "failed", "reason": f"no result within {limit:.0f} s"}
-    finally:
-        STARTED.discard(worker)
-    if worker.returncode == 0:
-        return json.loads(output.splitlines()[-1])
-    if worker.returncode < 0:
-        return {"status": "failed", "reason": f"killed by {signal.Signals(-worker.returncode).name}"}
-    last = next((line for line in reversed(errors.splitlines()) if line.strip()), "no message")
-    return {"status": "failed", "reason": last.strip()[:300]}
+    def row(self, job: Row, limit: float) -> Row:
+        """The row of a job, or one with status `failed` and the reason in a line; `limit` in seconds, imports included."""
+        if self.process is None:
+            self.process = subprocess.Popen(
+                self.command,
+                text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,  # so that what it starts ends with it
+                env=os.environ | self.threads,
+            )
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            print(json.dumps(job), file=self.process.stdin, flush=True)
+            if not select.select([self.process.stdout], [], [], limit)[0]:
+                self.end()
+                return {"status": "failed", "reason": f"no result within {limit:.0f} s"}
+            return json.loads(self.process.stdout.readline())
+        except (OSError, ValueError):
+            self.end()
+            return {"status": "failed", "reason": "the worker ended"}
 
-
-def end(worker: "subprocess.Popen[str]") -> None:
-    """Kill a worker and what it started."""
-    if worker.poll() is None:
-        os.killpg(worker.pid, signal.SIGKILL)
+    def end(self) -> None:
+        """Kill the process and what it started; the next job starts another."""
+        process, self.process = self.process, None
+        if process is None:
+            return
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 def limit_memory(share: float = 0.6) -> None:
