@@ -6,9 +6,9 @@
     prunability.py --level plan --all                 couple and plan on shapes alone: all of timm
 
 A model runs in a process of its own with a time limit, so a sweep can be stopped and started again. Rows go to
-`prunability.jsonl` (those of `--level plan` to `plans.jsonl`), the tables to `PRUNABILITY.md`. Both tools prune half of everything. *exact*: the result equals the
-original with the removed channels masked, at the sizes the model takes, up to 1e-9 in double precision (1e-4 in single,
-above 60 million parameters and for Torch-Pruning).
+`prunability.jsonl` (those of `--level plan` to `plans.jsonl`), the tables to `PRUNABILITY.md`. Both tools prune half of
+everything. *exact*: the result equals the original with the removed channels masked, at the sizes the model takes, up to
+1e-9 in double precision (1e-4 in single, above 60 million parameters and for Torch-Pruning).
 *with states released*: for models that return hidden states besides their answer, which then may shrink.
 Torch-Pruning is given what its documentation asks for (the classifiers, the heads); its
 result is exact where it equals the original with the same elements zeroed, and only *runs* where that is no reference
@@ -233,8 +233,8 @@ def of_plans(rows: list[Row]) -> str:
     return (
         f"- {len(done)} of {len(rows)} models planned, in {statistics.median(seconds):.1f} s in the median and"
         f" {seconds[-1]:.0f} s at the longest\n"
-        f"- share of the parameters in prunable families: {statistics.median(reached):.2%} in the median; under {REACHED:.0%} in"
-        f" {low} models, listed here with those that fail\n"
+        f"- share of the parameters in prunable families: {statistics.median(reached):.2%} in the median; under {REACHED:.0%}"
+        f" in {low} models, listed here with those that fail\n"
     )
 
 
