@@ -10,9 +10,10 @@ A model runs in a process of its own with a time limit, so a sweep can be stoppe
 everything. *exact*: the result equals the original with the removed channels masked, at the sizes the model takes, up to
 1e-9 in double precision (1e-4 in single, above 60 million parameters and for Torch-Pruning).
 *with states released*: for models that return hidden states besides their answer, which then may shrink.
-Torch-Pruning is given what its documentation asks for (the classifiers, the heads); its
-result is exact where it equals the original with the same elements zeroed, and only *runs* where that is no reference
-(a norm takes statistics over channels).
+Torch-Pruning is given what its documentation asks for (the classifiers, the heads). NVIDIA's modelopt (`pip install
+nvidia-modelopt requests`; FastNAS) is told that every layer may keep half, and its smallest subnet is exported. The result of
+either is exact where it equals the original with the same elements zeroed, and only *runs* where that is no reference (a norm
+takes statistics over channels).
 """
 
 import argparse
@@ -21,7 +22,7 @@ import copy
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from fxprune.passes.tape import collect, map_tensors
 
 HERE = Path(__file__).parent
 ROWS, PLANS, TABLE = HERE / "prunability.jsonl", HERE / "plans.jsonl", HERE / "PRUNABILITY.md"
-TOOLS = ("fxprune", "torch-pruning")
+TOOLS = ("fxprune", "torch-pruning", "modelopt")
 DOUBLE_UP_TO = 60_000_000  # parameters
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
 RATIO = 0.5
@@ -91,7 +92,7 @@ def measure(model: str, tool: str, level: str) -> Row:
                 now.clear()  # a forward may leave something for the next one of the same size
                 now.update(before)
             if tool != "fxprune":
-                return row | with_torch_pruning(network, inputs, TOLERANCES[dtype])
+                return row | with_another(OTHERS[tool], network, inputs, TOLERANCES[dtype])
             row |= with_fxprune(network, inputs, TOLERANCES[dtype])
             if model in RELEASED:  # and once more, with the outputs released that are there besides the answer
                 row["released"] = with_fxprune(network, inputs, TOLERANCES[dtype], RELEASED[model])
@@ -164,19 +165,42 @@ def planned(model: str) -> Row:
     return row | {"status": "planned", "seconds": round(seconds, 3)}
 
 
-def with_torch_pruning(network: nn.Module, inputs: Any, tolerance: float) -> Row:
+def torch_pruning(network: nn.Module, inputs: Any) -> nn.Module:
     from speed import prune_with_torch_pruning
 
+    return prune_with_torch_pruning(network, inputs)
+
+
+def modelopt(network: nn.Module, inputs: Any) -> nn.Module:
+    """The smallest subnet of a search space in which every layer has all of its channels or half."""
+    import modelopt.torch.nas as nas
+    from modelopt.torch.prune.fastnas import FastNASConfig
+
+    space = FastNASConfig().model_dump()
+    for rules in space.values():
+        for rule in rules.values():
+            half = {"channels_ratio": (RATIO, 1.0), "features_ratio": (RATIO, 1.0), "n_heads_ratio": (RATIO, 1.0)}
+            half |= {"channel_divisor": 1, "feature_divisor": 1}
+            rule.update({name: value for name, value in half.items() if name in rule})
+    converted = nas.convert(network, [("fastnas", space)])
+    nas.utils.sample(converted, min)
+    return nas.export(converted)
+
+
+OTHERS: dict[str, Callable[[nn.Module, Any], nn.Module]] = {"torch-pruning": torch_pruning, "modelopt": modelopt}
+
+
+def with_another(prune: Callable[[nn.Module, Any], nn.Module], network: nn.Module, inputs: Any, tolerance: float) -> Row:
     copied = copy.deepcopy(network)
     start = time.perf_counter()
-    prune_with_torch_pruning(copied, inputs)
+    copied = prune(copied, inputs)
     row: Row = {"seconds": time.perf_counter() - start, "params_after": count_parameters(copied)}
-    if row["params_after"] == count_parameters(network):
+    if row["params_after"] >= count_parameters(network):
         return row | {"status": "untouched", "reason": "nothing was removed"}
     with torch.no_grad():
         got = collect(call(copied, inputs), Tensor)
         if any(takes_statistics(m) for m in network.modules()):
-            return row | {"status": "runs", "reason": "a norm takes statistics over channels: zeroing is no reference"}
+            return row | {"status": "runs", "reason": "a norm takes statistics over channels"}
         zero_removed(network, copied)
         wanted = collect(call(network, inputs), Tensor)
     error = max((difference(a, b) for a, b in zip(wanted, got, strict=True)), default=float("inf"))
@@ -184,16 +208,41 @@ def with_torch_pruning(network: nn.Module, inputs: Any, tolerance: float) -> Row
 
 
 def takes_statistics(module: nn.Module) -> bool:
-    return "norm" in type(module).__name__.lower() and not hasattr(module, "running_var")
+    """Whether it is a norm over channels; containers of norms have neither parameters of their own nor no children."""
+    is_norm = "norm" in type(module).__name__.lower() and not hasattr(module, "running_var")
+    return is_norm and (not list(module.children()) or bool(list(module.parameters(recurse=False))))
 
 
 def zero_removed(network: nn.Module, pruned: nn.Module) -> None:
-    """Zero every element of a floating tensor whose value the pruned model no longer has."""
+    """Zero every element of a floating tensor that the pruned model no longer has."""
     left = {**dict(pruned.named_parameters()), **dict(pruned.named_buffers())}
     for name, value in [*network.named_parameters(), *network.named_buffers()]:
         kept = left.get(name)
         if value.is_floating_point() and kept is not None and kept.shape != value.shape:
-            value.mul_(torch.isin(value, kept))
+            value.mul_(places(value, kept))
+
+
+def places(value: Tensor, kept: Tensor) -> Tensor:
+    """Where in `value` the elements of `kept` are; bool, of the shape of `value`.
+
+    Millions of random numbers in single precision hold some twice, so an element that was removed may equal one that was
+    kept. Where what is left is a box, its sides are the slices that hold the most of it.
+    """
+    held = torch.isin(value, kept)
+    if value.dim() != kept.dim():
+        return held
+    sides = [
+        held.sum([d for d in range(value.dim()) if d != dim]).topk(kept.shape[dim]).indices.sort().values
+        if value.dim() > 1
+        else held.nonzero().flatten()
+        for dim in range(value.dim())
+    ]
+    box = value[torch.meshgrid(*sides, indexing="ij")]
+    if box.numel() != kept.numel() or not torch.equal(box.flatten().sort().values, kept.flatten().sort().values):
+        return held
+    found = torch.zeros_like(held)
+    found[torch.meshgrid(*sides, indexing="ij")] = True
+    return found
 
 
 def difference(wanted: Tensor, got: Tensor) -> float:
@@ -256,10 +305,21 @@ def summary(rows: list[Row]) -> str:
 
 
 def side_by_side(rows: list[Row]) -> list[Row]:
-    """One row for each model: fxprune's, with the other tool's under `other`."""
-    others = {row["model"]: row for row in rows if row["tool"] != "fxprune"}
-    ours = [row for row in rows if row["tool"] == "fxprune"]
-    return [row | {"other": others.get(row["model"], {})} for row in sorted(ours, key=lambda row: row["model"])]
+    """One row for each model: fxprune's, with the others' under `others`."""
+    ours = sorted((row for row in rows if row["tool"] == "fxprune"), key=lambda row: row["model"])
+    return [row | {"others": {r["tool"]: r for r in rows if r["model"] == row["model"]}} for row in ours]
+
+
+def other(line: Row, tool: str) -> str:
+    row = line["others"].get(tool)
+    if row is None:
+        return ""
+    share = f", {left(row)} left" if "params_after" in row and row["status"] != "untouched" else ""
+    return f"{row['status']}{share}" + (f": {row['reason'][:90]}" if row["status"] == "failed" else "")
+
+
+def left(row: Row) -> str:
+    return f"{row['params_after'] / row['params']:.0%}"
 
 
 COLUMNS = [
@@ -268,7 +328,7 @@ COLUMNS = [
     ("status", "l", lambda row: row["status"]),
     ("error", "r", lambda row: f"{row['error']:.0e}" if "error" in row else ""),
     ("in prunable families", "r", lambda row: f"{row['in_prunable']:.1%}" if "in_prunable" in row else ""),
-    ("left", "r", lambda row: f"{row['params_after'] / row['params']:.0%}" if "params_after" in row else ""),
+    ("left", "r", lambda row: left(row) if "params_after" in row else ""),
     (
         "with states released",
         "l",
@@ -277,7 +337,8 @@ COLUMNS = [
     ("seconds", "r", lambda row: f"{row['seconds']:.1f}" if "seconds" in row else ""),
     ("captured", "l", lambda row: row.get("capture", "")),
     ("why not, or what stays", "l", lambda row: row.get("reason") or "; ".join(row.get("frozen", [])[:2])),
-    ("Torch-Pruning", "l", lambda row: " ".join(filter(None, [row["other"].get("status"), row["other"].get("reason")]))),
+    ("Torch-Pruning", "l", lambda row: other(row, "torch-pruning")),
+    ("modelopt", "l", lambda row: other(row, "modelopt")),
 ]
 
 
