@@ -1,12 +1,13 @@
 """Accuracy on Fashion-MNIST after pruning, after repair without training, and after a short fine-tuning.
 
-    accuracy.py                                     everything: about half an hour on one core
+    accuracy.py                                     everything: about two hours on one core
     accuracy.py --networks vit --seeds 0 --criteria magnitude:local
 
 Rows go to `accuracy.jsonl`, the table to `ACCURACY.md`. Needs `apt-get install dataset-fashion-mnist`. A ResNet-20 and a
 small ViT are trained from scratch for each seed (and kept in `scratch/`), then brought to 2, 3 and 4 times fewer
-multiply-accumulates. Torch-Pruning gets the same criterion, ranking and scoring data, the floor that fxprune has, the layer
-to leave alone and the heads of each attention; its ratio is searched until its multiply-accumulates are within the budget.
+multiply-accumulates, with each ranking for two criteria, and with global ranking for the others. Torch-Pruning, where it has
+the criterion, gets the same ranking and scoring data, the floor that fxprune has, the layer to leave alone and the heads of
+each attention; its ratio is searched until its multiply-accumulates are within the budget.
 Fine-tuning is the same on both sides, and is done without repair, too, so that the two can be told apart. Repair sees a few
 images of the training set, without their labels; since Torch-Pruning has none, its batch normalisation is re-estimated on
 the same images by hand.
@@ -19,10 +20,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import torch_pruning
 from data import fashion
-from rival import macs_of, with_fresh_norms, within_budget
-from sweep import Row, machine, markdown_table, options, read_rows, sweep
+from networks import build
+from rival import IMPORTANCES, Rival, macs_of, with_fresh_norms
+from sweep import Row, machine, markdown_table, one_line, options, read_rows, sweep
 from torch import Tensor, nn
 from torch.nn import functional as F
 from training import BATCH, EPOCHS, TEST, TRAIN, TUNE_RATE, accuracy, base, train
@@ -32,9 +33,12 @@ import fxprune
 HERE = Path(__file__).parent
 ROWS, TABLE = HERE / "accuracy.jsonl", HERE / "ACCURACY.md"
 FEWER = (2, 3, 4)
-SCORING, CALIBRATION, STEPS = 512, 256, 20
-CHOICES = ("magnitude:local", "magnitude:global", "taylor:global")
-OTHER = {"magnitude": torch_pruning.importance.MagnitudeImportance, "taylor": torch_pruning.importance.TaylorImportance}
+SCORING, CALIBRATION, STEPS = 512, 256, 60
+CHOICES = (
+    *(f"{criterion}:{ranking}" for criterion in ("magnitude", "taylor") for ranking in ("local", "global", "isomorphic")),
+    *(f"{criterion}:global" for criterion in ("bn_scale", "lamp", "fpgm", "hessian", "obdc", "fisher", "wanda", "flap")),
+    *(f"{criterion}:global" for criterion in ("snip", "grasp", "random")),
+)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -48,11 +52,11 @@ def main(argv: list[str] | None = None) -> None:
     if arguments is None:
         return
     jobs = [
-        {"network": network, "seed": seed, **dict(zip(("criterion", "ranking"), choice.split(":"))), "repair": repair}
-        for repair in (True, False)
+        {"network": network, "seed": seed, **dict(zip(("criterion", "ranking"), choice.split(":")))}
         for seed in arguments.seeds
-        for network in arguments.networks
         for choice in arguments.criteria
+        for network in arguments.networks
+        if has_batch_norm(network) or not choice.startswith("bn_scale")
     ]
     try:
         sweep(__file__, jobs, ROWS, limit=arguments.limit, redo=arguments.redo, workers=arguments.workers)
@@ -61,28 +65,37 @@ def main(argv: list[str] | None = None) -> None:
     print(TABLE.relative_to(Path.cwd()) if TABLE.is_relative_to(Path.cwd()) else TABLE)
 
 
-def measure(network: str, seed: int, criterion: str, ranking: str, repair: bool) -> Row:
-    """Accuracies at every budget, and the share of multiply-accumulates that is left; without `repair`, of fxprune alone."""
+def has_batch_norm(network: str) -> bool:
+    return any(isinstance(module, nn.BatchNorm2d) for module in build(network).modules())
+
+
+def measure(network: str, seed: int, criterion: str, ranking: str) -> Row:
+    """Accuracies at every budget, and the share of multiply-accumulates that is left."""
+    torch.set_num_threads(1)
     model = base(network, seed)
     images, labels = fashion("train", TRAIN)
-    test = fashion("t10k", TEST)
+    calibration, test = images[:CALIBRATION], fashion("t10k", TEST)
     whole = macs_of(model, images[:1])
+    rival = rival_of(model, images[:SCORING], labels[:SCORING], criterion, ranking) if criterion in IMPORTANCES else None
+
+    def tuned(made: nn.Module) -> float:
+        train(made, images, labels, steps=STEPS, rate=TUNE_RATE, seed=seed)
+        return accuracy(made, *test)
+
     budgets = {}
     for fewer in FEWER:
         pruned = prune_here(model, images, labels, criterion, ranking, 1 / fewer)
-        if not repair:
-            train(pruned, images, labels, steps=STEPS, rate=TUNE_RATE, seed=seed)
-            budgets[str(fewer)] = {"tuned_alone": accuracy(pruned, *test)}
-            continue
-        other = prune_with_torch_pruning(model, images, labels, criterion, ranking, whole / fewer)
-        found = {"left": macs_of(pruned, images[:1]) / whole, "other_left": macs_of(other, images[:1]) / whole}
-        found["pruned"], found["other_pruned"] = accuracy(pruned, *test), accuracy(other, *test)
-        repaired = fxprune.repair(model, pruned, images[:CALIBRATION].split(64))
-        found["repaired"] = accuracy(repaired, *test)
-        found["other_norms"] = accuracy(with_fresh_norms(other, images[:CALIBRATION]), *test)
-        for name, made in (("tuned", repaired), ("other_tuned", other)):
-            train(made, images, labels, steps=STEPS, rate=TUNE_RATE, seed=seed)
-            found[name] = accuracy(made, *test)
+        repaired = fxprune.repair(model, pruned, calibration.split(64))
+        found: Row = {"left": macs_of(pruned, images[:1]) / whole}
+        found |= {"pruned": accuracy(pruned, *test), "repaired": accuracy(repaired, *test)}
+        found |= {"tuned": tuned(repaired), "tuned_alone": tuned(pruned)}
+        if rival is not None:
+            try:
+                other = rival.within_budget(whole / fewer)
+                found |= {"other_left": macs_of(other, images[:1]) / whole, "other_pruned": accuracy(other, *test)}
+                found |= {"other_norms": accuracy(with_fresh_norms(other, calibration), *test), "other_tuned": tuned(other)}
+            except Exception as error:
+                found["other_fails"] = one_line(error)
         budgets[str(fewer)] = found
     return {"status": "measured", "base": accuracy(model, *test), "macs": whole, "budgets": budgets, "machine": machine()}
 
@@ -102,23 +115,16 @@ def prune_here(
     )
 
 
-def prune_with_torch_pruning(
-    model: nn.Module, images: Tensor, labels: Tensor, criterion: str, ranking: str, most: float
-) -> nn.Module:
-    gradients = None
-    if criterion == "taylor":
-        loss = F.cross_entropy(model(images[:SCORING]), labels[:SCORING])
-        gradients = torch.autograd.grad(loss, list(model.parameters()))
-
-    return within_budget(
+def rival_of(model: nn.Module, images: Tensor, labels: Tensor, criterion: str, ranking: str) -> Rival:
+    return Rival(
         model,
-        images[:1],
-        most,
-        importance=OTHER[criterion],
+        criterion,
+        ranking,
+        images,
+        labels,
+        F.cross_entropy,
         ignored=lambda made: [made.head],
-        gradients=gradients,
         heads=lambda made: {m.qkv: m.num_heads for m in made.modules() if hasattr(m, "qkv")},
-        global_pruning=ranking == "global",
     )
 
 
@@ -128,16 +134,15 @@ def prune_with_torch_pruning(
 def table(rows: list[Row]) -> str:
     measured = [row for row in rows if row.get("status") == "measured"]
 
-    def chosen(network: str, choice: str, repair: bool) -> list[Row]:
-        job = (network, *choice.split(":"), repair)
-        return [r for r in measured if (r["network"], r["criterion"], r["ranking"], r["repair"]) == job]
+    def chosen(network: str, choice: str) -> list[Row]:
+        return [r for r in measured if (r["network"], r["criterion"], r["ranking"]) == (network, *choice.split(":"))]
 
     lines = [
-        {"network": network, "choice": choice, "fewer": fewer, "rows": mine, "alone": chosen(network, choice, False)}
+        {"network": network, "choice": choice, "fewer": fewer, "rows": mine}
         for network in dict.fromkeys(row["network"] for row in measured)
         for fewer in FEWER
         for choice in CHOICES
-        if (mine := chosen(network, choice, True))
+        if (mine := chosen(network, choice))
     ]
     columns = [
         ("network", "l", lambda line: line["network"]),
@@ -172,8 +177,7 @@ HEADINGS = (
 
 
 def values(line: Row, stage: str) -> list[float]:
-    rows = line["alone" if stage == "tuned_alone" else "rows"]
-    return [row["budgets"][str(line["fewer"])][stage] for row in rows]
+    return [found[stage] for row in line["rows"] if stage in (found := row["budgets"][str(line["fewer"])])]
 
 
 def percent(shares: list[float]) -> str:
@@ -193,7 +197,7 @@ def summary(lines: list[Row], failed: list[Row]) -> str:
         ("after fine-tuning without repair, against the same", "tuned_alone", "other_tuned"),
         ("after pruning alone", "pruned", "other_pruned"),
     ):
-        gaps = [(gap(line, mine, other), line) for line in lines if values(line, mine)]
+        gaps = [(gap(line, mine, other), line) for line in lines if values(line, mine) and values(line, other)]
         if not gaps:
             continue
         behind = [f"{place(line)} ({100 * g:+.1f})" for g, line in gaps if g < 0]
@@ -210,6 +214,12 @@ def summary(lines: list[Row], failed: list[Row]) -> str:
         spans = [[v * line["fewer"] for line in lines for v in values(line, stage)] for stage in ("left", "other_left")]
         mine, other = (f"{min(span):.1%} to {max(span):.1%}" for span in spans)
         made.append(f"multiply-accumulates left, as a share of the budget: fxprune {mine}, Torch-Pruning {other}")
+    made += [
+        f"Torch-Pruning fails: {place(line)}, seed {row['seed']}: {found['other_fails']}"
+        for line in lines
+        for row in line["rows"]
+        if "other_fails" in (found := row["budgets"][str(line["fewer"])])
+    ]
     made += [f"failed: {row['network']} {row['seed']} {row['criterion']} {row['ranking']}: {row['reason']}" for row in failed]
     return "".join(f"- {line}\n" for line in made)
 

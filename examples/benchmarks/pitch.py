@@ -23,8 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import torch_pruning
-from rival import macs_of, with_fresh_norms, within_budget
+from rival import Rival, macs_of, with_fresh_norms
 from sweep import Row, machine, markdown_table, one_line, options, read_rows, sweep
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -35,7 +34,6 @@ HERE = Path(__file__).parent
 ROWS, TABLE = HERE / "pitch.jsonl", HERE / "PITCH.md"
 SHARES = (0.9, 0.75, 0.5, 0.33, 0.25)
 CHOICES = ("magnitude:local", "magnitude:global", "taylor:global")
-OTHER = {"magnitude": torch_pruning.importance.MagnitudeImportance, "taylor": torch_pruning.importance.TaylorImportance}
 BINS, CENTS, LOWEST = 360, 20.0, 1997.3794084376191  # the network's pitches, in cents above 10 Hz
 RATE, FRAME = 16_000, 1024  # samples a second, and in a frame
 CALIBRATION, TEST = 256, 512  # frames
@@ -129,6 +127,15 @@ def measure(capacity: str, criterion: str, ranking: str) -> Row:
     with torch.no_grad():
         wanted = torch.cat([model(part) for part in test.split(64)])
     whole = macs_of(model, frames[:1])
+    rival = Rival(
+        model,
+        criterion,
+        ranking,
+        frames,
+        labels,
+        F.binary_cross_entropy,
+        ignored=lambda made: [made.conv6, made.classifier],
+    )
     budgets = {}
     for share in SHARES:
         pruned = fxprune.prune(
@@ -144,7 +151,7 @@ def measure(capacity: str, criterion: str, ranking: str) -> Row:
         found = {"left": macs_of(pruned, frames[:1]) / whole}
         found |= {"pruned": compared(pruned, wanted, test, pitch), "repaired": compared(repaired, wanted, test, pitch)}
         try:
-            other = other_tool(model, frames, labels, criterion, ranking, whole * share)
+            other = rival.within_budget(whole * share)
             found["other_left"] = macs_of(other, frames[:1]) / whole
             found["other_pruned"] = compared(other, wanted, test, pitch)
             found["other_norms"] = compared(with_fresh_norms(other, frames), wanted, test, pitch)
@@ -153,22 +160,6 @@ def measure(capacity: str, criterion: str, ranking: str) -> Row:
         budgets[str(share)] = found
     original = compared(model, wanted, test, pitch)
     return {"status": "measured", "right": original["right"], "macs": whole, "budgets": budgets, "machine": machine()}
-
-
-def other_tool(model: nn.Module, frames: Tensor, labels: Tensor, criterion: str, ranking: str, most: float) -> nn.Module:
-    gradients = None
-    if criterion == "taylor":
-        loss = F.binary_cross_entropy(model(frames), labels)
-        gradients = torch.autograd.grad(loss, list(model.parameters()))
-    return within_budget(
-        model,
-        frames[:1],
-        most,
-        importance=OTHER[criterion],
-        ignored=lambda made: [made.conv6, made.classifier],
-        gradients=gradients,
-        global_pruning=ranking == "global",
-    )
 
 
 # -- the table ------------------------------------------------------------------------------------------------------------
