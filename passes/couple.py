@@ -78,6 +78,7 @@ def solve(captures: Sequence[Capture], terms: Terms, closed: Mapping[str, str] |
     if seeking:
         if any(len(e.labels[0]) > 1 for e in ties.coarse):
             leaves = by_head(leaves, ties)
+        del ties, values  # before as much is made again
         ties, values = read(captures, leaves, size, terms)
     settled: set[tuple[str, int]] = set()
     while ties.composed:  # what is composed in one reading may ask for more in the next

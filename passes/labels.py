@@ -152,7 +152,10 @@ def factor(labels: Tensor, nest: Sequence[int] = ()) -> Factor:
     """
     dims = varying(labels)
     ordered = tuple(d for d in nest if d in dims)
-    return Factor(squash(labels, dims), ordered + tuple(d for d in dims if d not in ordered))
+    small = squash(labels, dims)
+    if small.numel() < labels.numel():
+        small = small.clone()  # a view would keep the whole array
+    return Factor(small, ordered + tuple(d for d in dims if d not in ordered))
 
 
 def along(vector: Tensor, dim: int, ndim: int) -> Factor:

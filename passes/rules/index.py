@@ -45,6 +45,9 @@ def index(call: Call) -> Labels:
             continue
         for d in touched:
             one_by_one(call, f, d)
+        if not touched:
+            result += call.settle(factor(torch.ops.aten.index.Tensor(f.labels, of_size_one(contents))))
+            continue
         array = fill(f, shape, indexed)
         if not exact and any(c is not None and c.dtype == torch.bool for c in contents):
             if indexed != list(range(len(indexed))):
@@ -55,6 +58,19 @@ def index(call: Call) -> Labels:
             array = torch.ops.aten.index.Tensor(array, contents)
         result += call.settle(factor(array))
     return result
+
+
+def of_size_one(contents: list[Tensor | None]) -> list[Tensor | None]:
+    """Indices that take the only entry of dimensions of size 1, where others with these contents index: to the same places."""
+    found: list[Tensor | None] = []
+    for c in contents:
+        if c is None:
+            found.append(None)
+        elif c.dtype in (torch.bool, torch.uint8):
+            found += [torch.zeros(1, dtype=torch.int64)] * c.dim()
+        else:
+            found.append(torch.zeros([1] * c.dim(), dtype=torch.int64))
+    return found
 
 
 def stand_in(call: Call, ref: Ref, is_mask: bool) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 
 from fxprune.passes.labels import NONE, Factor, Labels, align, factor
@@ -100,8 +101,9 @@ def unify(call: Call, a: Labels, a_shape: Sequence[int], b: Labels, b_shape: Seq
                 call.ties.freeze(each.labels, kept_whole(call))
             continue
         call.ties.tie(f.labels, g.labels, broadcast=True)
-        if call.ties.seeking_heads:  # the wider one still tells heads apart
-            result.append(f if len(f.nest) > len(g.nest) else g)
+        wider = f if len(f.nest) > len(g.nest) else g
+        if call.ties.seeking_heads and occur_alike(wider, wider.dims - shared):  # it still tells heads apart
+            result.append(wider)
             continue
         narrow = g.labels
         for d in g.dims - shared:
@@ -130,6 +132,15 @@ def lines(call: Call, a: Labels, a_shape: Sequence[int], b: Labels, b_shape: Seq
     for f in met:
         call.ties.join(f, theirs[f.nest])
     return (*met, *left, *right)
+
+
+def occur_alike(f: Factor, dims: Iterable[int]) -> bool:
+    """Whether rows along some dimensions occur equally often, as heads do; class tokens before patches do not."""
+    line = f.labels
+    for d in f.dims.difference(dims):
+        line = line.narrow(d, 0, 1)
+    _, counts = np.unique(line.reshape(-1).numpy(), return_counts=True)
+    return bool((counts == counts[0]).all())
 
 
 def beside_rows(call: Call, mine: list[Factor], theirs: list[Factor]) -> list[Factor]:
