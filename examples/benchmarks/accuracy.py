@@ -214,12 +214,13 @@ def summary(lines: list[Row], failed: list[Row]) -> str:
         spans = [[v * line["fewer"] for line in lines for v in values(line, stage)] for stage in ("left", "other_left")]
         mine, other = (f"{min(span):.1%} to {max(span):.1%}" for span in spans)
         made.append(f"multiply-accumulates left, as a share of the budget: fxprune {mine}, Torch-Pruning {other}")
-    made += [
-        f"Torch-Pruning fails: {place(line)}, seed {row['seed']}: {found['other_fails']}"
-        for line in lines
-        for row in line["rows"]
-        if "other_fails" in (found := row["budgets"][str(line["fewer"])])
-    ]
+    for choice in dict.fromkeys(line["choice"] for line in lines):
+        found = [row["budgets"][str(line["fewer"])] for line in lines if line["choice"] == choice for row in line["rows"]]
+        reasons = [each["other_fails"] for each in found if "other_fails" in each]
+        if reasons:
+            made.append(
+                f"Torch-Pruning fails in {len(reasons)} of {len(found)} runs with {choice.replace(':', ', ')}: {reasons[0]}"
+            )
     made += [f"failed: {row['network']} {row['seed']} {row['criterion']} {row['ranking']}: {row['reason']}" for row in failed]
     return "".join(f"- {line}\n" for line in made)
 

@@ -42,6 +42,7 @@ TOOLS = ("fxprune", "torch-pruning", "modelopt")
 DOUBLE_UP_TO = 60_000_000  # parameters
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
 RATIO = 0.5
+LARGE = 2**20  # elements
 REACHED = 0.9  # of the parameters: what a plan has to reach not to be listed by itself
 
 
@@ -137,10 +138,13 @@ def reach(network: nn.Module, coupling: fxprune.Coupling) -> Row:
 
 
 class Untouched(TorchFunctionMode):
-    """Leaves parameters as they were allocated, so that a model of any size is built at once and takes no memory."""
+    """Leaves parameters without contents, and large ones on `meta`, so that a model of any size is built at once."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.empty:
+            made = func(*args, **kwargs | {"device": "meta"})
+            return made if made.numel() >= LARGE else func(*args, **kwargs)
         first = args[0] if args else kwargs.get("tensor")
         name = getattr(func, "__name__", "")
         writes = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"

@@ -80,7 +80,7 @@ class Rival:
             num_heads=self.heads(made),
         )
         if self.criterion == "obdc":
-            importance._prepare_model(made, pruner)  # as its own examples do
+            importance._prepare_model(made, pruner)  # as its documentation does; it raises, see ACCURACY.md
             self.loss(made(self.inputs), self.targets).backward()
             importance.step()
             importance._rm_hooks(made)
