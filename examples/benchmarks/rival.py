@@ -49,12 +49,10 @@ class Rival:
         """The result of the smallest ratio, to a thousandth, whose multiply-accumulates for one input are within `most`.
 
         Errors:
-            ValueError: even the largest ratio leaves more.
+            ValueError: there is none below 0.95; layers that would lose more than its `max_pruning_ratio` lose nothing.
         """
         low, high = 0.0, 0.95
-        best = self.at(high)
-        if macs_of(best, self.inputs[:1]) > most:
-            raise ValueError(f"{macs_of(best, self.inputs[:1]):,} multiply-accumulates are left at ratio {high}")
+        best = None
         while high - low > 1e-3:
             middle = (low + high) / 2
             found = self.at(middle)
@@ -62,6 +60,8 @@ class Rival:
                 high, best = middle, found
             else:
                 low = middle
+        if best is None:
+            raise ValueError(f"no ratio up to {high} leaves {most:,.0f} multiply-accumulates or fewer")
         return best
 
     def at(self, ratio: float) -> nn.Module:
