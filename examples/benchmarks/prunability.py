@@ -10,7 +10,8 @@ A model runs in a process of its own with a time limit, so a sweep can be stoppe
 everything. *exact*: the result equals the original with the removed channels masked, at the sizes the model takes, up to
 1e-9 in double precision (1e-4 in single, above 60 million parameters and for Torch-Pruning).
 *with states released*: for models that return hidden states besides their answer, which then may shrink.
-Torch-Pruning is given what its documentation asks for (the classifiers, the heads). NVIDIA's modelopt (`pip install
+Torch-Pruning is told the heads, as its documentation asks for, and the layers whose outputs have to stay, as fxprune finds
+them. NVIDIA's modelopt (`pip install
 nvidia-modelopt requests`; FastNAS) is told that every layer may keep half, and its smallest subnet is exported. The result of
 either is exact where it equals the original with the same elements zeroed, and only *runs* where that is no reference (a norm
 takes statistics over channels).
@@ -19,6 +20,7 @@ takes statistics over channels).
 import argparse
 import contextlib
 import copy
+import importlib
 import statistics
 import sys
 import time
@@ -43,6 +45,7 @@ DOUBLE_UP_TO = 60_000_000  # parameters
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
 RATIO = 0.5
 LARGE = 2**20  # elements
+PROBED = 512  # elements of a slice that tell whether it was kept
 REACHED = 0.9  # of the parameters: what a plan has to reach not to be listed by itself
 
 
@@ -54,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--level", choices=["exact", "plan"], default="exact")
     parser.add_argument("--all", action="store_true", help="every timm model (with --level plan)")
     parser.add_argument("--limit", type=float, default=600, help="seconds for one model")
-    arguments = options(parser, measure, argv, memory=0.8)
+    arguments = options(parser, measure, argv, memory=0.8, prepare=imports)
     if arguments is None:
         return
     suites = list(SUITES) if arguments.suite == "all" else [arguments.suite]
@@ -71,6 +74,14 @@ def main(argv: list[str] | None = None) -> None:
     finally:
         TABLE.write_text(tables(read_rows(ROWS) + read_rows(PLANS)))
     print(TABLE)
+
+
+def imports(model: str, tool: str, level: str) -> None:
+    """What the job needs and others like it will need again."""
+    library = model.partition(":")[0]
+    importlib.import_module({"ultralytics": "ultralytics.nn.tasks"}.get(library, library))
+    if tool == "modelopt":
+        importlib.import_module("modelopt.torch.nas")
 
 
 def measure(model: str, tool: str, level: str) -> Row:
@@ -172,7 +183,10 @@ def planned(model: str) -> Row:
 def torch_pruning(network: nn.Module, inputs: Any) -> nn.Module:
     from speed import prune_with_torch_pruning
 
-    return prune_with_torch_pruning(network, inputs)
+    coupling = fxprune.couple(network, inputs)
+    stay = {member.rpartition(".")[0] for f in coupling.families if f.frozen for member, dim in f.members if dim == 0}
+    ignored = [module for name, module in network.named_modules() if name in stay and hasattr(module, "weight")]
+    return prune_with_torch_pruning(network, inputs, ignored)
 
 
 def modelopt(network: nn.Module, inputs: Any) -> nn.Module:
@@ -232,20 +246,20 @@ def places(value: Tensor, kept: Tensor) -> Tensor:
     Millions of random numbers in single precision hold some twice, so an element that was removed may equal one that was
     kept. Where what is left is a box, its sides are the slices that hold the most of it.
     """
-    held = torch.isin(value, kept)
     if value.dim() != kept.dim():
-        return held
-    sides = [
-        held.sum([d for d in range(value.dim()) if d != dim]).topk(kept.shape[dim]).indices.sort().values
-        if value.dim() > 1
-        else held.nonzero().flatten()
-        for dim in range(value.dim())
-    ]
-    box = value[torch.meshgrid(*sides, indexing="ij")]
-    if box.numel() != kept.numel() or not torch.equal(box.flatten().sort().values, kept.flatten().sort().values):
-        return held
-    found = torch.zeros_like(held)
-    found[torch.meshgrid(*sides, indexing="ij")] = True
+        return torch.isin(value, kept)
+    sides = []
+    for dim, size in enumerate(kept.shape):
+        slices = value.movedim(dim, 0).reshape(value.shape[dim], -1)
+        some = kept.movedim(dim, 0).reshape(size, -1)[:, : PROBED // 64].contiguous()
+        held = torch.isin(slices[:, :PROBED].contiguous(), some).sum(1)
+        sides.append(held.topk(size).indices.sort().values)
+    at = torch.meshgrid(*sides, indexing="ij")
+    same = torch.equal(value[at], kept) or torch.equal(value[at].flatten().sort().values, kept.flatten().sort().values)
+    if not same:
+        return torch.isin(value, kept)
+    found = torch.zeros(value.shape, dtype=torch.bool)
+    found[at] = True
     return found
 
 

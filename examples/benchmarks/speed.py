@@ -16,7 +16,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -158,18 +158,24 @@ def prune_here(network: nn.Module, images: Tensor, verify: bool) -> nn.Module:
     return fxprune.prune(network, RATIO, example_inputs=images, verify=verify)
 
 
-def prune_with_torch_pruning(network: nn.Module, inputs: Any) -> nn.Module:
-    """`network` itself, half of it removed, told what Torch-Pruning's documentation asks for."""
+def prune_with_torch_pruning(network: nn.Module, inputs: Any, ignored: Sequence[nn.Module] | None = None) -> nn.Module:
+    """`network` itself, half of it removed, told what Torch-Pruning's documentation asks for.
+
+    Arguments: `ignored`, the layers whose outputs stay; None for the classifiers.
+    """
     pruner = torch_pruning.pruner.BasePruner(
         network,
         inputs,
         forward_fn=call,
         importance=torch_pruning.importance.MagnitudeImportance(p=2),
         pruning_ratio=RATIO,
-        ignored_layers=classifiers(network),
+        ignored_layers=classifiers(network) if ignored is None else list(ignored),
         num_heads=heads(network),
     )
     pruner.step()
+    if hasattr(network, "hidden_dim") and hasattr(network, "conv_proj"):
+        # torchvision's VisionTransformer reads its width from an attribute; Torch-Pruning's own tests set it
+        network.hidden_dim = network.conv_proj.out_channels
     return network
 
 
@@ -194,12 +200,7 @@ def heads(network: nn.Module) -> dict[nn.Module, int]:
 
 
 def breaks(pruned: nn.Module, images: Tensor) -> str:
-    """Why Torch-Pruning's result does not run, or "" where it does.
-
-    torchvision's VisionTransformer reads its width from an attribute; Torch-Pruning's own tests set it.
-    """
-    if hasattr(pruned, "hidden_dim") and hasattr(pruned, "conv_proj"):
-        pruned.hidden_dim = pruned.conv_proj.out_channels
+    """Why Torch-Pruning's result does not run, or "" where it does."""
     try:
         forward(pruned, images)
     except Exception as error:

@@ -95,10 +95,12 @@ def options(
     *,
     memory: float = 0.6,
     alone: bool = False,
+    prepare: Callable[..., None] = lambda **job: None,
 ) -> argparse.Namespace | None:
     """The arguments of a script; None where it is a worker, which has then printed its row.
 
-    Arguments: `memory`, see `limit_memory`; `alone`, whether jobs are timed and so run one at a time.
+    Arguments: `memory`, see `limit_memory`; `alone`, whether jobs are timed and so run one at a time; `prepare`, what the
+    process that forks does before it forks for a job.
     """
     parser.set_defaults(workers=1)
     parser.add_argument("--redo", action="store_true", help="run again what the file has already")
@@ -108,21 +110,23 @@ def options(
     arguments = parser.parse_args(argv)
     if not arguments.worker:
         return arguments
-    serve(measure, min(memory, 0.9 / arguments.workers))
+    serve(measure, prepare, min(memory, 0.9 / arguments.workers))
     return None
 
 
-def serve(measure: Callable[..., Row], memory: float) -> None:
+def serve(measure: Callable[..., Row], prepare: Callable[..., None], memory: float) -> None:
     """Answer every job on standard input; what jobs print goes to standard error."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     for line in sys.stdin:
+        job = json.loads(line)
+        prepare(**job)
         reading, writing = os.pipe()
         child = os.fork()
         if child == 0:
             limit_memory(memory)
             try:
-                row = measure(**json.loads(line))
+                row = measure(**job)
             except BaseException as error:  # a SystemExit, too, must not leave this loop to two processes
                 row = {"status": "failed", "reason": one_line(error)}
             with os.fdopen(writing, "w") as pipe:
