@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.passes.capture import switch
 from fxprune.passes.proxy import Items, ValueProxy
+from fxprune.passes.tape import Ref
 
 if TYPE_CHECKING:
     from fxprune.passes.trace import ValueTracer
@@ -22,11 +23,15 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Branch:
-    """Numbers of the nodes of the two branches: evaluation from `begin`, training from `middle`, up to `end`."""
+    """Numbers of the nodes of the two branches: evaluation from `begin`, training from `middle`, up to `end`.
+
+    `alike`: whether they do the same but for flags and fractions, and for what is done to single numbers.
+    """
 
     begin: int
     middle: int
     end: int
+    alike: bool
 
 
 def in_both_modes(tracer: ValueTracer, module: nn.Module, forward: Any, arguments: Any, out: Any, begin: int) -> Any:
@@ -65,8 +70,9 @@ def in_both_modes(tracer: ValueTracer, module: nn.Module, forward: Any, argument
     if not same or code(tracer, begin, middle, out) == code(tracer, middle, end, trained):
         tracer.roll_back(middle, ops)
         return out
+    loosely = code(tracer, begin, middle, out, loosely=True) == code(tracer, middle, end, trained, loosely=True)
     made = switched(tracer, out, trained)
-    outer.append(Branch(begin, middle, end))
+    outer.append(Branch(begin, middle, end, loosely))
     return made
 
 
@@ -102,24 +108,38 @@ def switched(tracer: ValueTracer, a: Any, b: Any) -> Any:
     return {k: switched(tracer, v, b[k]) for k, v in a.items()} if type(a) is dict else a
 
 
-def code(tracer: ValueTracer, first: int, end: int, out: Any) -> list[Any]:
-    """What the nodes numbered from `first` to `end` do, with names that do not depend on where they stand."""
+def code(tracer: ValueTracer, first: int, end: int, out: Any, *, loosely: bool = False) -> list[Any]:
+    """What the nodes numbered from `first` to `end` do, with names that do not depend on where they stand.
+
+    `loosely`: without flags and fractions, and without what is done to single numbers.
+    """
     names: dict[fx.Node, str] = {}
 
     def name(n: fx.Node) -> Any:
         return str(n.target) if n.op == "get_attr" else names.get(n, n)
 
+    def masked(x: Any) -> Any:
+        return name(x) if isinstance(x, fx.Node) else "?" if isinstance(x, bool | float) else x
+
     lines: list[Any] = []
     mine = []
     node = tracer.graph._root.prev
     while node.op != "root" and tracer.index[node] >= first:
-        if tracer.index[node] < end and node.op != "get_attr":
+        if tracer.index[node] < end and node.op != "get_attr" and not (loosely and is_number(tracer, node)):
             mine.append(node)
         node = node.prev
     for node in reversed(mine):
         names[node] = f"%{len(lines)}"
-        lines.append((node.op, node.target, str(fx.node.map_arg((node.args, dict(node.kwargs)), name))))
+        given = (node.args, dict(node.kwargs))
+        said = fx.node.map_aggregate(given, masked) if loosely else fx.node.map_arg(given, name)
+        lines.append((node.op, node.target, str(said)))
     return [*lines, [name(v.node) if type(v) is ValueProxy else str(v) for v in leaves(out)]]
+
+
+def is_number(tracer: ValueTracer, node: fx.Node) -> bool:
+    """Whether a node makes a tensor without dimensions from such tensors."""
+    refs = [tracer.results[n] for n in (node, *node.all_input_nodes)]
+    return all(type(r) is Ref and not tracer.recorder.tape.values[r.id].shape for r in refs)
 
 
 def membership(graph: fx.Graph, branches: list[Branch], index: dict[fx.Node, int]) -> dict[fx.Node, bool | None] | None:

@@ -152,6 +152,9 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
         return tracer.call_module(module, functools.partial(plain_call, module), args, kwargs)
 
     def module_getattr(module: nn.Module, name: str) -> Any:
+        number = tracer.plain.answer(module, name)
+        if number is not None:
+            return number
         value = plain_getattr(module, name)
         return tracer.getattr(name, value, {}) if tracer.running is None and isinstance(value, torch.Tensor) else value
 

@@ -28,6 +28,7 @@ from fxprune.passes.imagine import ATOMS
 from fxprune.passes.modes import Branch, in_both_modes, membership
 from fxprune.passes.opaque import SizeUse, Whole, watched
 from fxprune.passes.patches import inlined, patched, plain_rnn
+from fxprune.passes.plain import Plain, is_plain
 from fxprune.passes.proxy import Items, ReadsValue, ValueProxy, has_tensor, iterate, tensors, unwrap
 from fxprune.passes.tape import NeedsValues, Recorder, Ref, collect, map_tensors
 from fxprune.passes.terms import named_outputs
@@ -114,6 +115,7 @@ class ValueTracer(fx.Tracer):
         self.results: dict[fx.Node, Any] = {}
         self.guards: list[Guard] = []
         self.opaque: dict[str, str] = {}
+        self.plain = Plain()
         self.calls: dict[str, list[Call]] = {}
         self.sizes: dict[str, list[SizeUse]] = {}
         self.leaks: dict[str, set[str]] = {}
@@ -373,13 +375,22 @@ class ValueTracer(fx.Tracer):
             return forward(*args, **kwargs)
         if path in self.opaque or self.is_leaf_module(m, path):
             return self.create_proxy("call_module", path, args, kwargs)
+        like = self.plain.kind(m, args, kwargs)
+        if like is not None and like in self.plain.kinds:
+            return self.create_proxy("call_module", path, args, kwargs)
         mark, ops = len(self.index), len(self.recorder.tape.ops)
         again = (copied(args), copied(kwargs))  # what a second run starts from
+        stored, plain = dict(vars(m)), False
         self.stack.append(path)
         self.asked.append(False)
         try:
-            out = forward(*args, **kwargs)
-            return in_both_modes(self, m, forward, again, out, mark) if self.asked[-1] else out
+            with self.plain.watching(m, like is not None) as unread:
+                out = forward(*args, **kwargs)
+                if self.asked[-1]:
+                    out = in_both_modes(self, m, forward, again, out, mark)
+            plain = like is not None and self.asked[-1] and is_plain(self, m, stored, mark)
+            if not plain:
+                return out
         except PruneError:
             raise
         except Exception as error:
@@ -392,7 +403,10 @@ class ValueTracer(fx.Tracer):
             self.stack.pop()
             self.asked.pop()
         self.roll_back(mark, ops)
-        self.opaque[path] = reason
+        if plain:
+            self.plain.add(m, args, unread)
+        else:
+            self.opaque[path] = reason
         try:
             return self.create_proxy("call_module", path, args, kwargs)
         except Exception as error:

@@ -99,7 +99,7 @@ def test_torch_pruning_is_within_the_budget_too(criterion):
     found = rival.within_budget(whole / 2)
     assert 0.35 < accuracy.macs_of(found, images[:1]) / whole <= 0.5
     assert found(images).shape == (8, 10)
-    with pytest.raises(ValueError, match="no ratio up to 0.95 leaves"):
+    with pytest.raises(ValueError, match="no ratio up to"):
         rival.within_budget(whole / 10_000)
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
