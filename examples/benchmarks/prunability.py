@@ -155,7 +155,7 @@ class Untouched(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.empty:
             made = func(*args, **kwargs | {"device": "meta"})
-            return made if made.numel() >= LARGE else func(*args, **kwargs)
+            return made if made.numel() >= LARGE and made.is_floating_point() else func(*args, **kwargs)
         first = args[0] if args else kwargs.get("tensor")
         name = getattr(func, "__name__", "")
         writes = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
