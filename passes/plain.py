@@ -33,6 +33,9 @@ class Plain:
 
     def kind(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable | None:
         """What a forward's path through its Python can depend on, contents of tensors apart; None where that is not clear."""
+        own = type(module)
+        if own.__getattr__ is not nn.Module.__getattr__ or own.__getattribute__ is not object.__getattribute__:
+            return None  # `watching` would not be told
         if kwargs or module._forward_hooks or module._forward_pre_hooks:
             return None
         given = [(a.value.dim(), a.value.dtype) for a in args if type(a) is ValueProxy and isinstance(a.value, Tensor)]

@@ -45,6 +45,17 @@ class Remembers(NormAct):
         return self.last
 
 
+class Hidden(NormAct):
+    """Answers for its attributes itself."""
+
+    def __getattr__(self, name):
+        return 1 if name == "slope" else super().__getattr__(name)
+
+    def forward(self, x):
+        x = super().forward(x)
+        return x * 0.5 if self.slope > 1 else x
+
+
 class OtherInTraining(NormAct):
     """In training its channels meet those of a second parameter."""
 
@@ -108,6 +119,10 @@ def test_a_number_that_decides_is_looked_at_for_each():
 
 def norms_of(model):
     return [type(m)(m.num_features, slope=m.slope) for m in model.modules() if isinstance(m, Sloped)]
+
+
+def test_a_module_that_answers_for_its_attributes_is_not_asked_through_them():
+    exact(network(Hidden(8, slope=2), Hidden(8, slope=2)), X)
 
 
 @pytest.mark.parametrize("kind", [Sized, Remembers, OtherInTraining])
