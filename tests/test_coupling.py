@@ -9,6 +9,8 @@ from graphs.registry import features, linear, net, tokens
 from torch import nn
 
 import fxprune
+from fxprune.passes.labels import Factor, factor
+from fxprune.passes.rules.pointwise import occur_alike
 from fxprune.passes.ties import Pair, components, smallest_tied
 
 
@@ -181,3 +183,35 @@ def test_rows_that_meet_every_row_of_another_tensor_stay():
     assert family.frozen and "keeps every index" in family.frozen
     small = fxprune.prune(model, 0.4, example_inputs=x, attention="dims")
     assert small.verification.error < 1e-9 and small.get_submodule("norm").normalized_shape == (2,)
+
+
+def test_a_factor_lets_go_of_the_array_it_was_cut_from():
+    made = factor(torch.arange(8).expand(1000, 8).contiguous())
+    assert made.nest == (1,) and made.labels.untyped_storage().nbytes() == 8 * made.labels.element_size()
+
+
+def test_class_tokens_are_no_heads():
+    """Rows of labels along tokens (1, tokens, channels): heads occur equally often, whether shared or not."""
+    own, patch = torch.arange(1, 5), torch.arange(5, 9)
+    assert not occur_alike(Factor(torch.stack([own, patch, patch])[None], (1, 2)), {1})
+    assert occur_alike(Factor(torch.stack([own, own, patch, patch])[None], (1, 2)), {1})
+    assert occur_alike(Factor(torch.arange(1, 13).reshape(1, 3, 4), (1, 2)), {1})
+
+
+def test_an_index_passes_what_it_does_not_touch():
+    """A bias table (positions, heads) read at places of the tokens: its heads go, and each place keeps its own entry."""
+
+    class Biased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(9, 8))
+            self.register_buffer("places", (torch.arange(25) % 9).reshape(5, 5))
+            self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.down(self.up(x)[:, :, None] + self.table[self.places])
+
+    model, x = Biased().double(), torch.randn(2, 5, 6, dtype=torch.float64)
+    pruned = fxprune.prune(model, 0.5, example_inputs=x)
+    assert dict(pruned.named_parameters())["table"].shape == (9, 4)
+    assert fxprune.verify(model, pruned, x).error < 1e-12
