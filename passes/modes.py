@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, fx, nn
 
 from fxprune.passes.capture import switch
+from fxprune.passes.flag import plainly, settled
 from fxprune.passes.proxy import Items, ValueProxy
 from fxprune.passes.tape import Ref
 
@@ -49,8 +50,9 @@ def in_both_modes(tracer: ValueTracer, module: nn.Module, forward: Any, argument
     if tracer.reads_training or module.training or tracer.own_train:
         tracer.reads_training = True
         return out
-    middle, ops = len(tracer.index), len(tracer.recorder.tape.ops)
+    middle = len(tracer.index)
     modes = {m: vars(m)["training"] for m in module.modules()}
+    ops = len(tracer.recorder.tape.ops)
     outer, retry = tracer.branches, tracer.retry
     tracer.branches, tracer.retry = None, False
     try:
@@ -62,6 +64,30 @@ def in_both_modes(tracer: ValueTracer, module: nn.Module, forward: Any, argument
         tracer.branches, tracer.retry = outer, retry
         for m, mode in modes.items():
             m.training = mode
+    return joined(tracer, begin, middle, ops, out, trained)
+
+
+def by_flag(tracer: ValueTracer, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result of a call that is given a flag (see `flag.py`), good for both modes."""
+    if tracer.branches is None or tracer.reads_training:
+        plain = tuple(map(plainly, args)), {k: plainly(v) for k, v in kwargs.items()}
+        return tracer.create_proxy(kind, target, *plain)
+    begin = len(tracer.index)
+    out = tracer.create_proxy(kind, target, *settled(False, args, kwargs))
+    middle, ops = len(tracer.index), len(tracer.recorder.tape.ops)
+    try:
+        trained = tracer.create_proxy(kind, target, *settled(True, args, kwargs))
+    except Exception:
+        trained = None
+    return joined(tracer, begin, middle, ops, out, trained)
+
+
+def joined(tracer: ValueTracer, begin: int, middle: int, ops: int, out: Any, trained: Any) -> Any:
+    """What follows a branch goes on with this: `out`, where the two are the same, else a switch.
+
+    Where one cannot stand in for the other the model has to be captured once more. `ops` is the length of the tape before the
+    training branch.
+    """
     end = len(tracer.index)
     before, after = (leaves(out), leaves(trained))
     same = len(before) == len(after) and all(alike(a, b) for a, b in zip(before, after, strict=True))
@@ -72,7 +98,8 @@ def in_both_modes(tracer: ValueTracer, module: nn.Module, forward: Any, argument
         return out
     loosely = code(tracer, begin, middle, out, loosely=True) == code(tracer, middle, end, trained, loosely=True)
     made = switched(tracer, out, trained)
-    outer.append(Branch(begin, middle, end, loosely))
+    assert tracer.branches is not None
+    tracer.branches.append(Branch(begin, middle, end, loosely))
     return made
 
 

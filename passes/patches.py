@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fxprune.passes.flag import read_training
 from fxprune.passes.proxy import ValueProxy, iterate, unwrap
 
 if TYPE_CHECKING:
@@ -126,11 +127,6 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
             return torch.native_batch_norm(*args[:8])[0]
         return plain_batch_norm(*args, **kwargs)
 
-    def get_training(module: nn.Module) -> bool:
-        if tracer.running is None:
-            tracer.asked[-1] = True
-        return bool(vars(module)["training"])
-
     maths = {id(f): f for name, f in vars(math).items() if callable(f) and not name.startswith("_")}
     seen: set[object] = set()
 
@@ -162,7 +158,7 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
     functional: Any = F
     verify_batch_size = functional._verify_batch_size
     plain_batch_norm = torch.batch_norm
-    plain_call, plain_getattr = nn.Module.__call__, nn.Module.__getattr__
+    plain_call, plain_getattr = nn.Module._call_impl, nn.Module.__getattr__
     set_tracing = getattr(torch.fx._symbolic_trace, "_set_is_fx_tracing", None)  # what is_fx_tracing() answers by
     try:
         torch.backends.mha.set_fastpath_enabled(False)
@@ -179,9 +175,11 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
         patch(torch.autograd.Function, "apply", classmethod(traced_apply))
         # one example may be too few for batch statistics; the shapes are all that matters here
         functional._verify_batch_size = lambda size: None
-        patch(nn.Module, "training", property(get_training, lambda m, v: vars(m).__setitem__("training", v)))
+        mode = property(lambda m: read_training(tracer, m), lambda m, v: vars(m).__setitem__("training", v))
+        patch(nn.Module, "training", mode)
         patch(nn.Module, "__getattr__", module_getattr)
-        patch(nn.Module, "__call__", module_call)
+        # what `__call__` comes to; a special method would have Python look through every subclass there is
+        patch(nn.Module, "_call_impl", module_call)
         look_at(tracer.root)
         if set_tracing is not None:
             set_tracing(True)

@@ -102,7 +102,7 @@ def is_plain(tracer: ValueTracer, module: nn.Module, stored: dict[str, Any], mar
     if len(now) != len(stored) or any(now[k] is not v for k, v in stored.items()):
         return False
     inner = [b for b in tracer.branches if b.begin >= mark]
-    if len(inner) > 1 or not all(b.alike and b.begin == mark for b in inner):
+    if not all(b.alike for b in inner):
         return False
     made = itertools.takewhile(lambda n: n.op != "root" and tracer.index[n] >= mark, reversed(tracer.graph.nodes))
     return all(is_simple(tracer, n) for n in made)

@@ -179,7 +179,7 @@ def unwrap(x: Any) -> Any:
         return {k: unwrap(v) for k, v in x.items()}
     if isinstance(x, slice):
         return slice(unwrap(x.start), unwrap(x.stop), unwrap(x.step))
-    return x
+    return bool(x) if isinstance(x, bool) else x  # a flag, deep in an argument
 
 
 def tensors(x: Any) -> list[Tensor]:

@@ -24,8 +24,9 @@ from torch import Tensor, fx, nn
 from fxprune.errors import PruneError
 from fxprune.passes.capture import Call, Capture, Guard
 from fxprune.passes.faults import surface
+from fxprune.passes.flag import Flag, Reading
 from fxprune.passes.imagine import ATOMS
-from fxprune.passes.modes import Branch, in_both_modes, membership
+from fxprune.passes.modes import Branch, by_flag, in_both_modes, membership
 from fxprune.passes.opaque import SizeUse, Whole, watched
 from fxprune.passes.patches import inlined, patched, plain_rnn
 from fxprune.passes.plain import Plain, is_plain
@@ -93,7 +94,7 @@ FACT_METHODS = frozenset(
 )
 WHERE = frozenset(["is_meta", "is_cuda", "is_cpu", "is_mps", "is_xpu", "get_device", "type", "index"])
 VALUE_METHODS = frozenset(["item", "tolist", "numpy", "__array__", "data_ptr"])
-plain_call = nn.Module.__call__  # as it is outside of a trace
+plain_call = nn.Module._call_impl  # as it is outside of a trace
 PLAIN_MODULES = ("_operator", "builtins", "math")  # their functions make no tensors of their own
 PLAIN = ATOMS | {complex, torch.layout, torch.memory_format}
 
@@ -124,7 +125,7 @@ class ValueTracer(fx.Tracer):
         self.stack: list[str] = [""]
         self.running: str | None = None
         self.reads_training = False
-        self.asked = [False]  # for each module on the stack, whether it asked which mode it is in
+        self.readings = [Reading()]  # what each module on the stack wanted to know of its mode
         self.branches: list[Branch] | None = []  # None while a branch is being captured
         self.own_train = any(type(m).train is not nn.Module.train for m in self.modules.values())
         self.retry = True
@@ -174,6 +175,8 @@ class ValueTracer(fx.Tracer):
         type_expr: Any = None,
         proxy_factory_fn: Any = None,
     ) -> Any:
+        if any(type(a) is Flag for a in args) or (kwargs and any(type(v) is Flag for v in kwargs.values())):
+            return by_flag(self, kind, target, args, kwargs)
         made = tuple([a.node if type(a) is ValueProxy else self.create_arg(a) for a in args])
         node = self.create_node(kind, target, made, self.create_arg(kwargs) if kwargs else {}, name, type_expr)
         ins = tuple([a.value if type(a) is ValueProxy else unwrap(a) for a in args])
@@ -270,6 +273,8 @@ class ValueTracer(fx.Tracer):
             return a
         if type(a) is Items:
             return a.pack(self)
+        if type(a) is Flag:  # deep in an argument
+            return bool(a)
         if isinstance(a, Tensor):
             name = self.names.get(id(a))
             if name is None:
@@ -382,13 +387,13 @@ class ValueTracer(fx.Tracer):
         again = (copied(args), copied(kwargs))  # what a second run starts from
         stored, plain = dict(vars(m)), False
         self.stack.append(path)
-        self.asked.append(False)
+        self.readings.append(reading := Reading())
         try:
             with self.plain.watching(m, like is not None) as unread:
                 out = forward(*args, **kwargs)
-                if self.asked[-1]:
+                if reading.asked:
                     out = in_both_modes(self, m, forward, again, out, mark)
-            plain = like is not None and self.asked[-1] and is_plain(self, m, stored, mark)
+            plain = like is not None and (reading.asked or reading.flag) and is_plain(self, m, stored, mark)
             if not plain:
                 return out
         except PruneError:
@@ -401,7 +406,7 @@ class ValueTracer(fx.Tracer):
             reason = f"reads {error}" if isinstance(error, ReadsValue) else f"{type(error).__name__}: {error}"
         finally:
             self.stack.pop()
-            self.asked.pop()
+            self.readings.pop()
         self.roll_back(mark, ops)
         if plain:
             self.plain.add(m, args, unread)
@@ -444,9 +449,9 @@ class ValueTracer(fx.Tracer):
                     del now[name]
 
     def stands_for(self, stored: Any, mark: int) -> bool:
-        if type(stored) is dict and not any(type(v) is ValueProxy or type(v) in CONTAINERS for v in stored.values()):
+        if type(stored) is dict and not any(type(v) in (ValueProxy, Flag) or type(v) in CONTAINERS for v in stored.values()):
             return False
-        return any(type(v) is ValueProxy and self.index.get(v.node, mark) >= mark for v in iterate(stored))
+        return any(type(v) is Flag or (type(v) is ValueProxy and self.index.get(v.node, mark) >= mark) for v in iterate(stored))
 
     # -- the root -----------------------------------------------------------------------------------------------------
 
@@ -523,7 +528,7 @@ def trace(
         tracer.sizes,
         tracer.inputs,
         outputs,
-        tracer.reads_training or tracer.asked[0] or only is None,
+        tracer.reads_training or tracer.readings[0].asked or only is None,
         only or {},
         tracer.untracked,
         tracer.index,

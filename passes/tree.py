@@ -104,7 +104,8 @@ def copy_tree(root: nn.Module, swap: Mapping[int, Tensor]) -> Any:
     for module in modules:
         state = vars(memo[id(module)])
         state.update(vars(module))
-        for key, value in vars(module).items():
+        state.pop("_compiled_call_impl", None)  # of `module.compile()`: it calls the original
+        for key, value in list(state.items()):
             kind = type(value)
             if kind in ATOMS or (kind is tuple and ATOMS.issuperset(map(type, value))):
                 continue

@@ -1,0 +1,209 @@
+"""The mode handed on as an argument: one capture serves both modes, unless Python looks at it."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fxprune
+from fxprune import api
+from fxprune.passes.flag import Flag, Reading
+
+X = torch.randn(3, 5, dtype=torch.float64)
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """How often the model is captured."""
+    made = []
+    plain = api.trace
+
+    def counted(*args, **kwargs):
+        made.append(plain(*args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(api, "trace", counted)
+    return made
+
+
+class Net(nn.Module):
+    """Two layers with something between; what that does by mode is up to the subclass."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.b(self.between(self.a(x)))
+
+
+class Dropped(Net):
+    def between(self, x):
+        return F.dropout(x.relu(), 1.0, training=self.training)
+
+
+class DroppedInPlace(Net):
+    def between(self, x):
+        return F.dropout(x.relu(), 1.0, self.training, True)
+
+
+class Scaled(Net):
+    def between(self, x):
+        return x * self.training + 0.5
+
+
+class Normed(Net):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+
+    def between(self, x):
+        n = self.norm
+        return F.batch_norm(x, n.running_mean, n.running_var, n.weight, n.bias, self.training)
+
+
+def by_mode(x, training):
+    return x.abs() if training else x.sin()
+
+
+class HandedToPython(Net):
+    def between(self, x):
+        return by_mode(x, self.training)
+
+
+class Compared(Net):
+    def between(self, x):
+        return x.abs() if self.training is True else x.sin()
+
+
+class Counted(Net):
+    def between(self, x):
+        return x * (1 - int(self.training)) + 2 * self.training + (not self.training)
+
+
+class Kept(Net):
+    def between(self, x):
+        self.mode = self.training
+        return x.abs() if self.mode else x.sin()
+
+
+class Inner(nn.Module):
+    def forward(self, x, training):
+        x = F.dropout(x, 1.0, training)
+        return x.abs() if training or self.training else x.sin()
+
+
+class HandedDown(Net):
+    """The flag of one module is looked at in another."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Inner()
+
+    def between(self, x):
+        return self.inner(x, self.training)
+
+
+class Nested(Net):
+    """A module that hands its mode on, in one that asks."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(Block(), Block())
+
+    def between(self, x):
+        return self.inner(x)
+
+
+class Block(nn.Module):
+    def forward(self, x):
+        x = F.dropout(x, 1.0, training=self.training)
+        return x + 1 if self.training else x.sin()
+
+
+class Drop(nn.Module):
+    def forward(self, x):
+        return F.dropout(x, 1.0, self.training) + x
+
+
+class Plain(Net):
+    """A module of no more than that stays a node."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop = Drop()
+
+    def between(self, x):
+        return self.drop(self.drop(x).relu())
+
+
+ONCE = (Dropped, DroppedInPlace, Normed, Nested, Plain)
+TWICE = (Scaled, HandedToPython, Compared, Counted, Kept, HandedDown)
+
+
+@pytest.mark.parametrize("kind", ONCE + TWICE)
+def test_both_modes_are_as_in_the_original(kind, captures):
+    """What goes had no effect in the original, so there is nothing to mask."""
+    torch.manual_seed(0)
+    model = kind().double()
+    with torch.no_grad():
+        model.a.weight[4:] *= 1e-3  # these are what goes
+        model.b.weight[:, 4:] = 0
+    attributes = sorted(vars(model))
+    pruned = fxprune.prune(model, 0.5, example_inputs=X, verify=False)
+    assert len(captures) == (1 if kind in ONCE else 2)
+    assert pruned.a.weight.shape == (4, 5) and sorted(vars(model)) == attributes
+    assert not any(type(v) is Flag for m in pruned.modules() for v in vars(m).values())
+    for mode in (False, True):
+        assert torch.allclose(pruned.train(mode)(X), model.train(mode)(X)), mode
+    assert not torch.allclose(model.train()(X), model.eval()(X))
+
+
+def test_what_a_function_does_in_training_couples_too():
+    """A custom function may do something else by its flag: both are looked at."""
+
+    class Mixes(Net):
+        def between(self, x):
+            return mixing(x, self.training)
+
+    model = Mixes().double()
+    pruned = fxprune.prune(model, 0.5, example_inputs=X)
+    assert fxprune.verify(model.train(), pruned.train(), X).error < 1e-12
+    left = [i for i in range(8) if any(torch.equal(model.a.weight[i], row) for row in pruned.a.weight)]
+    assert [7 - i for i in left[::-1]] == left  # channels and their mirror images stay together
+
+
+@torch.fx.wrap
+def mixing(x, training):
+    return x + x.flip(1) if training else x.relu()
+
+
+def test_a_flag_is_a_bool_to_python():
+    """Everything that a bool answers, the flag answers by the mode of its module."""
+    for training in (False, True):
+        tracer = SimpleNamespace(readings=[Reading()], reads_training=False)
+        flag = Flag(tracer, nn.Identity().train(training))
+        assert tracer.readings[0].flag and not tracer.readings[0].asked
+        assert isinstance(flag, bool) and not tracer.readings[0].asked
+        assert (flag + 1, 1 - flag, flag * 3, flag | False, True ^ flag, ~flag) == (
+            training + 1,
+            1 - training,
+            training * 3,
+            training,
+            not training,
+            -2 if training else -1,
+        )
+        assert (flag == training, flag != training, hash(flag), repr(flag), [5, 6][flag], float(flag), flag < 1) == (
+            True,
+            False,
+            hash(training),
+            repr(training),
+            [5, 6][training],
+            float(training),
+            not training,
+        )
+        assert tracer.readings[0].asked and not tracer.reads_training
+        tracer.readings.clear()
+        assert bool(flag) is training and tracer.reads_training  # the call that read it is over
