@@ -43,8 +43,12 @@ class Budget:
         """The largest cost that is within it."""
         if isinstance(self.amount, str):
             return seconds(self.amount) or 0.0
-        share = isinstance(self.amount, float) and self.amount <= 1
-        return float(self.amount * original if share else self.amount)
+        return float(self.amount * original if self.relative else self.amount)
+
+    @property
+    def relative(self) -> bool:
+        """Whether it is a share of the original."""
+        return isinstance(self.amount, float) and self.amount <= 1
 
     def limit(self, original: float) -> float:
         """The same; raises PruneError for a budget above the original."""

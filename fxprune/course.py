@@ -24,7 +24,7 @@ from fxprune.criteria.roles import roles
 from fxprune.criteria.scoring import comparable
 from fxprune.criteria.units import asked, unit_scores
 from fxprune.errors import PruneError
-from fxprune.latency import Trial, used
+from fxprune.latency import Trial, too_slow, used
 from fxprune.passes.capture import Capture
 from fxprune.passes.couple import Solution
 from fxprune.passes.families import Family
@@ -97,7 +97,7 @@ class Course:
                 with self.trial.quiet():
                     found = self.trial.measure(kept, self.solution.unit, budget)
                 if used(budget, found) > 1:
-                    raise unreachable(budget, found.pruned, found.original)
+                    raise too_slow(budget, found)
             elif (least := self.costs.of(cutter, budget.kind)) > limit:
                 raise unreachable(budget, least, self.original)
         elif not self.request.competes and any(ratios_of(self.free, self.request.ratio, self.solution)):

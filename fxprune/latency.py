@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fxprune.budget import Budget, Settle, spoken, unreachable
 from fxprune.counting import Costs
+from fxprune.errors import PruneError
 from fxprune.passes.couple import Solution
 from fxprune.passes.kept import Cutter
 from fxprune.passes.shrink import shrink
@@ -28,9 +29,12 @@ from fxprune.ranking import Ladder, climbed, removed
 from fxprune.timetable import Timetable
 
 FRIENDLY = 8  # channels in a multiple of which kernels are written; preferred where the request names none
-CLOSE, LOOSE = 0.05, 0.15  # good enough is what leaves as much of its budget as clocks vary by, within these limits
-MARGIN = 0.02  # proposals stay this far below the budget
-ROUNDS = 8
+CLOSE, LOOSE = 0.02, 0.15  # good enough is what leaves as little of its budget as can be told, within these limits
+MARGIN = 0.01  # proposals stay this far below the budget
+NEAR = 0.1  # what is this close to the budget is timed for longer, until its error is
+PRECISE = 0.01  # no more than this, or
+PATIENCE = 8.0  # seconds are over
+ROUNDS = 12
 Run = Callable[[], object]
 Stopwatch = Callable[..., list[list[float]]]
 
@@ -42,8 +46,10 @@ class Latency:
     Attributes:
         original: the median over all runs of the original.
         pruned: that of the pruned model, run in turns with it.
+        share: the median over all turns of what the pruned model took of the original's time. What slows a machine down for
+            a while slows both down, so turns agree better than times do.
         runs: how many of each.
-        spread: half of the runs differ from the median by at most this share of it; the larger of the two models'.
+        spread: half of the turns differ from `share` by at most this part of it.
         device: where they ran.
         table: for each family (its first parameter) how many units were left and the seconds the model was predicted to
             take with only that family narrowed.
@@ -51,19 +57,25 @@ class Latency:
 
     original: float
     pruned: float
+    share: float
     runs: int
     spread: float
     device: str
     table: tuple[tuple[str, tuple[tuple[int, float], ...]], ...] = field(default=(), repr=False)
 
     @property
-    def share(self) -> float:
-        return self.pruned / self.original
+    def error(self) -> float:
+        """The standard error of `share`, as a part of it.
+
+        Of normal numbers half lie within 0.6745 standard deviations, and the median of n has a standard error of 1.2533 of
+        them over the square root of n.
+        """
+        return 1.2533 / 0.6745 * self.spread / self.runs**0.5
 
     def __str__(self) -> str:
         return (
             f"{spoken('latency', self.original)} before, {spoken('latency', self.pruned)} now ({self.share:.0%}) on"
-            f" {self.device}: medians of {self.runs} runs each, half of them within {self.spread:.0%}"
+            f" {self.device}: medians of {self.runs} runs in turns, half of them within {self.spread:.0%}"
         )
 
 
@@ -136,7 +148,9 @@ class Trial:
         return statistics.median(self.clock([self.run(self.original)], self.device)[0])
 
     def measure(self, kept: Tensor, unit: Tensor, budget: Budget) -> Latency:
-        """Time a choice and the original in turns; what is within the budget must be so in twice as many runs.
+        """Time a choice and the original in turns; what is within the budget must be so in at least twice as many runs.
+
+        What is near the budget is timed until it is known which side it is on, or for as long as `PATIENCE` lasts.
 
         Arguments:
             kept: which labels stay, of those whose classes are `unit`.
@@ -148,22 +162,35 @@ class Trial:
         runs = [self.run(self.original), self.run(pruned)]
         before, after = self.clock(runs, self.device)
         found = summary(before, after, self.device)
-        if used(budget, found) <= 1:
+        again = used(budget, found) <= 1
+        while again or (unsure(budget, found) and sum(before) + sum(after) < PATIENCE):
             more = self.clock(runs, self.device)
-            found = summary(before + more[0], after + more[1], self.device)
+            before, after = before + more[0], after + more[1]
+            found, again = summary(before, after, self.device), False
         return found
 
 
 def summary(original: Sequence[float], pruned: Sequence[float], device: torch.device) -> Latency:
-    """Medians of what was measured, and how far the runs are from them."""
-    middle = [statistics.median(times) for times in (original, pruned)]
-    off = [statistics.median(abs(t - m) / m for t in times) for times, m in zip((original, pruned), middle, strict=True)]
-    return Latency(middle[0], middle[1], len(original), max(off), str(device))
+    """Medians of what was measured, and how far the turns are from them."""
+    shares = [b / a for a, b in zip(original, pruned, strict=True)]
+    share = statistics.median(shares)
+    spread = statistics.median(abs(s - share) / share for s in shares)
+    return Latency(statistics.median(original), statistics.median(pruned), share, len(shares), spread, str(device))
 
 
 def used(budget: Budget, found: Latency) -> float:
     """The part of a budget that a measured latency takes; up to 1 it is within it."""
-    return found.pruned / budget.of(found.original)
+    return found.share / float(budget.amount) if budget.relative else found.pruned / budget.of(found.original)
+
+
+def too_slow(budget: Budget, found: Latency) -> PruneError:
+    """The error for a budget that the least there can be does not meet."""
+    return unreachable(budget, used(budget, found) * budget.of(found.original), found.original)
+
+
+def unsure(budget: Budget, found: Latency) -> bool:
+    """Whether more runs would tell more about being within a budget."""
+    return abs(used(budget, found) - 1) <= NEAR + 2 * found.error and found.error > PRECISE
 
 
 def timely(
@@ -238,10 +265,10 @@ def chase(
         before = within
         if within:
             high, best, beside = at, found, point
-            if 1 - used(budget, found) <= min(max(CLOSE, found.spread), LOOSE):
+            if 1 - used(budget, found) <= min(max(CLOSE, found.error), LOOSE):
                 break
         elif at == steps:
-            raise unreachable(budget, found.pruned, found.original)
+            raise too_slow(budget, found)
         else:
             low, over, beside = at, point, over if best is None else beside
     assert best is not None, "all steps are proposed while nothing was found, and refused where they are not enough"

@@ -15,7 +15,7 @@ from fxprune import latency
 from fxprune.api import analyse
 from fxprune.budget import Budget
 from fxprune.counting import Costs
-from fxprune.latency import MARGIN, ROUNDS, Latency, chase, stopwatch
+from fxprune.latency import MARGIN, PRECISE, ROUNDS, Latency, chase, stopwatch
 from fxprune.passes.families import families
 from fxprune.passes.terms import Terms
 from fxprune.ranking import ladder
@@ -43,7 +43,7 @@ def test_a_share_of_the_time_is_met_in_friendly_counts(build, share):
     model = MODELS[build]()
     pruned = prune(model, share, verify=False)
     left = macs(pruned) / macs(model)
-    assert 0.9 * share <= left <= share
+    assert 0.9 * share <= left <= share  # in steps of 8 channels of a narrow layer
     assert pruned.meta["latency"].share == pytest.approx(left)
     assert pruned.meta["latency"].original == pytest.approx(2 * macs(model) * SECONDS)
     narrowed = [
@@ -164,7 +164,8 @@ def measured_by(curve, noise=lambda: 1.0):
 
     def measured(steps):
         asked.append(steps)
-        return Latency(1.0, curve(steps) * noise(), 7, 0.0, "cpu")
+        now = curve(steps) * noise()
+        return Latency(1.0, now, now, 7, 0.0, "cpu")
 
     return measured, asked
 
@@ -173,7 +174,7 @@ def test_a_table_that_is_right_needs_one_measurement():
     curve = lambda k: 1 - k / 1000  # noqa: E731
     measured, asked = measured_by(curve)
     steps, found = chase(Budget("latency", 0.5), 0.5, 900, curve, measured)
-    assert asked == [steps] and steps == 510 and found.pruned == pytest.approx(0.49)
+    assert asked == [steps] and steps == 505 and found.pruned == pytest.approx(0.495)
     assert curve(steps) <= 0.5 * (1 - MARGIN) < curve(steps - 1)
 
 
@@ -184,7 +185,7 @@ def test_a_table_that_is_wrong_needs_a_few(overhead, power):
     truth = lambda k: overhead + (1 - overhead) * (1 - k / 1000) ** power  # noqa: E731
     measured, asked = measured_by(truth)
     steps, found = chase(Budget("latency", 0.5), 0.5, 1000, lambda k: 1 - k / 1001, measured)
-    assert found.pruned == truth(steps) and 0.95 * 0.5 <= found.pruned <= 0.5
+    assert found.pruned == truth(steps) and 0.98 * 0.5 <= found.pruned <= 0.5
     assert len(asked) <= ROUNDS
 
 
@@ -240,9 +241,47 @@ def test_a_result_within_the_budget_is_timed_twice(monkeypatch):
     assert len(lengths) >= 2 and pruned.meta["latency"].runs == lengths[-2] + lengths[-1]
 
 
+def noisy_clock(seed, scale):
+    """One second for the original and half of it for any other, give or take."""
+    g = torch.Generator().manual_seed(seed)
+
+    def clock(runs, device, *, least=7, seconds=0.4):
+        return [
+            [mean * (1 + scale * float(torch.randn((), generator=g))) for _ in range(20)] for mean in (1.0, 0.5)[: len(runs)]
+        ]
+
+    return clock
+
+
+@pytest.mark.parametrize("amount, patience, runs", [(0.7, 1e9, 40), (0.5, 1e9, None), (0.3, 1e9, 20), (0.5, 45.0, 40)])
+def test_what_is_near_the_budget_is_timed_until_it_can_be_told(amount, patience, runs, monkeypatch):
+    """Well within: twice. Near: until the error is small, or patience is over. Far above: once."""
+    monkeypatch.setattr(latency, "PATIENCE", patience)
+    model, x = linears()
+    coupled = lambda: analyse(model, (x,), {}, Terms())  # noqa: E731
+    trial = latency.Trial(model, (x,), {}, coupled, noisy_clock(0, 0.1))
+    solution = coupled()
+    found = trial.measure(torch.ones(len(solution.unit), dtype=torch.bool), solution.unit, Budget("latency", amount))
+    if runs is None:
+        assert found.runs > 40 and found.error <= PRECISE
+    else:
+        assert found.runs == runs and found.error > PRECISE
+
+
+def test_the_error_of_a_share_is_that_of_medians():
+    """Against how far shares of many such measurements are apart."""
+    shares, errors = [], []
+    for seed in range(400):
+        before, after = noisy_clock(seed, 0.1)([None, None], None)
+        found = latency.summary(before, after, torch.device("cpu"))
+        shares.append(found.share)
+        errors.append(found.error * found.share)
+    assert np.mean(errors) == pytest.approx(np.std(shares), rel=0.15)
+
+
 def test_what_was_measured_reads_well():
-    found = Latency(0.0412, 0.0198, 14, 0.03, "cuda:0")
-    assert str(found) == "41.2 ms before, 19.8 ms now (48%) on cuda:0: medians of 14 runs each, half of them within 3%"
+    found = Latency(0.0412, 0.0198, 0.481, 14, 0.03, "cuda:0")
+    assert str(found) == "41.2 ms before, 19.8 ms now (48%) on cuda:0: medians of 14 runs in turns, half of them within 3%"
 
 
 # -- in steps -------------------------------------------------------------------------------------------------------------
