@@ -3,42 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import functools
-import gc
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
 from fxprune import inputs
 from fxprune import same_class as own_class
+from fxprune.analysis import analyse, described, uncollected, unobserved
+from fxprune.checks import Attention, Freeze, check_attention, check_request, terms_of
 from fxprune.choice import selected
 from fxprune.coupling import Coupling
 from fxprune.criteria.scoring import Criterion
 from fxprune.errors import PruneError
 from fxprune.latency import Trial
-from fxprune.passes.capture import Capture
 from fxprune.passes.couple import Solution, solve
 from fxprune.passes.families import families
-from fxprune.passes.faults import surface
-from fxprune.passes.kept import Cut, NotARectangle
+from fxprune.passes.kept import Cut
 from fxprune.passes.pruned import PrunedModule
 from fxprune.passes.shrink import shrink, tensor_cuts
-from fxprune.passes.tape import NeedsValues, collect, map_tensors
+from fxprune.passes.tape import collect
 from fxprune.passes.terms import Terms
 from fxprune.passes.trace import trace
-from fxprune.passes.tree import named_parameters, named_tensors, on_meta, private_copy
+from fxprune.passes.tree import named_parameters, named_tensors, private_copy
 from fxprune.passes.trial import broken, opaque_sites
-from fxprune.plan import Plan
+from fxprune.plan import Plan, kept_by
 from fxprune.request import HALF, Ratio, Request, Scopes
 from fxprune.verification import TOLERANCE, Verification, compare
-
-Freeze = str | nn.Module | Sequence[str | nn.Module]
-Attention = Literal["heads", "dims"]
 
 
 def prune(
@@ -273,222 +267,6 @@ def shrunk(
         closed |= found
 
 
-def analyse(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    terms: Terms,
-    closed: Mapping[str, str] | None = None,
-) -> Solution:
-    """Trace and couple: in evaluation mode, and in training mode too where the program asks which one it is in."""
-    with unobserved(model), uncollected():
-        try:
-            found = programs(model, args, kwargs, on_meta)
-        except Exception as error:  # the program reads values, or runs code that knows nothing of meta tensors
-            surface(error)
-            found = None
-        if found is not None:
-            terms.check([name for capture in found for name, _ in capture.outputs])
-            try:
-                return solve(found, terms, closed)
-            except NeedsValues:  # the contents of a constant
-                pass
-            except Exception as error:
-                surface(error, ours=True)
-        found = programs(model, args, kwargs, None)
-        terms.check([name for capture in found for name, _ in capture.outputs])
-        return solve(found, terms, closed)
-
-
-def programs(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    stand_in: Callable[[Tensor], Tensor] | None,
-) -> list[Capture]:
-    """The captured program for evaluation, and for training where that is another one.
-
-    Shapes are all that coupling needs, so the run is first tried without values.
-    """
-    if stand_in is not None:
-        swap = lambda t: stand_in(t) if t.is_floating_point() else t  # noqa: E731
-        args, kwargs = map_tensors((args, kwargs), swap)
-    found = [captured(private_copy(model, stand_in).eval(), args, kwargs, final=stand_in is None)]
-    if found[0].reads_training:
-        try:
-            other = captured(private_copy(model, stand_in).train(), args, kwargs, final=True)
-        except PruneError as error:  # a model may need targets to train: then it is captured for evaluation
-            found[0].note = f"training mode is as evaluation: {error.what}"
-            return found
-        if other.prefix != found[0].prefix:
-            found[0].note = f"training mode is as evaluation: {', '.join(other.opaque.values())}"
-        elif code(other) != code(found[0]):
-            found.append(other)
-    return found
-
-
-def captured(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, final: bool) -> Capture:
-    try:
-        return trace(root, args, kwargs, retry=final)
-    except PruneError:
-        raise
-    except Exception as error:
-        surface(error)
-        raise PruneError(
-            f"the model's own forward raises {type(error).__name__}: {error}",
-            where=getattr(error, "fxprune_where", type(root).__name__),
-            fix="example_inputs on which model(*example_inputs) runs",
-        ) from error
-
-
-def code(capture: Capture) -> list[Any]:
-    """What a captured program does, for comparison."""
-    return [(n.op, n.name, str(n.target), str(n.args), str(n.kwargs)) for n in capture.graph.nodes]
-
-
-@contextlib.contextmanager
-def uncollected() -> Iterator[None]:
-    """Put the garbage collector off: what is made here is many small objects without cycles, and a full collection over a
-    session's modules takes longer than a model does."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
-
-
-@contextlib.contextmanager
-def unobserved(model: nn.Module) -> Iterator[None]:
-    """Leave random state and gradient mode as they are."""
-    devices = sorted({t.device.index or 0 for t in named_parameters(model).values() if t.is_cuda})
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
-        yield
-
-
-def kept_by(plan: Plan, solution: Solution) -> Tensor:
-    """Which labels a plan keeps; raises PruneError where it does not fit the model's coupling."""
-    unit = solution.unit.numpy()
-    occurs, stays = np.zeros(len(unit), bool), np.zeros(len(unit), bool)  # a class that is left in any tensor stays
-    for name, labels in solution.leaves.items():
-        shape = solution.shapes.get(name, plan.shapes.get(name, ()))
-        for f in labels:
-            occurs[unit[f.brief]] = True
-            cut = next((c for c in plan.keep.get(name, ()) if f.dims <= set(c.dims)), None)
-            if cut is None:
-                stays[unit[f.brief]] = True
-                continue
-            mask = torch.zeros([shape[d] for d in cut.dims], dtype=torch.bool)
-            mask.view(-1)[cut.keep] = True
-            order = sorted(range(len(cut.dims)), key=lambda i, c=cut: c.dims[i])  # type: ignore[misc]
-            full = mask.permute(order).reshape([n if d in cut.dims else 1 for d, n in enumerate(shape)])
-            spread = f.labels.expand(torch.broadcast_shapes(f.labels.shape, full.shape))
-            stays[unit[spread[full.expand(spread.shape)].numpy()]] = True
-    removed = occurs & ~stays
-    kept = torch.from_numpy(~removed[unit])
-    try:
-        made_now = {name: c for name, c in tensor_cuts(solution, kept).items() if c}
-    except NotARectangle as error:
-        raise PruneError("the plan does not fit the model: rows would differ in length", fix="make a new plan") from error
-    for name in sorted({*plan.keep, *made_now}):
-        if not same_cuts(plan.keep.get(name, []), made_now.get(name, [])):
-            raise PruneError(
-                f"the plan does not fit the model: it cuts {name} in another way than the model's coupling allows",
-                where=name,
-                fix="apply it to the architecture it was made for, unchanged",
-            )
-    return kept
-
-
-def same_cuts(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    left, right = ({c.dims: c.keep for c in cuts} for cuts in (a, b))
-    return left.keys() == right.keys() and all(torch.equal(left[d], right[d]) for d in left)
-
-
-def check_attention(attention: str) -> None:
-    if attention not in ("heads", "dims"):
-        raise PruneError(f"attention must be 'heads' or 'dims', not {attention!r}", fix="attention='heads'")
-
-
-def check_request(model: Any, request: Request, attention: str, verify: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise PruneError(f"model is of type {type(model).__name__}, not a torch.nn.Module", fix="pass the module itself")
-    ratio, round_to = request.ratio, request.round_to
-    named = dict(ratio) if isinstance(ratio, Mapping) else {"": ratio}
-    if not named:
-        raise PruneError("ratio is an empty mapping, which removes nothing", fix="ratio={'layer1': 0.5}, or ratio=0.5")
-    for glob, value in named.items():
-        ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and 0 <= value < 1
-        if not ok:
-            what = f"ratio[{glob!r}]" if glob else "ratio"
-            raise PruneError(
-                f"{what} must be a number in [0, 1), not {value!r}",
-                fix="ratio=0.5 removes half of every family",
-            )
-    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
-        raise PruneError(f"round_to must be a positive integer, not {round_to!r}", fix="round_to=8")
-    check_attention(attention)
-    if verify not in (True, False, "auto"):
-        raise PruneError(f"verify must be True, False or 'auto', not {verify!r}", fix="verify='auto'")
-    request.check()
-    check_globs(model, request)
-
-
-def check_globs(model: nn.Module, request: Request) -> None:
-    scopes = request.scopes or {}
-    modules = [name for name, _ in model.named_modules()] if scopes or isinstance(request.ratio, Mapping) else []
-    asked = [("ratio", glob) for glob in request.ratio if glob not in scopes] if isinstance(request.ratio, Mapping) else []
-    asked += [("scopes", glob) for globs in scopes.values() for glob in ([globs] if isinstance(globs, str) else globs)]
-    for argument, glob in asked:
-        if not any(fnmatch.fnmatchcase(name, glob) for name in modules):
-            raise PruneError(f"the glob {glob!r} in {argument} matches no module", fix=did_you_mean(glob, modules))
-
-
-def did_you_mean(glob: str, modules: Sequence[str]) -> str:
-    import difflib
-
-    close = difflib.get_close_matches(glob, [m for m in modules if m], n=3, cutoff=0.4)
-    return f"one of the names of model.named_modules(){', such as ' + ', '.join(close) if close else ''}"
-
-
-def terms_of(model: nn.Module, attention: Attention, freeze: Freeze, release: str | Sequence[str]) -> Terms:
-    """What may go of a model and what may not; raises PruneError for what means nothing."""
-    globs = [release] if isinstance(release, str) else release
-    if not isinstance(globs, list | tuple) or not all(isinstance(glob, str) for glob in globs):
-        raise PruneError(f"release must be globs over names of outputs, not {release!r}", fix="release='hidden_states'")
-    return Terms(attention == "heads", frozen_names(model, freeze), tuple(globs))
-
-
-def frozen_names(model: nn.Module, freeze: Freeze) -> dict[str, str]:
-    """Names of the tensors that stay by request, with the reason."""
-    asked = [freeze] if isinstance(freeze, str | nn.Module) or not isinstance(freeze, Iterable) else list(freeze)
-    for item in asked:
-        if not isinstance(item, str | nn.Module):
-            raise PruneError(
-                f"freeze names {item!r}, which is neither a glob nor a module", fix="freeze='layer1', or model.layer1"
-            )
-    keep: dict[str, str] = {}
-    if not asked:
-        return keep
-    modules = dict(model.named_modules())
-    for item in asked:
-        if isinstance(item, nn.Module):
-            paths = [path for path, m in modules.items() if m is item]
-            if not paths:
-                raise PruneError(f"freeze names a {type(item).__name__} that is not part of the model", fix="model.layer1")
-            why = f"is frozen by freeze={type(item).__name__} ({paths[0]})"
-        else:
-            paths = [path for path in modules if fnmatch.fnmatchcase(path, item)]
-            if not paths:
-                raise PruneError(f"the glob {item!r} in freeze matches no module", fix=did_you_mean(item, list(modules)))
-            why = f"is frozen by freeze={item!r}"
-        for path in paths:
-            inside = {id(t) for _, t in named_tensors(modules[path])}
-            keep.update({name: why for name, t in named_tensors(model) if id(t) in inside})
-    return keep
-
-
 def is_cheap(model: nn.Module) -> bool:
     """Whether to verify without being asked: a few forwards of a model this small take little time."""
     return sum(math.inf if p.is_meta else p.numel() for p in model.parameters()) <= 100_000_000
@@ -518,10 +296,3 @@ def checked(
             fix="report it with the model; verify=False returns the model as it is",
         )
     return found
-
-
-def described(solution: Solution) -> str:
-    """How the model was captured, in a phrase."""
-    opaque, note = solution.captures[0].opaque, solution.captures[0].note
-    how = "opaque: " + ", ".join(f"{path or 'the root'} ({why})" for path, why in opaque.items()) if opaque else "symbolic"
-    return f"{how}; {note}" if note else how

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from fxprune import schedule, select
-from fxprune.api import programs, unobserved
+from fxprune.analysis import programs, unobserved
 from fxprune.budget import met, unreachable
 from fxprune.choice import Rivalry, free_families, guards, in_time, one_by_one, ratios_of, settled
 from fxprune.counting import Costs, elements

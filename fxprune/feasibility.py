@@ -11,8 +11,9 @@ from rich.text import Text
 from torch import nn
 
 from fxprune import inputs
-from fxprune.api import Attention, Freeze, analyse, check_request, terms_of
+from fxprune.analysis import analyse
 from fxprune.budget import KINDS, UNITS, spoken
+from fxprune.checks import Attention, Freeze, check_request, terms_of
 from fxprune.choice import outcome
 from fxprune.criteria.scoring import Criterion
 from fxprune.latency import Latency, Trial

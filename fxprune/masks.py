@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune import inputs
-from fxprune.api import Attention, Freeze, analyse, check_attention, terms_of
+from fxprune.analysis import analyse
+from fxprune.checks import Attention, Freeze, check_attention, terms_of
 from fxprune.choice import guards, settled
 from fxprune.criteria.combine import Options
 from fxprune.criteria.roles import roles

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fxprune.errors import PruneError
-from fxprune.passes.kept import Cut, cut_shape
+from fxprune.passes.couple import Solution
+from fxprune.passes.kept import Cut, NotARectangle, cut_shape
+from fxprune.passes.shrink import tensor_cuts
 from fxprune.passes.terms import Terms
 from fxprune.passes.tree import named_tensors
 
@@ -187,3 +190,42 @@ def cut_from(data: Mapping[str, Any], shape: tuple[int, ...]) -> Cut:
     if len(keep) and not 0 <= int(keep.min()) <= int(keep.max()) < whole:
         raise ValueError(f"kept indices of a tensor of shape {shape} reach from {keep.min()} to {keep.max()}")
     return Cut(dims, keep, sizes)
+
+
+def kept_by(plan: Plan, solution: Solution) -> Tensor:
+    """Which labels a plan keeps; raises PruneError where it does not fit the model's coupling."""
+    unit = solution.unit.numpy()
+    occurs, stays = np.zeros(len(unit), bool), np.zeros(len(unit), bool)  # a class that is left in any tensor stays
+    for name, labels in solution.leaves.items():
+        shape = solution.shapes.get(name, plan.shapes.get(name, ()))
+        for f in labels:
+            occurs[unit[f.brief]] = True
+            cut = next((c for c in plan.keep.get(name, ()) if f.dims <= set(c.dims)), None)
+            if cut is None:
+                stays[unit[f.brief]] = True
+                continue
+            mask = torch.zeros([shape[d] for d in cut.dims], dtype=torch.bool)
+            mask.view(-1)[cut.keep] = True
+            order = sorted(range(len(cut.dims)), key=lambda i, c=cut: c.dims[i])  # type: ignore[misc]
+            full = mask.permute(order).reshape([n if d in cut.dims else 1 for d, n in enumerate(shape)])
+            spread = f.labels.expand(torch.broadcast_shapes(f.labels.shape, full.shape))
+            stays[unit[spread[full.expand(spread.shape)].numpy()]] = True
+    removed = occurs & ~stays
+    kept = torch.from_numpy(~removed[unit])
+    try:
+        made_now = {name: c for name, c in tensor_cuts(solution, kept).items() if c}
+    except NotARectangle as error:
+        raise PruneError("the plan does not fit the model: rows would differ in length", fix="make a new plan") from error
+    for name in sorted({*plan.keep, *made_now}):
+        if not same_cuts(plan.keep.get(name, []), made_now.get(name, [])):
+            raise PruneError(
+                f"the plan does not fit the model: it cuts {name} in another way than the model's coupling allows",
+                where=name,
+                fix="apply it to the architecture it was made for, unchanged",
+            )
+    return kept
+
+
+def same_cuts(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    left, right = ({c.dims: c.keep for c in cuts} for cuts in (a, b))
+    return left.keys() == right.keys() and all(torch.equal(left[d], right[d]) for d in left)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from fxprune import inputs
-from fxprune.api import checked, described, is_cheap, kept_by
+from fxprune.analysis import described
+from fxprune.api import checked, is_cheap
 from fxprune.errors import PruneError
 from fxprune.passes.couple import Solution
 from fxprune.passes.kept import Cut, Cutter
@@ -24,7 +25,7 @@ from fxprune.passes.shrink import shrink, tensor_cuts
 from fxprune.passes.tape import map_tensors
 from fxprune.passes.terms import Terms
 from fxprune.passes.tree import copy_tree, fetch, named_tensors, walk
-from fxprune.plan import Plan
+from fxprune.plan import Plan, kept_by
 
 
 def narrow(cuts: Sequence[Cut], tensor: Tensor) -> Tensor:

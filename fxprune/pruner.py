@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
 from fxprune import inputs, masks
-from fxprune.api import Attention, Freeze, analyse, check_request, terms_of
+from fxprune.analysis import analyse
+from fxprune.checks import Attention, Freeze, check_request, terms_of
 from fxprune.course import Course, View
 from fxprune.criteria.scoring import Criterion
 from fxprune.errors import PruneError

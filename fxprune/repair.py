@@ -14,7 +14,8 @@ from rich.text import Text
 from torch import Tensor, fx, nn
 
 from fxprune import inputs
-from fxprune.api import analyse, apply_plan, plan_of, unobserved
+from fxprune.analysis import analyse, unobserved
+from fxprune.api import apply_plan, plan_of
 from fxprune.criteria.evidence import BATCHES, Batch, batch_of
 from fxprune.errors import PruneError
 from fxprune.mend import METHODS, Repairer, Step

@@ -14,14 +14,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxprune import inputs
-from fxprune.api import analyse, kept_by, plan_of, unobserved
+from fxprune.analysis import analyse, unobserved
+from fxprune.api import plan_of
 from fxprune.counting import elements
 from fxprune.coupling import CoupledFamily, described
 from fxprune.latency import FRIENDLY, Latency
 from fxprune.passes.families import families
 from fxprune.passes.patches import visible
 from fxprune.passes.tree import named_tensors, private_copy
-from fxprune.plan import Plan
+from fxprune.plan import Plan, kept_by
 from fxprune.tables import as_text, counted, short, table
 from fxprune.verification import Verification, evaluating
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fxprune import choice, inputs, select
-from fxprune.api import Attention, Freeze, analyse, check_request, terms_of, unobserved
+from fxprune.analysis import analyse, unobserved
+from fxprune.checks import Attention, Freeze, check_request, terms_of
 from fxprune.coupling import place
 from fxprune.criteria.scoring import Criterion
 from fxprune.errors import PruneError

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxprune import criteria
-from fxprune.api import analyse
+from fxprune.analysis import analyse
 from fxprune.criteria.units import unit_scores
 from fxprune.passes.families import families
 from fxprune.passes.terms import Terms

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fxprune
 from fxprune import criteria
-from fxprune.api import analyse
+from fxprune.analysis import analyse
 from fxprune.criteria.combine import NORMALISE, REDUCE
 from fxprune.criteria.scoring import SMALL
 from fxprune.passes.labels import Factor

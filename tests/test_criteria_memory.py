@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fxprune import criteria
-from fxprune.api import analyse
+from fxprune.analysis import analyse
 from fxprune.criteria.units import unit_scores
 from fxprune.passes.families import families
 from fxprune.passes.terms import Terms

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fxprune
-from fxprune import api
+from fxprune import analysis
 from fxprune.passes.flag import Flag, Reading
 
 X = torch.randn(3, 5, dtype=torch.float64)
@@ -18,13 +18,13 @@ X = torch.randn(3, 5, dtype=torch.float64)
 def captures(monkeypatch):
     """How often the model is captured."""
     made = []
-    plain = api.trace
+    plain = analysis.trace
 
     def counted(*args, **kwargs):
         made.append(plain(*args, **kwargs))
         return made[-1]
 
-    monkeypatch.setattr(api, "trace", counted)
+    monkeypatch.setattr(analysis, "trace", counted)
     return made
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import fxprune
 from fxprune import latency
-from fxprune.api import analyse
+from fxprune.analysis import analyse
 from fxprune.budget import Budget
 from fxprune.counting import Costs
 from fxprune.latency import MARGIN, PRECISE, ROUNDS, Latency, chase, stopwatch

@@ -21,14 +21,14 @@ from sweep import machine, markdown_table
 from torch import fx
 
 import fxprune
-from fxprune import api, choice
+from fxprune import analysis, choice
 from fxprune.passes import couple, shrink
 from fxprune.passes.rewrite import Rewriter
 
 MODELS = ("mobilenet_v2", "resnet18", "resnet50", "resnext50_32x4d", "efficientnet_b7", "inception_v3", "vit_b_16", "swin_t")
 STEPS: list[tuple[str, Any, str]] = [
-    ("copy of the modules", api, "private_copy"),
-    ("capture", api, "trace"),
+    ("copy of the modules", analysis, "private_copy"),
+    ("capture", analysis, "trace"),
     ("rules", couple, "read"),
     ("ties", couple, "close"),
     ("families", choice, "free_families"),
