@@ -20,7 +20,7 @@ from torch import nn
 from fxprune.passes.proxy import ValueProxy
 
 if TYPE_CHECKING:
-    from fxprune.passes.trace import ValueTracer
+    from fxprune.passes.tracer import ValueTracer
 
 
 @dataclass(slots=True, eq=False)

@@ -19,7 +19,7 @@ from fxprune.passes.proxy import Items, ValueProxy
 from fxprune.passes.tape import Ref
 
 if TYPE_CHECKING:
-    from fxprune.passes.trace import ValueTracer
+    from fxprune.passes.tracer import ValueTracer
 
 
 @dataclass(slots=True)

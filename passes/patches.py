@@ -17,7 +17,7 @@ from fxprune.passes.flag import read_training
 from fxprune.passes.proxy import ValueProxy, iterate, unwrap
 
 if TYPE_CHECKING:
-    from fxprune.passes.trace import ValueTracer
+    from fxprune.passes.tracer import ValueTracer
 
 CHECKS = [name for name in vars(torch) if name.startswith("_check") and callable(getattr(torch, name))]
 FACTORIES = (

@@ -20,7 +20,7 @@ from fxprune.passes.proxy import ValueProxy
 from fxprune.passes.tape import Ref, collect
 
 if TYPE_CHECKING:
-    from fxprune.passes.trace import ValueTracer
+    from fxprune.passes.tracer import ValueTracer
 
 
 class Plain:

@@ -1,0 +1,50 @@
+"""What forwards store on their modules while a program is captured, and how it is taken back."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import fx, nn
+
+from fxprune.passes.flag import Flag
+from fxprune.passes.imagine import ATOMS
+from fxprune.passes.proxy import ValueProxy, iterate
+from fxprune.passes.tree import CONTAINERS
+
+
+class Stored:
+    """The attributes of modules, as they were before the capture."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.before = {m: (dict(vars(m)), containers(m)) for m in modules}
+
+    def take_back(self, index: Mapping[fx.Node, int], mark: int) -> None:
+        """Put back every attribute that stands for a node made since the mark.
+
+        Arguments: `index`, the numbers of the nodes that there are; others are gone.
+        """
+        for module, (before, boxes) in self.before.items():
+            now = vars(module)
+            same = len(now) == len(before) and all(map(operator.is_, now.values(), before.values()))
+            if same and not any(box and stands_for(box, index, mark) for box in boxes):
+                continue
+            stored = [(k, v) for k, v in now.items() if type(v) not in ATOMS and not (type(v) in CONTAINERS and not v)]
+            for name in [k for k, v in stored if k != "_modules" and stands_for(v, index, mark)]:
+                if name in before:
+                    now[name] = before[name]
+                else:
+                    del now[name]
+
+
+def stands_for(stored: Any, index: Mapping[fx.Node, int], mark: int) -> bool:
+    """Whether something is, or holds, a flag or a proxy for a node made since the mark."""
+    if type(stored) is dict and not any(type(v) in (ValueProxy, Flag) or type(v) in CONTAINERS for v in stored.values()):
+        return False
+    return any(type(v) is Flag or (type(v) is ValueProxy and index.get(v.node, mark) >= mark) for v in iterate(stored))
+
+
+def containers(module: nn.Module) -> list[Any]:
+    """The attributes of a module that a forward can put something into."""
+    return [v for k, v in vars(module).items() if type(v) in CONTAINERS and k != "_modules"]

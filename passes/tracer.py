@@ -1,0 +1,448 @@
+"""The tracer: an FX tracer that evaluates every node as it is made, and decides which modules are nodes."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import itertools
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from fxprune.errors import PruneError
+from fxprune.passes.capture import Call, Guard
+from fxprune.passes.facts import FACT_METHODS, FACTS, VALUE_METHODS, WHERE
+from fxprune.passes.faults import surface
+from fxprune.passes.flag import Flag, Reading
+from fxprune.passes.imagine import ATOMS
+from fxprune.passes.modes import Branch, by_flag, in_both_modes
+from fxprune.passes.opaque import SizeUse, watched
+from fxprune.passes.patches import inlined, plain_rnn
+from fxprune.passes.plain import Plain, is_plain
+from fxprune.passes.proxy import Items, ReadsValue, ValueProxy, has_tensor, tensors, unwrap
+from fxprune.passes.stored import Stored
+from fxprune.passes.tape import NeedsValues, Recorder, Ref, collect, map_tensors
+from fxprune.passes.tree import every_path, fetch, named_tensors, walk
+
+# Modules of torch.nn whose forward holds sizes as literals or insists on relations that pruning changes.
+TRACED_THROUGH = (
+    nn.Sequential,
+    nn.Unflatten,
+    nn.MultiheadAttention,
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerDecoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+    nn.AdaptiveLogSoftmaxWithLoss,
+    nn.ChannelShuffle,
+    nn.modules.padding._ConstantPadNd,
+)
+# Functions that FX would keep as one node and that hold sizes or head counts of their own: traced through instead.
+INLINED = {F.multi_head_attention_forward}
+plain_call = nn.Module._call_impl  # as it is outside of a trace
+PLAIN_MODULES = ("_operator", "builtins", "math")  # their functions make no tensors of their own
+PLAIN = ATOMS | {complex, torch.layout, torch.memory_format}
+
+
+class ValueTracer(fx.Tracer):
+    """An FX tracer that evaluates every node as it is made."""
+
+    def __init__(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__(autowrap_modules=())  # type: ignore[arg-type]
+        self.root = root
+        self.example_args, self.example_kwargs = args, kwargs
+        self.forward: Callable[..., Any] = root.forward  # whose signature the program gets
+        self.names = {id(t): name for name, t in named_tensors(root)}
+        self.modules = dict(every_path(root))
+        # what a layer of torch.nn stores while it runs is no proxy: there is nothing to take back
+        self.stored = Stored(m for path, m in self.modules.items() if not self.is_leaf_module(m, path))
+        self.recorder = Recorder(self.names)
+        self.results: dict[fx.Node, Any] = {}
+        self.guards: list[Guard] = []
+        self.opaque: dict[str, str] = {}
+        self.plain = Plain()
+        self.calls: dict[str, list[Call]] = {}
+        self.sizes: dict[str, list[SizeUse]] = {}
+        self.leaks: dict[str, set[str]] = {}
+        self.untracked: set[fx.Node] = set()
+        self.attributes: dict[str, Any] = {}
+        self.stack: list[str] = [""]
+        self.running: str | None = None
+        self.reads_training = False
+        self.readings = [Reading()]  # what each module on the stack wanted to know of its mode
+        self.branches: list[Branch] | None = []  # None while a branch is being captured
+        self.own_train = any(type(m).train is not nn.Module.train for m in self.modules.values())
+        self.retry = True
+        self.inputs: list[Ref] = []
+        self.index: dict[fx.Node, int] = {}
+        self.short: dict[Any, str] = {}  # by target: names of nodes
+        self.depends: dict[fx.Node, bool] = {}
+
+    # -- nodes and values ---------------------------------------------------------------------------------------------
+
+    def create_node(
+        self,
+        op: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        name: str | None = None,
+        type_expr: Any = None,
+    ) -> fx.Node:
+        if name is None:
+            name = self.name_of(op, target)
+        node = self.graph.create_node(op, target, (), None, name, type_expr)
+        if args:  # set apart: create_node looks through its arguments for what a trace without symbols never holds
+            node.args = args
+        if kwargs:
+            node.kwargs = kwargs
+        node.meta["module"] = self.stack[-1]
+        self.index[node] = len(self.index)
+        return node
+
+    def name_of(self, op: str, target: Any) -> str | None:
+        """The name that FX would make, with less ado; None where it is better left to FX."""
+        if op in ("call_module", "get_attr"):
+            return target.replace(".", "_") if target.islower() else None
+        found = self.short.get(target)
+        if found is None:
+            found = self.short[target] = self.graph._target_to_str(target)
+        return found
+
+    def create_proxy(
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        name: str | None = None,
+        type_expr: Any = None,
+        proxy_factory_fn: Any = None,
+    ) -> Any:
+        if any(type(a) is Flag for a in args) or (kwargs and any(type(v) is Flag for v in kwargs.values())):
+            return by_flag(self, kind, target, args, kwargs)
+        made = tuple([a.node if type(a) is ValueProxy else self.create_arg(a) for a in args])
+        node = self.create_node(kind, target, made, self.create_arg(kwargs) if kwargs else {}, name, type_expr)
+        ins = tuple([a.value if type(a) is ValueProxy else unwrap(a) for a in args])
+        kwins = unwrap(kwargs) if kwargs else kwargs
+        value = self.evaluate(node, ins, kwins)
+        return self.bind(node, value)
+
+    def bind(self, node: fx.Node, value: Any) -> Any:
+        """Record a node's value and hand out proxies for it: containers become real containers of proxies."""
+        self.depends[node] = node.op == "placeholder" or any(self.depends[n] for n in node.all_input_nodes)
+        if isinstance(value, Tensor):
+            self.results[node] = self.recorder.ref(value)
+            return ValueProxy(node, self, value)
+        self.results[node] = map_tensors(value, self.recorder.ref)
+        if value is None:
+            return None
+        if isinstance(value, tuple | list):
+            return Items.of(node, value, [self.item(node, i, v) for i, v in enumerate(value)])
+        if isinstance(value, dict):
+            return like_dict(value, {k: self.item(node, k, v) for k, v in value.items()})
+        return ValueProxy(node, self, value)
+
+    def item(self, node: fx.Node, key: Any, value: Any) -> Any:
+        return self.bind(self.create_node("call_function", operator.getitem, (node, key), {}), value)
+
+    def evaluate(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        recorder = self.recorder
+        recorder.node = self.index[node]
+        first = len(recorder.tape.values)
+        given = has_tensor(args) or has_tensor(kwargs)
+        plain = getattr(node.target, "__module__", None) in PLAIN_MODULES
+        outer, self.running = self.running, str(node.target) if node.op == "call_module" else ""
+        recorder.active = given or not plain
+        try:
+            value = self.run(node, args, kwargs)
+        except Exception as error:
+            if not hasattr(error, "fxprune_where"):
+                inside = str(node.target) if node.op == "call_module" else node.meta["module"]
+                module_path = inside or type(self.root).__name__
+                error.fxprune_where = f"%{node.name} ({module_path})"  # type: ignore[attr-defined]
+            raise
+        finally:
+            self.running = outer
+            recorder.active = False
+        if given and self.made_outside(node, value, first):
+            self.untracked.add(node)
+        return value
+
+    def run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        if node.op == "call_function":
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        if node.op == "get_attr":
+            return fetch(self.root, str(node.target))
+        path = str(node.target)
+        module = self.modules[path]
+        if path not in self.opaque and not isinstance(module, nn.RNNBase | nn.RNNCellBase):
+            return plain_call(module, *args, **kwargs)
+        with plain_rnn(module), self.watching(module, path):
+            return module(*args, **kwargs)
+
+    def watching(self, module: nn.Module, path: str) -> Any:
+        """Follow the integer attributes of an opaque module into sizes."""
+        if path not in self.opaque:
+            return contextlib.nullcontext()
+        found, leaks = self.sizes.setdefault(path, []), self.leaks.setdefault(path, set())
+        return watched(module, path, self.recorder.ref, found, leaks)
+
+    def made_outside(self, node: fx.Node, value: Any, first: int) -> bool:
+        """Whether a result did not come out of the dispatcher (NumPy, another library), or only by way of a new constant.
+
+        `first` is the number of the first value that the node made.
+        """
+        recorder, values = self.recorder, self.recorder.tape.values
+        if node.op == "call_module" and str(node.target) in self.opaque:
+            return bool(self.leaks[str(node.target)])
+        if getattr(node.target, "__name__", node.target) in ("tensor", "as_tensor", "new_tensor"):
+            return False
+        found = [recorder.find(t) for t in tensors(value)]
+        if None in found:
+            return True
+        if all(values[ref.id].from_input for ref in found if ref):
+            return False
+        mine = list(itertools.takewhile(lambda op: op.node == recorder.node, reversed(recorder.tape.ops)))
+        used = {r.id for op in mine for r in collect((op.args, op.kwargs), Ref)}
+        made = {r.id for op in mine for r in collect(op.outs, Ref) if r not in collect(op.args, Ref)}
+        return any(i >= first and i not in made and values[i].name is None for i in used)
+
+    def create_arg(self, a: Any) -> Any:
+        if type(a) is ValueProxy:
+            return a.node
+        if type(a) in PLAIN:
+            return a
+        if type(a) is Items:
+            return a.pack(self)
+        if type(a) is Flag:  # deep in an argument
+            return bool(a)
+        if isinstance(a, Tensor):
+            name = self.names.get(id(a))
+            if name is None:
+                if a.is_meta:
+                    raise NeedsValues  # a constant made on the way, without contents
+                name = self.get_fresh_qualname("_tensor_constant")
+                setattr(self.root, name, a)
+                self.names[id(a)] = name
+            return self.attribute(name, a).node
+        if isinstance(a, tuple) and hasattr(a, "_fields"):
+            node = self.create_node("call_function", type(a), tuple(self.create_arg(v) for v in a), {})
+            self.results[node] = map_tensors(unwrap(tuple(a)), self.recorder.ref)
+            self.depends[node] = any(self.depends[n] for n in node.all_input_nodes)
+            return node
+        if type(a) is tuple or isinstance(a, torch.Size):
+            return tuple(self.create_arg(v) for v in a)
+        if type(a) is list:
+            return [self.create_arg(v) for v in a]
+        if type(a) is dict:
+            return {k: self.create_arg(v) for k, v in a.items()}
+        return super().create_arg(a)
+
+    def attribute(self, name: str, tensor: Tensor) -> Any:
+        if name not in self.attributes:
+            self.attributes[name] = self.create_proxy("get_attr", name, (), {})
+        return self.attributes[name]
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """What a forward gets when it reads a tensor of a module."""
+        name = self.names.get(id(attr_val))
+        return attr_val if name is None else self.attribute(name, attr_val)
+
+    def trace(self, root: nn.Module, concrete_args: Any = None) -> fx.Graph:  # type: ignore[override]
+        """The graph of one run; `patched` must be in force. (FX's own looks through all attributes for scripted objects.)"""
+        self.submodule_paths = walk(root)
+        self.graph = fx.Graph()
+        call, args = self.create_args_for_root(None, True)
+        self.create_node("output", "output", (self.create_arg(call(*args)),), {})
+        self.submodule_paths = None
+        return self.graph
+
+    # -- Python's questions -------------------------------------------------------------------------------------------
+
+    def read_attribute(self, proxy: ValueProxy, name: str) -> Any:
+        value = proxy.value
+        if name.startswith("__") or not hasattr(value, name):
+            raise AttributeError(f"{type(value).__name__!r} object has no attribute {name!r}")
+        if name in WHERE and (value.is_meta if isinstance(value, Tensor) else getattr(value, "type", "") == "meta"):
+            raise NeedsValues  # a run without values is on another device than the model
+        if isinstance(value, Tensor):
+            if name in FACTS:
+                return getattr(value, name)
+            if name in FACT_METHODS:
+                return getattr(value, name)
+            if name in VALUE_METHODS:
+                return getattr(self.known_tensor(proxy, name), name)
+        if callable(getattr(value, name)):
+            return lambda *args, **kwargs: self.create_proxy("call_method", name, (proxy, *args), kwargs)
+        return self.create_proxy("call_function", getattr, (proxy, name), {})
+
+    def known_tensor(self, proxy: ValueProxy, how: str) -> Any:
+        """The tensor's contents, if they are a fixed fact of the model; else the module must be opaque."""
+        value = proxy.value
+        learned = isinstance(value, nn.Parameter) or value.requires_grad or value.is_floating_point()
+        if self.depends[proxy.node] or learned or value.is_meta:
+            raise ReadsValue(f"{how}() of %{proxy.node.name}")
+        return value
+
+    def concretise(self, proxy: ValueProxy, how: str) -> Any:
+        if isinstance(proxy.value, Tensor):
+            return self.known_tensor(proxy, how).item()
+        self.guards.append(Guard(proxy.node, how, proxy.value))
+        return proxy.value
+
+    def torch_function(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if method in INLINED:
+            return inlined(method)(*args, **kwargs)
+        name = getattr(method, "__name__", "")
+        if name == "__get__":
+            owner: Any = method.__self__  # type: ignore[attr-defined]
+            return self.read_attribute(args[0], owner.__name__) if type(args[0]) is ValueProxy else NotImplemented
+        if name in FACT_METHODS:
+            return method(*unwrap(args), **unwrap(kwargs))
+        if belongs_to_tensors(method):
+            return self.create_proxy("call_method", name, args, kwargs)
+        return self.create_proxy("call_function", method, args, kwargs)
+
+    # -- modules ------------------------------------------------------------------------------------------------------
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        alone = not m._modules or all(name == "parametrizations" for name, child in m._modules.items() if child is not None)
+        return alone and is_standard(type(m))  # type: ignore[arg-type]  # a class is hashable, whatever mypy says
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        path = (self.submodule_paths or {}).get(m)
+        if self.running is not None:
+            out = forward(*args, **kwargs)
+            if path is not None and self.running in self.opaque:
+                refs = map_tensors((args, kwargs, out), self.recorder.ref)
+                self.calls.setdefault(self.running, []).append(Call(path, refs[:2], refs[2]))
+            return out
+        if path is None:  # made inside forward: it has no name in the tree
+            return forward(*args, **kwargs)
+        if path in self.opaque or self.is_leaf_module(m, path):
+            return self.create_proxy("call_module", path, args, kwargs)
+        like = self.plain.kind(m, args, kwargs)
+        if like is not None and like in self.plain.kinds:
+            return self.create_proxy("call_module", path, args, kwargs)
+        mark, ops = len(self.index), len(self.recorder.tape.ops)
+        again = (copied(args), copied(kwargs))  # what a second run starts from
+        stored, plain = dict(vars(m)), False
+        self.stack.append(path)
+        self.readings.append(reading := Reading())
+        try:
+            with self.plain.watching(m, like is not None) as unread:
+                out = forward(*args, **kwargs)
+                if reading.asked:
+                    out = in_both_modes(self, m, forward, again, out, mark)
+            plain = like is not None and (reading.asked or reading.flag) and is_plain(self, m, stored, mark)
+            if not plain:
+                return out
+        except PruneError:
+            raise
+        except Exception as error:
+            if hasattr(error, "fxprune_plain") or not self.retry:
+                raise
+            surface(error)
+            where = getattr(error, "fxprune_where", None)
+            reason = f"reads {error}" if isinstance(error, ReadsValue) else f"{type(error).__name__}: {error}"
+        finally:
+            self.stack.pop()
+            self.readings.pop()
+        self.roll_back(mark, ops)
+        if plain:
+            self.plain.add(m, args, unread)
+        else:
+            self.opaque[path] = reason
+        try:
+            return self.create_proxy("call_module", path, args, kwargs)
+        except Exception as error:
+            error.fxprune_plain = True  # type: ignore[attr-defined]
+            error.fxprune_where = where or getattr(error, "fxprune_where", path)  # type: ignore[attr-defined]
+            raise
+
+    def roll_back(self, mark: int, ops: int) -> None:
+        """Forget every node and call made since the mark."""
+        for node in list(itertools.takewhile(lambda n: self.index[n] >= mark, reversed(self.graph.nodes))):
+            self.graph.erase_node(node)
+            self.results.pop(node, None)
+            self.untracked.discard(node)
+        self.recorder.truncate(ops)
+        self.guards = [g for g in self.guards if self.index[g.node] < mark]
+        if self.branches is not None:
+            self.branches = [b for b in self.branches if b.end <= mark]
+        self.stored.take_back(self.index, mark)
+        gone = [k for k, p in self.attributes.items() if isinstance(p, ValueProxy) and self.index[p.node] >= mark]
+        for key in gone:
+            del self.attributes[key]
+
+    # -- the root -----------------------------------------------------------------------------------------------------
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """Placeholders for exactly the arguments that were given, by the names that forward gives them."""
+        signature = inspect.signature(self.forward)
+        bound = signature.bind(*self.example_args, **self.example_kwargs)
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
+        order, complete = list(signature.parameters), True
+        for i, (name, value) in enumerate(bound.arguments.items()):
+            complete = complete and order[i] == name  # no argument before it was left out
+            kind = signature.parameters[name].kind
+            if kind is inspect.Parameter.VAR_POSITIONAL:
+                args.extend(self.placeholder("*" + name, value))
+            elif kind is inspect.Parameter.VAR_KEYWORD:
+                kwargs.update(self.placeholder("**" + name, value))
+            elif complete and kind is not inspect.Parameter.KEYWORD_ONLY:
+                args.append(self.placeholder(name, value))
+            else:
+                kwargs[name] = self.placeholder(name, value)
+
+        def call(root: nn.Module) -> Any:
+            return root.forward(*args, **kwargs)
+
+        return call, [self.root]
+
+    def placeholder(self, name: str, value: Any) -> Any:
+        node = self.create_node("placeholder", name, (), {}, name.lstrip("*"))
+        for tensor in tensors(value):
+            self.inputs.append(self.recorder.add(tensor, from_input=True))
+        return self.bind(node, value)
+
+
+@functools.lru_cache(maxsize=4096)
+def is_standard(kind: type) -> bool:
+    """Whether layers of a class are nodes of the program."""
+    return kind.__module__.startswith(("torch.nn.", "torch.ao.nn.")) and not issubclass(kind, TRACED_THROUGH)
+
+
+@functools.lru_cache(maxsize=4096)
+def belongs_to_tensors(method: Callable[..., Any]) -> bool:
+    """Whether torch knows a function as a method of tensors (its own answer takes longer than making a node does)."""
+    return bool(torch.overrides.is_tensor_method_or_property(method))
+
+
+def like_dict(value: dict[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:
+    """Items in a dict of the same kind: one whose items are attributes too is made from keywords."""
+    if type(value) is dict:
+        return items
+    try:
+        return type(value)(**items)
+    except Exception:  # a kind with arguments of its own
+        return items
+
+
+def copied(x: Any) -> Any:
+    """Copies of the containers that a forward might change."""
+    if type(x) is list:
+        return [copied(v) for v in x]
+    if type(x) is tuple:
+        return tuple([copied(v) for v in x])
+    return {k: copied(v) for k, v in x.items()} if type(x) is dict else x
