@@ -97,7 +97,7 @@ def measure(model: str, tool: str, level: str) -> Row:
     inputs = map_tensors(inputs, lambda t: t.to(dtype) if t.is_floating_point() else t)
     try:
         with double_throughout() if dtype == torch.float64 else contextlib.nullcontext():
-            attributes = [(vars(m), dict(vars(m))) for m in network.modules()]
+            attributes = [(vars(m), remembered(m)) for m in network.modules()]
             with torch.no_grad():
                 randomise(network, inputs)
             for now, before in attributes:
@@ -111,6 +111,11 @@ def measure(model: str, tool: str, level: str) -> Row:
             return row
     except Exception as error:
         return row | {"status": "failed", "reason": one_line(error)}
+
+
+def remembered(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module and the hooks on it."""
+    return {name: value.copy() if name.endswith("_hooks") else value for name, value in vars(module).items()}
 
 
 def with_fxprune(network: nn.Module, inputs: Any, tolerance: float, release: Sequence[str] = ()) -> Row:

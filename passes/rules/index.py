@@ -27,12 +27,12 @@ def index(call: Call) -> Labels:
             contents.append(None)
             dim += 1
             continue
-        is_mask = call.tape.values[i.id].dtype in (torch.bool, torch.uint8)
-        width = len(call.shape(i)) if is_mask else 1
+        mask = is_mask(call, i)
+        width = len(call.shape(i)) if mask else 1
         indexed += range(dim, dim + width)
         data = call.data(i)
         exact = exact and data is not None
-        contents.append(data.cpu() if data is not None else stand_in(call, i, is_mask))
+        contents.append(data.cpu() if data is not None else stand_in(call, i, mask))
         dim += width
     for i in indices:
         if i is not None:
@@ -73,8 +73,8 @@ def of_size_one(contents: list[Tensor | None]) -> list[Tensor | None]:
     return found
 
 
-def stand_in(call: Call, ref: Ref, is_mask: bool) -> Tensor:
-    return torch.zeros(call.shape(ref), dtype=torch.bool if is_mask else torch.int64)
+def stand_in(call: Call, ref: Ref, mask: bool) -> Tensor:
+    return torch.zeros(call.shape(ref), dtype=torch.bool if mask else torch.int64)
 
 
 @rule("aten::embedding", "aten::_embedding_bag", "aten::_embedding_bag_forward_only", "aten::embedding_bag")
@@ -101,25 +101,43 @@ def gather(call: Call) -> Labels:
 
 @rule("aten::index_put", "aten::_index_put_impl")
 def index_put(call: Call) -> Labels:
-    """Rows are written where the indices say: the dimensions behind the indexed ones correspond from the right."""
+    """What is written where indices say.
+
+    (1) Indices that are constants of the model: each value is tied to the entry that it replaces.
+    (2) One mask over leading dimensions, and a value that is the same wherever it is written: a choice element by element.
+    (3) Rows are written: the dimensions behind the indexed ones correspond from the right.
+    """
     x, indices, values = call["self"], call["indices"], call["values"]
-    shape = call.shape(x)
+    shape, size = call.shape(x), call.shape(values)
     rewritten = call.ties.maker in ("setitem", "")  # what is called by another name keeps its indices
     if rewritten and all(i is None or call.data(i) is not None for i in indices):
         return put_at_constants(call, x, indices, values)
-    indexed = [d for d, i in enumerate(indices) if i is not None]
-    if indexed != list(range(len(indexed))) or any(call.tape.values[i.id].dtype == torch.bool for i in indices if i):
+    widths = [1 if i is None or not is_mask(call, i) else len(call.shape(i)) for i in indices]
+    starts = [sum(widths[:k]) for k in range(len(widths))]
+    indexed = [d for i, start, n in zip(indices, starts, widths) if i is not None for d in range(start, start + n)]
+    if indexed != list(range(len(indexed))):
         call.freeze(call.labels(x) + call.labels(values), COMPUTED)
         return NONE
-    passed = call.freeze_dims(call.labels(x), indexed, COMPUTED)
     behind = len(shape) - len(indexed)
-    tail = tuple(factor(f.labels.reshape(f.labels.shape[len(indexed) :])) for f in passed)
-    size = call.shape(values)
-    kept = call.freeze_dims(call.labels(values), range(len(size) - behind), COMPUTED)
     lead = max(0, len(size) - behind)
+    if len(indices) == 1 and is_mask(call, indices[0]) and set(size[:lead]) <= {1}:
+        mask = tuple(factor(f.labels.reshape([*f.labels.shape, *[1] * behind]), f.nest) for f in call.labels(indices[0]))
+        chosen = unify(call, call.labels(x), shape, mask, (*call.shape(indices[0]), *[1] * behind))
+        tail = tuple(factor(f.labels.reshape(f.labels.shape[lead:])) for f in call.labels(values))
+        return unify(call, chosen, shape, *align(tail, size[lead:], len(shape)))
+    for i in indices:
+        if i is not None:
+            call.freeze(call.labels(i), "holds indices")
+    passed = call.freeze_dims(call.labels(x), indexed, COMPUTED)
+    tail = tuple(factor(f.labels.reshape(f.labels.shape[len(indexed) :])) for f in passed)
+    kept = call.freeze_dims(call.labels(values), range(lead), COMPUTED)
     tails = tuple(factor(f.labels.reshape(f.labels.shape[lead:])) for f in kept)
     unify(call, tail, shape[len(indexed) :], *align(tails, size[lead:], behind))
     return passed
+
+
+def is_mask(call: Call, ref: Ref) -> bool:
+    return call.tape.values[ref.id].dtype in (torch.bool, torch.uint8)
 
 
 def put_at_constants(call: Call, x: Ref, indices: list[Ref | None], values: Ref) -> Labels:

@@ -197,6 +197,10 @@ def maximum_with_parameter():
     return net(forward, a=linear(10, 14), low=parameter(14), head=linear(14, 5)), features()
 
 
+def hidden():
+    return torch.tensor([[0, 1, 0, 0, 1, 1, 0], [1, 1, 0, 0, 0, 0, 1]], dtype=torch.bool)
+
+
 @graph(targets=("a.weight", "head.weight"), min_removed=0.3)
 def fill_masked_tokens_with_parameter():
     """Masked autoencoders: hidden tokens are replaced by one learned one."""
@@ -206,9 +210,59 @@ def fill_masked_tokens_with_parameter():
         x = torch.where(hidden.unsqueeze(-1), self.token.to(x.dtype), x)
         return self.head(x.relu())
 
-    hidden = torch.tensor([[0, 1, 0, 0, 1, 1, 0], [1, 1, 0, 0, 0, 0, 1]], dtype=torch.bool)
     model = net(forward, a=linear(10, 14), token=parameter(1, 1, 14), head=linear(14, 5))
-    return model, {"x": tokens(), "hidden": hidden}
+    return model, {"x": tokens(), "hidden": hidden()}
+
+
+@graph(targets=("a.weight", "token", "head.weight"), min_removed=0.3)
+def write_parameter_where_an_input_says():
+    """The same by assignment, as for augmentation of spectra; the mask has fewer dimensions than what it chooses from."""
+
+    def forward(self, x, hidden):
+        x = self.a(x)
+        x[hidden] = self.token.to(x.dtype)
+        return self.head(x.relu())
+
+    model = net(forward, a=linear(10, 14), token=parameter(14), head=linear(14, 5))
+    return model, {"x": tokens(), "hidden": hidden()}
+
+
+@graph(targets=AB, min_removed=0.3)
+def write_rows_where_an_input_says():
+    def forward(self, x, hidden):
+        y = self.b(x)[hidden].tanh()
+        x = self.a(x)
+        x[hidden] = y
+        return self.head(x.relu())
+
+    model = net(forward, a=linear(10, 14), b=linear(10, 14), head=linear(14, 5))
+    return model, {"x": tokens(), "hidden": hidden()}
+
+
+@graph(targets=AB, min_removed=0.3)
+def write_where_another_is_large():
+    """A mask over channels too, computed from other channels: they go together."""
+
+    def forward(self, x):
+        y = self.b(x)
+        x = self.a(x)
+        x[y > 0.5] = -1.0
+        return self.head(x.relu()) + self.read(y)
+
+    return net(forward, a=linear(10, 14), b=linear(10, 14), head=linear(14, 5), read=linear(14, 5)), tokens()
+
+
+@graph(targets=("b.weight",), min_removed=0.15)
+def write_values_in_the_order_of_a_mask():
+    """As many values as the mask has places, channels and all: what goes where depends on all of it."""
+
+    def forward(self, x):
+        y = self.b(x)
+        x = self.a(x)
+        x[x > 0.5] = x[x > 0.5].flip(0)
+        return self.head(x.relu()) + self.read(y)
+
+    return net(forward, a=linear(10, 14), b=linear(10, 14), head=linear(14, 5), read=linear(14, 5)), tokens()
 
 
 @graph(targets=AB, min_removed=0.3)
