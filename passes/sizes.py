@@ -193,11 +193,12 @@ def indexed(r: Rewriter, node: fx.Node, index: tuple[Any, ...]) -> fx.Node | Non
     target = r.result(node) if node.target is not operator.setitem else None
     if target is not None and not isinstance(target, Ref):
         return None
+    left = r.after(source)
     new: list[Any] = []
     dim = out = 0
     for i in full:
         ref = r.result(i) if isinstance(i, fx.Node) else None
-        shrunk = dim < len(shape) and any(dim in c.dims for c in r.cuts(source))
+        shrunk = dim < len(shape) and left[dim] < shape[dim]
         if i is None or isinstance(i, bool):
             new.append(i)
             out += 1

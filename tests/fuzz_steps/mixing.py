@@ -18,11 +18,16 @@ from .writer import (
 UNARY = "relu gelu silu tanh sigmoid hardswish elu leaky_relu softsign".split()
 
 
-@op(ANY, weight=4, how=one_of(*UNARY, "abs", "square", "line", "clamp", "fill"))
+@op(ANY, weight=4, how=one_of(*UNARY, "abs", "square", "line", "clamp", "fill", "drop"))
 def pointwise(w: Writer, x: Value, *, how: str) -> str:
     if how in UNARY:
         return f"F.{how}({x})"
-    others = {"line": f"{x} * 0.7 + 0.3", "clamp": f"{x}.clamp(-1, 2)", "fill": f"{x}.masked_fill({x} > 0.5, -0.4)"}
+    others = {
+        "line": f"{x} * 0.7 + 0.3",
+        "clamp": f"{x}.clamp(-1, 2)",
+        "fill": f"{x}.masked_fill({x} > 0.5, -0.4)",
+        "drop": f"F.dropout({x}, 0.3, training=self.training)",
+    }
     return others.get(how, f"{x}.{how}()")
 
 
@@ -112,6 +117,23 @@ def write_slice(w: Writer, x: Value, *, start: int, stop: int, how: str, step: i
         "swap": f"{part} = {x}.flip({x.axis}){part[1:]}",
     }
     w.line(lines[how])
+    return "t"
+
+
+@op(ANY, other=alike, weight=2, how=one_of("own", "other", "learned", "rows"), at=channel)
+def write_where(w: Writer, x: Value, y: Value, *, how: str, at: int) -> str:
+    """A mask computed from values says where: of every element, or of images or tokens by one of their channels."""
+    place = f"{y}[..., {at}]" if x.kind == "tokens" else f"{y}[(slice(None), {at}, *(0,) * {x.rank - 2})]"
+    w.line(f"t = {x}.clone()")
+    if how == "own":
+        w.line(f"t[{x} > 0.5] = -0.4")
+    elif how == "other":
+        w.line(f"t[{y} > 0.2] = 0.3")
+    elif how == "rows":
+        w.line(f"m = {place} > 0")
+        w.line(f"t[m] = {y}[m].tanh()")
+    else:
+        w.line(f"t[{place} > 0] = {w.parameter(', '.join(map(str, (x.c, *(1,) * x.after))))}")
     return "t"
 
 

@@ -175,3 +175,17 @@ def lstm_left_with_one_unit():
         return self.head(self.rnn(self.embed(x))[1][0][-1])
 
     return net(forward, embed=linear(10, 8), rnn=nn.LSTM(8, 2, batch_first=True), head=linear(2, 5)), tokens()
+
+
+@graph(targets=("rnn.weight_ih_l0", "rnn.weight_ih_l0_reverse"), min_removed=0.2)
+def rows_of_a_recurrent_layer_by_mask():
+    """Initial states of zeros are told apart by image; nothing is removed along images, so a mask over them stays as it is."""
+
+    def forward(self, x, chosen):
+        x = self.rnn(x)[0][:, -1]
+        y = x * 2
+        y[chosen] = x[chosen].tanh()
+        return self.head(y)
+
+    model = net(forward, rnn=nn.RNN(10, 7, batch_first=True, bidirectional=True), head=linear(14, 5))
+    return model, {"x": tokens(), "chosen": torch.tensor([True, False])}
