@@ -238,7 +238,8 @@ def chase(
     """How many steps to take, and what was measured there.
 
     What was measured to be over the budget lies below what was measured to be within it; the next proposal lies between,
-    where a line through the last two measurements, over what was predicted for them, meets the budget.
+    where a line through the last two measurements, over what was predicted for them, meets the budget. Where nothing is left
+    between and much of the budget is unused, what was over it by no more than its error is looked at once more.
 
     Arguments:
         budget: what may stay, a `share` of the original.
@@ -247,11 +248,14 @@ def chase(
         measured: the latency after some of them.
     """
     low, high, best, repeated, before = 0, steps, None, 0, False
+    surely, reopened = 0, False  # the most steps after which the time was over the budget, and not by chance
     over, beside = Point(1.0, 1.0), Point(0.0, 0.0)  # at first the table is taken at its word
     for turn in range(ROUNDS):
         last = high if best is None else high - 1
         if low >= last and turn:
-            break
+            if reopened or surely == low:
+                break
+            low, reopened, repeated = surely, True, 2
         goal = crossing(over, beside, share * (1 - MARGIN)) * predicted(0)
         at = min(low + 1 + bisect_left(range(low + 1, last), True, key=lambda k: predicted(k) <= goal), steps)
         if best is None and turn >= ROUNDS // 2:
@@ -271,6 +275,7 @@ def chase(
             raise too_slow(budget, found)
         else:
             low, over, beside = at, point, over if best is None else beside
+            surely = at if used(budget, found) - 1 > 2 * found.error else surely
     assert best is not None, "all steps are proposed while nothing was found, and refused where they are not enough"
     return high, best
 

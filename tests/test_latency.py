@@ -198,6 +198,21 @@ def test_a_clock_that_lies_still_ends_within_the_budget(seed):
     assert found.pruned <= 0.5 and len(asked) <= ROUNDS
 
 
+def test_what_was_over_by_chance_is_looked_at_once_more():
+    """Step 500 just meets the budget; the first time it seems to be above it, within the error. Steps are far apart."""
+    times = {500: [0.502, 0.498]}
+    seen = []
+
+    def measured(steps):
+        seen.append(steps)
+        now = times[steps].pop(0) if times.get(steps) else 0.9 if steps < 500 else 0.45
+        return Latency(1.0, now, now, 100, 0.03, "cpu")
+
+    table = lambda k: 1 - k / 1000  # noqa: E731
+    steps, found = chase(Budget("latency", 0.5), 0.5, 501, table, measured)
+    assert (steps, found.share) == (500, 0.498) and seen.count(500) == 2 and len(seen) <= ROUNDS
+
+
 def test_time_that_does_not_fall_until_the_last_step():
     """A cliff: the table leads nowhere, and all steps are tried before it is given up."""
     cliff = lambda k: 0.4 if k == 100 else 0.9  # noqa: E731
