@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fxprune.passes.labels import NONE, Factor, Labels, align, factor
 from fxprune.passes.rules import Call, rule
@@ -102,8 +103,9 @@ def unify(call: Call, a: Labels, a_shape: Sequence[int], b: Labels, b_shape: Seq
             continue
         call.ties.tie(f.labels, g.labels, broadcast=True)
         wider = f if len(f.nest) > len(g.nest) else g
-        if call.ties.seeking_heads and occur_alike(wider, wider.dims - shared):  # it still tells heads apart
-            result.append(wider)
+        apart = heads_alone(wider, wider.dims - shared) if call.ties.seeking_heads else None
+        if apart is not None:  # it still tells heads apart
+            result.append(apart)
             continue
         narrow = g.labels
         for d in g.dims - shared:
@@ -134,12 +136,31 @@ def lines(call: Call, a: Labels, a_shape: Sequence[int], b: Labels, b_shape: Seq
     return (*met, *left, *right)
 
 
-def occur_alike(f: Factor, dims: Iterable[int]) -> bool:
-    """Whether rows along some dimensions occur equally often, as heads do; class tokens before patches do not."""
-    line = f.labels
-    for d in f.dims.difference(dims):
-        line = line.narrow(d, 0, 1)
-    _, counts = np.unique(line.reshape(-1).numpy(), return_counts=True)
+def heads_alone(f: Factor, dims: Iterable[int]) -> Factor | None:
+    """A factor without those of some dimensions whose rows are no heads; None where no such dimension is left.
+
+    Heads occur equally often; class tokens before patches do not. Of such rows one that tells heads apart speaks for all, the
+    first or the last: patches that went through a layer of their own may do so no more.
+    """
+    rows = [d for d in dims if d in f.dims]
+    if occur_alike(f.labels, f.dims.difference(rows)):
+        return f
+    for end in (0, -1):
+        labels = f.labels
+        for d in rows:
+            if not occur_alike(f.labels, f.dims - {d}, end):
+                labels = labels.narrow(d, end % labels.shape[d], 1)
+        found = factor(labels, f.nest)
+        if not found.dims.isdisjoint(rows):
+            return found
+    return None
+
+
+def occur_alike(labels: Tensor, without: Iterable[int], end: int = 0) -> bool:
+    """Whether all labels of an array occur equally often, at one end of some dimensions."""
+    for d in without:
+        labels = labels.narrow(d, end % labels.shape[d], 1)
+    _, counts = np.unique(labels.reshape(-1).numpy(), return_counts=True)
     return bool((counts == counts[0]).all())
 
 

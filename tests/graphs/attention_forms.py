@@ -195,3 +195,28 @@ def causal_over_mixed_tokens(fused):
         return self.head(y.transpose(1, 2).flatten(2))
 
     return net(forward, mix=linear(7, 5), q=linear(10, 24), kv=linear(10, 48), head=linear(24, 5)), tokens()
+
+
+@graph(targets=("qkv.weight", "proj.weight"), min_removed=0.3, heads={"qkv": 4})
+def pooling_attention_beside_a_class_token():
+    """Multiscale attention: patches go through a convolution and a norm that all heads share; the class token does not."""
+
+    def pool(self, x, conv, norm):
+        first, rest = torch.tensor_split(x, (1,), dim=2)
+        batch, heads, tokens, width = rest.shape
+        rest = conv(rest.reshape(batch * heads, 2, tokens // 2, width).permute(0, 3, 1, 2))
+        rest = rest.reshape(batch, heads, width, -1).transpose(2, 3)
+        return norm(torch.cat((first, rest), dim=2))
+
+    def forward(self, x):
+        batch, tokens, _width = x.shape
+        q, k, v = self.qkv(x).reshape(batch, tokens, 3, 4, 6).transpose(1, 3).unbind(dim=2)
+        q, k, v = (pool(self, t, *layers) for t, *layers in zip((q, k, v), self.convs, self.norms, strict=True))
+        out = (q @ k.transpose(2, 3) * 6**-0.5).softmax(dim=-1) @ v
+        return self.proj(out.transpose(1, 2).reshape(batch, -1, 24))
+
+    layers = {
+        "convs": nn.ModuleList(nn.Conv2d(6, 6, 3, padding=1, groups=6) for _ in range(3)),
+        "norms": nn.ModuleList(nn.LayerNorm(6) for _ in range(3)),
+    }
+    return net(forward, qkv=linear(24, 72), proj=linear(24, 24), **layers), torch.randn(2, 9, 24, dtype=torch.float64)
