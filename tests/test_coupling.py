@@ -10,7 +10,7 @@ from torch import nn
 
 import fxprune
 from fxprune.passes.labels import Factor, factor
-from fxprune.passes.rules.pointwise import occur_alike
+from fxprune.passes.rules.pointwise import heads_alone
 from fxprune.passes.ties import Pair, components, smallest_tied
 
 
@@ -193,9 +193,19 @@ def test_a_factor_lets_go_of_the_array_it_was_cut_from():
 def test_class_tokens_are_no_heads():
     """Rows of labels along tokens (1, tokens, channels): heads occur equally often, whether shared or not."""
     own, patch = torch.arange(1, 5), torch.arange(5, 9)
-    assert not occur_alike(Factor(torch.stack([own, patch, patch])[None], (1, 2)), {1})
-    assert occur_alike(Factor(torch.stack([own, own, patch, patch])[None], (1, 2)), {1})
-    assert occur_alike(Factor(torch.arange(1, 13).reshape(1, 3, 4), (1, 2)), {1})
+    assert heads_alone(Factor(torch.stack([own, patch, patch])[None], (1, 2)), {1}) is None
+    for rows in (torch.stack([own, own, patch, patch])[None], torch.arange(1, 13).reshape(1, 3, 4)):
+        f = Factor(rows, (1, 2))
+        assert heads_alone(f, {1}) is f
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_heads_beside_a_class_token(shared):
+    """Rows along heads and tokens (2, 5, channels): a token by which heads differ speaks for all, here the first one only."""
+    own = torch.arange(1, 9).reshape(2, 1, 4)
+    patches = torch.arange(9, 13).expand(2, 4, 4) if shared else (own + 8).expand(2, 4, 4)
+    found = heads_alone(Factor(torch.cat([own, patches], 1), (1, 0, 2)), {0, 1})
+    assert found.nest == (0, 2) and torch.equal(found.labels, own)
 
 
 def test_an_index_passes_what_it_does_not_touch():

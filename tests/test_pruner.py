@@ -26,9 +26,17 @@ STRIDE = int(os.environ.get("GRAPH_STRIDE", "24"))  # 1 takes every graph
 CASES = [(name, "heads") for name in sorted(GRAPHS)[::STRIDE]] + [(n, "dims") for n in HEADED[:: max(1, STRIDE // 3)]]
 
 
+# (a table of positions for each head keeps the dimensions within heads: see the limits in passes/README.md)
+WHOLE = {("relative_position_table", "dims")}
+
+
 @pytest.mark.parametrize(("name", "attention"), CASES)
 def test_every_step_is_exact_and_adds_to_the_last(name, attention):
     model, x = GRAPHS[name].make()
+    if (name, attention) in WHOLE:
+        with pytest.raises(fxprune.PruneError, match="nothing in the model can be pruned by so little"):
+            fxprune.Pruner(model, 0.5, example_inputs=x, attention=attention, steps=3)
+        return
     pruner = fxprune.Pruner(model, 0.5, example_inputs=x, attention=attention, steps=3, verify=True)
     kept = []
     while not pruner.done:
