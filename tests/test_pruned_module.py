@@ -132,6 +132,17 @@ def test_dtype_survives(build, dtype):
     assert outputs(pruned, x).dtype == dtype
 
 
+def test_a_layer_that_was_compiled_in_place_is_pruned_as_any_other():
+    """`Module.compile()` leaves a call of the original on a layer: neither the capture nor the copy may use it."""
+    plain, model = resnet(), resnet()
+    for layer in (model.layer1, model.conv1):
+        layer.compile(backend="aot_eager")
+    pruned = fxprune.prune(model, 0.5, example_inputs=images(), verify=False)
+    assert model.conv1._compiled_call_impl is not None
+    assert all(m._compiled_call_impl is None for m in pruned.modules())
+    assert torch.equal(pruned(images()), fxprune.prune(plain, 0.5, example_inputs=images(), verify=False)(images()))
+
+
 def test_tied_weights_stay_tied():
     torch.manual_seed(0)
     model = Tied().eval()

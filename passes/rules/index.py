@@ -19,24 +19,15 @@ def index(call: Call) -> Labels:
     x, indices = call["self"], call["indices"]
     shape = call.shape(x)
     contents: list[Tensor | None] = []
-    indexed: list[int] = []
-    dim = 0
-    exact = True
+    indexed = indexed_dims(call, indices)
+    exact = all(i is None or call.data(i) is not None for i in indices)
     for i in indices:
         if i is None:
             contents.append(None)
-            dim += 1
             continue
-        mask = is_mask(call, i)
-        width = len(call.shape(i)) if mask else 1
-        indexed += range(dim, dim + width)
         data = call.data(i)
-        exact = exact and data is not None
-        contents.append(data.cpu() if data is not None else stand_in(call, i, mask))
-        dim += width
-    for i in indices:
-        if i is not None:
-            call.freeze(call.labels(i), "holds indices")
+        contents.append(data.cpu() if data is not None else stand_in(call, i))
+        call.freeze(call.labels(i), "holds indices")
     result: Labels = NONE
     for f in call.labels(x):
         touched = [d for d in indexed if d in f.dims]
@@ -48,15 +39,7 @@ def index(call: Call) -> Labels:
         if not touched:
             result += call.settle(factor(torch.ops.aten.index.Tensor(f.labels, of_size_one(contents))))
             continue
-        array = fill(f, shape, indexed)
-        if not exact and any(c is not None and c.dtype == torch.bool for c in contents):
-            if indexed != list(range(len(indexed))):
-                call.ties.freeze(f.labels, COMPUTED)
-                continue
-            array = f.labels.flatten(0, len(indexed) - 1)
-        else:
-            array = torch.ops.aten.index.Tensor(array, contents)
-        result += call.settle(factor(array))
+        result += call.settle(factor(torch.ops.aten.index.Tensor(fill(f, shape, indexed), contents)))
     return result
 
 
@@ -73,8 +56,8 @@ def of_size_one(contents: list[Tensor | None]) -> list[Tensor | None]:
     return found
 
 
-def stand_in(call: Call, ref: Ref, mask: bool) -> Tensor:
-    return torch.zeros(call.shape(ref), dtype=torch.bool if mask else torch.int64)
+def stand_in(call: Call, ref: Ref) -> Tensor:
+    return torch.zeros(call.shape(ref), dtype=torch.bool if is_mask(call, ref) else torch.int64)
 
 
 @rule("aten::embedding", "aten::_embedding_bag", "aten::_embedding_bag_forward_only", "aten::embedding_bag")
@@ -112,9 +95,7 @@ def index_put(call: Call) -> Labels:
     rewritten = call.ties.maker in ("setitem", "")  # what is called by another name keeps its indices
     if rewritten and all(i is None or call.data(i) is not None for i in indices):
         return put_at_constants(call, x, indices, values)
-    widths = [1 if i is None or not is_mask(call, i) else len(call.shape(i)) for i in indices]
-    starts = [sum(widths[:k]) for k in range(len(widths))]
-    indexed = [d for i, start, n in zip(indices, starts, widths) if i is not None for d in range(start, start + n)]
+    indexed = indexed_dims(call, indices)
     if indexed != list(range(len(indexed))):
         call.freeze(call.labels(x) + call.labels(values), COMPUTED)
         return NONE
@@ -136,6 +117,17 @@ def index_put(call: Call) -> Labels:
     return passed
 
 
+def indexed_dims(call: Call, indices: list[Ref | None]) -> list[int]:
+    """The dimensions that indices take entries along: a mask as many as it has itself."""
+    found: list[int] = []
+    dim = 0
+    for i in indices:
+        width = len(call.shape(i)) if i is not None and is_mask(call, i) else 1
+        found += range(dim, dim + width) if i is not None else ()
+        dim += width
+    return found
+
+
 def is_mask(call: Call, ref: Ref) -> bool:
     return call.tape.values[ref.id].dtype in (torch.bool, torch.uint8)
 
@@ -145,12 +137,7 @@ def put_at_constants(call: Call, x: Ref, indices: list[Ref | None], values: Ref)
     contents = [None if i is None else call.data(i).cpu() for i in indices]  # type: ignore[union-attr]
     shape = torch.ops.aten.index.Tensor(torch.empty(call.shape(x), device="cpu"), contents).shape
     places: Labels = NONE
-    indexed: list[int] = []
-    dim = 0
-    for c in contents:
-        width = c.dim() if c is not None and c.dtype in (torch.bool, torch.uint8) else 1
-        indexed += range(dim, dim + width) if c is not None else ()
-        dim += width
+    indexed = indexed_dims(call, indices)
     for f in call.labels(x):
         full = fill(f, call.shape(x), indexed)
         g = factor(torch.ops.aten.index.Tensor(full, contents))
