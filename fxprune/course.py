@@ -95,7 +95,7 @@ class Course:
             kept, cutter = rivalry.settle(rivalry.everything())
             if self.trial is not None:
                 with self.trial.quiet():
-                    found = self.trial.measure(kept, self.solution.unit, budget)
+                    [found] = self.trial.measure([self.trial.prune(kept, self.solution.unit)], budget)
                 if used(budget, found) > 1:
                     raise too_slow(budget, found)
             elif (least := self.costs.of(cutter, budget.kind)) > limit:

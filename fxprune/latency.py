@@ -1,8 +1,11 @@
 """Latency: how long a forward takes on the model's own device, and the fewest steps that bring it within a budget.
 
-A timetable (see `timetable.py`) proposes how many steps to take; what it proposes is pruned, and timed in turns with the
-original. What was measured corrects the next proposal. So the table only decides how many proposals it takes, and what is
-returned was measured to be within the budget.
+A timetable (see `timetable.py`) proposes how many steps to take, a few numbers of them at once; what they leave is pruned,
+and timed in turns with the original and with one another. What was measured corrects the next proposals. So the table only
+decides how many proposals it takes, and what is returned was measured to be within the budget.
+
+Models are compared within one window of time only: on a machine that others use too, what a model takes of another's time
+moves by several per cent from one half minute to the next.
 """
 
 from __future__ import annotations
@@ -30,11 +33,13 @@ from fxprune.timetable import Timetable
 
 FRIENDLY = 8  # channels in a multiple of which kernels are written; preferred where the request names none
 CLOSE, LOOSE = 0.02, 0.15  # good enough is what leaves as little of its budget as can be told, within these limits
-MARGIN = 0.01  # proposals stay this far below the budget
+MARGIN = 0.01  # proposals aim this far below the budget,
+SPREAD = 0.08  # and at first so far to both sides of that
+ABREAST = 3  # proposals that are timed in one window
 NEAR = 0.1  # what is this close to the budget is timed for longer, until its error is
 PRECISE = 0.01  # no more than this, or
-PATIENCE = 8.0  # seconds are over
-ROUNDS = 12
+PATIENCE = 12.0  # seconds are over
+ROUNDS = 8
 Run = Callable[[], object]
 Stopwatch = Callable[..., list[list[float]]]
 
@@ -96,13 +101,6 @@ def stopwatch(runs: Sequence[Run], device: torch.device, *, least: int = 7, seco
     return found
 
 
-class Point(NamedTuple):
-    """A choice's share of the original's time, as the timetable says and as it was measured."""
-
-    predicted: float
-    measured: float
-
-
 class Trial:
     """The model on its own device and the example inputs, to be timed against what a choice leaves of it.
 
@@ -147,26 +145,27 @@ class Trial:
         """The time of the original."""
         return statistics.median(self.clock([self.run(self.original)], self.device)[0])
 
-    def measure(self, kept: Tensor, unit: Tensor, budget: Budget) -> Latency:
-        """Time a choice and the original in turns; what is within the budget must be so in at least twice as many runs.
-
-        What is near the budget is timed until it is known which side it is on, or for as long as `PATIENCE` lasts.
-
-        Arguments:
-            kept: which labels stay, of those whose classes are `unit`.
-            budget: what may stay.
-        """
+    def prune(self, kept: Tensor, unit: Tensor) -> nn.Module:
+        """What a choice leaves of the model: the labels that stay, of those whose classes are `unit`."""
         solution = self.coupled()
         assert torch.equal(solution.unit, unit), "a model is coupled in the same way each time"
-        pruned = shrink(self.model, solution, kept).eval()
-        runs = [self.run(self.original), self.run(pruned)]
-        before, after = self.clock(runs, self.device)
-        found = summary(before, after, self.device)
-        again = used(budget, found) <= 1
-        while again or (unsure(budget, found) and sum(before) + sum(after) < PATIENCE):
-            more = self.clock(runs, self.device)
-            before, after = before + more[0], after + more[1]
-            found, again = summary(before, after, self.device), False
+        return shrink(self.model, solution, kept).eval()
+
+    def measure(self, models: Sequence[nn.Module], budget: Budget) -> list[Latency]:
+        """Time models and the original in turns; what is within the budget must be so in at least twice as many runs.
+
+        They are timed until it is known on which side those near the budget are, or for as long as `PATIENCE` lasts.
+        """
+        runs = [self.run(model) for model in (self.original, *models)]
+        times: list[list[float]] = [[] for _ in runs]
+        found: list[Latency] = []
+        again = True
+        while again or (any(unsure(budget, f) for f in found) and sum(map(sum, times)) < PATIENCE):
+            for mine, more in zip(times, self.clock(runs, self.device), strict=True):
+                mine += more
+            again = not found
+            found = [summary(times[0], mine, self.device) for mine in times[1:]]
+            again = again and any(used(budget, f) <= 1 for f in found)
         return found
 
 
@@ -218,13 +217,18 @@ def timely(
     total = trial.original_seconds()
     share = budget.limit(total) / total
     settled: dict[int, tuple[Tensor, Cutter]] = {}
+    pruned: dict[int, nn.Module] = {}
 
-    def measured(steps: int) -> Latency:
-        settled[steps] = settle(removed(ladders, climbed(ladders, sequence[:steps]), size))
-        return trial.measure(settled[steps][0], costs.solution.unit, budget)
+    def measured(proposals: Sequence[int]) -> list[Latency]:
+        for steps in [steps for steps in pruned if steps not in proposals]:
+            del pruned[steps]
+        for steps in [steps for steps in proposals if steps not in pruned]:
+            settled[steps] = settle(removed(ladders, climbed(ladders, sequence[:steps]), size))
+            pruned[steps] = trial.prune(settled[steps][0], costs.solution.unit)
+        return trial.measure([pruned[steps] for steps in proposals], budget)
 
     if share >= 1:
-        trial.found = measured(0)
+        trial.found = measured([0])[0]
         return settled[0]
     table = Timetable(ladders, costs, trial.device, trial.seconds, total)
     steps, found = chase(budget, share, len(sequence), lambda k: table(climbed(ladders, sequence[:k])), measured)
@@ -232,57 +236,81 @@ def timely(
     return settled[steps]
 
 
-def chase(
-    budget: Budget, share: float, steps: int, predicted: Callable[[int], float], measured: Callable[[int], Latency]
-) -> tuple[int, Latency]:
-    """How many steps to take, and what was measured there.
+class Point(NamedTuple):
+    """A number of steps, the share of the original's time after them by the timetable, and the part of the budget used."""
 
-    What was measured to be over the budget lies below what was measured to be within it; the next proposal lies between,
-    where a line through the last two measurements, over what was predicted for them, meets the budget. Where nothing is left
-    between and much of the budget is unused, what was over it by no more than its error is looked at once more.
+    steps: int
+    predicted: float
+    used: float
+
+
+def chase(
+    budget: Budget,
+    share: float,
+    steps: int,
+    predicted: Callable[[int], float],
+    measured: Callable[[Sequence[int]], Sequence[Latency]],
+) -> tuple[int, Latency]:
+    """How many steps to take, and what was measured there, in the last window of time.
+
+    At first proposals lie around the budget as the table has it. Then the fewest steps that were within the budget are timed
+    again, beside two proposals between them and the most steps that were over it: where a line through both, over what was
+    predicted for them, meets the budget; and just below that, or halfway where such a line leads nowhere. It ends with steps
+    that leave little of the budget unused, with two that follow one another, or after `ROUNDS` windows.
 
     Arguments:
         budget: what may stay, a `share` of the original.
         steps: how many there are.
         predicted: seconds after some of them, by the timetable.
-        measured: the latency after some of them.
+        measured: the latencies after some numbers of them, timed in one window.
     """
-    low, high, best, repeated, before = 0, steps, None, 0, False
-    surely, reopened = 0, False  # the most steps after which the time was over the budget, and not by chance
-    over, beside = Point(1.0, 1.0), Point(0.0, 0.0)  # at first the table is taken at its word
+    whole = predicted(0)
+    none, free = Point(0, 1.0, 1 / share), Point(steps, 0.0, 0.0)  # at first the table is taken at its word
+    over, within = none, None
+    halved = True
+    answer: tuple[int, Latency] | None = None
     for turn in range(ROUNDS):
-        last = high if best is None else high - 1
-        if low >= last and turn:
-            if reopened or surely == low:
-                break
-            low, reopened, repeated = surely, True, 2
-        goal = crossing(over, beside, share * (1 - MARGIN)) * predicted(0)
-        at = min(low + 1 + bisect_left(range(low + 1, last), True, key=lambda k: predicted(k) <= goal), steps)
-        if best is None and turn >= ROUNDS // 2:
-            at = steps
-        elif repeated > 1:  # twice on the same side: the line leads nowhere
-            at = (low + last + 1) // 2
-        found = measured(at)
-        point = Point(predicted(at) / predicted(0), found.share)
-        within = used(budget, found) <= 1
-        repeated = repeated + 1 if best is not None and within is before else 0
-        before = within
-        if within:
-            high, best, beside = at, found, point
-            if 1 - used(budget, found) <= min(max(CLOSE, found.error), LOOSE):
-                break
-        elif at == steps:
-            raise too_slow(budget, found)
+
+        def steps_for(goal: float, over: Point = over, beside: Point = within or free) -> int:
+            """The fewest steps whose predicted share lies where the line meets a part of the budget."""
+            at = crossing(over, beside, goal) * whole
+            return min(1 + bisect_left(range(1, steps + 1), True, key=lambda k: predicted(k) <= at), steps)
+
+        if within is None:
+            goals = [(1 - MARGIN) * (1 + SPREAD * i) for i in (1, 0, -1)]
+            proposals = {max(steps_for(goal), min(over.steps + 1, steps)) for goal in goals}
+            if turn >= ROUNDS // 2:
+                proposals.add(steps)
         else:
-            low, over, beside = at, point, over if best is None else beside
-            surely = at if used(budget, found) - 1 > 2 * found.error else surely
-    assert best is not None, "all steps are proposed while nothing was found, and refused where they are not enough"
-    return high, best
+            first, second = steps_for(1 - MARGIN), steps_for(1 - 2 * MARGIN)
+            between = [first, second if halved else (over.steps + within.steps + 1) // 2]
+            proposals = {within.steps, *(min(max(k, over.steps + 1), within.steps) for k in between)}
+            if len(proposals) < ABREAST:
+                proposals.add(max(over.steps, 1))
+        asked = sorted(proposals)
+        found = measured(asked)
+        points = [Point(k, predicted(k) / whole, used(budget, f)) for k, f in zip(asked, found, strict=True)]
+        fits = [i for i, point in enumerate(points) if point.used <= 1]
+        if not fits:
+            over, within, halved = points[-1], None, True
+            if over.steps == steps:
+                raise too_slow(budget, found[-1])
+            continue
+        best = fits[0]
+        bracket = (within or free).steps - over.steps
+        within, answer = points[best], (asked[best], found[best])
+        slower = points[best - 1] if best else over if over.steps < within.steps else none
+        if 1 - within.used <= min(max(CLOSE, found[best].error), LOOSE) or (best and slower.steps == within.steps - 1):
+            break
+        over = slower
+        halved = 2 * (within.steps - over.steps) <= bracket
+    assert answer is not None, "all steps are proposed while nothing was found, and refused where they are not enough"
+    return answer
 
 
-def crossing(a: Point, b: Point, measured: float) -> float:
-    """The predicted share at which a line through two points meets a measured one; through the origin if it falls."""
-    slope = (a.measured - b.measured) / (a.predicted - b.predicted) if a.predicted != b.predicted else 0.0
+def crossing(a: Point, b: Point, goal: float) -> float:
+    """The predicted share at which a line through two points meets a part of the budget; through the origin if it falls."""
+    slope = (a.used - b.used) / (a.predicted - b.predicted) if a.predicted != b.predicted else 0.0
     if slope <= 0:
-        return a.predicted * measured / a.measured
-    return a.predicted + (measured - a.measured) / slope
+        return a.predicted * goal / a.used
+    return a.predicted + (goal - a.used) / slope
