@@ -265,45 +265,41 @@ def chase(
         measured: the latencies after some numbers of them, timed in one window.
     """
     whole = predicted(0)
-    none, free = Point(0, 1.0, 1 / share), Point(steps, 0.0, 0.0)  # at first the table is taken at its word
-    over, within = none, None
-    halved = True
+    start = over = Point(0, 1.0, 1 / share)
+    within: Point | None = None
     answer: tuple[int, Latency] | None = None
+    halved = True  # whether the last window brought the two together by half
+
+    def fewest(goal: float) -> int:
+        """Steps after which the line through both meets a part of the budget; at first the table is taken at its word."""
+        at = crossing(over, within or Point(steps, 0.0, 0.0), goal) * whole
+        return min(1 + bisect_left(range(1, steps + 1), True, key=lambda k: predicted(k) <= at), steps)
+
     for turn in range(ROUNDS):
-
-        def steps_for(goal: float, over: Point = over, beside: Point = within or free) -> int:
-            """The fewest steps whose predicted share lies where the line meets a part of the budget."""
-            at = crossing(over, beside, goal) * whole
-            return min(1 + bisect_left(range(1, steps + 1), True, key=lambda k: predicted(k) <= at), steps)
-
         if within is None:
-            goals = [(1 - MARGIN) * (1 + SPREAD * i) for i in (1, 0, -1)]
-            proposals = {max(steps_for(goal), min(over.steps + 1, steps)) for goal in goals}
-            if turn >= ROUNDS // 2:
-                proposals.add(steps)
+            least = min(over.steps + 1, steps)
+            asked = {max(fewest((1 - MARGIN) * (1 + SPREAD * i)), least) for i in (1, 0, -1)}
+            asked |= {steps} if turn >= ROUNDS // 2 else set()
         else:
-            first, second = steps_for(1 - MARGIN), steps_for(1 - 2 * MARGIN)
-            between = [first, second if halved else (over.steps + within.steps + 1) // 2]
-            proposals = {within.steps, *(min(max(k, over.steps + 1), within.steps) for k in between)}
-            if len(proposals) < ABREAST:
-                proposals.add(max(over.steps, 1))
-        asked = sorted(proposals)
-        found = measured(asked)
-        points = [Point(k, predicted(k) / whole, used(budget, f)) for k, f in zip(asked, found, strict=True)]
-        fits = [i for i, point in enumerate(points) if point.used <= 1]
-        if not fits:
+            between = fewest(1 - MARGIN), fewest(1 - 2 * MARGIN) if halved else (over.steps + within.steps + 1) // 2
+            asked = {within.steps, *(min(max(k, over.steps + 1), within.steps) for k in between)}
+            asked |= {max(over.steps, 1)} if len(asked) < ABREAST else set()
+        window = sorted(asked)
+        found = measured(window)
+        points = [Point(k, predicted(k) / whole, used(budget, f)) for k, f in zip(window, found, strict=True)]
+        best = next((i for i, point in enumerate(points) if point.used <= 1), None)
+        if best is None:
             over, within, halved = points[-1], None, True
             if over.steps == steps:
                 raise too_slow(budget, found[-1])
             continue
-        best = fits[0]
-        bracket = (within or free).steps - over.steps
-        within, answer = points[best], (asked[best], found[best])
-        slower = points[best - 1] if best else over if over.steps < within.steps else none
-        if 1 - within.used <= min(max(CLOSE, found[best].error), LOOSE) or (best and slower.steps == within.steps - 1):
+        apart = (within.steps if within else steps) - over.steps
+        within, answer = points[best], (window[best], found[best])
+        over = points[best - 1] if best else over if over.steps < within.steps else start
+        halved = 2 * (within.steps - over.steps) <= apart
+        adjoining = best > 0 and over.steps == within.steps - 1
+        if adjoining or 1 - within.used <= min(max(CLOSE, found[best].error), LOOSE):
             break
-        over = slower
-        halved = 2 * (within.steps - over.steps) <= bracket
     assert answer is not None, "all steps are proposed while nothing was found, and refused where they are not enough"
     return answer
 

@@ -201,7 +201,7 @@ def test_a_clock_that_lies_still_ends_within_the_budget(seed):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_machine_that_drifts_from_window_to_window(seed):
-    """All models of a window get slower or faster by as much: what is returned leaves little of the budget in its own window."""
+    """All models of a window are slower or faster by as much; what is returned uses its budget, as its own window has it."""
     g = torch.Generator().manual_seed(seed)
     drift = []
 
