@@ -74,19 +74,20 @@ def solve(captures: Sequence[Capture], terms: Terms, closed: Mapping[str, str] |
     rules.load()
     leaves, size = leaf_labels(captures)
     seeking = terms.heads and any(has_heads(c) for c in captures)
-    ties, values = read(captures, leaves, size, terms, seeking=seeking)
+    scripts = [Script(capture) for capture in captures]
+    ties, values = read(scripts, leaves, size, terms, seeking=seeking)
     if seeking:
         if any(len(e.labels[0]) > 1 for e in ties.coarse):
             leaves = by_head(leaves, ties)
         del ties, values  # before as much is made again
-        ties, values = read(captures, leaves, size, terms)
+        ties, values = read(scripts, leaves, size, terms)
     settled: set[tuple[str, int]] = set()
     while ties.composed:  # what is composed in one reading may ask for more in the next
         settled |= {ties.leaf_starts[start][:2] for start in ties.composed}
         leaves = composed(leaves, ties)
         size = ties.size  # labels that were new in this reading may be among them: the next one numbers its own after them
         last = len(settled) > MOST_COMPOSED
-        ties, values = read(captures, leaves, size, terms, settled=frozenset(settled), compose=not last)
+        ties, values = read(scripts, leaves, size, terms, settled=frozenset(settled), compose=not last)
     for name, reason in terms.keep.items():
         for f in leaves.get(name, NONE):
             ties.frozen.append(Event(f.labels, -1, reason))
@@ -176,8 +177,30 @@ def grouped_weights(capture: Capture) -> dict[str, int]:
     return found
 
 
+class Script:
+    """A capture, and what every reading of it asks that does not depend on labels.
+
+    Attributes:
+        uses: the values that a later call, the result or an untracked node reads.
+        leaking: opaque modules whose Python took contents; `hidden` are the numbers of other untracked nodes.
+        pinned: views that are written into and cannot become copies.
+        literals: for each node what `ties.maker` and `ties.literals` are there.
+    """
+
+    def __init__(self, capture: Capture) -> None:
+        self.capture = capture
+        tape, untracked = capture.tape, capture.untracked
+        self.uses = {r.id for op in tape.ops for r in op.inputs} | {r.id for _, r in capture.outputs}
+        self.uses |= {r.id for n in untracked for r in collect([capture.results[m] for m in n.all_input_nodes], Ref)}
+        self.leaking = [n for n in untracked if n.op == "call_module" and str(n.target) in capture.opaque]
+        self.hidden = sorted(capture.index[n] for n in untracked if n not in self.leaking)
+        self.pinned = written_through(tape)
+        self.named = {i: v.name for i, v in enumerate(tape.values) if v.name is not None}
+        self.literals = {i: (maker(capture, i), literals(capture, i)) for i in {op.node for op in tape.ops}}
+
+
 def read(
-    captures: Sequence[Capture],
+    scripts: Sequence[Script],
     leaves: dict[str, Labels],
     size: int,
     terms: Terms,
@@ -189,15 +212,12 @@ def read(
     """Interpret every tape on labels."""
     ties = Ties(size=size, seeking_heads=seeking, leaves=leaves if compose and not seeking else {}, settled=settled)
     every = []
-    for which, capture in enumerate(captures):
-        tape = capture.tape
-        labels: dict[int, Labels] = {i: leaves[v.name] for i, v in enumerate(tape.values) if v.name is not None}
-        uses = {r.id for op in tape.ops for r in op.inputs} | {r.id for _, r in capture.outputs}
-        uses |= {r.id for n in capture.untracked for r in collect([capture.results[m] for m in n.all_input_nodes], Ref)}
-        leaking = [n for n in capture.untracked if n.op == "call_module" and str(n.target) in capture.opaque]
-        hidden = sorted(capture.index[n] for n in capture.untracked if n not in leaking)
+    for which, script in enumerate(scripts):
+        capture, tape = script.capture, script.capture.tape
+        labels: dict[int, Labels] = {i: leaves[name] for i, name in script.named.items()}
+        hidden = list(script.hidden)
         end = Op(None, (), {}, (), len(capture.index))
-        ties.pinned = written_through(tape)
+        ties.pinned = script.pinned
         varying: set[int] = set()
         sized: dict[int, bool] = {}
         for op in [*tape.ops, end]:
@@ -208,15 +228,14 @@ def read(
                 continue
             if ties.node != which * SPAN + op.node:
                 ties.node = which * SPAN + op.node
-                ties.maker = maker(capture, op.node)
-                ties.literals = literals(capture, op.node)
-            call = Call(op, tape, labels, ties, terms.heads, uses, varying)
+                ties.maker, ties.literals = script.literals[op.node]
+            call = Call(op, tape, labels, ties, terms.heads, script.uses, varying)
             if op.node not in sized:
                 sized[op.node] = takes_input_sizes(capture, op.node, labels, size)
             if sized[op.node] or (varying and any(r.id in varying for r in call.inputs)):
                 varying.update(r.id for r in call.outputs)
             apply_rule(call)
-        for node in leaking:
+        for node in script.leaking:
             ties.node = which * SPAN + capture.index[node]
             freeze_inside(capture, node, labels, ties)
         ties.node = which * SPAN + capture.index[capture.output]
@@ -266,7 +285,9 @@ def apply_rule(call: Call) -> None:
     """Store the labels of an op's results; an op without a rule is probed through autograd, else frozen."""
     if not call.outputs:
         return
-    shared = read_apart(call) if call.ties.alike else {}
+    alike = call.ties.alike
+    met = bool(alike) and any([r.id in alike for r in call.inputs])
+    shared = read_apart(call) if met else {}
     ruled = rules.find(call.op.func)
     if ruled is not None:
         result = ruled(call)
@@ -276,11 +297,11 @@ def apply_rule(call: Call) -> None:
         result = probe(call)
     results = result if isinstance(result, list) else [result]
     for ref, labels in zip(call.outputs, results, strict=False):
-        if any(ref.id == r.id for r in call.inputs):
-            continue  # written in place: the ties say it all
-        call.known[ref.id] = labels
-    call.known.update(shared)
-    if call.ties.alike:
+        if ref not in call.inputs:  # else it is written in place: the ties say it all
+            call.known[ref.id] = labels
+    if shared:
+        call.known.update(shared)
+    if met:
         follow(call)
 
 

@@ -6,7 +6,7 @@ is its shape and dtype. Only the contents of small index tensors that do not dep
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -107,20 +107,40 @@ def collect(x: Any, kind: type | tuple[type, ...]) -> list[Any]:
     if isinstance(x, kind):
         return [x]
     found: list[Any] = []
-    gather(x, kind, found)
+    if kind is Ref:
+        gather_refs(x, found)
+    else:
+        gather(x, kind, found)
     return found
 
 
+def inside(x: Any) -> Iterable[Any]:
+    """What a container holds; nothing where it is none."""
+    if type(x) in SEQUENCES or isinstance(x, SEQUENCES):
+        return x  # type: ignore[no-any-return]
+    if isinstance(x, dict):
+        return x.values()
+    return (x.start, x.stop, x.step) if type(x) is slice else ()
+
+
 def gather(x: Any, kind: type | tuple[type, ...], found: list[Any]) -> None:
-    for v in x if isinstance(x, tuple | list) else x.values() if isinstance(x, dict) else ():
+    for v in inside(x):
         if isinstance(v, kind):
             found.append(v)
         elif type(v) not in ATOMS:
             gather(v, kind, found)
-    if isinstance(x, slice):
-        gather((x.start, x.stop, x.step), kind, found)
 
 
+def gather_refs(x: Any, found: list[Ref]) -> None:
+    """The same for references, which is what nearly all that is gathered is."""
+    for v in x if type(x) in SEQUENCES else inside(x):
+        if type(v) is Ref:
+            found.append(v)
+        elif type(v) not in ATOMS:
+            gather_refs(v, found)
+
+
+SEQUENCES = (tuple, list)
 LARGEST_INDEX = 1 << 22  # elements
 NAMELESS = SimpleNamespace(name="")
 

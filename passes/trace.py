@@ -56,7 +56,7 @@ def trace(
     output = next(n for n in graph.nodes if n.op == "output")
     outputs = list(named_outputs(output.args[0], tracer.results))
     only = membership(graph, tracer.branches or [], tracer.index)
-    return Capture(
+    made = Capture(
         tracer.root,
         graph,
         tracer.recorder.tape,
@@ -74,6 +74,8 @@ def trace(
         prefix,
         tracer.modules,
     )
+    vars(tracer).clear()  # its proxies know it: what the capture does not hold is to go now, not when the collector comes
+    return made
 
 
 def whole_tracer(

@@ -260,9 +260,9 @@ def counterpart(f: Factor, candidates: list[Factor]) -> Factor | None:
 
 def blur(f: Factor, g: Factor) -> int:
     """How far two factors over the same dimensions are from corresponding one to one."""
-    a, b = torch.broadcast_tensors(f.labels, g.labels)
-    pairs = torch.stack([a.reshape(-1), b.reshape(-1)]).unique(dim=1).shape[1]
-    return 2 * pairs - len(f.labels.unique()) - len(g.labels.unique())
+    ours, theirs = f.labels.unique(return_inverse=True), g.labels.unique(return_inverse=True)
+    pairs = (ours[1] * len(theirs[0]) + theirs[1]).unique()  # a number for each pair: rows are compared at far greater length
+    return 2 * len(pairs) - len(ours[0]) - len(theirs[0])
 
 
 def outbid(f: Factor, g: Factor, mine: list[Factor]) -> bool:
