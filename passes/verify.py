@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from fxprune.passes import rules
-from fxprune.passes.couple import apply_rule
 from fxprune.passes.kept import Cutter
 from fxprune.passes.labels import Labels, lut
+from fxprune.passes.reading import apply_rule
 from fxprune.passes.rules import Call
 from fxprune.passes.tape import Op, Recorder, Ref, collect, map_tensors
 from fxprune.passes.ties import Rows, Ties, flat, row

@@ -100,7 +100,7 @@ def measure_latency(network: nn.Module, images: Tensor, share: float, ranking: s
     try:
         pruned = fxprune.prune(network, example_inputs=images, ranking=ranking, verify=False, latency=share)
     except fxprune.PruneError as error:
-        return {"status": "failed", "reason": one_line(error)}
+        return {"status": "refused" if "cannot be met" in error.what else "failed", "reason": one_line(error)}
     row: Row = {"prune_s": time.perf_counter() - start}
     found = pruned.meta["latency"]
     row["seconds"], row["spread"], row["threads"] = [found.original, found.pruned], found.spread, torch.get_num_threads()
@@ -227,8 +227,10 @@ def summary(rows: list[Row]) -> str:
         counts = Counter(row["status"] for row in chosen)
         shares = sorted(row["of_budget"] for row in chosen if "of_budget" in row)
         if shares:
+            refused = f"; {counts['refused']} more are below the least there can be" if counts["refused"] else ""
             lines.append(
-                f"- {kind}: {counts['met']} of {len(chosen)} met, with {shares[0]:.2%} to {shares[-1]:.2%} of the budget"
+                f"- {kind}: {counts['met']} of {len(chosen) - counts['refused']} met, with {shares[0]:.2%} to {shares[-1]:.2%}"
+                f" of the budget{refused}"
             )
     machines = Counter(row["machine"] for row in rows if "machine" in row)
     lines += [f"- {count} rows on {name}" for name, count in machines.most_common()]

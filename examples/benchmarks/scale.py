@@ -5,7 +5,8 @@
 
 Rows go to `scale.jsonl`, the table to `SCALE.md` and the plot to `SCALE.svg`. Every size runs in a process of its own: the
 least of three calls, verification off. A Llama is on the meta device and pruned by `random`, which reads no weights: what is
-timed is capture, coupling, choice and the shapes of the result.
+timed is capture, coupling, choice and the shapes of the result. But for `llama_1b`, which has weights and is pruned by
+magnitude: what it holds above what it held before is the pruned copy and what scoring needed.
 """
 
 import argparse
@@ -69,10 +70,25 @@ def llama_70b(depth: int) -> tuple[nn.Module, Any, str]:
     return llama(depth, **sizes, vocab_size=128256)
 
 
+def llama_1b(depth: int) -> tuple[nn.Module, Any, str]:
+    """Llama 3.2 1B, weights drawn at random in the precision that it is published in."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        config = LlamaConfig(num_hidden_layers=depth, vocab_size=128256, tie_word_embeddings=True, use_cache=False, **sizes)
+        return LlamaForCausalLM(config).eval(), {"input_ids": torch.arange(16).view(1, 16)}, "magnitude"
+    finally:
+        torch.set_default_dtype(usual)
+
+
 CASES = {
     "mlp": (mlp, (125, 250, 500, 1000)),
     "densenet": (densenet, (121, 169, 201, 264)),
     "llama": (llama, (25, 50, 100, 200)),
+    "llama_1b": (llama_1b, (16,)),
     "llama_70b": (llama_70b, (80,)),
 }
 
@@ -97,6 +113,7 @@ def main(argv: list[str] | None = None) -> None:
 def measure(case: str, depth: int) -> Row:
     model, inputs, criterion = CASES[case][0](depth)
     row: Row = {"params": sum(p.numel() for p in model.parameters()), "machine": machine()}
+    row["weights_gib"] = weights(model)
     before = peak()
     seconds: list[float] = []
     for _ in range(RUNS):
@@ -105,7 +122,13 @@ def measure(case: str, depth: int) -> Row:
         seconds.append(time.perf_counter() - start)
         row.setdefault("peak_gib", peak())  # of one call: what it frees is not all given back to the system
     row |= {"nodes": len(pruned.graph.nodes), "params_after": sum(p.numel() for p in pruned.parameters())}
+    row["weights_after_gib"] = weights(pruned)
     return row | {"seconds": min(seconds), "before_gib": before, "status": "timed"}
+
+
+def weights(model: nn.Module) -> float:
+    """GiB of parameters that are not on the meta device."""
+    return sum(p.numel() * p.element_size() for p in model.parameters() if not p.is_meta) / 2**30
 
 
 def peak() -> float:
@@ -129,6 +152,8 @@ def table(rows: list[Row]) -> str:
         ("prune, s", "r", lambda row: f"{row['seconds']:.2f}" if "seconds" in row else row.get("reason", "")),
         ("ms a node", "r", lambda row: f"{1000 * row['seconds'] / row['nodes']:.2f}" if "seconds" in row else ""),
         ("left", "r", lambda row: f"{row['params_after'] / row['params']:.0%}" if "seconds" in row else ""),
+        ("weights, GiB", "r", lambda row: f"{row['weights_gib']:.2f}" if "weights_gib" in row else ""),
+        ("left of them", "r", lambda row: f"{row['weights_after_gib']:.2f}" if "weights_gib" in row else ""),
         ("memory before, GiB", "r", lambda row: f"{row['before_gib']:.2f}" if "seconds" in row else ""),
         ("at most, GiB", "r", lambda row: f"{row['peak_gib']:.2f}" if "seconds" in row else ""),
     ]

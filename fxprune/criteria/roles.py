@@ -14,8 +14,9 @@ from torch import Tensor
 
 from fxprune.passes import rules
 from fxprune.passes.capture import Capture
-from fxprune.passes.couple import apply_rule, leaf_labels
+from fxprune.passes.couple import leaf_labels
 from fxprune.passes.labels import NONE, Labels
+from fxprune.passes.reading import apply_rule
 from fxprune.passes.rules import Call
 from fxprune.passes.tape import Op, Ref, Tape, collect
 from fxprune.passes.ties import Ties
