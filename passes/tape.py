@@ -117,7 +117,7 @@ def collect(x: Any, kind: type | tuple[type, ...]) -> list[Any]:
 def inside(x: Any) -> Iterable[Any]:
     """What a container holds; nothing where it is none."""
     if type(x) in SEQUENCES or isinstance(x, SEQUENCES):
-        return x  # type: ignore[no-any-return]
+        return x
     if isinstance(x, dict):
         return x.values()
     return (x.start, x.stop, x.step) if type(x) is slice else ()
