@@ -127,7 +127,7 @@ def leaf_labels(captures: Sequence[Capture]) -> tuple[dict[str, Labels], int]:
     for name, shape in shapes.items():
         made: list[Factor] = []
         for d, n in enumerate(shape):
-            if n == 1:
+            if n < 2:  # nothing to remove; some models have tables of no entries
                 continue
             if d == 1 and name in groups:
                 g = groups[name]

@@ -19,6 +19,8 @@ from fxprune.passes.proxy import ValueProxy, iterate, unwrap
 if TYPE_CHECKING:
     from fxprune.passes.tracer import ValueTracer
 
+CACHED = type(functools.lru_cache(len))
+CALLABLE = (CACHED, types.FunctionType)
 CHECKS = [name for name in vars(torch) if name.startswith("_check") and callable(getattr(torch, name))]
 FACTORIES = (
     "zeros ones full empty arange linspace logspace eye rand randn randint randperm tensor as_tensor range"
@@ -141,7 +143,31 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
             if id(value) in maths and value is maths[id(value)]:
                 names[name] = factory(value)
                 undo.append(functools.partial(names.__setitem__, name, value))
+            elif type(value) in CALLABLE:
+                forgetful(value, functools.partial(names.__setitem__, name))
         seen.add(id(names))
+        for owner in type(module).__mro__:
+            if owner in seen or owner.__module__.startswith("torch."):
+                continue
+            seen.add(owner)
+            for name, value in list(vars(owner).items()):
+                if type(value) in CALLABLE:
+                    forgetful(value, functools.partial(setattr, owner, name))
+
+    def forgetful(value: Any, put: Callable[[Any], None]) -> None:
+        """Have a function that remembers results (`functools.lru_cache`) forget them: a proxy is good for one trace only."""
+        if type(value) is CACHED:
+            put(value.__wrapped__)
+            undo.append(functools.partial(put, value))
+            return
+        for cell in value.__closure__ or ():  # a decorator of one's own around it
+            try:
+                inner = cell.cell_contents
+            except ValueError:  # it is still empty
+                continue
+            if type(inner) is CACHED:
+                cell.cell_contents = inner.__wrapped__
+                undo.append(functools.partial(setattr, cell, "cell_contents", inner))
 
     def module_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         look_at(module)

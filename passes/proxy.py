@@ -54,6 +54,7 @@ class ValueProxy(fx.Proxy):
     """A node of the graph together with what it evaluated to on the example inputs."""
 
     value: Any
+    __array_priority__ = Tensor.__array_priority__  # a number of NumPy's leaves arithmetic with it to it
 
     def __init__(self, node: fx.Node, tracer: Any, value: Any) -> None:
         super().__init__(node, tracer)

@@ -191,16 +191,19 @@ class Rewriter:
             self.changed[node] = differs or (not self.is_size(node) and any(self.is_changed(n) for n in node.all_input_nodes))
         return self.changed[node]
 
-    def original(self, node: Any) -> Any:
-        """A number as the original program computes it, in terms of the new one's sizes."""
+    def original(self, node: Any, *, every: bool = False) -> Any:
+        """A number as the original program computes it, in terms of the new one's sizes.
+
+        What is not known to depend on the inputs is written out, unless `every` size is to stay in the graph.
+        """
         if not isinstance(node, fx.Node) or not self.is_changed(node):
             return self.new[node] if isinstance(node, fx.Node) else node
         was = self.capture.results[node]
-        if not self.is_symbolic(node):
+        if not (every or self.is_symbolic(node)):
             return was
         if self.is_size(node):
             return self.scaled(self.new[node], Fraction(was, self.value(node))) if isinstance(was, int) else self.new[node]
-        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self.original)
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: self.original(n, every=every))
         return self.graph.create_node(node.op, node.target, args, kwargs)
 
     def scaled(self, number: Any, ratio: Fraction) -> Any:
@@ -211,15 +214,20 @@ class Rewriter:
         return number
 
     def size(self, given: Any, wanted: int) -> Any:
-        """A size argument that must come to `wanted`: literals change, expressions over input sizes are rescaled."""
+        """A size argument that must come to `wanted`: literals change, expressions over input sizes are rescaled.
+
+        So are expressions over channels that would come to something else: `rows // heads`, for a batch of one, is one where
+        the rows are heads, and yet it stands for the batch.
+        """
         if not isinstance(given, fx.Node):
             return given if given == -1 or isinstance(given, bool) or not isinstance(given, int) else wanted
         if self.value(given) == wanted and (self.is_size(given) or not self.is_changed(given)):
             return self.new[given]
-        if not self.is_symbolic(given):
+        known = self.is_symbolic(given)
+        if not known and (self.is_size(given) or self.value(given) == wanted):
             return wanted
         was = self.capture.results[given]
-        return self.scaled(self.original(given), Fraction(wanted, was)) if was else self.new[given]
+        return self.scaled(self.original(given, every=not known), Fraction(wanted, was)) if was else self.new[given]
 
     def number(self, given: fx.Node) -> Any:
         """A number that is no size: it keeps its original value. So does what Python asked of sizes (`c % groups == 0`)."""

@@ -10,6 +10,7 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -225,6 +226,8 @@ class ValueTracer(fx.Tracer):
             return a.pack(self)
         if type(a) is Flag:  # deep in an argument
             return bool(a)
+        if isinstance(a, np.generic):  # which generated code cannot write down
+            return a.item()
         if isinstance(a, Tensor):
             name = self.names.get(id(a))
             if name is None:

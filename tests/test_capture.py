@@ -1,0 +1,132 @@
+"""What a forward does beside its tensors: results it remembers, numbers of NumPy, tables of nothing, a batch of one."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fxprune
+
+
+def remembered(function):
+    """A decorator of one's own around a cache."""
+    cached = functools.lru_cache(function)
+
+    @functools.wraps(function)
+    def wrapper(*args):
+        return cached(*args)
+
+    return wrapper
+
+
+@functools.lru_cache
+def plainly(n):
+    return torch.arange(n) * 1.0
+
+
+@remembered
+def wrapped(n):
+    return torch.arange(n) * 1.0
+
+
+class Remembers(nn.Module):
+    """Adds positions that were computed for the first input of a length, and asks for its mode, so that it is traced twice."""
+
+    def __init__(self, how):
+        super().__init__()
+        torch.manual_seed(0)
+        self.how, self.a, self.b = how, nn.Linear(8, 16), nn.Linear(16, 8)
+
+    @functools.lru_cache
+    def method(self, n):
+        return torch.arange(n) * 1.0
+
+    def forward(self, x):
+        table = {"plainly": plainly, "wrapped": wrapped, "method": self.method}[self.how]
+        x = x + table(x.shape[1])[:, None]
+        if self.training:
+            x = x.tanh()
+        return self.b(self.a(x).relu())
+
+
+@pytest.mark.parametrize("how", ["plainly", "wrapped", "method"])
+def test_what_a_function_remembers_holds_no_proxies(how):
+    """Neither the original nor the second trace meets what was computed in the first one, and other lengths are computed."""
+    model, x = Remembers(how).eval(), torch.randn(2, 3, 8)
+    pruned = fxprune.prune(model, 0.5, example_inputs=x)
+    assert pruned.verification.ok and pruned.meta["capture"] == "symbolic"
+    assert type(model(x)) is torch.Tensor and pruned(torch.randn(2, 5, 8)).shape == (2, 5, 8)
+    cached = {"plainly": plainly, "wrapped": wrapped.__closure__[0].cell_contents, "method": Remembers.method}[how]
+    before = cached.cache_info().hits
+    model(x)
+    assert cached.cache_info().hits == before + 1, "it remembers again"
+    mask = fxprune.masks.masked(model, fxprune.plan_of(pruned)).train()
+    assert torch.allclose(pruned.train()(x), mask(x), atol=1e-6)
+
+
+class Numbers(nn.Module):
+    """Scales by numbers of NumPy, from either side."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.scale = nn.Linear(8, 16), nn.Linear(16, 8), np.sqrt(16)
+
+    def forward(self, x):
+        return self.b(np.float32(0.5) * self.a(x).relu() / self.scale * np.float64(3))
+
+
+def test_numbers_of_numpy_are_written_down_as_numbers():
+    pruned = fxprune.prune(Numbers().eval(), 0.5, example_inputs=torch.randn(2, 8))
+    assert pruned.verification.ok and pruned.meta["capture"] == "symbolic" and "np." not in pruned.code
+
+
+class Registers(nn.Module):
+    """Room for tokens of which there are none."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.none, self.a, self.b = nn.Parameter(torch.zeros(1, 0, 8)), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = torch.cat([self.none.expand(len(x), -1, -1), x], 1)
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 2)).permute(2, 0, 3, 1, 4)
+        x = self.out(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return self.b(self.a(x).relu())
+
+
+def test_a_parameter_without_entries():
+    pruned = fxprune.prune(Registers().eval(), 0.5, example_inputs=torch.randn(2, 3, 8))
+    assert pruned.verification.ok and pruned.qkv.out_features == 12 and pruned.a.out_features == 8
+
+
+class Rows(nn.Module):
+    """Attention over rows that are batch times heads, whose batch comes from them again (as in BLOOM)."""
+
+    def __init__(self, heads=4):
+        super().__init__()
+        torch.manual_seed(0)
+        self.heads, self.q, self.k, self.v, self.out = heads, *(nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        q, k, v = (f(x).view(b, n, self.heads, -1).transpose(1, 2).flatten(0, 1) for f in (self.q, self.k, self.v))
+        x = torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v)
+        x = x.view(x.shape[0] // self.heads, self.heads, n, -1).transpose(1, 2)
+        return self.out(x.reshape(x.shape[0], n, -1))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_a_batch_that_is_computed_from_batch_times_heads_stays_free(batch):
+    """With one example the rows are the heads, and the batch a constant to all appearance."""
+    model = Rows().eval()
+    pruned = fxprune.prune(model, 0.5, example_inputs=torch.randn(batch, 5, 32))
+    assert pruned.q.out_features == 16
+    mask = fxprune.masks.masked(model, fxprune.plan_of(pruned))
+    for other in (1, 2, 5):
+        x = torch.randn(other, 7, 32)
+        assert torch.allclose(pruned(x), mask(x), atol=1e-6)
