@@ -86,10 +86,10 @@ class Tape:
 
 def map_tensors(x: Any, fn: Callable[[Any], Any], kind: type | tuple[type, ...] = Tensor) -> Any:
     """Replace every instance of `kind` inside nested tuples, lists, dicts and slices."""
+    if isinstance(x, kind):  # (atoms are among what may be replaced: a device is)
+        return fn(x)
     if type(x) in ATOMS:
         return x
-    if isinstance(x, kind):
-        return fn(x)
     if isinstance(x, tuple):
         mapped = [map_tensors(v, fn, kind) for v in x]
         return type(x)(*mapped) if hasattr(x, "_fields") else tuple(mapped)

@@ -130,3 +130,26 @@ def test_a_batch_that_is_computed_from_batch_times_heads_stays_free(batch):
     for other in (1, 2, 5):
         x = torch.randn(other, 7, 32)
         assert torch.allclose(pruned(x), mask(x), atol=1e-6)
+
+
+class Moves(nn.Module):
+    """Brings its inputs, and what it makes, to where its own parameters are, as models of transformers do."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    @property
+    def device(self):
+        return next(self.parameters()).device
+
+    def forward(self, x):
+        x = x.to(self.device, torch.float32) + torch.ones(8, device=self.device)
+        return self.b(self.a(x).relu() + torch.zeros(1, 16).to(device=self.device))
+
+
+def test_the_device_of_the_models_own_tensors_is_the_real_one():
+    """The capture runs without values, on another device than the model is on."""
+    pruned = fxprune.prune(Moves().eval(), 0.5, example_inputs=torch.randn(2, 8))
+    assert pruned.verification.ok and pruned.meta["capture"] == "symbolic" and "meta" not in pruned.code
