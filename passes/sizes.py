@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
+from torch.nn import functional as F
 
 from fxprune.passes.tape import Ref, collect
 
@@ -389,6 +390,25 @@ def conv_groups(r: Rewriter, node: fx.Node) -> fx.Node | None:
         return None
     left = groups_left(r, r.result(node.args[0]), channel_dim(r, node), groups)
     return with_argument(r, node, at, "groups", r.size(given, left))
+
+
+@handles("_grouped_mm", "grouped_mm")
+def grouped_product(r: Rewriter, node: fx.Node) -> fx.Node | None:
+    """The kernel takes rows of multiples of 16 bytes: what is left of others is padded."""
+    return r.graph.call_function(in_whole_lines, r.argument(tuple(node.args)), r.argument(dict(node.kwargs)))
+
+
+LINE = 16  # bytes
+
+
+def in_whole_lines(a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`torch._grouped_mm` of operands of any width: zeros fill them up where they are cut to another one."""
+    step = LINE // a.element_size()
+    rows, columns = -b.shape[-2] % step, -b.shape[-1] % step
+    if rows or columns:
+        a, b, wide = F.pad(a, (0, rows)), F.pad(b, (0, columns, 0, rows)), b.shape[-1]
+        return torch._grouped_mm(a, b, *args, **kwargs)[..., :wide]
+    return torch._grouped_mm(a, b, *args, **kwargs)
 
 
 @handles("as_strided")

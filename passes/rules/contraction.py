@@ -156,6 +156,27 @@ def matmul(call: Call) -> Labels:
     return out
 
 
+@rule("aten::_grouped_mm")
+def grouped_product(call: Call) -> Labels:
+    """Rows (M, K) in runs, each with a matrix of its own of (G, K, N), -> (M, N); where the runs end is computed.
+
+    So neither rows nor matrices can go. With the runs along another dimension nothing of either operand does.
+    """
+    a, b = call.inputs[:2]
+    a_shape, b_shape = call.shape(a), call.shape(b)
+    if len(a_shape) == len(b_shape) == 3:
+        return matmul(call)
+    why = "is in a product whose runs are told apart by their ends"
+    if len(a_shape) != 2 or len(b_shape) != 3:
+        call.freeze((*call.labels(a), *call.labels(b)), why)
+        return NONE
+    left = call.freeze_dims(call.labels(a), [0], why)
+    right = tuple([f.without(0) for f in call.freeze_dims(call.labels(b), [0], why)])
+    # index space: M, N, K
+    out = contract(call, left, a_shape, [0, 2], right, b_shape[1:], [2, 1], 3, [2])
+    return tuple([f.without(-1) for f in out])
+
+
 @rule("aten::_scaled_dot_product_*", "aten::scaled_dot_product_attention", "aten::_fused_sdp_choice")
 def attention(call: Call) -> list[Labels]:
     """q (*, H, L, E), k (*, H, S, E), v (*, H, S, D), mask broadcast to (*, H, L, S) -> (*, H, L, D)."""

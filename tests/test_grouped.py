@@ -1,0 +1,106 @@
+"""Experts as one tensor of three dimensions, multiplied run by run (`torch._grouped_mm`): their hidden units are pruned."""
+
+import pytest
+import torch
+from torch import nn
+
+import fxprune
+
+pytestmark = pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="this torch has no such kernel")
+
+
+class Experts(nn.Module):
+    """A mixture of experts with one choice for each token; `gated` halves a wider first product, as gated experts do."""
+
+    def __init__(self, hidden=20, experts=3, transposed=False, gated=False):
+        super().__init__()
+        torch.manual_seed(0)
+        wide = 2 * hidden if gated else hidden
+        up, down = torch.randn(experts, 16, wide), torch.randn(experts, hidden, 16)
+        if transposed:
+            up, down = up.mT.contiguous(), down.mT.contiguous()
+        self.up, self.down = nn.Parameter(up / 4), nn.Parameter(down / 4)
+        self.gate, self.body, self.head = nn.Linear(16, experts), nn.Linear(8, 16), nn.Linear(16, 4)
+        self.transposed, self.gated, self.experts = transposed, gated, experts
+
+    def product(self, x, weight, ends):
+        return torch._grouped_mm(x, weight.mT if self.transposed else weight, offs=ends)
+
+    def forward(self, x):
+        x = self.body(x)
+        chosen, order = self.gate(x).argmax(-1).sort()
+        ends = torch.histc(chosen.float(), bins=self.experts, min=0, max=self.experts - 1).cumsum(0).to(torch.int32)
+        y = self.product(x[order], self.up, ends)
+        if self.gated:
+            a, b = y.chunk(2, -1)
+            y = a.sigmoid() * b
+        else:
+            y = y.relu()
+        y = self.product(y, self.down, ends)
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order), device=order.device)
+        return self.head(y[back])
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.25, 0.2])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_hidden_units_of_experts_are_pruned(ratio, gated, transposed):
+    """Whatever is left of them: the kernel takes rows of whole multiples of 16 bytes, so some widths need filling up."""
+    model, x = Experts(transposed=transposed, gated=gated).eval(), torch.randn(12, 8)
+    pruned = fxprune.prune(model, ratio, example_inputs=x)
+    assert pruned.verification.ok and pruned.meta["capture"] == "symbolic"
+    hidden = pruned.down.shape[2 if transposed else 1]
+    assert hidden == 20 - int(20 * ratio) and pruned.up.shape[1 if transposed else 2] == hidden * (2 if gated else 1)
+    assert pruned.up.shape[0] == pruned.down.shape[0] == 3
+
+
+def test_what_experts_read_is_pruned_with_their_neighbours():
+    pruned = fxprune.prune(Experts().eval(), {"body": 0.5}, example_inputs=torch.randn(12, 8))
+    assert pruned.verification.ok
+    assert pruned.body.out_features == pruned.up.shape[1] == pruned.gate.in_features == 8
+    assert pruned.up.shape[2] == pruned.down.shape[1] == 20 and pruned.head.in_features == 16
+
+
+def test_experts_themselves_stay():
+    coupling = fxprune.couple(Experts().eval(), torch.randn(12, 8))
+    reasons = {f.frozen.partition(" (")[0] for f in coupling.frozen if any(name == "up" for name, _ in f.members)}
+    assert reasons == {"is in a product whose runs are told apart by their ends"}
+
+
+class Stacks(nn.Module):
+    """As many stacks of rows as matrices: an ordinary batched product."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Parameter(torch.randn(3, 8, 20)), nn.Parameter(torch.randn(3, 20, 8))
+
+    def forward(self, x):
+        return torch._grouped_mm(torch._grouped_mm(x, self.a).relu(), self.b)
+
+
+def test_stacks_of_rows_are_a_batched_product():
+    pruned = fxprune.prune(Stacks().eval(), 0.5, example_inputs=torch.randn(3, 5, 8))
+    assert pruned.verification.ok and pruned.a.shape == (3, 8, 10)
+
+
+class Columns(nn.Module):
+    """Runs along the columns of the second operand."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        weight = torch.ones(16, 12) / 16
+        ends = torch.tensor([4, 8, 12], dtype=torch.int32)
+        y = torch._grouped_mm(self.a(x).relu().view(3, 4, 16), weight, offs=ends)
+        return self.b(x @ torch.ones(8, 16)) + y.mean()
+
+
+def test_runs_along_another_dimension_keep_what_they_meet():
+    coupling = fxprune.couple(Columns().eval(), torch.randn(12, 8))
+    [mine] = [f for f in coupling.families if ("a.weight", 0) in f.members]
+    assert mine.frozen.startswith("is in a product whose runs are told apart by their ends")
