@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxprune.passes.flag import read_training
-from fxprune.passes.proxy import ValueProxy, iterate, unwrap
+from fxprune.passes.proxy import ReadsValue, ValueProxy, iterate, unwrap
 
 if TYPE_CHECKING:
     from fxprune.passes.tracer import ValueTracer
 
 CACHED = type(functools.lru_cache(len))
-CALLABLE = (CACHED, types.FunctionType)
+CALLABLE = (CACHED, types.FunctionType, staticmethod, classmethod)
+TRANSFORMS = ((torch._functorch.vmap, "_add_batch_dim"), (torch._functorch.eager_transforms, "_wrap_for_grad"))
 CHECKS = [name for name in vars(torch) if name.startswith("_check") and callable(getattr(torch, name))]
 FACTORIES = (
     "zeros ones full empty arange linspace logspace eye rand randn randint randperm tensor as_tensor range"
@@ -123,6 +124,16 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
 
         return wrapper
 
+    def opening(function: Callable[..., Any]) -> Callable[..., Any]:
+        """What takes anything that says it is a tensor for one: `torch.vmap` and its like wrap the memory of a proxy."""
+
+        def wrapper(*args: Any) -> Any:
+            if any(type(v) is ValueProxy for v in args):
+                raise ReadsValue(f"{function.__name__}()")
+            return function(*args)
+
+        return wrapper
+
     def batch_norm(*args: Any, **kwargs: Any) -> Any:
         """Without the room for what a GPU's training kernel notes, which the dispatcher would show as one more call."""
         if len(args) == 9 and type(args[0]) is torch.Tensor and args[0].is_meta:
@@ -131,6 +142,7 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
 
     maths = {id(f): f for name, f in vars(math).items() if callable(f) and not name.startswith("_")}
     seen: set[object] = set()
+    owners: set[type] = set()
 
     def look_at(module: nn.Module) -> None:
         """Functions of `math` see proxies, also where a module's file has imported them by name."""
@@ -147,20 +159,21 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
                 forgetful(value, functools.partial(names.__setitem__, name))
         seen.add(id(names))
         for owner in type(module).__mro__:
-            if owner in seen or owner.__module__.startswith("torch."):
+            if owner in owners or owner.__module__.startswith("torch."):
                 continue
-            seen.add(owner)
+            owners.add(owner)
             for name, value in list(vars(owner).items()):
                 if type(value) in CALLABLE:
                     forgetful(value, functools.partial(setattr, owner, name))
 
     def forgetful(value: Any, put: Callable[[Any], None]) -> None:
         """Have a function that remembers results (`functools.lru_cache`) forget them: a proxy is good for one trace only."""
-        if type(value) is CACHED:
-            put(value.__wrapped__)
+        function = getattr(value, "__func__", value)  # of a static method
+        if type(function) is CACHED:
+            put(function.__wrapped__ if function is value else type(value)(function.__wrapped__))
             undo.append(functools.partial(put, value))
             return
-        for cell in value.__closure__ or ():  # a decorator of one's own around it
+        for cell in getattr(function, "__closure__", None) or ():  # a decorator of one's own around it
             try:
                 inner = cell.cell_contents
             except ValueError:  # it is still empty
@@ -194,6 +207,8 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
             patch(torch, name, checker(getattr(torch, name)))
         for function in maths.values():
             patch(math, function.__name__, factory(function))
+        for owner, name in TRANSFORMS:
+            patch(owner, name, opening(getattr(owner, name)))
         patch(torch, "batch_norm", batch_norm)
         for name in ("finfo", "iinfo", "is_autocast_enabled", "get_autocast_dtype"):
             patch(torch, name, told(getattr(torch, name)))

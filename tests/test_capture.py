@@ -43,22 +43,33 @@ class Remembers(nn.Module):
     def method(self, n):
         return torch.arange(n) * 1.0
 
+    @staticmethod
+    @functools.lru_cache
+    def static(n):
+        return torch.arange(n) * 1.0
+
+    @staticmethod
+    @remembered
+    def both(n):
+        return torch.arange(n) * 1.0
+
     def forward(self, x):
-        table = {"plainly": plainly, "wrapped": wrapped, "method": self.method}[self.how]
+        table = {"plainly": plainly, "wrapped": wrapped}.get(self.how) or getattr(self, self.how)
         x = x + table(x.shape[1])[:, None]
         if self.training:
             x = x.tanh()
         return self.b(self.a(x).relu())
 
 
-@pytest.mark.parametrize("how", ["plainly", "wrapped", "method"])
+@pytest.mark.parametrize("how", ["plainly", "wrapped", "method", "static", "both"])
 def test_what_a_function_remembers_holds_no_proxies(how):
     """Neither the original nor the second trace meets what was computed in the first one, and other lengths are computed."""
     model, x = Remembers(how).eval(), torch.randn(2, 3, 8)
     pruned = fxprune.prune(model, 0.5, example_inputs=x)
     assert pruned.verification.ok and pruned.meta["capture"] == "symbolic"
     assert type(model(x)) is torch.Tensor and pruned(torch.randn(2, 5, 8)).shape == (2, 5, 8)
-    cached = {"plainly": plainly, "wrapped": wrapped.__closure__[0].cell_contents, "method": Remembers.method}[how]
+    cached = {"plainly": plainly, "wrapped": wrapped}.get(how) or getattr(Remembers, how)
+    cached = cached if hasattr(cached, "cache_info") else cached.__closure__[0].cell_contents
     before = cached.cache_info().hits
     model(x)
     assert cached.cache_info().hits == before + 1, "it remembers again"
@@ -153,3 +164,23 @@ def test_the_device_of_the_models_own_tensors_is_the_real_one():
     """The capture runs without values, on another device than the model is on."""
     pruned = fxprune.prune(Moves().eval(), 0.5, example_inputs=torch.randn(2, 8))
     assert pruned.verification.ok and pruned.meta["capture"] == "symbolic" and "meta" not in pruned.code
+
+
+class Maps(nn.Module):
+    """Scores every pair of places with `torch.vmap`, twice over, as masks of transformers are made."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        places = torch.arange(x.shape[1])
+        later = torch.vmap(torch.vmap(torch.ge, (None, 0)), (0, None))(places, places)
+        return self.b(self.a(later.to(x.dtype) @ x).relu())
+
+
+def test_a_function_mapped_over_a_dimension():
+    """It would read a proxy's memory, where nothing is: the module runs as it is, and is pruned all the same."""
+    pruned = fxprune.prune(Maps().eval(), 0.5, example_inputs=torch.randn(2, 3, 8))
+    assert pruned.verification.ok and pruned.whole.a.out_features == 8
