@@ -228,6 +228,8 @@ class ValueTracer(fx.Tracer):
             return bool(a)
         if isinstance(a, np.generic):  # which generated code cannot write down
             return a.item()
+        if isinstance(a, nn.Module):  # a function calls it, behind the graph's back
+            raise ReadsValue(f"{type(a).__name__} that is handed to a function")
         if isinstance(a, Tensor):
             name = self.names.get(id(a))
             if name is None:

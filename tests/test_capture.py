@@ -184,3 +184,36 @@ def test_a_function_mapped_over_a_dimension():
     """It would read a proxy's memory, where nothing is: the module runs as it is, and is pruned all the same."""
     pruned = fxprune.prune(Maps().eval(), 0.5, example_inputs=torch.randn(2, 3, 8))
     assert pruned.verification.ok and pruned.whole.a.out_features == 8
+
+
+class Handed(torch.autograd.Function):
+    """Runs modules in a function of its own, as reversible networks do."""
+
+    @staticmethod
+    def forward(ctx, x, layers):
+        for layer in layers:
+            x = x + layer(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+class Reversible(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        block = lambda: nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))  # noqa: E731
+        self.layers = nn.ModuleList([block(), block()])
+
+    def forward(self, x):
+        return Handed.apply(x, self.layers)
+
+
+def test_modules_that_are_handed_to_a_function():
+    """What calls them is one node, and they are pruned in it."""
+    model, x = nn.Sequential(nn.Linear(4, 8), Reversible(), nn.Linear(8, 4)).eval(), torch.randn(2, 4)
+    assert {f.units for f in fxprune.couple(model, x).prunable} == {8, 16}
+    pruned = fxprune.prune(model, 0.5, example_inputs=x)
+    assert pruned.verification.ok and pruned.get_submodule("1").layers[0][0].out_features == 8
