@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -18,24 +19,26 @@ class Stored:
     """The attributes of modules, as they were before the capture."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self.before = {m: (dict(vars(m)), containers(m)) for m in modules}
+        self.before = {m: (dict(vars(m)), containers(m), contents(m)) for m in modules}
 
     def take_back(self, index: Mapping[fx.Node, int], mark: int) -> None:
         """Put back every attribute that stands for a node made since the mark.
 
         Arguments: `index`, the numbers of the nodes that there are; others are gone.
         """
-        for module, (before, boxes) in self.before.items():
+        for module, (before, boxes, held) in self.before.items():
             now = vars(module)
             same = len(now) == len(before) and all(map(operator.is_, now.values(), before.values()))
             if same and not any(box and stands_for(box, index, mark) for box in boxes):
                 continue
             stored = [(k, v) for k, v in now.items() if type(v) not in ATOMS and not (type(v) in CONTAINERS and not v)]
             for name in [k for k, v in stored if k != "_modules" and stands_for(v, index, mark)]:
-                if name in before:
-                    now[name] = before[name]
-                else:
+                if name not in before:
                     del now[name]
+                    continue
+                if now[name] is before[name]:  # something was put into it
+                    refill(now[name], held.get(name, ()))
+                now[name] = before[name]
 
 
 def stands_for(stored: Any, index: Mapping[fx.Node, int], mark: int) -> bool:
@@ -48,3 +51,17 @@ def stands_for(stored: Any, index: Mapping[fx.Node, int], mark: int) -> bool:
 def containers(module: nn.Module) -> list[Any]:
     """The attributes of a module that a forward can put something into."""
     return [v for k, v in vars(module).items() if type(v) in CONTAINERS and k != "_modules"]
+
+
+def contents(module: nn.Module) -> dict[str, Any]:
+    """What those of them hold that hold anything, by name of the attribute."""
+    return {k: copy.copy(v) for k, v in vars(module).items() if type(v) in CONTAINERS and v and k != "_modules"}
+
+
+def refill(box: Any, held: Any) -> None:
+    """Have a container hold what it held; one inside of a tuple stays as it is."""
+    if isinstance(box, list):
+        box[:] = held
+    elif isinstance(box, dict | set):
+        box.clear()
+        box.update(held)

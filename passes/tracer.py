@@ -137,6 +137,7 @@ class ValueTracer(fx.Tracer):
 
     def bind(self, node: fx.Node, value: Any) -> Any:
         """Record a node's value and hand out proxies for it: containers become real containers of proxies."""
+        value = value.item() if isinstance(value, np.generic) else value
         self.depends[node] = node.op == "placeholder" or any(self.depends[n] for n in node.all_input_nodes)
         if isinstance(value, Tensor):
             self.results[node] = self.recorder.ref(value)

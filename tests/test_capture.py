@@ -217,3 +217,33 @@ def test_modules_that_are_handed_to_a_function():
     assert {f.units for f in fxprune.couple(model, x).prunable} == {8, 16}
     pruned = fxprune.prune(model, 0.5, example_inputs=x)
     assert pruned.verification.ok and pruned.get_submodule("1").layers[0][0].out_features == 8
+
+
+class Extends(nn.Module):
+    """Replaces a buffer by what it makes of it, and notes results in containers, before it reads a value."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.register_buffer("table", torch.randn(5, 8))
+        self.notes, self.named, self.empty = ["first"], {"first": 1}, {}
+
+    def forward(self, x):
+        self.table = self.table * 1.0
+        self.notes.append(x)
+        self.named["first"] = self.empty["x"] = x
+        x = x + self.table[: x.shape[1]]
+        if (x == 0).all():
+            return x
+        return self.b(self.a(x).relu())
+
+
+def test_what_is_put_into_buffers_and_containers_is_taken_back():
+    """The module that reads a value runs again as one node: on its own buffer, and not on a proxy left over."""
+    model = nn.Sequential(nn.Linear(8, 8), Extends(), nn.Linear(8, 8)).eval()
+    before = model[1].table.clone()
+    pruned = fxprune.prune(model, 0.5, example_inputs=torch.randn(2, 3, 8))
+    assert pruned.verification.ok and pruned.get_submodule("1").a.out_features == 8
+    mine = model[1]
+    assert torch.equal(mine.table, before) and (mine.notes, mine.named, mine.empty) == (["first"], {"first": 1}, {})
