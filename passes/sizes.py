@@ -238,12 +238,19 @@ def bounds(r: Rewriter, i: slice) -> slice:
     return slice(*(r.argument(b) for b in (i.start, i.stop, i.step)))
 
 
+def known(r: Rewriter, bound: Any) -> Any:
+    """A bound of a slice in the original: a number, that of a node, or that in a constant tensor."""
+    value = r.result(bound)
+    data = r.capture.tape.values[value.id].data if isinstance(value, Ref) else None
+    return value if data is None else int(data)
+
+
 def mapped(r: Rewriter, source: Ref, target: Ref | None, dim: int, out: int, i: Any) -> Any:
     """One entry of an index along a dimension that shrank."""
     size = r.before(source)[dim]
     table = place(r, source, dim)
     if isinstance(i, slice):
-        original = slice(*(r.capture.results[b] if isinstance(b, fx.Node) else b for b in (i.start, i.stop, i.step)))
+        original = slice(*(known(r, b) for b in (i.start, i.stop, i.step)))
         if original == slice(None):
             return original
         chosen = table[torch.arange(size)[original]]

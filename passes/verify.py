@@ -351,6 +351,18 @@ def masked_copy(model: Any, leaves: Mapping[str, Labels], kept: Tensor) -> Any:
     return copy_tree(model, swap).eval()
 
 
+def random_state(devices: Sequence[int]) -> list[Tensor]:
+    """Of the processor and of some GPUs."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
+
+
+def set_random_state(devices: Sequence[int], state: Sequence[Tensor]) -> None:
+    """As `random_state` gave it."""
+    torch.set_rng_state(state[0])
+    for device, its in zip(devices, state[1:], strict=True):
+        torch.cuda.set_rng_state(its, device)
+
+
 def masked_outputs(
     model: Any,
     leaves: Mapping[str, Labels],
@@ -372,9 +384,12 @@ def masked_outputs(
     from fxprune.passes.tree import named_tensors
 
     reference = masked_copy(model, leaves, kept)
+    devices = sorted({t.device.index or 0 for _, t in named_tensors(reference) if t.is_cuda})
+    drawn = random_state(devices)
     names = {id(t): n for n, t in named_tensors(reference)}
     fates: Tensor | None = None
     while True:  # a label made on the way may learn its fate only after a statistic has seen it: then it runs once more
+        set_random_state(devices, drawn)
         masker = Masker(names, leaves, kept, heads, fates)
         a, k = map_tensors((args, kwargs), torch.clone)
         with torch.no_grad(), visible():

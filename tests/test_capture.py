@@ -247,3 +247,96 @@ def test_what_is_put_into_buffers_and_containers_is_taken_back():
     assert pruned.verification.ok and pruned.get_submodule("1").a.out_features == 8
     mine = model[1]
     assert torch.equal(mine.table, before) and (mine.notes, mine.named, mine.empty) == (["first"], {"first": 1}, {})
+
+
+class Overlaps(nn.Module):
+    """Adds up overlapping windows of a single channel, as an inverse Fourier transform of short windows does."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 6)
+        self.register_buffer("start", torch.tensor(2))
+
+    def forward(self, x):
+        windows = self.b(self.a(x).relu()).mT
+        signal = nn.functional.fold(windows, (1, 6 + 2 * (x.shape[1] - 1)), (1, 6), stride=(1, 2))[:, 0, 0, 2:-2]
+        return signal / 2
+
+
+def test_windows_of_one_channel_that_are_added_up():
+    model, x = Overlaps().eval(), torch.randn(2, 5, 8)
+    pruned = fxprune.prune(model, 0.5, example_inputs=x)
+    assert pruned.verification.ok and (pruned.a.out_features, pruned.b.out_features) == (8, 6)
+    [window] = [f for f in fxprune.couple(model, x).frozen if ("b.weight", 0) in f.members]
+    assert window.frozen.startswith("is a window, the entries of which are summed")
+
+
+class Bounded(nn.Module):
+    """Slices channels by numbers that it holds as tensors."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(12, 8)
+        self.register_buffer("ends", torch.tensor([2, 14]))
+
+    def forward(self, x):
+        return self.b(self.a(x).relu()[:, self.ends[0] : self.ends[1]])
+
+
+def test_bounds_that_are_tensors():
+    pruned = fxprune.prune(Bounded().eval(), 0.5, example_inputs=torch.randn(2, 8))
+    assert pruned.verification.ok and pruned.meta["capture"] == "symbolic" and pruned.b.in_features < 12
+
+
+class Draws(nn.Module):
+    """Noise in evaluation, too, before and after a norm over what is pruned (which makes the reference run twice)."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.norm, self.b = nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        x = self.a(x * torch.rand(len(x), 1))
+        return self.b(self.norm(x) * torch.rand(len(x), 1)) + torch.randn(len(x), 8)
+
+
+def test_a_model_that_draws_random_numbers_in_evaluation():
+    """Original and pruned model draw the same ones while they are compared, and nobody's generator has moved."""
+    model, state = Draws().eval(), torch.get_rng_state()
+    pruned = fxprune.prune(model, 0.5, example_inputs=torch.zeros(3, 8) + 1)
+    assert pruned.verification.ok and torch.equal(state, torch.get_rng_state())
+
+
+class Ranks(nn.Module):
+    """Returns places in the order of their scores, which differ by less than single precision holds."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.score = nn.Linear(8, 1000), nn.Linear(1000, 500), nn.Linear(500, 1)
+
+    def forward(self, x):
+        x = self.b(self.a(x).relu()).relu()
+        order = self.score(x).squeeze(-1).topk(x.shape[1]).indices
+        return x, order / x.shape[1]
+
+
+def test_what_rounding_ranks_otherwise_is_compared_in_double_precision():
+    x = torch.randn(1, 8) * (1 + 3e-7 * torch.arange(200.0)).view(1, 200, 1)
+    model = Ranks().eval()
+    pruned = fxprune.prune(model, 0.5, example_inputs=x)
+    assert pruned.verification.ok and pruned.verification.compared[-1] == "in double precision"
+    assert all(p.dtype is torch.float32 for m in (model, pruned) for p in m.parameters())
+    assert fxprune.prune(model.double(), 0.5, example_inputs=x.double()).verification.compared[-1] != "in double precision"
+
+
+def test_a_pruned_model_that_is_wrong_is_wrong_in_double_precision_too():
+    model, x = Ranks().eval(), torch.randn(1, 5, 8)
+    pruned = fxprune.prune(model, 0.5, example_inputs=x)
+    with torch.no_grad():
+        pruned.b.bias += 0.1
+    found = fxprune.verify(model, pruned, x)
+    assert not found.ok and "in double precision" not in found.compared

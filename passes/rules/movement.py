@@ -269,5 +269,5 @@ def col2im(call: Call) -> Labels:
             head = labels.narrow(channels + 1, 0, 1)
             call.ties.tie(labels, head, broadcast=True)
             labels = head.squeeze(channels + 1)
-        result.append(factor(labels.unsqueeze(-1), f.nest))
+        result += call.settle(factor(labels.unsqueeze(-1), f.nest), "is a window, the entries of which are summed")
     return tuple(result)
