@@ -105,6 +105,8 @@ def randomise_parameter(leaf: str, value: Tensor, generator: torch.Generator) ->
     """A bias is disturbed; a scale, even a tiny LayerScale, is spread around one; anything else that starts
     as a constant gets values of the size that a matrix of its shape would have.
     """
+    if not value.numel():
+        return
     constant = float(value.flatten()[0]) if bool((value == value.flatten()[0]).all()) else None
     is_vector = value.numel() == max(value.shape, default=1)
     if "bias" in leaf and is_vector:

@@ -1,0 +1,191 @@
+"""Prune the base model of every kind that transformers knows, from its own configuration made small, without a hint.
+
+    kinds.py                       all of them
+    kinds.py --models bloom sam3 --redo
+
+Nobody chose these models: a kind counts if its configuration, with widths and depths cut down by their usual names, builds a
+model that takes ordinary inputs (tokens, images, sound). *unbuilt* are those that do not, for reasons of their own. Rows go to
+`kinds.jsonl`, the table of what is not exact to `KINDS.md`. Half of everything is pruned, in single precision; *exact* is what
+`fxprune.verify` says, at a second batch size too where the model takes one.
+"""
+
+import argparse
+import os
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from models import randomise
+from sweep import Row, machine, markdown_table, one_line, options, read_rows, sweep
+from torch import nn
+
+import fxprune
+
+HERE = Path(__file__).parent
+ROWS, TABLE = HERE / "kinds.jsonl", HERE / "KINDS.md"
+RATIO, LARGEST = 0.5, 300_000_000  # parameters
+WORDS = 1000
+WIDTHS = {
+    64: "hidden_size d_model dim embed_dim n_embd embedding_size moe_intermediate_size shared_expert_intermediate_size",
+    128: "intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff hidden_dim n_inner max_position_embeddings"
+    " n_positions",
+    32: "q_lora_rank kv_lora_rank",
+    16: "head_dim d_kv qk_rope_head_dim qk_nope_head_dim v_head_dim",
+    4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads num_experts"
+    " num_local_experts n_routed_experts",
+    2: "num_hidden_layers n_layer num_layers n_layers encoder_layers decoder_layers num_decoder_layers num_encoder_layers"
+    " num_key_value_heads num_experts_per_tok n_group",
+    1: "topk_group",
+    WORDS: "vocab_size",
+}
+SMALL = {name: size for size, names in WIDTHS.items() for name in names.split()}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--models", nargs="+", help="some kinds, instead of all")
+    parser.add_argument("--limit", type=float, default=120, help="seconds for one kind")
+    arguments = options(parser, measure, argv, memory=0.5, prepare=imports)
+    if arguments is None:
+        return
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    jobs = [{"kind": kind} for kind in arguments.models or sorted(MODEL_MAPPING_NAMES)]
+    try:
+        sweep(__file__, jobs, ROWS, limit=arguments.limit, redo=arguments.redo, workers=arguments.workers)
+    finally:
+        TABLE.write_text(table(read_rows(ROWS)))
+    print(TABLE)
+
+
+def imports(kind: str) -> None:
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}  # read on import
+    import transformers  # noqa: F401
+
+
+def measure(kind: str) -> Row:
+    """The row of one kind; an error is a row too."""
+    warnings.simplefilter("ignore")
+    row: Row = {"machine": machine()}
+    try:
+        model, inputs = built(kind)
+    except Exception as error:
+        return row | {"status": "unbuilt", "reason": one_line(error)}
+    row |= {"params": sum(p.numel() for p in model.parameters()), "inputs": sorted(inputs)}
+    try:
+        start = time.perf_counter()
+        pruned = fxprune.prune(model, RATIO, example_inputs=inputs, verify=False)
+        row["seconds"] = round(time.perf_counter() - start, 2)
+        row |= {"params_after": sum(p.numel() for p in pruned.parameters()), "capture": str(pruned.meta["capture"])[:200]}
+        found = fxprune.verify(model, pruned, inputs)
+    except fxprune.PruneError as error:
+        return row | {"status": "refused", "reason": one_line(error)}
+    except Exception as error:
+        return row | {"status": "failed", "reason": one_line(error)}
+    row |= {"error": float(found.error), "compared": list(found.compared)}
+    return row | {"status": "exact" if found.ok else "inexact", "reason": "" if found.ok else f"error {found.error:.1e}"}
+
+
+def built(kind: str) -> tuple[nn.Module, dict[str, Any]]:
+    """A model of a kind, as small as it gets, and inputs that it takes."""
+    from transformers import CONFIG_MAPPING, AutoModel
+
+    last: Exception = RuntimeError("no inputs")
+    for widths in (True, False):  # some kinds insist on relations between their widths
+        torch.manual_seed(0)
+        try:
+            config = shrunk(CONFIG_MAPPING[kind](), widths)
+            with torch.device("meta"):
+                count = sum(p.numel() for p in AutoModel.from_config(config).parameters())
+            if count > LARGEST:
+                raise RuntimeError(f"{count / 1e6:.0f} million parameters")
+            model = AutoModel.from_config(config).eval()
+        except Exception as error:
+            last = error
+            continue
+        for inputs in candidates(model, config):
+            try:
+                with torch.no_grad():
+                    model(**inputs)
+            except Exception as error:
+                last = error
+                continue
+            with torch.no_grad():
+                randomise(model, inputs)
+            return model, inputs
+    raise last
+
+
+def shrunk(config: Any, widths: bool) -> Any:
+    """A configuration, and those inside of it, with small numbers in it and without a cache."""
+    for name, value in list(vars(config).items()):
+        if hasattr(value, "to_dict"):
+            shrunk(value, widths)
+        elif type(value) is int and widths and value > SMALL.get(name, value):
+            setattr(config, name, SMALL[name])
+        elif type(value) is int and not widths and "layers" in name and value > 2:
+            setattr(config, name, 2)
+        elif type(value) is int and widths and name.endswith("_token_id") and value >= WORDS:
+            setattr(config, name, 3)
+        elif name == "use_cache":
+            config.use_cache = False
+    if getattr(config, "layer_types", None):
+        config.layer_types = list(config.layer_types)[: config.num_hidden_layers]
+    return config
+
+
+def candidates(model: nn.Module, config: Any) -> Iterator[dict[str, Any]]:
+    """Inputs that a model might take, those that it names as its main ones first."""
+    size = getattr(config, "image_size", None) or getattr(getattr(config, "vision_config", None), "image_size", None) or 224
+    height, width = (size[0], size[-1]) if isinstance(size, list | tuple) else (size, size)
+    channels = getattr(config, "num_channels", None)
+    image = torch.randn(1, channels if isinstance(channels, int) else 3, height, width)
+    words, sound = torch.arange(4, 12).view(1, 8), torch.randn(1, 16000)
+    spectra = [torch.randn(1, 80, 3000), torch.randn(1, 100, 80), torch.randn(1, 128, 3000)]
+    main = str(getattr(model, "main_input_name", "input_ids"))
+    if main == "pixel_values":
+        yield {"pixel_values": image}
+        yield {"pixel_values": image, "input_ids": words}
+        yield {"pixel_values": torch.randn(1, 8, 3, height, width)}
+    elif main == "input_values":
+        yield from ({"input_values": values} for values in (sound, sound[None], torch.randn(1, 1024, 128)))
+    elif main == "input_features":
+        yield from ({"input_features": features} for features in spectra)
+        yield from ({"input_features": features, "decoder_input_ids": words} for features in spectra)
+    yield {"input_ids": words}
+    yield {"input_ids": words, "decoder_input_ids": words}
+    yield {"input_ids": words, "pixel_values": image}
+    yield {"pixel_values": image}
+    yield {"pixel_values_videos": torch.randn(1, 8, 3, height, width)}
+    yield {"input_values": sound}
+
+
+def table(rows: list[Row]) -> str:
+    made = [row for row in rows if row["status"] != "unbuilt"]
+    counts = Counter(row["status"] for row in made)
+    columns = [
+        ("kind", "l", lambda row: row["kind"]),
+        ("parameters, M", "r", lambda row: f"{row['params'] / 1e6:.1f}" if "params" in row else ""),
+        ("status", "l", lambda row: row["status"]),
+        ("why", "l", lambda row: row.get("reason", "")[:200]),
+    ]
+    names = Counter(row["machine"] for row in rows if "machine" in row)
+    whole = sum("opaque: whole" in row.get("capture", "") for row in made)
+    return (
+        "# Every kind of transformers\n\nWritten by `kinds.py` from `kinds.jsonl`; what the words mean is said at its top.\n\n"
+        f"- {len(rows)} kinds, {len(rows) - len(made)} unbuilt; of the other {len(made)}: "
+        + ", ".join(f"{n} {status}" for status, n in counts.most_common())
+        + f"\n- {whole} of them are captured as one node\n"
+        + "".join(f"- {n} rows on {name}\n" for name, n in names.most_common())
+        + "\n"
+        + markdown_table(columns, sorted((r for r in made if r["status"] != "exact"), key=lambda row: row["kind"]))
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

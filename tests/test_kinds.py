@@ -1,0 +1,34 @@
+"""`examples/benchmarks/kinds.py`: models of transformers that nobody chose, a few of those that once failed."""
+
+import pytest
+
+
+@pytest.fixture
+def kinds(benchmarks):
+    pytest.importorskip("transformers")
+    import kinds
+
+    return kinds
+
+
+@pytest.mark.parametrize("kind", ["bloom", "ctrl", "dinov3_vit", "mixtral", "idefics3", "vit_mae"])
+def test_kinds_that_once_failed_are_exact(kinds, kind):
+    row = kinds.measure(kind)
+    assert row["status"] == "exact", row
+    assert row["params_after"] < 0.8 * row["params"] and "capture" in row
+
+
+def test_a_kind_that_cannot_be_built_says_why(kinds):
+    row = kinds.measure("autoformer")
+    assert row["status"] == "unbuilt" and "prediction_length" in row["reason"]
+
+
+def test_the_table_lists_what_is_not_exact(kinds):
+    rows = [
+        {"kind": "a", "status": "exact", "params": 10, "capture": "symbolic"},
+        {"kind": "b", "status": "inexact", "params": 10, "reason": "error 1.0e+00", "capture": "opaque: whole (why)"},
+        {"kind": "c", "status": "unbuilt", "reason": "no inputs"},
+    ]
+    text = kinds.table(rows)
+    assert "3 kinds, 1 unbuilt; of the other 2: 1 exact, 1 inexact" in text and "1 of them are captured as one node" in text
+    assert "| b | 0.0 | inexact | error 1.0e+00 |" in text and "| a |" not in text
