@@ -133,7 +133,15 @@ def repeat_interleave(r: Rewriter, node: fx.Node) -> fx.Node | None:
     if dim is None or isinstance(r.result(times), Ref):
         return None
     dim %= len(r.before(source))
-    return with_argument(r, node, 1, "repeats", r.size(times, r.after(target)[dim] // r.after(source)[dim]))
+    args, kwargs = [r.argument(a) for a in node.args], {k: r.argument(v) for k, v in node.kwargs.items()}
+    repeats = r.size(times, r.after(target)[dim] // r.after(source)[dim])
+    if len(args) > 1:
+        args[1] = repeats
+    else:
+        kwargs["repeats"] = repeats
+    if node.kwargs.get("output_size") is not None:
+        kwargs["output_size"] = r.size(node.kwargs["output_size"], r.after(target)[dim])
+    return r.emit(node, args, kwargs)
 
 
 @handles("split", "chunk", "split_with_sizes", "tensor_split", "unsafe_split", "unsafe_chunk", "hsplit")

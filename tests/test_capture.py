@@ -340,3 +340,21 @@ def test_a_pruned_model_that_is_wrong_is_wrong_in_double_precision_too():
         pruned.b.bias += 0.1
     found = fxprune.verify(model, pruned, x)
     assert not found.ok and "in double precision" not in found.compared
+
+
+class Repeats(nn.Module):
+    """Says beforehand how long the result of a repetition is, as a layer without synchronisation does."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(32, 8)
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        return self.b(x.repeat_interleave(2, dim=1, output_size=2 * x.shape[1]))
+
+
+def test_a_repetition_of_a_known_length():
+    pruned = fxprune.prune(Repeats().eval(), 0.5, example_inputs=torch.randn(2, 8))
+    assert pruned.verification.ok and pruned.meta["capture"] == "symbolic" and pruned.b.in_features < 32
