@@ -114,6 +114,7 @@ def compare_as_they_are(
     *,
     sizes: bool,
 ) -> Verification:
+    """`compare` in the precision that model and inputs have."""
     error, compared = 0.0, []
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     tolerance = max((TOLERANCE.get(d, 1e-3) for d in dtypes), default=1e-3)

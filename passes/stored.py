@@ -54,12 +54,12 @@ def containers(module: nn.Module) -> list[Any]:
 
 
 def contents(module: nn.Module) -> dict[str, Any]:
-    """What those of them hold that hold anything, by name of the attribute."""
+    """What the containers of a module hold, those that hold anything, by name of the attribute."""
     return {k: copy.copy(v) for k, v in vars(module).items() if type(v) in CONTAINERS and v and k != "_modules"}
 
 
 def refill(box: Any, held: Any) -> None:
-    """Have a container hold what it held; one inside of a tuple stays as it is."""
+    """Have a container hold what it held; a tuple always does."""
     if isinstance(box, list):
         box[:] = held
     elif isinstance(box, dict | set):
