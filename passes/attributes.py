@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -20,10 +21,14 @@ def changed_attributes(
         before, after: shapes of its inputs in the original and in the pruned program.
         own: pruned shapes of its parameters and buffers by name.
     """
-    for kind, table in TABLE:
-        if isinstance(module, kind):
-            return {k: v for k, v in table(module, before, after, own).items() if getattr(module, k) != v}
-    return {}
+    table = table_of(type(module))
+    return {} if table is None else {k: v for k, v in table(module, before, after, own).items() if getattr(module, k) != v}
+
+
+@functools.lru_cache(256)
+def table_of(kind: type) -> Callable[..., dict[str, Any]] | None:
+    """What is known of a kind of layer; None where nothing is."""
+    return next((table for known, table in TABLE if issubclass(kind, known)), None)
 
 
 def weight_of(module: Any, own: Shapes) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from fxprune.passes.capture import Capture
 from fxprune.passes.labels import NONE, Factor, Labels, along, factor
 from fxprune.passes.reading import SPAN, Script, number, read
 from fxprune.passes.regions import gather_regions
-from fxprune.passes.tape import Ref, collect
+from fxprune.passes.tape import Ref, collect, name_of
 from fxprune.passes.terms import Terms
 from fxprune.passes.ties import Event, Pair, Ties, chained, components, row, settle_rows
 
@@ -108,7 +108,7 @@ def shut(capture: Capture, which: int, labels: Mapping[int, Labels], path: str, 
 
 def has_heads(capture: Capture) -> bool:
     """Whether the tape holds a product with batch dimensions at all."""
-    return any("bmm" in op.func._schema.name or "dot_product" in op.func._schema.name for op in capture.tape.ops)
+    return any("bmm" in name or "dot_product" in name for name in {name_of(op.func) for op in capture.tape.ops})
 
 
 def leaf_labels(captures: Sequence[Capture]) -> tuple[dict[str, Labels], int]:
@@ -145,10 +145,9 @@ def grouped_weights(capture: Capture) -> dict[str, int]:
     """Parameters that reach a grouped convolution's weight through ops that keep their first two dimensions."""
     found: dict[str, int] = {}
     for op in capture.tape.ops:
-        if "conv" not in op.func._schema.name or len(op.args) < 2 or not isinstance(op.args[1], Ref):
+        if "conv" not in name_of(op.func) or len(op.args) < 2 or not isinstance(op.args[1], Ref):
             continue
-        arguments = {a.name: v for a, v in zip(op.func._schema.arguments, op.args, strict=False)}
-        groups = arguments.get("groups", 1)
+        groups = dict(zip(rules.signature(op.func)[0], op.args, strict=False)).get("groups", 1)
         shape = capture.tape.shape(op.args[1])
         if groups == 1 or shape[1] == 1:
             continue

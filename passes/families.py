@@ -9,6 +9,7 @@ import numpy as np
 from fxprune.passes.couple import Solution
 
 KERNEL = "is a kernel's spatial dimension"
+WORD = 1 << 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +46,12 @@ def families(solution: Solution, parameters: set[str]) -> list[Family]:
     if not places:
         return []
     # units with equal signatures (a sum of random numbers, one for each place) live in the same places
-    marks = np.random.default_rng(0).integers(1, 1 << 62, size=len(places)).astype(np.uint64)
+    marks: list[int] = np.random.default_rng(0).integers(1, 1 << 62, size=len(places)).tolist()
     signature = np.zeros(len(unit), np.uint64)
     learned = np.zeros(len(unit), bool)
     blocks_of = occurrences(spans, len(unit))
     for classes, where in blocks_of:
-        signature[classes] += marks[where].sum(dtype=np.uint64)
+        signature[classes] += np.uint64(sum([marks[i] for i in where]) % WORD)
         if any(places[i][0] in parameters for i in where):
             learned[classes] = True
     units = np.flatnonzero(learned)

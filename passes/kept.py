@@ -64,7 +64,7 @@ class Cutter:
     def __init__(self, kept: Tensor) -> None:
         self.kept = kept
         self.table = kept.numpy()
-        self.whole = bool(kept.all())
+        self.whole = bool(self.table.all())
         self.made: dict[tuple[int, ...], tuple[Labels, list[Cut]]] = {}
         self.vectors: dict[int, tuple[object, Tensor | None]] = {}
 

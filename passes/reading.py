@@ -37,6 +37,7 @@ class Script:
         pinned: views that are written into and cannot become copies.
         named: the model's own tensors among the values.
         literals: for each node what `ties.maker` and `ties.literals` are there.
+        sizes: for each node the sizes among its arguments that may be those of the inputs (see `sizes_given`).
     """
 
     def __init__(self, capture: Capture) -> None:
@@ -48,7 +49,9 @@ class Script:
         self.hidden = sorted(capture.index[n] for n in untracked if n not in self.leaking)
         self.pinned = written_through(tape)
         self.named = {i: v.name for i, v in enumerate(tape.values) if v.name is not None}
-        self.literals = {i: (maker(capture, i), literals(capture, i)) for i in {op.node for op in tape.ops}}
+        nodes = {op.node for op in tape.ops}
+        self.literals = {i: (maker(capture, i), literals(capture, i)) for i in nodes}
+        self.sizes = {i: sizes_given(capture, i) for i in nodes}
 
 
 def read(
@@ -71,7 +74,7 @@ def read(
         end = Op(None, (), {}, (), len(capture.index))
         ties.pinned = script.pinned
         varying: set[int] = set()
-        sized: dict[int, bool] = {}
+        sized = False  # whether the node has sizes of the inputs among its arguments: what it makes of nothing varies with them
         for op in [*tape.ops, end]:
             while hidden and hidden[0] < op.node:
                 ties.node = which * SPAN + hidden[0]
@@ -81,10 +84,9 @@ def read(
             if ties.node != which * SPAN + op.node:
                 ties.node = which * SPAN + op.node
                 ties.maker, ties.literals = script.literals[op.node]
+                sized = any(is_input_size(found, labels, size) for found in script.sizes[op.node])
             call = Call(op, tape, labels, ties, terms.heads, script.uses, varying)
-            if op.node not in sized:
-                sized[op.node] = takes_input_sizes(capture, op.node, labels, size)
-            if sized[op.node] or (varying and any(r.id in varying for r in call.inputs)):
+            if sized or (varying and any(r.id in varying for r in call.inputs)):
                 varying.update(r.id for r in call.outputs)
             apply_rule(call)
         for node in script.leaking:
@@ -103,34 +105,44 @@ def read(
 def tells_channels(labels: Labels, dim: int, owned: int) -> bool:
     """Whether entries along a dimension all differ, and some are labels of the model's own tensors, the first `owned`."""
     for f in labels:
-        if dim in f.dims:
+        if dim in f.dims and f.start is not None:
+            if f.start < owned:
+                return True
+        elif dim in f.dims:
             line = f.flat if len(f.nest) == 1 else row(f.labels.movedim(dim, -1).reshape(-1, f.labels.shape[dim])[0])
             if int(line.min()) < owned and (bool((line[1:] > line[:-1]).all()) or len(np.unique(line)) == len(line)):
                 return True
     return False
 
 
-def takes_input_sizes(capture: Capture, index: int, labels: dict[int, Labels], owned: int) -> bool:
-    """Whether a node has sizes of the inputs among its arguments, so that what it makes of nothing varies with them.
+def sizes_given(capture: Capture, index: int) -> list[tuple[Ref, int | None]]:
+    """The sizes that the numbers among a node's arguments come from, of tensors that depend on the inputs.
 
-    The first `owned` labels are those of the model's own tensors: they tell a channel.
+    Each is a tensor and a dimension; None where any of its dimensions may be meant.
     """
     node, results = capture.node_at(index), capture.results
     if node is None:
-        return False
+        return []
+    sizes: list[tuple[Ref, int | None]] = []
     numbers = [n for n in node.all_input_nodes if type(results[n]) is not Ref and not collect(results[n], Ref)]
     while numbers:
         number = numbers.pop()
         found = size_source(capture, number)
         if found is None:
-            numbers += [n for n in number.all_input_nodes if not collect(capture.results[n], Ref)]
-            continue
-        ref, dim = found
-        if capture.tape.values[ref.id].from_input:
-            at = None if dim is None else dim % max(1, len(capture.tape.shape(ref)))
-            if at is None or not tells_channels(labels.get(ref.id, NONE), at, owned):
-                return True
-    return False
+            numbers += [n for n in number.all_input_nodes if not collect(results[n], Ref)]
+        elif capture.tape.values[found[0].id].from_input:
+            ref, dim = found
+            sizes.append((ref, None if dim is None else dim % max(1, len(capture.tape.shape(ref)))))
+    return list(dict.fromkeys(sizes))
+
+
+def is_input_size(found: tuple[Ref, int | None], labels: dict[int, Labels], owned: int) -> bool:
+    """Whether a size is one of the inputs', and no number of channels.
+
+    The first `owned` labels are those of the model's own tensors: they tell a channel.
+    """
+    ref, dim = found
+    return dim is None or not tells_channels(labels.get(ref.id, NONE), dim, owned)
 
 
 def apply_rule(call: Call) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxprune.passes.attributes import changed_attributes
+from fxprune.passes.attributes import changed_attributes, table_of
 from fxprune.passes.capture import Capture, Guard, size_source, switch
 from fxprune.passes.couple import Solution
 from fxprune.passes.kept import Cut, Cutter, cut_shape
@@ -24,7 +24,7 @@ from fxprune.passes.modes import in_mode
 from fxprune.passes.pruned import Program, written
 from fxprune.passes.regions import channel_order
 from fxprune.passes.sizes import HANDLERS, function_name, groups_left
-from fxprune.passes.tape import Ref, collect, map_tensors
+from fxprune.passes.tape import Ref, collect, map_tensors, name_of
 from fxprune.passes.windows import slid, sliding
 
 Number = (int, float)
@@ -84,8 +84,7 @@ class Rewriter:
                         self.inside.setdefault(".".join(parts[:n]), []).append(path)
                 self.owned.setdefault(path, {})[name] = Ref(i)
         self.guarded = {g.node: g for g in self.capture.guards}
-        copies = ("aten::clone", "aten::_unsafe_view")
-        self.copying = {op.node for op in self.capture.tape.ops if op.func._schema.name in copies}
+        self.copying = {op.node for op in self.capture.tape.ops if name_of(op.func) in ("aten::clone", "aten::_unsafe_view")}
         self.sliding = sliding(self.capture.tape)
         self.symbolic: dict[fx.Node, bool] = {}
         self.changed: dict[fx.Node, bool] = {}
@@ -417,6 +416,8 @@ class Rewriter:
     def edits(self, path: str, refs: list[Ref]) -> dict[str, Any]:
         """The attributes of a standard layer that change where it is called on these tensors."""
         module: Any = self.capture.modules[path]
+        if table_of(type(module)) is None:
+            return {}
         before, after = [self.before(r) for r in refs], [self.after(r) for r in refs]
         changed = changed_attributes(module, before, after, self.shapes_of(path))
         if "num_channels" in changed and isinstance(module.num_groups, int):  # groups may go whole

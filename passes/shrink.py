@@ -78,15 +78,15 @@ def cut_tree(values: Mapping[str, Tensor], solution: Solution, made: Mapping[str
         made: the cuts of each tensor, by name.
     """
     capture = solution.captures[0]
-    new: dict[int, Tensor] = {}
-    room: Room = {}
-    with torch.no_grad():
-        for path, tensor in named_tensors(capture.root):
-            name = path.removeprefix(capture.prefix)
-            source = values.get(name, tensor)
-            new[id(tensor)] = cut(source, made.get(name, ()), room)
     tree = capture.root
-    replace_tensors(tree, new)
+    room: Room = {}
+
+    def cut_down(path: str, tensor: Tensor) -> Tensor:
+        name = path.removeprefix(capture.prefix)
+        return cut(values.get(name, tensor), made.get(name, ()), room)
+
+    with torch.no_grad():
+        replace_tensors(tree, cut_down)
     for other in solution.captures[1:]:  # constants that only the other program met
         for name, tensor in named_tensors(other.root):
             if name not in values and not hasattr(tree, name) and name.startswith("_tensor_constant"):

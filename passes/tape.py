@@ -19,6 +19,17 @@ from torch.utils.weak import WeakIdKeyDictionary
 from fxprune.passes.imagine import ATOMS, RESHAPING, Imagination
 
 
+NAMES: dict[Any, str] = {}
+
+
+def name_of(func: Any) -> str:
+    """The name in a dispatcher function's schema, which torch makes anew each time."""
+    name = NAMES.get(func)
+    if name is None:
+        name = NAMES[func] = func._schema.name
+    return name
+
+
 class NeedsValues(Exception):
     """The contents of a constant matter, but the run was without values."""
 
@@ -57,6 +68,7 @@ class Op:
     outs: Any
     node: int
     ins: list[Ref] | None = None
+    results: list[Ref] | None = None
 
     @property
     def inputs(self) -> list[Ref]:
@@ -64,6 +76,13 @@ class Op:
         if self.ins is None:
             self.ins = collect((self.args, self.kwargs) if self.kwargs else self.args, Ref)
         return self.ins
+
+    @property
+    def outputs(self) -> list[Ref]:
+        """The tensors among its results, in order."""
+        if self.results is None:
+            self.results = [self.outs] if type(self.outs) is Ref else collect(self.outs, Ref)
+        return self.results
 
 
 @dataclass(slots=True)

@@ -70,16 +70,19 @@ def fetch(root: nn.Module, path: str) -> Any:
 
 def named_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every tensor that a module tree holds: parameters, buffers and plain attributes; tied ones once."""
-    seen: set[int] = set()
+    found: dict[int, tuple[str, Tensor]] = {}
     for module, prefix in walk(root).items():
+        start = f"{prefix}." if prefix else ""
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None and id(tensor) not in found:
+                    found[id(tensor)] = (start + name, tensor)
         state = vars(module)
-        held = [*module._parameters.items(), *module._buffers.items()]
         if not PLAIN.issuperset(map(type, state.values())):
-            held += [(n, v) for n, v in state.items() if type(v) not in PLAIN and isinstance(v, Tensor)]
-        for name, tensor in held:
-            if tensor is not None and id(tensor) not in seen:
-                seen.add(id(tensor))
-                yield (f"{prefix}.{name}" if prefix else name), tensor
+            for name, value in state.items():
+                if type(value) not in PLAIN and isinstance(value, Tensor) and id(value) not in found:
+                    found[id(value)] = (start + name, value)
+    return iter(found.values())
 
 
 def named_parameters(root: nn.Module) -> dict[str, nn.Parameter]:
@@ -120,28 +123,43 @@ def copy_tree(root: nn.Module, swap: Mapping[int, Tensor]) -> Any:
     return memo[id(root)]
 
 
-def replace_tensors(root: nn.Module, swap: Mapping[int, Tensor]) -> None:
-    """Put other tensors in the place of those with the given identities, everywhere in a tree.
+def replace_tensors(root: nn.Module, change: Callable[[str, Tensor], Tensor]) -> None:
+    """Put what `change` makes of it in the place of each tensor of a tree; it is called with the (first) name of each.
 
     A tensor that is a plain attribute becomes what a GraphModule makes of it when it is read: a buffer that is not saved.
     """
     modules = walk(root)
-    memo: dict[int, Any] = {**swap, **{id(module): module for module in modules}}
-    for module in modules:
-        state = vars(module)
+    memo: dict[int, Any] = {}
+    replaced: list[Tensor] = []  # held on to, so that their identity stays theirs
+
+    def changed(name: str, tensor: Tensor) -> Tensor:
+        made = memo.get(id(tensor))
+        if made is None:
+            made = memo[id(tensor)] = change(name, tensor)
+            replaced.append(tensor)
+        return made
+
+    others: list[tuple[nn.Module, str, Any]] = []  # attributes that may hold tensors, also such as are parameters elsewhere
+    for module, path in modules.items():
+        start = f"{path}." if path else ""
         for held in (module._parameters, module._buffers):
             for key, tensor in held.items():
                 if tensor is not None:
-                    held[key] = swap.get(id(tensor), tensor)  # type: ignore[assignment]
-        for key, value in state.items():
+                    held[key] = changed(start + key, tensor)  # type: ignore[assignment]
+        for key, value in vars(module).items():
             kind = type(value)
             if kind in ATOMS or (kind in CONTAINERS and not value) or key in CHILDREN or key in HOOKS:
                 continue
             if kind is tuple and ATOMS.issuperset(map(type, value)):
                 continue
-            state[key] = duplicate(value, memo)
             if isinstance(value, Tensor):
-                module._non_persistent_buffers_set.add(key)
+                changed(start + key, value)
+            others.append((module, key, value))
+    memo |= {id(module): module for module in modules} if others else {}
+    for module, key, value in others:
+        vars(module)[key] = duplicate(value, memo)
+        if isinstance(value, Tensor):
+            module._non_persistent_buffers_set.add(key)
 
 
 def duplicate(value: Any, memo: dict[int, Any]) -> Any:
@@ -165,7 +183,7 @@ def private_copy(root: nn.Module, stand_in: Callable[[Tensor], Tensor] | None = 
     """
     swap: dict[int, Tensor] = {}
     for _, tensor in named_tensors(root):
-        if stand_in is not None and tensor.is_floating_point():
+        if stand_in is not None and tensor.dtype.is_floating_point:
             swap[id(tensor)] = stand_in(tensor)
         elif isinstance(tensor, nn.Parameter):
             swap[id(tensor)] = tensor
@@ -182,3 +200,13 @@ def on_meta(tensor: Tensor) -> Tensor:
     dense = tensor.layout is torch.strided
     empty = like(tensor) if dense else torch.empty_like(tensor, device="meta")
     return nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
+
+
+def in_mode(root: nn.Module, training: bool) -> Any:
+    """The tree in evaluation or in training mode; what `train()` does, where no module has one of its own."""
+    modules = walk(root)
+    if any(type(m).train is not nn.Module.train or type(m).eval is not nn.Module.eval or "training" not in vars(m) for m in modules):
+        return root.train(training)
+    for module in modules:
+        vars(module)["training"] = training
+    return root

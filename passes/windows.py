@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from fxprune.passes.tape import Ref, Tape
+from fxprune.passes.tape import Ref, Tape, name_of
 
 if TYPE_CHECKING:
     from fxprune.passes.rewrite import Rewriter
@@ -22,7 +22,7 @@ def sliding(tape: Tape) -> dict[int, int]:
     """The nodes that convolve with a kernel of more than one entry, and over how many dimensions they slide."""
     found = {}
     for op in tape.ops:
-        if op.func._schema.name == "aten::convolution":
+        if name_of(op.func) == "aten::convolution":
             kernel = tape.shape(op.args[1])[2:]
             if set(kernel) != {1}:
                 found[op.node] = len(kernel)

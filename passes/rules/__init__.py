@@ -78,7 +78,7 @@ class Call:
         self.op, self.tape, self.known, self.ties, self.heads, self.uses = op, tape, labels, ties, heads, uses
         self.varying = varying or ()  # values whose contents change with the sizes of the inputs
         self.inputs: list[Ref] = op.inputs
-        self.outputs: list[Ref] = [op.outs] if type(op.outs) is Ref else collect(op.outs, Ref)
+        self.outputs: list[Ref] = op.outputs
 
     @functools.cached_property
     def named(self) -> dict[str, Any]:
