@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -147,7 +147,9 @@ def rectangle(mask: np.ndarray) -> tuple[int, ...] | None:
     return tuple(sizes)
 
 
-def cut_shape(shape: Sequence[int], made: Iterable[Cut]) -> tuple[int, ...]:
+def cut_shape(shape: Sequence[int], made: Sequence[Cut]) -> tuple[int, ...]:
+    if not made:
+        return tuple(shape)
     sizes = list(shape)
     for cut in made:
         for d, n in zip(cut.dims, cut.sizes, strict=True):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.fx.graph import PythonCode
 
 from fxprune.passes.capture import switch
 
@@ -72,6 +73,11 @@ class PrunedModule(fx.GraphModule):
                 adopt(self, root, program.targets if isinstance(program, Program) else targets_of(program))
         self.graph = graph
         self.__dict__["_programs"] = programs or {}
+
+    def recompile(self) -> PythonCode:
+        if not len(self._graph.nodes):  # the empty one that `__init__` starts with
+            return PythonCode("", {}, None, {})
+        return super().recompile()
 
     def train(self, mode: bool = True) -> PrunedModule:
         super().train(mode)

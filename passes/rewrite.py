@@ -72,6 +72,9 @@ class Rewriter:
         self.following: fx.Node = self.graph._root  # the node after the one that is looked at
         self.attributes: dict[str, dict[str, Any]] = {}
         self.made: dict[int, list[Cut]] = {}
+        self.touched: dict[fx.Node, bool] = {}
+        self.mode: bool | None = None  # of the branch that the node which is looked at belongs to
+        self.sizes: dict[tuple[fx.Node, int, bool | None], Any] = {}
         self.values: dict[fx.Node, Any] = {}
         self.owned: dict[str, dict[str, Ref]] = {}  # by module path: its own tensors
         self.inside: dict[str, list[str]] = {}  # by module path: those of the modules below it that own tensors
@@ -92,9 +95,10 @@ class Rewriter:
     # -- what is known of a value -------------------------------------------------------------------------------------
 
     def cuts(self, ref: Ref) -> list[Cut]:
-        if ref.id not in self.made:
-            self.made[ref.id] = self.cutter(self.labels.get(ref.id, ()), self.capture.tape.shape(ref))
-        return self.made[ref.id]
+        made = self.made.get(ref.id)
+        if made is None:
+            made = self.made[ref.id] = self.cutter(self.labels.get(ref.id, ()), self.capture.tape.shape(ref))
+        return made
 
     def before(self, ref: Ref) -> tuple[int, ...]:
         return self.capture.tape.shape(ref)
@@ -226,7 +230,12 @@ class Rewriter:
         if not known and (self.is_size(given) or self.value(given) == wanted):
             return wanted
         was = self.capture.results[given]
-        return self.scaled(self.original(given, every=not known), Fraction(wanted, was)) if was else self.new[given]
+        if not was:
+            return self.new[given]
+        key = given, wanted, self.mode  # what one branch computes is not there in the other
+        if key not in self.sizes:
+            self.sizes[key] = self.scaled(self.original(given, every=not known), Fraction(wanted, was))
+        return self.sizes[key]
 
     def number(self, given: fx.Node) -> Any:
         """A number that is no size: it keeps its original value. So does what Python asked of sizes (`c % groups == 0`)."""
@@ -270,11 +279,11 @@ class Rewriter:
         nodes = list(self.graph.nodes)
         inner: set[fx.Node] = set()
         for node, following in zip(nodes, [*nodes[1:], self.graph._root], strict=True):
-            self.following = following
+            self.following, self.mode = following, only.get(node)
             self.graph.inserting_before(node)
             before = node.prev
             end = self.regions.get(node)
-            if end is not None and self.cut_anything(self.result(end)):
+            if end is not None and self.is_cut(end):
                 if node is end:
                     self.new[node] = self.region(node)
                 else:
@@ -327,14 +336,19 @@ class Rewriter:
             why = f"the pruned program was captured where {describe(node)} is {guard.value!r}"
             self.graph.call_function(holds, (self.new[node], guard.value, why))
 
-    def cut_anything(self, result: Any) -> bool:
-        return any(self.cuts(ref) for ref in collect(result, Ref))
+    def is_cut(self, node: fx.Node) -> bool:
+        """Whether something is cut out of a node's result."""
+        found = self.touched.get(node)
+        if found is None:
+            result = self.capture.results.get(node)
+            refs = (result,) if type(result) is Ref else collect(result, Ref)
+            found = self.touched[node] = any([self.cuts(ref) for ref in refs])
+        return found
 
     def carry(self, node: fx.Node, handlers: dict[str, Callable[..., Any]]) -> fx.Node:
         if node.op in ("placeholder", "get_attr") or node.target is switch:
             return node
-        touches = [self.result(n) for n in node.all_input_nodes] + [self.capture.results.get(node)]
-        changed = self.cut_anything(touches)
+        changed = self.is_cut(node) or any([self.is_cut(n) for n in node.all_input_nodes])
         if node.op == "call_module" and (changed or str(node.target) in self.capture.opaque):
             self.module(node)
         wide = slid(self, node) if changed else None
@@ -346,7 +360,7 @@ class Rewriter:
             if made is not None:
                 return self.as_copy(node, made)
         result = self.capture.results.get(node)
-        if not collect(result, Ref) and result is not None and node.op != "output":
+        if type(result) is not Ref and not collect(result, Ref) and result is not None and node.op != "output":
             return node  # arithmetic on numbers: mended where it is used
         if self.as_it_is(node) and self.capture.index[node] not in self.copying:
             return node
