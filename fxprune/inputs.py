@@ -66,11 +66,12 @@ def check(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, weights:
 
 def check_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Raise PruneError where forward has no such arguments, or lacks one."""
-    parameters = inspect.signature(model.forward).parameters
+    signature = inspect.signature(model.forward)
+    parameters = signature.parameters
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     unknown = [] if open_ended else [name for name in kwargs if name not in parameters]
     try:
-        inspect.signature(model.forward).bind(*args, **kwargs)
+        signature.bind(*args, **kwargs)
     except TypeError as error:
         why = f"it has no argument {unknown[0]!r}" if unknown else str(error)
         taken = [str(p.replace(annotation=inspect.Parameter.empty)) for p in parameters.values()]

@@ -131,8 +131,9 @@ NONE: Labels = ()
 
 def varying(labels: Tensor, among: Iterable[int] | None = None) -> tuple[int, ...]:
     """The dimensions along which an array of labels really varies."""
-    dims = range(labels.dim()) if among is None else among
-    return tuple(d for d in dims if labels.shape[d] > 1 and not bool((labels == labels.narrow(d, 0, 1)).all()))
+    array = labels.numpy()
+    dims = range(array.ndim) if among is None else among
+    return tuple([d for d in dims if array.shape[d] > 1 and not (array == array[(slice(None),) * d + (slice(1),)]).all()])
 
 
 def squash(labels: Tensor, keep: Iterable[int]) -> Tensor:

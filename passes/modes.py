@@ -57,6 +57,7 @@ def in_both_modes(tracer: ValueTracer, module: nn.Module, forward: Any, argument
     tracer.branches, tracer.retry = None, False
     try:
         module.train()
+        tracer.forget_reads(begin)  # those are the other branch's
         trained = forward(*arguments[0], **arguments[1])
     except Exception:  # what training needs (targets, say) is not there
         trained = None

@@ -342,13 +342,13 @@ class Rewriter:
         if found is None:
             result = self.capture.results.get(node)
             refs = (result,) if type(result) is Ref else collect(result, Ref)
-            found = self.touched[node] = any([self.cuts(ref) for ref in refs])
+            found = self.touched[node] = any(self.cuts(ref) for ref in refs)
         return found
 
     def carry(self, node: fx.Node, handlers: dict[str, Callable[..., Any]]) -> fx.Node:
         if node.op in ("placeholder", "get_attr") or node.target is switch:
             return node
-        changed = self.is_cut(node) or any([self.is_cut(n) for n in node.all_input_nodes])
+        changed = self.is_cut(node) or any(self.is_cut(n) for n in node.all_input_nodes)
         if node.op == "call_module" and (changed or str(node.target) in self.capture.opaque):
             self.module(node)
         wide = slid(self, node) if changed else None

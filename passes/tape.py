@@ -18,7 +18,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fxprune.passes.imagine import ATOMS, RESHAPING, Imagination
 
-
 NAMES: dict[Any, str] = {}
 
 

@@ -20,7 +20,7 @@ from fxprune.passes.capture import Call, Guard
 from fxprune.passes.facts import FACT_METHODS, FACTS, VALUE_METHODS, WHERE
 from fxprune.passes.faults import surface
 from fxprune.passes.flag import Flag, Reading
-from fxprune.passes.imagine import ATOMS
+from fxprune.passes.imagine import ATOMS, RESHAPING
 from fxprune.passes.modes import Branch, by_flag, in_both_modes
 from fxprune.passes.opaque import SizeUse, watched
 from fxprune.passes.patches import inlined, plain_rnn
@@ -49,6 +49,10 @@ INLINED = {F.multi_head_attention_forward}
 plain_call = nn.Module._call_impl  # as it is outside of a trace
 PLAIN_MODULES = ("_operator", "builtins", "math")  # their functions make no tensors of their own
 PLAIN = ATOMS | {complex, torch.layout, torch.memory_format}
+NUMBERS = frozenset([int, float, bool, str])
+RESHAPES = frozenset(name.removeprefix("aten::") for name in RESHAPING)  # methods
+RESHAPES |= {getattr(torch, name) for name in RESHAPES if hasattr(torch, name)}
+ARITHMETIC = frozenset([getattr(operator, f) for f in "add sub mul floordiv truediv mod pow neg eq ne lt le gt ge".split()])
 
 
 class ValueTracer(fx.Tracer):
@@ -74,6 +78,8 @@ class ValueTracer(fx.Tracer):
         self.untracked: set[fx.Node] = set()
         self.attributes: dict[str, Any] = {}
         self.stack: list[str] = [""]
+        # for each module on the stack, the sizes that its forward has read, and the numbers it has computed
+        self.reads: list[dict[Any, Any]] = [{}]
         self.running: str | None = None
         self.reads_training = False
         self.readings = [Reading()]  # what each module on the stack wanted to know of its mode
@@ -128,11 +134,19 @@ class ValueTracer(fx.Tracer):
     ) -> Any:
         if any(type(a) is Flag for a in args) or (kwargs and any(type(v) is Flag for v in kwargs.values())):
             return by_flag(self, kind, target, args, kwargs)
+        if target in ARITHMETIC and all(type(a) in NUMBERS or type(getattr(a, "value", None)) in NUMBERS for a in args):
+            return self.once(kind, target, args)
+        return self.made(kind, target, args, kwargs)
+
+    def made(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A new node, evaluated, as a proxy."""
         made = tuple([a.node if type(a) is ValueProxy else self.create_arg(a) for a in args])
-        node = self.create_node(kind, target, made, self.create_arg(kwargs) if kwargs else {}, name, type_expr)
+        node = self.create_node(kind, target, made, self.create_arg(kwargs) if kwargs else {})
         ins = tuple([a.value if type(a) is ValueProxy else unwrap(a) for a in args])
         kwins = unwrap(kwargs) if kwargs else kwargs
         value = self.evaluate(node, ins, kwins)
+        if target in RESHAPES or (kind == "call_module" and target in self.opaque):  # it may have another shape now
+            self.forget_reads(0)
         return self.bind(node, value)
 
     def bind(self, node: fx.Node, value: Any) -> Any:
@@ -287,9 +301,29 @@ class ValueTracer(fx.Tracer):
                 return getattr(value, name)
             if name in VALUE_METHODS:
                 return getattr(self.known_tensor(proxy, name), name)
+        if name == "shape" and isinstance(value, Tensor):
+            return self.once("call_function", getattr, (proxy, name))
+        if name == "size" and isinstance(value, Tensor):
+            return lambda *args, **kwargs: self.once("call_method", name, (proxy, *args), kwargs)
         if callable(getattr(value, name)):
             return lambda *args, **kwargs: self.create_proxy("call_method", name, (proxy, *args), kwargs)
         return self.create_proxy("call_function", getattr, (proxy, name), {})
+
+    def once(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        """A size, or a number computed from sizes: one node, however often a forward asks."""
+        key: Any = (target, *[a.node if type(a) is ValueProxy else (type(a), a) for a in args])
+        if kwargs or not all(type(a) in NUMBERS or type(a) is ValueProxy for a in args):
+            return self.made(kind, target, args, kwargs or {})
+        reads = self.reads[-1]
+        if key not in reads:
+            reads[key] = self.made(kind, target, args, {})
+        return reads[key]
+
+    def forget_reads(self, mark: int) -> None:
+        """Sizes and numbers that nodes made since the mark stand for are to be read anew."""
+        for reads in self.reads:
+            for key in [k for k, found in reads.items() if self.index.get(found.node, mark) >= mark]:
+                del reads[key]
 
     def known_tensor(self, proxy: ValueProxy, how: str) -> Any:
         """The tensor's contents, if they are a fixed fact of the model; else the module must be opaque."""
@@ -343,6 +377,7 @@ class ValueTracer(fx.Tracer):
         again = (copied(args), copied(kwargs))  # what a second run starts from
         stored, plain = dict(vars(m)), False
         self.stack.append(path)
+        self.reads.append({})
         self.readings.append(reading := Reading())
         try:
             with self.plain.watching(m, like is not None) as unread:
@@ -362,6 +397,7 @@ class ValueTracer(fx.Tracer):
             reason = f"reads {error}" if isinstance(error, ReadsValue) else f"{type(error).__name__}: {error}"
         finally:
             self.stack.pop()
+            self.reads.pop()
             self.readings.pop()
         self.roll_back(mark, ops)
         if plain:
@@ -377,6 +413,7 @@ class ValueTracer(fx.Tracer):
 
     def roll_back(self, mark: int, ops: int) -> None:
         """Forget every node and call made since the mark."""
+        self.forget_reads(mark)
         for node in list(itertools.takewhile(lambda n: self.index[n] >= mark, reversed(self.graph.nodes))):
             self.graph.erase_node(node)
             self.results.pop(node, None)

@@ -205,7 +205,9 @@ def on_meta(tensor: Tensor) -> Tensor:
 def in_mode(root: nn.Module, training: bool) -> Any:
     """The tree in evaluation or in training mode; what `train()` does, where no module has one of its own."""
     modules = walk(root)
-    if any(type(m).train is not nn.Module.train or type(m).eval is not nn.Module.eval or "training" not in vars(m) for m in modules):
+    if any(
+        type(m).train is not nn.Module.train or type(m).eval is not nn.Module.eval or "training" not in vars(m) for m in modules
+    ):
         return root.train(training)
     for module in modules:
         vars(module)["training"] = training
