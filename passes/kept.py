@@ -137,15 +137,15 @@ def spread(f: Factor, brief: np.ndarray) -> np.ndarray:
 
 def rectangle(mask: np.ndarray) -> tuple[int, ...] | None:
     """Sizes of what a mask keeps, dimension by dimension from the major one; None if rows differ."""
-    sizes = []
-    for level in range(mask.ndim):
-        alive = mask.reshape(*mask.shape[: level + 1], -1).any(-1)
-        counts = np.count_nonzero(alive, axis=-1).reshape(-1)
-        counts = counts[counts > 0]
-        if not len(counts) or bool((counts != counts[0]).any()):
+    alive, sizes = mask, []
+    for _ in range(mask.ndim):  # from the minor one: a row is alive where anything in it is
+        counts = alive.sum(-1, dtype=np.int32)
+        alive = counts > 0
+        some = counts[alive]
+        if not len(some) or bool((some != some[0]).any()):
             return None
-        sizes.append(int(counts[0]))
-    return tuple(sizes)
+        sizes.append(int(some[0]))
+    return tuple(sizes[::-1])
 
 
 def cut_shape(shape: Sequence[int], made: Iterable[Cut]) -> tuple[int, ...]:
