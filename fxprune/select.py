@@ -129,9 +129,21 @@ def choose(pool: Pool, score: np.ndarray, width: Sequence[int], round_to: int) -
     cells = [units for _, units in pool.cells]
     if len({len(units) for units in cells}) == 1:  # as many groups are: all at once
         matrix = np.stack(cells)
-        lowest = np.argsort(score[matrix], axis=1, kind="stable")[:, : steps * (matrix.shape[1] // step)]
+        lowest = ranked(score[matrix])[:, : steps * (matrix.shape[1] // step)]
         return np.take_along_axis(matrix, lowest, 1).reshape(-1)
-    return np.concatenate([units[np.argsort(score[units], kind="stable")[: steps * (len(units) // step)]] for units in cells])
+    return np.concatenate([units[ranked(score[units])[: steps * (len(units) // step)]] for units in cells])
+
+
+def ranked(values: np.ndarray) -> np.ndarray:
+    """Positions along the last dimension from the lowest value to the highest, equal ones in their own order.
+
+    >>> ranked(np.array([[2.0, 1.0, 1.0], [3.0, 1.0, 2.0]])).tolist()
+    [[1, 2, 0], [1, 2, 0]]
+    """
+    order = np.argsort(values, axis=-1)  # several times as fast as the stable one, which only equal values need
+    found = np.take_along_axis(values, order, -1)
+    distinct = bool((found[..., 1:] > found[..., :-1]).all())  # NaN is not
+    return order if distinct else np.argsort(values, axis=-1, kind="stable")
 
 
 def balanced(pool: Pool, score: np.ndarray, wanted: int) -> np.ndarray:

@@ -36,7 +36,7 @@ class Cut:
 
     def take(self, tensor: Tensor) -> Tensor:
         """The kept part of a tensor."""
-        keep = self.keep.to(tensor.device)
+        keep = self.keep if tensor.is_cpu else self.keep.to(tensor.device)
         if len(self.dims) == 1:
             return tensor.index_select(self.dims[0], keep)
         rest = [d for d in range(tensor.dim()) if d not in self.dims]
@@ -48,7 +48,7 @@ class Cut:
 
 def clusters(labels: Labels) -> list[list[Factor]]:
     """Factors that share dimensions, together."""
-    if sum(len(f.nest) for f in labels) == len({d for f in labels for d in f.nest}):
+    if len(labels) == 1 or sum([len(f.nest) for f in labels]) == len({d for f in labels for d in f.nest}):
         return [[f] for f in labels]
     groups: list[list[Factor]] = []
     for f in labels:
@@ -66,7 +66,7 @@ class Cutter:
         self.table = kept.numpy()
         self.whole = bool(self.table.all())
         self.made: dict[tuple[int, ...], tuple[Labels, list[Cut]]] = {}
-        self.vectors: dict[int, tuple[object, Tensor | None]] = {}
+        self.lines: dict[tuple[tuple[int, ...], bytes], Cut | None] = {}
 
     def __call__(self, labels: Labels, shape: Sequence[int]) -> list[Cut]:
         if not labels or self.whole:
@@ -82,9 +82,9 @@ class Cutter:
         found = []
         for group in clusters(labels):
             if len(group) == 1 and len(group[0].nest) == 1:
-                keep = self.vector(group[0])
-                if keep is not None:
-                    found.append(Cut(group[0].nest, keep, (len(keep),)))
+                line = self.line(group[0])
+                if line is not None:
+                    found.append(line)
                 continue
             stays = [self.table[f.brief] for f in group]
             if all(bool(s.all()) for s in stays):
@@ -113,16 +113,17 @@ class Cutter:
                     return True
         return False
 
-    def vector(self, f: Factor) -> Tensor | None:
-        """Kept indices along the one dimension of a factor; None for all of them."""
-        found = self.vectors.get(id(f.base))
-        if found is None:
-            stays = f.among(self.table)
+    def line(self, f: Factor) -> Cut | None:
+        """The cut along the one dimension of a factor; None if all stays. Layers that keep the same share one."""
+        stays = f.among(self.table)
+        key = (f.nest, stays.tobytes())
+        if key not in self.lines:
             keep = np.flatnonzero(stays)
             if not len(keep):
                 raise NotARectangle(f.labels.reshape(-1))
-            found = self.vectors[id(f.base)] = (f.base, torch.from_numpy(keep) if len(keep) < len(stays) else None)
-        return found[1]
+            whole = len(keep) == len(stays)
+            self.lines[key] = None if whole else Cut(f.nest, torch.from_numpy(keep), (len(keep),))
+        return self.lines[key]
 
 
 def spread(f: Factor, brief: np.ndarray) -> np.ndarray:
@@ -136,15 +137,15 @@ def spread(f: Factor, brief: np.ndarray) -> np.ndarray:
 
 def rectangle(mask: np.ndarray) -> tuple[int, ...] | None:
     """Sizes of what a mask keeps, dimension by dimension from the major one; None if rows differ."""
-    sizes = []
-    for level in range(mask.ndim):
-        alive = mask.reshape(*mask.shape[: level + 1], -1).any(-1)
-        counts = np.count_nonzero(alive, axis=-1).reshape(-1)
-        counts = counts[counts > 0]
-        if not len(counts) or bool((counts != counts[0]).any()):
+    alive, sizes = mask, []
+    for _ in range(mask.ndim):  # from the minor one: a row is alive where anything in it is
+        counts = alive.sum(-1, dtype=np.int32)
+        alive = counts > 0
+        some = counts[alive]
+        if not len(some) or bool((some != some[0]).any()):
             return None
-        sizes.append(int(counts[0]))
-    return tuple(sizes)
+        sizes.append(int(some[0]))
+    return tuple(sizes[::-1])
 
 
 def cut_shape(shape: Sequence[int], made: Sequence[Cut]) -> tuple[int, ...]:

@@ -105,7 +105,7 @@ MANY = 1 << 17  # elements are cut along two dimensions at once
 
 def cut(source: Tensor, cuts: Sequence[Cut], room: Room) -> Tensor:
     """A new tensor with what the cuts leave of one; a parameter where that is one."""
-    new = source.detach()
+    new = source.data
     if len(cuts) > 1 and cuts[0].dims == (0,) and new.is_cpu:
         if new.numel() > LARGE:
             new = in_blocks(new, cuts, room)

@@ -80,7 +80,7 @@ class Scorer:
     def rows(self, evidence: Mapping[str, Tensor] | None) -> tuple[np.ndarray, np.ndarray, list[int]]:
         """Classes and scores of every index of every place, one place after the other, and how many each has."""
         classes: list[np.ndarray] = []
-        parts: list[Tensor] = []
+        parts: list[Tensor | np.ndarray] = []
         with torch.no_grad():
             looked_at = []
             for name, parameter in self.parameters.items():
@@ -90,26 +90,31 @@ class Scorer:
             known = self.small(looked_at) if evidence is None else {}
             for name, weight, places in looked_at:
                 given = None if evidence is None else evidence[name]
+                scored: Sequence[Tensor | np.ndarray | None]
                 if name in known:
-                    scored: Sequence[Tensor | None] = added_up(known[name], [f.dims for f, _ in places])
+                    scored = [added_up(known[name], f.dims) for f, _ in places]
                 else:
                     scored = self.scored(name, weight, given, [f.nest for f, _ in places])
                 for (f, span), part in zip(places, scored, strict=True):
                     if part is None:
                         continue
+                    flat = part.reshape(-1)
                     if f.times > 1:
-                        major = part.movedim(f.nest[0], 0)
-                        part = major.reshape(len(major) // f.times, f.times, -1).sum(1)
-                    elif len(span) != part.numel():
-                        span = np.broadcast_to(span.reshape(f.labels.shape), part.shape)
-                    classes.append(span.reshape(-1))
-                    parts.append(part.reshape(-1))
+                        major = torch.as_tensor(part).movedim(f.nest[0], 0)
+                        flat = major.reshape(len(major) // f.times, f.times, -1).sum(1).reshape(-1)
+                    elif len(span) != len(flat):
+                        span = np.broadcast_to(span.reshape(f.labels.shape), tuple(part.shape)).reshape(-1)
+                    classes.append(span)
+                    parts.append(flat)
         if not parts:
             return np.zeros(0, np.int64), np.zeros(0), []
         return np.concatenate(classes), fetched(parts), [len(c) for c in classes]
 
-    def small(self, looked_at: Sequence[tuple[str, Tensor, Any]]) -> dict[str, Tensor]:
-        """The scores of the elements of small parameters (biases, scales, narrow layers), which are many: many in one go."""
+    def small(self, looked_at: Sequence[tuple[str, Tensor, Any]]) -> dict[str, np.ndarray]:
+        """The scores of the elements of small parameters (biases, scales, narrow layers), which are many: many in one go.
+
+        They are double precision arrays, since a call of numpy's on a few numbers takes a fraction of one of torch's.
+        """
         alike: dict[object, list[list[tuple[str, Tensor]]]] = {}
         if getattr(self.criterion, "elementwise", False) and not hasattr(self.criterion, "along"):
             for name, weight, _ in looked_at:
@@ -118,11 +123,14 @@ class Scorer:
                     if len(runs[-1]) * SMALL >= BLOCK:
                         runs.append([])
                     runs[-1].append((name, weight))
-        found: dict[str, Tensor] = {}
+        found: dict[str, np.ndarray] = {}
         for several in (run for runs in alike.values() for run in runs):
             scores = self.elements(several[0][0], torch.cat([w.reshape(-1) for _, w in several]), None)
-            parts = scores.split([w.numel() for _, w in several])
-            found.update({name: part.view(w.shape) for (name, w), part in zip(several, parts, strict=True)})
+            values, start = scores.double().cpu().numpy(), 0
+            for name, w in several:
+                end = start + w.numel()
+                found[name] = values[start:end].reshape(w.shape)
+                start = end
         return found
 
     def layers(self, classes: np.ndarray, values: np.ndarray, lengths: list[int]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -145,13 +153,14 @@ class Scorer:
         if weight.dim() == 1:
             scores = self.elements(name, weight, evidence)
             return [scores for _ in spans]
-        rows = max(1, BLOCK * len(weight) // weight.numel()) if self.in_blocks(weight) else len(weight)
+        block = min(BLOCK, CACHED * torch.get_num_threads())
+        rows = max(1, block * len(weight) // weight.numel()) if self.in_blocks(weight) else len(weight)
         parts: list[list[Tensor]] = [[] for _ in spans]
         for start in range(0, len(weight), rows):
-            block = weight[start : start + rows]
+            some = weight[start : start + rows]
             split = evidence is not None and len(evidence) == len(weight) > 1
             beside = evidence[start : start + rows] if split and evidence is not None else evidence
-            reduced(self.elements(name, block, beside), spans, parts)
+            reduced(self.elements(name, some, beside), spans, parts)
         return [torch.cat(found) if len(found) > 1 else found[0] for found in parts]
 
     def in_blocks(self, weight: Tensor) -> bool:
@@ -192,19 +201,18 @@ class Scorer:
         )
 
 
-BLOCK = 1 << 20  # elements scored at a time: small enough to stay in a processor's cache, and to make no large arrays
-
+BLOCK = 1 << 20  # elements scored at a time, at most: no large arrays are made
+CACHED = 1 << 18  # elements a thread: their scores stay in its own cache until they are added up
 
 SMALL = 1 << 13  # elements of a parameter that is scored together with others
 
 
-def added_up(values: Tensor, spans: Sequence[frozenset[int]]) -> list[Tensor]:
-    """For each set of dimensions, the scores of elements summed over all others."""
-    if values.dim() == 1:
-        return [values] * len(spans)
-    parts: list[list[Tensor]] = [[] for _ in spans]
-    reduced(values, spans, parts)
-    return [found[0] for found in parts]
+def added_up(values: np.ndarray, dims: frozenset[int]) -> np.ndarray:
+    """The scores of elements summed over all but some dimensions, which become of size 1."""
+    if 0 not in dims:
+        values = np.add.reduce(values, 0, keepdims=True)
+    rest = tuple([d for d in range(1, values.ndim) if d not in dims and values.shape[d] > 1])
+    return np.add.reduce(values, rest, keepdims=True) if rest else values
 
 
 def reduced(values: Tensor, spans: Sequence[frozenset[int]], parts: list[list[Tensor]]) -> None:
@@ -225,17 +233,16 @@ def reduced(values: Tensor, spans: Sequence[frozenset[int]], parts: list[list[Te
             found[0] = found[0] + part
 
 
-def fetched(parts: Sequence[Tensor]) -> np.ndarray:
+def fetched(parts: Sequence[Tensor | np.ndarray]) -> np.ndarray:
     """All scores in their order, in double precision: one transfer from each device."""
-    devices = {p.device for p in parts}
-    if len(devices) == 1:
-        alike = len({p.dtype for p in parts}) == 1
-        return torch.cat(list(parts) if alike else [p.double() for p in parts]).double().cpu().numpy()
-    found: list[np.ndarray | None] = [None] * len(parts)
-    for device in devices:
-        mine = [i for i, p in enumerate(parts) if p.device == device]
-        values = torch.cat([parts[i].double() for i in mine]).cpu().numpy()
-        for i, piece in zip(mine, np.split(values, np.cumsum([parts[i].numel() for i in mine])[:-1]), strict=True):
+    found: list[np.ndarray | None] = [p if isinstance(p, np.ndarray) else None for p in parts]
+    tensors = {i: p for i, p in enumerate(parts) if isinstance(p, Tensor)}
+    for device in {p.device for p in tensors.values()}:
+        mine = {i: p for i, p in tensors.items() if p.device == device}
+        alike = len({p.dtype for p in mine.values()}) == 1
+        values = torch.cat([p if alike else p.double() for p in mine.values()]).double().cpu().numpy()
+        pieces = np.split(values, np.cumsum([len(p) for p in mine.values()])[:-1])
+        for i, piece in zip(mine, pieces, strict=True):
             found[i] = piece
     return np.concatenate([piece for piece in found if piece is not None])
 
