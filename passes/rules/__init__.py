@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fxprune.passes.labels import NONE, Factor, Labels, along, factor
-from fxprune.passes.tape import NeedsValues, Op, Ref, Tape, collect
+from fxprune.passes.tape import NeedsValues, Op, Ref, Tape
 from fxprune.passes.ties import Ties
 
 Rule = Callable[["Call"], Any]
