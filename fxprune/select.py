@@ -134,12 +134,17 @@ def choose(pool: Pool, score: np.ndarray, width: Sequence[int], round_to: int) -
     return np.concatenate([units[ranked(score[units])[: steps * (len(units) // step)]] for units in cells])
 
 
+MANY = 1 << 8  # values in a row from which on it takes longer to sort them than to see whether any are equal
+
+
 def ranked(values: np.ndarray) -> np.ndarray:
     """Positions along the last dimension from the lowest value to the highest, equal ones in their own order.
 
     >>> ranked(np.array([[2.0, 1.0, 1.0], [3.0, 1.0, 2.0]])).tolist()
     [[1, 2, 0], [1, 2, 0]]
     """
+    if values.shape[-1] < MANY:
+        return np.argsort(values, axis=-1, kind="stable")
     order = np.argsort(values, axis=-1)  # several times as fast as the stable one, which only equal values need
     found = np.take_along_axis(values, order, -1)
     distinct = bool((found[..., 1:] > found[..., :-1]).all())  # NaN is not
