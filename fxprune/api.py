@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from fxprune import inputs
 from fxprune import same_class as own_class
 from fxprune.analysis import analyse, described, uncollected, unobserved
+from fxprune.batches import for_any_batch
 from fxprune.checks import Attention, Freeze, check_attention, check_request, terms_of
 from fxprune.choice import selected
 from fxprune.coupling import Coupling
@@ -129,6 +130,7 @@ def prune(
         del solution, kept  # most of it goes now, before the collector looks through what is left
     if check is not None:
         pruned.meta["verification"] = check()
+        pruned = for_any_batch(model, pruned, args, kwargs, functools.partial(recoupled, model, terms, closed), terms.heads)
     return as_class(model, pruned, args, kwargs) if same_class else pruned
 
 
@@ -189,9 +191,11 @@ def apply_plan(plan: Plan, model: nn.Module, example_inputs: Any = None) -> fx.G
     given = inputs.imagine(plan.inputs, device) if example_inputs is None else example_inputs
     args, kwargs = inputs.arguments(given)
     inputs.check(model, args, kwargs)
+    if plan.waiver is not None and inputs.batch_of(args, kwargs) == plan.waiver.size:
+        args, kwargs = inputs.larger(args, kwargs)  # as it was captured
     solution = analyse(model, args, kwargs, plan.terms)
     kept = kept_by(plan, solution)
-    pruned = shrink(model, solution, kept)
+    pruned = shrink(model, solution, kept, waiver=plan.waiver)
     pruned.meta["plan"] = plan
     pruned.meta["capture"] = described(solution)
     return pruned
@@ -265,6 +269,13 @@ def shrunk(
         if not found.keys() - closed.keys():
             return solution, kept, made, pruned, closed
         closed |= found
+
+
+def recoupled(
+    model: nn.Module, terms: Terms, closed: Mapping[str, str], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Solution:
+    """A model coupled as it was, on other inputs."""
+    return analyse(model, args, kwargs, terms, closed)
 
 
 def is_cheap(model: nn.Module) -> bool:

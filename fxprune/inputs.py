@@ -125,17 +125,29 @@ def imagine(described: Any, device: torch.device) -> Any:
     raise PruneError(f"the plan cannot make up an input of type {content}", fix="plan.apply(model, example_inputs=...)")
 
 
+def batch_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """The size of the first dimension of the first tensor that has any; None where there is none."""
+    return next((t.shape[0] for t in collect((args, kwargs), Tensor) if t.dim()), None)
+
+
+def batch_of_one(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The same inputs, the first of the batch alone."""
+    batch = batch_of(args, kwargs)
+    return map_tensors((args, kwargs), lambda t: t[:1] if t.dim() and t.shape[0] == batch else t)
+
+
+def larger(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The same inputs with one more in the batch; some tensor has dimensions."""
+    batch = batch_of(args, kwargs)
+    return map_tensors((args, kwargs), lambda t: torch.cat([t, t[:1].roll(1, -1)]) if t.dim() and t.shape[0] == batch else t)
+
+
 def other_sizes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
     """The same inputs at a second batch size and at a second image size, with a name for each."""
     tensors: Sequence[Tensor] = [t for t in collect((args, kwargs), Tensor) if t.dim()]
     if not tensors:
         return
-    batch = tensors[0].shape[0]
-
-    def more(t: Tensor) -> Tensor:
-        return torch.cat([t, t[:1].roll(1, -1)]) if t.dim() and t.shape[0] == batch else t
-
-    yield "batch", *map_tensors((args, kwargs), more)
+    yield "batch", *larger(args, kwargs)
     images = [t for t in tensors if t.dim() in (4, 5) and t.is_floating_point() and min(t.shape[-2:]) >= 8]
     if images:
         height, width = images[0].shape[-2:]

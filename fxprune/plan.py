@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fxprune.errors import PruneError
 from fxprune.passes.couple import Solution
+from fxprune.passes.guards import Waiver
 from fxprune.passes.kept import Cut, NotARectangle, cut_shape
 from fxprune.passes.shrink import tensor_cuts
 from fxprune.passes.terms import Terms
@@ -33,6 +34,7 @@ class Plan:
         freeze: names of tensors that were kept by request.
         inputs: what the example inputs looked like, so that the plan can be applied without them.
         release: globs over names of outputs that were allowed to shrink.
+        waiver: guards of the pruned program that were tried at another batch than that of `inputs`, where they do not hold.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -41,6 +43,7 @@ class Plan:
     freeze: tuple[str, ...] = ()
     inputs: Any = field(default=None)
     release: tuple[str, ...] = ()
+    waiver: Waiver | None = None
 
     def __repr__(self) -> str:
         elements = sum(math.prod(shape) for shape in self.shapes.values())
@@ -80,6 +83,7 @@ class Plan:
             "freeze": list(self.freeze),
             "release": list(self.release),
             "inputs": self.inputs,
+            "waiver": None if self.waiver is None else asdict(self.waiver),
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "keep": cuts,
         }
@@ -97,7 +101,9 @@ class Plan:
             shapes = {name: tuple(int(n) for n in shape) for name, shape in data["shapes"].items()}
             keep = {name: [cut_from(c, shapes[name]) for c in made] for name, made in data["keep"].items()}
             release = tuple(data.get("release", ()))  # older plans have none
-            return cls(shapes, keep, data["attention"], tuple(data["freeze"]), data["inputs"], release)
+            waived = data.get("waiver")
+            waiver = Waiver(waived["input"], int(waived["size"]), tuple(waived["guards"])) if waived else None
+            return cls(shapes, keep, data["attention"], tuple(data["freeze"]), data["inputs"], release, waiver)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
             raise PruneError(f"this is no plan: {why}", fix="what Plan.to_dict() returned") from error

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune import inputs
+from fxprune.passes.guards import GuardError
 from fxprune.passes.labels import Labels
-from fxprune.passes.rewrite import GuardError
 from fxprune.passes.tape import collect, map_tensors
 from fxprune.passes.tree import private_copy
 from fxprune.passes.verify import masked_outputs, random_state, relative_error, set_random_state

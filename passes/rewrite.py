@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from fxprune.passes.attributes import changed_attributes, table_of
 from fxprune.passes.capture import Capture, Guard, size_source, switch
 from fxprune.passes.couple import Solution
+from fxprune.passes.guards import Waiver, describe, holds
 from fxprune.passes.kept import Cut, Cutter, cut_shape
 from fxprune.passes.labels import counts_channels
 from fxprune.passes.modes import in_mode
@@ -57,7 +58,13 @@ class Rewriter:
     """
 
     def __init__(
-        self, solution: Solution, which: int, cutter: Cutter, constants: dict[str, Tensor], device: torch.device
+        self,
+        solution: Solution,
+        which: int,
+        cutter: Cutter,
+        constants: dict[str, Tensor],
+        device: torch.device,
+        waiver: Waiver | None = None,
     ) -> None:
         self.capture: Capture = solution.captures[which]
         self.labels = solution.values[which]
@@ -65,7 +72,7 @@ class Rewriter:
         self.cutter = cutter
         self.unit, self.may_go = solution.unit.numpy(), solution.frozen < 0
         self.constants = constants
-        self.device = device
+        self.device, self.waiver = device, waiver
         self.graph = self.capture.graph
         self.new: dict[fx.Node, fx.Node] = Same()
         self.changes: dict[fx.Node, tuple[str, Any, tuple[Any, ...], dict[str, Any]]] = {}
@@ -334,7 +341,12 @@ class Rewriter:
         """What Python decided by a size holds for inputs that agree with it: the others get an error, not a wrong result."""
         if self.is_symbolic(node) and self.value(node) == guard.value:
             why = f"the pruned program was captured where {describe(node)} is {guard.value!r}"
-            self.graph.call_function(holds, (self.new[node], guard.value, why))
+            tried: tuple[Any, ...] = ()
+            if self.waiver is not None and why in self.waiver.guards:
+                name = self.waiver.input
+                given = next(n for n in self.graph.nodes if n.op == "placeholder" and n.name == name)
+                tried = (self.graph.call_method("size", (given, 0)), self.waiver.size)
+            self.graph.call_function(holds, (self.new[node], guard.value, why, *tried))
 
     def is_cut(self, node: fx.Node) -> bool:
         """Whether something is cut out of a node's result."""
@@ -445,21 +457,6 @@ class Rewriter:
         for inner in self.inside.get(path, ()):
             shapes |= {f"{inner[len(path) + 1 :]}.{n}": self.after(ref) for n, ref in self.owned[inner].items()}
         return shapes
-
-
-def holds(value: Any, expected: Any, why: str) -> None:
-    """Raise where a decision taken at capture would be another one now."""
-    if value != expected:
-        raise GuardError(f"{why}, and here it is {value!r}: prune with example inputs of this size")
-
-
-class GuardError(RuntimeError):
-    """An input for which the original takes another path than the one that was captured."""
-
-
-def describe(node: fx.Node) -> str:
-    module = node.meta.get("module")
-    return f"%{node.name}{f' in {module}' if module else ''}"
 
 
 def drop_dead(graph: fx.Graph) -> None:

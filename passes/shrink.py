@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.passes.couple import Solution
+from fxprune.passes.guards import Waiver
 from fxprune.passes.kept import Cut, Cutter, cut_shape
 from fxprune.passes.pruned import Program, PrunedModule
 from fxprune.passes.rewrite import Rewriter
@@ -30,10 +31,12 @@ def shrink(
     *,
     made: Mapping[str, list[Cut]] | None = None,
     values: Mapping[str, Tensor] | None = None,
+    waiver: Waiver | None = None,
 ) -> PrunedModule:
     """The pruned model: a new module that shares nothing with `model`. The captures of the solution are used up.
 
-    Arguments: `made`, the cuts of the model's tensors, and `values`, these tensors by name, where they are known already.
+    Arguments: `made`, the cuts of the model's tensors, and `values`, these tensors by name, where they are known already;
+    `waiver`, guards that need not hold everywhere.
     """
     cutter = cutter or Cutter(kept)
     made = tensor_cuts(solution, kept, cutter) if made is None else made
@@ -43,7 +46,7 @@ def shrink(
     programs: dict[bool, fx.Graph | Program] = {}
     attributes: dict[str, dict[str, Any]] = {}
     for which in range(len(solution.captures)):
-        rewriter = Rewriter(solution, which, cutter, constants, device)
+        rewriter = Rewriter(solution, which, cutter, constants, device, waiver)
         graph, trained = rewriter.run()
         programs[bool(which)] = graph
         if trained is not None and len(solution.captures) == 1:
