@@ -25,10 +25,11 @@ def test_a_kind_that_cannot_be_built_says_why(kinds):
 
 def test_the_table_lists_what_is_not_exact(kinds):
     rows = [
-        {"kind": "a", "status": "exact", "params": 10, "capture": "symbolic"},
+        {"kind": "a", "status": "exact", "params": 10, "capture": "symbolic", "compared": ["another batch is refused: why"]},
         {"kind": "b", "status": "inexact", "params": 10, "reason": "error 1.0e+00", "capture": "opaque: whole (why)"},
         {"kind": "c", "status": "unbuilt", "reason": "no inputs"},
     ]
     text = kinds.table(rows)
     assert "3 kinds, 1 unbuilt; of the other 2: 1 exact, 1 inexact" in text and "1 of them are captured as one node" in text
+    assert "a second batch: 0 are exact there too, 1 refuse it, 0 originals do not take it" in text
     assert "| b | 0.0 | inexact | error 1.0e+00 |" in text and "| a |" not in text

@@ -46,7 +46,8 @@ def test_a_plan_made_without_weights_applies_to_the_model_with_them(name):
     made = fxprune.prune(empty, 0.5, example_inputs=inputs, criterion="random")
     assert all(p.is_meta for p in made.parameters()) and made.verification is None
     plan = fxprune.Plan.from_json(fxprune.plan_of(made).to_json())
-    assert plan.to_json() == fxprune.plan_of(fxprune.prune(real, 0.5, example_inputs=inputs, criterion="random")).to_json()
+    alike = fxprune.prune(real, 0.5, example_inputs=inputs, criterion="random", verify=False)  # which empty models are not
+    assert plan.to_json() == alike.plan.to_json()
     small = plan.apply(real)
     assert fxprune.verify(real, small, inputs).ok
     assert {n: p.shape for n, p in small.named_parameters()} == {n: p.shape for n, p in made.named_parameters()}
