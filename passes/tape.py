@@ -180,9 +180,13 @@ class Recorder(TorchDispatchMode):
         return ref
 
     def refs(self, argument: Any) -> Any:
+        if type(argument) in ATOMS:
+            return argument
         if isinstance(argument, Tensor):
             return self.ref(argument)
-        return argument if type(argument) in ATOMS else map_tensors(argument, self.ref)
+        if type(argument) is list:
+            return [v if type(v) in ATOMS else map_tensors(v, self.ref) for v in argument]
+        return map_tensors(argument, self.ref)
 
     def add(self, tensor: Tensor, *, from_input: bool, name: str | None = None) -> Ref:
         ref, on_meta = Ref(len(self.tape.values)), tensor.is_meta
@@ -201,20 +205,16 @@ class Recorder(TorchDispatchMode):
         del self.tape.ops[ops:]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
         if not self.active:
-            return func(*args, **kwargs)
-        in_args = tuple([self.refs(a) for a in args])
-        in_kwargs = {k: self.refs(v) for k, v in kwargs.items()}
+            return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        in_args = tuple([a if type(a) in ATOMS else self.refs(a) for a in args])
+        in_kwargs = {k: self.refs(v) for k, v in kwargs.items()} if kwargs else kwargs
         out = self.imagination.result(func, args, kwargs)
         out = func(*args, **kwargs) if out is None else out
         values = self.tape.values
-        from_input = False
-        for a in (*in_args, *in_kwargs.values()):
-            if type(a) is Ref:
-                from_input = from_input or values[a.id].from_input
-            elif type(a) not in ATOMS:
-                from_input = from_input or any(values[r.id].from_input for r in collect(a, Ref))
+        op = Op(func, in_args, in_kwargs, None, self.node)
+        from_input = any(values[ref.id].from_input for ref in op.inputs)
 
         def result(tensor: Tensor) -> Ref:
             ref = self.find(tensor)
@@ -223,10 +223,10 @@ class Recorder(TorchDispatchMode):
                 return ref
             ref = self.add(tensor, from_input=from_input)
             number = tensor.dtype.is_floating_point or tensor.dtype.is_complex
-            if not (from_input or number or tensor.is_meta or tensor.numel() > LARGEST_INDEX):
+            if not (number or from_input or tensor.is_meta or tensor.numel() > LARGEST_INDEX):
                 values[ref.id].data = tensor.detach().clone()
             return ref
 
-        outs = result(out) if isinstance(out, Tensor) else map_tensors(out, result)
-        self.tape.ops.append(Op(func, in_args, in_kwargs, outs, self.node))
+        op.outs = result(out) if isinstance(out, Tensor) else map_tensors(out, result)
+        self.tape.ops.append(op)
         return out

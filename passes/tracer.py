@@ -26,6 +26,7 @@ from fxprune.passes.opaque import SizeUse, watched
 from fxprune.passes.patches import inlined, plain_rnn
 from fxprune.passes.plain import Plain, is_plain
 from fxprune.passes.proxy import Items, ReadsValue, ValueProxy, has_tensor, tensors, unwrap
+from fxprune.passes.replay import Learned, Met, Replay
 from fxprune.passes.stored import Stored
 from fxprune.passes.tape import NeedsValues, Recorder, Ref, collect, map_tensors
 from fxprune.passes.tree import every_path, fetch, named_tensors, walk
@@ -64,6 +65,7 @@ class ValueTracer(fx.Tracer):
         # what a layer of torch.nn stores while it runs is no proxy: there is nothing to take back
         self.stored = Stored(m for path, m in self.modules.items() if not self.is_leaf_module(m, path))
         self.recorder = Recorder(self.names)
+        self.replay = Replay(self.recorder)
         self.results: dict[fx.Node, Any] = {}
         self.guards: list[Guard] = []
         self.opaque: dict[str, str] = {}
@@ -78,6 +80,7 @@ class ValueTracer(fx.Tracer):
         self.reads_training = False
         self.readings = [Reading()]  # what each module on the stack wanted to know of its mode
         self.branches: list[Branch] | None = []  # None while a branch is being captured
+        self.same: dict[Any, list[str]] = {}  # modules that do the same in both modes, and the names used up to find out
         self.own_train = any(type(m).train is not nn.Module.train for m in self.modules.values())
         self.retry = True
         self.inputs: list[Ref] = []
@@ -99,10 +102,8 @@ class ValueTracer(fx.Tracer):
         if name is None:
             name = self.name_of(op, target)
         node = self.graph.create_node(op, target, (), None, name, type_expr)
-        if args:  # set apart: create_node looks through its arguments for what a trace without symbols never holds
-            node.args = args
-        if kwargs:
-            node.kwargs = kwargs
+        if args or kwargs:  # apart: create_node looks through its arguments for what a trace without symbols never holds
+            node._update_args_kwargs(args, kwargs)
         node.meta["module"] = self.stack[-1]
         self.index[node] = len(self.index)
         return node
@@ -116,6 +117,11 @@ class ValueTracer(fx.Tracer):
             found = self.short[target] = self.graph._target_to_str(target)
         return found
 
+    def use_up(self, names: list[str]) -> None:
+        """Have nodes that follow be called as if others had been there before."""
+        for name in names:
+            self.graph._graph_namespace.create_name(name, None)
+
     def create_proxy(
         self,
         kind: str,
@@ -126,14 +132,12 @@ class ValueTracer(fx.Tracer):
         type_expr: Any = None,
         proxy_factory_fn: Any = None,
     ) -> Any:
-        if any(type(a) is Flag for a in args) or (kwargs and any(type(v) is Flag for v in kwargs.values())):
+        if Flag in map(type, args) or (kwargs and Flag in map(type, kwargs.values())):
             return by_flag(self, kind, target, args, kwargs)
         made = tuple([a.node if type(a) is ValueProxy else self.create_arg(a) for a in args])
         node = self.create_node(kind, target, made, self.create_arg(kwargs) if kwargs else {}, name, type_expr)
         ins = tuple([a.value if type(a) is ValueProxy else unwrap(a) for a in args])
-        kwins = unwrap(kwargs) if kwargs else kwargs
-        value = self.evaluate(node, ins, kwins)
-        return self.bind(node, value)
+        return self.bind(node, self.evaluate(node, ins, unwrap(kwargs) if kwargs else kwargs))
 
     def bind(self, node: fx.Node, value: Any) -> Any:
         """Record a node's value and hand out proxies for it: containers become real containers of proxies."""
@@ -160,6 +164,14 @@ class ValueTracer(fx.Tracer):
         first = len(recorder.tape.values)
         given = has_tensor(args) or has_tensor(kwargs)
         plain = getattr(node.target, "__module__", None) in PLAIN_MODULES
+        key = self.replay.key(self, node, args, kwargs) if given else None
+        known = self.replay.find(key) if key is not None else None
+        if type(known) is Learned:
+            value = self.replay.again(known, key)
+            if self.made_outside(node, value, first):
+                self.untracked.add(node)
+            return value
+        calls = len(recorder.tape.ops)
         outer, self.running = self.running, str(node.target) if node.op == "call_module" else ""
         recorder.active = given or not plain
         try:
@@ -173,6 +185,10 @@ class ValueTracer(fx.Tracer):
         finally:
             self.running = outer
             recorder.active = False
+        if key is not None and known is None:
+            module = self.modules[str(node.target)] if node.op == "call_module" else None
+            ends = (calls, len(recorder.tape.ops)), (first, len(recorder.tape.values))
+            self.replay.meet(Met(module, key, *ends, value))
         if given and self.made_outside(node, value, first):
             self.untracked.add(node)
         return value
@@ -208,7 +224,7 @@ class ValueTracer(fx.Tracer):
             return bool(self.leaks[str(node.target)])
         if getattr(node.target, "__name__", node.target) in ("tensor", "as_tensor", "new_tensor"):
             return False
-        found = [recorder.find(t) for t in tensors(value)]
+        found = [recorder.find(t) for t in ((value,) if isinstance(value, Tensor) else tensors(value))]
         if None in found:
             return True
         if all(values[ref.id].from_input for ref in found if ref):
