@@ -21,13 +21,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.passes.imagine import ATOMS, PLAIN_TENSORS, RESHAPING, empty_strided
+from fxprune.passes.imagine import ATOMS, META, PLAIN_TENSORS, RESHAPING, empty_strided
 from fxprune.passes.tape import Op, Recorder, Ref, Value, collect, map_tensors
 
 if TYPE_CHECKING:
     from fxprune.passes.tracer import ValueTracer
 
-META = torch.device("meta")
 FIXED = ATOMS | {type(Ellipsis), torch.memory_format, torch.layout}
 SEQUENCES = frozenset([tuple, list, torch.Size])
 # What every module holds beside its own attributes: containers, which are empty in a layer that does nothing but its forward.

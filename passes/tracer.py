@@ -29,7 +29,7 @@ from fxprune.passes.proxy import Items, ReadsValue, ValueProxy, has_tensor, tens
 from fxprune.passes.replay import Learned, Met, Replay
 from fxprune.passes.stored import Stored
 from fxprune.passes.tape import NeedsValues, Recorder, Ref, collect, map_tensors
-from fxprune.passes.tree import every_path, fetch, named_tensors, walk
+from fxprune.passes.tree import every_path, fetch, named_tensors
 
 # Modules of torch.nn whose forward holds sizes as literals or insists on relations that pruning changes.
 TRACED_THROUGH = (
@@ -141,11 +141,11 @@ class ValueTracer(fx.Tracer):
 
     def bind(self, node: fx.Node, value: Any) -> Any:
         """Record a node's value and hand out proxies for it: containers become real containers of proxies."""
-        value = value.item() if isinstance(value, np.generic) else value
         self.depends[node] = node.op == "placeholder" or any(self.depends[n] for n in node.all_input_nodes)
         if isinstance(value, Tensor):
             self.results[node] = self.recorder.ref(value)
             return ValueProxy(node, self, value)
+        value = value.item() if isinstance(value, np.generic) else value
         self.results[node] = map_tensors(value, self.recorder.ref)
         if value is None:
             return None
@@ -222,9 +222,12 @@ class ValueTracer(fx.Tracer):
         recorder, values = self.recorder, self.recorder.tape.values
         if node.op == "call_module" and str(node.target) in self.opaque:
             return bool(self.leaks[str(node.target)])
+        held = recorder.held.get(id(value))
+        if held is not None and values[held[1].id].from_input:  # as nearly all
+            return False
         if getattr(node.target, "__name__", node.target) in ("tensor", "as_tensor", "new_tensor"):
             return False
-        found = [recorder.find(t) for t in ((value,) if isinstance(value, Tensor) else tensors(value))]
+        found = [recorder.find(t) for t in tensors(value)]
         if None in found:
             return True
         if all(values[ref.id].from_input for ref in found if ref):
@@ -281,7 +284,9 @@ class ValueTracer(fx.Tracer):
 
     def trace(self, root: nn.Module, concrete_args: Any = None) -> fx.Graph:  # type: ignore[override]
         """The graph of one run; `patched` must be in force. (FX's own looks through all attributes for scripted objects.)"""
-        self.submodule_paths = walk(root)
+        self.submodule_paths = {}
+        for path, module in self.modules.items():
+            self.submodule_paths.setdefault(module, path)
         self.graph = fx.Graph()
         call, args = self.create_args_for_root(None, True)
         self.create_node("output", "output", (self.create_arg(call(*args)),), {})
