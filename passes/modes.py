@@ -85,7 +85,9 @@ def likeness(tracer: ValueTracer, module: nn.Module, arguments: Any) -> Any:
         return None
     key = tracer.replay.whole(Key(in_both_modes), module, *unwrap(arguments))
     proxies = [id(v) if type(v) is ValueProxy else None for v in given]
-    return None if key is None else (key.parts, *[None if p is None else proxies.index(p) for p in proxies])
+    return (
+        None if key is None or key.with_contents else (key.parts, *[None if p is None else proxies.index(p) for p in proxies])
+    )
 
 
 def by_flag(tracer: ValueTracer, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -39,6 +39,7 @@ UNUSUAL: tuple[Callable[[], Any], ...] = (
     torch._C._is_any_autocast_enabled,
     torch._C._is_torch_function_mode_enabled,
     nn.modules.module._has_any_global_hook,
+    lambda: torch._C._len_torch_dispatch_stack() != 1,  # which is the recorder
 )
 # ... and these make a difference.
 SETTINGS: tuple[Callable[[], Any], ...] = (
@@ -47,7 +48,6 @@ SETTINGS: tuple[Callable[[], Any], ...] = (
     torch._C._get_mem_efficient_sdp_enabled,
     torch._C._get_math_sdp_enabled,
     torch._C._get_deterministic_algorithms,
-    torch._C._len_torch_dispatch_stack,
 )
 without_modes = torch._C._DisableTorchDispatch
 
@@ -74,10 +74,11 @@ class Key:
     Each tensor has a place: those that were given come first, then what the calls make, in order.
     """
 
-    __slots__ = ("kind", "parts", "places", "tensors")
+    __slots__ = ("kind", "parts", "places", "tensors", "with_contents")
 
     def __init__(self, kind: Any) -> None:
         self.kind = kind
+        self.with_contents = False  # whether a module holds tensors with contents, which are not looked at
         self.parts: Any = []
         self.tensors: list[Tensor] = []
         self.places: dict[int, int] = {}  # by identity
@@ -113,11 +114,11 @@ class Step:
 
 @dataclass(slots=True)
 class Met:
-    """A node that was met once: where its calls and the values they made begin and end."""
+    """A node that was met once: its calls, and from where to where the values that they made are numbered."""
 
     module: nn.Module | None
     key: Key
-    calls: tuple[int, int]
+    calls: list[Op]
     values: tuple[int, int]
     result: Any
 
@@ -150,7 +151,7 @@ class Replay:
         kind: Any = target if module is None else type(module)
         if kind in self.single or target in tracer.opaque:
             return None
-        if module is None and not (is_known_method if node.op == "call_method" else is_known_function)(target):
+        if module is None and not is_of_torch(getattr(Tensor, target, None) if node.op == "call_method" else target):
             return None
         return self.whole(Key(kind), module, args, kwargs)
 
@@ -173,8 +174,9 @@ class Replay:
         key.parts += (kind, *held)
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             key.parts.append(name)
-            if tensor is not None and not tensor.is_meta:  # if it is used, that shows (`learned`)
+            if tensor is not None and not tensor.is_meta:  # if a layer uses it, that shows (`learned`)
                 key.parts += (tensor.shape, tensor.dtype)
+                key.with_contents = True
             elif not self.see((tensor,), key):
                 return False
         for name, child in module._modules.items():
@@ -243,7 +245,7 @@ class Replay:
 
     def meet(self, met: Met) -> None:
         """Keep in mind what a node did that nothing is known of."""
-        if met.calls[1] - met.calls[0] < 2:
+        if len(met.calls) < 2:
             self.single.add(met.key.kind)
         else:
             self.known[met.key.parts] = met
@@ -267,7 +269,7 @@ class Replay:
         before = first + sum([first <= number < last for number in places])  # with tensors of a layer that nothing used so far
         end = len(key.tensors)
         steps: list[Step] = []
-        for op in self.recorder.tape.ops[slice(*met.calls)]:
+        for op in met.calls:
             schema, ins = getattr(op.func, "_schema", None), op.inputs
             if schema is None or schema.name in RESHAPING or not all(ref.id in places for ref in ins):
                 return None
@@ -360,10 +362,6 @@ def is_known_layer(kind: type, forward: Any) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def is_known_method(name: str) -> bool:
-    return is_of_torch(getattr(Tensor, name, None))
-
-
 def is_of_torch(function: Any) -> bool:
     """Whether a function is torch's own. (What it says of itself can be copied; where it looks up names cannot.)"""
     if type(function) is types.MethodDescriptorType:
@@ -377,5 +375,4 @@ def is_of_torch(function: Any) -> bool:
     return home in ("torch", "_operator") or home.startswith("torch.")
 
 
-is_known_function = functools.lru_cache(maxsize=4096)(is_of_torch)
 UNCLEAR: Any = object()

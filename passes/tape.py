@@ -225,10 +225,13 @@ class Recorder(TorchDispatchMode):
             elif type(a) in ATOMS:
                 in_args.append(a)
             else:
-                in_args.append(self.refs(a))
-                gather_refs(in_args[-1:], ins)
-        in_kwargs = {k: self.refs(v) for k, v in kwargs.items()}
-        gather_refs(in_kwargs, ins)
+                found = self.refs(a)
+                in_args.append(found)
+                if found is not a:
+                    gather_refs((found,), ins)
+        in_kwargs = {k: self.refs(v) for k, v in kwargs.items()} if kwargs else {}
+        if in_kwargs:
+            gather_refs(in_kwargs, ins)
         out = self.imagination.result(func, args, kwargs)
         out = func(*args, **kwargs) if out is None else out
         from_input = any(values[ref.id].from_input for ref in ins)

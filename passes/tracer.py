@@ -49,6 +49,7 @@ TRACED_THROUGH = (
 INLINED = {F.multi_head_attention_forward}
 plain_call = nn.Module._call_impl  # as it is outside of a trace
 PLAIN_MODULES = ("_operator", "builtins", "math")  # their functions make no tensors of their own
+UNWATCHED = contextlib.nullcontext({})
 PLAIN = ATOMS | {complex, torch.layout, torch.memory_format}
 
 
@@ -187,8 +188,7 @@ class ValueTracer(fx.Tracer):
             recorder.active = False
         if key is not None and known is None:
             module = self.modules[str(node.target)] if node.op == "call_module" else None
-            ends = (calls, len(recorder.tape.ops)), (first, len(recorder.tape.values))
-            self.replay.meet(Met(module, key, *ends, value))
+            self.replay.meet(Met(module, key, recorder.tape.ops[calls:], (first, len(recorder.tape.values)), value))
         if given and self.made_outside(node, value, first):
             self.untracked.add(node)
         return value
@@ -362,11 +362,11 @@ class ValueTracer(fx.Tracer):
             return self.create_proxy("call_module", path, args, kwargs)
         mark, ops = len(self.index), len(self.recorder.tape.ops)
         again = (copied(args), copied(kwargs))  # what a second run starts from
-        stored, plain = dict(vars(m)), False
+        stored, plain = dict(vars(m)) if like is not None else {}, False
         self.stack.append(path)
         self.readings.append(reading := Reading())
         try:
-            with self.plain.watching(m, like is not None) as unread:
+            with self.plain.watching(m) if like is not None else UNWATCHED as unread:
                 out = forward(*args, **kwargs)
                 if reading.asked:
                     out = in_both_modes(self, m, forward, again, out, mark)

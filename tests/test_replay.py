@@ -132,6 +132,31 @@ def test_in_place_and_views():
     replays(lambda: Chain(between=between), X)
 
 
+class Norm(nn.Module):
+    """Becomes one node once it has been looked at: what it did then is taken off the tape."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x):
+        return F.dropout(F.linear(x, self.weight), 0.1, self.training)
+
+
+def test_what_is_taken_back_is_not_learned_from_by_its_place_on_the_tape():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.norm, self.weight = Norm(), nn.Parameter(torch.randn(8, 8))
+
+        def forward(self, x):
+            x = self.norm(x).tanh().exp() + F.layer_norm(x, (8,)).sin()
+            return F.linear(F.linear(x, self.weight), self.weight).cos()
+
+    assert replays(Model, X) == 2
+
+
 STATE = {"calls": 0}
 
 
