@@ -67,14 +67,8 @@ class Imagination:
         self.kinds: dict[Any, str] = {}
         self.known: dict[Any, Any] = {}
 
-    def kind(self, func: Any) -> str:
-        """What may be assumed of an op, by its schema."""
-        found = self.kinds.get(func)
-        if found is None:
-            found = self.kinds[func] = self.classify(func)
-        return found
-
     def classify(self, func: Any) -> str:
+        """What may be assumed of an op, by its schema."""
         schema = getattr(func, "_schema", None)
         if schema is None:
             return ""
@@ -98,7 +92,9 @@ class Imagination:
         return "pure" if pure and all(str(r.type) == "Tensor" for r in schema.returns) else ""
 
     def result(self, func: Any, args: Any, kwargs: Any) -> Any:
-        kind = self.kind(func)
+        kind = self.kinds.get(func)
+        if kind is None:
+            kind = self.kinds[func] = self.classify(func)
         if not kind or not args:
             return None
         if kind == "empty" and len(args) == 1 and str(kwargs.get("device")) == "meta":

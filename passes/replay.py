@@ -322,7 +322,7 @@ class Replay:
                 if refs[at] is None:
                     refs[at] = recorder.ref(tensors[at])
             ins = [refs[at] for at in step.ins]
-            from_input = any(values[ref.id].from_input for ref in ins)
+            from_input = True in [values[ref.id].from_input for ref in ins]
             for at in step.written:
                 values[refs[at].id].from_input |= from_input
             for shape, dtype in step.made:

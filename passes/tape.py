@@ -234,7 +234,7 @@ class Recorder(TorchDispatchMode):
             gather_refs(in_kwargs, ins)
         out = self.imagination.result(func, args, kwargs)
         out = func(*args, **kwargs) if out is None else out
-        from_input = any(values[ref.id].from_input for ref in ins)
+        from_input = True in [values[ref.id].from_input for ref in ins]
 
         def result(tensor: Tensor) -> Ref:
             ref = self.find(tensor)

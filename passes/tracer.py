@@ -142,7 +142,7 @@ class ValueTracer(fx.Tracer):
 
     def bind(self, node: fx.Node, value: Any) -> Any:
         """Record a node's value and hand out proxies for it: containers become real containers of proxies."""
-        self.depends[node] = node.op == "placeholder" or any(self.depends[n] for n in node.all_input_nodes)
+        self.depends[node] = node.op == "placeholder" or True in [self.depends[n] for n in node.all_input_nodes]
         if isinstance(value, Tensor):
             self.results[node] = self.recorder.ref(value)
             return ValueProxy(node, self, value)
