@@ -235,7 +235,7 @@ class Replay:
             return None
         if tensor.is_inference() or vars(tensor):
             return None
-        seen = (tensor.shape, tensor.stride(), tensor.dtype, tensor.storage_offset(), tensor.requires_grad)
+        seen: Any = (tensor.shape, tensor.stride(), tensor.dtype, tensor.storage_offset(), tensor.requires_grad)
         form = self.alike.get(seen)
         if form is None:
             form = self.alike[seen] = Form(tuple(seen[0]), *seen[1:])
@@ -316,7 +316,7 @@ class Replay:
         """Write down what a node did, with other tensors; its result."""
         recorder, tensors = self.recorder, key.tensors
         values, ops, node = recorder.tape.values, recorder.tape.ops, recorder.node
-        refs = [recorder.find(t) for t in tensors]
+        refs: list[Any] = [recorder.find(t) for t in tensors]
         for step in learned.steps:
             for at in step.ins:
                 if refs[at] is None:
