@@ -10,6 +10,8 @@ from torch import Tensor
 
 aten = torch.ops.aten
 empty, empty_strided = torch.empty, torch.empty_strided  # as they are outside of a trace
+META = torch.device("meta")
+NOTHING = empty(0, device=META)
 ATOMS = frozenset([int, float, bool, str, type(None), torch.dtype, torch.device])
 ELEMENTWISE = frozenset(
     f"aten::{name}"
@@ -65,14 +67,8 @@ class Imagination:
         self.kinds: dict[Any, str] = {}
         self.known: dict[Any, Any] = {}
 
-    def kind(self, func: Any) -> str:
-        """What may be assumed of an op, by its schema."""
-        found = self.kinds.get(func)
-        if found is None:
-            found = self.kinds[func] = self.classify(func)
-        return found
-
     def classify(self, func: Any) -> str:
+        """What may be assumed of an op, by its schema."""
         schema = getattr(func, "_schema", None)
         if schema is None:
             return ""
@@ -96,33 +92,38 @@ class Imagination:
         return "pure" if pure and all(str(r.type) == "Tensor" for r in schema.returns) else ""
 
     def result(self, func: Any, args: Any, kwargs: Any) -> Any:
-        kind = self.kind(func)
+        kind = self.kinds.get(func)
+        if kind is None:
+            kind = self.kinds[func] = self.classify(func)
         if not kind or not args:
             return None
         if kind == "empty" and len(args) == 1 and str(kwargs.get("device")) == "meta":
             return empty(args[0], dtype=kwargs.get("dtype"), device="meta")
         if kind == "cat" and not kwargs:
             return joined(*args)
-        if not isinstance(args[0], Tensor) or not args[0].is_meta:
+        first = args[0]
+        if not isinstance(first, Tensor) or not first.is_meta:
             return None
         if kind == "view":
             return VIEWS[func](*args, **kwargs)
         if kind in PRODUCTS and not kwargs:
-            first, ndim = PRODUCTS[kind]
-            return multiplied(args[first:], args[:first], ndim)
+            added, ndim = PRODUCTS[kind]
+            return multiplied(args[added:], args[:added], ndim)
         if kind == "norm":  # the statistics that it also returns are for training kernels, and have no readers
-            return like(args[0]), empty(0, device="meta"), empty(0, device="meta")
+            return like(first), NOTHING.detach(), NOTHING.detach()
         if kind == "in place":
             return args[0]
-        if kind == "elementwise" and args[0].is_floating_point() and not any(isinstance(v, Tensor) for v in kwargs.values()):
-            others = [a for a in args[1:] if isinstance(a, Tensor)]
-            widest = max([args[0], *others], key=Tensor.numel)
+        if kind == "elementwise" and first.is_floating_point() and not any(isinstance(v, Tensor) for v in kwargs.values()):
+            others = [a for a in args[1:] if type(a) not in ATOMS and isinstance(a, Tensor)]
+            if not others:
+                return like(first)
+            widest = max([first, *others], key=Tensor.numel)
             form = (widest.shape, widest.stride(), widest.dtype)
-            if all((a.shape, a.stride(), a.dtype) == form or narrower(a, widest) for a in (args[0], *others)):
+            if all((a.shape, a.stride(), a.dtype) == form or narrower(a, widest) for a in (first, *others)):
                 return like(widest)
         if kind == "convolution":
             shape = convolved(*args)
-            return empty(shape, dtype=args[0].dtype, device="meta") if args[0].is_contiguous() else func(*args)
+            return empty(shape, dtype=first.dtype, device=META) if first.is_contiguous() else func(*args)
         if kind == "reduction" and not kwargs and len(args) > 1 and args[0].is_contiguous() and args[0].is_floating_point():
             left = reduced(*args)
             return None if left is None else empty(left, dtype=args[0].dtype, device="meta")
@@ -188,11 +189,12 @@ def convolved(
     groups: int,
 ) -> list[int]:
     """The shape of a convolution's result; raises ValueError where the channels do not fit."""
-    if x.dim() != weight.dim() or x.shape[1] != (weight.shape[0] if transposed else weight.shape[1] * groups):
-        raise ValueError(f"a convolution with a weight of shape {tuple(weight.shape)} is given {tuple(x.shape)}")
-    shape = [x.shape[0], weight.shape[1] * groups if transposed else weight.shape[0]]
-    for i, (n, k) in enumerate(zip(x.shape[2:], weight.shape[2:], strict=True)):
-        s, p, d = (v[i] if len(v) > 1 else v[0] for v in (stride, padding, dilation))
+    given, kernel = tuple(x.shape), tuple(weight.shape)
+    if len(given) != len(kernel) or given[1] != (kernel[0] if transposed else kernel[1] * groups):
+        raise ValueError(f"a convolution with a weight of shape {kernel} is given {given}")
+    shape = [given[0], kernel[1] * groups if transposed else kernel[0]]
+    for i, (n, k) in enumerate(zip(given[2:], kernel[2:], strict=True)):
+        s, p, d = [v[i] if len(v) > 1 else v[0] for v in (stride, padding, dilation)]
         reach = d * (k - 1) + 1
         if transposed:
             shape.append((n - 1) * s - 2 * p + reach + (extra[i] if len(extra) > 1 else extra[0]))
@@ -213,7 +215,7 @@ def reduced(x: Tensor, dims: Any, keep: bool = False, *_: Any) -> list[int] | No
 
 def like(tensor: Tensor) -> Tensor:
     """An empty tensor of the same form on the meta device (`torch.empty_like` takes a detour through Python there)."""
-    return empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    return empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=META)
 
 
 def signature(x: Any) -> Any:

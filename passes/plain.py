@@ -38,9 +38,11 @@ class Plain:
             return None  # `watching` would not be told
         if kwargs or module._forward_hooks or module._forward_pre_hooks:
             return None
-        given = [(a.value.dim(), a.value.dtype) for a in args if type(a) is ValueProxy and isinstance(a.value, Tensor)]
         inner = [(name, m) for name, m in module._modules.items() if m is not None]
-        if len(given) < len(args) or any(m._modules or m._parameters or m._buffers for _, m in inner):
+        if any(m._modules or m._parameters or m._buffers for _, m in inner):
+            return None
+        given = [(a.value.dim(), a.value.dtype) for a in args if type(a) is ValueProxy and isinstance(a.value, Tensor)]
+        if len(given) < len(args):
             return None
         tensors = (*module._parameters.items(), *module._buffers.items())
         held: list[Any] = [(name, None if t is None else t.dim()) for name, t in tensors]
@@ -55,11 +57,8 @@ class Plain:
         return (tuple(given), tuple(held))
 
     @contextlib.contextmanager
-    def watching(self, module: nn.Module, wanted: bool) -> Iterator[dict[str, int]]:
-        """Take a module's whole numbers away from it, if `wanted`; those its forward asks for are given back by `answer`."""
-        if not wanted:
-            yield {}
-            return
+    def watching(self, module: nn.Module) -> Iterator[dict[str, int]]:
+        """Take a module's whole numbers away from it; those its forward asks for are given back by `answer`."""
         held = vars(module)
         numbers = {k: v for k, v in held.items() if type(v) is int and k[0] != "_" and not hasattr(type(module), k)}
         order = dict(held)

@@ -57,8 +57,7 @@ class ValueProxy(fx.Proxy):
     __array_priority__ = Tensor.__array_priority__  # a number of NumPy's leaves arithmetic with it to it
 
     def __init__(self, node: fx.Node, tracer: Any, value: Any) -> None:
-        super().__init__(node, tracer)
-        self.value = value
+        self.node, self.tracer, self.value = node, tracer, value
 
     @property
     def __class__(self) -> type:

@@ -19,7 +19,11 @@ class Stored:
     """The attributes of modules, as they were before the capture."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self.before = {m: (dict(vars(m)), containers(m), contents(m)) for m in modules}
+        self.before = {}
+        for module in modules:
+            boxes = containers(module)
+            held = {k: copy.copy(v) for k, v in boxes.items() if v}
+            self.before[module] = dict(vars(module)), list(boxes.values()), held
 
     def take_back(self, index: Mapping[fx.Node, int], mark: int) -> None:
         """Put back every attribute that stands for a node made since the mark.
@@ -48,14 +52,9 @@ def stands_for(stored: Any, index: Mapping[fx.Node, int], mark: int) -> bool:
     return any(type(v) is Flag or (type(v) is ValueProxy and index.get(v.node, mark) >= mark) for v in iterate(stored))
 
 
-def containers(module: nn.Module) -> list[Any]:
+def containers(module: nn.Module) -> dict[str, Any]:
     """The attributes of a module that a forward can put something into."""
-    return [v for k, v in vars(module).items() if type(v) in CONTAINERS and k != "_modules"]
-
-
-def contents(module: nn.Module) -> dict[str, Any]:
-    """What the containers of a module hold, those that hold anything, by name of the attribute."""
-    return {k: copy.copy(v) for k, v in vars(module).items() if type(v) in CONTAINERS and v and k != "_modules"}
+    return {k: v for k, v in vars(module).items() if type(v) in CONTAINERS and k != "_modules"}
 
 
 def refill(box: Any, held: Any) -> None:

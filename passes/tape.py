@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fxprune.passes.imagine import ATOMS, RESHAPING, Imagination
+from fxprune.passes.imagine import ATOMS, PLAIN_TENSORS, RESHAPING, Imagination
 
 NAMES: dict[Any, str] = {}
 
@@ -175,6 +175,7 @@ class Recorder(TorchDispatchMode):
         self.tape = Tape()
         self.names = names
         self.known: Any = WeakIdKeyDictionary()
+        self.any_known = False  # which it takes a dictionary of this kind long to say
         self.held: dict[int, tuple[Tensor, Ref]] = {}  # the model's own, and tensors without contents
         self.imagination = Imagination()
         self.node = -1
@@ -186,7 +187,7 @@ class Recorder(TorchDispatchMode):
 
     def find(self, tensor: Tensor) -> Ref | None:
         held = self.held.get(id(tensor))
-        return held[1] if held is not None else self.known.get(tensor) if self.known else None
+        return held[1] if held is not None else self.known.get(tensor) if self.any_known else None
 
     def ref(self, tensor: Tensor) -> Ref:
         """The number of a tensor; one never seen is a leaf: the model's own, or a constant."""
@@ -198,17 +199,25 @@ class Recorder(TorchDispatchMode):
         return ref
 
     def refs(self, argument: Any) -> Any:
+        if type(argument) in ATOMS:
+            return argument
         if isinstance(argument, Tensor):
-            return self.ref(argument)
-        return argument if type(argument) in ATOMS else map_tensors(argument, self.ref)
+            held = self.held.get(id(argument))
+            return self.ref(argument) if held is None else held[1]
+        if type(argument) is list:
+            plain = ATOMS.issuperset(map(type, argument))
+            return argument if plain else [map_tensors(v, self.ref) for v in argument]
+        return map_tensors(argument, self.ref)
 
     def add(self, tensor: Tensor, *, from_input: bool, name: str | None = None) -> Ref:
-        ref, on_meta = Ref(len(self.tape.values)), tensor.is_meta
-        self.tape.values.append(Value(tuple(tensor.shape), tensor.dtype, from_input, name, None, on_meta))
+        values, on_meta = self.tape.values, tensor.is_meta
+        ref = Ref(len(values))
+        values.append(Value(tuple(tensor.shape), tensor.dtype, from_input, name, None, on_meta))
         if on_meta or name is not None:
             self.held[id(tensor)] = (tensor, ref)
         else:
             self.known[tensor] = ref
+            self.any_known = True
         return ref
 
     def has(self, tensor: Tensor) -> bool:
@@ -219,20 +228,31 @@ class Recorder(TorchDispatchMode):
         del self.tape.ops[ops:]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
         if not self.active:
-            return func(*args, **kwargs)
-        in_args = tuple([self.refs(a) for a in args])
-        in_kwargs = {k: self.refs(v) for k, v in kwargs.items()}
+            return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        values, held = self.tape.values, self.held
+        in_args: list[Any] = []
+        ins: list[Ref] = []
+        for a in args:
+            if type(a) in PLAIN_TENSORS:
+                known = held.get(id(a))
+                ref = self.ref(a) if known is None else known[1]
+                in_args.append(ref)
+                ins.append(ref)
+            elif type(a) in ATOMS:
+                in_args.append(a)
+            else:
+                found = self.refs(a)
+                in_args.append(found)
+                if found is not a:
+                    gather_refs((found,), ins)
+        in_kwargs = {k: self.refs(v) for k, v in kwargs.items()} if kwargs else {}
+        if in_kwargs:
+            gather_refs(in_kwargs, ins)
         out = self.imagination.result(func, args, kwargs)
         out = func(*args, **kwargs) if out is None else out
-        values = self.tape.values
-        from_input = False
-        for a in (*in_args, *in_kwargs.values()):
-            if type(a) is Ref:
-                from_input = from_input or values[a.id].from_input
-            elif type(a) not in ATOMS:
-                from_input = from_input or any(values[r.id].from_input for r in collect(a, Ref))
+        from_input = True in [values[ref.id].from_input for ref in ins]
 
         def result(tensor: Tensor) -> Ref:
             ref = self.find(tensor)
@@ -240,11 +260,11 @@ class Recorder(TorchDispatchMode):
                 values[ref.id].from_input |= from_input
                 return ref
             ref = self.add(tensor, from_input=from_input)
-            number = tensor.dtype.is_floating_point or tensor.dtype.is_complex
-            if not (from_input or number or tensor.is_meta or tensor.numel() > LARGEST_INDEX):
+            known = not (from_input or tensor.is_meta or tensor.numel() > LARGEST_INDEX)
+            if known and not (tensor.dtype.is_floating_point or tensor.dtype.is_complex):
                 values[ref.id].data = tensor.detach().clone()
             return ref
 
         outs = result(out) if isinstance(out, Tensor) else map_tensors(out, result)
-        self.tape.ops.append(Op(func, in_args, in_kwargs, outs, self.node))
+        self.tape.ops.append(Op(func, tuple(in_args), in_kwargs, outs, self.node, ins))
         return out

@@ -26,9 +26,10 @@ from fxprune.passes.opaque import SizeUse, watched
 from fxprune.passes.patches import inlined, plain_rnn
 from fxprune.passes.plain import Plain, is_plain
 from fxprune.passes.proxy import Items, ReadsValue, ValueProxy, has_tensor, tensors, unwrap
+from fxprune.passes.replay import Learned, Met, Replay
 from fxprune.passes.stored import Stored
 from fxprune.passes.tape import NeedsValues, Recorder, Ref, collect, map_tensors
-from fxprune.passes.tree import every_path, fetch, named_tensors, walk
+from fxprune.passes.tree import every_path, fetch, named_tensors
 
 # Modules of torch.nn whose forward holds sizes as literals or insists on relations that pruning changes.
 TRACED_THROUGH = (
@@ -48,6 +49,7 @@ TRACED_THROUGH = (
 INLINED = {F.multi_head_attention_forward}
 plain_call = nn.Module._call_impl  # as it is outside of a trace
 PLAIN_MODULES = ("_operator", "builtins", "math")  # their functions make no tensors of their own
+UNWATCHED = contextlib.nullcontext({})
 PLAIN = ATOMS | {complex, torch.layout, torch.memory_format}
 NUMBERS = frozenset([int, float, bool, str])
 RESHAPES = frozenset(name.removeprefix("aten::") for name in RESHAPING)  # methods
@@ -68,6 +70,7 @@ class ValueTracer(fx.Tracer):
         # what a layer of torch.nn stores while it runs is no proxy: there is nothing to take back
         self.stored = Stored(m for path, m in self.modules.items() if not self.is_leaf_module(m, path))
         self.recorder = Recorder(self.names)
+        self.replay = Replay(self.recorder)
         self.results: dict[fx.Node, Any] = {}
         self.guards: list[Guard] = []
         self.opaque: dict[str, str] = {}
@@ -84,6 +87,7 @@ class ValueTracer(fx.Tracer):
         self.reads_training = False
         self.readings = [Reading()]  # what each module on the stack wanted to know of its mode
         self.branches: list[Branch] | None = []  # None while a branch is being captured
+        self.same: dict[Any, list[str]] = {}  # modules that do the same in both modes, and the names used up to find out
         self.own_train = any(type(m).train is not nn.Module.train for m in self.modules.values())
         self.retry = True
         self.inputs: list[Ref] = []
@@ -105,10 +109,8 @@ class ValueTracer(fx.Tracer):
         if name is None:
             name = self.name_of(op, target)
         node = self.graph.create_node(op, target, (), None, name, type_expr)
-        if args:  # set apart: create_node looks through its arguments for what a trace without symbols never holds
-            node.args = args
-        if kwargs:
-            node.kwargs = kwargs
+        if args or kwargs:  # apart: create_node looks through its arguments for what a trace without symbols never holds
+            node._update_args_kwargs(args, kwargs)
         node.meta["module"] = self.stack[-1]
         self.index[node] = len(self.index)
         return node
@@ -122,6 +124,11 @@ class ValueTracer(fx.Tracer):
             found = self.short[target] = self.graph._target_to_str(target)
         return found
 
+    def use_up(self, names: list[str]) -> None:
+        """Have nodes that follow be called as if others had been there before."""
+        for name in names:
+            self.graph._graph_namespace.create_name(name, None)
+
     def create_proxy(
         self,
         kind: str,
@@ -132,7 +139,7 @@ class ValueTracer(fx.Tracer):
         type_expr: Any = None,
         proxy_factory_fn: Any = None,
     ) -> Any:
-        if any(type(a) is Flag for a in args) or (kwargs and any(type(v) is Flag for v in kwargs.values())):
+        if Flag in map(type, args) or (kwargs and Flag in map(type, kwargs.values())):
             return by_flag(self, kind, target, args, kwargs)
         if target in ARITHMETIC and all(type(a) in NUMBERS or type(getattr(a, "value", None)) in NUMBERS for a in args):
             return self.once(kind, target, args)
@@ -143,19 +150,18 @@ class ValueTracer(fx.Tracer):
         made = tuple([a.node if type(a) is ValueProxy else self.create_arg(a) for a in args])
         node = self.create_node(kind, target, made, self.create_arg(kwargs) if kwargs else {})
         ins = tuple([a.value if type(a) is ValueProxy else unwrap(a) for a in args])
-        kwins = unwrap(kwargs) if kwargs else kwargs
-        value = self.evaluate(node, ins, kwins)
+        value = self.evaluate(node, ins, unwrap(kwargs) if kwargs else kwargs)
         if target in RESHAPES or (kind == "call_module" and target in self.opaque):  # it may have another shape now
             self.forget_reads(0)
         return self.bind(node, value)
 
     def bind(self, node: fx.Node, value: Any) -> Any:
         """Record a node's value and hand out proxies for it: containers become real containers of proxies."""
-        value = value.item() if isinstance(value, np.generic) else value
-        self.depends[node] = node.op == "placeholder" or any(self.depends[n] for n in node.all_input_nodes)
+        self.depends[node] = node.op == "placeholder" or True in [self.depends[n] for n in node.all_input_nodes]
         if isinstance(value, Tensor):
             self.results[node] = self.recorder.ref(value)
             return ValueProxy(node, self, value)
+        value = value.item() if isinstance(value, np.generic) else value
         self.results[node] = map_tensors(value, self.recorder.ref)
         if value is None:
             return None
@@ -174,6 +180,14 @@ class ValueTracer(fx.Tracer):
         first = len(recorder.tape.values)
         given = has_tensor(args) or has_tensor(kwargs)
         plain = getattr(node.target, "__module__", None) in PLAIN_MODULES
+        key = self.replay.key(self, node, args, kwargs) if given else None
+        known = self.replay.find(key) if key is not None else None
+        if type(known) is Learned:
+            value = self.replay.again(known, key)
+            if self.made_outside(node, value, first):
+                self.untracked.add(node)
+            return value
+        calls = len(recorder.tape.ops)
         outer, self.running = self.running, str(node.target) if node.op == "call_module" else ""
         recorder.active = given or not plain
         try:
@@ -187,6 +201,9 @@ class ValueTracer(fx.Tracer):
         finally:
             self.running = outer
             recorder.active = False
+        if key is not None and known is None:
+            module = self.modules[str(node.target)] if node.op == "call_module" else None
+            self.replay.meet(Met(module, key, recorder.tape.ops[calls:], (first, len(recorder.tape.values)), value))
         if given and self.made_outside(node, value, first):
             self.untracked.add(node)
         return value
@@ -220,6 +237,9 @@ class ValueTracer(fx.Tracer):
         recorder, values = self.recorder, self.recorder.tape.values
         if node.op == "call_module" and str(node.target) in self.opaque:
             return bool(self.leaks[str(node.target)])
+        held = recorder.held.get(id(value))
+        if held is not None and values[held[1].id].from_input:  # as nearly all
+            return False
         if getattr(node.target, "__name__", node.target) in ("tensor", "as_tensor", "new_tensor"):
             return False
         found = [recorder.find(t) for t in tensors(value)]
@@ -279,7 +299,9 @@ class ValueTracer(fx.Tracer):
 
     def trace(self, root: nn.Module, concrete_args: Any = None) -> fx.Graph:  # type: ignore[override]
         """The graph of one run; `patched` must be in force. (FX's own looks through all attributes for scripted objects.)"""
-        self.submodule_paths = walk(root)
+        self.submodule_paths = {}
+        for path, module in self.modules.items():
+            self.submodule_paths.setdefault(module, path)
         self.graph = fx.Graph()
         call, args = self.create_args_for_root(None, True)
         self.create_node("output", "output", (self.create_arg(call(*args)),), {})
@@ -375,12 +397,12 @@ class ValueTracer(fx.Tracer):
             return self.create_proxy("call_module", path, args, kwargs)
         mark, ops = len(self.index), len(self.recorder.tape.ops)
         again = (copied(args), copied(kwargs))  # what a second run starts from
-        stored, plain = dict(vars(m)), False
+        stored, plain = dict(vars(m)) if like is not None else {}, False
         self.stack.append(path)
         self.reads.append({})
         self.readings.append(reading := Reading())
         try:
-            with self.plain.watching(m, like is not None) as unread:
+            with self.plain.watching(m) if like is not None else UNWATCHED as unread:
                 out = forward(*args, **kwargs)
                 if reading.asked:
                     out = in_both_modes(self, m, forward, again, out, mark)
