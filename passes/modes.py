@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, fx, nn
 
 from fxprune.passes.capture import switch
-from fxprune.passes.flag import Flag, plainly, settled
-from fxprune.passes.proxy import Items, ValueProxy, iterate, unwrap
-from fxprune.passes.replay import Key
+from fxprune.passes.flag import plainly, settled
+from fxprune.passes.likeness import likeness
+from fxprune.passes.proxy import Items, ValueProxy
 from fxprune.passes.tape import Ref
 
 if TYPE_CHECKING:
@@ -51,10 +51,8 @@ def in_both_modes(tracer: ValueTracer, module: nn.Module, forward: Any, argument
     if tracer.reads_training or module.training or tracer.own_train:
         tracer.reads_training = True
         return out
-    key = likeness(tracer, module, arguments)
-    names = None if key is None else tracer.same.get(key)
-    if names is not None:
-        tracer.use_up(names)
+    key = likeness(module, *arguments)
+    if key is not None and key in tracer.same:
         return out
     middle, branches = len(tracer.index), len(tracer.branches)
     modes = {m: vars(m)["training"] for m in module.modules()}
@@ -71,24 +69,10 @@ def in_both_modes(tracer: ValueTracer, module: nn.Module, forward: Any, argument
         tracer.branches, tracer.retry = outer, retry
         for m, mode in modes.items():
             m.training = mode
-    made = [node for node, number in tracer.index.items() if number >= middle] if key is not None else []
     found = joined(tracer, begin, middle, ops, out, trained)
-    same = found is out and not tracer.reads_training and len(tracer.branches) == branches
-    if same and key is not None and all(node.op in ("call_function", "call_method") for node in made):
-        tracer.same[key] = [tracer.short[node.target] for node in made]
+    if found is out and not tracer.reads_training and len(tracer.branches) == branches:
+        tracer.same.add(key)  # (None stands for all that is like nothing)
     return found
-
-
-def likeness(tracer: ValueTracer, module: nn.Module, arguments: Any) -> Any:
-    """All that may decide whether a forward does the same in both modes; None where that is not clear."""
-    given = list(iterate(arguments))
-    if any(type(v) is Flag for v in given):
-        return None
-    key = tracer.replay.whole(Key(in_both_modes), module, *unwrap(arguments))
-    proxies = [id(v) if type(v) is ValueProxy else None for v in given]
-    return (
-        None if key is None or key.with_contents else (key.parts, *[None if p is None else proxies.index(p) for p in proxies])
-    )
 
 
 def by_flag(tracer: ValueTracer, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

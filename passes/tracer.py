@@ -26,7 +26,6 @@ from fxprune.passes.opaque import SizeUse, watched
 from fxprune.passes.patches import inlined, plain_rnn
 from fxprune.passes.plain import Plain, is_plain
 from fxprune.passes.proxy import Items, ReadsValue, ValueProxy, has_tensor, tensors, unwrap
-from fxprune.passes.replay import Learned, Met, Replay
 from fxprune.passes.stored import Stored
 from fxprune.passes.tape import NeedsValues, Recorder, Ref, collect, map_tensors
 from fxprune.passes.tree import every_path, fetch, named_tensors
@@ -70,7 +69,6 @@ class ValueTracer(fx.Tracer):
         # what a layer of torch.nn stores while it runs is no proxy: there is nothing to take back
         self.stored = Stored(m for path, m in self.modules.items() if not self.is_leaf_module(m, path))
         self.recorder = Recorder(self.names)
-        self.replay = Replay(self.recorder)
         self.results: dict[fx.Node, Any] = {}
         self.guards: list[Guard] = []
         self.opaque: dict[str, str] = {}
@@ -87,7 +85,7 @@ class ValueTracer(fx.Tracer):
         self.reads_training = False
         self.readings = [Reading()]  # what each module on the stack wanted to know of its mode
         self.branches: list[Branch] | None = []  # None while a branch is being captured
-        self.same: dict[Any, list[str]] = {}  # modules that do the same in both modes, and the names used up to find out
+        self.same: set[Any] = set()  # by likeness: layers that do the same in both modes
         self.own_train = any(type(m).train is not nn.Module.train for m in self.modules.values())
         self.retry = True
         self.inputs: list[Ref] = []
@@ -123,11 +121,6 @@ class ValueTracer(fx.Tracer):
         if found is None:
             found = self.short[target] = self.graph._target_to_str(target)
         return found
-
-    def use_up(self, names: list[str]) -> None:
-        """Have nodes that follow be called as if others had been there before."""
-        for name in names:
-            self.graph._graph_namespace.create_name(name, None)
 
     def create_proxy(
         self,
@@ -180,14 +173,6 @@ class ValueTracer(fx.Tracer):
         first = len(recorder.tape.values)
         given = has_tensor(args) or has_tensor(kwargs)
         plain = getattr(node.target, "__module__", None) in PLAIN_MODULES
-        key = self.replay.key(self, node, args, kwargs) if given else None
-        known = self.replay.find(key) if key is not None else None
-        if type(known) is Learned:
-            value = self.replay.again(known, key)
-            if self.made_outside(node, value, first):
-                self.untracked.add(node)
-            return value
-        calls = len(recorder.tape.ops)
         outer, self.running = self.running, str(node.target) if node.op == "call_module" else ""
         recorder.active = given or not plain
         try:
@@ -201,9 +186,6 @@ class ValueTracer(fx.Tracer):
         finally:
             self.running = outer
             recorder.active = False
-        if key is not None and known is None:
-            module = self.modules[str(node.target)] if node.op == "call_module" else None
-            self.replay.meet(Met(module, key, recorder.tape.ops[calls:], (first, len(recorder.tape.values)), value))
         if given and self.made_outside(node, value, first):
             self.untracked.add(node)
         return value
