@@ -107,8 +107,10 @@ class ValueTracer(fx.Tracer):
         if name is None:
             name = self.name_of(op, target)
         node = self.graph.create_node(op, target, (), None, name, type_expr)
-        if args or kwargs:  # apart: create_node looks through its arguments for what a trace without symbols never holds
-            node._update_args_kwargs(args, kwargs)
+        if args:  # set apart: create_node looks through its arguments for what a trace without symbols never holds
+            node.args = args
+        if kwargs:
+            node.kwargs = kwargs
         node.meta["module"] = self.stack[-1]
         self.index[node] = len(self.index)
         return node
