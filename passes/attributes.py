@@ -21,7 +21,8 @@ def changed_attributes(
         before, after: shapes of its inputs in the original and in the pruned program.
         own: pruned shapes of its parameters and buffers by name.
     """
-    table = table_of(type(module))
+    kind: Any = type(module)
+    table = table_of(kind)
     return {} if table is None else {k: v for k, v in table(module, before, after, own).items() if getattr(module, k) != v}
 
 

@@ -52,12 +52,13 @@ def likeness(module: nn.Module, args: Any, kwargs: Any) -> Any:
 
 def of_layer(module: nn.Module, places: dict[int, int]) -> list[Any]:
     """What a layer of torch is and holds; raises Unlike for another module, and for one with hooks or a forward of its own."""
-    kind, held = type(module), vars(module)
+    kind: Any = type(module)
+    held = vars(module)
     if not (is_torchs(kind, kind.forward) and held.keys() >= EVERY and not any(held[name] for name in EMPTY)):
         raise Unlike
     own = {name: value for name, value in held.items() if name not in EVERY}
     try:
-        parts = [kind, marshal.dumps(own, 0)]  # which tells 1 from True and 1.0
+        parts: list[Any] = [kind, marshal.dumps(own, 0)]  # which tells 1 from True and 1.0
     except ValueError as error:
         raise Unlike from error
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
@@ -89,7 +90,7 @@ def of_values(values: Iterable[Any], places: dict[int, int]) -> list[Any]:
 
 
 @functools.lru_cache(maxsize=4096)
-def is_torchs(kind: type, forward: Any) -> bool:
+def is_torchs(kind: Any, forward: Any) -> bool:
     """Whether all that layers of a class do is written in torch.nn.
 
     What a function says of itself can be copied; where it looks up names cannot.

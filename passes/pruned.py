@@ -76,7 +76,7 @@ class PrunedModule(fx.GraphModule):
 
     def recompile(self) -> PythonCode:
         if not len(self._graph.nodes):  # the empty one that `__init__` starts with
-            return PythonCode("", {}, None, {})
+            return PythonCode("", {}, None)
         return super().recompile()
 
     def train(self, mode: bool = True) -> PrunedModule:

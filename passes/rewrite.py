@@ -442,7 +442,8 @@ class Rewriter:
     def edits(self, path: str, refs: list[Ref]) -> dict[str, Any]:
         """The attributes of a standard layer that change where it is called on these tensors."""
         module: Any = self.capture.modules[path]
-        if table_of(type(module)) is None:
+        kind: Any = type(module)
+        if table_of(kind) is None:
             return {}
         before, after = [self.before(r) for r in refs], [self.after(r) for r in refs]
         changed = changed_attributes(module, before, after, self.shapes_of(path))

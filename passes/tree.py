@@ -205,7 +205,8 @@ def on_meta(tensor: Tensor) -> Tensor:
 def in_mode(root: nn.Module, training: bool) -> Any:
     """The tree in evaluation or in training mode; what `train()` does, where no module has one of its own."""
     modules = walk(root)
-    plain = {kind for kind in set(map(type, modules)) if kind.train is nn.Module.train and kind.eval is nn.Module.eval}
+    kinds: set[Any] = set(map(type, modules))
+    plain = {kind for kind in kinds if kind.train is nn.Module.train and kind.eval is nn.Module.eval}
     if any(type(m) not in plain or "training" not in vars(m) for m in modules):
         return root.train(training)
     for module in modules:
