@@ -12,20 +12,19 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxprune.errors import PruneError
-from fxprune.passes.capture import Call, Guard
-from fxprune.passes.facts import FACT_METHODS, FACTS, VALUE_METHODS, WHERE
+from fxprune.passes.capture import Call
 from fxprune.passes.faults import surface
 from fxprune.passes.flag import Flag, Reading
 from fxprune.passes.imagine import ATOMS, RESHAPING
 from fxprune.passes.modes import Branch, by_flag, in_both_modes
 from fxprune.passes.opaque import SizeUse, watched
-from fxprune.passes.patches import inlined, plain_rnn
+from fxprune.passes.patches import plain_rnn
 from fxprune.passes.plain import Plain, is_plain
 from fxprune.passes.proxy import Items, ReadsValue, ValueProxy, has_tensor, tensors, unwrap
+from fxprune.passes.questions import NUMBERS, Questions
 from fxprune.passes.stored import Stored
 from fxprune.passes.tape import NeedsValues, Recorder, Ref, collect, map_tensors
 from fxprune.passes.tree import every_path, fetch, named_tensors
@@ -44,19 +43,16 @@ TRACED_THROUGH = (
     nn.ChannelShuffle,
     nn.modules.padding._ConstantPadNd,
 )
-# Functions that FX would keep as one node and that hold sizes or head counts of their own: traced through instead.
-INLINED = {F.multi_head_attention_forward}
 plain_call = nn.Module._call_impl  # as it is outside of a trace
 PLAIN_MODULES = ("_operator", "builtins", "math")  # their functions make no tensors of their own
 UNWATCHED: contextlib.nullcontext[dict[str, int]] = contextlib.nullcontext({})
 PLAIN = ATOMS | {complex, torch.layout, torch.memory_format}
-NUMBERS = frozenset([int, float, bool, str])
 RESHAPES = frozenset(name.removeprefix("aten::") for name in RESHAPING)  # methods
 RESHAPES |= {getattr(torch, name) for name in RESHAPES if hasattr(torch, name)}
 ARITHMETIC = frozenset([getattr(operator, f) for f in "add sub mul floordiv truediv mod pow neg eq ne lt le gt ge".split()])
 
 
-class ValueTracer(fx.Tracer):
+class ValueTracer(Questions):
     """An FX tracer that evaluates every node as it is made."""
 
     def __init__(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -70,7 +66,7 @@ class ValueTracer(fx.Tracer):
         self.stored = Stored(m for path, m in self.modules.items() if not self.is_leaf_module(m, path))
         self.recorder = Recorder(self.names)
         self.results: dict[fx.Node, Any] = {}
-        self.guards: list[Guard] = []
+        self.guards = []
         self.opaque: dict[str, str] = {}
         self.plain = Plain()
         self.calls: dict[str, list[Call]] = {}
@@ -80,7 +76,7 @@ class ValueTracer(fx.Tracer):
         self.attributes: dict[str, Any] = {}
         self.stack: list[str] = [""]
         # for each module on the stack, the sizes that its forward has read, and the numbers it has computed
-        self.reads: list[dict[Any, Any]] = [{}]
+        self.reads = [{}]
         self.running: str | None = None
         self.reads_training = False
         self.readings = [Reading()]  # what each module on the stack wanted to know of its mode
@@ -89,9 +85,9 @@ class ValueTracer(fx.Tracer):
         self.own_train = any(type(m).train is not nn.Module.train for m in self.modules.values())
         self.retry = True
         self.inputs: list[Ref] = []
-        self.index: dict[fx.Node, int] = {}
+        self.index = {}
         self.short: dict[Any, str] = {}  # by target: names of nodes
-        self.depends: dict[fx.Node, bool] = {}
+        self.depends = {}
 
     # -- nodes and values ---------------------------------------------------------------------------------------------
 
@@ -292,72 +288,6 @@ class ValueTracer(fx.Tracer):
         self.submodule_paths = None
         return self.graph
 
-    # -- Python's questions -------------------------------------------------------------------------------------------
-
-    def read_attribute(self, proxy: ValueProxy, name: str) -> Any:
-        value = proxy.value
-        if name.startswith("__") or not hasattr(value, name):
-            raise AttributeError(f"{type(value).__name__!r} object has no attribute {name!r}")
-        if name in WHERE and (value.is_meta if isinstance(value, Tensor) else getattr(value, "type", "") == "meta"):
-            raise NeedsValues  # a run without values is on another device than the model
-        if isinstance(value, Tensor):
-            if name in FACTS:
-                return getattr(value, name)
-            if name in FACT_METHODS:
-                return getattr(value, name)
-            if name in VALUE_METHODS:
-                return getattr(self.known_tensor(proxy, name), name)
-        if name == "shape" and isinstance(value, Tensor):
-            return self.once("call_function", getattr, (proxy, name))
-        if name == "size" and isinstance(value, Tensor):
-            return lambda *args, **kwargs: self.once("call_method", name, (proxy, *args), kwargs)
-        if callable(getattr(value, name)):
-            return lambda *args, **kwargs: self.create_proxy("call_method", name, (proxy, *args), kwargs)
-        return self.create_proxy("call_function", getattr, (proxy, name), {})
-
-    def once(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
-        """A size, or a number computed from sizes: one node, however often a forward asks."""
-        key: Any = (target, *[a.node if type(a) is ValueProxy else (type(a), a) for a in args])
-        if kwargs or not all(type(a) in NUMBERS or type(a) is ValueProxy for a in args):
-            return self.made(kind, target, args, kwargs or {})
-        reads = self.reads[-1]
-        if key not in reads:
-            reads[key] = self.made(kind, target, args, {})
-        return reads[key]
-
-    def forget_reads(self, mark: int) -> None:
-        """Sizes and numbers that nodes made since the mark stand for are to be read anew."""
-        for reads in self.reads:
-            for key in [k for k, found in reads.items() if self.index.get(found.node, mark) >= mark]:
-                del reads[key]
-
-    def known_tensor(self, proxy: ValueProxy, how: str) -> Any:
-        """The tensor's contents, if they are a fixed fact of the model; else the module must be opaque."""
-        value = proxy.value
-        learned = isinstance(value, nn.Parameter) or value.requires_grad or value.is_floating_point()
-        if self.depends[proxy.node] or learned or value.is_meta:
-            raise ReadsValue(f"{how}() of %{proxy.node.name}")
-        return value
-
-    def concretise(self, proxy: ValueProxy, how: str) -> Any:
-        if isinstance(proxy.value, Tensor):
-            return self.known_tensor(proxy, how).item()
-        self.guards.append(Guard(proxy.node, how, proxy.value))
-        return proxy.value
-
-    def torch_function(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if method in INLINED:
-            return inlined(method)(*args, **kwargs)
-        name = getattr(method, "__name__", "")
-        if name == "__get__":
-            owner: Any = method.__self__  # type: ignore[attr-defined]
-            return self.read_attribute(args[0], owner.__name__) if type(args[0]) is ValueProxy else NotImplemented
-        if name in FACT_METHODS:
-            return method(*unwrap(args), **unwrap(kwargs))
-        if belongs_to_tensors(method):
-            return self.create_proxy("call_method", name, args, kwargs)
-        return self.create_proxy("call_function", method, args, kwargs)
-
     # -- modules ------------------------------------------------------------------------------------------------------
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -470,12 +400,6 @@ class ValueTracer(fx.Tracer):
 def is_standard(kind: type) -> bool:
     """Whether layers of a class are nodes of the program."""
     return kind.__module__.startswith(("torch.nn.", "torch.ao.nn.")) and not issubclass(kind, TRACED_THROUGH)
-
-
-@functools.lru_cache(maxsize=4096)
-def belongs_to_tensors(method: Callable[..., Any]) -> bool:
-    """Whether torch knows a function as a method of tensors (its own answer takes longer than making a node does)."""
-    return bool(torch.overrides.is_tensor_method_or_property(method))
 
 
 def like_dict(value: dict[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:
