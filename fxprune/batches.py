@@ -43,13 +43,13 @@ def for_any_batch(
     if not guards_of(pruned):
         return pruned
     try:
-        return widened(model, pruned, args, kwargs, coupled, heads) or pruned
+        return tried_with_one(model, pruned, args, kwargs, coupled, heads) or pruned
     except Exception as error:  # the model does not take such a batch, or couples otherwise
         surface(error)
         return pruned
 
 
-def widened(
+def tried_with_one(
     model: nn.Module, pruned: PrunedModule, args: tuple[Any, ...], kwargs: dict[str, Any], coupled: Coupled, heads: bool
 ) -> PrunedModule | None:
     """The program of larger batches, tried at a batch of one; None where it is no better than the one there is."""

@@ -6,6 +6,7 @@ value, an optimizer's state, a moving average) can be put back into the original
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 
 from fxprune import inputs
 from fxprune.analysis import described
-from fxprune.api import checked, is_cheap
+from fxprune.api import checked, is_cheap, recoupled
+from fxprune.batches import for_any_batch
 from fxprune.errors import PruneError
 from fxprune.passes.couple import Solution
 from fxprune.passes.kept import Cut, Cutter
@@ -151,6 +153,8 @@ def built(
     if verify is True or (verify == "auto" and is_cheap(model)):
         args, kwargs = beside(model, args, kwargs)
         pruned.meta["verification"] = checked(model, pruned, solution, kept, args, kwargs, plan.terms.heads)
+        coupled = functools.partial(recoupled, model, plan.terms, {})
+        pruned = for_any_batch(model, pruned, args, kwargs, coupled, plan.terms.heads)
     return pruned
 
 

@@ -75,7 +75,6 @@ class ValueTracer(Questions):
         self.untracked: set[fx.Node] = set()
         self.attributes: dict[str, Any] = {}
         self.stack: list[str] = [""]
-        # for each module on the stack, the sizes that its forward has read, and the numbers it has computed
         self.reads = [{}]
         self.running: str | None = None
         self.reads_training = False

@@ -6,6 +6,7 @@ from torch import nn
 
 import fxprune
 from fxprune import Plan
+from fxprune.masks import prune_zeros
 from fxprune.passes.guards import GuardError
 
 
@@ -104,6 +105,16 @@ def test_a_guard_is_waived_where_it_was_tried_and_nowhere_else():
     agrees(net, small, 1, 3, 6)
     with pytest.raises(GuardError):
         small(torch.randn(2, 8))
+
+
+def test_a_model_of_zeros_takes_any_batch_too():
+    net = Expands().eval()
+    with torch.no_grad():
+        for part in (net.a.weight[3:9], net.a.bias[3:9], net.b.weight[:, 3:9], net.places[:, 3:9]):
+            part.zero_()
+    small = prune_zeros(net, torch.randn(1, 8))
+    assert small.get_submodule("a").out_features == 10
+    agrees(net, small, 1, 2, 5)
 
 
 def test_what_is_not_verified_keeps_its_guards():
