@@ -344,8 +344,8 @@ class Rewriter:
             tried: tuple[Any, ...] = ()
             if self.waiver is not None and why in self.waiver.guards:
                 name = self.waiver.input
-                given = next(n for n in self.graph.nodes if n.op == "placeholder" and n.name == name)
-                tried = (self.graph.call_method("size", (given, 0)), self.waiver.size)
+                given = next((n for n in self.graph.nodes if n.op == "placeholder" and n.name == name), None)
+                tried = () if given is None else (self.graph.call_method("size", (given, 0)), self.waiver.size)
             self.graph.call_function(holds, (self.new[node], guard.value, why, *tried))
 
     def is_cut(self, node: fx.Node) -> bool:
