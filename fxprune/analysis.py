@@ -44,7 +44,17 @@ def analyse(
                 surface(error, ours=True)
         found = programs(model, args, kwargs, None)
         terms.check([name for capture in found for name, _ in capture.outputs])
-        return solve(found, terms, closed)
+        try:
+            return solve(found, terms, closed)
+        except PruneError:
+            raise
+        except Exception as error:
+            surface(error, ours=True)
+            raise PruneError(
+                f"the model's program cannot be followed: {type(error).__name__}: {error}",
+                where=type(model).__name__,
+                fix="report it with the model; what it does to tensors there is beyond the compiler",
+            ) from error
 
 
 def programs(

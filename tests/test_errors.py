@@ -348,3 +348,24 @@ def test_a_ratio_too_small_for_any_unit():
         fix="a larger ratio, or a smaller round_to",
     )
     assert fxprune.prune(model, 0.0, example_inputs=x).get_submodule("0").out_features == 3
+
+
+class Grows(nn.Module):
+    """Has a result written into an empty tensor, which takes on its shape: no rule follows that."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        into = x.new_empty(0)
+        torch.mul(x[:, :, 0], 2, out=into)
+        return self.b(self.a(x).relu()) + into.shape[0]
+
+
+def test_what_the_compiler_cannot_follow(monkeypatch):
+    monkeypatch.delenv("FXPRUNE_STRICT", raising=False)  # which lets errors of the compiler's own out
+    with pytest.raises(fxprune.PruneError) as raised:
+        fxprune.prune(Grows().eval(), example_inputs=torch.randn(3, 4, 8))
+    assert raised.value.what.startswith("the model's program cannot be followed: ValueError: ")
+    assert raised.value.where == "Grows" and raised.value.fix.startswith("report it with the model")
