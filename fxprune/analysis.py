@@ -17,7 +17,7 @@ from fxprune.passes.faults import surface
 from fxprune.passes.tape import NeedsValues, map_tensors
 from fxprune.passes.terms import Terms
 from fxprune.passes.trace import trace
-from fxprune.passes.tree import in_mode, named_parameters, on_meta, private_copy
+from fxprune.passes.tree import named_parameters, on_meta, private_copy, set_mode
 
 
 def analyse(
@@ -70,10 +70,10 @@ def programs(
     if stand_in is not None:
         swap = lambda t: stand_in(t) if t.is_floating_point() else t  # noqa: E731
         args, kwargs = map_tensors((args, kwargs), swap)
-    found = [captured(in_mode(private_copy(model, stand_in), False), args, kwargs, final=stand_in is None)]
+    found = [captured(set_mode(private_copy(model, stand_in), False), args, kwargs, final=stand_in is None)]
     if found[0].reads_training:
         try:
-            other = captured(in_mode(private_copy(model, stand_in), True), args, kwargs, final=True)
+            other = captured(set_mode(private_copy(model, stand_in), True), args, kwargs, final=True)
         except PruneError as error:  # a model may need targets to train: then it is captured for evaluation
             found[0].note = f"training mode is as evaluation: {error.what}"
             return found

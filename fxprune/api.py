@@ -130,7 +130,8 @@ def prune(
         del solution, kept  # most of it goes now, before the collector looks through what is left
     if check is not None:
         pruned.meta["verification"] = check()
-        pruned = for_any_batch(model, pruned, args, kwargs, functools.partial(recoupled, model, terms, closed), terms.heads)
+        coupled = functools.partial(analyse, model, terms=terms, closed=closed)
+        pruned = for_any_batch(model, pruned, args, kwargs, coupled, terms.heads)
     return as_class(model, pruned, args, kwargs) if same_class else pruned
 
 
@@ -269,13 +270,6 @@ def shrunk(
         if not found.keys() - closed.keys():
             return solution, kept, made, pruned, closed
         closed |= found
-
-
-def recoupled(
-    model: nn.Module, terms: Terms, closed: Mapping[str, str], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Solution:
-    """A model coupled as it was, on other inputs."""
-    return analyse(model, args, kwargs, terms, closed)
 
 
 def is_cheap(model: nn.Module) -> bool:

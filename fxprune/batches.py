@@ -23,7 +23,7 @@ from fxprune.passes.pruned import PrunedModule
 from fxprune.passes.shrink import shrink
 from fxprune.passes.tape import Ref
 from fxprune.plan import Plan, kept_by
-from fxprune.verification import compare, evaluating, restoring
+from fxprune.verification import Verification, compare, evaluating, restoring
 
 Coupled = Callable[[tuple[Any, ...], dict[str, Any]], Solution]
 
@@ -57,7 +57,7 @@ def tried_with_one(
     if not batch:
         return None
     alone = batch == 1
-    if alone and not any(map(refuses_a_batch, pruned.verification.compared)):
+    if alone and not refuses_a_batch(pruned.verification):
         return None
     one, several = inputs.batch_of_one(args, kwargs), inputs.larger(args, kwargs) if alone else (args, kwargs)
     tried = made(model, pruned.plan, coupled(*several), None).program if alone else pruned
@@ -79,7 +79,7 @@ def tried_with_one(
         verified = replace(more, error=max(least.error, more.error), compared=tuple(said))
     else:
         verified = replace(verified, compared=(*pruned.verification.compared, "a batch of one"))
-    if not verified.ok or (alone and any(map(refuses_a_batch, verified.compared))):
+    if not verified.ok or (alone and refuses_a_batch(verified)):
         return None
     meta = {**pruned.meta, "plan": replace(pruned.plan, waiver=waiver), "verification": verified}
     vars(found.program)["meta"] = meta
@@ -100,9 +100,9 @@ def made(model: nn.Module, plan: Plan, solution: Solution, waiver: Waiver | None
     return Made(shrink(model, solution, kept, waiver=waiver), solution.leaves, kept)
 
 
-def refuses_a_batch(said: str) -> bool:
-    """Whether a verification says that the program does not take another batch."""
-    return said.startswith("another batch is refused")
+def refuses_a_batch(found: Verification) -> bool:
+    """Whether the program was found not to take another batch."""
+    return any(said.startswith("another batch") for said in found.refused)
 
 
 def first_tensor(solution: Solution) -> str | None:

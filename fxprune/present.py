@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fxprune import inputs
-from fxprune.analysis import described
-from fxprune.api import checked, is_cheap, recoupled
+from fxprune.analysis import analyse, described
+from fxprune.api import checked, is_cheap
 from fxprune.batches import for_any_batch
 from fxprune.errors import PruneError
 from fxprune.passes.couple import Solution
@@ -153,7 +153,7 @@ def built(
     if verify is True or (verify == "auto" and is_cheap(model)):
         args, kwargs = beside(model, args, kwargs)
         pruned.meta["verification"] = checked(model, pruned, solution, kept, args, kwargs, plan.terms.heads)
-        coupled = functools.partial(recoupled, model, plan.terms, {})
+        coupled = functools.partial(analyse, model, terms=plan.terms)
         pruned = for_any_batch(model, pruned, args, kwargs, coupled, plan.terms.heads)
     return pruned
 

@@ -20,6 +20,7 @@ from fxprune.passes.verify import masked_outputs, random_state, relative_error, 
 
 # float32 sums in another order differ by about this much over the depth of a deep network
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+REFUSED = " is refused: "
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ class Verification:
     @property
     def ok(self) -> bool:
         return self.error <= self.tolerance
+
+    @property
+    def refused(self) -> tuple[str, ...]:
+        """Those of the comparisons that could not be made, since the pruned program takes no such inputs."""
+        return tuple(said for said in self.compared if REFUSED in said)
 
     def __str__(self) -> str:
         verdict = "exact" if self.ok else "NOT exact"
@@ -138,7 +144,7 @@ def compare_as_they_are(
             except GuardError as refused:
                 if name == "the example inputs":
                     raise
-                compared.append(f"another {name} is refused: {refused}")
+                compared.append(f"another {name}{REFUSED}{refused}")
                 continue
             error = max([error, *differences(wanted, got)])
             compared.append(name if name == "the example inputs" else f"another {name}")

@@ -22,6 +22,8 @@ class GuardError(RuntimeError):
 class Waiver:
     """Guards that need not hold where the first dimension of an input is of one size.
 
+    They were tried there with all other dimensions as in the example inputs, and are waived whatever those are.
+
     Attributes:
         input: the name of the program's argument, a tensor.
         size: of its first dimension.
@@ -35,8 +37,12 @@ class Waiver:
 
 def holds(value: Any, expected: Any, why: str, size: Any = None, tried: int | None = None) -> None:
     """Raise where a decision taken at capture would be another one now, unless it was `tried` at this size."""
-    if value != expected and (tried is None or size != tried):
+    if fails(value, expected, size, tried):
         raise GuardError(f"{why}, and here it is {value!r}: prune with example inputs of this size")
+
+
+def fails(value: Any, expected: Any, size: Any, tried: int | None) -> bool:
+    return bool(value != expected) and (tried is None or size != tried)
 
 
 def describe(node: fx.Node) -> str:
@@ -54,7 +60,7 @@ def noting(program: fx.GraphModule) -> Iterator[list[str]]:
     found: list[str] = []
 
     def note(value: Any, expected: Any, why: str, size: Any = None, tried: int | None = None) -> None:
-        if value != expected and (tried is None or size != tried):
+        if fails(value, expected, size, tried):
             found.append(why)
 
     nodes = guards_of(program)

@@ -98,7 +98,7 @@ class Imagination:
         if not kind or not args:
             return None
         if kind == "empty" and len(args) == 1 and str(kwargs.get("device")) == "meta":
-            return empty(args[0], dtype=kwargs.get("dtype"), device="meta")
+            return empty(args[0], dtype=kwargs.get("dtype"), device=META)
         if kind == "cat" and not kwargs:
             return joined(*args)
         first = args[0]
@@ -112,7 +112,7 @@ class Imagination:
         if kind == "norm":  # the statistics that it also returns are for training kernels, and have no readers
             return like(first), NOTHING.detach(), NOTHING.detach()
         if kind == "in place":
-            return args[0]
+            return first
         if kind == "elementwise" and first.is_floating_point() and not any(isinstance(v, Tensor) for v in kwargs.values()):
             others = [a for a in args[1:] if type(a) not in ATOMS and isinstance(a, Tensor)]
             if not others:
@@ -124,9 +124,9 @@ class Imagination:
         if kind == "convolution":
             shape = convolved(*args)
             return empty(shape, dtype=first.dtype, device=META) if first.is_contiguous() else func(*args)
-        if kind == "reduction" and not kwargs and len(args) > 1 and args[0].is_contiguous() and args[0].is_floating_point():
+        if kind == "reduction" and not kwargs and len(args) > 1 and first.is_contiguous() and first.is_floating_point():
             left = reduced(*args)
-            return None if left is None else empty(left, dtype=args[0].dtype, device="meta")
+            return None if left is None else empty(left, dtype=first.dtype, device=META)
         key = (func, signature(args), signature(kwargs)) if kwargs else (func, signature(args))
         if None in key:
             return None
@@ -139,7 +139,7 @@ class Imagination:
                 self.known[key] = (several, [(t.shape, t.stride(), t.dtype) for t in outs])
             return out
         several, forms = made
-        made_now = [empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in forms]
+        made_now = [empty_strided(shape, stride, dtype=dtype, device=META) for shape, stride, dtype in forms]
         return tuple(made_now) if several else made_now[0]
 
 
@@ -152,7 +152,7 @@ def multiplied(factors: Sequence[Tensor], added: Sequence[Tensor], ndim: int) ->
         return None
     if any(t.dim() != 1 or t.shape[0] != b.shape[-1] or t.dtype != a.dtype for t in added):
         return None
-    return empty([*a.shape[:-1], b.shape[-1]], dtype=a.dtype, device="meta")
+    return empty([*a.shape[:-1], b.shape[-1]], dtype=a.dtype, device=META)
 
 
 def joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:
@@ -167,7 +167,7 @@ def joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:
     if any([*t.shape[:dim], *t.shape[dim + 1 :]] != others for t in tensors):
         return None
     shape = [*first.shape[:dim], sum(t.shape[dim] for t in tensors), *first.shape[dim + 1 :]]
-    return empty(shape, dtype=first.dtype, device="meta")
+    return empty(shape, dtype=first.dtype, device=META)
 
 
 def narrower(a: Tensor, b: Tensor) -> bool:

@@ -70,8 +70,8 @@ def in_both_modes(tracer: ValueTracer, module: nn.Module, forward: Any, argument
         for m, mode in modes.items():
             m.training = mode
     found = joined(tracer, begin, middle, ops, out, trained)
-    if found is out and not tracer.reads_training and len(tracer.branches) == branches:
-        tracer.same.add(key)  # (None stands for all that is like nothing)
+    if key is not None and found is out and not tracer.reads_training and len(tracer.branches) == branches:
+        tracer.same.add(key)
     return found
 
 

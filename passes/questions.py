@@ -53,10 +53,10 @@ class Questions(fx.Tracer):
                 return getattr(value, name)
             if name in VALUE_METHODS:
                 return getattr(self.known_tensor(proxy, name), name)
-        if name == "shape" and isinstance(value, Tensor):
-            return self.once("call_function", getattr, (proxy, name))
-        if name == "size" and isinstance(value, Tensor):
-            return lambda *args, **kwargs: self.once("call_method", name, (proxy, *args), kwargs)
+            if name == "shape":
+                return self.once("call_function", getattr, (proxy, name))
+            if name == "size":
+                return lambda *args, **kwargs: self.once("call_method", name, (proxy, *args), kwargs)
         if callable(getattr(value, name)):
             return lambda *args, **kwargs: self.create_proxy("call_method", name, (proxy, *args), kwargs)
         return self.create_proxy("call_function", getattr, (proxy, name), {})

@@ -202,7 +202,7 @@ def on_meta(tensor: Tensor) -> Tensor:
     return nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
 
 
-def in_mode(root: nn.Module, training: bool) -> Any:
+def set_mode(root: nn.Module, training: bool) -> Any:
     """The tree in evaluation or in training mode; what `train()` does, where no module has one of its own."""
     modules = walk(root)
     kinds: set[Any] = set(map(type, modules))
