@@ -22,7 +22,7 @@ class GuardError(RuntimeError):
 class Waiver:
     """Guards that need not hold where the first dimension of an input is of one size.
 
-    They were tried there with all other dimensions as in the example inputs, and are waived whatever those are.
+    Only such guards as ask for sizes of first dimensions alone: what was tried says nothing of other ones.
 
     Attributes:
         input: the name of the program's argument, a tensor.

@@ -342,11 +342,18 @@ class Rewriter:
         if self.is_symbolic(node) and self.value(node) == guard.value:
             why = f"the pruned program was captured where {describe(node)} is {guard.value!r}"
             tried: tuple[Any, ...] = ()
-            if self.waiver is not None and why in self.waiver.guards:
+            if self.waiver is not None and why in self.waiver.guards and self.asks_for_batch(node):
                 name = self.waiver.input
                 given = next((n for n in self.graph.nodes if n.op == "placeholder" and n.name == name), None)
                 tried = () if given is None else (self.graph.call_method("size", (given, 0)), self.waiver.size)
             self.graph.call_function(holds, (self.new[node], guard.value, why, *tried))
+
+    def asks_for_batch(self, node: fx.Node) -> bool:
+        """Whether the sizes of inputs that a number is computed from are all of first dimensions."""
+        found = size_source(self.capture, node)
+        if found is not None:
+            return found[1] == 0 or not self.is_symbolic(node)
+        return node.op != "placeholder" and all(self.asks_for_batch(n) for n in node.all_input_nodes)
 
     def is_cut(self, node: fx.Node) -> bool:
         """Whether something is cut out of a node's result."""

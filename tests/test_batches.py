@@ -107,6 +107,22 @@ def test_a_guard_is_waived_where_it_was_tried_and_nowhere_else():
         small(torch.randn(2, 8))
 
 
+class Mixes(Base):
+    """Decides by the number of all rows: whether a batch of one is as in the example depends on how many it has."""
+
+    def between(self, y):
+        return y * 2 if y.shape[0] * y.shape[1] > 40 else y if y.shape[0] * y.shape[1] > 10 else y * 1
+
+
+def test_a_guard_that_mixes_the_batch_with_another_dimension_is_not_waived():
+    net = Mixes().eval()
+    small = fxprune.prune(net, 0.5, example_inputs=torch.randn(2, 8, 8))
+    assert small.plan.waiver is None
+    for batch, rows in ((1, 8), (1, 60), (6, 8)):
+        with pytest.raises(GuardError):
+            small(torch.randn(batch, rows, 8))
+
+
 def test_a_model_of_zeros_takes_any_batch_too():
     net = Expands().eval()
     with torch.no_grad():
