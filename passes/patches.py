@@ -86,6 +86,12 @@ def visible() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
+def handing_on(cells: int) -> types.CodeType:
+    """The code of a `__getattr__` that asks the tracer; it takes the place of code that closes over so many variables."""
+    code = (lambda module, name: module._traced_getattr(name)).__code__
+    return code.replace(co_freevars=tuple(f"unused_{i}" for i in range(cells)))
+
+
 @contextlib.contextmanager
 def patched(tracer: ValueTracer) -> Iterator[None]:
     """Switch off what hides the program while tracing, and make factories and `apply` see proxies."""
@@ -197,7 +203,9 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
     functional: Any = F
     verify_batch_size = functional._verify_batch_size
     plain_batch_norm = torch.batch_norm
-    plain_call, plain_getattr = nn.Module._call_impl, nn.Module.__getattr__
+    plain_call = nn.Module._call_impl
+    getter: Any = nn.Module.__getattr__
+    plain_getattr = types.FunctionType(getter.__code__, getter.__globals__, getter.__name__, None, getter.__closure__)
     set_tracing = getattr(torch.fx._symbolic_trace, "_set_is_fx_tracing", None)  # what is_fx_tracing() answers by
     try:
         torch.backends.mha.set_fastpath_enabled(False)
@@ -218,9 +226,11 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
         functional._verify_batch_size = lambda size: None
         mode = property(lambda m: read_training(tracer, m), lambda m, v: vars(m).__setitem__("training", v))
         patch(nn.Module, "training", mode)
-        patch(nn.Module, "__getattr__", module_getattr)
-        # what `__call__` comes to; a special method would have Python look through every subclass there is
-        patch(nn.Module, "_call_impl", module_call)
+        # Special methods stay: putting another in their place would have Python look through every subclass there is.
+        patch(nn.Module, "_call_impl", module_call)  # what `__call__` comes to
+        patch(nn.Module, "_traced_getattr", module_getattr)
+        undo.append(functools.partial(setattr, getter, "__code__", getter.__code__))
+        getter.__code__ = handing_on(len(getter.__closure__ or ()))
         look_at(tracer.root)
         if set_tracing is not None:
             set_tracing(True)

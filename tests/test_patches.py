@@ -1,0 +1,79 @@
+"""What is switched off in torch and Python while a model is traced is back in its place afterwards."""
+
+import functools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxprune
+
+
+@functools.lru_cache
+def remembered(size):
+    return size
+
+
+class Net(nn.Module):
+    def __init__(self, fails=False):
+        super().__init__()
+        self.up, self.down, self.fails = nn.Linear(8, 16), nn.Linear(16, 4), fails
+
+    def forward(self, x):
+        if self.fails:
+            raise ValueError("no")
+        return self.down(self.up(x) * math.sqrt(x.shape[-1]) + remembered(x.shape[0]))
+
+
+def places():
+    """Everything that a trace may put something else in the place of."""
+    owners = {"torch": torch, "math": math, "F": F, "Module": nn.Module, "Function": torch.autograd.Function, "test": globals()}
+    found = {
+        f"{owner}.{name}": value
+        for owner, held in owners.items()
+        for name, value in dict(held if isinstance(held, dict) else vars(held)).items()
+    }
+    found |= {f"RNN.{name}": value for name, value in vars(nn.RNNBase).items()}
+    found["code"] = nn.Module.__getattr__.__code__
+    found["fastpath"] = torch.backends.mha.get_fastpath_enabled()
+    return found
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_torch_is_as_it_was(fails):
+    model, before = Net(fails), places()
+    if fails:
+        with pytest.raises(fxprune.PruneError, match="no"):
+            fxprune.prune(model, example_inputs=torch.randn(2, 8))
+    else:
+        fxprune.prune(model, example_inputs=torch.randn(2, 8))
+    after = places()
+    assert before.keys() == after.keys()
+    assert [name for name in before if before[name] is not after[name]] == []
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_while_a_model_is_traced_every_module_answers_for_its_parameters(wrapped, monkeypatch):
+    if wrapped:  # by another library, with a function that closes over torch's own
+        plain, asked = nn.Module.__getattr__, []
+        monkeypatch.setattr(nn.Module, "__getattr__", lambda self, name: (asked.append(name), plain(self, name))[1])
+
+    class Nosy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 4)
+            self.scale = nn.Parameter(torch.rand(16))
+
+        def forward(self, x):
+            # through the method itself, through getattr, and past both
+            scale = nn.Module.__getattr__(self, "scale") + getattr(self, "scale") + self._parameters["scale"]
+            assert not hasattr(self, "nothing")
+            return self.down(self.up(x) * scale)
+
+    model = Nosy()
+    small = fxprune.prune(model, example_inputs=torch.randn(2, 8), verify=True)
+    assert small.scale.shape == (8,) and small.meta["verification"].ok
+    if wrapped:
+        assert "scale" in asked
