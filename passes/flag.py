@@ -98,7 +98,8 @@ def read_training(tracer: ValueTracer, module: nn.Module) -> Any:
     training = bool(vars(module)["training"])
     if tracer.running is not None:
         return training
-    no_branch = tracer.branches is None or tracer.reads_training or tracer.own_train or training
+    alone = tracer.branches is None or tracer.reads_training or training
+    no_branch = alone or tracer.trained is None or not tracer.trained.get(module, True)
     caller = sys._getframe(2)
     if no_branch or not handed_on(caller.f_code, caller.f_lasti):
         tracer.readings[-1].asked = True

@@ -11,16 +11,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from fxprune.passes.capture import switch
 from fxprune.passes.flag import plainly, settled
+from fxprune.passes.imagine import ATOMS
 from fxprune.passes.likeness import likeness
-from fxprune.passes.proxy import Items, ValueProxy
+from fxprune.passes.proxy import Items, ValueProxy, like_dict
 from fxprune.passes.tape import Ref
+from fxprune.passes.tree import walk
 
 if TYPE_CHECKING:
     from fxprune.passes.tracer import ValueTracer
+
+
+COMPARED = ATOMS | {complex, torch.Size, torch.layout, torch.memory_format}
 
 
 @dataclass(slots=True)
@@ -48,19 +54,24 @@ def in_both_modes(tracer: ValueTracer, module: nn.Module, forward: Any, argument
     """
     if tracer.branches is None:
         return out
-    if tracer.reads_training or module.training or tracer.own_train:
+    trains = tracer.trained
+    if tracer.reads_training or module.training or trains is None:
         tracer.reads_training = True
+        return out
+    inner = list(walk(module))
+    if not any(trains.get(m, True) for m in inner):  # all of it is kept in evaluation
         return out
     key = likeness(module, *arguments)
     if key is not None and key in tracer.same:
         return out
     middle, branches = len(tracer.index), len(tracer.branches)
-    modes = {m: vars(m)["training"] for m in module.modules()}
+    modes = {m: vars(m)["training"] for m in inner}
     ops = len(tracer.recorder.tape.ops)
     outer, retry = tracer.branches, tracer.retry
     tracer.branches, tracer.retry = None, False
     try:
-        module.train()
+        for m in inner:
+            vars(m)["training"] = trains.get(m, True)
         tracer.forget_reads(begin)  # those are the other branch's
         trained = forward(*arguments[0], **arguments[1])
     except Exception:  # what training needs (targets, say) is not there
@@ -68,7 +79,7 @@ def in_both_modes(tracer: ValueTracer, module: nn.Module, forward: Any, argument
     finally:
         tracer.branches, tracer.retry = outer, retry
         for m, mode in modes.items():
-            m.training = mode
+            vars(m)["training"] = mode
     found = joined(tracer, begin, middle, ops, out, trained)
     if key is not None and found is out and not tracer.reads_training and len(tracer.branches) == branches:
         tracer.same.add(key)
@@ -117,7 +128,7 @@ def leaves(x: Any) -> list[Any]:
         return [type(x.value), *(v for item in x for v in leaves(item))]
     if type(x) in (tuple, list):
         return [type(x), *(v for item in x for v in leaves(item))]
-    if type(x) is dict:
+    if isinstance(x, dict):  # also one of a class of its own, which transformers' outputs are
         return [type(x), *(v for k, item in x.items() for v in (k, *leaves(item)))]
     return [x]
 
@@ -128,7 +139,7 @@ def alike(a: Any, b: Any) -> bool:
         return (a.value.shape, a.value.dtype, a.value.device) == (b.value.shape, b.value.dtype, b.value.device)
     if type(a) is ValueProxy or type(b) is ValueProxy or type(a) is not type(b):
         return a is b
-    return (isinstance(a, Tensor) and a is b) or (not isinstance(a, Tensor) and bool(a == b))
+    return a is b or (type(a) in COMPARED and bool(a == b))
 
 
 def switched(tracer: ValueTracer, a: Any, b: Any) -> Any:
@@ -140,7 +151,7 @@ def switched(tracer: ValueTracer, a: Any, b: Any) -> Any:
         return Items.of(a.node, a.value, items) if isinstance(a.value, tuple) and hasattr(a.value, "_fields") else tuple(items)
     if type(a) in (tuple, list):
         return type(a)([switched(tracer, x, y) for x, y in zip(a, b, strict=True)])
-    return {k: switched(tracer, v, b[k]) for k, v in a.items()} if type(a) is dict else a
+    return like_dict(a, {k: switched(tracer, v, b[k]) for k, v in a.items()}) if isinstance(a, dict) else a
 
 
 def code(tracer: ValueTracer, first: int, end: int, out: Any, *, loosely: bool = False) -> list[Any]:

@@ -182,6 +182,16 @@ def unwrap(x: Any) -> Any:
     return bool(x) if isinstance(x, bool) else x  # a flag, deep in an argument
 
 
+def like_dict(value: dict[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:
+    """Items in a dict of the same kind: one whose items are attributes too is made from keywords."""
+    if type(value) is dict:
+        return items
+    try:
+        return type(value)(**items)
+    except Exception:  # a kind with arguments of its own
+        return items
+
+
 def tensors(x: Any) -> list[Tensor]:
     return [x] if isinstance(x, Tensor) else [v for v in iterate(x) if isinstance(v, Tensor)]
 

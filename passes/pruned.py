@@ -43,9 +43,11 @@ def written(graph: fx.Graph, only: Mapping[fx.Node, bool | None], mode: bool) ->
     names: dict[Any, Any] = {}
     lines = []
     for node in graph.nodes:
+        if only.get(node, mode) != mode:
+            continue
         if node.target is switch:
             names[node] = names[node.args[mode]]
-        elif only.get(node, mode) == mode:
+        else:
             names[node] = Name(node.name)
             args, kwargs = (fx.node.map_arg(x, names.__getitem__) if x else x for x in (node.args, node.kwargs))
             lines.append((node.name, node.op, node.target, args, kwargs, node.meta))

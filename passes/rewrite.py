@@ -302,12 +302,12 @@ class Rewriter:
                 if node in self.guarded:
                     self.graph.inserting_before(self.following)
                     self.guard(node, self.guarded[node])
-            if only:
+            if node in self.capture.only:
                 while before.next is not following:
                     before = before.next
-                    only[before] = self.capture.only.get(node)
+                    only[before] = self.capture.only[node]
         self.settle(nodes, inner)
-        only = {n: mode for n, mode in only.items() if not n._erased and mode is not None}
+        only = {n: mode for n, mode in only.items() if not n._erased}
         trained = written(self.graph, only, True) if self.capture.only else None
         if trained is not None:
             in_mode(self.graph, only, False)

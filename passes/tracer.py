@@ -23,11 +23,11 @@ from fxprune.passes.modes import Branch, by_flag, in_both_modes
 from fxprune.passes.opaque import SizeUse, watched
 from fxprune.passes.patches import plain_rnn
 from fxprune.passes.plain import Plain, is_plain
-from fxprune.passes.proxy import Items, ReadsValue, ValueProxy, has_tensor, tensors, unwrap
+from fxprune.passes.proxy import Items, ReadsValue, ValueProxy, has_tensor, like_dict, tensors, unwrap
 from fxprune.passes.questions import NUMBERS, Questions
 from fxprune.passes.stored import Stored
 from fxprune.passes.tape import NeedsValues, Recorder, Ref, collect, map_tensors
-from fxprune.passes.tree import every_path, fetch, named_tensors
+from fxprune.passes.tree import every_path, fetch, modes_in_training, named_tensors
 
 # Modules of torch.nn whose forward holds sizes as literals or insists on relations that pruning changes.
 TRACED_THROUGH = (
@@ -81,7 +81,8 @@ class ValueTracer(Questions):
         self.readings = [Reading()]  # what each module on the stack wanted to know of its mode
         self.branches: list[Branch] | None = []  # None while a branch is being captured
         self.same: set[Any] = set()  # by likeness: layers that do the same in both modes
-        self.own_train = any(type(m).train is not nn.Module.train for m in self.modules.values())
+        # the mode of each module in training; None where a second capture has to tell
+        self.trained = None if root.training else modes_in_training(root)
         self.retry = True
         self.inputs: list[Ref] = []
         self.index = {}
@@ -399,16 +400,6 @@ class ValueTracer(Questions):
 def is_standard(kind: type) -> bool:
     """Whether layers of a class are nodes of the program."""
     return kind.__module__.startswith(("torch.nn.", "torch.ao.nn.")) and not issubclass(kind, TRACED_THROUGH)
-
-
-def like_dict(value: dict[Any, Any], items: dict[Any, Any]) -> dict[Any, Any]:
-    """Items in a dict of the same kind: one whose items are attributes too is made from keywords."""
-    if type(value) is dict:
-        return items
-    try:
-        return type(value)(**items)
-    except Exception:  # a kind with arguments of its own
-        return items
 
 
 def copied(x: Any) -> Any:

@@ -212,3 +212,33 @@ def set_mode(root: nn.Module, training: bool) -> Any:
     for module in modules:
         vars(module)["training"] = training
     return root
+
+
+def modes_in_training(root: nn.Module) -> dict[nn.Module, bool] | None:
+    """The mode of every module of a tree once it is told to train; None where telling it does more than that.
+
+    Where a module has a `train` of its own, it is called, and the tree told to evaluate again: `root` is a private copy that
+    was told so before.
+    """
+    modules = walk(root)
+    if all(type(m).train is nn.Module.train for m in modules):
+        return dict.fromkeys(modules, True)
+
+    def states() -> list[Any]:
+        found: list[Any] = []
+        for module in walk(root):
+            for name, value in vars(module).items():
+                if name != "training":
+                    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
+                    found += [(id(module), name, id(value)), *map(id, inner)]
+        return found
+
+    evaluated, before = {m: m.training for m in modules}, states()
+    try:
+        root.train(True)
+        trained = {m: m.training for m in modules}
+        same = states() == before
+        root.train(False)
+    except Exception:  # one that is not to be trained
+        return None
+    return trained if same and states() == before and {m: m.training for m in modules} == evaluated else None
