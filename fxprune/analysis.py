@@ -14,10 +14,10 @@ from fxprune.errors import PruneError
 from fxprune.passes.capture import Capture
 from fxprune.passes.couple import Solution, solve
 from fxprune.passes.faults import surface
-from fxprune.passes.tape import NeedsValues, map_tensors
+from fxprune.passes.tape import NeedsValues, collect, map_tensors
 from fxprune.passes.terms import Terms
 from fxprune.passes.trace import trace
-from fxprune.passes.tree import named_parameters, on_meta, private_copy, set_mode
+from fxprune.passes.tree import named_parameters, named_tensors, on_meta, private_copy, set_mode
 
 
 def analyse(
@@ -67,14 +67,25 @@ def programs(
 
     Shapes are all that coupling needs, so the run is first tried without values.
     """
+    home = None
     if stand_in is not None:
         swap = lambda t: stand_in(t) if t.is_floating_point() else t  # noqa: E731
+        home = only_device(model, args, kwargs)
         args, kwargs = map_tensors((args, kwargs), swap)
-    found = [captured(set_mode(private_copy(model, stand_in), False), args, kwargs, final=stand_in is None)]
+    found = [captured(set_mode(private_copy(model, stand_in), False), args, kwargs, final=stand_in is None, home=home)]
     if found[0].reads_training:
+        training = private_copy(model, stand_in)
         try:
-            other = captured(set_mode(private_copy(model, stand_in), True), args, kwargs, final=True)
+            set_mode(training, True)
+        except Exception as error:
+            surface(error)
+            found[0].note = f"training mode is as evaluation: train() raises {type(error).__name__}: {error}"
+            return found
+        try:
+            other = captured(training, args, kwargs, final=True, home=home)
         except PruneError as error:  # a model may need targets to train: then it is captured for evaluation
+            if stand_in is not None:
+                raise  # or it may need values
             found[0].note = f"training mode is as evaluation: {error.what}"
             return found
         if other.prefix != found[0].prefix:
@@ -84,9 +95,17 @@ def programs(
     return found
 
 
-def captured(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, final: bool) -> Capture:
+def only_device(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device | None:
+    """The device that all tensors of a model and its inputs are on; None where there is none."""
+    devices = {t.device for t in (*dict(named_tensors(model)).values(), *collect((args, kwargs), Tensor))}
+    return devices.pop() if len(devices) == 1 else None
+
+
+def captured(
+    root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, final: bool, home: torch.device | None
+) -> Capture:
     try:
-        return trace(root, args, kwargs, retry=final)
+        return trace(root, args, kwargs, retry=final, home=home)
     except PruneError:
         raise
     except Exception as error:

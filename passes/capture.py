@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from fxprune.passes.opaque import SizeUse
 from fxprune.passes.tape import Ref, Tape
+from fxprune.passes.tree import Exceptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,7 @@ class Capture:
         index: the number of each node.
         prefix: what the names of tensors begin with in `root` and not in the model.
         modules: every module of `root` by all of its paths.
+        apart: the modules that do not follow the root's mode, by mode and path; None where that is not known.
         note: what the emitted model does not do as the original does.
     """
 
@@ -69,6 +71,7 @@ class Capture:
     index: dict[fx.Node, int] = field(default_factory=dict)
     prefix: str = ""
     modules: dict[str, nn.Module] = field(default_factory=dict)
+    apart: Exceptions | None = None
     note: str = ""
 
     @property

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves as flat
+from torch.utils._pytree import tree_map_only
 
 aten = torch.ops.aten
 empty, empty_strided = torch.empty, torch.empty_strided  # as they are outside of a trace
@@ -141,6 +143,18 @@ class Imagination:
         several, forms = made
         made_now = [empty_strided(shape, stride, dtype=dtype, device=META) for shape, stride, dtype in forms]
         return tuple(made_now) if several else made_now[0]
+
+    def ran(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What an op returns that is run; a pure one of meta tensors and others is run on meta, which torch itself refuses."""
+        try:
+            return func(*args, **kwargs)
+        except RuntimeError:
+            given = [t for t in flat((args, kwargs)) if isinstance(t, Tensor)]
+            schema = getattr(func, "_schema", None)
+            if schema is None or schema.is_mutable or len({t.is_meta for t in given}) < 2:
+                raise
+            moved = tree_map_only(Tensor, lambda t: t if t.is_meta else like(t), (args, kwargs))
+            return func(*moved[0], **moved[1])
 
 
 def multiplied(factors: Sequence[Tensor], added: Sequence[Tensor], ndim: int) -> Tensor | None:

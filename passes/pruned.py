@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import PythonCode
 
 from fxprune.passes.capture import switch
+from fxprune.passes.tree import Exceptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,8 @@ def written(graph: fx.Graph, only: Mapping[fx.Node, bool | None], mode: bool) ->
 class PrunedModule(fx.GraphModule):
     """A GraphModule that keeps one program for evaluation and one for training where the two differ.
 
-    `train()` and `eval()` switch between them. `meta["plan"]` and `meta["verification"]` say how it came about.
+    `train()` and `eval()` switch between them; modules that they leave in the other mode in the original they leave so here.
+    `meta["plan"]` and `meta["verification"]` say how it came about.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class PrunedModule(fx.GraphModule):
         graph: fx.Graph,
         name: str = "Pruned",
         programs: dict[bool, fx.Graph | Program] | None = None,
+        apart: Exceptions | None = None,
     ) -> None:
         super().__init__(nn.Module(), fx.Graph(), name)
         vars(self)["training"] = root.training
@@ -75,6 +78,7 @@ class PrunedModule(fx.GraphModule):
                 adopt(self, root, program.targets if isinstance(program, Program) else targets_of(program))
         self.graph = graph
         self.__dict__["_programs"] = programs or {}
+        self.__dict__["_apart"] = apart or {}
 
     def recompile(self) -> PythonCode:
         if not len(self._graph.nodes):  # the empty one that `__init__` starts with
@@ -83,6 +87,8 @@ class PrunedModule(fx.GraphModule):
 
     def train(self, mode: bool = True) -> PrunedModule:
         super().train(mode)
+        for path in self.__dict__.get("_apart", {}).get(mode, ()):
+            self.get_submodule(path).training = not mode
         self.choose(mode)
         return self
 
@@ -96,7 +102,8 @@ class PrunedModule(fx.GraphModule):
 
     def _deepcopy_init(self) -> Callable[..., None]:
         def init(made: PrunedModule, state: nn.Module, graph: fx.Graph) -> None:
-            PrunedModule.__init__(made, state, graph, type(self).__name__, state.__dict__.get("_programs"))
+            held = vars(state)
+            PrunedModule.__init__(made, state, graph, type(self).__name__, held.get("_programs"), held.get("_apart"))
 
         return init
 

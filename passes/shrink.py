@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from fxprune.passes.guards import Waiver
 from fxprune.passes.kept import Cut, Cutter, cut_shape
 from fxprune.passes.pruned import Program, PrunedModule
 from fxprune.passes.rewrite import Rewriter
-from fxprune.passes.tree import every_path, fetch, named_tensors, replace_tensors, walk
+from fxprune.passes.tree import Exceptions, every_path, exceptions, fetch, named_tensors, replace_tensors, walk
 
 
 def tensor_cuts(solution: Solution, kept: Tensor, cutter: Cutter | None = None) -> dict[str, list[Cut]]:
@@ -63,6 +63,7 @@ def shrink(
     evaluated = programs[False]
     assert isinstance(evaluated, fx.Graph)
     pruned = PrunedModule(root, evaluated, type(model).__name__, programs if len(programs) > 1 else None)
+    vars(pruned)["_apart"] = modules_apart(model, solution, walk(pruned).values())
     vars(pruned)["training"] = model.training
     pruned.choose(model.training)
     modes = {path: m.training for path, m in every_path(model)}
@@ -70,6 +71,15 @@ def shrink(
         if path:
             vars(module)["training"] = modes.get(path.removeprefix(solution.captures[0].prefix), model.training)
     return pruned
+
+
+def modules_apart(model: nn.Module, solution: Solution, paths: Iterable[str]) -> Exceptions:
+    """Those modules of the result, by mode, that do not follow when it is told its mode."""
+    capture = solution.captures[0]
+    found = capture.apart
+    if found is None:
+        found = {m: frozenset(capture.prefix + path for path in some) for m, some in exceptions(model).items()}
+    return {mode: some.intersection(paths) - {""} for mode, some in found.items()} if any(found.values()) else {}
 
 
 def cut_tree(values: Mapping[str, Tensor], solution: Solution, made: Mapping[str, list[Cut]]) -> Any:

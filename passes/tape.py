@@ -6,6 +6,8 @@ is its shape and dtype. Only the contents of small index tensors that do not dep
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -158,6 +160,54 @@ def gather_refs(x: Any, found: list[Ref]) -> None:
             gather_refs(v, found)
 
 
+@functools.lru_cache(maxsize=4096)
+def written_by(func: Any) -> tuple[tuple[int, str], ...]:
+    """Places and names of the arguments that a dispatcher function writes to."""
+    schema = getattr(func, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return ()
+    return tuple((i, a.name) for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write)
+
+
+class Contents:
+    """The contents of index tensors, kept right where a forward writes to one.
+
+    A value has one set of contents. What is written before anything was looked up by it takes the place of what was there;
+    of a tensor that changes after that the contents count as unknown.
+    """
+
+    def __init__(self, tape: Tape) -> None:
+        self.values = tape.values
+        self.holders: dict[int, list[tuple[weakref.ref[Tensor], Ref]]] = {}  # by storage
+        self.read: set[int] = set()
+
+    def keep(self, tensor: Tensor, ref: Ref) -> None:
+        self.values[ref.id].data = tensor.detach().clone()
+        self.holders.setdefault(tensor.untyped_storage()._cdata, []).append((weakref.ref(tensor), ref))
+
+    def note_reading(self, ins: list[Ref], outs: Any) -> None:
+        """Indices computed from indices have contents of their own; all else is lost on a change."""
+        if any(self.values[ref.id].data is None for ref in collect(outs, Ref)):
+            self.read.update(ref.id for ref in ins)
+
+    def note_writing(self, func: Any, args: Any, kwargs: Any, from_input: bool) -> None:
+        """Raises NeedsValues where something without contents was written into a tensor that has some."""
+        given = collect((args, kwargs), Tensor)
+        for at, name in written_by(func):
+            tensor = args[at] if at < len(args) else kwargs.get(name)
+            if not isinstance(tensor, Tensor) or tensor.is_meta or tensor.layout is not torch.strided:
+                continue
+            if any(t.is_meta for t in given):
+                raise NeedsValues
+            for holder, ref in self.holders.get(tensor.untyped_storage()._cdata, ()):
+                held, value = holder(), self.values[ref.id]
+                if held is None:
+                    continue
+                value.from_input |= from_input
+                unknown = value.from_input or ref.id in self.read
+                value.data = None if unknown else held.detach().clone()
+
+
 SEQUENCES = (tuple, list)
 LARGEST_INDEX = 1 << 22  # elements
 NAMELESS = SimpleNamespace(name="")
@@ -178,6 +228,7 @@ class Recorder(TorchDispatchMode):
         self.any_known = False  # which it takes a dictionary of this kind long to say
         self.held: dict[int, tuple[Tensor, Ref]] = {}  # the model's own, and tensors without contents
         self.imagination = Imagination()
+        self.contents = Contents(self.tape)
         self.node = -1
         self.active = True
 
@@ -195,7 +246,7 @@ class Recorder(TorchDispatchMode):
         if ref is None:
             ref = self.add(tensor, from_input=False, name=self.names.get(id(tensor)))
             if not tensor.dtype.is_floating_point and tensor.numel() <= LARGEST_INDEX and not tensor.is_meta:
-                self.tape.values[ref.id].data = tensor.detach().clone()
+                self.contents.keep(tensor, ref)
         return ref
 
     def refs(self, argument: Any) -> Any:
@@ -251,7 +302,7 @@ class Recorder(TorchDispatchMode):
         if in_kwargs:
             gather_refs(in_kwargs, ins)
         out = self.imagination.result(func, args, kwargs)
-        out = func(*args, **kwargs) if out is None else out
+        out = self.imagination.ran(func, args, kwargs) if out is None else out
         from_input = True in [values[ref.id].from_input for ref in ins]
 
         def result(tensor: Tensor) -> Ref:
@@ -262,9 +313,13 @@ class Recorder(TorchDispatchMode):
             ref = self.add(tensor, from_input=from_input)
             known = not (from_input or tensor.is_meta or tensor.numel() > LARGEST_INDEX)
             if known and not (tensor.dtype.is_floating_point or tensor.dtype.is_complex):
-                values[ref.id].data = tensor.detach().clone()
+                self.contents.keep(tensor, ref)
             return ref
 
         outs = result(out) if isinstance(out, Tensor) else map_tensors(out, result)
+        if any(values[ref.id].data is not None for ref in ins):
+            self.contents.note_reading(ins, outs)
+        if written_by(func):
+            self.contents.note_writing(func, args, kwargs, from_input)
         self.tape.ops.append(Op(func, tuple(in_args), in_kwargs, outs, self.node, ins))
         return out

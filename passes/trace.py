@@ -22,24 +22,34 @@ from fxprune.passes.opaque import Whole
 from fxprune.passes.patches import patched
 from fxprune.passes.proxy import ReadsValue
 from fxprune.passes.terms import named_outputs
-from fxprune.passes.tracer import ValueTracer
+from fxprune.passes.tracer import ValueTracer, WritesConstants
 
 
 def trace(
-    root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, retry: bool = True, whole: bool = False
+    root: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    retry: bool = True,
+    whole: bool = False,
+    home: torch.device | None = None,
 ) -> Capture:
     """Capture one run of `root` on the example arguments; `root` must be a private copy (see `private_copy`).
 
     `retry=False` lets errors out instead of turning the module where they arose opaque; `whole` makes one opaque module of
-    all of it from the start.
+    all of it from the start; `home` is the device that tensors are said to be on which are on `meta` for the run.
     """
     tracer = ValueTracer(root, args, kwargs)
-    tracer.retry = retry
+    tracer.retry, tracer.home = retry, home
     prefix = ""
     try:
         if whole:
             raise RuntimeError("stays of its class")
-        graph = recorded(tracer)
+        try:
+            graph = recorded(tracer)
+        except WritesConstants:
+            tracer = starting_over(tracer, args, kwargs)
+            graph = recorded(tracer)
     except Exception as error:
         if not retry or hasattr(error, "fxprune_plain") or isinstance(error, PruneError):
             raise
@@ -73,9 +83,21 @@ def trace(
         tracer.index,
         prefix,
         tracer.modules,
+        tracer.apart(),
     )
     vars(tracer).clear()  # its proxies know it: what the capture does not hold is to go now, not when the collector comes
     return made
+
+
+def starting_over(failed: ValueTracer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ValueTracer:
+    """A tracer of the same module tree whose program copies constants before it writes to them."""
+    failed.stored.take_back(failed.index, 0)
+    for constant in failed.constants.values():
+        delattr(failed.root, failed.names[id(constant.kept)])
+    tracer = ValueTracer(failed.root, args, kwargs)
+    tracer.retry, tracer.home, tracer.opaque = failed.retry, failed.home, dict(failed.opaque)
+    tracer.writes_constants = True
+    return tracer
 
 
 def whole_tracer(
@@ -97,4 +119,6 @@ def recorded(tracer: ValueTracer) -> fx.Graph:
     """Trace with the recorder in place all the while; it writes only while a node is evaluated."""
     tracer.recorder.active = False
     with patched(tracer), torch.no_grad(), tracer.recorder:
-        return tracer.trace(tracer.root)
+        graph = tracer.trace(tracer.root)
+    tracer.check_constants()
+    return graph

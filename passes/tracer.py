@@ -8,6 +8,7 @@ import inspect
 import itertools
 import operator
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,16 +19,16 @@ from fxprune.errors import PruneError
 from fxprune.passes.capture import Call
 from fxprune.passes.faults import surface
 from fxprune.passes.flag import Flag, Reading
-from fxprune.passes.imagine import ATOMS, RESHAPING
+from fxprune.passes.imagine import ATOMS, META, RESHAPING
 from fxprune.passes.modes import Branch, by_flag, in_both_modes
 from fxprune.passes.opaque import SizeUse, watched
-from fxprune.passes.patches import plain_rnn
+from fxprune.passes.patches import FACTORIES, plain_rnn
 from fxprune.passes.plain import Plain, is_plain
 from fxprune.passes.proxy import Items, ReadsValue, ValueProxy, has_tensor, like_dict, tensors, unwrap
 from fxprune.passes.questions import NUMBERS, Questions
 from fxprune.passes.stored import Stored
 from fxprune.passes.tape import NeedsValues, Recorder, Ref, collect, map_tensors
-from fxprune.passes.tree import every_path, fetch, modes_in_training, named_tensors
+from fxprune.passes.tree import Exceptions, every_path, fetch, modes_in_training, named_tensors
 
 # Modules of torch.nn whose forward holds sizes as literals or insists on relations that pruning changes.
 TRACED_THROUGH = (
@@ -46,10 +47,25 @@ TRACED_THROUGH = (
 plain_call = nn.Module._call_impl  # as it is outside of a trace
 PLAIN_MODULES = ("_operator", "builtins", "math")  # their functions make no tensors of their own
 UNWATCHED: contextlib.nullcontext[dict[str, int]] = contextlib.nullcontext({})
+STANDING = ATOMS | {ValueProxy, Flag}
 PLAIN = ATOMS | {complex, torch.layout, torch.memory_format}
 RESHAPES = frozenset(name.removeprefix("aten::") for name in RESHAPING)  # methods
 RESHAPES |= {getattr(torch, name) for name in RESHAPES if hasattr(torch, name)}
 ARITHMETIC = frozenset([getattr(operator, f) for f in "add sub mul floordiv truediv mod pow neg eq ne lt le gt ge".split()])
+
+
+@dataclass(slots=True)
+class Constant:
+    """A tensor of the forward's own as the program has it: `kept` is what it was at a version, `proxy` stands for that."""
+
+    tensor: Tensor
+    version: int
+    kept: Tensor
+    proxy: Any
+
+
+class WritesConstants(Exception):
+    """The program writes in place to constants made on the way, so that each call has to start from copies."""
 
 
 class ValueTracer(Questions):
@@ -74,6 +90,8 @@ class ValueTracer(Questions):
         self.leaks: dict[str, set[str]] = {}
         self.untracked: set[fx.Node] = set()
         self.attributes: dict[str, Any] = {}
+        self.constants: dict[int, Constant] = {}  # by the identity of the forward's own tensors
+        self.writes_constants = False  # whether the program is to start from copies of them
         self.stack: list[str] = [""]
         self.reads = [{}]
         self.running: str | None = None
@@ -84,6 +102,7 @@ class ValueTracer(Questions):
         # the mode of each module in training; None where a second capture has to tell
         self.trained = None if root.training else modes_in_training(root)
         self.retry = True
+        self.home = None
         self.inputs: list[Ref] = []
         self.index = {}
         self.short: dict[Any, str] = {}  # by target: names of nodes
@@ -138,6 +157,10 @@ class ValueTracer(Questions):
 
     def made(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A new node, evaluated, as a proxy."""
+        if not STANDING.issuperset(map(type, args)):
+            args = tuple([self.standing(a) for a in args])
+        if kwargs and not STANDING.issuperset(map(type, kwargs.values())):
+            kwargs = {k: self.standing(v) for k, v in kwargs.items()}
         made = tuple([a.node if type(a) is ValueProxy else self.create_arg(a) for a in args])
         node = self.create_node(kind, target, made, self.create_arg(kwargs) if kwargs else {})
         ins = tuple([a.value if type(a) is ValueProxy else unwrap(a) for a in args])
@@ -145,6 +168,18 @@ class ValueTracer(Questions):
         if target in RESHAPES or (kind == "call_module" and target in self.opaque):  # it may have another shape now
             self.forget_reads(0)
         return self.bind(node, value)
+
+    def standing(self, x: Any) -> Any:
+        """An argument in which proxies stand for tensors of the forward's own."""
+        if type(x) in STANDING:
+            return x
+        if isinstance(x, Tensor):
+            return self.constant(x) if id(x) not in self.names else x
+        if type(x) in (tuple, list):
+            return type(x)([self.standing(v) for v in x])
+        if type(x) is dict:
+            return {k: self.standing(v) for k, v in x.items()}
+        return slice(*map(self.standing, (x.start, x.stop, x.step))) if type(x) is slice else x
 
     def bind(self, node: fx.Node, value: Any) -> Any:
         """Record a node's value and hand out proxies for it: containers become real containers of proxies."""
@@ -170,6 +205,8 @@ class ValueTracer(Questions):
         recorder.node = self.index[node]
         first = len(recorder.tape.values)
         given = has_tensor(args) or has_tensor(kwargs)
+        if self.home is not None and (torch.device in map(type, args) or "device" in kwargs):
+            args, kwargs = self.at_hand(args, kwargs) if given else self.made_at(node.target, args, kwargs)
         plain = getattr(node.target, "__module__", None) in PLAIN_MODULES
         outer, self.running = self.running, str(node.target) if node.op == "call_module" else ""
         recorder.active = given or not plain
@@ -187,6 +224,21 @@ class ValueTracer(Questions):
         if given and self.made_outside(node, value, first):
             self.untracked.add(node)
         return value
+
+    def at_hand(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Arguments in which the model's device is that of its stand-ins, where there are some among them."""
+        if not any(t.is_meta for t in tensors((args, kwargs))):
+            return args, kwargs
+        there = lambda device: META if device == self.home else device  # noqa: E731
+        return map_tensors((args, kwargs), there, torch.device)
+
+    def made_at(self, target: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Arguments of what makes a tensor: one of fractions, which may be written to, has no contents either."""
+        if kwargs.get("device") == self.home and getattr(target, "__name__", "") in FACTORIES:
+            here = kwargs | {"device": META}
+            if target(*args, **here).is_floating_point():
+                return args, here
+        return args, kwargs
 
     def run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         if node.op == "call_function":
@@ -247,13 +299,7 @@ class ValueTracer(Questions):
             raise ReadsValue(f"{type(a).__name__} that is handed to a function")
         if isinstance(a, Tensor):
             name = self.names.get(id(a))
-            if name is None:
-                if a.is_meta:
-                    raise NeedsValues  # a constant made on the way, without contents
-                name = self.get_fresh_qualname("_tensor_constant")
-                setattr(self.root, name, a)
-                self.names[id(a)] = name
-            return self.attribute(name, a).node
+            return (self.constant(a) if name is None else self.attribute(name, a)).node
         if isinstance(a, tuple) and hasattr(a, "_fields"):
             node = self.create_node("call_function", type(a), tuple(self.create_arg(v) for v in a), {})
             self.results[node] = map_tensors(unwrap(tuple(a)), self.recorder.ref)
@@ -271,6 +317,26 @@ class ValueTracer(Questions):
         if name not in self.attributes:
             self.attributes[name] = self.create_proxy("get_attr", name, (), {})
         return self.attributes[name]
+
+    def constant(self, tensor: Tensor) -> Any:
+        """A tensor made on the way, outside of the program, as it is now: the forward may write to it afterwards."""
+        version = 0 if tensor.is_inference() else tensor._version
+        found = self.constants.get(id(tensor))
+        if found is None or found.version != version:
+            if tensor.is_meta:
+                raise NeedsValues  # it has no contents
+            name, kept = self.get_fresh_qualname("_tensor_constant"), tensor.detach().clone()
+            setattr(self.root, name, kept)
+            self.names[id(kept)] = name
+            proxy = self.attribute(name, kept)
+            proxy = self.create_proxy("call_method", "clone", (proxy,), {}) if self.writes_constants else proxy
+            found = self.constants[id(tensor)] = Constant(tensor, version, kept, proxy)
+        return found.proxy
+
+    def check_constants(self) -> None:
+        """Raises WritesConstants where the program would find what it wrote to a constant in the last call."""
+        if not self.writes_constants and any(c.kept._version for c in self.constants.values()):
+            raise WritesConstants
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """What a forward gets when it reads a tensor of a module."""
@@ -362,6 +428,15 @@ class ValueTracer(Questions):
         gone = [k for k, p in self.attributes.items() if isinstance(p, ValueProxy) and self.index[p.node] >= mark]
         for key in gone:
             del self.attributes[key]
+        self.constants = {i: c for i, c in self.constants.items() if self.index[c.proxy.node] < mark}
+
+    def apart(self) -> Exceptions | None:
+        """The modules that do not follow the root's mode."""
+        if self.trained is None:
+            return None
+        trained = self.trained
+        evaluating = frozenset(path for path, m in self.modules.items() if not trained[m])
+        return {False: frozenset(path for path, m in self.modules.items() if m.training), True: evaluating}
 
     # -- the root -----------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -205,9 +205,7 @@ def on_meta(tensor: Tensor) -> Tensor:
 def set_mode(root: nn.Module, training: bool) -> Any:
     """The tree in evaluation or in training mode; what `train()` does, where no module has one of its own."""
     modules = walk(root)
-    kinds: set[Any] = set(map(type, modules))
-    plain = {kind for kind in kinds if kind.train is nn.Module.train and kind.eval is nn.Module.eval}
-    if any(type(m) not in plain or "training" not in vars(m) for m in modules):
+    if has_own_train(modules) or any("training" not in vars(m) for m in modules):
         return root.train(training)
     for module in modules:
         vars(module)["training"] = training
@@ -221,7 +219,7 @@ def modes_in_training(root: nn.Module) -> dict[nn.Module, bool] | None:
     was told so before.
     """
     modules = walk(root)
-    if all(type(m).train is nn.Module.train for m in modules):
+    if not has_own_train(modules):
         return dict.fromkeys(modules, True)
 
     def states() -> list[Any]:
@@ -229,7 +227,9 @@ def modes_in_training(root: nn.Module) -> dict[nn.Module, bool] | None:
         for module in walk(root):
             for name, value in vars(module).items():
                 if name != "training":
-                    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
+                    inner = (
+                        value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
+                    )
                     found += [(id(module), name, id(value)), *map(id, inner)]
         return found
 
@@ -242,3 +242,24 @@ def modes_in_training(root: nn.Module) -> dict[nn.Module, bool] | None:
     except Exception:  # one that is not to be trained
         return None
     return trained if same and states() == before and {m: m.training for m in modules} == evaluated else None
+
+
+def has_own_train(modules: Iterable[nn.Module]) -> bool:
+    kinds: set[Any] = set(map(type, modules))
+    return any(kind.train is not nn.Module.train or kind.eval is not nn.Module.eval for kind in kinds)
+
+
+Exceptions = dict[bool, frozenset[str]]  # for either mode the paths of modules that are in the other one
+
+
+def exceptions(model: nn.Module) -> Exceptions:
+    """The modules that do not follow when a model is told its mode; `train` is called on copies without contents."""
+    found: Exceptions = {}
+    for mode in (False, True) if has_own_train(walk(model)) else ():
+        copied = private_copy(model, on_meta)
+        try:
+            copied.train(mode)
+        except Exception:  # one that knows one mode alone
+            continue
+        found[mode] = frozenset(path for path, m in every_path(copied) if m.training != mode)
+    return found

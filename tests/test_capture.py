@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import fxprune
+from fxprune import analysis
 
 
 def remembered(function):
@@ -358,3 +359,151 @@ class Repeats(nn.Module):
 def test_a_repetition_of_a_known_length():
     pruned = fxprune.prune(Repeats().eval(), 0.5, example_inputs=torch.randn(2, 8))
     assert pruned.verification.ok and pruned.meta["capture"] == "symbolic" and pruned.b.in_features < 32
+
+
+def made_here(net, x):
+    """Constants of the forward's own, on the device of its input, meet what is computed from weights."""
+    steps = torch.arange(8, device=x.device).float()
+    return net.b(net.a(x + (steps[:, None] * net.scale[:8]).sum(0)).relu() * torch.ones(16, device=x.device))
+
+
+def asks(net, x):
+    assert x.device.type == "cpu" and not x.is_cuda and x.is_cpu and not x.is_meta and x.get_device() == -1
+    assert x.device == net.scale.device
+    return net.b(net.a(x).relu())
+
+
+def brings(net, x):
+    """To be brought to where one is makes no copy: what is written there is written here."""
+    x = net.a(x)
+    y = x.to(x.device)
+    y *= net.scale.to(device=y.device)
+    return net.b(x.relu())
+
+
+def looks_up(net, x):
+    places = torch.arange(x.shape[1], device=x.device).flip(0)
+    return net.b(net.a(x[:, places]).relu() + net.a(x).index_select(1, torch.arange(15, -1, -1, device=x.device)))
+
+
+def writes(net, x):
+    """Into a tensor of its own, whose contents then are no longer known."""
+    table = torch.zeros(16, device=x.device)
+    table += net.scale
+    return net.b(net.a(x).relu() * table)
+
+
+def writes_places(net, x):
+    """Indices that weights decide: there is no run without values of that."""
+    places = torch.zeros(16, dtype=torch.long, device=x.device)
+    places += net.scale.argsort()
+    return net.b(net.a(x).relu()[:, places])
+
+
+class Placed(nn.Module):
+    def __init__(self, between):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.scale = nn.Linear(8, 16), nn.Linear(16, 8), nn.Parameter(torch.rand(16))
+        self.between = between
+
+    def forward(self, x):
+        return self.between(self, x)
+
+
+@pytest.mark.parametrize("between", [made_here, asks, brings, looks_up, writes, writes_places])
+def test_a_run_without_values_is_where_the_model_is(between, monkeypatch):
+    """A device that is asked for is the model's, and what is found is what a run with values finds."""
+    runs, plain = [], analysis.programs
+    model, x = Placed(between).eval(), torch.randn(2, 8)
+
+    def programs(model, args, kwargs, stand_in):
+        runs.append(stand_in is None)
+        if len(runs) == 1 and first_is_given_up:
+            raise RuntimeError
+        return plain(model, args, kwargs, stand_in)
+
+    monkeypatch.setattr(analysis, "programs", programs)
+    monkeypatch.setenv("FXPRUNE_STRICT", "0")
+    first_is_given_up = False
+    found = fxprune.couple(model, x)
+    assert runs == ([False, True] if between is writes_places else [False])
+    runs.clear()
+    first_is_given_up = True
+    assert fxprune.couple(model, x).to_dict() == found.to_dict() and runs == [False, True]
+    first_is_given_up = False
+    if between is not writes_places:  # which keeps all channels
+        pruned = fxprune.prune(model, 0.5, example_inputs=x, verify=True)
+        assert pruned.a.weight.shape == (8, 8) and "meta" not in pruned.code
+
+
+def turned_in_place(x):
+    places = torch.arange(16)
+    places *= -1
+    places += 15
+    return x[:, places] + x
+
+
+def put_through_a_view(x):
+    places = torch.arange(16)
+    places.view(2, 8)[:] = torch.arange(15, -1, -1).view(2, 8)
+    return x.index_select(1, places) + x
+
+
+def looked_up_before(x):
+    """The two look up different things."""
+    places = torch.arange(16)
+    y = x[:, places]
+    places.copy_(places.flip(0).clone())
+    return x[:, places] + y
+
+
+def looked_up_before_by_nodes(x):
+    """A value has one set of contents."""
+    places = torch.arange(16, device=x.device)
+    y = x[:, places]
+    places.copy_(places.flip(0).clone())
+    return x[:, places] + y
+
+
+def put_by_the_input(x):
+    places = torch.arange(16)
+    places[:2] = (x[0, :2] > 100).long()
+    return x[:, places] + x
+
+
+WRITTEN = {
+    turned_in_place: True,
+    put_through_a_view: True,
+    looked_up_before: True,
+    looked_up_before_by_nodes: False,
+    put_by_the_input: False,
+}
+
+
+@pytest.mark.parametrize("between", WRITTEN)
+def test_indices_that_are_written_to(between):
+    """What is looked up is what stands there at the time; where that cannot be said the channels stay."""
+    model, x = Placed(lambda net, x: net.b(between(net.a(x).relu()) * net.scale)).eval(), torch.randn(2, 8)
+    family = next(f for f in fxprune.couple(model, x).families if ("a.weight", 0) in f.members)
+    assert (family.frozen is None) == WRITTEN[between]
+    if WRITTEN[between]:
+        assert family.units == 8  # a channel and its mirror image
+        pruned = fxprune.prune(model, 0.5, example_inputs=x, verify=True)
+        assert pruned.a.weight.shape == (8, 8)
+
+
+def counted(x):
+    """A tensor of the forward's own starts anew with every call."""
+    seen = torch.zeros(1, 8)
+    seen += x[:1].detach()
+    seen[:, :2] *= 2
+    return x + seen
+
+
+def test_a_constant_that_is_written_to_starts_anew():
+    model, x = Placed(lambda net, x: net.b(net.a(counted(x)).relu())).eval(), torch.randn(2, 8)
+    pruned = fxprune.prune(model, 0.5, example_inputs=x, verify=True)
+    assert pruned.a.weight.shape == (8, 8)
+    with torch.no_grad():
+        assert torch.equal(pruned(x), pruned(x))

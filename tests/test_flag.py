@@ -1,5 +1,7 @@
 """The mode handed on as an argument: one capture serves both modes, unless Python looks at it."""
 
+import copy
+from collections import OrderedDict
 from types import SimpleNamespace
 
 import pytest
@@ -139,8 +141,89 @@ class Plain(Net):
         return self.drop(self.drop(x).relu())
 
 
-ONCE = (Dropped, DroppedInPlace, Normed, Nested, Plain)
-TWICE = (Scaled, HandedToPython, Compared, Counted, Kept, HandedDown)
+class Output(OrderedDict):
+    """Fields that are keys too, as transformers' outputs have."""
+
+    def __init__(self, **fields):
+        super().__init__(**fields)
+        vars(self).update(fields)
+
+
+class Decoder(nn.Module):
+    """Asks, hands its mode on inside of what it does by it, and returns a dict of a class of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, x):
+        x = F.dropout(x, 0.0 if not self.training else 1.0, self.training) + x
+        if self.training:
+            x = x * 2
+        return Output(hidden=self.block(x), name="decoder")
+
+
+class Inside(Net):
+    def __init__(self):
+        super().__init__()
+        self.decoder = Decoder()
+
+    def between(self, x):
+        made = self.decoder(x)
+        return made.hidden + made["hidden"]
+
+
+class OwnTrain(Nested):
+    """A `train` of its own, which keeps a block in evaluation."""
+
+    def __init__(self):
+        super().__init__()
+        self.always = Block()
+
+    def between(self, x):
+        return self.inner(self.always(x))
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.always.eval()
+        return self
+
+
+class OwnTrainInside(Net):
+    """That of a part of the model is called by that of the whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.part = OwnTrain()
+
+    def forward(self, x):
+        return self.part(x)
+
+
+class Keeps(Nested):
+    """A `train` that does more than to set modes."""
+
+    scale = 1.0
+
+    def train(self, mode=True):
+        self.scale = 2.0 if mode else 1.0
+        return super().train(mode)
+
+    def between(self, x):
+        return self.inner(x) * self.scale
+
+
+class Refuses(Nested):
+    """A model that is not to be trained."""
+
+    def train(self, mode=True):
+        if mode:
+            raise RuntimeError("not to be trained")
+        return super().train(mode)
+
+
+ONCE = (Dropped, DroppedInPlace, Normed, Nested, Plain, Inside, OwnTrain)
+TWICE = (Scaled, HandedToPython, Compared, Counted, Kept, HandedDown, Keeps)
 
 
 @pytest.mark.parametrize("kind", ONCE + TWICE)
@@ -151,14 +234,67 @@ def test_both_modes_are_as_in_the_original(kind, captures):
     with torch.no_grad():
         model.a.weight[4:] *= 1e-3  # these are what goes
         model.b.weight[:, 4:] = 0
-    attributes = sorted(vars(model))
+    attributes, modes = sorted(vars(model)), [m.training for m in model.modules()]
     pruned = fxprune.prune(model, 0.5, example_inputs=X, verify=False)
     assert len(captures) == (1 if kind in ONCE else 2)
     assert pruned.a.weight.shape == (4, 5) and sorted(vars(model)) == attributes
+    assert [m.training for m in model.modules()] == modes
     assert not any(type(v) is Flag for m in pruned.modules() for v in vars(m).values())
     for mode in (False, True):
         assert torch.allclose(pruned.train(mode)(X), model.train(mode)(X)), mode
     assert not torch.allclose(model.train()(X), model.eval()(X))
+
+
+class Frozen(Net):
+    """Keeps the statistics of its norm as they are, as backbones of detectors do; nothing asks for its mode."""
+
+    def __init__(self, counts=False):
+        super().__init__()
+        self.norm, self.drop, self.trainings = nn.BatchNorm1d(8), nn.Dropout(), 0 if counts else None
+
+    def between(self, x):
+        return self.drop(self.norm(x))
+
+    def train(self, mode=True):
+        if self.trainings is not None:
+            self.trainings += mode
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+
+@pytest.mark.parametrize("counts", [False, True])
+@pytest.mark.parametrize("copied", [lambda net: net, copy.deepcopy])
+def test_modules_that_do_not_follow_the_mode_of_the_model(counts, copied):
+    model = Frozen(counts).double()
+    pruned = copied(fxprune.prune(model, 0.5, example_inputs=X))
+    again = fxprune.plan_of(pruned).apply(model)
+    assert model.trainings in (None, 0)
+    for made in (pruned, again):
+        for mode in (True, False, True):
+            made.train(mode)
+            assert (made.training, made.a.training, made.drop.training, made.norm.training) == (mode, mode, mode, False)
+        before = made.norm.running_mean.clone()
+        made(X + 5)
+        assert torch.equal(made.norm.running_mean, before)
+
+
+def test_a_part_with_a_train_of_its_own(captures):
+    model = OwnTrainInside().double()
+    with torch.no_grad():
+        model.part.a.weight[4:] *= 1e-3  # these are what goes
+        model.part.b.weight[:, 4:] = 0
+    pruned = fxprune.prune(model, 0.5, example_inputs=X)
+    assert len(captures) == 1
+    for mode in (False, True):
+        assert torch.allclose(pruned.train(mode)(X), model.train(mode)(X)), mode
+
+
+def test_a_model_that_is_not_to_be_trained():
+    model = Refuses().double().eval()
+    pruned = fxprune.prune(model, 0.5, example_inputs=X)
+    assert pruned.a.weight.shape == (4, 5)
+    assert fxprune.verify(model, pruned, X).error < 1e-12
 
 
 def test_what_a_function_does_in_training_couples_too():

@@ -58,7 +58,7 @@ class Watcher(Recorder):
     def begin(self, batch: Any) -> None:
         """Forget the last batch's values, and learn which tensors are inputs."""
         fresh = Recorder(self.names)
-        self.tape, self.known, self.held = fresh.tape, fresh.known, fresh.held
+        self.tape, self.known, self.held, self.contents = fresh.tape, fresh.known, fresh.held, fresh.contents
         self.origins = Origins(self.own_leaves, self.size)
         self.samples += batch.size
         self.weighted = batch.size
