@@ -67,32 +67,39 @@ def programs(
 
     Shapes are all that coupling needs, so the run is first tried without values.
     """
+    given = args, kwargs
     home = None
     if stand_in is not None:
         swap = lambda t: stand_in(t) if t.is_floating_point() else t  # noqa: E731
         home = only_device(model, args, kwargs)
         args, kwargs = map_tensors((args, kwargs), swap)
     found = [captured(set_mode(private_copy(model, stand_in), False), args, kwargs, final=stand_in is None, home=home)]
-    if found[0].reads_training:
-        training = private_copy(model, stand_in)
+    if not found[0].reads_training:
+        return found
+    try:
         try:
-            set_mode(training, True)
-        except Exception as error:
-            surface(error)
-            found[0].note = f"training mode is as evaluation: train() raises {type(error).__name__}: {error}"
-            return found
-        try:
-            other = captured(training, args, kwargs, final=True, home=home)
-        except PruneError as error:  # a model may need targets to train: then it is captured for evaluation
-            if stand_in is not None:
-                raise  # or it may need values
-            found[0].note = f"training mode is as evaluation: {error.what}"
-            return found
-        if other.prefix != found[0].prefix:
-            found[0].note = f"training mode is as evaluation: {', '.join(other.opaque.values())}"
-        elif code(other) != code(found[0]):
-            found.append(other)
+            other = captured(trained(private_copy(model, stand_in)), args, kwargs, final=True, home=home)
+        except PruneError:
+            if stand_in is None:
+                raise
+            other = captured(trained(private_copy(model)), *given, final=True, home=None)  # training may read values
+    except PruneError as error:  # a model may need targets to train: then it is captured for evaluation
+        found[0].note = f"training mode is as evaluation: {error.what}"
+        return found
+    if other.prefix != found[0].prefix:
+        found[0].note = f"training mode is as evaluation: {', '.join(other.opaque.values())}"
+    elif code(other) != code(found[0]):
+        found.append(other)
     return found
+
+
+def trained(root: nn.Module) -> Any:
+    """A private copy, told to train."""
+    try:
+        return set_mode(root, True)
+    except Exception as error:
+        surface(error)
+        raise PruneError(f"train() raises {type(error).__name__}: {error}", where=type(root).__name__) from error
 
 
 def only_device(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device | None:

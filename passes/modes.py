@@ -61,6 +61,8 @@ def in_both_modes(tracer: ValueTracer, module: nn.Module, forward: Any, argument
     inner = list(walk(module))
     if not any(trains.get(m, True) for m in inner):  # all of it is kept in evaluation
         return out
+    if asked_around(tracer):
+        return out
     key = likeness(module, *arguments)
     if key is not None and key in tracer.same:
         return out
@@ -86,9 +88,14 @@ def in_both_modes(tracer: ValueTracer, module: nn.Module, forward: Any, argument
     return found
 
 
+def asked_around(tracer: ValueTracer) -> bool:
+    """Whether a module around the present one has asked for its mode: then all in it is captured once more."""
+    return any(reading.asked for reading in tracer.readings[:-1])
+
+
 def by_flag(tracer: ValueTracer, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The result of a call that is given a flag (see `flag.py`), good for both modes."""
-    if tracer.branches is None or tracer.reads_training:
+    if tracer.branches is None or tracer.reads_training or tracer.readings[-1].asked or asked_around(tracer):
         plain = tuple(map(plainly, args)), {k: plainly(v) for k, v in kwargs.items()}
         return tracer.create_proxy(kind, target, *plain)
     begin = len(tracer.index)

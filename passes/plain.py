@@ -97,6 +97,8 @@ def is_plain(tracer: ValueTracer, module: nn.Module, stored: dict[str, Any], mar
     """
     if tracer.branches is None or tracer.reads_training or any(tracer.index[g.node] >= mark for g in tracer.guards):
         return False
+    if any(reading.asked for reading in tracer.readings[:-1]):  # what it does in training was not looked at
+        return False
     now = vars(module)
     if len(now) != len(stored) or any(now[k] is not v for k, v in stored.items()):
         return False

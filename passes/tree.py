@@ -225,12 +225,10 @@ def modes_in_training(root: nn.Module) -> dict[nn.Module, bool] | None:
     def states() -> list[Any]:
         found: list[Any] = []
         for module in walk(root):
-            for name, value in vars(module).items():
-                if name != "training":
-                    inner = (
-                        value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
-                    )
-                    found += [(id(module), name, id(value)), *map(id, inner)]
+            held = vars(module)
+            found += [id(module), len(held), *[id(v) for name, v in held.items() if name != "training"]]
+            for box in [v for v in held.values() if type(v) in CONTAINERS and v]:
+                found += map(id, box.values() if isinstance(box, dict) else box)
         return found
 
     evaluated, before = {m: m.training for m in modules}, states()

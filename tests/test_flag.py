@@ -163,6 +163,20 @@ class Decoder(nn.Module):
         return Output(hidden=self.block(x), name="decoder")
 
 
+class Late(nn.Module):
+    """Asks when what is inside of it has been looked at in both modes, and then for more."""
+
+    def __init__(self):
+        super().__init__()
+        self.block, self.drop = Block(), Drop()
+
+    def forward(self, x):
+        x = self.block(self.drop(x))
+        if self.training:
+            x = x - 1
+        return Output(hidden=self.block(F.dropout(self.drop(x), 1.0, self.training) + x))
+
+
 class Inside(Net):
     def __init__(self):
         super().__init__()
@@ -171,6 +185,15 @@ class Inside(Net):
     def between(self, x):
         made = self.decoder(x)
         return made.hidden + made["hidden"]
+
+
+class InsideLate(Inside):
+    def __init__(self):
+        super().__init__()
+        self.decoder, self.drop = Late(), Drop()
+
+    def between(self, x):
+        return self.drop(super().between(x))
 
 
 class OwnTrain(Nested):
@@ -222,7 +245,7 @@ class Refuses(Nested):
         return super().train(mode)
 
 
-ONCE = (Dropped, DroppedInPlace, Normed, Nested, Plain, Inside, OwnTrain)
+ONCE = (Dropped, DroppedInPlace, Normed, Nested, Plain, Inside, InsideLate, OwnTrain)
 TWICE = (Scaled, HandedToPython, Compared, Counted, Kept, HandedDown, Keeps)
 
 
