@@ -99,7 +99,7 @@ def read_training(tracer: ValueTracer, module: nn.Module) -> Any:
     if tracer.running is not None:
         return training
     alone = tracer.branches is None or tracer.reads_training or training
-    no_branch = alone or tracer.trained is None or not tracer.trained.get(module, True)
+    no_branch = alone or tracer.trained is None or not tracer.trained.get(module, True) or tracer.stack[-1] in tracer.flagless
     caller = sys._getframe(2)
     if no_branch or not handed_on(caller.f_code, caller.f_lasti):
         tracer.readings[-1].asked = True

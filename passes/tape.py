@@ -169,6 +169,12 @@ def written_by(func: Any) -> tuple[tuple[int, str], ...]:
     return tuple((i, a.name) for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write)
 
 
+def storage_of(tensor: Tensor) -> int:
+    """What tells memory from other memory; what looks on does not take it for a question of the model's."""
+    with torch._C.DisableTorchFunction():
+        return tensor.untyped_storage()._cdata
+
+
 class Contents:
     """The contents of index tensors, kept right where a forward writes to one.
 
@@ -183,7 +189,7 @@ class Contents:
 
     def keep(self, tensor: Tensor, ref: Ref) -> None:
         self.values[ref.id].data = tensor.detach().clone()
-        self.holders.setdefault(tensor.untyped_storage()._cdata, []).append((weakref.ref(tensor), ref))
+        self.holders.setdefault(storage_of(tensor), []).append((weakref.ref(tensor), ref))
 
     def note_reading(self, ins: list[Ref], outs: Any) -> None:
         """Indices computed from indices have contents of their own; all else is lost on a change."""
@@ -199,7 +205,7 @@ class Contents:
                 continue
             if any(t.is_meta for t in given):
                 raise NeedsValues
-            for holder, ref in self.holders.get(tensor.untyped_storage()._cdata, ()):
+            for holder, ref in self.holders.get(storage_of(tensor), ()):
                 held, value = holder(), self.values[ref.id]
                 if held is None:
                     continue

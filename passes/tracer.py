@@ -24,7 +24,7 @@ from fxprune.passes.modes import Branch, by_flag, in_both_modes
 from fxprune.passes.opaque import SizeUse, watched
 from fxprune.passes.patches import FACTORIES, plain_rnn
 from fxprune.passes.plain import Plain, is_plain
-from fxprune.passes.proxy import Items, ReadsValue, ValueProxy, has_tensor, like_dict, tensors, unwrap
+from fxprune.passes.proxy import Items, ReadsValue, ValueProxy, has_tensor, iterate, like_dict, tensors, unwrap
 from fxprune.passes.questions import NUMBERS, Questions
 from fxprune.passes.stored import Stored
 from fxprune.passes.tape import NeedsValues, Recorder, Ref, collect, map_tensors
@@ -96,6 +96,7 @@ class ValueTracer(Questions):
         self.reads = [{}]
         self.running: str | None = None
         self.reads_training = False
+        self.flagless: set[str] = set()  # modules whose flags went where only a bool is taken
         self.readings = [Reading()]  # what each module on the stack wanted to know of its mode
         self.branches: list[Branch] | None = []  # None while a branch is being captured
         self.same: set[Any] = set()  # by likeness: layers that do the same in both modes
@@ -377,7 +378,7 @@ class ValueTracer(Questions):
             return self.create_proxy("call_module", path, args, kwargs)
         mark, ops = len(self.index), len(self.recorder.tape.ops)
         again = (copied(args), copied(kwargs))  # what a second run starts from
-        stored, plain = dict(vars(m)) if like is not None else {}, False
+        stored, plain, refused = dict(vars(m)) if like is not None else {}, False, False
         self.stack.append(path)
         self.reads.append({})
         self.readings.append(reading := Reading())
@@ -392,9 +393,12 @@ class ValueTracer(Questions):
         except PruneError:
             raise
         except Exception as error:
-            if hasattr(error, "fxprune_plain") or not self.retry:
+            refused = reading.flag and path not in self.flagless
+            if hasattr(error, "fxprune_plain") or not (self.retry or refused):
                 raise
             surface(error)
+            if not refused and Flag in map(type, iterate((args, kwargs))):
+                raise  # it is another module's
             where = getattr(error, "fxprune_where", None)
             reason = f"reads {error}" if isinstance(error, ReadsValue) else f"{type(error).__name__}: {error}"
         finally:
@@ -402,6 +406,9 @@ class ValueTracer(Questions):
             self.reads.pop()
             self.readings.pop()
         self.roll_back(mark, ops)
+        if refused:
+            self.flagless.add(path)
+            return self.call_module(m, forward, *again)
         if plain:
             self.plain.add(m, args, unread)
         else:

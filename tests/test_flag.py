@@ -187,6 +187,25 @@ class Inside(Net):
         return made.hidden + made["hidden"]
 
 
+class Learns(nn.Module):
+    """Hands its mode to what takes a bool and nothing like one."""
+
+    def forward(self, x):
+        return self.scale(x) * torch.zeros(8, dtype=x.dtype, requires_grad=self.training).add(2)
+
+    def scale(self, x):
+        return x.sin() if self.training else x.abs()
+
+
+class InsideLearns(Inside):
+    def __init__(self):
+        super().__init__()
+        self.decoder = Learns()
+
+    def between(self, x):
+        return self.decoder(x)
+
+
 class InsideLate(Inside):
     def __init__(self):
         super().__init__()
@@ -245,7 +264,7 @@ class Refuses(Nested):
         return super().train(mode)
 
 
-ONCE = (Dropped, DroppedInPlace, Normed, Nested, Plain, Inside, InsideLate, OwnTrain)
+ONCE = (Dropped, DroppedInPlace, Normed, Nested, Plain, Inside, InsideLate, InsideLearns, OwnTrain)
 TWICE = (Scaled, HandedToPython, Compared, Counted, Kept, HandedDown, Keeps)
 
 

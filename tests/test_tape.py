@@ -5,9 +5,11 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import fxprune
 from fxprune.passes.imagine import convolved
+from fxprune.passes.opaque import LEAKS
 from fxprune.passes.tape import Recorder
 
 CONVOLUTIONS = {1: (nn.Conv1d, nn.ConvTranspose1d), 2: (nn.Conv2d, nn.ConvTranspose2d), 3: (nn.Conv3d, nn.ConvTranspose3d)}
@@ -107,3 +109,20 @@ def test_batch_norm_is_called_as_its_author_likes(training):
     pruned = fxprune.prune(Normed().eval(), 0.5, example_inputs=x)
     assert pruned.verification.ok and pruned.get_submodule("down").in_channels == 4
     assert not pruned.get_buffer("norm.running_mean").any()  # what a forward in verification writes is taken back
+
+
+def test_that_contents_are_kept_is_not_seen():
+    """What looks for contents that leave a tensor (`opaque.Watch`) must not take this for a question of the model's."""
+
+    class Seen(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            asked.append(getattr(func, "__name__", ""))
+            return func(*args, **(kwargs or {}))
+
+    asked: list[str] = []
+    recorder = Recorder({})
+    places = torch.arange(3)
+    with Seen():
+        ref = recorder.ref(places)
+        recorder.contents.note_writing(torch.ops.aten.add_.Tensor, (places, places), {}, False)
+    assert LEAKS.isdisjoint(asked) and torch.equal(recorder.tape.values[ref.id].data, places)
