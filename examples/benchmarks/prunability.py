@@ -186,12 +186,9 @@ def planned(model: str) -> Row:
 
 
 def torch_pruning(network: nn.Module, inputs: Any) -> nn.Module:
-    from speed import prune_with_torch_pruning
+    from speed import layers_that_stay, prune_with_torch_pruning
 
-    coupling = fxprune.couple(network, inputs)
-    stay = {member.rpartition(".")[0] for f in coupling.families if f.frozen for member, dim in f.members if dim == 0}
-    ignored = [module for name, module in network.named_modules() if name in stay and hasattr(module, "weight")]
-    return prune_with_torch_pruning(network, inputs, ignored)
+    return prune_with_torch_pruning(network, inputs, layers_that_stay(network, inputs))
 
 
 def modelopt(network: nn.Module, inputs: Any) -> nn.Module:

@@ -1,12 +1,16 @@
 """Time `fxprune.prune` against Torch-Pruning, model by model, taking turns in one process.
 
-    speed.py                              every torchvision classification model
-    speed.py --models resnet50 vit_b_32 --budget 60
+    speed.py                              torchvision's classifiers, and all that both prune in PRUNABILITY.md
+    speed.py --models resnet50 vit_b_32 transformers:bert --budget 60
 
 Rows go to `speed.jsonl`, the table to `SPEED.md`. Both sides prune half the channels by L2 magnitude, start
 to end: tracing, coupling, scoring and the surgery. Torch-Pruning is given the hints its documentation asks
 for (the layers to leave alone, the heads of each attention); fxprune is given none. Copies of the model are
 made outside of the timed part, and both sides prune a tiny network first, so that neither pays for imports.
+
+Classifiers see one image. Models of transformers have the size that their configuration has by default, which is that of
+a checkpoint; all others are built as for PRUNABILITY.md. Of all but classifiers Torch-Pruning is told which layers to leave
+alone as fxprune found them, outside of the timed part.
 """
 
 import argparse
@@ -27,8 +31,9 @@ from typing import Any
 import torch
 import torch_pruning
 from models import build, call, full_name, torchvision_names
+from suites import make
 from sweep import Row, machine, markdown_table, one_line, options, read_rows, sweep
-from torch import Tensor, nn
+from torch import nn
 
 import fxprune
 
@@ -41,16 +46,15 @@ LEAST = 3  # but so many where a single round does not spend the budget
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--models", nargs="+", help="instead of every torchvision classification model")
+    parser.add_argument("--models", nargs="+", help="instead of all that both prune")
     parser.add_argument("--budget", type=float, default=20, help="seconds to spend on repeats of one model")
     parser.add_argument("--other-limit", type=float, default=300, help="seconds Torch-Pruning may take for one")
     parser.add_argument("--limit", type=float, default=1200, help="seconds for one model, all told")
     arguments = options(parser, measure, argv, alone=True)
     if arguments is None:
         return
-    plain = [name for name in torchvision_names() if "quantized" not in name]
     settings = {"budget": arguments.budget, "other_limit": arguments.other_limit}
-    jobs = [{"model": full_name(name)} for name in arguments.models or plain]
+    jobs = [{"model": name if is_of_a_suite(name) else full_name(name)} for name in arguments.models or prunable_by_both()]
     try:
         sweep(__file__, jobs, ROWS, limit=arguments.limit, redo=arguments.redo, settings=settings)
     finally:
@@ -58,25 +62,63 @@ def main(argv: list[str] | None = None) -> None:
     print(TABLE.relative_to(Path.cwd()) if TABLE.is_relative_to(Path.cwd()) else TABLE)
 
 
+def is_of_a_suite(name: str) -> bool:
+    """Whether a name is one of PRUNABILITY.md that `models.build` does not know."""
+    library, _, short = name.partition(":")
+    classifier = library == "timm" or (library == "torchvision" and name in torchvision_names())
+    return bool(short) and not classifier
+
+
+def prunable_by_both() -> list[str]:
+    """torchvision's classifiers, and the models of PRUNABILITY.md that Torch-Pruning makes smaller and that still run."""
+    plain = [name for name in torchvision_names() if "quantized" not in name]
+    rows = read_rows(HERE / "prunability.jsonl")
+    both = [r["model"] for r in rows if r["tool"] == "torch-pruning" and r["status"] in ("exact", "inexact", "runs")]
+    return list(dict.fromkeys(plain + both))
+
+
+def built(model: str) -> tuple[nn.Module, Any]:
+    """A model and the arguments of one call, at the size at which it is timed."""
+    if not is_of_a_suite(model):
+        network, images = build(model)
+        return network, images[:1]
+    library, _, short = model.partition(":")
+    return full_size(short) if library == "transformers" else make(model)
+
+
+def full_size(short: str) -> tuple[nn.Module, Any]:
+    """A model of transformers by the defaults of its configuration; a few have a builder of their own."""
+    from transformers_configs import BY_DEFAULT, CONFIGS
+
+    torch.manual_seed(0)
+    return BY_DEFAULT.get(short, CONFIGS[short])()
+
+
+def layers_that_stay(network: nn.Module, inputs: Any) -> list[str]:
+    """The layers whose outputs stay, by name."""
+    families = fxprune.couple(network, inputs).families
+    return sorted({member.rpartition(".")[0] for f in families if f.frozen for member, dim in f.members if dim == 0})
+
+
 def measure(model: str, budget: float, other_limit: float) -> Row:
-    network, images = build(model)
-    images = images[:1]
+    network, inputs = built(model)
+    stay = layers_that_stay(network, inputs) if is_of_a_suite(model) else None
     sides: dict[str, Callable[[nn.Module], object]] = {
-        "forward": lambda copied: forward(copied, images),
-        "fxprune": lambda copied: prune_here(copied, images, verify=False),
-        "other": lambda copied: prune_with_torch_pruning(copied, images),
+        "forward": lambda copied: forward(copied, inputs),
+        "fxprune": lambda copied: prune_here(copied, inputs, verify=False),
+        "other": lambda copied: prune_with_torch_pruning(copied, inputs, stay),
     }
     warm_up()
-    forward(network, images)
+    forward(network, inputs)
     turns = take_turns(network, sides, budget, {"other": other_limit})
     row: Row = {"params": count_parameters(network), "machine": machine()}
     for side in ("fxprune", "other"):
         if side in turns.results:
             row[f"{side}_left"] = count_parameters(turns.results[side]) / row["params"]
     if "other" in turns.results:
-        row["other_breaks"] = breaks(turns.results["other"], images)
+        row["other_breaks"] = breaks(turns.results["other"], inputs)
     # Apart, so that its longer forwards do not heat what is compared.
-    verified = {"verified": lambda copied: prune_here(copied, images, verify=True)}
+    verified = {"verified": lambda copied: prune_here(copied, inputs, verify=True)}
     for done in (turns, take_turns(network, verified, budget / 4, {})):
         row |= {f"{side}_s": seconds for side, seconds in done.times.items()}
         row |= {f"{side}_fails": reason for side, reason in done.failures.items()}
@@ -150,26 +192,29 @@ def count_parameters(network: nn.Module) -> int:
 
 
 @torch.no_grad()
-def forward(network: nn.Module, images: Tensor) -> object:
-    return network(images)
+def forward(network: nn.Module, inputs: Any) -> object:
+    return call(network, inputs)
 
 
-def prune_here(network: nn.Module, images: Tensor, verify: bool) -> nn.Module:
-    return fxprune.prune(network, RATIO, example_inputs=images, verify=verify)
+def prune_here(network: nn.Module, inputs: Any, verify: bool) -> nn.Module:
+    return fxprune.prune(network, RATIO, example_inputs=inputs, verify=verify)
 
 
-def prune_with_torch_pruning(network: nn.Module, inputs: Any, ignored: Sequence[nn.Module] | None = None) -> nn.Module:
+def prune_with_torch_pruning(network: nn.Module, inputs: Any, stay: Sequence[str] | None = None) -> nn.Module:
     """`network` itself, half of it removed, told what Torch-Pruning's documentation asks for.
 
-    Arguments: `ignored`, the layers whose outputs stay; None for the classifiers.
+    Arguments: `stay`, the names of the layers whose outputs stay; None for the classifiers.
     """
+    ignored = classifiers(network)
+    if stay is not None:
+        ignored = [module for name, module in network.named_modules() if name in stay and hasattr(module, "weight")]
     pruner = torch_pruning.pruner.BasePruner(
         network,
         inputs,
         forward_fn=call,
         importance=torch_pruning.importance.MagnitudeImportance(p=2),
         pruning_ratio=RATIO,
-        ignored_layers=classifiers(network) if ignored is None else list(ignored),
+        ignored_layers=ignored,
         num_heads=heads(network),
     )
     pruner.step()
@@ -199,10 +244,10 @@ def heads(network: nn.Module) -> dict[nn.Module, int]:
     }
 
 
-def breaks(pruned: nn.Module, images: Tensor) -> str:
+def breaks(pruned: nn.Module, inputs: Any) -> str:
     """Why Torch-Pruning's result does not run, or "" where it does."""
     try:
-        forward(pruned, images)
+        forward(pruned, inputs)
     except Exception as error:
         return one_line(error)
     return ""
@@ -234,9 +279,9 @@ def table(rows: list[Row]) -> str:
     ]
     return (
         "# Speed, side by side with Torch-Pruning\n\n"
-        f"Written by `speed.py` from `speed.jsonl`. Seconds for one call, start to end, at ratio {RATIO},"
-        " on one image: medians over the rounds. *fxprune* has its verification off, *verified* on. *fails*:"
-        " raised an error, or ran out of time or memory; such a model is not counted.\n\n"
+        f"Written by `speed.py` from `speed.jsonl`. Seconds for one call, start to end, at ratio {RATIO}:"
+        " medians over the rounds. Classifiers see one image, what others see is said in the script. *fxprune* has its"
+        " verification off, *verified* on. *fails*: raised an error, or ran out of time or memory; such a model is not counted.\n\n"
         f"{summary(rows)}\n{markdown_table(columns, rows)}"
     )
 

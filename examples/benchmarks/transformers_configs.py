@@ -3,6 +3,7 @@
 Caches are switched off: a pruned program is captured for one call, and a cache is the business of the class.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,18 +13,20 @@ from torch import nn
 
 Built = tuple[nn.Module, dict[str, Any]]
 CONFIGS: dict[str, Callable[[], Built]] = {}
+BY_DEFAULT: dict[str, Callable[[], Built]] = {}  # the same models by the defaults of their configurations
 WORDS, LENGTH, BATCH = 60, 12, 2
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": WORDS}
 
 
 def entry(name: str, config: str, model: str, inputs: Callable[[Any], dict[str, Any]], **options: Any) -> None:
-    def build() -> Built:
+    def build(**options: Any) -> Built:
         made = getattr(hf, config)(**options)
         made._experts_implementation = "eager"  # the grouped kernel knows no double precision
         network = getattr(hf, model)(made).eval()
         return network, inputs(made)
 
-    CONFIGS[name] = build
+    CONFIGS[name] = functools.partial(build, **options)
+    BY_DEFAULT[name] = build
 
 
 def tokens(config: Any) -> dict[str, Any]:
