@@ -281,7 +281,8 @@ def table(rows: list[Row]) -> str:
         "# Speed, side by side with Torch-Pruning\n\n"
         f"Written by `speed.py` from `speed.jsonl`. Seconds for one call, start to end, at ratio {RATIO}:"
         " medians over the rounds. Classifiers see one image, what others see is said in the script. *fxprune* has its"
-        " verification off, *verified* on. *fails*: raised an error, or ran out of time or memory; such a model is not counted.\n\n"
+        " verification off, *verified* on. *fails*: raised an error, or ran out of time or memory; such a model is not"
+        " counted.\n\n"
         f"{summary(rows)}\n{markdown_table(columns, rows)}"
     )
 
