@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -18,6 +19,8 @@ from fxprune.passes.tape import NeedsValues, collect, map_tensors
 from fxprune.passes.terms import Terms
 from fxprune.passes.trace import trace
 from fxprune.passes.tree import named_parameters, named_tensors, on_meta, private_copy, set_mode
+
+Home = Callable[[], torch.device | None]
 
 
 def analyse(
@@ -68,10 +71,10 @@ def programs(
     Shapes are all that coupling needs, so the run is first tried without values.
     """
     given = args, kwargs
-    home = None
+    home: Home = lambda: None  # noqa: E731
     if stand_in is not None:
         swap = lambda t: stand_in(t) if t.is_floating_point() else t  # noqa: E731
-        home = only_device(model, args, kwargs)
+        home = functools.partial(only_device, model, args, kwargs)
         args, kwargs = map_tensors((args, kwargs), swap)
     found = [captured(set_mode(private_copy(model, stand_in), False), args, kwargs, final=stand_in is None, home=home)]
     if not found[0].reads_training:
@@ -82,7 +85,7 @@ def programs(
         except PruneError:
             if stand_in is None:
                 raise
-            other = captured(trained(private_copy(model)), *given, final=True, home=None)  # training may read values
+            other = captured(trained(private_copy(model)), *given, final=True)  # training may read values
     except PruneError as error:  # a model may need targets to train: then it is captured for evaluation
         found[0].note = f"training mode is as evaluation: {error.what}"
         return found
@@ -109,10 +112,10 @@ def only_device(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def captured(
-    root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, final: bool, home: torch.device | None
+    root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, final: bool, home: Home = lambda: None
 ) -> Capture:
     try:
-        return trace(root, args, kwargs, retry=final, home=home)
+        return trace(root, args, kwargs, retry=final, find_home=home)
     except PruneError:
         raise
     except Exception as error:

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from fxprune.passes.opaque import SizeUse
 from fxprune.passes.tape import Ref, Tape
-from fxprune.passes.tree import Exceptions
+from fxprune.passes.tree import Apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Capture:
     index: dict[fx.Node, int] = field(default_factory=dict)
     prefix: str = ""
     modules: dict[str, nn.Module] = field(default_factory=dict)
-    apart: Exceptions | None = None
+    apart: Apart | None = None
     note: str = ""
 
     @property

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import PythonCode
 
 from fxprune.passes.capture import switch
-from fxprune.passes.tree import Exceptions
+from fxprune.passes.tree import Apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class PrunedModule(fx.GraphModule):
         graph: fx.Graph,
         name: str = "Pruned",
         programs: dict[bool, fx.Graph | Program] | None = None,
-        apart: Exceptions | None = None,
+        apart: Apart | None = None,
     ) -> None:
         super().__init__(nn.Module(), fx.Graph(), name)
         vars(self)["training"] = root.training
@@ -87,8 +87,9 @@ class PrunedModule(fx.GraphModule):
 
     def train(self, mode: bool = True) -> PrunedModule:
         super().train(mode)
-        for path in self.__dict__.get("_apart", {}).get(mode, ()):
-            self.get_submodule(path).training = not mode
+        apart = self.__dict__.get("_apart", {}).get(mode)
+        for path, module in self.named_modules() if apart else ():
+            module.training = mode != (path in apart)
         self.choose(mode)
         return self
 

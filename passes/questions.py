@@ -28,14 +28,20 @@ class Questions(fx.Tracer):
         guards: what was taken out of the graph.
         index: the numbers of nodes, in the order in which they were made.
         depends: whether a node's value depends on the inputs.
-        home: in a run without values, the device that all tensors of the model and its inputs are on; None where there is none.
+        find_home: for a run without values, finds the device that all tensors of the model and its inputs are on.
         reads: for each module on the stack, the sizes that its forward has read, and the numbers it has computed.
     """
 
     guards: list[Guard]
     index: dict[fx.Node, int]
     depends: dict[fx.Node, bool]
-    home: torch.device | None
+    find_home: Callable[[], torch.device | None]
+
+    @functools.cached_property
+    def home(self) -> torch.device | None:
+        """The device that a model which lies on `meta` for the run is said to be on; None where there is none such."""
+        return self.find_home()
+
     reads: list[dict[Any, Any]]
 
     def bind(self, node: fx.Node, value: Any) -> Any:
@@ -50,11 +56,11 @@ class Questions(fx.Tracer):
         value = proxy.value
         if name.startswith("__") or not hasattr(value, name):
             raise AttributeError(f"{type(value).__name__!r} object has no attribute {name!r}")
-        if self.home is not None and isinstance(value, Tensor) and value.is_meta:
+        asked = name == "device" or (name in WHERE and name != "type")
+        if asked and isinstance(value, Tensor) and value.is_meta and self.home is not None:
             if name == "device":
                 return self.bind(self.create_node("call_function", getattr, (proxy.node, name), {}), self.home)
-            if name in WHERE and name != "type":
-                return getattr(torch.empty(0, device=self.home), name)
+            return getattr(torch.empty(0, device=self.home), name)
         if name in WHERE and (value.is_meta if isinstance(value, Tensor) else getattr(value, "type", "") == "meta"):
             raise NeedsValues  # a run without values is on another device than the model
         if isinstance(value, Tensor):

@@ -14,7 +14,7 @@ from fxprune.passes.guards import Waiver
 from fxprune.passes.kept import Cut, Cutter, cut_shape
 from fxprune.passes.pruned import Program, PrunedModule
 from fxprune.passes.rewrite import Rewriter
-from fxprune.passes.tree import Exceptions, every_path, exceptions, fetch, named_tensors, replace_tensors, walk
+from fxprune.passes.tree import Apart, apart_from, every_path, fetch, named_tensors, replace_tensors, walk
 
 
 def tensor_cuts(solution: Solution, kept: Tensor, cutter: Cutter | None = None) -> dict[str, list[Cut]]:
@@ -73,12 +73,12 @@ def shrink(
     return pruned
 
 
-def modules_apart(model: nn.Module, solution: Solution, paths: Iterable[str]) -> Exceptions:
+def modules_apart(model: nn.Module, solution: Solution, paths: Iterable[str]) -> Apart:
     """Those modules of the result, by mode, that do not follow when it is told its mode."""
     capture = solution.captures[0]
     found = capture.apart
     if found is None:
-        found = {m: frozenset(capture.prefix + path for path in some) for m, some in exceptions(model).items()}
+        found = {m: frozenset(capture.prefix + path for path in some) for m, some in apart_from(model).items()}
     return {mode: some.intersection(paths) - {""} for mode, some in found.items()} if any(found.values()) else {}
 
 

@@ -9,6 +9,7 @@ module becomes one opaque node: it still runs under the recorder, so it is coupl
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,15 +33,15 @@ def trace(
     *,
     retry: bool = True,
     whole: bool = False,
-    home: torch.device | None = None,
+    find_home: Callable[[], torch.device | None] = lambda: None,
 ) -> Capture:
     """Capture one run of `root` on the example arguments; `root` must be a private copy (see `private_copy`).
 
     `retry=False` lets errors out instead of turning the module where they arose opaque; `whole` makes one opaque module of
-    all of it from the start; `home` is the device that tensors are said to be on which are on `meta` for the run.
+    all of it from the start; `find_home` finds the device that tensors are said to be on which are on `meta` for the run.
     """
     tracer = ValueTracer(root, args, kwargs)
-    tracer.retry, tracer.home = retry, home
+    tracer.retry, tracer.find_home = retry, find_home
     prefix = ""
     try:
         if whole:
@@ -95,7 +96,7 @@ def starting_over(failed: ValueTracer, args: tuple[Any, ...], kwargs: dict[str, 
     for constant in failed.constants.values():
         delattr(failed.root, failed.names[id(constant.kept)])
     tracer = ValueTracer(failed.root, args, kwargs)
-    tracer.retry, tracer.home, tracer.opaque = failed.retry, failed.home, dict(failed.opaque)
+    tracer.retry, tracer.find_home, tracer.opaque = failed.retry, failed.find_home, dict(failed.opaque)
     tracer.writes_constants = True
     return tracer
 

@@ -28,7 +28,7 @@ from fxprune.passes.proxy import Items, ReadsValue, ValueProxy, has_tensor, iter
 from fxprune.passes.questions import NUMBERS, Questions
 from fxprune.passes.stored import Stored
 from fxprune.passes.tape import NeedsValues, Recorder, Ref, collect, map_tensors
-from fxprune.passes.tree import Exceptions, every_path, fetch, modes_in_training, named_tensors
+from fxprune.passes.tree import Apart, every_path, fetch, modes_in_training, named_tensors
 
 # Modules of torch.nn whose forward holds sizes as literals or insists on relations that pruning changes.
 TRACED_THROUGH = (
@@ -103,7 +103,7 @@ class ValueTracer(Questions):
         # the mode of each module in training; None where a second capture has to tell
         self.trained = None if root.training else modes_in_training(root)
         self.retry = True
-        self.home = None
+        self.find_home = lambda: None
         self.inputs: list[Ref] = []
         self.index = {}
         self.short: dict[Any, str] = {}  # by target: names of nodes
@@ -206,7 +206,7 @@ class ValueTracer(Questions):
         recorder.node = self.index[node]
         first = len(recorder.tape.values)
         given = has_tensor(args) or has_tensor(kwargs)
-        if self.home is not None and (torch.device in map(type, args) or "device" in kwargs):
+        if ("device" in kwargs or torch.device in map(type, args)) and self.home is not None:
             args, kwargs = self.at_hand(args, kwargs) if given else self.made_at(node.target, args, kwargs)
         plain = getattr(node.target, "__module__", None) in PLAIN_MODULES
         outer, self.running = self.running, str(node.target) if node.op == "call_module" else ""
@@ -437,7 +437,7 @@ class ValueTracer(Questions):
             del self.attributes[key]
         self.constants = {i: c for i, c in self.constants.items() if self.index[c.proxy.node] < mark}
 
-    def apart(self) -> Exceptions | None:
+    def apart(self) -> Apart | None:
         """The modules that do not follow the root's mode."""
         if self.trained is None:
             return None

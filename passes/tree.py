@@ -247,12 +247,12 @@ def has_own_train(modules: Iterable[nn.Module]) -> bool:
     return any(kind.train is not nn.Module.train or kind.eval is not nn.Module.eval for kind in kinds)
 
 
-Exceptions = dict[bool, frozenset[str]]  # for either mode the paths of modules that are in the other one
+Apart = dict[bool, frozenset[str]]  # for either mode the paths of modules that are in the other one
 
 
-def exceptions(model: nn.Module) -> Exceptions:
+def apart_from(model: nn.Module) -> Apart:
     """The modules that do not follow when a model is told its mode; `train` is called on copies without contents."""
-    found: Exceptions = {}
+    found: Apart = {}
     for mode in (False, True) if has_own_train(walk(model)) else ():
         copied = private_copy(model, on_meta)
         try:
