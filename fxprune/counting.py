@@ -14,7 +14,7 @@ from fxprune.passes.couple import Solution
 from fxprune.passes.families import Family
 from fxprune.passes.kept import Cutter, clusters, cut_shape
 from fxprune.passes.labels import Factor
-from fxprune.passes.tape import Op, Ref, Value, map_tensors
+from fxprune.passes.tape import Op, Ref, Value, map_tensors, name_of
 
 Shares = tuple[float, dict[int, float]]
 
@@ -121,4 +121,11 @@ class Costs:
 
 def formula(op: Op) -> Callable[..., int] | None:
     """How torch counts the operations of an op; None if it does not."""
+    if "scaled_dot_product" in name_of(op.func):  # whichever kernel it is: torch has a formula for some of them
+        return attention
     return flop_registry.get(getattr(op.func, "_overloadpacket", None))
+
+
+def attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: object, **__: object) -> int:
+    """Operations of attention by shapes: q (*, L, E), k (*, S, E), v (*, S, D)."""
+    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])

@@ -287,7 +287,25 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not self.active:
             return func(*args, **(kwargs or {}))
-        kwargs = kwargs or {}
+        return self.recorded(func, args, kwargs or {}, self.imagined)
+
+    def imagined(self, func: Any, args: Any, kwargs: Any) -> Any:
+        out = self.imagination.result(func, args, kwargs)
+        return self.imagination.ran(func, args, kwargs) if out is None else out
+
+    def as_one(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The result of a dispatcher function that is written down as one call, whatever it comes to."""
+
+        def quietly(*call: Any) -> Any:
+            self.active = False
+            try:
+                return self.imagined(*call)
+            finally:
+                self.active = True
+
+        return self.recorded(func, args, kwargs, quietly)
+
+    def recorded(self, func: Any, args: Any, kwargs: Any, run: Callable[[Any, Any, Any], Any]) -> Any:
         values, held = self.tape.values, self.held
         in_args: list[Any] = []
         ins: list[Ref] = []
@@ -307,8 +325,7 @@ class Recorder(TorchDispatchMode):
         in_kwargs = {k: self.refs(v) for k, v in kwargs.items()} if kwargs else {}
         if in_kwargs:
             gather_refs(in_kwargs, ins)
-        out = self.imagination.result(func, args, kwargs)
-        out = self.imagination.ran(func, args, kwargs) if out is None else out
+        out = run(func, args, kwargs)
         from_input = True in [values[ref.id].from_input for ref in ins]
 
         def result(tensor: Tensor) -> Ref:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxprune.errors import PruneError
@@ -47,6 +48,8 @@ TRACED_THROUGH = (
 plain_call = nn.Module._call_impl  # as it is outside of a trace
 PLAIN_MODULES = ("_operator", "builtins", "math")  # their functions make no tensors of their own
 UNWATCHED: contextlib.nullcontext[dict[str, int]] = contextlib.nullcontext({})
+# functions with a rule of their own, which come to many calls in a run without values, and to one kernel in others
+WHOLE: dict[Any, Any] = {F.scaled_dot_product_attention: torch.ops.aten.scaled_dot_product_attention.default}
 STANDING = ATOMS | {ValueProxy, Flag}
 PLAIN = ATOMS | {complex, torch.layout, torch.memory_format}
 RESHAPES = frozenset(name.removeprefix("aten::") for name in RESHAPING)  # methods
@@ -243,6 +246,9 @@ class ValueTracer(Questions):
 
     def run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         if node.op == "call_function":
+            whole = WHOLE.get(node.target)
+            if whole is not None and all(t.is_meta for t in tensors(args[:3])):
+                return self.recorder.as_one(whole, args, kwargs)
             return node.target(*args, **kwargs)  # type: ignore[operator]
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)

@@ -5,10 +5,14 @@ import functools
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import fxprune
 from fxprune import analysis
+from fxprune.checks import terms_of
+from fxprune.counting import Costs
+from fxprune.report import count_macs
 
 
 def remembered(function):
@@ -507,3 +511,60 @@ def test_a_constant_that_is_written_to_starts_anew():
     assert pruned.a.weight.shape == (8, 8)
     with torch.no_grad():
         assert torch.equal(pruned(x), pruned(x))
+
+
+class Attends(nn.Module):
+    """Four heads of eight; `keys` of them have keys and values of their own."""
+
+    def __init__(self, keys=4, flat=False, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v, self.o = nn.Linear(8, 32), nn.Linear(8, 8 * keys), nn.Linear(8, 8 * keys), nn.Linear(32, 8)
+        self.flat, self.options = flat, options
+
+    def forward(self, x):
+        q, k, v = (layer(x).unflatten(-1, (-1, 8)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        if self.flat:
+            q, k, v = (t.reshape(-1, *t.shape[2:]) for t in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, **self.options)
+        if self.flat:
+            out = out.view(x.shape[0], -1, *out.shape[1:])
+        return self.o(out.transpose(1, 2).flatten(2))
+
+
+MASK = torch.ones(6, 6).tril()
+ATTENTION = {
+    "plain": {},
+    "causal": {"is_causal": True},
+    "bool mask": {"attn_mask": MASK.bool()},
+    "mask": {"attn_mask": MASK.log().clamp(min=-9.0), "scale": 0.3},
+    "dropout": {"dropout_p": 0.5},
+    "grouped": {"keys": 2, "enable_gqa": True},
+    "one key": {"keys": 1},
+    "flat": {"flat": True},
+}
+
+
+@pytest.mark.parametrize("attention", ["heads", "dims"])
+@pytest.mark.parametrize("kind", ATTENTION)
+def test_attention_couples_without_values_as_with_them(kind, attention, monkeypatch):
+    """One call on the tape in one run, what the kernel of the time comes to in the other."""
+    model, x = Attends(**ATTENTION[kind]).eval(), torch.randn(2, 6, 8)
+    found = fxprune.couple(model, x, attention=attention).to_dict()
+    plain, ways = analysis.programs, []
+
+    def with_values(*args):
+        if args[-1] is not None:
+            raise RuntimeError
+        ways.append(plain(*args))
+        return ways[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setenv("FXPRUNE_STRICT", "0")
+        patch.setattr(analysis, "programs", with_values)
+        assert fxprune.couple(model, x, attention=attention).to_dict() == found and len(ways) == 1
+        solution = analysis.analyse(model, (x,), {}, terms_of(model, attention, (), ()))
+    assert Costs(solution, dict(model.named_parameters())).original("macs") == count_macs(model, (x,), {})
+    if kind != "dropout":
+        pruned = fxprune.prune(model, 0.5, example_inputs=x, attention=attention, verify=True)
+        assert pruned.o.in_features == 16
