@@ -209,7 +209,7 @@ def close(
     pairs: list[Pair] = ties.pairs + chained(ties.coarse)
     part, stopped = components(ties.size, pairs)
     # rows that go whole need not agree in their columns
-    uneven = [e for e in ties.product if not whole_rows(part[e.array])]
+    uneven = unlike(part, ties.product)
     if uneven:
         level = chained(uneven, columns=True)
         pairs = pairs + level
@@ -247,17 +247,34 @@ def close(
 def distinct(matrices: list[np.ndarray]) -> list[np.ndarray]:
     """Constraints without repetitions, and without those that hold by themselves."""
     seen: dict[object, np.ndarray] = {}
-    rng = np.random.default_rng(0)
     for m in matrices:
         key = (m.shape, m.tobytes())
         if m.shape[0] < 2 or key in seen or whole_rows(m):
             continue
-        # equal rows are found by their product with a random vector: sorting whole rows takes far longer
-        sums = m.astype(np.uint64) @ rng.integers(1, 1 << 62, size=m.shape[1]).astype(np.uint64)
-        _, first = np.unique(sums, return_index=True)
-        seen[key] = m[np.sort(first)]
-    unlike = {(m.shape, m.tobytes()): m for m in seen.values() if m.shape[0] > 1}
-    return list(unlike.values())
+        seen[key] = unlike_rows(m)
+    left = {(m.shape, m.tobytes()): m for m in seen.values() if m.shape[0] > 1}
+    return list(left.values())
+
+
+def unlike(part: np.ndarray, events: Sequence[Event]) -> list[Event]:
+    """Matrices of classes whose rows are not all whole, each once, with equal rows once: a detector picks the scores of one
+    class after the other out of the same matrix, whose rows repeat for every place of the image.
+    """
+    found: dict[object, Event] = {}
+    for event in events:
+        classes = part[event.array]
+        key = (classes.shape, classes.tobytes())
+        if key not in found and not whole_rows(classes):
+            found[key] = Event(unlike_rows(classes), event.node)
+    return list(found.values())
+
+
+def unlike_rows(matrix: np.ndarray) -> np.ndarray:
+    """The rows of a matrix of numbers, equal ones once, found by their product with a random vector: sorting takes longer."""
+    rng = np.random.default_rng(0)
+    sums = matrix.astype(np.uint64) @ rng.integers(1, 1 << 62, size=matrix.shape[1]).astype(np.uint64)
+    _, first = np.unique(sums, return_index=True)
+    return matrix[np.sort(first)]
 
 
 def whole_rows(classes: np.ndarray) -> bool:

@@ -9,9 +9,10 @@ from graphs.registry import features, linear, net, tokens
 from torch import nn
 
 import fxprune
+from fxprune.passes.couple import unlike
 from fxprune.passes.labels import Factor, factor
 from fxprune.passes.rules.pointwise import heads_alone
-from fxprune.passes.ties import Pair, components, smallest_tied
+from fxprune.passes.ties import Event, Pair, components, smallest_tied
 
 
 def family_of(coupling: fxprune.Coupling, name: str, dim: int = 0) -> object:
@@ -225,3 +226,13 @@ def test_an_index_passes_what_it_does_not_touch():
     pruned = fxprune.prune(model, 0.5, example_inputs=x)
     assert dict(pruned.named_parameters())["table"].shape == (9, 4)
     assert fxprune.verify(model, pruned, x).error < 1e-12
+
+
+def test_matrices_of_classes_are_looked_at_once():
+    """A detector picks class after class out of one matrix of scores; its rows repeat for every place of the image."""
+    part = np.arange(20)
+    part[7] = 6
+    places = np.array([[1, 2, 3], [4, 5, 6], [1, 2, 3], [4, 5, 7]])
+    events = [Event(places, node) for node in (3, 4, 5)] + [Event(np.array([[8, 8], [9, 9]]), 6), Event(places[:2], 7)]
+    found = unlike(part, events)
+    assert [(e.node, e.array.tolist()) for e in found] == [(3, [[1, 2, 3], [4, 5, 6]]), (7, [[1, 2, 3], [4, 5, 6]])]
