@@ -20,7 +20,7 @@ from fxprune.passes.reading import SPAN, Script, number, read
 from fxprune.passes.regions import gather_regions
 from fxprune.passes.tape import Ref, collect, name_of
 from fxprune.passes.terms import Terms
-from fxprune.passes.ties import Event, Pair, Ties, chained, components, row, settle_rows
+from fxprune.passes.ties import Event, Pair, Ties, chained, components, row, settle_rows, unlike_rows
 
 MET_KEPT = "meets a tensor that keeps every index of that dimension"
 MOST_COMPOSED = 1000  # dimensions made of several others, before the rest is frozen
@@ -251,7 +251,7 @@ def distinct(matrices: list[np.ndarray]) -> list[np.ndarray]:
         key = (m.shape, m.tobytes())
         if m.shape[0] < 2 or key in seen or whole_rows(m):
             continue
-        seen[key] = unlike_rows(m)
+        seen[key] = m[unlike_rows(m)]
     left = {(m.shape, m.tobytes()): m for m in seen.values() if m.shape[0] > 1}
     return list(left.values())
 
@@ -265,16 +265,8 @@ def unlike(part: np.ndarray, events: Sequence[Event]) -> list[Event]:
         classes = part[event.array]
         key = (classes.shape, classes.tobytes())
         if key not in found and not whole_rows(classes):
-            found[key] = Event(unlike_rows(classes), event.node)
+            found[key] = Event(classes[unlike_rows(classes)], event.node)
     return list(found.values())
-
-
-def unlike_rows(matrix: np.ndarray) -> np.ndarray:
-    """The rows of a matrix of numbers, equal ones once, found by their product with a random vector: sorting takes longer."""
-    rng = np.random.default_rng(0)
-    sums = matrix.astype(np.uint64) @ rng.integers(1, 1 << 62, size=matrix.shape[1]).astype(np.uint64)
-    _, first = np.unique(sums, return_index=True)
-    return matrix[np.sort(first)]
 
 
 def whole_rows(classes: np.ndarray) -> bool:

@@ -186,7 +186,25 @@ def flat(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
     assert isinstance(a, Tensor) and isinstance(b, Tensor)
     if a.shape != b.shape:
         a, b = torch.broadcast_tensors(a, b)
+    if a.dim() > 1 and a.numel() > LARGE:
+        rows, cols = a.reshape(-1, a.shape[-1]).numpy(), b.reshape(-1, b.shape[-1]).numpy()
+        first = unlike_rows(rows, cols)
+        return rows[first].reshape(-1), cols[first].reshape(-1)
     return a.reshape(-1).numpy(), b.reshape(-1).numpy()
+
+
+LARGE = 1 << 16  # labels of a pair that are looked through for rows that repeat
+
+
+def unlike_rows(*matrices: np.ndarray) -> np.ndarray:
+    """The numbers of the rows that are not all equal to those of an earlier row, in order: tokens repeat what is tied along
+    channels. They are found by their product with random vectors, which takes far less than to sort them.
+    """
+    rng = np.random.default_rng(0)
+    sums = np.zeros(len(matrices[0]), np.uint64)
+    for matrix in matrices:
+        sums += matrix.astype(np.uint64) @ rng.integers(1, 1 << 62, size=matrix.shape[1]).astype(np.uint64)
+    return np.sort(np.unique(sums, return_index=True)[1])
 
 
 def row(labels: Tensor | np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from graphs.registry import features, linear, net, tokens
 from torch import nn
 
 import fxprune
+from fxprune.passes import ties
 from fxprune.passes.couple import unlike
 from fxprune.passes.labels import Factor, factor
 from fxprune.passes.rules.pointwise import heads_alone
@@ -236,3 +237,23 @@ def test_matrices_of_classes_are_looked_at_once():
     events = [Event(places, node) for node in (3, 4, 5)] + [Event(np.array([[8, 8], [9, 9]]), 6), Event(places[:2], 7)]
     found = unlike(part, events)
     assert [(e.node, e.array.tolist()) for e in found] == [(3, [[1, 2, 3], [4, 5, 6]]), (7, [[1, 2, 3], [4, 5, 6]])]
+
+
+def test_rows_that_repeat_are_tied_once(monkeypatch):
+    """Tokens tie the same channels over and over: what comes of it is the same if each is looked at."""
+    generator = torch.Generator().manual_seed(0)
+    channels = torch.randint(0, 40, (4, 6), generator=generator)
+    tokens = torch.randint(0, 4, (200,), generator=generator)
+    others = torch.randint(40, 80, (3, 6), generator=generator)
+    pairs = [
+        Pair(channels[tokens], others[tokens % 3], False, 1),
+        Pair(channels[tokens][None], others[:1], True, 2),
+        Pair(channels[tokens], channels[tokens.flip(0)], False, 3),
+    ]
+    found = []
+    for large in (0, 1 << 30):
+        monkeypatch.setattr(ties, "LARGE", large)
+        part, stopped = components(80, pairs)
+        found.append((part.tolist(), [(sorted(set(labels.tolist())), node) for labels, node in stopped]))
+        assert (len(ties.flat(pairs[0])[0]) < 6 * 200) == (large == 0)
+    assert found[0] == found[1] and found[0][1]
