@@ -93,8 +93,8 @@ def trace(
 def starting_over(failed: ValueTracer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ValueTracer:
     """A tracer of the same module tree whose program copies constants before it writes to them."""
     failed.stored.take_back(failed.index, 0)
-    for constant in failed.constants.values():
-        delattr(failed.root, failed.names[id(constant.kept)])
+    for kept in failed.kept:
+        delattr(failed.root, failed.names[id(kept)])
     tracer = ValueTracer(failed.root, args, kwargs)
     tracer.retry, tracer.find_home, tracer.opaque = failed.retry, failed.find_home, dict(failed.opaque)
     tracer.writes_constants = True

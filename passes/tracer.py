@@ -59,11 +59,10 @@ ARITHMETIC = frozenset([getattr(operator, f) for f in "add sub mul floordiv true
 
 @dataclass(slots=True)
 class Constant:
-    """A tensor of the forward's own as the program has it: `kept` is what it was at a version, `proxy` stands for that."""
+    """A tensor of the forward's own, and the proxy for what it was at a version."""
 
     tensor: Tensor
     version: int
-    kept: Tensor
     proxy: Any
 
 
@@ -94,6 +93,7 @@ class ValueTracer(Questions):
         self.untracked: set[fx.Node] = set()
         self.attributes: dict[str, Any] = {}
         self.constants: dict[int, Constant] = {}  # by the identity of the forward's own tensors
+        self.kept: list[Tensor] = []  # what the program has of them
         self.writes_constants = False  # whether the program is to start from copies of them
         self.stack: list[str] = [""]
         self.reads = [{}]
@@ -327,7 +327,7 @@ class ValueTracer(Questions):
 
     def constant(self, tensor: Tensor) -> Any:
         """A tensor made on the way, outside of the program, as it is now: the forward may write to it afterwards."""
-        version = 0 if tensor.is_inference() else tensor._version
+        version = version_of(tensor)
         found = self.constants.get(id(tensor))
         if found is None or found.version != version:
             if tensor.is_meta:
@@ -335,14 +335,15 @@ class ValueTracer(Questions):
             name, kept = self.get_fresh_qualname("_tensor_constant"), tensor.detach().clone()
             setattr(self.root, name, kept)
             self.names[id(kept)] = name
+            self.kept.append(kept)
             proxy = self.attribute(name, kept)
             proxy = self.create_proxy("call_method", "clone", (proxy,), {}) if self.writes_constants else proxy
-            found = self.constants[id(tensor)] = Constant(tensor, version, kept, proxy)
+            found = self.constants[id(tensor)] = Constant(tensor, version, proxy)
         return found.proxy
 
     def check_constants(self) -> None:
         """Raises WritesConstants where the program would find what it wrote to a constant in the last call."""
-        if not self.writes_constants and any(c.kept._version for c in self.constants.values()):
+        if not self.writes_constants and any(version_of(kept) for kept in self.kept):
             raise WritesConstants
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
@@ -482,6 +483,11 @@ class ValueTracer(Questions):
         for tensor in tensors(value):
             self.inputs.append(self.recorder.add(tensor, from_input=True))
         return self.bind(node, value)
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was written to; inference tensors do not say."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 @functools.lru_cache(maxsize=4096)

@@ -505,7 +505,16 @@ def counted(x):
     return x + seen
 
 
-def test_a_constant_that_is_written_to_starts_anew():
+def counted_twice(x):
+    """The first of two is written to by the program; then Python writes to the tensor, and it is another."""
+    seen = torch.zeros(1, 8)
+    y = seen.index_add_(0, torch.zeros(1, dtype=torch.long), x[:1]).clone()
+    seen.fill_(1)
+    return x + y + seen
+
+
+@pytest.mark.parametrize("counted", [counted, counted_twice])
+def test_a_constant_that_is_written_to_starts_anew(counted):
     model, x = Placed(lambda net, x: net.b(net.a(counted(x)).relu())).eval(), torch.randn(2, 8)
     pruned = fxprune.prune(model, 0.5, example_inputs=x, verify=True)
     assert pruned.a.weight.shape == (8, 8)

@@ -9,8 +9,8 @@ for (the layers to leave alone, the heads of each attention); fxprune is given n
 made outside of the timed part, and both sides prune a tiny network first, so that neither pays for imports.
 
 Classifiers see one image. Models of transformers have the size that their configuration has by default, which is that of
-a checkpoint; all others are built as for PRUNABILITY.md. Of all but classifiers Torch-Pruning is told which layers to leave
-alone as fxprune found them, outside of the timed part.
+a checkpoint; CLIP, DETR and all others are built as for PRUNABILITY.md, some of them tiny. Of all but classifiers
+Torch-Pruning is told which layers to leave alone as fxprune found them, outside of the timed part.
 """
 
 import argparse
