@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.passes.couple import Solution
 from fxprune.passes.guards import Waiver
-from fxprune.passes.kept import Cut, Cutter, cut_shape
+from fxprune.passes.kept import Cut, Cutter, cut_shape, picked
 from fxprune.passes.pruned import Program, PrunedModule
 from fxprune.passes.rewrite import Rewriter
 from fxprune.passes.tree import Apart, apart_from, every_path, fetch, named_tensors, replace_tensors, walk
@@ -175,7 +175,7 @@ def in_blocks(source: Tensor, cuts: Sequence[Cut], room: Room) -> Tensor:
         for each in between:
             part = each.take(part)
         if len(last.dims) == 1:
-            torch.index_select(part, last.dims[0], last.keep, out=place)
+            picked(part, last.dims[0], last.keep, place)
         else:
             place.copy_(last.take(part))
     return made

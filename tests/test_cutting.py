@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fxprune.passes import shrink
-from fxprune.passes.kept import Cut
+from fxprune.passes.kept import Cut, picked
 from fxprune.passes.shrink import cut
 
 
@@ -48,3 +48,18 @@ def test_another_dimension_is_cut_one_after_the_other(monkeypatch):
     source = torch.randn(8, 6, 10)
     cuts = [half(8, 0, 4), half(10, 2, 5)]
     assert torch.equal(cut(source, cuts, {}), source[cuts[0].keep][:, :, cuts[1].keep])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64])
+@pytest.mark.parametrize("shape, dim", [((400, 500), 1), ((400, 500), 0), ((500,), 0), ((30, 20, 300), 2), ((30, 20, 300), 1)])
+def test_picking_along_a_dimension(shape, dim, dtype, monkeypatch):
+    """By whichever of torch's functions, with and without memory to write to."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    source = torch.arange(torch.Size(shape).numel()).reshape(shape).to(dtype)
+    keep = half(shape[dim], dim, 6).keep
+    wanted = source.numpy(force=True)[(slice(None),) * dim + (keep.numpy(),)] if dtype != torch.bfloat16 else None
+    wanted = torch.from_numpy(wanted) if wanted is not None else source[(slice(None),) * dim + (keep,)]
+    assert torch.equal(picked(source, dim, keep), wanted)
+    out = torch.empty_like(wanted)
+    picked(source, dim, keep, out)
+    assert torch.equal(out, wanted)

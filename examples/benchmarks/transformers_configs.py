@@ -265,6 +265,18 @@ def detr() -> Built:
 CONFIGS["detr"] = detr
 
 
+def detr_by_default() -> Built:
+    backbone = hf.ResNetConfig(out_features=["stage4"])
+    config = hf.DetrConfig(
+        use_timm_backbone=False, use_pretrained_backbone=False, backbone=None, backbone_config=backbone, num_labels=91
+    )
+    images = torch.randn(1, 3, 480, 640, generator=torch.Generator().manual_seed(0))
+    return hf.DetrForObjectDetection(config).eval(), {"pixel_values": images, "pixel_mask": torch.ones(1, 480, 640).long()}
+
+
+BY_DEFAULT["detr"] = detr_by_default
+
+
 def clip() -> Built:
     text = {"max_position_embeddings": 20, **SMALL, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}
     config = hf.CLIPConfig(text_config=text, vision_config=VISION, projection_dim=16)
@@ -274,6 +286,16 @@ def clip() -> Built:
 
 
 CONFIGS["clip"] = clip
+
+
+def clip_by_default() -> Built:
+    config = hf.CLIPConfig()
+    ids = torch.randint(3, WORDS, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+    ids[:, -1] = config.text_config.eos_token_id
+    return hf.CLIPModel(config).eval(), {"input_ids": ids, **pixels(config.vision_config)}
+
+
+BY_DEFAULT["clip"] = clip_by_default
 
 
 def blip() -> Built:
