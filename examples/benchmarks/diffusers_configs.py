@@ -69,3 +69,11 @@ CONFIGS: dict[str, Callable[[], Built]] = {
     "dit": dit,
     "autoencoder-kl": autoencoder_kl,
 }
+
+
+def dit_by_default() -> Built:
+    steps = {"timestep": torch.tensor([10]), "class_labels": torch.tensor([7])}
+    return diffusers.DiTTransformer2DModel().eval(), {"hidden_states": normal(1, 4, 32, 32), **steps}
+
+
+BY_DEFAULT: dict[str, Callable[[], Built]] = {"dit": dit_by_default}  # by the defaults of its configuration

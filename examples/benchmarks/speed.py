@@ -8,14 +8,15 @@ to end: tracing, coupling, scoring and the surgery. Torch-Pruning is given the h
 for (the layers to leave alone, the heads of each attention); fxprune is given none. Copies of the model are
 made outside of the timed part, and both sides prune a tiny network first, so that neither pays for imports.
 
-Classifiers see one image. Models of transformers have the size that their configuration has by default, which is that of
-a checkpoint; CLIP, DETR and all others are built as for PRUNABILITY.md, some of them tiny. Of all but classifiers
-Torch-Pruning is told which layers to leave alone as fxprune found them, outside of the timed part.
+Classifiers see one image. Models of transformers and DiT have the size that their configuration has by default, which is
+that of a checkpoint; all others are built as for PRUNABILITY.md. Of all but classifiers Torch-Pruning is told which layers
+to leave alone as fxprune found them, outside of the timed part.
 """
 
 import argparse
 import copy
 import gc
+import importlib
 import signal
 import statistics
 import sys
@@ -83,15 +84,14 @@ def built(model: str) -> tuple[nn.Module, Any]:
         network, images = build(model)
         return network, images[:1]
     library, _, short = model.partition(":")
-    return full_size(short) if library == "transformers" else make(model)
+    return full_size(library, short) if library in ("transformers", "diffusers") else make(model)
 
 
-def full_size(short: str) -> tuple[nn.Module, Any]:
-    """A model of transformers by the defaults of its configuration; a few have a builder of their own."""
-    from transformers_configs import BY_DEFAULT, CONFIGS
-
+def full_size(library: str, short: str) -> tuple[nn.Module, Any]:
+    """A model by the defaults of its configuration; a few have a builder of their own."""
+    configs = importlib.import_module(f"{library}_configs")
     torch.manual_seed(0)
-    return BY_DEFAULT.get(short, CONFIGS[short])()
+    return configs.BY_DEFAULT.get(short, configs.CONFIGS[short])()
 
 
 def layers_that_stay(network: nn.Module, inputs: Any) -> list[str]:
