@@ -156,6 +156,8 @@ def couple(
     inputs.check(model, args, kwargs, weights=False)
     solution = analyse(model, args, kwargs, terms_of(model, attention, freeze, release))
     found = families(solution, set(named_parameters(model)))
+    for capture in solution.captures:
+        capture.given.clear()  # nothing is tried
     return Coupling(type(model).__name__, found, solution, dict(named_tensors(model)))
 
 

@@ -52,6 +52,7 @@ class Capture:
         prefix: what the names of tensors begin with in `root` and not in the model.
         modules: every module of `root` by all of its paths.
         apart: the modules that do not follow the root's mode, by mode and path; None where that is not known.
+        given: what opaque modules were given, call by call, where the run had values and it takes no more than the model does.
         note: what the emitted model does not do as the original does.
     """
 
@@ -72,6 +73,7 @@ class Capture:
     prefix: str = ""
     modules: dict[str, nn.Module] = field(default_factory=dict)
     apart: Apart | None = None
+    given: dict[fx.Node, tuple[Any, Any]] = field(default_factory=dict)
     note: str = ""
 
     @property

@@ -85,6 +85,7 @@ def trace(
         prefix,
         tracer.modules,
         tracer.apart(),
+        tracer.given,
     )
     vars(tracer).clear()  # its proxies know it: what the capture does not hold is to go now, not when the collector comes
     return made

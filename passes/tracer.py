@@ -89,6 +89,7 @@ class ValueTracer(Questions):
         self.plain = Plain()
         self.calls: dict[str, list[Call]] = {}
         self.sizes: dict[str, list[SizeUse]] = {}
+        self.given: dict[fx.Node, tuple[Any, Any]] = {}
         self.leaks: dict[str, set[str]] = {}
         self.untracked: set[fx.Node] = set()
         self.attributes: dict[str, Any] = {}
@@ -258,8 +259,23 @@ class ValueTracer(Questions):
         module = self.modules[path]
         if path not in self.opaque and not isinstance(module, nn.RNNBase | nn.RNNCellBase):
             return plain_call(module, *args, **kwargs)
+        if path in self.opaque:
+            self.hold(node, args, kwargs)
         with plain_rnn(module), self.watching(module, path):
             return module(*args, **kwargs)
+
+    @functools.cached_property
+    def room(self) -> int:
+        """Bytes of `given` that are still to be had."""
+        return sum(t.nbytes for _, t in named_tensors(self.root))
+
+    def hold(self, node: fx.Node, args: Any, kwargs: Any) -> None:
+        """Keep what an opaque module is given, for `trial`: as much as the model itself takes, and none without values."""
+        found = tensors((args, kwargs))
+        size = sum(t.nbytes for t in found)
+        if size <= self.room and not any(t.is_meta for t in found):
+            self.room -= size
+            self.given[node] = map_tensors((args, kwargs), lambda t: t.detach().clone())
 
     def watching(self, module: nn.Module, path: str) -> Any:
         """Follow the integer attributes of an opaque module into sizes."""
@@ -433,6 +449,7 @@ class ValueTracer(Questions):
         for node in list(itertools.takewhile(lambda n: self.index[n] >= mark, reversed(self.graph.nodes))):
             self.graph.erase_node(node)
             self.results.pop(node, None)
+            self.given.pop(node, None)
             self.untracked.discard(node)
         self.recorder.truncate(ops)
         self.guards = [g for g in self.guards if self.index[g.node] < mark]

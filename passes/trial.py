@@ -23,11 +23,12 @@ from fxprune.passes.verify import masked_outputs, relative_error
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """One call of an opaque module: its path, and the tensors that go in and come out."""
+    """One call of an opaque module: its path, the tensors that go in and come out, and its arguments if they are known."""
 
     path: str
     ins: list[Ref]
     outs: list[Ref]
+    given: tuple[Any, Any] | None = None
 
 
 def opaque_sites(solution: Solution, cutter: Cutter) -> list[Site]:
@@ -38,7 +39,7 @@ def opaque_sites(solution: Solution, cutter: Cutter) -> list[Site]:
         path = str(node.target)
         if node.op == "call_module" and path in capture.opaque and capture.only.get(node) is not True:
             ins = collect(fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: capture.results[n]), Ref)
-            site = Site(path, ins, collect(capture.results[node], Ref))
+            site = Site(path, ins, collect(capture.results[node], Ref), capture.given.get(node))
             if touched(solution, cutter, site):
                 found.append(site)
     return found
@@ -66,11 +67,13 @@ def broken(
     if not sites:
         return {}
     prefix = solution.captures[0].prefix
-    given = arguments(model, {s.path for s in sites}, prefix, args, kwargs)
+    unknown = {s.path for s in sites if s.given is None}
+    given = arguments(model, unknown, prefix, args, kwargs) if unknown else {}
     found: dict[str, str] = {}
     for site in sites:
-        if site.path not in found and given[site.path]:
-            call = given[site.path].pop(0)
+        calls = given.get(site.path, [site.given])
+        call = calls.pop(0) if calls else None
+        if site.path not in found and call is not None:
             wrong = compared(model, pruned, solution, cutter, site, *call, heads=heads, tolerance=tolerance)
             if wrong:
                 found[site.path] = f"belongs to a module that is not captured and {wrong}"

@@ -108,19 +108,20 @@ class Masker(Recorder):
 
     def spread(self) -> bool:
         """Settle what is tied to something settled; whether that was anything."""
-        before = int(self.settled.sum())
+        found = False
         for pair in self.pairs:
             for new, old in (pair, pair[::-1]):
                 open_ = ~self.settled[new] & self.settled[old]
                 if bool(open_.any()):
                     self.kept[new[open_]] = self.kept[old[open_]]
-                    self.settled[new[open_]] = True
+                    self.settled[new[open_]] = found = True
                     self.late |= not bool(self.kept[old[open_]].all())
         for rows in self.rows:
             ready = ~self.settled[rows.labels] & self.settled[rows.entries].all(1)
             self.kept[rows.labels[ready]] = self.kept[rows.entries[ready]].any(1)
             self.settled[rows.labels[ready]] = True
-        return int(self.settled.sum()) > before
+            found |= bool(ready.any())
+        return found
 
     def settle(self) -> None:
         """New labels (of broadcast copies, padding, constants) share the fate of what they are tied to."""
