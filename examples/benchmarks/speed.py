@@ -148,9 +148,10 @@ def take_turns(
         for side, work in sides.items():
             if side in turns.failures:
                 continue
-            turns.results.pop(side, None)  # before the next copy is made: the largest models are gigabytes
+            turns.results.pop(side, None)
+            copied = None
+            gc.collect()  # before the next copy is made, since the largest models are gigabytes, and on nobody's time
             copied = copy.deepcopy(network)
-            gc.collect()  # what one side left behind is not collected on the other's time
             try:
                 with time_limit(limits.get(side)):
                     start = time.perf_counter()
