@@ -79,13 +79,13 @@ def programs(
     found = [captured(set_mode(private_copy(model, stand_in), False), args, kwargs, final=stand_in is None, home=home)]
     if not found[0].reads_training:
         return found
+    other = None
     try:
-        try:
-            other = captured(trained(private_copy(model, stand_in)), args, kwargs, final=True, home=home)
-        except PruneError:
-            if stand_in is None:
-                raise
-            other = captured(trained(private_copy(model)), *given, final=True)  # training may read values
+        if stand_in is not None and not found[0].trains_on_values:
+            with contextlib.suppress(PruneError):  # training may read values all the same
+                other = captured(trained(private_copy(model, stand_in)), args, kwargs, final=True, home=home)
+        if other is None:
+            other = captured(trained(private_copy(model)), *given, final=True)
     except PruneError as error:  # a model may need targets to train: then it is captured for evaluation
         found[0].note = f"training mode is as evaluation: {error.what}"
         return found

@@ -53,6 +53,7 @@ class Capture:
         modules: every module of `root` by all of its paths.
         apart: the modules that do not follow the root's mode, by mode and path; None where that is not known.
         given: what opaque modules were given, call by call, where the run had values and it takes no more than the model does.
+        trains_on_values: whether a run without values, as this one, cannot be made in training.
         note: what the emitted model does not do as the original does.
     """
 
@@ -74,6 +75,7 @@ class Capture:
     modules: dict[str, nn.Module] = field(default_factory=dict)
     apart: Apart | None = None
     given: dict[fx.Node, tuple[Any, Any]] = field(default_factory=dict)
+    trains_on_values: bool = False
     note: str = ""
 
     @property

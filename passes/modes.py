@@ -18,7 +18,7 @@ from fxprune.passes.capture import switch
 from fxprune.passes.flag import plainly, settled
 from fxprune.passes.imagine import ATOMS
 from fxprune.passes.likeness import likeness
-from fxprune.passes.proxy import Items, ValueProxy, like_dict
+from fxprune.passes.proxy import Items, ReadsMissing, ValueProxy, like_dict
 from fxprune.passes.tape import Ref
 from fxprune.passes.tree import walk
 
@@ -76,8 +76,9 @@ def in_both_modes(tracer: ValueTracer, module: nn.Module, forward: Any, argument
             vars(m)["training"] = trains.get(m, True)
         tracer.forget_reads(begin)  # those are the other branch's
         trained = forward(*arguments[0], **arguments[1])
-    except Exception:  # what training needs (targets, say) is not there
+    except Exception as error:  # what training needs (targets, say) is not there
         trained = None
+        tracer.trains_on_values |= isinstance(error, ReadsMissing)
     finally:
         tracer.branches, tracer.retry = outer, retry
         for m, mode in modes.items():

@@ -16,6 +16,10 @@ class ReadsValue(Exception):
     """Python asked for the contents of a tensor: the innermost module must become one opaque node."""
 
 
+class ReadsMissing(ReadsValue):
+    """Contents that there are none of, as the run is without values."""
+
+
 class Items(tuple[Any, ...]):
     """A tuple or list that a node returned, as a real tuple of proxies; it remembers the node and the fields' names."""
 

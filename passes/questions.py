@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from fxprune.passes.capture import Guard
 from fxprune.passes.facts import FACT_METHODS, FACTS, VALUE_METHODS, WHERE
 from fxprune.passes.patches import inlined
-from fxprune.passes.proxy import ReadsValue, ValueProxy, unwrap
+from fxprune.passes.proxy import ReadsMissing, ReadsValue, ValueProxy, unwrap
 from fxprune.passes.tape import NeedsValues
 
 # Functions that FX would keep as one node and that hold sizes or head counts of their own: traced through instead.
@@ -99,7 +99,7 @@ class Questions(fx.Tracer):
         value = proxy.value
         learned = isinstance(value, nn.Parameter) or value.requires_grad or value.is_floating_point()
         if self.depends[proxy.node] or learned or value.is_meta:
-            raise ReadsValue(f"{how}() of %{proxy.node.name}")
+            raise (ReadsMissing if value.is_meta else ReadsValue)(f"{how}() of %{proxy.node.name}")
         return value
 
     def concretise(self, proxy: ValueProxy, how: str) -> Any:

@@ -86,6 +86,7 @@ def trace(
         tracer.modules,
         tracer.apart(),
         tracer.given,
+        tracer.trains_on_values,
     )
     vars(tracer).clear()  # its proxies know it: what the capture does not hold is to go now, not when the collector comes
     return made

@@ -100,6 +100,7 @@ class ValueTracer(Questions):
         self.reads = [{}]
         self.running: str | None = None
         self.reads_training = False
+        self.trains_on_values = False  # whether a forward reads values in training that there are none of
         self.flagless: set[str] = set()  # modules whose flags went where only a bool is taken
         self.readings = [Reading()]  # what each module on the stack wanted to know of its mode
         self.branches: list[Branch] | None = []  # None while a branch is being captured

@@ -1,5 +1,6 @@
 """What a forward does beside its tensors: results it remembers, numbers of NumPy, tables of nothing, a batch of one."""
 
+import copy
 import functools
 
 import numpy as np
@@ -577,3 +578,47 @@ def test_attention_couples_without_values_as_with_them(kind, attention, monkeypa
     if kind != "dropout":
         pruned = fxprune.prune(model, 0.5, example_inputs=x, attention=attention, verify=True)
         assert pruned.o.in_features == 16
+
+
+class Clamps(nn.Module):
+    """Reads a value of its input while it trains."""
+
+    def __init__(self, of_indices):
+        super().__init__()
+        self.one, self.two, self.of_indices = nn.Linear(6, 8), nn.Linear(8, 6), of_indices
+
+    def forward(self, x, at):
+        x = self.two(self.one(x).relu())
+        if self.training and (at if self.of_indices else x).max() > 5:
+            x = x.clamp(max=5)
+        return x
+
+
+class ClampsInside(nn.Module):
+    def __init__(self, of_indices):
+        super().__init__()
+        self.inner, self.head = Clamps(of_indices), nn.Linear(6, 3)
+
+    def forward(self, x, at):
+        return self.head(self.inner(x, at))
+
+
+@pytest.mark.parametrize("of_indices", [False, True])
+def test_training_that_reads_values_is_run_with_values_at_once(of_indices, monkeypatch):
+    """A run without values is made of what such a run can be made of, here one that reads indices, which it has."""
+    runs = []
+    captured = analysis.captured
+    monkeypatch.setattr(analysis, "captured", lambda root, *a, **k: runs.append(runs_on(root)) or captured(root, *a, **k))
+    model, x, at = ClampsInside(of_indices), torch.randn(4, 6), torch.tensor([1, 9])
+    small = fxprune.prune(model, ratio=0.5, example_inputs=(x, at))
+    assert runs == [("meta", False), ("meta" if of_indices else "cpu", True)]
+    assert small.get_submodule("inner.one").weight.shape == (4, 6)
+    twin = copy.deepcopy(small).train()
+    assert len([n for n in twin.graph.nodes if n.op == "call_module"]) == 2  # the module that reads, and the head
+    large = torch.full((4, 6), 1e3)
+    inner = twin.get_submodule("inner")
+    assert inner(large, at).max() <= 5 and inner.two.weight.shape == (3, 4)  # half of six, half of eight
+
+
+def runs_on(root):
+    return next(root.parameters()).device.type, root.training
