@@ -9,9 +9,9 @@ import torch
 
 from fxprune.errors import PruneError
 from fxprune.passes import rules
+from fxprune.passes.masked import MASKED, Masked, masked_form
 from fxprune.passes.rules import moving, pointwise
 from fxprune.passes.sizes import HANDLERS, Handler
-from fxprune.passes.verify import MASKED, Masked, masked_form
 
 Kind = Literal["movement", "pointwise", "frozen"]
 
@@ -41,7 +41,7 @@ def register_op(
         like: an op of torch that takes the same arguments and treats channels the same way, such as `"aten::mm"` for a
             contraction or `"aten::mean"` for a reduction.
         handler: what the call becomes where its tensors shrink (see `passes/sizes.py`).
-        masked: what the op computes of the elements that are kept (see `MASKED` in `passes/verify.py`).
+        masked: what the op computes of the elements that are kept (see `MASKED` in `passes/masked.py`).
 
     Returns: without `kind` and `like`, a decorator for a rule of your own: labels in, labels out.
 

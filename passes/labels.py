@@ -11,6 +11,7 @@ packed together. Two joint factors can be matched only when they are nested alik
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -192,6 +193,24 @@ def lut(labels: Labels, shape: Sequence[int], table: Tensor) -> Tensor:
     for f in labels:
         mask = mask & table[f.labels]
     return mask
+
+
+def whole(labels: Iterable[Factor], table: np.ndarray) -> bool:
+    """Whether a boolean table (`True`: kept) keeps every element."""
+    return all(bool(f.among(table).all()) for f in labels)
+
+
+def filled(tensor: Tensor, labels: Labels, table: Tensor, value: float) -> Tensor:
+    """A tensor with one value where a boolean table does not keep the element: a copy, where there is any such."""
+    stays = [table[f.labels] for f in labels]
+    stays = [s.to(tensor.device) for s in stays if not bool(s.all())]
+    if not stays:
+        return tensor
+    if value == 0.0:  # a product takes a quarter of the time, but infinity times zero is not zero
+        made = functools.reduce(lambda made, s: made * s, stays, tensor)
+        if bool(made.sum().isfinite()):
+            return made
+    return tensor.masked_fill(~functools.reduce(torch.logical_and, stays), value)
 
 
 def counts_channels(labels: Labels, dim: int, may_go: np.ndarray, unit: np.ndarray) -> bool:

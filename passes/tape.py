@@ -175,6 +175,11 @@ def storage_of(tensor: Tensor) -> int:
         return tensor.untyped_storage()._cdata
 
 
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was written to; inference tensors do not say."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class Contents:
     """The contents of index tensors, kept right where a forward writes to one.
 

@@ -28,7 +28,7 @@ from fxprune.passes.plain import Plain, is_plain
 from fxprune.passes.proxy import Items, ReadsValue, ValueProxy, has_tensor, iterate, like_dict, tensors, unwrap
 from fxprune.passes.questions import NUMBERS, Questions
 from fxprune.passes.stored import Stored
-from fxprune.passes.tape import NeedsValues, Recorder, Ref, collect, map_tensors
+from fxprune.passes.tape import NeedsValues, Recorder, Ref, collect, map_tensors, version_of
 from fxprune.passes.tree import Apart, every_path, fetch, modes_in_training, named_tensors
 
 # Modules of torch.nn whose forward holds sizes as literals or insists on relations that pruning changes.
@@ -501,11 +501,6 @@ class ValueTracer(Questions):
         for tensor in tensors(value):
             self.inputs.append(self.recorder.add(tensor, from_input=True))
         return self.bind(node, value)
-
-
-def version_of(tensor: Tensor) -> int:
-    """How often a tensor was written to; inference tensors do not say."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 @functools.lru_cache(maxsize=4096)

@@ -18,7 +18,7 @@ from fxprune.passes.kept import Cutter
 from fxprune.passes.labels import Labels
 from fxprune.passes.tape import Ref, collect, map_tensors
 from fxprune.passes.tree import fetch, named_tensors, private_copy
-from fxprune.passes.verify import masked_outputs, relative_error
+from fxprune.passes.verify import MaskedOriginal, relative_error
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +128,7 @@ def compared(
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         known = [labels.get(r.id, ()) for r in site.ins]
-        wanted = masked_outputs(module, own, cutter.kept, heads, args, kwargs, given=known)
+        wanted = MaskedOriginal(module, own, cutter.kept, heads)(args, kwargs, known)
         torch.manual_seed(0)
         try:
             got = fetch(pruned, path)(*few_args, **few_kwargs)

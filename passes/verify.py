@@ -1,44 +1,29 @@
 """Verify: the pruned model against the original whose removed elements are masked.
 
-The original runs under a dispatcher mode that carries labels along, live, at any input size. Removed elements are zero where
-they enter a contraction; statistics over channels (mean, softmax, layer norm, ...) see kept elements only. `MASKED` below is
-the table of what "kept only" means for each op: it is the definition of exact.
+The original runs under a dispatcher mode that carries labels along, live, at any input size. What its ops then compute is said
+in `masked.py`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxprune.passes import rules
+from fxprune.passes.imagine import VIEWS
 from fxprune.passes.kept import Cutter
-from fxprune.passes.labels import Labels, lut
+from fxprune.passes.labels import Labels, filled, lut, whole
+from fxprune.passes.masked import masked_form
+from fxprune.passes.patches import visible
 from fxprune.passes.reading import apply_rule
 from fxprune.passes.rules import Call
-from fxprune.passes.tape import Op, Recorder, Ref, collect, map_tensors
+from fxprune.passes.tape import Op, Recorder, Ref, collect, map_tensors, storage_of, version_of, written_by
 from fxprune.passes.ties import Rows, Ties, flat, row
-
-Masked = Callable[["Masker", Call, Any, Any], Any]
-MASKED: dict[str, Masked] = {}
-
-
-def masked(*names: str) -> Callable[[Masked], Masked]:
-    def file(function: Masked) -> Masked:
-        for name in names:
-            MASKED[f"aten::{name}"] = function
-        return function
-
-    return file
-
-
-def masked_form(name: str) -> Masked | None:
-    """What an op computes of kept elements, where that is not what it computes anyway."""
-    begins = (m for k, m in MASKED.items() if k.endswith("*") and name.startswith(k[:-1]))
-    return MASKED.get(name) or next(begins, None)
+from fxprune.passes.tree import copy_tree, named_tensors
 
 
 class Masker(Recorder):
@@ -58,12 +43,14 @@ class Masker(Recorder):
         super().__init__(names)
         rules.load()
         self.leaf_labels = leaves
-        self.kept = kept
+        self.kept, self.given = kept, len(kept)
         self.settled = torch.ones(len(kept), dtype=torch.bool)
         self.fates = fates
         self.late = False  # whether a label was found to be removed after it was made
         self.heads = heads
         self.labels: dict[int, Labels] = {}
+        self.zeroed: set[int] = set()  # the model's tensors, and views of them: zero where they are removed
+        self.memory: set[int] = set()  # where the model's tensors lie
         self.ties = Ties(size=len(kept))
         self.pairs: list[Any] = []  # ties of labels whose fate is open
         self.rows: list[Rows] = []
@@ -72,6 +59,9 @@ class Masker(Recorder):
         ref = super().add(tensor, from_input=from_input, name=name)
         if name is not None and name in self.leaf_labels:
             self.labels[ref.id] = self.leaf_labels[name]
+            if tensor.layout is torch.strided:
+                self.zeroed.add(ref.id)
+                self.memory.add(storage_of(tensor))
         return ref
 
     def kept_of(self, value: Tensor) -> Tensor:
@@ -79,6 +69,17 @@ class Masker(Recorder):
         for cut in Cutter(self.kept)(self.labels.get(self.ref(value).id, ()), value.shape):
             value = cut.take(value)
         return value
+
+    def removed_from(self, ref: Ref) -> bool:
+        """Whether anything of a value is removed."""
+        return not whole(self.labels.get(ref.id, ()), self.kept.numpy())
+
+    def is_zeroed(self, ref: Ref) -> bool:
+        """Whether removed elements of a value are known to be zero."""
+        if ref.id not in self.zeroed:
+            return False
+        made_here = [f for f in self.labels.get(ref.id, ()) if int(f.flat.max()) >= self.given]  # which say more of a view
+        return whole(made_here, self.kept.numpy())
 
     def mask(self, ref: Ref) -> Tensor | None:
         """A boolean tensor broadcastable to the value, True where kept; None where all of it is."""
@@ -94,17 +95,28 @@ class Masker(Recorder):
         in_args, in_kwargs = map_tensors(args, self.ref), map_tensors(kwargs, self.ref)
         refs = collect((in_args, in_kwargs), Ref)
         function = masked_form(func._schema.name)
-        if function is not None and any(self.mask(r) is not None for r in refs):
+        if function is not None and any(map(self.removed_from, refs)):
             shell = Call(Op(func, in_args, in_kwargs, (), -1), self.tape, self.labels, self.ties, self.heads, set())
             out = function(self, shell, args, kwargs)
             produced = super().__torch_dispatch__(lambda *a, **k: out, types, args, kwargs)
             self.tape.ops[-1] = Op(func, in_args, in_kwargs, self.tape.ops[-1].outs, -1)
         else:
             produced = super().__torch_dispatch__(func, types, args, kwargs)
-        apply_rule(Call(self.tape.ops[-1], self.tape, self.labels, self.ties, self.heads, set()))
+        op = self.tape.ops[-1]
+        apply_rule(Call(op, self.tape, self.labels, self.ties, self.heads, set()))
         self.settle()
+        self.note_zeros(op, args, kwargs)
         del self.tape.ops[before:]
         return produced
+
+    def note_zeros(self, op: Op, args: Any, kwargs: Any) -> None:
+        """A view of what is zero where it is removed is so too, by the labels that it took along."""
+        if op.func in VIEWS and op.inputs[0].id in self.zeroed:
+            self.zeroed.add(op.outs.id)
+        for at, name in written_by(op.func):
+            tensor = args[at] if at < len(args) else kwargs.get(name)
+            if isinstance(tensor, Tensor) and tensor.layout is torch.strided and storage_of(tensor) in self.memory:
+                self.zeroed.clear()
 
     def spread(self) -> bool:
         """Settle what is tied to something settled; whether that was anything."""
@@ -142,214 +154,68 @@ class Masker(Recorder):
             getattr(self.ties, name).clear()
 
 
-def filled(masker: Masker, call: Call, args: Any, kwargs: Any, value: float) -> tuple[Any, Any]:
-    """The arguments with removed elements of every floating tensor set to one value."""
+class MaskedOriginal:
+    """The model, in evaluation mode, with removed elements masked; the model itself is left as it is.
 
-    def fill(tensor: Tensor) -> Tensor:
-        mask = masker.mask(masker.ref(tensor))
-        if mask is None or not (tensor.is_floating_point() or tensor.is_complex()):
-            return tensor
-        return tensor.masked_fill(~mask.to(tensor.device), value)
+    Arguments:
+        model: the original.
+        leaves: the labels of its tensors, by name.
+        kept: which labels are kept, shape (labels,).
+        heads: as in coupling.
+    """
 
-    return map_tensors(args, fill), map_tensors(kwargs, fill)
+    def __init__(self, model: Any, leaves: Mapping[str, Labels], kept: Tensor, heads: bool) -> None:
+        self.model, self.leaves, self.kept, self.heads = model, leaves, kept, heads
+        self.parameters: dict[int, nn.Parameter] = {}  # zero where removed, by the identity of the original's
+        self.writes = False  # whether a forward writes to parameters
 
+    def __call__(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], given: Sequence[Labels] = (), *, whole: bool = True
+    ) -> Any:
+        """What it returns.
 
-@masked(
-    "mm",
-    "bmm",
-    "addmm",
-    "baddbmm",
-    "mv",
-    "dot",
-    "linear",
-    "matmul",
-    "convolution",
-    "_convolution",
-    "_trilinear",
-)
-@masked("sum", "norm", "linalg_vector_norm", "cumsum", "nansum", "addmv", "count_nonzero", "renorm")
-@masked("_cdist_forward", "any", "col2im")
-def with_zeros(masker: Masker, call: Call, args: Any, kwargs: Any) -> Any:
-    """A removed element adds nothing."""
-    args, kwargs = filled(masker, call, args, kwargs, 0.0)
-    return call.op.func(*args, **kwargs)
+        Arguments:
+            given: the labels of the tensors among its arguments, if they have any.
+            whole: with what was removed of it as zeros or whatever else it came to (else without).
+        """
+        devices = sorted({t.device.index or 0 for _, t in named_tensors(self.model) if t.is_cuda})
+        drawn = random_state(devices)
+        fates: Tensor | None = None
+        while True:  # a label made on the way may learn its fate only after a statistic has seen it: then it runs once more
+            set_random_state(devices, drawn)
+            reference = self.copied()
+            names = {id(t): n for n, t in named_tensors(reference)}
+            masker = Masker(names, self.leaves, self.kept, self.heads, fates)
+            a, k = map_tensors((args, kwargs), torch.clone)
+            with torch.no_grad(), visible():
+                refs = [masker.add(tensor, from_input=True) for tensor in collect((a, k), Tensor)]
+                masker.labels.update({r.id: labels for r, labels in zip(refs, given, strict=False)})
+                with masker:
+                    out = reference(*a, **k)
+            if any(version_of(p) for p in self.parameters.values()):
+                self.writes = True
+                self.parameters.clear()
+            if fates is not None or not masker.late:
+                return out if whole else map_tensors(out, masker.kept_of)
+            fates = masker.kept
 
+    def copied(self) -> Any:
+        """A copy of the model whose removed parameter and buffer elements are zero; copies share their parameters."""
+        swap: dict[int, Tensor] = {}
+        with torch.no_grad():
+            for name, tensor in named_tensors(self.model):
+                if not isinstance(tensor, nn.Parameter):
+                    swap[id(tensor)] = self.zeroed(name, tensor)
+                elif id(tensor) not in self.parameters:
+                    self.parameters[id(tensor)] = nn.Parameter(self.zeroed(name, tensor).detach(), False)
+        return copy_tree(self.model, swap | self.parameters).eval()
 
-@masked("_scaled_dot_product_*", "scaled_dot_product_attention")
-def attention(masker: Masker, call: Call, args: Any, kwargs: Any) -> Any:
-    """Removed widths add nothing to a score, removed keys get no weight."""
-    keys = masker.mask(call["key"])
-    args, kwargs = filled(masker, call, args, kwargs, 0.0)
-    if keys is None or keys.shape[-2] == 1:
-        return call.op.func(*args, **kwargs)
-    named = dict(zip((a.name for a in call.op.func._schema.arguments), args, strict=False)) | kwargs
-    q, k, v = named["query"], named["key"], named["value"]
-    bias = torch.zeros((), dtype=q.dtype, device=q.device).masked_fill(~keys.any(-1).unsqueeze(-2).to(q.device), -math.inf)
-    given = named.get("attn_mask", named.get("attn_bias"))
-    bias = bias if given is None else bias + given
-    causal = bool(named.get("is_causal", False))
-    if causal:
-        bias = bias.masked_fill(~torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril(), -math.inf)
-    scale = named.get("scale") or q.shape[-1] ** -0.5
-    out = (q @ k.transpose(-1, -2) * scale + bias).softmax(-1) @ v
-    rest = len(call.op.func._schema.returns) - 1
-    return (out, *[out.new_empty(0)] * rest) if rest else out
-
-
-@masked("amax", "max", "logsumexp", "argmax", "logcumsumexp", "cummax")
-@masked("_softmax", "_log_softmax", "_safe_softmax", "_masked_softmax", "softmax", "log_softmax")
-def with_least(masker: Masker, call: Call, args: Any, kwargs: Any) -> Any:
-    """A removed element is never the greatest and weighs nothing."""
-    args, kwargs = filled(masker, call, args, kwargs, -math.inf)
-    return call.op.func(*args, **kwargs)
-
-
-@masked("amin", "min", "argmin", "cummin")
-def with_greatest(masker: Masker, call: Call, args: Any, kwargs: Any) -> Any:
-    args, kwargs = filled(masker, call, args, kwargs, math.inf)
-    return call.op.func(*args, **kwargs)
-
-
-@masked("aminmax")
-def least_and_greatest(masker: Masker, call: Call, args: Any, kwargs: Any) -> Any:
-    above, below = (filled(masker, call, args, kwargs, value) for value in (math.inf, -math.inf))
-    return call.op.func(*above[0], **above[1])[0], call.op.func(*below[0], **below[1])[1]
-
-
-@masked("median")
-def median(masker: Masker, call: Call, args: Any, kwargs: Any) -> Any:
-    args, kwargs = filled(masker, call, args, kwargs, math.nan)
-    return getattr(torch.ops.aten.nanmedian, call.op.func._overloadname)(*args, **kwargs)
-
-
-@masked("prod", "cumprod", "all")
-def with_ones(masker: Masker, call: Call, args: Any, kwargs: Any) -> Any:
-    args, kwargs = filled(masker, call, args, kwargs, 1.0)
-    return call.op.func(*args, **kwargs)
-
-
-def kept_mean(x: Tensor, mask: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The mean over kept elements, and their number."""
-    count = mask.expand(x.shape).sum(list(dims), keepdim=True)
-    total = torch.where(mask, x, torch.zeros((), dtype=x.dtype, device=x.device)).sum(list(dims), keepdim=True)
-    return total / count.clamp(min=1), count
-
-
-def kept_variance(x: Tensor, mask: Tensor, dims: Sequence[int], correction: float) -> tuple[Tensor, Tensor]:
-    """The variance and mean over kept elements."""
-    mean, count = kept_mean(x, mask, dims)
-    squares = torch.where(mask, (x - mean).square(), torch.zeros((), dtype=x.dtype, device=x.device))
-    return squares.sum(list(dims), keepdim=True) / (count - correction).clamp(min=0), mean
-
-
-def squeezed(out: Tensor, dims: Sequence[int], keepdim: bool) -> Tensor:
-    return out if keepdim else out.squeeze(tuple(dims))
-
-
-@masked("mean", "nanmean")
-def mean(masker: Masker, call: Call, args: Any, kwargs: Any) -> Any:
-    x, mask = args[0], subject(masker, args[0])
-    dims = call.dims(call.get("dim"), x.dim())
-    return squeezed(kept_mean(x, mask, dims)[0], dims, bool(call.get("keepdim", False)))
-
-
-@masked("var", "std", "var_mean", "std_mean")
-def variance(masker: Masker, call: Call, args: Any, kwargs: Any) -> Any:
-    x, mask = args[0], subject(masker, args[0])
-    name = call.op.func._schema.name
-    dims = call.dims(call.get("dim"), x.dim())
-    correction = call.get("correction")
-    correction = (1 if call.get("unbiased", True) else 0) if correction is None else correction
-    var, average = kept_variance(x, mask, dims, correction)
-    first = var.sqrt() if "std" in name else var
-    keepdim = bool(call.get("keepdim", False))
-    out = squeezed(first, dims, keepdim)
-    return (out, squeezed(average, dims, keepdim)) if name.endswith("_mean") else out
-
-
-@masked("native_layer_norm", "_fused_rms_norm")
-def layer_norm(masker: Masker, call: Call, args: Any, kwargs: Any) -> Any:
-    x, mask = args[0], subject(masker, args[0])
-    dims = list(range(x.dim() - len(call["normalized_shape"]), x.dim()))
-    if "rms" in call.op.func._schema.name:
-        eps = call["eps"] if call["eps"] is not None else torch.finfo(x.dtype).eps
-        rstd = (kept_mean(x.square(), mask, dims)[0] + eps).rsqrt()
-        out = x * rstd
-        return (out if args[2] is None else out * args[2]), rstd
-    var, average = kept_variance(x, mask, dims, 0)
-    rstd = (var + call["eps"]).rsqrt()
-    out = (x - average) * rstd
-    weight, bias = (args[2] if len(args) > 2 else None), (args[3] if len(args) > 3 else None)
-    out = out if weight is None else out * weight
-    return (out if bias is None else out + bias), average, rstd
-
-
-@masked("native_group_norm")
-def group_norm(masker: Masker, call: Call, args: Any, kwargs: Any) -> Any:
-    x, mask = args[0], subject(masker, args[0])
-    groups = call["group"]
-    shape = (x.shape[0], groups, -1, *x.shape[2:])
-    grouped, kept = x.reshape(shape), mask.expand(x.shape).reshape(shape)
-    dims = list(range(2, grouped.dim()))
-    var, average = kept_variance(grouped, kept, dims, 0)
-    rstd = (var + call["eps"]).rsqrt()
-    out = ((grouped - average) * rstd).reshape(x.shape)
-    affine = (1, -1, *[1] * (x.dim() - 2))
-    weight, bias = args[1], args[2]
-    out = out if weight is None else out * weight.reshape(affine)
-    out = out if bias is None else out + bias.reshape(affine)
-    return out, average.flatten(1), rstd.flatten(1)
-
-
-@masked("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit.no_stats")
-def batch_norm(masker: Masker, call: Call, args: Any, kwargs: Any) -> Any:
-    """Statistics of the batch are taken over kept positions; running ones are given."""
-    x = args[0]
-    mask = masker.mask(masker.ref(x))
-    positions = [d for d in range(x.dim()) if d != 1]
-    training = call.get("training", True)
-    if not training or mask is None or all(mask.shape[d] == 1 for d in positions):
-        return call.op.func(*args, **kwargs)
-    var, average = kept_variance(x, mask.to(x.device), positions, 0)
-    rstd = (var + call["eps"]).rsqrt()
-    out = (x - average) * rstd
-    affine = (1, -1, *[1] * (x.dim() - 2))
-    weight, bias = call.get("weight"), call.get("bias")
-    out = out if weight is None else out * args[1].reshape(affine)
-    out = out if bias is None else out + args[2].reshape(affine)
-    return out, average.flatten(), rstd.flatten()
-
-
-def subject(masker: Masker, x: Tensor) -> Tensor:
-    mask = masker.mask(masker.ref(x))
-    return (torch.ones((1,) * x.dim(), dtype=torch.bool) if mask is None else mask).to(x.device)
-
-
-@masked("_weight_norm_interface")
-def weight_norm(masker: Masker, call: Call, args: Any, kwargs: Any) -> Any:
-    """Zeros add nothing to a norm; a removed row's own norm is zero and must not divide."""
-    v, g = args[0], args[1]
-    dims = [d for d in range(v.dim()) if d != call.get("dim", 0)]
-    mask = masker.mask(masker.ref(v))
-    v = v if mask is None else v.masked_fill(~mask.to(v.device), 0.0)
-    norm = v.square().sum(list(dims), keepdim=True).sqrt()
-    return v * (g / norm.masked_fill(norm == 0, 1.0)), norm
-
-
-def masked_copy(model: Any, leaves: Mapping[str, Labels], kept: Tensor) -> Any:
-    """A copy of the model, in evaluation mode, whose removed parameter and buffer elements are zero."""
-    from fxprune.passes.tree import copy_tree, named_tensors
-
-    swap: dict[int, Tensor] = {}
-    with torch.no_grad():
-        for name, tensor in named_tensors(model):
-            labels = leaves.get(name, ())
-            mask = lut(labels, tensor.shape, kept)
-            new = tensor.detach()
-            if not bool(mask.all()) and (new.is_floating_point() or new.is_complex()):
-                new = new.masked_fill(~mask.to(new.device), 0.0)
-            swap[id(tensor)] = torch.nn.Parameter(new, False) if isinstance(tensor, torch.nn.Parameter) else new.clone()
-    return copy_tree(model, swap).eval()
+    def zeroed(self, name: str, tensor: Tensor) -> Tensor:
+        """A copy of one of the model's tensors, zero where it is removed."""
+        given = tensor.detach()
+        fractions = given.is_floating_point() or given.is_complex()
+        made = filled(given, self.leaves.get(name, ()), self.kept, 0.0) if fractions else given
+        return made.clone() if made is given else made
 
 
 def random_state(devices: Sequence[int]) -> list[Tensor]:
@@ -362,45 +228,6 @@ def set_random_state(devices: Sequence[int], state: Sequence[Tensor]) -> None:
     torch.set_rng_state(state[0])
     for device, its in zip(devices, state[1:], strict=True):
         torch.cuda.set_rng_state(its, device)
-
-
-def masked_outputs(
-    model: Any,
-    leaves: Mapping[str, Labels],
-    kept: Tensor,
-    heads: bool,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    given: Sequence[Labels] = (),
-    *,
-    whole: bool = True,
-) -> Any:
-    """What the masked original returns.
-
-    Arguments:
-        given: the labels of the tensors among its arguments, if they have any.
-        whole: with what was removed of it as zeros or whatever else it came to (else without).
-    """
-    from fxprune.passes.patches import visible
-    from fxprune.passes.tree import named_tensors
-
-    reference = masked_copy(model, leaves, kept)
-    devices = sorted({t.device.index or 0 for _, t in named_tensors(reference) if t.is_cuda})
-    drawn = random_state(devices)
-    names = {id(t): n for n, t in named_tensors(reference)}
-    fates: Tensor | None = None
-    while True:  # a label made on the way may learn its fate only after a statistic has seen it: then it runs once more
-        set_random_state(devices, drawn)
-        masker = Masker(names, leaves, kept, heads, fates)
-        a, k = map_tensors((args, kwargs), torch.clone)
-        with torch.no_grad(), visible():
-            refs = [masker.add(tensor, from_input=True) for tensor in collect((a, k), Tensor)]
-            masker.labels.update({r.id: labels for r, labels in zip(refs, given, strict=False)})
-            with masker:
-                out = reference(*a, **k)
-        if fates is not None or not masker.late:
-            return out if whole else map_tensors(out, masker.kept_of)
-        fates = masker.kept
 
 
 def relative_error(reference: Tensor, result: Tensor) -> float:

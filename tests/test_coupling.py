@@ -94,8 +94,8 @@ def test_an_error_of_the_compiler_is_no_reason_to_fall_back(monkeypatch: pytest.
 def test_every_statistic_has_a_masked_form() -> None:
     """An op whose rule lets reduced or normalised channels go is compared with what it makes of those that are left."""
     from fxprune.passes import rules
+    from fxprune.passes.masked import masked_form
     from fxprune.passes.rules import reduction
-    from fxprune.passes.verify import masked_form
 
     rules.load()
     statistics = (reduction.reduce, reduction.reduce_with_index, reduction.normalise)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.passes import rules
+from fxprune.passes.masked import MASKED
 from fxprune.passes.sizes import HANDLERS
-from fxprune.passes.verify import MASKED
 
 LIBRARY: list[object] = []
 

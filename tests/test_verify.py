@@ -1,0 +1,119 @@
+"""Verification: what the masked original is, and that nothing of it is made twice."""
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxprune
+from fxprune.passes import masked
+from fxprune.passes.labels import along, filled
+from fxprune.passes.verify import MaskedOriginal
+
+
+def test_what_is_removed_is_zero_whatever_it_was() -> None:
+    """Also where it is infinite or not a number; what stays is the same bit for bit."""
+    given = torch.tensor([[1.0, math.inf, -2.0], [math.nan, 3.0, math.inf]])
+    table = torch.tensor([True, True, False, True, True])
+    got = filled(given, (along(torch.tensor([1, 2, 3]), 1, 2), along(torch.tensor([3, 4]), 0, 2)), table, 0.0)
+    torch.testing.assert_close(got, torch.tensor([[1.0, 0.0, -2.0], [math.nan, 0.0, math.inf]]), rtol=0, atol=0, equal_nan=True)
+
+
+def test_nothing_is_copied_where_nothing_is_removed() -> None:
+    given = torch.ones(2, 3)
+    assert filled(given, (along(torch.tensor([1, 2, 3]), 1, 2),), torch.ones(4, dtype=torch.bool), 0.0) is given
+
+
+class WritesItsWeight(nn.Module):
+    """Every forward adds one to a weight, and then uses it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 4)
+        self.scale = nn.Parameter(torch.ones(4), requires_grad=False)  # which nothing is removed from
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.last.weight.add_(1.0)
+            self.scale.add_(1.0)
+        return self.scale * self.last(torch.relu(self.first(x))) / self.last.weight.norm(dim=1)
+
+
+def test_what_a_forward_writes_to_weights_is_masked_and_taken_back() -> None:
+    torch.manual_seed(0)
+    model = WritesItsWeight().eval()
+    before = copy.deepcopy(model.state_dict())
+    x = torch.randn(2, 6)
+    untried = fxprune.prune(model, ratio=0.5, example_inputs=x, verify=False)
+    pruned = fxprune.prune(model, ratio=0.5, example_inputs=x, verify=True)
+    assert pruned.last.weight.shape == (4, 4)
+    assert pruned.verification.compared == ("the example inputs", "another batch")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    for name, value in pruned.state_dict().items():
+        assert torch.equal(value, untried.state_dict()[name]), name
+
+
+class Attention(nn.Module):
+    """Weights are looked at transposed, split and expanded over the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.norm, self.last = (
+            nn.MultiheadAttention(16, 4, batch_first=True),
+            nn.LayerNorm(16),
+            nn.Linear(16, 3),
+        )
+        self.into = nn.Linear(5, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.into(x)
+        return self.last(self.norm(x + self.attention(x, x, x)[0]))
+
+
+def test_weights_are_masked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for each size, and not again for each product that they enter."""
+    copies: dict[str, Tensor] = {}
+    filled_later: list[Tensor] = []
+    zeroed = MaskedOriginal.zeroed
+
+    def counted(self: MaskedOriginal, name: str, tensor: Tensor) -> Tensor:
+        assert name not in copies
+        copies[name] = zeroed(self, name, tensor)
+        return copies[name]
+
+    def noted(tensor: Tensor, *rest: Any) -> Tensor:
+        out = filled(tensor, *rest)
+        if out is not tensor:
+            filled_later.append(tensor)
+        return out
+
+    monkeypatch.setattr(MaskedOriginal, "zeroed", counted)
+    monkeypatch.setattr(masked, "filled", noted)
+    model = Attention()
+    pruned = fxprune.prune(model, ratio=0.5, example_inputs=torch.randn(1, 7, 5), verify=True)
+    assert pruned.verification.ok
+    assert pruned.verification.compared == ("the example inputs", "another batch")
+    assert copies.keys() == dict(model.named_parameters()).keys()
+    weights = {t.untyped_storage().data_ptr() for t in copies.values()}
+    assert filled_later
+    assert not weights & {t.untyped_storage().data_ptr() for t in filled_later}
+
+
+def test_outputs_that_are_all_zero_are_said_to_say_little() -> None:
+    """A last layer that starts at zero hides what comes before it."""
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+    nn.init.zeros_(model[2].weight)
+    nn.init.zeros_(model[2].bias)
+    found = fxprune.prune(model, ratio=0.5, example_inputs=torch.randn(1, 3), verify=True).verification
+    assert found.ok
+    assert found.blank
+    assert str(found) == (
+        "exact: largest relative error 0.0e+00 against the masked original"
+        " (the example inputs; another batch; all outputs are zero, which says little)"
+    )
+    nn.init.ones_(model[2].bias)
+    assert not fxprune.prune(model, ratio=0.5, example_inputs=torch.randn(1, 3), verify=True).verification.blank
