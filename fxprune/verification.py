@@ -70,7 +70,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def restoring(model: nn.Module, *, parameters: bool = False) -> Iterator[None]:
-    """What a forward writes into buffers (running statistics, caches) is taken back; what it writes into parameters where told."""
+    """What a forward writes into buffers (running statistics, caches) is taken back; into parameters, where that is asked."""
     tensors = [*model.buffers(), *(model.parameters() if parameters else ())]
     before = [t.detach().clone() for t in tensors]
     try:

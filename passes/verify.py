@@ -144,12 +144,16 @@ class Masker(Recorder):
             self.settled = torch.cat([self.settled, torch.full((grown,), self.fates is not None)])
         for event in self.ties.frozen:  # what a rule keeps is kept, whatever it is tied to later
             self.settled[torch.from_numpy(row(event.labels))] = True
-        self.pairs += [tuple(torch.from_numpy(side) for side in flat(pair)) for pair in self.ties.pairs]
+        settled = self.settled.numpy()
+        sides = [flat(pair) for pair in self.ties.pairs]
+        news = [(torch.from_numpy(a), torch.from_numpy(b)) for a, b in sides if not (settled[a].all() and settled[b].all())]
+        self.pairs += news
         self.rows += self.ties.rows
-        while self.spread():
-            pass
-        self.pairs = [(a, b) for a, b in self.pairs if not bool((self.settled[a] & self.settled[b]).all())]
-        self.rows = [rows for rows in self.rows if not bool(self.settled[rows.labels].all())]
+        if news or self.ties.rows or self.ties.frozen:  # else nothing is said of what is open
+            while self.spread():
+                pass
+            self.pairs = [(a, b) for a, b in self.pairs if not bool((self.settled[a] & self.settled[b]).all())]
+            self.rows = [rows for rows in self.rows if not bool(self.settled[rows.labels].all())]
         for name in ("pairs", "frozen", "coarse", "equal", "product", "rows"):
             getattr(self.ties, name).clear()
 
