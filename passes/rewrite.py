@@ -308,7 +308,8 @@ class Rewriter:
                     only[before] = self.capture.only[node]
         self.settle(nodes, inner)
         only = {n: mode for n, mode in only.items() if not n._erased}
-        trained = written(self.graph, only, True) if self.capture.only else None
+        branched = self.capture.only or any(node.target is switch for node in nodes)  # a branch may hold parameters alone
+        trained = written(self.graph, only, True) if branched else None
         if trained is not None:
             in_mode(self.graph, only, False)
         drop_dead(self.graph)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fxprune.passes.imagine import ATOMS, PLAIN_TENSORS, RESHAPING, Imagination
+from fxprune.passes.imagine import ATOMS, PLAIN_TENSORS, RESHAPING, Imagination, like
 
 NAMES: dict[Any, str] = {}
 
@@ -300,15 +300,24 @@ class Recorder(TorchDispatchMode):
 
     def as_one(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The result of a dispatcher function that is written down as one call, whatever it comes to."""
+        return self.recorded(func, args, kwargs, self.unseen(self.imagined))
 
-        def quietly(*call: Any) -> Any:
+    def tied(self, first: Tensor, second: Tensor) -> Tensor:
+        """A copy of the first, written down as the sum of two: its labels are those of both."""
+        copy = self.unseen(lambda *_: like(first) if first.is_meta else first.clone())
+        return self.recorded(torch.ops.aten.add.Tensor, (first, second), {}, copy)
+
+    def unseen(self, run: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Any, Any], Any]:
+        """A function whose own calls are not written down."""
+
+        def quietly(func: Any, args: Any, kwargs: Any) -> Any:
             self.active = False
             try:
-                return self.imagined(*call)
+                return run(func, args, kwargs)
             finally:
                 self.active = True
 
-        return self.recorded(func, args, kwargs, quietly)
+        return quietly
 
     def recorded(self, func: Any, args: Any, kwargs: Any, run: Callable[[Any, Any, Any], Any]) -> Any:
         values, held = self.tape.values, self.held

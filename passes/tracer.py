@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxprune.errors import PruneError
-from fxprune.passes.capture import Call
+from fxprune.passes.capture import Call, switch
 from fxprune.passes.faults import surface
 from fxprune.passes.flag import Flag, Reading
 from fxprune.passes.imagine import ATOMS, META, RESHAPING
@@ -248,6 +248,8 @@ class ValueTracer(Questions):
 
     def run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         if node.op == "call_function":
+            if node.target is switch:
+                return self.recorder.tied(*args)
             whole = WHOLE.get(node.target)
             if whole is not None and all(t.is_meta for t in tensors(args[:3])):
                 return self.recorder.as_one(whole, args, kwargs)

@@ -1,0 +1,90 @@
+"""Evaluation and training in one capture: what follows a branch, and branches that do nothing but look something up."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxprune
+from fxprune.analysis import analyse
+from fxprune.passes.terms import Terms
+
+
+class Louder(nn.Module):
+    """Another value in training than in evaluation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 100 if self.training else x * 2
+
+
+class Reads(nn.Module):
+    """Takes one way or the other, by a value: the one for loud inputs knows its size by heart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quiet, self.loud = nn.Linear(12, 12), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.abs().max() < 50:
+            return self.quiet(x)
+        return self.loud(x).reshape(-1, int("12"))
+
+
+def test_what_follows_a_branch_sees_what_evaluation_computes() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 12), Louder(), Reads(), nn.ReLU(), nn.Linear(12, 3)).eval()
+    x = torch.randn(5, 4)
+    given: list[Tensor] = []
+    handle = model[2].register_forward_pre_hook(lambda m, a: given.append(a[0].clone()))
+    model(x)
+    handle.remove()
+    solution = analyse(model, (x,), {}, Terms(heads=True))
+    assert solution.captures[0].opaque.keys() == {"2"}
+    ((seen,), _), *others = solution.captures[0].given.values()
+    assert not others
+    assert torch.equal(seen, given[0])
+    pruned = fxprune.prune(model, ratio=0.5, example_inputs=x)
+    assert pruned.plan.kept_shape("2.quiet.weight") == (6, 6)  # else it would have been tried on what it does not take
+
+
+class Chosen(nn.Module):
+    """One of two tensors, by the mode."""
+
+    def __init__(self, evaluated: Tensor, trained: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("evaluated", evaluated)
+        self.register_buffer("trained", trained)
+
+    def forward(self) -> Tensor:
+        return self.trained if self.training else self.evaluated
+
+
+class Uses(nn.Module):
+    def __init__(self, chosen: Chosen, index: bool) -> None:
+        super().__init__()
+        self.chosen, self.index = chosen, index
+        self.one, self.two = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(x)
+        return self.two(torch.relu(x[:, self.chosen()] if self.index else x * self.chosen()))
+
+
+SCALES = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([-1.0, 5.0, 0.5, 2.0])
+ORDERS = torch.tensor([1, 0, 2, 3]), torch.tensor([0, 1, 3, 2])
+
+
+@pytest.mark.parametrize(("tensors", "index", "captures"), [(SCALES, False, 1), (ORDERS, True, 2)], ids=["scales", "orders"])
+def test_a_branch_may_hold_nothing_but_a_tensor(tensors: tuple[Tensor, Tensor], index: bool, captures: int) -> None:
+    """Where what it holds are indices, what is coupled in training is not what is coupled in evaluation."""
+    torch.manual_seed(0)
+    model, x = Uses(Chosen(*tensors), index).eval(), torch.randn(6, 3)
+    assert len(fxprune.couple(model, x)._solution.captures) == captures
+    pruned = fxprune.prune(model, ratio=0.5, example_inputs=x)
+    keep = pruned.plan.keep["one.weight"][0].keep
+    assert len(keep) == 2
+    mask = torch.zeros(4).index_fill(0, keep, 1.0)
+    for training, tensor in zip((False, True), tensors, strict=True):
+        pruned.train(training)
+        hidden = model.one(x) * mask
+        wanted = model.two(torch.relu(hidden[:, tensor] if index else hidden * tensor))
+        torch.testing.assert_close(pruned(x), wanted)
