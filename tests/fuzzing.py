@@ -10,6 +10,8 @@ A program is a list of steps in plain data (`fuzz_steps`), so a failing one can 
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import random
 import re
 from collections.abc import Callable
@@ -17,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from fuzz_steps import OPS, Step, Value, Writer
+from fuzz_steps import OPS, SCOPE, Step, Value, Writer
 from graphs.registry import normal, randomise
 from oracle import leaves, parameter_count, plain_masked, relative_error, run
 from torch import Tensor, nn
@@ -60,6 +62,11 @@ class Program:
     round_to: int = 1
     freeze: tuple[str, ...] = ()
 
+    @property
+    def draws_numbers(self) -> bool:
+        """Whether it is random in training."""
+        return any(step.args.get("how") == "drop" for step in self.steps)
+
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(normal(*shape, seed=2 + i) for i, (_, _, shape) in enumerate(self.inputs))
 
@@ -83,8 +90,11 @@ class Program:
         options = "".join(f", {k}={v!r}" for k, v in self.options(writer).items() if v not in ("heads", 1, []))
         inputs = "".join(f"normal({', '.join(map(str, s))}, seed={2 + i}), " for i, (_, _, s) in enumerate(self.inputs))
         steps = "".join(f"#   {step}\n" for step in self.steps)
+        made = module_source(self, writer)
+        own = [name for name in ("Chosen", "Either") if f"{name}(" in made]
+        imports = f"from fuzz_steps.parts import {', '.join(own)}\n\n\n" if own else ""
         return (
-            f"# seed {self.seed}:\n{steps}{module_source(self, writer)}\n\n"
+            f"# seed {self.seed}:\n{steps}{imports}{made}\n\n"
             f"model, inputs = Net().double().eval(), ({inputs.rstrip()})\nrandomise(model)\n"
             f"pruned = fxprune.prune(model, {self.ratio}, example_inputs=inputs{options}, verify=False)\n"
             "print(fxprune.verify(model, pruned, inputs))\n"
@@ -146,7 +156,7 @@ def module_source(program: Program, writer: Writer) -> str:
 
 def build(program: Program, writer: Writer) -> nn.Module:
     """The model in double precision, every weight and running statistic random; raises Unfit."""
-    scope = {name: value for name, value in writer.scope.items() if name in ("torch", "nn", "F", "math")}
+    scope = dict(SCOPE)
     exec(module_source(program, writer), scope | {"__name__": "fuzzed"}, scope)
     model: nn.Module = scope["Net"]
     model.forward.__globals__.update(scope)
@@ -180,7 +190,7 @@ def check(program: Program, damage: Callable[[nn.Module], None] | None = None) -
     if damage is not None:
         damage(pruned)
     try:
-        found = compared(model, pruned, inputs, plain=writer.zeroing)
+        found = compared(model, pruned, inputs, plain=writer.zeroing, draws_numbers=program.draws_numbers)
     except Exception as error:
         return Outcome("crashed", removed, message=f"after: {type(error).__name__}: {error}")
     for against, error in found.items():
@@ -192,12 +202,19 @@ def check(program: Program, damage: Callable[[nn.Module], None] | None = None) -
 
 
 @torch.no_grad()
-def compared(model: nn.Module, pruned: Any, inputs: tuple[Tensor, ...], plain: bool) -> dict[str, float]:
+def compared(
+    model: nn.Module, pruned: Any, inputs: tuple[Tensor, ...], *, plain: bool, draws_numbers: bool
+) -> dict[str, float]:
     """The relative error against each reference: the one without the engine, if it applies, and the engine's own."""
     output = run(pruned, inputs)
     found = {}
     if plain:
-        found["the zeroed original"] = relative_error(run(plain_masked(model, fxprune.plan_of(pruned)), inputs), output)
+        reference = plain_masked(model, fxprune.plan_of(pruned))
+        found["the zeroed original"] = relative_error(run(reference, inputs), output)
+        if not draws_numbers:
+            with contextlib.suppress(ValueError):  # a norm needs more than one value a channel to train
+                wanted = run(reference.train(), inputs)
+                found["the zeroed original in training"] = relative_error(wanted, run(copy.deepcopy(pruned).train(), inputs))
     return found | {"fxprune.verify": fxprune.verify(model, pruned, inputs).error}
 
 

@@ -1,6 +1,6 @@
 """The vocabulary of random programs: importing the package registers every step."""
 
-from . import attention, channels, layers, mixing
-from .writer import OPS, RANKS, Op, Step, Value, Writer
+from . import attention, channels, layers, mixing, modal
+from .writer import OPS, RANKS, SCOPE, Op, Step, Value, Writer
 
-__all__ = ["OPS", "RANKS", "Op", "Step", "Value", "Writer", "attention", "channels", "layers", "mixing"]
+__all__ = ["OPS", "RANKS", "SCOPE", "Op", "Step", "Value", "Writer", "attention", "channels", "layers", "mixing", "modal"]

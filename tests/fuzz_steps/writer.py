@@ -16,6 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .parts import Chosen, Either
+
+# What the lines of a program may name.
+SCOPE: dict[str, Any] = {"torch": torch, "nn": nn, "F": F, "math": math, "Chosen": Chosen, "Either": Either}
+
 Pick = Callable[[random.Random, "Value"], Any]
 
 # Where the channels of a value are.
@@ -133,7 +138,7 @@ class Writer:
         self.layers: dict[str, tuple[str, str, int]] = {}  # step -> its first layer, the kind and channels it takes
         self.zeroing = True  # whether zeroing parameters is a reference for the program
         self.module = nn.Module()
-        self.scope: dict[str, Any] = {"torch": torch, "nn": nn, "F": F, "math": math, "self": self.module}
+        self.scope: dict[str, Any] = SCOPE | {"self": self.module}
         self.step = ""
 
     def put(self, name: str, kind: str, tensor: Tensor) -> None:
