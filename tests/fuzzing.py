@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from fuzz_steps import OPS, SCOPE, Step, Value, Writer
+from fuzz_steps import OPS, PARTS, SCOPE, Step, Value, Writer
 from graphs.registry import normal, randomise
 from oracle import leaves, parameter_count, plain_masked, relative_error, run
 from torch import Tensor, nn
@@ -91,7 +91,7 @@ class Program:
         inputs = "".join(f"normal({', '.join(map(str, s))}, seed={2 + i}), " for i, (_, _, s) in enumerate(self.inputs))
         steps = "".join(f"#   {step}\n" for step in self.steps)
         made = module_source(self, writer)
-        own = [name for name in ("Chosen", "Either") if f"{name}(" in made]
+        own = [name for name in PARTS if f"{name}(" in made]
         imports = f"from fuzz_steps.parts import {', '.join(own)}\n\n\n" if own else ""
         return (
             f"# seed {self.seed}:\n{steps}{imports}{made}\n\n"

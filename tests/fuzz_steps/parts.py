@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 
@@ -25,3 +26,32 @@ class Chosen(nn.Module):
 
     def forward(self) -> Tensor:
         return self.trained if self.training else self.evaluated
+
+
+class Reads(nn.Module):
+    """Looks at the values of what it is given, so that it stays one node of the program."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.abs().max() > 1e30:
+            raise ValueError("the input has exploded")
+        return self.inner(x)
+
+
+class Regroups(nn.Module):
+    """The same, with sizes that are attributes: groups of channels change places, and each channel is scaled."""
+
+    def __init__(self, channels: int, groups: int, axis: int) -> None:
+        super().__init__()
+        self.channels, self.groups, self.axis = channels, groups, axis
+        self.scale = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.abs().max() > 1e30:
+            raise ValueError("the input has exploded")
+        x = x.movedim(self.axis, -1) * self.scale
+        x = x.view(*x.shape[:-1], self.groups, self.channels // self.groups).transpose(-1, -2)
+        return x.reshape(*x.shape[:-2], self.channels).movedim(-1, self.axis)

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .parts import Chosen, Either
+from . import parts
 
 # What the lines of a program may name.
-SCOPE: dict[str, Any] = {"torch": torch, "nn": nn, "F": F, "math": math, "Chosen": Chosen, "Either": Either}
+PARTS = {kind.__name__: kind for kind in (parts.Chosen, parts.Either, parts.Reads, parts.Regroups)}
+SCOPE: dict[str, Any] = {"torch": torch, "nn": nn, "F": F, "math": math, **PARTS}
 
 Pick = Callable[[random.Random, "Value"], Any]
 
