@@ -211,7 +211,7 @@ class MaskedOriginal:
                 if not isinstance(tensor, nn.Parameter):
                     swap[id(tensor)] = self.zeroed(name, tensor)
                 elif id(tensor) not in self.parameters:
-                    self.parameters[id(tensor)] = nn.Parameter(self.zeroed(name, tensor).detach(), False)
+                    self.parameters[id(tensor)] = nn.Parameter(self.zeroed(name, tensor).data, False)
         return copy_tree(self.model, swap | self.parameters).eval()
 
     def zeroed(self, name: str, tensor: Tensor) -> Tensor:

@@ -1,12 +1,19 @@
 """What holds for all tests: an error of the compiler's own is an error, not the next rung of its ladder."""
 
 import os
+import random
 import sys
 from pathlib import Path
 
 import pytest
 
 os.environ["FXPRUNE_STRICT"] = "1"
+os.environ.setdefault("FUZZ_SEED", str(random.SystemRandom().randrange(10**9)))  # workers of a parallel run inherit it
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Also where nothing fails and the header is not shown."""
+    terminalreporter.write_line(f"random programs: FUZZ_SEED={os.environ['FUZZ_SEED']}")
 
 
 @pytest.fixture

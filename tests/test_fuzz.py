@@ -1,13 +1,12 @@
 """Random programs from fresh seeds are pruned exactly; and the fuzzer sees a mistake, and shrinks it, when there is one.
 
-The seeds of a run are printed. `FUZZ_SEED=123 pytest tests/test_fuzz.py` runs the same ones again; ten thousand at a time
-are run by `examples/benchmarks/fuzz.py`.
+A run draws its seed and prints it (`conftest.py`). `FUZZ_SEED=123 pytest tests/test_fuzz.py` runs the same programs again; ten
+thousand at a time are run by `examples/benchmarks/fuzz.py`.
 """
 
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Callable
 
 import pytest
@@ -26,15 +25,6 @@ BLOCKS, GRAPHS = 4, 50  # blocks are told apart by number, so that the workers o
 CAUGHT = 1e-3
 
 
-def fresh_seed(block: int) -> int:
-    """Seeds of this block: known ones, so that a change is judged by itself; `FUZZ_SEED=fresh` draws new ones.
-
-    About three fresh graphs in a thousand still fail (see `examples/benchmarks/FUZZ.md` for what is measured).
-    """
-    given = os.environ.get("FUZZ_SEED", "990000")
-    return random.SystemRandom().randrange(10**9) if given == "fresh" else int(given) + block * GRAPHS
-
-
 def failure(program: Program, outcome: Outcome) -> str:
     """The program shrunk, ready to be pasted as a test."""
     small = shrink(program, fails_like(outcome))
@@ -44,8 +34,7 @@ def failure(program: Program, outcome: Outcome) -> str:
 
 @pytest.mark.parametrize("block", range(BLOCKS))
 def test_random_programs_are_exact(block: int) -> None:
-    seed = fresh_seed(block)
-    print(f"FUZZ_SEED={seed - block * GRAPHS} for block {block}")
+    seed = int(os.environ["FUZZ_SEED"]) + block * GRAPHS
     removed = []
     for number in range(GRAPHS):
         program = draw(seed + number)

@@ -212,6 +212,7 @@ def grouped(w: Writer, x: Value, *, groups: int, how: str) -> str:
 
 @op("map", weight=1.2, how=one_of("module", "view"))
 def pixel_shuffle(w: Writer, x: Value, *, how: str) -> str:
+    w.sees()  # channels become places, rows of which may go
     if how == "module":
         return f"F.pixel_shuffle({x}, 2)"
     _, c, height, width = x.shape
