@@ -61,7 +61,7 @@ def tried_with_one(
         return None
     one, several = inputs.batch_of_one(args, kwargs), inputs.larger(args, kwargs) if alone else (args, kwargs)
     tried = made(model, pruned.plan, coupled(*several), None).program if alone else pruned
-    with noting(tried) as failing, evaluating(tried), restoring(tried), torch.no_grad(), unobserved(model):
+    with noting(tried) as failing, evaluating(tried), restoring(tried, parameters=True), torch.no_grad(), unobserved(model):
         tried(*one[0], **one[1])
     if not failing and not alone:
         return None

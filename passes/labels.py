@@ -195,7 +195,7 @@ def lut(labels: Labels, shape: Sequence[int], table: Tensor) -> Tensor:
     return mask
 
 
-def whole(labels: Iterable[Factor], table: np.ndarray) -> bool:
+def keeps_all(labels: Iterable[Factor], table: np.ndarray) -> bool:
     """Whether a boolean table (`True`: kept) keeps every element."""
     return all(bool(f.among(table).all()) for f in labels)
 

@@ -117,7 +117,7 @@ def joined(tracer: ValueTracer, begin: int, middle: int, ops: int, out: Any, tra
     """
     end = len(tracer.index)
     before, after = (leaves(out), leaves(trained))
-    same = len(before) == len(after) and all(alike(a, b) for a, b in zip(before, after, strict=True))
+    same = len(before) == len(after) and all(alike(tracer, a, b) for a, b in zip(before, after, strict=True))
     if not same:
         tracer.reads_training = True
     if not same or code(tracer, begin, middle, out) == code(tracer, middle, end, trained):
@@ -141,12 +141,15 @@ def leaves(x: Any) -> list[Any]:
     return [x]
 
 
-def alike(a: Any, b: Any) -> bool:
+def alike(tracer: ValueTracer, a: Any, b: Any) -> bool:
     """Whether one can stand in for the other in what follows."""
     if type(a) is ValueProxy and type(b) is ValueProxy and isinstance(a.value, Tensor) and isinstance(b.value, Tensor):
         if (a.value.shape, a.value.dtype, a.value.device) != (b.value.shape, b.value.dtype, b.value.device):
             return False
-        return a.value.is_floating_point() or a.value.is_meta or torch.equal(a.value, b.value)  # what looks things up by them
+        fractions = a.value.is_floating_point() or a.value.is_complex()
+        computed = tracer.depends[a.node] or tracer.depends[b.node]
+        # things may be looked up by all else: what is known of it would be true of one mode alone
+        return a.value.is_meta or (fractions and computed) or torch.equal(a.value, b.value)
     if type(a) is ValueProxy or type(b) is ValueProxy or type(a) is not type(b):
         return a is b
     return a is b or (type(a) in COMPARED and bool(a == b))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fxprune.passes import rules
 from fxprune.passes.imagine import VIEWS
 from fxprune.passes.kept import Cutter
-from fxprune.passes.labels import Labels, filled, lut, whole
+from fxprune.passes.labels import Labels, filled, keeps_all, lut
 from fxprune.passes.masked import masked_form
 from fxprune.passes.patches import visible
 from fxprune.passes.reading import apply_rule
@@ -72,14 +72,14 @@ class Masker(Recorder):
 
     def removed_from(self, ref: Ref) -> bool:
         """Whether anything of a value is removed."""
-        return not whole(self.labels.get(ref.id, ()), self.kept.numpy())
+        return not keeps_all(self.labels.get(ref.id, ()), self.kept.numpy())
 
     def is_zeroed(self, ref: Ref) -> bool:
         """Whether removed elements of a value are known to be zero."""
         if ref.id not in self.zeroed:
             return False
         made_here = [f for f in self.labels.get(ref.id, ()) if int(f.flat.max()) >= self.given]  # which say more of a view
-        return whole(made_here, self.kept.numpy())
+        return keeps_all(made_here, self.kept.numpy())
 
     def mask(self, ref: Ref) -> Tensor | None:
         """A boolean tensor broadcastable to the value, True where kept; None where all of it is."""
@@ -211,7 +211,8 @@ class MaskedOriginal:
                 if not isinstance(tensor, nn.Parameter):
                     swap[id(tensor)] = self.zeroed(name, tensor)
                 elif id(tensor) not in self.parameters:
-                    self.parameters[id(tensor)] = nn.Parameter(self.zeroed(name, tensor).data, False)
+                    made = self.zeroed(name, tensor).data  # which starts to count what is written to it
+                    self.parameters[id(tensor)] = nn.Parameter(made, False)
         return copy_tree(self.model, swap | self.parameters).eval()
 
     def zeroed(self, name: str, tensor: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fuzz_steps.parts import Chosen
 from torch import Tensor, nn
 
 import fxprune
@@ -46,19 +47,9 @@ def test_what_follows_a_branch_sees_what_evaluation_computes() -> None:
     assert pruned.plan.kept_shape("2.quiet.weight") == (6, 6)  # else it would have been tried on what it does not take
 
 
-class Chosen(nn.Module):
-    """One of two tensors, by the mode."""
-
-    def __init__(self, evaluated: Tensor, trained: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("evaluated", evaluated)
-        self.register_buffer("trained", trained)
-
-    def forward(self) -> Tensor:
-        return self.trained if self.training else self.evaluated
-
-
 class Uses(nn.Module):
+    """Scales channels by what is chosen, or looks them up by it, where it is whole numbers or becomes such."""
+
     def __init__(self, chosen: Chosen, index: bool) -> None:
         super().__init__()
         self.chosen, self.index = chosen, index
@@ -66,14 +57,18 @@ class Uses(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.one(x)
-        return self.two(torch.relu(x[:, self.chosen()] if self.index else x * self.chosen()))
+        return self.two(torch.relu(x[:, self.chosen().long()] if self.index else x * self.chosen()))
 
 
 SCALES = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([-1.0, 5.0, 0.5, 2.0])
 ORDERS = torch.tensor([1, 0, 2, 3]), torch.tensor([0, 1, 3, 2])
 
 
-@pytest.mark.parametrize(("tensors", "index", "captures"), [(SCALES, False, 1), (ORDERS, True, 2)], ids=["scales", "orders"])
+FRACTIONS = ORDERS[0].float(), ORDERS[1].float()
+CASES = {"scales": (SCALES, False, 1), "orders": (ORDERS, True, 2), "orders as fractions": (FRACTIONS, True, 2)}
+
+
+@pytest.mark.parametrize(("tensors", "index", "captures"), CASES.values(), ids=CASES)
 def test_a_branch_may_hold_nothing_but_a_tensor(tensors: tuple[Tensor, Tensor], index: bool, captures: int) -> None:
     """Where what it holds are indices, what is coupled in training is not what is coupled in evaluation."""
     torch.manual_seed(0)
@@ -86,5 +81,5 @@ def test_a_branch_may_hold_nothing_but_a_tensor(tensors: tuple[Tensor, Tensor], 
     for training, tensor in zip((False, True), tensors, strict=True):
         pruned.train(training)
         hidden = model.one(x) * mask
-        wanted = model.two(torch.relu(hidden[:, tensor] if index else hidden * tensor))
+        wanted = model.two(torch.relu(hidden[:, tensor.long()] if index else hidden * tensor))
         torch.testing.assert_close(pruned(x), wanted)

@@ -204,7 +204,7 @@ def prune_here(network: nn.Module, inputs: Any, verify: bool) -> nn.Module:
 
 @torch.no_grad()
 def plain_steps(network: nn.Module) -> object:
-    """The least that a pruner of captured programs does, as torch alone does it: a program, magnitudes, half of each weight.
+    """What every pruner of captured programs does, in its plainest form: a program, magnitudes, half of each weight.
 
     No coupling, no choice, no rewriting, one mode of two. What it returns is not a pruned model.
     """
