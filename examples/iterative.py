@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import fxprune
-from fxprune.regularizers import Growing
+from fxprune.iterative.regularizers import Growing
 
 
 def small_net(classes: int = 4) -> nn.Module:

@@ -1,17 +1,17 @@
 """Structured pruning for PyTorch as a compiler pass."""
 
-from fxprune import criteria
-from fxprune.api import couple, plan_of, prune, verify
-from fxprune.coupling import Coupling
+from fxprune import criteria, masks, regularizers
+from fxprune.api import couple, prune, verify
 from fxprune.criteria import Magnitude
+from fxprune.custom_ops import register_op
 from fxprune.errors import PruneError
-from fxprune.feasibility import Feasibility, feasible
-from fxprune.ops import register_op
-from fxprune.plan import Plan
-from fxprune.pruner import Pruner
+from fxprune.iterative.pruner import Pruner
+from fxprune.plan import Plan, plan_of
 from fxprune.repair import Repair, repair
-from fxprune.report import report
-from fxprune.sensitivity import Sensitivity, sensitivity
+from fxprune.reports.coupling import Coupling
+from fxprune.reports.feasibility import Feasibility, feasible
+from fxprune.reports.report import report
+from fxprune.reports.sensitivity import Sensitivity, sensitivity
 from fxprune.verification import Verification
 
 __all__ = [
@@ -27,9 +27,11 @@ __all__ = [
     "couple",
     "criteria",
     "feasible",
+    "masks",
     "plan_of",
     "prune",
     "register_op",
+    "regularizers",
     "repair",
     "report",
     "sensitivity",

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxprune.errors import PruneError
-from fxprune.passes.tape import collect, map_tensors
-from fxprune.passes.tree import named_parameters
+from fxprune.passes.errors import PruneError
+from fxprune.passes.ir.module_tree import named_parameters
+from fxprune.passes.ir.pytree import collect, map_tensors
 
 
-def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def parse_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments: a tensor is one, a tuple several, a dict keywords."""
     if example_inputs is None:
         raise PruneError(
@@ -28,7 +28,7 @@ def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (example_inputs,), {}
 
 
-def check(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, weights: bool = True) -> None:
+def check_inputs(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, weights: bool = True) -> None:
     """Raise PruneError where the arguments cannot be what the model takes: names, devices, dtypes.
 
     A model without `weights`, on the meta device, will do where they do not matter, and so will inputs on any device.
@@ -82,7 +82,7 @@ def check_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         ) from error
 
 
-def describe(example_inputs: Any) -> Any:
+def describe_inputs(example_inputs: Any) -> Any:
     """JSON-ready description of example inputs: structure, shapes, dtypes and the range of integers."""
     if isinstance(example_inputs, Tensor):
         found: dict[str, Any] = {
@@ -95,17 +95,17 @@ def describe(example_inputs: Any) -> Any:
     if isinstance(example_inputs, tuple | list):
         return {
             type(example_inputs).__name__ if not hasattr(example_inputs, "_fields") else "tuple": [
-                describe(v) for v in example_inputs
+                describe_inputs(v) for v in example_inputs
             ]
         }
     if isinstance(example_inputs, dict):
-        return {"dict": [[k, describe(v)] for k, v in example_inputs.items()]}
+        return {"dict": [[k, describe_inputs(v)] for k, v in example_inputs.items()]}
     if example_inputs is None or isinstance(example_inputs, bool | int | float | str):
         return {"value": example_inputs}
     return {"opaque": type(example_inputs).__name__}
 
 
-def imagine(described: Any, device: torch.device) -> Any:
+def empty_inputs(described: Any, device: torch.device) -> Any:
     """Random inputs that look like the described; raises PruneError where a description is not enough."""
     kind, content = next(iter(described.items()))
     if kind == "tensor":
@@ -116,10 +116,10 @@ def imagine(described: Any, device: torch.device) -> Any:
             return torch.randint(low, high + 1, content["shape"], generator=generator).to(device, dtype)
         return torch.randn(content["shape"], generator=generator).to(device, dtype)
     if kind in ("tuple", "list"):
-        values = [imagine(v, device) for v in content]
+        values = [empty_inputs(v, device) for v in content]
         return tuple(values) if kind == "tuple" else values
     if kind == "dict":
-        return {k: imagine(v, device) for k, v in content}
+        return {k: empty_inputs(v, device) for k, v in content}
     if kind == "value":
         return content
     raise PruneError(f"the plan cannot make up an input of type {content}", fix="plan.apply(model, example_inputs=...)")

@@ -13,10 +13,10 @@ from pathlib import Path
 from rich.console import Console
 
 from fxprune.api import couple
-from fxprune.coupling import Coupling
-from fxprune.errors import PruneError
-from fxprune.graph import to_dot
-from fxprune.zoo import load
+from fxprune.passes.errors import PruneError
+from fxprune.reports.coupling import Coupling
+from fxprune.reports.coupling_graph import to_dot
+from fxprune.reports.models import load
 
 EXAMPLES = """
 examples:

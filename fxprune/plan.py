@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fxprune.errors import PruneError
-from fxprune.passes.couple import Solution
-from fxprune.passes.guards import Waiver
-from fxprune.passes.kept import Cut, NotARectangle, cut_shape
-from fxprune.passes.shrink import tensor_cuts
-from fxprune.passes.terms import Terms
-from fxprune.passes.tree import named_tensors
+from fxprune.passes.coupling.solution import Solution
+from fxprune.passes.errors import NotARectangle, PruneError
+from fxprune.passes.ir.module_tree import named_tensors
+from fxprune.passes.ir.options import CouplingOptions
+from fxprune.passes.ir.program import Waiver
+from fxprune.passes.ir.slices import TensorSlice, cut_shape
+from fxprune.passes.rewrite.rewrite import tensor_cuts
 
 FORMAT = "fxprune.plan/1"
 
@@ -38,7 +38,7 @@ class Plan:
     """
 
     shapes: dict[str, tuple[int, ...]]
-    keep: dict[str, list[Cut]]
+    keep: dict[str, list[TensorSlice]]
     attention: str = "heads"
     freeze: tuple[str, ...] = ()
     inputs: Any = field(default=None)
@@ -63,9 +63,9 @@ class Plan:
         return hash(self.to_json())
 
     @property
-    def terms(self) -> Terms:
+    def terms(self) -> CouplingOptions:
         """What it was asked of a coupling to make the plan."""
-        return Terms(self.attention == "heads", dict.fromkeys(self.freeze, "is frozen by request"), self.release)
+        return CouplingOptions(self.attention == "heads", dict.fromkeys(self.freeze, "is frozen by request"), self.release)
 
     def kept_shape(self, name: str) -> tuple[int, ...]:
         """What is left of a tensor's shape."""
@@ -141,7 +141,7 @@ class Plan:
         """The name under which a (tied) tensor stands in the plan."""
         if name in self.shapes:
             return name
-        from fxprune.passes.tree import fetch
+        from fxprune.passes.ir.module_tree import fetch
 
         tensor = fetch(model, name)
         return next((n for n, t in named_tensors(model) if t is tensor), name)
@@ -179,12 +179,12 @@ class Plan:
 
         Raises: PruneError if the plan does not fit the model.
         """
-        from fxprune.api import apply_plan
+        from fxprune.pipeline import apply_plan
 
         return apply_plan(self, model, example_inputs)
 
 
-def cut_from(data: Mapping[str, Any], shape: tuple[int, ...]) -> Cut:
+def cut_from(data: Mapping[str, Any], shape: tuple[int, ...]) -> TensorSlice:
     """A cut of a tensor of a given shape; raises ValueError where its numbers make no sense for that."""
     dims, sizes = tuple(data["dims"]), tuple(data["sizes"])
     keep = torch.tensor(data["keep"], dtype=torch.int64)
@@ -195,7 +195,7 @@ def cut_from(data: Mapping[str, Any], shape: tuple[int, ...]) -> Cut:
         raise ValueError(f"{len(keep)} kept indices do not fill {sizes}")
     if len(keep) and not 0 <= int(keep.min()) <= int(keep.max()) < whole:
         raise ValueError(f"kept indices of a tensor of shape {shape} reach from {keep.min()} to {keep.max()}")
-    return Cut(dims, keep, sizes)
+    return TensorSlice(dims, keep, sizes)
 
 
 def kept_by(plan: Plan, solution: Solution) -> Tensor:
@@ -235,3 +235,11 @@ def kept_by(plan: Plan, solution: Solution) -> Tensor:
 def same_cuts(a: Sequence[Any], b: Sequence[Any]) -> bool:
     left, right = ({c.dims: c.keep for c in cuts} for cuts in (a, b))
     return left.keys() == right.keys() and all(torch.equal(left[d], right[d]) for d in left)
+
+
+def plan_of(pruned: nn.Module) -> Plan:
+    """The plan that a pruned model was made by; raises PruneError for a model that was not."""
+    plan = getattr(pruned, "meta", {}).get("plan")
+    if not isinstance(plan, Plan):
+        raise PruneError("this module carries no plan", where=type(pruned).__name__, fix="pass what fxprune.prune returned")
+    return plan

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune import inputs
-from fxprune.passes.guards import GuardError
-from fxprune.passes.labels import Labels
-from fxprune.passes.tape import collect, map_tensors
-from fxprune.passes.tree import private_copy
-from fxprune.passes.verify import MaskedOriginal, random_state, relative_error, set_random_state
+from fxprune.inputs import other_sizes
+from fxprune.passes.errors import GuardError
+from fxprune.passes.ir.labels import Labels
+from fxprune.passes.ir.module_tree import private_copy
+from fxprune.passes.ir.pytree import collect, map_tensors
+from fxprune.passes.verification.masked_model import MaskedOriginal, random_state, relative_error, set_random_state
 
 # float32 sums in another order differ by about this much over the depth of a deep network
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
@@ -131,7 +131,7 @@ def compare_as_they_are(
     tolerance = max((TOLERANCE.get(d, 1e-3) for d in dtypes), default=1e-3)
     cases = [("the example inputs", args, kwargs)]
     if sizes:
-        cases += list(inputs.other_sizes(args, kwargs))
+        cases += list(other_sizes(args, kwargs))
     masked = MaskedOriginal(model, leaves, kept, heads)
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     with evaluating(pruned), torch.no_grad(), torch.random.fork_rng(devices=devices):

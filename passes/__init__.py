@@ -1,0 +1,1 @@
+"""The compiler: capture a model, couple its channels, rewrite it smaller, verify the result."""

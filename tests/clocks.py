@@ -3,13 +3,13 @@
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fxprune.passes.patches import visible
+from fxprune.passes.capture.patches import visible
 
 SECONDS = 1e-9  # for each operation
 
 
 def counting_clock(runs, device, *, least=7, seconds=0.4):
-    """As `fxprune.latency.stopwatch`, with a nanosecond for each operation of a product."""
+    """As `fxprune.selection.latency.stopwatch`, with a nanosecond for each operation of a product."""
     found = []
     for run in runs:
         with visible(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

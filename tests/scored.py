@@ -5,10 +5,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxprune import criteria
-from fxprune.analysis import analyse
-from fxprune.criteria.units import unit_scores
-from fxprune.passes.families import families
-from fxprune.passes.terms import Terms
+from fxprune.criteria.unit_scores import unit_scores
+from fxprune.passes.coupling.analysis import analyse
+from fxprune.passes.coupling.families import families
+from fxprune.passes.ir.options import CouplingOptions
 
 NEED_DATA = ["taylor", "hessian", "obdc", "fisher", "wanda", "flap", "snip", "grasp"]
 GRADIENTS = ["taylor", "hessian", "obdc", "fisher", "snip", "grasp"]
@@ -51,7 +51,7 @@ def batch(n=7, seed=0):
 
 def scores(model, x, criterion, data=None, loss=None):
     """What each family's units score, in the order of their channels."""
-    solution = analyse(model, (x,), {}, Terms())
+    solution = analyse(model, (x,), {}, CouplingOptions())
     found = [f for f in families(solution, {n for n, _ in model.named_parameters()}) if f.frozen is None]
     total, _ = unit_scores(model, solution, found, criteria.find(criterion), data, loss)
     return {f.name: torch.from_numpy(total[f.units]) for f in found}

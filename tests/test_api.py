@@ -14,8 +14,9 @@ from torch import nn
 from torchvision.models import VisionTransformer
 
 import fxprune
-from fxprune import Plan, zoo
-from fxprune.tables import as_text
+from fxprune import Plan
+from fxprune.reports import models
+from fxprune.reports.formatting import as_text
 
 
 def images(size=32, batch=2, seed=0):
@@ -97,7 +98,7 @@ def check_graph(coupling):
 
 @pytest.mark.parametrize("name", ["resnet18", "shufflenet_v2_x0_5", "mobilenet_v3_small", "densenet121", "googlenet"])
 def test_components_are_families_in_torchvision(name):
-    model, _ = zoo.load(f"torchvision:{name}")
+    model, _ = models.load(f"torchvision:{name}")
     coupling = fxprune.couple(model, images(64))
     graph = check_graph(coupling)
     assert sum(data["indices"] for n, data in graph.nodes(data=True) if n[:2] == ("conv1.weight", 0)) in (

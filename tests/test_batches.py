@@ -6,8 +6,8 @@ from torch import nn
 
 import fxprune
 from fxprune import Plan
-from fxprune.masks import prune_zeros
-from fxprune.passes.guards import GuardError
+from fxprune.iterative.masking import prune_zeros
+from fxprune.passes.errors import GuardError
 
 
 class Base(nn.Module):

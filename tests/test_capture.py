@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxprune
-from fxprune import analysis
-from fxprune.checks import terms_of
-from fxprune.counting import Costs
-from fxprune.report import count_macs
+from fxprune.options import terms_of
+from fxprune.passes.capture import programs as capture_programs
+from fxprune.passes.coupling import analysis
+from fxprune.reports.report import count_macs
+from fxprune.selection.costs import Costs
 
 
 def remembered(function):
@@ -607,8 +608,10 @@ class ClampsInside(nn.Module):
 def test_training_that_reads_values_is_run_with_values_at_once(of_indices, monkeypatch):
     """A run without values is made of what such a run can be made of, here one that reads indices, which it has."""
     runs = []
-    captured = analysis.captured
-    monkeypatch.setattr(analysis, "captured", lambda root, *a, **k: runs.append(runs_on(root)) or captured(root, *a, **k))
+    captured = capture_programs.captured
+    monkeypatch.setattr(
+        capture_programs, "captured", lambda root, *a, **k: runs.append(runs_on(root)) or captured(root, *a, **k)
+    )
     model, x, at = ClampsInside(of_indices), torch.randn(4, 6), torch.tensor([1, 9])
     small = fxprune.prune(model, ratio=0.5, example_inputs=(x, at))
     assert runs == [("meta", False), ("meta" if of_indices else "cpu", True)]

@@ -9,11 +9,12 @@ from graphs.registry import features, linear, net, tokens
 from torch import nn
 
 import fxprune
-from fxprune.passes import ties
-from fxprune.passes.couple import unlike
-from fxprune.passes.labels import Factor, factor
-from fxprune.passes.rules.pointwise import heads_alone
-from fxprune.passes.ties import Event, Pair, components, smallest_tied
+from fxprune.passes.coupling.solver import components, smallest_tied, unlike
+from fxprune.passes.ir import constraints
+from fxprune.passes.ir.constraints import Event, Tie
+from fxprune.passes.ir.labels import Factor, factor
+from fxprune.passes.ops.call import RuleContext
+from fxprune.passes.ops.unify import heads_alone
 
 
 def family_of(coupling: fxprune.Coupling, name: str, dim: int = 0) -> object:
@@ -71,19 +72,19 @@ def test_what_keeps_a_dimension_is_named() -> None:
 
 def test_an_error_of_the_compiler_is_no_reason_to_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """In tests it is let out; users get a run with values."""
-    from fxprune.passes import rules
-    from fxprune.passes.faults import EngineFault
+    from fxprune.passes.errors import EngineFault
+    from fxprune.passes.ops import registry
 
-    rules.load()
+    registry.load()
     model = net(lambda self, x: self.head(self.a(x).relu()), a=linear(10, 14), head=linear(14, 5)).double()
     calls = []
 
-    def fails_once(call: rules.Call) -> object:
+    def fails_once(call: RuleContext) -> object:
         calls.append(call)
         return {}["missing"] if len(calls) == 1 else call.labels(call.first)
 
-    monkeypatch.setitem(rules.RULES, "aten::relu", fails_once)
-    monkeypatch.setattr(rules, "FOUND", {})
+    monkeypatch.setitem(registry.RULES, "aten::relu", fails_once)
+    monkeypatch.setattr(registry, "FOUND", {})
     with pytest.raises(EngineFault, match="KeyError: 'missing'"):
         fxprune.couple(model, features())
     calls.clear()
@@ -93,16 +94,15 @@ def test_an_error_of_the_compiler_is_no_reason_to_fall_back(monkeypatch: pytest.
 
 def test_every_statistic_has_a_masked_form() -> None:
     """An op whose rule lets reduced or normalised channels go is compared with what it makes of those that are left."""
-    from fxprune.passes import rules
-    from fxprune.passes.masked import masked_form
-    from fxprune.passes.rules import reduction
+    from fxprune.passes.ops import reduction, registry
+    from fxprune.passes.ops.registry import masked_form
 
-    rules.load()
+    registry.load()
     statistics = (reduction.reduce, reduction.reduce_with_index, reduction.normalise)
     frozen = {"aten::mode", "aten::kthvalue"}  # by their rule
     composite = torch._C.DispatchKey.CompositeImplicitAutograd
     seen = set()
-    for name, rule in rules.RULES.items():
+    for name, rule in registry.RULES.items():
         packet = getattr(torch.ops.aten, name.removeprefix("aten::"), None)
         if rule in statistics and packet is not None and name not in frozen:
             overloads = [getattr(packet, o) for o in packet.overloads()]
@@ -149,7 +149,7 @@ def test_ties_of_lines_are_those_of_their_labels(seed):
     for _ in range(int(rng.integers(1, 20))):
         a = lines[int(rng.integers(len(lines)))]
         fitting = [line for line in lines if len(line) == len(a)]
-        pairs.append(Pair(a, fitting[int(rng.integers(len(fitting)))], False, len(pairs)))
+        pairs.append(Tie(a, fitting[int(rng.integers(len(fitting)))], False, len(pairs)))
     edges = [(a, b, p.node) for p in pairs for a, b in zip(p.a.tolist(), p.b.tolist()) if a != b]
     joined = [(a, b) for a, b, _ in edges if a and b]
     expected = smallest_tied(np.arange(size), *np.array(joined, np.int64).reshape(-1, 2).T).tolist()
@@ -246,14 +246,14 @@ def test_rows_that_repeat_are_tied_once(monkeypatch):
     tokens = torch.randint(0, 4, (200,), generator=generator)
     others = torch.randint(40, 80, (3, 6), generator=generator)
     pairs = [
-        Pair(channels[tokens], others[tokens % 3], False, 1),
-        Pair(channels[tokens][None], others[:1], True, 2),
-        Pair(channels[tokens], channels[tokens.flip(0)], False, 3),
+        Tie(channels[tokens], others[tokens % 3], False, 1),
+        Tie(channels[tokens][None], others[:1], True, 2),
+        Tie(channels[tokens], channels[tokens.flip(0)], False, 3),
     ]
     found = []
     for large in (0, 1 << 30):
-        monkeypatch.setattr(ties, "LARGE", large)
+        monkeypatch.setattr(constraints, "LARGE", large)
         part, stopped = components(80, pairs)
         found.append((part.tolist(), [(sorted(set(labels.tolist())), node) for labels, node in stopped]))
-        assert (len(ties.flat(pairs[0])[0]) < 6 * 200) == (large == 0)
+        assert (len(constraints.flat(pairs[0])[0]) < 6 * 200) == (large == 0)
     assert found[0] == found[1] and found[0][1]

@@ -7,7 +7,7 @@ from torch import nn
 
 import fxprune
 from fxprune import criteria
-from fxprune.criteria.combine import NORMALISE, REDUCE
+from fxprune.criteria.aggregation import NORMALISE, REDUCE
 
 
 @pytest.fixture

@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fxprune
 from fxprune import criteria
-from fxprune.analysis import analyse
-from fxprune.criteria.combine import NORMALISE, REDUCE
-from fxprune.criteria.scoring import SMALL
-from fxprune.passes.labels import Factor
-from fxprune.passes.terms import Terms
+from fxprune.criteria.aggregation import NORMALISE, REDUCE
+from fxprune.criteria.scorer import SMALL
+from fxprune.passes.coupling.analysis import analyse
+from fxprune.passes.ir.labels import Factor
+from fxprune.passes.ir.options import CouplingOptions
 
 
 @pytest.fixture
@@ -235,7 +235,7 @@ def test_progress_is_shown_where_there_is_a_terminal(monkeypatch):
         bars.append(options)
         return items
 
-    monkeypatch.setattr("fxprune.criteria.evidence.tqdm", bar)
+    monkeypatch.setattr("fxprune.criteria.calibration.tqdm", bar)
     prune(net(), "grasp", data=[(IMAGES, LABELS)], loss=F.cross_entropy)()
     options = {"desc": "scoring by GraSP", "disable": None, "leave": False}  # None: only for a terminal
     assert bars == [options, options], "one for each pass over the data"
@@ -387,7 +387,7 @@ def test_repeated_rows_of_labels_are_scored_as_if_each_were_looked_at(criterion,
     model, x = nn.Sequential(*layers).double(), torch.randn(5, 3, 4, 4, dtype=torch.float64)
     model(x)
     model.eval()
-    found = analyse(model, (x,), {}, Terms())
+    found = analyse(model, (x,), {}, CouplingOptions())
     assert any(f.times > 1 for labels in found.leaves.values() for f in labels)
     given = (model, x, criterion, [(x, torch.arange(5) % 4)], F.cross_entropy)
     briefly = scores(*given)

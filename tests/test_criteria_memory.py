@@ -9,10 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fxprune import criteria
-from fxprune.analysis import analyse
-from fxprune.criteria.units import unit_scores
-from fxprune.passes.families import families
-from fxprune.passes.terms import Terms
+from fxprune.criteria.unit_scores import unit_scores
+from fxprune.passes.coupling.analysis import analyse
+from fxprune.passes.coupling.families import families
+from fxprune.passes.ir.options import CouplingOptions
 
 
 class Allocated(TorchDispatchMode):
@@ -79,7 +79,7 @@ def test_scoring_does_not_copy_weights(criterion, dtype):
     model, x = Wide().to(dtype), torch.randn(1, 1 << 16, dtype=dtype)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     with Allocated() as seen:
-        solution = analyse(model, (x,), {}, Terms())
+        solution = analyse(model, (x,), {}, CouplingOptions())
         found = [f for f in families(solution, {n for n, _ in model.named_parameters()}) if f.frozen is None]
         unit_scores(model, solution, found, criteria.find(criterion))
     assert len(found) == 2 and size >= 4 * 8.3e6

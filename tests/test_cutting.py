@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from fxprune.passes import shrink
-from fxprune.passes.kept import Cut, picked
-from fxprune.passes.shrink import cut
+from fxprune.passes.ir.slices import TensorSlice, picked
+from fxprune.passes.rewrite import slicing
+from fxprune.passes.rewrite.slicing import cut
 
 
-def half(size: int, dim: int, seed: int) -> Cut:
+def half(size: int, dim: int, seed: int) -> TensorSlice:
     keep = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[: size // 2].sort().values
-    return Cut((dim,), keep, (len(keep),))
+    return TensorSlice((dim,), keep, (len(keep),))
 
 
 SHAPES = [(12, 10), (12, 10, 3, 3), (6, 5, 2), (12, 10, 1, 1), (7, 6, 2, 2), (128, 12, 9, 11), (400, 500)]
@@ -22,12 +22,12 @@ SHAPES = [(12, 10), (12, 10, 3, 3), (6, 5, 2), (12, 10, 1, 1), (7, 6, 2, 2), (12
 @pytest.mark.parametrize("large, many", [(1 << 22, 1 << 17), (1 << 22, 0), (1 << 6, 0), (1 << 6, 1 << 30)])
 def test_a_tensor_cut_along_two_dimensions(shape, dtype, large, many, monkeypatch):
     """In one piece and block by block, in runs of elements and one dimension after the other."""
-    monkeypatch.setattr(shrink, "LARGE", large)
-    monkeypatch.setattr(shrink, "BLOCK", 1 << 5)
-    monkeypatch.setattr(shrink, "MANY", many)
+    monkeypatch.setattr(slicing, "LARGE", large)
+    monkeypatch.setattr(slicing, "BLOCK", 1 << 5)
+    monkeypatch.setattr(slicing, "MANY", many)
     source = torch.arange(torch.Size(shape).numel()).reshape(shape).to(dtype)
     rows, columns = half(shape[0], 0, 0), half(shape[1], 1, 1)
-    room: shrink.Room = {}
+    room: slicing.Room = {}
     found = cut(source, [rows, columns], room)
     assert torch.equal(found, source[rows.keep][:, columns.keep]) and found.is_contiguous()
     again = cut(source + 1, [rows, columns], room)  # the room is used again
@@ -36,7 +36,7 @@ def test_a_tensor_cut_along_two_dimensions(shape, dtype, large, many, monkeypatc
 
 @pytest.mark.parametrize("many", [0, 1 << 30])
 def test_a_tensor_that_is_not_contiguous_is_cut_too(many, monkeypatch):
-    monkeypatch.setattr(shrink, "MANY", many)
+    monkeypatch.setattr(slicing, "MANY", many)
     source = nn.Parameter(torch.randn(3, 3, 8, 6).permute(2, 3, 0, 1))
     rows, columns = half(8, 0, 2), half(6, 1, 3)
     found = cut(source, [rows, columns], {})
@@ -44,7 +44,7 @@ def test_a_tensor_that_is_not_contiguous_is_cut_too(many, monkeypatch):
 
 
 def test_another_dimension_is_cut_one_after_the_other(monkeypatch):
-    monkeypatch.setattr(shrink, "MANY", 0)
+    monkeypatch.setattr(slicing, "MANY", 0)
     source = torch.randn(8, 6, 10)
     cuts = [half(8, 0, 4), half(10, 2, 5)]
     assert torch.equal(cut(source, cuts, {}), source[cuts[0].keep][:, :, cuts[1].keep])

@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import fxprune
-from fxprune import analysis
-from fxprune.passes.flag import Flag, Reading
+from fxprune.passes.capture import programs as capture_programs
+from fxprune.passes.capture.training_flag import ModeReading, TrainingFlag
 
 X = torch.randn(3, 5, dtype=torch.float64)
 
@@ -20,13 +20,13 @@ X = torch.randn(3, 5, dtype=torch.float64)
 def captures(monkeypatch):
     """How often the model is captured."""
     made = []
-    plain = analysis.trace
+    plain = capture_programs.capture_program
 
     def counted(*args, **kwargs):
         made.append(plain(*args, **kwargs))
         return made[-1]
 
-    monkeypatch.setattr(analysis, "trace", counted)
+    monkeypatch.setattr(capture_programs, "capture_program", counted)
     return made
 
 
@@ -281,7 +281,7 @@ def test_both_modes_are_as_in_the_original(kind, captures):
     assert len(captures) == (1 if kind in ONCE else 2)
     assert pruned.a.weight.shape == (4, 5) and sorted(vars(model)) == attributes
     assert [m.training for m in model.modules()] == modes
-    assert not any(type(v) is Flag for m in pruned.modules() for v in vars(m).values())
+    assert not any(type(v) is TrainingFlag for m in pruned.modules() for v in vars(m).values())
     for mode in (False, True):
         assert torch.allclose(pruned.train(mode)(X), model.train(mode)(X)), mode
     assert not torch.allclose(model.train()(X), model.eval()(X))
@@ -361,8 +361,8 @@ def mixing(x, training):
 def test_a_flag_is_a_bool_to_python():
     """Everything that a bool answers, the flag answers by the mode of its module."""
     for training in (False, True):
-        tracer = SimpleNamespace(readings=[Reading()], reads_training=False)
-        flag = Flag(tracer, nn.Identity().train(training))
+        tracer = SimpleNamespace(readings=[ModeReading()], reads_training=False)
+        flag = TrainingFlag(tracer, nn.Identity().train(training))
         assert tracer.readings[0].flag and not tracer.readings[0].asked
         assert isinstance(flag, bool) and not tracer.readings[0].asked
         assert (flag + 1, 1 - flag, flag * 3, flag | False, True ^ flag, ~flag) == (

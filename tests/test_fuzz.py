@@ -18,8 +18,8 @@ from shrinking import fails_like, shrink
 from torch import nn
 
 import fxprune
-from fxprune.passes import rules
-from fxprune.passes.rules import Call, pointwise
+from fxprune.passes.ops import pointwise, registry
+from fxprune.passes.ops.call import RuleContext
 
 BLOCKS, GRAPHS = 4, 50  # blocks are told apart by number, so that the workers of a parallel run agree on them
 CAUGHT = 1e-3
@@ -111,15 +111,15 @@ def test_a_result_that_does_not_run_has_crashed() -> None:
 def flip_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rule of `flip` leaves every channel where it is."""
 
-    def unmoved(call: Call) -> object:
+    def unmoved(call: RuleContext) -> object:
         return pointwise.same(call)
 
-    rules.load()
-    monkeypatch.setitem(rules.RULES, "aten::flip", unmoved)
-    rules.FOUND.clear()
+    registry.load()
+    monkeypatch.setitem(registry.RULES, "aten::flip", unmoved)
+    registry.FOUND.clear()
     yield
     monkeypatch.undo()
-    rules.FOUND.clear()
+    registry.FOUND.clear()
 
 
 def test_a_broken_rule_is_caught_and_shrunk(flip_forgotten: None) -> None:

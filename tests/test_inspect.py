@@ -9,8 +9,9 @@ import networkx as nx
 import pytest
 
 import fxprune
-from fxprune import inspect, zoo
-from fxprune.graph import to_dot
+from fxprune import inspect
+from fxprune.reports import models
+from fxprune.reports.coupling_graph import to_dot
 
 FILE = """
 import torch
@@ -220,11 +221,11 @@ def test_as_a_module():
     ],
 )
 def test_default_sizes(name, shape):
-    model, example_inputs = zoo.load(name)
+    model, example_inputs = models.load(name)
     assert example_inputs.shape == shape and not model.training
 
 
 def test_inception_at_its_own_size():
-    model, example_inputs = zoo.load("torchvision:inception_v3")
+    model, example_inputs = models.load("torchvision:inception_v3")
     assert example_inputs.shape == (1, 3, 299, 299)
     assert fxprune.couple(model, example_inputs).prunable

@@ -11,16 +11,17 @@ from test_budgets import MODELS, X, macs
 from torch import nn
 
 import fxprune
-from fxprune import latency
-from fxprune.analysis import analyse
-from fxprune.budget import Budget
-from fxprune.counting import Costs
-from fxprune.latency import ABREAST, MARGIN, PRECISE, ROUNDS, Latency, chase, stopwatch
-from fxprune.passes.families import families
-from fxprune.passes.terms import Terms
-from fxprune.ranking import ladder
-from fxprune.select import Pool
-from fxprune.timetable import Timetable
+from fxprune.passes.coupling.analysis import analyse
+from fxprune.passes.coupling.families import families
+from fxprune.passes.ir.options import CouplingOptions
+from fxprune.selection import latency
+from fxprune.selection.budgets import Budget
+from fxprune.selection.costs import Costs
+from fxprune.selection.ladders import ladder
+from fxprune.selection.latency import ABREAST, MARGIN, PRECISE, ROUNDS, Latency, stopwatch
+from fxprune.selection.latency_model import LatencyModel
+from fxprune.selection.latency_search import chase
+from fxprune.selection.pools import Pool
 
 
 @pytest.fixture(autouse=True)
@@ -115,14 +116,14 @@ def test_the_table_is_what_narrowing_one_family_costs(build):
 def test_every_product_is_timed_and_everything_else_goes_by_size():
     """A table made by hand: one linear layer's time falls with both of its dimensions."""
     model, x = linears()
-    solution = analyse(model, (x,), {}, Terms())
+    solution = analyse(model, (x,), {}, CouplingOptions())
     costs = Costs(solution, dict(model.named_parameters()))
     free = [f for f in families(solution, set(dict(model.named_parameters()))) if f.frozen is None]
     score = np.arange(len(solution.unit), dtype=float)
     ladders = [ladder(Pool([(i, f.units)], 1.0), score, [1] * len(free), 1, 0.0) for i, f in enumerate(free)]
     clock = lambda run: counting_clock([run], None)[0][0]  # noqa: E731
     products = 2 * macs(model, x) * SECONDS
-    table = Timetable(ladders, costs, torch.device("cpu"), clock, products / 0.9)
+    table = LatencyModel(ladders, costs, torch.device("cpu"), clock, products / 0.9)
     rest = products / 9
     for a, b in ((64, 32), (32, 32), (64, 16), (16, 8), (40, 20)):
         work = 2 * 4 * (16 * a + a * b + b * 16) * SECONDS
@@ -296,8 +297,8 @@ def test_what_is_near_the_budget_is_timed_until_it_can_be_told(amount, patience,
     """Well within: twice. Near: until the error is small, or patience is over. Far above: once."""
     monkeypatch.setattr(latency, "PATIENCE", patience)
     model, x = linears()
-    coupled = lambda: analyse(model, (x,), {}, Terms())  # noqa: E731
-    trial = latency.Trial(model, (x,), {}, coupled, noisy_clock(0, 0.1))
+    coupled = lambda: analyse(model, (x,), {}, CouplingOptions())  # noqa: E731
+    trial = latency.LatencyProbe(model, (x,), {}, coupled, noisy_clock(0, 0.1))
     solution = coupled()
     whole = trial.prune(torch.ones(len(solution.unit), dtype=torch.bool), solution.unit)
     [found] = trial.measure([whole], Budget("latency", amount))

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxprune
-from fxprune.passes import modes
-from fxprune.passes.likeness import is_torchs
+from fxprune.passes.capture import train_eval
+from fxprune.passes.capture.layer_cache import is_torchs
 
 X = torch.randn(2, 5, 8)
 
@@ -34,8 +34,8 @@ class Attention(nn.Module):
 @pytest.fixture
 def twice(monkeypatch):
     """The layers whose forward was captured in both modes."""
-    found, whole = [], modes.joined
-    monkeypatch.setattr(modes, "joined", lambda *args: found.append(1) or whole(*args))
+    found, whole = [], train_eval.joined
+    monkeypatch.setattr(train_eval, "joined", lambda *args: found.append(1) or whole(*args))
     return found
 
 
@@ -43,7 +43,7 @@ def test_layers_that_are_alike_are_captured_in_both_modes_once(twice, monkeypatc
     fxprune.couple(Attention().eval(), X)
     assert len(twice) == 2, "what comes out of the first has other strides than what goes in"
     found = {True: fxprune.prune(Attention().eval(), 0.5, example_inputs=X)}
-    monkeypatch.setattr(modes, "likeness", lambda *_: None)
+    monkeypatch.setattr(train_eval, "likeness", lambda *_: None)
     found[False] = fxprune.prune(Attention().eval(), 0.5, example_inputs=X)
     for mode in (False, True):
         assert torch.equal(*(small.train(mode)(X) for small in found.values()))

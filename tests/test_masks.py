@@ -12,7 +12,7 @@ from stepping import IMAGES, TARGETS, residual, shapes, trained, vit
 from torch import nn
 
 import fxprune
-from fxprune.masks import hold, masked, prune_zeros
+from fxprune.iterative.masking import hold, masked, prune_zeros
 
 
 def plan_of(model, ratio=0.5):

@@ -6,8 +6,8 @@ from fuzz_steps.parts import Chosen
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.analysis import analyse
-from fxprune.passes.terms import Terms
+from fxprune.passes.coupling.analysis import analyse
+from fxprune.passes.ir.options import CouplingOptions
 
 
 class Louder(nn.Module):
@@ -38,7 +38,7 @@ def test_what_follows_a_branch_sees_what_evaluation_computes() -> None:
     handle = model[2].register_forward_pre_hook(lambda m, a: given.append(a[0].clone()))
     model(x)
     handle.remove()
-    solution = analyse(model, (x,), {}, Terms(heads=True))
+    solution = analyse(model, (x,), {}, CouplingOptions(heads=True))
     assert solution.captures[0].opaque.keys() == {"2"}
     ((seen,), _), *others = solution.captures[0].given.values()
     assert not others

@@ -11,9 +11,8 @@ from oracle import plain_masked, relative_error, run
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.passes import rules
-from fxprune.passes.masked import MASKED
-from fxprune.passes.sizes import HANDLERS
+from fxprune.passes.ops import call, registry
+from fxprune.passes.ops.registry import HANDLERS, MASKED
 
 LIBRARY: list[object] = []
 
@@ -74,14 +73,14 @@ SHAKEN = op("shaken", shaken, alike)
 @pytest.fixture(autouse=True)
 def forgotten() -> Iterator[None]:
     """Registrations do not outlive a test."""
-    tables = (rules.RULES, HANDLERS, MASKED)
-    rules.load()
+    tables = (registry.RULES, HANDLERS, MASKED)
+    registry.load()
     before = [dict(t) for t in tables]
     yield
     for table, kept in zip(tables, before):
         table.clear()
         table.update(kept)
-    rules.FOUND.clear()
+    registry.FOUND.clear()
 
 
 def images(step: object, width: int = 12) -> tuple[nn.Module, Tensor]:
@@ -153,7 +152,7 @@ def test_frozen_with_a_reason() -> None:
 
 def test_a_rule_of_ones_own() -> None:
     @fxprune.register_op("tested::mirrored")
-    def rule(call: rules.Call) -> object:
+    def rule(call: call.RuleContext) -> object:
         return call.labels(call.first)
 
     assert exact(*images(lambda self, x: MIRROR(x))).a.weight.shape[0] == 6

@@ -17,8 +17,9 @@ from stepping import IMAGES, MODELS, TARGETS, put_back, residual, shapes, traine
 from torch import nn
 
 import fxprune
-from fxprune.present import beside, tensors_of, widened
-from fxprune.select import Pool, choose
+from fxprune.iterative.plan_mapping import tensors_of, widened
+from fxprune.pipeline import beside
+from fxprune.selection.pools import Pool, choose
 
 every_model = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS.keys())
 HEADED = sorted(name for name, graph in GRAPHS.items() if graph.heads)

@@ -13,8 +13,8 @@ from refusals import IMAGES, net, refuses
 from torch import nn
 
 import fxprune
-from fxprune.ranking import climbed, in_order, ladder, merged, share_of_units
-from fxprune.select import Pool, choose
+from fxprune.selection.ladders import climbed, in_order, ladder, merged, share_of_units
+from fxprune.selection.pools import Pool, choose
 
 
 def chain(*widths, scale=()):

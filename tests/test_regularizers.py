@@ -12,7 +12,7 @@ from stepping import IMAGES, TARGETS, residual, trained
 from torch import nn
 
 import fxprune
-from fxprune.regularizers import BNL1, DepGraph, GroupLasso, Growing, Units
+from fxprune.iterative.regularizers import BNL1, DepGraph, GroupLasso, Growing, Units
 
 STEM = [("stem.weight", 0), ("norm.weight", 0), ("norm.bias", 0), ("inner.weight", 1)]
 STEM += [("outer.weight", 0), ("outer_norm.weight", 0), ("outer_norm.bias", 0), ("down.weight", 1)]

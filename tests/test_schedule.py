@@ -6,7 +6,7 @@ from refusals import IMAGES, net, refuses, untouched
 from torch import nn
 
 import fxprune
-from fxprune.schedule import shares
+from fxprune.iterative.schedules import shares
 
 
 def test_linear_takes_equal_shares():

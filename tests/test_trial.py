@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 import fxprune
-from fxprune.analysis import analyse
-from fxprune.passes import trial
-from fxprune.passes.terms import Terms
-from fxprune.passes.tracer import ValueTracer
+from fxprune.passes.capture.tracer import ValueTracer
+from fxprune.passes.coupling.analysis import analyse
+from fxprune.passes.ir.options import CouplingOptions
+from fxprune.passes.verification import opaque_check
 
 
 class Reads(nn.Module):
@@ -46,8 +46,8 @@ def test_what_modules_were_given_is_remembered(size, monkeypatch):
     torch.manual_seed(0)
     model, x = Twice(size), torch.randn(5, 4)
     runs = []
-    arguments = trial.arguments
-    monkeypatch.setattr(trial, "arguments", lambda *a: runs.append(a) or arguments(*a))
+    arguments = opaque_check.arguments
+    monkeypatch.setattr(opaque_check, "arguments", lambda *a: runs.append(a) or arguments(*a))
     remembered = fxprune.prune(model, ratio=0.5, example_inputs=x)
     assert not runs
     monkeypatch.setattr(ValueTracer, "room", 0)  # a model whose opaque modules are given more than it takes itself
@@ -65,7 +65,7 @@ def test_what_was_given_is_as_it_was_then():
     seen = []
     model.reads.register_forward_pre_hook(lambda m, a: seen.append(a[0].clone()))
     model(x)
-    solution = analyse(model, (x,), {}, Terms(heads=True))
+    solution = analyse(model, (x,), {}, CouplingOptions(heads=True))
     found = [args[0] for args, _ in solution.captures[0].given.values()]
     assert len(found) == 2 and all(torch.allclose(a, b) for a, b in zip(found, seen[:2], strict=True))
     coupling = fxprune.couple(model, x)  # which lives on

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.passes import masked
-from fxprune.passes.labels import along, filled
-from fxprune.passes.verify import MaskedOriginal
+from fxprune.passes.ir.labels import along, filled
+from fxprune.passes.ops import masking
+from fxprune.passes.verification.masked_model import MaskedOriginal
 
 
 def test_what_is_removed_is_zero_whatever_it_was() -> None:
@@ -92,7 +92,7 @@ def test_weights_are_masked_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return out
 
     monkeypatch.setattr(MaskedOriginal, "zeroed", counted)
-    monkeypatch.setattr(masked, "filled", noted)
+    monkeypatch.setattr(masking, "filled", noted)
     model = Attention()
     pruned = fxprune.prune(model, ratio=0.5, example_inputs=torch.randn(1, 7, 5), verify=True)
     assert pruned.verification.ok

@@ -21,23 +21,25 @@ from sweep import machine, markdown_table
 from torch import fx
 
 import fxprune
-from fxprune import analysis, choice
-from fxprune.passes import couple, shrink
-from fxprune.passes.rewrite import Rewriter
+from fxprune.passes.capture import programs
+from fxprune.passes.coupling import couple
+from fxprune.passes.rewrite import rewrite
+from fxprune.passes.rewrite.rewriter import Rewriter
+from fxprune.selection import select
 
 MODELS = ("mobilenet_v2", "resnet18", "resnet50", "resnext50_32x4d", "efficientnet_b7", "inception_v3", "vit_b_16", "swin_t")
 STEPS: list[tuple[str, Any, str]] = [
-    ("copy of the modules", analysis, "private_copy"),
-    ("capture", analysis, "trace"),
+    ("copy of the modules", programs, "private_copy"),
+    ("capture", programs, "capture_program"),
     ("rules", couple, "read"),
     ("ties", couple, "close"),
-    ("families", choice, "free_families"),
-    ("scores", choice, "unit_scores"),
-    ("choice", choice, "one_by_one"),
-    ("choice", choice, "guards"),
-    ("choice", choice, "settled"),
+    ("families", select, "free_families"),
+    ("scores", select, "unit_scores"),
+    ("choice", select, "one_by_one"),
+    ("choice", select, "never_emptied"),
+    ("choice", select, "settle_removals"),
     ("rewriting", Rewriter, "run"),
-    ("cutting tensors", shrink, "cut"),
+    ("cutting tensors", rewrite, "cut"),
     ("code of the result", fx.GraphModule, "recompile"),
 ]
 

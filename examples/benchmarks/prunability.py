@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import fxprune
-from fxprune.passes.tape import collect, map_tensors
+from fxprune.passes.ir.pytree import collect, map_tensors
 
 HERE = Path(__file__).parent
 ROWS, PLANS, TABLE = HERE / "prunability.jsonl", HERE / "plans.jsonl", HERE / "PRUNABILITY.md"

@@ -10,7 +10,7 @@ import torch
 import torch_pruning
 from torch import Tensor, nn
 
-from fxprune.report import count_macs
+from fxprune.reports.report import count_macs
 
 IMPORTANCES: dict[str, Callable[[], Any]] = {
     "magnitude": torch_pruning.importance.MagnitudeImportance,

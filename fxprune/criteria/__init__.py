@@ -12,23 +12,22 @@ unit, in every layer the unit spans, as tensor reductions on the parameter's own
 3
 
 What else a criterion may say, as attributes:
-    needs: what it is given as a second argument; see `fxprune.criteria.evidence.GATHER` for what there is to ask for.
+    needs: what it is given as a second argument; see `fxprune.criteria.calibration.GATHER` for what there is to ask for.
     elementwise: it looks at elements one by one, so that a large parameter may be given to it in blocks.
     into: a method: the same scores, written into a tensor that is given as a second argument, and returned (fresh memory costs
         more than the arithmetic).
     places: `all` parameters count, only those that `read` the units from an activation, or only those that `scale` a
         normalised activation.
-    reduce: how the layers of a family are put together; see `fxprune.criteria.combine.REDUCE`.
-    normalise: how families are made comparable where they compete; see `fxprune.criteria.combine.NORMALISE`.
+    reduce: how the layers of a family are put together; see `fxprune.criteria.aggregation.REDUCE`.
+    normalise: how families are made comparable where they compete; see `fxprune.criteria.aggregation.NORMALISE`.
 """
 
-from __future__ import annotations
-
-from fxprune.criteria.activations import FLAP, Wanda
-from fxprune.criteria.gradients import OBDC, SNIP, Fisher, GraSP, Hessian, Taylor
-from fxprune.criteria.scoring import Criterion, Scorer, score
-from fxprune.criteria.weights import FPGM, LAMP, BNScale, Magnitude, Random
-from fxprune.errors import PruneError
+from fxprune.criteria.activation import FLAP, Wanda
+from fxprune.criteria.base import Criterion
+from fxprune.criteria.catalog import CRITERIA, find
+from fxprune.criteria.gradient import OBDC, SNIP, Fisher, GraSP, Hessian, Taylor
+from fxprune.criteria.scorer import Scorer, score
+from fxprune.criteria.weight import FPGM, LAMP, BNScale, Magnitude, Random
 
 __all__ = [
     "CRITERIA",
@@ -38,6 +37,7 @@ __all__ = [
     "OBDC",
     "SNIP",
     "BNScale",
+    "Criterion",
     "Fisher",
     "GraSP",
     "Hessian",
@@ -49,31 +49,3 @@ __all__ = [
     "find",
     "score",
 ]
-
-CRITERIA: dict[str, Criterion] = {
-    "magnitude": Magnitude(),
-    "bn_scale": BNScale(),
-    "lamp": LAMP(),
-    "fpgm": FPGM(),
-    "taylor": Taylor(),
-    "hessian": Hessian(),
-    "obdc": OBDC(),
-    "fisher": Fisher(),
-    "wanda": Wanda(),
-    "flap": FLAP(),
-    "snip": SNIP(),
-    "grasp": GraSP(),
-    "random": Random(),
-}
-
-
-def find(criterion: str | Criterion) -> Criterion:
-    """The criterion of a given name, or the callable itself; raises PruneError for anything else."""
-    if isinstance(criterion, str):
-        if criterion not in CRITERIA:
-            raise PruneError(f"there is no criterion {criterion!r}", fix=f"one of {', '.join(sorted(CRITERIA))}")
-        return CRITERIA[criterion]
-    if isinstance(criterion, type) or not callable(criterion):
-        what = f"criterion must be a name or a callable, not {criterion!r}"
-        raise PruneError(what, fix="criterion='magnitude', or a function of a parameter")
-    return criterion

@@ -1,0 +1,40 @@
+"""Criteria that look at the activations which a weight reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from fxprune.criteria.base import CriterionOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanda(CriterionOptions):
+    """The sum of |w| times the L2 norm of the activation it multiplies (Sun et al., arXiv:2306.11695).
+
+    Summed over the weights that read a unit, as FLAP's authors do in their structured Wanda-sp.
+    """
+
+    normalise: str = "mean"
+    needs: ClassVar[str] = "norm of inputs"
+    places: ClassVar[str] = "reads"
+
+    def __call__(self, weight: Tensor, norm: Tensor) -> Tensor:
+        return weight.abs() * norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class FLAP(CriterionOptions):
+    """The fluctuation of an activation times the squared norm of the weights that read it (An et al., arXiv:2312.11983).
+
+    The fluctuation is the sample variance over all samples and positions: what a constant cannot stand in for.
+    """
+
+    normalise: str = "standardise"
+    needs: ClassVar[str] = "variance of inputs"
+    places: ClassVar[str] = "reads"
+
+    def __call__(self, weight: Tensor, variance: Tensor) -> Tensor:
+        return weight.square() * variance

@@ -1,0 +1,246 @@
+"""Evidence: what criteria need to know from data, gathered batch by batch.
+
+Everything runs on a copy of the model in evaluation mode that shares its parameters and owns its buffers; gradients are
+taken without being stored on any parameter, and random state is put back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fxprune.criteria.activation_stats import Moments, watched, wide
+from fxprune.criteria.base import label
+from fxprune.passes.capture.patches import visible
+from fxprune.passes.errors import PruneError
+from fxprune.passes.ir.module_tree import copy_tree, named_tensors
+from fxprune.passes.ir.program import CapturedProgram
+from fxprune.passes.ir.pytree import collect, map_tensors
+
+Evidence = dict[str, Tensor]
+BATCHES = "data=[(images, labels), ...], or a DataLoader of such pairs"
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One batch as forward and the loss take it; `size` samples, by the first dimension of its first tensor."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    extra: tuple[Any, ...]
+    size: int
+
+
+@dataclass
+class Source:
+    """A model, the data to run it on, and the loss.
+
+    Attributes:
+        model: a copy that may be run; `parameters` are its parameters, by the names in the original.
+        data: batches: pairs of inputs and target, dicts of keyword arguments, or inputs alone.
+        loss: a function of the output and, where a batch has one, its target, that returns a mean over the batch.
+        criterion: for messages.
+        captures: the captured programs of the model.
+    """
+
+    model: nn.Module
+    parameters: dict[str, Tensor]
+    data: Iterable[Any] | None
+    loss: Callable[..., Tensor] | None
+    criterion: object
+    captures: list[CapturedProgram]
+
+    def batches(self, *, single: bool = False) -> Iterator[Batch]:
+        """Every batch, on the model's device; `single` takes them apart into samples."""
+        if self.data is None:
+            raise PruneError(f"the criterion {label(self.criterion)} needs data", fix=BATCHES)
+        device = next((p.device for p in self.parameters.values()), torch.device("cpu"))
+        count = 0
+        for item in tqdm(self.data, desc=f"scoring by {label(self.criterion)}", disable=None, leave=False):
+            batch = batch_of(map_tensors(item, lambda t: t.to(device)))
+            count += batch.size
+            yield from samples(batch) if single and batch.size > 1 else [batch]
+        if not count:
+            raise PruneError("data holds no batches", fix=f"{BATCHES}; one that was read to its end is empty")
+
+    def run(self, batch: Batch) -> Any:
+        """What the model returns for a batch."""
+        try:
+            return self.model(*batch.args, **batch.kwargs)
+        except Exception as error:
+            raise PruneError(f"the model raises {type(error).__name__} on a batch of data: {error}", fix=BATCHES) from error
+
+    def value(self, batch: Batch) -> Tensor:
+        """The loss of a batch."""
+        if self.loss is None:
+            raise PruneError(
+                f"the criterion {label(self.criterion)} needs a loss", fix="loss=torch.nn.functional.cross_entropy"
+            )
+        out = self.run(batch)
+        try:
+            found = self.loss(out, *batch.extra)
+        except Exception as error:
+            raise PruneError(
+                f"the loss raises {type(error).__name__}: {error}",
+                fix="a function of the output and the target of a batch, or of the output alone where data has no targets",
+            ) from error
+        if not isinstance(found, Tensor) or found.numel() != 1:
+            got = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+            raise PruneError(f"the loss must be a scalar, not {got}", fix="a mean over the batch: loss(...).mean()")
+        if not found.requires_grad:
+            raise PruneError("the loss does not depend on the model's parameters", fix="a loss made of the model's output")
+        return found.reshape(())
+
+    def gradients(self, of: Tensor, **options: Any) -> Iterator[tuple[str, Tensor]]:
+        """Gradients by name; a parameter that the program does not use has none."""
+        names = list(self.parameters)
+        found = torch.autograd.grad(of, [self.parameters[n] for n in names], allow_unused=True, **options)
+        return ((n, g) for n, g in zip(names, found, strict=True) if g is not None)
+
+
+def batch_of(item: Any) -> Batch:
+    """A batch from what a loader yields: a pair is inputs and target; a dict is keywords and, to the loss, the target too."""
+    pair = isinstance(item, tuple | list) and len(item) == 2
+    inputs, extra = (item[0], (item[1],)) if pair else (item, (item,) if isinstance(item, dict) else ())
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(inputs, dict):
+        kwargs = inputs
+    else:
+        args = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+    tensors = collect((args, kwargs), Tensor)
+    if not tensors:
+        raise PruneError(f"a batch of type {type(item).__name__} holds no tensor", fix=BATCHES)
+    return Batch(args, kwargs, extra, tensors[0].shape[0] if tensors[0].dim() else 1)
+
+
+def samples(batch: Batch) -> Iterator[Batch]:
+    """Its samples, as batches of one; tensors of another first dimension (a mask, a scale) go along whole."""
+    for i in range(batch.size):
+        one = lambda t: t[i : i + 1] if t.dim() and t.shape[0] == batch.size else t  # noqa: B023, E731
+        args, kwargs, extra = map_tensors((batch.args, batch.kwargs, batch.extra), one)
+        yield Batch(args, kwargs, extra, 1)
+
+
+@contextlib.contextmanager
+def prepared(model: nn.Module, data: Any, loss: Any, criterion: object, captures: list[CapturedProgram]) -> Iterator[Source]:
+    """The model made ready to run, with everything around it put back afterwards."""
+    if data is not None and (not isinstance(data, Iterable) or isinstance(data, Tensor | dict | str)):
+        raise PruneError(f"data must be batches, not a {type(data).__name__}", fix=BATCHES)
+    if loss is not None and not callable(loss):
+        raise PruneError(f"loss must be a function, not {loss!r}", fix="loss=torch.nn.functional.cross_entropy")
+    swap: dict[int, Tensor] = {}
+    parameters: dict[str, Tensor] = {}
+    for name, tensor in named_tensors(model):
+        if isinstance(tensor, nn.Parameter):
+            number = tensor.is_floating_point() or tensor.is_complex()
+            swap[id(tensor)] = parameters[name] = nn.Parameter(tensor.detach(), requires_grad=number)
+        elif not tensor.is_leaf:
+            swap[id(tensor)] = tensor.detach().clone()
+    learned = {name: p for name, p in parameters.items() if p.requires_grad}
+    copy = copy_tree(model, swap).eval()
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+    with torch.random.fork_rng(devices=devices), torch.enable_grad(), visible():
+        yield Source(copy, learned, data, loss, criterion, captures)
+
+
+class Sums:
+    """Running sums by name, in at least single precision, and how many samples they are over."""
+
+    def __init__(self) -> None:
+        self.total: Evidence = {}
+        self.count = 0
+
+    def add(self, name: str, value: Tensor, times: float = 1.0) -> None:
+        value = wide(value)
+        if name in self.total:
+            self.total[name].add_(value, alpha=times)
+        else:
+            self.total[name] = value * times
+
+    def mean(self) -> Evidence:
+        return {name: total.div_(self.count) for name, total in self.total.items()}
+
+
+def gradient(source: Source) -> Evidence:
+    """The gradient of the mean loss over all samples."""
+    sums = Sums()
+    for batch in source.batches():
+        for name, g in source.gradients(source.value(batch)):
+            sums.add(name, g, batch.size)
+        sums.count += batch.size
+    return sums.mean()
+
+
+def squared_gradient(source: Source) -> Evidence:
+    """The mean over samples of the squared gradient of each: the diagonal of the empirical Fisher matrix."""
+    sums = Sums()
+    for batch in source.batches(single=True):
+        for name, g in source.gradients(source.value(batch)):
+            sums.add(name, wide(g).square())
+        sums.count += 1
+    return sums.mean()
+
+
+def curvature(source: Source) -> Evidence:
+    """The Hessian of the mean loss times its gradient, in a second pass over the data."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.MATH):  # the one that can be differentiated twice
+        whole = gradient(source)
+        sums = Sums()
+        for batch in source.batches():
+            pairs = list(source.gradients(source.value(batch), create_graph=True))
+            flow = torch.stack([(g * whole[n].to(g.dtype)).sum() for n, g in pairs if g.requires_grad]).sum()
+            for name, product in source.gradients(flow):
+                sums.add(name, product, batch.size)
+            sums.count += batch.size
+    return sums.mean()
+
+
+def norm_of_inputs(source: Source) -> Evidence:
+    """For each weight of a product, the L2 norm of every activation it multiplies, over all samples and positions."""
+    return inputs_of(source, lambda m: (m.spread + m.count * m.mean.square()).sqrt())
+
+
+def variance_of_inputs(source: Source) -> Evidence:
+    """For each weight of a product, the sample variance of every activation it multiplies."""
+    return inputs_of(source, lambda m: m.spread / (m.count - 1).clamp(min=1))
+
+
+def inputs_of(source: Source, of: Callable[[Moments], Tensor]) -> Evidence:
+    with torch.no_grad():
+        watcher = watched(source.model, source.parameters, source.captures, source.batches(), source.run)
+    return watcher.by_parameter(of(watcher.inputs), watcher.inputs.count > 0, source.parameters)
+
+
+def filter_curvature(source: Source) -> Evidence:
+    """For each filter of a product's weight, half its second moment times that of the gradient at its result."""
+    watcher = watched(source.model, source.parameters, source.captures, source.batches(), source.value, back=True)
+    positions = (watcher.outputs.count / watcher.samples).clamp(min=1)
+    squares = watcher.outputs.spread + watcher.outputs.count * watcher.outputs.mean.square()
+    score = squares / watcher.samples * watcher.backward / watcher.samples / positions / 2
+    return watcher.by_parameter(score, watcher.outputs.count > 0, source.parameters)
+
+
+GATHER: Mapping[str, Callable[[Source], Evidence]] = {
+    "gradient": gradient,
+    "squared gradient": squared_gradient,
+    "curvature": curvature,
+    "norm of inputs": norm_of_inputs,
+    "variance of inputs": variance_of_inputs,
+    "filter curvature": filter_curvature,
+}
+SAMPLES = "gradients of samples"  # the score is the mean over samples of the square of what each gives
+
+
+def sample_gradients(source: Source) -> Iterator[Evidence]:
+    """The gradients of each sample's loss."""
+    for batch in source.batches(single=True):
+        yield {name: g.detach() for name, g in source.gradients(source.value(batch))}

@@ -1,0 +1,1 @@
+"""Pruning in steps, with training in between."""

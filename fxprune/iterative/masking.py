@@ -1,0 +1,181 @@
+"""Masks: removed elements that are zero in the original instead of gone, and the way from there to a pruned model.
+
+A model with masks keeps its architecture, so that training code needs not know of pruning. It computes what the pruned model
+computes, unless it takes statistics over channels (layer normalisation): those see the zeros, where a pruned model has
+nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune.criteria.base import CriterionOptions
+from fxprune.criteria.parameter_roles import roles
+from fxprune.criteria.scorer import Scorer
+from fxprune.inputs import check_inputs, parse_inputs
+from fxprune.options import Attention, Freeze, check_attention, terms_of
+from fxprune.passes.coupling.analysis import analyse
+from fxprune.passes.coupling.families import families
+from fxprune.passes.coupling.solution import Solution
+from fxprune.passes.errors import PruneError
+from fxprune.passes.ir.module_tree import copy_tree, named_tensors
+from fxprune.pipeline import built, planned
+from fxprune.plan import Plan
+from fxprune.selection.rectangles import never_emptied, settle_removals
+
+
+def masked(model: nn.Module, plan: Plan) -> nn.Module:
+    """A copy of a model, of its own class, in which everything that a plan removes is zero.
+
+    >>> import fxprune
+    >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    >>> x = torch.randn(3, 4)
+    >>> small = fxprune.prune(net, 0.5, example_inputs=x)
+    >>> torch.allclose(masked(net, small.plan)(x), small(x), atol=1e-6)
+    True
+
+    Arguments:
+        model: of the architecture that the plan was made for; it is not touched.
+        plan: what `prune` or a `Pruner` decided.
+
+    Raises: PruneError if the plan is for another model.
+    """
+    return zeroed(model, plan.masks(model))
+
+
+def zeroed(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of a model with zeros where a mask, if there is one for a tensor, says so; masks broadcast."""
+    swap: dict[int, Tensor] = {}
+    for name, tensor in named_tensors(model):
+        new = tensor.detach().clone()
+        if name in masks and (new.is_floating_point() or new.is_complex()):
+            new.masked_fill_(~masks[name].to(new.device), 0)
+        swap[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+    copy: nn.Module = copy_tree(model, swap)
+    return copy
+
+
+def muted(model: nn.Module, solution: Solution, kept: Tensor) -> nn.Module:
+    """A copy of a model in which nothing reads what is removed: the weights that would are zero.
+
+    What writes it is left, so that the zeros have gradients, and units can come back: where all of a unit is zero, none of it
+    ever learns again. Units that no weight reads are zero altogether.
+
+    Arguments:
+        model: of the architecture that was coupled.
+        solution: its coupling.
+        kept: for each label whether it stays, shape (labels,).
+    """
+    reads = roles(solution.captures).reads
+    read = torch.zeros(len(kept), dtype=torch.bool)
+    for name, labels in solution.leaves.items():
+        for f in labels:
+            if (name, f.nest[-1]) in reads:
+                read[solution.unit[f.labels]] = True
+    others = kept | read[solution.unit]
+    masks: dict[str, Tensor] = {}
+    for name, labels in solution.leaves.items():
+        masks[name] = torch.ones((), dtype=torch.bool)
+        for f in labels:
+            masks[name] = masks[name] & (kept if (name, f.nest[-1]) in reads else others)[f.labels]
+    return zeroed(model, masks)
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """What keeps masked elements at zero; `remove()` lets them go."""
+
+    handles: tuple[Any, ...]
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def hold(model: nn.Module, plan: Plan) -> Hold:
+    """Zero, in a model itself, what a plan removes, and keep it there while the model is trained.
+
+    The gradients of the removed elements become zero (also gradients that are no numbers). An optimizer whose state is zero
+    there leaves them at zero then: any new one, with or without weight decay, or one that `Pruner.remap_optimizer` was given.
+    A copy of the model is not held.
+
+    Arguments:
+        model: of the architecture that the plan was made for. Parameters without `requires_grad` are zeroed, not held.
+        plan: what goes.
+
+    Returns: a handle whose `remove()` ends it. What is zero in all layers has no gradients even so: it stays where it is.
+
+     Raises: PruneError if the plan is for another model.
+    """
+    handles = []
+    masks = plan.masks(model)
+    with torch.no_grad():
+        for name, tensor in named_tensors(model):
+            if name not in masks or bool(masks[name].all()) or not (tensor.is_floating_point() or tensor.is_complex()):
+                continue
+            gone = ~masks[name].to(tensor.device)
+            tensor.masked_fill_(gone, 0)
+            if tensor.requires_grad and tensor.is_leaf:
+                handles.append(tensor.register_hook(lambda g, gone=gone: g.masked_fill(gone.to(g.device), 0)))
+    return Hold(tuple(handles))
+
+
+class Nonzero(CriterionOptions):
+    """One for each element that is not zero."""
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        return (weight != 0).to(weight.dtype)
+
+
+def prune_zeros(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    freeze: Freeze = (),
+    release: str | Sequence[str] = (),
+    attention: Attention = "heads",
+    verify: bool | Literal["auto"] = "auto",
+) -> fx.GraphModule:
+    """The pruned model of one with masks: units go whose every parameter element is zero.
+
+    >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    >>> with torch.no_grad():
+    ...     for part in (net[0].weight[2:4], net[0].bias[2:4], net[2].weight[:, 2:4]):
+    ...         _ = part.zero_()
+    >>> prune_zeros(net, torch.randn(1, 4)).get_submodule("0").out_features
+    4
+
+    A unit that is zero in some of its layers only is not removed: with a bias, or read by another layer, it still counts. So
+    are units that rows of equal length need. Outputs stay as they are, unless the model takes statistics over channels.
+
+    Arguments: as for `prune`. Raises: PruneError where no unit is zero.
+    """
+    args, kwargs = parse_inputs(example_inputs)
+    check_attention(attention)
+    check_inputs(model, args, kwargs)
+    terms = terms_of(model, attention, freeze, release)
+    solution = analyse(model, args, kwargs, terms)
+    parameters = dict(model.named_parameters())
+    free = [f for f in families(solution, set(parameters)) if f.frozen is None and len(f.units) > 1]
+    none = PruneError(
+        "no unit of the model is zero in all the layers it spans",
+        where=type(model).__name__,
+        fix="fxprune.masks.masked(model, plan) zeroes all that belongs to a unit",
+    )
+    if not free:
+        raise none
+    scorer = Scorer(parameters, solution.leaves, solution.unit.numpy(), Nonzero(), free)
+    count = scorer()
+    zero = torch.zeros(len(count), dtype=torch.bool).numpy()
+    for family in free:
+        zero[family.units] = (count[family.units] == 0) & scorer.seen[family.units]
+    choice = settle_removals(solution, zero, count, never_emptied(solution))
+    if choice[1].whole:
+        raise none
+    plan = planned(model, solution, choice, terms, example_inputs)
+    return built(model, solution, plan, args, kwargs, verify)

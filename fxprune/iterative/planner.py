@@ -1,0 +1,191 @@
+"""The course of iterative pruning: what each step removes, chosen among the units of the original.
+
+The original is coupled once. A step looks at the values that are left, by the labels that they have in the original, and adds
+to what is gone already; so the plan is always one of the original, and needs no composing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from fxprune.criteria.catalog import find
+from fxprune.criteria.parameter_roles import roles
+from fxprune.criteria.unit_scores import asked, comparable, unit_scores
+from fxprune.iterative.plan_mapping import narrow_labels, tensors_of
+from fxprune.iterative.proposal import Choice
+from fxprune.iterative.schedules import part_of
+from fxprune.options import Options
+from fxprune.passes.capture.programs import programs
+from fxprune.passes.coupling.families import Family
+from fxprune.passes.coupling.solution import Solution
+from fxprune.passes.errors import PruneError
+from fxprune.passes.ir.module_tree import named_tensors, on_meta
+from fxprune.passes.ir.program import CapturedProgram
+from fxprune.passes.ir.quiet import unobserved
+from fxprune.passes.ir.slices import Slicer
+from fxprune.pipeline import beside
+from fxprune.plan import Plan
+from fxprune.reports.coupling import CoupledFamily, coupled_family
+from fxprune.selection.budgets import met, unreachable
+from fxprune.selection.costs import Costs, elements
+from fxprune.selection.grouping import ratios_of
+from fxprune.selection.latency import LatencyProbe, too_slow, used
+from fxprune.selection.pools import make_pools
+from fxprune.selection.rectangles import never_emptied, settle_removals
+from fxprune.selection.select import Rivalry, free_families, in_time, one_by_one
+from fxprune.verification import evaluating
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class View:
+    """Where the tensors of a model stand in the original: the plan that they were cut by, and what their names begin with."""
+
+    plan: Plan
+    prefix: str = ""
+
+
+class Planner:
+    """The choices of all steps.
+
+    Arguments:
+        model: the original.
+        solution: its coupling.
+        request: what is to be gone after the last step.
+        args, kwargs: example inputs.
+        trial: times choices, where the budget is one of latency.
+
+    Raises: PruneError where that cannot be reached.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        solution: Solution,
+        request: Options,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        trial: LatencyProbe | None = None,
+    ) -> None:
+        self.model, self.solution, self.request = model, solution, request
+        self.args, self.kwargs = args, kwargs
+        self.unit = solution.unit.numpy()
+        self.free = free_families(model, solution, request)
+        if asked(find(request.criterion))[0] == "scales":  # families without a scale have no score, and stay
+            scales = roles(solution.captures).scales
+            self.free = [f for f in self.free if any(name in scales for name, _ in f.members)] or self.free
+        self.guards = never_emptied(solution)
+        self.learned = frozenset(n for n, t in named_tensors(model) if n in solution.leaves and isinstance(t, nn.Parameter))
+        self.costs = Costs(solution, dict(named_tensors(model)))
+        self.trial = trial
+        self.original: float = 0
+        if trial is not None:
+            self.original = trial.original_seconds()
+        elif request.budget is not None:
+            self.original = self.costs.original(request.budget.kind)
+        self.check()
+
+    def check(self) -> None:
+        """Raise PruneError where the last step would fail, or none would remove anything, whatever the scores."""
+        score = np.zeros(len(self.unit))
+        budget = self.request.budget
+        if budget is not None:
+            limit = budget.limit(self.original)
+            rivalry = Rivalry(self.free, score, self.solution, self.request)
+            kept, cutter = rivalry.settle(rivalry.everything())
+            if self.trial is not None:
+                with self.trial.quiet():
+                    [found] = self.trial.measure([self.trial.prune(kept, self.solution.unit)], budget)
+                if used(budget, found) > 1:
+                    raise too_slow(budget, found)
+            elif (least := self.costs.of(cutter, budget.kind)) > limit:
+                raise unreachable(budget, least, self.original)
+        elif not self.request.competes and any(ratios_of(self.free, self.request.ratio, self.solution)):
+            wanted = one_by_one(self.free, score, self.solution, self.request)
+            if settle_removals(self.solution, wanted, score, self.guards)[1].whole:
+                raise PruneError(
+                    "nothing in the model can be pruned by so little, not even in the last step",
+                    where=type(self.model).__name__,
+                    fix="a larger ratio, or a smaller round_to",
+                )
+
+    def choose(self, present: nn.Module, view: View, gone: np.ndarray, share: float) -> Choice:
+        """What is removed when a share of what is asked for is done.
+
+        Arguments:
+            present: the model as it is now.
+            view: where its tensors stand in the original.
+            gone: classes that are removed already, shape (labels,), and stay so.
+            share: in [0, 1].
+        """
+        free, score = self.scores(present, view, gone)
+        request = part_of(self.request, share, self.original)
+        if not request.competes:
+            wanted = one_by_one(free, score, self.solution, request, gone)
+            kept, _ = settle_removals(self.solution, wanted, score, self.guards, gone)
+        elif self.trial is not None:
+            kept, _ = in_time(free, score, self.costs, request, self.trial, gone)
+        else:
+            rivalry = Rivalry(free, score, self.solution, request, held=gone)
+            if request.budget is None:
+                kept, _ = rivalry.settle(rivalry.by_ratio())
+            else:
+                size = len(self.unit)
+                kept, _ = met(request.budget, rivalry.ladders, rivalry.sequence(), self.costs, rivalry.settle, size)
+        removed = np.zeros_like(gone)
+        removed[self.unit[~kept.numpy()]] = True
+        return Choice(gone, removed, score, lambda more, held: self.settle(more, score, held))
+
+    def settle(self, removed: np.ndarray, score: np.ndarray, held: np.ndarray) -> tuple[Tensor, Slicer]:
+        return settle_removals(self.solution, removed, score, self.guards, held)
+
+    def scores(self, present: nn.Module, view: View, gone: np.ndarray) -> tuple[list[Family], np.ndarray]:
+        """The families that may lose units, and the score of every unit by the values and the outputs of a present model.
+
+        What is gone scores lower than all else of its family.
+        """
+        criterion = find(self.request.criterion)
+        tensors = tensors_of(present, view.plan, view.prefix, self.learned)
+        named = {id(t): name for name, t in named_tensors(present)}
+        leaves = {
+            named[id(tensors[name])]: narrow_labels(labels, view.plan.keep.get(name, ()), view.plan.shapes[name])
+            for name, labels in self.solution.leaves.items()
+            if name in tensors  # constants are none of the model's, index buffers were rewritten
+        }
+        alive = [dataclasses.replace(f, units=f.units[~gone[f.units]]) for f in self.free]
+        runs = bool(asked(criterion)[1]) or bool(view.prefix)
+        with evaluating(present) if runs else contextlib.nullcontext():  # a copy in another mode would share its program
+            looked_at = dataclasses.replace(self.solution, leaves=leaves, captures=self.captures(present, view))
+            score, seen = unit_scores(present, looked_at, alive, criterion, self.request.data, self.request.loss)
+        told = [i for i, f in enumerate(alive) if seen[f.units].any()]
+        free, alive = [self.free[i] for i in told], [alive[i] for i in told]
+        if self.request.competes:
+            score = comparable(score, alive, criterion)
+        for family, left in zip(free, alive, strict=True):
+            low, high = score[left.units].min(), score[left.units].max()
+            score[family.units[gone[family.units]]] = low - ((high - low) or 1.0)
+        return free, score
+
+    def captures(self, present: nn.Module, view: View) -> list[CapturedProgram]:
+        """The captured programs of a present model, for criteria that watch it run; else those of the original will do."""
+        _, needs = asked(find(self.request.criterion))
+        if not view.prefix and not (view.plan.keep and needs):
+            return self.solution.captures
+        args, kwargs = beside(present, self.args, self.kwargs)
+        with unobserved(present):
+            try:
+                return programs(present, args, kwargs, on_meta)
+            except Exception:  # as in `analyse`
+                return programs(present, args, kwargs, None)
+
+    def pools(self) -> list[list[tuple[Family, CoupledFamily]]]:
+        """Families that one constraint ties together, each also as a user reads it."""
+        tensors = dict(named_tensors(self.model))
+        shown = [coupled_family(f, n) for f, n in zip(self.free, elements(self.solution, self.free, tensors), strict=True)]
+        made = make_pools([f.units for f in self.free], [1.0] * len(self.free), self.solution.equal, len(self.unit))
+        groups = [dict.fromkeys(family for family, _ in pool.cells) for pool in made]
+        return [[(self.free[i], shown[i]) for i in group] for group in groups]

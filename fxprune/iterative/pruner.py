@@ -1,0 +1,310 @@
+"""Pruner: iterative pruning, a step at a time, with training between the steps."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeVar, overload
+
+import numpy as np
+from torch import Tensor, fx, nn
+from torch.optim import Optimizer
+
+from fxprune.criteria.base import Criterion
+from fxprune.inputs import check_inputs, parse_inputs
+from fxprune.iterative.history import History, HistoryStep
+from fxprune.iterative.masking import hold, masked, muted
+from fxprune.iterative.optimizer_state import Move, remap, remap_module, remap_state
+from fxprune.iterative.plan_mapping import tensors_of, widened
+from fxprune.iterative.planner import Planner, View
+from fxprune.iterative.proposal import Proposal
+from fxprune.iterative.regularizers import Regularizer, Spans, find, spans_of
+from fxprune.iterative.schedules import Schedule, asked, part_of, shares
+from fxprune.options import HALF, Attention, Freeze, Options, Ratio, Scopes, check_request, terms_of
+from fxprune.passes.coupling.analysis import analyse
+from fxprune.passes.errors import PruneError
+from fxprune.passes.ir.slices import Slicer
+from fxprune.pipeline import beside, built, planned
+from fxprune.plan import Plan
+from fxprune.selection.latency import LatencyProbe
+
+AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
+
+
+class Pruner:
+    """Prunes a model in steps; what each one leaves is trained before the next.
+
+    >>> import torch, fxprune
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> pruner = fxprune.Pruner(net, 0.5, example_inputs=torch.randn(1, 4), steps=2)
+    >>> while not pruner.done:
+    ...     small = pruner.step()  # then train it
+    ...     print(small.get_submodule("0").out_features)
+    6
+    4
+
+    Arguments:
+        model: any module; it is not touched.
+        ratio, params, macs, memory, latency: as for `prune`: what is to be gone, or may be left, after the last step. A
+            ratio is a share of the original's units at every step.
+        example_inputs, criterion, data, loss, ranking, scopes, floor, freeze, release, round_to, attention,
+            verify: as for `prune`. `data` is read in every step.
+        schedule: how much is done after each step: `linear`, `cubic` (arXiv:1710.01878), or a function from time to the
+            share that is done, both from 0 to 1, that never falls.
+        steps: how many there are.
+        regularizer: what `regularize` adds: `bn_l1`, `group_lasso`, `depgraph`, `growing`, one of the classes in
+            `fxprune.regularizers` with options of its own, or a function of `fxprune.regularizers.Units`.
+        mask: let `step` return the original architecture with zeros in place of what is removed: `hold` keeps all of it at zero
+            in training; `soft` zeroes the weights that read it, which may grow back, and chooses anew in every step (in the
+            spirit of soft filter pruning, arXiv:1808.06866). `shrink` ends it.
+
+    Attributes:
+        model: what the last step returned; before the first, the original.
+        plan: all steps so far as one plan of the original: `plan.apply(original)` has the present architecture.
+        history: a record of each step; printable.
+        done: whether all steps were taken.
+
+    Raises: PruneError for anything that cannot be done, already here where the last step could not be.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ratio: Ratio = HALF,
+        *,
+        example_inputs: Any = None,
+        params: float | None = None,
+        macs: float | None = None,
+        memory: float | None = None,
+        latency: float | str | None = None,
+        criterion: str | Criterion = "magnitude",
+        data: Iterable[Any] | None = None,
+        loss: Callable[..., Tensor] | None = None,
+        ranking: Literal["local", "global", "isomorphic"] = "local",
+        scopes: Scopes | None = None,
+        floor: float | None = None,
+        freeze: Freeze = (),
+        release: str | Sequence[str] = (),
+        round_to: int = 1,
+        attention: Attention = "heads",
+        verify: bool | Literal["auto"] = "auto",
+        schedule: str | Schedule = "linear",
+        steps: int = 1,
+        regularizer: str | Regularizer = "group_lasso",
+        mask: Literal["hold", "soft"] | None = None,
+    ) -> None:
+        args, kwargs = parse_inputs(example_inputs)
+        budgets = {"params": params, "macs": macs, "memory": memory, "latency": latency}
+        request = Options(ratio, budgets, criterion, ranking, scopes, floor, round_to, data, loss)
+        check_request(model, request, attention, verify)
+        self._shares = shares(schedule, steps)
+        self._regularizer = find(regularizer)
+        if mask not in (None, "hold", "soft"):
+            raise PruneError(f"mask must be 'hold', 'soft' or None, not {mask!r}", fix="mask='hold'")
+        check_inputs(model, args, kwargs)
+        self._terms = terms_of(model, attention, freeze, release)
+        self._inputs = example_inputs
+        self._verify: bool | Literal["auto"] = verify
+        self._mask = mask
+        self._original = self.model = model
+        coupled = functools.partial(analyse, model, args, kwargs, self._terms)
+        solution = coupled()
+        timed = request.budget is not None and request.budget.kind == "latency"
+        trial = LatencyProbe(model, args, kwargs, coupled) if timed else None
+        self._course = Planner(model, solution, request, args, kwargs, trial)
+        self._gone = np.zeros(len(solution.unit), bool)
+        self._choice = self._course.settle(self._gone, np.zeros(len(self._gone)), self._gone)
+        self.plan = self._planned(self._choice)
+        self._view = View(self.plan)
+        self.history = History()
+        self._move: Move | None = None
+        self._spans: Spans | None = None
+        self._marked: np.ndarray | None = None
+        self._calls = 0
+
+    @property
+    def done(self) -> bool:
+        return len(self.history) == len(self._shares)
+
+    def __repr__(self) -> str:
+        return f"Pruner({type(self._original).__name__}: step {len(self.history)} of {len(self._shares)}, {self.plan!r})"
+
+    # -- steps ------------------------------------------------------------------------------------------------------------
+
+    @overload
+    def step(self, model: nn.Module | None = None, *, interactive: Literal[False] = False) -> Any: ...
+
+    @overload
+    def step(self, model: nn.Module | None = None, *, interactive: Literal[True]) -> Proposal: ...
+
+    def step(self, model: nn.Module | None = None, *, interactive: bool = False) -> Any:
+        """The next smaller model, from the present one as it is trained by now.
+
+        Values, `requires_grad` and modes are taken over; whatever else was done to the present model (hooks, modules that
+        were put in) is not. The present model stays as it is. Gradients are not carried over.
+
+        Arguments:
+            model: the present model, if it is not the very one that the last step returned (the original, before the first).
+            interactive: return a `Proposal` instead, whose candidates are families to look at, edit and apply; its
+                `finish()` takes the step with those that were applied, and returns the model.
+
+        Returns: a `torch.fx.GraphModule` as `prune` does; with `mask`, a module of the original's class.
+
+        Raises: PruneError when all steps were taken, or `model` is another model; nothing has changed then.
+        """
+        if self.done:
+            what = f"all {len(self._shares)} steps were taken" if len(self._shares) > 1 else "the only step was taken"
+            raise PruneError(what, fix="steps= says how many there are; pruner.done tells when to stop")
+        number = len(self.history)
+        present = self.model if model is None else model
+        before = self._stuck
+        choice = self._course.choose(*self._looked_at(present), before, self._shares[number])
+
+        def take(removed: np.ndarray) -> nn.Module:
+            if len(self.history) != number:
+                raise PruneError("this step was taken already", fix="a new proposal: pruner.step(interactive=True)")
+            return self._take(present, removed, self._course.settle(removed, choice.score, before))
+
+        return Proposal(choice, self._course.pools(), take) if interactive else take(choice.wanted)
+
+    def _take(self, present: nn.Module, removed: np.ndarray, choice: tuple[Tensor, Slicer]) -> nn.Module:
+        plan = self._planned(choice)
+        made = self._made(present, plan, choice)
+        units = np.concatenate([f.units for f in self._course.free])
+        now = ~choice[0].numpy()
+        verification = getattr(made, "meta", {}).get("verification")
+        step = HistoryStep(
+            len(self.history) + 1,
+            asked(part_of(self._course.request, self._shares[len(self.history)], self._course.original)),
+            (int(now[units].sum()), len(units)),
+            int((now & ~self._gone)[units].sum()),
+            (self._cost("params"), self._course.costs.of(choice[1], "params")),
+            (self._cost("macs"), self._course.costs.of(choice[1], "macs")),
+            None if verification is None else verification.error,
+        )
+        view = self._view if self._mask else View(plan, self._course.solution.captures[0].prefix)
+        before, after = self._tensors(present), tensors_of(made, view.plan, view.prefix)
+        zero = plan.masks(self._original) if self._mask == "hold" else {}
+        self._move = Move(present, made, before, after, self._view.plan, view.plan, zero)
+        # nothing can fail from here on
+        self.model, self._view, self.plan, self._choice = made, view, plan, choice
+        self._gone = np.zeros_like(removed)
+        self._gone[self._course.unit[now]] = True
+        self.history += step
+        self._spans, self._marked, self._calls = None, None, 0
+        return made
+
+    def _made(self, present: nn.Module, plan: Plan, choice: tuple[Tensor, Slicer]) -> nn.Module:
+        if self._mask is None:
+            return self._shrunk(present, plan, self._verify)
+        if self._mask == "soft":
+            return muted(self._widened(present), self._course.solution, choice[0])
+        made = masked(self._widened(present), plan)
+        hold(made, plan)
+        return made
+
+    def shrink(self, model: nn.Module | None = None) -> fx.GraphModule:
+        """The pruned model of the plan so far, with the values of the present model: what ends training with `mask`.
+
+        Arguments: as for `step`. Raises: PruneError if `model` is another model.
+        """
+        return self._shrunk(self.model if model is None else model, self.plan, self._verify)
+
+    def _shrunk(self, present: nn.Module, plan: Plan, verify: bool | Literal["auto"]) -> fx.GraphModule:
+        whole = self._widened(present)
+        args, kwargs = beside(self._original, self._course.args, self._course.kwargs)
+        solution = analyse(self._original, args, kwargs, self._terms)  # it is used up
+        return built(whole, solution, plan, args, kwargs, verify)
+
+    def _widened(self, present: nn.Module) -> nn.Module:
+        tensors = self._tensors(present)
+        return widened(self._original, present, tensors, self._view.plan, self._view.prefix)
+
+    def _tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        return tensors_of(model, self._view.plan, self._view.prefix, self._course.learned)
+
+    def _planned(self, choice: tuple[Tensor, Slicer]) -> Plan:
+        return planned(self._original, self._course.solution, choice, self._terms, self._inputs)
+
+    def _cost(self, kind: str) -> int:
+        return self._course.costs.of(self._choice[1], kind)
+
+    @property
+    def _stuck(self) -> np.ndarray:
+        """Classes that are gone and cannot come back."""
+        return np.zeros_like(self._gone) if self._mask == "soft" else self._gone
+
+    def _looked_at(self, present: nn.Module) -> tuple[nn.Module, View]:
+        """The model whose units are scored: with masks that hold, what they leave."""
+        if self._mask != "hold" or not self.plan.keep:
+            return present, self._view
+        small = self._shrunk(present, self.plan, verify=False)
+        return small, View(self.plan, self._course.solution.captures[0].prefix)
+
+    # -- what goes along --------------------------------------------------------------------------------------------------
+
+    def remap_optimizer(self, optimizer: AnyOptimizer) -> AnyOptimizer:
+        """Let an optimizer go on after a step: it gets the new model's parameters, and its state is cut as they are.
+
+        State of the shape of a parameter is cut (momentum, the moments of Adam), one number for a row or a column too;
+        other numbers stay. The optimizer is changed in place, so that a scheduler keeps it; parameters that are not the
+        model's stay in their groups.
+
+        Arguments:
+            optimizer: of the model that the last step was given.
+
+        Returns: the same optimizer. Raises: PruneError where it holds none of that model's parameters, or state that cannot
+        be cut (that of LBFGS); nothing has changed then.
+        """
+        remap(optimizer, self._last_move())
+        return optimizer
+
+    @overload
+    def remap_average(self, average: Mapping[str, Any]) -> dict[str, Any]: ...
+
+    @overload
+    def remap_average(self, average: nn.Module) -> nn.Module: ...
+
+    def remap_average(self, average: Any) -> Any:
+        """Let a moving average of the weights go on after a step.
+
+        Arguments:
+            average: a state dict of the model that the last step was given, or a module with averages in place of its values.
+                What calls the model `module`, as `torch.optim.swa_utils.AveragedModel` does, is changed in place.
+
+        Returns: the state dict or the module for the new model. Raises: PruneError for averages of another model.
+        """
+        move = self._last_move()
+        return remap_module(average, move) if isinstance(average, nn.Module) else remap_state(average, move)
+
+    def _last_move(self) -> Move:
+        if self._move is None:
+            raise PruneError("no step was taken yet", fix="call it after pruner.step()")
+        return self._move
+
+    # -- sparse training --------------------------------------------------------------------------------------------------
+
+    def regularize(self, model: nn.Module) -> None:
+        """Add the gradient of the regulariser's penalty to the gradients of a model: call it between backward() and step().
+
+        With a gradient scaler, call it after `unscale_`.
+
+        Arguments:
+            model: the present model (the original, before the first step).
+
+        Raises: PruneError for another model, or before any backward(); nothing has changed then.
+        """
+        tensors = self._tensors(model)
+        learned = {n: t for n, t in tensors.items() if isinstance(t, nn.Parameter) and t.is_floating_point()}
+        if all(p.grad is None for p in learned.values()):
+            raise PruneError("no parameter has a gradient", where=type(model).__name__, fix="loss.backward() first")
+        if getattr(self._regularizer, "foresees", False) and self._marked is None:
+            self._marked = np.zeros_like(self._gone)
+            if not self.done:
+                looked_at = self._looked_at(model)
+                chosen = self._course.choose(*looked_at, self._stuck, self._shares[len(self.history)])
+                self._marked = chosen.wanted & ~self._stuck
+        if self._spans is None:
+            self._spans = spans_of(self._course.solution, self._course.free, self._stuck, self._view.plan, self._regularizer)
+        self._spans.add(learned, self._regularizer, self._marked, self._calls)
+        self._calls += 1

@@ -1,0 +1,170 @@
+"""Sites: where a parameter can be changed to good effect, as a run of the program meets them.
+
+A site is a product of an activation with a weight of its own, or a normalisation with running statistics. What counts is the
+dispatcher call, not the layer.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxprune.criteria.parameter_roles import Product, products
+from fxprune.passes.capture.recorder import Recorder
+from fxprune.passes.ir.constraints import Constraints
+from fxprune.passes.ir.pytree import collect, map_tensors
+from fxprune.passes.ops.call import RuleContext
+
+Key = tuple[str, int]  # the name of a parameter (or of a running mean), and which of its sites in the program
+Span = tuple[str, int, int]  # part of a parameter: its name, the first and the last element in memory
+
+
+@dataclass(slots=True)
+class Met:
+    """A site as one run met it; `weight`, `bias` and `var` are views of the program's own tensors.
+
+    Attributes:
+        product: what the call multiplies; None for a normalisation.
+        weight, source, out, bias: of a product; `source` and `out` also of a normalisation.
+        call: the call, with arguments by name.
+        func, args, kwargs: the call, to be made again.
+        var: the running variance of a normalisation, whose running mean is its `weight`.
+    """
+
+    name: str
+    product: Product | None
+    source: Tensor
+    out: Tensor
+    call: RuleContext
+    func: Any
+    args: Any
+    kwargs: Any
+    weight: Tensor
+    bias: Tensor | None = None
+    var: Tensor | None = None
+
+
+@dataclass(slots=True)
+class RepairSite:
+    """One site of a program.
+
+    Attributes:
+        key: what it is called, the same in the original and in the pruned program.
+        norm: whether it is a normalisation.
+        inside: which of the sites of its parameter within its node.
+        reason: why it cannot be changed, or "".
+        place: where a constant can be added to the result: `bias`, the key of the normalisation behind it, or None.
+    """
+
+    key: Key
+    norm: bool
+    inside: int
+    reason: str = ""
+    place: str | Key | None = None
+
+
+class SiteObserver(Recorder):
+    """Sees the sites in what runs.
+
+    Arguments:
+        names: the program's tensors by identity.
+        owned: names of its parameters by the address of their memory.
+    """
+
+    def __init__(self, names: dict[int, str], owned: Mapping[int, str]) -> None:
+        super().__init__(names)
+        self.owned = owned
+        self.met: list[Met] = []
+        self.computed: list[str] = []
+        self.uses: Counter[Span] = Counter()
+        self.readers: Counter[int] = Counter()
+
+    def owner(self, tensor: Tensor | None) -> str | None:
+        return None if tensor is None or not tensor.numel() else self.owned.get(tensor.untyped_storage().data_ptr())
+
+    def span(self, tensor: Tensor) -> Span:
+        start = int(tensor.storage_offset())
+        reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        return self.owned[tensor.untyped_storage().data_ptr()], start, start + reach
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            self.rescue({t.untyped_storage().data_ptr() for t in collect((args, kwargs), Tensor) if t.numel()})
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        call = RuleContext(self.tape.ops[-1], self.tape, {}, Constraints(size=1), False, set())
+        given = collect((args, kwargs), Tensor)
+        self.readers.update({r.id for r in call.inputs})
+        made = {t.untyped_storage().data_ptr() for t in collect(out, Tensor) if t.numel()}
+        self.uses.update(self.span(t) for t in given if self.owner(t) and t.untyped_storage().data_ptr() not in made)
+        tensors = {r.id: t for r, t in zip(call.inputs, given, strict=True)}
+        self.look(call, tensors, func, args, kwargs, out)
+        return out
+
+    def rescue(self, written: set[int]) -> None:
+        """Copy what sites have met before it is written over."""
+        for met in self.met:
+            for role in ("source", "out"):
+                tensor = getattr(met, role)
+                if tensor.numel() and tensor.untyped_storage().data_ptr() in written:
+                    own = tensor.clone()
+                    setattr(met, role, own)
+                    swap = lambda t: own if t is tensor else t  # noqa: B023, E731
+                    met.args, met.kwargs = map_tensors((met.args, met.kwargs), swap)
+
+    def look(self, call: RuleContext, tensors: dict[int, Tensor], func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        mean, var = call.get("running_mean"), call.get("running_var")
+        if mean is not None and var is not None and not call.get("training", False):
+            name = self.tape.values[mean.id].name
+            if name is not None and self.tape.values[var.id].name is not None:
+                first = out if isinstance(out, Tensor) else out[0]
+                x = tensors[call.first.id]
+                self.met.append(Met(name, None, x, first, call, func, args, kwargs, tensors[mean.id], var=tensors[var.id]))
+            return
+        for found in products(call):
+            weight, source = tensors[found.weight.id], tensors[found.source.id]
+            name = self.owner(weight)
+            if name is not None and self.owner(source) is None:
+                bias = tensors[found.added.id] if found.added is not None else None
+                self.met.append(Met(name, found, source, out, call, func, args, kwargs, weight, bias))
+                return
+            values = self.tape.values
+            if name is None and values[found.source.id].from_input and not values[found.weight.id].from_input:
+                self.computed.append(str(values[found.weight.id].name or ""))
+                return
+
+
+def lean(met: Met) -> Met:
+    """Without activations."""
+    met.source = met.out = torch.empty(0)
+    met.args = met.kwargs = ()
+    return met
+
+
+def pick(met: Sequence[Met], site: RepairSite) -> Met:
+    return [m for m in met if m.name == site.key[0] and (m.product is None) == site.norm][site.inside]
+
+
+def refusal(site: RepairSite, met: Met, watch: SiteObserver, count: Counter[str]) -> str:
+    """Why a site's parameter cannot be changed for it alone, or ""."""
+    if site.norm:
+        return "" if count[met.name] == 1 else f"its statistics are used {count[met.name]} times"
+    times = overlaps(watch.span(met.weight), watch.uses)
+    if times > 1:
+        return f"its weight is used {times} times"
+    if any(n > 1 and s == 0 for n, s in zip(met.weight.shape, met.weight.stride(), strict=True)):
+        return "its weight is repeated"
+    if any(met.call.get(name, 1) != 1 for name in ("alpha", "beta")):
+        return "its product is scaled"
+    return ""
+
+
+def overlaps(span: Span, uses: Mapping[Span, int]) -> int:
+    """How many uses share memory with a part of a parameter."""
+    name, low, high = span
+    return sum(n for (other, a, b), n in uses.items() if other == name and a <= high and low <= b)

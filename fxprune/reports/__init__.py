@@ -1,0 +1,1 @@
+"""What a user reads: coupling, report, feasibility, sensitivity."""

@@ -1,0 +1,168 @@
+"""The coupling, as a user reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.text import Text
+from torch import Tensor
+
+from fxprune.passes.coupling.families import Family
+from fxprune.passes.coupling.solution import Solution
+from fxprune.reports.formatting import as_text, counted, table
+from fxprune.selection.costs import elements
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.table import Table
+
+
+# What a layer holds for each of its channels: written as the layer and the dimension.
+OWN = frozenset({"weight", "bias", "running_mean", "running_var"})
+SHOWN = 4
+
+
+@dataclass(frozen=True)
+class CoupledFamily:
+    """Layers that are pruned together.
+
+    Attributes:
+        name: the first parameter it spans, and the dimension.
+        units: how many units it has: the smallest things that can be removed.
+        width: how many channels of its first member one unit takes up.
+        members: (parameter or buffer, dimension) pairs it spans.
+        frozen: the reason it is kept whole, or None.
+        parameters: how many parameter elements go with its units. A weight belongs to the family of its
+            outputs and to that of its inputs, so the numbers of all families add up to more than the model's.
+    """
+
+    name: str
+    units: int
+    width: int
+    members: tuple[tuple[str, int], ...]
+    frozen: str | None
+    parameters: int
+
+    def __str__(self) -> str:
+        units = f"{counted(self.units, 'unit')} of {counted(self.width, 'channel')}"
+        why = f"; it {self.frozen}" if self.frozen else ""
+        return f"{self.name}: {units}, {counted(self.parameters, 'parameter')}{why}"
+
+    def spans(self, most: int | None = None) -> str:
+        """Its members as `layer:dimension`, the first `most` of them."""
+        short = list(dict.fromkeys(f"{place(name)}:{dim}" for name, dim in self.members))
+        hidden = len(short) - most if most is not None and len(short) > most + 1 else 0
+        return ", ".join(short[: len(short) - hidden]) + (f", and {hidden} more" if hidden else "")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready data."""
+        return {
+            "name": self.name,
+            "units": self.units,
+            "width": self.width,
+            "parameters": self.parameters,
+            "frozen": self.frozen,
+            "members": [list(m) for m in self.members],
+        }
+
+
+class Coupling:
+    """Families of a model: printable, and exportable as JSON or as a graph.
+
+    >>> import torch, fxprune
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 2))
+    >>> found = fxprune.couple(net, torch.randn(1, 4))
+    >>> found
+    Coupling(Sequential: 1 prunable family of 6 units, 2 families kept whole)
+    >>> print(found.families[0])
+    0.weight:0: 6 units of 1 channel, 42 parameters
+    >>> found.families[0].members
+    (('0.weight', 0), ('0.bias', 0), ('2.weight', 1))
+
+    Attributes:
+        model: the name of its class.
+        families: in the order of the model's parameters.
+    """
+
+    def __init__(self, model: str, found: Sequence[Family], solution: Solution, tensors: Mapping[str, Tensor]) -> None:
+        self.model = model
+        self.families: tuple[CoupledFamily, ...] = tuple(
+            coupled_family(family, count) for family, count in zip(found, elements(solution, found, tensors))
+        )
+        self._found = found
+        self._solution = solution
+
+    @property
+    def prunable(self) -> list[CoupledFamily]:
+        """The families that pruning may shrink, largest first."""
+        return largest_first(f for f in self.families if f.frozen is None)
+
+    @property
+    def frozen(self) -> list[CoupledFamily]:
+        """The families that stay whole, largest first."""
+        return largest_first(f for f in self.families if f.frozen is not None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready data: every family, in the order of the model's parameters."""
+        return {"model": self.model, "families": [f.to_dict() for f in self.families]}
+
+    def to_networkx(self) -> Any:
+        """A `networkx.Graph` whose connected components are the families.
+
+        Nodes are (tensor, dimension, position in `families`), with the attributes `tensor`, `dim`, `family`
+        (its name), `frozen` (the reason or None) and `indices`. Edges are what the rules tied, before anything
+        was solved.
+        """
+        from fxprune.reports.coupling_graph import coupling_graph
+
+        return coupling_graph(self._solution, self._found)
+
+    def __repr__(self) -> str:
+        return f"Coupling({self.headline()})"
+
+    def headline(self) -> str:
+        units = sum(f.units for f in self.prunable)
+        prunable = f"{counted(len(self.prunable), 'prunable family')} of {counted(units, 'unit')}"
+        whole = f"{counted(len(self.frozen), 'family')} kept whole"
+        return f"{self.model}: {prunable if units else 'nothing to prune'}, {whole}"
+
+    def tables(self) -> Iterator[RenderableType]:
+        """The headline, the prunable families and those kept whole, as rich renders them."""
+        yield Text(self.headline())
+        if self.prunable:
+            yield ""
+            spans = [f.spans(SHOWN) for f in self.prunable]
+            yield family_table(("prunable family", "spans"), self.prunable, spans)
+        if self.frozen:
+            yield ""
+            reasons = [str(f.frozen) for f in self.frozen]
+            yield family_table(("kept whole", "because it"), self.frozen, reasons)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        yield from self.tables()
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+
+def family_table(titles: tuple[str, str], found: Sequence[CoupledFamily], last: Sequence[str]) -> Table:
+    """A row for each family: its name, its size, and what the last column says of it."""
+    rows = [(f.name, f"{f.units:,}", f"{f.width:,}", f"{f.parameters:,}", text) for f, text in zip(found, last, strict=True)]
+    return table((titles[0], "units", "width", "parameters", titles[1]), rows)
+
+
+def coupled_family(family: Family, parameters: int) -> CoupledFamily:
+    """A family as a user reads it, without its labels."""
+    return CoupledFamily(family.name, len(family.units), family.width, family.members, family.frozen, parameters)
+
+
+def largest_first(families: Iterator[CoupledFamily]) -> list[CoupledFamily]:
+    return sorted(families, key=lambda f: -f.parameters)
+
+
+def place(tensor: str) -> str:
+    """The layer a tensor belongs to, or the tensor's own name if it is not one of a layer's usual ones."""
+    layer, _, name = tensor.rpartition(".")
+    return layer if layer and name in OWN else tensor

@@ -1,0 +1,107 @@
+"""Feasibility: the least that pruning can bring a model to, before anything is done."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.text import Text
+from torch import nn
+
+from fxprune.criteria.base import Criterion
+from fxprune.inputs import check_inputs, parse_inputs
+from fxprune.options import HALF, Attention, Freeze, Options, Ratio, check_request, terms_of
+from fxprune.passes.coupling.analysis import analyse
+from fxprune.reports.formatting import as_text, short, table
+from fxprune.selection.budgets import KINDS, UNITS, spoken
+from fxprune.selection.latency import Latency, LatencyProbe
+from fxprune.selection.select import outcome
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
+
+
+@dataclass(frozen=True, slots=True)
+class Feasibility:
+    """What pruning can bring a model to.
+
+    >>> import torch, fxprune
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 10), torch.nn.ReLU(), torch.nn.Linear(10, 2))
+    >>> fxprune.feasible(net, torch.randn(1, 4)).params
+    (9, 37, 72)
+
+    Attributes:
+        model: the name of its class.
+        params: number of parameters: the least, at the budget, and of the original.
+        macs: multiply-accumulates of one forward of the example inputs, likewise.
+        memory: bytes of parameters and buffers, likewise.
+        at: the budget, as it was asked for.
+        latency: what was measured, if that is the budget; its least is not looked for.
+    """
+
+    model: str
+    params: tuple[int, int, int]
+    macs: tuple[int, int, int]
+    memory: tuple[int, int, int]
+    at: str
+    latency: Latency | None = None
+
+    def tables(self) -> Iterator[RenderableType]:
+        """A headline and a row for each kind of cost, as rich renders them."""
+        yield Text(f"{self.model}: what pruning can bring it to")
+        yield ""
+        rows = []
+        for kind in KINDS:
+            least, now, most = getattr(self, kind)
+            cells = [f"{short(n)} ({n / most:.1%})" if most else "0" for n in (least, now)]
+            rows.append((UNITS[kind], *cells, short(most)))
+        if self.latency is not None:
+            now = f"{spoken('latency', self.latency.pruned)} ({self.latency.share:.1%})"
+            rows.append(("latency", "", now, spoken("latency", self.latency.original)))
+        yield table(("", "least", f"at {self.at}", "original"), rows)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        yield from self.tables()
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+
+def feasible(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    ratio: Ratio = HALF,
+    params: float | None = None,
+    macs: float | None = None,
+    memory: float | None = None,
+    latency: float | str | None = None,
+    criterion: str | Criterion = "magnitude",
+    ranking: str = "local",
+    scopes: Any = None,
+    floor: float | None = None,
+    data: Any = None,
+    loss: Any = None,
+    freeze: Freeze = (),
+    release: str | Sequence[str] = (),
+    round_to: int = 1,
+    attention: Attention = "heads",
+) -> Feasibility:
+    """What a request would leave of a model, and the least that any could.
+
+    Arguments: as for `prune`; the `ratio` counts if no budget is given. Raises: PruneError, as `prune` would.
+    """
+    budgets = {"params": params, "macs": macs, "memory": memory, "latency": latency}
+    request = Options(ratio, budgets, criterion, ranking, scopes, floor, round_to, data, loss)
+    check_request(model, request, attention, "auto")
+    args, kwargs = parse_inputs(example_inputs)
+    check_inputs(model, args, kwargs)
+    coupled = functools.partial(analyse, model, args, kwargs, terms_of(model, attention, freeze, release))
+    solution = coupled()
+    trial = LatencyProbe(model, args, kwargs, coupled) if latency is not None else None
+    costs = outcome(model, solution, request, trial)
+    at = f"{request.budget.kind}={request.budget.amount}" if request.budget else f"ratio={ratio}"
+    measured = trial.found if trial is not None else None
+    return Feasibility(type(model).__name__, costs["params"], costs["macs"], costs["memory"], at, measured)

@@ -1,0 +1,62 @@
+"""Tables and counts as they are printed."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+WIDTH = 110
+
+
+def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Names at the left, numbers between, and a text at the right."""
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    made.add_column(titles[0], overflow="fold")
+    for title in titles[1:-1]:
+        made.add_column(title, justify="right", no_wrap=True)
+    made.add_column(titles[-1], overflow="fold")
+    for row in rows:
+        made.add_row(*map(Text, row))  # a glob such as [ab] is no markup
+    return made
+
+
+def as_text(renderable: RenderableType, width: int = WIDTH) -> str:
+    """What rich shows of something, as plain text that is the same on every terminal."""
+    file = io.StringIO()
+    console = Console(file=file, width=width, color_system=None, highlight=False, markup=False, emoji=False)
+    console.print(renderable)
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines()).rstrip()
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and its noun.
+
+    >>> counted(1, "family"), counted(1200, "family")
+    ('1 family', '1,200 families')
+    """
+    if number != 1:
+        noun = noun[:-1] + "ies" if noun.endswith("y") else noun + "s"
+    return f"{number:,} {noun}"
+
+
+def short(number: int) -> str:
+    """A count in three digits.
+
+    >>> short(950), short(23_520), short(25_557_032), short(4_089_184_256)
+    ('950', '23.5 k', '25.6 M', '4.09 G')
+    """
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            value = number / size
+            return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
+    return str(number)

@@ -1,0 +1,204 @@
+"""Sensitivity: what a model's accuracy or loss does when one family loses its units and all others stay whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from rich.text import Text
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fxprune.criteria.base import Criterion
+from fxprune.inputs import check_inputs, parse_inputs
+from fxprune.options import HALF, Attention, Freeze, Options, check_request, terms_of
+from fxprune.passes.coupling.analysis import analyse
+from fxprune.passes.coupling.families import Family
+from fxprune.passes.coupling.solution import Solution
+from fxprune.passes.errors import PruneError
+from fxprune.passes.ir.quiet import unobserved
+from fxprune.passes.rewrite.rewrite import rewrite_program
+from fxprune.reports.coupling import place
+from fxprune.reports.formatting import as_text, table
+from fxprune.reports.svg import draw_curves
+from fxprune.selection.pools import choose, make_pools
+from fxprune.selection.rectangles import never_emptied, settle_removals
+from fxprune.selection.select import prepared
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
+
+
+TENTHS = tuple(i / 10 for i in range(1, 10))
+EVALUATE = "a function of a module that returns a number, such as its accuracy"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One family, or several that can only be pruned together.
+
+    Attributes:
+        family: its name, as in `couple`; several are joined by " & ".
+        layers: the layers it spans.
+        units: how many units it has.
+        removed: for each ratio, how many of them went.
+        values: for each ratio, what `evaluate` returned.
+    """
+
+    family: str
+    layers: tuple[str, ...]
+    units: int
+    removed: tuple[int, ...]
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What `evaluate` returns for each family at each ratio; printable.
+
+    Attributes:
+        model: the name of its class.
+        whole: what it returns for the unpruned model.
+        ratios: shares of a family's units, ascending.
+        curves: in the order of the model's parameters.
+    """
+
+    model: str
+    whole: float
+    ratios: tuple[float, ...]
+    curves: tuple[Curve, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready data."""
+        curves = [
+            {
+                "family": c.family,
+                "layers": list(c.layers),
+                "units": c.units,
+                "removed": list(c.removed),
+                "values": list(c.values),
+            }
+            for c in self.curves
+        ]
+        return {"model": self.model, "whole": self.whole, "ratios": list(self.ratios), "curves": curves}
+
+    def plot(self, path: str | Path) -> None:
+        """Write the curves to an SVG file that needs nothing else."""
+        curves = {c.family: c.values for c in self.curves}
+        title = f"{self.model}: one family pruned at a time"
+        Path(path).write_text(draw_curves(title, self.whole, self.ratios, curves), encoding="utf-8")
+
+    def tables(self) -> Iterator[RenderableType]:
+        """A headline and a row for each curve, as rich renders them."""
+        yield Text(f"{self.model}: {self.whole:.4g} unpruned; below, with one family at a time pruned by a ratio")
+        yield ""
+        titles = ("family", "units", *(f"{r:g}" for r in self.ratios), "layers")
+        rows = [(c.family, f"{c.units:,}", *(f"{v:.4g}" for v in c.values), named(c.layers)) for c in self.curves]
+        yield table(titles, rows)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        yield from self.tables()
+
+    def __str__(self) -> str:
+        return as_text(self, width=max(110, 60 + 8 * len(self.ratios)))
+
+
+def sensitivity(
+    model: nn.Module,
+    example_inputs: Any = None,
+    evaluate: Callable[[nn.Module], Any] | None = None,
+    *,
+    ratios: Sequence[float] = TENTHS,
+    criterion: str | Criterion = "magnitude",
+    data: Iterable[Any] | None = None,
+    loss: Callable[..., Tensor] | None = None,
+    freeze: Freeze = (),
+    release: str | Sequence[str] = (),
+    round_to: int = 1,
+    attention: Attention = "heads",
+) -> Sensitivity:
+    """What becomes of a model when each family in turn loses a share of its units, lowest scores first, and no other does.
+
+    >>> _ = torch.manual_seed(0)
+    >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
+    >>> x = torch.randn(50, 4)
+    >>> found = sensitivity(net, x, lambda m: (m(x) - net(x)).square().mean(), ratios=(0.3, 0.6))
+    >>> [(c.family, c.units, c.removed) for c in found.curves]
+    [('0.weight:0', 6, (1, 3)), ('2.weight:0', 6, (1, 3))]
+
+    Arguments:
+        model: it is not touched.
+        example_inputs: as for `prune`.
+        evaluate: a function of a pruned model, in evaluation mode, that returns a number: an accuracy, a loss.
+        ratios: shares of units, each in (0, 1).
+        criterion, data, loss, freeze, release, round_to, attention: as for `prune`.
+
+    Returns: a table that can be printed, `to_dict()`, and `plot(path)`.
+
+    Raises: PruneError for anything that cannot be done; what `evaluate` raises passes through.
+    """
+    shares = checked(ratios, evaluate)
+    request = Options(HALF, {}, criterion, "local", None, None, round_to, data, loss)
+    check_request(model, request, attention, "auto")
+    args, kwargs = parse_inputs(example_inputs)
+    check_inputs(model, args, kwargs)
+
+    def fresh() -> Solution:  # shrinking uses one up
+        return analyse(model, args, kwargs, terms_of(model, attention, freeze, release))
+
+    solution = fresh()
+    free, score = prepared(model, solution, request)
+    spans = never_emptied(solution)
+    pools = [make_pools([f.units for f in free], [r] * len(free), solution.equal, len(score)) for r in shares]
+    whole = value(model, fresh(), torch.ones(len(solution.unit), dtype=torch.bool), evaluate)
+    curves = []
+    for at, pool in enumerate(tqdm(pools[0], desc="sensitivity", unit="family", disable=None, leave=False)):
+        removed, values = [], []
+        for same in pools:
+            gone = np.zeros(len(score), bool)
+            gone[choose(same[at], score, [f.width for f in free], round_to)] = True
+            kept, cutter = settle_removals(solution, gone, score, spans)
+            removed.append(int(gone.sum()))
+            values.append(whole if cutter.whole else value(model, fresh(), kept, evaluate))
+        mine = [free[i] for i in dict.fromkeys(family for family, _ in pool.cells)]
+        curves.append(curve(mine, removed, values))
+    return Sensitivity(type(model).__name__, whole, shares, tuple(curves))
+
+
+def curve(families: Sequence[Family], removed: Sequence[int], values: Sequence[float]) -> Curve:
+    layers = dict.fromkeys(place(name) for f in families for name, _ in f.members)
+    units = sum(len(f.units) for f in families)
+    return Curve(" & ".join(f.name for f in families), tuple(layers), units, tuple(removed), tuple(values))
+
+
+def value(model: nn.Module, solution: Solution, kept: Tensor, evaluate: Any) -> float:
+    """What `evaluate` says of a pruned model; raises PruneError where that is no number."""
+    pruned = rewrite_program(model, solution, kept).eval()
+    with unobserved(model):
+        found = evaluate(pruned)
+    try:
+        return float(found)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PruneError(f"evaluate must return a number, not {type(found).__name__}", fix=EVALUATE) from error
+
+
+def checked(ratios: Any, evaluate: Any) -> tuple[float, ...]:
+    """The ratios in ascending order; raises PruneError for what means nothing."""
+    if not callable(evaluate):
+        raise PruneError(f"evaluate must be a function, not {evaluate!r}", fix=EVALUATE)
+    listed = list(ratios) if isinstance(ratios, Iterable) and not isinstance(ratios, str) else [ratios]
+    for r in listed:
+        if not isinstance(r, int | float) or isinstance(r, bool) or not 0 < r < 1:
+            raise PruneError(f"ratios must lie between 0 and 1, and {r!r} does not", fix="ratios=(0.25, 0.5, 0.75)")
+    if not listed:
+        raise PruneError("ratios holds none", fix="ratios=(0.25, 0.5, 0.75)")
+    return tuple(sorted({float(r) for r in listed}))
+
+
+def named(layers: Sequence[str]) -> str:
+    shown = len(layers) if len(layers) <= 3 else 2
+    return ", ".join(layers[:shown]) + (f" and {len(layers) - shown} more" if len(layers) > shown else "")

@@ -1,0 +1,1 @@
+"""Selection: from scores and options to the units that go."""

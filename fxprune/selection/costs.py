@@ -1,0 +1,133 @@
+"""How many indices and parameter elements each family holds, and what a choice of units costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import flop_registry
+
+from fxprune.passes.coupling.families import Family
+from fxprune.passes.coupling.solution import Solution
+from fxprune.passes.ir.labels import Factor
+from fxprune.passes.ir.op_trace import OpCall, TensorInfo, name_of
+from fxprune.passes.ir.pytree import map_tensors
+from fxprune.passes.ir.slices import Slicer, clusters, cut_shape
+from fxprune.passes.ir.tensor_ref import TensorRef
+
+Shares = tuple[float, dict[int, float]]
+
+
+def family_of_labels(solution: Solution, found: Sequence[Family]) -> np.ndarray:
+    """For each label the position in `found` of its family, -1 if it has none; shape (labels,)."""
+    of_unit = np.full(len(solution.unit), -1, np.int64)
+    for i, family in enumerate(found):
+        of_unit[family.units] = i
+    return of_unit[solution.unit.numpy()]
+
+
+def elements(
+    solution: Solution, found: Sequence[Family], tensors: Mapping[str, Tensor], kept: np.ndarray | None = None
+) -> list[int]:
+    """How many parameter elements go with each family.
+
+    A weight counts for the family of its outputs and for that of its inputs.
+
+    Arguments:
+        solution: the coupling.
+        found: its families.
+        tensors: the model's tensors by name.
+        kept: for each label whether it is still there, shape (labels,); by default all are.
+    """
+    member = family_of_labels(solution, found)
+    alive = np.ones(len(member), bool) if kept is None else kept
+    totals = np.zeros(len(found))
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, nn.Parameter):
+            continue
+        groups = [shares(group, member, alive) for group in clusters(solution.leaves.get(name, ()))]
+        left = tensor.numel() * float(np.prod([whole for whole, _ in groups]))
+        for family in {i for _, mine in groups for i in mine}:
+            # what would be left without the family, as a part of what is
+            rest = np.prod([1 - mine.get(family, 0.0) / whole for whole, mine in groups if whole])
+            totals[family] += left * (1 - float(rest))
+    return [round(total) for total in totals]
+
+
+def shares(group: list[Factor], member: np.ndarray, alive: np.ndarray) -> Shares:
+    """The share of the indices that some factors span that is alive, and the share of each family."""
+    if len(group) == 1:
+        labels = group[0].labels.reshape(-1).numpy()
+        there = alive[labels]
+        families, counts = np.unique(member[labels][there], return_counts=True)
+        return float(there.mean()), {int(f): n / len(labels) for f, n in zip(families, counts) if f >= 0}
+    arrays = [a.numpy() for a in torch.broadcast_tensors(*(f.labels for f in group))]
+    together = np.logical_and.reduce([alive[a] for a in arrays])
+    families = np.unique(np.concatenate([member[f.labels.reshape(-1).numpy()] for f in group]))
+    inside = {int(i): np.logical_or.reduce([member[a] == i for a in arrays]) for i in families if i >= 0}
+    return float(together.mean()), {i: float((mask & together).mean()) for i, mask in inside.items()}
+
+
+class Costs:
+    """What a choice of units costs, computed from the shapes it leaves.
+
+    Multiply-accumulates are those of `torch.utils.flop_counter`, whose formulas are given the new shapes; the program is
+    that of evaluation, on the example inputs.
+
+    Arguments:
+        solution: the coupling.
+        tensors: the model's tensors by name, each once.
+    """
+
+    def __init__(self, solution: Solution, tensors: Mapping[str, Tensor]) -> None:
+        self.solution = solution
+        self.tensors = tensors
+        capture = solution.captures[0]
+        training = {capture.index[n] for n, mode in capture.only.items() if mode is not False}
+        self.ops = [op for op in capture.tape.ops if op.node not in training]
+        self.products = [op for op in self.ops if formula(op) is not None]
+
+    def original(self, kind: str) -> int:
+        """The cost with nothing removed."""
+        return self.of(Slicer(torch.ones(len(self.solution.unit), dtype=torch.bool)), kind)
+
+    def of(self, cutter: Slicer, kind: str) -> int:
+        """The `params`, `macs` or `memory` (bytes of parameters and buffers) that are left."""
+        if kind == "macs":
+            return sum(self.flops(op, cutter) for op in self.products) // 2
+        total = 0
+        for name, tensor in self.tensors.items():
+            if kind == "memory" or isinstance(tensor, nn.Parameter):
+                shape = cut_shape(tensor.shape, cutter(self.solution.leaves.get(name, ()), tensor.shape))
+                total += math.prod(shape) * (tensor.element_size() if kind == "memory" else 1)
+        return total
+
+    def flops(self, op: OpCall, cutter: Slicer) -> int:
+        """Operations of one call at the shapes that are left."""
+        shape = lambda ref: self.shape(ref, cutter)  # noqa: E731
+        args, kwargs, out = (map_tensors(x, shape, TensorRef) for x in (op.args, op.kwargs, op.outs))
+        return int(formula(op)(*args, **kwargs, out_val=out))  # type: ignore[misc]
+
+    def shape(self, ref: TensorRef, cutter: Slicer) -> tuple[int, ...]:
+        """The shape that is left of a value of the program."""
+        before = self.value(ref).shape
+        return cut_shape(before, cutter(self.solution.values[0].get(ref.id, ()), before))
+
+    def value(self, ref: TensorRef) -> TensorInfo:
+        """What is known of a value of the program."""
+        return self.solution.captures[0].tape.values[ref.id]
+
+
+def formula(op: OpCall) -> Callable[..., int] | None:
+    """How torch counts the operations of an op; None if it does not."""
+    if "scaled_dot_product" in name_of(op.func):  # whichever kernel it is: torch has a formula for some of them
+        return attention
+    return flop_registry.get(getattr(op.func, "_overloadpacket", None))
+
+
+def attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: object, **__: object) -> int:
+    """Operations of attention by shapes: q (*, L, E), k (*, S, E), v (*, S, D)."""
+    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])

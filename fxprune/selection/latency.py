@@ -1,0 +1,187 @@
+"""Latency: how long a forward takes on the model's own device, and the fewest steps that bring it within a budget.
+
+A timetable (see `timetable.py`) proposes how many steps to take, a few numbers of them at once; what they leave is pruned,
+and timed in turns with the original and with one another. What was measured corrects the next proposals. So the table only
+decides how many proposals it takes, and what is returned was measured to be within the budget.
+
+Models are compared within one window of time only: on a machine that others use too, what a model takes of another's time
+moves by several per cent from one half minute to the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxprune.passes.coupling.solution import Solution
+from fxprune.passes.errors import PruneError
+from fxprune.passes.ir.module_tree import named_tensors, private_copy
+from fxprune.passes.rewrite.rewrite import rewrite_program
+from fxprune.selection.budgets import Budget, spoken, unreachable
+
+FRIENDLY = 8  # channels in a multiple of which kernels are written; preferred where the request names none
+CLOSE, LOOSE = 0.02, 0.15  # good enough is what leaves as little of its budget as can be told, within these limits
+MARGIN = 0.01  # proposals aim this far below the budget,
+SPREAD = 0.08  # and at first so far to both sides of that
+ABREAST = 3  # proposals that are timed in one window
+NEAR = 0.1  # what is this close to the budget is timed for longer, until its error is
+PRECISE = 0.01  # no more than this, or
+PATIENCE = 12.0  # seconds are over
+ROUNDS = 8
+Run = Callable[[], object]
+Stopwatch = Callable[..., list[list[float]]]
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Measured seconds of one forward of the example inputs, before and after pruning.
+
+    Attributes:
+        original: the median over all runs of the original.
+        pruned: that of the pruned model, run in turns with it.
+        share: the median over all turns of what the pruned model took of the original's time. What slows a machine down for
+            a while slows both down, so turns agree better than times do.
+        runs: how many of each.
+        spread: half of the turns differ from `share` by at most this part of it.
+        device: where they ran.
+        table: for each family (its first parameter) how many units were left and the seconds the model was predicted to
+            take with only that family narrowed.
+    """
+
+    original: float
+    pruned: float
+    share: float
+    runs: int
+    spread: float
+    device: str
+    table: tuple[tuple[str, tuple[tuple[int, float], ...]], ...] = field(default=(), repr=False)
+
+    @property
+    def error(self) -> float:
+        """The standard error of `share`, as a part of it.
+
+        Of normal numbers half lie within 0.6745 standard deviations, and the median of n has a standard error of 1.2533 of
+        them over the square root of n.
+        """
+        return 1.2533 / 0.6745 * self.spread / self.runs**0.5
+
+    def __str__(self) -> str:
+        return (
+            f"{spoken('latency', self.original)} before, {spoken('latency', self.pruned)} now ({self.share:.0%}) on"
+            f" {self.device}: medians of {self.runs} runs in turns, half of them within {self.spread:.0%}"
+        )
+
+
+def stopwatch(runs: Sequence[Run], device: torch.device, *, least: int = 7, seconds: float = 0.4) -> list[list[float]]:
+    """Seconds of some functions, run in turns after a warm-up: at least `least` times, longer if that took little time."""
+    wait = (lambda: None) if device.type == "cpu" else (lambda: torch.accelerator.synchronize(device))
+    for run in [*runs, *runs]:
+        run()
+    found: list[list[float]] = [[] for _ in runs]
+    end = time.perf_counter() + seconds * len(runs)
+    while len(found[0]) < least or (len(found[0]) < 100 and time.perf_counter() < end):
+        for run, times in zip(runs, found, strict=True):
+            wait()
+            start = time.perf_counter()
+            run()
+            wait()
+            times.append(time.perf_counter() - start)
+    return found
+
+
+class LatencyProbe:
+    """The model on its own device and the example inputs, to be timed against what a choice leaves of it.
+
+    Arguments:
+        model: the original.
+        args, kwargs: the example inputs.
+        coupled: captures and couples the model; a capture can be cut only once.
+        clock: what times functions; see `stopwatch`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        coupled: Callable[[], Solution],
+        clock: Stopwatch | None = None,
+    ) -> None:
+        self.model, self.args, self.kwargs, self.coupled = model, args, kwargs, coupled
+        self.clock = clock or stopwatch
+        self.device = next((t.device for _, t in named_tensors(model)), torch.device("cpu"))
+        self.original = private_copy(model).eval()
+        self.found: Latency | None = None
+
+    def quiet(self) -> contextlib.AbstractContextManager[None]:
+        """Put random state back, whatever the model draws when it is run."""
+        return torch.random.fork_rng(devices=[self.device.index or 0] if self.device.type == "cuda" else [])
+
+    def run(self, model: nn.Module) -> Run:
+        def forward() -> object:
+            with torch.no_grad():
+                return model(*self.args, **self.kwargs)
+
+        return forward
+
+    def seconds(self, run: Run) -> float:
+        """The time of a single call; several hundred of them make a timetable, so few runs must do."""
+        with torch.no_grad():
+            return statistics.median(self.clock([run], self.device, least=3, seconds=0.01)[0])
+
+    def original_seconds(self) -> float:
+        """The time of the original."""
+        return statistics.median(self.clock([self.run(self.original)], self.device)[0])
+
+    def prune(self, kept: Tensor, unit: Tensor) -> nn.Module:
+        """What a choice leaves of the model: the labels that stay, of those whose classes are `unit`."""
+        solution = self.coupled()
+        assert torch.equal(solution.unit, unit), "a model is coupled in the same way each time"
+        return rewrite_program(self.model, solution, kept).eval()
+
+    def measure(self, models: Sequence[nn.Module], budget: Budget) -> list[Latency]:
+        """Time models and the original in turns; what is within the budget must be so in at least twice as many runs.
+
+        They are timed until it is known on which side those near the budget are, or for as long as `PATIENCE` lasts.
+        """
+        runs = [self.run(model) for model in (self.original, *models)]
+        times: list[list[float]] = [[] for _ in runs]
+        found: list[Latency] = []
+        again = True
+        while again or (any(unsure(budget, f) for f in found) and sum(map(sum, times)) < PATIENCE):
+            for mine, more in zip(times, self.clock(runs, self.device), strict=True):
+                mine += more
+            again = not found
+            found = [summary(times[0], mine, self.device) for mine in times[1:]]
+            again = again and any(used(budget, f) <= 1 for f in found)
+        return found
+
+
+def summary(original: Sequence[float], pruned: Sequence[float], device: torch.device) -> Latency:
+    """Medians of what was measured, and how far the turns are from them."""
+    shares = [b / a for a, b in zip(original, pruned, strict=True)]
+    share = statistics.median(shares)
+    spread = statistics.median(abs(s - share) / share for s in shares)
+    return Latency(statistics.median(original), statistics.median(pruned), share, len(shares), spread, str(device))
+
+
+def used(budget: Budget, found: Latency) -> float:
+    """The part of a budget that a measured latency takes; up to 1 it is within it."""
+    return found.share / float(budget.amount) if budget.relative else found.pruned / budget.of(found.original)
+
+
+def too_slow(budget: Budget, found: Latency) -> PruneError:
+    """The error for a budget that the least there can be does not meet."""
+    return unreachable(budget, used(budget, found) * budget.of(found.original), found.original)
+
+
+def unsure(budget: Budget, found: Latency) -> bool:
+    """Whether more runs would tell more about being within a budget."""
+    return abs(used(budget, found) - 1) <= NEAR + 2 * found.error and found.error > PRECISE

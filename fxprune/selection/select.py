@@ -1,0 +1,196 @@
+"""Choice: from a request to what is kept, so that every tensor stays a full rectangle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor, nn
+
+from fxprune.criteria.catalog import find
+from fxprune.criteria.unit_scores import comparable, unit_scores
+from fxprune.options import Options
+from fxprune.passes.coupling.families import Family, families
+from fxprune.passes.coupling.solution import Solution
+from fxprune.passes.errors import PruneError
+from fxprune.passes.ir.module_tree import named_parameters, named_tensors
+from fxprune.passes.ir.slices import Slicer
+from fxprune.selection import ladders
+from fxprune.selection.budgets import KINDS, met
+from fxprune.selection.costs import Costs
+from fxprune.selection.grouping import ratios_of, scopes_of, structures
+from fxprune.selection.ladders import FLOOR, begun, ladder, merged, share_of_units
+from fxprune.selection.latency import FRIENDLY, LatencyProbe
+from fxprune.selection.latency_search import timely
+from fxprune.selection.pools import choose, make_pools, resume
+from fxprune.selection.rectangles import never_emptied, settle_removals
+
+
+def selected(
+    model: nn.Module, solution: Solution, request: Options, trial: LatencyProbe | None = None
+) -> tuple[Tensor, Slicer]:
+    """Which labels stay; for a budget of latency, `trial` times them."""
+    free, score = prepared(model, solution, request)
+    if not request.competes:
+        wanted = one_by_one(free, score, solution, request)
+        kept, cutter = settle_removals(solution, wanted, score, never_emptied(solution))
+        if cutter.whole and any(ratios_of(free, request.ratio, solution)):
+            raise PruneError(
+                "nothing in the model can be pruned by so little: "
+                + ("what would go cannot go alone" if wanted.any() else "no family has a whole unit to lose"),
+                where=type(model).__name__,
+                fix="a larger ratio, or a smaller round_to",
+            )
+        return kept, cutter
+    costs = Costs(solution, dict(named_tensors(model)))
+    if request.budget is not None and request.budget.kind == "latency":
+        assert trial is not None
+        return in_time(free, score, costs, request, trial)
+    rivalry = Rivalry(free, score, solution, request)
+    if request.budget is None:
+        return rivalry.settle(rivalry.by_ratio())
+    return met(request.budget, rivalry.ladders, rivalry.sequence(), costs, rivalry.settle, len(solution.unit))
+
+
+def in_time(
+    free: Sequence[Family],
+    score: np.ndarray,
+    costs: Costs,
+    request: Options,
+    trial: LatencyProbe,
+    held: np.ndarray | None = None,
+) -> tuple[Tensor, Slicer]:
+    """Which labels stay by a budget of latency: in counts that hardware likes, where that is enough.
+
+    What is `held` is gone already, and stays so.
+    """
+    assert request.budget is not None
+    tried = [request.round_to] if request.round_to > 1 else [FRIENDLY, 1]
+    for round_to in tried:
+        rivalry = Rivalry(free, score, costs.solution, request, round_to, held)
+        names = [free[rung.pool.cells[0][0]].name for rung in rivalry.ladders]
+        try:
+            with trial.quiet():
+                return timely(request.budget, rivalry.ladders, rivalry.sequence(), costs, rivalry.settle, trial, names)
+        except PruneError:
+            if round_to == tried[-1]:
+                raise
+    raise AssertionError("the last attempt returns or raises")
+
+
+def outcome(
+    model: nn.Module, solution: Solution, request: Options, trial: LatencyProbe | None = None
+) -> dict[str, tuple[int, int, int]]:
+    """For each kind of cost that is computed: the least, at the request, and the original; `trial.found` for latency."""
+    costs = Costs(solution, dict(named_tensors(model)))
+    free, score = prepared(model, solution, request)
+    rivalry = Rivalry(free, score, solution, request)
+    _, least = rivalry.settle(rivalry.everything())
+    _, now = selected(model, solution, request, trial)
+    return {kind: (costs.of(least, kind), costs.of(now, kind), costs.original(kind)) for kind in KINDS}
+
+
+def prepared(model: nn.Module, solution: Solution, request: Options) -> tuple[list[Family], np.ndarray]:
+    """The families that may lose units, and the score of every unit."""
+    free = free_families(model, solution, request)
+    criterion = find(request.criterion)
+    score, seen = unit_scores(model, solution, free, criterion, request.data, request.loss)
+    free = [f for f in free if seen[f.units].any()]
+    return free, comparable(score, free, criterion) if request.competes else score
+
+
+def free_families(model: nn.Module, solution: Solution, request: Options) -> list[Family]:
+    """The families that may lose units; raises PruneError where there are none."""
+    found = families(solution, set(named_parameters(model)))
+    free = [f for f in found if f.frozen is None and len(f.units) > 1]
+    if not free:
+        reasons = sorted({f.frozen for f in found if f.frozen})
+        raise PruneError(
+            "nothing in the model can be pruned" + (f": every family {', or '.join(reasons[:3])}" if reasons else ""),
+            where=type(model).__name__,
+            fix="freeze less; print(fxprune.couple(model, example_inputs)) says why each family stays",
+        )
+    largest = max(len(f.units) * f.width for f in free)
+    if request.round_to > largest:
+        raise PruneError(
+            f"round_to={request.round_to} is larger than every family (the largest has {largest} channels)",
+            fix=f"round_to<={largest}",
+        )
+    return free
+
+
+def one_by_one(
+    free: Sequence[Family], score: np.ndarray, solution: Solution, request: Options, held: np.ndarray | None = None
+) -> np.ndarray:
+    """Removed classes where every family loses its own ratio, in which those that are `held` count."""
+    most = 1.0 if request.floor is None else 1 - request.floor
+    ratios = [min(r, most) for r in ratios_of(free, request.ratio, solution)]
+    removed = np.zeros(len(score), bool)
+    pools = make_pools([f.units for f in free], ratios, solution.equal, len(score))
+    for pool in pools if held is None else resume(pools, held):
+        removed[choose(pool, score, [f.width for f in free], request.round_to)] = True
+    return removed
+
+
+class Rivalry:
+    """Families that compete: what each pool can lose, and who competes with whom.
+
+    Attributes:
+        ladders: of the pools that may lose anything.
+        groups: positions in `ladders` of those that compete.
+    """
+
+    def __init__(
+        self,
+        free: Sequence[Family],
+        score: np.ndarray,
+        solution: Solution,
+        request: Options,
+        round_to: int | None = None,
+        held: np.ndarray | None = None,
+    ) -> None:
+        self.solution, self.score, self.guards, self.held = solution, score, never_emptied(solution), held
+        floor = FLOOR if request.floor is None else request.floor
+        ratios = [1.0] * len(free) if request.budget else ratios_of(free, request.ratio, solution, request.scopes)
+        pools = [p for p in make_pools([f.units for f in free], ratios, solution.equal, len(score)) if p.ratio > 0]
+        pools = pools if held is None else resume(pools, held)
+        width = [f.width for f in free]
+        self.ladders = [ladder(p, score, width, round_to or request.round_to, floor) for p in pools]
+        if held is not None:
+            begun(self.ladders, held)
+        scope = scopes_of(free, request.scopes, solution)
+        kinds: Sequence[object] = [None] * len(free)
+        if request.ranking == "isomorphic":
+            kinds = structures(free, solution)
+
+        def key(i: int) -> object:
+            members = dict.fromkeys(family for family, _ in pools[i].cells)
+            named = next((scope[m] for m in members if scope[m] is not None), None)
+            alone = i if request.ranking == "local" and named is None else -1
+            like = () if named is not None else tuple(sorted(map(repr, {kinds[m] for m in members})))
+            return named, alone, like, pools[i].ratio
+
+        found: dict[object, list[int]] = {}
+        for i in range(len(pools)):
+            found.setdefault(key(i), []).append(i)
+        self.groups = list(found.values())
+
+    def by_ratio(self) -> np.ndarray:
+        """Removed classes where each group loses its ratio of units."""
+        rungs = [0] * len(self.ladders)
+        for group in self.groups:
+            mine = [self.ladders[i] for i in group]
+            for i, rung in zip(group, share_of_units(mine, mine[0].pool.ratio), strict=True):
+                rungs[i] = rung
+        return ladders.removed(self.ladders, rungs, len(self.score))
+
+    def sequence(self) -> list[int]:
+        """The order of all steps."""
+        return merged(self.groups, self.ladders)
+
+    def everything(self) -> np.ndarray:
+        """Removed classes where every ladder is climbed to its end."""
+        return ladders.removed(self.ladders, [len(rung.count) - 1 for rung in self.ladders], len(self.score))
+
+    def settle(self, removed: np.ndarray) -> tuple[Tensor, Slicer]:
+        return settle_removals(self.solution, removed, self.score, self.guards, self.held)

@@ -1,0 +1,1 @@
+"""Capture: run a model once into an FX graph and a trace of its dispatcher calls."""

@@ -1,0 +1,129 @@
+"""Opaque modules: one node of the graph, run under the recorder, rewritten by changing what their forward reads.
+
+The tensors inside are cut like any others. Sizes in their Python code come from integer attributes: while the module runs,
+each attribute is an integer that remembers where it came from, and where one turns up as a size of a tensor, the pruned
+size of that tensor is what the attribute must become. Standard layers inside have the table of attributes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fxprune.passes.ir.program import SizeUse
+from fxprune.passes.ir.tensor_ref import TensorRef
+
+# functions whose trailing integers are the sizes of the result, and how many arguments come before them
+SIZED = dict.fromkeys(["view", "reshape", "expand", "broadcast_to", "new_zeros", "new_ones", "new_empty", "new_full"], 1)
+SIZED |= dict.fromkeys(["zeros", "ones", "empty", "full", "rand", "randn"], 0)
+
+
+class TracedInt(int):
+    """An integer that remembers the attribute it is, or the attributes and numbers it was computed from.
+
+    Attributes:
+        tree: the path of a module and the name of an attribute, or an operator and its two sides.
+    """
+
+    tree: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, value: int, tree: tuple[Any, ...]) -> TracedInt:
+        made = cls(value)
+        made.tree = tree
+        return made
+
+
+OPERATORS = {"add": operator.add, "sub": operator.sub, "mul": operator.mul, "floordiv": operator.floordiv}
+
+
+def remembering(name: str, *, swapped: bool) -> Any:
+    function = OPERATORS[name]
+
+    def method(self: TracedInt, other: Any) -> Any:
+        a, b = (other, self) if swapped else (self, other)
+        value = function(int(a), int(b)) if isinstance(other, int) else NotImplemented
+        return value if value is NotImplemented else TracedInt.of(value, (name, tree_of(a), tree_of(b)))
+
+    return method
+
+
+def tree_of(number: int) -> Any:
+    return number.tree if isinstance(number, TracedInt) else int(number)
+
+
+for _name in OPERATORS:
+    setattr(TracedInt, f"__{_name}__", remembering(_name, swapped=False))
+    setattr(TracedInt, f"__r{_name}__", remembering(_name, swapped=True))
+# by which contents leave a tensor unseen by the dispatcher (`item` is seen)
+LEAKS = frozenset(["tolist", "numpy", "__array__", "data_ptr", "__dlpack__", "untyped_storage", "apply_", "map_"])
+
+
+class SizeObserver(TorchFunctionMode):
+    """Sees the sizes that Python code hands to torch, with the attributes they came from.
+
+    `leaks` names the methods by which contents left a tensor: what comes back of them is no longer known.
+    """
+
+    def __init__(self, number: Callable[[Tensor], TensorRef], found: list[SizeUse], leaks: set[str]) -> None:
+        super().__init__()
+        self.number, self.found, self.leaks = number, found, leaks
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if name in LEAKS:
+            self.leaks.add(name)
+        if name in SIZED and isinstance(out, Tensor):
+            given = (kwargs or {}).get("size", (kwargs or {}).get("shape", args[SIZED[name] :]))
+            sizes = given[0] if len(given) >= 1 and isinstance(given[0], tuple | list) else given
+            self.note(sizes, out, 0)
+        elif name == "unflatten":
+            self.note(args[2], out, args[1] % args[0].dim())
+        elif name in ("split", "split_with_sizes") and len(args) > 1:
+            dim = (args[2] if len(args) > 2 else (kwargs or {}).get("dim", 0)) % args[0].dim()
+            for size, part in zip(args[1] if isinstance(args[1], tuple | list) else [args[1]], out, strict=False):
+                self.note([size], part, dim)
+        return out
+
+    def note(self, sizes: Any, out: Tensor, first: int) -> None:
+        for i, size in enumerate(sizes):
+            if isinstance(size, TracedInt):
+                self.found.append(SizeUse(size.tree, self.number(out), first + i))
+
+
+@contextlib.contextmanager
+def watched(
+    module: nn.Module, path: str, number: Callable[[Tensor], TensorRef], found: list[SizeUse], leaks: set[str]
+) -> Iterator[None]:
+    """Run a module with integer attributes that remember their origin."""
+    changed: list[tuple[nn.Module, str, int]] = []
+    for inner, part in module.named_modules():
+        if type(part).__module__.startswith("torch.nn"):
+            continue
+        for name, value in list(vars(part).items()):
+            if type(value) is int and not name.startswith("_"):
+                vars(part)[name] = TracedInt.of(value, (".".join(p for p in (path, inner) if p), name))
+                changed.append((part, name, value))
+    try:
+        with SizeObserver(number, found, leaks):
+            yield
+    finally:
+        for part, name, value in changed:
+            vars(part)[name] = value
+
+
+class RootWrapper(nn.Module):
+    """A model whose own forward reads values, as the one opaque module of a program of one node."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.whole = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.whole(*args, **kwargs)

@@ -1,0 +1,126 @@
+"""Modules that are a node of the program without being a layer of torch.nn.
+
+A norm with an activation, a norm of one's own: a forward that computes with its tensors and flags and nothing else. There is
+nothing in it to rewrite, whatever is removed, and it does the same in training up to flags. Such a module stays a module: a
+node for a dozen, captured once for all of its kind and width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Hashable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, fx, nn
+
+from fxprune.passes.capture.proxy import ValueProxy
+from fxprune.passes.ir.program import select_by_mode
+from fxprune.passes.ir.pytree import ATOMS, collect
+from fxprune.passes.ir.tensor_ref import TensorRef
+
+if TYPE_CHECKING:
+    from fxprune.passes.capture.tracer import ValueTracer
+
+
+class PlainModules:
+    """What is known of such modules: their kinds, and which whole numbers on them a forward has not asked for."""
+
+    def __init__(self) -> None:
+        self.kinds: set[Hashable] = set()
+        self.unread: dict[type, frozenset[str]] = {}
+        self.withdrawn: dict[nn.Module, dict[str, int]] = {}
+
+    def kind(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable | None:
+        """What a forward's path through its Python can depend on, contents of tensors apart; None where that is not clear."""
+        own = type(module)
+        if own.__getattr__ is not nn.Module.__getattr__ or own.__getattribute__ is not object.__getattribute__:
+            return None  # `watching` would not be told
+        if kwargs or module._forward_hooks or module._forward_pre_hooks:
+            return None
+        inner = [(name, m) for name, m in module._modules.items() if m is not None]
+        if any(m._modules or m._parameters or m._buffers for _, m in inner):
+            return None
+        given = [(a.value.dim(), a.value.dtype) for a in args if type(a) is ValueProxy and isinstance(a.value, Tensor)]
+        if len(given) < len(args):
+            return None
+        tensors = (*module._parameters.items(), *module._buffers.items())
+        held: list[Any] = [(name, None if t is None else t.dim()) for name, t in tensors]
+        for path, each in (("", module), *inner):
+            unread = self.unread.get(type(each), frozenset()) if each is module else frozenset()
+            for name, value in vars(each).items():
+                if type(value) in ATOMS:
+                    held.append((path, name, None if name in unread else value))
+                elif name[0] != "_":
+                    return None  # a container, or something that cannot be compared
+            held.append((path, type(each)))
+        return (tuple(given), tuple(held))
+
+    @contextlib.contextmanager
+    def watching(self, module: nn.Module) -> Iterator[dict[str, int]]:
+        """Take a module's whole numbers away from it; those its forward asks for are given back by `answer`."""
+        held = vars(module)
+        numbers = {k: v for k, v in held.items() if type(v) is int and k[0] != "_" and not hasattr(type(module), k)}
+        order = dict(held)
+        for name in numbers:
+            del held[name]
+        self.withdrawn[module] = numbers
+        try:
+            yield numbers
+        finally:
+            del self.withdrawn[module]
+            late = {k: v for k, v in held.items() if k not in order}
+            now = {k: held.get(k, v) for k, v in order.items() if k in held or k in numbers}
+            held.clear()
+            held.update(now | late)
+
+    def answer(self, module: nn.Module, name: str) -> int | None:
+        """A number that was taken away and is asked for."""
+        numbers = self.withdrawn.get(module)
+        if numbers is None or name not in numbers:
+            return None
+        vars(module)[name] = numbers[name]
+        return numbers.pop(name)
+
+    def add(self, module: nn.Module, args: tuple[Any, ...], unread: Iterable[str]) -> None:
+        """A module of this kind needs no second look; `unread` are its numbers that were not asked for."""
+        known = self.unread.get(type(module))
+        self.unread[type(module)] = frozenset(unread) if known is None else known & frozenset(unread)
+        self.kinds.add(self.kind(module, args, {}))
+
+
+def is_plain(tracer: ValueTracer, module: nn.Module, stored: dict[str, Any], mark: int) -> bool:
+    """Whether a forward that was just captured, from the node numbered `mark` on, leaves nothing to rewrite in either mode.
+
+    Every node makes a tensor from tensors, flags and fractions; no size is read, nothing is decided by one, nothing is kept
+    on the module (`stored` are its attributes from before).
+    """
+    if tracer.branches is None or tracer.reads_training or any(tracer.index[g.node] >= mark for g in tracer.guards):
+        return False
+    if any(reading.asked for reading in tracer.readings[:-1]):  # what it does in training was not looked at
+        return False
+    now = vars(module)
+    if len(now) != len(stored) or any(now[k] is not v for k, v in stored.items()):
+        return False
+    inner = [b for b in tracer.branches if b.begin >= mark]
+    if not all(b.alike for b in inner):
+        return False
+    made = itertools.takewhile(lambda n: n.op != "root" and tracer.index[n] >= mark, reversed(tracer.graph.nodes))
+    return all(is_simple(tracer, n) for n in made)
+
+
+def is_simple(tracer: ValueTracer, node: fx.Node) -> bool:
+    if node.op == "get_attr" or node.target is select_by_mode:
+        return True
+    if type(tracer.results[node]) is not TensorRef or node in tracer.untracked:
+        return False
+    if node.op == "call_module" and not bare(tracer.modules[str(node.target)]):
+        return False
+    given = collect((node.args, dict(node.kwargs)), int)
+    return all(isinstance(v, bool) or v in (-1, 0, 1) for v in given)
+
+
+def bare(module: nn.Module) -> bool:
+    """Whether a layer has no tensors and no numbers that could be sizes."""
+    public = [v for k, v in vars(module).items() if k[0] != "_"]
+    return not any(module.parameters()) and not any(module.buffers()) and all(type(v) in ATOMS - {int} for v in public)

@@ -1,0 +1,91 @@
+"""The captured programs of a model: evaluation, and training where that is another program."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxprune.passes.capture.capture import capture_program
+from fxprune.passes.errors import PruneError, surface
+from fxprune.passes.ir.module_tree import named_tensors, private_copy, set_mode
+from fxprune.passes.ir.program import CapturedProgram
+from fxprune.passes.ir.pytree import collect, map_tensors
+
+Home = Callable[[], torch.device | None]
+
+
+def programs(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    stand_in: Callable[[Tensor], Tensor] | None,
+) -> list[CapturedProgram]:
+    """The captured program for evaluation, and for training where that is another one.
+
+    Shapes are all that coupling needs, so the run is first tried without values.
+    """
+    given = args, kwargs
+    home: Home = lambda: None  # noqa: E731
+    if stand_in is not None:
+        swap = lambda t: stand_in(t) if t.is_floating_point() else t  # noqa: E731
+        home = functools.partial(only_device, model, args, kwargs)
+        args, kwargs = map_tensors((args, kwargs), swap)
+    found = [captured(set_mode(private_copy(model, stand_in), False), args, kwargs, final=stand_in is None, home=home)]
+    if not found[0].reads_training:
+        return found
+    other = None
+    try:
+        if stand_in is not None and not found[0].trains_on_values:
+            with contextlib.suppress(PruneError):  # training may read values all the same
+                other = captured(trained(private_copy(model, stand_in)), args, kwargs, final=True, home=home)
+        if other is None:
+            other = captured(trained(private_copy(model)), *given, final=True)
+    except PruneError as error:  # a model may need targets to train: then it is captured for evaluation
+        found[0].note = f"training mode is as evaluation: {error.what}"
+        return found
+    if other.prefix != found[0].prefix:
+        found[0].note = f"training mode is as evaluation: {', '.join(other.opaque.values())}"
+    elif code(other) != code(found[0]):
+        found.append(other)
+    return found
+
+
+def trained(root: nn.Module) -> Any:
+    """A private copy, told to train."""
+    try:
+        return set_mode(root, True)
+    except Exception as error:
+        surface(error)
+        raise PruneError(f"train() raises {type(error).__name__}: {error}", where=type(root).__name__) from error
+
+
+def only_device(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device | None:
+    """The device that all tensors of a model and its inputs are on; None where there is none."""
+    devices = {t.device for t in (*dict(named_tensors(model)).values(), *collect((args, kwargs), Tensor))}
+    return devices.pop() if len(devices) == 1 else None
+
+
+def captured(
+    root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, final: bool, home: Home = lambda: None
+) -> CapturedProgram:
+    try:
+        return capture_program(root, args, kwargs, retry=final, find_home=home)
+    except PruneError:
+        raise
+    except Exception as error:
+        surface(error)
+        raise PruneError(
+            f"the model's own forward raises {type(error).__name__}: {error}",
+            where=getattr(error, "fxprune_where", type(root).__name__),
+            fix="example_inputs on which model(*example_inputs) runs",
+        ) from error
+
+
+def code(capture: CapturedProgram) -> list[Any]:
+    """What a captured program does, for comparison."""
+    return [(n.op, n.name, str(n.target), str(n.args), str(n.kwargs)) for n in capture.graph.nodes]

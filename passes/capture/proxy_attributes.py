@@ -1,0 +1,170 @@
+"""What Python may ask of a tensor while a program is captured, and what it may not."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from fxprune.passes.capture.patches import inlined
+from fxprune.passes.capture.proxy import ValueProxy, unwrap
+from fxprune.passes.errors import NeedsValues, ReadsMissing, ReadsValue
+from fxprune.passes.ir.program import Guard
+
+# Tensor attributes and methods that are facts of the program rather than values that flow through it.
+FACTS = frozenset(
+    [
+        "ndim",
+        "requires_grad",
+        "layout",
+        "is_cuda",
+        "is_cpu",
+        "is_meta",
+        "is_sparse",
+        "is_quantized",
+        "is_nested",
+        "is_leaf",
+        "grad_fn",
+        "names",
+        "itemsize",
+        "is_mkldnn",
+        "is_xla",
+        "is_mps",
+        "is_ipu",
+        "is_xpu",
+        "is_vulkan",
+    ]
+)
+FACT_METHODS = frozenset(
+    [
+        "dim",
+        "ndimension",
+        "is_floating_point",
+        "is_complex",
+        "is_contiguous",
+        "element_size",
+        "get_device",
+        "stride",
+        "storage_offset",
+        "is_signed",
+        "is_inference",
+        "is_conj",
+        "is_neg",
+    ]
+)
+WHERE = frozenset(["is_meta", "is_cuda", "is_cpu", "is_mps", "is_xpu", "get_device", "type", "index"])
+VALUE_METHODS = frozenset(["item", "tolist", "numpy", "__array__", "data_ptr"])
+# Functions that FX would keep as one node and that hold sizes or head counts of their own: traced through instead.
+INLINED = {F.multi_head_attention_forward}
+NUMBERS = frozenset([int, float, bool, str])
+
+
+class ProxyAttributes(fx.Tracer):
+    """The part of the tracer that answers for proxies.
+
+    Attributes:
+        guards: what was taken out of the graph.
+        index: the numbers of nodes, in the order in which they were made.
+        depends: whether a node's value depends on the inputs.
+        find_home: for a run without values, finds the device that all tensors of the model and its inputs are on.
+        reads: for each module on the stack, the sizes that its forward has read, and the numbers it has computed.
+    """
+
+    guards: list[Guard]
+    index: dict[fx.Node, int]
+    depends: dict[fx.Node, bool]
+    find_home: Callable[[], torch.device | None]
+
+    @functools.cached_property
+    def home(self) -> torch.device | None:
+        """The device that a model which lies on `meta` for the run is said to be on; None where there is none such."""
+        return self.find_home()
+
+    reads: list[dict[Any, Any]]
+
+    def bind(self, node: fx.Node, value: Any) -> Any:
+        """The proxy for a node."""
+        raise NotImplementedError
+
+    def made(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A new node, evaluated, as a proxy."""
+        raise NotImplementedError
+
+    def read_attribute(self, proxy: ValueProxy, name: str) -> Any:
+        value = proxy.value
+        if name.startswith("__") or not hasattr(value, name):
+            raise AttributeError(f"{type(value).__name__!r} object has no attribute {name!r}")
+        asked = name == "device" or (name in WHERE and name != "type")
+        if asked and isinstance(value, Tensor) and value.is_meta and self.home is not None:
+            if name == "device":
+                return self.bind(self.create_node("call_function", getattr, (proxy.node, name), {}), self.home)
+            return getattr(torch.empty(0, device=self.home), name)
+        if name in WHERE and (value.is_meta if isinstance(value, Tensor) else getattr(value, "type", "") == "meta"):
+            raise NeedsValues  # a run without values is on another device than the model
+        if isinstance(value, Tensor):
+            if name in FACTS:
+                return getattr(value, name)
+            if name in FACT_METHODS:
+                return getattr(value, name)
+            if name in VALUE_METHODS:
+                return getattr(self.known_tensor(proxy, name), name)
+            if name == "shape":
+                return self.once("call_function", getattr, (proxy, name))
+            if name == "size":
+                return lambda *args, **kwargs: self.once("call_method", name, (proxy, *args), kwargs)
+        if callable(getattr(value, name)):
+            return lambda *args, **kwargs: self.create_proxy("call_method", name, (proxy, *args), kwargs)
+        return self.create_proxy("call_function", getattr, (proxy, name), {})
+
+    def once(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        """A size, or a number computed from sizes: one node, however often a forward asks."""
+        key: Any = (target, *[a.node if type(a) is ValueProxy else (type(a), a) for a in args])
+        if kwargs or not all(type(a) in NUMBERS or type(a) is ValueProxy for a in args):
+            return self.made(kind, target, args, kwargs or {})
+        reads = self.reads[-1]
+        if key not in reads:
+            reads[key] = self.made(kind, target, args, {})
+        return reads[key]
+
+    def forget_reads(self, mark: int) -> None:
+        """Sizes and numbers that nodes made since the mark stand for are to be read anew."""
+        for reads in self.reads:
+            for key in [k for k, found in reads.items() if self.index.get(found.node, mark) >= mark]:
+                del reads[key]
+
+    def known_tensor(self, proxy: ValueProxy, how: str) -> Any:
+        """The tensor's contents, if they are a fixed fact of the model; else the module must be opaque."""
+        value = proxy.value
+        learned = isinstance(value, nn.Parameter) or value.requires_grad or value.is_floating_point()
+        if self.depends[proxy.node] or learned or value.is_meta:
+            raise (ReadsMissing if value.is_meta else ReadsValue)(f"{how}() of %{proxy.node.name}")
+        return value
+
+    def concretise(self, proxy: ValueProxy, how: str) -> Any:
+        if isinstance(proxy.value, Tensor):
+            return self.known_tensor(proxy, how).item()
+        self.guards.append(Guard(proxy.node, how, proxy.value))
+        return proxy.value
+
+    def torch_function(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if method in INLINED:
+            return inlined(method)(*args, **kwargs)
+        name = getattr(method, "__name__", "")
+        if name == "__get__":
+            owner: Any = method.__self__  # type: ignore[attr-defined]
+            return self.read_attribute(args[0], owner.__name__) if type(args[0]) is ValueProxy else NotImplemented
+        if name in FACT_METHODS:
+            return method(*unwrap(args), **unwrap(kwargs))
+        if belongs_to_tensors(method):
+            return self.create_proxy("call_method", name, args, kwargs)
+        return self.create_proxy("call_function", method, args, kwargs)
+
+
+@functools.lru_cache(maxsize=4096)
+def belongs_to_tensors(method: Callable[..., Any]) -> bool:
+    """Whether torch knows a function as a method of tensors (its own answer takes longer than making a node does)."""
+    return bool(torch.overrides.is_tensor_method_or_property(method))

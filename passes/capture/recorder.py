@@ -1,0 +1,164 @@
+"""The tape: every dispatcher call of one run, with tensors replaced by numbered values.
+
+Coupling reads the tape, not the model, so it can be repeated without running anything. Activations are not kept: a value
+is its shape and dtype. Only the contents of small index tensors that do not depend on the inputs are stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fxprune.passes.capture.index_contents import IndexContents
+from fxprune.passes.capture.meta_kernels import RESHAPING, MetaKernels
+from fxprune.passes.ir.meta_tensors import PLAIN_TENSORS, like
+from fxprune.passes.ir.op_trace import OpCall, OpTrace, TensorInfo, written_by
+from fxprune.passes.ir.pytree import ATOMS, gather_refs, map_tensors
+from fxprune.passes.ir.tensor_ref import TensorRef
+
+LARGEST_INDEX = 1 << 22  # elements
+NAMELESS = SimpleNamespace(name="")
+
+
+class Recorder(TorchDispatchMode):
+    """Writes what the dispatcher runs onto a tape while it is `active`.
+
+    Arguments:
+        names: the model's own tensors (parameters, buffers, tensor attributes) by identity.
+    """
+
+    def __init__(self, names: dict[int, str]) -> None:
+        super().__init__()
+        self.tape = OpTrace()
+        self.names = names
+        self.known: Any = WeakIdKeyDictionary()
+        self.any_known = False  # which it takes a dictionary of this kind long to say
+        self.held: dict[int, tuple[Tensor, TensorRef]] = {}  # the model's own, and tensors without contents
+        self.imagination = MetaKernels()
+        self.contents = IndexContents(self.tape)
+        self.node = -1
+        self.active = True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # never on while a compiler looks; each call would pay for the wrapper
+
+    def find(self, tensor: Tensor) -> TensorRef | None:
+        held = self.held.get(id(tensor))
+        return held[1] if held is not None else self.known.get(tensor) if self.any_known else None
+
+    def ref(self, tensor: Tensor) -> TensorRef:
+        """The number of a tensor; one never seen is a leaf: the model's own, or a constant."""
+        ref = self.find(tensor)
+        if ref is None:
+            ref = self.add(tensor, from_input=False, name=self.names.get(id(tensor)))
+            if not tensor.dtype.is_floating_point and tensor.numel() <= LARGEST_INDEX and not tensor.is_meta:
+                self.contents.keep(tensor, ref)
+        return ref
+
+    def refs(self, argument: Any) -> Any:
+        if type(argument) in ATOMS:
+            return argument
+        if isinstance(argument, Tensor):
+            held = self.held.get(id(argument))
+            return self.ref(argument) if held is None else held[1]
+        if type(argument) is list:
+            plain = ATOMS.issuperset(map(type, argument))
+            return argument if plain else [map_tensors(v, self.ref) for v in argument]
+        return map_tensors(argument, self.ref)
+
+    def add(self, tensor: Tensor, *, from_input: bool, name: str | None = None) -> TensorRef:
+        values, on_meta = self.tape.values, tensor.is_meta
+        ref = TensorRef(len(values))
+        values.append(TensorInfo(tuple(tensor.shape), tensor.dtype, from_input, name, None, on_meta))
+        if on_meta or name is not None:
+            self.held[id(tensor)] = (tensor, ref)
+        else:
+            self.known[tensor] = ref
+            self.any_known = True
+        return ref
+
+    def has(self, tensor: Tensor) -> bool:
+        return self.find(tensor) is not None
+
+    def truncate(self, ops: int) -> None:
+        """Forget the calls after the first `ops`: they belonged to an attempt that was given up."""
+        del self.tape.ops[ops:]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.active:
+            return func(*args, **(kwargs or {}))
+        return self.recorded(func, args, kwargs or {}, self.imagined)
+
+    def imagined(self, func: Any, args: Any, kwargs: Any) -> Any:
+        out = self.imagination.result(func, args, kwargs)
+        return self.imagination.ran(func, args, kwargs) if out is None else out
+
+    def as_one(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The result of a dispatcher function that is written down as one call, whatever it comes to."""
+        return self.recorded(func, args, kwargs, self.unseen(self.imagined))
+
+    def tied(self, first: Tensor, second: Tensor) -> Tensor:
+        """A copy of the first, written down as the sum of two: its labels are those of both."""
+        copy = self.unseen(lambda *_: like(first) if first.is_meta else first.clone())
+        return self.recorded(torch.ops.aten.add.Tensor, (first, second), {}, copy)
+
+    def unseen(self, run: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Any, Any], Any]:
+        """A function whose own calls are not written down."""
+
+        def quietly(func: Any, args: Any, kwargs: Any) -> Any:
+            self.active = False
+            try:
+                return run(func, args, kwargs)
+            finally:
+                self.active = True
+
+        return quietly
+
+    def recorded(self, func: Any, args: Any, kwargs: Any, run: Callable[[Any, Any, Any], Any]) -> Any:
+        values, held = self.tape.values, self.held
+        in_args: list[Any] = []
+        ins: list[TensorRef] = []
+        for a in args:
+            if type(a) in PLAIN_TENSORS:
+                known = held.get(id(a))
+                ref = self.ref(a) if known is None else known[1]
+                in_args.append(ref)
+                ins.append(ref)
+            elif type(a) in ATOMS:
+                in_args.append(a)
+            else:
+                found = self.refs(a)
+                in_args.append(found)
+                if found is not a:
+                    gather_refs((found,), ins)
+        in_kwargs = {k: self.refs(v) for k, v in kwargs.items()} if kwargs else {}
+        if in_kwargs:
+            gather_refs(in_kwargs, ins)
+        out = run(func, args, kwargs)
+        from_input = True in [values[ref.id].from_input for ref in ins]
+
+        def result(tensor: Tensor) -> TensorRef:
+            ref = self.find(tensor)
+            if ref is not None and getattr(func, "_schema", NAMELESS).name not in RESHAPING:  # in-place, or the argument itself
+                values[ref.id].from_input |= from_input
+                return ref
+            ref = self.add(tensor, from_input=from_input)
+            known = not (from_input or tensor.is_meta or tensor.numel() > LARGEST_INDEX)
+            if known and not (tensor.dtype.is_floating_point or tensor.dtype.is_complex):
+                self.contents.keep(tensor, ref)
+            return ref
+
+        outs = result(out) if isinstance(out, Tensor) else map_tensors(out, result)
+        if any(values[ref.id].data is not None for ref in ins):
+            self.contents.note_reading(ins, outs)
+        if written_by(func):
+            self.contents.note_writing(func, args, kwargs, from_input)
+        self.tape.ops.append(OpCall(func, tuple(in_args), in_kwargs, outs, self.node, ins))
+        return out

@@ -1,0 +1,68 @@
+"""What forwards store on their modules while a program is captured, and how it is taken back."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import fx, nn
+
+from fxprune.passes.capture.proxy import ValueProxy
+from fxprune.passes.capture.training_flag import TrainingFlag
+from fxprune.passes.ir.module_tree import CONTAINERS
+from fxprune.passes.ir.pytree import ATOMS, iterate
+
+
+class ModuleState:
+    """The attributes of modules, as they were before the capture."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.before = {}
+        for module in modules:
+            boxes = containers(module)
+            held = {k: copy.copy(v) for k, v in boxes.items() if v}
+            self.before[module] = dict(vars(module)), list(boxes.values()), held
+
+    def take_back(self, index: Mapping[fx.Node, int], mark: int) -> None:
+        """Put back every attribute that stands for a node made since the mark.
+
+        Arguments: `index`, the numbers of the nodes that there are; others are gone.
+        """
+        for module, (before, boxes, held) in self.before.items():
+            now = vars(module)
+            same = len(now) == len(before) and all(map(operator.is_, now.values(), before.values()))
+            if same and not any(box and stands_for(box, index, mark) for box in boxes):
+                continue
+            stored = [(k, v) for k, v in now.items() if type(v) not in ATOMS and not (type(v) in CONTAINERS and not v)]
+            for name in [k for k, v in stored if k != "_modules" and stands_for(v, index, mark)]:
+                if name not in before:
+                    del now[name]
+                    continue
+                if now[name] is before[name]:  # something was put into it
+                    refill(now[name], held.get(name, ()))
+                now[name] = before[name]
+
+
+def stands_for(stored: Any, index: Mapping[fx.Node, int], mark: int) -> bool:
+    """Whether something is, or holds, a flag or a proxy for a node made since the mark."""
+    if type(stored) is dict and not any(
+        type(v) in (ValueProxy, TrainingFlag) or type(v) in CONTAINERS for v in stored.values()
+    ):
+        return False
+    return any(type(v) is TrainingFlag or (type(v) is ValueProxy and index.get(v.node, mark) >= mark) for v in iterate(stored))
+
+
+def containers(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module that a forward can put something into."""
+    return {k: v for k, v in vars(module).items() if type(v) in CONTAINERS and k != "_modules"}
+
+
+def refill(box: Any, held: Any) -> None:
+    """Have a container hold what it held; a tuple always does."""
+    if isinstance(box, list):
+        box[:] = held
+    elif isinstance(box, dict | set):
+        box.clear()
+        box.update(held)

@@ -1,0 +1,1 @@
+"""Coupling: propagate labels along the op trace and solve the constraints once."""

@@ -1,0 +1,107 @@
+"""Couple: interpret the tapes on labels, solve the ties once, and read off units and families.
+
+Heads take two readings. The first finds which labels are rows of a head (`Ties.coarse`); the second starts with one label
+for each row, so that a shared per-dimension parameter (a query norm, a rotary table) no longer ties heads to one another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from fxprune.passes.coupling.solver import chained, components
+from fxprune.passes.ir.constraints import Constraints, row
+from fxprune.passes.ir.labels import Factor, Labels, along, factor
+from fxprune.passes.ir.op_trace import name_of, signature
+from fxprune.passes.ir.program import CapturedProgram
+from fxprune.passes.ir.pytree import collect
+from fxprune.passes.ir.tensor_ref import TensorRef
+
+
+def leaf_labels(captures: Sequence[CapturedProgram]) -> tuple[dict[str, Labels], int]:
+    """A label for every index of every dimension of the model's tensors; returns them and the next free label.
+
+    The weight of a grouped convolution has an input index for each group: its second dimension is labelled group by group.
+    """
+    groups: dict[str, int] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for capture in captures:
+        groups.update(grouped_weights(capture))
+        shapes.update({v.name: v.shape for v in capture.tape.values if v.name is not None})
+    leaves: dict[str, Labels] = {}
+    size = 1
+    numbers = np.arange(1 + sum(sum(s) * groups.get(n, 1) for n, s in shapes.items()))  # each line is a piece of this
+    for name, shape in shapes.items():
+        made: list[Factor] = []
+        for d, n in enumerate(shape):
+            if n < 2:  # nothing to remove; some models have tables of no entries
+                continue
+            if d == 1 and name in groups:
+                g = groups[name]
+                vectors = torch.arange(size, size + g * n).view(g, 1, n).expand(g, shape[0] // g, n)
+                made.append(Factor(vectors.reshape(shape[0], n, *[1] * (len(shape) - 2)), (0, 1)))
+                size += g * n
+            else:
+                made.append(Factor.line(numbers[size : size + n], d, len(shape), size))
+                size += n
+        leaves[name] = tuple(made)
+    return leaves, size
+
+
+def grouped_weights(capture: CapturedProgram) -> dict[str, int]:
+    """Parameters that reach a grouped convolution's weight through ops that keep their first two dimensions."""
+    found: dict[str, int] = {}
+    for op in capture.tape.ops:
+        if "conv" not in name_of(op.func) or len(op.args) < 2 or not isinstance(op.args[1], TensorRef):
+            continue
+        groups = dict(zip(signature(op.func)[0], op.args, strict=False)).get("groups", 1)
+        shape = capture.tape.shape(op.args[1])
+        if groups == 1 or shape[1] == 1:
+            continue
+        pending, seen = [op.args[1].id], set()
+        while pending:
+            current = pending.pop()
+            value = capture.tape.values[current]
+            if current in seen or value.shape[:2] != shape[:2]:
+                continue
+            seen.add(current)
+            maker = capture.tape.maker(current)
+            if value.name is not None:
+                found[value.name] = groups
+            elif maker is not None:
+                pending += [r.id for r in collect((maker.args, maker.kwargs), TensorRef)]
+    return found
+
+
+def composed(leaves: dict[str, Labels], ties: Constraints) -> dict[str, Labels]:
+    """Leaf labels in which a dimension over pairs of channels carries the labels of both."""
+    changed = dict(leaves)
+    for start, vectors in ties.composed.items():
+        name, dim, _ = ties.leaf_starts[start]
+        ndim = next(f.labels.dim() for f in leaves[name])
+        others = tuple(f for f in changed[name] if f.nest != (dim,))
+        changed[name] = others + tuple(along(v, dim, ndim) for v in vectors)
+    return changed
+
+
+def by_head(leaves: dict[str, Labels], ties: Constraints) -> dict[str, Labels]:
+    """Leaf labels with one label for each row of a head. Broadcast ties are not followed: they join heads to one another."""
+    aligned = [p for p in ties.pairs if not p.broadcast]
+    unit, _ = components(ties.size, chained(ties.coarse) + aligned)
+    touched = np.zeros(len(unit), bool)
+    for event in ties.coarse:
+        touched[unit[row(event.labels)]] = True
+    lines = np.where(touched[unit], unit, np.arange(ties.size))
+    lines[0] = 0
+    table = torch.from_numpy(lines)
+
+    def renamed(f: Factor) -> Factor:
+        if len(f.nest) > 1:
+            return factor(table[f.labels], f.nest)
+        vector = lines[f.flat]
+        return Factor.line(vector, f.nest[0], f.ndim) if bool((vector != vector[0]).any()) else Factor(f.labels, ())
+
+    # a dimension that is one single head has nothing to remove: it is left without labels, and so kept
+    return {name: tuple(g for f in labels if (g := renamed(f)).nest) for name, labels in leaves.items()}

@@ -1,0 +1,100 @@
+"""Regions: chains of reshapes that only permute channels (a channel shuffle) and can be one gather instead.
+
+Between the ends of such a chain a tensor is a rectangle of groups, which would force every group to keep equally many
+channels, the same ones if the chain also transposes them. As one `index_select` the chain needs neither: each channel is
+removed by itself.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from fxprune.passes.ir.labels import Labels
+from fxprune.passes.ir.program import CapturedProgram
+from fxprune.passes.ir.tensor_ref import TensorRef
+
+STEPS = frozenset(
+    [
+        "view",
+        "reshape",
+        "permute",
+        "transpose",
+        "contiguous",
+        "flatten",
+        "unflatten",
+        "swapaxes",
+        "movedim",
+        "swapdims",
+        "clone",
+    ]
+)
+
+
+def gather_regions(capture: CapturedProgram, labels: dict[int, Labels]) -> dict[fx.Node, fx.Node]:
+    """For each node inside a region, the node that ends it."""
+    found: dict[fx.Node, fx.Node] = {}
+    for node in capture.graph.nodes:
+        if node in found or not is_step(node):
+            continue
+        chain = follow(node)
+        for length in range(len(chain), 1, -1):
+            if permutes_channels(capture, labels, chain[:length]):
+                found.update(dict.fromkeys(chain[:length], chain[length - 1]))
+                break
+    return found
+
+
+def is_step(node: fx.Node) -> bool:
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return node.op in ("call_method", "call_function") and name in STEPS
+
+
+def follow(node: fx.Node) -> list[fx.Node]:
+    """The chain of single-use steps that starts at a node; nothing else may ask for what is in between, not even its size."""
+    chain = [node]
+    while True:
+        users = list(chain[-1].users)
+        if len(users) != 1 or not is_step(users[0]) or users[0].args[0] is not chain[-1]:
+            return chain
+        chain.append(users[0])
+
+
+def permutes_channels(capture: CapturedProgram, labels: dict[int, Labels], chain: list[fx.Node]) -> bool:
+    """Whether the chain splits a labelled dimension and ends in the same shape with only that dimension permuted."""
+    source = capture.results.get(chain[0].args[0]) if isinstance(chain[0].args[0], fx.Node) else None
+    target = capture.results.get(chain[-1])
+    if not isinstance(source, TensorRef) or not isinstance(target, TensorRef):
+        return False
+    shape = capture.tape.shape(source)
+    if capture.tape.shape(target) != shape:
+        return False
+    middle = [capture.results[n] for n in chain[:-1]]
+    joint = any(len(f.nest) > 1 for ref in middle for f in labels.get(ref.id, ()))
+    dims = {d for f in labels.get(source.id, ()) for d in f.dims}
+    if not joint or len(dims) != 1 or any(len(f.nest) > 1 for f in labels.get(source.id, ())):
+        return False
+    return channel_order(capture, chain, dims.pop()) is not None
+
+
+def channel_order(capture: CapturedProgram, chain: list[fx.Node], dim: int) -> torch.Tensor | None:
+    """The permutation of one dimension that a chain amounts to, found by running it on indices; None if it does more."""
+    source = capture.results[chain[0].args[0]]  # type: ignore[index]
+    shape = capture.tape.shape(source)
+    total = 1
+    for n in shape:
+        total *= n
+    places = torch.arange(total).view(shape)
+    values = {chain[0].args[0]: places}
+    for node in chain:
+        args = fx.node.map_arg(node.args, lambda n: values[n] if n in values else capture.results[n])
+        kwargs = fx.node.map_arg(node.kwargs, lambda n: values[n] if n in values else capture.results[n])
+        run = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
+        values[node] = run(*args[1:], **kwargs) if node.op == "call_method" else run(*args, **kwargs)  # type: ignore[operator]
+    out = values[chain[-1]]
+    first = out[tuple(slice(None) if d == dim else 0 for d in range(len(shape)))]
+    stride = 1
+    for n in shape[dim + 1 :]:
+        stride *= n
+    order = first // stride
+    return order if torch.equal(places.index_select(dim, order % shape[dim]), out) else None

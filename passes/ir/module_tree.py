@@ -1,0 +1,263 @@
+"""Module trees: the tensors they hold, and copies of them with tensors swapped."""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxprune.passes.ir.meta_tensors import like
+
+# what a copy can share with the original: nothing in it can be changed
+SHARED: tuple[type, ...] = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(None),
+    type,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+)
+SHARED += (torch.dtype, torch.device, torch.Size, torch.memory_format)
+ATOMS = frozenset(SHARED)
+CONTAINERS = frozenset([dict, OrderedDict, set, list, tuple])
+PLAIN = ATOMS | CONTAINERS
+HOOKS = frozenset(["_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"])
+CHILDREN = frozenset(["_parameters", "_buffers", "_modules"])
+
+
+def walk(root: nn.Module) -> dict[nn.Module, str]:
+    """Every module of a tree with its (first) path, in the order of `named_modules`, which takes a generator per level."""
+    found: dict[nn.Module, str] = {}
+    pending: list[tuple[str, nn.Module]] = [("", root)]
+    while pending:
+        path, module = pending.pop()
+        if module in found:
+            continue
+        found[module] = path
+        if module._modules:
+            start = f"{path}." if path else ""
+            pending += [(start + n, m) for n, m in reversed(module._modules.items()) if m is not None]
+    return found
+
+
+def every_path(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module under all of its paths."""
+    pending: list[tuple[str, nn.Module]] = [("", root)]
+    while pending:
+        path, module = pending.pop()
+        yield path, module
+        if module._modules:
+            start = f"{path}." if path else ""
+            pending += [(start + n, m) for n, m in reversed(module._modules.items()) if m is not None]
+
+
+def fetch(root: nn.Module, path: str) -> Any:
+    """The attribute at a dotted path."""
+    value: Any = root
+    for atom in path.split("."):
+        value = getattr(value, atom)
+    return value
+
+
+def named_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor that a module tree holds: parameters, buffers and plain attributes; tied ones once."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for module, prefix in walk(root).items():
+        start = f"{prefix}." if prefix else ""
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None and id(tensor) not in found:
+                    found[id(tensor)] = (start + name, tensor)
+        state = vars(module)
+        if not PLAIN.issuperset(map(type, state.values())):
+            for name, value in state.items():
+                if type(value) not in PLAIN and isinstance(value, Tensor) and id(value) not in found:
+                    found[id(value)] = (start + name, value)
+    return iter(found.values())
+
+
+def named_parameters(root: nn.Module) -> dict[str, nn.Parameter]:
+    """What `named_parameters` says, without a generator per level."""
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for module, prefix in walk(root).items():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in found:
+                found[id(parameter)] = (f"{prefix}.{name}" if prefix else name, parameter)
+    return dict(found.values())
+
+
+def copy_tree(root: nn.Module, swap: Mapping[int, Tensor]) -> Any:
+    """A copy in which the tensors with the given identities are replaced; gradients are not copied.
+
+    Hooks are part of what a module computes (weight normalisation is one): the copy calls the same ones.
+    """
+    memo: dict[int, Any] = dict(swap)
+    modules = list(walk(root))
+    for module in modules:
+        memo[id(module)] = object.__new__(module.__class__)  # a GraphModule would make a class without its forward
+    for module in modules:
+        state = vars(memo[id(module)])
+        state.update(vars(module))
+        state.pop("_compiled_call_impl", None)  # of `module.compile()`: it calls the original
+        for key, value in list(state.items()):
+            kind = type(value)
+            if kind in ATOMS or (kind is tuple and ATOMS.issuperset(map(type, value))):
+                continue
+            if kind in CONTAINERS and not value:
+                state[key] = kind()
+            elif key in HOOKS:
+                state[key] = OrderedDict(value)
+            elif key in CHILDREN:
+                state[key] = kind([(k, None if v is None else duplicate(v, memo)) for k, v in value.items()])
+            else:
+                state[key] = duplicate(value, memo)
+    return memo[id(root)]
+
+
+def replace_tensors(root: nn.Module, change: Callable[[str, Tensor], Tensor]) -> None:
+    """Put what `change` makes of it in the place of each tensor of a tree; it is called with the (first) name of each.
+
+    A tensor that is a plain attribute becomes what a GraphModule makes of it when it is read: a buffer that is not saved.
+    """
+    modules = walk(root)
+    memo: dict[int, Any] = {}
+    replaced: list[Tensor] = []  # held on to, so that their identity stays theirs
+
+    def changed(name: str, tensor: Tensor) -> Tensor:
+        made = memo.get(id(tensor))
+        if made is None:
+            made = memo[id(tensor)] = change(name, tensor)
+            replaced.append(tensor)
+        return made
+
+    others: list[tuple[nn.Module, str, Any]] = []  # attributes that may hold tensors, also such as are parameters elsewhere
+    for module, path in modules.items():
+        start = f"{path}." if path else ""
+        for held in (module._parameters, module._buffers):
+            for key, tensor in held.items():
+                if tensor is not None:
+                    held[key] = changed(start + key, tensor)  # type: ignore[assignment]
+        for key, value in vars(module).items():
+            kind = type(value)
+            if kind in ATOMS or (kind in CONTAINERS and not value) or key in CHILDREN or key in HOOKS:
+                continue
+            if kind is tuple and ATOMS.issuperset(map(type, value)):
+                continue
+            if isinstance(value, Tensor):
+                changed(start + key, value)
+            others.append((module, key, value))
+    memo |= {id(module): module for module in modules} if others else {}
+    for module, key, value in others:
+        vars(module)[key] = duplicate(value, memo)
+        if isinstance(value, Tensor):
+            module._non_persistent_buffers_set.add(key)
+
+
+def duplicate(value: Any, memo: dict[int, Any]) -> Any:
+    """A copy of an attribute's value; what cannot change is shared."""
+    if id(value) in memo:
+        return memo[id(value)]
+    if isinstance(value, SHARED):
+        return value
+    if type(value) in (dict, OrderedDict, set, list, tuple) and not value:
+        return type(value)()
+    if type(value) is tuple and all(isinstance(v, SHARED) for v in value):
+        return value
+    return copy.deepcopy(value, memo)
+
+
+def private_copy(root: nn.Module, stand_in: Callable[[Tensor], Tensor] | None = None) -> Any:
+    """A copy to trace: its parameters are the original's, everything that a forward might change is its own.
+
+    Arguments:
+        stand_in: what to put in place of each floating tensor, such as an empty one on the meta device.
+    """
+    swap: dict[int, Tensor] = {}
+    for _, tensor in named_tensors(root):
+        if stand_in is not None and tensor.dtype.is_floating_point:
+            swap[id(tensor)] = stand_in(tensor)
+        elif isinstance(tensor, nn.Parameter):
+            swap[id(tensor)] = tensor
+        elif type(tensor) is Tensor or not tensor.is_leaf:  # (a parameter computed by a hook, left over from the last forward)
+            swap[id(tensor)] = tensor.detach().clone()
+    return copy_tree(root, swap)
+
+
+def on_meta(tensor: Tensor) -> Tensor:
+    """A tensor of the same shape and dtype without contents.
+
+    Parameters ask for gradients whether or not the original does: torch takes a linear layer apart in another way if not.
+    """
+    dense = tensor.layout is torch.strided
+    empty = like(tensor) if dense else torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
+
+
+def set_mode(root: nn.Module, training: bool) -> Any:
+    """The tree in evaluation or in training mode; what `train()` does, where no module has one of its own."""
+    modules = walk(root)
+    if has_own_train(modules) or any("training" not in vars(m) for m in modules):
+        return root.train(training)
+    for module in modules:
+        vars(module)["training"] = training
+    return root
+
+
+def modes_in_training(root: nn.Module) -> dict[nn.Module, bool] | None:
+    """The mode of every module of a tree once it is told to train; None where telling it does more than that.
+
+    Where a module has a `train` of its own, it is called, and the tree told to evaluate again: `root` is a private copy that
+    was told so before.
+    """
+    modules = walk(root)
+    if not has_own_train(modules):
+        return dict.fromkeys(modules, True)
+
+    def states() -> list[Any]:
+        found: list[Any] = []
+        for module in walk(root):
+            held = vars(module)
+            found += [id(module), len(held), *[id(v) for name, v in held.items() if name != "training"]]
+            for box in [v for v in held.values() if type(v) in CONTAINERS and v]:
+                found += map(id, box.values() if isinstance(box, dict) else box)
+        return found
+
+    evaluated, before = {m: m.training for m in modules}, states()
+    try:
+        root.train(True)
+        trained = {m: m.training for m in modules}
+        same = states() == before
+        root.train(False)
+    except Exception:  # one that is not to be trained
+        return None
+    return trained if same and states() == before and {m: m.training for m in modules} == evaluated else None
+
+
+def has_own_train(modules: Iterable[nn.Module]) -> bool:
+    kinds: set[Any] = set(map(type, modules))
+    return any(kind.train is not nn.Module.train or kind.eval is not nn.Module.eval for kind in kinds)
+
+
+Apart = dict[bool, frozenset[str]]  # for either mode the paths of modules that are in the other one
+
+
+def apart_from(model: nn.Module) -> Apart:
+    """The modules that do not follow when a model is told its mode; `train` is called on copies without contents."""
+    found: Apart = {}
+    for mode in (False, True) if has_own_train(walk(model)) else ():
+        copied = private_copy(model, on_meta)
+        try:
+            copied.train(mode)
+        except Exception:  # one that knows one mode alone
+            continue
+        found[mode] = frozenset(path for path, m in every_path(copied) if m.training != mode)
+    return found

@@ -1,0 +1,171 @@
+"""What a run of the model leaves behind: the program, the tape, and how the two belong together."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx, nn
+
+from fxprune.passes.ir.module_tree import Apart
+from fxprune.passes.ir.op_trace import OpTrace
+from fxprune.passes.ir.tensor_ref import TensorRef
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """A value that Python took out of the graph: the emitted program holds for inputs that agree with it."""
+
+    node: fx.Node
+    how: str
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleCall:
+    """One call of a module inside an opaque one: which tensors went in and came out."""
+
+    module: str
+    args: Any
+    outs: Any
+
+
+@dataclass
+class CapturedProgram:
+    """One run of the model.
+
+    Attributes:
+        root: the traced module tree; parameters are the original's own, everything else is a copy.
+        graph: the captured program.
+        tape: what the dispatcher ran.
+        results: for every node, its value with tensors replaced by references into the tape.
+        opaque: modules kept as one node, with the reason.
+        calls: calls made inside opaque modules.
+        sizes: attributes of opaque modules that were used as sizes.
+        inputs: references of the example inputs' tensors.
+        outputs: the tensors returned, by name (see `terms.named_outputs`) and reference.
+        reads_training: whether a forward asked for its mode in a way that only a second run can answer.
+        only: nodes that belong to one mode alone: True for training, False for evaluation, None for neither.
+        untracked: nodes whose results did not come out of the dispatcher.
+        index: the number of each node.
+        prefix: what the names of tensors begin with in `root` and not in the model.
+        modules: every module of `root` by all of its paths.
+        apart: the modules that do not follow the root's mode, by mode and path; None where that is not known.
+        given: what opaque modules were given, call by call, where the run had values and it takes no more than the model does.
+        trains_on_values: whether a run without values, as this one, cannot be made in training.
+        note: what the emitted model does not do as the original does.
+    """
+
+    root: nn.Module
+    graph: fx.Graph
+    tape: OpTrace
+    results: dict[fx.Node, Any]
+    guards: list[Guard]
+    opaque: dict[str, str]
+    calls: dict[str, list[ModuleCall]]
+    sizes: dict[str, list[SizeUse]]
+    inputs: list[TensorRef]
+    outputs: list[tuple[str, TensorRef]]
+    reads_training: bool
+    only: dict[fx.Node, bool | None] = field(default_factory=dict)
+    untracked: set[fx.Node] = field(default_factory=set)
+    index: dict[fx.Node, int] = field(default_factory=dict)
+    prefix: str = ""
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    apart: Apart | None = None
+    given: dict[fx.Node, tuple[Any, Any]] = field(default_factory=dict)
+    trains_on_values: bool = False
+    note: str = ""
+
+    @property
+    def output(self) -> fx.Node:
+        return next(iter(reversed(self.graph.nodes)))
+
+    def node_at(self, index: int) -> fx.Node | None:
+        return self.nodes.get(index)
+
+    @functools.cached_property
+    def nodes(self) -> dict[int, fx.Node]:
+        return {i: n for n, i in self.index.items()}
+
+
+def size_source(capture: CapturedProgram, node: fx.Node) -> tuple[TensorRef, int | None] | None:
+    """The tensor whose size a number (or tuple of numbers) is, and the dimension; None where it is computed otherwise."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node):
+        return None
+    ref = capture.results.get(source)
+    if isinstance(ref, TensorRef):
+        dim = node.args[1] if node.target == "size" and len(node.args) == 2 else None
+        return (ref, dim if isinstance(dim, int) else None) if reads_shape(node) else None
+    dim = node.args[1] if len(node.args) > 1 else None
+    outer = source.args[0] if isinstance(ref, tuple) and source.args else None
+    tensor = capture.results.get(outer) if isinstance(outer, fx.Node) else None
+    return (tensor, dim if isinstance(dim, int) else None) if isinstance(tensor, TensorRef) and reads_shape(source) else None
+
+
+def reads_shape(node: fx.Node) -> bool:
+    return node.target in ("size", "numel", "nelement") or (node.target is getattr and str(node.args[1]) == "shape")
+
+
+def select_by_mode(evaluated: Any, trained: Any) -> Any:
+    """In a captured graph: the first in evaluation mode, the second in training mode. The tracer ties the two."""
+    raise AssertionError(f"a switch between {evaluated} and {trained} is no part of any program")
+
+
+@dataclass(frozen=True, slots=True)
+class Waiver:
+    """Guards that need not hold where the first dimension of an input is of one size.
+
+    Only such guards as ask for sizes of first dimensions alone: what was tried says nothing of other ones.
+
+    Attributes:
+        input: the name of the program's argument, a tensor.
+        size: of its first dimension.
+        guards: what each of them says.
+    """
+
+    input: str
+    size: int
+    guards: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SizeUse:
+    """A number that came from attributes, found as the size of a dimension of a tensor."""
+
+    tree: tuple[Any, ...]
+    ref: TensorRef
+    dim: int
+
+
+ONLY_OUTPUT = "output"  # the name of the one tensor that a model returns
+
+
+def named_outputs(returned: Any, results: Mapping[fx.Node, Any], path: str = "") -> Iterator[tuple[str, TensorRef]]:
+    """Every tensor that a program returns, by where it stands: keys, fields and positions, with dots in between.
+
+    Arguments:
+        returned: the argument of the output node.
+        results: what each node evaluated to, tensors as references.
+        path: where `returned` stands itself.
+    """
+    if isinstance(returned, TensorRef):
+        yield path or ONLY_OUTPUT, returned
+        return
+    if isinstance(returned, fx.Node):
+        fields = getattr(returned.target, "_fields", None) if returned.op == "call_function" else None
+        inner = dict(zip(fields, returned.args, strict=True)) if fields else results[returned]
+        yield from named_outputs(inner, results, path)
+        return
+    if isinstance(returned, dict):
+        items = [(str(key), value) for key, value in returned.items()]
+    elif isinstance(returned, tuple | list):
+        names = getattr(returned, "_fields", range(len(returned)))
+        items = [(str(name), value) for name, value in zip(names, returned, strict=True)]
+    else:
+        return
+    for name, value in items:
+        yield from named_outputs(value, results, f"{path}.{name}" if path else name)

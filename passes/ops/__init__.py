@@ -1,0 +1,1 @@
+"""One specification per op: labels, rewrite, masked form, products, multiply-accumulates."""

@@ -1,0 +1,121 @@
+"""The autograd trace: what an op without a rule does to its indices, read from seeded gradients.
+
+Random values go through the op; the gradient of one output element says which input elements it depends on. Along each
+dimension that is one of three: the same index only (coupled), every index (contracted), or anything else (frozen).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxprune.passes.ir.labels import NONE, Factor, Labels
+from fxprune.passes.ir.pytree import map_tensors
+from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ops.call import RuleContext
+from fxprune.passes.ops.unify import unify
+
+NO_RULE = "goes through an op that has no rule and that the autograd trace cannot read"
+
+
+def probe(call: RuleContext) -> list[Labels]:
+    """Labels of the results of an op without a rule."""
+    name = call.op.func._schema.name
+    tensors = [r for r in call.inputs if call.tape.values[r.id].dtype.is_floating_point]
+    others = [r for r in call.inputs if r not in tensors]
+    shapes = [call.shape(r) for r in tensors]
+
+    def run(*values: Tensor) -> Any:
+        table = {r.id: v for r, v in zip(tensors, values, strict=True)}
+
+        def value(ref: TensorRef) -> Tensor:
+            if ref.id in table:
+                return table[ref.id]
+            data = call.data(ref)
+            if data is None:
+                raise ValueError("contents unknown")
+            return data
+
+        args, kwargs = map_tensors((call.op.args, call.op.kwargs), value, TensorRef)
+        return call.op.func(*args, **kwargs)
+
+    found = dependence(run, shapes, [call.shape(o) for o in call.outputs])
+    if found is None or any(call.labels(r) for r in others):
+        for ref in call.inputs:
+            call.freeze(call.labels(ref), f"{NO_RULE} ({name})")
+        return [NONE] * len(call.outputs)
+    return from_dependence(call, tensors, found)
+
+
+Kinds = list[list[list[str]]]
+
+
+def dependence(run: Callable[..., Any], shapes: list[tuple[int, ...]], outs: list[tuple[int, ...]]) -> Kinds | None:
+    """For each output, input and input dimension: `same`, `all` or `other`; None where autograd sees nothing.
+
+    An output dimension corresponds to the input dimension of the same number and size.
+    """
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
+    try:
+        with torch.enable_grad():
+            results = run(*values)
+    except Exception:
+        return None
+    results = list(results) if isinstance(results, tuple | list) else [results]
+    if any(not isinstance(r, Tensor) or not r.requires_grad for r in results):
+        return None
+    try:
+        with torch.enable_grad():
+            return [read_gradients(result, values, shapes) for result in results]
+    except Exception:  # no formula for its gradient
+        return None
+
+
+def read_gradients(result: Tensor, values: list[Tensor], shapes: list[tuple[int, ...]]) -> list[list[str]]:
+    """For each input and input dimension, how one output depends on it, judged from a few seeded output elements."""
+    seen: list[list[set[str]]] = [[set() for _ in s] for s in shapes]
+    for seed in range(4):
+        picker = torch.Generator().manual_seed(seed)
+        at = tuple(int(torch.randint(n, (1,), generator=picker)) for n in result.shape)
+        grads = torch.autograd.grad(result[at], values, retain_graph=True, allow_unused=True)
+        for i, g in enumerate(grads):
+            for d in range(len(shapes[i])):
+                seen[i][d].add(kind(g, d, at, tuple(result.shape)))
+    return [[s.pop() if len(s) == 1 else "other" for s in dims] for dims in seen]
+
+
+def kind(gradient: Tensor | None, dim: int, at: tuple[int, ...], out: tuple[int, ...]) -> str:
+    if gradient is None:
+        return "none"
+    if gradient.shape[dim] == 1:
+        return "single"
+    others = [d for d in range(gradient.dim()) if d != dim]
+    touched = gradient.ne(0).any(dim=others) if others else gradient.ne(0)
+    indices = touched.nonzero().flatten().tolist()
+    if dim < len(out) and out[dim] == gradient.shape[dim] and indices == [at[dim]]:
+        return "same"
+    return "all" if len(indices) == gradient.shape[dim] else "other"
+
+
+def from_dependence(call: RuleContext, refs: list[TensorRef], kinds: Kinds) -> list[Labels]:
+    """One-to-one dimensions are coupled across the operands; everything else that is labelled is frozen."""
+    results: list[Labels] = []
+    for out, per_input in zip(call.outputs, kinds, strict=True):
+        shape = call.shape(out)
+        merged: Labels = NONE
+        for ref, dims in zip(refs, per_input, strict=True):
+            passed: list[Factor] = []
+            for f in call.labels(ref):
+                if all(dims[d] == "same" for d in f.nest) and len(call.shape(ref)) == len(shape):
+                    passed.append(f)
+                else:
+                    call.ties.freeze(f.labels, f"{NO_RULE} ({call.op.func._schema.name})")
+            if len(call.shape(ref)) == len(shape):
+                sizes = [n if k == "same" else 1 for n, k in zip(call.shape(ref), dims, strict=True)]
+                merged = unify(call, merged, [1] * len(shape) if not merged else shape, tuple(passed), sizes)
+        results.append(merged)
+    return results

@@ -1,0 +1,202 @@
+"""New entries that are all alike: constants, broadcast copies and padding get fresh labels, so any number of them may go."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import fx
+
+from fxprune.passes.ir.labels import NONE, Labels, align, factor
+from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ops.call import RuleContext
+from fxprune.passes.ops.registry import handles, rule
+from fxprune.passes.ops.rewriting import argument, function_name, resized, sizes_after, with_argument
+
+if TYPE_CHECKING:
+    from fxprune.passes.rewrite.rewriter import Rewriter
+
+
+UNIFORM = [
+    "zeros",
+    "ones",
+    "full",
+    "empty",
+    "empty_strided",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "empty_like",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_empty",
+    "rand",
+    "randn",
+    "rand_like",
+    "randn_like",
+    "bernoulli_like",
+    "new_empty_strided",
+    "randint",
+    "scalar_tensor",
+]
+
+
+@rule(*(f"aten::{name}" for name in UNIFORM))
+def uniform(call: RuleContext) -> Labels:
+    shape = call.shape(call.outputs[0])
+    if call.op.func._schema.name.endswith("_like"):
+        return call.labels(call.first)
+    if call.ties.maker == "opaque":
+        return NONE  # its size is written where it cannot be changed
+    call.ties.alike[call.outputs[0].id] = call.outputs[0].id
+    return tuple(call.fresh(n, d, len(shape)) for d, n in enumerate(shape) if n > 1 and n not in call.ties.literals)
+
+
+@rule("aten::arange", "aten::linspace", "aten::logspace", "aten::eye", "aten::hann_window")
+def ramp(call: RuleContext) -> Labels:
+    """Entries that differ, each by its place: the tensor is made whole and then cut."""
+    shape = call.shape(call.outputs[0])
+    return tuple(call.fresh(n, d, len(shape)) for d, n in enumerate(shape) if n > 1 and n not in call.ties.literals)
+
+
+@rule("aten::lift_fresh", "aten::lift")
+def literal(call: RuleContext) -> Labels:
+    """A tensor written out in the program."""
+    shape = call.shape(call.first)
+    if call.ties.maker not in ("tensor", "as_tensor") or call.labels(call.first):
+        return call.labels(call.first)
+    call.known[call.first.id] = tuple(call.fresh(n, d, len(shape)) for d, n in enumerate(shape) if n > 1)
+    return call.known[call.first.id]
+
+
+@rule(
+    "aten::randperm",
+    "aten::tril_indices",
+    "aten::triu_indices",
+    "aten::_local_scalar_dense",
+    "aten::_assert_async",
+)
+def distinct(call: RuleContext) -> list[Labels]:
+    """Entries that differ: none can go."""
+    return [NONE] * len(call.outputs)
+
+
+@rule("aten::expand", "aten::expand_copy", "aten::broadcast_to")
+def expand(call: RuleContext) -> Labels:
+    after = call.shape(call.outputs[0])
+    labels, before = align(call.labels(call.first), call.shape(call.first), len(after))
+    grown = [d for d, (a, b) in enumerate(zip(before, after, strict=True)) if a == 1 and b > 1]
+    return labels + tuple(call.fresh(after[d], d, len(after)) for d in grown)
+
+
+@rule("aten::repeat")
+def repeat(call: RuleContext) -> Labels:
+    repeats = list(call["repeats"])
+    labels, before = align(call.labels(call.first), call.shape(call.first), len(repeats))
+    result: Labels = NONE
+    for f in labels:
+        tiles = [r if d in f.dims else 1 for d, r in enumerate(repeats)]
+        if len(f.nest) > 1 and any(t > 1 for t in tiles):
+            call.ties.same_columns(f)
+        result += (factor(f.labels.repeat(tiles), f.nest),)
+    return result + tuple(call.fresh(r, d, len(repeats)) for d, r in enumerate(repeats) if r > 1 and before[d] == 1)
+
+
+@rule("aten::constant_pad_nd", "aten::pad", "aten::reflection_pad*", "aten::replication_pad*")
+def pad(call: RuleContext) -> Labels:
+    """Padding along a labelled dimension adds removable entries; other modes than constant copy entries around."""
+    shape = call.shape(call.first)
+    amounts = list(call.get("pad", call.get("padding")))
+    labels = call.labels(call.first)
+    constant = call.op.func._schema.name in ("aten::constant_pad_nd", "aten::pad")
+    padded = {len(shape) - 1 - i // 2 for i, n in enumerate(amounts) if n}
+    if not constant:
+        return call.freeze_dims(labels, sorted(padded), "is padded with copies of other entries")
+    result: Labels = NONE
+    for f in labels:
+        for d in sorted(padded & f.dims):
+            if len(f.nest) > 1:
+                call.ties.same_columns(f)
+            before, after = amounts[2 * (len(shape) - 1 - d)], amounts[2 * (len(shape) - 1 - d) + 1]
+            array = f.labels.narrow(d, max(0, -before), f.labels.shape[d] + min(0, before) + min(0, after))
+            sides = [array]
+            for count, at in ((before, 0), (after, len(sides) + 1)):
+                if count > 0:
+                    new = call.fresh(max(2, count), d, len(shape)).labels.narrow(d, 0, count)
+                    sizes = list(array.shape)
+                    sizes[d] = count
+                    sides.insert(at, new.expand(sizes))
+            f = factor(torch.cat(sides, d), f.nest)
+        result += call.settle(f)
+    return result
+
+
+@handles("zeros", "ones", "empty", "rand", "randn")
+def created(r: Rewriter, node: fx.Node) -> fx.Node | None:
+    given, packed = sizes_after(r, node, 0)
+    new = resized(r, given, r.after(r.result(node)))
+    rest = {k: r.argument(v) for k, v in node.kwargs.items() if k != "size"}
+    return r.emit(node, (tuple(new),) if packed else tuple(new), rest)
+
+
+@handles("arange", "linspace", "logspace", "eye", "hann_window", "tensor", "as_tensor")
+def made_whole(r: Rewriter, node: fx.Node) -> fx.Node | None:
+    """Entries that differ by their place are made as in the original and then cut."""
+    whole = r.emit(node, r.argument(tuple(node.args)), r.argument(dict(node.kwargs)))
+    for cut in r.cuts(r.result(node)):
+        whole = r.graph.call_method("index_select", (whole, cut.dims[0], r.constant(cut.keep)))
+    return whole
+
+
+@handles("full", "new_full")
+def filled(r: Rewriter, node: fx.Node) -> fx.Node | None:
+    at = 0 if function_name(node) == "full" else 1
+    given = argument(node, at, "size")
+    return with_argument(r, node, at, "size", tuple(resized(r, given, r.after(r.result(node)))))
+
+
+@handles("repeat", "tile")
+def repeat_counts(r: Rewriter, node: fx.Node) -> fx.Node | None:
+    given, packed = sizes_after(r, node, 1, "repeats" if node.target == "repeat" else "dims")
+    before, after = r.after(r.result(node.args[0])), r.after(r.result(node))
+    before = (1,) * (len(after) - len(before)) + before
+    given = [1] * (len(after) - len(given)) + given
+    wanted = [a // b if b else 0 for a, b in zip(after, before, strict=True)]
+    new = resized(r, given, wanted)
+    return r.emit(node, (r.new[node.args[0]], tuple(new)) if packed else (r.new[node.args[0]], *new), {})  # type: ignore[index]
+
+
+@handles("repeat_interleave")
+def interleave_counts(r: Rewriter, node: fx.Node) -> fx.Node | None:
+    times, dim = argument(node, 1, "repeats"), argument(node, 2, "dim")
+    source, target = r.result(node.args[0]), r.result(node)
+    if dim is None or isinstance(r.result(times), TensorRef):
+        return None
+    dim %= len(r.before(source))
+    args, kwargs = [r.argument(a) for a in node.args], {k: r.argument(v) for k, v in node.kwargs.items()}
+    repeats = r.size(times, r.after(target)[dim] // r.after(source)[dim])
+    if len(args) > 1:
+        args[1] = repeats
+    else:
+        kwargs["repeats"] = repeats
+    if node.kwargs.get("output_size") is not None:
+        kwargs["output_size"] = r.size(node.kwargs["output_size"], r.after(target)[dim])
+    return r.emit(node, args, kwargs)
+
+
+@handles("pad", "constant_pad_nd")
+def pad_amounts(r: Rewriter, node: fx.Node) -> fx.Node | None:
+    amounts = list(argument(node, 1, "pad"))
+    source, target = r.result(node.args[0]), r.result(node)
+    ndim = len(r.before(source))
+    for i in range(0, len(amounts), 2):
+        dim = ndim - 1 - i // 2
+        left = amounts[i] if isinstance(amounts[i], int) else r.capture.results[amounts[i]]
+        if not any(dim in c.dims for c in [*r.cuts(source), *r.cuts(target)]):
+            amounts[i], amounts[i + 1] = r.argument(amounts[i]), r.argument(amounts[i + 1])
+            continue
+        kept = r.positions(target, dim)
+        before = int((kept < left).sum()) if left > 0 else -int((r.positions(source, dim) < -left).sum())
+        amounts[i], amounts[i + 1] = before, len(kept) - r.after(source)[dim] - before
+    return with_argument(r, node, 1, "pad", amounts)

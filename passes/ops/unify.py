@@ -1,0 +1,233 @@
+"""Pointwise ops: the factors of the operands are unified under broadcasting."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from fxprune.passes.ir.labels import NONE, Factor, Labels, factor
+from fxprune.passes.ir.pytree import collect
+from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ops.call import RuleContext
+
+KEPT_WHOLE = "meets a tensor that keeps every index of that dimension"
+FROM_INPUT = "is tied to an input of the model"
+FROM_CONSTANT = "meets a constant that keeps every index of that dimension"
+
+
+def unify(call: RuleContext, a: Labels, a_shape: Sequence[int], b: Labels, b_shape: Sequence[int]) -> Labels:
+    """The factors of two operands of equal rank, made one set.
+
+    (1) Factors over the same dimensions are tied element by element.
+    (2) A factor that the other operand does not vary along passes, unless the other one keeps all of the minor dimension.
+    (3) Factors that overlap are tied under broadcasting; the result varies only where both do.
+    """
+    if not a and not b:
+        return NONE
+    if not call.ties.standing:
+        if len(a) == 1 == len(b) and len(a[0].nest) == 1 and a[0].nest == b[0].nest:  # (1), as it is nearly always
+            call.ties.join(a[0], b[0])
+            return a
+        plain = lines(call, a, a_shape, b, b_shape)
+        if plain is not None:
+            return plain
+    left, right = list(a), list(b)
+    if call.ties.standing:
+        left, right = beside_rows(call, left, right), beside_rows(call, right, left)
+    result: list[Factor] = compose(call, left, right) + compose(call, right, left)
+    for patient in (not call.ties.seeking_heads, False):
+        for f in list(left):
+            twin = counterpart(f, [g for g in right if g.dims == f.dims])
+            if twin is not None and not (patient and outbid(f, twin, left)):  # (1)
+                left.remove(f)
+                right.remove(twin)
+                match(call, f, twin)
+                result.append(twin if call.ties.stands(twin) else f)
+    taken = {d for f in result for d in f.dims}
+    result += lone(call, left, right, taken, b_shape) + lone(call, right, left, taken, a_shape)
+    for f in [f for f in left if any(f.dims & g.dims for g in right)]:  # (3)
+        partners = [g for g in right if f.dims & g.dims]
+        g = main_partner(call, f, partners)
+        shared = f.dims & g.dims
+        if any(shared & h.dims for h in result):
+            for each in (f, *partners):
+                call.ties.freeze(each.labels, kept_whole(call))
+            continue
+        call.ties.tie(f.labels, g.labels, broadcast=True)
+        wider = f if len(f.nest) > len(g.nest) else g
+        apart = heads_alone(wider, wider.dims - shared) if call.ties.seeking_heads else None
+        if apart is not None:  # it still tells heads apart
+            result.append(apart)
+            continue
+        narrow = g.labels
+        for d in g.dims - shared:
+            narrow = narrow.narrow(d, 0, 1)
+        result.append(factor(narrow, g.nest))
+        for other in partners:
+            if other is not g:
+                call.ties.freeze(other.labels, kept_whole(call))
+    return tuple(f for f in result if f.nest)
+
+
+def lines(call: RuleContext, a: Labels, a_shape: Sequence[int], b: Labels, b_shape: Sequence[int]) -> Labels | None:
+    """What `unify` comes to where both operands have at most one factor along a dimension, and none along several.
+
+    None where they do not, or where one keeps all of what the other varies along.
+    """
+    theirs = {f.nest: f for f in b}
+    mine = {f.nest: f for f in a}
+    if len(theirs) < len(b) or len(mine) < len(a) or any(len(nest) > 1 for nest in (*mine, *theirs)):
+        return None
+    left = [f for nest, f in mine.items() if nest not in theirs]
+    right = [f for nest, f in theirs.items() if nest not in mine]
+    if any(b_shape[f.nest[0]] > 1 for f in left) or any(a_shape[f.nest[0]] > 1 for f in right):
+        return None
+    met = [f for nest, f in mine.items() if nest in theirs]
+    for f in met:
+        call.ties.join(f, theirs[f.nest])
+    return (*met, *left, *right)
+
+
+def heads_alone(f: Factor, dims: Iterable[int]) -> Factor | None:
+    """A factor without those of some dimensions whose rows are no heads; None where no such dimension is left.
+
+    Heads occur equally often; class tokens before patches do not. Of such rows one that tells heads apart speaks for all, the
+    first or the last: patches that went through a layer of their own may do so no more.
+    """
+    rows = [d for d in dims if d in f.dims]
+    if occur_alike(f.labels, f.dims.difference(rows)):
+        return f
+    for end in (0, -1):
+        labels = f.labels
+        for d in rows:
+            if not occur_alike(f.labels, f.dims - {d}, end):
+                labels = labels.narrow(d, end % labels.shape[d], 1)
+        found = factor(labels, f.nest)
+        if not found.dims.isdisjoint(rows):
+            return found
+    return None
+
+
+def occur_alike(labels: Tensor, without: Iterable[int], end: int = 0) -> bool:
+    """Whether all labels of an array occur equally often, at one end of some dimensions."""
+    for d in without:
+        labels = labels.narrow(d, end % labels.shape[d], 1)
+    _, counts = np.unique(labels.reshape(-1).numpy(), return_counts=True)
+    return bool((counts == counts[0]).all())
+
+
+def beside_rows(call: RuleContext, mine: list[Factor], theirs: list[Factor]) -> list[Factor]:
+    """Without the factors of row labels where the other operand has the rows: those say as much."""
+    left = []
+    for f in mine:
+        wide = next((g for g in theirs if f.dims < g.dims), None)
+        if wide is not None and call.ties.stands(f):
+            call.ties.stand(f.labels, wide.labels)
+        else:
+            left.append(f)
+    return left
+
+
+def main_partner(call: RuleContext, f: Factor, partners: list[Factor]) -> Factor:
+    """The factor that a wider one is tied to: over its minor dimension, unless what varies there are copies, all alike."""
+    minor = [g for g in partners if f.nest[-1] in g.dims]
+    owned = [g for g in partners if bool((g.labels < call.ties.first_fresh).any())]
+    return next((g for g in minor if g in owned), (owned or minor or partners)[0])
+
+
+def lone(call: RuleContext, mine: list[Factor], theirs: list[Factor], taken: set[int], shape: Sequence[int]) -> list[Factor]:
+    """Factors with no counterpart in the other operand, whose shape is given. Those that must be kept whole are frozen."""
+    passed = []
+    for f in list(mine):
+        if any(f.dims & g.dims for g in theirs):
+            continue
+        minor = f.nest[-1]
+        if shape[minor] > 1 or minor in taken:
+            call.ties.freeze(f.labels, kept_whole(call))
+        if shape[minor] == 1 or call.ties.seeking_heads:
+            passed.append(f)
+            rows = [d for d in f.nest[:-1] if shape[d] > 1]
+            if rows and not call.ties.seeking_heads:  # the other one has them all: each keeps something
+                labels = call.ties.fresh(math.prod(f.labels.shape[d] for d in rows))
+                labels = labels.reshape([n if d in rows else 1 for d, n in enumerate(f.labels.shape)])
+                call.ties.stand(labels, f.labels)
+                call.ties.freeze(labels, kept_whole(call))
+    return passed
+
+
+def kept_whole(call: RuleContext) -> str:
+    """Why an operand's dimension stays: what the other one is, if it has no labels."""
+    for ref in call.inputs:
+        if not call.labels(ref) and any(n > 1 for n in call.shape(ref)):
+            if not call.tape.values[ref.id].from_input:
+                return FROM_CONSTANT
+            if made_of_inputs(call, ref):
+                return FROM_INPUT
+    return KEPT_WHOLE
+
+
+def made_of_inputs(call: RuleContext, ref: TensorRef) -> bool:
+    """Whether nothing that the model learned or that was ever labelled went into a value."""
+    pending, seen = [ref.id], set()
+    while pending:
+        current = pending.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if call.known.get(current):
+            return False
+        op = call.tape.maker(current)
+        if op is not None:
+            pending += [r.id for r in collect((op.args, op.kwargs), TensorRef)]
+    return True
+
+
+def compose(call: RuleContext, several: list[Factor], single: list[Factor]) -> list[Factor]:
+    """A leaf dimension that meets several factors at once takes all of them for its own, in the next reading."""
+    if len(several) < 2:
+        return []
+    for g in list(single):
+        parts = [f for f in several if f.dims == g.dims]
+        alone = sum(h.dims == g.dims for h in single) == 1
+        if len(parts) < 2 or not alone or len(g.nest) != 1:
+            continue
+        start = int(g.flat[0])
+        known = call.ties.leaf_starts.get(start)
+        if known is not None and known[2] == len(g.flat):
+            call.ties.composed[start] = tuple(f.labels.reshape(-1) for f in parts)
+            single.remove(g)
+            for f in parts:
+                several.remove(f)
+            return parts
+    return []
+
+
+def counterpart(f: Factor, candidates: list[Factor]) -> Factor | None:
+    """Of several factors over the same dimensions, the one whose labels correspond one to one."""
+    if len(candidates) < 2:
+        return candidates[0] if candidates else None
+
+    return min(candidates, key=lambda g: blur(f, g))
+
+
+def blur(f: Factor, g: Factor) -> int:
+    """How far two factors over the same dimensions are from corresponding one to one."""
+    ours, theirs = f.labels.unique(return_inverse=True), g.labels.unique(return_inverse=True)
+    pairs = (ours[1] * len(theirs[0]) + theirs[1]).unique()  # a number for each pair: rows are compared at far greater length
+    return 2 * len(pairs) - len(ours[0]) - len(theirs[0])
+
+
+def outbid(f: Factor, g: Factor, mine: list[Factor]) -> bool:
+    """Whether another factor of the operand, over the same dimensions, corresponds better to one of the other operand's."""
+    rivals = [h for h in mine if h is not f and h.dims == f.dims]
+    return bool(rivals) and min(blur(h, g) for h in rivals) < blur(f, g)
+
+
+def match(call: RuleContext, f: Factor, g: Factor) -> None:
+    if f.nest != g.nest:
+        call.ties.same_columns(f)
+        call.ties.same_columns(g)
+    call.ties.tie(f.labels, g.labels)

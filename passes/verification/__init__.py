@@ -1,0 +1,1 @@
+"""Verification: the original with its removed elements masked, as the reference for the result."""

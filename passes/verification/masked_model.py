@@ -1,0 +1,258 @@
+"""Verify: the pruned model against the original whose removed elements are masked.
+
+The original runs under a dispatcher mode that carries labels along, live, at any input size. What its ops then compute is said
+in `masked.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxprune.passes.capture.index_contents import storage_of, version_of
+from fxprune.passes.capture.meta_kernels import VIEWS
+from fxprune.passes.capture.patches import visible
+from fxprune.passes.capture.recorder import Recorder
+from fxprune.passes.coupling.propagation import apply_rule
+from fxprune.passes.ir.constraints import Constraints, Rows, flat, row
+from fxprune.passes.ir.labels import Labels, filled, keeps_all, lut
+from fxprune.passes.ir.module_tree import copy_tree, named_tensors
+from fxprune.passes.ir.op_trace import OpCall, written_by
+from fxprune.passes.ir.pytree import collect, map_tensors
+from fxprune.passes.ir.slices import Slicer
+from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ops.call import RuleContext
+from fxprune.passes.ops.registry import load, masked_form
+
+
+class MaskedRun(Recorder):
+    """Runs the original with removed elements masked.
+
+    Arguments:
+        names: the model's tensors by identity.
+        leaves: their labels.
+        kept: which labels are kept, shape (labels,).
+        heads: as in coupling.
+        fates: from an earlier run, which labels are kept, those made on the way included.
+    """
+
+    def __init__(
+        self, names: dict[int, str], leaves: Mapping[str, Labels], kept: Tensor, heads: bool, fates: Tensor | None = None
+    ) -> None:
+        super().__init__(names)
+        load()
+        self.leaf_labels = leaves
+        self.kept, self.given = kept, len(kept)
+        self.settled = torch.ones(len(kept), dtype=torch.bool)
+        self.fates = fates
+        self.late = False  # whether a label was found to be removed after it was made
+        self.heads = heads
+        self.labels: dict[int, Labels] = {}
+        self.zeroed: set[int] = set()  # the model's tensors, and views of them: zero where they are removed
+        self.memory: set[int] = set()  # where the model's tensors lie
+        self.ties = Constraints(size=len(kept))
+        self.pairs: list[Any] = []  # ties of labels whose fate is open
+        self.rows: list[Rows] = []
+
+    def add(self, tensor: Tensor, *, from_input: bool, name: str | None = None) -> TensorRef:
+        ref = super().add(tensor, from_input=from_input, name=name)
+        if name is not None and name in self.leaf_labels:
+            self.labels[ref.id] = self.leaf_labels[name]
+            if tensor.layout is torch.strided:
+                self.zeroed.add(ref.id)
+                self.memory.add(storage_of(tensor))
+        return ref
+
+    def kept_of(self, value: Tensor) -> Tensor:
+        """What stays of a value that the masked original computed."""
+        for cut in Slicer(self.kept)(self.labels.get(self.ref(value).id, ()), value.shape):
+            value = cut.take(value)
+        return value
+
+    def removed_from(self, ref: TensorRef) -> bool:
+        """Whether anything of a value is removed."""
+        return not keeps_all(self.labels.get(ref.id, ()), self.kept.numpy())
+
+    def is_zeroed(self, ref: TensorRef) -> bool:
+        """Whether removed elements of a value are known to be zero."""
+        if ref.id not in self.zeroed:
+            return False
+        made_here = [f for f in self.labels.get(ref.id, ()) if int(f.flat.max()) >= self.given]  # which say more of a view
+        return keeps_all(made_here, self.kept.numpy())
+
+    def mask(self, ref: TensorRef) -> Tensor | None:
+        """A boolean tensor broadcastable to the value, True where kept; None where all of it is."""
+        labels = self.labels.get(ref.id)
+        if not labels:
+            return None
+        mask = lut(labels, self.tape.shape(ref), self.kept)
+        return None if bool(mask.all()) else mask
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        before = len(self.tape.ops)
+        in_args, in_kwargs = map_tensors(args, self.ref), map_tensors(kwargs, self.ref)
+        refs = collect((in_args, in_kwargs), TensorRef)
+        function = masked_form(func._schema.name)
+        if function is not None and any(map(self.removed_from, refs)):
+            shell = RuleContext(OpCall(func, in_args, in_kwargs, (), -1), self.tape, self.labels, self.ties, self.heads, set())
+            out = function(self, shell, args, kwargs)
+            produced = super().__torch_dispatch__(lambda *a, **k: out, types, args, kwargs)
+            self.tape.ops[-1] = OpCall(func, in_args, in_kwargs, self.tape.ops[-1].outs, -1)
+        else:
+            produced = super().__torch_dispatch__(func, types, args, kwargs)
+        op = self.tape.ops[-1]
+        apply_rule(RuleContext(op, self.tape, self.labels, self.ties, self.heads, set()))
+        self.settle()
+        self.note_zeros(op, args, kwargs)
+        del self.tape.ops[before:]
+        return produced
+
+    def note_zeros(self, op: OpCall, args: Any, kwargs: Any) -> None:
+        """A view of what is zero where it is removed is so too, by the labels that it took along."""
+        if op.func in VIEWS and op.inputs[0].id in self.zeroed:
+            self.zeroed.add(op.outs.id)
+        for at, name in written_by(op.func):
+            tensor = args[at] if at < len(args) else kwargs.get(name)
+            if isinstance(tensor, Tensor) and tensor.layout is torch.strided and storage_of(tensor) in self.memory:
+                self.zeroed.clear()
+
+    def spread(self) -> bool:
+        """Settle what is tied to something settled; whether that was anything."""
+        found = False
+        for pair in self.pairs:
+            for new, old in (pair, pair[::-1]):
+                open_ = ~self.settled[new] & self.settled[old]
+                if bool(open_.any()):
+                    self.kept[new[open_]] = self.kept[old[open_]]
+                    self.settled[new[open_]] = found = True
+                    self.late |= not bool(self.kept[old[open_]].all())
+        for rows in self.rows:
+            ready = ~self.settled[rows.labels] & self.settled[rows.entries].all(1)
+            self.kept[rows.labels[ready]] = self.kept[rows.entries[ready]].any(1)
+            self.settled[rows.labels[ready]] = True
+            found |= bool(ready.any())
+        return found
+
+    def settle(self) -> None:
+        """New labels (of broadcast copies, padding, constants) share the fate of what they are tied to."""
+        if self.ties.size > len(self.kept):
+            start, grown = len(self.kept), self.ties.size - len(self.kept)
+            known = self.fates[start : start + grown] if self.fates is not None else torch.ones(grown, dtype=torch.bool)
+            self.kept = torch.cat([self.kept, known])
+            self.settled = torch.cat([self.settled, torch.full((grown,), self.fates is not None)])
+        for event in self.ties.frozen:  # what a rule keeps is kept, whatever it is tied to later
+            self.settled[torch.from_numpy(row(event.labels))] = True
+        settled = self.settled.numpy()
+        sides = [flat(pair) for pair in self.ties.pairs]
+        news = [(torch.from_numpy(a), torch.from_numpy(b)) for a, b in sides if not (settled[a].all() and settled[b].all())]
+        self.pairs += news
+        self.rows += self.ties.rows
+        if news or self.ties.rows or self.ties.frozen:  # else nothing is said of what is open
+            while self.spread():
+                pass
+            self.pairs = [(a, b) for a, b in self.pairs if not bool((self.settled[a] & self.settled[b]).all())]
+            self.rows = [rows for rows in self.rows if not bool(self.settled[rows.labels].all())]
+        for name in ("pairs", "frozen", "coarse", "equal", "product", "rows"):
+            getattr(self.ties, name).clear()
+
+
+class MaskedOriginal:
+    """The model, in evaluation mode, with removed elements masked; the model itself is left as it is.
+
+    Arguments:
+        model: the original.
+        leaves: the labels of its tensors, by name.
+        kept: which labels are kept, shape (labels,).
+        heads: as in coupling.
+    """
+
+    def __init__(self, model: Any, leaves: Mapping[str, Labels], kept: Tensor, heads: bool) -> None:
+        self.model, self.leaves, self.kept, self.heads = model, leaves, kept, heads
+        self.parameters: dict[int, nn.Parameter] = {}  # zero where removed, by the identity of the original's
+        self.writes = False  # whether a forward writes to parameters
+
+    def __call__(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], given: Sequence[Labels] = (), *, whole: bool = True
+    ) -> Any:
+        """What it returns.
+
+        Arguments:
+            given: the labels of the tensors among its arguments, if they have any.
+            whole: with what was removed of it as zeros or whatever else it came to (else without).
+        """
+        devices = sorted({t.device.index or 0 for _, t in named_tensors(self.model) if t.is_cuda})
+        drawn = random_state(devices)
+        fates: Tensor | None = None
+        while True:  # a label made on the way may learn its fate only after a statistic has seen it: then it runs once more
+            set_random_state(devices, drawn)
+            reference = self.copied()
+            names = {id(t): n for n, t in named_tensors(reference)}
+            masker = MaskedRun(names, self.leaves, self.kept, self.heads, fates)
+            a, k = map_tensors((args, kwargs), torch.clone)
+            with torch.no_grad(), visible():
+                refs = [masker.add(tensor, from_input=True) for tensor in collect((a, k), Tensor)]
+                masker.labels.update({r.id: labels for r, labels in zip(refs, given, strict=False)})
+                with masker:
+                    out = reference(*a, **k)
+            if any(version_of(p) for p in self.parameters.values()):
+                self.writes = True
+                self.parameters.clear()
+            if fates is not None or not masker.late:
+                return out if whole else map_tensors(out, masker.kept_of)
+            fates = masker.kept
+
+    def copied(self) -> Any:
+        """A copy of the model whose removed parameter and buffer elements are zero; copies share their parameters."""
+        swap: dict[int, Tensor] = {}
+        with torch.no_grad():
+            for name, tensor in named_tensors(self.model):
+                if not isinstance(tensor, nn.Parameter):
+                    swap[id(tensor)] = self.zeroed(name, tensor)
+                elif id(tensor) not in self.parameters:
+                    made = self.zeroed(name, tensor).data  # which starts to count what is written to it
+                    self.parameters[id(tensor)] = nn.Parameter(made, False)
+        return copy_tree(self.model, swap | self.parameters).eval()
+
+    def zeroed(self, name: str, tensor: Tensor) -> Tensor:
+        """A copy of one of the model's tensors, zero where it is removed."""
+        given = tensor.detach()
+        fractions = given.is_floating_point() or given.is_complex()
+        made = filled(given, self.leaves.get(name, ()), self.kept, 0.0) if fractions else given
+        return made.clone() if made is given else made
+
+
+def random_state(devices: Sequence[int]) -> list[Tensor]:
+    """Of the processor and of some GPUs."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
+
+
+def set_random_state(devices: Sequence[int], state: Sequence[Tensor]) -> None:
+    """As `random_state` gave it."""
+    torch.set_rng_state(state[0])
+    for device, its in zip(devices, state[1:], strict=True):
+        torch.cuda.set_rng_state(its, device)
+
+
+def relative_error(reference: Tensor, result: Tensor) -> float:
+    """The largest difference, relative to the largest reference value; infinite where shapes or NaNs differ."""
+    if reference.shape != result.shape:
+        return math.inf
+    if not reference.numel():
+        return 0.0
+    if not (reference.is_floating_point() or reference.is_complex()):
+        return 0.0 if torch.equal(reference, result) else math.inf
+    a, b = reference.detach(), result.detach()
+    same = (a == b) | (a.isnan() & b.isnan())
+    if bool(a.isnan().all()):
+        return math.inf  # nothing was compared
+    if bool(same.all()):
+        return 0.0
+    worst = float((a - b).abs().masked_fill(same, 0).max())
+    finite = a.abs()[a.isfinite()]
+    scale = float(finite.max()) if finite.numel() else 1.0
+    return worst / max(scale, 1e-30) if math.isfinite(worst) else math.inf

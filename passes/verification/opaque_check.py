@@ -1,0 +1,150 @@
+"""Trial: each opaque module, once cut, on what it is given in the original, against itself masked.
+
+The Python inside of an opaque module is not rewritten. Attributes that sizes came from are changed, but a size may be written
+out, or come from somewhere nobody saw. Such a module then fails or computes something else: it must stay whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune.passes.coupling.solution import Solution
+from fxprune.passes.ir.labels import Labels
+from fxprune.passes.ir.module_tree import fetch, named_tensors, private_copy
+from fxprune.passes.ir.pytree import collect, map_tensors
+from fxprune.passes.ir.slices import Slicer
+from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.verification.masked_model import MaskedOriginal, relative_error
+
+
+@dataclass(frozen=True, slots=True)
+class OpaqueSite:
+    """One call of an opaque module: its path, the tensors that go in and come out, and its arguments if they are known."""
+
+    path: str
+    ins: list[TensorRef]
+    outs: list[TensorRef]
+    given: tuple[Any, Any] | None = None
+
+
+def opaque_sites(solution: Solution, cutter: Slicer) -> list[OpaqueSite]:
+    """The calls of opaque modules that read, hold or return anything that is cut; from captures not used up yet."""
+    capture = solution.captures[0]
+    found: list[OpaqueSite] = []
+    for node in capture.graph.nodes:
+        path = str(node.target)
+        if node.op == "call_module" and path in capture.opaque and capture.only.get(node) is not True:
+            ins = collect(fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: capture.results[n]), TensorRef)
+            site = OpaqueSite(path, ins, collect(capture.results[node], TensorRef), capture.given.get(node))
+            if touched(solution, cutter, site):
+                found.append(site)
+    return found
+
+
+def touched(solution: Solution, cutter: Slicer, site: OpaqueSite) -> bool:
+    capture, labels, values = solution.captures[0], solution.values[0], solution.captures[0].tape.values
+    own = [i for i, v in enumerate(values) if v.name is not None and inside(f"{capture.prefix}{v.name}", site.path)]
+    return any(cutter(labels.get(i, ()), values[i].shape) for i in [*own, *(r.id for r in (*site.ins, *site.outs))])
+
+
+def broken(
+    model: nn.Module,
+    pruned: nn.Module,
+    solution: Solution,
+    cutter: Slicer,
+    sites: Sequence[OpaqueSite],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    heads: bool,
+    tolerance: float,
+) -> dict[str, str]:
+    """Paths of the modules that do not compute, once cut, what they compute masked, with a reason that completes "it ..."."""
+    if not sites:
+        return {}
+    prefix = solution.captures[0].prefix
+    unknown = {s.path for s in sites if s.given is None}
+    given = arguments(model, unknown, prefix, args, kwargs) if unknown else {}
+    found: dict[str, str] = {}
+    for site in sites:
+        calls = given.get(site.path, [site.given])
+        call = calls.pop(0) if calls else None
+        if site.path not in found and call is not None:
+            wrong = compared(model, pruned, solution, cutter, site, *call, heads=heads, tolerance=tolerance)
+            if wrong:
+                found[site.path] = f"belongs to a module that is not captured and {wrong}"
+    return found
+
+
+def inside(name: str, path: str) -> bool:
+    return name.startswith(f"{path}.")
+
+
+def arguments(
+    model: nn.Module, paths: set[str], prefix: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, list[tuple[Any, Any]]]:
+    """What modules are called with in one run of the original, call by call."""
+    root = private_copy(model).eval()
+    given: dict[str, list[tuple[Any, Any]]] = {path: [] for path in paths}
+    for path in paths:
+        module = root if f"{path}." == prefix else fetch(root, path.removeprefix(prefix))
+
+        def keep(module: nn.Module, a: Any, k: Any, path: str = path) -> None:
+            given[path].append(map_tensors((a, k), lambda t: t.detach().clone()))
+
+        module.register_forward_pre_hook(keep, with_kwargs=True)
+    with torch.no_grad():
+        root(*map_tensors(args, torch.clone), **map_tensors(kwargs, torch.clone))
+    return given
+
+
+def compared(
+    model: nn.Module,
+    pruned: nn.Module,
+    solution: Solution,
+    cutter: Slicer,
+    site: OpaqueSite,
+    args: Any,
+    kwargs: Any,
+    *,
+    heads: bool,
+    tolerance: float,
+) -> str:
+    """What is wrong with a cut module on these arguments: nothing, or a clause."""
+    capture, labels, path = solution.captures[0], solution.values[0], site.path
+    whole = f"{path}." == capture.prefix
+    module = model if whole else fetch(model, path.removeprefix(capture.prefix))
+    names = {id(t): name for name, t in named_tensors(model)}
+    own = {name: solution.leaves.get(names.get(id(t), ""), ()) for name, t in named_tensors(module)}
+    tensors = collect((args, kwargs), Tensor)
+    if len(site.ins) != len(tensors):
+        return ""  # some of them are the model's own, which the program does not hand over
+    cut = {id(t): taken(t, labels.get(r.id, ()), cutter) for t, r in zip(tensors, site.ins, strict=True)}
+    few_args, few_kwargs = map_tensors((args, kwargs), lambda t: cut[id(t)].clone())
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        known = [labels.get(r.id, ()) for r in site.ins]
+        wanted = MaskedOriginal(module, own, cutter.kept, heads)(args, kwargs, known)
+        torch.manual_seed(0)
+        try:
+            got = fetch(pruned, path)(*few_args, **few_kwargs)
+        except Exception as error:
+            return f"fails once it is cut ({type(error).__name__})"
+    expected, found = collect(wanted, Tensor), collect(got, Tensor)
+    if not len(site.outs) == len(expected) == len(found):
+        return "returns something else once it is cut"
+    least = [taken(t, labels.get(r.id, ()), cutter) for t, r in zip(expected, site.outs, strict=True)]
+    errors = [relative_error(a, b) for a, b in zip(least, found, strict=True)]
+    return "" if max(errors, default=0.0) <= tolerance else "computes something else once it is cut"
+
+
+def taken(tensor: Tensor, labels: Labels, cutter: Slicer) -> Tensor:
+    """What is kept of a tensor."""
+    for cut in cutter(labels, tensor.shape):
+        tensor = cut.take(tensor)
+    return tensor
