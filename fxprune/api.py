@@ -95,31 +95,33 @@ def prune(
     """
     args, kwargs = parse_inputs(example_inputs)
     budgets = {"params": params, "macs": macs, "memory": memory, "latency": latency}
-    request = Options(ratio, budgets, criterion, ranking, scopes, floor, round_to, data, loss)
-    check_request(model, request, attention, verify)
-    check_inputs(model, args, kwargs, weights=request.reads_weights or request.runs_the_model or verify is True or same_class)
-    terms = terms_of(model, attention, freeze, release)
+    options = Options(ratio, budgets, criterion, ranking, scopes, floor, round_to, data, loss)
+    check_request(model, options, attention, verify)
+    check_inputs(model, args, kwargs, weights=options.reads_weights or options.runs_the_model or verify is True or same_class)
+    coupling_options = terms_of(model, attention, freeze, release)
     tensors = dict(named_tensors(model))
-    with contextlib.nullcontext() if request.runs_the_model else uncollected():
-        solution, kept, made, pruned, closed = prune_once(model, args, kwargs, request, terms, tensors=tensors)
+    with contextlib.nullcontext() if options.runs_the_model else uncollected():
+        solution, kept, made, pruned, frozen_modules = prune_once(
+            model, args, kwargs, options, coupling_options, tensors=tensors
+        )
         pruned.meta["plan"] = Plan(
             {name: tuple(t.shape) for name, t in tensors.items()},
             {name: parts for name, parts in made.items() if parts},
             attention,
-            tuple(sorted(terms.keep)),
+            tuple(sorted(coupling_options.keep)),
             describe_inputs(example_inputs),
-            terms.release,
+            coupling_options.release,
         )
         pruned.meta["capture"] = describe_capture(solution)
-        pruned.meta["closed"] = closed
+        pruned.meta["frozen_modules"] = frozen_modules
         check = None
         if verify is True or (verify == "auto" and is_cheap(model)):
-            check = functools.partial(checked_verification, model, pruned, solution, kept, args, kwargs, terms.heads)
+            check = functools.partial(checked_verification, model, pruned, solution, kept, args, kwargs, coupling_options.heads)
         del solution, kept  # most of it goes now, before the collector looks through what is left
     if check is not None:
         pruned.meta["verification"] = check()
-        coupled = functools.partial(analyse, model, terms=terms, closed=closed)
-        pruned = for_any_batch(model, pruned, args, kwargs, coupled, terms.heads)
+        coupled = functools.partial(analyse, model, coupling_options=coupling_options, frozen_modules=frozen_modules)
+        pruned = for_any_batch(model, pruned, args, kwargs, coupled, coupling_options.heads)
     return as_class(model, pruned, args, kwargs) if same_class else pruned
 
 
@@ -165,5 +167,7 @@ def verify(model: nn.Module, pruned: fx.GraphModule, example_inputs: Any, *, siz
     check_inputs(model, args, kwargs)
     plan = plan_of(pruned)
     plan.check(model)
-    solution = analyse(model, args, kwargs, plan.terms)
-    return compare(model, pruned, solution.leaves, kept_by(plan, solution), plan.terms.heads, args, kwargs, sizes=sizes)
+    solution = analyse(model, args, kwargs, plan.coupling_options)
+    return compare(
+        model, pruned, solution.leaves, kept_by(plan, solution), plan.coupling_options.heads, args, kwargs, sizes=sizes
+    )

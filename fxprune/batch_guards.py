@@ -111,6 +111,6 @@ def first_tensor(solution: Solution) -> str | None:
     capture = solution.captures[0]
     for node in capture.graph.nodes:
         ref = capture.results.get(node)
-        if node.op == "placeholder" and type(ref) is TensorRef and capture.tape.shape(ref):
+        if node.op == "placeholder" and type(ref) is TensorRef and capture.op_trace.shape(ref):
             return str(node.name)
     return None

@@ -80,10 +80,10 @@ def check_attention(attention: str) -> None:
         raise PruneError(f"attention must be 'heads' or 'dims', not {attention!r}", fix="attention='heads'")
 
 
-def check_request(model: Any, request: Options, attention: str, verify: Any) -> None:
+def check_request(model: Any, options: Options, attention: str, verify: Any) -> None:
     if not isinstance(model, nn.Module):
         raise PruneError(f"model is of type {type(model).__name__}, not a torch.nn.Module", fix="pass the module itself")
-    ratio, round_to = request.ratio, request.round_to
+    ratio, round_to = options.ratio, options.round_to
     named = dict(ratio) if isinstance(ratio, Mapping) else {"": ratio}
     if not named:
         raise PruneError("ratio is an empty mapping, which removes nothing", fix="ratio={'layer1': 0.5}, or ratio=0.5")
@@ -100,14 +100,14 @@ def check_request(model: Any, request: Options, attention: str, verify: Any) -> 
     check_attention(attention)
     if verify not in (True, False, "auto"):
         raise PruneError(f"verify must be True, False or 'auto', not {verify!r}", fix="verify='auto'")
-    request.check()
-    check_globs(model, request)
+    options.check()
+    check_globs(model, options)
 
 
-def check_globs(model: nn.Module, request: Options) -> None:
-    scopes = request.scopes or {}
-    modules = [name for name, _ in model.named_modules()] if scopes or isinstance(request.ratio, Mapping) else []
-    asked = [("ratio", glob) for glob in request.ratio if glob not in scopes] if isinstance(request.ratio, Mapping) else []
+def check_globs(model: nn.Module, options: Options) -> None:
+    scopes = options.scopes or {}
+    modules = [name for name, _ in model.named_modules()] if scopes or isinstance(options.ratio, Mapping) else []
+    asked = [("ratio", glob) for glob in options.ratio if glob not in scopes] if isinstance(options.ratio, Mapping) else []
     asked += [("scopes", glob) for globs in scopes.values() for glob in ([globs] if isinstance(globs, str) else globs)]
     for argument, glob in asked:
         if not any(fnmatch.fnmatchcase(name, glob) for name in modules):

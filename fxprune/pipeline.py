@@ -41,7 +41,7 @@ def apply_plan(plan: Plan, model: nn.Module, example_inputs: Any = None) -> fx.G
     check_inputs(model, args, kwargs)
     if plan.waiver is not None and batch_of(args, kwargs) == plan.waiver.size:
         args, kwargs = larger(args, kwargs)  # as it was captured
-    solution = analyse(model, args, kwargs, plan.terms)
+    solution = analyse(model, args, kwargs, plan.coupling_options)
     kept = kept_by(plan, solution)
     pruned = rewrite_program(model, solution, kept, waiver=plan.waiver)
     pruned.meta["plan"] = plan
@@ -54,7 +54,7 @@ def as_class(model: nn.Module, pruned: PrunedModule, args: tuple[Any, ...], kwar
     plan = plan_of(pruned)
     with unobserved(model):
         whole = capture_program(private_copy(model).eval(), args, kwargs, whole=True)
-        solution = couple_channels([whole], plan.terms)
+        solution = couple_channels([whole], plan.coupling_options)
         made, known = shrink_class(model, solution, kept_by(plan, solution))
         mode = pruned.training
         wanted = collect(pruned.eval()(*args, **kwargs), Tensor)
@@ -81,8 +81,8 @@ def prune_once(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    request: Options,
-    terms: CouplingOptions,
+    options: Options,
+    coupling_options: CouplingOptions,
     *,
     tensors: Mapping[str, Tensor],
 ) -> tuple[Solution, Tensor, dict[str, list[TensorSlice]], PrunedModule, dict[str, str]]:
@@ -90,30 +90,32 @@ def prune_once(
 
     `tensors` are the model's own, by name.
     """
-    closed: dict[str, str] = {}
+    frozen_modules: dict[str, str] = {}
     while True:
-        coupled = functools.partial(analyse, model, args, kwargs, terms, closed)
+        coupled = functools.partial(analyse, model, args, kwargs, coupling_options, frozen_modules)
         solution = coupled()
-        if solution.captures[0].opaque and request.data is not None:
-            request.data = list(request.data)  # it may be asked for again
-        timed = request.budget is not None and request.budget.kind == "latency"
+        if solution.captures[0].opaque and options.data is not None:
+            options.data = list(options.data)  # it may be asked for again
+        timed = options.budget is not None and options.budget.kind == "latency"
         trial = LatencyProbe(model, args, kwargs, coupled) if timed else None
-        kept, cutter = selected(model, solution, request, trial)
-        sites = opaque_sites(solution, cutter)
-        made = tensor_cuts(solution, kept, cutter)
+        kept, slicer = selected(model, solution, options, trial)
+        sites = opaque_sites(solution, slicer)
+        made = tensor_cuts(solution, kept, slicer)
         with uncollected():
-            pruned = rewrite_program(model, solution, kept, cutter, made=made, values=tensors)
+            pruned = rewrite_program(model, solution, kept, slicer, made=made, values=tensors)
         if trial is not None:
             pruned.meta["latency"] = trial.found
         if not sites:
-            return solution, kept, made, pruned, closed
+            return solution, kept, made, pruned, frozen_modules
         dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
         tolerance = max((TOLERANCE.get(d, 1e-3) for d in dtypes), default=1e-3)
         with unobserved(model):
-            found = broken(model, pruned, solution, cutter, sites, args, kwargs, heads=terms.heads, tolerance=tolerance)
-        if not found.keys() - closed.keys():
-            return solution, kept, made, pruned, closed
-        closed |= found
+            found = broken(
+                model, pruned, solution, slicer, sites, args, kwargs, heads=coupling_options.heads, tolerance=tolerance
+            )
+        if not found.keys() - frozen_modules.keys():
+            return solution, kept, made, pruned, frozen_modules
+        frozen_modules |= found
 
 
 def is_cheap(model: nn.Module) -> bool:
@@ -179,9 +181,11 @@ def built(
     pruned.meta["capture"] = describe_capture(solution)
     if verify is True or (verify == "auto" and is_cheap(model)):
         args, kwargs = beside(model, args, kwargs)
-        pruned.meta["verification"] = checked_verification(model, pruned, solution, kept, args, kwargs, plan.terms.heads)
-        coupled = functools.partial(analyse, model, terms=plan.terms)
-        pruned = for_any_batch(model, pruned, args, kwargs, coupled, plan.terms.heads)
+        pruned.meta["verification"] = checked_verification(
+            model, pruned, solution, kept, args, kwargs, plan.coupling_options.heads
+        )
+        coupled = functools.partial(analyse, model, coupling_options=plan.coupling_options)
+        pruned = for_any_batch(model, pruned, args, kwargs, coupled, plan.coupling_options.heads)
     return pruned
 
 
@@ -189,7 +193,7 @@ def planned(
     model: nn.Module,
     solution: Solution,
     choice: tuple[Tensor, Slicer],
-    terms: CouplingOptions,
+    coupling_options: CouplingOptions,
     example_inputs: Any,
 ) -> Plan:
     """A choice as plain data.
@@ -198,14 +202,14 @@ def planned(
         model: the original.
         solution: its coupling.
         choice: which labels are kept, and their cutter.
-        terms: those of the coupling.
+        coupling_options: those of the coupling.
         example_inputs: as for `prune`.
     """
     return Plan(
         {name: tuple(t.shape) for name, t in named_tensors(model)},
         {name: cuts for name, cuts in tensor_cuts(solution, *choice).items() if cuts},
-        "heads" if terms.heads else "dims",
-        tuple(sorted(terms.keep)),
+        "heads" if coupling_options.heads else "dims",
+        tuple(sorted(coupling_options.keep)),
         describe_inputs(example_inputs),
-        terms.release,
+        coupling_options.release,
     )

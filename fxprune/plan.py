@@ -63,7 +63,7 @@ class Plan:
         return hash(self.to_json())
 
     @property
-    def terms(self) -> CouplingOptions:
+    def coupling_options(self) -> CouplingOptions:
         """What it was asked of a coupling to make the plan."""
         return CouplingOptions(self.attention == "heads", dict.fromkeys(self.freeze, "is frozen by request"), self.release)
 

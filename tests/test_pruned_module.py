@@ -264,7 +264,7 @@ def test_an_opaque_module_that_cannot_be_cut_stays_whole() -> None:
     model, inputs = GRAPHS["opaque_with_sizes_written_out"].make()
     pruned = fxprune.prune(model, 0.5, example_inputs=inputs, verify=False)
     why = "belongs to a module that is not captured and fails once it is cut (RuntimeError)"
-    assert pruned.meta["closed"] == {"block": why}
+    assert pruned.meta["frozen_modules"] == {"block": why}
     assert pruned.get_submodule("block.inner").weight.shape == (24, 14)
     assert pruned.get_submodule("b").weight.shape == (20, 14)
     reasons = {c.family.name: c.reason for c in fxprune.report(model, pruned, inputs).whole}

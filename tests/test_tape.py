@@ -125,4 +125,4 @@ def test_that_contents_are_kept_is_not_seen():
     with Seen():
         ref = recorder.ref(places)
         recorder.contents.note_writing(torch.ops.aten.add_.Tensor, (places, places), {}, False)
-    assert LEAKS.isdisjoint(asked) and torch.equal(recorder.tape.values[ref.id].data, places)
+    assert LEAKS.isdisjoint(asked) and torch.equal(recorder.op_trace.values[ref.id].data, places)

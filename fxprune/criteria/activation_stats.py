@@ -59,7 +59,7 @@ class ActivationObserver(Recorder):
     def begin(self, batch: Any) -> None:
         """Forget the last batch's values, and learn which tensors are inputs."""
         fresh = Recorder(self.names)
-        self.tape, self.known, self.held, self.contents = fresh.tape, fresh.known, fresh.held, fresh.contents
+        self.op_trace, self.known, self.held, self.contents = fresh.op_trace, fresh.known, fresh.held, fresh.contents
         self.origins = Origins(self.own_leaves, self.size)
         self.samples += batch.size
         self.weighted = batch.size
@@ -68,15 +68,15 @@ class ActivationObserver(Recorder):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.settle()
-        before = len(self.tape.ops)
+        before = len(self.op_trace.ops)
         out = super().__torch_dispatch__(func, types, args, kwargs)
-        for op in self.tape.ops[before:]:
-            self.origins.follow(op, self.tape)
-            call = self.origins.call(op, self.tape)
+        for op in self.op_trace.ops[before:]:
+            self.origins.follow(op, self.op_trace)
+            call = self.origins.call(op, self.op_trace)
             for found in products(call):
-                if self.tape.values[found.source.id].from_input and self.origins.known.get(found.weight.id):
+                if self.op_trace.values[found.source.id].from_input and self.origins.known.get(found.weight.id):
                     self.look(found, self.by_number((args, kwargs)), call.shape(found.weight), out)
-        del self.tape.ops[before:]
+        del self.op_trace.ops[before:]
         return out
 
     def by_number(self, arguments: Any) -> dict[int, Tensor]:

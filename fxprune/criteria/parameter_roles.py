@@ -86,27 +86,27 @@ class Origins:
         load()
         self.leaves, self.size = leaves, size
         self.known: dict[int, Labels] = {}
-        self.ties = Constraints(size=size)
+        self.constraints = Constraints(size=size)
 
-    def call(self, op: OpCall, tape: OpTrace) -> RuleContext:
-        return RuleContext(op, tape, self.known, self.ties, False, set())
+    def call(self, op: OpCall, op_trace: OpTrace) -> RuleContext:
+        return RuleContext(op, op_trace, self.known, self.constraints, False, set())
 
-    def follow(self, op: OpCall, tape: OpTrace) -> None:
+    def follow(self, op: OpCall, op_trace: OpTrace) -> None:
         """Carry labels from the arguments of an op to its results, where no input of the model is among them."""
         refs = collect((op.args, op.kwargs), TensorRef)
         for ref in refs:
-            value = tape.values[ref.id]
+            value = op_trace.values[ref.id]
             if value.name is not None and ref.id not in self.known:
                 self.known[ref.id] = self.leaves.get(value.name, NONE)
-        if any(tape.values[r.id].from_input for r in refs) or not any(self.known.get(r.id) for r in refs):
+        if any(op_trace.values[r.id].from_input for r in refs) or not any(self.known.get(r.id) for r in refs):
             return
         try:
-            apply_rule(self.call(op, tape))
+            apply_rule(self.call(op, op_trace))
         except Exception:  # an op that only coupling, with all labels at hand, can read: what it makes has no origin
             for ref in collect(op.outs, TensorRef):
                 self.known.setdefault(ref.id, NONE)
         for name in ("pairs", "frozen", "coarse", "equal", "product"):
-            getattr(self.ties, name).clear()
+            getattr(self.constraints, name).clear()
 
     def vector(self, product: Product, shape: Sequence[int], dim: int | None) -> tuple[Tensor, Tensor] | None:
         """Labels along a dimension of a product's weight, and for each the index of the channel it meets; None if none."""
@@ -152,11 +152,11 @@ def roles(captures: Sequence[CapturedProgram]) -> Roles:
     for capture in captures:
         origins = Origins(leaves, size)
         normalised: set[int] = set()
-        for op in capture.tape.ops:
-            origins.follow(op, capture.tape)
-            call = origins.call(op, capture.tape)
+        for op in capture.op_trace.ops:
+            origins.follow(op, capture.op_trace)
+            call = origins.call(op, capture.op_trace)
             for product in products(call):
-                if not capture.tape.values[product.source.id].from_input:
+                if not capture.op_trace.values[product.source.id].from_input:
                     continue
                 met = origins.vector(product, call.shape(product.weight), product.summed)
                 if met is not None:
@@ -187,10 +187,10 @@ def scaling(call: RuleContext, normalised: set[int]) -> TensorRef | None:
         normalised.add(out)
         weight: Any = call.get("weight")
         return weight if isinstance(weight, TensorRef) else None
-    if name in ("rsqrt", "sqrt", "std", "linalg_vector_norm") and call.tape.values[call.first.id].from_input:
+    if name in ("rsqrt", "sqrt", "std", "linalg_vector_norm") and call.op_trace.values[call.first.id].from_input:
         normalised.add(-out - 1)  # a statistic: dividing by it normalises
         return None
-    values = call.tape.values
+    values = call.op_trace.values
     if name in ("mul", "div") and len(call.inputs) == 2:
         a, b = call.inputs
         for x, other in ((a, b), (b, a)):

@@ -158,8 +158,8 @@ def prune_zeros(
     args, kwargs = parse_inputs(example_inputs)
     check_attention(attention)
     check_inputs(model, args, kwargs)
-    terms = terms_of(model, attention, freeze, release)
-    solution = analyse(model, args, kwargs, terms)
+    coupling_options = terms_of(model, attention, freeze, release)
+    solution = analyse(model, args, kwargs, coupling_options)
     parameters = dict(model.named_parameters())
     free = [f for f in families(solution, set(parameters)) if f.frozen is None and len(f.units) > 1]
     none = PruneError(
@@ -177,5 +177,5 @@ def prune_zeros(
     choice = settle_removals(solution, zero, count, never_emptied(solution))
     if choice[1].whole:
         raise none
-    plan = planned(model, solution, choice, terms, example_inputs)
+    plan = planned(model, solution, choice, coupling_options, example_inputs)
     return built(model, solution, plan, args, kwargs, verify)

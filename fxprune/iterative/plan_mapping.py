@@ -22,7 +22,8 @@ from fxprune.plan import Plan
 def undo_slices(cuts: Sequence[TensorSlice], tensor: Tensor, into: Tensor) -> Tensor:
     """A copy of a tensor of the original shape, in which what the cuts leave has the values of the cut one.
 
-    >>> undo_slices([TensorSlice((0,), torch.tensor([0, 2]), (2,))], torch.tensor([7, 8]), torch.zeros(4, dtype=torch.int64)).tolist()
+    >>> slices = [TensorSlice((0,), torch.tensor([0, 2]), (2,))]
+    >>> undo_slices(slices, torch.tensor([7, 8]), torch.zeros(4, dtype=torch.int64)).tolist()
     [7, 0, 8, 0]
     """
     if not cuts:

@@ -66,16 +66,16 @@ class Planner:
         self,
         model: nn.Module,
         solution: Solution,
-        request: Options,
+        options: Options,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         trial: LatencyProbe | None = None,
     ) -> None:
-        self.model, self.solution, self.request = model, solution, request
+        self.model, self.solution, self.options = model, solution, options
         self.args, self.kwargs = args, kwargs
         self.unit = solution.unit.numpy()
-        self.free = free_families(model, solution, request)
-        if asked(find(request.criterion))[0] == "scales":  # families without a scale have no score, and stay
+        self.free = free_families(model, solution, options)
+        if asked(find(options.criterion))[0] == "scales":  # families without a scale have no score, and stay
             scales = roles(solution.captures).scales
             self.free = [f for f in self.free if any(name in scales for name, _ in f.members)] or self.free
         self.guards = never_emptied(solution)
@@ -85,27 +85,27 @@ class Planner:
         self.original: float = 0
         if trial is not None:
             self.original = trial.original_seconds()
-        elif request.budget is not None:
-            self.original = self.costs.original(request.budget.kind)
+        elif options.budget is not None:
+            self.original = self.costs.original(options.budget.kind)
         self.check()
 
     def check(self) -> None:
         """Raise PruneError where the last step would fail, or none would remove anything, whatever the scores."""
         score = np.zeros(len(self.unit))
-        budget = self.request.budget
+        budget = self.options.budget
         if budget is not None:
             limit = budget.limit(self.original)
-            rivalry = Rivalry(self.free, score, self.solution, self.request)
-            kept, cutter = rivalry.settle(rivalry.everything())
+            rivalry = Rivalry(self.free, score, self.solution, self.options)
+            kept, slicer = rivalry.settle(rivalry.everything())
             if self.trial is not None:
                 with self.trial.quiet():
                     [found] = self.trial.measure([self.trial.prune(kept, self.solution.unit)], budget)
                 if used(budget, found) > 1:
                     raise too_slow(budget, found)
-            elif (least := self.costs.of(cutter, budget.kind)) > limit:
+            elif (least := self.costs.of(slicer, budget.kind)) > limit:
                 raise unreachable(budget, least, self.original)
-        elif not self.request.competes and any(ratios_of(self.free, self.request.ratio, self.solution)):
-            wanted = one_by_one(self.free, score, self.solution, self.request)
+        elif not self.options.competes and any(ratios_of(self.free, self.options.ratio, self.solution)):
+            wanted = one_by_one(self.free, score, self.solution, self.options)
             if settle_removals(self.solution, wanted, score, self.guards)[1].whole:
                 raise PruneError(
                     "nothing in the model can be pruned by so little, not even in the last step",
@@ -123,19 +123,19 @@ class Planner:
             share: in [0, 1].
         """
         free, score = self.scores(present, view, gone)
-        request = part_of(self.request, share, self.original)
-        if not request.competes:
-            wanted = one_by_one(free, score, self.solution, request, gone)
+        options = part_of(self.options, share, self.original)
+        if not options.competes:
+            wanted = one_by_one(free, score, self.solution, options, gone)
             kept, _ = settle_removals(self.solution, wanted, score, self.guards, gone)
         elif self.trial is not None:
-            kept, _ = in_time(free, score, self.costs, request, self.trial, gone)
+            kept, _ = in_time(free, score, self.costs, options, self.trial, gone)
         else:
-            rivalry = Rivalry(free, score, self.solution, request, held=gone)
-            if request.budget is None:
+            rivalry = Rivalry(free, score, self.solution, options, held=gone)
+            if options.budget is None:
                 kept, _ = rivalry.settle(rivalry.by_ratio())
             else:
                 size = len(self.unit)
-                kept, _ = met(request.budget, rivalry.ladders, rivalry.sequence(), self.costs, rivalry.settle, size)
+                kept, _ = met(options.budget, rivalry.ladders, rivalry.sequence(), self.costs, rivalry.settle, size)
         removed = np.zeros_like(gone)
         removed[self.unit[~kept.numpy()]] = True
         return Choice(gone, removed, score, lambda more, held: self.settle(more, score, held))
@@ -148,7 +148,7 @@ class Planner:
 
         What is gone scores lower than all else of its family.
         """
-        criterion = find(self.request.criterion)
+        criterion = find(self.options.criterion)
         tensors = tensors_of(present, view.plan, view.prefix, self.learned)
         named = {id(t): name for name, t in named_tensors(present)}
         leaves = {
@@ -160,10 +160,10 @@ class Planner:
         runs = bool(asked(criterion)[1]) or bool(view.prefix)
         with evaluating(present) if runs else contextlib.nullcontext():  # a copy in another mode would share its program
             looked_at = dataclasses.replace(self.solution, leaves=leaves, captures=self.captures(present, view))
-            score, seen = unit_scores(present, looked_at, alive, criterion, self.request.data, self.request.loss)
+            score, seen = unit_scores(present, looked_at, alive, criterion, self.options.data, self.options.loss)
         told = [i for i, f in enumerate(alive) if seen[f.units].any()]
         free, alive = [self.free[i] for i in told], [alive[i] for i in told]
-        if self.request.competes:
+        if self.options.competes:
             score = comparable(score, alive, criterion)
         for family, left in zip(free, alive, strict=True):
             low, high = score[left.units].min(), score[left.units].max()
@@ -172,7 +172,7 @@ class Planner:
 
     def captures(self, present: nn.Module, view: View) -> list[CapturedProgram]:
         """The captured programs of a present model, for criteria that watch it run; else those of the original will do."""
-        _, needs = asked(find(self.request.criterion))
+        _, needs = asked(find(self.options.criterion))
         if not view.prefix and not (view.plan.keep and needs):
             return self.solution.captures
         args, kwargs = beside(present, self.args, self.kwargs)

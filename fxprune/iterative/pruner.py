@@ -95,8 +95,8 @@ class Pruner:
     ) -> None:
         args, kwargs = parse_inputs(example_inputs)
         budgets = {"params": params, "macs": macs, "memory": memory, "latency": latency}
-        request = Options(ratio, budgets, criterion, ranking, scopes, floor, round_to, data, loss)
-        check_request(model, request, attention, verify)
+        options = Options(ratio, budgets, criterion, ranking, scopes, floor, round_to, data, loss)
+        check_request(model, options, attention, verify)
         self._shares = shares(schedule, steps)
         self._regularizer = find(regularizer)
         if mask not in (None, "hold", "soft"):
@@ -109,9 +109,9 @@ class Pruner:
         self._original = self.model = model
         coupled = functools.partial(analyse, model, args, kwargs, self._terms)
         solution = coupled()
-        timed = request.budget is not None and request.budget.kind == "latency"
+        timed = options.budget is not None and options.budget.kind == "latency"
         trial = LatencyProbe(model, args, kwargs, coupled) if timed else None
-        self._course = Planner(model, solution, request, args, kwargs, trial)
+        self._course = Planner(model, solution, options, args, kwargs, trial)
         self._gone = np.zeros(len(solution.unit), bool)
         self._choice = self._course.settle(self._gone, np.zeros(len(self._gone)), self._gone)
         self.plan = self._planned(self._choice)
@@ -175,7 +175,7 @@ class Pruner:
         verification = getattr(made, "meta", {}).get("verification")
         step = HistoryStep(
             len(self.history) + 1,
-            asked(part_of(self._course.request, self._shares[len(self.history)], self._course.original)),
+            asked(part_of(self._course.options, self._shares[len(self.history)], self._course.original)),
             (int(now[units].sum()), len(units)),
             int((now & ~self._gone)[units].sum()),
             (self._cost("params"), self._course.costs.of(choice[1], "params")),

@@ -77,7 +77,7 @@ def shares(schedule: str | Schedule, steps: int) -> list[float]:
     return found
 
 
-def part_of(request: Options, share: float, original: float) -> Options:
+def part_of(options: Options, share: float, original: float) -> Options:
     """A request for a share of what another one asks for.
 
     Arguments:
@@ -86,23 +86,23 @@ def part_of(request: Options, share: float, original: float) -> Options:
         original: what the model costs with nothing removed, in the unit of the budget.
     """
     if share == 1:
-        return request
-    if request.budget is None:
-        ratio = request.ratio
+        return options
+    if options.budget is None:
+        ratio = options.ratio
         scaled = {k: v * share for k, v in ratio.items()} if isinstance(ratio, Mapping) else ratio * share
-        made = dataclasses.replace(request, ratio=scaled)
+        made = dataclasses.replace(options, ratio=scaled)
     else:
-        kind, limit = request.budget.kind, request.budget.limit(original)
-        made = dataclasses.replace(request, budgets={kind: (original - (original - limit) * share) / original})
+        kind, limit = options.budget.kind, options.budget.limit(original)
+        made = dataclasses.replace(options, budgets={kind: (original - (original - limit) * share) / original})
         made.budget = Budget(kind, made.budgets[kind] or 0.0)
     return made
 
 
-def asked(request: Options) -> str:
+def asked(options: Options) -> str:
     """What a request asks for, in the words of the arguments."""
-    if request.budget is not None:
-        amount = request.budget.amount
-        return f"{request.budget.kind}={amount!r}" if isinstance(amount, str) else f"{request.budget.kind}={amount:.4g}"
-    if isinstance(request.ratio, Mapping):
-        return ", ".join(f"{glob}: {ratio:.4g}" for glob, ratio in request.ratio.items())
-    return f"ratio={request.ratio:.4g}"
+    if options.budget is not None:
+        amount = options.budget.amount
+        return f"{options.budget.kind}={amount!r}" if isinstance(amount, str) else f"{options.budget.kind}={amount:.4g}"
+    if isinstance(options.ratio, Mapping):
+        return ", ".join(f"{glob}: {ratio:.4g}" for glob, ratio in options.ratio.items())
+    return f"ratio={options.ratio:.4g}"

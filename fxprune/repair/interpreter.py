@@ -91,7 +91,7 @@ class Walk:
                 values[node] = self.call(node, values, batch)
                 if node.op == "placeholder":
                     for tensor in collect(values[node], Tensor):
-                        watch.tape.values[watch.ref(tensor).id].from_input = True
+                        watch.op_trace.values[watch.ref(tensor).id].from_input = True
                 here: Counter[str] = Counter()
                 for met in watch.met:
                     site = RepairSite((met.name, count[met.name]), met.product is None, here[met.name])

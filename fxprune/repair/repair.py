@@ -196,7 +196,7 @@ def programs(
         args, kwargs = parse_inputs(empty_inputs(plan.inputs, device))
     except PruneError:  # a description that is not enough
         args, kwargs = batches[0].args, batches[0].kwargs
-    solution = analyse(model, args, kwargs, plan.terms)
+    solution = analyse(model, args, kwargs, plan.coupling_options)
     prefix = solution.captures[0].prefix
     original = rewrite_program(model, solution, torch.ones(len(solution.unit), dtype=torch.bool))
     made = copy.deepcopy(pruned)

@@ -97,7 +97,7 @@ class SiteObserver(Recorder):
         if func._schema.is_mutable:
             self.rescue({t.untyped_storage().data_ptr() for t in collect((args, kwargs), Tensor) if t.numel()})
         out = super().__torch_dispatch__(func, types, args, kwargs)
-        call = RuleContext(self.tape.ops[-1], self.tape, {}, Constraints(size=1), False, set())
+        call = RuleContext(self.op_trace.ops[-1], self.op_trace, {}, Constraints(size=1), False, set())
         given = collect((args, kwargs), Tensor)
         self.readers.update({r.id for r in call.inputs})
         made = {t.untyped_storage().data_ptr() for t in collect(out, Tensor) if t.numel()}
@@ -120,8 +120,8 @@ class SiteObserver(Recorder):
     def look(self, call: RuleContext, tensors: dict[int, Tensor], func: Any, args: Any, kwargs: Any, out: Any) -> None:
         mean, var = call.get("running_mean"), call.get("running_var")
         if mean is not None and var is not None and not call.get("training", False):
-            name = self.tape.values[mean.id].name
-            if name is not None and self.tape.values[var.id].name is not None:
+            name = self.op_trace.values[mean.id].name
+            if name is not None and self.op_trace.values[var.id].name is not None:
                 first = out if isinstance(out, Tensor) else out[0]
                 x = tensors[call.first.id]
                 self.met.append(Met(name, None, x, first, call, func, args, kwargs, tensors[mean.id], var=tensors[var.id]))
@@ -133,7 +133,7 @@ class SiteObserver(Recorder):
                 bias = tensors[found.added.id] if found.added is not None else None
                 self.met.append(Met(name, found, source, out, call, func, args, kwargs, weight, bias))
                 return
-            values = self.tape.values
+            values = self.op_trace.values
             if name is None and values[found.source.id].from_input and not values[found.weight.id].from_input:
                 self.computed.append(str(values[found.weight.id].name or ""))
                 return

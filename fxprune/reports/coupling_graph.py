@@ -89,9 +89,9 @@ def ends(pairs: Sequence[Tie]) -> tuple[np.ndarray, np.ndarray]:
     left, right = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for pair in pairs:
         a, b = flat(pair)
-        ties = (a != b) & (a != 0) & (b != 0)
-        left.append(a[ties])
-        right.append(b[ties])
+        constraints = (a != b) & (a != 0) & (b != 0)
+        left.append(a[constraints])
+        right.append(b[constraints])
     return np.concatenate(left), np.concatenate(right)
 
 

@@ -94,14 +94,14 @@ def feasible(
     Arguments: as for `prune`; the `ratio` counts if no budget is given. Raises: PruneError, as `prune` would.
     """
     budgets = {"params": params, "macs": macs, "memory": memory, "latency": latency}
-    request = Options(ratio, budgets, criterion, ranking, scopes, floor, round_to, data, loss)
-    check_request(model, request, attention, "auto")
+    options = Options(ratio, budgets, criterion, ranking, scopes, floor, round_to, data, loss)
+    check_request(model, options, attention, "auto")
     args, kwargs = parse_inputs(example_inputs)
     check_inputs(model, args, kwargs)
     coupled = functools.partial(analyse, model, args, kwargs, terms_of(model, attention, freeze, release))
     solution = coupled()
     trial = LatencyProbe(model, args, kwargs, coupled) if latency is not None else None
-    costs = outcome(model, solution, request, trial)
-    at = f"{request.budget.kind}={request.budget.amount}" if request.budget else f"ratio={ratio}"
+    costs = outcome(model, solution, options, trial)
+    at = f"{options.budget.kind}={options.budget.amount}" if options.budget else f"ratio={ratio}"
     measured = trial.found if trial is not None else None
     return Feasibility(type(model).__name__, costs["params"], costs["macs"], costs["memory"], at, measured)

@@ -199,7 +199,7 @@ def report(model: nn.Module, pruned: nn.Module, example_inputs: Any = None) -> R
         type(model).__name__,
         (count_parameters(model), count_parameters(pruned)),
         macs,
-        changes(model, plan, args, kwargs, meta.get("closed")),
+        changes(model, plan, args, kwargs, meta.get("frozen_modules")),
         meta.get("capture", "unknown"),
         meta.get("verification"),
         meta.get("latency"),
@@ -207,10 +207,10 @@ def report(model: nn.Module, pruned: nn.Module, example_inputs: Any = None) -> R
 
 
 def changes(
-    model: nn.Module, plan: Plan, args: Any, kwargs: Any, closed: Mapping[str, str] | None = None
+    model: nn.Module, plan: Plan, args: Any, kwargs: Any, frozen_modules: Mapping[str, str] | None = None
 ) -> tuple[FamilyChange, ...]:
-    """What a plan makes of each family of a model; `closed` are the modules that could not be cut, with the reason."""
-    solution = analyse(model, args, kwargs, plan.terms, closed)
+    """What a plan makes of each family of a model; `frozen_modules` are the modules that could not be cut, with the reason."""
+    solution = analyse(model, args, kwargs, plan.coupling_options, frozen_modules)
     kept = kept_by(plan, solution).numpy()
     tensors = dict(named_tensors(model))
     found = families(solution, {name for name, _ in model.named_parameters()})

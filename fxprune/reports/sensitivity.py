@@ -142,8 +142,8 @@ def sensitivity(
     Raises: PruneError for anything that cannot be done; what `evaluate` raises passes through.
     """
     shares = checked(ratios, evaluate)
-    request = Options(HALF, {}, criterion, "local", None, None, round_to, data, loss)
-    check_request(model, request, attention, "auto")
+    options = Options(HALF, {}, criterion, "local", None, None, round_to, data, loss)
+    check_request(model, options, attention, "auto")
     args, kwargs = parse_inputs(example_inputs)
     check_inputs(model, args, kwargs)
 
@@ -151,7 +151,7 @@ def sensitivity(
         return analyse(model, args, kwargs, terms_of(model, attention, freeze, release))
 
     solution = fresh()
-    free, score = prepared(model, solution, request)
+    free, score = prepared(model, solution, options)
     spans = never_emptied(solution)
     pools = [make_pools([f.units for f in free], [r] * len(free), solution.equal, len(score)) for r in shares]
     whole = value(model, fresh(), torch.ones(len(solution.unit), dtype=torch.bool), evaluate)
@@ -161,9 +161,9 @@ def sensitivity(
         for same in pools:
             gone = np.zeros(len(score), bool)
             gone[choose(same[at], score, [f.width for f in free], round_to)] = True
-            kept, cutter = settle_removals(solution, gone, score, spans)
+            kept, slicer = settle_removals(solution, gone, score, spans)
             removed.append(int(gone.sum()))
-            values.append(whole if cutter.whole else value(model, fresh(), kept, evaluate))
+            values.append(whole if slicer.whole else value(model, fresh(), kept, evaluate))
         mine = [free[i] for i in dict.fromkeys(family for family, _ in pool.cells)]
         curves.append(curve(mine, removed, values))
     return Sensitivity(type(model).__name__, whole, shares, tuple(curves))

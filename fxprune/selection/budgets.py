@@ -124,8 +124,8 @@ def met(
     limit = budget.limit(costs.original(budget.kind))
 
     def after(rungs: Sequence[int]) -> tuple[Tensor, Slicer, int]:
-        kept, cutter = settle(removed(ladders, rungs, size))
-        return kept, cutter, costs.of(cutter, budget.kind)
+        kept, slicer = settle(removed(ladders, rungs, size))
+        return kept, slicer, costs.of(slicer, budget.kind)
 
     whole = after([0] * len(ladders))
     if whole[2] <= limit:

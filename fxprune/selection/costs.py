@@ -87,38 +87,38 @@ class Costs:
         self.tensors = tensors
         capture = solution.captures[0]
         training = {capture.index[n] for n, mode in capture.only.items() if mode is not False}
-        self.ops = [op for op in capture.tape.ops if op.node not in training]
+        self.ops = [op for op in capture.op_trace.ops if op.node not in training]
         self.products = [op for op in self.ops if formula(op) is not None]
 
     def original(self, kind: str) -> int:
         """The cost with nothing removed."""
         return self.of(Slicer(torch.ones(len(self.solution.unit), dtype=torch.bool)), kind)
 
-    def of(self, cutter: Slicer, kind: str) -> int:
+    def of(self, slicer: Slicer, kind: str) -> int:
         """The `params`, `macs` or `memory` (bytes of parameters and buffers) that are left."""
         if kind == "macs":
-            return sum(self.flops(op, cutter) for op in self.products) // 2
+            return sum(self.flops(op, slicer) for op in self.products) // 2
         total = 0
         for name, tensor in self.tensors.items():
             if kind == "memory" or isinstance(tensor, nn.Parameter):
-                shape = cut_shape(tensor.shape, cutter(self.solution.leaves.get(name, ()), tensor.shape))
+                shape = cut_shape(tensor.shape, slicer(self.solution.leaves.get(name, ()), tensor.shape))
                 total += math.prod(shape) * (tensor.element_size() if kind == "memory" else 1)
         return total
 
-    def flops(self, op: OpCall, cutter: Slicer) -> int:
+    def flops(self, op: OpCall, slicer: Slicer) -> int:
         """Operations of one call at the shapes that are left."""
-        shape = lambda ref: self.shape(ref, cutter)  # noqa: E731
+        shape = lambda ref: self.shape(ref, slicer)  # noqa: E731
         args, kwargs, out = (map_tensors(x, shape, TensorRef) for x in (op.args, op.kwargs, op.outs))
         return int(formula(op)(*args, **kwargs, out_val=out))  # type: ignore[misc]
 
-    def shape(self, ref: TensorRef, cutter: Slicer) -> tuple[int, ...]:
+    def shape(self, ref: TensorRef, slicer: Slicer) -> tuple[int, ...]:
         """The shape that is left of a value of the program."""
         before = self.value(ref).shape
-        return cut_shape(before, cutter(self.solution.values[0].get(ref.id, ()), before))
+        return cut_shape(before, slicer(self.solution.values[0].get(ref.id, ()), before))
 
     def value(self, ref: TensorRef) -> TensorInfo:
         """What is known of a value of the program."""
-        return self.solution.captures[0].tape.values[ref.id]
+        return self.solution.captures[0].op_trace.values[ref.id]
 
 
 def formula(op: OpCall) -> Callable[..., int] | None:

@@ -36,12 +36,12 @@ def structures(free: Sequence[Family], solution: Solution) -> list[tuple[object,
     uses: dict[str, list[str]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for capture in solution.captures[:1]:
-        made_of = {i: v.name for i, v in enumerate(capture.tape.values) if v.name is not None}
-        shapes.update({v.name: v.shape for v in capture.tape.values if v.name is not None})
-        for op in capture.tape.ops:
+        made_of = {i: v.name for i, v in enumerate(capture.op_trace.values) if v.name is not None}
+        shapes.update({v.name: v.shape for v in capture.op_trace.values if v.name is not None})
+        for op in capture.op_trace.ops:
             refs = collect((op.args, op.kwargs), TensorRef)
             mine = [(k, made_of[r.id]) for k, r in enumerate(refs) if r.id in made_of]
-            if mine and not any(capture.tape.values[r.id].from_input for r in refs):
+            if mine and not any(capture.op_trace.values[r.id].from_input for r in refs):
                 for ref in collect(op.outs, TensorRef):
                     made_of.setdefault(ref.id, mine[0][1])  # a view, or a cast, of a parameter
             for k, name in mine:

@@ -112,11 +112,11 @@ class LatencyModel:
         unit = self.costs.solution.unit.numpy()
         gone = np.zeros(len(unit), bool)
         gone[ladder.gone(rung)] = True
-        cutter = Slicer(torch.from_numpy(~gone[unit]))
+        slicer = Slicer(torch.from_numpy(~gone[unit]))
         factors = np.ones(len(self.calls))
         for at in calls:
             try:
-                factors[at] = self.work(self.calls[at], cutter) / max(self.whole[at], 1e-12)
+                factors[at] = self.work(self.calls[at], slicer) / max(self.whole[at], 1e-12)
             except (NotARectangle, RuntimeError):  # others would have to go along
                 factors[at] = 1 - ladder.count[rung] / ladder.total
         return factors
@@ -126,11 +126,11 @@ class LatencyModel:
         views = any(r.alias_info is not None and not r.alias_info.is_write for r in op.func._schema.returns)
         return not views and any(self.costs.value(ref).from_input for ref in collect(op.outs, TensorRef))
 
-    def work(self, op: OpCall, cutter: Slicer | None) -> float:
+    def work(self, op: OpCall, slicer: Slicer | None) -> float:
         """Seconds of a product at the shapes that are left, or the size of what another call makes."""
         if id(op) in self.products:
-            return self.time(op, cutter)
-        return float(sum(math.prod(form.shape) for form in collect(self.forms(op.outs, cutter), Form)))
+            return self.time(op, slicer)
+        return float(sum(math.prod(form.shape) for form in collect(self.forms(op.outs, slicer), Form)))
 
     def runs(self, op: OpCall) -> bool:
         """Whether a call can be run by itself."""
@@ -139,16 +139,16 @@ class LatencyModel:
         except Exception:  # it needs more than tensors of these shapes: it is taken by size then
             return False
 
-    def forms(self, x: Any, cutter: Slicer | None) -> Any:
+    def forms(self, x: Any, slicer: Slicer | None) -> Any:
         def form(ref: TensorRef) -> Form:
             value = self.costs.value(ref)
-            return Form(value.shape if cutter is None else self.costs.shape(ref, cutter), value.dtype)
+            return Form(value.shape if slicer is None else self.costs.shape(ref, slicer), value.dtype)
 
         return map_tensors(x, form, TensorRef)
 
-    def time(self, op: OpCall, cutter: Slicer | None) -> float:
+    def time(self, op: OpCall, slicer: Slicer | None) -> float:
         """Seconds of a product by itself at the shapes that are left; what the op raises where it cannot run so."""
-        args, kwargs, out = (self.forms(x, cutter) for x in (op.args, op.kwargs, op.outs))
+        args, kwargs, out = (self.forms(x, slicer) for x in (op.args, op.kwargs, op.outs))
         if op.func is torch.ops.aten.convolution.default:  # the one product with a count among its arguments
             (x, weight), transposed = (form.shape for form in args[:2]), args[6]
             args = (*args[:8], out.shape[1] // weight[1] if transposed else x[1] // weight[1])

@@ -40,10 +40,10 @@ def settle_removals(
         even_rows(solution, removed, score)
         try:
             kept = torch.from_numpy(~removed[unit])
-            cutter = Slicer(kept)
-            tensor_cuts(solution, kept, cutter)
-            activations_are_rectangles(solution, cutter)
-            return kept, cutter
+            slicer = Slicer(kept)
+            tensor_cuts(solution, kept, slicer)
+            activations_are_rectangles(solution, slicer)
+            return kept, slicer
         except NotARectangle as error:
             classes = unit[error.labels.numpy()]
             removed[classes] = False if held is None else held[classes]
@@ -94,7 +94,7 @@ def never_emptied(solution: Solution) -> list[np.ndarray]:
     return found
 
 
-def activations_are_rectangles(solution: Solution, cutter: Slicer) -> None:
+def activations_are_rectangles(solution: Solution, slicer: Slicer) -> None:
     """Raise NotARectangle where a value outside of a gathered region would not be one, or would be empty."""
     for capture, values, regions in zip(solution.captures, solution.values, solution.regions, strict=True):
         for node, result in capture.results.items():
@@ -103,4 +103,4 @@ def activations_are_rectangles(solution: Solution, cutter: Slicer) -> None:
             for ref in collect(result, TensorRef):
                 labels = values.get(ref.id, ())
                 if any(len(f.nest) > 1 for f in labels) or len({f.nest for f in labels}) < len(labels):
-                    cutter(labels, capture.tape.shape(ref))
+                    slicer(labels, capture.op_trace.shape(ref))

@@ -27,36 +27,36 @@ from fxprune.selection.rectangles import never_emptied, settle_removals
 
 
 def selected(
-    model: nn.Module, solution: Solution, request: Options, trial: LatencyProbe | None = None
+    model: nn.Module, solution: Solution, options: Options, trial: LatencyProbe | None = None
 ) -> tuple[Tensor, Slicer]:
     """Which labels stay; for a budget of latency, `trial` times them."""
-    free, score = prepared(model, solution, request)
-    if not request.competes:
-        wanted = one_by_one(free, score, solution, request)
-        kept, cutter = settle_removals(solution, wanted, score, never_emptied(solution))
-        if cutter.whole and any(ratios_of(free, request.ratio, solution)):
+    free, score = prepared(model, solution, options)
+    if not options.competes:
+        wanted = one_by_one(free, score, solution, options)
+        kept, slicer = settle_removals(solution, wanted, score, never_emptied(solution))
+        if slicer.whole and any(ratios_of(free, options.ratio, solution)):
             raise PruneError(
                 "nothing in the model can be pruned by so little: "
                 + ("what would go cannot go alone" if wanted.any() else "no family has a whole unit to lose"),
                 where=type(model).__name__,
                 fix="a larger ratio, or a smaller round_to",
             )
-        return kept, cutter
+        return kept, slicer
     costs = Costs(solution, dict(named_tensors(model)))
-    if request.budget is not None and request.budget.kind == "latency":
+    if options.budget is not None and options.budget.kind == "latency":
         assert trial is not None
-        return in_time(free, score, costs, request, trial)
-    rivalry = Rivalry(free, score, solution, request)
-    if request.budget is None:
+        return in_time(free, score, costs, options, trial)
+    rivalry = Rivalry(free, score, solution, options)
+    if options.budget is None:
         return rivalry.settle(rivalry.by_ratio())
-    return met(request.budget, rivalry.ladders, rivalry.sequence(), costs, rivalry.settle, len(solution.unit))
+    return met(options.budget, rivalry.ladders, rivalry.sequence(), costs, rivalry.settle, len(solution.unit))
 
 
 def in_time(
     free: Sequence[Family],
     score: np.ndarray,
     costs: Costs,
-    request: Options,
+    options: Options,
     trial: LatencyProbe,
     held: np.ndarray | None = None,
 ) -> tuple[Tensor, Slicer]:
@@ -64,14 +64,14 @@ def in_time(
 
     What is `held` is gone already, and stays so.
     """
-    assert request.budget is not None
-    tried = [request.round_to] if request.round_to > 1 else [FRIENDLY, 1]
+    assert options.budget is not None
+    tried = [options.round_to] if options.round_to > 1 else [FRIENDLY, 1]
     for round_to in tried:
-        rivalry = Rivalry(free, score, costs.solution, request, round_to, held)
+        rivalry = Rivalry(free, score, costs.solution, options, round_to, held)
         names = [free[rung.pool.cells[0][0]].name for rung in rivalry.ladders]
         try:
             with trial.quiet():
-                return timely(request.budget, rivalry.ladders, rivalry.sequence(), costs, rivalry.settle, trial, names)
+                return timely(options.budget, rivalry.ladders, rivalry.sequence(), costs, rivalry.settle, trial, names)
         except PruneError:
             if round_to == tried[-1]:
                 raise
@@ -79,27 +79,27 @@ def in_time(
 
 
 def outcome(
-    model: nn.Module, solution: Solution, request: Options, trial: LatencyProbe | None = None
+    model: nn.Module, solution: Solution, options: Options, trial: LatencyProbe | None = None
 ) -> dict[str, tuple[int, int, int]]:
     """For each kind of cost that is computed: the least, at the request, and the original; `trial.found` for latency."""
     costs = Costs(solution, dict(named_tensors(model)))
-    free, score = prepared(model, solution, request)
-    rivalry = Rivalry(free, score, solution, request)
+    free, score = prepared(model, solution, options)
+    rivalry = Rivalry(free, score, solution, options)
     _, least = rivalry.settle(rivalry.everything())
-    _, now = selected(model, solution, request, trial)
+    _, now = selected(model, solution, options, trial)
     return {kind: (costs.of(least, kind), costs.of(now, kind), costs.original(kind)) for kind in KINDS}
 
 
-def prepared(model: nn.Module, solution: Solution, request: Options) -> tuple[list[Family], np.ndarray]:
+def prepared(model: nn.Module, solution: Solution, options: Options) -> tuple[list[Family], np.ndarray]:
     """The families that may lose units, and the score of every unit."""
-    free = free_families(model, solution, request)
-    criterion = find(request.criterion)
-    score, seen = unit_scores(model, solution, free, criterion, request.data, request.loss)
+    free = free_families(model, solution, options)
+    criterion = find(options.criterion)
+    score, seen = unit_scores(model, solution, free, criterion, options.data, options.loss)
     free = [f for f in free if seen[f.units].any()]
-    return free, comparable(score, free, criterion) if request.competes else score
+    return free, comparable(score, free, criterion) if options.competes else score
 
 
-def free_families(model: nn.Module, solution: Solution, request: Options) -> list[Family]:
+def free_families(model: nn.Module, solution: Solution, options: Options) -> list[Family]:
     """The families that may lose units; raises PruneError where there are none."""
     found = families(solution, set(named_parameters(model)))
     free = [f for f in found if f.frozen is None and len(f.units) > 1]
@@ -111,24 +111,24 @@ def free_families(model: nn.Module, solution: Solution, request: Options) -> lis
             fix="freeze less; print(fxprune.couple(model, example_inputs)) says why each family stays",
         )
     largest = max(len(f.units) * f.width for f in free)
-    if request.round_to > largest:
+    if options.round_to > largest:
         raise PruneError(
-            f"round_to={request.round_to} is larger than every family (the largest has {largest} channels)",
+            f"round_to={options.round_to} is larger than every family (the largest has {largest} channels)",
             fix=f"round_to<={largest}",
         )
     return free
 
 
 def one_by_one(
-    free: Sequence[Family], score: np.ndarray, solution: Solution, request: Options, held: np.ndarray | None = None
+    free: Sequence[Family], score: np.ndarray, solution: Solution, options: Options, held: np.ndarray | None = None
 ) -> np.ndarray:
     """Removed classes where every family loses its own ratio, in which those that are `held` count."""
-    most = 1.0 if request.floor is None else 1 - request.floor
-    ratios = [min(r, most) for r in ratios_of(free, request.ratio, solution)]
+    most = 1.0 if options.floor is None else 1 - options.floor
+    ratios = [min(r, most) for r in ratios_of(free, options.ratio, solution)]
     removed = np.zeros(len(score), bool)
     pools = make_pools([f.units for f in free], ratios, solution.equal, len(score))
     for pool in pools if held is None else resume(pools, held):
-        removed[choose(pool, score, [f.width for f in free], request.round_to)] = True
+        removed[choose(pool, score, [f.width for f in free], options.round_to)] = True
     return removed
 
 
@@ -145,28 +145,28 @@ class Rivalry:
         free: Sequence[Family],
         score: np.ndarray,
         solution: Solution,
-        request: Options,
+        options: Options,
         round_to: int | None = None,
         held: np.ndarray | None = None,
     ) -> None:
         self.solution, self.score, self.guards, self.held = solution, score, never_emptied(solution), held
-        floor = FLOOR if request.floor is None else request.floor
-        ratios = [1.0] * len(free) if request.budget else ratios_of(free, request.ratio, solution, request.scopes)
+        floor = FLOOR if options.floor is None else options.floor
+        ratios = [1.0] * len(free) if options.budget else ratios_of(free, options.ratio, solution, options.scopes)
         pools = [p for p in make_pools([f.units for f in free], ratios, solution.equal, len(score)) if p.ratio > 0]
         pools = pools if held is None else resume(pools, held)
         width = [f.width for f in free]
-        self.ladders = [ladder(p, score, width, round_to or request.round_to, floor) for p in pools]
+        self.ladders = [ladder(p, score, width, round_to or options.round_to, floor) for p in pools]
         if held is not None:
             begun(self.ladders, held)
-        scope = scopes_of(free, request.scopes, solution)
+        scope = scopes_of(free, options.scopes, solution)
         kinds: Sequence[object] = [None] * len(free)
-        if request.ranking == "isomorphic":
+        if options.ranking == "isomorphic":
             kinds = structures(free, solution)
 
         def key(i: int) -> object:
             members = dict.fromkeys(family for family, _ in pools[i].cells)
             named = next((scope[m] for m in members if scope[m] is not None), None)
-            alone = i if request.ranking == "local" and named is None else -1
+            alone = i if options.ranking == "local" and named is None else -1
             like = () if named is not None else tuple(sorted(map(repr, {kinds[m] for m in members})))
             return named, alone, like, pools[i].ratio
 

@@ -67,7 +67,7 @@ def capture_program(
     made = CapturedProgram(
         tracer.root,
         graph,
-        tracer.recorder.tape,
+        tracer.recorder.op_trace,
         tracer.results,
         tracer.guards,
         tracer.opaque,

@@ -36,8 +36,8 @@ class IndexContents:
     of a tensor that changes after that the contents count as unknown.
     """
 
-    def __init__(self, tape: OpTrace) -> None:
-        self.values = tape.values
+    def __init__(self, op_trace: OpTrace) -> None:
+        self.values = op_trace.values
         self.holders: dict[int, list[tuple[weakref.ref[Tensor], TensorRef]]] = {}  # by storage
         self.read: set[int] = set()
 

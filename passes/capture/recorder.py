@@ -35,13 +35,13 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self, names: dict[int, str]) -> None:
         super().__init__()
-        self.tape = OpTrace()
+        self.op_trace = OpTrace()
         self.names = names
         self.known: Any = WeakIdKeyDictionary()
         self.any_known = False  # which it takes a dictionary of this kind long to say
         self.held: dict[int, tuple[Tensor, TensorRef]] = {}  # the model's own, and tensors without contents
         self.imagination = MetaKernels()
-        self.contents = IndexContents(self.tape)
+        self.contents = IndexContents(self.op_trace)
         self.node = -1
         self.active = True
 
@@ -74,7 +74,7 @@ class Recorder(TorchDispatchMode):
         return map_tensors(argument, self.ref)
 
     def add(self, tensor: Tensor, *, from_input: bool, name: str | None = None) -> TensorRef:
-        values, on_meta = self.tape.values, tensor.is_meta
+        values, on_meta = self.op_trace.values, tensor.is_meta
         ref = TensorRef(len(values))
         values.append(TensorInfo(tuple(tensor.shape), tensor.dtype, from_input, name, None, on_meta))
         if on_meta or name is not None:
@@ -89,7 +89,7 @@ class Recorder(TorchDispatchMode):
 
     def truncate(self, ops: int) -> None:
         """Forget the calls after the first `ops`: they belonged to an attempt that was given up."""
-        del self.tape.ops[ops:]
+        del self.op_trace.ops[ops:]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not self.active:
@@ -122,7 +122,7 @@ class Recorder(TorchDispatchMode):
         return quietly
 
     def recorded(self, func: Any, args: Any, kwargs: Any, run: Callable[[Any, Any, Any], Any]) -> Any:
-        values, held = self.tape.values, self.held
+        values, held = self.op_trace.values, self.held
         in_args: list[Any] = []
         ins: list[TensorRef] = []
         for a in args:
@@ -160,5 +160,5 @@ class Recorder(TorchDispatchMode):
             self.contents.note_reading(ins, outs)
         if written_by(func):
             self.contents.note_writing(func, args, kwargs, from_input)
-        self.tape.ops.append(OpCall(func, tuple(in_args), in_kwargs, outs, self.node, ins))
+        self.op_trace.ops.append(OpCall(func, tuple(in_args), in_kwargs, outs, self.node, ins))
         return out

@@ -195,7 +195,7 @@ class ValueTracer(ProxyAttributes):
     def evaluate(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         recorder = self.recorder
         recorder.node = self.index[node]
-        first = len(recorder.tape.values)
+        first = len(recorder.op_trace.values)
         given = has_tensor(args) or has_tensor(kwargs)
         if ("device" in kwargs or torch.device in map(type, args)) and self.home is not None:
             args, kwargs = self.at_hand(args, kwargs) if given else self.made_at(node.target, args, kwargs)
@@ -278,7 +278,7 @@ class ValueTracer(ProxyAttributes):
 
         `first` is the number of the first value that the node made.
         """
-        recorder, values = self.recorder, self.recorder.tape.values
+        recorder, values = self.recorder, self.recorder.op_trace.values
         if node.op == "call_module" and str(node.target) in self.opaque:
             return bool(self.leaks[str(node.target)])
         held = recorder.held.get(id(value))
@@ -291,7 +291,7 @@ class ValueTracer(ProxyAttributes):
             return True
         if all(values[ref.id].from_input for ref in found if ref):
             return False
-        mine = list(itertools.takewhile(lambda op: op.node == recorder.node, reversed(recorder.tape.ops)))
+        mine = list(itertools.takewhile(lambda op: op.node == recorder.node, reversed(recorder.op_trace.ops)))
         used = {r.id for op in mine for r in collect((op.args, op.kwargs), TensorRef)}
         made = {r.id for op in mine for r in collect(op.outs, TensorRef) if r not in collect(op.args, TensorRef)}
         return any(i >= first and i not in made and values[i].name is None for i in used)
@@ -388,7 +388,7 @@ class ValueTracer(ProxyAttributes):
         like = self.plain.kind(m, args, kwargs)
         if like is not None and like in self.plain.kinds:
             return self.create_proxy("call_module", path, args, kwargs)
-        mark, ops = len(self.index), len(self.recorder.tape.ops)
+        mark, ops = len(self.index), len(self.recorder.op_trace.ops)
         again = (copied(args), copied(kwargs))  # what a second run starts from
         stored, plain, refused = dict(vars(m)) if like is not None else {}, False, False
         self.stack.append(path)

@@ -69,7 +69,7 @@ def in_both_modes(tracer: ValueTracer, module: nn.Module, forward: Any, argument
         return out
     middle, branches = len(tracer.index), len(tracer.branches)
     modes = {m: vars(m)["training"] for m in inner}
-    ops = len(tracer.recorder.tape.ops)
+    ops = len(tracer.recorder.op_trace.ops)
     outer, retry = tracer.branches, tracer.retry
     tracer.branches, tracer.retry = None, False
     try:
@@ -102,7 +102,7 @@ def by_flag(tracer: ValueTracer, kind: str, target: Any, args: tuple[Any, ...], 
         return tracer.create_proxy(kind, target, *plain)
     begin = len(tracer.index)
     out = tracer.create_proxy(kind, target, *settled(False, args, kwargs))
-    middle, ops = len(tracer.index), len(tracer.recorder.tape.ops)
+    middle, ops = len(tracer.index), len(tracer.recorder.op_trace.ops)
     try:
         trained = tracer.create_proxy(kind, target, *settled(True, args, kwargs))
     except Exception:
@@ -199,7 +199,7 @@ def code(tracer: ValueTracer, first: int, end: int, out: Any, *, loosely: bool =
 def is_number(tracer: ValueTracer, node: fx.Node) -> bool:
     """Whether a node makes a tensor without dimensions from such tensors."""
     refs = [tracer.results[n] for n in (node, *node.all_input_nodes)]
-    return all(type(r) is TensorRef and not tracer.recorder.tape.values[r.id].shape for r in refs)
+    return all(type(r) is TensorRef and not tracer.recorder.op_trace.values[r.id].shape for r in refs)
 
 
 def membership(graph: fx.Graph, branches: list[Branch], index: dict[fx.Node, int]) -> dict[fx.Node, bool | None] | None:

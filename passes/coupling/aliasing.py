@@ -25,28 +25,28 @@ def read_apart(call: RuleContext) -> dict[int, Labels]:
     if name in MOVING:
         return {}
     shared: dict[int, Labels] = {}
-    written = {call.ties.alike.get(r.id) for r in writes(call.op)}
+    written = {call.constraints.alike.get(r.id) for r in writes(call.op)}
     for ref in call.inputs:
-        base = call.ties.alike.get(ref.id)
+        base = call.constraints.alike.get(ref.id)
         if base is None or base in written or ref.id in shared:
             continue
-        if base in call.ties.read_before and all(len(f.nest) == 1 for f in call.labels(ref)):
+        if base in call.constraints.read_before and all(len(f.nest) == 1 for f in call.labels(ref)):
             shared[ref.id] = call.labels(ref)
             call.known[ref.id] = tuple(apart(call, f) for f in call.labels(ref))
-        call.ties.read_before.add(base)
+        call.constraints.read_before.add(base)
     return shared
 
 
 def apart(call: RuleContext, f: Factor) -> Factor:
     """New labels that keep as many entries as those of a factor."""
-    made = Factor(call.ties.fresh(f.labels.numel()).reshape(f.labels.shape), f.nest)
-    call.ties.keep_rows_equal(Factor(torch.stack([f.labels.flatten(), made.labels.flatten()]), (0, 1)))
+    made = Factor(call.constraints.fresh(f.labels.numel()).reshape(f.labels.shape), f.nest)
+    call.constraints.keep_rows_equal(Factor(torch.stack([f.labels.flatten(), made.labels.flatten()]), (0, 1)))
     return made
 
 
 def follow(call: RuleContext) -> None:
     """Views of a constant are constants; one that is written to is none any more."""
-    alike = call.ties.alike
+    alike = call.constraints.alike
     written = {alike[r.id] for r in writes(call.op) if r.id in alike}
     if written:
         for i in [i for i, base in alike.items() if base in written]:
@@ -55,14 +55,14 @@ def follow(call: RuleContext) -> None:
         alike.update({r.id: alike[call.first.id] for r in call.outputs})
 
 
-def written_through(tape: OpTrace) -> set[int]:
+def written_through(op_trace: OpTrace) -> set[int]:
     """Strided slices that cannot become copies of what is left: a later node writes into them, or into what they show.
 
     Where Python puts what was written back at once (`x[::2] *= 2`), they can.
     """
-    if not any(strided(op) for op in tape.ops):
+    if not any(strided(op) for op in op_trace.ops):
         return set()
-    maker = {ref.id: op for op in tape.ops for ref in collect(op.outs, TensorRef) if op.func._schema.name in MOVING}
+    maker = {ref.id: op for op in op_trace.ops for ref in collect(op.outs, TensorRef) if op.func._schema.name in MOVING}
 
     def chain(value: int) -> list[int]:
         found = [value]
@@ -70,19 +70,19 @@ def written_through(tape: OpTrace) -> set[int]:
             found.append(collect(maker[found[-1]].args, TensorRef)[0].id)
         return found
 
-    slices = {op.outs.id: chain(op.outs.id)[-1] for op in tape.ops if strided(op)}
+    slices = {op.outs.id: chain(op.outs.id)[-1] for op in op_trace.ops if strided(op)}
     read: dict[int, int] = {}
-    for i, op in enumerate(tape.ops):
+    for i, op in enumerate(op_trace.ops):
         read.update({at: i for ref in collect(op.args, TensorRef) for at in chain(ref.id) if at in slices})
     found: set[int] = set()
-    for i, op in enumerate(tape.ops):
+    for i, op in enumerate(op_trace.ops):
         for ref in writes(op):
             mine = chain(ref.id)
             for at, root in slices.items():
                 source = maker[at]
                 if root != mine[-1] or source.node >= op.node or at in found:
                     continue
-                through = at in mine and not put_back(tape.ops[i + 1 : i + 3], at, source)
+                through = at in mine and not put_back(op_trace.ops[i + 1 : i + 3], at, source)
                 if through or (at not in mine and read.get(at, -1) > i):
                     found.add(at)
     return found

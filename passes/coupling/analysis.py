@@ -20,8 +20,8 @@ def analyse(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    terms: CouplingOptions,
-    closed: Mapping[str, str] | None = None,
+    coupling_options: CouplingOptions,
+    frozen_modules: Mapping[str, str] | None = None,
 ) -> Solution:
     """Trace and couple: in evaluation mode, and in training mode too where the program asks which one it is in."""
     with unobserved(model), uncollected():
@@ -31,17 +31,17 @@ def analyse(
             surface(error)
             found = None
         if found is not None:
-            terms.check([name for capture in found for name, _ in capture.outputs])
+            coupling_options.check([name for capture in found for name, _ in capture.outputs])
             try:
-                return couple_channels(found, terms, closed)
+                return couple_channels(found, coupling_options, frozen_modules)
             except NeedsValues:  # the contents of a constant
                 pass
             except Exception as error:
                 surface(error, ours=True)
         found = programs(model, args, kwargs, None)
-        terms.check([name for capture in found for name, _ in capture.outputs])
+        coupling_options.check([name for capture in found for name, _ in capture.outputs])
         try:
-            return couple_channels(found, terms, closed)
+            return couple_channels(found, coupling_options, frozen_modules)
         except PruneError:
             raise
         except Exception as error:

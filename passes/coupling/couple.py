@@ -26,56 +26,60 @@ MOST_COMPOSED = 1000  # dimensions made of several others, before the rest is fr
 
 
 def couple_channels(
-    captures: Sequence[CapturedProgram], terms: CouplingOptions, closed: Mapping[str, str] | None = None
+    captures: Sequence[CapturedProgram], coupling_options: CouplingOptions, frozen_modules: Mapping[str, str] | None = None
 ) -> Solution:
     """Labels for every value of the captured runs, with ties solved.
 
     Arguments:
         captures: runs of the same model (evaluation, and training where it differs).
-        terms: what may go and what may not.
-        closed: paths of modules nothing of which is removed, nor of what they read and return, with the reason.
+        coupling_options: what may go and what may not.
+        frozen_modules: paths of modules nothing of which is removed, nor of what they read and return, with the reason.
     """
     load()
     leaves, size = leaf_labels(captures)
-    seeking = terms.heads and any(has_heads(c) for c in captures)
+    seeking = coupling_options.heads and any(has_heads(c) for c in captures)
     scripts = [Script(capture) for capture in captures]
-    ties, values = read(scripts, leaves, size, terms, seeking=seeking)
+    constraints, values = read(scripts, leaves, size, coupling_options, seeking=seeking)
     if seeking:
-        if any(len(e.labels[0]) > 1 for e in ties.coarse):
-            leaves = by_head(leaves, ties)
-        del ties, values  # before as much is made again
-        ties, values = read(scripts, leaves, size, terms)
+        if any(len(e.labels[0]) > 1 for e in constraints.coarse):
+            leaves = by_head(leaves, constraints)
+        del constraints, values  # before as much is made again
+        constraints, values = read(scripts, leaves, size, coupling_options)
     settled: set[tuple[str, int]] = set()
-    while ties.composed:  # what is composed in one reading may ask for more in the next
-        settled |= {ties.leaf_starts[start][:2] for start in ties.composed}
-        leaves = composed(leaves, ties)
-        size = ties.size  # labels that were new in this reading may be among them: the next one numbers its own after them
+    while constraints.composed:  # what is composed in one reading may ask for more in the next
+        settled |= {constraints.leaf_starts[start][:2] for start in constraints.composed}
+        leaves = composed(leaves, constraints)
+        size = (
+            constraints.size
+        )  # labels that were new in this reading may be among them: the next one numbers its own after them
         last = len(settled) > MOST_COMPOSED
-        ties, values = read(scripts, leaves, size, terms, settled=frozenset(settled), compose=not last)
-    for name, reason in terms.keep.items():
+        constraints, values = read(scripts, leaves, size, coupling_options, settled=frozenset(settled), compose=not last)
+    for name, reason in coupling_options.keep.items():
         for f in leaves.get(name, NONE):
-            ties.frozen.append(Event(f.labels, -1, reason))
+            constraints.frozen.append(Event(f.labels, -1, reason))
     for which, (capture, labels) in enumerate(zip(captures, values, strict=True)):
-        for path, reason in (closed or {}).items():
-            shut(capture, which, labels, path, reason, ties)
+        for path, reason in (frozen_modules or {}).items():
+            shut(capture, which, labels, path, reason, constraints)
     regions = [gather_regions(c, v) for c, v in zip(captures, values, strict=True)]
     inside = {number(c, i, node) for i, (c, r) in enumerate(zip(captures, regions, strict=True)) for node in r}
-    ties.product = [e for e in ties.product if e.node not in inside]
-    ties.equal = [e for e in ties.equal if e.node not in inside]
-    return close(list(captures), leaves, values, ties, regions)
+    constraints.product = [e for e in constraints.product if e.node not in inside]
+    constraints.equal = [e for e in constraints.equal if e.node not in inside]
+    return close(list(captures), leaves, values, constraints, regions)
 
 
-def shut(capture: CapturedProgram, which: int, labels: Mapping[int, Labels], path: str, why: str, ties: Constraints) -> None:
+def shut(
+    capture: CapturedProgram, which: int, labels: Mapping[int, Labels], path: str, why: str, constraints: Constraints
+) -> None:
     """Freeze what a module holds, reads and returns."""
     nodes = [n for n in capture.graph.nodes if n.op == "call_module" and str(n.target) == path]
     for node in nodes:
         for ref in collect([capture.results[n] for n in (*node.all_input_nodes, node)], TensorRef):
-            ties.frozen += [Event(f.labels, number(capture, which, node), why) for f in labels.get(ref.id, NONE)]
-    for i, value in enumerate(capture.tape.values):
+            constraints.frozen += [Event(f.labels, number(capture, which, node), why) for f in labels.get(ref.id, NONE)]
+    for i, value in enumerate(capture.op_trace.values):
         if nodes and value.name is not None and f"{capture.prefix}{value.name}".startswith(f"{path}."):
-            ties.frozen += [Event(f.labels, number(capture, which, nodes[0]), why) for f in labels.get(i, NONE)]
+            constraints.frozen += [Event(f.labels, number(capture, which, nodes[0]), why) for f in labels.get(i, NONE)]
 
 
 def has_heads(capture: CapturedProgram) -> bool:
     """Whether the tape holds a product with batch dimensions at all."""
-    return any("bmm" in name or "dot_product" in name for name in {name_of(op.func) for op in capture.tape.ops})
+    return any("bmm" in name or "dot_product" in name for name in {name_of(op.func) for op in capture.op_trace.ops})

@@ -29,7 +29,7 @@ def leaf_labels(captures: Sequence[CapturedProgram]) -> tuple[dict[str, Labels],
     shapes: dict[str, tuple[int, ...]] = {}
     for capture in captures:
         groups.update(grouped_weights(capture))
-        shapes.update({v.name: v.shape for v in capture.tape.values if v.name is not None})
+        shapes.update({v.name: v.shape for v in capture.op_trace.values if v.name is not None})
     leaves: dict[str, Labels] = {}
     size = 1
     numbers = np.arange(1 + sum(sum(s) * groups.get(n, 1) for n, s in shapes.items()))  # each line is a piece of this
@@ -53,21 +53,21 @@ def leaf_labels(captures: Sequence[CapturedProgram]) -> tuple[dict[str, Labels],
 def grouped_weights(capture: CapturedProgram) -> dict[str, int]:
     """Parameters that reach a grouped convolution's weight through ops that keep their first two dimensions."""
     found: dict[str, int] = {}
-    for op in capture.tape.ops:
+    for op in capture.op_trace.ops:
         if "conv" not in name_of(op.func) or len(op.args) < 2 or not isinstance(op.args[1], TensorRef):
             continue
         groups = dict(zip(signature(op.func)[0], op.args, strict=False)).get("groups", 1)
-        shape = capture.tape.shape(op.args[1])
+        shape = capture.op_trace.shape(op.args[1])
         if groups == 1 or shape[1] == 1:
             continue
         pending, seen = [op.args[1].id], set()
         while pending:
             current = pending.pop()
-            value = capture.tape.values[current]
+            value = capture.op_trace.values[current]
             if current in seen or value.shape[:2] != shape[:2]:
                 continue
             seen.add(current)
-            maker = capture.tape.maker(current)
+            maker = capture.op_trace.maker(current)
             if value.name is not None:
                 found[value.name] = groups
             elif maker is not None:
@@ -75,25 +75,25 @@ def grouped_weights(capture: CapturedProgram) -> dict[str, int]:
     return found
 
 
-def composed(leaves: dict[str, Labels], ties: Constraints) -> dict[str, Labels]:
+def composed(leaves: dict[str, Labels], constraints: Constraints) -> dict[str, Labels]:
     """Leaf labels in which a dimension over pairs of channels carries the labels of both."""
     changed = dict(leaves)
-    for start, vectors in ties.composed.items():
-        name, dim, _ = ties.leaf_starts[start]
+    for start, vectors in constraints.composed.items():
+        name, dim, _ = constraints.leaf_starts[start]
         ndim = next(f.labels.dim() for f in leaves[name])
         others = tuple(f for f in changed[name] if f.nest != (dim,))
         changed[name] = others + tuple(along(v, dim, ndim) for v in vectors)
     return changed
 
 
-def by_head(leaves: dict[str, Labels], ties: Constraints) -> dict[str, Labels]:
+def by_head(leaves: dict[str, Labels], constraints: Constraints) -> dict[str, Labels]:
     """Leaf labels with one label for each row of a head. Broadcast ties are not followed: they join heads to one another."""
-    aligned = [p for p in ties.pairs if not p.broadcast]
-    unit, _ = components(ties.size, chained(ties.coarse) + aligned)
+    aligned = [p for p in constraints.pairs if not p.broadcast]
+    unit, _ = components(constraints.size, chained(constraints.coarse) + aligned)
     touched = np.zeros(len(unit), bool)
-    for event in ties.coarse:
+    for event in constraints.coarse:
         touched[unit[row(event.labels)]] = True
-    lines = np.where(touched[unit], unit, np.arange(ties.size))
+    lines = np.where(touched[unit], unit, np.arange(constraints.size))
     lines[0] = 0
     table = torch.from_numpy(lines)
 

@@ -44,14 +44,14 @@ class Script:
 
     def __init__(self, capture: CapturedProgram) -> None:
         self.capture = capture
-        tape, untracked = capture.tape, capture.untracked
-        self.uses = {r.id for op in tape.ops for r in op.inputs} | {r.id for _, r in capture.outputs}
+        op_trace, untracked = capture.op_trace, capture.untracked
+        self.uses = {r.id for op in op_trace.ops for r in op.inputs} | {r.id for _, r in capture.outputs}
         self.uses |= {r.id for n in untracked for r in collect([capture.results[m] for m in n.all_input_nodes], TensorRef)}
         self.leaking = [n for n in untracked if n.op == "call_module" and str(n.target) in capture.opaque]
         self.hidden = sorted(capture.index[n] for n in untracked if n not in self.leaking)
-        self.pinned = written_through(tape)
-        self.named = {i: v.name for i, v in enumerate(tape.values) if v.name is not None}
-        nodes = {op.node for op in tape.ops}
+        self.pinned = written_through(op_trace)
+        self.named = {i: v.name for i, v in enumerate(op_trace.values) if v.name is not None}
+        nodes = {op.node for op in op_trace.ops}
         self.literals = {i: (maker(capture, i), literals(capture, i)) for i in nodes}
         self.sizes = {i: sizes_given(capture, i) for i in nodes}
 
@@ -60,48 +60,50 @@ def read(
     scripts: Sequence[Script],
     leaves: dict[str, Labels],
     size: int,
-    terms: CouplingOptions,
+    coupling_options: CouplingOptions,
     *,
     seeking: bool = False,
     compose: bool = True,
     settled: frozenset[tuple[str, int]] = frozenset(),
 ) -> tuple[Constraints, list[dict[int, Labels]]]:
     """Interpret every tape on labels."""
-    ties = Constraints(size=size, seeking_heads=seeking, leaves=leaves if compose and not seeking else {}, settled=settled)
+    constraints = Constraints(
+        size=size, seeking_heads=seeking, leaves=leaves if compose and not seeking else {}, settled=settled
+    )
     every = []
     for which, script in enumerate(scripts):
-        capture, tape = script.capture, script.capture.tape
+        capture, op_trace = script.capture, script.capture.op_trace
         labels: dict[int, Labels] = {i: leaves[name] for i, name in script.named.items()}
         hidden = list(script.hidden)
         end = OpCall(None, (), {}, (), len(capture.index))
-        ties.pinned = script.pinned
+        constraints.pinned = script.pinned
         varying: set[int] = set()
         sized = False  # whether the node has sizes of the inputs among its arguments: what it makes of nothing varies with them
-        for op in [*tape.ops, end]:
+        for op in [*op_trace.ops, end]:
             while hidden and hidden[0] < op.node:
-                ties.node = which * SPAN + hidden[0]
-                hide(capture, capture.nodes[hidden.pop(0)], labels, ties)
+                constraints.node = which * SPAN + hidden[0]
+                hide(capture, capture.nodes[hidden.pop(0)], labels, constraints)
             if op is end or (hidden and op.node == hidden[0]):
                 continue
-            if ties.node != which * SPAN + op.node:
-                ties.node = which * SPAN + op.node
-                ties.maker, ties.literals = script.literals[op.node]
+            if constraints.node != which * SPAN + op.node:
+                constraints.node = which * SPAN + op.node
+                constraints.maker, constraints.literals = script.literals[op.node]
                 sized = any(is_input_size(found, labels, size) for found in script.sizes[op.node])
-            call = RuleContext(op, tape, labels, ties, terms.heads, script.uses, varying)
+            call = RuleContext(op, op_trace, labels, constraints, coupling_options.heads, script.uses, varying)
             if sized or (varying and any(r.id in varying for r in call.inputs)):
                 varying.update(r.id for r in call.outputs)
             apply_rule(call)
         for node in script.leaking:
-            ties.node = which * SPAN + capture.index[node]
-            freeze_inside(capture, node, labels, ties)
-        ties.node = which * SPAN + capture.index[capture.output]
+            constraints.node = which * SPAN + capture.index[node]
+            freeze_inside(capture, node, labels, constraints)
+        constraints.node = which * SPAN + capture.index[capture.output]
         for name, ref in capture.outputs:
-            if not terms.releases(name):
+            if not coupling_options.releases(name):
                 why = "is an output of the model" + (f", {name}" if name != ONLY_OUTPUT else "")
                 for f in labels.get(ref.id, NONE):
-                    ties.freeze(f.labels, why)
+                    constraints.freeze(f.labels, why)
         every.append(labels)
-    return ties, every
+    return constraints, every
 
 
 def tells_channels(labels: Labels, dim: int, owned: int) -> bool:
@@ -132,9 +134,9 @@ def sizes_given(capture: CapturedProgram, index: int) -> list[tuple[TensorRef, i
         found = size_source(capture, number)
         if found is None:
             numbers += [n for n in number.all_input_nodes if not collect(results[n], TensorRef)]
-        elif capture.tape.values[found[0].id].from_input:
+        elif capture.op_trace.values[found[0].id].from_input:
             ref, dim = found
-            sizes.append((ref, None if dim is None else dim % max(1, len(capture.tape.shape(ref)))))
+            sizes.append((ref, None if dim is None else dim % max(1, len(capture.op_trace.shape(ref)))))
     return list(dict.fromkeys(sizes))
 
 
@@ -151,7 +153,7 @@ def apply_rule(call: RuleContext) -> None:
     """Store the labels of an op's results; an op without a rule is probed through autograd, else frozen."""
     if not call.outputs:
         return
-    alike = call.ties.alike
+    alike = call.constraints.alike
     met = bool(alike) and any(r.id in alike for r in call.inputs)
     shared = read_apart(call) if met else {}
     ruled = find(call.op.func)
@@ -188,20 +190,20 @@ def literals(capture: CapturedProgram, index: int) -> frozenset[int]:
     return frozenset(v for v in collect((node.args, dict(node.kwargs)), int) if not isinstance(v, bool) and v > 1)
 
 
-def hide(capture: CapturedProgram, node: fx.Node, labels: dict[int, Labels], ties: Constraints) -> None:
+def hide(capture: CapturedProgram, node: fx.Node, labels: dict[int, Labels], constraints: Constraints) -> None:
     """A node whose results did not come out of the dispatcher: autograd says what it does, or what went in stays."""
-    call = RuleContext(as_op(capture, node), capture.tape, labels, ties, False, set())
+    call = RuleContext(as_op(capture, node), capture.op_trace, labels, constraints, False, set())
     for ref, found in zip(call.outputs, probe(call), strict=True):
         labels[ref.id] = found
 
 
-def freeze_inside(capture: CapturedProgram, node: fx.Node, labels: dict[int, Labels], ties: Constraints) -> None:
+def freeze_inside(capture: CapturedProgram, node: fx.Node, labels: dict[int, Labels], constraints: Constraints) -> None:
     """Nothing that an opaque module holds or is given can go: its Python took contents where no rule sees them."""
     given = collect([capture.results[n] for n in node.all_input_nodes], TensorRef)
-    held = [TensorRef(i) for i, v in enumerate(capture.tape.values) if v.name and v.name.startswith(f"{node.target}.")]
+    held = [TensorRef(i) for i, v in enumerate(capture.op_trace.values) if v.name and v.name.startswith(f"{node.target}.")]
     for ref in [*given, *held]:
         for f in labels.get(ref.id, NONE):
-            ties.freeze(f.labels, "is in a module whose Python takes the contents of tensors")
+            constraints.freeze(f.labels, "is in a module whose Python takes the contents of tensors")
 
 
 def as_op(capture: CapturedProgram, node: fx.Node) -> OpCall:

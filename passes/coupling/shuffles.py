@@ -66,8 +66,8 @@ def permutes_channels(capture: CapturedProgram, labels: dict[int, Labels], chain
     target = capture.results.get(chain[-1])
     if not isinstance(source, TensorRef) or not isinstance(target, TensorRef):
         return False
-    shape = capture.tape.shape(source)
-    if capture.tape.shape(target) != shape:
+    shape = capture.op_trace.shape(source)
+    if capture.op_trace.shape(target) != shape:
         return False
     middle = [capture.results[n] for n in chain[:-1]]
     joint = any(len(f.nest) > 1 for ref in middle for f in labels.get(ref.id, ()))
@@ -80,7 +80,7 @@ def permutes_channels(capture: CapturedProgram, labels: dict[int, Labels], chain
 def channel_order(capture: CapturedProgram, chain: list[fx.Node], dim: int) -> torch.Tensor | None:
     """The permutation of one dimension that a chain amounts to, found by running it on indices; None if it does more."""
     source = capture.results[chain[0].args[0]]  # type: ignore[index]
-    shape = capture.tape.shape(source)
+    shape = capture.op_trace.shape(source)
     total = 1
     for n in shape:
         total *= n

@@ -25,31 +25,31 @@ def close(
     captures: list[CapturedProgram],
     leaves: dict[str, Labels],
     values: list[dict[int, Labels]],
-    ties: Constraints,
+    constraints: Constraints,
     regions: list[dict[fx.Node, fx.Node]],
 ) -> Solution:
     """Solve all ties at once and mark the classes that something freezes."""
-    pairs: list[Tie] = ties.pairs + chained(ties.coarse)
-    part, stopped = components(ties.size, pairs)
+    pairs: list[Tie] = constraints.pairs + chained(constraints.coarse)
+    part, stopped = components(constraints.size, pairs)
     # rows that go whole need not agree in their columns
-    uneven = unlike(part, ties.product)
+    uneven = unlike(part, constraints.product)
     if uneven:
         level = chained(uneven, columns=True)
         pairs = pairs + level
-        part, more = components(ties.size, level, part)
+        part, more = components(constraints.size, level, part)
         stopped += more
-    lines = list(ties.lines)
-    if ties.rows:
-        made, stay = settle_rows(ties, part)
+    lines = list(constraints.lines)
+    if constraints.rows:
+        made, stay = settle_rows(constraints, part)
         lines += stay
         pairs = pairs + made
-        part, more = components(ties.size, made, part)
+        part, more = components(constraints.size, made, part)
         stopped += more
     unit = part
-    frozen = np.full(ties.size, -1, np.int64)
+    frozen = np.full(constraints.size, -1, np.int64)
     reasons: list[str] = []
     numbers: dict[tuple[str, int], int] = {}
-    events = [(row(e.labels), e.why, e.node) for e in ties.frozen]
+    events = [(row(e.labels), e.why, e.node) for e in constraints.frozen]
     events += [(labels, MET_KEPT, node) for labels, node in stopped]
     for labels, why, node in events:
         if (why, node) not in numbers:
@@ -61,8 +61,8 @@ def close(
     frozen[0] = frozen[0] if frozen[0] >= 0 else 0
     if not reasons:
         reasons.append("is never removed")
-    equal = distinct([unit[e.array] for e in ties.equal])
-    shapes = {v.name: v.shape for capture in captures for v in capture.tape.values if v.name is not None}
+    equal = distinct([unit[e.array] for e in constraints.equal])
+    shapes = {v.name: v.shape for capture in captures for v in capture.op_trace.values if v.name is not None}
     stay = [unit[e] for e in lines]
     return Solution(captures, leaves, values, torch.from_numpy(unit), frozen, reasons, equal, regions, pairs, shapes, stay)
 
@@ -222,7 +222,7 @@ def whole(classes: np.ndarray) -> np.ndarray:
     return (classes == classes[:, :1]).all(1)
 
 
-def settle_rows(ties: Constraints, part: np.ndarray) -> tuple[list[Tie], list[np.ndarray]]:
+def settle_rows(constraints: Constraints, part: np.ndarray) -> tuple[list[Tie], list[np.ndarray]]:
     """Ties of row labels to the rows that go whole, and the rows (of labels) that must keep an entry.
 
     A row label that stands for several rows goes with them if all of them are whole. If not, it is frozen, and with it
@@ -232,12 +232,12 @@ def settle_rows(ties: Constraints, part: np.ndarray) -> tuple[list[Tie], list[np
     while True:
         held = np.zeros(len(part), bool)
         goes_whole = []
-        for r in ties.rows:
+        for r in constraints.rows:
             alone = whole(part[r.entries.numpy()])
             goes_whole.append(alone)
             held[r.labels.numpy()[~(alone & (r.entries[:, 0].numpy() != 0))]] = True
         new = []
-        for r in ties.rows:
+        for r in constraints.rows:
             labels, lead = r.labels.numpy(), r.entries[:, 0].numpy()
             going = ~held[labels] & (part[labels] != part[lead])
             if going.any():
@@ -246,13 +246,13 @@ def settle_rows(ties: Constraints, part: np.ndarray) -> tuple[list[Tie], list[np
         if not new:
             break
         made += new
-        part, _ = components(ties.size, new, part)
+        part, _ = components(constraints.size, new, part)
     stay: list[np.ndarray] = []
-    for r, alone in zip(ties.rows, goes_whole, strict=True):
+    for r, alone in zip(constraints.rows, goes_whole, strict=True):
         kept = held[r.labels.numpy()]
         if kept.any():
             entries = r.entries.numpy()
-            ties.frozen.append(Event(r.labels.numpy()[kept], r.node, PART_OF_ROWS))
-            ties.frozen.append(Event(entries[kept & alone, 0], r.node, PART_OF_ROWS))
+            constraints.frozen.append(Event(r.labels.numpy()[kept], r.node, PART_OF_ROWS))
+            constraints.frozen.append(Event(entries[kept & alone, 0], r.node, PART_OF_ROWS))
             stay += list(entries[kept & ~alone])
     return made, stay

@@ -39,7 +39,7 @@ class CapturedProgram:
     Attributes:
         root: the traced module tree; parameters are the original's own, everything else is a copy.
         graph: the captured program.
-        tape: what the dispatcher ran.
+        op_trace: what the dispatcher ran.
         results: for every node, its value with tensors replaced by references into the tape.
         opaque: modules kept as one node, with the reason.
         calls: calls made inside opaque modules.
@@ -60,7 +60,7 @@ class CapturedProgram:
 
     root: nn.Module
     graph: fx.Graph
-    tape: OpTrace
+    op_trace: OpTrace
     results: dict[fx.Node, Any]
     guards: list[Guard]
     opaque: dict[str, str]

@@ -24,7 +24,7 @@ NO_RULE = "goes through an op that has no rule and that the autograd trace canno
 def probe(call: RuleContext) -> list[Labels]:
     """Labels of the results of an op without a rule."""
     name = call.op.func._schema.name
-    tensors = [r for r in call.inputs if call.tape.values[r.id].dtype.is_floating_point]
+    tensors = [r for r in call.inputs if call.op_trace.values[r.id].dtype.is_floating_point]
     others = [r for r in call.inputs if r not in tensors]
     shapes = [call.shape(r) for r in tensors]
 
@@ -113,7 +113,7 @@ def from_dependence(call: RuleContext, refs: list[TensorRef], kinds: Kinds) -> l
                 if all(dims[d] == "same" for d in f.nest) and len(call.shape(ref)) == len(shape):
                     passed.append(f)
                 else:
-                    call.ties.freeze(f.labels, f"{NO_RULE} ({call.op.func._schema.name})")
+                    call.constraints.freeze(f.labels, f"{NO_RULE} ({call.op.func._schema.name})")
             if len(call.shape(ref)) == len(shape):
                 sizes = [n if k == "same" else 1 for n, k in zip(call.shape(ref), dims, strict=True)]
                 merged = unify(call, merged, [1] * len(shape) if not merged else shape, tuple(passed), sizes)

@@ -1,7 +1,7 @@
 """Rules: for each dispatcher op, the labels of its results from the labels of its arguments.
 
 A rule is a function of a `Call` that returns the labels of the result (a list of them for several results) and reports
-ties through `call.ties`. `@rule("aten::flip")` files it; `find(op)` answers which rule an op has. Ops that torch itself
+ties through `call.constraints`. `@rule("aten::flip")` files it; `find(op)` answers which rule an op has. Ops that torch itself
 tags as pointwise need no entry.
 """
 
@@ -42,14 +42,21 @@ class RuleContext:
     def __init__(
         self,
         op: OpCall,
-        tape: OpTrace,
+        op_trace: OpTrace,
         labels: dict[int, Labels],
-        ties: Constraints,
+        constraints: Constraints,
         heads: bool,
         uses: set[int],
         varying: set[int] | None = None,
     ) -> None:
-        self.op, self.tape, self.known, self.ties, self.heads, self.uses = op, tape, labels, ties, heads, uses
+        self.op, self.op_trace, self.known, self.constraints, self.heads, self.uses = (
+            op,
+            op_trace,
+            labels,
+            constraints,
+            heads,
+            uses,
+        )
         self.varying = varying or ()  # values whose contents change with the sizes of the inputs
         self.inputs: list[TensorRef] = op.inputs
         self.outputs: list[TensorRef] = op.outputs
@@ -70,7 +77,7 @@ class RuleContext:
         op = self.op
         func = RENAMED.setdefault((op.func, name), Renamed(op.func, name))
         same = OpCall(func, op.args, op.kwargs, op.outs, op.node)
-        return RuleContext(same, self.tape, self.known, self.ties, self.heads, self.uses, self.varying or None)
+        return RuleContext(same, self.op_trace, self.known, self.constraints, self.heads, self.uses, self.varying or None)
 
     @property
     def first(self) -> TensorRef:
@@ -80,11 +87,11 @@ class RuleContext:
         return self.known.get(ref.id, NONE)
 
     def shape(self, ref: TensorRef) -> tuple[int, ...]:
-        return self.tape.values[ref.id].shape
+        return self.op_trace.values[ref.id].shape
 
     def data(self, ref: TensorRef) -> Tensor | None:
         """The contents of a tensor of indices, if they are the same for every input."""
-        value = self.tape.values[ref.id]
+        value = self.op_trace.values[ref.id]
         if ref.id in self.varying:
             return None
         if value.data is None and value.on_meta and not value.from_input:
@@ -108,26 +115,26 @@ class RuleContext:
 
     def fresh(self, size: int, dim: int, ndim: int) -> Factor:
         """New labels along one dimension whose entries are all alike, so that any number of them may go."""
-        return along(self.ties.fresh(size), dim, ndim)
+        return along(self.constraints.fresh(size), dim, ndim)
 
     def settle(self, f: Factor, why: str = "a single channel is taken out by a constant index") -> Labels:
         """A compressed factor, or nothing where it no longer varies (what it said is then frozen)."""
         if f.nest:
             return (f,)
         if bool((f.labels != 0).any()):
-            self.ties.freeze(f.labels, why)
+            self.constraints.freeze(f.labels, why)
         return NONE
 
     def freeze(self, labels: Labels, why: str) -> None:
         for f in labels:
-            self.ties.freeze(f.labels, why)
+            self.constraints.freeze(f.labels, why)
 
     def freeze_dims(self, labels: Labels, dims: Sequence[int], why: str) -> Labels:
         """Freeze the factors that vary along any of `dims`; the others pass."""
         passed, among = [], frozenset(dims)
         for f in labels:
             if f.dims & among:
-                self.ties.freeze(f.flat, why)
+                self.constraints.freeze(f.flat, why)
             else:
                 passed.append(f)
         return tuple(passed)
@@ -135,7 +142,7 @@ class RuleContext:
     def equal_rows(self, labels: Labels) -> Labels:
         """Report that joint factors made here must stay rectangles."""
         for f in labels:
-            self.ties.keep_rows_equal(f)
+            self.constraints.keep_rows_equal(f)
         return labels
 
     def collapse(self, f: Factor, dims: Sequence[int]) -> Labels:
@@ -145,5 +152,5 @@ class RuleContext:
             flat = flat.narrow(d, 0, 1)
         if flat.shape == f.labels.shape:
             return (f,)
-        self.ties.tie(f.labels, flat, broadcast=True)
+        self.constraints.tie(f.labels, flat, broadcast=True)
         return self.settle(factor(flat, f.nest), "all entries of a dimension are mixed with one another")

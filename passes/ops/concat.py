@@ -52,8 +52,10 @@ def join(call: RuleContext, parts: Sequence[Labels], shapes: Sequence[Sequence[i
         if other and any(f is None for f in chosen):
             for part in chosen:
                 if part is not None:
-                    call.ties.freeze(part.labels, "is joined along another dimension to a tensor that keeps all its channels")
-            if not call.ties.seeking_heads:
+                    call.constraints.freeze(
+                        part.labels, "is joined along another dimension to a tensor that keeps all its channels"
+                    )
+            if not call.constraints.seeking_heads:
                 continue
         arrays = [lay_out(f, shape, dim, other) for f, shape in zip(chosen, shapes, strict=True)]
         nests = {tuple(d for d in f.nest if d != dim) for f in chosen if f is not None}
@@ -68,8 +70,8 @@ def join(call: RuleContext, parts: Sequence[Labels], shapes: Sequence[Sequence[i
         minor = nests.pop() if len(nests) == 1 else ()
         f = factor(torch.cat(grown, dim), (dim, *minor))
         if nests:
-            call.ties.same_columns(f)
-        call.ties.keep_rows_equal(f)
+            call.constraints.same_columns(f)
+        call.constraints.keep_rows_equal(f)
         result += call.settle(f)
     return result
 
@@ -78,7 +80,7 @@ def pick(call: RuleContext, labels: Labels, other: frozenset[int], dim: int) -> 
     """The part's factor over the given other dimensions; a second one there is frozen."""
     found = [f for f in labels if f.dims - {dim} == other]
     for f in found[1:]:
-        call.ties.freeze(f.labels, "overlaps another label in a join")
+        call.constraints.freeze(f.labels, "overlaps another label in a join")
     return found[0] if found else None
 
 
@@ -99,5 +101,5 @@ def tie_parts(call: RuleContext, arrays: Sequence[Tensor], dim: int, nests: set[
     """A joint factor that would be as large as an activation: one row of labels for all instead."""
     head = arrays[0].narrow(dim, 0, 1)
     for a in arrays:
-        call.ties.tie(a, head, broadcast=a.shape != head.shape)
+        call.constraints.tie(a, head, broadcast=a.shape != head.shape)
     return call.settle(factor(head, nests.pop()))

@@ -59,7 +59,7 @@ def slides(call: RuleContext, groups: int, transposed: bool) -> Labels:
 
     The rewriter lays such a dimension out at its original width, which it cannot do inside of an opaque module.
     """
-    if groups != 1 or transposed or call.ties.maker == "opaque":
+    if groups != 1 or transposed or call.constraints.maker == "opaque":
         return NONE
     before, after = call.shape(call["input"]), call.shape(call.outputs[0])
     labels = call.labels(call["input"])
@@ -102,7 +102,7 @@ def flat_channels(call: RuleContext, labels: Labels) -> Labels:
             continue
         space = [d for d in f.nest if d > 1]
         if space and len(space) == len(f.nest):
-            call.ties.freeze(f.labels, "is a spatial dimension of a convolution")
+            call.constraints.freeze(f.labels, "is a spatial dimension of a convolution")
         else:
             result += call.collapse(f, space)
     return tuple(result)
@@ -137,7 +137,7 @@ def deform_conv2d(call: RuleContext) -> Labels:
     ins = flat_channels(call, call.labels(x))
     if offset_groups > 1:
         for f in ins:
-            call.ties.keep_rows_equal(factor(f.labels.reshape(offset_groups, -1)))
+            call.constraints.keep_rows_equal(factor(f.labels.reshape(offset_groups, -1)))
     w = call.freeze_dims(call.labels(weight), [2, 3], "is a kernel's spatial dimension")
     outs = grouped_convolution(call, ins, call.shape(x), w, call.shape(weight), groups, False)
     result: Labels = tuple(along(f.labels.reshape(-1), 1, 4) for f in outs)

@@ -47,24 +47,24 @@ def uniform(call: RuleContext) -> Labels:
     shape = call.shape(call.outputs[0])
     if call.op.func._schema.name.endswith("_like"):
         return call.labels(call.first)
-    if call.ties.maker == "opaque":
+    if call.constraints.maker == "opaque":
         return NONE  # its size is written where it cannot be changed
-    call.ties.alike[call.outputs[0].id] = call.outputs[0].id
-    return tuple(call.fresh(n, d, len(shape)) for d, n in enumerate(shape) if n > 1 and n not in call.ties.literals)
+    call.constraints.alike[call.outputs[0].id] = call.outputs[0].id
+    return tuple(call.fresh(n, d, len(shape)) for d, n in enumerate(shape) if n > 1 and n not in call.constraints.literals)
 
 
 @rule("aten::arange", "aten::linspace", "aten::logspace", "aten::eye", "aten::hann_window")
 def ramp(call: RuleContext) -> Labels:
     """Entries that differ, each by its place: the tensor is made whole and then cut."""
     shape = call.shape(call.outputs[0])
-    return tuple(call.fresh(n, d, len(shape)) for d, n in enumerate(shape) if n > 1 and n not in call.ties.literals)
+    return tuple(call.fresh(n, d, len(shape)) for d, n in enumerate(shape) if n > 1 and n not in call.constraints.literals)
 
 
 @rule("aten::lift_fresh", "aten::lift")
 def literal(call: RuleContext) -> Labels:
     """A tensor written out in the program."""
     shape = call.shape(call.first)
-    if call.ties.maker not in ("tensor", "as_tensor") or call.labels(call.first):
+    if call.constraints.maker not in ("tensor", "as_tensor") or call.labels(call.first):
         return call.labels(call.first)
     call.known[call.first.id] = tuple(call.fresh(n, d, len(shape)) for d, n in enumerate(shape) if n > 1)
     return call.known[call.first.id]
@@ -98,7 +98,7 @@ def repeat(call: RuleContext) -> Labels:
     for f in labels:
         tiles = [r if d in f.dims else 1 for d, r in enumerate(repeats)]
         if len(f.nest) > 1 and any(t > 1 for t in tiles):
-            call.ties.same_columns(f)
+            call.constraints.same_columns(f)
         result += (factor(f.labels.repeat(tiles), f.nest),)
     return result + tuple(call.fresh(r, d, len(repeats)) for d, r in enumerate(repeats) if r > 1 and before[d] == 1)
 
@@ -117,7 +117,7 @@ def pad(call: RuleContext) -> Labels:
     for f in labels:
         for d in sorted(padded & f.dims):
             if len(f.nest) > 1:
-                call.ties.same_columns(f)
+                call.constraints.same_columns(f)
             before, after = amounts[2 * (len(shape) - 1 - d)], amounts[2 * (len(shape) - 1 - d) + 1]
             array = f.labels.narrow(d, max(0, -before), f.labels.shape[d] + min(0, before) + min(0, after))
             sides = [array]

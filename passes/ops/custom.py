@@ -26,10 +26,10 @@ def movement(call: RuleContext) -> Labels | list[Labels]:
     result: list[Factor] = []
     for f in call.labels(call.first):
         if len(f.nest) > 1:
-            call.ties.same_columns(f)
+            call.constraints.same_columns(f)
         full = fill(f, call.shape(call.first), range(f.labels.dim())).contiguous()
         moved = factor(on_numbers(lambda t: call.op.func(t, *call.op.args[1:], **call.op.kwargs), full))
-        call.ties.keep_rows_equal(moved)
+        call.constraints.keep_rows_equal(moved)
         result += call.settle(moved)
     return tuple(result)
 

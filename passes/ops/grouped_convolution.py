@@ -35,7 +35,7 @@ def grouped_convolution(
     per_in = channels // groups
     per_out = w_shape[1] if transposed else w_shape[0] // groups
     if per_in == per_out == 1 and len(ins) == len(w) == 1 and ins[0].nest == (1,) and w[0].nest == (0,):
-        call.ties.join(ins[0], w[0])  # a group is one channel
+        call.constraints.join(ins[0], w[0])  # a group is one channel
         return w
     x_part: list[Factor] = []
     for f in ins:
@@ -54,7 +54,7 @@ def grouped_convolution(
         return whole_groups(call, x_part, w_part, w_size)
     x_size = [x_shape[0], groups, 1, per_in]
     for f in [*x_part, *w_part]:
-        call.ties.keep_rows_equal(f)
+        call.constraints.keep_rows_equal(f)
     if groups > 1:
         whole_or_part(call, x_part, w_part, groups)
     merged = unify(call, tuple(x_part), x_size, tuple(w_part), w_size)
@@ -63,12 +63,12 @@ def grouped_convolution(
 
 def whole_or_part(call: RuleContext, x: list[Factor], w: list[Factor], groups: int) -> None:
     """A group goes with its inputs and its outputs, or keeps some of both."""
-    labels = call.ties.fresh(groups).reshape(1, groups, 1, 1)
+    labels = call.constraints.fresh(groups).reshape(1, groups, 1, 1)
     for f in [*x, *w]:
         if 1 in f.dims:
-            call.ties.stand(labels, f.labels)
+            call.constraints.stand(labels, f.labels)
     if not any(1 in f.dims for f in x):
-        call.ties.freeze(labels, "is a group of a convolution whose inputs are all kept")
+        call.constraints.freeze(labels, "is a group of a convolution whose inputs are all kept")
 
 
 def whole_groups(call: RuleContext, x: list[Factor], w: list[Factor], size: Sequence[int]) -> Labels:
@@ -76,14 +76,14 @@ def whole_groups(call: RuleContext, x: list[Factor], w: list[Factor], size: Sequ
     groups = size[1]
     arrays = [f.labels.narrow(0, 0, 1).expand(1, groups, -1, -1).reshape(groups, -1) for f in [*x, *w]]
     for f in x:
-        call.ties.tie(f.labels, f.labels.narrow(0, 0, 1))
+        call.constraints.tie(f.labels, f.labels.narrow(0, 0, 1))
     if not arrays:
         return NONE
     lead = arrays[0][:, :1]
     for array in arrays:
-        call.ties.tie(array, lead.expand_as(array))
+        call.constraints.tie(array, lead.expand_as(array))
     if not any(1 in f.dims or 3 in f.dims for f in x):
-        call.ties.freeze(lead, "is a group of a convolution whose inputs are all kept")
+        call.constraints.freeze(lead, "is a group of a convolution whose inputs are all kept")
     outs = next((f for f in w if f.dims & {1, 2}), None)
     labels = outs.labels.expand(1, groups, size[2], -1)[..., 0] if outs is not None else lead.expand(groups, size[2])
     return (factor(labels.reshape(-1)),)

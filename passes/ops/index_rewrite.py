@@ -64,7 +64,7 @@ def indexed(r: Rewriter, node: fx.Node, index: tuple[Any, ...]) -> fx.Node | Non
         if isinstance(i, slice):
             out += 1
         elif isinstance(ref, TensorRef) and len(r.before(ref)) and out <= dim:
-            out += len(r.before(ref)) if r.capture.tape.values[ref.id].dtype != torch.bool else 1
+            out += len(r.before(ref)) if r.capture.op_trace.values[ref.id].dtype != torch.bool else 1
         elif isinstance(i, list):
             out += 1
         dim += span(r, i)
@@ -81,7 +81,7 @@ def span(r: Rewriter, i: Any) -> int:
     if i is None or i is Ellipsis or isinstance(i, bool):
         return 0
     ref = r.result(i) if isinstance(i, fx.Node) else None
-    if isinstance(ref, TensorRef) and r.capture.tape.values[ref.id].dtype in (torch.bool, torch.uint8):
+    if isinstance(ref, TensorRef) and r.capture.op_trace.values[ref.id].dtype in (torch.bool, torch.uint8):
         return len(r.before(ref))
     return 1
 
@@ -94,7 +94,7 @@ def bounds(r: Rewriter, i: slice) -> slice:
 def known(r: Rewriter, bound: Any) -> Any:
     """A bound of a slice in the original: a number, that of a node, or that in a constant tensor."""
     value = r.result(bound)
-    data = r.capture.tape.values[value.id].data if isinstance(value, TensorRef) else None
+    data = r.capture.op_trace.values[value.id].data if isinstance(value, TensorRef) else None
     return value if data is None else int(data)
 
 
@@ -116,7 +116,7 @@ def mapped(r: Rewriter, source: TensorRef, target: TensorRef | None, dim: int, o
     if isinstance(i, int) or isinstance(r.result(i), int):
         value = i if isinstance(i, int) else r.capture.results[i]
         return int(table[value % size])
-    data = torch.as_tensor(i) if isinstance(i, list) else r.capture.tape.values[r.result(i).id].data
+    data = torch.as_tensor(i) if isinstance(i, list) else r.capture.op_trace.values[r.result(i).id].data
     assert data is not None, "a computed index along a labelled dimension is frozen by its rule"
     data = data.cpu()
     if data.dtype in (torch.bool, torch.uint8):

@@ -33,7 +33,7 @@ def index(call: RuleContext) -> Labels:
     for f in call.labels(x):
         touched = [d for d in indexed if d in f.dims]
         if touched and not exact:
-            call.ties.freeze(f.labels, COMPUTED)
+            call.constraints.freeze(f.labels, COMPUTED)
             continue
         for d in touched:
             one_by_one(call, f, d)
@@ -93,7 +93,7 @@ def index_put(call: RuleContext) -> Labels:
     """
     x, indices, values = call["self"], call["indices"], call["values"]
     shape, size = call.shape(x), call.shape(values)
-    rewritten = call.ties.maker in ("setitem", "")  # what is called by another name keeps its indices
+    rewritten = call.constraints.maker in ("setitem", "")  # what is called by another name keeps its indices
     if rewritten and all(i is None or call.data(i) is not None for i in indices):
         return put_at_constants(call, x, indices, values)
     indexed = indexed_dims(call, indices)
@@ -130,7 +130,7 @@ def indexed_dims(call: RuleContext, indices: list[TensorRef | None]) -> list[int
 
 
 def is_mask(call: RuleContext, ref: TensorRef) -> bool:
-    return call.tape.values[ref.id].dtype in (torch.bool, torch.uint8)
+    return call.op_trace.values[ref.id].dtype in (torch.bool, torch.uint8)
 
 
 def put_at_constants(call: RuleContext, x: TensorRef, indices: list[TensorRef | None], values: TensorRef) -> Labels:

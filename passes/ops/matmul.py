@@ -72,7 +72,7 @@ def contract(
         if rest and f.dims & set(summed) and f.nest[-1] not in summed:
             result += call.collapse(f, [d for d in summed if d in f.dims])
         elif not call.heads and rest and f.dims & set(summed) and rest <= set(batch):
-            result.append(call.ties.row_labels(f, tuple(rest)))
+            result.append(call.constraints.row_labels(f, tuple(rest)))
     if heads:
         result += [h for h in heads if not any(h.dims <= f.dims for f in result)][:1]
     return tuple(result)
@@ -80,9 +80,9 @@ def contract(
 
 def copies(call: RuleContext, ref: TensorRef, places: Sequence[int]) -> list[int]:
     """Where a tensor that no input goes into repeats itself: dimension i of it is places[i]."""
-    if call.tape.values[ref.id].from_input:
+    if call.op_trace.values[ref.id].from_input:
         return []
-    new = [f for f in call.labels(ref) if len(f.nest) == 1 and bool((f.labels >= call.ties.first_fresh).all())]
+    new = [f for f in call.labels(ref) if len(f.nest) == 1 and bool((f.labels >= call.constraints.first_fresh).all())]
     return [places[f.nest[0]] for f in new]
 
 
@@ -117,7 +117,7 @@ def as_heads(call: RuleContext, labels: Labels, batch: Sequence[int]) -> Labels:
         if rows and rest:
             matrix = f.labels.permute([d for d in range(f.labels.dim()) if d not in rest] + rest)
             count = matrix.shape[: matrix.dim() - len(rest)].numel()
-            call.ties.head_rows(matrix.reshape(count, -1))
+            call.constraints.head_rows(matrix.reshape(count, -1))
             head = factor(f.labels.amax(rest, keepdim=True), rows)
             if head.nest:
                 found.append(head)

@@ -65,7 +65,7 @@ def shifted(f: Factor, labels: Tensor, dropped: int) -> Factor:
 def one_by_one(call: RuleContext, f: Factor, dim: int) -> None:
     """An index along the minor dimension of a joint factor picks the same place in every row: columns must agree."""
     if len(f.nest) > 1 and dim == f.nest[-1]:
-        call.ties.same_columns(f)
+        call.constraints.same_columns(f)
 
 
 @rule("aten::select", "aten::select_copy")
@@ -78,7 +78,7 @@ def select(call: RuleContext) -> Labels:
             continue
         part = shifted(f, f.labels.select(dim, call["index"]), dim)
         unread = bool(call.uses) and not call.used(call.outputs[0])
-        if unread and call.ties.maker != "opaque":  # wanted for its shape: any index will do
+        if unread and call.constraints.maker != "opaque":  # wanted for its shape: any index will do
             result += [part] if part.nest else []
             continue
         one_by_one(call, f, dim)
@@ -106,10 +106,10 @@ def cut(call: RuleContext, f: Factor, dim: int, start: int, stop: int, step: int
     part = factor(f.labels[index], f.nest)
     if len(f.nest) > 1 and dim == f.nest[-1]:
         if step != 1 or part.nest[-1:] != f.nest[-1:]:  # or a single column, which every row has or none
-            call.ties.same_columns(f)
+            call.constraints.same_columns(f)
         elif start:  # it begins at one place for all rows: as many are kept before it in each
-            call.ties.keep_rows_equal(factor(f.labels.narrow(dim, 0, start), f.nest))
-        call.ties.keep_rows_equal(part)
+            call.constraints.keep_rows_equal(factor(f.labels.narrow(dim, 0, start), f.nest))
+        call.constraints.keep_rows_equal(part)
     return call.settle(part, "a slice of one channel")
 
 
@@ -124,7 +124,7 @@ def slice_(call: RuleContext) -> Labels:
     if call.shape(call.outputs[0]) == shape:
         return call.labels(call.first)
     labels = call.labels(call.first)
-    if call.outputs[0].id in call.ties.pinned:
+    if call.outputs[0].id in call.constraints.pinned:
         labels = call.freeze_dims(labels, [dim], "is written through a view of every so many entries")
     return tuple(g for f in labels for g in cut(call, f, dim, start, stop, step))
 
@@ -200,11 +200,11 @@ def by_running(call: RuleContext) -> Labels:
     result: list[Factor] = []
     for f in call.labels(call.first):
         if len(f.nest) > 1:
-            call.ties.same_columns(f)
+            call.constraints.same_columns(f)
         full = fill(f, call.shape(call.first), range(f.labels.dim()))
         moved_labels = call.op.func(full, *call.op.args[1:], **call.op.kwargs)
         g = factor(moved_labels)
-        call.ties.keep_rows_equal(g)
+        call.constraints.keep_rows_equal(g)
         if call.op.func._schema.name == "aten::pixel_shuffle":  # its factor stays: all that makes up a channel goes together
             result += call.collapse(g, [d for d in g.nest if d not in f.dims])
         else:
@@ -275,7 +275,7 @@ def col2im(call: RuleContext) -> Labels:
         if channels in f.dims:
             labels = labels.unflatten(channels, (-1, kernel))
             head = labels.narrow(channels + 1, 0, 1)
-            call.ties.tie(labels, head, broadcast=True)
+            call.constraints.tie(labels, head, broadcast=True)
             labels = head.squeeze(channels + 1)
         result += call.settle(factor(labels.unsqueeze(-1), f.nest), "is a window, the entries of which are summed")
     return tuple(result)
@@ -347,7 +347,7 @@ def original_order(r: Rewriter, node: fx.Node, name: str, size: int, which: int)
         )
         return indices.narrow(0, start, length)
     if name == "index_select":
-        data = r.capture.tape.values[r.result(argument(node, 2, "index")).id].data
+        data = r.capture.op_trace.values[r.result(argument(node, 2, "index")).id].data
         assert data is not None
         return data.cpu()
     groups = argument(node, 1, "groups")

@@ -63,7 +63,7 @@ def layer_norm(call: RuleContext) -> list[Labels]:
     normalised = range(len(shape) - len(call["normalized_shape"]), len(shape))
     for f in labels:
         if f.dims & set(normalised) and f.nest[-1] not in normalised:
-            call.ties.same_columns(f)
+            call.constraints.same_columns(f)
     for name in ("weight", "bias"):
         ref = call.get(name)
         if isinstance(ref, TensorRef):
@@ -83,11 +83,11 @@ def group_norm(call: RuleContext) -> list[Labels]:
         if 1 in f.dims:
             for g in call.collapse(f, [d for d in f.nest if d != 1]):
                 rows = g.labels.reshape(groups, -1)
-                call.ties.keep_rows_equal(factor(rows))
+                call.constraints.keep_rows_equal(factor(rows))
                 labels.append(g)
         else:  # per position: statistics run over it, entries stay where they are
             if len(f.nest) > 1 and f.nest[-1] < 2:
-                call.ties.same_columns(f)
+                call.constraints.same_columns(f)
             labels.append(f)
     merged = tuple(labels)
     for name in ("weight", "bias"):
@@ -105,7 +105,7 @@ def weight_norm(call: RuleContext) -> list[Labels]:
     v, g = call.inputs
     labels = unify(call, call.labels(v), call.shape(v), call.labels(g), call.shape(g))
     for f in labels:
-        call.ties.same_columns(f)
+        call.constraints.same_columns(f)
     return [labels] + [call.labels(g)] * (len(call.outputs) - 1)
 
 

@@ -62,7 +62,7 @@ def row_by_row(call: RuleContext, f: Factor, dims: Sequence[int]) -> Labels:
     if not rest:
         return NONE
     if f.nest[-1] not in rest:
-        return (call.ties.row_labels(f, rest),)
+        return (call.constraints.row_labels(f, rest),)
     return call.collapse(f, touched)
 
 
@@ -82,7 +82,7 @@ def reduce(call: RuleContext) -> list[Labels]:
     if spreads(call):
         for f in call.labels(x):
             if f.nest[-1] in dims and f.dims <= {f.nest[-1], *(d for d in range(ndim) if d not in dims)}:
-                call.ties.keep_two(f.rows())
+                call.constraints.keep_two(f.rows())
     result = tuple(drop(g, dims, keepdim) for f in call.labels(x) for g in row_by_row(call, f, dims))
     return [result] * len(call.outputs)
 
@@ -123,7 +123,7 @@ def normalise(call: RuleContext) -> Labels:
     dims = call.dims(call.get("dim", -1), len(call.shape(x)))
     for f in call.labels(x):
         if f.dims & set(dims) and f.nest[-1] not in dims and len(f.nest) > 1:
-            call.ties.same_columns(f)
+            call.constraints.same_columns(f)
     return call.labels(x)
 
 
@@ -147,9 +147,9 @@ def glu(call: RuleContext) -> Labels:
             result.append(f)
             continue
         if len(f.nest) > 1 and dim == f.nest[-1]:
-            call.ties.same_columns(f)
+            call.constraints.same_columns(f)
         a, b = f.labels.narrow(dim, 0, half), f.labels.narrow(dim, half, half)
-        call.ties.tie(a, b)
+        call.constraints.tie(a, b)
         result += call.settle(factor(a, f.nest))
     return tuple(result)
 

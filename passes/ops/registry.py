@@ -1,7 +1,7 @@
 """Rules: for each dispatcher op, the labels of its results from the labels of its arguments.
 
 A rule is a function of a `Call` that returns the labels of the result (a list of them for several results) and reports
-ties through `call.ties`. `@rule("aten::flip")` files it; `find(op)` answers which rule an op has. Ops that torch itself
+ties through `call.constraints`. `@rule("aten::flip")` files it; `find(op)` answers which rule an op has. Ops that torch itself
 tags as pointwise need no entry.
 """
 

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from fxprune.passes.rewrite.rewriter import Rewriter
 
 
-def sliding(tape: OpTrace) -> dict[int, int]:
+def sliding(op_trace: OpTrace) -> dict[int, int]:
     """The nodes that convolve with a kernel of more than one entry, and over how many dimensions they slide."""
     found = {}
-    for op in tape.ops:
+    for op in op_trace.ops:
         if name_of(op.func) == "aten::convolution":
-            kernel = tape.shape(op.args[1])[2:]
+            kernel = op_trace.shape(op.args[1])[2:]
             if set(kernel) != {1}:
                 found[op.node] = len(kernel)
     return found

@@ -27,25 +27,25 @@ def unify(call: RuleContext, a: Labels, a_shape: Sequence[int], b: Labels, b_sha
     """
     if not a and not b:
         return NONE
-    if not call.ties.standing:
+    if not call.constraints.standing:
         if len(a) == 1 == len(b) and len(a[0].nest) == 1 and a[0].nest == b[0].nest:  # (1), as it is nearly always
-            call.ties.join(a[0], b[0])
+            call.constraints.join(a[0], b[0])
             return a
         plain = lines(call, a, a_shape, b, b_shape)
         if plain is not None:
             return plain
     left, right = list(a), list(b)
-    if call.ties.standing:
+    if call.constraints.standing:
         left, right = beside_rows(call, left, right), beside_rows(call, right, left)
     result: list[Factor] = compose(call, left, right) + compose(call, right, left)
-    for patient in (not call.ties.seeking_heads, False):
+    for patient in (not call.constraints.seeking_heads, False):
         for f in list(left):
             twin = counterpart(f, [g for g in right if g.dims == f.dims])
             if twin is not None and not (patient and outbid(f, twin, left)):  # (1)
                 left.remove(f)
                 right.remove(twin)
                 match(call, f, twin)
-                result.append(twin if call.ties.stands(twin) else f)
+                result.append(twin if call.constraints.stands(twin) else f)
     taken = {d for f in result for d in f.dims}
     result += lone(call, left, right, taken, b_shape) + lone(call, right, left, taken, a_shape)
     for f in [f for f in left if any(f.dims & g.dims for g in right)]:  # (3)
@@ -54,11 +54,11 @@ def unify(call: RuleContext, a: Labels, a_shape: Sequence[int], b: Labels, b_sha
         shared = f.dims & g.dims
         if any(shared & h.dims for h in result):
             for each in (f, *partners):
-                call.ties.freeze(each.labels, kept_whole(call))
+                call.constraints.freeze(each.labels, kept_whole(call))
             continue
-        call.ties.tie(f.labels, g.labels, broadcast=True)
+        call.constraints.tie(f.labels, g.labels, broadcast=True)
         wider = f if len(f.nest) > len(g.nest) else g
-        apart = heads_alone(wider, wider.dims - shared) if call.ties.seeking_heads else None
+        apart = heads_alone(wider, wider.dims - shared) if call.constraints.seeking_heads else None
         if apart is not None:  # it still tells heads apart
             result.append(apart)
             continue
@@ -68,7 +68,7 @@ def unify(call: RuleContext, a: Labels, a_shape: Sequence[int], b: Labels, b_sha
         result.append(factor(narrow, g.nest))
         for other in partners:
             if other is not g:
-                call.ties.freeze(other.labels, kept_whole(call))
+                call.constraints.freeze(other.labels, kept_whole(call))
     return tuple(f for f in result if f.nest)
 
 
@@ -87,7 +87,7 @@ def lines(call: RuleContext, a: Labels, a_shape: Sequence[int], b: Labels, b_sha
         return None
     met = [f for nest, f in mine.items() if nest in theirs]
     for f in met:
-        call.ties.join(f, theirs[f.nest])
+        call.constraints.join(f, theirs[f.nest])
     return (*met, *left, *right)
 
 
@@ -124,8 +124,8 @@ def beside_rows(call: RuleContext, mine: list[Factor], theirs: list[Factor]) -> 
     left = []
     for f in mine:
         wide = next((g for g in theirs if f.dims < g.dims), None)
-        if wide is not None and call.ties.stands(f):
-            call.ties.stand(f.labels, wide.labels)
+        if wide is not None and call.constraints.stands(f):
+            call.constraints.stand(f.labels, wide.labels)
         else:
             left.append(f)
     return left
@@ -134,7 +134,7 @@ def beside_rows(call: RuleContext, mine: list[Factor], theirs: list[Factor]) -> 
 def main_partner(call: RuleContext, f: Factor, partners: list[Factor]) -> Factor:
     """The factor that a wider one is tied to: over its minor dimension, unless what varies there are copies, all alike."""
     minor = [g for g in partners if f.nest[-1] in g.dims]
-    owned = [g for g in partners if bool((g.labels < call.ties.first_fresh).any())]
+    owned = [g for g in partners if bool((g.labels < call.constraints.first_fresh).any())]
     return next((g for g in minor if g in owned), (owned or minor or partners)[0])
 
 
@@ -146,15 +146,15 @@ def lone(call: RuleContext, mine: list[Factor], theirs: list[Factor], taken: set
             continue
         minor = f.nest[-1]
         if shape[minor] > 1 or minor in taken:
-            call.ties.freeze(f.labels, kept_whole(call))
-        if shape[minor] == 1 or call.ties.seeking_heads:
+            call.constraints.freeze(f.labels, kept_whole(call))
+        if shape[minor] == 1 or call.constraints.seeking_heads:
             passed.append(f)
             rows = [d for d in f.nest[:-1] if shape[d] > 1]
-            if rows and not call.ties.seeking_heads:  # the other one has them all: each keeps something
-                labels = call.ties.fresh(math.prod(f.labels.shape[d] for d in rows))
+            if rows and not call.constraints.seeking_heads:  # the other one has them all: each keeps something
+                labels = call.constraints.fresh(math.prod(f.labels.shape[d] for d in rows))
                 labels = labels.reshape([n if d in rows else 1 for d, n in enumerate(f.labels.shape)])
-                call.ties.stand(labels, f.labels)
-                call.ties.freeze(labels, kept_whole(call))
+                call.constraints.stand(labels, f.labels)
+                call.constraints.freeze(labels, kept_whole(call))
     return passed
 
 
@@ -162,7 +162,7 @@ def kept_whole(call: RuleContext) -> str:
     """Why an operand's dimension stays: what the other one is, if it has no labels."""
     for ref in call.inputs:
         if not call.labels(ref) and any(n > 1 for n in call.shape(ref)):
-            if not call.tape.values[ref.id].from_input:
+            if not call.op_trace.values[ref.id].from_input:
                 return FROM_CONSTANT
             if made_of_inputs(call, ref):
                 return FROM_INPUT
@@ -179,7 +179,7 @@ def made_of_inputs(call: RuleContext, ref: TensorRef) -> bool:
         seen.add(current)
         if call.known.get(current):
             return False
-        op = call.tape.maker(current)
+        op = call.op_trace.maker(current)
         if op is not None:
             pending += [r.id for r in collect((op.args, op.kwargs), TensorRef)]
     return True
@@ -195,9 +195,9 @@ def compose(call: RuleContext, several: list[Factor], single: list[Factor]) -> l
         if len(parts) < 2 or not alone or len(g.nest) != 1:
             continue
         start = int(g.flat[0])
-        known = call.ties.leaf_starts.get(start)
+        known = call.constraints.leaf_starts.get(start)
         if known is not None and known[2] == len(g.flat):
-            call.ties.composed[start] = tuple(f.labels.reshape(-1) for f in parts)
+            call.constraints.composed[start] = tuple(f.labels.reshape(-1) for f in parts)
             single.remove(g)
             for f in parts:
                 several.remove(f)
@@ -228,6 +228,6 @@ def outbid(f: Factor, g: Factor, mine: list[Factor]) -> bool:
 
 def match(call: RuleContext, f: Factor, g: Factor) -> None:
     if f.nest != g.nest:
-        call.ties.same_columns(f)
-        call.ties.same_columns(g)
-    call.ties.tie(f.labels, g.labels)
+        call.constraints.same_columns(f)
+        call.constraints.same_columns(g)
+    call.constraints.tie(f.labels, g.labels)

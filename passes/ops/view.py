@@ -95,11 +95,11 @@ def reshape(
     order = [d for d in f.nest for run in active if d in run[0]]
     by_run = [d for left, _ in sorted(active, key=lambda run: f.nest.index(first(f, run[0]))) for d in left if d in f.dims]
     if order != by_run:  # the merged dimension would interleave rows that are packed one by one
-        call.ties.same_columns(f)
+        call.constraints.same_columns(f)
     labels = fill(f, before, [d for left, _ in active for d in left]).reshape(sizes)
     g = factor(labels, nest)
     if split:
-        call.ties.keep_rows_equal(g)
+        call.constraints.keep_rows_equal(g)
     return g
 
 

@@ -18,17 +18,17 @@ from fxprune.passes.rewrite.rewriter import Rewriter
 from fxprune.passes.rewrite.slicing import Room, cut
 
 
-def tensor_cuts(solution: Solution, kept: Tensor, cutter: Slicer | None = None) -> dict[str, list[TensorSlice]]:
+def tensor_cuts(solution: Solution, kept: Tensor, slicer: Slicer | None = None) -> dict[str, list[TensorSlice]]:
     """How each of the model's tensors is cut, by name; raises NotARectangle."""
-    cutter = cutter or Slicer(kept)
-    return {name: cutter(labels, solution.shapes[name]) for name, labels in solution.leaves.items()}
+    slicer = slicer or Slicer(kept)
+    return {name: slicer(labels, solution.shapes[name]) for name, labels in solution.leaves.items()}
 
 
 def rewrite_program(
     model: nn.Module,
     solution: Solution,
     kept: Tensor,
-    cutter: Slicer | None = None,
+    slicer: Slicer | None = None,
     *,
     made: Mapping[str, list[TensorSlice]] | None = None,
     values: Mapping[str, Tensor] | None = None,
@@ -39,15 +39,15 @@ def rewrite_program(
     Arguments: `made`, the cuts of the model's tensors, and `values`, these tensors by name, where they are known already;
     `waiver`, guards that need not hold everywhere.
     """
-    cutter = cutter or Slicer(kept)
-    made = tensor_cuts(solution, kept, cutter) if made is None else made
+    slicer = slicer or Slicer(kept)
+    made = tensor_cuts(solution, kept, slicer) if made is None else made
     constants: dict[str, Tensor] = {}
     values = dict(named_tensors(model)) if values is None else values
     device = next((t.device for t in values.values()), torch.device("cpu"))
     programs: dict[bool, fx.Graph | Program] = {}
     attributes: dict[str, dict[str, Any]] = {}
     for which in range(len(solution.captures)):
-        rewriter = Rewriter(solution, which, cutter, constants, device, waiver)
+        rewriter = Rewriter(solution, which, slicer, constants, device, waiver)
         graph, trained = rewriter.run()
         programs[bool(which)] = graph
         if trained is not None and len(solution.captures) == 1:

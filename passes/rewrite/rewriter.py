@@ -64,7 +64,7 @@ class Rewriter:
         self,
         solution: Solution,
         which: int,
-        cutter: Slicer,
+        slicer: Slicer,
         constants: dict[str, Tensor],
         device: torch.device,
         waiver: Waiver | None = None,
@@ -72,7 +72,7 @@ class Rewriter:
         self.capture: CapturedProgram = solution.captures[which]
         self.labels = solution.values[which]
         self.regions = solution.regions[which]
-        self.cutter = cutter
+        self.slicer = slicer
         self.unit, self.may_go = solution.unit.numpy(), solution.frozen < 0
         self.constants = constants
         self.device, self.waiver = device, waiver
@@ -88,7 +88,7 @@ class Rewriter:
         self.values: dict[fx.Node, Any] = {}
         self.owned: dict[str, dict[str, TensorRef]] = {}  # by module path: its own tensors
         self.inside: dict[str, list[str]] = {}  # by module path: those of the modules below it that own tensors
-        for i, v in enumerate(self.capture.tape.values):
+        for i, v in enumerate(self.capture.op_trace.values):
             if v.name is not None:
                 path, _, name = v.name.rpartition(".")
                 if path not in self.owned:
@@ -97,8 +97,10 @@ class Rewriter:
                         self.inside.setdefault(".".join(parts[:n]), []).append(path)
                 self.owned.setdefault(path, {})[name] = TensorRef(i)
         self.guarded = {g.node: g for g in self.capture.guards}
-        self.copying = {op.node for op in self.capture.tape.ops if name_of(op.func) in ("aten::clone", "aten::_unsafe_view")}
-        self.sliding = sliding(self.capture.tape)
+        self.copying = {
+            op.node for op in self.capture.op_trace.ops if name_of(op.func) in ("aten::clone", "aten::_unsafe_view")
+        }
+        self.sliding = sliding(self.capture.op_trace)
         self.symbolic: dict[fx.Node, bool] = {}
         self.changed: dict[fx.Node, bool] = {}
 
@@ -107,11 +109,11 @@ class Rewriter:
     def cuts(self, ref: TensorRef) -> list[TensorSlice]:
         made = self.made.get(ref.id)
         if made is None:
-            made = self.made[ref.id] = self.cutter(self.labels.get(ref.id, ()), self.capture.tape.shape(ref))
+            made = self.made[ref.id] = self.slicer(self.labels.get(ref.id, ()), self.capture.op_trace.shape(ref))
         return made
 
     def before(self, ref: TensorRef) -> tuple[int, ...]:
-        return self.capture.tape.shape(ref)
+        return self.capture.op_trace.shape(ref)
 
     def after(self, ref: TensorRef) -> tuple[int, ...]:
         return cut_shape(self.before(ref), self.cuts(ref))

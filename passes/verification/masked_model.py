@@ -54,7 +54,7 @@ class MaskedRun(Recorder):
         self.labels: dict[int, Labels] = {}
         self.zeroed: set[int] = set()  # the model's tensors, and views of them: zero where they are removed
         self.memory: set[int] = set()  # where the model's tensors lie
-        self.ties = Constraints(size=len(kept))
+        self.constraints = Constraints(size=len(kept))
         self.pairs: list[Any] = []  # ties of labels whose fate is open
         self.rows: list[Rows] = []
 
@@ -89,27 +89,29 @@ class MaskedRun(Recorder):
         labels = self.labels.get(ref.id)
         if not labels:
             return None
-        mask = lut(labels, self.tape.shape(ref), self.kept)
+        mask = lut(labels, self.op_trace.shape(ref), self.kept)
         return None if bool(mask.all()) else mask
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        before = len(self.tape.ops)
+        before = len(self.op_trace.ops)
         in_args, in_kwargs = map_tensors(args, self.ref), map_tensors(kwargs, self.ref)
         refs = collect((in_args, in_kwargs), TensorRef)
         function = masked_form(func._schema.name)
         if function is not None and any(map(self.removed_from, refs)):
-            shell = RuleContext(OpCall(func, in_args, in_kwargs, (), -1), self.tape, self.labels, self.ties, self.heads, set())
+            shell = RuleContext(
+                OpCall(func, in_args, in_kwargs, (), -1), self.op_trace, self.labels, self.constraints, self.heads, set()
+            )
             out = function(self, shell, args, kwargs)
             produced = super().__torch_dispatch__(lambda *a, **k: out, types, args, kwargs)
-            self.tape.ops[-1] = OpCall(func, in_args, in_kwargs, self.tape.ops[-1].outs, -1)
+            self.op_trace.ops[-1] = OpCall(func, in_args, in_kwargs, self.op_trace.ops[-1].outs, -1)
         else:
             produced = super().__torch_dispatch__(func, types, args, kwargs)
-        op = self.tape.ops[-1]
-        apply_rule(RuleContext(op, self.tape, self.labels, self.ties, self.heads, set()))
+        op = self.op_trace.ops[-1]
+        apply_rule(RuleContext(op, self.op_trace, self.labels, self.constraints, self.heads, set()))
         self.settle()
         self.note_zeros(op, args, kwargs)
-        del self.tape.ops[before:]
+        del self.op_trace.ops[before:]
         return produced
 
     def note_zeros(self, op: OpCall, args: Any, kwargs: Any) -> None:
@@ -140,25 +142,25 @@ class MaskedRun(Recorder):
 
     def settle(self) -> None:
         """New labels (of broadcast copies, padding, constants) share the fate of what they are tied to."""
-        if self.ties.size > len(self.kept):
-            start, grown = len(self.kept), self.ties.size - len(self.kept)
+        if self.constraints.size > len(self.kept):
+            start, grown = len(self.kept), self.constraints.size - len(self.kept)
             known = self.fates[start : start + grown] if self.fates is not None else torch.ones(grown, dtype=torch.bool)
             self.kept = torch.cat([self.kept, known])
             self.settled = torch.cat([self.settled, torch.full((grown,), self.fates is not None)])
-        for event in self.ties.frozen:  # what a rule keeps is kept, whatever it is tied to later
+        for event in self.constraints.frozen:  # what a rule keeps is kept, whatever it is tied to later
             self.settled[torch.from_numpy(row(event.labels))] = True
         settled = self.settled.numpy()
-        sides = [flat(pair) for pair in self.ties.pairs]
+        sides = [flat(pair) for pair in self.constraints.pairs]
         news = [(torch.from_numpy(a), torch.from_numpy(b)) for a, b in sides if not (settled[a].all() and settled[b].all())]
         self.pairs += news
-        self.rows += self.ties.rows
-        if news or self.ties.rows or self.ties.frozen:  # else nothing is said of what is open
+        self.rows += self.constraints.rows
+        if news or self.constraints.rows or self.constraints.frozen:  # else nothing is said of what is open
             while self.spread():
                 pass
             self.pairs = [(a, b) for a, b in self.pairs if not bool((self.settled[a] & self.settled[b]).all())]
             self.rows = [rows for rows in self.rows if not bool(self.settled[rows.labels].all())]
         for name in ("pairs", "frozen", "coarse", "equal", "product", "rows"):
-            getattr(self.ties, name).clear()
+            getattr(self.constraints, name).clear()
 
 
 class MaskedOriginal:

@@ -32,7 +32,7 @@ class OpaqueSite:
     given: tuple[Any, Any] | None = None
 
 
-def opaque_sites(solution: Solution, cutter: Slicer) -> list[OpaqueSite]:
+def opaque_sites(solution: Solution, slicer: Slicer) -> list[OpaqueSite]:
     """The calls of opaque modules that read, hold or return anything that is cut; from captures not used up yet."""
     capture = solution.captures[0]
     found: list[OpaqueSite] = []
@@ -41,22 +41,22 @@ def opaque_sites(solution: Solution, cutter: Slicer) -> list[OpaqueSite]:
         if node.op == "call_module" and path in capture.opaque and capture.only.get(node) is not True:
             ins = collect(fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: capture.results[n]), TensorRef)
             site = OpaqueSite(path, ins, collect(capture.results[node], TensorRef), capture.given.get(node))
-            if touched(solution, cutter, site):
+            if touched(solution, slicer, site):
                 found.append(site)
     return found
 
 
-def touched(solution: Solution, cutter: Slicer, site: OpaqueSite) -> bool:
-    capture, labels, values = solution.captures[0], solution.values[0], solution.captures[0].tape.values
+def touched(solution: Solution, slicer: Slicer, site: OpaqueSite) -> bool:
+    capture, labels, values = solution.captures[0], solution.values[0], solution.captures[0].op_trace.values
     own = [i for i, v in enumerate(values) if v.name is not None and inside(f"{capture.prefix}{v.name}", site.path)]
-    return any(cutter(labels.get(i, ()), values[i].shape) for i in [*own, *(r.id for r in (*site.ins, *site.outs))])
+    return any(slicer(labels.get(i, ()), values[i].shape) for i in [*own, *(r.id for r in (*site.ins, *site.outs))])
 
 
 def broken(
     model: nn.Module,
     pruned: nn.Module,
     solution: Solution,
-    cutter: Slicer,
+    slicer: Slicer,
     sites: Sequence[OpaqueSite],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -75,7 +75,7 @@ def broken(
         calls = given.get(site.path, [site.given])
         call = calls.pop(0) if calls else None
         if site.path not in found and call is not None:
-            wrong = compared(model, pruned, solution, cutter, site, *call, heads=heads, tolerance=tolerance)
+            wrong = compared(model, pruned, solution, slicer, site, *call, heads=heads, tolerance=tolerance)
             if wrong:
                 found[site.path] = f"belongs to a module that is not captured and {wrong}"
     return found
@@ -107,7 +107,7 @@ def compared(
     model: nn.Module,
     pruned: nn.Module,
     solution: Solution,
-    cutter: Slicer,
+    slicer: Slicer,
     site: OpaqueSite,
     args: Any,
     kwargs: Any,
@@ -124,12 +124,12 @@ def compared(
     tensors = collect((args, kwargs), Tensor)
     if len(site.ins) != len(tensors):
         return ""  # some of them are the model's own, which the program does not hand over
-    cut = {id(t): taken(t, labels.get(r.id, ()), cutter) for t, r in zip(tensors, site.ins, strict=True)}
+    cut = {id(t): taken(t, labels.get(r.id, ()), slicer) for t, r in zip(tensors, site.ins, strict=True)}
     few_args, few_kwargs = map_tensors((args, kwargs), lambda t: cut[id(t)].clone())
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         known = [labels.get(r.id, ()) for r in site.ins]
-        wanted = MaskedOriginal(module, own, cutter.kept, heads)(args, kwargs, known)
+        wanted = MaskedOriginal(module, own, slicer.kept, heads)(args, kwargs, known)
         torch.manual_seed(0)
         try:
             got = fetch(pruned, path)(*few_args, **few_kwargs)
@@ -138,13 +138,13 @@ def compared(
     expected, found = collect(wanted, Tensor), collect(got, Tensor)
     if not len(site.outs) == len(expected) == len(found):
         return "returns something else once it is cut"
-    least = [taken(t, labels.get(r.id, ()), cutter) for t, r in zip(expected, site.outs, strict=True)]
+    least = [taken(t, labels.get(r.id, ()), slicer) for t, r in zip(expected, site.outs, strict=True)]
     errors = [relative_error(a, b) for a, b in zip(least, found, strict=True)]
     return "" if max(errors, default=0.0) <= tolerance else "computes something else once it is cut"
 
 
-def taken(tensor: Tensor, labels: Labels, cutter: Slicer) -> Tensor:
+def taken(tensor: Tensor, labels: Labels, slicer: Slicer) -> Tensor:
     """What is kept of a tensor."""
-    for cut in cutter(labels, tensor.shape):
+    for cut in slicer(labels, tensor.shape):
         tensor = cut.take(tensor)
     return tensor
