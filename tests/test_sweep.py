@@ -1,9 +1,12 @@
 """`examples/benchmarks/sweep.py`: a worker answers whatever becomes of its jobs."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
+SUFFIXES = (".py", ".md", ".json", ".jsonl", ".svg")
 SCRIPT = """
 import argparse, os, signal, sys, time
 sys.path.insert(0, {folder!r})
@@ -63,3 +66,33 @@ def test_a_sweep_runs_what_its_file_lacks(script, tmp_path):
     rows = sweep.sweep(script, [{"what": "run"}, {"what": "raise"}], path, limit=120, workers=2)
     assert [(row["what"], row["status"]) for row in rows] == [("run", "from before"), ("raise", "failed")]
     assert sweep.read_rows(path) == rows
+
+
+@pytest.mark.usefixtures("benchmarks")
+@pytest.mark.parametrize(
+    ("text", "short"),
+    [
+        ("'/opt/venv/lib/python3.11/site-packages/timm/layers.py' is broken", "'timm/layers.py' is broken"),
+        ("no file /tmp/some where/weights.pt", "no file some where/weights.pt"),
+        ("[/home/user/net.py:12]", "[net.py:12]"),
+        ("see https://pytorch.org/docs/stable, 3/4 of a/b/c", "see https://pytorch.org/docs/stable, 3/4 of a/b/c"),
+    ],
+)
+def test_errors_name_no_folder_of_the_machine(text, short):
+    import sweep
+
+    assert sweep.one_line(ValueError(text)) == f"ValueError: {short}"
+
+
+def test_no_file_names_a_folder_of_a_machine():
+    root = Path(__file__).parents[1]
+    folders = ("docs", "examples", "fxprune", "passes", "tests")
+    files = [*root.glob("*.md"), *(p for folder in folders for p in (root / folder).rglob("*") if p.suffix in SUFFIXES)]
+    folder = re.compile(r"(?<![\w.])/(work|tmp|root|home)/\w+|/site-packages/\w+")
+    found = [
+        f"{path.name}:{number}"
+        for path in files
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if folder.search(line) and "/opt/venv" not in line and path != Path(__file__)
+    ]
+    assert len(files) > 100 and not found

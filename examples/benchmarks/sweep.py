@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import queue
+import re
 import resource
 import select
 import signal
@@ -196,9 +197,22 @@ def limit_memory(share: float = 0.6) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """The error's type and the first line of what it says."""
+    """The error's type and the first line of its message, without paths of this machine."""
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {first}"[:300]
+    return f"{type(error).__name__}: {shorten_paths(first)}"[:300]
+
+
+def shorten_paths(text: str) -> str:
+    """The text with every absolute path cut to what follows `site-packages`, or to the name of the file.
+
+    >>> shorten_paths("no x in '/opt/venv/lib/python3.11/site-packages/timm/layers.py', nor in /opt/venv/a.pt")
+    "no x in 'timm/layers.py', nor in a.pt"
+    """
+    return re.sub(
+        r"(?<![\w.:/*-])(?:/[\w.+@~-]+){2,}/?",
+        lambda path: re.split(r"/(?:site|dist)-packages/", path[0])[-1] if "-packages/" in path[0] else Path(path[0]).name,
+        text,
+    )
 
 
 def markdown_table(columns: Sequence[tuple[str, str, Callable[[Row], object]]], rows: Iterable[Row]) -> str:

@@ -76,7 +76,7 @@ def read(
         labels: dict[int, Labels] = {i: leaves[name] for i, name in script.named.items()}
         hidden = list(script.hidden)
         end = OpCall(None, (), {}, (), len(capture.index))
-        constraints.pinned = script.pinned
+        constraints.pinned, constraints.alike, constraints.read_before = script.pinned, {}, set()  # by number in this capture
         varying: set[int] = set()
         sized = False  # whether the node has sizes of the inputs among its arguments: what it makes of nothing varies with them
         for op in [*op_trace.ops, end]:
