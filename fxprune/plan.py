@@ -200,15 +200,15 @@ def cut_from(data: Mapping[str, Any], shape: tuple[int, ...]) -> TensorSlice:
 
 def kept_by(plan: Plan, solution: Solution) -> Tensor:
     """Which labels a plan keeps; raises PruneError where it does not fit the model's coupling."""
-    unit = solution.unit.numpy()
+    unit = solution.unit_of.numpy()
     occurs, stays = np.zeros(len(unit), bool), np.zeros(len(unit), bool)  # a class that is left in any tensor stays
     for name, labels in solution.leaves.items():
         shape = solution.shapes.get(name, plan.shapes.get(name, ()))
         for f in labels:
-            occurs[unit[f.brief]] = True
+            occurs[unit[f.compressed]] = True
             cut = next((c for c in plan.keep.get(name, ()) if f.dims <= set(c.dims)), None)
             if cut is None:
-                stays[unit[f.brief]] = True
+                stays[unit[f.compressed]] = True
                 continue
             mask = torch.zeros([shape[d] for d in cut.dims], dtype=torch.bool)
             mask.view(-1)[cut.keep] = True

@@ -189,7 +189,7 @@ def test_rows_that_meet_every_row_of_another_tensor_stay():
 
 def test_a_factor_lets_go_of_the_array_it_was_cut_from():
     made = factor(torch.arange(8).expand(1000, 8).contiguous())
-    assert made.nest == (1,) and made.labels.untyped_storage().nbytes() == 8 * made.labels.element_size()
+    assert made.major_to_minor == (1,) and made.labels.untyped_storage().nbytes() == 8 * made.labels.element_size()
 
 
 def test_class_tokens_are_no_heads():
@@ -207,7 +207,7 @@ def test_heads_beside_a_class_token(shared):
     own = torch.arange(1, 9).reshape(2, 1, 4)
     patches = torch.arange(9, 13).expand(2, 4, 4) if shared else (own + 8).expand(2, 4, 4)
     found = heads_alone(Factor(torch.cat([own, patches], 1), (1, 0, 2)), {0, 1})
-    assert found.nest == (0, 2) and torch.equal(found.labels, own)
+    assert found.major_to_minor == (0, 2) and torch.equal(found.labels, own)
 
 
 def test_an_index_passes_what_it_does_not_touch():

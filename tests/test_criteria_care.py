@@ -388,7 +388,7 @@ def test_repeated_rows_of_labels_are_scored_as_if_each_were_looked_at(criterion,
     model(x)
     model.eval()
     found = analyse(model, (x,), {}, CouplingOptions())
-    assert any(f.times > 1 for labels in found.leaves.values() for f in labels)
+    assert any(f.repeats > 1 for labels in found.leaves.values() for f in labels)
     given = (model, x, criterion, [(x, torch.arange(5) % 4)], F.cross_entropy)
     briefly = scores(*given)
     monkeypatch.setattr(Factor, "runs", lambda f: (f.flat, 1))

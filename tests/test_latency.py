@@ -119,7 +119,7 @@ def test_every_product_is_timed_and_everything_else_goes_by_size():
     solution = analyse(model, (x,), {}, CouplingOptions())
     costs = Costs(solution, dict(model.named_parameters()))
     free = [f for f in families(solution, set(dict(model.named_parameters()))) if f.frozen is None]
-    score = np.arange(len(solution.unit), dtype=float)
+    score = np.arange(len(solution.unit_of), dtype=float)
     ladders = [ladder(Pool([(i, f.units)], 1.0), score, [1] * len(free), 1, 0.0) for i, f in enumerate(free)]
     clock = lambda run: counting_clock([run], None)[0][0]  # noqa: E731
     products = 2 * macs(model, x) * SECONDS
@@ -300,7 +300,7 @@ def test_what_is_near_the_budget_is_timed_until_it_can_be_told(amount, patience,
     coupled = lambda: analyse(model, (x,), {}, CouplingOptions())  # noqa: E731
     trial = latency.LatencyProbe(model, (x,), {}, coupled, noisy_clock(0, 0.1))
     solution = coupled()
-    whole = trial.prune(torch.ones(len(solution.unit), dtype=torch.bool), solution.unit)
+    whole = trial.prune(torch.ones(len(solution.unit_of), dtype=torch.bool), solution.unit_of)
     [found] = trial.measure([whole], Budget("latency", amount))
     if runs is None:
         assert found.runs > 40 and found.error <= PRECISE

@@ -147,7 +147,7 @@ def test_group_lasso_of_any_graph(name):
     model, x = GRAPHS[name].make()
     pruner = fxprune.Pruner(model, 0.5, example_inputs=x, regularizer=GroupLasso(strength=0.3))
     course = pruner._course
-    unit = course.unit
+    unit = course.unit_of
     total = 0
     for family in course.free:
         for one in family.units.tolist():

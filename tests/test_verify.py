@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.passes.ir.labels import along, filled
+from fxprune.passes.ir.labels import along, fill_removed
 from fxprune.passes.ops import masking
 from fxprune.passes.verification.masked_model import MaskedOriginal
 
@@ -18,13 +18,13 @@ def test_what_is_removed_is_zero_whatever_it_was() -> None:
     """Also where it is infinite or not a number; what stays is the same bit for bit."""
     given = torch.tensor([[1.0, math.inf, -2.0], [math.nan, 3.0, math.inf]])
     table = torch.tensor([True, True, False, True, True])
-    got = filled(given, (along(torch.tensor([1, 2, 3]), 1, 2), along(torch.tensor([3, 4]), 0, 2)), table, 0.0)
+    got = fill_removed(given, (along(torch.tensor([1, 2, 3]), 1, 2), along(torch.tensor([3, 4]), 0, 2)), table, 0.0)
     torch.testing.assert_close(got, torch.tensor([[1.0, 0.0, -2.0], [math.nan, 0.0, math.inf]]), rtol=0, atol=0, equal_nan=True)
 
 
 def test_nothing_is_copied_where_nothing_is_removed() -> None:
     given = torch.ones(2, 3)
-    assert filled(given, (along(torch.tensor([1, 2, 3]), 1, 2),), torch.ones(4, dtype=torch.bool), 0.0) is given
+    assert fill_removed(given, (along(torch.tensor([1, 2, 3]), 1, 2),), torch.ones(4, dtype=torch.bool), 0.0) is given
 
 
 class WritesItsWeight(nn.Module):
@@ -86,7 +86,7 @@ def test_weights_are_masked_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return copies[name]
 
     def noted(tensor: Tensor, *rest: Any) -> Tensor:
-        out = filled(tensor, *rest)
+        out = fill_removed(tensor, *rest)
         if out is not tensor:
             filled_later.append(tensor)
         return out

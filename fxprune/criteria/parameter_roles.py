@@ -113,7 +113,7 @@ class Origins:
         if dim is None:
             return None
         for f in self.known.get(product.weight.id, NONE):
-            if f.nest[-1] != dim or bool((f.labels >= self.size).any()):
+            if f.major_to_minor[-1] != dim or bool((f.labels >= self.size).any()):
                 continue
             n = shape[dim]
             index = torch.arange(n).reshape([n if d == dim else 1 for d in range(len(shape))])
@@ -146,7 +146,7 @@ def roles(captures: Sequence[CapturedProgram]) -> Roles:
     owner = {}
     for name, labels in leaves.items():
         for f in labels:
-            owner.update(dict.fromkeys((int(f.flat[0]), int(f.flat[-1])), (name, f.nest[-1])))
+            owner.update(dict.fromkeys((int(f.flat[0]), int(f.flat[-1])), (name, f.major_to_minor[-1])))
     starts = sorted(owner)
     found = Roles(set(), set())
     for capture in captures:

@@ -27,7 +27,7 @@ class Scorer:
     Attributes:
         parameters: the model's parameters by name, on any device.
         leaves: their labels.
-        unit: the class of each label, shape (labels,).
+        unit_of: the unit of each label, shape (labels,).
         criterion: the importance of each element of a parameter.
         families: those that may lose units; what belongs to none of them is not looked at. All count if there are none.
         counts: whether a parameter counts along one of its factors.
@@ -35,7 +35,7 @@ class Scorer:
 
     parameters: Mapping[str, Tensor]
     leaves: Mapping[str, Labels]
-    unit: np.ndarray
+    unit_of: np.ndarray
     criterion: Criterion
     families: Sequence[Family] = ()
     counts: Places | None = None
@@ -45,9 +45,9 @@ class Scorer:
 
     def __post_init__(self) -> None:
         check_options(self.criterion)
-        self.seen = np.zeros(len(self.unit), bool)
+        self.seen = np.zeros(len(self.unit_of), bool)
         if self.families:
-            self.free = np.zeros(len(self.unit), bool)
+            self.free = np.zeros(len(self.unit_of), bool)
             self.free[np.concatenate([f.units for f in self.families])] = True
 
     def __call__(self, evidence: Mapping[str, Tensor] | None = None) -> np.ndarray:
@@ -58,7 +58,7 @@ class Scorer:
         Arguments:
             evidence: what the criterion `needs`, by name of parameter and broadcastable to it; others do not count.
         """
-        size = len(self.unit)
+        size = len(self.unit_of)
         if hasattr(self.criterion, "units"):
             self.seen[:] = True
             return np.asarray(self.criterion.units(size), np.float64)
@@ -74,7 +74,7 @@ class Scorer:
         labels = self.leaves.get(name, ())
         if self.counts is not None:
             labels = tuple(f for f in labels if self.counts(name, f))
-        spans = [(f, f.among(self.unit)) for f in labels]
+        spans = [(f, f.lookup(self.unit_of)) for f in labels]
         return spans if self.free is None else [(f, span) for f, span in spans if self.free[span].any()]
 
     def rows(self, evidence: Mapping[str, Tensor] | None) -> tuple[np.ndarray, np.ndarray, list[int]]:
@@ -94,14 +94,14 @@ class Scorer:
                 if name in known:
                     scored = [added_up(known[name], f.dims) for f, _ in places]
                 else:
-                    scored = self.scored(name, weight, given, [f.nest for f, _ in places])
+                    scored = self.scored(name, weight, given, [f.major_to_minor for f, _ in places])
                 for (f, span), part in zip(places, scored, strict=True):
                     if part is None:
                         continue
                     flat = part.reshape(-1)
-                    if f.times > 1:
-                        major = torch.as_tensor(part).movedim(f.nest[0], 0)
-                        flat = major.reshape(len(major) // f.times, f.times, -1).sum(1).reshape(-1)
+                    if f.repeats > 1:
+                        major = torch.as_tensor(part).movedim(f.major_to_minor[0], 0)
+                        flat = major.reshape(len(major) // f.repeats, f.repeats, -1).sum(1).reshape(-1)
                     elif len(span) != len(flat):
                         span = np.broadcast_to(span.reshape(f.labels.shape), tuple(part.shape)).reshape(-1)
                     classes.append(span)
@@ -252,7 +252,7 @@ def score(parameters: Mapping[str, Tensor], leaves: Mapping[str, Labels], unit: 
     Arguments:
         parameters: the model's parameters by name, on any device.
         leaves: their labels.
-        unit: the class of each label, shape (labels,).
+        unit_of: the unit of each label, shape (labels,).
         criterion: a name or a callable.
 
     Returns: float64 scores indexed by class, shape (labels,); 0 for what no parameter belongs to.

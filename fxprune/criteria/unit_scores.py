@@ -38,14 +38,14 @@ def unit_scores(
     found = None if places == "all" else roles(solution.captures)
     counts: Places | None = None
     if found is not None and places == "reads":
-        counts = lambda name, f: (name, f.nest[-1]) in found.reads  # noqa: E731
+        counts = lambda name, f: (name, f.major_to_minor[-1]) in found.reads  # noqa: E731
     elif found is not None:
         counts = lambda name, f: name in found.scales  # noqa: E731
-    scorer = Scorer(parameters, solution.leaves, solution.unit.numpy(), criterion, families, counts)
+    scorer = Scorer(parameters, solution.leaves, solution.unit_of.numpy(), criterion, families, counts)
     # what nothing reads by a product is scored by all its places
-    other = Scorer(parameters, solution.leaves, scorer.unit, criterion, families) if places == "reads" else None
+    other = Scorer(parameters, solution.leaves, scorer.unit_of, criterion, families) if places == "reads" else None
 
-    seen = np.zeros(len(scorer.unit), bool)
+    seen = np.zeros(len(scorer.unit_of), bool)
 
     def scores(evidence: Mapping[str, Tensor] | None) -> np.ndarray:
         total = scorer(evidence)

@@ -75,14 +75,14 @@ def muted(model: nn.Module, solution: Solution, kept: Tensor) -> nn.Module:
     read = torch.zeros(len(kept), dtype=torch.bool)
     for name, labels in solution.leaves.items():
         for f in labels:
-            if (name, f.nest[-1]) in reads:
-                read[solution.unit[f.labels]] = True
-    others = kept | read[solution.unit]
+            if (name, f.major_to_minor[-1]) in reads:
+                read[solution.unit_of[f.labels]] = True
+    others = kept | read[solution.unit_of]
     masks: dict[str, Tensor] = {}
     for name, labels in solution.leaves.items():
         masks[name] = torch.ones((), dtype=torch.bool)
         for f in labels:
-            masks[name] = masks[name] & (kept if (name, f.nest[-1]) in reads else others)[f.labels]
+            masks[name] = masks[name] & (kept if (name, f.major_to_minor[-1]) in reads else others)[f.labels]
     return zeroed(model, masks)
 
 
@@ -169,7 +169,7 @@ def prune_zeros(
     )
     if not free:
         raise none
-    scorer = Scorer(parameters, solution.leaves, solution.unit.numpy(), Nonzero(), free)
+    scorer = Scorer(parameters, solution.leaves, solution.unit_of.numpy(), Nonzero(), free)
     count = scorer()
     zero = torch.zeros(len(count), dtype=torch.bool).numpy()
     for family in free:

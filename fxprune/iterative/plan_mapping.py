@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.labels import Factor, Labels, squash, varying
+from fxprune.passes.ir.labels import Factor, Labels, compress, varying
 from fxprune.passes.ir.module_tree import copy_tree, fetch, named_tensors, walk
 from fxprune.passes.ir.slices import TensorSlice, apply_slices
 from fxprune.plan import Plan
@@ -41,8 +41,8 @@ def narrow_labels(labels: Labels, cuts: Sequence[TensorSlice], shape: Sequence[i
         mine = [c for c in cuts if f.dims & set(c.dims)]
         along = {d for c in mine for d in c.dims}
         array = apply_slices(mine, f.labels.expand([n if d in along else f.labels.shape[d] for d, n in enumerate(shape)]))
-        nest = f.nest + tuple(d for d in varying(array) if d not in f.nest)
-        made.append(Factor(squash(array, nest), nest))
+        nest = f.major_to_minor + tuple(d for d in varying(array) if d not in f.major_to_minor)
+        made.append(Factor(compress(array, nest), nest))
     return tuple(made)
 
 

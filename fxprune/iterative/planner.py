@@ -73,7 +73,7 @@ class Planner:
     ) -> None:
         self.model, self.solution, self.options = model, solution, options
         self.args, self.kwargs = args, kwargs
-        self.unit = solution.unit.numpy()
+        self.unit_of = solution.unit_of.numpy()
         self.free = free_families(model, solution, options)
         if asked(find(options.criterion))[0] == "scales":  # families without a scale have no score, and stay
             scales = roles(solution.captures).scales
@@ -91,7 +91,7 @@ class Planner:
 
     def check(self) -> None:
         """Raise PruneError where the last step would fail, or none would remove anything, whatever the scores."""
-        score = np.zeros(len(self.unit))
+        score = np.zeros(len(self.unit_of))
         budget = self.options.budget
         if budget is not None:
             limit = budget.limit(self.original)
@@ -99,7 +99,7 @@ class Planner:
             kept, slicer = rivalry.settle(rivalry.everything())
             if self.trial is not None:
                 with self.trial.quiet():
-                    [found] = self.trial.measure([self.trial.prune(kept, self.solution.unit)], budget)
+                    [found] = self.trial.measure([self.trial.prune(kept, self.solution.unit_of)], budget)
                 if used(budget, found) > 1:
                     raise too_slow(budget, found)
             elif (least := self.costs.of(slicer, budget.kind)) > limit:
@@ -134,10 +134,10 @@ class Planner:
             if options.budget is None:
                 kept, _ = rivalry.settle(rivalry.by_ratio())
             else:
-                size = len(self.unit)
+                size = len(self.unit_of)
                 kept, _ = met(options.budget, rivalry.ladders, rivalry.sequence(), self.costs, rivalry.settle, size)
         removed = np.zeros_like(gone)
-        removed[self.unit[~kept.numpy()]] = True
+        removed[self.unit_of[~kept.numpy()]] = True
         return Choice(gone, removed, score, lambda more, held: self.settle(more, score, held))
 
     def settle(self, removed: np.ndarray, score: np.ndarray, held: np.ndarray) -> tuple[Tensor, Slicer]:
@@ -186,6 +186,6 @@ class Planner:
         """Families that one constraint ties together, each also as a user reads it."""
         tensors = dict(named_tensors(self.model))
         shown = [coupled_family(f, n) for f, n in zip(self.free, elements(self.solution, self.free, tensors), strict=True)]
-        made = make_pools([f.units for f in self.free], [1.0] * len(self.free), self.solution.equal, len(self.unit))
+        made = make_pools([f.units for f in self.free], [1.0] * len(self.free), self.solution.equal, len(self.unit_of))
         groups = [dict.fromkeys(family for family, _ in pool.cells) for pool in made]
         return [[(self.free[i], shown[i]) for i in group] for group in groups]

@@ -112,7 +112,7 @@ class Pruner:
         timed = options.budget is not None and options.budget.kind == "latency"
         trial = LatencyProbe(model, args, kwargs, coupled) if timed else None
         self._course = Planner(model, solution, options, args, kwargs, trial)
-        self._gone = np.zeros(len(solution.unit), bool)
+        self._gone = np.zeros(len(solution.unit_of), bool)
         self._choice = self._course.settle(self._gone, np.zeros(len(self._gone)), self._gone)
         self.plan = self._planned(self._choice)
         self._view = View(self.plan)
@@ -189,7 +189,7 @@ class Pruner:
         # nothing can fail from here on
         self.model, self._view, self.plan, self._choice = made, view, plan, choice
         self._gone = np.zeros_like(removed)
-        self._gone[self._course.unit[now]] = True
+        self._gone[self._course.unit_of[now]] = True
         self.history += step
         self._spans, self._marked, self._calls = None, None, 0
         return made

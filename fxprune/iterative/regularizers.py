@@ -189,7 +189,7 @@ class Spans:
             for f in leaves.get(name, ()):
                 index = torch.from_numpy(number[unit[f.flat]]).reshape(f.labels.shape)
                 if counts(name, f) and bool((index < len(self.classes)).any()):
-                    rest = tuple(d for d in range(f.labels.dim()) if d not in f.nest)
+                    rest = tuple(d for d in range(f.labels.dim()) if d not in f.major_to_minor)
                     self.rows.append((name, rest, index))
 
     def add(self, parameters: Mapping[str, Tensor], of: Regularizer, marked: np.ndarray | None, calls: int) -> None:
@@ -231,7 +231,7 @@ def spans_of(solution: Solution, free: Sequence[Family], gone: np.ndarray, plan:
     scales = getattr(of, "places", "all") == "scales"
     named = roles(solution.captures).scales if scales else set(leaves)
     alive = [f.units[~gone[f.units]] for f in free]
-    spans = Spans(list(leaves), leaves, solution.unit.numpy(), alive, lambda name, f: name in named)
+    spans = Spans(list(leaves), leaves, solution.unit_of.numpy(), alive, lambda name, f: name in named)
     if not spans.rows:
         what = "the regularizer pulls at nothing in this model: no parameter scales a normalised activation"
         raise PruneError(what, fix="regularizer='group_lasso'")

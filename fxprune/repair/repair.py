@@ -198,7 +198,7 @@ def programs(
         args, kwargs = batches[0].args, batches[0].kwargs
     solution = analyse(model, args, kwargs, plan.coupling_options)
     prefix = solution.captures[0].prefix
-    original = rewrite_program(model, solution, torch.ones(len(solution.unit), dtype=torch.bool))
+    original = rewrite_program(model, solution, torch.ones(len(solution.unit_of), dtype=torch.bool))
     made = copy.deepcopy(pruned)
     if isinstance(made, fx.GraphModule):
         return made, made.eval(), original.eval(), prefix

@@ -34,7 +34,7 @@ def coupling_graph(solution: Solution, found: Sequence[Family]) -> nx.Graph:
     for (tensor, dim, family), count in zip(nodes, counts):
         kept = found[family]
         result.add_node((tensor, dim, family), tensor=tensor, dim=dim, family=kept.name, frozen=kept.frozen, indices=count)
-    edges = joined(solution.pairs, len(solution.unit), labels, parts)
+    edges = joined(solution.pairs, len(solution.unit_of), labels, parts)
     result.add_edges_from((nodes[a], nodes[b]) for a, b in edges.tolist())
     return result
 
@@ -51,7 +51,7 @@ def parts_of(solution: Solution, found: Sequence[Family]) -> tuple[list[Node], l
             families = member[rows]
             for family in np.unique(families[families >= 0]).tolist():
                 inside = families == family
-                part = nodes.setdefault((name, f.nest[-1], family), len(nodes))
+                part = nodes.setdefault((name, f.major_to_minor[-1], family), len(nodes))
                 if part == len(counts):
                     counts.append(0)
                 counts[part] = max(counts[part], int(inside.sum(-1).max()))

@@ -154,7 +154,7 @@ def sensitivity(
     free, score = prepared(model, solution, options)
     spans = never_emptied(solution)
     pools = [make_pools([f.units for f in free], [r] * len(free), solution.equal, len(score)) for r in shares]
-    whole = value(model, fresh(), torch.ones(len(solution.unit), dtype=torch.bool), evaluate)
+    whole = value(model, fresh(), torch.ones(len(solution.unit_of), dtype=torch.bool), evaluate)
     curves = []
     for at, pool in enumerate(tqdm(pools[0], desc="sensitivity", unit="family", disable=None, leave=False)):
         removed, values = [], []

@@ -23,10 +23,10 @@ Shares = tuple[float, dict[int, float]]
 
 def family_of_labels(solution: Solution, found: Sequence[Family]) -> np.ndarray:
     """For each label the position in `found` of its family, -1 if it has none; shape (labels,)."""
-    of_unit = np.full(len(solution.unit), -1, np.int64)
+    of_unit = np.full(len(solution.unit_of), -1, np.int64)
     for i, family in enumerate(found):
         of_unit[family.units] = i
-    return of_unit[solution.unit.numpy()]
+    return of_unit[solution.unit_of.numpy()]
 
 
 def elements(
@@ -92,7 +92,7 @@ class Costs:
 
     def original(self, kind: str) -> int:
         """The cost with nothing removed."""
-        return self.of(Slicer(torch.ones(len(self.solution.unit), dtype=torch.bool)), kind)
+        return self.of(Slicer(torch.ones(len(self.solution.unit_of), dtype=torch.bool)), kind)
 
     def of(self, slicer: Slicer, kind: str) -> int:
         """The `params`, `macs` or `memory` (bytes of parameters and buffers) that are left."""

@@ -93,13 +93,13 @@ def owners(free: Sequence[Family], solution: Solution) -> list[set[str]]:
 
 def emitters(solution: Solution) -> dict[int, set[str]]:
     """For each class, the modules in whose results it occurs; one that only reads it is not among them."""
-    unit = solution.unit.numpy()
+    unit = solution.unit_of.numpy()
     found: dict[int, set[str]] = {}
     for capture, values in zip(solution.captures, solution.values, strict=True):
         for node, result in capture.results.items():
             if node.op == "call_module":
                 for f in (f for ref in collect(result, TensorRef) for f in values.get(ref.id, ())):
-                    for c in np.unique(unit[f.brief]).tolist():
+                    for c in np.unique(unit[f.compressed]).tolist():
                         found.setdefault(c, set()).add(str(node.target).removeprefix(capture.prefix))
     return found
 

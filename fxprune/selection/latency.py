@@ -143,7 +143,7 @@ class LatencyProbe:
     def prune(self, kept: Tensor, unit: Tensor) -> nn.Module:
         """What a choice leaves of the model: the labels that stay, of those whose classes are `unit`."""
         solution = self.coupled()
-        assert torch.equal(solution.unit, unit), "a model is coupled in the same way each time"
+        assert torch.equal(solution.unit_of, unit), "a model is coupled in the same way each time"
         return rewrite_program(self.model, solution, kept).eval()
 
     def measure(self, models: Sequence[nn.Module], budget: Budget) -> list[Latency]:

@@ -88,7 +88,7 @@ class LatencyModel:
     def reached(self) -> list[list[int]]:
         """For each ladder the calls whose arguments or results it shortens."""
         solution = self.costs.solution
-        unit = solution.unit.numpy()
+        unit = solution.unit_of.numpy()
         owner = np.full(len(unit), -1, np.int64)
         for i, ladder in enumerate(self.ladders):
             for _, units in ladder.pool.cells:
@@ -109,7 +109,7 @@ class LatencyModel:
 
     def row(self, ladder: Ladder, rung: int, calls: Sequence[int]) -> np.ndarray:
         """The factor of every call with one ladder at a rung, of those that it reaches."""
-        unit = self.costs.solution.unit.numpy()
+        unit = self.costs.solution.unit_of.numpy()
         gone = np.zeros(len(unit), bool)
         gone[ladder.gone(rung)] = True
         slicer = Slicer(torch.from_numpy(~gone[unit]))

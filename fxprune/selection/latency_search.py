@@ -57,7 +57,7 @@ def timely(
 
     Raises: PruneError where the budget is above the original or below the least that was measured.
     """
-    size = len(costs.solution.unit)
+    size = len(costs.solution.unit_of)
     total = trial.original_seconds()
     share = budget.limit(total) / total
     settled: dict[int, tuple[Tensor, Slicer]] = {}
@@ -68,7 +68,7 @@ def timely(
             del pruned[steps]
         for steps in [steps for steps in proposals if steps not in pruned]:
             settled[steps] = settle(removed(ladders, climbed(ladders, sequence[:steps]), size))
-            pruned[steps] = trial.prune(settled[steps][0], costs.solution.unit)
+            pruned[steps] = trial.prune(settled[steps][0], costs.solution.unit_of)
         return trial.measure([pruned[steps] for steps in proposals], budget)
 
     if share >= 1:

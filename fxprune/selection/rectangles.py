@@ -27,7 +27,7 @@ def settle_removals(
 
     Classes that are `held` stay removed: an earlier choice of this kind, to which this one adds.
     """
-    unit = solution.unit.numpy()
+    unit = solution.unit_of.numpy()
     if held is not None:
         removed = removed | held
     for some in portions(spans, PORTION):
@@ -82,7 +82,7 @@ def even_rows(solution: Solution, removed: np.ndarray, score: np.ndarray) -> Non
 
 def never_emptied(solution: Solution) -> list[np.ndarray]:
     """The classes of every distinct array of labels: each must keep at least one entry."""
-    unit = solution.unit.numpy()
+    unit = solution.unit_of.numpy()
     seen: set[int] = set()
     found = list(solution.lines)
     for values in solution.values:
@@ -90,7 +90,7 @@ def never_emptied(solution: Solution) -> list[np.ndarray]:
             for f in labels:
                 if id(f.base) not in seen:
                     seen.add(id(f.base))
-                    found.append(f.among(unit))
+                    found.append(f.lookup(unit))
     return found
 
 
@@ -102,5 +102,5 @@ def activations_are_rectangles(solution: Solution, slicer: Slicer) -> None:
                 continue
             for ref in collect(result, TensorRef):
                 labels = values.get(ref.id, ())
-                if any(len(f.nest) > 1 for f in labels) or len({f.nest for f in labels}) < len(labels):
+                if any(len(f.major_to_minor) > 1 for f in labels) or len({f.major_to_minor for f in labels}) < len(labels):
                     slicer(labels, capture.op_trace.shape(ref))

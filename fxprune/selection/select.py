@@ -49,7 +49,7 @@ def selected(
     rivalry = Rivalry(free, score, solution, options)
     if options.budget is None:
         return rivalry.settle(rivalry.by_ratio())
-    return met(options.budget, rivalry.ladders, rivalry.sequence(), costs, rivalry.settle, len(solution.unit))
+    return met(options.budget, rivalry.ladders, rivalry.sequence(), costs, rivalry.settle, len(solution.unit_of))
 
 
 def in_time(

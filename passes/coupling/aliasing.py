@@ -30,7 +30,7 @@ def read_apart(call: RuleContext) -> dict[int, Labels]:
         base = call.constraints.alike.get(ref.id)
         if base is None or base in written or ref.id in shared:
             continue
-        if base in call.constraints.read_before and all(len(f.nest) == 1 for f in call.labels(ref)):
+        if base in call.constraints.read_before and all(len(f.major_to_minor) == 1 for f in call.labels(ref)):
             shared[ref.id] = call.labels(ref)
             call.known[ref.id] = tuple(apart(call, f) for f in call.labels(ref))
         call.constraints.read_before.add(base)
@@ -39,7 +39,7 @@ def read_apart(call: RuleContext) -> dict[int, Labels]:
 
 def apart(call: RuleContext, f: Factor) -> Factor:
     """New labels that keep as many entries as those of a factor."""
-    made = Factor(call.constraints.fresh(f.labels.numel()).reshape(f.labels.shape), f.nest)
+    made = Factor(call.constraints.fresh(f.labels.numel()).reshape(f.labels.shape), f.major_to_minor)
     call.constraints.keep_rows_equal(Factor(torch.stack([f.labels.flatten(), made.labels.flatten()]), (0, 1)))
     return made
 

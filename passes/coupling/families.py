@@ -36,13 +36,13 @@ def families(solution: Solution, parameters: set[str]) -> list[Family]:
 
     What only buffers and constants carry is left out, and so are the spatial dimensions of kernels.
     """
-    unit = solution.unit.numpy()
+    unit = solution.unit_of.numpy()
     places: list[tuple[str, int]] = []
     spans: list[np.ndarray] = []
     for name, labels in solution.leaves.items():
         for f in labels:
-            places.append((name, f.nest[-1]))
-            spans.append(f.among(unit))
+            places.append((name, f.major_to_minor[-1]))
+            spans.append(f.lookup(unit))
     if not places:
         return []
     # units with equal signatures (a sum of random numbers, one for each place) live in the same places

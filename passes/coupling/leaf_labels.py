@@ -81,7 +81,7 @@ def composed(leaves: dict[str, Labels], constraints: Constraints) -> dict[str, L
     for start, vectors in constraints.composed.items():
         name, dim, _ = constraints.leaf_starts[start]
         ndim = next(f.labels.dim() for f in leaves[name])
-        others = tuple(f for f in changed[name] if f.nest != (dim,))
+        others = tuple(f for f in changed[name] if f.major_to_minor != (dim,))
         changed[name] = others + tuple(along(v, dim, ndim) for v in vectors)
     return changed
 
@@ -98,10 +98,10 @@ def by_head(leaves: dict[str, Labels], constraints: Constraints) -> dict[str, La
     table = torch.from_numpy(lines)
 
     def renamed(f: Factor) -> Factor:
-        if len(f.nest) > 1:
-            return factor(table[f.labels], f.nest)
+        if len(f.major_to_minor) > 1:
+            return factor(table[f.labels], f.major_to_minor)
         vector = lines[f.flat]
-        return Factor.line(vector, f.nest[0], f.ndim) if bool((vector != vector[0]).any()) else Factor(f.labels, ())
+        return Factor.line(vector, f.major_to_minor[0], f.ndim) if bool((vector != vector[0]).any()) else Factor(f.labels, ())
 
     # a dimension that is one single head has nothing to remove: it is left without labels, and so kept
-    return {name: tuple(g for f in labels if (g := renamed(f)).nest) for name, labels in leaves.items()}
+    return {name: tuple(g for f in labels if (g := renamed(f)).major_to_minor) for name, labels in leaves.items()}

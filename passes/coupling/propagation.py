@@ -113,7 +113,7 @@ def tells_channels(labels: Labels, dim: int, owned: int) -> bool:
             if f.start < owned:
                 return True
         elif dim in f.dims:
-            line = f.flat if len(f.nest) == 1 else row(f.labels.movedim(dim, -1).reshape(-1, f.labels.shape[dim])[0])
+            line = f.flat if len(f.major_to_minor) == 1 else row(f.labels.movedim(dim, -1).reshape(-1, f.labels.shape[dim])[0])
             if int(line.min()) < owned and (bool((line[1:] > line[:-1]).all()) or len(np.unique(line)) == len(line)):
                 return True
     return False

@@ -70,9 +70,9 @@ def permutes_channels(capture: CapturedProgram, labels: dict[int, Labels], chain
     if capture.op_trace.shape(target) != shape:
         return False
     middle = [capture.results[n] for n in chain[:-1]]
-    joint = any(len(f.nest) > 1 for ref in middle for f in labels.get(ref.id, ()))
+    joint = any(len(f.major_to_minor) > 1 for ref in middle for f in labels.get(ref.id, ()))
     dims = {d for f in labels.get(source.id, ()) for d in f.dims}
-    if not joint or len(dims) != 1 or any(len(f.nest) > 1 for f in labels.get(source.id, ())):
+    if not joint or len(dims) != 1 or any(len(f.major_to_minor) > 1 for f in labels.get(source.id, ())):
         return False
     return channel_order(capture, chain, dims.pop()) is not None
 

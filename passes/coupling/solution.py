@@ -20,7 +20,7 @@ class Solution:
         captures: the runs that were read.
         leaves: labels of the model's own tensors, by name.
         values: for each capture, the labels of every value on its tape.
-        unit: the class of each label; class numbers are the smallest label in it.
+        unit_of: the unit of each label, named by the smallest label in it.
         frozen: for each class that is never removed, the number of the reason, else -1 (indexed by label).
         reasons: sentences; `places` the graph nodes they arose at.
         equal: matrices of classes whose rows must keep equally many entries.
@@ -33,7 +33,7 @@ class Solution:
     captures: list[CapturedProgram]
     leaves: dict[str, Labels]
     values: list[dict[int, Labels]]
-    unit: Tensor
+    unit_of: Tensor
     frozen: np.ndarray
     reasons: list[str]
     equal: list[np.ndarray]

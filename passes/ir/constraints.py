@@ -117,8 +117,12 @@ class Constraints:
             self.starts = {}
             for name, labels in self.leaves.items():
                 for f in labels:
-                    if len(f.nest) == 1 and (name, f.nest[0]) not in self.settled and f.flat[-1] - f.flat[0] == len(f.flat) - 1:
-                        self.starts[int(f.flat[0])] = (name, f.nest[0], len(f.flat))
+                    if (
+                        len(f.major_to_minor) == 1
+                        and (name, f.major_to_minor[0]) not in self.settled
+                        and f.flat[-1] - f.flat[0] == len(f.flat) - 1
+                    ):
+                        self.starts[int(f.flat[0])] = (name, f.major_to_minor[0], len(f.flat))
         return self.starts
 
     def fresh(self, count: int) -> Tensor:
@@ -143,7 +147,7 @@ class Constraints:
         labels = self.fresh(math.prod(shape)).reshape(shape)
         self.standing.update(labels.flatten().tolist())
         self.stand(labels, f.labels)
-        return Factor(labels, tuple(d for d in f.nest if d in rest))
+        return Factor(labels, tuple(d for d in f.major_to_minor if d in rest))
 
     def stand(self, labels: Tensor, entries: Tensor) -> None:
         """Labels of row type go with the rows of a wider array, where those go whole."""
@@ -170,11 +174,11 @@ class Constraints:
         self.frozen.append(Event(labels, self.node, why))
 
     def keep_rows_equal(self, f: Factor) -> None:
-        if len(f.nest) > 1:
+        if len(f.major_to_minor) > 1:
             self.equal.append(Event(f.rows(), self.node))
 
     def same_columns(self, f: Factor) -> None:
-        if len(f.nest) > 1:
+        if len(f.major_to_minor) > 1:
             self.product.append(Event(f.rows(), self.node))
 
 

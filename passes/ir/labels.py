@@ -37,16 +37,16 @@ class Factor:
     Factors do not change.
     """
 
-    __slots__ = ("_brief", "_flat", "_labels", "_ndim", "base", "dims", "nest", "start")
+    __slots__ = ("_compressed", "_flat", "_labels", "_ndim", "base", "dims", "major_to_minor", "start")
     _ndim: int
-    _brief: tuple[np.ndarray, int]
+    _compressed: tuple[np.ndarray, int]
 
     def __init__(self, labels: Tensor, nest: tuple[int, ...]) -> None:
         self.start: int | None = None
         self._labels: Tensor | None = labels
         self._flat: np.ndarray | None = labels.reshape(-1).numpy() if len(nest) == 1 else None
         self.base: Tensor | np.ndarray = labels if self._flat is None else self._flat
-        self.nest, self.dims = nest, frozenset(nest)
+        self.major_to_minor, self.dims = nest, frozenset(nest)
 
     @classmethod
     def line(cls, vector: np.ndarray, dim: int, ndim: int, start: int | None = None) -> Factor:
@@ -54,7 +54,7 @@ class Factor:
         made = cls.__new__(cls)
         made.start = start
         made._labels, made._flat, made._ndim, made.base = None, vector, ndim, vector
-        made.nest, made.dims = LINES[dim] if dim < len(LINES) else ((dim,), frozenset([dim]))
+        made.major_to_minor, made.dims = LINES[dim] if dim < len(LINES) else ((dim,), frozenset([dim]))
         return made
 
     @property
@@ -62,7 +62,7 @@ class Factor:
         if self._labels is None:
             assert self._flat is not None
             shape = [1] * self._ndim
-            shape[self.nest[0]] = -1
+            shape[self.major_to_minor[0]] = -1
             self._labels = torch.from_numpy(self._flat).view(shape)
         return self._labels
 
@@ -77,53 +77,53 @@ class Factor:
         return self._flat
 
     @property
-    def brief(self) -> np.ndarray:
-        return self.flat if len(self.nest) == 1 else self.runs()[0]
+    def compressed(self) -> np.ndarray:
+        return self.flat if len(self.major_to_minor) == 1 else self.runs()[0]
 
     @property
-    def times(self) -> int:
-        return 1 if len(self.nest) == 1 else self.runs()[1]
+    def repeats(self) -> int:
+        return 1 if len(self.major_to_minor) == 1 else self.runs()[1]
 
     def runs(self) -> tuple[np.ndarray, int]:
-        if not hasattr(self, "_brief"):
-            slices = self.labels.movedim(self.nest[0], 0).flatten(1).numpy()
+        if not hasattr(self, "_compressed"):
+            slices = self.labels.movedim(self.major_to_minor[0], 0).flatten(1).numpy()
             other = np.flatnonzero(slices[:, 0] != slices[0, 0])
-            times = int(other[0]) if len(other) and len(slices) % other[0] == 0 else 1
-            runs = slices.reshape(len(slices) // times, times, -1)
-            once = times > 1 and bool((runs == runs[:, :1]).all())
-            self._brief = (runs[:, 0].reshape(-1), times) if once else (self.flat, 1)
-        return self._brief
+            repeats = int(other[0]) if len(other) and len(slices) % other[0] == 0 else 1
+            runs = slices.reshape(len(slices) // repeats, repeats, -1)
+            once = repeats > 1 and bool((runs == runs[:, :1]).all())
+            self._compressed = (runs[:, 0].reshape(-1), repeats) if once else (self.flat, 1)
+        return self._compressed
 
     def at(self, dim: int, ndim: int) -> Factor:
         """A factor along one dimension, laid along another one of another tensor."""
         return Factor.line(self.flat, dim, ndim, self.start)
 
-    def among(self, table: np.ndarray) -> np.ndarray:
+    def lookup(self, table: np.ndarray) -> np.ndarray:
         """What a table says of the labels in `brief`, in their order; not to be written to."""
         if self.start is not None:
             return table[self.start : self.start + len(self.flat)]
-        return table[self.brief]
+        return table[self.compressed]
 
     def over(self, nest: tuple[int, ...], ndim: int) -> Factor:
         """The factor along other dimensions, in the same order, of a tensor with `ndim` dimensions."""
         if len(nest) == 1:
             return self.at(nest[0], ndim)
         sizes = [1] * ndim
-        for old, new in zip(self.nest, nest, strict=True):
+        for old, new in zip(self.major_to_minor, nest, strict=True):
             sizes[new] = self.labels.shape[old]
         return Factor(self.labels.reshape(sizes), nest)
 
     def without(self, dim: int) -> Factor:
         """The factor after a dimension that it does not vary along was taken away."""
         dim %= self.ndim
-        if len(self.nest) == 1:
-            return self.at(self.nest[0] - (self.nest[0] > dim), self.ndim - 1)
-        return Factor(self.labels.squeeze(dim), tuple(d - (d > dim) for d in self.nest))
+        if len(self.major_to_minor) == 1:
+            return self.at(self.major_to_minor[0] - (self.major_to_minor[0] > dim), self.ndim - 1)
+        return Factor(self.labels.squeeze(dim), tuple(d - (d > dim) for d in self.major_to_minor))
 
     def rows(self) -> Tensor:
         """The labels as a matrix: a row for each index of the major dimensions, the minor dimension along it."""
-        order = [d for d in range(self.labels.dim()) if d not in self.nest] + list(self.nest)
-        return self.labels.permute(order).reshape(-1, self.labels.shape[self.nest[-1]])
+        order = [d for d in range(self.labels.dim()) if d not in self.major_to_minor] + list(self.major_to_minor)
+        return self.labels.permute(order).reshape(-1, self.labels.shape[self.major_to_minor[-1]])
 
 
 Labels = tuple[Factor, ...]
@@ -137,7 +137,7 @@ def varying(labels: Tensor, among: Iterable[int] | None = None) -> tuple[int, ..
     return tuple([d for d in dims if array.shape[d] > 1 and not (array == array[(slice(None),) * d + (slice(1),)]).all()])
 
 
-def squash(labels: Tensor, keep: Iterable[int]) -> Tensor:
+def compress(labels: Tensor, keep: Iterable[int]) -> Tensor:
     """Size 1 along every dimension not in `keep`, taking the first entry."""
     kept = set(keep)
     for d, size in enumerate(labels.shape):
@@ -149,12 +149,12 @@ def squash(labels: Tensor, keep: Iterable[int]) -> Tensor:
 def factor(labels: Tensor, nest: Sequence[int] = ()) -> Factor:
     """A compressed factor. `nest` orders the dimensions where it is known; the rest follow in their own order.
 
-    >>> factor(torch.tensor([[1, 2], [1, 2]])).nest
+    >>> factor(torch.tensor([[1, 2], [1, 2]])).major_to_minor
     (1,)
     """
     dims = varying(labels)
     ordered = tuple(d for d in nest if d in dims)
-    small = squash(labels, dims)
+    small = compress(labels, dims)
     if small.numel() < labels.numel():
         small = small.clone()  # a view would keep the whole array
     return Factor(small, ordered + tuple(d for d in dims if d not in ordered))
@@ -171,15 +171,15 @@ def align(labels: Labels, shape: Sequence[int], ndim: int) -> tuple[Labels, tupl
     if extra == 0:
         return labels, tuple(shape)
     lifted = tuple(
-        f.at(f.nest[0] + extra, ndim)
-        if len(f.nest) == 1
-        else Factor(f.labels.reshape((1,) * extra + tuple(f.labels.shape)), tuple(d + extra for d in f.nest))
+        f.at(f.major_to_minor[0] + extra, ndim)
+        if len(f.major_to_minor) == 1
+        else Factor(f.labels.reshape((1,) * extra + tuple(f.labels.shape)), tuple(d + extra for d in f.major_to_minor))
         for f in labels
     )
     return lifted, (1,) * extra + tuple(shape)
 
 
-def fill(f: Factor, shape: Sequence[int], dims: Iterable[int]) -> Tensor:
+def expand_along(f: Factor, shape: Sequence[int], dims: Iterable[int]) -> Tensor:
     """The factor's array expanded to the full size along `dims`."""
     sizes = list(f.labels.shape)
     for d in dims:
@@ -187,7 +187,7 @@ def fill(f: Factor, shape: Sequence[int], dims: Iterable[int]) -> Tensor:
     return f.labels.expand(sizes)
 
 
-def lut(labels: Labels, shape: Sequence[int], table: Tensor) -> Tensor:
+def kept_mask(labels: Labels, shape: Sequence[int], table: Tensor) -> Tensor:
     """Look every element's labels up in a boolean table (`True`: kept); an element is kept when all of them are."""
     mask = torch.ones((1,) * len(shape), dtype=torch.bool)
     for f in labels:
@@ -197,10 +197,10 @@ def lut(labels: Labels, shape: Sequence[int], table: Tensor) -> Tensor:
 
 def keeps_all(labels: Iterable[Factor], table: np.ndarray) -> bool:
     """Whether a boolean table (`True`: kept) keeps every element."""
-    return all(bool(f.among(table).all()) for f in labels)
+    return all(bool(f.lookup(table).all()) for f in labels)
 
 
-def filled(tensor: Tensor, labels: Labels, table: Tensor, value: float) -> Tensor:
+def fill_removed(tensor: Tensor, labels: Labels, table: Tensor, value: float) -> Tensor:
     """A tensor with one value where a boolean table does not keep the element: a copy, where there is any such."""
     stays = [table[f.labels] for f in labels]
     stays = [s.to(tensor.device) for s in stays if not bool(s.all())]

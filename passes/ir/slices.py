@@ -57,7 +57,7 @@ def picked(tensor: Tensor, dim: int, keep: Tensor, out: Tensor | None = None) ->
 
 def clusters(labels: Labels) -> list[list[Factor]]:
     """Factors that share dimensions, together."""
-    if len(labels) == 1 or sum([len(f.nest) for f in labels]) == len({d for f in labels for d in f.nest}):
+    if len(labels) == 1 or sum([len(f.major_to_minor) for f in labels]) == len({d for f in labels for d in f.major_to_minor}):
         return [[f] for f in labels]
     groups: list[list[Factor]] = []
     for f in labels:
@@ -90,16 +90,16 @@ class Slicer:
         """The cuts that leave of a tensor what is kept; untouched dimensions have none."""
         found = []
         for group in clusters(labels):
-            if len(group) == 1 and len(group[0].nest) == 1:
+            if len(group) == 1 and len(group[0].major_to_minor) == 1:
                 line = self.line(group[0])
                 if line is not None:
                     found.append(line)
                 continue
-            stays = [self.table[f.brief] for f in group]
+            stays = [self.table[f.compressed] for f in group]
             if all(bool(s.all()) for s in stays):
                 continue
-            lead = max(group, key=lambda f: len(f.nest))
-            nest = lead.nest + tuple(d for f in group for d in f.nest if d not in lead.nest)
+            lead = max(group, key=lambda f: len(f.major_to_minor))
+            nest = lead.major_to_minor + tuple(d for f in group for d in f.major_to_minor if d not in lead.major_to_minor)
             nest = tuple(dict.fromkeys(nest))
             mask = np.ones([shape[d] if d in nest else 1 for d in range(len(shape))], bool)
             for f, s in zip(group, stays, strict=True):
@@ -114,7 +114,7 @@ class Slicer:
     def loses_all(self, group: Sequence[Factor], mask: np.ndarray, nest: Sequence[int]) -> bool:
         """Whether an index that its own dimension's labels keep has nothing left along the others."""
         for at, d in enumerate(nest):
-            mine = [f for f in group if f.nest == (d,)]
+            mine = [f for f in group if f.major_to_minor == (d,)]
             if mine and len(nest) > 1:
                 stays = np.logical_and.reduce([self.table[f.flat] for f in mine])
                 alive = np.moveaxis(mask, at, 0).reshape(mask.shape[at], -1).any(1)
@@ -124,24 +124,24 @@ class Slicer:
 
     def line(self, f: Factor) -> TensorSlice | None:
         """The cut along the one dimension of a factor; None if all stays. Layers that keep the same share one."""
-        stays = f.among(self.table)
-        key = (f.nest, stays.tobytes())
+        stays = f.lookup(self.table)
+        key = (f.major_to_minor, stays.tobytes())
         if key not in self.lines:
             keep = np.flatnonzero(stays)
             if not len(keep):
                 raise NotARectangle(f.labels.reshape(-1))
             whole = len(keep) == len(stays)
-            self.lines[key] = None if whole else TensorSlice(f.nest, torch.from_numpy(keep), (len(keep),))
+            self.lines[key] = None if whole else TensorSlice(f.major_to_minor, torch.from_numpy(keep), (len(keep),))
         return self.lines[key]
 
 
 def spread_over(f: Factor, brief: np.ndarray) -> np.ndarray:
     """What is said of a factor's `brief` labels, as an array of the form of its labels."""
-    if f.times == 1:
+    if f.repeats == 1:
         return brief.reshape(f.labels.shape)
-    n, *rest = f.labels.movedim(f.nest[0], 0).shape
-    runs = np.broadcast_to(brief.reshape(n // f.times, 1, *rest), (n // f.times, f.times, *rest))
-    return np.moveaxis(runs.reshape(n, *rest), 0, f.nest[0])
+    n, *rest = f.labels.movedim(f.major_to_minor[0], 0).shape
+    runs = np.broadcast_to(brief.reshape(n // f.repeats, 1, *rest), (n // f.repeats, f.repeats, *rest))
+    return np.moveaxis(runs.reshape(n, *rest), 0, f.major_to_minor[0])
 
 
 def rectangle(mask: np.ndarray) -> tuple[int, ...] | None:

@@ -67,7 +67,7 @@ def grouped(call: RuleContext, ref: object, q_shape: Sequence[int]) -> tuple[Lab
     if d < 0 or shape[d] == q_shape[d] or shape[d] == 1:
         return labels, shape
     times = q_shape[d] // shape[d]
-    grown = tuple(factor(f.labels.repeat_interleave(times, d) if d in f.dims else f.labels, f.nest) for f in labels)
+    grown = tuple(factor(f.labels.repeat_interleave(times, d) if d in f.dims else f.labels, f.major_to_minor) for f in labels)
     return grown, (*shape[:d], q_shape[d], *shape[d + 1 :])
 
 

@@ -110,7 +110,7 @@ def from_dependence(call: RuleContext, refs: list[TensorRef], kinds: Kinds) -> l
         for ref, dims in zip(refs, per_input, strict=True):
             passed: list[Factor] = []
             for f in call.labels(ref):
-                if all(dims[d] == "same" for d in f.nest) and len(call.shape(ref)) == len(shape):
+                if all(dims[d] == "same" for d in f.major_to_minor) and len(call.shape(ref)) == len(shape):
                     passed.append(f)
                 else:
                     call.constraints.freeze(f.labels, f"{NO_RULE} ({call.op.func._schema.name})")

@@ -119,7 +119,7 @@ class RuleContext:
 
     def settle(self, f: Factor, why: str = "a single channel is taken out by a constant index") -> Labels:
         """A compressed factor, or nothing where it no longer varies (what it said is then frozen)."""
-        if f.nest:
+        if f.major_to_minor:
             return (f,)
         if bool((f.labels != 0).any()):
             self.constraints.freeze(f.labels, why)
@@ -153,4 +153,4 @@ class RuleContext:
         if flat.shape == f.labels.shape:
             return (f,)
         self.constraints.tie(f.labels, flat, broadcast=True)
-        return self.settle(factor(flat, f.nest), "all entries of a dimension are mixed with one another")
+        return self.settle(factor(flat, f.major_to_minor), "all entries of a dimension are mixed with one another")

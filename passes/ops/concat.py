@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fxprune.passes.ir.labels import NONE, Factor, Labels, factor, fill
+from fxprune.passes.ir.labels import NONE, Factor, Labels, expand_along, factor
 from fxprune.passes.ir.tensor_ref import TensorRef
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.registry import rule
@@ -29,7 +29,8 @@ def stack(call: RuleContext) -> Labels:
     refs: list[TensorRef] = list(call["tensors"])
     dim = call.dim(call["dim"], len(call.shape(refs[0])) + 1)
     lifted = [
-        tuple(Factor(f.labels.unsqueeze(dim), tuple(d + (d >= dim) for d in f.nest)) for f in call.labels(r)) for r in refs
+        tuple(Factor(f.labels.unsqueeze(dim), tuple(d + (d >= dim) for d in f.major_to_minor)) for f in call.labels(r))
+        for r in refs
     ]
     shapes = [(*call.shape(r)[:dim], 1, *call.shape(r)[dim:]) for r in refs]
     return join(call, lifted, shapes, dim)
@@ -58,7 +59,7 @@ def join(call: RuleContext, parts: Sequence[Labels], shapes: Sequence[Sequence[i
             if not call.constraints.seeking_heads:
                 continue
         arrays = [lay_out(f, shape, dim, other) for f, shape in zip(chosen, shapes, strict=True)]
-        nests = {tuple(d for d in f.nest if d != dim) for f in chosen if f is not None}
+        nests = {tuple(d for d in f.major_to_minor if d != dim) for f in chosen if f is not None}
         if other and same_everywhere(arrays, dim):
             result += (factor(arrays[0].narrow(dim, 0, 1), nests.pop()),)
             continue
@@ -88,7 +89,7 @@ def lay_out(f: Factor | None, shape: Sequence[int], dim: int, other: frozenset[i
     if f is None:
         sizes = [n if d == dim or d in other else 1 for d, n in enumerate(shape)]
         return torch.zeros(sizes, dtype=torch.int64)
-    return fill(f, shape, other | ({dim} if dim in f.dims or not other else set()))
+    return expand_along(f, shape, other | ({dim} if dim in f.dims or not other else set()))
 
 
 def same_everywhere(arrays: Sequence[Tensor], dim: int) -> bool:

@@ -63,7 +63,11 @@ def slides(call: RuleContext, groups: int, transposed: bool) -> Labels:
         return NONE
     before, after = call.shape(call["input"]), call.shape(call.outputs[0])
     labels = call.labels(call["input"])
-    return tuple(f for f in labels if len(f.nest) == 1 and f.nest[0] > 1 and before[f.nest[0]] == after[f.nest[0]])
+    return tuple(
+        f
+        for f in labels
+        if len(f.major_to_minor) == 1 and f.major_to_minor[0] > 1 and before[f.major_to_minor[0]] == after[f.major_to_minor[0]]
+    )
 
 
 def by_position(call: RuleContext) -> bool:
@@ -76,7 +80,7 @@ def pointwise_convolution(call: RuleContext) -> Labels:
     """A matrix product at every position, so that what varies along space passes."""
     x, weight, bias = call["input"], call["weight"], call.get("bias")
     ndim = len(call.shape(x))
-    w = tuple(Factor(f.labels.flatten(1), f.nest) for f in call.labels(weight))
+    w = tuple(Factor(f.labels.flatten(1), f.major_to_minor) for f in call.labels(weight))
     places = [0, ndim, *range(2, ndim)]
     out = contract(call, call.labels(x), call.shape(x), places, w, call.shape(weight)[:2], [1, ndim], ndim + 1, [ndim])
     out = tuple([f.without(-1) for f in out])
@@ -97,11 +101,11 @@ def flat_channels(call: RuleContext, labels: Labels) -> Labels:
     """A window mixes positions: what varies along space must be one unit there."""
     result: list[Factor] = []
     for f in labels:
-        if len(f.nest) == 1 and f.nest[0] < 2:
+        if len(f.major_to_minor) == 1 and f.major_to_minor[0] < 2:
             result.append(f)
             continue
-        space = [d for d in f.nest if d > 1]
-        if space and len(space) == len(f.nest):
+        space = [d for d in f.major_to_minor if d > 1]
+        if space and len(space) == len(f.major_to_minor):
             call.constraints.freeze(f.labels, "is a spatial dimension of a convolution")
         else:
             result += call.collapse(f, space)

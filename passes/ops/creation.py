@@ -97,9 +97,9 @@ def repeat(call: RuleContext) -> Labels:
     result: Labels = NONE
     for f in labels:
         tiles = [r if d in f.dims else 1 for d, r in enumerate(repeats)]
-        if len(f.nest) > 1 and any(t > 1 for t in tiles):
+        if len(f.major_to_minor) > 1 and any(t > 1 for t in tiles):
             call.constraints.same_columns(f)
-        result += (factor(f.labels.repeat(tiles), f.nest),)
+        result += (factor(f.labels.repeat(tiles), f.major_to_minor),)
     return result + tuple(call.fresh(r, d, len(repeats)) for d, r in enumerate(repeats) if r > 1 and before[d] == 1)
 
 
@@ -116,7 +116,7 @@ def pad(call: RuleContext) -> Labels:
     result: Labels = NONE
     for f in labels:
         for d in sorted(padded & f.dims):
-            if len(f.nest) > 1:
+            if len(f.major_to_minor) > 1:
                 call.constraints.same_columns(f)
             before, after = amounts[2 * (len(shape) - 1 - d)], amounts[2 * (len(shape) - 1 - d) + 1]
             array = f.labels.narrow(d, max(0, -before), f.labels.shape[d] + min(0, before) + min(0, after))
@@ -127,7 +127,7 @@ def pad(call: RuleContext) -> Labels:
                     sizes = list(array.shape)
                     sizes[d] = count
                     sides.insert(at, new.expand(sizes))
-            f = factor(torch.cat(sides, d), f.nest)
+            f = factor(torch.cat(sides, d), f.major_to_minor)
         result += call.settle(f)
     return result
 

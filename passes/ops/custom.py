@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, fx
 
-from fxprune.passes.ir.labels import NONE, Factor, Labels, factor, fill
+from fxprune.passes.ir.labels import NONE, Factor, Labels, expand_along, factor
 from fxprune.passes.ir.tensor_ref import TensorRef
 from fxprune.passes.ops.call import RuleContext
 
@@ -25,9 +25,9 @@ def movement(call: RuleContext) -> Labels | list[Labels]:
         return [NONE] * len(call.outputs)
     result: list[Factor] = []
     for f in call.labels(call.first):
-        if len(f.nest) > 1:
+        if len(f.major_to_minor) > 1:
             call.constraints.same_columns(f)
-        full = fill(f, call.shape(call.first), range(f.labels.dim())).contiguous()
+        full = expand_along(f, call.shape(call.first), range(f.labels.dim())).contiguous()
         moved = factor(on_numbers(lambda t: call.op.func(t, *call.op.args[1:], **call.op.kwargs), full))
         call.constraints.keep_rows_equal(moved)
         result += call.settle(moved)

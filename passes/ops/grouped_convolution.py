@@ -26,21 +26,21 @@ def grouped_convolution(
     Index space: (batch, group, outputs per group, inputs per group).
     """
     channels = x_shape[1]
-    if groups == 1 and all(f.nest == (1,) for f in ins) and all(len(f.nest) == 1 for f in w):
+    if groups == 1 and all(f.major_to_minor == (1,) for f in ins) and all(len(f.major_to_minor) == 1 for f in w):
         per_in = 0 if transposed else 1
         x_line = tuple([f.at(0, 1) for f in ins])
-        w_line = tuple([f.at(0, 1) for f in w if f.nest[0] == per_in])
+        w_line = tuple([f.at(0, 1) for f in w if f.major_to_minor[0] == per_in])
         unify(call, x_line, [channels], w_line, [channels])
-        return tuple([f for f in w if f.nest[0] == 1 - per_in])
+        return tuple([f for f in w if f.major_to_minor[0] == 1 - per_in])
     per_in = channels // groups
     per_out = w_shape[1] if transposed else w_shape[0] // groups
-    if per_in == per_out == 1 and len(ins) == len(w) == 1 and ins[0].nest == (1,) and w[0].nest == (0,):
+    if per_in == per_out == 1 and len(ins) == len(w) == 1 and ins[0].major_to_minor == (1,) and w[0].major_to_minor == (0,):
         call.constraints.join(ins[0], w[0])  # a group is one channel
         return w
     x_part: list[Factor] = []
     for f in ins:
         if 1 in f.dims:
-            nest = [n for d in f.nest for n in ((0,) if d == 0 else (1, 3))]
+            nest = [n for d in f.major_to_minor for n in ((0,) if d == 0 else (1, 3))]
             x_part.append(factor(f.labels.reshape(f.labels.shape[0], groups, 1, per_in), nest))
     w_part: list[Factor] = []
     for f in w:

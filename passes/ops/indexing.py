@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fxprune.passes.ir.labels import NONE, Labels, align, along, factor, fill
+from fxprune.passes.ir.labels import NONE, Labels, align, along, expand_along, factor
 from fxprune.passes.ir.tensor_ref import TensorRef
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.movement import one_by_one
@@ -40,7 +40,7 @@ def index(call: RuleContext) -> Labels:
         if not touched:
             result += call.settle(factor(torch.ops.aten.index.Tensor(f.labels, of_size_one(contents))))
             continue
-        result += call.settle(factor(torch.ops.aten.index.Tensor(fill(f, shape, indexed), contents)))
+        result += call.settle(factor(torch.ops.aten.index.Tensor(expand_along(f, shape, indexed), contents)))
     return result
 
 
@@ -103,7 +103,9 @@ def index_put(call: RuleContext) -> Labels:
     behind = len(shape) - len(indexed)
     lead = max(0, len(size) - behind)
     if len(indices) == 1 and is_mask(call, indices[0]) and set(size[:lead]) <= {1}:
-        mask = tuple(factor(f.labels.reshape([*f.labels.shape, *[1] * behind]), f.nest) for f in call.labels(indices[0]))
+        mask = tuple(
+            factor(f.labels.reshape([*f.labels.shape, *[1] * behind]), f.major_to_minor) for f in call.labels(indices[0])
+        )
         chosen = unify(call, call.labels(x), shape, mask, (*call.shape(indices[0]), *[1] * behind))
         tail = tuple(factor(f.labels.reshape(f.labels.shape[lead:])) for f in call.labels(values))
         return unify(call, chosen, shape, *align(tail, size[lead:], len(shape)))
@@ -140,9 +142,9 @@ def put_at_constants(call: RuleContext, x: TensorRef, indices: list[TensorRef | 
     places: Labels = NONE
     indexed = indexed_dims(call, indices)
     for f in call.labels(x):
-        full = fill(f, call.shape(x), indexed)
+        full = expand_along(f, call.shape(x), indexed)
         g = factor(torch.ops.aten.index.Tensor(full, contents))
-        places += (g,) if g.nest else NONE
+        places += (g,) if g.major_to_minor else NONE
     unify(call, places, shape, *align(call.labels(values), call.shape(values), len(shape)))
     return call.labels(x)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fxprune.passes.ir.labels import filled
+from fxprune.passes.ir.labels import fill_removed
 from fxprune.passes.ir.pytree import map_tensors
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.registry import masked
@@ -29,7 +29,7 @@ def with_value(masker: MaskedRun, args: Any, kwargs: Any, value: float) -> tuple
         fractions = tensor.is_floating_point() or tensor.is_complex()
         if not fractions or (value == 0.0 and masker.is_zeroed(ref)):
             return tensor
-        return filled(tensor, masker.labels.get(ref.id, ()), masker.kept, value)
+        return fill_removed(tensor, masker.labels.get(ref.id, ()), masker.kept, value)
 
     return map_tensors(args, fill), map_tensors(kwargs, fill)
 

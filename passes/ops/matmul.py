@@ -32,13 +32,13 @@ def placed(labels: Labels, shape: Sequence[int], places: Sequence[int], ndim: in
         sizes[place] = shape[d]
     result = []
     for f in labels:
-        if len(f.nest) == 1:
-            result.append(f.at(places[f.nest[0]], ndim))
+        if len(f.major_to_minor) == 1:
+            result.append(f.at(places[f.major_to_minor[0]], ndim))
             continue
         small = [1] * ndim
         for d, place in enumerate(places):
             small[place] = f.labels.shape[d]
-        result.append(Factor(f.labels.permute(order).reshape(small), tuple(places[d] for d in f.nest)))
+        result.append(Factor(f.labels.permute(order).reshape(small), tuple(places[d] for d in f.major_to_minor)))
     return tuple(result), sizes
 
 
@@ -69,7 +69,7 @@ def contract(
     for f in merged:
         rest = f.dims - set(summed)
         # rows survive a sum over the minor dimensions; a sum over major ones mixes what is packed row by row
-        if rest and f.dims & set(summed) and f.nest[-1] not in summed:
+        if rest and f.dims & set(summed) and f.major_to_minor[-1] not in summed:
             result += call.collapse(f, [d for d in summed if d in f.dims])
         elif not call.heads and rest and f.dims & set(summed) and rest <= set(batch):
             result.append(call.constraints.row_labels(f, tuple(rest)))
@@ -82,8 +82,8 @@ def copies(call: RuleContext, ref: TensorRef, places: Sequence[int]) -> list[int
     """Where a tensor that no input goes into repeats itself: dimension i of it is places[i]."""
     if call.op_trace.values[ref.id].from_input:
         return []
-    new = [f for f in call.labels(ref) if len(f.nest) == 1 and bool((f.labels >= call.constraints.first_fresh).all())]
-    return [places[f.nest[0]] for f in new]
+    new = [f for f in call.labels(ref) if len(f.major_to_minor) == 1 and bool((f.labels >= call.constraints.first_fresh).all())]
+    return [places[f.major_to_minor[0]] for f in new]
 
 
 def mixed(call: RuleContext, mine: Labels, theirs: Labels, summed: Sequence[int], shared: Sequence[int]) -> Labels:
@@ -95,8 +95,8 @@ def mixed(call: RuleContext, mine: Labels, theirs: Labels, summed: Sequence[int]
     """
     result: list[Factor] = []
     for f in mine:
-        rows = [d for d in f.nest if d in summed]
-        free = f.nest[-1] not in (*summed, *shared)
+        rows = [d for d in f.major_to_minor if d in summed]
+        free = f.major_to_minor[-1] not in (*summed, *shared)
         if not rows or not free or any(f.dims <= g.dims for g in theirs):
             result.append(f)
             continue
@@ -112,14 +112,14 @@ def as_heads(call: RuleContext, labels: Labels, batch: Sequence[int]) -> Labels:
     """Joint factors over batch and other dimensions: each row is a head, to be removed whole."""
     found: list[Factor] = []
     for f in labels:
-        rows = [d for d in f.nest if d in batch]
-        rest = [d for d in f.nest if d not in batch]
+        rows = [d for d in f.major_to_minor if d in batch]
+        rest = [d for d in f.major_to_minor if d not in batch]
         if rows and rest:
             matrix = f.labels.permute([d for d in range(f.labels.dim()) if d not in rest] + rest)
             count = matrix.shape[: matrix.dim() - len(rest)].numel()
             call.constraints.head_rows(matrix.reshape(count, -1))
             head = factor(f.labels.amax(rest, keepdim=True), rows)
-            if head.nest:
+            if head.major_to_minor:
                 found.append(head)
     return tuple(found)
 
@@ -149,7 +149,7 @@ def matmul(call: RuleContext) -> Labels:
         b_labels, b_shape = moved(b_labels, (1, 0)), b_shape[::-1]
     vector = len(b_shape) == 1
     if vector:
-        b_labels, b_shape = tuple(Factor(f.labels.unsqueeze(-1), f.nest) for f in b_labels), (*b_shape, 1)
+        b_labels, b_shape = tuple(Factor(f.labels.unsqueeze(-1), f.major_to_minor) for f in b_labels), (*b_shape, 1)
     lead = len(a_shape) - 1 if name in ("linear", "dot", "vdot") or len(b_shape) == 2 else len(a_shape) - 2
     a_places = [*range(len(a_shape) - 1), len(a_shape)]
     ndim = len(a_shape) + 1

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from fxprune.passes.ir.labels import NONE, Factor, Labels, factor, fill
+from fxprune.passes.ir.labels import NONE, Factor, Labels, expand_along, factor
 from fxprune.passes.ir.pytree import collect
 from fxprune.passes.ir.tensor_ref import TensorRef
 from fxprune.passes.ops.call import RuleContext
@@ -24,9 +24,9 @@ def moved(labels: Labels, order: Sequence[int]) -> Labels:
     place = {d: i for i, d in enumerate(order)}
     return tuple(
         [
-            f.at(place[f.nest[0]], len(place))
-            if len(f.nest) == 1
-            else Factor(f.labels.permute(tuple(order)), tuple(place[d] for d in f.nest))
+            f.at(place[f.major_to_minor[0]], len(place))
+            if len(f.major_to_minor) == 1
+            else Factor(f.labels.permute(tuple(order)), tuple(place[d] for d in f.major_to_minor))
             for f in labels
         ]
     )
@@ -59,12 +59,12 @@ def transpose(call: RuleContext) -> Labels:
 
 def shifted(f: Factor, labels: Tensor, dropped: int) -> Factor:
     """The factor after one dimension was taken away."""
-    return factor(labels, tuple(d - (d > dropped) for d in f.nest if d != dropped))
+    return factor(labels, tuple(d - (d > dropped) for d in f.major_to_minor if d != dropped))
 
 
 def one_by_one(call: RuleContext, f: Factor, dim: int) -> None:
     """An index along the minor dimension of a joint factor picks the same place in every row: columns must agree."""
-    if len(f.nest) > 1 and dim == f.nest[-1]:
+    if len(f.major_to_minor) > 1 and dim == f.major_to_minor[-1]:
         call.constraints.same_columns(f)
 
 
@@ -79,7 +79,7 @@ def select(call: RuleContext) -> Labels:
         part = shifted(f, f.labels.select(dim, call["index"]), dim)
         unread = bool(call.uses) and not call.used(call.outputs[0])
         if unread and call.constraints.maker != "opaque":  # wanted for its shape: any index will do
-            result += [part] if part.nest else []
+            result += [part] if part.major_to_minor else []
             continue
         one_by_one(call, f, dim)
         result += call.settle(part)
@@ -103,12 +103,12 @@ def cut(call: RuleContext, f: Factor, dim: int, start: int, stop: int, step: int
     if dim not in f.dims:
         return (f,)
     index = (slice(None),) * dim + (slice(start, stop, step),)
-    part = factor(f.labels[index], f.nest)
-    if len(f.nest) > 1 and dim == f.nest[-1]:
-        if step != 1 or part.nest[-1:] != f.nest[-1:]:  # or a single column, which every row has or none
+    part = factor(f.labels[index], f.major_to_minor)
+    if len(f.major_to_minor) > 1 and dim == f.major_to_minor[-1]:
+        if step != 1 or part.major_to_minor[-1:] != f.major_to_minor[-1:]:  # or a single column, which every row has or none
             call.constraints.same_columns(f)
         elif start:  # it begins at one place for all rows: as many are kept before it in each
-            call.constraints.keep_rows_equal(factor(f.labels.narrow(dim, 0, start), f.nest))
+            call.constraints.keep_rows_equal(factor(f.labels.narrow(dim, 0, start), f.major_to_minor))
         call.constraints.keep_rows_equal(part)
     return call.settle(part, "a slice of one channel")
 
@@ -164,11 +164,11 @@ def along_dims(call: RuleContext) -> Labels:
             if d not in f.dims:
                 continue
             if name == "aten::flip":
-                f = factor(f.labels.flip(d), f.nest)
+                f = factor(f.labels.flip(d), f.major_to_minor)
                 continue
             one_by_one(call, f, d)
             moved_labels = f.labels.roll(call["shifts"][i], d) if index is None else f.labels.index_select(d, index.cpu())
-            f = factor(moved_labels, f.nest)
+            f = factor(moved_labels, f.major_to_minor)
         result += call.settle(f)
     return tuple(result)
 
@@ -199,14 +199,14 @@ def by_running(call: RuleContext) -> Labels:
     """Any other index map: expand the factor to the tensor's full size and run the op on it."""
     result: list[Factor] = []
     for f in call.labels(call.first):
-        if len(f.nest) > 1:
+        if len(f.major_to_minor) > 1:
             call.constraints.same_columns(f)
-        full = fill(f, call.shape(call.first), range(f.labels.dim()))
+        full = expand_along(f, call.shape(call.first), range(f.labels.dim()))
         moved_labels = call.op.func(full, *call.op.args[1:], **call.op.kwargs)
         g = factor(moved_labels)
         call.constraints.keep_rows_equal(g)
         if call.op.func._schema.name == "aten::pixel_shuffle":  # its factor stays: all that makes up a channel goes together
-            result += call.collapse(g, [d for d in g.nest if d not in f.dims])
+            result += call.collapse(g, [d for d in g.major_to_minor if d not in f.dims])
         else:
             result += call.settle(g)
     return tuple(result)
@@ -221,9 +221,9 @@ def diag_embed(call: RuleContext) -> Labels:
         return NONE
     result: Labels = NONE
     for f in call.labels(call.first):
-        result += (factor(f.labels.unsqueeze(n), f.nest),)
+        result += (factor(f.labels.unsqueeze(n), f.major_to_minor),)
         if n - 1 in f.dims:
-            result += (factor(f.labels.unsqueeze(n - 1), tuple(n if d == n - 1 else d for d in f.nest)),)
+            result += (factor(f.labels.unsqueeze(n - 1), tuple(n if d == n - 1 else d for d in f.major_to_minor)),)
     return result
 
 
@@ -234,7 +234,7 @@ def channel_shuffle(call: RuleContext) -> Labels:
     for f in call.labels(call.first):
         if 1 in f.dims:
             order = torch.arange(f.labels.shape[1]).view(groups, -1).t().reshape(-1)
-            f = factor(f.labels.index_select(1, order), f.nest)
+            f = factor(f.labels.index_select(1, order), f.major_to_minor)
         result.append(f)
     return tuple(result)
 
@@ -245,9 +245,9 @@ def view_complex(call: RuleContext) -> Labels:
     before, after = len(call.shape(call.first)), len(call.shape(call.outputs[0]))
     labels = call.labels(call.first)
     if after > before:
-        return tuple(Factor(f.labels.unsqueeze(-1), f.nest) for f in labels)
+        return tuple(Factor(f.labels.unsqueeze(-1), f.major_to_minor) for f in labels)
     passed = call.freeze_dims(labels, [before - 1], "is the pair of real and imaginary parts")
-    return tuple(Factor(f.labels.squeeze(-1), f.nest) for f in passed)
+    return tuple(Factor(f.labels.squeeze(-1), f.major_to_minor) for f in passed)
 
 
 @rule("aten::im2col")
@@ -259,7 +259,7 @@ def im2col(call: RuleContext) -> Labels:
     result: list[Factor] = []
     for f in call.freeze_dims(call.labels(call.first), range(channels + 1, len(shape)), "is a spatial dimension"):
         labels = f.labels.repeat_interleave(kernel, channels) if channels in f.dims else f.labels
-        result.append(factor(labels.squeeze(-1), f.nest))
+        result.append(factor(labels.squeeze(-1), f.major_to_minor))
     return tuple(result)
 
 
@@ -277,7 +277,7 @@ def col2im(call: RuleContext) -> Labels:
             head = labels.narrow(channels + 1, 0, 1)
             call.constraints.tie(labels, head, broadcast=True)
             labels = head.squeeze(channels + 1)
-        result += call.settle(factor(labels.unsqueeze(-1), f.nest), "is a window, the entries of which are summed")
+        result += call.settle(factor(labels.unsqueeze(-1), f.major_to_minor), "is a window, the entries of which are summed")
     return tuple(result)
 
 

@@ -34,11 +34,11 @@ def batch_norm(call: RuleContext) -> list[Labels]:
     ndim = len(shape)
     labels: list[Factor] = []
     for f in call.labels(x):
-        if len(f.nest) == 1 and f.nest[0] == 1:
+        if len(f.major_to_minor) == 1 and f.major_to_minor[0] == 1:
             labels.append(f)
             continue
-        rest = [d for d in f.nest if d != 1]
-        if len(rest) == len(f.nest):
+        rest = [d for d in f.major_to_minor if d != 1]
+        if len(rest) == len(f.major_to_minor):
             labels.append(f)  # per position: statistics run over it, entries stay where they are
         else:
             labels += call.collapse(f, rest)
@@ -62,7 +62,7 @@ def layer_norm(call: RuleContext) -> list[Labels]:
     labels = call.labels(x)
     normalised = range(len(shape) - len(call["normalized_shape"]), len(shape))
     for f in labels:
-        if f.dims & set(normalised) and f.nest[-1] not in normalised:
+        if f.dims & set(normalised) and f.major_to_minor[-1] not in normalised:
             call.constraints.same_columns(f)
     for name in ("weight", "bias"):
         ref = call.get(name)
@@ -81,12 +81,12 @@ def group_norm(call: RuleContext) -> list[Labels]:
     labels: list[Factor] = []
     for f in call.labels(x):
         if 1 in f.dims:
-            for g in call.collapse(f, [d for d in f.nest if d != 1]):
+            for g in call.collapse(f, [d for d in f.major_to_minor if d != 1]):
                 rows = g.labels.reshape(groups, -1)
                 call.constraints.keep_rows_equal(factor(rows))
                 labels.append(g)
         else:  # per position: statistics run over it, entries stay where they are
-            if len(f.nest) > 1 and f.nest[-1] < 2:
+            if len(f.major_to_minor) > 1 and f.major_to_minor[-1] < 2:
                 call.constraints.same_columns(f)
             labels.append(f)
     merged = tuple(labels)

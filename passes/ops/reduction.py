@@ -50,18 +50,18 @@ def drop(f: Factor, gone: Sequence[int], keepdim: bool) -> Factor:
         return f
     kept = [d for d in range(f.labels.dim()) if d not in gone]
     place = {d: i for i, d in enumerate(kept)}
-    return Factor(f.labels.reshape([f.labels.shape[d] for d in kept]), tuple(place[d] for d in f.nest))
+    return Factor(f.labels.reshape([f.labels.shape[d] for d in kept]), tuple(place[d] for d in f.major_to_minor))
 
 
 def row_by_row(call: RuleContext, f: Factor, dims: Sequence[int]) -> Labels:
     """What is left of a factor once `dims` no longer tell entries apart."""
-    touched = [d for d in f.nest if d in dims]
+    touched = [d for d in f.major_to_minor if d in dims]
     if not touched:
         return (f,)
-    rest = [d for d in f.nest if d not in dims]
+    rest = [d for d in f.major_to_minor if d not in dims]
     if not rest:
         return NONE
-    if f.nest[-1] not in rest:
+    if f.major_to_minor[-1] not in rest:
         return (call.constraints.row_labels(f, rest),)
     return call.collapse(f, touched)
 
@@ -81,7 +81,7 @@ def reduce(call: RuleContext) -> list[Labels]:
     keepdim = bool(call.get("keepdim", False)) and len(call.shape(out)) == ndim
     if spreads(call):
         for f in call.labels(x):
-            if f.nest[-1] in dims and f.dims <= {f.nest[-1], *(d for d in range(ndim) if d not in dims)}:
+            if f.major_to_minor[-1] in dims and f.dims <= {f.major_to_minor[-1], *(d for d in range(ndim) if d not in dims)}:
                 call.constraints.keep_two(f.rows())
     result = tuple(drop(g, dims, keepdim) for f in call.labels(x) for g in row_by_row(call, f, dims))
     return [result] * len(call.outputs)
@@ -122,7 +122,7 @@ def normalise(call: RuleContext) -> Labels:
     x = call.first
     dims = call.dims(call.get("dim", -1), len(call.shape(x)))
     for f in call.labels(x):
-        if f.dims & set(dims) and f.nest[-1] not in dims and len(f.nest) > 1:
+        if f.dims & set(dims) and f.major_to_minor[-1] not in dims and len(f.major_to_minor) > 1:
             call.constraints.same_columns(f)
     return call.labels(x)
 
@@ -146,11 +146,11 @@ def glu(call: RuleContext) -> Labels:
         if dim not in f.dims:
             result.append(f)
             continue
-        if len(f.nest) > 1 and dim == f.nest[-1]:
+        if len(f.major_to_minor) > 1 and dim == f.major_to_minor[-1]:
             call.constraints.same_columns(f)
         a, b = f.labels.narrow(dim, 0, half), f.labels.narrow(dim, half, half)
         call.constraints.tie(a, b)
-        result += call.settle(factor(a, f.nest))
+        result += call.settle(factor(a, f.major_to_minor))
     return tuple(result)
 
 
@@ -179,7 +179,7 @@ def distance(call: RuleContext) -> Labels:
         n + 3,
         [n + 2],
     )
-    return tuple(Factor(f.labels.squeeze(-1), f.nest) for f in out)
+    return tuple(Factor(f.labels.squeeze(-1), f.major_to_minor) for f in out)
 
 
 @masked("amax", "max", "logsumexp", "argmax", "logcumsumexp", "cummax")

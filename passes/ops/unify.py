@@ -28,7 +28,9 @@ def unify(call: RuleContext, a: Labels, a_shape: Sequence[int], b: Labels, b_sha
     if not a and not b:
         return NONE
     if not call.constraints.standing:
-        if len(a) == 1 == len(b) and len(a[0].nest) == 1 and a[0].nest == b[0].nest:  # (1), as it is nearly always
+        if (
+            len(a) == 1 == len(b) and len(a[0].major_to_minor) == 1 and a[0].major_to_minor == b[0].major_to_minor
+        ):  # (1), as it is nearly always
             call.constraints.join(a[0], b[0])
             return a
         plain = lines(call, a, a_shape, b, b_shape)
@@ -57,7 +59,7 @@ def unify(call: RuleContext, a: Labels, a_shape: Sequence[int], b: Labels, b_sha
                 call.constraints.freeze(each.labels, kept_whole(call))
             continue
         call.constraints.tie(f.labels, g.labels, broadcast=True)
-        wider = f if len(f.nest) > len(g.nest) else g
+        wider = f if len(f.major_to_minor) > len(g.major_to_minor) else g
         apart = heads_alone(wider, wider.dims - shared) if call.constraints.seeking_heads else None
         if apart is not None:  # it still tells heads apart
             result.append(apart)
@@ -65,11 +67,11 @@ def unify(call: RuleContext, a: Labels, a_shape: Sequence[int], b: Labels, b_sha
         narrow = g.labels
         for d in g.dims - shared:
             narrow = narrow.narrow(d, 0, 1)
-        result.append(factor(narrow, g.nest))
+        result.append(factor(narrow, g.major_to_minor))
         for other in partners:
             if other is not g:
                 call.constraints.freeze(other.labels, kept_whole(call))
-    return tuple(f for f in result if f.nest)
+    return tuple(f for f in result if f.major_to_minor)
 
 
 def lines(call: RuleContext, a: Labels, a_shape: Sequence[int], b: Labels, b_shape: Sequence[int]) -> Labels | None:
@@ -77,17 +79,17 @@ def lines(call: RuleContext, a: Labels, a_shape: Sequence[int], b: Labels, b_sha
 
     None where they do not, or where one keeps all of what the other varies along.
     """
-    theirs = {f.nest: f for f in b}
-    mine = {f.nest: f for f in a}
+    theirs = {f.major_to_minor: f for f in b}
+    mine = {f.major_to_minor: f for f in a}
     if len(theirs) < len(b) or len(mine) < len(a) or any(len(nest) > 1 for nest in (*mine, *theirs)):
         return None
     left = [f for nest, f in mine.items() if nest not in theirs]
     right = [f for nest, f in theirs.items() if nest not in mine]
-    if any(b_shape[f.nest[0]] > 1 for f in left) or any(a_shape[f.nest[0]] > 1 for f in right):
+    if any(b_shape[f.major_to_minor[0]] > 1 for f in left) or any(a_shape[f.major_to_minor[0]] > 1 for f in right):
         return None
     met = [f for nest, f in mine.items() if nest in theirs]
     for f in met:
-        call.constraints.join(f, theirs[f.nest])
+        call.constraints.join(f, theirs[f.major_to_minor])
     return (*met, *left, *right)
 
 
@@ -105,7 +107,7 @@ def heads_alone(f: Factor, dims: Iterable[int]) -> Factor | None:
         for d in rows:
             if not occur_alike(f.labels, f.dims - {d}, end):
                 labels = labels.narrow(d, end % labels.shape[d], 1)
-        found = factor(labels, f.nest)
+        found = factor(labels, f.major_to_minor)
         if not found.dims.isdisjoint(rows):
             return found
     return None
@@ -133,7 +135,7 @@ def beside_rows(call: RuleContext, mine: list[Factor], theirs: list[Factor]) -> 
 
 def main_partner(call: RuleContext, f: Factor, partners: list[Factor]) -> Factor:
     """The factor that a wider one is tied to: over its minor dimension, unless what varies there are copies, all alike."""
-    minor = [g for g in partners if f.nest[-1] in g.dims]
+    minor = [g for g in partners if f.major_to_minor[-1] in g.dims]
     owned = [g for g in partners if bool((g.labels < call.constraints.first_fresh).any())]
     return next((g for g in minor if g in owned), (owned or minor or partners)[0])
 
@@ -144,12 +146,12 @@ def lone(call: RuleContext, mine: list[Factor], theirs: list[Factor], taken: set
     for f in list(mine):
         if any(f.dims & g.dims for g in theirs):
             continue
-        minor = f.nest[-1]
+        minor = f.major_to_minor[-1]
         if shape[minor] > 1 or minor in taken:
             call.constraints.freeze(f.labels, kept_whole(call))
         if shape[minor] == 1 or call.constraints.seeking_heads:
             passed.append(f)
-            rows = [d for d in f.nest[:-1] if shape[d] > 1]
+            rows = [d for d in f.major_to_minor[:-1] if shape[d] > 1]
             if rows and not call.constraints.seeking_heads:  # the other one has them all: each keeps something
                 labels = call.constraints.fresh(math.prod(f.labels.shape[d] for d in rows))
                 labels = labels.reshape([n if d in rows else 1 for d, n in enumerate(f.labels.shape)])
@@ -192,7 +194,7 @@ def compose(call: RuleContext, several: list[Factor], single: list[Factor]) -> l
     for g in list(single):
         parts = [f for f in several if f.dims == g.dims]
         alone = sum(h.dims == g.dims for h in single) == 1
-        if len(parts) < 2 or not alone or len(g.nest) != 1:
+        if len(parts) < 2 or not alone or len(g.major_to_minor) != 1:
             continue
         start = int(g.flat[0])
         known = call.constraints.leaf_starts.get(start)
@@ -227,7 +229,7 @@ def outbid(f: Factor, g: Factor, mine: list[Factor]) -> bool:
 
 
 def match(call: RuleContext, f: Factor, g: Factor) -> None:
-    if f.nest != g.nest:
+    if f.major_to_minor != g.major_to_minor:
         call.constraints.same_columns(f)
         call.constraints.same_columns(g)
     call.constraints.tie(f.labels, g.labels)

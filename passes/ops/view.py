@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import fx
 
-from fxprune.passes.ir.labels import NONE, Factor, Labels, factor, fill
+from fxprune.passes.ir.labels import NONE, Factor, Labels, expand_along, factor
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.registry import handles, rule
 from fxprune.passes.ops.rewriting import argument, resized, sizes_after, with_argument
@@ -78,7 +78,7 @@ def reshape(
     active = [(left, right) for left, right in runs if not f.dims.isdisjoint(left)]
     moved = one_to_one(active, before, after)
     if moved is not None:
-        return f.over(tuple([moved[d] for d in f.nest]), len(after))
+        return f.over(tuple([moved[d] for d in f.major_to_minor]), len(after))
     sizes = [1] * len(after)
     nest: list[int] = []
     split = False
@@ -87,16 +87,18 @@ def reshape(
             sizes[d] = after[d]
         split = split or sum(after[d] > 1 for d in right) > 1
     done: set[int] = set()
-    for d in f.nest:
+    for d in f.major_to_minor:
         left, right = next(run for run in active if d in run[0])
         if left[0] not in done:
             done.add(left[0])
             nest += [r for r in right if after[r] > 1]
-    order = [d for d in f.nest for run in active if d in run[0]]
-    by_run = [d for left, _ in sorted(active, key=lambda run: f.nest.index(first(f, run[0]))) for d in left if d in f.dims]
+    order = [d for d in f.major_to_minor for run in active if d in run[0]]
+    by_run = [
+        d for left, _ in sorted(active, key=lambda run: f.major_to_minor.index(first(f, run[0]))) for d in left if d in f.dims
+    ]
     if order != by_run:  # the merged dimension would interleave rows that are packed one by one
         call.constraints.same_columns(f)
-    labels = fill(f, before, [d for left, _ in active for d in left]).reshape(sizes)
+    labels = expand_along(f, before, [d for left, _ in active for d in left]).reshape(sizes)
     g = factor(labels, nest)
     if split:
         call.constraints.keep_rows_equal(g)
@@ -115,7 +117,7 @@ def one_to_one(active: list[tuple[list[int], list[int]]], before: Sequence[int],
 
 
 def first(f: Factor, dims: Sequence[int]) -> int:
-    return next(d for d in f.nest if d in dims)
+    return next(d for d in f.major_to_minor if d in dims)
 
 
 @handles("view", "reshape", "expand", "broadcast_to", "view_copy", "new_zeros", "new_ones", "new_empty", "_unsafe_view")

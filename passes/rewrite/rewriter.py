@@ -73,7 +73,7 @@ class Rewriter:
         self.labels = solution.values[which]
         self.regions = solution.regions[which]
         self.slicer = slicer
-        self.unit, self.may_go = solution.unit.numpy(), solution.frozen < 0
+        self.unit_of, self.may_go = solution.unit_of.numpy(), solution.frozen < 0
         self.constants = constants
         self.device, self.waiver = device, waiver
         self.graph = self.capture.graph
@@ -190,7 +190,7 @@ class Rewriter:
             if dim is None:
                 return True
             dim %= max(1, len(self.before(ref)))
-            return not counts_channels(self.labels.get(ref.id, ()), dim, self.may_go, self.unit)
+            return not counts_channels(self.labels.get(ref.id, ()), dim, self.may_go, self.unit_of)
         return any(self.is_symbolic(n) for n in node.all_input_nodes)
 
     def is_size(self, node: fx.Node) -> bool:

@@ -19,7 +19,7 @@ from fxprune.passes.capture.patches import visible
 from fxprune.passes.capture.recorder import Recorder
 from fxprune.passes.coupling.propagation import apply_rule
 from fxprune.passes.ir.constraints import Constraints, Rows, flat, row
-from fxprune.passes.ir.labels import Labels, filled, keeps_all, lut
+from fxprune.passes.ir.labels import Labels, fill_removed, keeps_all, kept_mask
 from fxprune.passes.ir.module_tree import copy_tree, named_tensors
 from fxprune.passes.ir.op_trace import OpCall, written_by
 from fxprune.passes.ir.pytree import collect, map_tensors
@@ -89,7 +89,7 @@ class MaskedRun(Recorder):
         labels = self.labels.get(ref.id)
         if not labels:
             return None
-        mask = lut(labels, self.op_trace.shape(ref), self.kept)
+        mask = kept_mask(labels, self.op_trace.shape(ref), self.kept)
         return None if bool(mask.all()) else mask
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -224,7 +224,7 @@ class MaskedOriginal:
         """A copy of one of the model's tensors, zero where it is removed."""
         given = tensor.detach()
         fractions = given.is_floating_point() or given.is_complex()
-        made = filled(given, self.leaves.get(name, ()), self.kept, 0.0) if fractions else given
+        made = fill_removed(given, self.leaves.get(name, ()), self.kept, 0.0) if fractions else given
         return made.clone() if made is given else made
 
 
