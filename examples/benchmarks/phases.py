@@ -39,7 +39,7 @@ STEPS: list[tuple[str, Any, str]] = [
     ("choice", select, "never_emptied"),
     ("choice", select, "settle_removals"),
     ("rewriting", Rewriter, "run"),
-    ("cutting tensors", rewrite, "cut"),
+    ("slicing tensors", rewrite, "slice_tensor"),
     ("code of the result", fx.GraphModule, "recompile"),
 ]
 

@@ -56,6 +56,7 @@ class CapturedProgram:
         given: what opaque modules were given, call by call, where the run had values and it takes no more than the model does.
         trains_on_values: whether a run without values, as this one, cannot be made in training.
         note: what the emitted model does not do as the original does.
+        consumed: whether a rewrite has taken the program; see `take`.
     """
 
     root: nn.Module
@@ -78,6 +79,14 @@ class CapturedProgram:
     given: dict[fx.Node, tuple[Any, Any]] = field(default_factory=dict)
     trains_on_values: bool = False
     note: str = ""
+    consumed: bool = False
+
+    def take(self) -> CapturedProgram:
+        """The program, for a rewrite that edits its graph and modules in place; raises where one has done so before."""
+        if self.consumed:
+            raise RuntimeError("this captured program has been rewritten already: capture the model again")
+        self.consumed = True
+        return self
 
     @property
     def output(self) -> fx.Node:

@@ -42,7 +42,7 @@ class TensorSlice:
 WIDE = 1 << 17  # elements from which on a second thread is worth its start
 
 
-def picked(tensor: Tensor, dim: int, keep: Tensor, out: Tensor | None = None) -> Tensor:
+def picked(tensor: Tensor, dim: int, keep: Tensor) -> Tensor:
     """What lies at some indices along one dimension.
 
     Along the last one `index_select` uses one thread and takes elements of two bytes one by one (torch 2.14, on a CPU):
@@ -51,8 +51,8 @@ def picked(tensor: Tensor, dim: int, keep: Tensor, out: Tensor | None = None) ->
     if tensor.is_cpu and dim == tensor.dim() - 1 > 0:
         large = torch.get_num_threads() > 1 and tensor.numel() >= WIDE
         if large or tensor.dtype in (torch.bfloat16, torch.float16):
-            return torch.gather(tensor, dim, keep.expand(*tensor.shape[:-1], -1), out=out)
-    return torch.index_select(tensor, dim, keep, out=out)
+            return torch.gather(tensor, dim, keep.expand(*tensor.shape[:-1], -1))
+    return torch.index_select(tensor, dim, keep)
 
 
 def clusters(labels: Labels) -> list[list[Factor]]:

@@ -1,56 +1,56 @@
-"""Opaque modules: one node of the graph, run under the recorder, rewritten by changing what their forward reads.
+"""Attributes that change inside an opaque module: a module kept as one node of the graph, with its own Python code.
 
-The tensors inside are cut like any others. Sizes in their Python code come from integer attributes: while the module runs,
-each attribute is an integer that remembers where it came from, and where one turns up as a size of a tensor, the pruned
-size of that tensor is what the attribute must become. Standard layers inside have the table of attributes.
+Its tensors are sliced like any others. Sizes in its code come from integer attributes: while the module was captured, each
+attribute was an integer that remembers its origin, and where one turned up as a size of a tensor, the attribute must become
+the pruned size. Standard layers inside are looked up in the table of `passes/ops/layers.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fxprune.passes.capture.opaque import OPERATORS
 from fxprune.passes.ir.module_tree import fetch
-from fxprune.passes.ir.program import SizeUse
+from fxprune.passes.ir.program import CapturedProgram, SizeUse
 from fxprune.passes.ir.pytree import collect
 from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.rewrite.layer_attributes import LayerAttributes
+from fxprune.passes.rewrite.pruned_shapes import PrunedShapes
 
-if TYPE_CHECKING:
-    from fxprune.passes.rewrite.rewriter import Rewriter
 
-
-def opaque_attributes(r: Rewriter, path: str) -> dict[str, dict[str, Any]]:
-    """Attribute edits by module path for everything inside an opaque module."""
+def opaque_attributes(capture: CapturedProgram, layers: LayerAttributes, path: str) -> dict[str, dict[str, Any]]:
+    """The attributes that change inside the opaque module at `path`, by module path."""
     edits: dict[str, dict[str, Any]] = {}
-    for call in r.capture.calls.get(path, ()):
-        edits.setdefault(call.module, {}).update(r.edits(call.module, collect(call.args, TensorRef)))
-    for (module, name), value in solved(r, r.capture.sizes.get(path, ())).items():
+    for call in capture.calls.get(path, ()):
+        edits.setdefault(call.module, {}).update(layers.changed(call.module, collect(call.args, TensorRef)))
+    for (module, name), value in solve_attributes(capture, layers.shapes, capture.sizes.get(path, ())).items():
         edits.setdefault(module, {})[name] = value
     return edits
 
 
-def solved(r: Rewriter, uses: Sequence[SizeUse]) -> dict[tuple[str, str], int]:
-    """Attributes that change, so that each size comes to what is wanted of it.
+def solve_attributes(capture: CapturedProgram, shapes: PrunedShapes, uses: Sequence[SizeUse]) -> dict[tuple[str, str], int]:
+    """The attributes that change so that every size comes to the pruned one.
 
-    First those that are sizes themselves; then, of a size computed from attributes, one that is not known yet.
+    Attributes that are sizes themselves come first; of a size computed from several, the one that is still unknown changes.
     """
     known: dict[tuple[str, str], int] = {}
     computed: list[tuple[Any, int]] = []
     for use in uses:
-        wanted = r.after(use.ref)[use.dim]
+        wanted = shapes.after(use.ref)[use.dim]
         if use.tree[0] in OPERATORS:
             computed.append((use.tree, wanted))
-        elif use.tree not in known or wanted != r.before(use.ref)[use.dim]:
+        elif use.tree not in known or wanted != shapes.before(use.ref)[use.dim]:
             known[use.tree] = wanted
     for tree, wanted in sorted(computed, key=lambda item: len(attributes_of(item[0]))):
-        for name, value in inverted(r, tree, wanted, known).items():
+        for name, value in solve_for(capture, tree, wanted, known).items():
             known.setdefault(name, value)
-    return {name: value for name, value in known.items() if value != original(r, name)}
+    return {name: value for name, value in known.items() if value != original_value(capture, name)}
 
 
-def original(r: Rewriter, attribute: tuple[str, str]) -> int:
-    return int(getattr(fetch(r.capture.root, attribute[0]) if attribute[0] else r.capture.root, attribute[1]))
+def original_value(capture: CapturedProgram, attribute: tuple[str, str]) -> int:
+    path, name = attribute
+    return int(getattr(fetch(capture.root, path) if path else capture.root, name))
 
 
 def attributes_of(tree: Any) -> set[tuple[str, str]]:
@@ -59,19 +59,24 @@ def attributes_of(tree: Any) -> set[tuple[str, str]]:
     return {tree} if tree[0] not in OPERATORS else attributes_of(tree[1]) | attributes_of(tree[2])
 
 
-def value_of(r: Rewriter, tree: Any, known: Mapping[tuple[str, str], int]) -> int:
-    """What a tree comes to; an attribute that nothing is known of has its original value."""
+def value_of(capture: CapturedProgram, tree: Any, known: Mapping[tuple[str, str], int]) -> int:
+    """The value of an expression over attributes; one that is not known has its original value."""
     if isinstance(tree, int):
         return tree
     if tree[0] not in OPERATORS:
-        return known[tree] if tree in known else original(r, tree)
-    a, b = value_of(r, tree[1], known), value_of(r, tree[2], known)
+        return known[tree] if tree in known else original_value(capture, tree)
+    a, b = value_of(capture, tree[1], known), value_of(capture, tree[2], known)
     return OPERATORS[tree[0]](a, b) if b or tree[0] != "floordiv" else 0
 
 
-def inverted(r: Rewriter, tree: Any, wanted: int, known: Mapping[tuple[str, str], int]) -> dict[tuple[str, str], int]:
-    """The value that the one unknown attribute of a tree must have; none where the tree is right already, or it cannot be."""
-    if isinstance(tree, int) or value_of(r, tree, known) == wanted:
+def solve_for(
+    capture: CapturedProgram, tree: Any, wanted: int, known: Mapping[tuple[str, str], int]
+) -> dict[tuple[str, str], int]:
+    """The value of the one unknown attribute for which an expression comes to `wanted`.
+
+    Empty where it does so already, or where no value does.
+    """
+    if isinstance(tree, int) or value_of(capture, tree, known) == wanted:
         return {}
     if tree[0] not in OPERATORS:
         return {} if tree in known else {tree: wanted}
@@ -79,7 +84,7 @@ def inverted(r: Rewriter, tree: Any, wanted: int, known: Mapping[tuple[str, str]
     free = [side for side in (a, b) if attributes_of(side) - known.keys()]
     if len(free) != 1:
         return {}
-    other = value_of(r, b if free[0] is a else a, known)
+    other = value_of(capture, b if free[0] is a else a, known)
     if name == "add":
         needed = wanted - other
     elif name == "sub":
@@ -88,4 +93,4 @@ def inverted(r: Rewriter, tree: Any, wanted: int, known: Mapping[tuple[str, str]
         needed = wanted // other if other and wanted % other == 0 else 0
     else:
         needed = wanted * other if free[0] is a else (other // wanted if wanted else 0)
-    return inverted(r, free[0], needed, known) if needed > 0 else {}
+    return solve_for(capture, free[0], needed, known) if needed > 0 else {}

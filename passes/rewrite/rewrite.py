@@ -1,8 +1,9 @@
-"""Shrink: the new GraphModule, with cut tensors, changed attributes and the rewritten programs."""
+"""Emit the pruned module: sliced tensors, changed attributes and the rewritten programs."""
 
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,11 +16,11 @@ from fxprune.passes.ir.program import Waiver
 from fxprune.passes.ir.slices import Slicer, TensorSlice
 from fxprune.passes.rewrite.pruned_module import Program, PrunedModule
 from fxprune.passes.rewrite.rewriter import Rewriter
-from fxprune.passes.rewrite.slicing import Room, cut
+from fxprune.passes.rewrite.slicing import slice_tensor
 
 
 def tensor_cuts(solution: Solution, kept: Tensor, slicer: Slicer | None = None) -> dict[str, list[TensorSlice]]:
-    """How each of the model's tensors is cut, by name; raises NotARectangle."""
+    """The slices of each of the model's tensors, by name; raises NotARectangle."""
     slicer = slicer or Slicer(kept)
     return {name: slicer(labels, solution.shapes[name]) for name, labels in solution.leaves.items()}
 
@@ -34,16 +35,49 @@ def rewrite_program(
     values: Mapping[str, Tensor] | None = None,
     waiver: Waiver | None = None,
 ) -> PrunedModule:
-    """The pruned model: a new module that shares nothing with `model`. The captures of the solution are used up.
+    """The pruned model: a new module that shares nothing with `model`.
 
-    Arguments: `made`, the cuts of the model's tensors, and `values`, these tensors by name, where they are known already;
-    `waiver`, guards that need not hold everywhere.
+    The captured programs of the solution are consumed: using them a second time raises, before anything has changed.
+
+    Arguments:
+        model: the original.
+        solution: its coupling.
+        kept: which labels are kept, shape (labels,).
+        slicer: the slices for `kept`, if they have been computed before.
+        made: the slices of the model's tensors, likewise.
+        values: the model's tensors by name, likewise.
+        waiver: guards that need not hold everywhere.
     """
     slicer = slicer or Slicer(kept)
     made = tensor_cuts(solution, kept, slicer) if made is None else made
-    constants: dict[str, Tensor] = {}
+    captures = [capture.take() for capture in solution.captures]
     values = dict(named_tensors(model)) if values is None else values
     device = next((t.device for t in values.values()), torch.device("cpu"))
+    constants: dict[str, Tensor] = {}
+    programs, attributes = rewrite_graphs(solution, slicer, constants, device, waiver)
+    root = slice_tensors(values, solution, made)
+    for path, edits in attributes.items():
+        module = captures[0].modules.get(path) or fetch(root, path)
+        for name, value in edits.items():
+            object.__setattr__(module, name, value)  # plain numbers, which a module's own __setattr__ has no use for
+    for name, data in constants.items():
+        root.register_buffer(name, data.to(device), persistent=False)
+    evaluated = programs[False]
+    assert isinstance(evaluated, fx.Graph)
+    pruned = PrunedModule(root, evaluated, type(model).__name__, programs if len(programs) > 1 else None)
+    restore_modes(model, pruned, solution)
+    if os.environ.get("FXPRUNE_STRICT") == "1":
+        check_programs(pruned, programs.values())
+    return pruned
+
+
+def rewrite_graphs(
+    solution: Solution, slicer: Slicer, constants: dict[str, Tensor], device: torch.device, waiver: Waiver | None
+) -> tuple[dict[bool, fx.Graph | Program], dict[str, dict[str, Any]]]:
+    """The pruned programs, by whether they are for training, and the attributes that change, by module path.
+
+    Index tensors that the programs refer to are added to `constants`.
+    """
     programs: dict[bool, fx.Graph | Program] = {}
     attributes: dict[str, dict[str, Any]] = {}
     for which in range(len(solution.captures)):
@@ -54,28 +88,32 @@ def rewrite_program(
             programs[True] = trained
         for path, edits in rewriter.attributes.items():
             attributes.setdefault(path, {}).update(edits)
-    root = cut_tree(values, solution, made)
-    for path, edits in attributes.items():
-        module = solution.captures[0].modules.get(path) or fetch(root, path)
-        for name, value in edits.items():
-            object.__setattr__(module, name, value)  # numbers: what a module's own __setattr__ looks for is not there
-    for name, data in constants.items():
-        root.register_buffer(name, data.to(device), persistent=False)
-    evaluated = programs[False]
-    assert isinstance(evaluated, fx.Graph)
-    pruned = PrunedModule(root, evaluated, type(model).__name__, programs if len(programs) > 1 else None)
-    vars(pruned)["_apart"] = modules_apart(model, solution, walk(pruned).values())
+    return programs, attributes
+
+
+def check_programs(pruned: PrunedModule, programs: Iterable[fx.Graph | Program]) -> None:
+    """Postconditions of a rewrite: every program is well formed, and what it refers to exists."""
+    for program in programs:
+        graph = program if isinstance(program, fx.Graph) else program.graph()
+        if graph.owning_module is not pruned:
+            graph.owning_module = pruned  # where the targets of its nodes are looked up
+        graph.lint()
+
+
+def restore_modes(model: nn.Module, pruned: PrunedModule, solution: Solution) -> None:
+    """Put the pruned module and its submodules in the modes that the original's are in."""
+    modules, prefix = walk(pruned), solution.captures[0].prefix
+    vars(pruned)["_apart"] = modules_apart(model, solution, modules.values())
     vars(pruned)["training"] = model.training
     pruned.choose(model.training)
     modes = {path: m.training for path, m in every_path(model)}
-    for module, path in walk(pruned).items():
+    for module, path in modules.items():
         if path:
-            vars(module)["training"] = modes.get(path.removeprefix(solution.captures[0].prefix), model.training)
-    return pruned
+            vars(module)["training"] = modes.get(path.removeprefix(prefix), model.training)
 
 
 def modules_apart(model: nn.Module, solution: Solution, paths: Iterable[str]) -> Apart:
-    """Those modules of the result, by mode, that do not follow when it is told its mode."""
+    """The modules of the result, by mode, that keep their own mode when the module is told another."""
     capture = solution.captures[0]
     found = capture.apart
     if found is None:
@@ -83,24 +121,23 @@ def modules_apart(model: nn.Module, solution: Solution, paths: Iterable[str]) ->
     return {mode: some.intersection(paths) - {""} for mode, some in found.items()} if any(found.values()) else {}
 
 
-def cut_tree(values: Mapping[str, Tensor], solution: Solution, made: Mapping[str, list[TensorSlice]]) -> Any:
-    """The traced module tree with every tensor cut (or cloned).
+def slice_tensors(values: Mapping[str, Tensor], solution: Solution, made: Mapping[str, list[TensorSlice]]) -> Any:
+    """The captured module tree with every tensor sliced, or cloned where all of it stays.
 
     Arguments:
         values: the model's tensors as they are now, by name.
         solution: whose captured tree becomes the result.
-        made: the cuts of each tensor, by name.
+        made: the slices of each tensor, by name.
     """
     capture = solution.captures[0]
     tree = capture.root
-    room: Room = {}
 
-    def cut_down(path: str, tensor: Tensor) -> Tensor:
+    def sliced(path: str, tensor: Tensor) -> Tensor:
         name = path.removeprefix(capture.prefix)
-        return cut(values.get(name, tensor), made.get(name, ()), room)
+        return slice_tensor(values.get(name, tensor), made.get(name, ()))
 
     with torch.no_grad():
-        replace_tensors(tree, cut_down)
+        replace_tensors(tree, sliced)
     for other in solution.captures[1:]:  # constants that only the other program met
         for name, tensor in named_tensors(other.root):
             if name not in values and not hasattr(tree, name) and name.startswith("_tensor_constant"):

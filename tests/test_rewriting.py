@@ -1,0 +1,121 @@
+"""Rewriting a captured program: where new nodes stand, what is checked of the result, and that a program is used once."""
+
+import pytest
+import torch
+from torch import fx, nn
+
+from fxprune.passes.coupling.analysis import analyse
+from fxprune.passes.errors import NotARectangle
+from fxprune.passes.ir.options import CouplingOptions
+from fxprune.passes.rewrite.graph_editor import GraphEditor
+from fxprune.passes.rewrite.rewrite import check_programs, rewrite_program
+
+
+def graph_of(*names: str) -> tuple[fx.Graph, list[fx.Node]]:
+    """A chain of calls of these methods on one input."""
+    graph = fx.Graph()
+    nodes = [graph.placeholder("x")]
+    for name in names:
+        nodes.append(graph.call_method(name, (nodes[-1],)))
+    return graph, [*nodes, graph.output(nodes[-1])]
+
+
+def targets(graph: fx.Graph) -> list[str]:
+    return [str(n.target) for n in graph.nodes]
+
+
+def test_new_nodes_stand_before_a_node_until_it_is_emitted_and_after_it_from_then_on():
+    graph, nodes = graph_of("relu", "exp")
+    editor = GraphEditor(graph, {})
+    with editor.visiting(nodes[1]):
+        before = graph.call_method("neg", (nodes[0],))
+        relu = editor.emit(nodes[1], (before,), {})
+        editor.replace(nodes[1], graph.call_method("abs", (relu,)))
+    with editor.visiting(nodes[2]):
+        graph.call_method("sin", (nodes[0],))
+    assert targets(graph) == ["x", "neg", "relu", "abs", "sin", "exp", "output"]
+    assert nodes[1].args == (nodes[0],)  # nothing changes before all is applied
+    editor.apply(nodes, set())
+    graph.lint()
+    assert nodes[1].args == (before,) and nodes[2].args[0].target == "abs"
+
+
+def test_nodes_that_others_stand_for_are_erased():
+    graph, nodes = graph_of("relu", "exp")
+    editor = GraphEditor(graph, {})
+    with editor.visiting(nodes[1]):
+        editor.replace(nodes[1], graph.call_method("abs", (nodes[0],)))
+    editor.apply(nodes, set())
+    graph.lint()
+    assert targets(graph) == ["x", "abs", "exp", "output"]
+
+
+def test_new_nodes_belong_to_the_branch_of_the_node_they_are_made_for():
+    graph, nodes = graph_of("relu", "exp")
+    editor = GraphEditor(graph, {nodes[1]: True})
+    with editor.visiting(nodes[1]):
+        made = graph.call_method("neg", (nodes[0],))
+    with editor.visiting(nodes[2]):
+        common = graph.call_method("abs", (nodes[0],))
+    assert editor.branches == {nodes[1]: True, made: True} and common not in editor.branches
+
+
+class Chunks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.b(self.a(x).view(x.shape[0], 8))
+
+
+@pytest.fixture
+def solution():
+    torch.manual_seed(0)
+    model, x = Chunks().eval(), torch.randn(3, 4)
+    return model, x, analyse(model, (x,), {}, CouplingOptions(heads=True))
+
+
+def kept_half(solution):
+    """All labels but those of half of the channels of the first layer."""
+    kept = torch.ones(len(solution.unit_of), dtype=torch.bool)
+    channels = solution.leaves["a.bias"][0].flat[:4]
+    kept[torch.isin(solution.unit_of, solution.unit_of[channels])] = False
+    return kept
+
+
+def test_a_captured_program_is_rewritten_once(solution):
+    """A second rewrite raises, and the first result stays what it was: once its 4 channels silently became 8."""
+    model, x, solved = solution
+    first = rewrite_program(model, solved, kept_half(solved))
+    before = first(x)
+    assert first.a.weight.shape == (4, 4)
+    with pytest.raises(RuntimeError, match="rewritten already"):
+        rewrite_program(model, solved, torch.ones(len(solved.unit_of), dtype=torch.bool))
+    assert first.a.weight.shape == (4, 4)
+    assert torch.equal(first(x), before)
+
+
+def test_a_choice_that_leaves_nothing_of_a_tensor_consumes_no_program(solution):
+    model, x, solved = solution
+    with pytest.raises(NotARectangle):
+        rewrite_program(model, solved, torch.zeros(len(solved.unit_of), dtype=torch.bool))
+    assert rewrite_program(model, solved, kept_half(solved))(x).shape == (3, 2)
+
+
+def test_what_a_program_refers_to_must_exist(solution):
+    model, _, solved = solution
+    pruned = rewrite_program(model, solved, kept_half(solved))
+    check_programs(pruned, [pruned.graph])
+    del pruned._modules["b"]
+    with pytest.raises(RuntimeError, match="nonexistent attribute b"):
+        check_programs(pruned, [pruned.graph])
+
+
+def test_a_program_must_be_well_formed(solution):
+    model, _, solved = solution
+    pruned = rewrite_program(model, solved, kept_half(solved))
+    nodes = list(pruned.graph.nodes)
+    nodes[1].append(nodes[0])  # an input after its use
+    with pytest.raises(RuntimeError):
+        check_programs(pruned, [pruned.graph])
