@@ -92,7 +92,7 @@ def test_weights_are_masked_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return out
 
     monkeypatch.setattr(MaskedOriginal, "zeroed", counted)
-    monkeypatch.setattr(masking, "filled", noted)
+    monkeypatch.setattr(masking, "fill_removed", noted)
     model = Attention()
     pruned = fxprune.prune(model, ratio=0.5, example_inputs=torch.randn(1, 7, 5), verify=True)
     assert pruned.verification.ok
