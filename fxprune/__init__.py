@@ -6,7 +6,8 @@ from fxprune.criteria import Magnitude
 from fxprune.custom_ops import register_op
 from fxprune.errors import PruneError
 from fxprune.iterative.pruner import Pruner
-from fxprune.plan import Plan, plan_of
+from fxprune.pipeline import Plan
+from fxprune.plan import plan_of
 from fxprune.repair import Repair, repair
 from fxprune.reports.coupling import Coupling
 from fxprune.reports.feasibility import Feasibility, feasible

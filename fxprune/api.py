@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, fx, nn
 
-from fxprune.batch_guards import for_any_batch
 from fxprune.criteria.base import Criterion
-from fxprune.inputs import check_inputs, describe_inputs, parse_inputs
-from fxprune.options import HALF, Attention, Freeze, Options, Ratio, Scopes, check_attention, check_request, terms_of
-from fxprune.passes.coupling.analysis import analyse, describe_capture
+from fxprune.inputs import ExampleInputs
+from fxprune.options import Attention, Freeze, Options, Ratio, Scopes, Verify
 from fxprune.passes.coupling.families import families
-from fxprune.passes.ir.module_tree import named_parameters, named_tensors
-from fxprune.passes.ir.quiet import uncollected
-from fxprune.pipeline import as_class, checked_verification, is_cheap, prune_once
-from fxprune.plan import Plan, kept_by, plan_of
+from fxprune.passes.ir.module_tree import named_parameters
+from fxprune.pipeline import Compilation
+from fxprune.plan import plan_of
 from fxprune.reports.coupling import Coupling
 from fxprune.verification import Verification, compare
 
 
 def prune(
     model: nn.Module,
-    ratio: Ratio = HALF,
+    ratio: Ratio | None = None,
     *,
     example_inputs: Any = None,
     params: float | None = None,
@@ -42,7 +37,7 @@ def prune(
     release: str | Sequence[str] = (),
     round_to: int = 1,
     attention: Attention = "heads",
-    verify: bool | Literal["auto"] = "auto",
+    verify: Verify = "auto",
     same_class: bool = False,
 ) -> fx.GraphModule:
     """A physically smaller copy of a model, exactly equal to it with the removed channels masked.
@@ -93,36 +88,35 @@ def prune(
 
     Raises: PruneError for anything that cannot be done; nothing has changed then.
     """
-    args, kwargs = parse_inputs(example_inputs)
-    budgets = {"params": params, "macs": macs, "memory": memory, "latency": latency}
-    options = Options(ratio, budgets, criterion, ranking, scopes, floor, round_to, data, loss)
-    check_request(model, options, attention, verify)
-    check_inputs(model, args, kwargs, weights=options.reads_weights or options.runs_the_model or verify is True or same_class)
-    coupling_options = terms_of(model, attention, freeze, release)
-    tensors = dict(named_tensors(model))
-    with contextlib.nullcontext() if options.runs_the_model else uncollected():
-        solution, kept, made, pruned, frozen_modules = prune_once(
-            model, args, kwargs, options, coupling_options, tensors=tensors
-        )
-        pruned.meta["plan"] = Plan(
-            {name: tuple(t.shape) for name, t in tensors.items()},
-            {name: parts for name, parts in made.items() if parts},
-            attention,
-            tuple(sorted(coupling_options.keep)),
-            describe_inputs(example_inputs),
-            coupling_options.release,
-        )
-        pruned.meta["capture"] = describe_capture(solution)
-        pruned.meta["frozen_modules"] = frozen_modules
-        check = None
-        if verify is True or (verify == "auto" and is_cheap(model)):
-            check = functools.partial(checked_verification, model, pruned, solution, kept, args, kwargs, coupling_options.heads)
-        del solution, kept  # most of it goes now, before the collector looks through what is left
-    if check is not None:
-        pruned.meta["verification"] = check()
-        coupled = functools.partial(analyse, model, coupling_options=coupling_options, frozen_modules=frozen_modules)
-        pruned = for_any_batch(model, pruned, args, kwargs, coupled, coupling_options.heads)
-    return as_class(model, pruned, args, kwargs) if same_class else pruned
+    options = Options.parse(
+        model,
+        ratio=ratio,
+        params=params,
+        macs=macs,
+        memory=memory,
+        latency=latency,
+        criterion=criterion,
+        data=data,
+        loss=loss,
+        ranking=ranking,
+        scopes=scopes,
+        floor=floor,
+        freeze=freeze,
+        release=release,
+        round_to=round_to,
+        attention=attention,
+        verify=verify,
+    )
+    inputs = ExampleInputs.parse(example_inputs).check(model, weights=options.needs_weights or same_class)
+    compilation = Compilation(model, inputs, options.coupling)
+    with options.uncollected():
+        choice = compilation.choose(options)  # capture, couple, score, select
+        pruned = compilation.emit(choice)  # rewrite, slice
+        if not options.verifies(model):
+            del choice  # most of it is freed now, before the collector looks through what is left
+    if options.verifies(model):
+        pruned = compilation.verify(pruned, choice)
+    return compilation.restore_class(pruned) if same_class else pruned
 
 
 def couple(
@@ -142,14 +136,14 @@ def couple(
 
     Arguments: as for `prune`; the model may be on the meta device, however large it is. Raises: PruneError.
     """
-    args, kwargs = parse_inputs(example_inputs)
-    check_attention(attention)
-    check_inputs(model, args, kwargs, weights=False)
-    solution = analyse(model, args, kwargs, terms_of(model, attention, freeze, release))
+    options = Options.parse(model, freeze=freeze, release=release, attention=attention)
+    inputs = ExampleInputs.parse(example_inputs).check(model, weights=False)
+    compilation = Compilation(model, inputs, options.coupling)
+    solution = compilation.couple_for_good()
     found = families(solution, set(named_parameters(model)))
     for capture in solution.captures:
-        capture.given.clear()  # nothing is tried
-    return Coupling(type(model).__name__, found, solution, dict(named_tensors(model)))
+        capture.given.clear()  # nothing is tried any more
+    return Coupling(type(model).__name__, found, solution, compilation.tensors)
 
 
 def verify(model: nn.Module, pruned: fx.GraphModule, example_inputs: Any, *, sizes: bool = True) -> Verification:
@@ -163,11 +157,8 @@ def verify(model: nn.Module, pruned: fx.GraphModule, example_inputs: Any, *, siz
 
     Returns: the largest relative error and what was compared.
     """
-    args, kwargs = parse_inputs(example_inputs)
-    check_inputs(model, args, kwargs)
     plan = plan_of(pruned)
-    plan.check(model)
-    solution = analyse(model, args, kwargs, plan.coupling_options)
-    return compare(
-        model, pruned, solution.leaves, kept_by(plan, solution), plan.coupling_options.heads, args, kwargs, sizes=sizes
-    )
+    compilation = Compilation.of_plan(model, plan, example_inputs)
+    choice, given = compilation.choice_of(plan), ExampleInputs.parse(example_inputs)
+    leaves, heads = choice.solution.leaves, plan.coupling_options.heads
+    return compare(model, pruned, leaves, choice.kept, heads, given.args, given.kwargs, sizes=sizes)

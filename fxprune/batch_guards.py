@@ -1,4 +1,4 @@
-"""Any batch: a pruned program that takes a batch of one and larger ones, also where the model tells them apart.
+"""Programs for a batch of any size, also where the model tells a batch of one from larger ones.
 
 Python decides by sizes (`if positions.shape[0] != batch: positions = positions.expand(batch, -1)`), and a program is one of the
 paths. The path of larger batches often does for a batch of one: so it is captured, and tried with one.
@@ -6,76 +6,88 @@ paths. The path of larger batches often does for a batch of one: so it is captur
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fxprune.inputs import batch_of, batch_of_one, larger
+from fxprune.inputs import ExampleInputs
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import surface
-from fxprune.passes.ir.labels import Labels
 from fxprune.passes.ir.program import Waiver
 from fxprune.passes.ir.quiet import unobserved
 from fxprune.passes.ir.tensor_ref import TensorRef
 from fxprune.passes.rewrite.guards import guards_of, noting
 from fxprune.passes.rewrite.pruned_module import PrunedModule
-from fxprune.passes.rewrite.rewrite import rewrite_program
-from fxprune.plan import Plan, kept_by
 from fxprune.verification import Verification, compare, evaluating, restoring
 
-Coupled = Callable[[tuple[Any, ...], dict[str, Any]], Solution]
+
+@dataclass(frozen=True, slots=True)
+class Recompiled:
+    """A plan's choice for inputs of other sizes.
+
+    Attributes:
+        solution: the coupling of the program for these inputs.
+        kept: for each of its labels whether it stays.
+        emit: makes the pruned program, with a waiver or without.
+    """
+
+    solution: Solution
+    kept: Tensor
+    emit: Callable[[Waiver | None], PrunedModule]
+
+
+Recompile = Callable[[ExampleInputs], Recompiled]
 
 
 def for_any_batch(
-    model: nn.Module, pruned: PrunedModule, args: tuple[Any, ...], kwargs: dict[str, Any], coupled: Coupled, heads: bool
+    model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs, recompile: Recompile, heads: bool
 ) -> PrunedModule:
     """The pruned model as a program that takes a batch of one and larger ones, where both are exact; else as it is.
 
     Arguments:
         model: the original.
         pruned: verified already.
-        args, kwargs: the example inputs.
-        coupled: couples the model anew, on inputs of any size.
-        heads: whether heads go whole.
+        inputs: the example inputs.
+        recompile: compiles the model anew by the same plan, for inputs of any size.
+        heads: whether heads are removed whole.
     """
     if not guards_of(pruned):
         return pruned
     try:
-        return tried_with_one(model, pruned, args, kwargs, coupled, heads) or pruned
+        return tried_with_one(model, pruned, inputs, recompile, heads) or pruned
     except Exception as error:  # the model does not take such a batch, or couples otherwise
         surface(error)
         return pruned
 
 
 def tried_with_one(
-    model: nn.Module, pruned: PrunedModule, args: tuple[Any, ...], kwargs: dict[str, Any], coupled: Coupled, heads: bool
+    model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs, recompile: Recompile, heads: bool
 ) -> PrunedModule | None:
     """The program of larger batches, tried at a batch of one; None where it is no better than the one there is."""
-    batch = batch_of(args, kwargs)
-    if not batch:
+    if not inputs.batch:
         return None
-    alone = batch == 1
+    alone = inputs.batch == 1
     if alone and not refuses_a_batch(pruned.verification):
         return None
-    one, several = batch_of_one(args, kwargs), larger(args, kwargs) if alone else (args, kwargs)
-    tried = made(model, pruned.plan, coupled(*several), None).program if alone else pruned
+    one, several = inputs.first_sample(), inputs.one_more() if alone else inputs
+    tried = recompile(several).emit(None) if alone else pruned
     with noting(tried) as failing, evaluating(tried), restoring(tried, parameters=True), torch.no_grad(), unobserved(model):
-        tried(*one[0], **one[1])
+        one.call(tried)
     if not failing and not alone:
         return None
-    solution = coupled(*several)
-    argument = first_tensor(solution)
+    found = recompile(several)
+    argument = first_tensor(found.solution)
     if argument is None:
         return None
     waiver = Waiver(argument, 1, tuple(dict.fromkeys(failing)))
-    found = made(model, pruned.plan, solution, waiver)
-    least = compare(model, found.program, found.leaves, found.kept, heads, *one, sizes=False)
+    program = found.emit(waiver)
+    leaves = found.solution.leaves
+    least = compare(model, program, leaves, found.kept, heads, one.args, one.kwargs, sizes=False)
     verified = replace(least, error=max(pruned.verification.error, least.error))
     if alone:
-        more = compare(model, found.program, found.leaves, found.kept, heads, *several, sizes=True)
+        more = compare(model, program, leaves, found.kept, heads, several.args, several.kwargs, sizes=True)
         said = [*least.compared, "another batch", *(s for s in more.compared[1:] if s != "another batch")]
         verified = replace(more, error=max(least.error, more.error), compared=tuple(said))
     else:
@@ -83,22 +95,8 @@ def tried_with_one(
     if not verified.ok or (alone and refuses_a_batch(verified)):
         return None
     meta = {**pruned.meta, "plan": replace(pruned.plan, waiver=waiver), "verification": verified}
-    vars(found.program)["meta"] = meta
-    return found.program
-
-
-@dataclass(slots=True)
-class Made:
-    """A pruned program, with what it takes to verify it."""
-
-    program: PrunedModule
-    leaves: Mapping[str, Labels]
-    kept: Tensor
-
-
-def made(model: nn.Module, plan: Plan, solution: Solution, waiver: Waiver | None) -> Made:
-    kept = kept_by(plan, solution)
-    return Made(rewrite_program(model, solution, kept, waiver=waiver), solution.leaves, kept)
+    vars(program)["meta"] = meta
+    return program
 
 
 def refuses_a_batch(found: Verification) -> bool:

@@ -2,76 +2,141 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import named_parameters
+from fxprune.passes.ir.module_tree import named_parameters, named_tensors
 from fxprune.passes.ir.pytree import collect, map_tensors
+from fxprune.plan_format import DTYPES, elements
 
 
-def parse_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments: a tensor is one, a tuple several, a dict keywords."""
-    if example_inputs is None:
-        raise PruneError(
-            "example inputs are missing",
-            fix="example_inputs=torch.randn(1, 3, 224, 224), or what forward takes",
-        )
-    if isinstance(example_inputs, dict) and all(isinstance(k, str) for k in example_inputs):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, tuple):
-        return example_inputs, {}
-    return (example_inputs,), {}
+@dataclass(frozen=True, slots=True)
+class ExampleInputs:
+    """What a model is called with: positional and keyword arguments."""
 
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
 
-def check_inputs(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, weights: bool = True) -> None:
-    """Raise PruneError where the arguments cannot be what the model takes: names, devices, dtypes.
-
-    A model without `weights`, on the meta device, will do where they do not matter, and so will inputs on any device.
-    """
-    if not isinstance(model, nn.Module):
-        what = f"model is of type {type(model).__name__}, not a torch.nn.Module"
-        raise PruneError(what, fix="pass the module itself")
-    check_names(model, args, kwargs)
-    held = list(named_parameters(model).values())
-    on_meta = any(p.is_meta for p in held)
-    if on_meta and weights:
-        raise PruneError(
-            "the model is on the meta device: it has no weights to score or to cut",
-            where=type(model).__name__,
-            fix="model.to_empty(device='cpu') and load its weights, then prune; or criterion='random', unverified",
-        )
-    devices = list(dict.fromkeys(p.device for p in held))
-    dtypes = list(dict.fromkeys(p.dtype for p in held if p.is_floating_point()))
-    tensors: list[Tensor] = collect((args, kwargs), Tensor)
-    for tensor in tensors:
-        if devices and tensor.device not in devices and not on_meta:
+    @classmethod
+    def parse(cls, given: Any) -> ExampleInputs:
+        """A tensor is one argument, a tuple several, a dict keywords. Raises PruneError where there are none."""
+        if given is None:
             raise PruneError(
-                f"the example inputs are on {tensor.device}, the model on {devices[0]}",
-                where=type(model).__name__,
-                fix=f"example_inputs.to({str(devices[0])!r})",
+                "example inputs are missing",
+                fix="example_inputs=torch.randn(1, 3, 224, 224), or what forward takes",
             )
-    # of several tensors one may be a mask or a table of another dtype
-    if dtypes and len(tensors) == 1 and tensors[0].is_floating_point() and tensors[0].dtype not in dtypes:
-        raise PruneError(
-            f"the example inputs are {tensors[0].dtype}, the model is {dtypes[0]}",
-            where=type(model).__name__,
-            fix=f"example_inputs.to({dtypes[0]})",
-        )
+        if isinstance(given, dict) and all(isinstance(k, str) for k in given):
+            return cls((), dict(given))
+        return cls(given if isinstance(given, tuple) else (given,), {})
+
+    def call(self, model: Callable[..., Any]) -> Any:
+        """What a model returns for them."""
+        return model(*self.args, **self.kwargs)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> ExampleInputs:
+        """The same structure with every tensor changed."""
+        return ExampleInputs(*map_tensors((self.args, self.kwargs), change))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return collect((self.args, self.kwargs), Tensor)
+
+    def beside(self, model: nn.Module) -> ExampleInputs:
+        """The same on the device of a model."""
+        return self.map(functools.partial(Tensor.to, device=device_of(model)))
+
+    @property
+    def batch(self) -> int | None:
+        """The size of the first dimension of the first tensor that has any; None where there is none."""
+        return next((t.shape[0] for t in self.tensors if t.dim()), None)
+
+    def first_sample(self) -> ExampleInputs:
+        """The first sample of the batch alone."""
+        return self.map(lambda t: t[:1] if t.dim() and t.shape[0] == self.batch else t)
+
+    def one_more(self) -> ExampleInputs:
+        """One sample more in the batch: the first one, rolled along its last dimension."""
+        grown = lambda t: torch.cat([t, t[:1].roll(1, -1)])  # noqa: E731
+        return self.map(lambda t: grown(t) if t.dim() and t.shape[0] == self.batch else t)
+
+    def other_sizes(self) -> Iterator[tuple[str, ExampleInputs]]:
+        """The same inputs at a second batch size and at a second image size, with a name for each."""
+        if self.batch is None:
+            return
+        yield "batch", self.one_more()
+        images = [t for t in self.tensors if t.dim() in (4, 5) and t.is_floating_point() and min(t.shape[-2:]) >= 8]
+        if images:
+            height, width = images[0].shape[-2:]
+
+            def grown(t: Tensor) -> Tensor:
+                if t.dim() >= 4 and t.is_floating_point() and t.shape[-2:] == (height, width):
+                    t = torch.cat([t, t[..., : min(32, height), :]], -2)
+                    return torch.cat([t, t[..., : min(32, width)].flip(-1)], -1)
+                return t
+
+            yield "image size", self.map(grown)
+
+    def describe(self) -> Any:
+        """JSON-ready description: structure, shapes, dtypes and the range of integers."""
+        alone = self.args[0] if len(self.args) == 1 and not self.kwargs else None
+        if alone is not None and not isinstance(alone, tuple | dict):
+            return describe(alone)
+        return describe(self.kwargs or self.args)
+
+    def check(self, model: nn.Module, *, weights: bool = True) -> ExampleInputs:
+        """The inputs themselves; raises PruneError where they cannot be what the model takes: names, devices, dtypes.
+
+        A model without `weights`, on the meta device, will do where they do not matter, and so will inputs on any device.
+        """
+        check_names(model, self)
+        held = list(named_parameters(model).values())
+        on_meta = any(p.is_meta for p in held)
+        if on_meta and weights:
+            raise PruneError(
+                "the model is on the meta device: it has no weights to score or to cut",
+                where=type(model).__name__,
+                fix="model.to_empty(device='cpu') and load its weights, then prune; or criterion='random', unverified",
+            )
+        devices = list(dict.fromkeys(p.device for p in held))
+        dtypes = list(dict.fromkeys(p.dtype for p in held if p.is_floating_point()))
+        for tensor in self.tensors:
+            if devices and tensor.device not in devices and not on_meta:
+                raise PruneError(
+                    f"the example inputs are on {tensor.device}, the model on {devices[0]}",
+                    where=type(model).__name__,
+                    fix=f"example_inputs.to({str(devices[0])!r})",
+                )
+        # of several tensors one may be a mask or a table of another dtype
+        alone = self.tensors[0] if len(self.tensors) == 1 else None
+        if dtypes and alone is not None and alone.is_floating_point() and alone.dtype not in dtypes:
+            raise PruneError(
+                f"the example inputs are {alone.dtype}, the model is {dtypes[0]}",
+                where=type(model).__name__,
+                fix=f"example_inputs.to({dtypes[0]})",
+            )
+        return self
 
 
-def check_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def device_of(model: nn.Module) -> torch.device:
+    """The device of a model's first tensor; the CPU for a model without any."""
+    return next((t.device for _, t in named_tensors(model)), torch.device("cpu"))
+
+
+def check_names(model: nn.Module, inputs: ExampleInputs) -> None:
     """Raise PruneError where forward has no such arguments, or lacks one."""
     signature = inspect.signature(model.forward)
     parameters = signature.parameters
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    unknown = [] if open_ended else [name for name in kwargs if name not in parameters]
+    unknown = [] if open_ended else [name for name in inputs.kwargs if name not in parameters]
     try:
-        signature.bind(*args, **kwargs)
+        signature.bind(*inputs.args, **inputs.kwargs)
     except TypeError as error:
         why = f"it has no argument {unknown[0]!r}" if unknown else str(error)
         taken = [str(p.replace(annotation=inspect.Parameter.empty)) for p in parameters.values()]
@@ -82,80 +147,54 @@ def check_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         ) from error
 
 
-def describe_inputs(example_inputs: Any) -> Any:
-    """JSON-ready description of example inputs: structure, shapes, dtypes and the range of integers."""
-    if isinstance(example_inputs, Tensor):
-        found: dict[str, Any] = {
-            "shape": list(example_inputs.shape),
-            "dtype": str(example_inputs.dtype).removeprefix("torch."),
-        }
-        if not example_inputs.is_floating_point() and not example_inputs.is_complex() and example_inputs.numel():
-            found["range"] = [int(example_inputs.min()), int(example_inputs.max())]
+def describe(value: Any) -> Any:
+    """JSON-ready description of an argument."""
+    if isinstance(value, Tensor):
+        found: dict[str, Any] = {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+        if not value.is_floating_point() and not value.is_complex() and value.numel():
+            found["range"] = [int(value.min()), int(value.max())]
         return {"tensor": found}
-    if isinstance(example_inputs, tuple | list):
-        return {
-            type(example_inputs).__name__ if not hasattr(example_inputs, "_fields") else "tuple": [
-                describe_inputs(v) for v in example_inputs
-            ]
-        }
-    if isinstance(example_inputs, dict):
-        return {"dict": [[k, describe_inputs(v)] for k, v in example_inputs.items()]}
-    if example_inputs is None or isinstance(example_inputs, bool | int | float | str):
-        return {"value": example_inputs}
-    return {"opaque": type(example_inputs).__name__}
+    if isinstance(value, tuple | list):
+        kind = "tuple" if hasattr(value, "_fields") else type(value).__name__
+        return {kind: [describe(v) for v in value]}
+    if isinstance(value, dict):
+        return {"dict": [[k, describe(v)] for k, v in value.items()]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return {"value": value}
+    return {"opaque": type(value).__name__}
 
 
-def empty_inputs(described: Any, device: torch.device) -> Any:
+MOST_ELEMENTS = 1 << 28  # of inputs that are made up
+
+
+def random_inputs(described: Any, device: torch.device) -> ExampleInputs:
     """Random inputs that look like the described; raises PruneError where a description is not enough."""
+    fix = "plan.apply(model, example_inputs=...)"
+    if described is None:
+        raise PruneError("the plan does not say what the example inputs were like", fix=fix)
+    if elements(described) > MOST_ELEMENTS:
+        raise PruneError("the plan's example inputs are too large to be made up", fix=fix)
+    try:
+        return ExampleInputs.parse(made_up(described, device))
+    except (RuntimeError, TypeError) as error:
+        raise PruneError(f"example inputs like those of the plan cannot be made up: {error}", fix=fix) from error
+
+
+def made_up(described: Any, device: torch.device) -> Any:
+    """A random value for a description by `describe`."""
     kind, content = next(iter(described.items()))
     if kind == "tensor":
-        dtype = getattr(torch, content["dtype"])
+        dtype = DTYPES[content["dtype"]]
         generator = torch.Generator().manual_seed(0)
         if "range" in content:
             low, high = content["range"]
             return torch.randint(low, high + 1, content["shape"], generator=generator).to(device, dtype)
         return torch.randn(content["shape"], generator=generator).to(device, dtype)
     if kind in ("tuple", "list"):
-        values = [empty_inputs(v, device) for v in content]
+        values = [made_up(v, device) for v in content]
         return tuple(values) if kind == "tuple" else values
     if kind == "dict":
-        return {k: empty_inputs(v, device) for k, v in content}
+        return {k: made_up(v, device) for k, v in content}
     if kind == "value":
         return content
     raise PruneError(f"the plan cannot make up an input of type {content}", fix="plan.apply(model, example_inputs=...)")
-
-
-def batch_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """The size of the first dimension of the first tensor that has any; None where there is none."""
-    return next((t.shape[0] for t in collect((args, kwargs), Tensor) if t.dim()), None)
-
-
-def batch_of_one(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The same inputs, the first of the batch alone."""
-    batch = batch_of(args, kwargs)
-    return map_tensors((args, kwargs), lambda t: t[:1] if t.dim() and t.shape[0] == batch else t)
-
-
-def larger(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The same inputs with one more in the batch; some tensor has dimensions."""
-    batch = batch_of(args, kwargs)
-    return map_tensors((args, kwargs), lambda t: torch.cat([t, t[:1].roll(1, -1)]) if t.dim() and t.shape[0] == batch else t)
-
-
-def other_sizes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
-    """The same inputs at a second batch size and at a second image size, with a name for each."""
-    tensors: Sequence[Tensor] = [t for t in collect((args, kwargs), Tensor) if t.dim()]
-    if not tensors:
-        return
-    yield "batch", *larger(args, kwargs)
-    images = [t for t in tensors if t.dim() in (4, 5) and t.is_floating_point() and min(t.shape[-2:]) >= 8]
-    if images:
-        height, width = images[0].shape[-2:]
-
-        def grown(t: Tensor) -> Tensor:
-            if t.dim() >= 4 and t.is_floating_point() and t.shape[-2:] == (height, width):
-                t = torch.cat([t, t[..., : min(32, height), :]], -2)
-                return torch.cat([t, t[..., : min(32, width)].flip(-1)], -1)
-            return t
-
-        yield "image size", *map_tensors((args, kwargs), grown)

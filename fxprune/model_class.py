@@ -18,17 +18,52 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxprune.inputs import ExampleInputs
+from fxprune.passes.capture.capture import capture_program
 from fxprune.passes.capture.opaque import OPERATORS
+from fxprune.passes.coupling.couple import couple_channels
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError
+from fxprune.passes.ir.module_tree import private_copy
 from fxprune.passes.ir.pytree import collect
+from fxprune.passes.ir.quiet import unobserved
+from fxprune.passes.rewrite.pruned_module import PrunedModule
 from fxprune.passes.rewrite.rewrite import rewrite_program
 from fxprune.passes.verification.masked_model import relative_error
+from fxprune.plan import kept_labels, plan_of
+from fxprune.verification import tolerance_of
 
 Shapes = dict[str, tuple[int, ...]]
 Path = tuple[str, ...]
 Attributes = dict[tuple[str, str], Any]
 MOST_UNCERTAIN = 8  # numbers of a configuration that may stand for the same dimensions
+
+
+def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs) -> Any:
+    """A pruned model in the original's own class; raises PruneError where it does not compute the same."""
+    plan = plan_of(pruned)
+    with unobserved(model):
+        whole = capture_program(private_copy(model).eval(), inputs.args, inputs.kwargs, whole=True)
+        solution = couple_channels([whole], plan.coupling_options)
+        made, known = shrink_class(model, solution, kept_labels(plan, solution))
+        mode = pruned.training
+        wanted = collect(inputs.call(pruned.eval()), Tensor)
+        pruned.train(mode)
+        modes = {m: m.training for m in made.modules()}
+        made.eval()
+        tolerance = tolerance_of(made)
+        configure(model, made, known, wanted, inputs.call, tolerance)
+        error = difference(made, wanted, inputs.call)
+        for m, training in modes.items():
+            m.training = training
+    if error > tolerance:
+        raise PruneError(
+            f"the pruned model cannot stay a {type(model).__name__}: its own forward holds sizes that no attribute has",
+            where=type(model).__name__,
+            fix="take the GraphModule that prune returns without same_class",
+        )
+    made.__dict__["meta"] = dict(pruned.meta)
+    return made
 
 
 def shrink_class(model: nn.Module, solution: Solution, kept: Tensor) -> tuple[nn.Module, Attributes]:

@@ -1,15 +1,16 @@
-"""Requests: what to remove, checked as far as they can be without looking at the model."""
+"""Options: the arguments of the public functions, parsed and checked once."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import fnmatch
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from fxprune.criteria.base import Criterion
 from fxprune.criteria.catalog import find
@@ -17,73 +18,111 @@ from fxprune.criteria.unit_scores import asked
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.options import CouplingOptions
+from fxprune.passes.ir.quiet import uncollected
 from fxprune.selection.budgets import FIX, Budget, budget_of
 
 Ratio = float | Mapping[str, float]
 Scopes = Mapping[str, str | Sequence[str]]
-HALF = float("0.5")  # the default ratio; this very object says that none was asked for
+Freeze = str | nn.Module | Sequence[str | nn.Module]
+Attention = Literal["heads", "dims"]
+Verify = bool | Literal["auto"]
+
+DEFAULT_RATIO = 0.5
 RANKINGS = ("local", "global", "isomorphic")
+CHEAP = 100_000_000  # parameters up to which a few forwards take little time
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Options:
-    """What to remove, as the arguments of `prune` say it."""
+    """What to remove and what to keep, as the arguments of `prune` say it.
 
-    ratio: Ratio
-    budgets: Mapping[str, float | str | None]
-    criterion: str | Criterion
-    ranking: str
-    scopes: Scopes | None
-    floor: float | None
-    round_to: int
-    data: Any
-    loss: Any
-    budget: Budget | None = field(init=False, default=None)
+    Attributes:
+        ratio: the share of units to remove, or shares by glob; not read where there is a budget.
+        budget: what may stay, if it was asked for by cost.
+        criterion, ranking, scopes, floor, round_to, data, loss, verify: as for `prune`.
+        coupling: what the coupling has to know of them.
+    """
 
-    def check(self) -> None:
-        """Raise PruneError for what means nothing, whatever the model; sets `budget`."""
-        self.budget = budget_of(self.budgets)
-        if self.budget is not None and self.ratio is not HALF:
-            raise PruneError(f"ratio and {self.budget.kind} are both given", fix=FIX)
-        if self.ranking not in RANKINGS:
-            raise PruneError(f"ranking must be one of {', '.join(RANKINGS)}, not {self.ranking!r}", fix="ranking='local'")
-        if self.floor is not None:
-            number = isinstance(self.floor, int | float) and not isinstance(self.floor, bool)
-            if not number or not math.isfinite(self.floor) or not 0 <= self.floor <= 1:
-                raise PruneError(f"floor must be a number in [0, 1], not {self.floor!r}", fix="floor=0.1 keeps a tenth")
-        if self.scopes is not None and not (isinstance(self.scopes, Mapping) and self.scopes):
-            what = f"scopes must name globs, not {self.scopes!r}"
-            raise PruneError(what, fix="scopes={'early': ['layer1', 'layer2']}")
-        asked(find(self.criterion))
+    ratio: Ratio = DEFAULT_RATIO
+    budget: Budget | None = None
+    criterion: str | Criterion = "magnitude"
+    ranking: str = "local"
+    scopes: Scopes | None = None
+    floor: float | None = None
+    round_to: int = 1
+    data: Iterable[Any] | None = None
+    loss: Callable[..., Tensor] | None = None
+    coupling: CouplingOptions = field(default_factory=CouplingOptions)
+    verify: Verify = "auto"
+
+    @classmethod
+    def parse(
+        cls,
+        model: nn.Module,
+        *,
+        ratio: Ratio | None = None,
+        params: float | None = None,
+        macs: float | None = None,
+        memory: float | None = None,
+        latency: float | str | None = None,
+        freeze: Freeze = (),
+        release: str | Sequence[str] = (),
+        attention: Attention = "heads",
+        **others: Any,
+    ) -> Options:
+        """Options from the arguments of a public function; `others` are attributes. Raises PruneError."""
+        check_model(model)
+        check_ratio(DEFAULT_RATIO if ratio is None else ratio)
+        check_attention(attention)
+        budget = budget_of({"params": params, "macs": macs, "memory": memory, "latency": latency})
+        if budget is not None and ratio is not None:
+            raise PruneError(f"ratio and {budget.kind} are both given", fix=FIX)
+        coupling = CouplingOptions(attention == "heads", frozen_names(model, freeze), released(release))
+        options = cls(DEFAULT_RATIO if ratio is None else ratio, budget, coupling=coupling, **others)
+        check_values(options)
+        check_globs(model, options)
+        return options
 
     @property
     def competes(self) -> bool:
+        """Whether families compete for what stays."""
         return self.ranking != "local" or self.scopes is not None or self.budget is not None
 
     @property
     def reads_weights(self) -> bool:
-        """Whether choosing looks at the values of parameters."""
+        """Whether selection looks at the values of parameters."""
         return not hasattr(find(self.criterion), "units")
 
     @property
+    def measures_latency(self) -> bool:
+        return self.budget is not None and self.budget.kind == "latency"
+
+    @property
     def runs_the_model(self) -> bool:
-        """Whether choosing takes forwards of the model, on data or by the clock."""
-        return self.data is not None or (self.budget is not None and self.budget.kind == "latency")
+        """Whether selection runs forwards of the model, on data or by the clock."""
+        return self.data is not None or self.measures_latency
+
+    @property
+    def needs_weights(self) -> bool:
+        """Whether the model must not be on the meta device."""
+        return self.reads_weights or self.runs_the_model or self.verify is True
+
+    def verifies(self, model: nn.Module) -> bool:
+        """Whether to compare the result with the original: `auto` does where a forward is cheap."""
+        size = sum(math.inf if p.is_meta else p.numel() for p in model.parameters())
+        return self.verify is True or (self.verify == "auto" and size <= CHEAP)
+
+    def uncollected(self) -> contextlib.AbstractContextManager[None]:
+        """Put the garbage collector off for the time of a selection, unless it runs the model."""
+        return contextlib.nullcontext() if self.runs_the_model else uncollected()
 
 
-Freeze = str | nn.Module | Sequence[str | nn.Module]
-Attention = Literal["heads", "dims"]
-
-
-def check_attention(attention: str) -> None:
-    if attention not in ("heads", "dims"):
-        raise PruneError(f"attention must be 'heads' or 'dims', not {attention!r}", fix="attention='heads'")
-
-
-def check_request(model: Any, options: Options, attention: str, verify: Any) -> None:
+def check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise PruneError(f"model is of type {type(model).__name__}, not a torch.nn.Module", fix="pass the module itself")
-    ratio, round_to = options.ratio, options.round_to
+
+
+def check_ratio(ratio: Any) -> None:
     named = dict(ratio) if isinstance(ratio, Mapping) else {"": ratio}
     if not named:
         raise PruneError("ratio is an empty mapping, which removes nothing", fix="ratio={'layer1': 0.5}, or ratio=0.5")
@@ -95,21 +134,38 @@ def check_request(model: Any, options: Options, attention: str, verify: Any) -> 
                 f"{what} must be a number in [0, 1), not {value!r}",
                 fix="ratio=0.5 removes half of every family",
             )
+
+
+def check_attention(attention: Any) -> None:
+    if not isinstance(attention, str) or attention not in ("heads", "dims"):
+        raise PruneError(f"attention must be 'heads' or 'dims', not {attention!r}", fix="attention='heads'")
+
+
+def check_values(options: Options) -> None:
+    """Raise PruneError for what means nothing, whatever the model."""
+    round_to, floor, scopes = options.round_to, options.floor, options.scopes
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise PruneError(f"round_to must be a positive integer, not {round_to!r}", fix="round_to=8")
-    check_attention(attention)
-    if verify not in (True, False, "auto"):
-        raise PruneError(f"verify must be True, False or 'auto', not {verify!r}", fix="verify='auto'")
-    options.check()
-    check_globs(model, options)
+    if not any(options.verify is v for v in (True, False)) and options.verify != "auto":
+        raise PruneError(f"verify must be True, False or 'auto', not {options.verify!r}", fix="verify='auto'")
+    if options.ranking not in RANKINGS:
+        raise PruneError(f"ranking must be one of {', '.join(RANKINGS)}, not {options.ranking!r}", fix="ranking='local'")
+    if floor is not None:
+        number = isinstance(floor, int | float) and not isinstance(floor, bool)
+        if not number or not math.isfinite(floor) or not 0 <= floor <= 1:
+            raise PruneError(f"floor must be a number in [0, 1], not {floor!r}", fix="floor=0.1 keeps a tenth")
+    if scopes is not None and not (isinstance(scopes, Mapping) and scopes):
+        what = f"scopes must name globs, not {scopes!r}"
+        raise PruneError(what, fix="scopes={'early': ['layer1', 'layer2']}")
+    asked(find(options.criterion))
 
 
 def check_globs(model: nn.Module, options: Options) -> None:
     scopes = options.scopes or {}
     modules = [name for name, _ in model.named_modules()] if scopes or isinstance(options.ratio, Mapping) else []
-    asked = [("ratio", glob) for glob in options.ratio if glob not in scopes] if isinstance(options.ratio, Mapping) else []
-    asked += [("scopes", glob) for globs in scopes.values() for glob in ([globs] if isinstance(globs, str) else globs)]
-    for argument, glob in asked:
+    globs = [("ratio", glob) for glob in options.ratio if glob not in scopes] if isinstance(options.ratio, Mapping) else []
+    globs += [("scopes", glob) for some in scopes.values() for glob in ([some] if isinstance(some, str) else some)]
+    for argument, glob in globs:
         if not any(fnmatch.fnmatchcase(name, glob) for name in modules):
             raise PruneError(f"the glob {glob!r} in {argument} matches no module", fix=did_you_mean(glob, modules))
 
@@ -119,27 +175,27 @@ def did_you_mean(glob: str, modules: Sequence[str]) -> str:
     return f"one of the names of model.named_modules(){', such as ' + ', '.join(close) if close else ''}"
 
 
-def terms_of(model: nn.Module, attention: Attention, freeze: Freeze, release: str | Sequence[str]) -> CouplingOptions:
-    """What may go of a model and what may not; raises PruneError for what means nothing."""
+def released(release: Any) -> tuple[str, ...]:
+    """Globs over the names of outputs whose channels may go."""
     globs = [release] if isinstance(release, str) else release
     if not isinstance(globs, list | tuple) or not all(isinstance(glob, str) for glob in globs):
         raise PruneError(f"release must be globs over names of outputs, not {release!r}", fix="release='hidden_states'")
-    return CouplingOptions(attention == "heads", frozen_names(model, freeze), tuple(globs))
+    return tuple(globs)
 
 
-def frozen_names(model: nn.Module, freeze: Freeze) -> dict[str, str]:
+def frozen_names(model: nn.Module, freeze: Any) -> dict[str, str]:
     """Names of the tensors that stay by request, with the reason."""
-    asked = [freeze] if isinstance(freeze, str | nn.Module) or not isinstance(freeze, Iterable) else list(freeze)
-    for item in asked:
+    items = [freeze] if isinstance(freeze, str | nn.Module) or not isinstance(freeze, Iterable) else list(freeze)
+    for item in items:
         if not isinstance(item, str | nn.Module):
             raise PruneError(
                 f"freeze names {item!r}, which is neither a glob nor a module", fix="freeze='layer1', or model.layer1"
             )
-    keep: dict[str, str] = {}
-    if not asked:
-        return keep
+    frozen: dict[str, str] = {}
+    if not items:
+        return frozen
     modules = dict(model.named_modules())
-    for item in asked:
+    for item in items:
         if isinstance(item, nn.Module):
             paths = [path for path, m in modules.items() if m is item]
             if not paths:
@@ -152,5 +208,5 @@ def frozen_names(model: nn.Module, freeze: Freeze) -> dict[str, str]:
             why = f"is frozen by freeze={item!r}"
         for path in paths:
             inside = {id(t) for _, t in named_tensors(modules[path])}
-            keep.update({name: why for name, t in named_tensors(model) if id(t) in inside})
-    return keep
+            frozen.update({name: why for name, t in named_tensors(model) if id(t) in inside})
+    return frozen

@@ -1,215 +1,309 @@
-"""prune(), couple() and verify(): the pipeline, step by step."""
+"""The pipeline: capture, couple, select, rewrite, slice, verify. Every public function goes through a `Compilation`."""
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Mapping
-from typing import Any, Literal
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from fxprune.batch_guards import for_any_batch
-from fxprune.inputs import batch_of, check_inputs, describe_inputs, empty_inputs, larger, parse_inputs
-from fxprune.model_class import configure, difference, shrink_class
-from fxprune.options import Options
-from fxprune.passes.capture.capture import capture_program
+from fxprune.batch_guards import Recompiled, for_any_batch
+from fxprune.inputs import ExampleInputs, device_of, random_inputs
+from fxprune.model_class import restore_class
+from fxprune.options import Options, check_model
 from fxprune.passes.coupling.analysis import analyse, describe_capture
-from fxprune.passes.coupling.couple import couple_channels
+from fxprune.passes.coupling.families import families
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import named_tensors, private_copy
+from fxprune.passes.ir.module_tree import named_parameters, named_tensors
 from fxprune.passes.ir.options import CouplingOptions
-from fxprune.passes.ir.pytree import collect, map_tensors
+from fxprune.passes.ir.program import Waiver
 from fxprune.passes.ir.quiet import uncollected, unobserved
 from fxprune.passes.ir.slices import Slicer, TensorSlice
 from fxprune.passes.rewrite.pruned_module import PrunedModule
 from fxprune.passes.rewrite.rewrite import rewrite_program, tensor_cuts
 from fxprune.passes.verification.opaque_check import broken, opaque_sites
-from fxprune.plan import Plan, kept_by, plan_of
-from fxprune.selection.latency import LatencyProbe
-from fxprune.selection.select import selected
-from fxprune.verification import TOLERANCE, Verification, compare
+from fxprune.plan import PlanData, kept_labels
+from fxprune.selection.latency import Latency, LatencyProbe
+from fxprune.selection.rectangles import never_emptied, settle_removals
+from fxprune.selection.select import one_by_one, selected
+from fxprune.stage_checks import check_choice, check_coupling
+from fxprune.verification import compare, tolerance_of
+
+Select = Callable[[Solution], tuple[Tensor, Slicer]]
 
 
-def apply_plan(plan: Plan, model: nn.Module, example_inputs: Any = None) -> fx.GraphModule:
-    plan.check(model)
-    device = next((t.device for _, t in named_tensors(model)), torch.device("cpu"))
-    given = empty_inputs(plan.inputs, device) if example_inputs is None else example_inputs
-    args, kwargs = parse_inputs(given)
-    check_inputs(model, args, kwargs)
-    if plan.waiver is not None and batch_of(args, kwargs) == plan.waiver.size:
-        args, kwargs = larger(args, kwargs)  # as it was captured
-    solution = analyse(model, args, kwargs, plan.coupling_options)
-    kept = kept_by(plan, solution)
-    pruned = rewrite_program(model, solution, kept, waiver=plan.waiver)
-    pruned.meta["plan"] = plan
-    pruned.meta["capture"] = describe_capture(solution)
-    return pruned
+class Plan(PlanData):
+    """Which indices of every tensor stay, as plain data that any copy of the architecture can be pruned by."""
+
+    __doc__ = PlanData.__doc__
+
+    def apply(self, model: nn.Module, example_inputs: Any = None) -> PrunedModule:
+        """Prune a fresh copy of the architecture by this plan, with the values the copy holds.
+
+        Arguments:
+            model: a model whose tensors have the names and shapes the plan was made for; it is not touched.
+            example_inputs: as for `prune`; by default random ones like those the plan was made with.
+
+        Raises: PruneError if the plan does not fit the model.
+        """
+        return Compilation.of_plan(model, self, example_inputs).apply(self)
 
 
-def as_class(model: nn.Module, pruned: PrunedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The pruned model in the original's own class; raises PruneError where it does not compute the same."""
-    plan = plan_of(pruned)
-    with unobserved(model):
-        whole = capture_program(private_copy(model).eval(), args, kwargs, whole=True)
-        solution = couple_channels([whole], plan.coupling_options)
-        made, known = shrink_class(model, solution, kept_by(plan, solution))
-        mode = pruned.training
-        wanted = collect(pruned.eval()(*args, **kwargs), Tensor)
-        pruned.train(mode)
-        modes = {m: m.training for m in made.modules()}
-        made.eval()
-        tolerance = max((TOLERANCE.get(t.dtype, 1e-3) for t in made.parameters()), default=1e-3)
-        run = lambda m: m(*args, **kwargs)  # noqa: E731
-        configure(model, made, known, wanted, run, tolerance)
-        error = difference(made, wanted, run)
-        for m, training in modes.items():
-            m.training = training
-    if error > tolerance:
-        raise PruneError(
-            f"the pruned model cannot stay a {type(model).__name__}: its own forward holds sizes that no attribute has",
-            where=type(model).__name__,
-            fix="take the GraphModule that prune returns without same_class",
-        )
-    made.__dict__["meta"] = dict(pruned.meta)
-    return made
+@dataclass(frozen=True, slots=True, eq=False)
+class Choice:
+    """Which labels of a coupling stay.
 
-
-def prune_once(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    options: Options,
-    coupling_options: CouplingOptions,
-    *,
-    tensors: Mapping[str, Tensor],
-) -> tuple[Solution, Tensor, dict[str, list[TensorSlice]], PrunedModule, dict[str, str]]:
-    """From a request to the pruned module. Opaque modules that cannot be cut are found by trying, and then stay whole.
-
-    `tensors` are the model's own, by name.
+    Attributes:
+        solution: the coupling.
+        kept: for each label whether it stays, shape (labels,).
+        slicer: what that leaves of a tensor with given labels.
+        latency: what was measured to make the choice, if its budget is one of latency.
     """
-    frozen_modules: dict[str, str] = {}
-    while True:
-        coupled = functools.partial(analyse, model, args, kwargs, coupling_options, frozen_modules)
-        solution = coupled()
-        if solution.captures[0].opaque and options.data is not None:
-            options.data = list(options.data)  # it may be asked for again
-        timed = options.budget is not None and options.budget.kind == "latency"
-        trial = LatencyProbe(model, args, kwargs, coupled) if timed else None
-        kept, slicer = selected(model, solution, options, trial)
-        sites = opaque_sites(solution, slicer)
-        made = tensor_cuts(solution, kept, slicer)
-        with uncollected():
-            pruned = rewrite_program(model, solution, kept, slicer, made=made, values=tensors)
-        if trial is not None:
-            pruned.meta["latency"] = trial.found
+
+    solution: Solution
+    kept: Tensor
+    slicer: Slicer
+    latency: Latency | None = None
+
+    def slices(self) -> dict[str, list[TensorSlice]]:
+        """The slices of every tensor, by name."""
+        return tensor_cuts(self.solution, self.kept, self.slicer)
+
+
+class Compilation:
+    """A model and example inputs on their way to a coupling, a choice, a pruned module and its verification.
+
+    Modules that are not captured (see `passes/README.md`) cannot be known to work once they are cut. They are tried, and those
+    that fail are frozen here, so that all that comes of one compilation agrees.
+
+    Attributes:
+        model: the original; it is not touched.
+        inputs: example inputs.
+        options: what may go and what may not.
+        frozen_modules: paths of modules that were found to fail once they are cut, with the reason.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: ExampleInputs,
+        options: CouplingOptions,
+        frozen_modules: Mapping[str, str] | None = None,
+    ) -> None:
+        self.model, self.inputs, self.options = model, inputs, options
+        self.frozen_modules: dict[str, str] = dict(frozen_modules or {})
+        self.tensors = dict(named_tensors(model))
+        self._tried: tuple[Choice, PrunedModule] | None = None
+
+    @classmethod
+    def of_plan(
+        cls,
+        model: nn.Module,
+        plan: PlanData,
+        example_inputs: Any = None,
+        frozen_modules: Mapping[str, str] | None = None,
+    ) -> Compilation:
+        """A compilation in which a plan can be applied to a model of the architecture that it was made for."""
+        check_model(model)
+        plan.check(model)
+        given = random_inputs(plan.inputs, device_of(model)) if example_inputs is None else ExampleInputs.parse(example_inputs)
+        inputs = given.check(model)
+        if plan.waiver is not None and inputs.batch == plan.waiver.size:
+            inputs = inputs.one_more()  # the program was captured with a larger batch
+        return cls(model, inputs, plan.coupling_options, frozen_modules)
+
+    def follow(self) -> None:
+        """Move the example inputs to where the model is by now."""
+        self.inputs = self.inputs.beside(self.model)
+
+    # -- capture and couple -----------------------------------------------------------------------------------------------
+
+    def couple(self) -> Solution:
+        """Capture the model and couple its channels; each call returns a coupling of its own, which one `emit` uses up."""
+        solution = analyse(self.model, self.inputs.args, self.inputs.kwargs, self.options, self.frozen_modules)
+        check_coupling(solution)
+        return solution
+
+    def couple_for_good(self) -> Solution:
+        """A coupling for those who choose from it later: modules that are not captured are tried with half of all units cut."""
+        solution = self.couple()
+        if not solution.captures[0].opaque:
+            return solution
+        choice = self.choose_by(self._half, solution)
+        return choice.solution if not spent(choice.solution) else self.couple()
+
+    def _half(self, solution: Solution) -> tuple[Tensor, Slicer]:
+        found = families(solution, set(named_parameters(self.model)))
+        free = [f for f in found if f.frozen is None and len(f.units) > 1]
+        score = np.zeros(len(solution.unit_of))
+        return settle_removals(solution, one_by_one(free, score, solution, Options()), score, never_emptied(solution))
+
+    # -- score and select -------------------------------------------------------------------------------------------------
+
+    def choose(self, options: Options) -> Choice:
+        """Score and select what options ask for."""
+        if not options.measures_latency:
+            solution = self.couple()
+            if solution.captures[0].opaque and options.data is not None:  # which may be read again
+                options = dataclasses.replace(options, data=list(options.data))
+            return self.choose_by(lambda coupled: selected(self.model, coupled, options), solution)
+        solution = self.couple_for_good()  # what is timed must run
+        probe = self.latency_probe()
+        choice = self.choose_by(lambda coupled: selected(self.model, coupled, options, probe), solution)
+        return dataclasses.replace(choice, latency=probe.found)
+
+    def choose_by(self, select: Select, solution: Solution | None = None) -> Choice:
+        """Couple and select, and again with those modules frozen that are not captured and fail once they are cut."""
+        while True:
+            solution = solution or self.couple()
+            choice = Choice(solution, *select(solution))
+            check_choice(choice.solution, choice.slicer)
+            known = len(self.frozen_modules)
+            if not self.freeze_broken(choice) or len(self.frozen_modules) == known:
+                return choice
+            solution = None
+
+    def freeze_broken(self, choice: Choice) -> bool:
+        """Try the modules that are not captured as a choice leaves them, and freeze those that fail; whether any does."""
+        sites = opaque_sites(choice.solution, choice.slicer)
         if not sites:
-            return solution, kept, made, pruned, frozen_modules
-        dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-        tolerance = max((TOLERANCE.get(d, 1e-3) for d in dtypes), default=1e-3)
-        with unobserved(model):
+            return False
+        pruned = self.emit(choice)
+        with unobserved(self.model):
             found = broken(
-                model, pruned, solution, slicer, sites, args, kwargs, heads=coupling_options.heads, tolerance=tolerance
+                self.model,
+                pruned,
+                choice.solution,
+                choice.slicer,
+                sites,
+                self.inputs.args,
+                self.inputs.kwargs,
+                heads=self.options.heads,
+                tolerance=tolerance_of(self.model),
             )
-        if not found.keys() - frozen_modules.keys():
-            return solution, kept, made, pruned, frozen_modules
-        frozen_modules |= found
+        self.frozen_modules |= found
+        self._tried = None if found else (choice, pruned)
+        return bool(found)
 
+    def latency_probe(self) -> LatencyProbe:
+        return LatencyProbe(self.model, self.inputs.args, self.inputs.kwargs, self.couple)
 
-def is_cheap(model: nn.Module) -> bool:
-    """Whether to verify without being asked: a few forwards of a model this small take little time."""
-    return sum(math.inf if p.is_meta else p.numel() for p in model.parameters()) <= 100_000_000
+    # -- plans ------------------------------------------------------------------------------------------------------------
 
-
-def checked_verification(
-    model: nn.Module,
-    pruned: PrunedModule,
-    solution: Solution,
-    kept: Tensor,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    heads: bool,
-) -> Verification:
-    try:
-        found = compare(model, pruned, solution.leaves, kept, heads, args, kwargs, sizes=True)
-    except Exception as error:
-        raise PruneError(
-            f"the pruned model could not be verified: {type(error).__name__}: {error}",
-            where=type(model).__name__,
-            fix="freeze= the module it names, or verify=False to get the model as it is",
-        ) from error
-    if not found.ok:
-        raise PruneError(
-            f"the pruned model is not exact: its relative error is {found.error:.1e}, and {found.tolerance:.0e} is allowed",
-            where=type(model).__name__,
-            fix="report it with the model; verify=False returns the model as it is",
+    def plan(self, choice: Choice) -> Plan:
+        """A choice as plain data."""
+        return Plan(
+            {name: tuple(t.shape) for name, t in self.tensors.items()},
+            {name: found for name, found in choice.slices().items() if found and name in self.tensors},
+            "heads" if self.options.heads else "dims",
+            tuple(sorted(self.options.frozen)),
+            self.inputs.describe(),
+            self.options.release,
         )
-    return found
+
+    def choice_of(self, plan: PlanData) -> Choice:
+        """What a plan chooses; raises PruneError where it does not fit the model."""
+        solution = self.couple()
+        kept = kept_labels(plan, solution)
+        return Choice(solution, kept, Slicer(kept))
+
+    def unpruned(self) -> Choice:
+        """The choice that keeps everything."""
+        solution = self.couple()
+        kept = torch.ones(len(solution.unit_of), dtype=torch.bool)
+        return Choice(solution, kept, Slicer(kept))
+
+    def keep(self, kept: Tensor) -> Choice:
+        """The choice of these labels, shape (labels,), from a coupling of its own."""
+        solution = self.couple()
+        if len(kept) != len(solution.unit_of):
+            raise RuntimeError("the model is coupled otherwise than when the choice was made")
+        return Choice(solution, kept, Slicer(kept))
+
+    # -- rewrite, slice and verify ----------------------------------------------------------------------------------------
+
+    def emit(self, choice: Choice, *, values: nn.Module | None = None, waiver: Waiver | None = None) -> PrunedModule:
+        """The pruned module of a choice; if its captured program was used before, the model is captured again.
+
+        Arguments:
+            choice: what stays.
+            values: a model of the same architecture to take tensors from instead of the original.
+            waiver: guards of the program that need not hold everywhere.
+        """
+        tried, self._tried = self._tried, None
+        if tried is not None and tried[0] is choice and values is None and waiver is None:
+            pruned = tried[1]
+        else:
+            choice = self.keep(choice.kept) if spent(choice.solution) else choice
+            with uncollected():
+                pruned = rewrite_program(
+                    values or self.model,
+                    choice.solution,
+                    choice.kept,
+                    choice.slicer,
+                    made=choice.slices(),
+                    values=self.tensors if values is None else None,
+                    waiver=waiver,
+                )
+            if values is not None:
+                pruned.to(device_of(values))  # constants of a program that was captured elsewhere
+        pruned.meta["plan"] = dataclasses.replace(self.plan(choice), waiver=waiver)
+        pruned.meta["capture"] = describe_capture(choice.solution)
+        pruned.meta["frozen_modules"] = dict(self.frozen_modules)
+        if choice.latency is not None:
+            pruned.meta["latency"] = choice.latency
+        return pruned
+
+    def apply(self, plan: PlanData) -> PrunedModule:
+        """The pruned module of a plan; raises PruneError where it does not fit, or cuts a module that fails then."""
+        choice = self.choice_of(plan)
+        if self.freeze_broken(choice):
+            path, why = next(iter(self.frozen_modules.items()))
+            raise PruneError(
+                f"the plan cuts {path}, which {why}", where=path, fix="prune the model again, for a plan of its own"
+            )
+        pruned = self.emit(choice, waiver=plan.waiver)
+        pruned.meta["plan"] = plan
+        return pruned
+
+    def verify(self, pruned: PrunedModule, choice: Choice, *, values: nn.Module | None = None) -> PrunedModule:
+        """A pruned module that was found to be exact, for a batch of any size where it can be; else raises PruneError."""
+        model = values or self.model
+        inputs = self.inputs if values is None else self.inputs.beside(values)
+        leaves, heads = choice.solution.leaves, self.options.heads
+        try:
+            found = compare(model, pruned, leaves, choice.kept, heads, inputs.args, inputs.kwargs, sizes=True)
+        except Exception as error:
+            raise PruneError(
+                f"the pruned model could not be verified: {type(error).__name__}: {error}",
+                where=type(model).__name__,
+                fix="freeze= the module it names, or verify=False to get the model as it is",
+            ) from error
+        if not found.ok:
+            raise PruneError(
+                f"the pruned model is not exact: its relative error is {found.error:.1e}, and {found.tolerance:.0e} is allowed",
+                where=type(model).__name__,
+                fix="report it with the model; verify=False returns the model as it is",
+            )
+        pruned.meta["verification"] = found
+
+        def at(other: ExampleInputs) -> Recompiled:
+            again = Compilation(self.model, other.beside(self.model), self.options, self.frozen_modules)
+            chosen = again.choice_of(pruned.plan)
+            return Recompiled(chosen.solution, chosen.kept, lambda waiver: again.emit(chosen, values=values, waiver=waiver))
+
+        return for_any_batch(model, pruned, inputs, at, heads)
+
+    def restore_class(self, pruned: PrunedModule) -> Any:
+        """The pruned model in the original's own class; raises PruneError where it does not compute the same."""
+        return restore_class(self.model, pruned, self.inputs)
 
 
-def beside(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Example inputs on the device where the model is by now."""
-    device = next((t.device for _, t in named_tensors(model)), torch.device("cpu"))
-    moved: tuple[tuple[Any, ...], dict[str, Any]] = map_tensors((args, kwargs), lambda t: t.to(device))
-    return moved
-
-
-def built(
-    model: nn.Module,
-    solution: Solution,
-    plan: Plan,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    verify: bool | Literal["auto"] = False,
-) -> PrunedModule:
-    """The pruned model that a plan makes, verified if asked for.
-
-    Arguments:
-        model: the original architecture, with the values to take.
-        solution: its coupling, whose captured program becomes the result.
-        plan: what is kept.
-        args, kwargs: example inputs.
-        verify: as for `prune`.
-    """
-    kept = kept_by(plan, solution)
-    pruned = rewrite_program(model, solution, kept)
-    device = next((t.device for _, t in named_tensors(model)), torch.device("cpu"))
-    pruned.to(device)  # constants of a program that was captured elsewhere
-    pruned.meta["plan"] = plan
-    pruned.meta["capture"] = describe_capture(solution)
-    if verify is True or (verify == "auto" and is_cheap(model)):
-        args, kwargs = beside(model, args, kwargs)
-        pruned.meta["verification"] = checked_verification(
-            model, pruned, solution, kept, args, kwargs, plan.coupling_options.heads
-        )
-        coupled = functools.partial(analyse, model, coupling_options=plan.coupling_options)
-        pruned = for_any_batch(model, pruned, args, kwargs, coupled, plan.coupling_options.heads)
-    return pruned
-
-
-def planned(
-    model: nn.Module,
-    solution: Solution,
-    choice: tuple[Tensor, Slicer],
-    coupling_options: CouplingOptions,
-    example_inputs: Any,
-) -> Plan:
-    """A choice as plain data.
-
-    Arguments:
-        model: the original.
-        solution: its coupling.
-        choice: which labels are kept, and their cutter.
-        coupling_options: those of the coupling.
-        example_inputs: as for `prune`.
-    """
-    return Plan(
-        {name: tuple(t.shape) for name, t in named_tensors(model)},
-        {name: cuts for name, cuts in tensor_cuts(solution, *choice).items() if cuts},
-        "heads" if coupling_options.heads else "dims",
-        tuple(sorted(coupling_options.keep)),
-        describe_inputs(example_inputs),
-        coupling_options.release,
-    )
+def spent(solution: Solution) -> bool:
+    """Whether the captured program of a coupling was used up."""
+    return any(capture.consumed for capture in solution.captures)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.inputs import other_sizes
+from fxprune.inputs import ExampleInputs
 from fxprune.passes.errors import GuardError
 from fxprune.passes.ir.labels import Labels
 from fxprune.passes.ir.module_tree import private_copy
@@ -21,6 +21,11 @@ from fxprune.passes.verification.masked_model import MaskedOriginal, random_stat
 # float32 sums in another order differ by about this much over the depth of a deep network
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 REFUSED = " is refused: "
+
+
+def tolerance_of(model: nn.Module) -> float:
+    """The relative error up to which results of a model count as equal, by the dtypes of its parameters."""
+    return max((TOLERANCE.get(p.dtype, 1e-3) for p in model.parameters() if p.is_floating_point()), default=1e-3)
 
 
 @dataclass(frozen=True)
@@ -127,11 +132,10 @@ def compare_as_they_are(
 ) -> Verification:
     """`compare` in the precision that model and inputs have."""
     error, compared, blank = 0.0, [], True
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    tolerance = max((TOLERANCE.get(d, 1e-3) for d in dtypes), default=1e-3)
+    tolerance = tolerance_of(model)
     cases = [("the example inputs", args, kwargs)]
     if sizes:
-        cases += list(other_sizes(args, kwargs))
+        cases += [(name, i.args, i.kwargs) for name, i in ExampleInputs(args, kwargs).other_sizes()]
     masked = MaskedOriginal(model, leaves, kept, heads)
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     with evaluating(pruned), torch.no_grad(), torch.random.fork_rng(devices=devices):

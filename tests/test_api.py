@@ -79,7 +79,7 @@ def test_plan_carries_over_to_other_values():
 def test_plan_is_readable():
     model = resnet()
     plan = fxprune.plan_of(fxprune.prune(model, 0.5, example_inputs=images(), verify=False))
-    cut, total = len(plan.keep), len(plan.shapes)
+    cut, total = len(plan.slices), len(plan.shapes)
     assert repr(plan).startswith(f"Plan({cut} of {total} tensors cut, ")
     assert "conv1.weight: (64, 3, 7, 7) -> (32, 3, 7, 7)" in str(plan)
     assert plan.masks(model)["conv1.weight"].sum() == 32 * 3 * 49

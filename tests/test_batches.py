@@ -51,7 +51,7 @@ class Thirds(Base):
 
 def masked(net, small, x):
     """The original with the removed hidden channels zeroed."""
-    kept = small.plan.keep["a.weight"][0].keep
+    kept = small.plan.slices["a.weight"][0].keep
     mask = torch.zeros(16).index_fill(0, kept, 1.0)
     return net.b(net.between(net.a(x).relu()) * mask)
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxprune
-from fxprune.options import terms_of
+from fxprune.options import Options
 from fxprune.passes.capture import programs as capture_programs
 from fxprune.passes.coupling import analysis
 from fxprune.reports.report import count_macs
@@ -574,7 +574,7 @@ def test_attention_couples_without_values_as_with_them(kind, attention, monkeypa
         patch.setenv("FXPRUNE_STRICT", "0")
         patch.setattr(analysis, "programs", with_values)
         assert fxprune.couple(model, x, attention=attention).to_dict() == found and len(ways) == 1
-        solution = analysis.analyse(model, (x,), {}, terms_of(model, attention, (), ()))
+        solution = analysis.analyse(model, (x,), {}, Options.parse(model, attention=attention).coupling)
     assert Costs(solution, dict(model.named_parameters())).original("macs") == count_macs(model, (x,), {})
     if kind != "dropout":
         pruned = fxprune.prune(model, 0.5, example_inputs=x, attention=attention, verify=True)

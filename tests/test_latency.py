@@ -345,7 +345,7 @@ def test_each_step_takes_its_part_of_the_time(amount):
 def kept_of(pruned):
     """Which indices of each tensor are left, along its first dimension."""
     plan = fxprune.plan_of(pruned)
-    return {name: cuts[0].keep.tolist() for name, cuts in plan.keep.items() if cuts[0].dims == (0,)}
+    return {name: cuts[0].keep.tolist() for name, cuts in plan.slices.items() if cuts[0].dims == (0,)}
 
 
 def test_steps_towards_a_latency_that_cannot_be_met():

@@ -75,7 +75,7 @@ def test_a_branch_may_hold_nothing_but_a_tensor(tensors: tuple[Tensor, Tensor], 
     model, x = Uses(Chosen(*tensors), index).eval(), torch.randn(6, 3)
     assert len(fxprune.couple(model, x)._solution.captures) == captures
     pruned = fxprune.prune(model, ratio=0.5, example_inputs=x)
-    keep = pruned.plan.keep["one.weight"][0].keep
+    keep = pruned.plan.slices["one.weight"][0].keep
     assert len(keep) == 2
     mask = torch.zeros(4).index_fill(0, keep, 1.0)
     for training, tensor in zip((False, True), tensors, strict=True):

@@ -102,7 +102,7 @@ def test_text_that_is_no_plan(text, why, fix):
         ({"dims": [7]}, "a tensor of shape (8,) has no dimensions (7,)"),
         ({"keep": [0, 1]}, "2 kept indices do not fill (4,)"),
         ({"keep": [0, 1, 2, 99]}, "kept indices of a tensor of shape (8,) reach from 0 to 99"),
-        ({"sizes": None}, "'NoneType' object is not iterable"),
+        ({"sizes": None}, "sizes of stem.bias must be a list of at most 64 integers from 0"),
     ],
 )
 def test_plan_with_a_cut_that_makes_no_sense(plan, edit, why):

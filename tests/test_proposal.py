@@ -74,7 +74,7 @@ def test_a_proposal_that_is_not_finished_changes_nothing():
     pruner, proposal = proposed()
     for candidate in proposal:
         candidate.apply()
-    assert not pruner.plan.keep and not pruner.history
+    assert not pruner.plan.slices and not pruner.history
     assert shapes(pruner.step()) == shapes(proposed()[0].step())
 
 

@@ -17,8 +17,8 @@ from stepping import IMAGES, MODELS, TARGETS, put_back, residual, shapes, traine
 from torch import nn
 
 import fxprune
+from fxprune.inputs import ExampleInputs
 from fxprune.iterative.plan_mapping import tensors_of, widened
-from fxprune.pipeline import beside
 from fxprune.selection.pools import Pool, choose
 
 every_model = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS.keys())
@@ -228,8 +228,8 @@ def test_a_step_leaves_the_last_model_and_random_numbers_alone(mask):
 def test_example_inputs_go_where_the_model_went():
     """It may have been moved to another device since."""
     x = torch.randn(2, 3)
-    args, kwargs = beside(nn.Linear(3, 2, device="meta"), (x, 5), {"more": [x]})
-    assert args[0].is_meta and args[1] == 5 and kwargs["more"][0].is_meta and not x.is_meta
+    moved = ExampleInputs((x, 5), {"more": [x]}).beside(nn.Linear(3, 2, device="meta"))
+    assert moved.args[0].is_meta and moved.args[1] == 5 and moved.kwargs["more"][0].is_meta and not x.is_meta
     model = residual()
     pruner = fxprune.Pruner(model, 0.5, example_inputs=IMAGES)
     small = pruner.step().to("meta")
@@ -323,7 +323,7 @@ def test_what_is_gone_stays_where_rows_must_be_equal():
     """In the second step too much of one head is asked for: all of that is taken back, and nothing of the first step."""
     pruner = fxprune.Pruner(vit(), 0.5, example_inputs=IMAGES, attention="dims", steps=2)
     pruner.step()
-    course, gone = pruner._course, pruner._gone
+    course, gone = pruner._planner, pruner._gone
     family = next(f for f in course.free if "in_proj_weight" in f.name and gone[f.units].any())
     asked = gone.copy()
     asked[next(u for u in family.units if not gone[u])] = True

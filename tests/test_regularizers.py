@@ -146,7 +146,7 @@ def test_group_lasso_of_any_graph(name):
     """Against one unit after the other: labels that belong to it, element by element."""
     model, x = GRAPHS[name].make()
     pruner = fxprune.Pruner(model, 0.5, example_inputs=x, regularizer=GroupLasso(strength=0.3))
-    course = pruner._course
+    course = pruner._planner
     unit = course.unit_of
     total = 0
     for family in course.free:

@@ -9,9 +9,8 @@ import transformers
 from torch import nn
 
 import fxprune
-from fxprune import PruneError
+from fxprune import Plan, PruneError
 from fxprune.inspect import main
-from fxprune.plan import Plan
 
 X = torch.randn(2, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 Found = namedtuple("Found", ["logits", "hidden"])
@@ -44,7 +43,7 @@ def body(form: str) -> Body:
 
 
 def kept_of(plan: Plan, name: str) -> list[int]:
-    return plan.keep[f"{name}.weight"][0].keep.tolist()
+    return plan.slices[f"{name}.weight"][0].keep.tolist()
 
 
 def test_by_default_every_output_keeps_its_shape():

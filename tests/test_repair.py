@@ -20,7 +20,7 @@ def pruned_by_half(model, x, **options):
 
 def kept(pruned, name):
     """Which indices of the first dimension of a parameter are left."""
-    return fxprune.plan_of(pruned).keep[name][0].keep
+    return fxprune.plan_of(pruned).slices[name][0].keep
 
 
 def repaired(model, pruned, x, method, **options):

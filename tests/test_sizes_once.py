@@ -8,7 +8,7 @@ import fxprune
 
 def pruned(net, x):
     small = fxprune.prune(net, 0.5, example_inputs=x)
-    assert small.verification.ok and any(k for k in small.plan.keep)
+    assert small.verification.ok and any(k for k in small.plan.slices)
     return small
 
 
@@ -91,7 +91,7 @@ def test_branches_read_for_themselves():
         for n in (4, 6, 9):
             x = torch.randn(n, 3, 8)
             hidden = net.a(x)
-            kept = small.plan.keep["a.weight"][0].keep
+            kept = small.plan.slices["a.weight"][0].keep
             mask = torch.zeros(16).index_fill(0, kept, 1.0)
             expected = net.b((net.inner(hidden)) * mask)
             torch.testing.assert_close(small(x), expected)

@@ -9,27 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
 from fxprune.criteria.base import CriterionOptions
 from fxprune.criteria.parameter_roles import roles
 from fxprune.criteria.scorer import Scorer
-from fxprune.inputs import check_inputs, parse_inputs
-from fxprune.options import Attention, Freeze, check_attention, terms_of
-from fxprune.passes.coupling.analysis import analyse
+from fxprune.inputs import ExampleInputs
+from fxprune.options import Attention, Freeze, Options, Verify
 from fxprune.passes.coupling.families import families
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import copy_tree, named_tensors
-from fxprune.pipeline import built, planned
-from fxprune.plan import Plan
+from fxprune.passes.ir.slices import Slicer
+from fxprune.pipeline import Compilation
+from fxprune.plan import PlanData
 from fxprune.selection.rectangles import never_emptied, settle_removals
 
 
-def masked(model: nn.Module, plan: Plan) -> nn.Module:
+def masked(model: nn.Module, plan: PlanData) -> nn.Module:
     """A copy of a model, of its own class, in which everything that a plan removes is zero.
 
     >>> import fxprune
@@ -97,7 +98,7 @@ class Hold:
             handle.remove()
 
 
-def hold(model: nn.Module, plan: Plan) -> Hold:
+def hold(model: nn.Module, plan: PlanData) -> Hold:
     """Zero, in a model itself, what a plan removes, and keep it there while the model is trained.
 
     The gradients of the removed elements become zero (also gradients that are no numbers). An optimizer whose state is zero
@@ -110,7 +111,7 @@ def hold(model: nn.Module, plan: Plan) -> Hold:
 
     Returns: a handle whose `remove()` ends it. What is zero in all layers has no gradients even so: it stays where it is.
 
-     Raises: PruneError if the plan is for another model.
+    Raises: PruneError if the plan is for another model.
     """
     handles = []
     masks = plan.masks(model)
@@ -139,7 +140,7 @@ def prune_zeros(
     freeze: Freeze = (),
     release: str | Sequence[str] = (),
     attention: Attention = "heads",
-    verify: bool | Literal["auto"] = "auto",
+    verify: Verify = "auto",
 ) -> fx.GraphModule:
     """The pruned model of one with masks: units go whose every parameter element is zero.
 
@@ -155,11 +156,15 @@ def prune_zeros(
 
     Arguments: as for `prune`. Raises: PruneError where no unit is zero.
     """
-    args, kwargs = parse_inputs(example_inputs)
-    check_attention(attention)
-    check_inputs(model, args, kwargs)
-    coupling_options = terms_of(model, attention, freeze, release)
-    solution = analyse(model, args, kwargs, coupling_options)
+    options = Options.parse(model, freeze=freeze, release=release, attention=attention, verify=verify)
+    compilation = Compilation(model, ExampleInputs.parse(example_inputs).check(model), options.coupling)
+    choice = compilation.choose_by(lambda solution: zero_units(model, solution))
+    pruned = compilation.emit(choice)
+    return compilation.verify(pruned, choice) if options.verifies(model) else pruned
+
+
+def zero_units(model: nn.Module, solution: Solution) -> tuple[Tensor, Slicer]:
+    """What is left where the units go whose every parameter element is zero; raises PruneError where none is."""
     parameters = dict(model.named_parameters())
     free = [f for f in families(solution, set(parameters)) if f.frozen is None and len(f.units) > 1]
     none = PruneError(
@@ -171,11 +176,10 @@ def prune_zeros(
         raise none
     scorer = Scorer(parameters, solution.leaves, solution.unit_of.numpy(), Nonzero(), free)
     count = scorer()
-    zero = torch.zeros(len(count), dtype=torch.bool).numpy()
+    zero = np.zeros(len(count), bool)
     for family in free:
         zero[family.units] = (count[family.units] == 0) & scorer.seen[family.units]
-    choice = settle_removals(solution, zero, count, never_emptied(solution))
-    if choice[1].whole:
+    kept, slicer = settle_removals(solution, zero, count, never_emptied(solution))
+    if slicer.whole:
         raise none
-    plan = planned(model, solution, choice, coupling_options, example_inputs)
-    return built(model, solution, plan, args, kwargs, verify)
+    return kept, slicer

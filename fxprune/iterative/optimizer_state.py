@@ -14,7 +14,7 @@ from fxprune.iterative.plan_mapping import undo_slices
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.pytree import collect
 from fxprune.passes.ir.slices import apply_slices
-from fxprune.plan import Plan
+from fxprune.plan import PlanData
 
 
 class Move:
@@ -33,8 +33,8 @@ class Move:
         model: nn.Module,
         old: Mapping[str, Tensor],
         new: Mapping[str, Tensor],
-        before: Plan,
-        after: Plan,
+        before: PlanData,
+        after: PlanData,
         kept: Mapping[str, Tensor],
     ) -> None:
         self.model, self.new, self.before, self.after, self.kept = model, new, before, after, kept
@@ -45,7 +45,7 @@ class Move:
 
     def __call__(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor of the shape that one of the model's tensors had before, in the shape that it has now."""
-        there, here = self.before.keep.get(name, ()), self.after.keep.get(name, ())
+        there, here = self.before.slices.get(name, ()), self.after.slices.get(name, ())
         into = torch.zeros(self.before.shapes[name], dtype=tensor.dtype, device=tensor.device)
         made = apply_slices(here, undo_slices(there, tensor, into)).contiguous()
         return made.masked_fill(~self.kept[name].to(made.device), 0) if name in self.kept else made

@@ -16,7 +16,7 @@ from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.labels import Factor, Labels, compress, varying
 from fxprune.passes.ir.module_tree import copy_tree, fetch, named_tensors, walk
 from fxprune.passes.ir.slices import TensorSlice, apply_slices
-from fxprune.plan import Plan
+from fxprune.plan import PlanData
 
 
 def undo_slices(cuts: Sequence[TensorSlice], tensor: Tensor, into: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def narrow_labels(labels: Labels, cuts: Sequence[TensorSlice], shape: Sequence[i
     return tuple(made)
 
 
-def tensors_of(model: nn.Module, plan: Plan, prefix: str = "", needed: Collection[str] = ()) -> dict[str, Tensor]:
+def tensors_of(model: nn.Module, plan: PlanData, prefix: str = "", needed: Collection[str] = ()) -> dict[str, Tensor]:
     """A model's tensors by the names they have in the original.
 
     Arguments:
@@ -77,7 +77,9 @@ def tensors_of(model: nn.Module, plan: Plan, prefix: str = "", needed: Collectio
     return found
 
 
-def widened(original: nn.Module, model: nn.Module, tensors: Mapping[str, Tensor], plan: Plan, prefix: str = "") -> nn.Module:
+def widened(
+    original: nn.Module, model: nn.Module, tensors: Mapping[str, Tensor], plan: PlanData, prefix: str = ""
+) -> nn.Module:
     """A copy of the original with the values, the modes and the `requires_grad` of a model that was cut from it.
 
     What was removed is zero; buffers of integers keep what the original has there.
@@ -88,7 +90,7 @@ def widened(original: nn.Module, model: nn.Module, tensors: Mapping[str, Tensor]
         for name, old in named_tensors(original):
             now = tensors.get(name, old).to(device)
             into = torch.zeros_like(old, device=device) if old.is_floating_point() else old.to(device)
-            new = undo_slices(plan.keep.get(name, ()) if name in tensors else (), now, into)
+            new = undo_slices(plan.slices.get(name, ()) if name in tensors else (), now, into)
             parameter = isinstance(old, nn.Parameter)
             learns = tensors.get(name, old).requires_grad
             swap[id(old)] = nn.Parameter(new, learns) if parameter else new

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -17,24 +16,23 @@ from fxprune.criteria.catalog import find
 from fxprune.criteria.parameter_roles import roles
 from fxprune.criteria.unit_scores import asked, comparable, unit_scores
 from fxprune.iterative.plan_mapping import narrow_labels, tensors_of
-from fxprune.iterative.proposal import Choice
+from fxprune.iterative.proposal import StepChoice
 from fxprune.iterative.schedules import part_of
 from fxprune.options import Options
 from fxprune.passes.capture.programs import programs
 from fxprune.passes.coupling.families import Family
-from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors, on_meta
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.quiet import unobserved
 from fxprune.passes.ir.slices import Slicer
-from fxprune.pipeline import beside
-from fxprune.plan import Plan
+from fxprune.pipeline import Compilation
+from fxprune.plan import PlanData
 from fxprune.reports.coupling import CoupledFamily, coupled_family
 from fxprune.selection.budgets import met, unreachable
 from fxprune.selection.costs import Costs, elements
 from fxprune.selection.grouping import ratios_of
-from fxprune.selection.latency import LatencyProbe, too_slow, used
+from fxprune.selection.latency import too_slow, used
 from fxprune.selection.pools import make_pools
 from fxprune.selection.rectangles import never_emptied, settle_removals
 from fxprune.selection.select import Rivalry, free_families, in_time, one_by_one
@@ -45,7 +43,7 @@ from fxprune.verification import evaluating
 class View:
     """Where the tensors of a model stand in the original: the plan that they were cut by, and what their names begin with."""
 
-    plan: Plan
+    plan: PlanData
     prefix: str = ""
 
 
@@ -53,26 +51,18 @@ class Planner:
     """The choices of all steps.
 
     Arguments:
-        model: the original.
-        solution: its coupling.
-        request: what is to be gone after the last step.
-        args, kwargs: example inputs.
-        trial: times choices, where the budget is one of latency.
+        compilation: of the original.
+        options: what is to be gone after the last step.
 
     Raises: PruneError where that cannot be reached.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        solution: Solution,
-        options: Options,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        trial: LatencyProbe | None = None,
-    ) -> None:
-        self.model, self.solution, self.options = model, solution, options
-        self.args, self.kwargs = args, kwargs
+    def __init__(self, compilation: Compilation, options: Options) -> None:
+        self.model, self.options = compilation.model, options
+        self.compilation = compilation
+        self.solution = solution = compilation.couple_for_good()
+        model = self.model
+        trial = compilation.latency_probe() if options.measures_latency else None
         self.unit_of = solution.unit_of.numpy()
         self.free = free_families(model, solution, options)
         if asked(find(options.criterion))[0] == "scales":  # families without a scale have no score, and stay
@@ -113,7 +103,7 @@ class Planner:
                     fix="a larger ratio, or a smaller round_to",
                 )
 
-    def choose(self, present: nn.Module, view: View, gone: np.ndarray, share: float) -> Choice:
+    def choose(self, present: nn.Module, view: View, gone: np.ndarray, share: float) -> StepChoice:
         """What is removed when a share of what is asked for is done.
 
         Arguments:
@@ -138,7 +128,7 @@ class Planner:
                 kept, _ = met(options.budget, rivalry.ladders, rivalry.sequence(), self.costs, rivalry.settle, size)
         removed = np.zeros_like(gone)
         removed[self.unit_of[~kept.numpy()]] = True
-        return Choice(gone, removed, score, lambda more, held: self.settle(more, score, held))
+        return StepChoice(gone, removed, score, lambda more, held: self.settle(more, score, held))
 
     def settle(self, removed: np.ndarray, score: np.ndarray, held: np.ndarray) -> tuple[Tensor, Slicer]:
         return settle_removals(self.solution, removed, score, self.guards, held)
@@ -152,7 +142,7 @@ class Planner:
         tensors = tensors_of(present, view.plan, view.prefix, self.learned)
         named = {id(t): name for name, t in named_tensors(present)}
         leaves = {
-            named[id(tensors[name])]: narrow_labels(labels, view.plan.keep.get(name, ()), view.plan.shapes[name])
+            named[id(tensors[name])]: narrow_labels(labels, view.plan.slices.get(name, ()), view.plan.shapes[name])
             for name, labels in self.solution.leaves.items()
             if name in tensors  # constants are none of the model's, index buffers were rewritten
         }
@@ -173,14 +163,14 @@ class Planner:
     def captures(self, present: nn.Module, view: View) -> list[CapturedProgram]:
         """The captured programs of a present model, for criteria that watch it run; else those of the original will do."""
         _, needs = asked(find(self.options.criterion))
-        if not view.prefix and not (view.plan.keep and needs):
+        if not view.prefix and not (view.plan.slices and needs):
             return self.solution.captures
-        args, kwargs = beside(present, self.args, self.kwargs)
+        inputs = self.compilation.inputs.beside(present)
         with unobserved(present):
             try:
-                return programs(present, args, kwargs, on_meta)
+                return programs(present, inputs.args, inputs.kwargs, on_meta)
             except Exception:  # as in `analyse`
-                return programs(present, args, kwargs, None)
+                return programs(present, inputs.args, inputs.kwargs, None)
 
     def pools(self) -> list[list[tuple[Family, CoupledFamily]]]:
         """Families that one constraint ties together, each also as a user reads it."""

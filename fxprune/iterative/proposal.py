@@ -18,7 +18,7 @@ Settle = Callable[[np.ndarray, np.ndarray], tuple[Tensor, Slicer]]
 
 
 @dataclass(slots=True)
-class Choice:
+class StepChoice:
     """What a step chose, by class of labels: shape (labels,).
 
     Attributes:
@@ -45,7 +45,7 @@ class Candidate:
         applied: whether they will.
     """
 
-    def __init__(self, choice: Choice, pool: Sequence[tuple[Family, CoupledFamily]], proposal: Proposal) -> None:
+    def __init__(self, choice: StepChoice, pool: Sequence[tuple[Family, CoupledFamily]], proposal: Proposal) -> None:
         self._choice, self._own, self._proposal = choice, [own for own, _ in pool], proposal
         self.families = tuple(shown for _, shown in pool)
         fresh = choice.wanted & ~choice.gone
@@ -127,7 +127,7 @@ class Proposal:
 
     def __init__(
         self,
-        choice: Choice,
+        choice: StepChoice,
         pools: Sequence[Sequence[tuple[Family, CoupledFamily]]],
         build: Callable[[np.ndarray], nn.Module],
     ) -> None:

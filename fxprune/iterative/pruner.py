@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, overload
 
@@ -11,22 +10,19 @@ from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
 from fxprune.criteria.base import Criterion
-from fxprune.inputs import check_inputs, parse_inputs
+from fxprune.inputs import ExampleInputs
 from fxprune.iterative.history import History, HistoryStep
 from fxprune.iterative.masking import hold, masked, muted
 from fxprune.iterative.optimizer_state import Move, remap, remap_module, remap_state
 from fxprune.iterative.plan_mapping import tensors_of, widened
 from fxprune.iterative.planner import Planner, View
-from fxprune.iterative.proposal import Proposal
+from fxprune.iterative.proposal import Proposal, StepChoice
 from fxprune.iterative.regularizers import Regularizer, Spans, find, spans_of
 from fxprune.iterative.schedules import Schedule, asked, part_of, shares
-from fxprune.options import HALF, Attention, Freeze, Options, Ratio, Scopes, check_request, terms_of
-from fxprune.passes.coupling.analysis import analyse
+from fxprune.options import Attention, Freeze, Options, Ratio, Scopes, Verify
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.slices import Slicer
-from fxprune.pipeline import beside, built, planned
-from fxprune.plan import Plan
-from fxprune.selection.latency import LatencyProbe
+from fxprune.pipeline import Choice, Compilation
+from fxprune.plan import PlanData
 
 AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
 
@@ -70,7 +66,7 @@ class Pruner:
     def __init__(
         self,
         model: nn.Module,
-        ratio: Ratio = HALF,
+        ratio: Ratio | None = None,
         *,
         example_inputs: Any = None,
         params: float | None = None,
@@ -87,34 +83,43 @@ class Pruner:
         release: str | Sequence[str] = (),
         round_to: int = 1,
         attention: Attention = "heads",
-        verify: bool | Literal["auto"] = "auto",
+        verify: Verify = "auto",
         schedule: str | Schedule = "linear",
         steps: int = 1,
         regularizer: str | Regularizer = "group_lasso",
         mask: Literal["hold", "soft"] | None = None,
     ) -> None:
-        args, kwargs = parse_inputs(example_inputs)
-        budgets = {"params": params, "macs": macs, "memory": memory, "latency": latency}
-        options = Options(ratio, budgets, criterion, ranking, scopes, floor, round_to, data, loss)
-        check_request(model, options, attention, verify)
+        options = Options.parse(
+            model,
+            ratio=ratio,
+            params=params,
+            macs=macs,
+            memory=memory,
+            latency=latency,
+            criterion=criterion,
+            data=data,
+            loss=loss,
+            ranking=ranking,
+            scopes=scopes,
+            floor=floor,
+            freeze=freeze,
+            release=release,
+            round_to=round_to,
+            attention=attention,
+            verify=verify,
+        )
         self._shares = shares(schedule, steps)
         self._regularizer = find(regularizer)
         if mask not in (None, "hold", "soft"):
             raise PruneError(f"mask must be 'hold', 'soft' or None, not {mask!r}", fix="mask='hold'")
-        check_inputs(model, args, kwargs)
-        self._terms = terms_of(model, attention, freeze, release)
-        self._inputs = example_inputs
-        self._verify: bool | Literal["auto"] = verify
-        self._mask = mask
+        inputs = ExampleInputs.parse(example_inputs).check(model)
+        self._options, self._mask = options, mask
         self._original = self.model = model
-        coupled = functools.partial(analyse, model, args, kwargs, self._terms)
-        solution = coupled()
-        timed = options.budget is not None and options.budget.kind == "latency"
-        trial = LatencyProbe(model, args, kwargs, coupled) if timed else None
-        self._course = Planner(model, solution, options, args, kwargs, trial)
-        self._gone = np.zeros(len(solution.unit_of), bool)
-        self._choice = self._course.settle(self._gone, np.zeros(len(self._gone)), self._gone)
-        self.plan = self._planned(self._choice)
+        self._compilation = Compilation(model, inputs, options.coupling)
+        self._planner = Planner(self._compilation, options)
+        self._gone = np.zeros(len(self._planner.unit_of), bool)
+        self._choice = self._settled(self._gone, np.zeros(len(self._gone)))
+        self.plan = self._compilation.plan(self._choice)
         self._view = View(self.plan)
         self.history = History()
         self._move: Move | None = None
@@ -157,48 +162,70 @@ class Pruner:
             raise PruneError(what, fix="steps= says how many there are; pruner.done tells when to stop")
         number = len(self.history)
         present = self.model if model is None else model
-        before = self._stuck
-        choice = self._course.choose(*self._looked_at(present), before, self._shares[number])
+        chosen = self._chosen(present, number)
+        while not interactive and self._fails(self._settled(chosen.wanted, chosen.score)):
+            chosen = self._chosen(present, number)
 
         def take(removed: np.ndarray) -> nn.Module:
             if len(self.history) != number:
                 raise PruneError("this step was taken already", fix="a new proposal: pruner.step(interactive=True)")
-            return self._take(present, removed, self._course.settle(removed, choice.score, before))
+            choice = self._settled(removed, chosen.score)
+            if interactive and self._fails(choice):
+                path, why = list(self._compilation.frozen_modules.items())[-1]
+                what = f"the proposal cuts {path}, which {why}"
+                raise PruneError(what, where=path, fix="a new proposal: pruner.step(interactive=True)")
+            return self._take(present, removed, choice)
 
-        return Proposal(choice, self._course.pools(), take) if interactive else take(choice.wanted)
+        return Proposal(chosen, self._planner.pools(), take) if interactive else take(chosen.wanted)
 
-    def _take(self, present: nn.Module, removed: np.ndarray, choice: tuple[Tensor, Slicer]) -> nn.Module:
-        plan = self._planned(choice)
+    def _chosen(self, present: nn.Module, number: int) -> StepChoice:
+        return self._planner.choose(*self._looked_at(present), self._stuck, self._shares[number])
+
+    def _settled(self, removed: np.ndarray, score: np.ndarray) -> Choice:
+        return Choice(self._planner.solution, *self._planner.settle(removed, score, self._stuck))
+
+    def _fails(self, choice: Choice) -> bool:
+        """Whether a module that is not captured fails once it is cut as chosen; it is frozen from here on."""
+        if not self._planner.solution.captures[0].opaque or choice.slicer.whole:
+            return False
+        self._compilation.follow()
+        fails = self._compilation.freeze_broken(self._compilation.keep(choice.kept))
+        if fails:
+            self._planner = Planner(self._compilation, self._options)
+        return fails
+
+    def _take(self, present: nn.Module, removed: np.ndarray, choice: Choice) -> nn.Module:
+        plan = self._compilation.plan(choice)
         made = self._made(present, plan, choice)
-        units = np.concatenate([f.units for f in self._course.free])
-        now = ~choice[0].numpy()
+        units = np.concatenate([f.units for f in self._planner.free])
+        now, costs = ~choice.kept.numpy(), self._planner.costs
         verification = getattr(made, "meta", {}).get("verification")
         step = HistoryStep(
             len(self.history) + 1,
-            asked(part_of(self._course.options, self._shares[len(self.history)], self._course.original)),
+            asked(part_of(self._planner.options, self._shares[len(self.history)], self._planner.original)),
             (int(now[units].sum()), len(units)),
             int((now & ~self._gone)[units].sum()),
-            (self._cost("params"), self._course.costs.of(choice[1], "params")),
-            (self._cost("macs"), self._course.costs.of(choice[1], "macs")),
+            (costs.of(self._choice.slicer, "params"), costs.of(choice.slicer, "params")),
+            (costs.of(self._choice.slicer, "macs"), costs.of(choice.slicer, "macs")),
             None if verification is None else verification.error,
         )
-        view = self._view if self._mask else View(plan, self._course.solution.captures[0].prefix)
+        view = self._view if self._mask else View(plan, self._planner.solution.captures[0].prefix)
         before, after = self._tensors(present), tensors_of(made, view.plan, view.prefix)
         zero = plan.masks(self._original) if self._mask == "hold" else {}
         self._move = Move(present, made, before, after, self._view.plan, view.plan, zero)
         # nothing can fail from here on
         self.model, self._view, self.plan, self._choice = made, view, plan, choice
         self._gone = np.zeros_like(removed)
-        self._gone[self._course.unit_of[now]] = True
+        self._gone[self._planner.unit_of[now]] = True
         self.history += step
         self._spans, self._marked, self._calls = None, None, 0
         return made
 
-    def _made(self, present: nn.Module, plan: Plan, choice: tuple[Tensor, Slicer]) -> nn.Module:
+    def _made(self, present: nn.Module, plan: PlanData, choice: Choice) -> nn.Module:
         if self._mask is None:
-            return self._shrunk(present, plan, self._verify)
+            return self._shrunk(present, plan, verify=True)
         if self._mask == "soft":
-            return muted(self._widened(present), self._course.solution, choice[0])
+            return muted(self._widened(present), self._planner.solution, choice.kept)
         made = masked(self._widened(present), plan)
         hold(made, plan)
         return made
@@ -208,26 +235,23 @@ class Pruner:
 
         Arguments: as for `step`. Raises: PruneError if `model` is another model.
         """
-        return self._shrunk(self.model if model is None else model, self.plan, self._verify)
+        return self._shrunk(self.model if model is None else model, self.plan, verify=True)
 
-    def _shrunk(self, present: nn.Module, plan: Plan, verify: bool | Literal["auto"]) -> fx.GraphModule:
+    def _shrunk(self, present: nn.Module, plan: PlanData, verify: bool) -> fx.GraphModule:
         whole = self._widened(present)
-        args, kwargs = beside(self._original, self._course.args, self._course.kwargs)
-        solution = analyse(self._original, args, kwargs, self._terms)  # it is used up
-        return built(whole, solution, plan, args, kwargs, verify)
+        self._compilation.follow()
+        choice = self._compilation.choice_of(plan)
+        pruned = self._compilation.emit(choice, values=whole)
+        if verify and self._options.verifies(whole):
+            pruned = self._compilation.verify(pruned, choice, values=whole)
+        return pruned
 
     def _widened(self, present: nn.Module) -> nn.Module:
         tensors = self._tensors(present)
         return widened(self._original, present, tensors, self._view.plan, self._view.prefix)
 
     def _tensors(self, model: nn.Module) -> dict[str, Tensor]:
-        return tensors_of(model, self._view.plan, self._view.prefix, self._course.learned)
-
-    def _planned(self, choice: tuple[Tensor, Slicer]) -> Plan:
-        return planned(self._original, self._course.solution, choice, self._terms, self._inputs)
-
-    def _cost(self, kind: str) -> int:
-        return self._course.costs.of(self._choice[1], kind)
+        return tensors_of(model, self._view.plan, self._view.prefix, self._planner.learned)
 
     @property
     def _stuck(self) -> np.ndarray:
@@ -236,10 +260,10 @@ class Pruner:
 
     def _looked_at(self, present: nn.Module) -> tuple[nn.Module, View]:
         """The model whose units are scored: with masks that hold, what they leave."""
-        if self._mask != "hold" or not self.plan.keep:
+        if self._mask != "hold" or not self.plan.slices:
             return present, self._view
         small = self._shrunk(present, self.plan, verify=False)
-        return small, View(self.plan, self._course.solution.captures[0].prefix)
+        return small, View(self.plan, self._planner.solution.captures[0].prefix)
 
     # -- what goes along --------------------------------------------------------------------------------------------------
 
@@ -302,9 +326,9 @@ class Pruner:
             self._marked = np.zeros_like(self._gone)
             if not self.done:
                 looked_at = self._looked_at(model)
-                chosen = self._course.choose(*looked_at, self._stuck, self._shares[len(self.history)])
+                chosen = self._planner.choose(*looked_at, self._stuck, self._shares[len(self.history)])
                 self._marked = chosen.wanted & ~self._stuck
         if self._spans is None:
-            self._spans = spans_of(self._course.solution, self._course.free, self._stuck, self._view.plan, self._regularizer)
+            self._spans = spans_of(self._planner.solution, self._planner.free, self._stuck, self._view.plan, self._regularizer)
         self._spans.add(learned, self._regularizer, self._marked, self._calls)
         self._calls += 1

@@ -21,7 +21,7 @@ from fxprune.passes.coupling.families import Family
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.labels import Factor, Labels
-from fxprune.plan import Plan
+from fxprune.plan import PlanData
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +217,7 @@ class Spans:
             p.grad = extra if p.grad is None else p.grad.add_(extra)
 
 
-def spans_of(solution: Solution, free: Sequence[Family], gone: np.ndarray, plan: Plan, of: Regularizer) -> Spans:
+def spans_of(solution: Solution, free: Sequence[Family], gone: np.ndarray, plan: PlanData, of: Regularizer) -> Spans:
     """What a regulariser pulls at in a model that a plan has left; raises PruneError where that is nothing.
 
     Arguments:
@@ -227,7 +227,7 @@ def spans_of(solution: Solution, free: Sequence[Family], gone: np.ndarray, plan:
         of: the regulariser.
     """
     owned = ((n, labels) for n, labels in solution.leaves.items() if n in plan.shapes)
-    leaves = {n: narrow_labels(labels, plan.keep.get(n, ()), plan.shapes[n]) for n, labels in owned}
+    leaves = {n: narrow_labels(labels, plan.slices.get(n, ()), plan.shapes[n]) for n, labels in owned}
     scales = getattr(of, "places", "all") == "scales"
     named = roles(solution.captures).scales if scales else set(leaves)
     alive = [f.units[~gone[f.units]] for f in free]

@@ -78,10 +78,10 @@ def shares(schedule: str | Schedule, steps: int) -> list[float]:
 
 
 def part_of(options: Options, share: float, original: float) -> Options:
-    """A request for a share of what another one asks for.
+    """Options for a share of what others ask for.
 
     Arguments:
-        request: the whole.
+        options: the whole.
         share: in [0, 1].
         original: what the model costs with nothing removed, in the unit of the budget.
     """
@@ -90,12 +90,10 @@ def part_of(options: Options, share: float, original: float) -> Options:
     if options.budget is None:
         ratio = options.ratio
         scaled = {k: v * share for k, v in ratio.items()} if isinstance(ratio, Mapping) else ratio * share
-        made = dataclasses.replace(options, ratio=scaled)
-    else:
-        kind, limit = options.budget.kind, options.budget.limit(original)
-        made = dataclasses.replace(options, budgets={kind: (original - (original - limit) * share) / original})
-        made.budget = Budget(kind, made.budgets[kind] or 0.0)
-    return made
+        return dataclasses.replace(options, ratio=scaled)
+    limit = options.budget.limit(original)
+    budget = Budget(options.budget.kind, (original - (original - limit) * share) / original)
+    return dataclasses.replace(options, budget=budget)
 
 
 def asked(options: Options) -> str:

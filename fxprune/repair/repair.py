@@ -14,16 +14,14 @@ from rich.text import Text
 from torch import Tensor, fx, nn
 
 from fxprune.criteria.calibration import BATCHES, Batch, batch_of
-from fxprune.inputs import empty_inputs, parse_inputs
+from fxprune.inputs import device_of
 from fxprune.passes.capture.patches import visible
-from fxprune.passes.coupling.analysis import analyse
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.pytree import collect, map_tensors
 from fxprune.passes.ir.quiet import unobserved
-from fxprune.passes.rewrite.rewrite import rewrite_program
-from fxprune.pipeline import apply_plan
-from fxprune.plan import Plan, plan_of
+from fxprune.pipeline import Compilation
+from fxprune.plan import PlanData, plan_of
 from fxprune.repair.interpreter import Walk
 from fxprune.repair.methods import METHODS, Repairer, RepairStep
 from fxprune.reports.formatting import as_text, counted, table
@@ -142,7 +140,7 @@ def repair(
     methods = asked(method, ridge)
     plan = plan_of(pruned)
     plan.check(model)
-    batches = batches_of(data, next((t.device for _, t in named_tensors(model)), torch.device("cpu")))
+    batches = batches_of(data, device_of(model))
     with unobserved(model), visible():
         made, program, original, prefix = programs(model, pruned, plan, batches)
         old, new = Walk(original, batches, prefix), Walk(program, batches, prefix)
@@ -185,25 +183,23 @@ def batches_of(data: Any, device: torch.device) -> list[Batch]:
 
 
 def programs(
-    model: nn.Module, pruned: nn.Module, plan: Plan, batches: Sequence[Batch]
+    model: nn.Module, pruned: nn.Module, plan: PlanData, batches: Sequence[Batch]
 ) -> tuple[Any, fx.GraphModule, fx.GraphModule, str]:
     """The copy to repair, its program and that of the original, in evaluation mode, and the prefix of their tensors' names.
 
     A pruned model of the original's class has no program of its own: one is made that shares its tensors.
     """
-    device = next((t.device for _, t in named_tensors(model)), torch.device("cpu"))
     try:
-        args, kwargs = parse_inputs(empty_inputs(plan.inputs, device))
-    except PruneError:  # a description that is not enough
-        args, kwargs = batches[0].args, batches[0].kwargs
-    solution = analyse(model, args, kwargs, plan.coupling_options)
-    prefix = solution.captures[0].prefix
-    original = rewrite_program(model, solution, torch.ones(len(solution.unit_of), dtype=torch.bool))
+        compilation = Compilation.of_plan(model, plan)
+    except PruneError:  # its description of example inputs is not enough
+        compilation = Compilation.of_plan(model, plan, batches[0].kwargs or batches[0].args)
+    whole = compilation.unpruned()
+    prefix = whole.solution.captures[0].prefix
+    original = compilation.emit(whole)
     made = copy.deepcopy(pruned)
     if isinstance(made, fx.GraphModule):
         return made, made.eval(), original.eval(), prefix
-    program = apply_plan(plan, model, kwargs or args)
-    return made, sharing(made, program, prefix).eval(), original.eval(), prefix
+    return made, sharing(made, compilation.apply(plan), prefix).eval(), original.eval(), prefix
 
 
 def sharing(made: nn.Module, program: fx.GraphModule, prefix: str) -> fx.GraphModule:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,13 +11,14 @@ from rich.text import Text
 from torch import nn
 
 from fxprune.criteria.base import Criterion
-from fxprune.inputs import check_inputs, parse_inputs
-from fxprune.options import HALF, Attention, Freeze, Options, Ratio, check_request, terms_of
-from fxprune.passes.coupling.analysis import analyse
+from fxprune.inputs import ExampleInputs
+from fxprune.options import Attention, Freeze, Options, Ratio
+from fxprune.pipeline import Compilation, spent
 from fxprune.reports.formatting import as_text, short, table
 from fxprune.selection.budgets import KINDS, UNITS, spoken
-from fxprune.selection.latency import Latency, LatencyProbe
-from fxprune.selection.select import outcome
+from fxprune.selection.costs import Costs
+from fxprune.selection.latency import Latency
+from fxprune.selection.select import smallest
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -73,7 +74,7 @@ def feasible(
     model: nn.Module,
     example_inputs: Any = None,
     *,
-    ratio: Ratio = HALF,
+    ratio: Ratio | None = None,
     params: float | None = None,
     macs: float | None = None,
     memory: float | None = None,
@@ -93,15 +94,35 @@ def feasible(
 
     Arguments: as for `prune`; the `ratio` counts if no budget is given. Raises: PruneError, as `prune` would.
     """
-    budgets = {"params": params, "macs": macs, "memory": memory, "latency": latency}
-    options = Options(ratio, budgets, criterion, ranking, scopes, floor, round_to, data, loss)
-    check_request(model, options, attention, "auto")
-    args, kwargs = parse_inputs(example_inputs)
-    check_inputs(model, args, kwargs)
-    coupled = functools.partial(analyse, model, args, kwargs, terms_of(model, attention, freeze, release))
-    solution = coupled()
-    trial = LatencyProbe(model, args, kwargs, coupled) if latency is not None else None
-    costs = outcome(model, solution, options, trial)
-    at = f"{options.budget.kind}={options.budget.amount}" if options.budget else f"ratio={ratio}"
-    measured = trial.found if trial is not None else None
-    return Feasibility(type(model).__name__, costs["params"], costs["macs"], costs["memory"], at, measured)
+    options = Options.parse(
+        model,
+        ratio=ratio,
+        params=params,
+        macs=macs,
+        memory=memory,
+        latency=latency,
+        criterion=criterion,
+        data=data,
+        loss=loss,
+        ranking=ranking,
+        scopes=scopes,
+        floor=floor,
+        freeze=freeze,
+        release=release,
+        round_to=round_to,
+        attention=attention,
+    )
+    if options.data is not None:
+        options = dataclasses.replace(options, data=list(options.data))  # it is read twice
+    compilation = Compilation(model, ExampleInputs.parse(example_inputs).check(model), options.coupling)
+    choice = compilation.choose(options)
+    # what fails once most of it is cut must not change the choice, so it is frozen elsewhere
+    apart = Compilation(model, compilation.inputs, options.coupling, compilation.frozen_modules)
+    least = apart.choose_by(
+        lambda solution: smallest(model, solution, options), None if spent(choice.solution) else choice.solution
+    )
+    costs = Costs(choice.solution, compilation.tensors)
+    now, smaller = choice.slicer, Costs(least.solution, compilation.tensors)
+    params_, macs_, memory_ = ((smaller.of(least.slicer, k), costs.of(now, k), costs.original(k)) for k in KINDS)
+    at = f"{options.budget.kind}={options.budget.amount}" if options.budget else f"ratio={options.ratio}"
+    return Feasibility(type(model).__name__, params_, macs_, memory_, at, choice.latency)

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.text import Text
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fxprune.inputs import check_inputs, empty_inputs, parse_inputs
+from fxprune.inputs import ExampleInputs
 from fxprune.passes.capture.patches import visible
-from fxprune.passes.coupling.analysis import analyse
 from fxprune.passes.coupling.families import families
-from fxprune.passes.ir.module_tree import named_tensors, private_copy
+from fxprune.passes.ir.module_tree import private_copy
 from fxprune.passes.ir.quiet import unobserved
-from fxprune.plan import Plan, kept_by, plan_of
+from fxprune.pipeline import Compilation
+from fxprune.plan import PlanData, plan_of
 from fxprune.reports.coupling import CoupledFamily, coupled_family
 from fxprune.reports.formatting import as_text, counted, short, table
 from fxprune.selection.costs import elements
@@ -185,36 +184,31 @@ def report(model: nn.Module, pruned: nn.Module, example_inputs: Any = None) -> R
     Raises: PruneError if the two do not belong together.
     """
     plan = plan_of(pruned)
-    plan.check(model)
-    device = next((t.device for _, t in named_tensors(model)), torch.device("cpu"))
-    given = empty_inputs(plan.inputs, device) if example_inputs is None else example_inputs
-    args, kwargs = parse_inputs(given)
-    check_inputs(model, args, kwargs)
     meta: dict[str, Any] = getattr(pruned, "meta", {})
+    compilation = Compilation.of_plan(model, plan, example_inputs, meta.get("frozen_modules"))
     macs: tuple[int, int] | None = None
     if example_inputs is not None:
+        inputs = ExampleInputs.parse(example_inputs)
         with evaluating(pruned):
-            macs = (count_macs(private_copy(model).eval(), args, kwargs), count_macs(pruned, args, kwargs))
+            macs = (count_macs(private_copy(model).eval(), inputs), count_macs(pruned, inputs))
     return Report(
         type(model).__name__,
         (count_parameters(model), count_parameters(pruned)),
         macs,
-        changes(model, plan, args, kwargs, meta.get("frozen_modules")),
+        changes(compilation, plan),
         meta.get("capture", "unknown"),
         meta.get("verification"),
         meta.get("latency"),
     )
 
 
-def changes(
-    model: nn.Module, plan: Plan, args: Any, kwargs: Any, frozen_modules: Mapping[str, str] | None = None
-) -> tuple[FamilyChange, ...]:
-    """What a plan makes of each family of a model; `frozen_modules` are the modules that could not be cut, with the reason."""
-    solution = analyse(model, args, kwargs, plan.coupling_options, frozen_modules)
-    kept = kept_by(plan, solution).numpy()
-    tensors = dict(named_tensors(model))
-    found = families(solution, {name for name, _ in model.named_parameters()})
-    before, after = elements(solution, found, tensors), elements(solution, found, tensors, kept)
+def changes(compilation: Compilation, plan: PlanData) -> tuple[FamilyChange, ...]:
+    """What a plan makes of each family of a model."""
+    choice = compilation.choice_of(plan)
+    solution, kept = choice.solution, choice.kept.numpy()
+    found = families(solution, {name for name, _ in compilation.model.named_parameters()})
+    before = elements(solution, found, compilation.tensors)
+    after = elements(solution, found, compilation.tensors, kept)
     made = [
         FamilyChange(coupled_family(family, size), int(kept[family.units].sum()), left)
         for family, size, left in zip(found, before, after)
@@ -226,11 +220,11 @@ def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def count_macs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+def count_macs(model: nn.Module, inputs: ExampleInputs) -> int:
     """Multiply-accumulates of one forward; the counter counts both operations of each."""
     # a fused kernel hides its products from the counter; the planner counts them
     with unobserved(model), visible(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(*args, **kwargs)
+        inputs.call(model)
     return int(counter.get_total_flops()) // 2
 
 

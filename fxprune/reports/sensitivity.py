@@ -8,20 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from rich.text import Text
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from fxprune.criteria.base import Criterion
-from fxprune.inputs import check_inputs, parse_inputs
-from fxprune.options import HALF, Attention, Freeze, Options, check_request, terms_of
-from fxprune.passes.coupling.analysis import analyse
+from fxprune.inputs import ExampleInputs
+from fxprune.options import Attention, Freeze, Options
 from fxprune.passes.coupling.families import Family
-from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.quiet import unobserved
-from fxprune.passes.rewrite.rewrite import rewrite_program
+from fxprune.pipeline import Choice, Compilation
 from fxprune.reports.coupling import place
 from fxprune.reports.formatting import as_text, table
 from fxprune.reports.svg import draw_curves
@@ -142,19 +139,22 @@ def sensitivity(
     Raises: PruneError for anything that cannot be done; what `evaluate` raises passes through.
     """
     shares = checked(ratios, evaluate)
-    options = Options(HALF, {}, criterion, "local", None, None, round_to, data, loss)
-    check_request(model, options, attention, "auto")
-    args, kwargs = parse_inputs(example_inputs)
-    check_inputs(model, args, kwargs)
-
-    def fresh() -> Solution:  # shrinking uses one up
-        return analyse(model, args, kwargs, terms_of(model, attention, freeze, release))
-
-    solution = fresh()
+    options = Options.parse(
+        model,
+        criterion=criterion,
+        data=data,
+        loss=loss,
+        freeze=freeze,
+        release=release,
+        round_to=round_to,
+        attention=attention,
+    )
+    compilation = Compilation(model, ExampleInputs.parse(example_inputs).check(model), options.coupling)
+    solution = compilation.couple_for_good()
     free, score = prepared(model, solution, options)
     spans = never_emptied(solution)
     pools = [make_pools([f.units for f in free], [r] * len(free), solution.equal, len(score)) for r in shares]
-    whole = value(model, fresh(), torch.ones(len(solution.unit_of), dtype=torch.bool), evaluate)
+    whole = value(compilation, compilation.unpruned(), evaluate)
     curves = []
     for at, pool in enumerate(tqdm(pools[0], desc="sensitivity", unit="family", disable=None, leave=False)):
         removed, values = [], []
@@ -162,10 +162,16 @@ def sensitivity(
             gone = np.zeros(len(score), bool)
             gone[choose(same[at], score, [f.width for f in free], round_to)] = True
             kept, slicer = settle_removals(solution, gone, score, spans)
+            if slicer.whole:
+                values.append(whole)
+            elif compilation.freeze_broken(choice := compilation.keep(kept)):
+                break  # a module that is not captured fails without these units: they stay
+            else:
+                values.append(value(compilation, choice, evaluate))
             removed.append(int(gone.sum()))
-            values.append(whole if slicer.whole else value(model, fresh(), kept, evaluate))
-        mine = [free[i] for i in dict.fromkeys(family for family, _ in pool.cells)]
-        curves.append(curve(mine, removed, values))
+        else:
+            mine = [free[i] for i in dict.fromkeys(family for family, _ in pool.cells)]
+            curves.append(curve(mine, removed, values))
     return Sensitivity(type(model).__name__, whole, shares, tuple(curves))
 
 
@@ -175,10 +181,10 @@ def curve(families: Sequence[Family], removed: Sequence[int], values: Sequence[f
     return Curve(" & ".join(f.name for f in families), tuple(layers), units, tuple(removed), tuple(values))
 
 
-def value(model: nn.Module, solution: Solution, kept: Tensor, evaluate: Any) -> float:
+def value(compilation: Compilation, choice: Choice, evaluate: Any) -> float:
     """What `evaluate` says of a pruned model; raises PruneError where that is no number."""
-    pruned = rewrite_program(model, solution, kept).eval()
-    with unobserved(model):
+    pruned = compilation.emit(choice).eval()
+    with unobserved(compilation.model):
         found = evaluate(pruned)
     try:
         return float(found)

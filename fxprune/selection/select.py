@@ -16,7 +16,7 @@ from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_parameters, named_tensors
 from fxprune.passes.ir.slices import Slicer
 from fxprune.selection import ladders
-from fxprune.selection.budgets import KINDS, met
+from fxprune.selection.budgets import met
 from fxprune.selection.costs import Costs
 from fxprune.selection.grouping import ratios_of, scopes_of, structures
 from fxprune.selection.ladders import FLOOR, begun, ladder, merged, share_of_units
@@ -78,16 +78,11 @@ def in_time(
     raise AssertionError("the last attempt returns or raises")
 
 
-def outcome(
-    model: nn.Module, solution: Solution, options: Options, trial: LatencyProbe | None = None
-) -> dict[str, tuple[int, int, int]]:
-    """For each kind of cost that is computed: the least, at the request, and the original; `trial.found` for latency."""
-    costs = Costs(solution, dict(named_tensors(model)))
+def smallest(model: nn.Module, solution: Solution, options: Options) -> tuple[Tensor, Slicer]:
+    """Which labels stay where as much is removed as any request of the kind could remove."""
     free, score = prepared(model, solution, options)
     rivalry = Rivalry(free, score, solution, options)
-    _, least = rivalry.settle(rivalry.everything())
-    _, now = selected(model, solution, options, trial)
-    return {kind: (costs.of(least, kind), costs.of(now, kind), costs.original(kind)) for kind in KINDS}
+    return rivalry.settle(rivalry.everything())
 
 
 def prepared(model: nn.Module, solution: Solution, options: Options) -> tuple[list[Family], np.ndarray]:

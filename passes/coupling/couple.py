@@ -54,7 +54,7 @@ def couple_channels(
         )  # labels that were new in this reading may be among them: the next one numbers its own after them
         last = len(settled) > MOST_COMPOSED
         constraints, values = read(scripts, leaves, size, coupling_options, settled=frozenset(settled), compose=not last)
-    for name, reason in coupling_options.keep.items():
+    for name, reason in coupling_options.frozen.items():
         for f in leaves.get(name, NONE):
             constraints.frozen.append(Event(f.labels, -1, reason))
     for which, (capture, labels) in enumerate(zip(captures, values, strict=True)):

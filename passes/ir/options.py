@@ -15,12 +15,12 @@ class CouplingOptions:
 
     Attributes:
         heads: whether heads of attention go whole (else the dimensions within them).
-        keep: names of tensors that stay as they are, with the reason.
+        frozen: names of tensors that stay as they are, with the reason.
         release: globs over the names of outputs whose channels may go.
     """
 
     heads: bool = True
-    keep: Mapping[str, str] = field(default_factory=dict)
+    frozen: Mapping[str, str] = field(default_factory=dict)
     release: tuple[str, ...] = ()
 
     def releases(self, name: str) -> bool:

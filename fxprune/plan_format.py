@@ -1,0 +1,157 @@
+"""The format of saved plans: what a stranger's file must look like before anything is made of it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fxprune.passes.errors import PruneError
+from fxprune.passes.ir.program import Waiver
+from fxprune.passes.ir.slices import TensorSlice
+
+FORMAT = "fxprune.plan/1"
+DICT = "what Plan.to_dict() returned"
+DTYPES = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
+MOST_DIMS = 64  # of a tensor
+MOST_ELEMENTS = 1 << 40  # of all example inputs together
+DEEPEST = 50  # nesting of example inputs
+INT64 = 1 << 63
+
+
+def parse_plan(data: Any) -> dict[str, Any]:
+    """The fields of a plan from plain data; raises PruneError for data that is none."""
+    form = data.get("format") if isinstance(data, Mapping) else None
+    if form != FORMAT:
+        raise refused(f"its format is {form!r}", fix=f"a file of format {FORMAT}")
+    for field in ("shapes", "keep", "attention", "freeze", "inputs"):
+        if field not in data:
+            raise refused(f"it has no {field!r}")
+    shapes = {name: sizes(shape, f"the shape of {name}") for name, shape in mapping(data["shapes"], "shapes").items()}
+    slices = {}
+    for name, found in mapping(data["keep"], "keep").items():
+        if name not in shapes:
+            raise refused(f"it cuts {name}, of which it has no shape")
+        slices[name] = [parse_slice(part, name, shapes[name]) for part in listed(found, f"what is kept of {name}")]
+        dims = [d for part in slices[name] for d in part.dims]
+        if len(set(dims)) != len(dims):
+            raise refused(f"it cuts a dimension of {name} twice")
+    if data["attention"] not in ("heads", "dims"):
+        raise refused(f"attention is {data['attention']!r}, neither 'heads' nor 'dims'")
+    freeze = texts(data["freeze"], "freeze")
+    unknown = next((name for name in freeze if name not in shapes), None)
+    if unknown is not None:
+        raise refused(f"it freezes {unknown}, of which it has no shape")
+    if data["inputs"] is not None and elements(data["inputs"]) > MOST_ELEMENTS:
+        raise refused("its example inputs are larger than any model takes")
+    return {
+        "shapes": shapes,
+        "slices": slices,
+        "attention": data["attention"],
+        "freeze": freeze,
+        "inputs": data["inputs"],
+        "release": texts(data.get("release", []), "release"),  # older plans have none
+        "waiver": parse_waiver(data.get("waiver")),
+    }
+
+
+def parse_slice(data: Any, name: str, shape: tuple[int, ...]) -> TensorSlice:
+    """What is kept along some dimensions of a tensor of a given shape."""
+    data = mapping(data, f"what is kept of {name}")
+    missing = next((field for field in ("dims", "keep", "sizes") if field not in data), None)
+    if missing is not None:
+        raise refused(f"what is kept of {name} has no {missing!r}")
+    dims, left = sizes(data["dims"], f"dims of {name}"), sizes(data["sizes"], f"sizes of {name}")
+    if not dims or len(set(dims)) != len(dims) or max(dims) >= len(shape):
+        raise refused(f"a tensor of shape {shape} has no dimensions {dims}")
+    indices = data["keep"]
+    if not isinstance(indices, list | tuple) or not all(type(i) is int for i in indices):
+        raise refused(f"the kept indices of {name} are not a list of integers")
+    if not indices or len(left) != len(dims) or len(indices) != math.prod(left):
+        raise refused(f"{len(indices)} kept indices do not fill {left}")
+    if not 0 <= min(indices) <= max(indices) < math.prod(shape[d] for d in dims):
+        raise refused(f"kept indices of a tensor of shape {shape} reach from {min(indices)} to {max(indices)}")
+    if any(a >= b for a, b in itertools.pairwise(indices)):
+        raise refused(f"the kept indices of {name} are not in ascending order")
+    return TensorSlice(dims, torch.tensor(indices, dtype=torch.int64), left)
+
+
+def parse_waiver(data: Any) -> Waiver | None:
+    if data is None:
+        return None
+    data = mapping(data, "waiver")
+    name, size = data.get("input"), data.get("size")
+    if not isinstance(name, str) or type(size) is not int or size < 0:
+        raise refused("waiver must hold an input by name and a size")
+    return Waiver(name, size, texts(data.get("guards", []), "the guards of waiver"))
+
+
+def elements(data: Any, depth: int = 0) -> int:
+    """How many elements all tensors of described example inputs have; raises PruneError for what describes none."""
+    if depth > DEEPEST:
+        raise refused("its example inputs are nested too deeply")
+    if not isinstance(data, Mapping) or len(data) != 1:
+        raise refused("its example inputs are not described")
+    kind, content = next(iter(data.items()))
+    if kind == "tensor":
+        return described_tensor(mapping(content, "an example input"))
+    if kind in ("tuple", "list"):
+        return sum(elements(part, depth + 1) for part in listed(content, "example inputs"))
+    if kind == "dict":
+        pairs = listed(content, "example inputs")
+        if not all(isinstance(p, list | tuple) and len(p) == 2 and is_value(p[0]) for p in pairs):
+            raise refused("example inputs by keyword must be pairs of a name and a description")
+        return sum(elements(part, depth + 1) for _, part in pairs)
+    if (kind == "value" and is_value(content)) or (kind == "opaque" and isinstance(content, str)):
+        return 0
+    raise refused(f"it has no example inputs of kind {str(kind)[:40]!r}")
+
+
+def described_tensor(data: Mapping[str, Any]) -> int:
+    shape, dtype, span = sizes(data.get("shape"), "the shape of an example input"), data.get("dtype"), data.get("range")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise refused(f"an example input has the dtype {str(dtype)[:40]!r}")
+    if span is not None:
+        pair = isinstance(span, list | tuple) and len(span) == 2 and all(type(i) is int for i in span)
+        if not pair or not -INT64 <= span[0] <= span[1] < INT64 - 1:
+            raise refused("the range of an example input must be two integers, the smaller one first")
+    elif not DTYPES[dtype].is_floating_point and not DTYPES[dtype].is_complex and 0 not in shape:
+        raise refused("an example input of integers has no range")
+    return math.prod(shape)
+
+
+def is_value(data: Any) -> bool:
+    return data is None or isinstance(data, bool | int | float | str)
+
+
+def mapping(data: Any, what: str) -> Mapping[str, Any]:
+    if not isinstance(data, Mapping) or not all(isinstance(key, str) for key in data):
+        raise refused(f"{what} must be a mapping by name, not {type(data).__name__}")
+    return data
+
+
+def listed(data: Any, what: str) -> Sequence[Any]:
+    if not isinstance(data, list | tuple):
+        raise refused(f"{what} must be a list, not {type(data).__name__}")
+    return data
+
+
+def texts(data: Any, what: str) -> tuple[str, ...]:
+    if not isinstance(data, list | tuple) or not all(isinstance(text, str) for text in data):
+        raise refused(f"{what} must be a list of texts")
+    return tuple(data)
+
+
+def sizes(data: Any, what: str) -> tuple[int, ...]:
+    """A shape, or other numbers from 0 for dimensions of a tensor."""
+    numbers = isinstance(data, list | tuple) and len(data) <= MOST_DIMS
+    if not numbers or not all(type(n) is int and 0 <= n < INT64 for n in data):
+        raise refused(f"{what} must be a list of at most {MOST_DIMS} integers from 0")
+    return tuple(data)
+
+
+def refused(why: str, fix: str = DICT) -> PruneError:
+    return PruneError(f"this is no plan: {why}", fix=fix)
