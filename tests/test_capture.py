@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxprune
+from fxprune.inputs import ExampleInputs
 from fxprune.options import Options
 from fxprune.passes.capture import programs as capture_programs
 from fxprune.passes.coupling import analysis
@@ -575,7 +576,7 @@ def test_attention_couples_without_values_as_with_them(kind, attention, monkeypa
         patch.setattr(analysis, "programs", with_values)
         assert fxprune.couple(model, x, attention=attention).to_dict() == found and len(ways) == 1
         solution = analysis.analyse(model, (x,), {}, Options.parse(model, attention=attention).coupling)
-    assert Costs(solution, dict(model.named_parameters())).original("macs") == count_macs(model, (x,), {})
+    assert Costs(solution, dict(model.named_parameters())).original("macs") == count_macs(model, ExampleInputs.parse(x))
     if kind != "dropout":
         pruned = fxprune.prune(model, 0.5, example_inputs=x, attention=attention, verify=True)
         assert pruned.o.in_features == 16

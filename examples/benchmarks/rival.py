@@ -10,6 +10,7 @@ import torch
 import torch_pruning
 from torch import Tensor, nn
 
+from fxprune.inputs import ExampleInputs
 from fxprune.reports.report import count_macs
 
 IMPORTANCES: dict[str, Callable[[], Any]] = {
@@ -106,7 +107,7 @@ class Rival:
 
 def macs_of(model: nn.Module, example: Tensor) -> int:
     """Multiply-accumulates for an input."""
-    return count_macs(model, (example,), {})
+    return count_macs(model, ExampleInputs.parse(example))
 
 
 def with_fresh_norms(model: nn.Module, inputs: Tensor) -> nn.Module:

@@ -60,7 +60,7 @@ class FamilyChange:
         if self.family.units == 1:
             return "has a single unit"
         if self.kept == self.family.units:
-            return "lost none: ratio, round_to, or rows that must stay equally long"
+            return "lost no unit: its ratio asks for fewer than can be removed at once; raise ratio or lower round_to"
         return f"keeps {self.kept:,} of {counted(self.family.units, 'unit')}"
 
 
@@ -165,7 +165,7 @@ class Report:
 def report(model: nn.Module, pruned: nn.Module, example_inputs: Any = None) -> Report:
     """What pruning took from a model and what it left, family by family, and why some stayed whole.
 
-    >>> import fxprune
+    >>> import torch, fxprune
     >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     >>> small = fxprune.prune(net, 0.5, example_inputs=torch.randn(1, 4))
     >>> found = report(net, small)

@@ -120,6 +120,7 @@ def sensitivity(
 ) -> Sensitivity:
     """What becomes of a model when each family in turn loses a share of its units, lowest scores first, and no other does.
 
+    >>> import torch
     >>> _ = torch.manual_seed(0)
     >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
     >>> x = torch.randn(50, 4)
