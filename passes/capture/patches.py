@@ -1,4 +1,4 @@
-"""What torch hides from a tracer, switched off for as long as it runs."""
+"""Names of functions that hide the program from a tracer, and kernels that show it to the dispatcher."""
 
 from __future__ import annotations
 
@@ -22,14 +22,6 @@ FACTORIES = (
     " where pow float_power remainder isin xlogy bitwise_and bitwise_or bitwise_xor bitwise_left_shift"
     " bitwise_right_shift result_type"
 ).split()
-
-
-def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A Python function of torch with its check for overridden arguments switched off, so that its body runs."""
-    globals_ = dict(function.__globals__, has_torch_function=lambda *_: False)
-    copy = types.FunctionType(function.__code__, globals_, function.__name__, function.__defaults__)
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
 
 
 @contextlib.contextmanager

@@ -1,13 +1,13 @@
-"""What torch hides from a tracer, switched off for as long as it runs."""
+"""What hides the program from a tracer, switched off while it runs."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-import types
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+import threading
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,167 +15,249 @@ from torch import nn
 
 from fxprune.passes.capture.patches import CACHED, CALLABLE, CHECKS, FACTORIES, TRANSFORMS, named_apply
 from fxprune.passes.capture.proxy import ValueProxy, unwrap
-from fxprune.passes.capture.training_flag import read_training
+from fxprune.passes.capture.tracer import ValueTracer
 from fxprune.passes.errors import ReadsValue
 from fxprune.passes.ir.pytree import iterate
 
-if TYPE_CHECKING:
-    from fxprune.passes.capture.tracer import ValueTracer
+LOCK = threading.RLock()  # the functions replaced belong to the process: one capture at a time
+CONTEXT_FUNCTIONS = ("finfo", "iinfo", "is_autocast_enabled", "get_autocast_dtype")
+APPLIES = next(k for k in torch.autograd.Function.__mro__ if "apply" in vars(k))
 
 
-def handing_on(cells: int) -> types.CodeType:
-    """The code of a `__getattr__` that asks the tracer; it takes the place of code that closes over so many variables."""
-    code = (lambda module, name: module._traced_getattr(name)).__code__
-    return code.replace(co_freevars=tuple(f"unused_{i}" for i in range(cells)))
+class Patches:
+    """Replaces functions for as long as a tracer runs, in its thread alone: others get what they would have got.
 
+    Arguments:
+        tracer: which is to see what the functions are called with.
+    """
 
-@contextlib.contextmanager
-def patched(tracer: ValueTracer) -> Iterator[None]:
-    """Switch off what hides the program while tracing, and make factories and `apply` see proxies."""
-    undo: list[Callable[[], None]] = []
+    def __init__(self, tracer: ValueTracer) -> None:
+        self.tracer = tracer
+        self.thread = threading.get_ident()
+        self.undo: list[Callable[[], None]] = []
+        self.maths = {id(f): f for name, f in vars(math).items() if callable(f) and not name.startswith("_")}
+        self.seen: set[object] = set()
+        self.owners: set[type] = set()
 
-    def patch(owner: Any, name: str, value: Any) -> None:
+    def __enter__(self) -> None:
+        LOCK.acquire()
+        try:
+            self.factories()
+            self.arithmetic()
+            self.checks()
+            self.contexts()
+            self.transforms()
+            self.custom_functions()
+            self.batch_statistics()
+            self.attention()
+            self.modules()
+            self.look_at(self.tracer.root)
+            self.fx_flag()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            for restore in reversed(self.undo):
+                restore()
+            self.undo.clear()
+        finally:
+            LOCK.release()
+
+    # -- how a function is replaced ---------------------------------------------------------------------------------
+
+    def patch(self, owner: Any, name: str, value: Any) -> None:
         old = vars(owner).get(name)
         setattr(owner, name, value)
-        undo.append((lambda: setattr(owner, name, old)) if old is not None else (lambda: delattr(owner, name)))
+        self.undo.append(functools.partial(setattr, owner, name, old) if old is not None else lambda: delattr(owner, name))
 
-    def factory(function: Callable[..., Any]) -> Callable[..., Any]:
+    def tracing(self) -> bool:
+        """Whether code of the model's is being traced, in this thread, rather than evaluated."""
+        return threading.get_ident() == self.thread and self.tracer.evaluator.running is None
+
+    def wrapped(self, function: Callable[..., Any], instead: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that calls another one while code of the model's is being traced."""
+
+        @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            if tracer.running is None and any(type(v) is ValueProxy for v in iterate((args, kwargs))):
-                return tracer.create_proxy("call_function", function, args, kwargs)
-            return function(*args, **kwargs)
+            return (instead if self.tracing() else function)(*args, **kwargs)
 
         return wrapper
 
-    apply = next(vars(k)["apply"] for k in torch.autograd.Function.__mro__ if "apply" in vars(k))
+    def seeing_proxies(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that becomes a node where it is given a proxy."""
 
-    def traced_apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if tracer.running is None and any(type(v) is ValueProxy for v in iterate((args, kwargs))):
-            return tracer.create_proxy("call_function", named_apply(cls), args, kwargs)
-        return apply.__get__(None, cls)(*args, **kwargs)
+        def instead(*args: Any, **kwargs: Any) -> Any:
+            if any(type(v) is ValueProxy for v in iterate((args, kwargs))):
+                return self.tracer.create_proxy("call_function", function, args, kwargs)
+            return function(*args, **kwargs)
 
-    def told(function: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: function(*unwrap(args), **unwrap(kwargs))
+        return self.wrapped(function, instead)
 
-    def checker(function: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            if tracer.running is None:
+    def given_values(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that is given the values of proxies."""
+        return self.wrapped(function, lambda *args, **kwargs: function(*unwrap(args), **unwrap(kwargs)))
+
+    # -- functions of torch -----------------------------------------------------------------------------------------
+
+    def factories(self) -> None:
+        """Factories take sizes, which torch would convert to plain integers."""
+        for name in FACTORIES:
+            self.patch(torch, name, self.seeing_proxies(getattr(torch, name)))
+
+    def arithmetic(self) -> None:
+        """Functions of `math` take sizes, which they would convert to plain floats."""
+        for function in self.maths.values():
+            self.patch(math, function.__name__, self.seeing_proxies(function))
+
+    def checks(self) -> None:
+        """`torch._check` reads a condition; in a run without values there is none to read."""
+
+        def checker(function: Callable[..., Any]) -> Callable[..., Any]:
+            def instead(*args: Any, **kwargs: Any) -> Any:
                 args, kwargs = unwrap(args), unwrap(kwargs)
                 if any(isinstance(v, torch.Tensor) and v.is_meta for v in args):
-                    return None  # there is nothing to check in a run without values
-            return function(*args, **kwargs)
+                    return None
+                return function(*args, **kwargs)
 
-        return wrapper
+            return self.wrapped(function, instead)
 
-    def opening(function: Callable[..., Any]) -> Callable[..., Any]:
-        """What takes anything that says it is a tensor for one: `torch.vmap` and its like wrap the memory of a proxy."""
+        for name in CHECKS:
+            self.patch(torch, name, checker(getattr(torch, name)))
 
-        def wrapper(*args: Any) -> Any:
-            if any(type(v) is ValueProxy for v in args):
-                raise ReadsValue(f"{function.__name__}()")
-            return function(*args)
+    def contexts(self) -> None:
+        """What depends on a dtype or device alone is no step of the program."""
+        for name in CONTEXT_FUNCTIONS:
+            self.patch(torch, name, self.given_values(getattr(torch, name)))
+        self.patch(torch.autocast, "__init__", self.given_values(torch.autocast.__init__))
 
-        return wrapper
+    def transforms(self) -> None:
+        """`torch.vmap` and its like would wrap the memory of a proxy."""
 
-    def batch_norm(*args: Any, **kwargs: Any) -> Any:
-        """Without the room for what a GPU's training kernel notes, which the dispatcher would show as one more call."""
-        if len(args) == 9 and type(args[0]) is torch.Tensor and args[0].is_meta:
-            return torch.native_batch_norm(*args[:8])[0]
-        return plain_batch_norm(*args, **kwargs)
+        def refusing(function: Callable[..., Any]) -> Callable[..., Any]:
+            def instead(*args: Any) -> Any:
+                if any(type(v) is ValueProxy for v in args):
+                    raise ReadsValue(f"{function.__name__}()")
+                return function(*args)
 
-    maths = {id(f): f for name, f in vars(math).items() if callable(f) and not name.startswith("_")}
-    seen: set[object] = set()
-    owners: set[type] = set()
+            return self.wrapped(function, instead)
 
-    def look_at(module: nn.Module) -> None:
-        """Functions of `math` see proxies, also where a module's file has imported them by name."""
+        for owner, name in TRANSFORMS:
+            self.patch(owner, name, refusing(getattr(owner, name)))
+
+    def custom_functions(self) -> None:
+        """A custom autograd function is one node, which keeps its backward."""
+        apply = vars(APPLIES)["apply"]
+
+        def instead(cls: type, *args: Any, **kwargs: Any) -> Any:
+            if self.tracing() and any(type(v) is ValueProxy for v in iterate((args, kwargs))):
+                return self.tracer.create_proxy("call_function", named_apply(cls), args, kwargs)
+            return apply.__get__(None, cls)(*args, **kwargs)
+
+        self.patch(torch.autograd.Function, "apply", classmethod(instead))
+
+    def batch_statistics(self) -> None:
+        """One example may be too few for batch statistics, but shapes are all that matters here; and the dispatcher would
+        show the room for what a GPU's training kernel saves as one more call."""
+        functional: Any = F
+        plain, verify = torch.batch_norm, functional._verify_batch_size
+
+        def batch_norm(*args: Any, **kwargs: Any) -> Any:
+            mine = threading.get_ident() == self.thread
+            if mine and len(args) == 9 and type(args[0]) is torch.Tensor and args[0].is_meta:
+                return torch.native_batch_norm(*args[:8])[0]
+            return plain(*args, **kwargs)
+
+        self.patch(torch, "batch_norm", batch_norm)
+        self.patch(F, "_verify_batch_size", lambda size: None if threading.get_ident() == self.thread else verify(size))
+
+    def attention(self) -> None:
+        """A function that is traced through has to run on after its check for overridden arguments, which led to the tracer."""
+        functional: Any = F
+        check = functional.has_torch_function
+
+        def instead(args: Any) -> bool:
+            inlining, self.tracer.inlining = self.tracer.inlining, False
+            return not inlining and check(args)
+
+        self.patch(F, "has_torch_function", self.wrapped(check, instead))
+
+    def fx_flag(self) -> None:
+        """Models ask whether they are traced; the answer is by thread."""
+        set_tracing = getattr(torch.fx._symbolic_trace, "_set_is_fx_tracing", None)
+        if set_tracing is not None:
+            set_tracing(True)
+            self.undo.append(functools.partial(set_tracing, False))
+
+    # -- modules ----------------------------------------------------------------------------------------------------
+
+    def modules(self) -> None:
+        """Calls of the model's modules, and reads of their parameters and modes, go to the tracer."""
+        tracer = self.tracer
+        plain_call, plain_getattr = nn.Module._call_impl, nn.Module.__getattr__
+
+        def called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            self.look_at(module)
+            return tracer.call_module(module, functools.partial(plain_call, module), args, kwargs)
+
+        def read(module: nn.Module, name: str) -> Any:
+            if threading.get_ident() != self.thread:
+                return plain_getattr(module, name)
+            number = tracer.plain.answer(module, name)
+            if number is not None:
+                return number
+            value = plain_getattr(module, name)
+            return tracer.read_tensor(value) if isinstance(value, torch.Tensor) and self.tracing() else value
+
+        def training(module: nn.Module) -> bool:
+            if self.tracing():
+                tracer.frames[-1].asked = True
+            try:
+                return bool(vars(module)["training"])
+            except KeyError:
+                raise AttributeError("training") from None
+
+        for module in tracer.paths:  # what `__call__` calls instead of forward and the hooks, where it is there
+            vars(module)["_compiled_call_impl"] = functools.partial(called, module)
+            self.undo.append(functools.partial(vars(module).pop, "_compiled_call_impl", None))
+        self.patch(nn.Module, "__getattr__", read)
+        self.patch(nn.Module, "training", property(training, lambda m, v: vars(m).__setitem__("training", v)))
+
+    def look_at(self, module: nn.Module) -> None:
+        """Functions of `math` see proxies also where a module's file has imported them by name, and caches hold none."""
         kind = module if "forward" in vars(module) else type(module)
-        if kind in seen:
+        if kind in self.seen:
             return
-        seen.add(kind)
+        self.seen.add(kind)
         names = getattr(module.forward, "__globals__", {})
-        for name, value in list(names.items()) if id(names) not in seen else ():
-            if id(value) in maths and value is maths[id(value)]:
-                names[name] = factory(value)
-                undo.append(functools.partial(names.__setitem__, name, value))
+        for name, value in list(names.items()) if id(names) not in self.seen else ():
+            if id(value) in self.maths and value is self.maths[id(value)]:
+                names[name] = self.seeing_proxies(value)
+                self.undo.append(functools.partial(names.__setitem__, name, value))
             elif type(value) in CALLABLE:
-                forgetful(value, functools.partial(names.__setitem__, name))
-        seen.add(id(names))
+                self.uncached(value, functools.partial(names.__setitem__, name))
+        self.seen.add(id(names))
         for owner in type(module).__mro__:
-            if owner in owners or owner.__module__.startswith("torch."):
+            if owner in self.owners or owner.__module__.startswith("torch."):
                 continue
-            owners.add(owner)
+            self.owners.add(owner)
             for name, value in list(vars(owner).items()):
                 if type(value) in CALLABLE:
-                    forgetful(value, functools.partial(setattr, owner, name))
+                    self.uncached(value, functools.partial(setattr, owner, name))
 
-    def forgetful(value: Any, put: Callable[[Any], None]) -> None:
-        """Have a function that remembers results (`functools.lru_cache`) forget them: a proxy is good for one trace only."""
+    def uncached(self, value: Any, put: Callable[[Any], None]) -> None:
+        """Have a function compute what it would look up in its `functools.lru_cache`: a proxy is good for one capture."""
         function = getattr(value, "__func__", value)  # of a static method
         if type(function) is CACHED:
             put(function.__wrapped__ if function is value else type(value)(function.__wrapped__))
-            undo.append(functools.partial(put, value))
+            self.undo.append(functools.partial(put, value))
             return
-        for cell in getattr(function, "__closure__", None) or ():  # a decorator of one's own around it
+        for cell in getattr(function, "__closure__", None) or ():  # a decorator of the model's own around it
             try:
                 inner = cell.cell_contents
             except ValueError:  # it is still empty
                 continue
             if type(inner) is CACHED:
                 cell.cell_contents = inner.__wrapped__
-                undo.append(functools.partial(setattr, cell, "cell_contents", inner))
-
-    def module_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        look_at(module)
-        return tracer.call_module(module, functools.partial(plain_call, module), args, kwargs)
-
-    def module_getattr(module: nn.Module, name: str) -> Any:
-        number = tracer.plain.answer(module, name)
-        if number is not None:
-            return number
-        value = plain_getattr(module, name)
-        return tracer.getattr(name, value, {}) if tracer.running is None and isinstance(value, torch.Tensor) else value
-
-    fast = torch.backends.mha.get_fastpath_enabled()
-    functional: Any = F
-    verify_batch_size = functional._verify_batch_size
-    plain_batch_norm = torch.batch_norm
-    plain_call = nn.Module._call_impl
-    getter: Any = nn.Module.__getattr__
-    plain_getattr = types.FunctionType(getter.__code__, getter.__globals__, getter.__name__, None, getter.__closure__)
-    set_tracing = getattr(torch.fx._symbolic_trace, "_set_is_fx_tracing", None)  # what is_fx_tracing() answers by
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        for name in FACTORIES:
-            patch(torch, name, factory(getattr(torch, name)))
-        for name in CHECKS:
-            patch(torch, name, checker(getattr(torch, name)))
-        for function in maths.values():
-            patch(math, function.__name__, factory(function))
-        for owner, name in TRANSFORMS:
-            patch(owner, name, opening(getattr(owner, name)))
-        patch(torch, "batch_norm", batch_norm)
-        for name in ("finfo", "iinfo", "is_autocast_enabled", "get_autocast_dtype"):
-            patch(torch, name, told(getattr(torch, name)))
-        patch(torch.autocast, "__init__", told(torch.autocast.__init__))
-        patch(torch.autograd.Function, "apply", classmethod(traced_apply))
-        # one example may be too few for batch statistics; the shapes are all that matters here
-        functional._verify_batch_size = lambda size: None
-        mode = property(lambda m: read_training(tracer, m), lambda m, v: vars(m).__setitem__("training", v))
-        patch(nn.Module, "training", mode)
-        # Special methods stay: putting another in their place would have Python look through every subclass there is.
-        patch(nn.Module, "_call_impl", module_call)  # what `__call__` comes to
-        patch(nn.Module, "_traced_getattr", module_getattr)
-        undo.append(functools.partial(setattr, getter, "__code__", getter.__code__))
-        getter.__code__ = handing_on(len(getter.__closure__ or ()))
-        look_at(tracer.root)
-        if set_tracing is not None:
-            set_tracing(True)
-        yield
-    finally:
-        if set_tracing is not None:
-            set_tracing(False)
-        for restore in reversed(undo):
-            restore()
-        functional._verify_batch_size = verify_batch_size
-        torch.backends.mha.set_fastpath_enabled(fast)
+                self.undo.append(functools.partial(setattr, cell, "cell_contents", inner))

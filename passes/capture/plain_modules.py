@@ -10,17 +10,17 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Hashable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, fx, nn
 
+from fxprune.passes.capture.builder import GraphBuilder
+from fxprune.passes.capture.frames import Frame
 from fxprune.passes.capture.proxy import ValueProxy
+from fxprune.passes.capture.train_eval import Modes
 from fxprune.passes.ir.program import select_by_mode
 from fxprune.passes.ir.pytree import ATOMS, collect
 from fxprune.passes.ir.tensor_ref import TensorRef
-
-if TYPE_CHECKING:
-    from fxprune.passes.capture.tracer import ValueTracer
 
 
 class PlainModules:
@@ -89,32 +89,32 @@ class PlainModules:
         self.kinds.add(self.kind(module, args, {}))
 
 
-def is_plain(tracer: ValueTracer, module: nn.Module, stored: dict[str, Any], mark: int) -> bool:
-    """Whether a forward that was just captured, from the node numbered `mark` on, leaves nothing to rewrite in either mode.
+def is_plain(builder: GraphBuilder, modes: Modes, frame: Frame, stored: dict[str, Any]) -> bool:
+    """Whether a forward that was just captured leaves nothing to rewrite in either mode.
 
-    Every node makes a tensor from tensors, flags and fractions; no size is read, nothing is decided by one, nothing is kept
+    Every node creates a tensor from tensors, flags and fractions; no size is read, nothing is decided by one, nothing is stored
     on the module (`stored` are its attributes from before).
     """
-    if tracer.branches is None or tracer.reads_training or any(tracer.index[g.node] >= mark for g in tracer.guards):
+    begin, index = frame.begin, builder.index
+    if modes.in_training or modes.separate or any(index[g.node] >= begin for g in builder.guards):
         return False
-    if any(reading.asked for reading in tracer.readings[:-1]):  # what it does in training was not looked at
+    if any(outer.asked for outer in builder.frames if outer is not frame):  # what it does in training was not captured
         return False
-    now = vars(module)
+    now = vars(frame.module)
     if len(now) != len(stored) or any(now[k] is not v for k, v in stored.items()):
         return False
-    inner = [b for b in tracer.branches if b.begin >= mark]
-    if not all(b.alike for b in inner):
+    if not all(b.alike for b in modes.branches if b.begin >= begin):
         return False
-    made = itertools.takewhile(lambda n: n.op != "root" and tracer.index[n] >= mark, reversed(tracer.graph.nodes))
-    return all(is_simple(tracer, n) for n in made)
+    created = itertools.takewhile(lambda n: n.op != "root" and index[n] >= begin, reversed(builder.graph.nodes))
+    return all(is_simple(builder, n) for n in created)
 
 
-def is_simple(tracer: ValueTracer, node: fx.Node) -> bool:
+def is_simple(builder: GraphBuilder, node: fx.Node) -> bool:
     if node.op == "get_attr" or node.target is select_by_mode:
         return True
-    if type(tracer.results[node]) is not TensorRef or node in tracer.untracked:
+    if type(builder.results[node]) is not TensorRef or node in builder.evaluator.untracked:
         return False
-    if node.op == "call_module" and not bare(tracer.modules[str(node.target)]):
+    if node.op == "call_module" and not bare(builder.modules[str(node.target)]):
         return False
     given = collect((node.args, dict(node.kwargs)), int)
     return all(isinstance(v, bool) or v in (-1, 0, 1) for v in given)

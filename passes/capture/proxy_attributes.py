@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fxprune.passes.capture.patches import inlined
+from fxprune.passes.capture.evaluation import Evaluator
+from fxprune.passes.capture.frames import Frame
 from fxprune.passes.capture.proxy import ValueProxy, unwrap
 from fxprune.passes.errors import NeedsValues, ReadsMissing, ReadsValue
 from fxprune.passes.ir.program import Guard
@@ -67,24 +68,20 @@ class ProxyAttributes(fx.Tracer):
     """The part of the tracer that answers for proxies.
 
     Attributes:
-        guards: what was taken out of the graph.
-        index: the numbers of nodes, in the order in which they were made.
+        guards: values that Python took out of the graph.
+        index: the numbers of nodes, in the order in which they were created.
         depends: whether a node's value depends on the inputs.
-        find_home: for a run without values, finds the device that all tensors of the model and its inputs are on.
-        reads: for each module on the stack, the sizes that its forward has read, and the numbers it has computed.
+        frames: the module calls that are being traced through.
+        evaluator: of the nodes.
+        inlining: whether the next check for overridden arguments in `torch.nn.functional` is to find none.
     """
 
     guards: list[Guard]
     index: dict[fx.Node, int]
     depends: dict[fx.Node, bool]
-    find_home: Callable[[], torch.device | None]
-
-    @functools.cached_property
-    def home(self) -> torch.device | None:
-        """The device that a model which lies on `meta` for the run is said to be on; None where there is none such."""
-        return self.find_home()
-
-    reads: list[dict[Any, Any]]
+    frames: list[Frame]
+    evaluator: Evaluator
+    inlining: bool = False
 
     def bind(self, node: fx.Node, value: Any) -> Any:
         """The proxy for a node."""
@@ -99,10 +96,10 @@ class ProxyAttributes(fx.Tracer):
         if name.startswith("__") or not hasattr(value, name):
             raise AttributeError(f"{type(value).__name__!r} object has no attribute {name!r}")
         asked = name == "device" or (name in WHERE and name != "type")
-        if asked and isinstance(value, Tensor) and value.is_meta and self.home is not None:
+        if asked and isinstance(value, Tensor) and value.is_meta and self.evaluator.home is not None:
             if name == "device":
-                return self.bind(self.create_node("call_function", getattr, (proxy.node, name), {}), self.home)
-            return getattr(torch.empty(0, device=self.home), name)
+                return self.bind(self.create_node("call_function", getattr, (proxy.node, name), {}), self.evaluator.home)
+            return getattr(torch.empty(0, device=self.evaluator.home), name)
         if name in WHERE and (value.is_meta if isinstance(value, Tensor) else getattr(value, "type", "") == "meta"):
             raise NeedsValues  # a run without values is on another device than the model
         if isinstance(value, Tensor):
@@ -125,16 +122,16 @@ class ProxyAttributes(fx.Tracer):
         key: Any = (target, *[a.node if type(a) is ValueProxy else (type(a), a) for a in args])
         if kwargs or not all(type(a) in NUMBERS or type(a) is ValueProxy for a in args):
             return self.made(kind, target, args, kwargs or {})
-        reads = self.reads[-1]
+        reads = self.frames[-1].reads
         if key not in reads:
             reads[key] = self.made(kind, target, args, {})
         return reads[key]
 
-    def forget_reads(self, mark: int) -> None:
-        """Sizes and numbers that nodes made since the mark stand for are to be read anew."""
-        for reads in self.reads:
-            for key in [k for k, found in reads.items() if self.index.get(found.node, mark) >= mark]:
-                del reads[key]
+    def forget_reads(self, begin: int) -> None:
+        """Forget the nodes numbered `begin` or later for sizes and numbers: they are to be read anew."""
+        for frame in self.frames:
+            for key in [k for k, found in frame.reads.items() if self.index.get(found.node, begin) >= begin]:
+                del frame.reads[key]
 
     def known_tensor(self, proxy: ValueProxy, how: str) -> Any:
         """The tensor's contents, if they are a fixed fact of the model; else the module must be opaque."""
@@ -152,7 +149,8 @@ class ProxyAttributes(fx.Tracer):
 
     def torch_function(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if method in INLINED:
-            return inlined(method)(*args, **kwargs)
+            self.inlining = True  # its check for overridden arguments, which led here, does not find them the next time
+            return method(*args, **kwargs)
         name = getattr(method, "__name__", "")
         if name == "__get__":
             owner: Any = method.__self__  # type: ignore[attr-defined]

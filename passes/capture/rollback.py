@@ -1,4 +1,4 @@
-"""What forwards store on their modules while a program is captured, and how it is taken back."""
+"""Restore what forwards store on their modules while a program is captured."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 from torch import fx, nn
 
 from fxprune.passes.capture.proxy import ValueProxy
-from fxprune.passes.capture.training_flag import TrainingFlag
 from fxprune.passes.ir.module_tree import CONTAINERS
 from fxprune.passes.ir.pytree import ATOMS, iterate
 
@@ -25,18 +24,18 @@ class ModuleState:
             held = {k: copy.copy(v) for k, v in boxes.items() if v}
             self.before[module] = dict(vars(module)), list(boxes.values()), held
 
-    def take_back(self, index: Mapping[fx.Node, int], mark: int) -> None:
-        """Put back every attribute that stands for a node made since the mark.
+    def restore(self, index: Mapping[fx.Node, int], begin: int) -> None:
+        """Put back every attribute that stands for a node numbered `begin` or later.
 
-        Arguments: `index`, the numbers of the nodes that there are; others are gone.
+        Arguments: `index`, the numbers of the nodes.
         """
         for module, (before, boxes, held) in self.before.items():
             now = vars(module)
             same = len(now) == len(before) and all(map(operator.is_, now.values(), before.values()))
-            if same and not any(box and stands_for(box, index, mark) for box in boxes):
+            if same and not any(box and stands_for(box, index, begin) for box in boxes):
                 continue
             stored = [(k, v) for k, v in now.items() if type(v) not in ATOMS and not (type(v) in CONTAINERS and not v)]
-            for name in [k for k, v in stored if k != "_modules" and stands_for(v, index, mark)]:
+            for name in [k for k, v in stored if k != "_modules" and stands_for(v, index, begin)]:
                 if name not in before:
                     del now[name]
                     continue
@@ -45,13 +44,11 @@ class ModuleState:
                 now[name] = before[name]
 
 
-def stands_for(stored: Any, index: Mapping[fx.Node, int], mark: int) -> bool:
-    """Whether something is, or holds, a flag or a proxy for a node made since the mark."""
-    if type(stored) is dict and not any(
-        type(v) in (ValueProxy, TrainingFlag) or type(v) in CONTAINERS for v in stored.values()
-    ):
+def stands_for(stored: Any, index: Mapping[fx.Node, int], begin: int) -> bool:
+    """Whether something is, or holds, a proxy for a node that is as new as that."""
+    if type(stored) is dict and not any(type(v) is ValueProxy or type(v) in CONTAINERS for v in stored.values()):
         return False
-    return any(type(v) is TrainingFlag or (type(v) is ValueProxy and index.get(v.node, mark) >= mark) for v in iterate(stored))
+    return any(type(v) is ValueProxy and index.get(v.node, begin) >= begin for v in iterate(stored))
 
 
 def containers(module: nn.Module) -> dict[str, Any]:

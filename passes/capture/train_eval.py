@@ -1,31 +1,29 @@
 """Evaluation and training in one capture.
 
-A module that asks which mode it is in (`self.training`) may do different things in the two. Its forward is then captured
-once more, in training mode, right after the first time: two branches of one graph. What follows continues from `switch`
-nodes that stand for either branch's result. Where that cannot be done, the whole model is captured a second time.
+The reference for the two modes of a model is two captures, one in each mode (see `programs.py`). This is an optimisation of
+it: the forward of a module that reads its mode (`self.training`) is captured in evaluation, and then once more in training,
+as two branches of one graph. What follows continues from `select_by_mode` nodes. Where the two cannot be joined, the whole
+model is captured a second time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.passes.capture.layer_cache import likeness
+from fxprune.passes.capture.builder import GraphBuilder
+from fxprune.passes.capture.frames import Frame
 from fxprune.passes.capture.proxy import Items, ValueProxy
-from fxprune.passes.capture.training_flag import plainly, settled
 from fxprune.passes.errors import ReadsMissing
-from fxprune.passes.ir.module_tree import walk
+from fxprune.passes.ir.module_tree import Apart, modes_in_training, walk
 from fxprune.passes.ir.program import select_by_mode
 from fxprune.passes.ir.pytree import ATOMS, like_dict
 from fxprune.passes.ir.tensor_ref import TensorRef
-
-if TYPE_CHECKING:
-    from fxprune.passes.capture.tracer import ValueTracer
-
 
 COMPARED = ATOMS | {complex, torch.Size, torch.layout, torch.memory_format}
 
@@ -43,92 +41,125 @@ class Branch:
     alike: bool
 
 
-def in_both_modes(tracer: ValueTracer, module: nn.Module, forward: Any, arguments: Any, out: Any, begin: int) -> Any:
+@dataclass(slots=True)
+class Modes:
+    """What a capture knows of the two modes.
+
+    Attributes:
+        trained: the mode of each module in training; None where only a second capture can tell.
+        branches: the branches so far.
+        in_training: whether a training branch is being captured.
+        separate: whether the modes cannot be joined.
+        trains_on_values: whether a forward reads values in training, in a run that has none.
+    """
+
+    trained: dict[nn.Module, bool] | None
+    branches: list[Branch] = field(default_factory=list)
+    in_training: bool = False
+    separate: bool = False
+    trains_on_values: bool = False
+
+    @classmethod
+    def of(cls, root: nn.Module) -> Modes:
+        return cls(None if root.training else modes_in_training(root))
+
+    def forget(self, begin: int) -> None:
+        """The nodes from the one with the number `begin` on are gone."""
+        self.branches = [b for b in self.branches if b.end <= begin]
+
+    @contextlib.contextmanager
+    def training(self, modules: list[nn.Module]) -> Iterator[None]:
+        """Put modules in the modes that they have in training."""
+        assert self.trained is not None
+        before = {m: vars(m)["training"] for m in modules}
+        self.in_training = True
+        try:
+            for m in modules:
+                vars(m)["training"] = self.trained.get(m, True)
+            yield
+        finally:
+            self.in_training = False
+            for m, mode in before.items():
+                vars(m)["training"] = mode
+
+    def apart(self, modules: Mapping[str, nn.Module]) -> Apart | None:
+        """The modules that do not follow the root's mode; None where that is not known."""
+        trained = self.trained
+        if trained is None:
+            return None
+        evaluating = frozenset(path for path, m in modules.items() if not trained[m])
+        return {False: frozenset(path for path, m in modules.items() if m.training), True: evaluating}
+
+    def membership(self, graph: fx.Graph, index: dict[fx.Node, int]) -> dict[fx.Node, bool | None] | None:
+        """For nodes of a branch the mode they belong to (`CapturedProgram.only`); None where what follows uses a branch.
+
+        Parameters that a branch reads first are read in either mode.
+        """
+        only: dict[fx.Node, bool | None] = {}
+        numbered = {index[node]: node for node in graph.nodes if node.op != "get_attr"} if self.branches else {}
+        for branch in self.branches:
+            for at in range(branch.begin, branch.end):
+                node = numbered.get(at)
+                if node is not None:
+                    mode = at >= branch.middle
+                    only[node] = mode if only.get(node, mode) == mode else None
+        for node in graph.nodes if only else ():
+            for mode in (False, True):
+                if only.get(node, mode) == mode:
+                    needed = [node.args[mode]] if node.target is select_by_mode else node.all_input_nodes
+                    if any(only.get(n, mode) != mode for n in needed):
+                        return None
+        return only
+
+
+def captured_in_both(builder: GraphBuilder, modes: Modes, frame: Frame, forward: Any, out: Any) -> Any:
     """The result of a forward that asked for its mode, good for both modes.
 
     Arguments:
-        tracer: which has just captured the forward in evaluation mode.
-        module: whose forward it was.
-        arguments: what to call it with once more.
+        builder: which has just captured the forward in evaluation mode.
+        frame: of that call.
         out: its result.
-        begin: the number of its first node.
     """
-    if tracer.branches is None:
+    if modes.in_training:
         return out
-    trains = tracer.trained
-    if tracer.reads_training or module.training or trains is None:
-        tracer.reads_training = True
+    if modes.separate or frame.module.training or modes.trained is None:
+        modes.separate = True
         return out
-    inner = list(walk(module))
-    if not any(trains.get(m, True) for m in inner):  # all of it is kept in evaluation
+    inner = list(walk(frame.module))
+    trains = any(modes.trained.get(m, True) for m in inner)  # else all of it is kept in evaluation
+    if not trains or any(outer.asked for outer in builder.frames if outer is not frame):  # which is captured again itself
         return out
-    if asked_around(tracer):
-        return out
-    key = likeness(module, *arguments)
-    if key is not None and key in tracer.same:
-        return out
-    middle, branches = len(tracer.index), len(tracer.branches)
-    modes = {m: vars(m)["training"] for m in inner}
-    ops = len(tracer.recorder.op_trace.ops)
-    outer, retry = tracer.branches, tracer.retry
-    tracer.branches, tracer.retry = None, False
+    middle, first_op, retry = len(builder.index), len(builder.recorder.op_trace.ops), builder.retry
+    builder.retry = False
     try:
-        for m in inner:
-            vars(m)["training"] = trains.get(m, True)
-        tracer.forget_reads(begin)  # those are the other branch's
-        trained = forward(*arguments[0], **arguments[1])
+        with modes.training(inner):
+            builder.forget_reads(frame.begin)  # those are the other branch's
+            trained = forward(*frame.args, **frame.kwargs)
     except Exception as error:  # what training needs (targets, say) is not there
         trained = None
-        tracer.trains_on_values |= isinstance(error, ReadsMissing)
+        modes.trains_on_values |= isinstance(error, ReadsMissing)
     finally:
-        tracer.branches, tracer.retry = outer, retry
-        for m, mode in modes.items():
-            vars(m)["training"] = mode
-    found = joined(tracer, begin, middle, ops, out, trained)
-    if key is not None and found is out and not tracer.reads_training and len(tracer.branches) == branches:
-        tracer.same.add(key)
-    return found
+        builder.retry = retry
+    return joined(builder, modes, frame.begin, middle, first_op, out, trained)
 
 
-def asked_around(tracer: ValueTracer) -> bool:
-    """Whether a module around the present one has asked for its mode: then all in it is captured once more."""
-    return any(reading.asked for reading in tracer.readings[:-1])
+def joined(builder: GraphBuilder, modes: Modes, begin: int, middle: int, first_op: int, out: Any, trained: Any) -> Any:
+    """What follows two branches continues from this: `out`, where they do the same, else a node that selects by mode.
 
-
-def by_flag(tracer: ValueTracer, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The result of a call that is given a flag (see `flag.py`), good for both modes."""
-    if tracer.branches is None or tracer.reads_training or tracer.readings[-1].asked or asked_around(tracer):
-        plain = tuple(map(plainly, args)), {k: plainly(v) for k, v in kwargs.items()}
-        return tracer.create_proxy(kind, target, *plain)
-    begin = len(tracer.index)
-    out = tracer.create_proxy(kind, target, *settled(False, args, kwargs))
-    middle, ops = len(tracer.index), len(tracer.recorder.op_trace.ops)
-    try:
-        trained = tracer.create_proxy(kind, target, *settled(True, args, kwargs))
-    except Exception:
-        trained = None
-    return joined(tracer, begin, middle, ops, out, trained)
-
-
-def joined(tracer: ValueTracer, begin: int, middle: int, ops: int, out: Any, trained: Any) -> Any:
-    """What follows a branch goes on with this: `out`, where the two are the same, else a switch.
-
-    Where one cannot stand in for the other the model has to be captured once more. `ops` is the length of the tape before the
-    training branch.
+    `first_op` is the number of the training branch's first dispatcher call.
     """
-    end = len(tracer.index)
+    end = len(builder.index)
     before, after = (leaves(out), leaves(trained))
-    same = len(before) == len(after) and all(alike(tracer, a, b) for a, b in zip(before, after, strict=True))
+    same = len(before) == len(after) and all(alike(builder, a, b) for a, b in zip(before, after, strict=True))
     if not same:
-        tracer.reads_training = True
-    if not same or code(tracer, begin, middle, out) == code(tracer, middle, end, trained):
-        tracer.roll_back(middle, ops)
+        modes.separate = True
+    if not same or code(builder, begin, middle, out) == code(builder, middle, end, trained):
+        builder.roll_back(middle, first_op)
         return out
-    loosely = code(tracer, begin, middle, out, loosely=True) == code(tracer, middle, end, trained, loosely=True)
-    made = switched(tracer, out, trained)
-    assert tracer.branches is not None
-    tracer.branches.append(Branch(begin, middle, end, loosely))
-    return made
+    loosely = code(builder, begin, middle, out, loosely=True) == code(builder, middle, end, trained, loosely=True)
+    selected = select(builder, out, trained)
+    modes.branches.append(Branch(begin, middle, end, loosely))
+    return selected
 
 
 def leaves(x: Any) -> list[Any]:
@@ -142,34 +173,34 @@ def leaves(x: Any) -> list[Any]:
     return [x]
 
 
-def alike(tracer: ValueTracer, a: Any, b: Any) -> bool:
+def alike(builder: GraphBuilder, a: Any, b: Any) -> bool:
     """Whether one can stand in for the other in what follows."""
     if type(a) is ValueProxy and type(b) is ValueProxy and isinstance(a.value, Tensor) and isinstance(b.value, Tensor):
         if (a.value.shape, a.value.dtype, a.value.device) != (b.value.shape, b.value.dtype, b.value.device):
             return False
         fractions = a.value.is_floating_point() or a.value.is_complex()
-        computed = tracer.depends[a.node] or tracer.depends[b.node]
-        # things may be looked up by all else: what is known of it would be true of one mode alone
+        computed = builder.depends[a.node] or builder.depends[b.node]
+        # others may be looked up by: what is known of their contents would be true of one mode alone
         return a.value.is_meta or (fractions and computed) or torch.equal(a.value, b.value)
     if type(a) is ValueProxy or type(b) is ValueProxy or type(a) is not type(b):
         return a is b
     return a is b or (type(a) in COMPARED and bool(a == b))
 
 
-def switched(tracer: ValueTracer, a: Any, b: Any) -> Any:
+def select(builder: GraphBuilder, a: Any, b: Any) -> Any:
     """`a` with every tensor replaced by a node that stands for either."""
     if type(a) is ValueProxy:
-        return a if a.node is b.node else tracer.create_proxy("call_function", select_by_mode, (a, b), {})
+        return a if a.node is b.node else builder.create_proxy("call_function", select_by_mode, (a, b), {})
     if type(a) is Items:
-        items = [switched(tracer, x, y) for x, y in zip(a, b, strict=True)]
+        items = [select(builder, x, y) for x, y in zip(a, b, strict=True)]
         return Items.of(a.node, a.value, items) if isinstance(a.value, tuple) and hasattr(a.value, "_fields") else tuple(items)
     if type(a) in (tuple, list):
-        return type(a)([switched(tracer, x, y) for x, y in zip(a, b, strict=True)])
-    return like_dict(a, {k: switched(tracer, v, b[k]) for k, v in a.items()}) if isinstance(a, dict) else a
+        return type(a)([select(builder, x, y) for x, y in zip(a, b, strict=True)])
+    return like_dict(a, {k: select(builder, v, b[k]) for k, v in a.items()}) if isinstance(a, dict) else a
 
 
-def code(tracer: ValueTracer, first: int, end: int, out: Any, *, loosely: bool = False) -> list[Any]:
-    """What the nodes numbered from `first` to `end` do, with names that do not depend on where they stand.
+def code(builder: GraphBuilder, first: int, end: int, out: Any, *, loosely: bool = False) -> list[Any]:
+    """What the nodes numbered from `first` to `end` do, with names that do not depend on their position.
 
     `loosely`: without flags and fractions, and without what is done to single numbers.
     """
@@ -183,9 +214,9 @@ def code(tracer: ValueTracer, first: int, end: int, out: Any, *, loosely: bool =
 
     lines: list[Any] = []
     mine = []
-    node = tracer.graph._root.prev
-    while node.op != "root" and tracer.index[node] >= first:
-        if tracer.index[node] < end and node.op != "get_attr" and not (loosely and is_number(tracer, node)):
+    node = builder.graph._root.prev
+    while node.op != "root" and builder.index[node] >= first:
+        if builder.index[node] < end and node.op != "get_attr" and not (loosely and is_number(builder, node)):
             mine.append(node)
         node = node.prev
     for node in reversed(mine):
@@ -196,34 +227,10 @@ def code(tracer: ValueTracer, first: int, end: int, out: Any, *, loosely: bool =
     return [*lines, [name(v.node) if type(v) is ValueProxy else str(v) for v in leaves(out)]]
 
 
-def is_number(tracer: ValueTracer, node: fx.Node) -> bool:
+def is_number(builder: GraphBuilder, node: fx.Node) -> bool:
     """Whether a node makes a tensor without dimensions from such tensors."""
-    refs = [tracer.results[n] for n in (node, *node.all_input_nodes)]
-    return all(type(r) is TensorRef and not tracer.recorder.op_trace.values[r.id].shape for r in refs)
-
-
-def membership(graph: fx.Graph, branches: list[Branch], index: dict[fx.Node, int]) -> dict[fx.Node, bool | None] | None:
-    """For nodes of a branch the mode they belong to (`Capture.only`); None where a branch leaks into what follows.
-
-    Parameters that a branch reads first are read in either mode.
-    """
-    only: dict[fx.Node, bool | None] = {}
-    if not branches:
-        return only
-    numbered = {index[node]: node for node in graph.nodes if node.op != "get_attr"}
-    for branch in branches:
-        for at in range(branch.begin, branch.end):
-            node = numbered.get(at)
-            if node is not None:
-                mode = at >= branch.middle
-                only[node] = mode if only.get(node, mode) == mode else None
-    for node in graph.nodes:
-        for mode in (False, True):
-            if only.get(node, mode) == mode:
-                needed = [node.args[mode]] if node.target is select_by_mode else node.all_input_nodes
-                if any(only.get(n, mode) != mode for n in needed):
-                    return None
-    return only
+    refs = [builder.results[n] for n in (node, *node.all_input_nodes)]
+    return all(type(r) is TensorRef and not builder.recorder.op_trace.values[r.id].shape for r in refs)
 
 
 def in_mode(graph: fx.Graph, only: Mapping[fx.Node, bool | None], mode: bool) -> fx.Graph:

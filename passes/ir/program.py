@@ -32,7 +32,7 @@ class ModuleCall:
     outs: Any
 
 
-@dataclass
+@dataclass(kw_only=True)
 class CapturedProgram:
     """One run of the model.
 

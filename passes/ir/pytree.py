@@ -108,10 +108,10 @@ def has_tensor(x: Any) -> bool:
     return isinstance(x, Tensor) or any(isinstance(v, Tensor) for v in iterate(x))
 
 
-def copied(x: Any) -> Any:
+def copy_containers(x: Any) -> Any:
     """Copies of the containers that a forward might change."""
     if type(x) is list:
-        return [copied(v) for v in x]
+        return [copy_containers(v) for v in x]
     if type(x) is tuple:
-        return tuple([copied(v) for v in x])
-    return {k: copied(v) for k, v in x.items()} if type(x) is dict else x
+        return tuple([copy_containers(v) for v in x])
+    return {k: copy_containers(v) for k, v in x.items()} if type(x) is dict else x

@@ -1,8 +1,7 @@
-"""The mode handed on as an argument: one capture serves both modes, unless Python looks at it."""
+"""Evaluation and training: one capture serves both modes where it can, and agrees with two captures."""
 
 import copy
 from collections import OrderedDict
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from torch.nn import functional as F
 
 import fxprune
 from fxprune.passes.capture import programs as capture_programs
-from fxprune.passes.capture.training_flag import ModeReading, TrainingFlag
+from fxprune.passes.capture import train_eval
 
 X = torch.randn(3, 5, dtype=torch.float64)
 
@@ -264,8 +263,19 @@ class Refuses(Nested):
         return super().train(mode)
 
 
-ONCE = (Dropped, DroppedInPlace, Normed, Nested, Plain, Inside, InsideLate, InsideLearns, OwnTrain)
-TWICE = (Scaled, HandedToPython, Compared, Counted, Kept, HandedDown, Keeps)
+class Attends(Net):
+    """Layers of torch's own that ask for their mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.layer = nn.LayerNorm(8), nn.TransformerEncoderLayer(8, 2, 16, dropout=1.0, batch_first=True)
+
+    def between(self, x):
+        return self.norm(self.layer(x[:, None])).squeeze(1) + x
+
+
+ONCE = (Nested, Plain, Inside, InsideLate, InsideLearns, OwnTrain)
+TWICE = (Dropped, DroppedInPlace, Normed, Scaled, HandedToPython, Compared, Counted, Kept, HandedDown, Keeps)
 
 
 @pytest.mark.parametrize("kind", ONCE + TWICE)
@@ -281,10 +291,24 @@ def test_both_modes_are_as_in_the_original(kind, captures):
     assert len(captures) == (1 if kind in ONCE else 2)
     assert pruned.a.weight.shape == (4, 5) and sorted(vars(model)) == attributes
     assert [m.training for m in model.modules()] == modes
-    assert not any(type(v) is TrainingFlag for m in pruned.modules() for v in vars(m).values())
     for mode in (False, True):
         assert torch.allclose(pruned.train(mode)(X), model.train(mode)(X)), mode
     assert not torch.allclose(model.train()(X), model.eval()(X))
+
+
+@pytest.mark.parametrize("kind", [Nested, Plain, Inside, InsideLate, OwnTrain, Attends])
+def test_one_capture_of_both_modes_agrees_with_two(kind, captures, monkeypatch):
+    torch.manual_seed(0)
+    model = kind().double().eval()
+    joined = fxprune.couple(model, X).to_dict(), fxprune.prune(model, 0.5, example_inputs=X)
+    assert len(captures) == 2
+    monkeypatch.setattr(train_eval.Modes, "of", classmethod(lambda cls, root: cls(None)))
+    apart = fxprune.couple(model, X).to_dict(), fxprune.prune(model, 0.5, example_inputs=X)
+    assert len(captures) == 2 + 4
+    assert joined[0] == apart[0]
+    assert joined[1].plan.to_json() == apart[1].plan.to_json()
+    for mode in (False, True):
+        assert torch.allclose(joined[1].train(mode)(X), apart[1].train(mode)(X)), mode
 
 
 class Frozen(Net):
@@ -356,32 +380,3 @@ def test_what_a_function_does_in_training_couples_too():
 @torch.fx.wrap
 def mixing(x, training):
     return x + x.flip(1) if training else x.relu()
-
-
-def test_a_flag_is_a_bool_to_python():
-    """Everything that a bool answers, the flag answers by the mode of its module."""
-    for training in (False, True):
-        tracer = SimpleNamespace(readings=[ModeReading()], reads_training=False)
-        flag = TrainingFlag(tracer, nn.Identity().train(training))
-        assert tracer.readings[0].flag and not tracer.readings[0].asked
-        assert isinstance(flag, bool) and not tracer.readings[0].asked
-        assert (flag + 1, 1 - flag, flag * 3, flag | False, True ^ flag, ~flag) == (
-            training + 1,
-            1 - training,
-            training * 3,
-            training,
-            not training,
-            -2 if training else -1,
-        )
-        assert (flag == training, flag != training, hash(flag), repr(flag), [5, 6][flag], float(flag), flag < 1) == (
-            True,
-            False,
-            hash(training),
-            repr(training),
-            [5, 6][training],
-            float(training),
-            not training,
-        )
-        assert tracer.readings[0].asked and not tracer.reads_training
-        tracer.readings.clear()
-        assert bool(flag) is training and tracer.reads_training  # the call that read it is over

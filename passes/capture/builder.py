@@ -1,0 +1,256 @@
+"""Graph building: every node is evaluated as it is created, and handed out as a proxy that carries the value."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune.passes.capture.evaluation import Evaluator
+from fxprune.passes.capture.frames import Frame
+from fxprune.passes.capture.index_contents import version_of
+from fxprune.passes.capture.meta_kernels import RESHAPING
+from fxprune.passes.capture.modules import is_standard
+from fxprune.passes.capture.proxy import Items, ValueProxy, unwrap
+from fxprune.passes.capture.proxy_attributes import NUMBERS, ProxyAttributes
+from fxprune.passes.capture.recorder import Recorder
+from fxprune.passes.capture.rollback import ModuleState
+from fxprune.passes.errors import NeedsValues, ReadsValue, WritesConstants
+from fxprune.passes.ir.module_tree import every_path, named_tensors
+from fxprune.passes.ir.program import Guard
+from fxprune.passes.ir.pytree import ATOMS, like_dict, map_tensors
+
+HAS_NODES = ATOMS | {ValueProxy}
+PLAIN = ATOMS | {complex, torch.layout, torch.memory_format}
+RESHAPES = frozenset(name.removeprefix("aten::") for name in RESHAPING)  # methods
+RESHAPES |= {getattr(torch, name) for name in RESHAPES if hasattr(torch, name)}
+ARITHMETIC = frozenset([getattr(operator, f) for f in "add sub mul floordiv truediv mod pow neg eq ne lt le gt ge".split()])
+
+
+@dataclass(slots=True)
+class Constant:
+    """A tensor that the forward creates outside of the graph, and the proxy for what it was at a version."""
+
+    tensor: Tensor
+    version: int
+    proxy: Any
+
+
+class GraphBuilder(ProxyAttributes):
+    """Creates nodes, evaluates them, and undoes both.
+
+    Arguments:
+        root: the module tree to capture.
+        retry: whether a module whose forward raises becomes one opaque node.
+
+    Attributes:
+        names: the names of the model's tensors, by identity.
+        results: for every node, its value with tensors replaced by references.
+        guards: values that Python took out of the graph.
+        attributes: proxies for the model's tensors, by name.
+        writes_constants: whether the program is to start from copies of its constants.
+        frames: the module calls that are being traced through.
+    """
+
+    def __init__(self, root: nn.Module, *, retry: bool = True) -> None:
+        super().__init__(autowrap_modules=())  # type: ignore[arg-type]
+        self.root, self.retry = root, retry
+        self.graph = fx.Graph()
+        self.names = {id(t): name for name, t in named_tensors(root)}
+        self.modules = dict(every_path(root))
+        # what a layer of torch.nn stores while it runs is no proxy: there is nothing to restore
+        self.stored = ModuleState(m for path, m in self.modules.items() if not is_layer(m))
+        self.recorder = Recorder(self.names)
+        self.evaluator = Evaluator(root, self.modules, self.recorder)
+        self.results: dict[fx.Node, Any] = {}
+        self.guards: list[Guard] = []
+        self.attributes: dict[str, Any] = {}
+        self.constants: dict[int, Constant] = {}  # by the identity of the tensor
+        self.kept: list[Tensor] = []  # their copies in the program
+        self.writes_constants = False
+        self.frames = [Frame("", root)]
+        self.index = {}
+        self.depends = {}
+        self.short: dict[Any, str] = {}  # names of nodes, by target
+
+    # -- nodes ------------------------------------------------------------------------------------------------------
+
+    def create_node(
+        self,
+        op: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        name: str | None = None,
+        type_expr: Any = None,
+    ) -> fx.Node:
+        if name is None:
+            name = self.name_of(op, target)
+        node = self.graph.create_node(op, target, (), None, name, type_expr)
+        if args:  # set apart: create_node searches its arguments for symbols, of which there are none
+            node.args = args
+        if kwargs:
+            node.kwargs = kwargs
+        node.meta["module"] = self.frames[-1].path
+        self.index[node] = len(self.index)
+        return node
+
+    def name_of(self, op: str, target: Any) -> str | None:
+        """The name that FX would give a node, remembered by target; None where FX is to find it."""
+        if op in ("call_module", "get_attr"):
+            return target.replace(".", "_") if target.islower() else None
+        found = self.short.get(target)
+        if found is None:
+            found = self.short[target] = self.graph._target_to_str(target)
+        return found
+
+    def create_proxy(
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        name: str | None = None,
+        type_expr: Any = None,
+        proxy_factory_fn: Any = None,
+    ) -> Any:
+        if target in ARITHMETIC and all(type(a) in NUMBERS or type(getattr(a, "value", None)) in NUMBERS for a in args):
+            return self.once(kind, target, args)
+        return self.made(kind, target, args, kwargs)
+
+    def made(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A new node, evaluated, as a proxy; none is left behind where that raises."""
+        if not HAS_NODES.issuperset(map(type, args)):
+            args = tuple([self.with_constants(a) for a in args])
+        if kwargs and not HAS_NODES.issuperset(map(type, kwargs.values())):
+            kwargs = {k: self.with_constants(v) for k, v in kwargs.items()}
+        made = tuple([a.node if type(a) is ValueProxy else self.create_arg(a) for a in args])
+        node = self.create_node(kind, target, made, self.create_arg(kwargs) if kwargs else {})
+        ins = tuple([a.value if type(a) is ValueProxy else unwrap(a) for a in args])
+        ops = len(self.recorder.op_trace.ops)
+        try:
+            value = self.evaluator.evaluate(node, self.index[node], ins, unwrap(kwargs) if kwargs else kwargs)
+        except Exception:
+            self.forget(node)
+            self.recorder.truncate(ops)
+            raise
+        if target in RESHAPES or (kind == "call_module" and target in self.evaluator.opaque):  # its shape may be another now
+            self.forget_reads(0)
+        return self.bind(node, value)
+
+    def with_constants(self, x: Any) -> Any:
+        """An argument in which proxies stand for tensors that the forward created outside of the graph."""
+        if type(x) in HAS_NODES:
+            return x
+        return map_tensors(x, lambda t: t if type(t) is ValueProxy or id(t) in self.names else self.constant(t))
+
+    def bind(self, node: fx.Node, value: Any) -> Any:
+        """Record a node's value and hand out proxies for it: containers become real containers of proxies."""
+        self.depends[node] = node.op == "placeholder" or True in [self.depends[n] for n in node.all_input_nodes]
+        if isinstance(value, Tensor):
+            self.results[node] = self.recorder.ref(value)
+            return ValueProxy(node, self, value)
+        value = value.item() if isinstance(value, np.generic) else value
+        self.results[node] = map_tensors(value, self.recorder.ref)
+        if value is None:
+            return None
+        if isinstance(value, tuple | list):
+            return Items.of(node, value, [self.item(node, i, v) for i, v in enumerate(value)])
+        if isinstance(value, dict):
+            return like_dict(value, {k: self.item(node, k, v) for k, v in value.items()})
+        return ValueProxy(node, self, value)
+
+    def item(self, node: fx.Node, key: Any, value: Any) -> Any:
+        return self.bind(self.create_node("call_function", operator.getitem, (node, key), {}), value)
+
+    # -- arguments --------------------------------------------------------------------------------------------------
+
+    def create_arg(self, a: Any) -> Any:
+        if type(a) is ValueProxy:
+            return a.node
+        if type(a) in PLAIN:
+            return a
+        if type(a) is Items:
+            return a.pack(self)
+        if isinstance(a, np.generic):  # which generated code cannot write down
+            return a.item()
+        if isinstance(a, nn.Module):  # a function calls it, unseen by the graph
+            raise ReadsValue(f"{type(a).__name__} that is handed to a function")
+        if isinstance(a, Tensor):
+            name = self.names.get(id(a))
+            return (self.constant(a) if name is None else self.attribute(name)).node
+        if isinstance(a, tuple) and hasattr(a, "_fields"):
+            node = self.create_node("call_function", type(a), tuple(self.create_arg(v) for v in a), {})
+            self.results[node] = map_tensors(unwrap(tuple(a)), self.recorder.ref)
+            self.depends[node] = any(self.depends[n] for n in node.all_input_nodes)
+            return node
+        if type(a) is tuple or isinstance(a, torch.Size):
+            return tuple(self.create_arg(v) for v in a)
+        if type(a) is list:
+            return [self.create_arg(v) for v in a]
+        if type(a) is dict:
+            return {k: self.create_arg(v) for k, v in a.items()}
+        return super().create_arg(a)
+
+    def attribute(self, name: str) -> Any:
+        """The proxy for a tensor of the model."""
+        if name not in self.attributes:
+            self.attributes[name] = self.create_proxy("get_attr", name, (), {})
+        return self.attributes[name]
+
+    def constant(self, tensor: Tensor) -> Any:
+        """The proxy for a tensor created outside of the graph, as it is now: the forward may write to it afterwards."""
+        version = version_of(tensor)
+        found = self.constants.get(id(tensor))
+        if found is None or found.version != version:
+            if tensor.is_meta:
+                raise NeedsValues  # it has no contents
+            name, kept = self.get_fresh_qualname("_tensor_constant"), tensor.detach().clone()
+            setattr(self.root, name, kept)
+            self.names[id(kept)] = name
+            self.kept.append(kept)
+            proxy = self.attribute(name)
+            proxy = self.create_proxy("call_method", "clone", (proxy,), {}) if self.writes_constants else proxy
+            found = self.constants[id(tensor)] = Constant(tensor, version, proxy)
+        return found.proxy
+
+    def check_constants(self) -> None:
+        """Raises WritesConstants where the program would find what it wrote to a constant in the last call."""
+        if not self.writes_constants and any(version_of(kept) for kept in self.kept):
+            raise WritesConstants
+
+    def read_tensor(self, tensor: Tensor) -> Any:
+        """What a forward gets when it reads a tensor of a module."""
+        name = self.names.get(id(tensor))
+        return tensor if name is None else self.attribute(name)
+
+    # -- undoing ----------------------------------------------------------------------------------------------------
+
+    def roll_back(self, begin: int, first_op: int) -> None:
+        """Forget every node from the one with the number `begin` on, and every dispatcher call from `first_op` on."""
+        self.forget_reads(begin)
+        for node in list(itertools.takewhile(lambda n: self.index[n] >= begin, reversed(self.graph.nodes))):
+            self.forget(node)
+        self.recorder.truncate(first_op)
+        self.guards = [g for g in self.guards if self.index[g.node] < begin]
+        self.stored.restore(self.index, begin)
+        gone = [k for k, p in self.attributes.items() if isinstance(p, ValueProxy) and self.index[p.node] >= begin]
+        for key in gone:
+            del self.attributes[key]
+        self.constants = {i: c for i, c in self.constants.items() if self.index[c.proxy.node] < begin}
+
+    def forget(self, node: fx.Node) -> None:
+        self.graph.erase_node(node)
+        self.results.pop(node, None)
+        self.evaluator.forget(node)
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module is a node of the graph: a layer of torch.nn without modules of its own."""
+    alone = not module._modules or all(name == "parametrizations" for name, m in module._modules.items() if m is not None)
+    return alone and is_standard(type(module))  # type: ignore[arg-type]  # a class is hashable, whatever mypy says

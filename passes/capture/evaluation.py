@@ -1,0 +1,181 @@
+"""Evaluation of graph nodes on the example inputs, under the recorder."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from fxprune.passes.capture.opaque import watched
+from fxprune.passes.capture.patches import FACTORIES, plain_rnn
+from fxprune.passes.capture.recorder import Recorder
+from fxprune.passes.ir.meta_tensors import META
+from fxprune.passes.ir.module_tree import fetch, named_tensors
+from fxprune.passes.ir.program import ModuleCall, SizeUse, select_by_mode
+from fxprune.passes.ir.pytree import collect, has_tensor, map_tensors, tensors
+from fxprune.passes.ir.tensor_ref import TensorRef
+
+plain_call = nn.Module._call_impl  # as it is outside of a capture
+PLAIN_MODULES = ("_operator", "builtins", "math")  # their functions create no tensors of their own
+# functions with a label rule of their own, which are several calls in a run without values, and one kernel in others
+WHOLE: dict[Any, Any] = {F.scaled_dot_product_attention: torch.ops.aten.scaled_dot_product_attention.default}
+CREATING = ("tensor", "as_tensor", "new_tensor")
+
+
+class Evaluator:
+    """Runs nodes of a graph under the recorder.
+
+    Arguments:
+        root: the module tree that is captured.
+        modules: every module of `root` by all of its paths.
+        recorder: of the dispatcher calls.
+
+    Attributes:
+        running: the path of the module that is being evaluated, empty for a function; None while nothing is.
+        opaque: modules that are one node each, with the reason.
+        calls: calls made inside opaque modules, by path.
+        sizes: attributes of opaque modules that were used as sizes, by path.
+        given: what opaque modules were given, by node.
+        untracked: nodes whose results did not come out of the dispatcher.
+        find_home: for a run without values, finds the device that all tensors of the model and its inputs are on.
+    """
+
+    def __init__(self, root: nn.Module, modules: dict[str, nn.Module], recorder: Recorder) -> None:
+        self.root, self.modules, self.recorder = root, modules, recorder
+        self.running: str | None = None
+        self.opaque: dict[str, str] = {}
+        self.calls: dict[str, list[ModuleCall]] = {}
+        self.sizes: dict[str, list[SizeUse]] = {}
+        self.given: dict[fx.Node, tuple[Any, Any]] = {}
+        self.leaks: dict[str, set[str]] = {}
+        self.untracked: set[fx.Node] = set()
+        self.find_home: Callable[[], torch.device | None] = lambda: None
+
+    @functools.cached_property
+    def home(self) -> torch.device | None:
+        """The device that a model which is on `meta` for the run is said to be on; None where there is none such."""
+        return self.find_home()
+
+    @functools.cached_property
+    def room(self) -> int:
+        """How many more bytes `given` may hold."""
+        return sum(t.nbytes for _, t in named_tensors(self.root))
+
+    def evaluate(self, node: fx.Node, number: int, args: Any, kwargs: Any) -> Any:
+        """The value of a node with this number; an error that it raises says where it arose."""
+        recorder = self.recorder
+        recorder.node = number
+        first = len(recorder.op_trace.values)
+        given = has_tensor(args) or has_tensor(kwargs)
+        if ("device" in kwargs or torch.device in map(type, args)) and self.home is not None:
+            args, kwargs = self.at_hand(args, kwargs) if given else self.made_at(node.target, args, kwargs)
+        plain = getattr(node.target, "__module__", None) in PLAIN_MODULES
+        outer, self.running = self.running, str(node.target) if node.op == "call_module" else ""
+        recorder.active = given or not plain
+        try:
+            value = self.run(node, args, kwargs)
+        except Exception as error:
+            if not hasattr(error, "fxprune_where"):
+                inside = str(node.target) if node.op == "call_module" else node.meta["module"]
+                module_path = inside or type(self.root).__name__
+                error.fxprune_where = f"%{node.name} ({module_path})"  # type: ignore[attr-defined]
+            raise
+        finally:
+            self.running = outer
+            recorder.active = False
+        if given and self.made_outside(node, value, first):
+            self.untracked.add(node)
+        return value
+
+    def run(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        if node.op == "call_function":
+            if node.target is select_by_mode:
+                return self.recorder.tied(*args)
+            whole = WHOLE.get(node.target)
+            if whole is not None and all(t.is_meta for t in tensors(args[:3])):
+                return self.recorder.as_one(whole, args, kwargs)
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        if node.op == "get_attr":
+            return fetch(self.root, str(node.target))
+        path = str(node.target)
+        module = self.modules[path]
+        if path not in self.opaque and not isinstance(module, nn.RNNBase | nn.RNNCellBase):
+            return plain_call(module, *args, **kwargs)
+        if path in self.opaque:
+            self.hold(node, args, kwargs)
+        with plain_rnn(module), self.watching(module, path):
+            return module(*args, **kwargs)
+
+    def inner_call(self, path: str | None, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Call a module inside of a node that is being evaluated."""
+        out = forward(*args, **kwargs)
+        if path is not None and self.running in self.opaque:
+            refs = map_tensors((args, kwargs, out), self.recorder.ref)
+            self.calls.setdefault(self.running, []).append(ModuleCall(path, refs[:2], refs[2]))
+        return out
+
+    def at_hand(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Arguments in which the model's device is that of its stand-ins, where there are some among them."""
+        if not any(t.is_meta for t in tensors((args, kwargs))):
+            return args, kwargs
+        there = lambda device: META if device == self.home else device  # noqa: E731
+        return map_tensors((args, kwargs), there, torch.device)
+
+    def made_at(self, target: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Arguments of a factory: a floating tensor, which may be written to, has no contents in a run without values."""
+        if kwargs.get("device") == self.home and getattr(target, "__name__", "") in FACTORIES:
+            here = kwargs | {"device": META}
+            if target(*args, **here).is_floating_point():
+                return args, here
+        return args, kwargs
+
+    def hold(self, node: fx.Node, args: Any, kwargs: Any) -> None:
+        """Keep the arguments of an opaque module for `opaque_check`, unless they are without values or take too much room."""
+        found = tensors((args, kwargs))
+        size = sum(t.nbytes for t in found)
+        if size <= self.room and not any(t.is_meta for t in found):
+            self.room -= size
+            self.given[node] = map_tensors((args, kwargs), lambda t: t.detach().clone())
+
+    def watching(self, module: nn.Module, path: str) -> Any:
+        """Follow the integer attributes of an opaque module into sizes."""
+        if path not in self.opaque:
+            return contextlib.nullcontext()
+        found, leaks = self.sizes.setdefault(path, []), self.leaks.setdefault(path, set())
+        return watched(module, path, self.recorder.ref, found, leaks)
+
+    def made_outside(self, node: fx.Node, value: Any, first: int) -> bool:
+        """Whether a result did not come out of the dispatcher (NumPy, another library), or only by way of a new constant.
+
+        `first` is the number of the first tensor that the node created.
+        """
+        recorder, values = self.recorder, self.recorder.op_trace.values
+        if node.op == "call_module" and str(node.target) in self.opaque:
+            return bool(self.leaks[str(node.target)])
+        held = recorder.held.get(id(value))
+        if held is not None and values[held[1].id].from_input:  # the common case
+            return False
+        if getattr(node.target, "__name__", node.target) in CREATING:
+            return False
+        found = [recorder.find(t) for t in tensors(value)]
+        if None in found:
+            return True
+        if all(values[ref.id].from_input for ref in found if ref):
+            return False
+        mine = list(itertools.takewhile(lambda op: op.node == recorder.node, reversed(recorder.op_trace.ops)))
+        used = {r.id for op in mine for r in collect((op.args, op.kwargs), TensorRef)}
+        made = {r.id for op in mine for r in collect(op.outs, TensorRef) if r not in collect(op.args, TensorRef)}
+        return any(i >= first and i not in made and values[i].name is None for i in used)
+
+    def forget(self, node: fx.Node) -> None:
+        """A node is gone from the graph."""
+        self.given.pop(node, None)
+        self.untracked.discard(node)
