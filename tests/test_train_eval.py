@@ -296,7 +296,7 @@ def test_both_modes_are_as_in_the_original(kind, captures):
     assert not torch.allclose(model.train()(X), model.eval()(X))
 
 
-@pytest.mark.parametrize("kind", [Nested, Plain, Inside, InsideLate, OwnTrain, Attends])
+@pytest.mark.parametrize("kind", [*ONCE, Attends])
 def test_one_capture_of_both_modes_agrees_with_two(kind, captures, monkeypatch):
     torch.manual_seed(0)
     model = kind().double().eval()
