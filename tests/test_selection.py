@@ -17,7 +17,7 @@ def swin():
 def test_one_capture_of_both_modes_and_two_captures_select_the_same(swin, monkeypatch):
     images = torch.randn(1, 3, 64, 64)
     joined = fxprune.prune(swin, 0.5, example_inputs=images, verify=False)
-    monkeypatch.setattr("fxprune.passes.capture.tracer.modes_in_training", lambda *_, **__: None)
+    monkeypatch.setattr("fxprune.passes.capture.train_eval.modes_in_training", lambda *_, **__: None)
     captured = []
     monkeypatch.setattr(
         "fxprune.selection.select.families", lambda solution, names: captured.append(solution) or families(solution, names)

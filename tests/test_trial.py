@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import fxprune
-from fxprune.passes.capture.tracer import ValueTracer
+from fxprune.passes.capture.evaluation import Evaluator
 from fxprune.passes.coupling.analysis import analyse
 from fxprune.passes.ir.options import CouplingOptions
 from fxprune.passes.verification import opaque_check
@@ -50,7 +50,7 @@ def test_what_modules_were_given_is_remembered(size, monkeypatch):
     monkeypatch.setattr(opaque_check, "arguments", lambda *a: runs.append(a) or arguments(*a))
     remembered = fxprune.prune(model, ratio=0.5, example_inputs=x)
     assert not runs
-    monkeypatch.setattr(ValueTracer, "room", 0)  # a model whose opaque modules are given more than it takes itself
+    monkeypatch.setattr(Evaluator, "room", 0)  # a model whose opaque modules are given more than it takes itself
     asked = fxprune.prune(model, ratio=0.5, example_inputs=x)
     assert runs
     assert fxprune.plan_of(asked) == fxprune.plan_of(remembered)
