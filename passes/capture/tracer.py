@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxprune.passes.capture.index_contents import version_of
@@ -34,12 +33,11 @@ from fxprune.passes.ir.module_tree import Apart, every_path, fetch, modes_in_tra
 from fxprune.passes.ir.program import ModuleCall, SizeUse, select_by_mode
 from fxprune.passes.ir.pytree import ATOMS, collect, copied, has_tensor, iterate, like_dict, map_tensors, tensors
 from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ops.registry import find_node
 
 plain_call = nn.Module._call_impl  # as it is outside of a trace
 PLAIN_MODULES = ("_operator", "builtins", "math")  # their functions make no tensors of their own
 UNWATCHED: contextlib.nullcontext[dict[str, int]] = contextlib.nullcontext({})
-# functions with a rule of their own, which come to many calls in a run without values, and to one kernel in others
-WHOLE: dict[Any, Any] = {F.scaled_dot_product_attention: torch.ops.aten.scaled_dot_product_attention.default}
 STANDING = ATOMS | {ValueProxy, TrainingFlag}
 PLAIN = ATOMS | {complex, torch.layout, torch.memory_format}
 RESHAPES = frozenset(name.removeprefix("aten::") for name in RESHAPING)  # methods
@@ -236,7 +234,7 @@ class ValueTracer(ProxyAttributes):
         if node.op == "call_function":
             if node.target is select_by_mode:
                 return self.recorder.tied(*args)
-            whole = WHOLE.get(node.target)
+            whole = find_node(node).recorded_as
             if whole is not None and all(t.is_meta for t in tensors(args[:3])):
                 return self.recorder.as_one(whole, args, kwargs)
             return node.target(*args, **kwargs)  # type: ignore[operator]

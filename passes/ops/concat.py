@@ -7,15 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fxprune.passes.ir.labels import NONE, Factor, Labels, expand_along, factor
+from fxprune.passes.ir.labels import NONE, Factor, Labels, factor, expand_along
 from fxprune.passes.ir.tensor_ref import TensorRef
 from fxprune.passes.ops.call import RuleContext
-from fxprune.passes.ops.registry import rule
+from fxprune.passes.ops.registry import OpSpec, register
 
 LARGEST_JOINT = 1 << 22
 
 
-@rule("aten::cat", "aten::concat", "aten::concatenate")
 def cat(call: RuleContext) -> Labels:
     refs = [r for r in call["tensors"] if call.shape(r) != (0,)]
     if not refs:
@@ -24,13 +23,11 @@ def cat(call: RuleContext) -> Labels:
     return join(call, [call.labels(r) for r in refs], [call.shape(r) for r in refs], dim)
 
 
-@rule("aten::stack")
 def stack(call: RuleContext) -> Labels:
     refs: list[TensorRef] = list(call["tensors"])
     dim = call.dim(call["dim"], len(call.shape(refs[0])) + 1)
     lifted = [
-        tuple(Factor(f.labels.unsqueeze(dim), tuple(d + (d >= dim) for d in f.major_to_minor)) for f in call.labels(r))
-        for r in refs
+        tuple(Factor(f.labels.unsqueeze(dim), tuple(d + (d >= dim) for d in f.major_to_minor)) for f in call.labels(r)) for r in refs
     ]
     shapes = [(*call.shape(r)[:dim], 1, *call.shape(r)[dim:]) for r in refs]
     return join(call, lifted, shapes, dim)
@@ -104,3 +101,7 @@ def tie_parts(call: RuleContext, arrays: Sequence[Tensor], dim: int, nests: set[
     for a in arrays:
         call.constraints.tie(a, head, broadcast=a.shape != head.shape)
     return call.settle(factor(head, nests.pop()))
+
+
+register("cat concat concatenate", OpSpec(cat))
+register("stack", OpSpec(stack))
