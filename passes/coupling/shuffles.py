@@ -15,6 +15,7 @@ from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.tensor_ref import TensorRef
 from fxprune.passes.ops.registry import find_node
 
+
 def gather_regions(capture: CapturedProgram, labels: dict[int, Labels]) -> dict[fx.Node, fx.Node]:
     """For each node inside a region, the node that ends it."""
     found: dict[fx.Node, fx.Node] = {}

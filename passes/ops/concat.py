@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fxprune.passes.ir.labels import NONE, Factor, Labels, factor, expand_along
+from fxprune.passes.ir.labels import NONE, Factor, Labels, expand_along, factor
 from fxprune.passes.ir.tensor_ref import TensorRef
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.registry import OpSpec, register
@@ -27,7 +27,8 @@ def stack(call: RuleContext) -> Labels:
     refs: list[TensorRef] = list(call["tensors"])
     dim = call.dim(call["dim"], len(call.shape(refs[0])) + 1)
     lifted = [
-        tuple(Factor(f.labels.unsqueeze(dim), tuple(d + (d >= dim) for d in f.major_to_minor)) for f in call.labels(r)) for r in refs
+        tuple(Factor(f.labels.unsqueeze(dim), tuple(d + (d >= dim) for d in f.major_to_minor)) for f in call.labels(r))
+        for r in refs
     ]
     shapes = [(*call.shape(r)[:dim], 1, *call.shape(r)[dim:]) for r in refs]
     return join(call, lifted, shapes, dim)

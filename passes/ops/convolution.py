@@ -46,7 +46,11 @@ def slides(call: RuleContext, groups: int, transposed: bool) -> Labels:
         return NONE
     before, after = call.shape(call["input"]), call.shape(call.outputs[0])
     labels = call.labels(call["input"])
-    return tuple(f for f in labels if len(f.major_to_minor) == 1 and f.major_to_minor[0] > 1 and before[f.major_to_minor[0]] == after[f.major_to_minor[0]])
+    return tuple(
+        f
+        for f in labels
+        if len(f.major_to_minor) == 1 and f.major_to_minor[0] > 1 and before[f.major_to_minor[0]] == after[f.major_to_minor[0]]
+    )
 
 
 def by_position(call: RuleContext) -> bool:

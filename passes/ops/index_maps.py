@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxprune.passes.ir.labels import NONE, Factor, Labels, factor, expand_along
+from fxprune.passes.ir.labels import NONE, Factor, Labels, expand_along, factor
 from fxprune.passes.ir.slices import apply_slices
 from fxprune.passes.ir.tensor_ref import TensorRef
 from fxprune.passes.ops.call import RuleContext

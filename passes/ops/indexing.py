@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxprune.passes.ir.labels import NONE, Labels, align, along, factor, expand_along
+from fxprune.passes.ir.labels import NONE, Labels, align, along, expand_along, factor
 from fxprune.passes.ir.tensor_ref import TensorRef
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.movement import one_by_one, slice_
@@ -103,7 +103,9 @@ def index_put(call: RuleContext) -> Labels:
     behind = len(shape) - len(indexed)
     lead = max(0, len(size) - behind)
     if len(indices) == 1 and is_mask(call, indices[0]) and set(size[:lead]) <= {1}:
-        mask = tuple(factor(f.labels.reshape([*f.labels.shape, *[1] * behind]), f.major_to_minor) for f in call.labels(indices[0]))
+        mask = tuple(
+            factor(f.labels.reshape([*f.labels.shape, *[1] * behind]), f.major_to_minor) for f in call.labels(indices[0])
+        )
         chosen = unify(call, call.labels(x), shape, mask, (*call.shape(indices[0]), *[1] * behind))
         tail = tuple(factor(f.labels.reshape(f.labels.shape[lead:])) for f in call.labels(values))
         return unify(call, chosen, shape, *align(tail, size[lead:], len(shape)))

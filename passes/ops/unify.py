@@ -28,7 +28,9 @@ def unify(call: RuleContext, a: Labels, a_shape: Sequence[int], b: Labels, b_sha
     if not a and not b:
         return NONE
     if not call.constraints.standing:
-        if len(a) == 1 == len(b) and len(a[0].major_to_minor) == 1 and a[0].major_to_minor == b[0].major_to_minor:  # (1), as it is nearly always
+        if (
+            len(a) == 1 == len(b) and len(a[0].major_to_minor) == 1 and a[0].major_to_minor == b[0].major_to_minor
+        ):  # (1), as it is nearly always
             call.constraints.join(a[0], b[0])
             return a
         plain = lines(call, a, a_shape, b, b_shape)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxprune.passes.ir.labels import NONE, Factor, Labels, factor, expand_along
+from fxprune.passes.ir.labels import NONE, Factor, Labels, expand_along, factor
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.registry import OpSpec, register
 from fxprune.passes.ops.rewriting import RewriteContext, SizeArguments, argument, resized
@@ -110,7 +110,9 @@ def reshape(
             done.add(left[0])
             nest += [r for r in right if after[r] > 1]
     order = [d for d in f.major_to_minor for run in active if d in run[0]]
-    by_run = [d for left, _ in sorted(active, key=lambda run: f.major_to_minor.index(first(f, run[0]))) for d in left if d in f.dims]
+    by_run = [
+        d for left, _ in sorted(active, key=lambda run: f.major_to_minor.index(first(f, run[0]))) for d in left if d in f.dims
+    ]
     if order != by_run:  # the merged dimension would interleave rows that are packed one by one
         call.constraints.same_columns(f)
     labels = expand_along(f, before, [d for left, _ in active for d in left]).reshape(sizes)
