@@ -16,6 +16,7 @@ from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.masking import with_zeros
 from fxprune.passes.ops.registry import OpSpec, register
 from fxprune.passes.ops.rewriting import RewriteContext, spread_out
+from fxprune.passes.ops.unify import unify
 
 
 def movement(call: RuleContext) -> Labels | list[Labels]:
@@ -32,6 +33,22 @@ def moved_factor(call: RuleContext, f: Factor) -> Factor:
     moved = factor(on_numbers(lambda t: call.op.func(t, *call.op.args[1:], **call.op.kwargs), full))
     call.constraints.keep_rows_equal(moved)
     return moved
+
+
+def diagonal(call: RuleContext) -> Labels:
+    """Entries with the same index along two dimensions, which becomes the last one: both keep the same of them."""
+    ndim = len(call.shape(call.first))
+    dims = call.dim(call.get("dim1", 0), ndim), call.dim(call.get("dim2", 1), ndim)
+    labels = call.labels(call.first)
+    if call.get("offset", 0):  # which would have to change with what is removed before it
+        labels = call.freeze_dims(labels, dims, "is beside a diagonal")
+    sides: list[Labels] = []
+    for dim, other in (dims, dims[::-1]):
+        mine = tuple(f for f in labels if dim in f.dims and other not in f.dims)
+        sides.append(tuple(moved_factor(call, f) for f in mine))
+    rest = tuple(moved_factor(call, f) for f in labels if dims[0] in f.dims and dims[1] in f.dims or not f.dims & set(dims))
+    shape = call.shape(call.outputs[0])
+    return (*unify(call, sides[0], shape, sides[1], shape), *(g for f in rest for g in call.settle(f)))
 
 
 def pixel_shuffle(call: RuleContext) -> Labels:
@@ -139,7 +156,8 @@ def commutes(run: Callable[[Tensor], Tensor], few: Tensor, wanted: Tensor) -> bo
         return False
 
 
-register("diagonal unfold pixel_unshuffle rot90", OpSpec(movement, moves=True))
+register("diagonal", OpSpec(diagonal, moves=True))
+register("unfold pixel_unshuffle rot90", OpSpec(movement, moves=True))
 register("pixel_shuffle", OpSpec(pixel_shuffle, moves=True))
 register("diag_embed", OpSpec(diag_embed))
 register("im2col", OpSpec(im2col))

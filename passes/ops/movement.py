@@ -109,7 +109,8 @@ def along_dim(call: RuleContext, dim: int, move: Callable[[Tensor], Tensor]) -> 
 
 
 def flip(call: RuleContext) -> Labels:
-    dims = call.dims(call["dims"], len(call.shape(call.first)))
+    ndim = len(call.shape(call.first))
+    dims = [call.dim(d, ndim) for d in call["dims"]]
     moved = [(f, [d for d in dims if d in f.dims]) for f in call.labels(call.first)]
     return tuple(factor(f.labels.flip(mine), f.major_to_minor) if mine else f for f, mine in moved)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.passes.ir.program import CapturedProgram
+from fxprune.passes.ir.pytree import collect
 from fxprune.passes.ir.slices import TensorSlice
 from fxprune.passes.ir.tensor_ref import TensorRef
 
@@ -131,7 +132,7 @@ def resize_result(sizes: SizeArguments) -> Callable[[RewriteContext, fx.Node], f
         given, how = sizes.given(node.args, node.kwargs)
         if any(isinstance(r.result(size), torch.dtype | tuple) for size in given):
             return None  # `view(dtype)`, or the whole shape of another tensor
-        after = r.after(r.result(node))
+        after = r.after(collect(r.result(node), TensorRef)[0])
         numbered = sizes.numbered(node.args, node.kwargs, len(after))
         new = [r.size(size, after[dim]) for size, dim in numbered]
         args = [r.argument(a) for a in node.args]
