@@ -19,7 +19,7 @@ from fxprune.passes.ir.tensor_ref import TensorRef
 from fxprune.passes.ops.call import OpView, RuleContext
 from fxprune.passes.ops.masking import with_zeros
 from fxprune.passes.ops.registry import OpSpec, Product, register
-from fxprune.passes.ops.rewriting import RewriteContext
+from fxprune.passes.ops.rewriting import RewriteContext, argument, with_argument
 from fxprune.passes.ops.unify import unify
 from fxprune.passes.ops.view import moved
 
@@ -184,6 +184,46 @@ def linear_macs(call: OpView) -> int:
     return math.prod(call.shape(call.outputs[0])) * call.shape(call.inputs[1])[-1]
 
 
+def addbmm(call: RuleContext) -> Labels:
+    """The sum over a batch of a (b, n, k) with b (b, k, m), and what is added to it (n, m)."""
+    added, a, b = call.inputs
+    # index space: n, m, batch, k
+    places = [2, 0, 3], [2, 3, 1]
+    out = contract(call, call.labels(a), call.shape(a), places[0], call.labels(b), call.shape(b), places[1], 4, [2, 3])
+    out = tuple([f.without(-1).without(-1) for f in out])
+    shape = call.shape(call.outputs[0])
+    return unify(call, out, shape, *align(call.labels(added), call.shape(added), 2))
+
+
+def addr(call: RuleContext) -> Labels:
+    """The product of each entry of a vector (n) with each of another one (m), and what is added to them (n, m)."""
+    added, a, b = call.inputs
+    (n,), (m,) = call.shape(a), call.shape(b)
+    rows, columns = tuple([f.at(0, 2) for f in call.labels(a)]), tuple([f.at(1, 2) for f in call.labels(b)])
+    out = unify(call, rows, [n, 1], columns, [1, m])
+    return unify(call, out, [n, m], *align(call.labels(added), call.shape(added), 2))
+
+
+def cross(call: RuleContext) -> Labels:
+    """The vector product along a dimension of three entries."""
+    a, b = call.inputs
+    ndim = len(call.shape(call.outputs[0]))
+    dim = call.dim(call["dim"], ndim)
+    sides = []
+    for ref in (a, b):
+        labels, shape = align(call.labels(ref), call.shape(ref), ndim)
+        passed = call.freeze_dims(labels, [dim], "is the dimension of a vector product")
+        sides.append((passed, [1 if d == dim else n for d, n in enumerate(shape)]))
+    return unify(call, *sides[0], *sides[1])
+
+
+def cross_dim(r: RewriteContext, node: fx.Node) -> fx.Node | None:
+    """By default it is the first dimension of three entries, which may be another one once something is removed."""
+    if argument(node, 2, "dim") is not None:
+        return None
+    return with_argument(r, node, 2, "dim", r.before(r.result(node)).index(3))
+
+
 def grouped_product(call: RuleContext) -> Labels:
     """Rows (M, K) in runs, each with a matrix of its own of (G, K, N), -> (M, N); where the runs end is computed.
 
@@ -251,4 +291,8 @@ register("bmm baddbmm matmul", dataclasses.replace(MATMUL, heads=True))
 register("mv addmv dot vdot inner", dataclasses.replace(MATMUL, macs=None))  # which torch does not count
 register("linear", OpSpec(linear, masked=with_zeros, products=linear_products, macs=linear_macs))
 register("_grouped_mm", OpSpec(grouped_product, padded_grouped_product, masked=with_zeros), functions="grouped_mm")
+register("addbmm", OpSpec(addbmm, masked=with_zeros))
+register("addr", OpSpec(addr))
+register("linalg_cross", OpSpec(cross))
+register("", OpSpec(rewrite=cross_dim), functions="cross")
 register("_trilinear", OpSpec(trilinear, masked=with_zeros))
