@@ -125,9 +125,7 @@ def checked(name: str, sample: Any, seed: int) -> Outcome:
     if not all(alike(a.detach(), b.detach()) for a, b in zip(first, second, strict=True)):
         return Outcome("skipped", "it draws random numbers", unknown=unknown)
     try:
-        pruned = fxprune.prune(
-            model, 0.5, example_inputs=X, criterion=fxprune.criteria.Random(seed), release="*", verify=False
-        )
+        pruned = fxprune.prune(model, 0.5, example_inputs=X, criterion=fxprune.criteria.Random(seed), release="*", verify=False)
     except fxprune.PruneError as error:
         whole = "nothing in the model can be pruned" in str(error)
         return Outcome("whole" if whole else "crashed", str(error), unknown=unknown)

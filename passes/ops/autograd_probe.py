@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxprune.passes.ir.labels import NONE, Factor, Labels
+from fxprune.passes.ir.labels import NONE, Labels
 from fxprune.passes.ir.pytree import map_tensors
 from fxprune.passes.ir.tensor_ref import TensorRef
 from fxprune.passes.ops.call import RuleContext

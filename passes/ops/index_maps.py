@@ -46,7 +46,7 @@ def diagonal(call: RuleContext) -> Labels:
     for dim, other in (dims, dims[::-1]):
         mine = tuple(f for f in labels if dim in f.dims and other not in f.dims)
         sides.append(tuple(moved_factor(call, f) for f in mine))
-    rest = tuple(moved_factor(call, f) for f in labels if dims[0] in f.dims and dims[1] in f.dims or not f.dims & set(dims))
+    rest = tuple(moved_factor(call, f) for f in labels if (dims[0] in f.dims and dims[1] in f.dims) or not f.dims & set(dims))
     shape = call.shape(call.outputs[0])
     return (*unify(call, sides[0], shape, sides[1], shape), *(g for f in rest for g in call.settle(f)))
 
