@@ -1,17 +1,19 @@
-"""Ops that torch does not have: what they do to channels, said in one line."""
+"""Ops of one's own: their specification, for channels to be followed through them."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ops import pointwise
+from fxprune.passes.ir.labels import Labels
 from fxprune.passes.ops.call import RuleContext
-from fxprune.passes.ops.custom import moved_call, movement
-from fxprune.passes.ops.registry import FOUND, HANDLERS, MASKED, RULES, Handler, Masked, Rule, load, masked_form, named, rule
+from fxprune.passes.ops.index_maps import moved_call, movement
+from fxprune.passes.ops.pointwise import POINTWISE
+from fxprune.passes.ops.registry import UNKNOWN, Masked, OpSpec, Rewrite, Rule, as_another, named, register
 
 Kind = Literal["movement", "pointwise", "frozen"]
 
@@ -22,8 +24,9 @@ def register_op(
     *,
     like: str | None = None,
     why: str = "goes through an op that is registered as frozen",
-    handler: Handler | None = None,
+    handler: Rewrite | None = None,
     masked: Masked | None = None,
+    **fields: Any,
 ) -> Callable[[Rule], Rule]:
     """Say what an op of your own does, so that channels are followed through it.
 
@@ -38,35 +41,45 @@ def register_op(
         kind: `movement` for elements of one tensor in other places: the op is run on labels, and becomes a gather where
             what is left needs another order; `pointwise` for one output element from those at the same place, under
             broadcasting; `frozen` for one whose inputs stay whole, for the reason `why`, which completes "it ...".
-        like: an op of torch that takes the same arguments and treats channels the same way, such as `"aten::mm"` for a
-            contraction or `"aten::mean"` for a reduction.
-        handler: what the call becomes where its tensors shrink (see `passes/sizes.py`).
-        masked: what the op computes of the elements that are kept (see `MASKED` in `passes/masked.py`).
+        like: an op of torch that takes the same arguments in the same order and treats channels the same way, such as
+            `"aten::mm"` for a contraction or `"aten::mean"` for a reduction. All that is known of it holds for yours:
+            labels, masked form, products (Wanda, FLAP, Fisher and `repair` see them) and multiply-accumulates.
+        handler: what the call becomes where its tensors shrink: `rewrite` of `fxprune.passes.ops.registry.OpSpec`.
+        masked: what the op computes of the elements that are kept: `masked` of `OpSpec`.
+        fields: any other field of `OpSpec`, such as `products` or `macs`.
 
-    Returns: without `kind` and `like`, a decorator for a rule of your own: labels in, labels out.
+    Returns: without `kind` and `like`, a decorator for a label rule of your own.
 
-    Raises: PruneError for a kind or an op that is not known.
+    Raises: PruneError for a kind, an op or a field that is not known.
     """
-    load()
-    FOUND.clear()
     name = name_of(op)
     if kind is not None and kind not in ("movement", "pointwise", "frozen"):
         raise PruneError(f"an op's kind is not {kind!r}", where=name, fix="kind='movement', 'pointwise' or 'frozen', or like=")
     if kind is not None and like is not None:
         raise PruneError("an op has a kind or is like another, not both", where=name, fix=f"like={like!r} alone")
-    if handler is not None or kind == "movement":
-        file_handler(name, handler or moved_call)
-    if masked is not None:
-        MASKED[name] = masked
+    known = [field.name for field in dataclasses.fields(OpSpec)]
+    for field in fields:
+        if field not in known:
+            raise PruneError(f"nothing of an op is called {field!r}", where=name, fix=", ".join(known))
+    given = fields | {k: v for k, v in {"rewrite": handler, "masked": masked}.items() if v is not None}
+    register(name, dataclasses.replace(specification(name, kind, like, why), **given))
+
+    def rule(function: Rule) -> Rule:
+        register(name, dataclasses.replace(named(name), labels=function))
+        return function
+
+    return rule
+
+
+def specification(name: str, kind: Kind | None, like: str | None, why: str) -> OpSpec:
+    """What is known of an op of a kind, or like another one."""
     if like is not None:
-        RULES[name] = as_another(name, like)
-    elif kind == "movement":
-        RULES[name] = movement
-    elif kind == "pointwise":
-        RULES[name] = pointwise.pointwise
-    elif kind == "frozen":
-        RULES[name] = stopped(why)
-    return rule(name)
+        return as_another(spec_like(name, like), function_like(name, like))
+    if kind == "movement":
+        return OpSpec(movement, moved_call, moves=True)
+    if kind == "pointwise":
+        return POINTWISE
+    return OpSpec(frozen(why)) if kind == "frozen" else UNKNOWN
 
 
 def name_of(op: Any) -> str:
@@ -77,29 +90,33 @@ def name_of(op: Any) -> str:
     return name
 
 
-def file_handler(name: str, handler: Handler) -> None:
-    """A handler for every overload of an op, by its name in a captured graph."""
+def spec_like(name: str, like: str) -> OpSpec:
+    found = named(like)
+    if found.labels is None:
+        raise PruneError(f"there is no rule for {like!r} that {name} could have too", where=name, fix='like="aten::mean"')
+    return found
+
+
+def overloads(name: str) -> list[Any]:
+    """The dispatcher functions of an op, by its name with the namespace."""
     namespace, _, base = name.partition("::")
     packet = getattr(getattr(torch.ops, namespace), base, None)
-    for overload in packet.overloads() if packet is not None else ["default"]:
-        HANDLERS[f"{base}.{overload}"] = handler
+    return [] if packet is None else [getattr(packet, overload) for overload in packet.overloads()]
 
 
-def as_another(name: str, like: str) -> Rule:
-    """The rule and the masked form of another op, which sees this one under its own name."""
-    other = named(like)
-    if other is None:
-        raise PruneError(f"there is no rule for {like!r} that {name} could have too", where=name, fix='like="aten::mean"')
-    form = masked_form(like)
-    if form is not None:
-        MASKED[name] = lambda masker, call, args, kwargs: form(masker, call.under(like), args, kwargs)
-    return lambda call: other(call.under(like))
+def function_like(name: str, like: str) -> Any:
+    """The overload of an op whose arguments are most like those of another one."""
+    own = [[str(a.type) for a in f._schema.arguments] for f in overloads(name)]
+
+    def unlike(func: Any) -> int:
+        types = [str(a.type) for a in func._schema.arguments]
+        return min((sum(a != b for a, b in zip(mine, types)) + max(0, len(mine) - len(types)) for mine in own), default=0)
+
+    return min(overloads(like), key=unlike)
 
 
-def stopped(why: str) -> Rule:
-    def rule(call: RuleContext) -> Any:
-        for ref in call.inputs:
-            call.freeze(call.labels(ref), why)
-        return [()] * len(call.outputs)
+def frozen(why: str) -> Rule:
+    def rule(call: RuleContext) -> list[Labels]:
+        return call.freeze_inputs(why)
 
     return rule

@@ -3,9 +3,12 @@
 import os
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from fxprune.passes.ops import registry
 
 os.environ["FXPRUNE_STRICT"] = "1"
 os.environ.setdefault("FUZZ_SEED", str(random.SystemRandom().randrange(10**9)))  # workers of a parallel run inherit it
@@ -26,3 +29,15 @@ def benchmarks(monkeypatch):
     for name in set(sys.modules) - before:
         if str(getattr(sys.modules[name], "__file__", "")).startswith(folder):
             del sys.modules[name]
+
+
+@pytest.fixture
+def own_ops() -> Iterator[None]:
+    """What a test registers is known in that test alone."""
+    tables = (registry.SPECS, registry.FUNCTIONS)
+    before = [dict(table) for table in tables]
+    yield
+    for table, kept in zip(tables, before, strict=True):
+        table.clear()
+        table.update(kept)
+    registry.forget()

@@ -70,12 +70,11 @@ def test_what_keeps_a_dimension_is_named() -> None:
     assert family_of(coupling, "last.weight", 1).frozen == kept
 
 
-def test_an_error_of_the_compiler_is_no_reason_to_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_of_the_compiler_is_no_reason_to_fall_back(monkeypatch: pytest.MonkeyPatch, own_ops: None) -> None:
     """In tests it is let out; users get a run with values."""
     from fxprune.passes.errors import EngineFault
     from fxprune.passes.ops import registry
 
-    registry.load()
     model = net(lambda self, x: self.head(self.a(x).relu()), a=linear(10, 14), head=linear(14, 5)).double()
     calls = []
 
@@ -83,8 +82,7 @@ def test_an_error_of_the_compiler_is_no_reason_to_fall_back(monkeypatch: pytest.
         calls.append(call)
         return {}["missing"] if len(calls) == 1 else call.labels(call.first)
 
-    monkeypatch.setitem(registry.RULES, "aten::relu", fails_once)
-    monkeypatch.setattr(registry, "FOUND", {})
+    registry.register("relu", registry.OpSpec(fails_once))
     with pytest.raises(EngineFault, match="KeyError: 'missing'"):
         fxprune.couple(model, features())
     calls.clear()
@@ -95,20 +93,17 @@ def test_an_error_of_the_compiler_is_no_reason_to_fall_back(monkeypatch: pytest.
 def test_every_statistic_has_a_masked_form() -> None:
     """An op whose rule lets reduced or normalised channels go is compared with what it makes of those that are left."""
     from fxprune.passes.ops import reduction, registry
-    from fxprune.passes.ops.registry import masked_form
 
-    registry.load()
-    statistics = (reduction.reduce, reduction.reduce_with_index, reduction.normalise)
-    frozen = {"aten::mode", "aten::kthvalue"}  # by their rule
+    statistics = (reduction.reduce, reduction.spread, reduction.extreme, reduction.place_of_extreme, reduction.normalise)
     composite = torch._C.DispatchKey.CompositeImplicitAutograd
     seen = set()
-    for name, rule in registry.RULES.items():
+    for name, spec in registry.SPECS.items():
         packet = getattr(torch.ops.aten, name.removeprefix("aten::"), None)
-        if rule in statistics and packet is not None and name not in frozen:
+        if spec.labels in statistics and packet is not None:
             overloads = [getattr(packet, o) for o in packet.overloads()]
             if not all(o.has_kernel_for_dispatch_key(composite) for o in overloads):  # those are taken apart
                 seen.add(name)
-    missing = {name for name in seen if masked_form(name) is None}
+    missing = {name for name in seen if registry.named(name).masked is None}
     assert len(seen) > 20 and not missing, missing
 
 

@@ -19,7 +19,6 @@ from torch import nn
 
 import fxprune
 from fxprune.passes.ops import pointwise, registry
-from fxprune.passes.ops.call import RuleContext
 
 BLOCKS, GRAPHS = 4, 50  # blocks are told apart by number, so that the workers of a parallel run agree on them
 CAUGHT = 1e-3
@@ -108,18 +107,9 @@ def test_a_result_that_does_not_run_has_crashed() -> None:
 
 
 @pytest.fixture
-def flip_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def flip_forgotten(own_ops: None) -> None:
     """The rule of `flip` leaves every channel where it is."""
-
-    def unmoved(call: RuleContext) -> object:
-        return pointwise.same(call)
-
-    registry.load()
-    monkeypatch.setitem(registry.RULES, "aten::flip", unmoved)
-    registry.FOUND.clear()
-    yield
-    monkeypatch.undo()
-    registry.FOUND.clear()
+    registry.register("flip", registry.OpSpec(pointwise.same))
 
 
 def test_a_broken_rule_is_caught_and_shrunk(flip_forgotten: None) -> None:

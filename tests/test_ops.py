@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from graphs.registry import conv, features, image, linear, net, parameter, pool, randomise
@@ -11,8 +9,10 @@ from oracle import plain_masked, relative_error, run
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.passes.ops import call, registry
-from fxprune.passes.ops.registry import HANDLERS, MASKED
+from fxprune.passes.coupling.analysis import analyse
+from fxprune.passes.ir.options import CouplingOptions
+from fxprune.passes.ops import call
+from fxprune.selection.costs import Costs
 
 LIBRARY: list[object] = []
 
@@ -56,6 +56,10 @@ def shaken(x: Tensor) -> Tensor:
     return x * torch.linspace(0, 1, x.shape[1], dtype=x.dtype).view(1, -1, 1, 1)
 
 
+def convolved(x: Tensor, w: Tensor) -> Tensor:
+    return nn.functional.conv2d(x, w)
+
+
 def alike(x: Tensor, *rest: object) -> Tensor:
     return torch.empty_like(x)
 
@@ -66,21 +70,12 @@ MIRROR = op("mirrored", mirrored, alike)
 SHEARED = op("sheared", sheared, alike)
 GATE = op("gate", gate, alike)
 PRODUCT = op("product", product, lambda x, w: x.new_empty(x.shape[0], w.shape[1]))
+CONVOLVE = op("convolve", convolved, nn.functional.conv2d)
 AVERAGE = op("average", average, lambda x, dim, keepdim: x.mean(dim, keepdim))
 SHAKEN = op("shaken", shaken, alike)
 
 
-@pytest.fixture(autouse=True)
-def forgotten() -> Iterator[None]:
-    """Registrations do not outlive a test."""
-    tables = (registry.RULES, HANDLERS, MASKED)
-    registry.load()
-    before = [dict(t) for t in tables]
-    yield
-    for table, kept in zip(tables, before):
-        table.clear()
-        table.update(kept)
-    registry.FOUND.clear()
+pytestmark = pytest.mark.usefixtures("own_ops")
 
 
 def images(step: object, width: int = 12) -> tuple[nn.Module, Tensor]:
@@ -140,6 +135,74 @@ def test_pointwise_contraction_and_reduction_are_one_line_each() -> None:
     randomise(model)
     pruned = exact(model, features(), stats=True)
     assert pruned.a.weight.shape[0] == 7 and pruned.weight.shape == (7, 10)
+
+
+MULTIPLY = op("multiply", product, lambda x, w: x.new_empty(x.shape[0], w.shape[1]))
+MULTIPLY.register_autograd(
+    lambda ctx, g: (g @ ctx.saved_tensors[1].t(), ctx.saved_tensors[0].t() @ g),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+def multiplying(function: object) -> tuple[nn.Module, Tensor]:
+    """A model with a product in it, whose weight is no layer's."""
+
+    def forward(self, x):
+        return self.head(function(self.a(x).relu(), self.weight).relu())
+
+    torch.manual_seed(0)
+    model = net(forward, a=linear(10, 14), weight=parameter(14, 20), head=linear(20, 5)).double().eval()
+    randomise(model)
+    return model, torch.randn(64, 10, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "flap", "fisher", "taylor"])
+def test_criteria_see_a_product_of_ones_own(criterion: str) -> None:
+    """Units are chosen as they are where the product is that of torch."""
+    fxprune.register_op(MULTIPLY, like="aten::mm")
+    kept = []
+    for function in (torch.mm, MULTIPLY):
+        model, x = multiplying(function)
+        given = {"criterion": criterion, "data": [x], "loss": lambda out: out.square().sum()}
+        given = given if criterion in ("fisher", "taylor") else {k: given[k] for k in ("criterion", "data")}
+        pruned = fxprune.prune(model, 0.5, example_inputs=x, **given)
+        kept.append(dict(pruned.named_parameters()))
+    assert kept[0].keys() == kept[1].keys()
+    for name, value in kept[0].items():
+        torch.testing.assert_close(value, kept[1][name], rtol=0, atol=0)
+
+
+def test_a_product_of_ones_own_is_counted_and_repaired() -> None:
+    fxprune.register_op(MULTIPLY, like="aten::mm")
+    repaired, counted = [], []
+    for function in (torch.mm, MULTIPLY):
+        model, x = multiplying(function)
+        pruned = fxprune.prune(model, macs=0.5, example_inputs=x)
+        solution = analyse(model, (x,), {}, CouplingOptions())
+        counted.append(Costs(solution, dict(model.named_parameters())).original("macs"))
+        repaired.append(fxprune.repair(model, pruned, [x], method="reconstruct"))
+        assert repaired[-1].meta["repair"].error[1] < repaired[-1].meta["repair"].error[0]
+    assert counted == [64 * (10 * 14 + 14 * 20 + 20 * 5)] * 2
+    torch.testing.assert_close(repaired[0].weight, repaired[1].weight)
+    assert not torch.equal(repaired[1].weight, pruned.weight)
+
+
+def test_like_another_op_under_its_names_of_arguments() -> None:
+    """The specification of another op asks for arguments by its own names: here `input` is `x` and `weight` is `w`."""
+    fxprune.register_op(CONVOLVE, like="aten::conv2d")
+    model = (
+        net(
+            lambda self, x: self.head(pool(CONVOLVE(self.a(x), self.w))),
+            a=conv(3, 12),
+            w=parameter(20, 12, 3, 3),
+            head=linear(20, 5),
+        )
+        .double()
+        .eval()
+    )
+    randomise(model)
+    pruned = exact(model, image())
+    assert pruned.w.shape == (10, 6, 3, 3)
 
 
 def test_frozen_with_a_reason() -> None:

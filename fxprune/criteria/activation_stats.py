@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxprune.criteria.parameter_roles import Origins, Product, products
+from fxprune.criteria.parameter_roles import Origins
 from fxprune.passes.capture.recorder import Recorder
 from fxprune.passes.coupling.leaf_labels import leaf_labels
 from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.pytree import collect
+from fxprune.passes.ops.registry import Product, find
 
 
 class Moments:
@@ -73,7 +74,7 @@ class ActivationObserver(Recorder):
         for op in self.op_trace.ops[before:]:
             self.origins.follow(op, self.op_trace)
             call = self.origins.call(op, self.op_trace)
-            for found in products(call):
+            for found in find(call.op.func).products_of(call):
                 if self.op_trace.values[found.source.id].from_input and self.origins.known.get(found.weight.id):
                     self.look(found, self.by_number((args, kwargs)), call.shape(found.weight), out)
         del self.op_trace.ops[before:]

@@ -5,9 +5,8 @@ No layer is named here: what counts is the dispatcher call that a parameter ente
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,59 +19,9 @@ from fxprune.passes.ir.op_trace import OpCall, OpTrace
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.pytree import collect
 from fxprune.passes.ir.tensor_ref import TensorRef
-from fxprune.passes.ops.call import RuleContext
-from fxprune.passes.ops.registry import load
-
-MATRIX = frozenset("mm addmm bmm baddbmm matmul mv addmv _addmm_activation".split())
-CONVOLUTIONS = ("convolution", "_convolution", "mkldnn_convolution", "cudnn_convolution")
-NORMS = ("batch_norm", "layer_norm", "group_norm", "rms_norm")
-PASSING = frozenset("_to_copy view _unsafe_view reshape expand permute transpose clone contiguous".split())
-
-
-@dataclass(frozen=True, slots=True)
-class Product:
-    """A weight in a contraction: which of its dimensions is summed, which becomes one of the result's.
-
-    Attributes:
-        weight, source: the two operands.
-        summed, kept: dimensions of the weight; `kept` is None where it adds none to the result.
-        along: the dimension of the source that is summed.
-        out: the dimension of the result that `kept` becomes.
-        groups: of a convolution.
-        added: what the result also has added to it: the bias.
-    """
-
-    weight: TensorRef
-    source: TensorRef
-    summed: int
-    kept: int | None
-    along: int
-    out: int
-    groups: int = 1
-    added: TensorRef | None = None
-
-
-def products(call: RuleContext) -> Iterator[Product]:
-    """The ways in which an op multiplies one operand by another, as a weight of its own would."""
-    name = call.op.func._schema.name.rpartition("::")[2]
-    if name in CONVOLUTIONS:
-        x, weight, bias = call["input"], call["weight"], call.get("bias")
-        turned = bool(call.get("transposed", False))
-        summed, kept = (0, 1) if turned else (1, 0)
-        yield Product(weight, x, summed, kept, 1, 1, call.get("groups", 1), bias if isinstance(bias, TensorRef) else None)
-    elif name == "linear":
-        bias = call.get("bias")
-        last = len(call.shape(call["input"])) - 1
-        yield Product(call["weight"], call["input"], 1, 0, last, last, 1, bias if isinstance(bias, TensorRef) else None)
-    elif name in MATRIX:
-        *rest, a, b = call.inputs
-        added = rest[0] if rest else None
-        n, m = len(call.shape(a)), len(call.shape(b))
-        if m == 1:
-            yield Product(a, b, n - 1, n - 2, 0, 0, 1, added)
-        elif n == m:
-            yield Product(b, a, m - 2, m - 1, n - 1, n - 1, 1, added)
-            yield Product(a, b, n - 1, n - 2, m - 2, n - 2, 1, added)
+from fxprune.passes.ops.call import OpView, RuleContext
+from fxprune.passes.ops.pointwise import same
+from fxprune.passes.ops.registry import Product, find
 
 
 class Origins:
@@ -83,7 +32,6 @@ class Origins:
     """
 
     def __init__(self, leaves: dict[str, Labels], size: int) -> None:
-        load()
         self.leaves, self.size = leaves, size
         self.known: dict[int, Labels] = {}
         self.constraints = Constraints(size=size)
@@ -155,7 +103,7 @@ def roles(captures: Sequence[CapturedProgram]) -> Roles:
         for op in capture.op_trace.ops:
             origins.follow(op, capture.op_trace)
             call = origins.call(op, capture.op_trace)
-            for product in products(call):
+            for product in find(op.func).products_of(call):
                 if not capture.op_trace.values[product.source.id].from_input:
                     continue
                 met = origins.vector(product, call.shape(product.weight), product.summed)
@@ -174,24 +122,21 @@ def owners(starts: list[int], labels: Tensor) -> set[int]:
     return {starts[bisect.bisect_right(starts, int(i)) - 1] for i in labels.unique().tolist() if i}
 
 
-def scaling(call: RuleContext, normalised: set[int]) -> TensorRef | None:
+def scaling(call: OpView, normalised: set[int]) -> TensorRef | None:
     """The parameter by which an op scales a normalised value; `normalised` are the values known to be, and grows.
 
     Normalised is what comes out of a normalisation op, and what is multiplied by a reciprocal root or divided by a root.
     """
-    name = call.op.func._schema.name.rpartition("::")[2].rstrip("_")
     if not call.outputs or not call.inputs:
         return None
-    out = call.outputs[0].id
-    if any(kind in name for kind in NORMS):
+    spec, name = find(call.op.func), call.op.func._schema.name.rpartition("::")[2].rstrip("_")
+    out, values = call.outputs[0].id, call.op_trace.values
+    if spec.normalizes:
         normalised.add(out)
-        weight: Any = call.get("weight")
-        return weight if isinstance(weight, TensorRef) else None
-    if name in ("rsqrt", "sqrt", "std", "linalg_vector_norm") and call.op_trace.values[call.first.id].from_input:
+        return call.tensor("weight")
+    if name in ("rsqrt", "sqrt", "std", "linalg_vector_norm") and values[call.first.id].from_input:
         normalised.add(-out - 1)  # a statistic: dividing by it normalises
-        return None
-    values = call.op_trace.values
-    if name in ("mul", "div") and len(call.inputs) == 2:
+    elif name in ("mul", "div") and len(call.inputs) == 2:
         a, b = call.inputs
         for x, other in ((a, b), (b, a)):
             if -other.id - 1 in normalised and values[x.id].from_input:
@@ -201,6 +146,6 @@ def scaling(call: RuleContext, normalised: set[int]) -> TensorRef | None:
                 return other
     elif name in ("add", "clamp_min", "clamp") and -call.first.id - 1 in normalised:
         normalised.add(-out - 1)
-    elif name in PASSING:
+    elif spec.moves or spec.labels is same:
         normalised |= {out} if call.first.id in normalised else {-out - 1} if -call.first.id - 1 in normalised else set()
     return None

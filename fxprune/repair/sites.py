@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxprune.criteria.parameter_roles import Product, products
 from fxprune.passes.capture.recorder import Recorder
-from fxprune.passes.ir.constraints import Constraints
 from fxprune.passes.ir.pytree import collect, map_tensors
-from fxprune.passes.ops.call import RuleContext
+from fxprune.passes.ops.call import OpView
+from fxprune.passes.ops.registry import Product, find
 
 Key = tuple[str, int]  # the name of a parameter (or of a running mean), and which of its sites in the program
 Span = tuple[str, int, int]  # part of a parameter: its name, the first and the last element in memory
@@ -40,7 +39,7 @@ class Met:
     product: Product | None
     source: Tensor
     out: Tensor
-    call: RuleContext
+    call: OpView
     func: Any
     args: Any
     kwargs: Any
@@ -97,7 +96,7 @@ class SiteObserver(Recorder):
         if func._schema.is_mutable:
             self.rescue({t.untyped_storage().data_ptr() for t in collect((args, kwargs), Tensor) if t.numel()})
         out = super().__torch_dispatch__(func, types, args, kwargs)
-        call = RuleContext(self.op_trace.ops[-1], self.op_trace, {}, Constraints(size=1), False, set())
+        call = OpView(self.op_trace.ops[-1], self.op_trace)
         given = collect((args, kwargs), Tensor)
         self.readers.update({r.id for r in call.inputs})
         made = {t.untyped_storage().data_ptr() for t in collect(out, Tensor) if t.numel()}
@@ -117,7 +116,7 @@ class SiteObserver(Recorder):
                     swap = lambda t: own if t is tensor else t  # noqa: B023, E731
                     met.args, met.kwargs = map_tensors((met.args, met.kwargs), swap)
 
-    def look(self, call: RuleContext, tensors: dict[int, Tensor], func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    def look(self, call: OpView, tensors: dict[int, Tensor], func: Any, args: Any, kwargs: Any, out: Any) -> None:
         mean, var = call.get("running_mean"), call.get("running_var")
         if mean is not None and var is not None and not call.get("training", False):
             name = self.op_trace.values[mean.id].name
@@ -126,7 +125,7 @@ class SiteObserver(Recorder):
                 x = tensors[call.first.id]
                 self.met.append(Met(name, None, x, first, call, func, args, kwargs, tensors[mean.id], var=tensors[var.id]))
             return
-        for found in products(call):
+        for found in find(func).products_of(call):
             weight, source = tensors[found.weight.id], tensors[found.source.id]
             name = self.owner(weight)
             if name is not None and self.owner(source) is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -13,10 +13,12 @@ from torch.utils.flop_counter import flop_registry
 from fxprune.passes.coupling.families import Family
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.ir.labels import Factor
-from fxprune.passes.ir.op_trace import OpCall, TensorInfo, name_of
+from fxprune.passes.ir.op_trace import OpCall, TensorInfo
 from fxprune.passes.ir.pytree import map_tensors
 from fxprune.passes.ir.slices import Slicer, clusters, cut_shape
 from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ops.call import OpView
+from fxprune.passes.ops.registry import find
 
 Shares = tuple[float, dict[int, float]]
 
@@ -88,7 +90,7 @@ class Costs:
         capture = solution.captures[0]
         training = {capture.index[n] for n, mode in capture.only.items() if mode is not False}
         self.ops = [op for op in capture.op_trace.ops if op.node not in training]
-        self.products = [op for op in self.ops if formula(op) is not None]
+        self.products = [op for op in self.ops if counts(op)]
 
     def original(self, kind: str) -> int:
         """The cost with nothing removed."""
@@ -97,7 +99,7 @@ class Costs:
     def of(self, slicer: Slicer, kind: str) -> int:
         """The `params`, `macs` or `memory` (bytes of parameters and buffers) that are left."""
         if kind == "macs":
-            return sum(self.flops(op, slicer) for op in self.products) // 2
+            return sum(self.macs(op, slicer) for op in self.products)
         total = 0
         for name, tensor in self.tensors.items():
             if kind == "memory" or isinstance(tensor, nn.Parameter):
@@ -105,11 +107,14 @@ class Costs:
                 total += math.prod(shape) * (tensor.element_size() if kind == "memory" else 1)
         return total
 
-    def flops(self, op: OpCall, slicer: Slicer) -> int:
-        """Operations of one call at the shapes that are left."""
+    def macs(self, op: OpCall, slicer: Slicer) -> int:
+        """Multiply-accumulates of one call at the shapes that are left."""
         shape = lambda ref: self.shape(ref, slicer)  # noqa: E731
+        count = find(op.func).macs
+        if count is not None:
+            return count(OpView(op, self.solution.captures[0].op_trace, shape))
         args, kwargs, out = (map_tensors(x, shape, TensorRef) for x in (op.args, op.kwargs, op.outs))
-        return int(formula(op)(*args, **kwargs, out_val=out))  # type: ignore[misc]
+        return int(flop_registry[op.func._overloadpacket](*args, **kwargs, out_val=out)) // 2
 
     def shape(self, ref: TensorRef, slicer: Slicer) -> tuple[int, ...]:
         """The shape that is left of a value of the program."""
@@ -121,13 +126,6 @@ class Costs:
         return self.solution.captures[0].op_trace.values[ref.id]
 
 
-def formula(op: OpCall) -> Callable[..., int] | None:
-    """How torch counts the operations of an op; None if it does not."""
-    if "scaled_dot_product" in name_of(op.func):  # whichever kernel it is: torch has a formula for some of them
-        return attention
-    return flop_registry.get(getattr(op.func, "_overloadpacket", None))
-
-
-def attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: object, **__: object) -> int:
-    """Operations of attention by shapes: q (*, L, E), k (*, S, E), v (*, S, D)."""
-    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+def counts(op: OpCall) -> bool:
+    """Whether an op has multiply-accumulates: by its specification, or by a formula registered with torch."""
+    return find(op.func).macs is not None or getattr(op.func, "_overloadpacket", None) in flop_registry

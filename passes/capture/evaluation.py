@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from fxprune.passes.capture.opaque import watched
@@ -20,11 +19,10 @@ from fxprune.passes.ir.module_tree import fetch, named_tensors
 from fxprune.passes.ir.program import ModuleCall, SizeUse, select_by_mode
 from fxprune.passes.ir.pytree import collect, has_tensor, map_tensors, tensors
 from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ops.registry import find_node
 
 plain_call = nn.Module._call_impl  # as it is outside of a capture
 PLAIN_MODULES = ("_operator", "builtins", "math")  # their functions create no tensors of their own
-# functions with a label rule of their own, which are several calls in a run without values, and one kernel in others
-WHOLE: dict[Any, Any] = {F.scaled_dot_product_attention: torch.ops.aten.scaled_dot_product_attention.default}
 CREATING = ("tensor", "as_tensor", "new_tensor")
 
 
@@ -97,7 +95,7 @@ class Evaluator:
         if node.op == "call_function":
             if node.target is select_by_mode:
                 return self.recorder.tied(*args)
-            whole = WHOLE.get(node.target)
+            whole = find_node(node).recorded_as
             if whole is not None and all(t.is_meta for t in tensors(args[:3])):
                 return self.recorder.as_one(whole, args, kwargs)
             return node.target(*args, **kwargs)  # type: ignore[operator]

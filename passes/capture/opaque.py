@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,10 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from fxprune.passes.ir.program import SizeUse
 from fxprune.passes.ir.tensor_ref import TensorRef
-
-# functions whose trailing integers are the sizes of the result, and how many arguments come before them
-SIZED = dict.fromkeys(["view", "reshape", "expand", "broadcast_to", "new_zeros", "new_ones", "new_empty", "new_full"], 1)
-SIZED |= dict.fromkeys(["zeros", "ones", "empty", "full", "rand", "randn"], 0)
+from fxprune.passes.ops.registry import FUNCTIONS
 
 
 class TracedInt(int):
@@ -79,22 +76,20 @@ class SizeObserver(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in LEAKS:
             self.leaks.add(name)
-        if name in SIZED and isinstance(out, Tensor):
-            given = (kwargs or {}).get("size", (kwargs or {}).get("shape", args[SIZED[name] :]))
-            sizes = given[0] if len(given) >= 1 and isinstance(given[0], tuple | list) else given
-            self.note(sizes, out, 0)
-        elif name == "unflatten":
-            self.note(args[2], out, args[1] % args[0].dim())
+        sizes = FUNCTIONS[name].sizes if name in FUNCTIONS else None
+        if sizes is not None and isinstance(out, Tensor):
+            self.note(sizes.numbered(args, kwargs or {}, out.dim()), out)
         elif name in ("split", "split_with_sizes") and len(args) > 1:
             dim = (args[2] if len(args) > 2 else (kwargs or {}).get("dim", 0)) % args[0].dim()
             for size, part in zip(args[1] if isinstance(args[1], tuple | list) else [args[1]], out, strict=False):
-                self.note([size], part, dim)
+                self.note([(size, dim)], part)
         return out
 
-    def note(self, sizes: Any, out: Tensor, first: int) -> None:
-        for i, size in enumerate(sizes):
+    def note(self, sizes: Sequence[tuple[Any, int]], out: Tensor) -> None:
+        """Sizes of a result, each with its dimension."""
+        for size, dim in sizes:
             if isinstance(size, TracedInt):
-                self.found.append(SizeUse(size.tree, self.number(out), first + i))
+                self.found.append(SizeUse(size.tree, self.number(out), dim))
 
 
 @contextlib.contextmanager

@@ -16,13 +16,12 @@ from fxprune.passes.ir.op_trace import OpCall, OpTrace, writes
 from fxprune.passes.ir.pytree import collect
 from fxprune.passes.ir.tensor_ref import TensorRef
 from fxprune.passes.ops.call import RuleContext
-from fxprune.passes.ops.movement import MOVING
+from fxprune.passes.ops.registry import find
 
 
 def read_apart(call: RuleContext) -> dict[int, Labels]:
     """Give constants that were read before other labels, for this call; returns those that they have."""
-    name = call.op.func._schema.name
-    if name in MOVING:
+    if find(call.op.func).views:
         return {}
     shared: dict[int, Labels] = {}
     written = {call.constraints.alike.get(r.id) for r in writes(call.op)}
@@ -51,7 +50,7 @@ def follow(call: RuleContext) -> None:
     if written:
         for i in [i for i, base in alike.items() if base in written]:
             del alike[i]
-    if call.op.func._schema.name in MOVING and call.inputs and call.first.id in alike:
+    if find(call.op.func).views and call.inputs and call.first.id in alike:
         alike.update({r.id: alike[call.first.id] for r in call.outputs})
 
 
@@ -62,7 +61,7 @@ def written_through(op_trace: OpTrace) -> set[int]:
     """
     if not any(strided(op) for op in op_trace.ops):
         return set()
-    maker = {ref.id: op for op in op_trace.ops for ref in collect(op.outs, TensorRef) if op.func._schema.name in MOVING}
+    maker = {ref.id: op for op in op_trace.ops for ref in collect(op.outs, TensorRef) if find(op.func).views}
 
     def chain(value: int) -> list[int]:
         found = [value]

@@ -15,12 +15,11 @@ from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.coupling.solver import close
 from fxprune.passes.ir.constraints import Constraints, Event
 from fxprune.passes.ir.labels import NONE, Labels
-from fxprune.passes.ir.op_trace import name_of
 from fxprune.passes.ir.options import CouplingOptions
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.pytree import collect
 from fxprune.passes.ir.tensor_ref import TensorRef
-from fxprune.passes.ops.registry import load
+from fxprune.passes.ops.registry import find
 
 MOST_COMPOSED = 1000  # dimensions made of several others, before the rest is frozen
 
@@ -35,7 +34,6 @@ def couple_channels(
         coupling_options: what may go and what may not.
         frozen_modules: paths of modules nothing of which is removed, nor of what they read and return, with the reason.
     """
-    load()
     leaves, size = leaf_labels(captures)
     seeking = coupling_options.heads and any(has_heads(c) for c in captures)
     scripts = [Script(capture) for capture in captures]
@@ -81,5 +79,5 @@ def shut(
 
 
 def has_heads(capture: CapturedProgram) -> bool:
-    """Whether the tape holds a product with batch dimensions at all."""
-    return any("bmm" in name or "dot_product" in name for name in {name_of(op.func) for op in capture.op_trace.ops})
+    """Whether the trace holds a product with batch dimensions at all."""
+    return any(find(op.func).heads for op in capture.op_trace.ops)

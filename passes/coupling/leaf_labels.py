@@ -14,10 +14,11 @@ import torch
 from fxprune.passes.coupling.solver import chained, components
 from fxprune.passes.ir.constraints import Constraints, row
 from fxprune.passes.ir.labels import Factor, Labels, along, factor
-from fxprune.passes.ir.op_trace import name_of, signature
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.pytree import collect
 from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ops.call import OpView
+from fxprune.passes.ops.registry import find
 
 
 def leaf_labels(captures: Sequence[CapturedProgram]) -> tuple[dict[str, Labels], int]:
@@ -54,13 +55,14 @@ def grouped_weights(capture: CapturedProgram) -> dict[str, int]:
     """Parameters that reach a grouped convolution's weight through ops that keep their first two dimensions."""
     found: dict[str, int] = {}
     for op in capture.op_trace.ops:
-        if "conv" not in name_of(op.func) or len(op.args) < 2 or not isinstance(op.args[1], TensorRef):
+        groups_of = find(op.func).groups
+        if groups_of is None:
             continue
-        groups = dict(zip(signature(op.func)[0], op.args, strict=False)).get("groups", 1)
-        shape = capture.op_trace.shape(op.args[1])
+        weight, groups = groups_of(OpView(op, capture.op_trace))
+        shape = capture.op_trace.shape(weight)
         if groups == 1 or shape[1] == 1:
             continue
-        pending, seen = [op.args[1].id], set()
+        pending, seen = [weight.id], set()
         while pending:
             current = pending.pop()
             value = capture.op_trace.values[current]

@@ -20,8 +20,7 @@ from fxprune.passes.ir.pytree import collect
 from fxprune.passes.ir.tensor_ref import TensorRef
 from fxprune.passes.ops.autograd_probe import probe
 from fxprune.passes.ops.call import RuleContext
-from fxprune.passes.ops.registry import HANDLERS, find
-from fxprune.passes.ops.rewriting import function_name
+from fxprune.passes.ops.registry import find, find_node
 
 SPAN = 1_000_000  # node numbers of one capture
 
@@ -38,7 +37,7 @@ class Script:
         leaking: opaque modules whose Python took contents; `hidden` are the numbers of other untracked nodes.
         pinned: views that are written into and cannot become copies.
         named: the model's own tensors among the values.
-        literals: for each node what `ties.maker` and `ties.literals` are there.
+        literals: for each node `rewrite`, `opaque` and `literals` of the constraints there.
         sizes: for each node the sizes among its arguments that may be those of the inputs (see `sizes_given`).
     """
 
@@ -52,7 +51,7 @@ class Script:
         self.pinned = written_through(op_trace)
         self.named = {i: v.name for i, v in enumerate(op_trace.values) if v.name is not None}
         nodes = {op.node for op in op_trace.ops}
-        self.literals = {i: (maker(capture, i), literals(capture, i)) for i in nodes}
+        self.literals = {i: rewriting(capture, i) for i in nodes}
         self.sizes = {i: sizes_given(capture, i) for i in nodes}
 
 
@@ -87,7 +86,7 @@ def read(
                 continue
             if constraints.node != which * SPAN + op.node:
                 constraints.node = which * SPAN + op.node
-                constraints.maker, constraints.literals = script.literals[op.node]
+                constraints.rewrite, constraints.opaque, constraints.literals = script.literals[op.node]
                 sized = any(is_input_size(found, labels, size) for found in script.sizes[op.node])
             call = RuleContext(op, op_trace, labels, constraints, coupling_options.heads, script.uses, varying)
             if sized or (varying and any(r.id in varying for r in call.inputs)):
@@ -156,9 +155,9 @@ def apply_rule(call: RuleContext) -> None:
     alike = call.constraints.alike
     met = bool(alike) and any(r.id in alike for r in call.inputs)
     shared = read_apart(call) if met else {}
-    ruled = find(call.op.func)
-    if ruled is not None:
-        result = ruled(call)
+    rule = find(call.op.func).labels
+    if rule is not None:
+        result = rule(call)
     elif not any(call.labels(r) for r in call.inputs):
         return
     else:
@@ -173,21 +172,20 @@ def apply_rule(call: RuleContext) -> None:
         follow(call)
 
 
-def maker(capture: CapturedProgram, index: int) -> str:
-    node = capture.node_at(index)
-    if node is None or node.op == "output":
-        return ""
-    if node.op == "call_module":
-        return "opaque" if str(node.target) in capture.opaque else "module"
-    return str(getattr(node.target, "__name__", node.target))
+def rewriting(capture: CapturedProgram, index: int) -> tuple[Any, bool, frozenset[int]]:
+    """How a node is rewritten; whether it is an opaque module; and the numbers written out in a call that has no rewrite.
 
-
-def literals(capture: CapturedProgram, index: int) -> frozenset[int]:
-    """Numbers written out in a call whose arguments are not known to be sizes, and so are never changed."""
+    Those may be sizes, and are never changed.
+    """
     node = capture.node_at(index)
-    if node is None or node.op not in ("call_function", "call_method") or function_name(node) in HANDLERS:
-        return frozenset()
-    return frozenset(v for v in collect((node.args, dict(node.kwargs)), int) if not isinstance(v, bool) and v > 1)
+    if node is None:
+        return None, False, frozenset()
+    rewrite = find_node(node).rewrite
+    opaque = node.op == "call_module" and str(node.target) in capture.opaque
+    if rewrite is not None or node.op not in ("call_function", "call_method"):
+        return rewrite, opaque, frozenset()
+    numbers = collect((node.args, dict(node.kwargs)), int)
+    return None, opaque, frozenset(v for v in numbers if not isinstance(v, bool) and v > 1)
 
 
 def hide(capture: CapturedProgram, node: fx.Node, labels: dict[int, Labels], constraints: Constraints) -> None:

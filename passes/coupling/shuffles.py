@@ -13,22 +13,7 @@ from torch import fx
 from fxprune.passes.ir.labels import Labels
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.tensor_ref import TensorRef
-
-STEPS = frozenset(
-    [
-        "view",
-        "reshape",
-        "permute",
-        "transpose",
-        "contiguous",
-        "flatten",
-        "unflatten",
-        "swapaxes",
-        "movedim",
-        "swapdims",
-        "clone",
-    ]
-)
+from fxprune.passes.ops.registry import find_node
 
 
 def gather_regions(capture: CapturedProgram, labels: dict[int, Labels]) -> dict[fx.Node, fx.Node]:
@@ -46,8 +31,8 @@ def gather_regions(capture: CapturedProgram, labels: dict[int, Labels]) -> dict[
 
 
 def is_step(node: fx.Node) -> bool:
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    return node.op in ("call_method", "call_function") and name in STEPS
+    """Whether a node only moves the elements of its first argument."""
+    return find_node(node).moves and bool(node.args)
 
 
 def follow(node: fx.Node) -> list[fx.Node]:
@@ -70,6 +55,8 @@ def permutes_channels(capture: CapturedProgram, labels: dict[int, Labels], chain
     if capture.op_trace.shape(target) != shape:
         return False
     middle = [capture.results[n] for n in chain[:-1]]
+    if not all(isinstance(ref, TensorRef) for ref in middle):
+        return False
     joint = any(len(f.major_to_minor) > 1 for ref in middle for f in labels.get(ref.id, ()))
     dims = {d for f in labels.get(source.id, ()) for d in f.dims}
     if not joint or len(dims) != 1 or any(len(f.major_to_minor) > 1 for f in labels.get(source.id, ())):

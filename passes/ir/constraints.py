@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,7 +82,8 @@ class Constraints:
         settled: those dimensions that are composed already.
         composed: leaf dimensions, by first label, whose entries belong to several labels at once (an outer product).
         seeking_heads: whether this reading only looks for heads.
-        maker: the function or kind of module whose node is being read: what a new tensor's size can be changed through.
+        rewrite: what the node that is being read becomes in the pruned program (see `OpSpec`).
+        opaque: whether that node is an opaque module, in which nothing that is written out can be changed.
         literals: sizes written out among that node's arguments which the rewriter does not know how to change.
     """
 
@@ -99,7 +101,8 @@ class Constraints:
     node: int = -1
     size: int = 1
     seeking_heads: bool = False
-    maker: str = ""
+    rewrite: Callable[..., Any] | None = None
+    opaque: bool = False
     literals: frozenset[int] = frozenset()
     leaves: dict[str, Labels] = field(default_factory=dict)
     starts: dict[int, tuple[str, int, int]] | None = None

@@ -1,31 +1,25 @@
-"""Contractions: factors are unified along the contracted dimension, the free dimensions of each operand pass.
-
-Batch dimensions of a product of activations are units of their own, heads, above the fine ones.
-"""
+"""Scaled dot-product attention: two contractions with a softmax between them."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import fx
 
 from fxprune.passes.ir.labels import NONE, Labels, align, factor
-from fxprune.passes.ops.call import RuleContext
-from fxprune.passes.ops.masking import with_value
+from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ops.call import OpView, RuleContext
+from fxprune.passes.ops.masking import MaskContext, as_returned, with_value
 from fxprune.passes.ops.matmul import contract
-from fxprune.passes.ops.registry import handles, masked, rule
-from fxprune.passes.ops.rewriting import argument, with_argument
+from fxprune.passes.ops.registry import OpSpec, register
+from fxprune.passes.ops.rewriting import RewriteContext, argument, with_argument
 from fxprune.passes.ops.unify import unify
 
-if TYPE_CHECKING:
-    from fxprune.passes.rewrite.rewriter import Rewriter
-    from fxprune.passes.verification.masked_model import MaskedRun
 
-
-@rule("aten::_scaled_dot_product_*", "aten::scaled_dot_product_attention", "aten::_fused_sdp_choice")
 def attention(call: RuleContext) -> list[Labels]:
     """q (*, H, L, E), k (*, H, S, E), v (*, H, S, D), mask broadcast to (*, H, L, S) -> (*, H, L, D)."""
     q, k, v = call["query"], call["key"], call["value"]
@@ -60,9 +54,9 @@ def attention(call: RuleContext) -> list[Labels]:
     return [tuple([f.without(-1) for f in out])] + [NONE] * (len(call.outputs) - 1)
 
 
-def grouped(call: RuleContext, ref: object, q_shape: Sequence[int]) -> tuple[Labels, tuple[int, ...]]:
+def grouped(call: RuleContext, ref: TensorRef, q_shape: Sequence[int]) -> tuple[Labels, tuple[int, ...]]:
     """Keys or values with fewer heads than the queries: each head serves a run of query heads."""
-    labels, shape = call.labels(ref), call.shape(ref)  # type: ignore[arg-type]
+    labels, shape = call.labels(ref), call.shape(ref)
     d = len(shape) - 3
     if d < 0 or shape[d] == q_shape[d] or shape[d] == 1:
         return labels, shape
@@ -71,32 +65,34 @@ def grouped(call: RuleContext, ref: object, q_shape: Sequence[int]) -> tuple[Lab
     return grown, (*shape[:d], q_shape[d], *shape[d + 1 :])
 
 
-FUSED_ATTENTION = ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention", "attention_math")
+def attention_scale(at: int | None) -> Callable[[RewriteContext, fx.Node], fx.Node | None]:
+    """The default scale comes from the width of a head: where that shrinks, the original one is written out.
+
+    Arguments:
+        at: the position of the scale among the arguments; None where it is given by name only.
+    """
+
+    def rewrite(r: RewriteContext, node: fx.Node) -> fx.Node | None:
+        query = r.result(argument(node, 0, "query"))
+        width = r.before(query)[-1]
+        position = len(node.args) if at is None else at
+        if r.after(query)[-1] == width or argument(node, position, "scale") is not None:
+            return None
+        return with_argument(r, node, position, "scale", width**-0.5)
+
+    return rewrite
 
 
-@handles(*(f"_scaled_dot_product_{kind}" for kind in FUSED_ATTENTION))
-def fused_attention_scale(r: Rewriter, node: fx.Node) -> fx.Node | None:
-    width = r.before(r.result(node.args[0]))[-1]
-    if r.after(r.result(node.args[0]))[-1] == width or node.kwargs.get("scale") is not None:
-        return None
-    return r.emit(node, r.argument(tuple(node.args)), {**r.argument(dict(node.kwargs)), "scale": width**-0.5})
+def attention_macs(call: OpView) -> int:
+    """q (*, L, E), k (*, S, E), v (*, S, D): L x S x (E + D)."""
+    q, k, v = (call.shape(call[name]) for name in ("query", "key", "value"))
+    return math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
 
 
-@handles("scaled_dot_product_attention")
-def attention_scale(r: Rewriter, node: fx.Node) -> fx.Node | None:
-    """The default scale comes from the width of a head: where that shrinks, the original one is written out."""
-    query = r.result(node.args[0] if node.args else node.kwargs["query"])
-    width = r.before(query)[-1]
-    if r.after(query)[-1] == width or argument(node, 6, "scale") is not None:
-        return None
-    return with_argument(r, node, 6, "scale", width**-0.5)
-
-
-@masked("_scaled_dot_product_*", "scaled_dot_product_attention")
-def masked_attention(masker: MaskedRun, call: RuleContext, args: Any, kwargs: Any) -> Any:
+def masked_attention(run: MaskContext, call: OpView, args: Any, kwargs: Any) -> Any:
     """Removed widths add nothing to a score, removed keys get no weight."""
-    keys = masker.mask(call["key"])
-    args, kwargs = with_value(masker, args, kwargs, 0.0)
+    keys = run.mask(call["key"])
+    args, kwargs = with_value(run, args, kwargs, 0.0)
     if keys is None or keys.shape[-2] == 1:
         return call.op.func(*args, **kwargs)
     named = dict(zip((a.name for a in call.op.func._schema.arguments), args, strict=False)) | kwargs
@@ -109,5 +105,13 @@ def masked_attention(masker: MaskedRun, call: RuleContext, args: Any, kwargs: An
         bias = bias.masked_fill(~torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril(), -math.inf)
     scale = named.get("scale") or q.shape[-1] ** -0.5
     out = (q @ k.transpose(-1, -2) * scale + bias).softmax(-1) @ v
-    rest = len(call.op.func._schema.returns) - 1
-    return (out, *[out.new_empty(0)] * rest) if rest else out
+    return as_returned(call, out)
+
+
+ATTENTION = OpSpec(attention, attention_scale(None), masked=masked_attention, macs=attention_macs, heads=True)
+register("_scaled_dot_product_*", ATTENTION)
+register(
+    "scaled_dot_product_attention",
+    dataclasses.replace(ATTENTION, rewrite=attention_scale(6), recorded_as=torch.ops.aten.scaled_dot_product_attention.default),
+)
+register("_fused_sdp_choice", OpSpec(attention))

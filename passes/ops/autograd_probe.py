@@ -1,4 +1,4 @@
-"""The autograd trace: what an op without a rule does to its indices, read from seeded gradients.
+"""The autograd probe: what an op without a specification does to its indices, read from seeded gradients.
 
 Random values go through the op; the gradient of one output element says which input elements it depends on. Along each
 dimension that is one of three: the same index only (coupled), every index (contracted), or anything else (frozen).
@@ -7,12 +7,13 @@ dimension that is one of three: the same index only (coupled), every index (cont
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fxprune.passes.ir.labels import NONE, Factor, Labels
+from fxprune.passes.ir.labels import NONE, Labels
 from fxprune.passes.ir.pytree import map_tensors
 from fxprune.passes.ir.tensor_ref import TensorRef
 from fxprune.passes.ops.call import RuleContext
@@ -59,20 +60,22 @@ def dependence(run: Callable[..., Any], shapes: list[tuple[int, ...]], outs: lis
     An output dimension corresponds to the input dimension of the same number and size.
     """
     generator = torch.Generator().manual_seed(0)
-    values = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
-    try:
-        with torch.enable_grad():
-            results = run(*values)
-    except Exception:
-        return None
-    results = list(results) if isinstance(results, tuple | list) else [results]
-    if any(not isinstance(r, Tensor) or not r.requires_grad for r in results):
-        return None
-    try:
-        with torch.enable_grad():
-            return [read_gradients(result, values, shapes) for result in results]
-    except Exception:  # no formula for its gradient
-        return None
+    values = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+
+    def read() -> Kinds | None:
+        leaves = [v.requires_grad_() for v in values]
+        results = run(*leaves)
+        results = list(results) if isinstance(results, tuple | list) else [results]
+        if any(not isinstance(r, Tensor) or not r.requires_grad for r in results):
+            return None
+        return [read_gradients(result, leaves, shapes) for result in results]
+
+    # in a thread of its own, dispatcher modes and the keys that they exclude are not in force
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            return pool.submit(read).result()
+        except Exception:  # the op takes no such values, or has no formula for its gradient
+            return None
 
 
 def read_gradients(result: Tensor, values: list[Tensor], shapes: list[tuple[int, ...]]) -> list[list[str]]:
@@ -102,20 +105,29 @@ def kind(gradient: Tensor | None, dim: int, at: tuple[int, ...], out: tuple[int,
 
 
 def from_dependence(call: RuleContext, refs: list[TensorRef], kinds: Kinds) -> list[Labels]:
-    """One-to-one dimensions are coupled across the operands; everything else that is labelled is frozen."""
+    """Factors along one-to-one dimensions are unified across the operands; everything else that is labelled is frozen.
+
+    A dimension that one operand does not have, or where it depends in another way, says nothing of the others there: they
+    keep it whole.
+    """
+    why = f"{NO_RULE} ({call.op.func._schema.name})"
     results: list[Labels] = []
     for out, per_input in zip(call.outputs, kinds, strict=True):
-        shape = call.shape(out)
+        ndim = len(call.shape(out))
+        unclear: set[int] = set()
+        for dims in per_input:
+            if len(dims) == ndim:
+                unclear |= {d for d, k in enumerate(dims) if k == "other"}
+            elif {"same", "other"}.intersection(dims):
+                unclear |= set(range(ndim))
         merged: Labels = NONE
+        met = [1] * ndim
         for ref, dims in zip(refs, per_input, strict=True):
-            passed: list[Factor] = []
-            for f in call.labels(ref):
-                if all(dims[d] == "same" for d in f.major_to_minor) and len(call.shape(ref)) == len(shape):
-                    passed.append(f)
-                else:
-                    call.constraints.freeze(f.labels, f"{NO_RULE} ({call.op.func._schema.name})")
-            if len(call.shape(ref)) == len(shape):
-                sizes = [n if k == "same" else 1 for n, k in zip(call.shape(ref), dims, strict=True)]
-                merged = unify(call, merged, [1] * len(shape) if not merged else shape, tuple(passed), sizes)
+            same = [d for d, k in enumerate(dims) if k == "same" and d not in unclear] if len(dims) == ndim else []
+            passed = call.freeze_dims(call.labels(ref), [d for d in range(len(dims)) if d not in same], why)
+            if len(dims) == ndim:
+                sizes = [n if d in same else 1 for d, n in enumerate(call.shape(ref))]
+                merged = unify(call, merged, met, passed, sizes)
+                met = [max(a, b) for a, b in zip(met, sizes, strict=True)]
         results.append(merged)
     return results

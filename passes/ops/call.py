@@ -1,14 +1,13 @@
-"""Rules: for each dispatcher op, the labels of its results from the labels of its arguments.
+"""One dispatcher call as the specifications of ops see it.
 
-A rule is a function of a `Call` that returns the labels of the result (a list of them for several results) and reports
-ties through `call.constraints`. `@rule("aten::flip")` files it; `find(op)` answers which rule an op has. Ops that torch itself
-tags as pointwise need no entry.
+`OpView` gives arguments by name and shapes: products, multiply-accumulates and masked forms need no more. `RuleContext` adds
+labels and constraints, for label rules.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,23 +20,99 @@ from fxprune.passes.ir.op_trace import OpCall, OpTrace, signature
 from fxprune.passes.ir.tensor_ref import TensorRef
 
 
-class Renamed:
-    """An op that goes by another one's name."""
+class AliasedOp:
+    """An op whose arguments can also be asked for by the names that another op gives them.
 
-    def __init__(self, func: Any, name: str) -> None:
-        self.func = func
-        self._schema = SimpleNamespace(name=name, arguments=func._schema.arguments, returns=func._schema.returns)
-        self._overloadname = "default"
+    Attributes:
+        func: the op itself.
+        like: the dispatcher function that gives the other names, position by position.
+    """
+
+    def __init__(self, func: Any, like: Any) -> None:
+        self.func, self.like = func, like
+        self._schema = SimpleNamespace(name=like._schema.name, arguments=func._schema.arguments, returns=func._schema.returns)
+        self._overloadname = like._overloadname
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.func(*args, **kwargs)
 
 
-RENAMED: dict[tuple[Any, str], Renamed] = {}
+class OpView:
+    """Arguments by name and shapes of the tensors of one call.
+
+    Arguments:
+        op: the call.
+        op_trace: the trace it belongs to.
+        shape_of: the shape of a tensor, where it is not that in the trace.
+    """
+
+    def __init__(self, op: OpCall, op_trace: OpTrace, shape_of: Callable[[TensorRef], tuple[int, ...]] | None = None) -> None:
+        self.op, self.op_trace, self.shape_of = op, op_trace, shape_of
+        self.inputs: list[TensorRef] = op.inputs
+        self.outputs: list[TensorRef] = op.outputs
+
+    @functools.cached_property
+    def named(self) -> dict[str, Any]:
+        func = self.op.func
+        names, defaults = signature(func)
+        named = {**defaults, **dict(zip(names, self.op.args, strict=False)), **self.op.kwargs}
+        if isinstance(func, AliasedOp):
+            others, other_defaults = signature(func.like)
+            known = {other: named[own] for own, other in zip(names, others, strict=False) if own in named}
+            named = {**other_defaults, **known, **named}
+        return named
+
+    def __getitem__(self, name: str) -> Any:
+        return self.named[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.named.get(name, default)
+
+    def tensor(self, name: str) -> TensorRef | None:
+        """An optional tensor argument; None where it is not given."""
+        value = self.named.get(name)
+        return value if isinstance(value, TensorRef) else None
+
+    @property
+    def first(self) -> TensorRef:
+        return self.inputs[0]
+
+    def shape(self, ref: TensorRef) -> tuple[int, ...]:
+        return self.op_trace.values[ref.id].shape if self.shape_of is None else self.shape_of(ref)
+
+    def dim(self, index: int, ndim: int) -> int:
+        return index % max(ndim, 1)
+
+    def dims(self, indices: Any, ndim: int) -> tuple[int, ...]:
+        """A dim argument as a tuple of non-negative dims; None or an empty list means all of them."""
+        if indices is None or (isinstance(indices, Sequence) and not len(indices)):
+            return tuple(range(ndim))
+        return tuple(self.dim(i, ndim) for i in ([indices] if isinstance(indices, int) else indices))
+
+    def under(self, like: Any) -> OpView:
+        """The same call as one of another dispatcher function, whose arguments it has by position."""
+        return OpView(self.aliased(like), self.op_trace, self.shape_of)
+
+    def aliased(self, like: Any) -> OpCall:
+        op = self.op
+        return OpCall(aliased_op(op.func, like), op.args, op.kwargs, op.outs, op.node)
 
 
-class RuleContext:
-    """One op on the tape as a rule sees it: arguments by name, labels and shapes of tensors, and where to report."""
+@functools.lru_cache(maxsize=256)
+def aliased_op(func: Any, like: Any) -> AliasedOp:
+    return AliasedOp(func, like)
+
+
+class RuleContext(OpView):
+    """One call as a label rule sees it: the labels of its tensors, and the constraints to add to.
+
+    Arguments:
+        labels: of every value so far, by number.
+        constraints: where the rule reports.
+        heads: whether batch dimensions of products of activations are heads.
+        uses: the values that a later call reads; empty where that is not known.
+        varying: values whose contents change with the sizes of the inputs.
+    """
 
     def __init__(
         self,
@@ -49,67 +124,30 @@ class RuleContext:
         uses: set[int],
         varying: set[int] | None = None,
     ) -> None:
-        self.op, self.op_trace, self.known, self.constraints, self.heads, self.uses = (
-            op,
-            op_trace,
-            labels,
-            constraints,
-            heads,
-            uses,
-        )
-        self.varying = varying or ()  # values whose contents change with the sizes of the inputs
-        self.inputs: list[TensorRef] = op.inputs
-        self.outputs: list[TensorRef] = op.outputs
+        super().__init__(op, op_trace)
+        self.known, self.constraints, self.heads, self.uses = labels, constraints, heads, uses
+        self.varying = varying or ()
 
-    @functools.cached_property
-    def named(self) -> dict[str, Any]:
-        names, defaults = signature(self.op.func)
-        return {**defaults, **dict(zip(names, self.op.args, strict=False)), **self.op.kwargs}
-
-    def __getitem__(self, name: str) -> Any:
-        return self.named[name]
-
-    def get(self, name: str, default: Any = None) -> Any:
-        return self.named.get(name, default)
-
-    def under(self, name: str) -> RuleContext:
-        """The same call as one of another op, which has the same arguments."""
-        op = self.op
-        func = RENAMED.setdefault((op.func, name), Renamed(op.func, name))
-        same = OpCall(func, op.args, op.kwargs, op.outs, op.node)
-        return RuleContext(same, self.op_trace, self.known, self.constraints, self.heads, self.uses, self.varying or None)
-
-    @property
-    def first(self) -> TensorRef:
-        return self.inputs[0]
+    def under(self, like: Any) -> RuleContext:
+        varying = self.varying or None
+        op = self.aliased(like)
+        return RuleContext(op, self.op_trace, self.known, self.constraints, self.heads, self.uses, varying)
 
     def labels(self, ref: TensorRef) -> Labels:
         return self.known.get(ref.id, NONE)
 
-    def shape(self, ref: TensorRef) -> tuple[int, ...]:
-        return self.op_trace.values[ref.id].shape
-
     def data(self, ref: TensorRef) -> Tensor | None:
-        """The contents of a tensor of indices, if they are the same for every input."""
+        """The contents of an index tensor, on the CPU, if they are the same for every input."""
         value = self.op_trace.values[ref.id]
         if ref.id in self.varying:
             return None
         if value.data is None and value.on_meta and not value.from_input:
             raise NeedsValues  # a constant whose contents were not computed
-        return value.data
+        return None if value.data is None else value.data.cpu()
 
     def used(self, ref: TensorRef) -> bool:
-        """Whether a later call reads a value; `uses` is empty where calls are looked at one by one, and nobody knows."""
+        """Whether a later call is known to read a value."""
         return ref.id in self.uses
-
-    def dim(self, index: int, ndim: int) -> int:
-        return index % max(ndim, 1)
-
-    def dims(self, indices: Any, ndim: int) -> tuple[int, ...]:
-        """A dim argument as a tuple of non-negative dims; None or an empty list means all of them."""
-        if indices is None or (isinstance(indices, Sequence) and not len(indices)):
-            return tuple(range(ndim))
-        return tuple(self.dim(i, ndim) for i in ([indices] if isinstance(indices, int) else indices))
 
     # -- building blocks ----------------------------------------------------------------------------------------------
 
@@ -118,7 +156,7 @@ class RuleContext:
         return along(self.constraints.fresh(size), dim, ndim)
 
     def settle(self, f: Factor, why: str = "a single channel is taken out by a constant index") -> Labels:
-        """A compressed factor, or nothing where it no longer varies (what it said is then frozen)."""
+        """A compressed factor; one that no longer varies is dropped, and its label frozen."""
         if f.major_to_minor:
             return (f,)
         if bool((f.labels != 0).any()):
@@ -129,6 +167,12 @@ class RuleContext:
         for f in labels:
             self.constraints.freeze(f.labels, why)
 
+    def freeze_inputs(self, why: str) -> list[Labels]:
+        """Freeze the labels of every argument; returns no labels for each result."""
+        for ref in self.inputs:
+            self.freeze(self.labels(ref), why)
+        return [NONE] * len(self.outputs)
+
     def freeze_dims(self, labels: Labels, dims: Sequence[int], why: str) -> Labels:
         """Freeze the factors that vary along any of `dims`; the others pass."""
         passed, among = [], frozenset(dims)
@@ -138,12 +182,6 @@ class RuleContext:
             else:
                 passed.append(f)
         return tuple(passed)
-
-    def equal_rows(self, labels: Labels) -> Labels:
-        """Report that joint factors made here must stay rectangles."""
-        for f in labels:
-            self.constraints.keep_rows_equal(f)
-        return labels
 
     def collapse(self, f: Factor, dims: Sequence[int]) -> Labels:
         """Tie the factor's labels together along `dims`, so that it no longer varies there."""

@@ -10,12 +10,11 @@ from torch import Tensor
 from fxprune.passes.ir.labels import NONE, Factor, Labels, expand_along, factor
 from fxprune.passes.ir.tensor_ref import TensorRef
 from fxprune.passes.ops.call import RuleContext
-from fxprune.passes.ops.registry import rule
+from fxprune.passes.ops.registry import OpSpec, register
 
 LARGEST_JOINT = 1 << 22
 
 
-@rule("aten::cat", "aten::concat", "aten::concatenate")
 def cat(call: RuleContext) -> Labels:
     refs = [r for r in call["tensors"] if call.shape(r) != (0,)]
     if not refs:
@@ -24,7 +23,6 @@ def cat(call: RuleContext) -> Labels:
     return join(call, [call.labels(r) for r in refs], [call.shape(r) for r in refs], dim)
 
 
-@rule("aten::stack")
 def stack(call: RuleContext) -> Labels:
     refs: list[TensorRef] = list(call["tensors"])
     dim = call.dim(call["dim"], len(call.shape(refs[0])) + 1)
@@ -104,3 +102,7 @@ def tie_parts(call: RuleContext, arrays: Sequence[Tensor], dim: int, nests: set[
     for a in arrays:
         call.constraints.tie(a, head, broadcast=a.shape != head.shape)
     return call.settle(factor(head, nests.pop()))
+
+
+register("cat concat concatenate", OpSpec(cat))
+register("stack", OpSpec(stack))

@@ -1,41 +1,24 @@
-"""Contractions: factors are unified along the contracted dimension, the free dimensions of each operand pass.
-
-Batch dimensions of a product of activations are units of their own, heads, above the fine ones.
-"""
+"""Convolutions: contractions over channels, within groups; a window along a dimension that shrinks slides at full width."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import fx
 
-from fxprune.passes.ir.labels import NONE, Factor, Labels, factor
+from fxprune.passes.ir.labels import NONE, Factor, Labels, along, factor
+from fxprune.passes.ir.op_trace import OpTrace
 from fxprune.passes.ir.tensor_ref import TensorRef
-from fxprune.passes.ops.call import RuleContext
-from fxprune.passes.ops.grouped_convolution import grouped_convolution
+from fxprune.passes.ops.call import OpView, RuleContext
+from fxprune.passes.ops.masking import with_zeros
 from fxprune.passes.ops.matmul import contract
-from fxprune.passes.ops.registry import handles, rule
-from fxprune.passes.ops.rewriting import argument, function_name, groups_left, with_argument
+from fxprune.passes.ops.registry import OpSpec, Product, find, register
+from fxprune.passes.ops.rewriting import RewriteContext, argument, groups_left, spread_out, with_argument
 from fxprune.passes.ops.unify import unify
 
-if TYPE_CHECKING:
-    from fxprune.passes.rewrite.rewriter import Rewriter
 
-
-@rule(
-    "aten::convolution",
-    "aten::_convolution",
-    "aten::conv*",
-    "aten::mkldnn_convolution",
-    "aten::cudnn_convolution*",
-)
-@rule(
-    "aten::miopen_convolution*",
-    "aten::conv_depthwise*",
-    "aten::_conv_depthwise*",
-    "aten::thnn_conv*",
-    "aten::slow_conv*",
-)
 def convolution(call: RuleContext) -> Labels:
     """x (N, C, *), weight (O, C/g, *) or, transposed, (C, O/g, *), bias (O) -> (N, O, *)."""
     x, weight, bias = call["input"], call["weight"], call.get("bias")
@@ -59,7 +42,7 @@ def slides(call: RuleContext, groups: int, transposed: bool) -> Labels:
 
     The rewriter lays such a dimension out at its original width, which it cannot do inside of an opaque module.
     """
-    if groups != 1 or transposed or call.constraints.maker == "opaque":
+    if groups != 1 or transposed or call.constraints.opaque:
         return NONE
     before, after = call.shape(call["input"]), call.shape(call.outputs[0])
     labels = call.labels(call["input"])
@@ -112,28 +95,8 @@ def flat_channels(call: RuleContext, labels: Labels) -> Labels:
     return tuple(result)
 
 
-def channel_dim(r: Rewriter, node: fx.Node) -> int:
-    """The channel dimension of a convolution's input, which may come without a batch."""
-    return len(r.before(r.result(node.args[0]))) - len(r.before(r.result(argument(node, 1, "weight")))) + 1
-
-
-@handles("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution")
-def conv_groups(r: Rewriter, node: fx.Node) -> fx.Node | None:
-    at = 8 if function_name(node) == "convolution" else 6
-    given = argument(node, at, "groups", 1)
-    groups = r.number_of(given)
-    if groups == 1:
-        return None
-    left = groups_left(r, r.result(node.args[0]), channel_dim(r, node), groups)
-    return with_argument(r, node, at, "groups", r.size(given, left))
-
-
-@rule("torchvision::deform_conv2d")
 def deform_conv2d(call: RuleContext) -> Labels:
     """A convolution whose sampling positions are computed: offsets and masks are read by place."""
-    from fxprune.passes.ir.labels import along
-    from fxprune.passes.ops.grouped_convolution import grouped_convolution
-
     x, weight, offset, mask, bias = (call[n] for n in ("input", "weight", "offset", "mask", "bias"))
     for ref in (offset, mask):
         call.freeze(call.labels(ref), "holds sampling offsets")
@@ -145,8 +108,163 @@ def deform_conv2d(call: RuleContext) -> Labels:
     w = call.freeze_dims(call.labels(weight), [2, 3], "is a kernel's spatial dimension")
     outs = grouped_convolution(call, ins, call.shape(x), w, call.shape(weight), groups, False)
     result: Labels = tuple(along(f.labels.reshape(-1), 1, 4) for f in outs)
-    if isinstance(bias, TensorRef):
-        shape = call.shape(call.outputs[0])
-        lifted = tuple(along(f.labels.reshape(-1), 1, 4) for f in call.labels(bias))
-        result = unify(call, result, shape, lifted, [1, shape[1], 1, 1])
-    return result
+    return with_bias(call, result, bias)
+
+
+def grouped_convolution(
+    call: RuleContext,
+    ins: Labels,
+    x_shape: Sequence[int],
+    w: Labels,
+    w_shape: Sequence[int],
+    groups: int,
+    transposed: bool,
+) -> Labels:
+    """Ties of input channels to the weight, per group; returns the labels (O,) of the output channels.
+
+    Index space: (batch, group, outputs per group, inputs per group).
+    """
+    channels = x_shape[1]
+    if groups == 1 and all(f.major_to_minor == (1,) for f in ins) and all(len(f.major_to_minor) == 1 for f in w):
+        per_in = 0 if transposed else 1
+        x_line = tuple([f.at(0, 1) for f in ins])
+        w_line = tuple([f.at(0, 1) for f in w if f.major_to_minor[0] == per_in])
+        unify(call, x_line, [channels], w_line, [channels])
+        return tuple([f for f in w if f.major_to_minor[0] == 1 - per_in])
+    per_in = channels // groups
+    per_out = w_shape[1] if transposed else w_shape[0] // groups
+    if per_in == per_out == 1 and len(ins) == len(w) == 1 and ins[0].major_to_minor == (1,) and w[0].major_to_minor == (0,):
+        call.constraints.join(ins[0], w[0])  # a group is one channel
+        return w
+    x_part: list[Factor] = []
+    for f in ins:
+        if 1 in f.dims:
+            nest = [n for d in f.major_to_minor for n in ((0,) if d == 0 else (1, 3))]
+            x_part.append(factor(f.labels.reshape(f.labels.shape[0], groups, 1, per_in), nest))
+    w_part: list[Factor] = []
+    for f in w:
+        rows = f.labels.shape[0] > 1
+        array = f.labels.flatten(1).narrow(1, 0, 1) if f.labels.shape[1] == 1 else f.labels.reshape(f.labels.shape[:2])
+        array = array.reshape(groups if rows else 1, -1 if rows else 1, array.shape[1])
+        array = array.transpose(1, 2) if transposed else array
+        w_part.append(factor(array.unsqueeze(0)))
+    w_size = [1, groups, per_out, per_in]
+    if groups > 1 and (per_in == 1 or per_out == 1):
+        return whole_groups(call, x_part, w_part, w_size)
+    x_size = [x_shape[0], groups, 1, per_in]
+    for f in [*x_part, *w_part]:
+        call.constraints.keep_rows_equal(f)
+    if groups > 1:
+        whole_or_part(call, x_part, w_part, groups)
+    merged = unify(call, tuple(x_part), x_size, tuple(w_part), w_size)
+    return tuple(factor(f.labels[:1].expand(1, groups, per_out, -1)[..., 0].reshape(-1)) for f in merged if f.dims <= {1, 2})
+
+
+def whole_or_part(call: RuleContext, x: list[Factor], w: list[Factor], groups: int) -> None:
+    """A group goes with its inputs and its outputs, or keeps some of both."""
+    labels = call.constraints.fresh(groups).reshape(1, groups, 1, 1)
+    for f in [*x, *w]:
+        if 1 in f.dims:
+            call.constraints.stand(labels, f.labels)
+    if not any(1 in f.dims for f in x):
+        call.constraints.freeze(labels, "is a group of a convolution whose inputs are all kept")
+
+
+def whole_groups(call: RuleContext, x: list[Factor], w: list[Factor], size: Sequence[int]) -> Labels:
+    """One channel in or out of each group (depthwise): a group goes with its channels, whole."""
+    groups = size[1]
+    arrays = [f.labels.narrow(0, 0, 1).expand(1, groups, -1, -1).reshape(groups, -1) for f in [*x, *w]]
+    for f in x:
+        call.constraints.tie(f.labels, f.labels.narrow(0, 0, 1))
+    if not arrays:
+        return NONE
+    lead = arrays[0][:, :1]
+    for array in arrays:
+        call.constraints.tie(array, lead.expand_as(array))
+    if not any(1 in f.dims or 3 in f.dims for f in x):
+        call.constraints.freeze(lead, "is a group of a convolution whose inputs are all kept")
+    outs = next((f for f in w if f.dims & {1, 2}), None)
+    labels = outs.labels.expand(1, groups, size[2], -1)[..., 0] if outs is not None else lead.expand(groups, size[2])
+    return (factor(labels.reshape(-1)),)
+
+
+def products(call: OpView) -> Iterator[Product]:
+    summed, kept = (0, 1) if call.get("transposed", False) else (1, 0)
+    yield Product(call["weight"], call["input"], summed, kept, 1, 1, call.get("groups", 1), call.tensor("bias"))
+
+
+def groups_of(call: OpView) -> tuple[TensorRef, int]:
+    return call["weight"], call.get("groups", 1)
+
+
+def macs(call: OpView) -> int:
+    """One for each entry of the weight, each position and each image."""
+    x, out = call.shape(call["input"]), call.shape(call.outputs[0])
+    positions = x[2:] if call.get("transposed", False) else out[2:]
+    return math.prod(call.shape(call["weight"])) * math.prod(positions) * x[0]
+
+
+# -- rewriting ---------------------------------------------------------------------------------------------------------
+
+
+def regroup(at: int) -> Callable[[RewriteContext, fx.Node], fx.Node | None]:
+    """Groups that go whole change their number, which is the argument in position `at`."""
+
+    def rewrite(r: RewriteContext, node: fx.Node) -> fx.Node | None:
+        given = argument(node, at, "groups", 1)
+        groups = r.number_of(given)
+        if groups == 1:
+            return None
+        x, weight = r.result(argument(node, 0, "input")), r.result(argument(node, 1, "weight"))
+        channels = len(r.before(x)) - len(r.before(weight)) + 1  # it may come without a batch
+        return with_argument(r, node, at, "groups", r.size(given, groups_left(r, x, channels, groups)))
+
+    return rewrite
+
+
+def sliding(op_trace: OpTrace) -> dict[int, int]:
+    """The nodes that convolve with a kernel of more than one entry, and over how many dimensions they slide."""
+    found = {}
+    for op in op_trace.ops:
+        if find(op.func) is CONVOLUTION:
+            kernel = op_trace.shape(op.args[1])[2:]
+            if set(kernel) != {1}:
+                found[op.node] = len(kernel)
+    return found
+
+
+def slid(r: RewriteContext, node: fx.Node) -> fx.Node | None:
+    """The node at the original width of the dimensions that a window slides along; None where nothing was removed there.
+
+    What stays has other neighbours than before. So the tensor is laid out at its original width, with zeros for what is
+    removed, as the masked original has them; it is convolved there, and the result is sliced (ECA's gate over channels).
+    """
+    spatial = r.sliding.get(r.capture.index[node])
+    if spatial is None or not isinstance(node.args[0], fx.Node) or str(node.target) in r.capture.opaque:
+        return None
+    source, target = r.result(node.args[0]), r.result(node)
+    ndim = len(r.before(source))
+    dims = [d for d in range(ndim - spatial, ndim) if any(d in cut.dims for cut in r.cuts(source))]
+    if not dims:
+        return None
+    wide = r.new[node.args[0]]
+    for d in dims:
+        wide = spread_out(r, wide, source, d)
+    made = r.emit(node, (wide, *(r.argument(a) for a in node.args[1:])), r.argument(dict(node.kwargs)))
+    for d in dims:
+        made = r.graph.call_method("index_select", (made, d, r.constant(r.positions(target, d))))
+    return made
+
+
+CONVOLUTION = OpSpec(convolution, regroup(8), masked=with_zeros, products=products, groups=groups_of, macs=macs)
+register(
+    "convolution _convolution mkldnn_convolution cudnn_convolution* miopen_convolution* conv_depthwise* _conv_depthwise*"
+    " thnn_conv* slow_conv*",
+    CONVOLUTION,
+)
+register(
+    "conv1d conv2d conv3d",
+    dataclasses.replace(CONVOLUTION, rewrite=regroup(6)),
+    functions="conv_transpose1d conv_transpose2d conv_transpose3d",
+)
+register("torchvision::deform_conv2d", OpSpec(deform_conv2d, groups=groups_of))

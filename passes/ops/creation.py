@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import dataclasses
 
 import torch
 from torch import fx
@@ -10,79 +10,40 @@ from torch import fx
 from fxprune.passes.ir.labels import NONE, Labels, align, factor
 from fxprune.passes.ir.tensor_ref import TensorRef
 from fxprune.passes.ops.call import RuleContext
-from fxprune.passes.ops.registry import handles, rule
-from fxprune.passes.ops.rewriting import argument, function_name, resized, sizes_after, with_argument
-
-if TYPE_CHECKING:
-    from fxprune.passes.rewrite.rewriter import Rewriter
+from fxprune.passes.ops.pointwise import same
+from fxprune.passes.ops.registry import OpSpec, register
+from fxprune.passes.ops.rewriting import RewriteContext, SizeArguments, argument, resized, with_argument
 
 
-UNIFORM = [
-    "zeros",
-    "ones",
-    "full",
-    "empty",
-    "empty_strided",
-    "zeros_like",
-    "ones_like",
-    "full_like",
-    "empty_like",
-    "new_zeros",
-    "new_ones",
-    "new_full",
-    "new_empty",
-    "rand",
-    "randn",
-    "rand_like",
-    "randn_like",
-    "bernoulli_like",
-    "new_empty_strided",
-    "randint",
-    "scalar_tensor",
-]
-
-
-@rule(*(f"aten::{name}" for name in UNIFORM))
 def uniform(call: RuleContext) -> Labels:
+    """Entries that are all alike: any number of them may go."""
     shape = call.shape(call.outputs[0])
-    if call.op.func._schema.name.endswith("_like"):
-        return call.labels(call.first)
-    if call.constraints.maker == "opaque":
+    if call.constraints.opaque:
         return NONE  # its size is written where it cannot be changed
     call.constraints.alike[call.outputs[0].id] = call.outputs[0].id
     return tuple(call.fresh(n, d, len(shape)) for d, n in enumerate(shape) if n > 1 and n not in call.constraints.literals)
 
 
-@rule("aten::arange", "aten::linspace", "aten::logspace", "aten::eye", "aten::hann_window")
 def ramp(call: RuleContext) -> Labels:
     """Entries that differ, each by its place: the tensor is made whole and then cut."""
     shape = call.shape(call.outputs[0])
     return tuple(call.fresh(n, d, len(shape)) for d, n in enumerate(shape) if n > 1 and n not in call.constraints.literals)
 
 
-@rule("aten::lift_fresh", "aten::lift")
 def literal(call: RuleContext) -> Labels:
     """A tensor written out in the program."""
     shape = call.shape(call.first)
-    if call.constraints.maker not in ("tensor", "as_tensor") or call.labels(call.first):
+    if call.constraints.rewrite is not make_whole or call.labels(call.first):
         return call.labels(call.first)
     call.known[call.first.id] = tuple(call.fresh(n, d, len(shape)) for d, n in enumerate(shape) if n > 1)
     return call.known[call.first.id]
 
 
-@rule(
-    "aten::randperm",
-    "aten::tril_indices",
-    "aten::triu_indices",
-    "aten::_local_scalar_dense",
-    "aten::_assert_async",
-)
 def distinct(call: RuleContext) -> list[Labels]:
     """Entries that differ: none can go."""
     return [NONE] * len(call.outputs)
 
 
-@rule("aten::expand", "aten::expand_copy", "aten::broadcast_to")
 def expand(call: RuleContext) -> Labels:
     after = call.shape(call.outputs[0])
     labels, before = align(call.labels(call.first), call.shape(call.first), len(after))
@@ -90,7 +51,6 @@ def expand(call: RuleContext) -> Labels:
     return labels + tuple(call.fresh(after[d], d, len(after)) for d in grown)
 
 
-@rule("aten::repeat")
 def repeat(call: RuleContext) -> Labels:
     repeats = list(call["repeats"])
     labels, before = align(call.labels(call.first), call.shape(call.first), len(repeats))
@@ -103,19 +63,13 @@ def repeat(call: RuleContext) -> Labels:
     return result + tuple(call.fresh(r, d, len(repeats)) for d, r in enumerate(repeats) if r > 1 and before[d] == 1)
 
 
-@rule("aten::constant_pad_nd", "aten::pad", "aten::reflection_pad*", "aten::replication_pad*")
 def pad(call: RuleContext) -> Labels:
-    """Padding along a labelled dimension adds removable entries; other modes than constant copy entries around."""
+    """Padding with one value adds entries along a labelled dimension that are removable themselves."""
     shape = call.shape(call.first)
-    amounts = list(call.get("pad", call.get("padding")))
-    labels = call.labels(call.first)
-    constant = call.op.func._schema.name in ("aten::constant_pad_nd", "aten::pad")
-    padded = {len(shape) - 1 - i // 2 for i, n in enumerate(amounts) if n}
-    if not constant:
-        return call.freeze_dims(labels, sorted(padded), "is padded with copies of other entries")
+    amounts = list(call["pad"])
     result: Labels = NONE
-    for f in labels:
-        for d in sorted(padded & f.dims):
+    for f in call.labels(call.first):
+        for d in sorted(padded(amounts, len(shape)) & f.dims):
             if len(f.major_to_minor) > 1:
                 call.constraints.same_columns(f)
             before, after = amounts[2 * (len(shape) - 1 - d)], amounts[2 * (len(shape) - 1 - d) + 1]
@@ -132,16 +86,21 @@ def pad(call: RuleContext) -> Labels:
     return result
 
 
-@handles("zeros", "ones", "empty", "rand", "randn")
-def created(r: Rewriter, node: fx.Node) -> fx.Node | None:
-    given, packed = sizes_after(r, node, 0)
-    new = resized(r, given, r.after(r.result(node)))
-    rest = {k: r.argument(v) for k, v in node.kwargs.items() if k != "size"}
-    return r.emit(node, (tuple(new),) if packed else tuple(new), rest)
+def padded(amounts: list[int], ndim: int) -> set[int]:
+    """The dimensions to which padding adds, or from which it takes."""
+    return {ndim - 1 - i // 2 for i, n in enumerate(amounts) if n}
 
 
-@handles("arange", "linspace", "logspace", "eye", "hann_window", "tensor", "as_tensor")
-def made_whole(r: Rewriter, node: fx.Node) -> fx.Node | None:
+def pad_with_copies(call: RuleContext) -> Labels:
+    """Padding that copies entries of the tensor."""
+    dims = sorted(padded(list(call["padding"]), len(call.shape(call.first))))
+    return call.freeze_dims(call.labels(call.first), dims, "is padded with copies of other entries")
+
+
+COUNTS = SizeArguments(1, ("repeats", "dims"))  # of repetitions, along every dimension
+
+
+def make_whole(r: RewriteContext, node: fx.Node) -> fx.Node | None:
     """Entries that differ by their place are made as in the original and then cut."""
     whole = r.emit(node, r.argument(tuple(node.args)), r.argument(dict(node.kwargs)))
     for cut in r.cuts(r.result(node)):
@@ -149,26 +108,18 @@ def made_whole(r: Rewriter, node: fx.Node) -> fx.Node | None:
     return whole
 
 
-@handles("full", "new_full")
-def filled(r: Rewriter, node: fx.Node) -> fx.Node | None:
-    at = 0 if function_name(node) == "full" else 1
-    given = argument(node, at, "size")
-    return with_argument(r, node, at, "size", tuple(resized(r, given, r.after(r.result(node)))))
-
-
-@handles("repeat", "tile")
-def repeat_counts(r: Rewriter, node: fx.Node) -> fx.Node | None:
-    given, packed = sizes_after(r, node, 1, "repeats" if node.target == "repeat" else "dims")
+def repeat_counts(r: RewriteContext, node: fx.Node) -> fx.Node | None:
+    """How often each dimension is repeated, where copies go."""
+    given, how = COUNTS.given(node.args, node.kwargs)
     before, after = r.after(r.result(node.args[0])), r.after(r.result(node))
     before = (1,) * (len(after) - len(before)) + before
     given = [1] * (len(after) - len(given)) + given
     wanted = [a // b if b else 0 for a, b in zip(after, before, strict=True)]
     new = resized(r, given, wanted)
-    return r.emit(node, (r.new[node.args[0]], tuple(new)) if packed else (r.new[node.args[0]], *new), {})  # type: ignore[index]
+    return r.emit(node, (r.new[node.args[0]], *new) if how == "spread" else (r.new[node.args[0]], tuple(new)), {})  # type: ignore[index]
 
 
-@handles("repeat_interleave")
-def interleave_counts(r: Rewriter, node: fx.Node) -> fx.Node | None:
+def interleave_counts(r: RewriteContext, node: fx.Node) -> fx.Node | None:
     times, dim = argument(node, 1, "repeats"), argument(node, 2, "dim")
     source, target = r.result(node.args[0]), r.result(node)
     if dim is None or isinstance(r.result(times), TensorRef):
@@ -185,8 +136,7 @@ def interleave_counts(r: Rewriter, node: fx.Node) -> fx.Node | None:
     return r.emit(node, args, kwargs)
 
 
-@handles("pad", "constant_pad_nd")
-def pad_amounts(r: Rewriter, node: fx.Node) -> fx.Node | None:
+def pad_amounts(r: RewriteContext, node: fx.Node) -> fx.Node | None:
     amounts = list(argument(node, 1, "pad"))
     source, target = r.result(node.args[0]), r.result(node)
     ndim = len(r.before(source))
@@ -200,3 +150,19 @@ def pad_amounts(r: Rewriter, node: fx.Node) -> fx.Node | None:
         before = int((kept < left).sum()) if left > 0 else -int((r.positions(source, dim) < -left).sum())
         amounts[i], amounts[i + 1] = before, len(kept) - r.after(source)[dim] - before
     return with_argument(r, node, 1, "pad", amounts)
+
+
+register("zeros_like ones_like full_like empty_like rand_like randn_like randint_like bernoulli_like", OpSpec(same))
+CREATED = OpSpec(uniform, sizes=SizeArguments(0))
+register("zeros ones empty full rand randn", CREATED)
+register("new_zeros new_ones new_full new_empty", dataclasses.replace(CREATED, sizes=SizeArguments(1)))
+register("empty_strided new_empty_strided randint scalar_tensor", OpSpec(uniform))
+register("arange linspace logspace eye hann_window", OpSpec(ramp, make_whole))
+register("lift_fresh lift", OpSpec(literal))
+register("tensor as_tensor", OpSpec(rewrite=make_whole))
+register("randperm tril_indices triu_indices _local_scalar_dense _assert_async", OpSpec(distinct))
+register("expand expand_copy broadcast_to", OpSpec(expand, sizes=SizeArguments(1), moves=True, views=True))
+register("repeat", OpSpec(repeat, repeat_counts), functions="tile")
+register("repeat_interleave", OpSpec(rewrite=interleave_counts))
+register("constant_pad_nd pad", OpSpec(pad, pad_amounts))
+register("reflection_pad* replication_pad*", OpSpec(pad_with_copies))

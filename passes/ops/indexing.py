@@ -1,21 +1,24 @@
-"""Indexing by tensors: exact where the indices are a constant of the model, else only other dimensions pass."""
+"""Indexing by tensors: exact where the indices are constants of the model, else only other dimensions pass."""
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from fxprune.passes.ir.labels import NONE, Labels, align, along, expand_along, factor
 from fxprune.passes.ir.tensor_ref import TensorRef
 from fxprune.passes.ops.call import RuleContext
-from fxprune.passes.ops.movement import one_by_one
-from fxprune.passes.ops.registry import rule
+from fxprune.passes.ops.movement import one_by_one, slice_
+from fxprune.passes.ops.registry import OpSpec, register
+from fxprune.passes.ops.rewriting import RewriteContext, argument, place, run_of
 from fxprune.passes.ops.unify import unify
 
 COMPUTED = "is indexed by a tensor computed from the inputs"
 
 
-@rule("aten::index", "aten::_unsafe_index")
 def index(call: RuleContext) -> Labels:
     x, indices = call["self"], call["indices"]
     shape = call.shape(x)
@@ -27,7 +30,7 @@ def index(call: RuleContext) -> Labels:
             contents.append(None)
             continue
         data = call.data(i)
-        contents.append(data.cpu() if data is not None else stand_in(call, i))
+        contents.append(data if data is not None else stand_in(call, i))
         call.freeze(call.labels(i), "holds indices")
     result: Labels = NONE
     for f in call.labels(x):
@@ -61,7 +64,6 @@ def stand_in(call: RuleContext, ref: TensorRef) -> Tensor:
     return torch.zeros(call.shape(ref), dtype=torch.bool if is_mask(call, ref) else torch.int64)
 
 
-@rule("aten::embedding", "aten::_embedding_bag", "aten::_embedding_bag_forward_only", "aten::embedding_bag")
 def embedding(call: RuleContext) -> list[Labels]:
     """(V, D) by indices of any shape -> (*, D): rows are looked up by values of the input, columns pass."""
     weight = call.first
@@ -71,7 +73,6 @@ def embedding(call: RuleContext) -> list[Labels]:
     return [lifted] + [NONE] * (len(call.outputs) - 1)
 
 
-@rule("aten::gather", "aten::take_along_dim")
 def gather(call: RuleContext) -> Labels:
     """Along `dim` entries are picked by value; along the others input and index correspond one to one."""
     x, picks = call["self"], call["index"]
@@ -83,7 +84,6 @@ def gather(call: RuleContext) -> Labels:
     return unify(call, passed, shape, *align(call.labels(picks), call.shape(picks), ndim))
 
 
-@rule("aten::index_put", "aten::_index_put_impl")
 def index_put(call: RuleContext) -> Labels:
     """What is written where indices say.
 
@@ -93,7 +93,7 @@ def index_put(call: RuleContext) -> Labels:
     """
     x, indices, values = call["self"], call["indices"], call["values"]
     shape, size = call.shape(x), call.shape(values)
-    rewritten = call.constraints.maker in ("setitem", "")  # what is called by another name keeps its indices
+    rewritten = call.constraints.node < 0 or call.constraints.rewrite is getitem  # under other names it keeps its indices
     if rewritten and all(i is None or call.data(i) is not None for i in indices):
         return put_at_constants(call, x, indices, values)
     indexed = indexed_dims(call, indices)
@@ -137,7 +137,7 @@ def is_mask(call: RuleContext, ref: TensorRef) -> bool:
 
 def put_at_constants(call: RuleContext, x: TensorRef, indices: list[TensorRef | None], values: TensorRef) -> Labels:
     """What is written is tied to the entries it replaces."""
-    contents = [None if i is None else call.data(i).cpu() for i in indices]  # type: ignore[union-attr]
+    contents = [None if i is None else call.data(i) for i in indices]
     shape = torch.ops.aten.index.Tensor(torch.empty(call.shape(x), device="cpu"), contents).shape
     places: Labels = NONE
     indexed = indexed_dims(call, indices)
@@ -149,7 +149,6 @@ def put_at_constants(call: RuleContext, x: TensorRef, indices: list[TensorRef | 
     return call.labels(x)
 
 
-@rule("aten::scatter", "aten::scatter_add", "aten::scatter_reduce")
 def scatter(call: RuleContext) -> Labels:
     x = call["self"]
     shape = call.shape(x)
@@ -163,7 +162,6 @@ def scatter(call: RuleContext) -> Labels:
     return labels
 
 
-@rule("aten::index_add", "aten::index_copy")
 def index_add(call: RuleContext) -> Labels:
     x, source = call["self"], call["source"]
     shape = call.shape(x)
@@ -174,15 +172,131 @@ def index_add(call: RuleContext) -> Labels:
     return unify(call, mine, flat, theirs, flat)
 
 
-@rule(
-    "aten::index_fill",
-    "aten::masked_scatter",
-    "aten::masked_select",
-    "aten::nonzero",
-    "aten::_unique2",
-)
-@rule("aten::unique_dim", "aten::bucketize", "aten::searchsorted", "aten::one_hot", "aten::bincount")
 def by_value(call: RuleContext) -> list[Labels]:
-    for ref in call.inputs:
-        call.freeze(call.labels(ref), "is selected by value")
-    return [NONE] * len(call.outputs)
+    return call.freeze_inputs("is selected by value")
+
+
+# -- rewriting ---------------------------------------------------------------------------------------------------------
+
+
+def getitem(r: RewriteContext, node: fx.Node) -> fx.Node | None:
+    """x[index]: along dimensions that shrank, numbers, slices and index tensors are mapped to kept positions."""
+    return indexed(r, node, node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],))
+
+
+def called_slice(r: RewriteContext, node: fx.Node) -> fx.Node | None:
+    """A slice along one dimension, called by name."""
+    dim = argument(node, 1, "dim", 0) % len(r.before(r.result(node.args[0])))
+    bounds = slice(*(argument(node, 2 + i, name) for i, name in enumerate(("start", "end", "step"))))
+    return indexed(r, node, (*[slice(None)] * dim, bounds))
+
+
+def called_index(r: RewriteContext, node: fx.Node) -> fx.Node | None:
+    """An index by tensors, called by name."""
+    return indexed(r, node, tuple(slice(None) if i is None else i for i in argument(node, 1, "indices")))
+
+
+def indexed(r: RewriteContext, node: fx.Node, index: tuple[Any, ...]) -> fx.Node | None:
+    source = r.result(node.args[0])
+    if not isinstance(source, TensorRef):
+        return None
+    shape = r.before(source)
+    spans = [span(r, i) for i in index]
+    at = next((n for n, i in enumerate(index) if i is Ellipsis), len(index))
+    fill = (slice(None),) * (len(shape) - sum(spans))
+    full = (*index[:at], *fill, *index[at + 1 :]) if at < len(index) else (*index, *fill)
+    target = r.result(node) if node.target is not operator.setitem else None
+    if target is not None and not isinstance(target, TensorRef):
+        return None
+    left = r.after(source)
+    new: list[Any] = []
+    dim = out = 0
+    for i in full:
+        ref = r.result(i) if isinstance(i, fx.Node) else None
+        shrunk = dim < len(shape) and left[dim] < shape[dim]
+        if i is None or isinstance(i, bool):
+            new.append(i)
+            out += 1
+            continue
+        if not shrunk:
+            new.append(r.argument(i) if not isinstance(i, slice) else bounds(r, i))
+        else:
+            new.append(mapped(r, source, target, dim, out, i))
+        if isinstance(i, slice):
+            out += 1
+        elif isinstance(ref, TensorRef) and len(r.before(ref)) and out <= dim:
+            out += len(r.before(ref)) if r.capture.op_trace.values[ref.id].dtype != torch.bool else 1
+        elif isinstance(i, list):
+            out += 1
+        dim += span(r, i)
+    while new and at == len(index) and isinstance(new[-1], slice) and new[-1] == slice(None) and len(new) > len(index):
+        new.pop()
+    args = [r.new[node.args[0]], tuple(new) if len(new) != 1 else new[0]]  # type: ignore[index]
+    if node.target not in (operator.getitem, operator.setitem):
+        return r.graph.call_function(operator.getitem, tuple(args))
+    return r.emit(node, args + [r.argument(a) for a in node.args[2:]], {})
+
+
+def span(r: RewriteContext, i: Any) -> int:
+    """How many dimensions one entry of an index takes up."""
+    if i is None or i is Ellipsis or isinstance(i, bool):
+        return 0
+    ref = r.result(i) if isinstance(i, fx.Node) else None
+    if isinstance(ref, TensorRef) and r.capture.op_trace.values[ref.id].dtype in (torch.bool, torch.uint8):
+        return len(r.before(ref))
+    return 1
+
+
+def bounds(r: RewriteContext, i: slice) -> slice:
+    """A slice over a dimension that did not shrink: its bounds keep their values."""
+    return slice(*(r.argument(b) for b in (i.start, i.stop, i.step)))
+
+
+def known(r: RewriteContext, bound: Any) -> Any:
+    """A bound of a slice in the original: a number, that of a node, or that in a constant tensor."""
+    value = r.result(bound)
+    data = r.capture.op_trace.values[value.id].data if isinstance(value, TensorRef) else None
+    return value if data is None else int(data)
+
+
+def mapped(r: RewriteContext, source: TensorRef, target: TensorRef | None, dim: int, out: int, i: Any) -> Any:
+    """One entry of an index along a dimension that shrank."""
+    size = r.before(source)[dim]
+    table = place(r, source, dim)
+    if isinstance(i, slice):
+        original = slice(*(known(r, b) for b in (i.start, i.stop, i.step)))
+        if original == slice(None):
+            return original
+        chosen = table[torch.arange(size)[original]]
+        chosen = chosen[chosen >= 0]
+        run = run_of(chosen)
+        if run is None:
+            return r.constant(chosen)
+        at_start, at_end = run.start == 0, run.stop == len(r.positions(source, dim))
+        return slice(None if at_start else run.start, None if at_end else run.stop)
+    if isinstance(i, int) or isinstance(r.result(i), int):
+        value = i if isinstance(i, int) else r.capture.results[i]
+        return int(table[value % size])
+    data = torch.as_tensor(i) if isinstance(i, list) else r.capture.op_trace.values[r.result(i).id].data
+    assert data is not None, "a computed index along a labelled dimension is frozen by its rule"
+    data = data.cpu()
+    if data.dtype in (torch.bool, torch.uint8):
+        data = data.nonzero().flatten()
+    if target is not None and data.dim() == 1:
+        data = data[r.positions(target, out)]
+    places = table[data % size]
+    return r.constant(places if target is not None else places[places >= 0])
+
+
+register("slice slice_copy", OpSpec(slice_, called_slice, moves=True, views=True))
+register("index _unsafe_index", OpSpec(index, called_index, moves=True))
+register("", OpSpec(rewrite=getitem), functions="getitem setitem")
+register("embedding _embedding_bag _embedding_bag_forward_only embedding_bag", OpSpec(embedding))
+register("gather take_along_dim", OpSpec(gather))
+register("index_put _index_put_impl", OpSpec(index_put))
+register("scatter scatter_add scatter_reduce", OpSpec(scatter))
+register("index_add index_copy", OpSpec(index_add))
+register(
+    "index_fill masked_scatter masked_select nonzero _unique2 unique_dim bucketize searchsorted one_hot bincount",
+    OpSpec(by_value),
+)

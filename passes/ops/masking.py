@@ -1,58 +1,68 @@
-"""What ops compute of kept elements only, where that is not what they compute anyway.
+"""Masked forms: what an op computes of kept elements, where that is not what it computes with zeros for the others.
 
-`MASKED` is the definition of exact: removed elements add nothing to a contraction, and statistics over channels (mean, softmax,
+They are the definition of exact: removed elements add nothing to a contraction, and statistics over channels (mean, softmax,
 layer norm, ...) see kept elements only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fxprune.passes.ir.labels import fill_removed
+from fxprune.passes.ir.labels import Labels, fill_removed
 from fxprune.passes.ir.pytree import map_tensors
-from fxprune.passes.ops.call import RuleContext
-from fxprune.passes.ops.registry import masked
-
-if TYPE_CHECKING:
-    from fxprune.passes.verification.masked_model import MaskedRun
+from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ops.call import OpView
 
 
-def with_value(masker: MaskedRun, args: Any, kwargs: Any, value: float) -> tuple[Any, Any]:
+class MaskContext(Protocol):
+    """What a masked form may ask of the run that it is part of.
+
+    Attributes:
+        labels: of every value so far, by number.
+        kept: which labels are kept, shape (labels,).
+    """
+
+    labels: dict[int, Labels]
+    kept: Tensor
+
+    def ref(self, tensor: Tensor) -> TensorRef:
+        """The number of a value."""
+
+    def is_zeroed(self, ref: TensorRef) -> bool:
+        """Whether removed elements of a value are known to be zero."""
+
+    def mask(self, ref: TensorRef) -> Tensor | None:
+        """A boolean tensor broadcastable to the value, True where kept; None where all of it is."""
+
+
+def with_value(run: MaskContext, args: Any, kwargs: Any, value: float) -> tuple[Any, Any]:
     """The arguments with removed elements of every floating tensor set to one value."""
 
     def fill(tensor: Tensor) -> Tensor:
-        ref = masker.ref(tensor)
+        ref = run.ref(tensor)
         fractions = tensor.is_floating_point() or tensor.is_complex()
-        if not fractions or (value == 0.0 and masker.is_zeroed(ref)):
+        if not fractions or (value == 0.0 and run.is_zeroed(ref)):
             return tensor
-        return fill_removed(tensor, masker.labels.get(ref.id, ()), masker.kept, value)
+        return fill_removed(tensor, run.labels.get(ref.id, ()), run.kept, value)
 
     return map_tensors(args, fill), map_tensors(kwargs, fill)
 
 
-@masked(
-    "mm",
-    "bmm",
-    "addmm",
-    "baddbmm",
-    "mv",
-    "dot",
-    "linear",
-    "matmul",
-    "convolution",
-    "_convolution",
-    "_trilinear",
-)
-@masked("sum", "norm", "linalg_vector_norm", "cumsum", "nansum", "addmv", "count_nonzero", "renorm")
-@masked("_cdist_forward", "any", "col2im")
-def with_zeros(masker: MaskedRun, call: RuleContext, args: Any, kwargs: Any) -> Any:
-    """A removed element adds nothing."""
-    args, kwargs = with_value(masker, args, kwargs, 0.0)
-    return call.op.func(*args, **kwargs)
+def filled_with(value: float) -> Callable[[MaskContext, OpView, Any, Any], Any]:
+    """The masked form of an op for which an element of this value is as good as none."""
+
+    def form(run: MaskContext, call: OpView, args: Any, kwargs: Any) -> Any:
+        args, kwargs = with_value(run, args, kwargs, value)
+        return call.op.func(*args, **kwargs)
+
+    return form
+
+
+with_zeros = filled_with(0.0)
 
 
 def kept_mean(x: Tensor, mask: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -73,6 +83,14 @@ def squeezed(out: Tensor, dims: Sequence[int], keepdim: bool) -> Tensor:
     return out if keepdim else out.squeeze(tuple(dims))
 
 
-def subject(masker: MaskedRun, x: Tensor) -> Tensor:
-    mask = masker.mask(masker.ref(x))
+def kept_elements(run: MaskContext, x: Tensor) -> Tensor:
+    """Which elements of a tensor are kept, broadcastable to it and on its device."""
+    mask = run.mask(run.ref(x))
     return (torch.ones((1,) * x.dim(), dtype=torch.bool) if mask is None else mask).to(x.device)
+
+
+def as_returned(call: OpView, *values: Tensor) -> Any:
+    """Results in the number that the op has: further ones are empty, as nothing reads them."""
+    wanted = len(call.op.func._schema.returns)
+    made = (*values, *(values[0].new_empty(0) for _ in range(wanted - len(values))))
+    return made[0] if wanted == 1 else made[:wanted]

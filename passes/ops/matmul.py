@@ -5,9 +5,10 @@ Batch dimensions of a product of activations are units of their own, heads, abov
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -15,13 +16,12 @@ from torch.nn import functional as F
 
 from fxprune.passes.ir.labels import NONE, Factor, Labels, align, factor
 from fxprune.passes.ir.tensor_ref import TensorRef
-from fxprune.passes.ops.call import RuleContext
-from fxprune.passes.ops.movement import moved
-from fxprune.passes.ops.registry import handles, rule
+from fxprune.passes.ops.call import OpView, RuleContext
+from fxprune.passes.ops.masking import with_zeros
+from fxprune.passes.ops.registry import OpSpec, Product, register
+from fxprune.passes.ops.rewriting import RewriteContext, argument, with_argument
 from fxprune.passes.ops.unify import unify
-
-if TYPE_CHECKING:
-    from fxprune.passes.rewrite.rewriter import Rewriter
+from fxprune.passes.ops.view import moved
 
 
 def placed(labels: Labels, shape: Sequence[int], places: Sequence[int], ndim: int) -> tuple[Labels, list[int]]:
@@ -124,48 +124,106 @@ def as_heads(call: RuleContext, labels: Labels, batch: Sequence[int]) -> Labels:
     return tuple(found)
 
 
-@rule(
-    "aten::mm",
-    "aten::bmm",
-    "aten::matmul",
-    "aten::linear",
-    "aten::mv",
-    "aten::dot",
-    "aten::_addmm_activation",
-)
-@rule("aten::addmm", "aten::baddbmm", "aten::addmv", "aten::addbmm", "aten::vdot", "aten::inner")
 def matmul(call: RuleContext) -> Labels:
-    name = call.op.func._schema.name.rpartition("::")[2]
-    added = None
-    if name in ("addmm", "baddbmm", "addmv", "_addmm_activation"):
-        added, a, b = call.inputs
-    elif name == "linear":
-        a, b = call.inputs[:2]
-        added = call.inputs[2] if len(call.inputs) > 2 else None
-    else:
-        a, b = call.inputs
-    a_labels, a_shape, b_labels, b_shape = call.labels(a), call.shape(a), call.labels(b), call.shape(b)
-    if name == "linear":
-        b_labels, b_shape = moved(b_labels, (1, 0)), b_shape[::-1]
+    """a (*, n, k) with b (*, k, m), to which another tensor may be added."""
+    *added, a, b = call.inputs
+    return multiplied(call, a, b, call.labels(b), call.shape(b), added)
+
+
+def linear(call: RuleContext) -> Labels:
+    """x (*, k) with a weight (m, k), plus a bias (m)."""
+    x, weight, *bias = call.inputs
+    return multiplied(call, x, weight, moved(call.labels(weight), (1, 0)), call.shape(weight)[::-1], bias)
+
+
+def multiplied(
+    call: RuleContext, a: TensorRef, b: TensorRef, b_labels: Labels, b_shape: tuple[int, ...], added: Sequence[TensorRef]
+) -> Labels:
+    """Labels of a product, whose second operand has labels and shape as given, and of what is added to it."""
     vector = len(b_shape) == 1
     if vector:
         b_labels, b_shape = tuple(Factor(f.labels.unsqueeze(-1), f.major_to_minor) for f in b_labels), (*b_shape, 1)
-    lead = len(a_shape) - 1 if name in ("linear", "dot", "vdot") or len(b_shape) == 2 else len(a_shape) - 2
-    a_places = [*range(len(a_shape) - 1), len(a_shape)]
+    a_shape = call.shape(a)
     ndim = len(a_shape) + 1
-    b_places = [*range(len(b_shape) - 2), ndim - 1, ndim - 2] if lead < len(a_shape) - 1 else [ndim - 1, ndim - 2]
+    a_places, b_places = [*range(ndim - 2), ndim - 1], [*range(len(b_shape) - 2), ndim - 1, ndim - 2]
     copied = [d for ref, places in ((a, a_places), (b, b_places)) if len(places) > 2 for d in copies(call, ref, places)]
-    out = contract(call, a_labels, a_shape, a_places, b_labels, b_shape, b_places, ndim, [ndim - 1], copied)
+    out = contract(call, call.labels(a), a_shape, a_places, b_labels, b_shape, b_places, ndim, [ndim - 1], copied)
     out = tuple([f.without(-1) for f in out])
     shape = call.shape(call.outputs[0])
     if vector:
         out = tuple([f.without(-1) for f in out if len(shape)])
-    if added is not None:
-        out = unify(call, out, shape, *align(call.labels(added), call.shape(added), len(shape)))
+    for ref in added:
+        out = unify(call, out, shape, *align(call.labels(ref), call.shape(ref), len(shape)))
     return out
 
 
-@rule("aten::_grouped_mm")
+def matmul_products(call: OpView) -> Iterator[Product]:
+    """Either operand may be the weight of the other."""
+    *rest, a, b = call.inputs
+    added = rest[0] if rest else None
+    n, m = len(call.shape(a)), len(call.shape(b))
+    if m == 1 < n:
+        yield Product(a, b, n - 1, n - 2, 0, 0, 1, added)
+    elif n == m > 1:
+        yield Product(b, a, m - 2, m - 1, n - 1, n - 1, 1, added)
+        yield Product(a, b, n - 1, n - 2, m - 2, n - 2, 1, added)
+
+
+def linear_products(call: OpView) -> Iterator[Product]:
+    x, weight, *bias = call.inputs
+    last = len(call.shape(x)) - 1
+    yield Product(weight, x, 1, 0, last, last, 1, bias[0] if bias else None)
+
+
+def matmul_macs(call: OpView) -> int:
+    """One for each entry of the result and each entry of the contracted dimension."""
+    return math.prod(call.shape(call.outputs[0])) * call.shape(call.inputs[-2])[-1]
+
+
+def linear_macs(call: OpView) -> int:
+    return math.prod(call.shape(call.outputs[0])) * call.shape(call.inputs[1])[-1]
+
+
+def addbmm(call: RuleContext) -> Labels:
+    """The sum over a batch of a (b, n, k) with b (b, k, m), and what is added to it (n, m)."""
+    added, a, b = call.inputs
+    # index space: n, m, batch, k
+    places = [2, 0, 3], [2, 3, 1]
+    out = contract(call, call.labels(a), call.shape(a), places[0], call.labels(b), call.shape(b), places[1], 4, [2, 3])
+    out = tuple([f.without(-1).without(-1) for f in out])
+    shape = call.shape(call.outputs[0])
+    return unify(call, out, shape, *align(call.labels(added), call.shape(added), 2))
+
+
+def addr(call: RuleContext) -> Labels:
+    """The product of each entry of a vector (n) with each of another one (m), and what is added to them (n, m)."""
+    added, a, b = call.inputs
+    (n,), (m,) = call.shape(a), call.shape(b)
+    rows, columns = tuple([f.at(0, 2) for f in call.labels(a)]), tuple([f.at(1, 2) for f in call.labels(b)])
+    out = unify(call, rows, [n, 1], columns, [1, m])
+    return unify(call, out, [n, m], *align(call.labels(added), call.shape(added), 2))
+
+
+def cross(call: RuleContext) -> Labels:
+    """The vector product along a dimension of three entries."""
+    a, b = call.inputs
+    ndim = len(call.shape(call.outputs[0]))
+    dim = call.dim(call["dim"], ndim)
+    sides = []
+    for ref in (a, b):
+        labels, shape = align(call.labels(ref), call.shape(ref), ndim)
+        passed = call.freeze_dims(labels, [dim], "is the dimension of a vector product")
+        sides.append((passed, [1 if d == dim else n for d, n in enumerate(shape)]))
+    return unify(call, *sides[0], *sides[1])
+
+
+def cross_dim(r: RewriteContext, node: fx.Node) -> fx.Node | None:
+    """By default it is the first dimension of three entries, which may be another one once something is removed."""
+    if argument(node, 2, "dim") is not None:
+        return None
+    return with_argument(r, node, 2, "dim", r.before(r.result(node)).index(3))
+
+
 def grouped_product(call: RuleContext) -> Labels:
     """Rows (M, K) in runs, each with a matrix of its own of (G, K, N), -> (M, N); where the runs end is computed.
 
@@ -186,7 +244,6 @@ def grouped_product(call: RuleContext) -> Labels:
     return tuple([f.without(-1) for f in out])
 
 
-@rule("aten::_trilinear")
 def trilinear(call: RuleContext) -> Labels:
     """The product of three tensors over a common space, then a sum over some dimensions (nn.Bilinear)."""
     refs = [call["i1"], call["i2"], call["i3"]]
@@ -210,8 +267,7 @@ def trilinear(call: RuleContext) -> Labels:
     return tuple(result)
 
 
-@handles("_grouped_mm", "grouped_mm")
-def padded_grouped_product(r: Rewriter, node: fx.Node) -> fx.Node | None:
+def padded_grouped_product(r: RewriteContext, node: fx.Node) -> fx.Node | None:
     """The kernel takes rows of multiples of 16 bytes: what is left of others is padded."""
     return r.graph.call_function(in_whole_lines, r.argument(tuple(node.args)), r.argument(dict(node.kwargs)))
 
@@ -227,3 +283,16 @@ def in_whole_lines(a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         a, b, wide = F.pad(a, (0, rows)), F.pad(b, (0, columns, 0, rows)), b.shape[-1]
         return torch._grouped_mm(a, b, *args, **kwargs)[..., :wide]
     return torch._grouped_mm(a, b, *args, **kwargs)
+
+
+MATMUL = OpSpec(matmul, masked=with_zeros, products=matmul_products, macs=matmul_macs)
+register("mm addmm _addmm_activation", MATMUL)
+register("bmm baddbmm matmul", dataclasses.replace(MATMUL, heads=True))
+register("mv addmv dot vdot inner", dataclasses.replace(MATMUL, macs=None))  # which torch does not count
+register("linear", OpSpec(linear, masked=with_zeros, products=linear_products, macs=linear_macs))
+register("_grouped_mm", OpSpec(grouped_product, padded_grouped_product, masked=with_zeros), functions="grouped_mm")
+register("addbmm", OpSpec(addbmm, masked=with_zeros))
+register("addr", OpSpec(addr))
+register("linalg_cross", OpSpec(cross))
+register("", OpSpec(rewrite=cross_dim), functions="cross")
+register("_trilinear", OpSpec(trilinear, masked=with_zeros))

@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import dataclasses
+from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fxprune.passes.ir.labels import NONE, Factor, Labels, align, factor
 from fxprune.passes.ir.tensor_ref import TensorRef
-from fxprune.passes.ops.call import RuleContext
-from fxprune.passes.ops.masking import kept_mean, kept_variance, subject
-from fxprune.passes.ops.registry import handles, masked, rule
-from fxprune.passes.ops.rewriting import argument, groups_left, resized, with_argument
+from fxprune.passes.ops.call import OpView, RuleContext
+from fxprune.passes.ops.masking import MaskContext, as_returned, kept_elements, kept_mean, kept_variance
+from fxprune.passes.ops.registry import OpSpec, register
+from fxprune.passes.ops.rewriting import RewriteContext, SizeArguments, argument, groups_left, with_argument
 from fxprune.passes.ops.unify import unify
 
-if TYPE_CHECKING:
-    from fxprune.passes.rewrite.rewriter import Rewriter
-    from fxprune.passes.verification.masked_model import MaskedRun
 
-
-@rule("aten::native_batch_norm", "aten::_native_batch_norm_legit*", "aten::cudnn_batch_norm", "aten::batch_norm")
-@rule(
-    "aten::_batch_norm_with_update*",
-    "aten::_batch_norm_no_update",
-    "aten::miopen_batch_norm",
-    "aten::_batch_norm_impl*",
-)
 def batch_norm(call: RuleContext) -> list[Labels]:
     """x (N, C, *) with weight, bias and running statistics (C)."""
     x = call["input"]
@@ -44,8 +34,8 @@ def batch_norm(call: RuleContext) -> list[Labels]:
             labels += call.collapse(f, rest)
     merged = tuple(labels)
     for name in ("weight", "bias", "running_mean", "running_var"):
-        ref = call.get(name)
-        if isinstance(ref, TensorRef):
+        ref = call.tensor(name)
+        if ref is not None:
             merged = unify(call, merged, shape, per_channel(call, ref, ndim), [1, shape[1]] + [1] * (ndim - 2))
     return [merged] + [NONE] * (len(call.outputs) - 1)
 
@@ -54,7 +44,6 @@ def per_channel(call: RuleContext, ref: TensorRef, ndim: int) -> Labels:
     return tuple([f.at(1, ndim) for f in call.labels(ref)])
 
 
-@rule("aten::native_layer_norm", "aten::layer_norm", "aten::_fused_rms_norm", "aten::rms_norm")
 def layer_norm(call: RuleContext) -> list[Labels]:
     """Over the last dimensions, with weight and bias of their shape."""
     x = call["input"]
@@ -65,13 +54,12 @@ def layer_norm(call: RuleContext) -> list[Labels]:
         if f.dims & set(normalised) and f.major_to_minor[-1] not in normalised:
             call.constraints.same_columns(f)
     for name in ("weight", "bias"):
-        ref = call.get(name)
-        if isinstance(ref, TensorRef):
+        ref = call.tensor(name)
+        if ref is not None:
             labels = unify(call, labels, shape, *align(call.labels(ref), call.shape(ref), len(shape)))
     return [labels] + [NONE] * (len(call.outputs) - 1)
 
 
-@rule("aten::native_group_norm", "aten::group_norm")
 def group_norm(call: RuleContext) -> list[Labels]:
     """x (N, C, *) in runs of C / groups channels: every group that is left keeps equally many."""
     x = call["input"]
@@ -91,17 +79,14 @@ def group_norm(call: RuleContext) -> list[Labels]:
             labels.append(f)
     merged = tuple(labels)
     for name in ("weight", "bias"):
-        ref = call.get(name)
-        if isinstance(ref, TensorRef):
+        ref = call.tensor(name)
+        if ref is not None:
             merged = unify(call, merged, shape, per_channel(call, ref, ndim), [1, shape[1]] + [1] * (ndim - 2))
     return [merged] + [NONE] * (len(call.outputs) - 1)
 
 
-@rule("aten::_weight_norm_interface", "aten::_weight_norm")
 def weight_norm(call: RuleContext) -> list[Labels]:
     """v (O, *) normalised over all but one dimension, times g: (w, norms)."""
-    from fxprune.passes.ops.unify import unify
-
     v, g = call.inputs
     labels = unify(call, call.labels(v), call.shape(v), call.labels(g), call.shape(g))
     for f in labels:
@@ -109,22 +94,12 @@ def weight_norm(call: RuleContext) -> list[Labels]:
     return [labels] + [call.labels(g)] * (len(call.outputs) - 1)
 
 
-@handles("layer_norm", "rms_norm", "native_layer_norm", "_fused_rms_norm")
-def normalized_shape(r: Rewriter, node: fx.Node) -> fx.Node | None:
-    given = argument(node, 1, "normalized_shape")
-    given = list(given) if isinstance(given, tuple | list) else [given]
-    wanted = r.after(r.result(node.args[0]))[-len(given) :]
-    return with_argument(r, node, 1, "normalized_shape", tuple(resized(r, given, wanted)))
-
-
-@handles("group_norm")
-def group_norm_groups(r: Rewriter, node: fx.Node) -> fx.Node | None:
+def group_norm_groups(r: RewriteContext, node: fx.Node) -> fx.Node | None:
     given = argument(node, 1, "num_groups")
     return with_argument(r, node, 1, "num_groups", r.size(given, groups_left(r, r.result(node.args[0]), 1, r.number_of(given))))
 
 
-@handles("native_group_norm")
-def native_group_norm(r: Rewriter, node: fx.Node) -> fx.Node | None:
+def native_group_norm(r: RewriteContext, node: fx.Node) -> fx.Node | None:
     """(x, weight, bias, N, C, positions, groups, eps)"""
     source = r.result(node.args[0])
     args = [r.argument(a) for a in node.args]
@@ -133,65 +108,83 @@ def native_group_norm(r: Rewriter, node: fx.Node) -> fx.Node | None:
     return r.emit(node, args, r.argument(dict(node.kwargs)))
 
 
-@masked("native_layer_norm", "_fused_rms_norm")
-def masked_layer_norm(masker: MaskedRun, call: RuleContext, args: Any, kwargs: Any) -> Any:
-    x, mask = args[0], subject(masker, args[0])
+def masked_layer_norm(run: MaskContext, call: OpView, args: Any, kwargs: Any) -> Any:
+    x, mask = args[0], kept_elements(run, args[0])
     dims = list(range(x.dim() - len(call["normalized_shape"]), x.dim()))
-    if "rms" in call.op.func._schema.name:
-        eps = call["eps"] if call["eps"] is not None else torch.finfo(x.dtype).eps
-        rstd = (kept_mean(x.square(), mask, dims)[0] + eps).rsqrt()
-        out = x * rstd
-        return (out if args[2] is None else out * args[2]), rstd
     var, average = kept_variance(x, mask, dims, 0)
     rstd = (var + call["eps"]).rsqrt()
-    out = (x - average) * rstd
-    weight, bias = (args[2] if len(args) > 2 else None), (args[3] if len(args) > 3 else None)
-    out = out if weight is None else out * weight
-    return (out if bias is None else out + bias), average, rstd
+    return as_returned(call, affine((x - average) * rstd, *args[2:4]), average, rstd)
 
 
-@masked("native_group_norm")
-def masked_group_norm(masker: MaskedRun, call: RuleContext, args: Any, kwargs: Any) -> Any:
-    x, mask = args[0], subject(masker, args[0])
-    groups = call["group"]
+def masked_rms_norm(run: MaskContext, call: OpView, args: Any, kwargs: Any) -> Any:
+    x, mask = args[0], kept_elements(run, args[0])
+    dims = list(range(x.dim() - len(call["normalized_shape"]), x.dim()))
+    eps = call["eps"] if call["eps"] is not None else torch.finfo(x.dtype).eps
+    rstd = (kept_mean(x.square(), mask, dims)[0] + eps).rsqrt()
+    return as_returned(call, affine(x * rstd, *args[2:3]), rstd)
+
+
+def affine(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """A normalised value, scaled and shifted."""
+    x = x if weight is None else x * weight
+    return x if bias is None else x + bias
+
+
+def per_channel_affine(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """The same with a weight and a bias for each channel, dimension 1."""
+    shape = (-1, *[1] * (x.dim() - 2))
+    return affine(x, *(None if v is None else v.reshape(shape) for v in (weight, bias)))
+
+
+def masked_group_norm(run: MaskContext, call: OpView, args: Any, kwargs: Any) -> Any:
+    x, mask = args[0], kept_elements(run, args[0])
+    groups = call.get("group", call.get("num_groups"))
     shape = (x.shape[0], groups, -1, *x.shape[2:])
     grouped, kept = x.reshape(shape), mask.expand(x.shape).reshape(shape)
     dims = list(range(2, grouped.dim()))
     var, average = kept_variance(grouped, kept, dims, 0)
     rstd = (var + call["eps"]).rsqrt()
     out = ((grouped - average) * rstd).reshape(x.shape)
-    affine = (1, -1, *[1] * (x.dim() - 2))
-    weight, bias = args[1], args[2]
-    out = out if weight is None else out * weight.reshape(affine)
-    out = out if bias is None else out + bias.reshape(affine)
-    return out, average.flatten(1), rstd.flatten(1)
+    out = per_channel_affine(out, *(args[1:3] if "group" in call.named else args[2:4]))
+    return as_returned(call, out, average.flatten(1), rstd.flatten(1))
 
 
-@masked("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit.no_stats")
-def masked_batch_norm(masker: MaskedRun, call: RuleContext, args: Any, kwargs: Any) -> Any:
+def masked_batch_norm(run: MaskContext, call: OpView, args: Any, kwargs: Any) -> Any:
     """Statistics of the batch are taken over kept positions; running ones are given."""
     x = args[0]
-    mask = masker.mask(masker.ref(x))
+    mask = run.mask(run.ref(x))
     positions = [d for d in range(x.dim()) if d != 1]
     training = call.get("training", True)
     if not training or mask is None or all(mask.shape[d] == 1 for d in positions):
         return call.op.func(*args, **kwargs)
     var, average = kept_variance(x, mask.to(x.device), positions, 0)
     rstd = (var + call["eps"]).rsqrt()
-    out = (x - average) * rstd
-    affine = (1, -1, *[1] * (x.dim() - 2))
-    weight, bias = call.get("weight"), call.get("bias")
-    out = out if weight is None else out * args[1].reshape(affine)
-    out = out if bias is None else out + args[2].reshape(affine)
-    return out, average.flatten(), rstd.flatten()
+    out = per_channel_affine((x - average) * rstd, args[1], args[2])
+    return as_returned(call, out, average.flatten(), rstd.flatten())
 
 
-@masked("_weight_norm_interface")
-def masked_weight_norm(masker: MaskedRun, call: RuleContext, args: Any, kwargs: Any) -> Any:
+def masked_weight_norm(run: MaskContext, call: OpView, args: Any, kwargs: Any) -> Any:
     """Zeros add nothing to a norm; a removed row's own norm is zero and must not divide."""
     v, g = args[0], args[1]
     dims = [d for d in range(v.dim()) if d != call.get("dim", 0)]
-    mask = masker.mask(masker.ref(v))
+    mask = run.mask(run.ref(v))
     v = v if mask is None else v.masked_fill(~mask.to(v.device), 0.0)
     norm = v.square().sum(list(dims), keepdim=True).sqrt()
-    return v * (g / norm.masked_fill(norm == 0, 1.0)), norm
+    return as_returned(call, v * (g / norm.masked_fill(norm == 0, 1.0)), norm)
+
+
+BATCH_NORM = OpSpec(batch_norm, masked=masked_batch_norm, normalizes=True)
+register(
+    "native_batch_norm _native_batch_norm_legit* cudnn_batch_norm batch_norm _batch_norm_with_update* miopen_batch_norm"
+    " _batch_norm_impl*",
+    BATCH_NORM,
+)
+register("_batch_norm_no_update", dataclasses.replace(BATCH_NORM, masked=None))  # statistics are given
+NORMALIZED = SizeArguments(1, ("normalized_shape",), lambda args, kwargs, ndim, count: ndim - count)
+LAYER_NORM = OpSpec(layer_norm, sizes=NORMALIZED, masked=masked_layer_norm, normalizes=True)
+register("native_layer_norm layer_norm", LAYER_NORM)
+register("_fused_rms_norm rms_norm", dataclasses.replace(LAYER_NORM, masked=masked_rms_norm))
+GROUP_NORM = OpSpec(group_norm, group_norm_groups, masked=masked_group_norm, normalizes=True)
+register("group_norm", GROUP_NORM)
+register("native_group_norm", dataclasses.replace(GROUP_NORM, rewrite=native_group_norm))
+register("_weight_norm_interface _weight_norm", OpSpec(weight_norm, masked=masked_weight_norm))

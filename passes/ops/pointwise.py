@@ -2,44 +2,16 @@
 
 from __future__ import annotations
 
+import torch
+
 from fxprune.passes.ir.labels import NONE, Labels, align, factor
 from fxprune.passes.ops.call import RuleContext
-from fxprune.passes.ops.registry import rule
+from fxprune.passes.ops.registry import TAGGED, OpSpec, register
 from fxprune.passes.ops.unify import unify
 
 
-@rule(
-    "aten::masked_fill",
-    "aten::where",
-    "aten::copy",
-    "aten::copy_",
-    "aten::addcmul",
-    "aten::addcdiv",
-    "aten::lerp",
-    "aten::clamp",
-    "aten::isfinite",
-    "aten::complex",
-    "aten::polar",
-    "aten::dropout",
-    "aten::native_dropout",
-    "aten::rrelu_with_noise",
-    "aten::_prelu_kernel",
-    "aten::hardswish",
-    "aten::hardsigmoid",
-    "aten::softplus",
-    "aten::softshrink",
-    "aten::hardshrink",
-    "aten::celu",
-    "aten::log_sigmoid_forward",
-    "aten::bernoulli",
-    "aten::bernoulli_",
-    "aten::fill",
-    "aten::uniform_",
-    "aten::normal_",
-    "aten::zero_",
-    "aten::exponential_",
-)
 def pointwise(call: RuleContext) -> list[Labels]:
+    """One result element from those at the same place, under broadcasting."""
     outs = call.outputs
     if not outs:
         return []
@@ -53,7 +25,6 @@ def pointwise(call: RuleContext) -> list[Labels]:
     return [merged] * len(outs)
 
 
-@rule("aten::prelu")
 def prelu(call: RuleContext) -> Labels:
     x, weight = call.inputs
     ndim = len(call.shape(x))
@@ -65,22 +36,20 @@ def prelu(call: RuleContext) -> Labels:
     return call.labels(x)
 
 
-@rule("aten::rsub", "aten::threshold", "aten::hardtanh", "aten::glu_jvp")
-def _as_pointwise(call: RuleContext) -> list[Labels]:
-    return pointwise(call)
-
-
-@rule(
-    "aten::detach",
-    "aten::alias",
-    "aten::clone",
-    "aten::contiguous",
-    "aten::_to_copy",
-    "aten::to",
-    "aten::positive",
-    "aten::_conj",
-    "aten::resolve_conj",
-    "aten::resolve_neg",
-)
 def same(call: RuleContext) -> Labels:
+    """The result has the elements of the first argument."""
     return call.labels(call.first)
+
+
+POINTWISE = OpSpec(pointwise)
+TAGGED[torch.Tag.pointwise] = POINTWISE
+register(
+    "masked_fill where copy copy_ addcmul addcdiv lerp clamp isfinite complex polar dropout native_dropout"
+    " rrelu_with_noise _prelu_kernel hardswish hardsigmoid softplus softshrink hardshrink celu log_sigmoid_forward bernoulli"
+    " bernoulli_ fill uniform_ normal_ zero_ exponential_ rsub threshold hardtanh glu_jvp",
+    POINTWISE,
+)
+register("prelu", OpSpec(prelu))
+register("detach alias", OpSpec(same, moves=True, views=True))
+register("clone contiguous", OpSpec(same, moves=True))
+register("_to_copy to positive _conj resolve_conj resolve_neg", OpSpec(same))

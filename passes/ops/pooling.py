@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from fxprune.passes.ir.labels import NONE, Labels
 from fxprune.passes.ops.call import RuleContext
-from fxprune.passes.ops.registry import rule
+from fxprune.passes.ops.registry import OpSpec, register
 
 MIXED = "is mixed along a spatial dimension"
 
 
-@rule(
-    "aten::avg_pool*",
-    "aten::max_pool*",
-    "aten::adaptive_*",
-    "aten::_adaptive_*",
-    "aten::upsample_*",
-    "aten::_upsample_*",
-)
-@rule("aten::fractional_max_pool*", "aten::mkldnn_max_pool*", "aten::quantized_max_pool*", "aten::max_unpool*")
-def resample(call: RuleContext) -> list[Labels]:
-    """Pooling and interpolation over the trailing dimensions that change size; equal sizes are told by the op's name."""
-    x = call.first
-    ndim = len(call.shape(x))
-    name = call.op.func._schema.name
-    spatial = next((n for n in (3, 2, 1) if f"{n}d" in name), max(1, ndim - 2))
-    labels = call.freeze_dims(call.labels(x), range(ndim - spatial, ndim), MIXED)
-    return [labels] * len(call.outputs)
+def resample(ndim: int) -> Callable[[RuleContext], list[Labels]]:
+    """Pooling and interpolation over the last `ndim` dimensions."""
+
+    def rule(call: RuleContext) -> list[Labels]:
+        total = len(call.shape(call.first))
+        labels = call.freeze_dims(call.labels(call.first), range(total - ndim, total), MIXED)
+        return [labels] * len(call.outputs)
+
+    return rule
 
 
-@rule("aten::grid_sampler*", "aten::_grid_sampler*")
 def grid_sample(call: RuleContext) -> Labels:
     """x (N, C, *) sampled at a grid (N, *, d)."""
     x, grid = call["input"], call["grid"]
@@ -37,18 +30,36 @@ def grid_sample(call: RuleContext) -> Labels:
     return call.freeze_dims(call.labels(x), [0, *range(2, ndim)], MIXED)
 
 
-@rule("torchvision::roi_align", "torchvision::roi_pool", "torchvision::ps_roi_align", "torchvision::ps_roi_pool")
-def roi(call: RuleContext) -> list[Labels]:
-    """x (N, C, H, W) -> (boxes, C, h, w); position-sensitive ones read channels by place."""
-    x = call.first
-    for ref in call.inputs[1:]:
-        call.freeze(call.labels(ref), "holds boxes")
-    dims = [0, 1, 2, 3] if "::ps_" in call.op.func._schema.name else [0, 2, 3]
-    return [call.freeze_dims(call.labels(x), dims, MIXED)] + [NONE] * (len(call.outputs) - 1)
+def from_boxes(dims: Sequence[int]) -> Callable[[RuleContext], list[Labels]]:
+    """x (N, C, H, W) -> (boxes, C, h, w), with the dimensions of x that are read by place."""
+
+    def rule(call: RuleContext) -> list[Labels]:
+        for ref in call.inputs[1:]:
+            call.freeze(call.labels(ref), "holds boxes")
+        return [call.freeze_dims(call.labels(call.first), dims, MIXED)] + [NONE] * (len(call.outputs) - 1)
+
+    return rule
 
 
-@rule("torchvision::nms")
-def nms(call: RuleContext) -> Labels:
-    for ref in call.inputs:
-        call.freeze(call.labels(ref), "holds boxes and scores")
-    return NONE
+def nms(call: RuleContext) -> list[Labels]:
+    return call.freeze_inputs("holds boxes and scores")
+
+
+for ndim in (1, 2, 3):
+    resampling = (
+        "avg_pool{0}d* max_pool{0}d* adaptive_avg_pool{0}d* adaptive_max_pool{0}d* _adaptive_avg_pool{0}d*"
+        " mkldnn_adaptive_avg_pool{0}d*"
+        " fractional_max_pool{0}d* mkldnn_max_pool{0}d* quantized_max_pool{0}d* max_unpool{0}d*"
+        " upsample_nearest{0}d* _upsample_nearest_exact{0}d*"
+    )
+    register(resampling.format(ndim), OpSpec(resample(ndim)))
+register("upsample_linear1d*", OpSpec(resample(1)))
+register(
+    "upsample_bilinear2d* upsample_bicubic2d* _upsample_bilinear2d* _upsample_bicubic2d* _upsample_lanczos2d*",
+    OpSpec(resample(2)),
+)
+register("upsample_trilinear3d*", OpSpec(resample(3)))
+register("grid_sampler* _grid_sampler*", OpSpec(grid_sample))
+register("torchvision::roi_align torchvision::roi_pool", OpSpec(from_boxes([0, 2, 3])))
+register("torchvision::ps_roi_align torchvision::ps_roi_pool", OpSpec(from_boxes([0, 1, 2, 3])))
+register("torchvision::nms", OpSpec(nms))

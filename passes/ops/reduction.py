@@ -8,40 +8,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fxprune.passes.ir.labels import NONE, Factor, Labels, factor
-from fxprune.passes.ops.call import RuleContext
-from fxprune.passes.ops.masking import kept_mean, kept_variance, squeezed, subject, with_value
-from fxprune.passes.ops.registry import masked, rule
-
-if TYPE_CHECKING:
-    from fxprune.passes.verification.masked_model import MaskedRun
-
-
-REDUCTIONS = [
-    "sum",
-    "mean",
-    "amax",
-    "amin",
-    "var",
-    "std",
-    "prod",
-    "norm",
-    "linalg_vector_norm",
-    "logsumexp",
-    "all",
-    "any",
-    "nansum",
-    "std_mean",
-    "var_mean",
-    "count_nonzero",
-    "median",
-    "nanmean",
-    "aminmax",
-]
+from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ops.call import OpView, RuleContext
+from fxprune.passes.ops.masking import (
+    MaskContext,
+    filled_with,
+    kept_elements,
+    kept_mean,
+    kept_variance,
+    squeezed,
+    with_value,
+    with_zeros,
+)
+from fxprune.passes.ops.matmul import contract
+from fxprune.passes.ops.pointwise import pointwise
+from fxprune.passes.ops.registry import OpSpec, register
 
 
 def drop(f: Factor, gone: Sequence[int], keepdim: bool) -> Factor:
@@ -66,57 +53,60 @@ def row_by_row(call: RuleContext, f: Factor, dims: Sequence[int]) -> Labels:
     return call.collapse(f, touched)
 
 
-def spreads(call: RuleContext) -> bool:
-    """Whether an op divides by one less than the number of entries: of a single one there is no such spread."""
-    named = call.op.func._schema.name.removeprefix("aten::") in ("var", "std", "var_mean", "std_mean")
-    return named and call.get("correction", int(call.get("unbiased", True))) != 0
-
-
-@rule(*(f"aten::{name}" for name in REDUCTIONS))
 def reduce(call: RuleContext) -> list[Labels]:
+    """A dimension goes, or stays with size 1."""
     x = call.first
     ndim = len(call.shape(x))
     dims = call.dims(call.get("dim"), ndim)
     out = call.outputs[0]
     keepdim = bool(call.get("keepdim", False)) and len(call.shape(out)) == ndim
-    if spreads(call):
-        for f in call.labels(x):
-            if f.major_to_minor[-1] in dims and f.dims <= {f.major_to_minor[-1], *(d for d in range(ndim) if d not in dims)}:
-                call.constraints.keep_two(f.rows())
     result = tuple(drop(g, dims, keepdim) for f in call.labels(x) for g in row_by_row(call, f, dims))
     return [result] * len(call.outputs)
 
 
-@rule("aten::max", "aten::min", "aten::mode", "aten::argmax", "aten::argmin", "aten::kthvalue", "aten::cummax")
-def reduce_with_index(call: RuleContext) -> list[Labels]:
-    """The values reduce like any other; positions count removed entries too, so they must not be used."""
-    if len(call.inputs) > 1:
-        from fxprune.passes.ops.pointwise import pointwise
+def spread(call: RuleContext) -> list[Labels]:
+    """A variance: with a correction it divides by one less than the number of entries, so at least two must stay."""
+    x = call.first
+    ndim = len(call.shape(x))
+    dims = call.dims(call.get("dim"), ndim)
+    if call.get("correction", int(call.get("unbiased", True))) != 0:
+        for f in call.labels(x):
+            if f.major_to_minor[-1] in dims and f.dims <= {f.major_to_minor[-1], *(d for d in range(ndim) if d not in dims)}:
+                call.constraints.keep_two(f.rows())
+    return reduce(call)
 
-        return pointwise(call)
-    name = call.op.func._schema.name
-    if name in ("aten::mode", "aten::kthvalue"):
+
+def extreme(call: RuleContext) -> list[Labels]:
+    """The greatest or the least of two tensors entry by entry, or of a dimension, with its index there."""
+    return pointwise(call) if len(call.inputs) > 1 else with_places(call, call.outputs[1:])
+
+
+def place_of_extreme(call: RuleContext) -> list[Labels]:
+    return with_places(call, call.outputs)
+
+
+def with_places(call: RuleContext, places: Sequence[TensorRef]) -> list[Labels]:
+    """Values reduce like any others; their places count removed entries too, so nothing may read them."""
+    if any(call.used(ref) for ref in places):
         dims = call.dims(call.get("dim"), len(call.shape(call.first)))
-        call.freeze_dims(call.labels(call.first), dims, "is ranked by value")
-    values = reduce(call)[0]
-    outs = call.outputs
-    indices = outs[1:] if len(outs) > 1 else (outs if name.startswith("aten::arg") else [])
-    for ref in indices:
-        if call.used(ref):
-            dims = call.dims(call.get("dim"), len(call.shape(call.first)))
-            call.freeze_dims(call.labels(call.first), dims, "has its positions taken by an argmax")
-    return [values] * len(outs)
+        call.freeze_dims(call.labels(call.first), dims, "has its positions taken by an argmax")
+    return reduce(call)
 
 
-@rule(
-    "aten::_softmax",
-    "aten::softmax",
-    "aten::_log_softmax",
-    "aten::log_softmax",
-    "aten::cumsum",
-    "aten::logcumsumexp",
-)
-@rule("aten::cumprod", "aten::_safe_softmax", "aten::renorm", "aten::_masked_softmax")
+def running_extreme(call: RuleContext) -> list[Labels]:
+    if call.used(call.outputs[1]):
+        dims = call.dims(call.get("dim"), len(call.shape(call.first)))
+        call.freeze_dims(call.labels(call.first), dims, "has its positions taken by a running maximum")
+    return [normalise(call)] * 2
+
+
+def by_rank(call: RuleContext) -> list[Labels]:
+    """One entry of a dimension, by its rank among the others."""
+    dims = call.dims(call.get("dim"), len(call.shape(call.first)))
+    call.freeze_dims(call.labels(call.first), dims, "is ranked by value")
+    return reduce(call)
+
+
 def normalise(call: RuleContext) -> Labels:
     """Every entry depends on the others along `dim`: over several rows they must be packed alike."""
     x = call.first
@@ -127,14 +117,12 @@ def normalise(call: RuleContext) -> Labels:
     return call.labels(x)
 
 
-@rule("aten::topk", "aten::sort", "aten::argsort", "aten::msort")
 def ranked(call: RuleContext) -> list[Labels]:
     dims = call.dims(call.get("dim", -1), len(call.shape(call.first)))
     passed = call.freeze_dims(call.labels(call.first), dims, "is ranked by value")
     return [passed] * len(call.outputs)
 
 
-@rule("aten::glu")
 def glu(call: RuleContext) -> Labels:
     """(*, 2n) -> (*, n): the first half times the sigmoid of the second."""
     x = call.first
@@ -154,17 +142,13 @@ def glu(call: RuleContext) -> Labels:
     return tuple(result)
 
 
-@rule("aten::_fft_r2c", "aten::_fft_c2c", "aten::_fft_c2r")
 def fft(call: RuleContext) -> Labels:
     dims = call.dims(call["dim"], len(call.shape(call.first)))
     return call.freeze_dims(call.labels(call.first), dims, "is mixed by a Fourier transform")
 
 
-@rule("aten::_cdist_forward", "aten::_pdist_forward")
 def distance(call: RuleContext) -> Labels:
     """Distances between rows: a sum over the last dimension of both, so its labels are tied."""
-    from fxprune.passes.ops.matmul import contract
-
     a, b = call.inputs[:2]
     n = len(call.shape(a)) - 2
     batch = list(range(n))
@@ -182,54 +166,72 @@ def distance(call: RuleContext) -> Labels:
     return tuple(Factor(f.labels.squeeze(-1), f.major_to_minor) for f in out)
 
 
-@masked("amax", "max", "logsumexp", "argmax", "logcumsumexp", "cummax")
-@masked("_softmax", "_log_softmax", "_safe_softmax", "_masked_softmax", "softmax", "log_softmax")
-def with_least(masker: MaskedRun, call: RuleContext, args: Any, kwargs: Any) -> Any:
-    """A removed element is never the greatest and weighs nothing."""
-    args, kwargs = with_value(masker, args, kwargs, -math.inf)
-    return call.op.func(*args, **kwargs)
+with_least, with_greatest, with_ones = filled_with(-math.inf), filled_with(math.inf), filled_with(1.0)
 
 
-@masked("amin", "min", "argmin", "cummin")
-def with_greatest(masker: MaskedRun, call: RuleContext, args: Any, kwargs: Any) -> Any:
-    args, kwargs = with_value(masker, args, kwargs, math.inf)
-    return call.op.func(*args, **kwargs)
-
-
-@masked("aminmax")
-def least_and_greatest(masker: MaskedRun, call: RuleContext, args: Any, kwargs: Any) -> Any:
-    above, below = (with_value(masker, args, kwargs, value) for value in (math.inf, -math.inf))
+def least_and_greatest(run: MaskContext, call: OpView, args: Any, kwargs: Any) -> Any:
+    above, below = (with_value(run, args, kwargs, value) for value in (math.inf, -math.inf))
     return call.op.func(*above[0], **above[1])[0], call.op.func(*below[0], **below[1])[1]
 
 
-@masked("median")
-def median(masker: MaskedRun, call: RuleContext, args: Any, kwargs: Any) -> Any:
-    args, kwargs = with_value(masker, args, kwargs, math.nan)
+def median(run: MaskContext, call: OpView, args: Any, kwargs: Any) -> Any:
+    args, kwargs = with_value(run, args, kwargs, math.nan)
     return getattr(torch.ops.aten.nanmedian, call.op.func._overloadname)(*args, **kwargs)
 
 
-@masked("prod", "cumprod", "all")
-def with_ones(masker: MaskedRun, call: RuleContext, args: Any, kwargs: Any) -> Any:
-    args, kwargs = with_value(masker, args, kwargs, 1.0)
-    return call.op.func(*args, **kwargs)
-
-
-@masked("mean", "nanmean")
-def masked_mean(masker: MaskedRun, call: RuleContext, args: Any, kwargs: Any) -> Any:
-    x, mask = args[0], subject(masker, args[0])
+def masked_mean(run: MaskContext, call: OpView, args: Any, kwargs: Any) -> Any:
+    x, mask = args[0], kept_elements(run, args[0])
     dims = call.dims(call.get("dim"), x.dim())
     return squeezed(kept_mean(x, mask, dims)[0], dims, bool(call.get("keepdim", False)))
 
 
-@masked("var", "std", "var_mean", "std_mean")
-def masked_variance(masker: MaskedRun, call: RuleContext, args: Any, kwargs: Any) -> Any:
-    x, mask = args[0], subject(masker, args[0])
-    name = call.op.func._schema.name
+def masked_variance(run: MaskContext, call: OpView, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
+    """The variance and the mean of kept elements."""
+    x, mask = args[0], kept_elements(run, args[0])
     dims = call.dims(call.get("dim"), x.dim())
     correction = call.get("correction")
     correction = (1 if call.get("unbiased", True) else 0) if correction is None else correction
     var, average = kept_variance(x, mask, dims, correction)
-    first = var.sqrt() if "std" in name else var
     keepdim = bool(call.get("keepdim", False))
-    out = squeezed(first, dims, keepdim)
-    return (out, squeezed(average, dims, keepdim)) if name.endswith("_mean") else out
+    return squeezed(var, dims, keepdim), squeezed(average, dims, keepdim)
+
+
+def masked_var(*given: Any) -> Tensor:
+    return masked_variance(*given)[0]
+
+
+def masked_std(*given: Any) -> Tensor:
+    return masked_variance(*given)[0].sqrt()
+
+
+def masked_std_mean(*given: Any) -> tuple[Tensor, Tensor]:
+    var, average = masked_variance(*given)
+    return var.sqrt(), average
+
+
+register("sum nansum norm linalg_vector_norm count_nonzero any", OpSpec(reduce, masked=with_zeros))
+register("prod all", OpSpec(reduce, masked=with_ones))
+register("mean nanmean", OpSpec(reduce, masked=masked_mean))
+register("amax logsumexp", OpSpec(reduce, masked=with_least))
+register("amin", OpSpec(reduce, masked=with_greatest))
+register("aminmax", OpSpec(reduce, masked=least_and_greatest))
+register("median", OpSpec(reduce, masked=median))
+register("var", OpSpec(spread, masked=masked_var))
+register("std", OpSpec(spread, masked=masked_std))
+register("var_mean", OpSpec(spread, masked=masked_variance))
+register("std_mean", OpSpec(spread, masked=masked_std_mean))
+register("max", OpSpec(extreme, masked=with_least))
+register("min", OpSpec(extreme, masked=with_greatest))
+register("cummax", OpSpec(running_extreme, masked=with_least))
+register("cummin", OpSpec(running_extreme, masked=with_greatest))
+register("argmax", OpSpec(place_of_extreme, masked=with_least))
+register("argmin", OpSpec(place_of_extreme, masked=with_greatest))
+register("mode kthvalue", OpSpec(by_rank))
+register("_softmax _log_softmax _safe_softmax _masked_softmax softmax log_softmax", OpSpec(normalise, masked=with_least))
+register("logcumsumexp", OpSpec(normalise, masked=with_least))
+register("cumsum renorm", OpSpec(normalise, masked=with_zeros))
+register("cumprod", OpSpec(normalise, masked=with_ones))
+register("topk sort argsort msort", OpSpec(ranked))
+register("glu", OpSpec(glu))
+register("_fft_r2c _fft_c2c _fft_c2r", OpSpec(fft))
+register("_cdist_forward _pdist_forward", OpSpec(distance, masked=with_zeros))

@@ -1,24 +1,76 @@
-"""Which arguments of which functions are sizes, and what they become. Methods and functions of one name share a handler.
+"""What rewrites of calls have in common: the rewriter as they see it, arguments that are sizes, and kept positions.
 
-A handler gets the rewriter and the old node and returns the new node, or None where nothing in it needs to change.
+A rewrite gets the rewriter and a node of the original program, and returns the new node, or None where nothing in it changes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
 
+from fxprune.passes.ir.program import CapturedProgram
+from fxprune.passes.ir.pytree import collect
+from fxprune.passes.ir.slices import TensorSlice
 from fxprune.passes.ir.tensor_ref import TensorRef
 
-if TYPE_CHECKING:
-    from fxprune.passes.rewrite.rewriter import Rewriter
+
+class RewriteContext(Protocol):
+    """What a rewrite may ask of the rewriter.
+
+    Attributes:
+        capture: the original program.
+        graph: the new one.
+        new: the node of the new graph for each one of the original.
+    """
+
+    capture: CapturedProgram
+    graph: fx.Graph
+    new: dict[fx.Node, fx.Node]
+    sliding: dict[int, int]
+
+    def result(self, node: Any) -> Any:
+        """What a node returned in the original; other values stand for themselves."""
+
+    def before(self, ref: TensorRef) -> tuple[int, ...]:
+        """The shape of a tensor in the original."""
+
+    def after(self, ref: TensorRef) -> tuple[int, ...]:
+        """The shape of a tensor in the pruned program."""
+
+    def cuts(self, ref: TensorRef) -> list[TensorSlice]:
+        """The slices that leave of a tensor what is kept."""
+
+    def positions(self, ref: TensorRef, dim: int) -> Tensor:
+        """The kept indices along a dimension."""
+
+    def size(self, given: Any, wanted: int) -> Any:
+        """A size argument that must come to `wanted`."""
+
+    def number_of(self, given: Any) -> Any:
+        """The original value of a number that may be computed in the graph."""
+
+    def argument(self, x: Any) -> Any:
+        """An argument that holds no sizes, in terms of the new graph."""
+
+    def constant(self, data: Tensor) -> fx.Node:
+        """A constant tensor of the new program."""
+
+    def gather(self, source: fx.Node, dim: int, positions: Tensor) -> fx.Node:
+        """`source` with the given positions of one dimension, in order."""
+
+    def permuted(self, source: fx.Node, ref: TensorRef, end: fx.Node, dim: int, order: Tensor) -> fx.Node:
+        """The result of the index map `order` (result index -> source index) among what is kept."""
+
+    def emit(self, node: fx.Node, args: Any, kwargs: Any, *, method: str | None = None) -> fx.Node:
+        """The node with other arguments, or as the call of a method."""
 
 
 def function_name(node: fx.Node) -> str:
-    """The name that has a handler: that of the method or function, also where the op itself is called (`aten.view.default`)."""
+    """The name of the method or function that a node calls, also where the op itself is called (`aten.view.default`)."""
     if node.op == "call_method":
         return str(node.target)
     if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aten":
@@ -31,7 +83,7 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
-def with_argument(r: Rewriter, node: fx.Node, position: int, name: str, value: Any) -> fx.Node:
+def with_argument(r: RewriteContext, node: fx.Node, position: int, name: str, value: Any) -> fx.Node:
     """The node carried over with one argument replaced (it is already in terms of the new graph)."""
     args = [r.argument(a) for a in node.args]
     kwargs = {k: r.argument(v) for k, v in node.kwargs.items()}
@@ -42,22 +94,66 @@ def with_argument(r: Rewriter, node: fx.Node, position: int, name: str, value: A
     return r.emit(node, args, kwargs)
 
 
-def resized(r: Rewriter, given: Sequence[Any], wanted: Sequence[int]) -> list[Any]:
+@dataclass(frozen=True, slots=True)
+class SizeArguments:
+    """Arguments of a function that are sizes of its result.
+
+    Attributes:
+        at: the position of the first one, or of a sequence of them.
+        keywords: the names that the sequence may have.
+        first: the dimension of the result that the first one belongs to, from the arguments by position and by name, the
+            number of dimensions of the result, and how many sizes are given.
+    """
+
+    at: int
+    keywords: tuple[str, ...] = ("size", "shape")
+    first: Callable[[Sequence[Any], Mapping[str, Any], int, int], int] = lambda args, kwargs, ndim, count: 0
+
+    def given(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Any], str]:
+        """The sizes, and how they are given: by which keyword, as a `sequence`, or `spread`."""
+        for name in self.keywords:
+            if name in kwargs:
+                return list(kwargs[name]), name
+        if len(args) > self.at and isinstance(args[self.at], tuple | list):
+            return list(args[self.at]), "sequence"
+        return list(args[self.at :]), "spread"
+
+    def numbered(self, args: Sequence[Any], kwargs: Mapping[str, Any], ndim: int) -> list[tuple[Any, int]]:
+        """Each size with the dimension of the result that it belongs to."""
+        sizes, _ = self.given(args, kwargs)
+        first = self.first(args, kwargs, ndim, len(sizes))
+        return [(size, first + i) for i, size in enumerate(sizes)]
+
+
+def resize_result(sizes: SizeArguments) -> Callable[[RewriteContext, fx.Node], fx.Node | None]:
+    """The rewrite of a function some arguments of which are sizes of its result."""
+
+    def rewrite(r: RewriteContext, node: fx.Node) -> fx.Node | None:
+        given, how = sizes.given(node.args, node.kwargs)
+        if any(isinstance(r.result(size), torch.dtype | tuple) for size in given):
+            return None  # `view(dtype)`, or the whole shape of another tensor
+        after = r.after(collect(r.result(node), TensorRef)[0])
+        numbered = sizes.numbered(node.args, node.kwargs, len(after))
+        new = [r.size(size, after[dim]) for size, dim in numbered]
+        args = [r.argument(a) for a in node.args]
+        kwargs = {k: r.argument(v) for k, v in node.kwargs.items() if k != how}
+        if how == "spread":
+            args[sizes.at :] = new
+        elif how == "sequence":
+            args[sizes.at] = tuple(new)
+        else:
+            kwargs[how] = tuple(new)
+        return r.emit(node, args, kwargs)
+
+    return rewrite
+
+
+def resized(r: RewriteContext, given: Sequence[Any], wanted: Sequence[int]) -> list[Any]:
     """Size arguments one by one; -1 stays where it can."""
     return [r.size(g, w) for g, w in zip(given, wanted, strict=True)]
 
 
-def sizes_after(r: Rewriter, node: fx.Node, start: int, name: str = "size") -> tuple[list[Any], bool]:
-    """The sizes among a node's arguments, given one by one or as one sequence, and whether as a sequence."""
-    if name in node.kwargs:
-        return list(node.kwargs[name]), True  # type: ignore[arg-type]
-    rest = node.args[start:]
-    if len(rest) == 1 and isinstance(rest[0], tuple | list):
-        return list(rest[0]), True
-    return list(rest), False
-
-
-def place(r: Rewriter, ref: TensorRef, dim: int) -> Tensor:
+def place(r: RewriteContext, ref: TensorRef, dim: int) -> Tensor:
     """Where each index of a dimension is among the kept ones; -1 for removed ones, which is an index for who wants any."""
     kept = r.positions(ref, dim)
     table = torch.full((r.before(ref)[dim],), -1)
@@ -67,16 +163,26 @@ def place(r: Rewriter, ref: TensorRef, dim: int) -> Tensor:
 
 def run_of(positions: Tensor) -> slice | None:
     """The slice that picks these positions, if they are consecutive."""
-    start, n = int(positions[0]), len(positions)
+    start, n = int(positions[0]) if len(positions) else 0, len(positions)
     return slice(start, start + n) if torch.equal(positions, torch.arange(start, start + n)) else None
 
 
-def picked(r: Rewriter, source: TensorRef, target: TensorRef, dim: int, out_dim: int, chosen: Tensor) -> Tensor:
+def picked(r: RewriteContext, source: TensorRef, target: TensorRef, dim: int, out_dim: int, chosen: Tensor) -> Tensor:
     """Kept positions in the source of the entries `chosen` (original indices) that the result keeps."""
     return place(r, source, dim)[chosen[r.positions(target, out_dim)]]
 
 
-def groups_left(r: Rewriter, ref: TensorRef, dim: int, groups: int) -> int:
+def groups_left(r: RewriteContext, ref: TensorRef, dim: int, groups: int) -> int:
     """How many of the groups of a dimension keep any entry."""
     kept = r.positions(ref, dim)
     return len(torch.unique(kept // (r.before(ref)[dim] // groups)))
+
+
+def spread_out(r: RewriteContext, narrow: fx.Node, ref: TensorRef, dim: int) -> fx.Node:
+    """A pruned tensor at its original width along a dimension, with zeros where entries were removed."""
+    kept = r.positions(ref, dim)
+    behind = len(r.before(ref)) - 1 - dim
+    with_zero = r.graph.call_function(torch.nn.functional.pad, (narrow, [0, 0] * behind + [0, 1]))
+    order = torch.full((r.before(ref)[dim],), len(kept))
+    order[kept] = torch.arange(len(kept))
+    return r.graph.call_method("index_select", (with_zero, dim, r.constant(order)))

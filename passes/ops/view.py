@@ -1,20 +1,46 @@
-"""Reshaping: dimensions are split and merged; only the part of the shape that a factor varies along is expanded."""
+"""Views: dimensions are permuted, split and merged; only the part of the shape that a factor varies along is expanded."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import fx
 
 from fxprune.passes.ir.labels import NONE, Factor, Labels, expand_along, factor
 from fxprune.passes.ops.call import RuleContext
-from fxprune.passes.ops.registry import handles, rule
-from fxprune.passes.ops.rewriting import argument, resized, sizes_after, with_argument
+from fxprune.passes.ops.registry import OpSpec, register
+from fxprune.passes.ops.rewriting import RewriteContext, SizeArguments, argument, resized
 
-if TYPE_CHECKING:
-    from fxprune.passes.rewrite.rewriter import Rewriter
+
+def moved(labels: Labels, order: Sequence[int]) -> Labels:
+    """Factors of a tensor whose dimensions were permuted: output dimension i was input dimension order[i]."""
+    place = {d: i for i, d in enumerate(order)}
+    return tuple(
+        [
+            f.at(place[f.major_to_minor[0]], len(place))
+            if len(f.major_to_minor) == 1
+            else Factor(f.labels.permute(tuple(order)), tuple(place[d] for d in f.major_to_minor))
+            for f in labels
+        ]
+    )
+
+
+def permute(call: RuleContext) -> Labels:
+    ndim = len(call.shape(call.first))
+    return moved(call.labels(call.first), [d % ndim for d in call["dims"]])
+
+
+def transpose(call: RuleContext) -> Labels:
+    ndim = len(call.shape(call.first))
+    if ndim < 2:
+        return call.labels(call.first)
+    order = list(range(ndim))
+    a, b = call.dim(call.get("dim0", 0), ndim), call.dim(call.get("dim1", 1), ndim)
+    order[a], order[b] = order[b], order[a]
+    return moved(call.labels(call.first), order)
 
 
 def segments(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
@@ -47,15 +73,6 @@ def segments(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int
     return runs
 
 
-@rule(
-    "aten::view",
-    "aten::_unsafe_view",
-    "aten::reshape",
-    "aten::_reshape_alias",
-    "aten::flatten",
-    "aten::unflatten",
-)
-@rule("aten::squeeze", "aten::unsqueeze", "aten::view_copy", "aten::squeeze_copy", "aten::unsqueeze_copy")
 def view(call: RuleContext) -> Labels:
     before, after = call.shape(call.first), call.shape(call.outputs[0])
     labels = call.labels(call.first)
@@ -120,27 +137,30 @@ def first(f: Factor, dims: Sequence[int]) -> int:
     return next(d for d in f.major_to_minor if d in dims)
 
 
-@handles("view", "reshape", "expand", "broadcast_to", "view_copy", "new_zeros", "new_ones", "new_empty", "_unsafe_view")
-def shape_of_result(r: Rewriter, node: fx.Node) -> fx.Node | None:
-    if any(isinstance(a, torch.dtype) for a in node.args[1:2]):
-        return None
-    key = next((k for k in ("size", "shape") if k in node.kwargs), "size")
-    given, packed = sizes_after(r, node, 1, key)
-    new = resized(r, given, r.after(r.result(node)))
-    rest = {k: r.argument(v) for k, v in node.kwargs.items() if k != key}
-    return r.emit(node, (r.new[node.args[0]], tuple(new)) if packed else (r.new[node.args[0]], *new), rest)  # type: ignore[index]
+def as_strided(call: RuleContext) -> Labels:
+    """The same elements in the same places, or anything at all: only the first is followed."""
+    shape, strides = call.shape(call.first), call["stride"]
+    contiguous = torch.empty(shape, device="meta").stride()
+    last = torch.empty(shape, device="meta").to(memory_format=torch.channels_last).stride() if len(shape) == 4 else contiguous
+    real = [d for d, n in enumerate(shape) if n > 1]
+    for expected in (contiguous, last):
+        if tuple(call["size"]) == shape and all(strides[d] == expected[d] for d in real) and not call.get("storage_offset"):
+            return call.labels(call.first)
+    call.freeze(call.labels(call.first), "is read by strides")
+    return NONE
 
 
-@handles("unflatten")
-def unflatten(r: Rewriter, node: fx.Node) -> fx.Node | None:
-    dim = argument(node, 1, "dim") % len(r.before(r.result(node.args[0])))
-    given = list(argument(node, 2, "sizes"))
-    wanted = r.after(r.result(node))[dim : dim + len(given)]
-    return with_argument(r, node, 2, "sizes", tuple(resized(r, given, wanted)))
+def view_complex(call: RuleContext) -> Labels:
+    """The pair of real and imaginary parts is a dimension of its own at the end."""
+    before, after = len(call.shape(call.first)), len(call.shape(call.outputs[0]))
+    labels = call.labels(call.first)
+    if after > before:
+        return tuple(Factor(f.labels.unsqueeze(-1), f.major_to_minor) for f in labels)
+    passed = call.freeze_dims(labels, [before - 1], "is the pair of real and imaginary parts")
+    return tuple(Factor(f.labels.squeeze(-1), f.major_to_minor) for f in passed)
 
 
-@handles("as_strided")
-def strides_of_result(r: Rewriter, node: fx.Node) -> fx.Node | None:
+def strides_of_result(r: RewriteContext, node: fx.Node) -> fx.Node | None:
     """Followed only where every element stays at its place, in one of the two usual orders."""
     after, before = r.after(r.result(node)), r.before(r.result(node))
     given, strides = list(argument(node, 1, "size")), tuple(argument(node, 2, "stride"))
@@ -148,3 +168,23 @@ def strides_of_result(r: Rewriter, node: fx.Node) -> fx.Node | None:
     order = torch.contiguous_format if plain else torch.channels_last
     now = torch.empty(after, device="meta").to(memory_format=order).stride()
     return r.emit(node, (r.new[node.args[0]], tuple(resized(r, given, after)), now), {})  # type: ignore[index]
+
+
+def dimension_split(args: Sequence[Any], kwargs: Mapping[str, Any], ndim: int, count: int) -> int:
+    """The dimension of the result at which `unflatten` begins to write its sizes."""
+    dim: int = args[1] if len(args) > 1 else kwargs["dim"]
+    return dim % (ndim - count + 1)
+
+
+VIEW = OpSpec(view, moves=True, views=True)
+register("view reshape _unsafe_view view_copy", dataclasses.replace(VIEW, sizes=SizeArguments(1)))
+register("unflatten", dataclasses.replace(VIEW, sizes=SizeArguments(2, ("sizes",), dimension_split)))
+register("_reshape_alias flatten squeeze unsqueeze squeeze_copy unsqueeze_copy", VIEW)
+register("permute permute_copy", OpSpec(permute, moves=True, views=True), functions="movedim moveaxis")
+register(
+    "t transpose numpy_T mT swapaxes t_copy adjoint transpose_copy",
+    OpSpec(transpose, moves=True, views=True),
+    functions="swapdims",
+)
+register("as_strided", OpSpec(as_strided, strides_of_result, moves=True, views=True))
+register("view_as_real view_as_complex", OpSpec(view_complex, moves=True, views=True))

@@ -8,7 +8,7 @@ import torch
 
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.tensor_ref import TensorRef
-from fxprune.passes.ops.layers import changed_attributes, table_of
+from fxprune.passes.rewrite.layer_table import changed_attributes, table_of
 from fxprune.passes.rewrite.pruned_shapes import PrunedShapes
 
 

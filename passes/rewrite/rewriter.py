@@ -22,9 +22,8 @@ from fxprune.passes.ir.program import CapturedProgram, Guard, Waiver, select_by_
 from fxprune.passes.ir.pytree import collect, map_tensors
 from fxprune.passes.ir.slices import Slicer
 from fxprune.passes.ir.tensor_ref import TensorRef
-from fxprune.passes.ops.registry import HANDLERS
-from fxprune.passes.ops.rewriting import function_name
-from fxprune.passes.ops.sliding_windows import slid, sliding
+from fxprune.passes.ops.convolution import slid, sliding
+from fxprune.passes.ops.registry import find_node
 from fxprune.passes.rewrite.graph_editor import GraphEditor
 from fxprune.passes.rewrite.guards import describe, holds
 from fxprune.passes.rewrite.layer_attributes import LayerAttributes
@@ -157,9 +156,9 @@ class Rewriter:
         wide = slid(self, node) if changed else None
         if wide is not None:
             return wide
-        handler = HANDLERS.get(function_name(node)) if changed and node.op != "output" else None
-        if handler is not None:
-            made = handler(self, node)
+        rewrite = find_node(node).rewrite if changed else None
+        if rewrite is not None:
+            made = rewrite(self, node)
             if made is not None:
                 return self.as_copy(node, made)
         result = self.capture.results.get(node)

@@ -25,8 +25,8 @@ from fxprune.passes.ir.op_trace import OpCall, written_by
 from fxprune.passes.ir.pytree import collect, map_tensors
 from fxprune.passes.ir.slices import Slicer
 from fxprune.passes.ir.tensor_ref import TensorRef
-from fxprune.passes.ops.call import RuleContext
-from fxprune.passes.ops.registry import load, masked_form
+from fxprune.passes.ops.call import OpView, RuleContext
+from fxprune.passes.ops.registry import find
 
 
 class MaskedRun(Recorder):
@@ -44,7 +44,6 @@ class MaskedRun(Recorder):
         self, names: dict[int, str], leaves: Mapping[str, Labels], kept: Tensor, heads: bool, fates: Tensor | None = None
     ) -> None:
         super().__init__(names)
-        load()
         self.leaf_labels = leaves
         self.kept, self.given = kept, len(kept)
         self.settled = torch.ones(len(kept), dtype=torch.bool)
@@ -97,12 +96,11 @@ class MaskedRun(Recorder):
         before = len(self.op_trace.ops)
         in_args, in_kwargs = map_tensors(args, self.ref), map_tensors(kwargs, self.ref)
         refs = collect((in_args, in_kwargs), TensorRef)
-        function = masked_form(func._schema.name)
-        if function is not None and any(map(self.removed_from, refs)):
-            shell = RuleContext(
-                OpCall(func, in_args, in_kwargs, (), -1), self.op_trace, self.labels, self.constraints, self.heads, set()
-            )
-            out = function(self, shell, args, kwargs)
+        form = find(func).masked
+        if form is not None and any(map(self.removed_from, refs)):
+            out = form(self, OpView(OpCall(func, in_args, in_kwargs, (), -1), self.op_trace), args, kwargs)
+            if func._schema.name.endswith("_"):  # it writes to its first argument
+                out = args[0].copy_(out)
             produced = super().__torch_dispatch__(lambda *a, **k: out, types, args, kwargs)
             self.op_trace.ops[-1] = OpCall(func, in_args, in_kwargs, self.op_trace.ops[-1].outs, -1)
         else:

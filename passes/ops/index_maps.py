@@ -1,0 +1,164 @@
+"""Index maps of any kind: labels, and what a call becomes, are found by running the op itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxprune.passes.ir.labels import NONE, Factor, Labels, expand_along, factor
+from fxprune.passes.ir.slices import apply_slices
+from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ops.call import RuleContext
+from fxprune.passes.ops.masking import with_zeros
+from fxprune.passes.ops.registry import OpSpec, register
+from fxprune.passes.ops.rewriting import RewriteContext, spread_out
+from fxprune.passes.ops.unify import unify
+
+
+def movement(call: RuleContext) -> Labels | list[Labels]:
+    """The op is run on each factor, laid out in full."""
+    if len(call.inputs) != 1 or len(call.outputs) != 1:
+        return call.freeze_inputs("is moved by an op of several tensors")
+    return tuple(g for f in call.labels(call.first) for g in call.settle(moved_factor(call, f)))
+
+
+def moved_factor(call: RuleContext, f: Factor) -> Factor:
+    if len(f.major_to_minor) > 1:
+        call.constraints.same_columns(f)
+    full = expand_along(f, call.shape(call.first), range(f.labels.dim())).contiguous()
+    moved = factor(on_numbers(lambda t: call.op.func(t, *call.op.args[1:], **call.op.kwargs), full))
+    call.constraints.keep_rows_equal(moved)
+    return moved
+
+
+def diagonal(call: RuleContext) -> Labels:
+    """Entries with the same index along two dimensions, which becomes the last one: both keep the same of them."""
+    ndim = len(call.shape(call.first))
+    dims = call.dim(call.get("dim1", 0), ndim), call.dim(call.get("dim2", 1), ndim)
+    labels = call.labels(call.first)
+    if call.get("offset", 0):  # which would have to change with what is removed before it
+        labels = call.freeze_dims(labels, dims, "is beside a diagonal")
+    sides: list[Labels] = []
+    for dim, other in (dims, dims[::-1]):
+        mine = tuple(f for f in labels if dim in f.dims and other not in f.dims)
+        sides.append(tuple(moved_factor(call, f) for f in mine))
+    rest = tuple(moved_factor(call, f) for f in labels if (dims[0] in f.dims and dims[1] in f.dims) or not f.dims & set(dims))
+    shape = call.shape(call.outputs[0])
+    return (*unify(call, sides[0], shape, sides[1], shape), *(g for f in rest for g in call.settle(f)))
+
+
+def pixel_shuffle(call: RuleContext) -> Labels:
+    """(*, C r r, H, W) -> (*, C, H r, W r): all that makes up a channel goes together."""
+    result: Labels = NONE
+    for f in call.labels(call.first):
+        g = moved_factor(call, f)
+        result += call.collapse(g, [d for d in g.major_to_minor if d not in f.dims])
+    return result
+
+
+def diag_embed(call: RuleContext) -> Labels:
+    """(*, n) -> (*, n, n): a channel takes its row and its column with it."""
+    n = len(call.shape(call.first))
+    if {call.get("dim1", -2) % (n + 1), call.get("dim2", -1) % (n + 1)} != {n - 1, n} or call.get("offset", 0):
+        call.freeze(call.labels(call.first), "is laid along another diagonal")
+        return NONE
+    result: Labels = NONE
+    for f in call.labels(call.first):
+        result += (factor(f.labels.unsqueeze(n), f.major_to_minor),)
+        if n - 1 in f.dims:
+            result += (factor(f.labels.unsqueeze(n - 1), tuple(n if d == n - 1 else d for d in f.major_to_minor)),)
+    return result
+
+
+def im2col(call: RuleContext) -> Labels:
+    """(N, C, H, W) -> (N, C * kernel, L): each channel becomes a run of kernel entries."""
+    shape = call.shape(call.first)
+    channels = len(shape) - 3
+    kernel = call["kernel_size"][0] * call["kernel_size"][1]
+    result: list[Factor] = []
+    for f in call.freeze_dims(call.labels(call.first), range(channels + 1, len(shape)), "is a spatial dimension"):
+        labels = f.labels.repeat_interleave(kernel, channels) if channels in f.dims else f.labels
+        result.append(factor(labels.squeeze(-1), f.major_to_minor))
+    return tuple(result)
+
+
+def col2im(call: RuleContext) -> Labels:
+    """(N, C * kernel, L) -> (N, C, H, W): the entries of one channel's kernel are summed."""
+    shape = call.shape(call.first)
+    channels = len(shape) - 2
+    kernel = call["kernel_size"][0] * call["kernel_size"][1]
+    result: list[Factor] = []
+    for f in call.freeze_dims(call.labels(call.first), [channels + 1], "is a spatial dimension"):
+        labels = f.labels
+        if channels in f.dims:
+            labels = labels.unflatten(channels, (-1, kernel))
+            head = labels.narrow(channels + 1, 0, 1)
+            call.constraints.tie(labels, head, broadcast=True)
+            labels = head.squeeze(channels + 1)
+        result += call.settle(factor(labels.unsqueeze(-1), f.major_to_minor), "is a window, the entries of which are summed")
+    return tuple(result)
+
+
+def on_numbers(run: Callable[[Tensor], Tensor], whole: Tensor) -> Tensor:
+    """A movement of integers; as floating numbers, where the op takes no others."""
+    try:
+        return run(whole)
+    except Exception:
+        return run(whole.double()).long()
+
+
+def moved_call(r: RewriteContext, node: fx.Node) -> fx.Node | None:
+    """A call of such an op among what is kept.
+
+    (1) It stays where it commutes with cutting. (2) Where one dimension is reordered it is one gather. (3) Else what is gone
+    is filled up with zeros, moved, and cut out again.
+    """
+    source, target = r.result(node.args[0]), r.result(node)
+    if not isinstance(source, TensorRef) or not isinstance(target, TensorRef):
+        return None
+    args, kwargs = fx.node.map_arg((node.args[1:], dict(node.kwargs)), lambda n: r.capture.results[n])
+
+    def run(tensor: Tensor) -> Tensor:
+        function: Any = getattr(Tensor, str(node.target)) if node.op == "call_method" else node.target
+        return on_numbers(lambda t: function(t, *args, **kwargs), tensor)
+
+    shape = r.before(source)
+    places = torch.arange(math.prod(shape)).reshape(shape)
+    whole = run(places)
+    if commutes(run, apply_slices(r.cuts(source), places), apply_slices(r.cuts(target), whole)):  # (1)
+        return None
+    dims = {d for cut in r.cuts(source) for d in cut.dims}
+    if len(dims) == 1 and places.dim() == whole.dim():  # (2)
+        dim = dims.pop()
+        stride = math.prod(shape[dim + 1 :])
+        first = whole[tuple(slice(None) if d == dim else 0 for d in range(whole.dim()))]
+        order = first // stride % shape[dim]
+        if torch.equal(places.index_select(dim, order), whole):
+            made = r.permuted(node.args[0], source, node, dim, order)  # type: ignore[arg-type]
+            return r.graph.call_method("clone", (made,)) if made is r.new[node.args[0]] else made  # type: ignore[index]
+    made = r.new[node.args[0]]  # type: ignore[index]
+    for dim in sorted({d for cut in r.cuts(source) for d in cut.dims}):
+        made = spread_out(r, made, source, dim)
+    made = r.emit(node, (made, *r.argument(tuple(node.args[1:]))), r.argument(dict(node.kwargs)))
+    for dim in sorted({d for cut in r.cuts(target) for d in cut.dims}):
+        made = r.graph.call_method("index_select", (made, dim, r.constant(r.positions(target, dim))))
+    return made
+
+
+def commutes(run: Callable[[Tensor], Tensor], few: Tensor, wanted: Tensor) -> bool:
+    try:
+        return torch.equal(run(few.contiguous()), wanted)
+    except Exception:  # its arguments only suit the whole
+        return False
+
+
+register("diagonal", OpSpec(diagonal, moves=True))
+register("unfold pixel_unshuffle rot90", OpSpec(movement, moves=True))
+register("pixel_shuffle", OpSpec(pixel_shuffle, moves=True))
+register("diag_embed", OpSpec(diag_embed))
+register("im2col", OpSpec(im2col))
+register("col2im", OpSpec(col2im, masked=with_zeros))
