@@ -14,6 +14,7 @@ import torch
 from fxprune.passes.coupling.solver import chained, components
 from fxprune.passes.ir.constraints import Constraints, row
 from fxprune.passes.ir.labels import Factor, Labels, along, factor
+from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.pytree import collect
 from fxprune.passes.ir.tensor_ref import TensorRef
@@ -31,6 +32,9 @@ def leaf_labels(captures: Sequence[CapturedProgram]) -> tuple[dict[str, Labels],
     for capture in captures:
         groups.update(grouped_weights(capture))
         shapes.update({v.name: v.shape for v in capture.op_trace.values if v.name is not None})
+    prefix = captures[0].prefix
+    order = {name.removeprefix(prefix): i for i, (name, _) in enumerate(named_tensors(captures[0].root))}
+    shapes = dict(sorted(shapes.items(), key=lambda item: order.get(item[0], len(order))))  # as the model has them
     leaves: dict[str, Labels] = {}
     size = 1
     numbers = np.arange(1 + sum(sum(s) * groups.get(n, 1) for n, s in shapes.items()))  # each line is a piece of this

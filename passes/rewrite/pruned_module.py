@@ -155,3 +155,14 @@ def adopt(made: nn.Module, root: nn.Module, targets: Iterable[str]) -> None:
             target.register_buffer(name, value, persistent=name not in source._non_persistent_buffers_set)
         else:
             setattr(target, name, value)
+    for source, target in pairs.values():
+        if source is not target:
+            for kind in ("_parameters", "_buffers", "_modules"):
+                keep_order(vars(source)[kind], vars(target)[kind])
+
+
+def keep_order(wanted: Iterable[str], held: dict[str, Any]) -> None:
+    """Move the entries of a dictionary into the order of those names."""
+    for name in wanted:
+        if name in held:
+            held[name] = held.pop(name)
