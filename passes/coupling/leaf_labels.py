@@ -6,7 +6,7 @@ for each row, so that a shared per-dimension parameter (a query norm, a rotary t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -32,9 +32,7 @@ def leaf_labels(captures: Sequence[CapturedProgram]) -> tuple[dict[str, Labels],
     for capture in captures:
         groups.update(grouped_weights(capture))
         shapes.update({v.name: v.shape for v in capture.op_trace.values if v.name is not None})
-    prefix = captures[0].prefix
-    order = {name.removeprefix(prefix): i for i, (name, _) in enumerate(named_tensors(captures[0].root))}
-    shapes = dict(sorted(shapes.items(), key=lambda item: order.get(item[0], len(order))))  # as the model has them
+    shapes = {name: shapes[name] for name in in_order(captures[0], shapes)}
     leaves: dict[str, Labels] = {}
     size = 1
     numbers = np.arange(1 + sum(sum(s) * groups.get(n, 1) for n, s in shapes.items()))  # each line is a piece of this
@@ -53,6 +51,15 @@ def leaf_labels(captures: Sequence[CapturedProgram]) -> tuple[dict[str, Labels],
                 size += n
         leaves[name] = tuple(made)
     return leaves, size
+
+
+def in_order(capture: CapturedProgram, names: Iterable[str]) -> list[str]:
+    """Names of tensors, module by module as they are met, and as the model has them within each module."""
+    owners: dict[str, int] = {}
+    for name in names:
+        owners.setdefault(name.rpartition(".")[0], len(owners))
+    places = {name.removeprefix(capture.prefix): i for i, (name, _) in enumerate(named_tensors(capture.root))}
+    return sorted(names, key=lambda name: (owners[name.rpartition(".")[0]], places.get(name, len(places))))
 
 
 def grouped_weights(capture: CapturedProgram) -> dict[str, int]:

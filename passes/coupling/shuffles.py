@@ -20,9 +20,9 @@ def gather_regions(capture: CapturedProgram, labels: dict[int, Labels]) -> dict[
     """For each node inside a region, the node that ends it."""
     found: dict[fx.Node, fx.Node] = {}
     for node in capture.graph.nodes:
-        if node in found or not is_step(node):
+        if node in found or not is_step(capture, node):
             continue
-        chain = follow(node)
+        chain = follow(capture, node)
         for length in range(len(chain), 1, -1):
             if permutes_channels(capture, labels, chain[:length]):
                 found.update(dict.fromkeys(chain[:length], chain[length - 1]))
@@ -30,17 +30,18 @@ def gather_regions(capture: CapturedProgram, labels: dict[int, Labels]) -> dict[
     return found
 
 
-def is_step(node: fx.Node) -> bool:
-    """Whether a node only moves the elements of its first argument."""
-    return find_node(node).moves and bool(node.args)
+def is_step(capture: CapturedProgram, node: fx.Node) -> bool:
+    """Whether a node only moves the elements of its first argument, the only tensor it is given."""
+    tensors = [n for n in node.all_input_nodes if isinstance(capture.results.get(n), TensorRef)]
+    return find_node(node).moves and len(tensors) == 1 and node.args[:1] == (tensors[0],)
 
 
-def follow(node: fx.Node) -> list[fx.Node]:
+def follow(capture: CapturedProgram, node: fx.Node) -> list[fx.Node]:
     """The chain of single-use steps that starts at a node; nothing else may ask for what is in between, not even its size."""
     chain = [node]
     while True:
         users = list(chain[-1].users)
-        if len(users) != 1 or not is_step(users[0]) or users[0].args[0] is not chain[-1]:
+        if len(users) != 1 or not is_step(capture, users[0]) or users[0].args[0] is not chain[-1]:
             return chain
         chain.append(users[0])
 
