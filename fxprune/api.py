@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import Tensor, fx, nn
 
 from fxprune.criteria.base import Criterion
+from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
 from fxprune.options import Attention, Freeze, Options, Ratio, Scopes, Verify
 from fxprune.passes.coupling.families import families
@@ -88,35 +89,36 @@ def prune(
 
     Raises: PruneError for anything that cannot be done; nothing has changed then.
     """
-    options = Options.parse(
-        model,
-        ratio=ratio,
-        params=params,
-        macs=macs,
-        memory=memory,
-        latency=latency,
-        criterion=criterion,
-        data=data,
-        loss=loss,
-        ranking=ranking,
-        scopes=scopes,
-        floor=floor,
-        freeze=freeze,
-        release=release,
-        round_to=round_to,
-        attention=attention,
-        verify=verify,
-    )
-    inputs = ExampleInputs.parse(example_inputs).check(model, weights=options.needs_weights or same_class)
-    compilation = Compilation(model, inputs, options.coupling)
-    with options.uncollected():
-        choice = compilation.choose(options)  # capture, couple, score, select
-        pruned = compilation.emit(choice)  # rewrite, slice
-        if not options.verifies(model):
-            del choice  # most of it is freed now, before the collector looks through what is left
-    if options.verifies(model):
-        pruned = compilation.verify(pruned, choice)
-    return compilation.restore_class(pruned) if same_class else pruned
+    with entry_point(model) as model:
+        options = Options.parse(
+            model,
+            ratio=ratio,
+            params=params,
+            macs=macs,
+            memory=memory,
+            latency=latency,
+            criterion=criterion,
+            data=data,
+            loss=loss,
+            ranking=ranking,
+            scopes=scopes,
+            floor=floor,
+            freeze=freeze,
+            release=release,
+            round_to=round_to,
+            attention=attention,
+            verify=verify,
+        )
+        inputs = ExampleInputs.parse(example_inputs).check(model, weights=options.needs_weights or same_class)
+        compilation = Compilation(model, inputs, options.coupling)
+        with options.uncollected():
+            choice = compilation.choose(options)  # capture, couple, score, select
+            pruned = compilation.emit(choice)  # rewrite, slice
+            if not options.verifies(model):
+                del choice  # most of it is freed now, before the collector looks through what is left
+        if options.verifies(model):
+            pruned = compilation.verify(pruned, choice)
+        return compilation.restore_class(pruned) if same_class else pruned
 
 
 def couple(
@@ -136,14 +138,15 @@ def couple(
 
     Arguments: as for `prune`; the model may be on the meta device, however large it is. Raises: PruneError.
     """
-    options = Options.parse(model, freeze=freeze, release=release, attention=attention)
-    inputs = ExampleInputs.parse(example_inputs).check(model, weights=False)
-    compilation = Compilation(model, inputs, options.coupling)
-    solution = compilation.couple_for_good()
-    found = families(solution, set(named_parameters(model)))
-    for capture in solution.captures:
-        capture.given.clear()  # nothing is tried any more
-    return Coupling(type(model).__name__, found, solution, compilation.tensors)
+    with entry_point(model) as model:
+        options = Options.parse(model, freeze=freeze, release=release, attention=attention)
+        inputs = ExampleInputs.parse(example_inputs).check(model, weights=False)
+        compilation = Compilation(model, inputs, options.coupling)
+        solution = compilation.couple_for_good()
+        found = families(solution, set(named_parameters(model)))
+        for capture in solution.captures:
+            capture.given.clear()  # nothing is tried any more
+        return Coupling(type(model).__name__, found, solution, compilation.tensors)
 
 
 def verify(model: nn.Module, pruned: fx.GraphModule, example_inputs: Any, *, sizes: bool = True) -> Verification:
@@ -157,8 +160,9 @@ def verify(model: nn.Module, pruned: fx.GraphModule, example_inputs: Any, *, siz
 
     Returns: the largest relative error and what was compared.
     """
-    plan = plan_of(pruned)
-    compilation = Compilation.of_plan(model, plan, example_inputs)
-    choice, given = compilation.choice_of(plan), ExampleInputs.parse(example_inputs)
-    leaves, heads = choice.solution.leaves, plan.coupling_options.heads
-    return compare(model, pruned, leaves, choice.kept, heads, given.args, given.kwargs, sizes=sizes)
+    with entry_point(model) as model:
+        plan = plan_of(pruned)
+        compilation = Compilation.of_plan(model, plan, example_inputs)
+        choice, given = compilation.choice_of(plan), ExampleInputs.parse(example_inputs)
+        leaves, heads = choice.solution.leaves, plan.coupling_options.heads
+        return compare(model, pruned, leaves, choice.kept, heads, given.args, given.kwargs, sizes=sizes)

@@ -24,7 +24,7 @@ from fxprune.passes.capture.opaque import OPERATORS
 from fxprune.passes.coupling.couple import couple_channels
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import private_copy
+from fxprune.passes.ir.module_tree import private_copy, set_mode
 from fxprune.passes.ir.pytree import collect
 from fxprune.passes.ir.quiet import unobserved
 from fxprune.passes.rewrite.pruned_module import PrunedModule
@@ -43,7 +43,7 @@ def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs)
     """A pruned model in the original's own class; raises PruneError where it does not compute the same."""
     plan = plan_of(pruned)
     with unobserved(model):
-        whole = capture_program(private_copy(model).eval(), inputs.args, inputs.kwargs, whole=True)
+        whole = capture_program(set_mode(private_copy(model), False), inputs.args, inputs.kwargs, whole=True)
         solution = couple_channels([whole], plan.coupling_options)
         made, known = shrink_class(model, solution, kept_labels(plan, solution))
         mode = pruned.training

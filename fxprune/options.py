@@ -71,7 +71,6 @@ class Options:
         **others: Any,
     ) -> Options:
         """Options from the arguments of a public function; `others` are attributes. Raises PruneError."""
-        check_model(model)
         check_ratio(DEFAULT_RATIO if ratio is None else ratio)
         check_attention(attention)
         budget = budget_of({"params": params, "macs": macs, "memory": memory, "latency": latency})
@@ -115,11 +114,6 @@ class Options:
     def uncollected(self) -> contextlib.AbstractContextManager[None]:
         """Put the garbage collector off for the time of a selection, unless it runs the model."""
         return contextlib.nullcontext() if self.runs_the_model else uncollected()
-
-
-def check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise PruneError(f"model is of type {type(model).__name__}, not a torch.nn.Module", fix="pass the module itself")
 
 
 def check_ratio(ratio: Any) -> None:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.batch_guards import Recompiled, for_any_batch
+from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs, device_of, random_inputs
 from fxprune.model_class import restore_class
-from fxprune.options import Options, check_model
+from fxprune.options import Options
 from fxprune.passes.coupling.analysis import analyse, describe_capture
 from fxprune.passes.coupling.families import families
 from fxprune.passes.coupling.solution import Solution
@@ -51,7 +52,8 @@ class Plan(PlanData):
 
         Raises: PruneError if the plan does not fit the model.
         """
-        return Compilation.of_plan(model, self, example_inputs).apply(self)
+        with entry_point(model) as model:
+            return Compilation.of_plan(model, self, example_inputs).apply(self)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,7 +111,6 @@ class Compilation:
         frozen_modules: Mapping[str, str] | None = None,
     ) -> Compilation:
         """A compilation in which a plan can be applied to a model of the architecture that it was made for."""
-        check_model(model)
         plan.check(model)
         given = random_inputs(plan.inputs, device_of(model)) if example_inputs is None else ExampleInputs.parse(example_inputs)
         inputs = given.check(model)

@@ -19,7 +19,7 @@ from fxprune.criteria.activation_stats import Moments, watched, wide
 from fxprune.criteria.base import label
 from fxprune.passes.capture.patches import visible
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import copy_tree, named_tensors
+from fxprune.passes.ir.module_tree import copy_tree, named_tensors, set_mode
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.pytree import collect, map_tensors
 
@@ -144,7 +144,7 @@ def prepared(model: nn.Module, data: Any, loss: Any, criterion: object, captures
         elif not tensor.is_leaf:
             swap[id(tensor)] = tensor.detach().clone()
     learned = {name: p for name, p in parameters.items() if p.requires_grad}
-    copy = copy_tree(model, swap).eval()
+    copy = set_mode(copy_tree(model, swap), False)
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     with torch.random.fork_rng(devices=devices), torch.enable_grad(), visible():
         yield Source(copy, learned, data, loss, criterion, captures)

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from fxprune.criteria.base import CriterionOptions
 from fxprune.criteria.parameter_roles import roles
 from fxprune.criteria.scorer import Scorer
+from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
 from fxprune.options import Attention, Freeze, Options, Verify
 from fxprune.passes.coupling.families import families
@@ -46,7 +47,8 @@ def masked(model: nn.Module, plan: PlanData) -> nn.Module:
 
     Raises: PruneError if the plan is for another model.
     """
-    return zeroed(model, plan.masks(model))
+    with entry_point(model) as model:
+        return zeroed(model, plan.masks(model))
 
 
 def zeroed(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
@@ -156,11 +158,12 @@ def prune_zeros(
 
     Arguments: as for `prune`. Raises: PruneError where no unit is zero.
     """
-    options = Options.parse(model, freeze=freeze, release=release, attention=attention, verify=verify)
-    compilation = Compilation(model, ExampleInputs.parse(example_inputs).check(model), options.coupling)
-    choice = compilation.choose_by(lambda solution: zero_units(model, solution))
-    pruned = compilation.emit(choice)
-    return compilation.verify(pruned, choice) if options.verifies(model) else pruned
+    with entry_point(model) as model:
+        options = Options.parse(model, freeze=freeze, release=release, attention=attention, verify=verify)
+        compilation = Compilation(model, ExampleInputs.parse(example_inputs).check(model), options.coupling)
+        choice = compilation.choose_by(lambda solution: zero_units(model, solution))
+        pruned = compilation.emit(choice)
+        return compilation.verify(pruned, choice) if options.verifies(model) else pruned
 
 
 def zero_units(model: nn.Module, solution: Solution) -> tuple[Tensor, Slicer]:

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
 from fxprune.criteria.base import Criterion
+from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
 from fxprune.iterative.history import History, HistoryStep
 from fxprune.iterative.masking import hold, masked, muted
@@ -19,6 +20,7 @@ from fxprune.iterative.planner import Planner, View
 from fxprune.iterative.proposal import Proposal, StepChoice
 from fxprune.iterative.regularizers import Regularizer, Spans, find, spans_of
 from fxprune.iterative.schedules import Schedule, asked, part_of, shares
+from fxprune.model_kinds import unwrapped
 from fxprune.options import Attention, Freeze, Options, Ratio, Scopes, Verify
 from fxprune.passes.errors import PruneError
 from fxprune.pipeline import Choice, Compilation
@@ -89,43 +91,44 @@ class Pruner:
         regularizer: str | Regularizer = "group_lasso",
         mask: Literal["hold", "soft"] | None = None,
     ) -> None:
-        options = Options.parse(
-            model,
-            ratio=ratio,
-            params=params,
-            macs=macs,
-            memory=memory,
-            latency=latency,
-            criterion=criterion,
-            data=data,
-            loss=loss,
-            ranking=ranking,
-            scopes=scopes,
-            floor=floor,
-            freeze=freeze,
-            release=release,
-            round_to=round_to,
-            attention=attention,
-            verify=verify,
-        )
-        self._shares = shares(schedule, steps)
-        self._regularizer = find(regularizer)
-        if mask not in (None, "hold", "soft"):
-            raise PruneError(f"mask must be 'hold', 'soft' or None, not {mask!r}", fix="mask='hold'")
-        inputs = ExampleInputs.parse(example_inputs).check(model)
-        self._options, self._mask = options, mask
-        self._original = self.model = model
-        self._compilation = Compilation(model, inputs, options.coupling)
-        self._planner = Planner(self._compilation, options)
-        self._gone = np.zeros(len(self._planner.unit_of), bool)
-        self._choice = self._settled(self._gone, np.zeros(len(self._gone)))
-        self.plan = self._compilation.plan(self._choice)
-        self._view = View(self.plan)
-        self.history = History()
-        self._move: Move | None = None
-        self._spans: Spans | None = None
-        self._marked: np.ndarray | None = None
-        self._calls = 0
+        with entry_point(model) as model:
+            options = Options.parse(
+                model,
+                ratio=ratio,
+                params=params,
+                macs=macs,
+                memory=memory,
+                latency=latency,
+                criterion=criterion,
+                data=data,
+                loss=loss,
+                ranking=ranking,
+                scopes=scopes,
+                floor=floor,
+                freeze=freeze,
+                release=release,
+                round_to=round_to,
+                attention=attention,
+                verify=verify,
+            )
+            self._shares = shares(schedule, steps)
+            self._regularizer = find(regularizer)
+            if mask not in (None, "hold", "soft"):
+                raise PruneError(f"mask must be 'hold', 'soft' or None, not {mask!r}", fix="mask='hold'")
+            inputs = ExampleInputs.parse(example_inputs).check(model)
+            self._options, self._mask = options, mask
+            self._original = self.model = model
+            self._compilation = Compilation(model, inputs, options.coupling)
+            self._planner = Planner(self._compilation, options)
+            self._gone = np.zeros(len(self._planner.unit_of), bool)
+            self._choice = self._settled(self._gone, np.zeros(len(self._gone)))
+            self.plan = self._compilation.plan(self._choice)
+            self._view = View(self.plan)
+            self.history = History()
+            self._move: Move | None = None
+            self._spans: Spans | None = None
+            self._marked: np.ndarray | None = None
+            self._calls = 0
 
     @property
     def done(self) -> bool:
@@ -161,22 +164,23 @@ class Pruner:
             what = f"all {len(self._shares)} steps were taken" if len(self._shares) > 1 else "the only step was taken"
             raise PruneError(what, fix="steps= says how many there are; pruner.done tells when to stop")
         number = len(self.history)
-        present = self.model if model is None else model
-        chosen = self._chosen(present, number)
-        while not interactive and self._fails(self._settled(chosen.wanted, chosen.score)):
-            chosen = self._chosen(present, number)
 
         def take(removed: np.ndarray) -> nn.Module:
             if len(self.history) != number:
                 raise PruneError("this step was taken already", fix="a new proposal: pruner.step(interactive=True)")
-            choice = self._settled(removed, chosen.score)
-            if interactive and self._fails(choice):
-                path, why = list(self._compilation.frozen_modules.items())[-1]
-                what = f"the proposal cuts {path}, which {why}"
-                raise PruneError(what, where=path, fix="a new proposal: pruner.step(interactive=True)")
-            return self._take(present, removed, choice)
+            with entry_point(present):
+                choice = self._settled(removed, chosen.score)
+                if interactive and self._fails(choice):
+                    path, why = list(self._compilation.frozen_modules.items())[-1]
+                    what = f"the proposal cuts {path}, which {why}"
+                    raise PruneError(what, where=path, fix="a new proposal: pruner.step(interactive=True)")
+                return self._take(present, removed, choice)
 
-        return Proposal(chosen, self._planner.pools(), take) if interactive else take(chosen.wanted)
+        with entry_point(self.model if model is None else model) as present:
+            chosen = self._chosen(present, number)
+            while not interactive and self._fails(self._settled(chosen.wanted, chosen.score)):
+                chosen = self._chosen(present, number)
+            return Proposal(chosen, self._planner.pools(), take) if interactive else take(chosen.wanted)
 
     def _chosen(self, present: nn.Module, number: int) -> StepChoice:
         return self._planner.choose(*self._looked_at(present), self._stuck, self._shares[number])
@@ -235,7 +239,8 @@ class Pruner:
 
         Arguments: as for `step`. Raises: PruneError if `model` is another model.
         """
-        return self._shrunk(self.model if model is None else model, self.plan, verify=True)
+        with entry_point(self.model if model is None else model) as present:
+            return self._shrunk(present, self.plan, verify=True)
 
     def _shrunk(self, present: nn.Module, plan: PlanData, verify: bool) -> fx.GraphModule:
         whole = self._widened(present)
@@ -318,6 +323,7 @@ class Pruner:
 
         Raises: PruneError for another model, or before any backward(); nothing has changed then.
         """
+        model = unwrapped(model)
         tensors = self._tensors(model)
         learned = {n: t for n, t in tensors.items() if isinstance(t, nn.Parameter) and t.is_floating_point()}
         if all(p.grad is None for p in learned.values()):

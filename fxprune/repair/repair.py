@@ -14,6 +14,7 @@ from rich.text import Text
 from torch import Tensor, fx, nn
 
 from fxprune.criteria.calibration import BATCHES, Batch, batch_of
+from fxprune.entry_points import entry_point
 from fxprune.inputs import device_of
 from fxprune.passes.capture.patches import visible
 from fxprune.passes.errors import PruneError
@@ -137,25 +138,26 @@ def repair(
 
     Raises: PruneError where the two models or the data do not fit together, or a method does not exist.
     """
-    methods = asked(method, ridge)
-    plan = plan_of(pruned)
-    plan.check(model)
-    batches = batches_of(data, device_of(model))
-    with unobserved(model), visible():
-        made, program, original, prefix = programs(model, pruned, plan, batches)
-        old, new = Walk(original, batches, prefix), Walk(program, batches, prefix)
-        given = [map_tensors((b.args, b.kwargs), torch.clone) for b in batches]
-        before = [program(*args, **kwargs) for args, kwargs in given]
-        repairer = Repairer(old, new, plan.masks(model), float(ridge))
-        repairer.run(methods)
-    error = (difference(old.result, before), difference(old.result, new.result))
-    made.train(pruned.training)
-    modes = {path: m.training for path, m in pruned.named_modules()}
-    for path, module in made.named_modules():
-        if path:
-            vars(module)["training"] = modes[path]
-    made.meta["repair"] = Repair(methods, error, tuple(repairer.steps), new.computed)
-    return made
+    with entry_point(model) as model:
+        methods = asked(method, ridge)
+        plan = plan_of(pruned)
+        plan.check(model)
+        batches = batches_of(data, device_of(model))
+        with unobserved(model), visible():
+            made, program, original, prefix = programs(model, pruned, plan, batches)
+            old, new = Walk(original, batches, prefix), Walk(program, batches, prefix)
+            given = [map_tensors((b.args, b.kwargs), torch.clone) for b in batches]
+            before = [program(*args, **kwargs) for args, kwargs in given]
+            repairer = Repairer(old, new, plan.masks(model), float(ridge))
+            repairer.run(methods)
+        error = (difference(old.result, before), difference(old.result, new.result))
+        made.train(pruned.training)
+        modes = {path: m.training for path, m in pruned.named_modules()}
+        for path, module in made.named_modules():
+            if path:
+                vars(module)["training"] = modes[path]
+        made.meta["repair"] = Repair(methods, error, tuple(repairer.steps), new.computed)
+        return made
 
 
 def asked(method: Any, ridge: Any) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from rich.text import Text
 from torch import nn
 
 from fxprune.criteria.base import Criterion
+from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
 from fxprune.options import Attention, Freeze, Options, Ratio
 from fxprune.pipeline import Compilation, spent
@@ -94,35 +95,36 @@ def feasible(
 
     Arguments: as for `prune`; the `ratio` counts if no budget is given. Raises: PruneError, as `prune` would.
     """
-    options = Options.parse(
-        model,
-        ratio=ratio,
-        params=params,
-        macs=macs,
-        memory=memory,
-        latency=latency,
-        criterion=criterion,
-        data=data,
-        loss=loss,
-        ranking=ranking,
-        scopes=scopes,
-        floor=floor,
-        freeze=freeze,
-        release=release,
-        round_to=round_to,
-        attention=attention,
-    )
-    if options.data is not None:
-        options = dataclasses.replace(options, data=list(options.data))  # it is read twice
-    compilation = Compilation(model, ExampleInputs.parse(example_inputs).check(model), options.coupling)
-    choice = compilation.choose(options)
-    # what fails once most of it is cut must not change the choice, so it is frozen elsewhere
-    apart = Compilation(model, compilation.inputs, options.coupling, compilation.frozen_modules)
-    least = apart.choose_by(
-        lambda solution: smallest(model, solution, options), None if spent(choice.solution) else choice.solution
-    )
-    costs = Costs(choice.solution, compilation.tensors)
-    now, smaller = choice.slicer, Costs(least.solution, compilation.tensors)
-    params_, macs_, memory_ = ((smaller.of(least.slicer, k), costs.of(now, k), costs.original(k)) for k in KINDS)
-    at = f"{options.budget.kind}={options.budget.amount}" if options.budget else f"ratio={options.ratio}"
-    return Feasibility(type(model).__name__, params_, macs_, memory_, at, choice.latency)
+    with entry_point(model) as model:
+        options = Options.parse(
+            model,
+            ratio=ratio,
+            params=params,
+            macs=macs,
+            memory=memory,
+            latency=latency,
+            criterion=criterion,
+            data=data,
+            loss=loss,
+            ranking=ranking,
+            scopes=scopes,
+            floor=floor,
+            freeze=freeze,
+            release=release,
+            round_to=round_to,
+            attention=attention,
+        )
+        if options.data is not None:
+            options = dataclasses.replace(options, data=list(options.data))  # it is read twice
+        compilation = Compilation(model, ExampleInputs.parse(example_inputs).check(model), options.coupling)
+        choice = compilation.choose(options)
+        # what fails once most of it is cut must not change the choice, so it is frozen elsewhere
+        apart = Compilation(model, compilation.inputs, options.coupling, compilation.frozen_modules)
+        least = apart.choose_by(
+            lambda solution: smallest(model, solution, options), None if spent(choice.solution) else choice.solution
+        )
+        costs = Costs(choice.solution, compilation.tensors)
+        now, smaller = choice.slicer, Costs(least.solution, compilation.tensors)
+        params_, macs_, memory_ = ((smaller.of(least.slicer, k), costs.of(now, k), costs.original(k)) for k in KINDS)
+        at = f"{options.budget.kind}={options.budget.amount}" if options.budget else f"ratio={options.ratio}"
+        return Feasibility(type(model).__name__, params_, macs_, memory_, at, choice.latency)

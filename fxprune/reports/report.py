@@ -12,10 +12,11 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.capture.patches import visible
 from fxprune.passes.coupling.families import families
-from fxprune.passes.ir.module_tree import private_copy
+from fxprune.passes.ir.module_tree import private_copy, set_mode
 from fxprune.passes.ir.quiet import unobserved
 from fxprune.pipeline import Compilation
 from fxprune.plan import PlanData, plan_of
@@ -183,23 +184,24 @@ def report(model: nn.Module, pruned: nn.Module, example_inputs: Any = None) -> R
 
     Raises: PruneError if the two do not belong together.
     """
-    plan = plan_of(pruned)
-    meta: dict[str, Any] = getattr(pruned, "meta", {})
-    compilation = Compilation.of_plan(model, plan, example_inputs, meta.get("frozen_modules"))
-    macs: tuple[int, int] | None = None
-    if example_inputs is not None:
-        inputs = ExampleInputs.parse(example_inputs)
-        with evaluating(pruned):
-            macs = (count_macs(private_copy(model).eval(), inputs), count_macs(pruned, inputs))
-    return Report(
-        type(model).__name__,
-        (count_parameters(model), count_parameters(pruned)),
-        macs,
-        changes(compilation, plan),
-        meta.get("capture", "unknown"),
-        meta.get("verification"),
-        meta.get("latency"),
-    )
+    with entry_point(model) as model:
+        plan = plan_of(pruned)
+        meta: dict[str, Any] = getattr(pruned, "meta", {})
+        compilation = Compilation.of_plan(model, plan, example_inputs, meta.get("frozen_modules"))
+        macs: tuple[int, int] | None = None
+        if example_inputs is not None:
+            inputs = ExampleInputs.parse(example_inputs)
+            with evaluating(pruned):
+                macs = (count_macs(set_mode(private_copy(model), False), inputs), count_macs(pruned, inputs))
+        return Report(
+            type(model).__name__,
+            (count_parameters(model), count_parameters(pruned)),
+            macs,
+            changes(compilation, plan),
+            meta.get("capture", "unknown"),
+            meta.get("verification"),
+            meta.get("latency"),
+        )
 
 
 def changes(compilation: Compilation, plan: PlanData) -> tuple[FamilyChange, ...]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fxprune.criteria.base import Criterion
+from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
 from fxprune.options import Attention, Freeze, Options
 from fxprune.passes.coupling.families import Family
@@ -32,6 +33,14 @@ if TYPE_CHECKING:
 
 TENTHS = tuple(i / 10 for i in range(1, 10))
 EVALUATE = "a function of a module that returns a number, such as its accuracy"
+
+
+class Raised(BaseException):
+    """Carries an error of `evaluate` past what would take it for one of the compiler's."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
 
 
 @dataclass(frozen=True)
@@ -140,17 +149,27 @@ def sensitivity(
     Raises: PruneError for anything that cannot be done; what `evaluate` raises passes through.
     """
     shares = checked(ratios, evaluate)
-    options = Options.parse(
-        model,
-        criterion=criterion,
-        data=data,
-        loss=loss,
-        freeze=freeze,
-        release=release,
-        round_to=round_to,
-        attention=attention,
-    )
-    compilation = Compilation(model, ExampleInputs.parse(example_inputs).check(model), options.coupling)
+    try:
+        with entry_point(model) as model:
+            options = Options.parse(
+                model,
+                criterion=criterion,
+                data=data,
+                loss=loss,
+                freeze=freeze,
+                release=release,
+                round_to=round_to,
+                attention=attention,
+            )
+            compilation = Compilation(model, ExampleInputs.parse(example_inputs).check(model), options.coupling)
+            return measured(compilation, options, shares, evaluate)
+    except Raised as raised:
+        raise raised.error from None
+
+
+def measured(compilation: Compilation, options: Options, shares: tuple[float, ...], evaluate: Any) -> Sensitivity:
+    """What `evaluate` says of each family at each share."""
+    model, round_to = compilation.model, options.round_to
     solution = compilation.couple_for_good()
     free, score = prepared(model, solution, options)
     spans = never_emptied(solution)
@@ -186,7 +205,10 @@ def value(compilation: Compilation, choice: Choice, evaluate: Any) -> float:
     """What `evaluate` says of a pruned model; raises PruneError where that is no number."""
     pruned = compilation.emit(choice).eval()
     with unobserved(compilation.model):
-        found = evaluate(pruned)
+        try:
+            found = evaluate(pruned)
+        except Exception as error:
+            raise Raised(error) from error
     try:
         return float(found)
     except (TypeError, ValueError, RuntimeError) as error:

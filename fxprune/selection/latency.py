@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import named_tensors, private_copy
+from fxprune.passes.ir.module_tree import named_tensors, private_copy, set_mode
 from fxprune.passes.rewrite.rewrite import rewrite_program
 from fxprune.selection.budgets import Budget, spoken, unreachable
 
@@ -117,7 +117,7 @@ class LatencyProbe:
         self.model, self.args, self.kwargs, self.coupled = model, args, kwargs, coupled
         self.clock = clock or stopwatch
         self.device = next((t.device for _, t in named_tensors(model)), torch.device("cpu"))
-        self.original = private_copy(model).eval()
+        self.original = set_mode(private_copy(model), False)
         self.found: Latency | None = None
 
     def quiet(self) -> contextlib.AbstractContextManager[None]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fxprune.criteria.catalog import find
 from fxprune.criteria.unit_scores import comparable, unit_scores
+from fxprune.model_kinds import why_unprunable
 from fxprune.options import Options
 from fxprune.passes.coupling.families import Family, families
 from fxprune.passes.coupling.solution import Solution
@@ -100,7 +101,7 @@ def free_families(model: nn.Module, solution: Solution, options: Options) -> lis
     free = [f for f in found if f.frozen is None and len(f.units) > 1]
     if not free:
         reasons = sorted({f.frozen for f in found if f.frozen})
-        raise PruneError(
+        raise why_unprunable(model) or PruneError(
             "nothing in the model can be pruned" + (f": every family {', or '.join(reasons[:3])}" if reasons else ""),
             where=type(model).__name__,
             fix="freeze less; print(fxprune.couple(model, example_inputs)) says why each family stays",

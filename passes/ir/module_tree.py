@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fxprune.passes.ir.meta_tensors import like
+from fxprune.passes.ir.pytree import collect
 
 # what a copy can share with the original: nothing in it can be changed
 SHARED: tuple[type, ...] = (
@@ -120,6 +122,9 @@ def copy_tree(root: nn.Module, swap: Mapping[int, Tensor]) -> Any:
                 state[key] = kind([(k, None if v is None else duplicate(v, memo)) for k, v in value.items()])
             else:
                 state[key] = duplicate(value, memo)
+        inner = module._modules.get("_orig_mod")
+        if inner is not None and "forward" in state:  # what `torch.compile` returned: it calls the original
+            state["forward"] = memo[id(inner)].__call__
     return memo[id(root)]
 
 
@@ -172,7 +177,14 @@ def duplicate(value: Any, memo: dict[int, Any]) -> Any:
         return type(value)()
     if type(value) is tuple and all(isinstance(v, SHARED) for v in value):
         return value
-    return copy.deepcopy(value, memo)
+    for handle in collect(value, RemovableHandle):
+        memo[id(handle)] = RemovableHandle(OrderedDict())  # those of a copy must not remove the original's hooks
+    try:
+        return copy.deepcopy(value, memo)
+    except TypeError:  # a lock, a process group, a stream: what cannot be copied is shared
+        if type(value) is dict or type(value) is OrderedDict:
+            return type(value)((key, duplicate(v, memo)) for key, v in value.items())
+        return type(value)(duplicate(v, memo) for v in value) if type(value) in (set, list, tuple) else value
 
 
 def private_copy(root: nn.Module, stand_in: Callable[[Tensor], Tensor] | None = None) -> Any:

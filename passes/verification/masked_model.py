@@ -20,7 +20,7 @@ from fxprune.passes.capture.recorder import Recorder
 from fxprune.passes.coupling.propagation import apply_rule
 from fxprune.passes.ir.constraints import Constraints, Rows, flat, row
 from fxprune.passes.ir.labels import Labels, fill_removed, keeps_all, kept_mask
-from fxprune.passes.ir.module_tree import copy_tree, named_tensors
+from fxprune.passes.ir.module_tree import copy_tree, named_tensors, set_mode
 from fxprune.passes.ir.op_trace import OpCall, written_by
 from fxprune.passes.ir.pytree import collect, map_tensors
 from fxprune.passes.ir.slices import Slicer
@@ -216,7 +216,7 @@ class MaskedOriginal:
                 elif id(tensor) not in self.parameters:
                     made = self.zeroed(name, tensor).data  # which starts to count what is written to it
                     self.parameters[id(tensor)] = nn.Parameter(made, False)
-        return copy_tree(self.model, swap | self.parameters).eval()
+        return set_mode(copy_tree(self.model, swap | self.parameters), False)
 
     def zeroed(self, name: str, tensor: Tensor) -> Tensor:
         """A copy of one of the model's tensors, zero where it is removed."""

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.ir.labels import Labels
-from fxprune.passes.ir.module_tree import fetch, named_tensors, private_copy
+from fxprune.passes.ir.module_tree import fetch, named_tensors, private_copy, set_mode
 from fxprune.passes.ir.pytree import collect, map_tensors
 from fxprune.passes.ir.slices import Slicer
 from fxprune.passes.ir.tensor_ref import TensorRef
@@ -89,7 +89,7 @@ def arguments(
     model: nn.Module, paths: set[str], prefix: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, list[tuple[Any, Any]]]:
     """What modules are called with in one run of the original, call by call."""
-    root = private_copy(model).eval()
+    root = set_mode(private_copy(model), False)
     given: dict[str, list[tuple[Any, Any]]] = {path: [] for path in paths}
     for path in paths:
         module = root if f"{path}." == prefix else fetch(root, path.removeprefix(prefix))
