@@ -64,7 +64,8 @@ def check_tensors(model: nn.Module) -> None:
                 where=f"{path} ({type(model.get_submodule(path)).__name__})",
                 fix="run the model once: model(*example_inputs)",
             )
-        if is_traceable_wrapper_subclass(tensor):
+        packed: bool = is_traceable_wrapper_subclass(tensor)
+        if packed:
             raise PruneError(
                 f"{name} is a {type(tensor).__name__} that is sharded or packed, not a plain tensor",
                 where=type(model).__name__,

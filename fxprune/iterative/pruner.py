@@ -13,7 +13,7 @@ from fxprune.criteria.base import Criterion
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
 from fxprune.iterative.history import History, HistoryStep
-from fxprune.iterative.masking import hold, masked, muted
+from fxprune.iterative.masking import hold, muted
 from fxprune.iterative.optimizer_state import Move, remap, remap_module, remap_state
 from fxprune.iterative.plan_mapping import tensors_of, widened
 from fxprune.iterative.planner import Planner, View
@@ -45,8 +45,7 @@ class Pruner:
         model: any module; it is not touched.
         ratio, params, macs, memory, latency: as for `prune`: what is to be gone, or may be left, after the last step. A
             ratio is a share of the original's units at every step.
-        example_inputs, criterion, data, loss, ranking, scopes, floor, freeze, release, round_to, attention,
-            verify: as for `prune`. `data` is read in every step.
+        example_inputs and others: as for `prune`. `data` is read in every step.
         schedule: how much is done after each step: `linear`, `cubic` (arXiv:1710.01878), or a function from time to the
             share that is done, both from 0 to 1, that never falls.
         steps: how many there are.
@@ -228,11 +227,11 @@ class Pruner:
     def _made(self, present: nn.Module, plan: PlanData, choice: Choice) -> nn.Module:
         if self._mask is None:
             return self._shrunk(present, plan, verify=True)
+        whole = self._widened(present)
         if self._mask == "soft":
-            return muted(self._widened(present), self._planner.solution, choice.kept)
-        made = masked(self._widened(present), plan)
-        hold(made, plan)
-        return made
+            return muted(whole, self._planner.solution, choice.kept)
+        hold(whole, plan)
+        return whole
 
     def shrink(self, model: nn.Module | None = None) -> fx.GraphModule:
         """The pruned model of the plan so far, with the values of the present model: what ends training with `mask`.
@@ -252,8 +251,7 @@ class Pruner:
         return pruned
 
     def _widened(self, present: nn.Module) -> nn.Module:
-        tensors = self._tensors(present)
-        return widened(self._original, present, tensors, self._view.plan, self._view.prefix)
+        return widened(self._original, present, self._tensors(present), self._view.plan, self._view.prefix)
 
     def _tensors(self, model: nn.Module) -> dict[str, Tensor]:
         return tensors_of(model, self._view.plan, self._view.prefix, self._planner.learned)
@@ -270,20 +268,19 @@ class Pruner:
         small = self._shrunk(present, self.plan, verify=False)
         return small, View(self.plan, self._planner.solution.captures[0].prefix)
 
-    # -- what goes along --------------------------------------------------------------------------------------------------
+    # -- optimizers and averages ---------------------------------------------------------------------------------------------
 
     def remap_optimizer(self, optimizer: AnyOptimizer) -> AnyOptimizer:
-        """Let an optimizer go on after a step: it gets the new model's parameters, and its state is cut as they are.
+        """Remap an optimizer to the model that the last step returned: its parameters, and its state sliced as they are.
 
-        State of the shape of a parameter is cut (momentum, the moments of Adam), one number for a row or a column too;
-        other numbers stay. The optimizer is changed in place, so that a scheduler keeps it; parameters that are not the
-        model's stay in their groups.
+        State shaped like a parameter (momentum, the moments of Adam), or like its rows or columns, is sliced; other state
+        stays. The optimizer is changed in place, so that a scheduler keeps it; other parameters stay in their groups.
 
         Arguments:
             optimizer: of the model that the last step was given.
 
         Returns: the same optimizer. Raises: PruneError where it holds none of that model's parameters, or state that cannot
-        be cut (that of LBFGS); nothing has changed then.
+        be sliced (that of LBFGS); nothing has changed then.
         """
         remap(optimizer, self._last_move())
         return optimizer
@@ -295,7 +292,7 @@ class Pruner:
     def remap_average(self, average: nn.Module) -> nn.Module: ...
 
     def remap_average(self, average: Any) -> Any:
-        """Let a moving average of the weights go on after a step.
+        """Remap a moving average of the weights to the model that the last step returned.
 
         Arguments:
             average: a state dict of the model that the last step was given, or a module with averages in place of its values.
@@ -331,9 +328,7 @@ class Pruner:
         if getattr(self._regularizer, "foresees", False) and self._marked is None:
             self._marked = np.zeros_like(self._gone)
             if not self.done:
-                looked_at = self._looked_at(model)
-                chosen = self._planner.choose(*looked_at, self._stuck, self._shares[len(self.history)])
-                self._marked = chosen.wanted & ~self._stuck
+                self._marked = self._chosen(model, len(self.history)).wanted & ~self._stuck
         if self._spans is None:
             self._spans = spans_of(self._planner.solution, self._planner.free, self._stuck, self._view.plan, self._regularizer)
         self._spans.add(learned, self._regularizer, self._marked, self._calls)
