@@ -17,7 +17,7 @@ from fxprune.passes.errors import NotARectangle, PruneError
 from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.options import CouplingOptions
 from fxprune.passes.ir.program import Waiver
-from fxprune.passes.ir.slices import TensorSlice, cut_shape
+from fxprune.passes.ir.slices import TensorSlice, cut_shape, mask_of
 from fxprune.passes.rewrite.rewrite import tensor_cuts
 from fxprune.plan_format import FORMAT, parse_plan
 
@@ -148,17 +148,6 @@ class PlanData:
                 f"the plan is for another model: it knows nothing of {extra[0]}",
                 fix="apply it to the original architecture",
             )
-
-
-def mask_of(slices: Sequence[TensorSlice], shape: Sequence[int]) -> Tensor:
-    """Which elements of a tensor of a given shape are kept: booleans of that shape."""
-    mask = torch.ones(tuple(shape), dtype=torch.bool)
-    for cut in slices:
-        part = torch.zeros([shape[d] for d in cut.dims], dtype=torch.bool)
-        part.view(-1)[cut.keep] = True
-        order = sorted(range(len(cut.dims)), key=cut.dims.__getitem__)
-        mask &= part.permute(order).reshape([n if d in cut.dims else 1 for d, n in enumerate(shape)])
-    return mask
 
 
 def kept_labels(plan: PlanData, solution: Solution) -> Tensor:

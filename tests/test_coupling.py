@@ -9,9 +9,10 @@ from graphs.registry import features, linear, net, tokens
 from torch import nn
 
 import fxprune
-from fxprune.passes.coupling.solver import components, smallest_tied, unlike
+from fxprune.passes.coupling.components import Components, smallest_connected
+from fxprune.passes.coupling.solver import partial_rows
 from fxprune.passes.ir import constraints
-from fxprune.passes.ir.constraints import Event, Tie
+from fxprune.passes.ir.constraints import LabelArray, Tie
 from fxprune.passes.ir.labels import Factor, factor
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.unify import heads_alone
@@ -64,9 +65,9 @@ def test_what_keeps_a_dimension_is_named() -> None:
     coupling = fxprune.couple(net(forward, **layers).double(), features())
     assert family_of(coupling, "first.weight", 1).frozen == "is tied to an input of the model (at %first in first)"
     assert family_of(coupling, "other.weight", 1).frozen == "is tied to an input of the model (at %other in other)"
-    constant = "meets a constant that keeps every index of that dimension (at %mul)"
+    constant = "is combined with a constant that cannot be pruned along that dimension (at %mul)"
     assert family_of(coupling, "other.weight", 0).frozen == constant
-    kept = "meets a tensor that keeps every index of that dimension (at %last in last)"
+    kept = "is combined with a tensor that cannot be pruned along that dimension (at %last in last)"
     assert family_of(coupling, "last.weight", 1).frozen == kept
 
 
@@ -120,10 +121,10 @@ def test_components_are_those_of_a_slow_search(seed):
     for _ in range(size):
         for a, b in zip(rows, cols):
             expected[a] = expected[b] = min(expected[a], expected[b])
-    assert smallest_tied(np.arange(size), rows, cols).tolist() == expected
+    assert smallest_connected(np.arange(size), rows, cols).tolist() == expected
     half = len(rows) // 2
-    earlier = smallest_tied(np.arange(size), rows[:half], cols[:half])
-    assert smallest_tied(earlier, rows[half:], cols[half:]).tolist() == expected
+    earlier = smallest_connected(np.arange(size), rows[:half], cols[:half])
+    assert smallest_connected(earlier, rows[half:], cols[half:]).tolist() == expected
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -147,13 +148,17 @@ def test_ties_of_lines_are_those_of_their_labels(seed):
         pairs.append(Tie(a, fitting[int(rng.integers(len(fitting)))], False, len(pairs)))
     edges = [(a, b, p.node) for p in pairs for a, b in zip(p.a.tolist(), p.b.tolist()) if a != b]
     joined = [(a, b) for a, b, _ in edges if a and b]
-    expected = smallest_tied(np.arange(size), *np.array(joined, np.int64).reshape(-1, 2).T).tolist()
-    part, stopped = components(size, pairs)
-    assert part.tolist() == expected
+    expected = smallest_connected(np.arange(size), *np.array(joined, np.int64).reshape(-1, 2).T).tolist()
+    units = Components(size)
+    units.add(pairs)
+    assert units.unit_of.tolist() == expected
     met = sorted((max(a, b), node) for a, b, node in edges if not (a and b))
-    assert sorted((int(x), node) for labels, node in stopped for x in labels) == met
+    assert sorted((int(x), node) for labels, node in units.tied_to_zero for x in labels) == met
     half = len(pairs) // 2
-    assert components(size, pairs[half:], components(size, pairs[:half])[0])[0].tolist() == expected
+    in_two = Components(size)
+    in_two.add(pairs[:half])
+    in_two.add(pairs[half:])
+    assert in_two.unit_of.tolist() == expected
 
 
 class HeadsTiedWhole(nn.Module):
@@ -177,7 +182,7 @@ def test_rows_that_meet_every_row_of_another_tensor_stay():
     torch.manual_seed(0)
     model, x = HeadsTiedWhole().double().eval(), torch.randn(2, 5, 10, dtype=torch.float64)
     family = next(f for f in fxprune.couple(model, x, attention="dims").families if ("out.weight", 1) in f.members)
-    assert family.frozen and "keeps every index" in family.frozen
+    assert family.frozen and "cannot be pruned along that dimension" in family.frozen
     small = fxprune.prune(model, 0.4, example_inputs=x, attention="dims")
     assert small.verification.error < 1e-9 and small.get_submodule("norm").normalized_shape == (2,)
 
@@ -229,8 +234,11 @@ def test_matrices_of_classes_are_looked_at_once():
     part = np.arange(20)
     part[7] = 6
     places = np.array([[1, 2, 3], [4, 5, 6], [1, 2, 3], [4, 5, 7]])
-    events = [Event(places, node) for node in (3, 4, 5)] + [Event(np.array([[8, 8], [9, 9]]), 6), Event(places[:2], 7)]
-    found = unlike(part, events)
+    events = [LabelArray(places, node) for node in (3, 4, 5)] + [
+        LabelArray(np.array([[8, 8], [9, 9]]), 6),
+        LabelArray(places[:2], 7),
+    ]
+    found = partial_rows(part, events)
     assert [(e.node, e.array.tolist()) for e in found] == [(3, [[1, 2, 3], [4, 5, 6]]), (7, [[1, 2, 3], [4, 5, 6]])]
 
 
@@ -247,8 +255,10 @@ def test_rows_that_repeat_are_tied_once(monkeypatch):
     ]
     found = []
     for large in (0, 1 << 30):
-        monkeypatch.setattr(constraints, "LARGE", large)
-        part, stopped = components(80, pairs)
+        monkeypatch.setattr(constraints, "DEDUPLICATED_FROM", large)
+        units = Components(80)
+        units.add(pairs)
+        part, stopped = units.unit_of, units.tied_to_zero
         found.append((part.tolist(), [(sorted(set(labels.tolist())), node) for labels, node in stopped]))
-        assert (len(constraints.flat(pairs[0])[0]) < 6 * 200) == (large == 0)
+        assert (len(pairs[0].sides()[0]) < 6 * 200) == (large == 0)
     assert found[0] == found[1] and found[0][1]

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from fxprune.passes.coupling.leaf_labels import leaf_labels
 from fxprune.passes.coupling.propagation import apply_rule
-from fxprune.passes.ir.constraints import Constraints
+from fxprune.passes.ir.constraints import ConstraintBuilder
 from fxprune.passes.ir.labels import NONE, Labels
 from fxprune.passes.ir.op_trace import OpCall, OpTrace
 from fxprune.passes.ir.program import CapturedProgram
+from fxprune.passes.ir.propagation_state import PropagationState
 from fxprune.passes.ir.pytree import collect
 from fxprune.passes.ir.tensor_ref import TensorRef
 from fxprune.passes.ops.call import OpView, RuleContext
@@ -34,10 +35,10 @@ class Origins:
     def __init__(self, leaves: dict[str, Labels], size: int) -> None:
         self.leaves, self.size = leaves, size
         self.known: dict[int, Labels] = {}
-        self.constraints = Constraints(size=size)
+        self.constraints = ConstraintBuilder(size)
 
     def call(self, op: OpCall, op_trace: OpTrace) -> RuleContext:
-        return RuleContext(op, op_trace, self.known, self.constraints, False, set())
+        return RuleContext(op, PropagationState(op_trace, self.known, self.constraints))
 
     def follow(self, op: OpCall, op_trace: OpTrace) -> None:
         """Carry labels from the arguments of an op to its results, where no input of the model is among them."""
@@ -53,8 +54,7 @@ class Origins:
         except Exception:  # an op that only coupling, with all labels at hand, can read: what it makes has no origin
             for ref in collect(op.outs, TensorRef):
                 self.known.setdefault(ref.id, NONE)
-        for name in ("pairs", "frozen", "coarse", "equal", "product"):
-            getattr(self.constraints, name).clear()
+        self.constraints.clear()
 
     def vector(self, product: Product, shape: Sequence[int], dim: int | None) -> tuple[Tensor, Tensor] | None:
         """Labels along a dimension of a product's weight, and for each the index of the channel it meets; None if none."""

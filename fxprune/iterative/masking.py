@@ -183,6 +183,6 @@ def zero_units(model: nn.Module, solution: Solution) -> tuple[Tensor, Slicer]:
     for family in free:
         zero[family.units] = (count[family.units] == 0) & scorer.seen[family.units]
     kept, slicer = settle_removals(solution, zero, count, never_emptied(solution))
-    if slicer.whole:
+    if slicer.keeps_all:
         raise none
     return kept, slicer

@@ -96,7 +96,7 @@ class Planner:
                 raise unreachable(budget, least, self.original)
         elif not self.options.competes and any(ratios_of(self.free, self.options.ratio, self.solution)):
             wanted = one_by_one(self.free, score, self.solution, self.options)
-            if settle_removals(self.solution, wanted, score, self.guards)[1].whole:
+            if settle_removals(self.solution, wanted, score, self.guards)[1].keeps_all:
                 raise PruneError(
                     "nothing in the model can be pruned by so little, not even in the last step",
                     where=type(self.model).__name__,
@@ -176,6 +176,6 @@ class Planner:
         """Families that one constraint ties together, each also as a user reads it."""
         tensors = dict(named_tensors(self.model))
         shown = [coupled_family(f, n) for f, n in zip(self.free, elements(self.solution, self.free, tensors), strict=True)]
-        made = make_pools([f.units for f in self.free], [1.0] * len(self.free), self.solution.equal, len(self.unit_of))
+        made = make_pools([f.units for f in self.free], [1.0] * len(self.free), self.solution.equal_rows, len(self.unit_of))
         groups = [dict.fromkeys(family for family, _ in pool.cells) for pool in made]
         return [[(self.free[i], shown[i]) for i in group] for group in groups]

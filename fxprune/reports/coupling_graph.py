@@ -17,7 +17,7 @@ from scipy.sparse.csgraph import connected_components
 
 from fxprune.passes.coupling.families import Family
 from fxprune.passes.coupling.solution import Solution
-from fxprune.passes.ir.constraints import Tie, flat
+from fxprune.passes.ir.constraints import Tie
 from fxprune.selection.costs import family_of_labels
 
 Node = tuple[str, int, int]
@@ -34,7 +34,7 @@ def coupling_graph(solution: Solution, found: Sequence[Family]) -> nx.Graph:
     for (tensor, dim, family), count in zip(nodes, counts):
         kept = found[family]
         result.add_node((tensor, dim, family), tensor=tensor, dim=dim, family=kept.name, frozen=kept.frozen, indices=count)
-    edges = joined(solution.pairs, len(solution.unit_of), labels, parts)
+    edges = joined(solution.ties, len(solution.unit_of), labels, parts)
     result.add_edges_from((nodes[a], nodes[b]) for a, b in edges.tolist())
     return result
 
@@ -88,7 +88,7 @@ def ends(pairs: Sequence[Tie]) -> tuple[np.ndarray, np.ndarray]:
     """Both ends of every tie between two labels. A tie with label 0 freezes: it joins nothing."""
     left, right = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for pair in pairs:
-        a, b = flat(pair)
+        a, b = pair.sides()
         constraints = (a != b) & (a != 0) & (b != 0)
         left.append(a[constraints])
         right.append(b[constraints])

@@ -173,7 +173,7 @@ def measured(compilation: Compilation, options: Options, shares: tuple[float, ..
     solution = compilation.couple_for_good()
     free, score = prepared(model, solution, options)
     spans = never_emptied(solution)
-    pools = [make_pools([f.units for f in free], [r] * len(free), solution.equal, len(score)) for r in shares]
+    pools = [make_pools([f.units for f in free], [r] * len(free), solution.equal_rows, len(score)) for r in shares]
     whole = value(compilation, compilation.unpruned(), evaluate)
     curves = []
     for at, pool in enumerate(tqdm(pools[0], desc="sensitivity", unit="family", disable=None, leave=False)):
@@ -182,7 +182,7 @@ def measured(compilation: Compilation, options: Options, shares: tuple[float, ..
             gone = np.zeros(len(score), bool)
             gone[choose(same[at], score, [f.width for f in free], round_to)] = True
             kept, slicer = settle_removals(solution, gone, score, spans)
-            if slicer.whole:
+            if slicer.keeps_all:
                 values.append(whole)
             elif compilation.freeze_broken(choice := compilation.keep(kept)):
                 break  # a module that is not captured fails without these units: they stay

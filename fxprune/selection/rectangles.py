@@ -69,7 +69,7 @@ def even_rows(solution: Solution, removed: np.ndarray, score: np.ndarray) -> Non
     uneven = True
     while uneven:
         uneven = False
-        for matrix in solution.equal:
+        for matrix in solution.equal_rows:
             counts = (~removed[matrix]).sum(1)
             if (counts == counts[0]).all():
                 continue
@@ -84,7 +84,7 @@ def never_emptied(solution: Solution) -> list[np.ndarray]:
     """The classes of every distinct array of labels: each must keep at least one entry."""
     unit = solution.unit_of.numpy()
     seen: set[int] = set()
-    found = list(solution.lines)
+    found = list(solution.some_stay)
     for values in solution.values:
         for labels in values.values():
             for f in labels:

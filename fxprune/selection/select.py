@@ -35,7 +35,7 @@ def selected(
     if not options.competes:
         wanted = one_by_one(free, score, solution, options)
         kept, slicer = settle_removals(solution, wanted, score, never_emptied(solution))
-        if slicer.whole and any(ratios_of(free, options.ratio, solution)):
+        if slicer.keeps_all and any(ratios_of(free, options.ratio, solution)):
             raise PruneError(
                 "nothing in the model can be pruned by so little: "
                 + ("what would go cannot go alone" if wanted.any() else "no family has a whole unit to lose"),
@@ -122,7 +122,7 @@ def one_by_one(
     most = 1.0 if options.floor is None else 1 - options.floor
     ratios = [min(r, most) for r in ratios_of(free, options.ratio, solution)]
     removed = np.zeros(len(score), bool)
-    pools = make_pools([f.units for f in free], ratios, solution.equal, len(score))
+    pools = make_pools([f.units for f in free], ratios, solution.equal_rows, len(score))
     for pool in pools if held is None else resume(pools, held):
         removed[choose(pool, score, [f.width for f in free], options.round_to)] = True
     return removed
@@ -148,7 +148,7 @@ class Rivalry:
         self.solution, self.score, self.guards, self.held = solution, score, never_emptied(solution), held
         floor = FLOOR if options.floor is None else options.floor
         ratios = [1.0] * len(free) if options.budget else ratios_of(free, options.ratio, solution, options.scopes)
-        pools = [p for p in make_pools([f.units for f in free], ratios, solution.equal, len(score)) if p.ratio > 0]
+        pools = [p for p in make_pools([f.units for f in free], ratios, solution.equal_rows, len(score)) if p.ratio > 0]
         pools = pools if held is None else resume(pools, held)
         width = [f.width for f in free]
         self.ladders = [ladder(p, score, width, round_to or options.round_to, floor) for p in pools]

@@ -24,15 +24,15 @@ def read_apart(call: RuleContext) -> dict[int, Labels]:
     if find(call.op.func).views:
         return {}
     shared: dict[int, Labels] = {}
-    written = {call.constraints.alike.get(r.id) for r in writes(call.op)}
+    written = {call.state.uniform.get(r.id) for r in writes(call.op)}
     for ref in call.inputs:
-        base = call.constraints.alike.get(ref.id)
+        base = call.state.uniform.get(ref.id)
         if base is None or base in written or ref.id in shared:
             continue
-        if base in call.constraints.read_before and all(len(f.major_to_minor) == 1 for f in call.labels(ref)):
+        if base in call.state.read_before and all(len(f.major_to_minor) == 1 for f in call.labels(ref)):
             shared[ref.id] = call.labels(ref)
             call.known[ref.id] = tuple(apart(call, f) for f in call.labels(ref))
-        call.constraints.read_before.add(base)
+        call.state.read_before.add(base)
     return shared
 
 
@@ -45,7 +45,7 @@ def apart(call: RuleContext, f: Factor) -> Factor:
 
 def follow(call: RuleContext) -> None:
     """Views of a constant are constants; one that is written to is none any more."""
-    alike = call.constraints.alike
+    alike = call.state.uniform
     written = {alike[r.id] for r in writes(call.op) if r.id in alike}
     if written:
         for i in [i for i, base in alike.items() if base in written]:

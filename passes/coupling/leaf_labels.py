@@ -1,29 +1,36 @@
-"""Couple: interpret the tapes on labels, solve the ties once, and read off units and families.
-
-Heads take two readings. The first finds which labels are rows of a head (`Ties.coarse`); the second starts with one label
-for each row, so that a shared per-dimension parameter (a query norm, a rotary table) no longer ties heads to one another.
-"""
+"""Labels of the model's own tensors: one for each index of each dimension, then one for each head, or several."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from fxprune.passes.coupling.solver import chained, components
-from fxprune.passes.ir.constraints import Constraints, row
-from fxprune.passes.ir.labels import Factor, Labels, along, factor
+from fxprune.passes.coupling.components import Components
+from fxprune.passes.coupling.solver import chain
+from fxprune.passes.ir.constraints import ConstraintBuilder
+from fxprune.passes.ir.labels import NONE, Factor, Labels, along, factor
 from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.program import CapturedProgram
+from fxprune.passes.ir.propagation_state import LeafDim
 from fxprune.passes.ir.pytree import collect
 from fxprune.passes.ir.tensor_ref import TensorRef
 from fxprune.passes.ops.call import OpView
 from fxprune.passes.ops.registry import find
 
 
+def is_constant(name: str) -> bool:
+    """Whether a tensor of a captured program is not the model's own, but was made by its code while it was captured."""
+    return name.startswith("_tensor_constant")
+
+
 def leaf_labels(captures: Sequence[CapturedProgram]) -> tuple[dict[str, Labels], int]:
-    """A label for every index of every dimension of the model's tensors; returns them and the next free label.
+    """A label for every index of every dimension of the model's tensors, and of the constants of its program after those.
+
+    Returns them and the next free label.
 
     The weight of a grouped convolution has an input index for each group: its second dimension is labelled group by group.
     """
@@ -33,10 +40,10 @@ def leaf_labels(captures: Sequence[CapturedProgram]) -> tuple[dict[str, Labels],
         groups.update(grouped_weights(capture))
         shapes.update({v.name: v.shape for v in capture.op_trace.values if v.name is not None})
     shapes = {name: shapes[name] for name in in_order(captures[0], shapes)}
-    leaves: dict[str, Labels] = {}
+    leaves: dict[str, Labels] = dict.fromkeys(shapes, NONE)
     size = 1
     numbers = np.arange(1 + sum(sum(s) * groups.get(n, 1) for n, s in shapes.items()))  # each line is a piece of this
-    for name, shape in shapes.items():
+    for name, shape in sorted(shapes.items(), key=lambda item: is_constant(item[0])):
         made: list[Factor] = []
         for d, n in enumerate(shape):
             if n < 2:  # nothing to remove; some models have tables of no entries
@@ -47,7 +54,7 @@ def leaf_labels(captures: Sequence[CapturedProgram]) -> tuple[dict[str, Labels],
                 made.append(Factor(vectors.reshape(shape[0], n, *[1] * (len(shape) - 2)), (0, 1)))
                 size += g * n
             else:
-                made.append(Factor.line(numbers[size : size + n], d, len(shape), size))
+                made.append(Factor.vector(numbers[size : size + n], d, len(shape), size))
                 size += n
         leaves[name] = tuple(made)
     return leaves, size
@@ -88,33 +95,77 @@ def grouped_weights(capture: CapturedProgram) -> dict[str, int]:
     return found
 
 
-def composed(leaves: dict[str, Labels], constraints: Constraints) -> dict[str, Labels]:
-    """Leaf labels in which a dimension over pairs of channels carries the labels of both."""
-    changed = dict(leaves)
-    for start, vectors in constraints.composed.items():
-        name, dim, _ = constraints.leaf_starts[start]
-        ndim = next(f.labels.dim() for f in leaves[name])
-        others = tuple(f for f in changed[name] if f.major_to_minor != (dim,))
-        changed[name] = others + tuple(along(v, dim, ndim) for v in vectors)
-    return changed
+@dataclass(frozen=True, slots=True)
+class LeafLabels:
+    """The labels of the model's own tensors and of the constants of its program, by name.
+
+    Attributes:
+        of: the labels.
+        size: the next free label.
+        first_constant: the first label that `leaf_labels` gave to a constant; those of the model's own tensors are below.
+    """
+
+    of: dict[str, Labels]
+    size: int
+    first_constant: int
+
+    @classmethod
+    def initial(cls, captures: Sequence[CapturedProgram]) -> LeafLabels:
+        of, size = leaf_labels(captures)
+        constants = [int(f.flat.min()) for name, labels in of.items() if is_constant(name) for f in labels]
+        return cls(of, size, min(constants, default=size))
+
+    def composed_labels(self) -> set[int]:
+        """The labels in dimensions of the model's own tensors that are not among their first ones."""
+        own = [f.flat for name, labels in self.of.items() if not is_constant(name) for f in labels]
+        return {x for flat in own for x in flat[flat >= self.first_constant].tolist()}
+
+    def dims(self) -> dict[int, LeafDim]:
+        """Dimensions that have a consecutive run of labels to themselves, by the first of them: tensor, dimension and size."""
+        found: dict[int, LeafDim] = {}
+        for name, labels in self.of.items():
+            for f in labels:
+                if len(f.major_to_minor) == 1 and f.flat[-1] - f.flat[0] == len(f.flat) - 1:
+                    found[int(f.flat[0])] = (name, f.major_to_minor[0], len(f.flat))
+        return found
+
+    def with_composed(
+        self, composed: Mapping[int, tuple[Tensor, ...]], dims: Mapping[int, LeafDim], made: ConstraintBuilder
+    ) -> LeafLabels:
+        """The same, where dimensions over pairs of channels carry the labels of both.
+
+        Copies and constants keep their labels to themselves: such a dimension gets others, which are tied to them.
+        """
+        of = dict(self.of)
+        mine = np.unique(np.concatenate([v.numpy() for vectors in composed.values() for v in vectors]))
+        mine = mine[(mine >= self.first_constant) & ~np.isin(mine, list(made.determined))]
+        renamed = np.arange(made.size)
+        renamed[mine] = made.size + np.arange(len(mine))
+        for start, vectors in composed.items():
+            name, dim, _ = dims[start]
+            ndim = next(f.labels.dim() for f in self.of[name])
+            others = tuple(f for f in of[name] if f.major_to_minor != (dim,))
+            of[name] = others + tuple(along(torch.from_numpy(renamed[v.numpy()]), dim, ndim) for v in vectors)
+        return LeafLabels(of, made.size + len(mine), self.first_constant)
+
+    def by_head(self, made: ConstraintBuilder) -> LeafLabels:
+        """The same, with one label for each row of a head. Broadcast ties are not followed: they join heads to one another."""
+        head_rows = made.collected.head_rows
+        units = Components(made.size)
+        units.add(chain(head_rows) + [tie for tie in made.collected.ties if not tie.broadcast])
+        touched = np.zeros(made.size, bool)
+        for event in head_rows:
+            touched[units.unit_of[event.flat]] = True
+        table = np.where(touched[units.unit_of], units.unit_of, np.arange(made.size))
+        table[0] = 0
+        # a dimension that is one single head has nothing to remove: it is left without labels, and so kept
+        of = {name: tuple(g for f in labels if (g := renamed(f, table)).dims) for name, labels in self.of.items()}
+        return LeafLabels(of, self.size, self.first_constant)
 
 
-def by_head(leaves: dict[str, Labels], constraints: Constraints) -> dict[str, Labels]:
-    """Leaf labels with one label for each row of a head. Broadcast ties are not followed: they join heads to one another."""
-    aligned = [p for p in constraints.pairs if not p.broadcast]
-    unit, _ = components(constraints.size, chained(constraints.coarse) + aligned)
-    touched = np.zeros(len(unit), bool)
-    for event in constraints.coarse:
-        touched[unit[row(event.labels)]] = True
-    lines = np.where(touched[unit], unit, np.arange(constraints.size))
-    lines[0] = 0
-    table = torch.from_numpy(lines)
-
-    def renamed(f: Factor) -> Factor:
-        if len(f.major_to_minor) > 1:
-            return factor(table[f.labels], f.major_to_minor)
-        vector = lines[f.flat]
-        return Factor.line(vector, f.major_to_minor[0], f.ndim) if bool((vector != vector[0]).any()) else Factor(f.labels, ())
-
-    # a dimension that is one single head has nothing to remove: it is left without labels, and so kept
-    return {name: tuple(g for f in labels if (g := renamed(f)).major_to_minor) for name, labels in leaves.items()}
+def renamed(f: Factor, table: np.ndarray) -> Factor:
+    """A factor with other labels, by a table."""
+    if len(f.dims) > 1:
+        return factor(torch.from_numpy(table)[f.labels], f.major_to_minor)
+    labels = table[f.flat]
+    return Factor.vector(labels, f.major_to_minor[0], f.ndim) if bool((labels != labels[0]).any()) else Factor(f.labels, ())

@@ -1,4 +1,4 @@
-"""Reading: what the calls on a tape do to labels, and the ties that the rules report of them."""
+"""Label propagation: from the labels of the model's own tensors to those of every value, and the constraints met on the way."""
 
 from __future__ import annotations
 
@@ -8,41 +8,38 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from torch import fx
+from torch import Tensor, fx
 
 from fxprune.passes.coupling.aliasing import follow, read_apart, written_through
-from fxprune.passes.ir.constraints import Constraints, row
+from fxprune.passes.coupling.leaf_labels import LeafLabels
+from fxprune.passes.ir.constraints import SPAN, ConstraintBuilder, flatten
 from fxprune.passes.ir.labels import NONE, Labels
 from fxprune.passes.ir.op_trace import OpCall
 from fxprune.passes.ir.options import CouplingOptions
 from fxprune.passes.ir.program import ONLY_OUTPUT, CapturedProgram, size_source
+from fxprune.passes.ir.propagation_state import LeafDim, PropagationState
 from fxprune.passes.ir.pytree import collect
 from fxprune.passes.ir.tensor_ref import TensorRef
 from fxprune.passes.ops.autograd_probe import probe
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.registry import find, find_node
 
-SPAN = 1_000_000  # node numbers of one capture
 
-
-def number(capture: CapturedProgram, which: int, node: fx.Node) -> int:
-    return which * SPAN + capture.index[node]
-
-
-class Script:
-    """A capture, and what every reading of it asks that does not depend on labels.
+class Program:
+    """A captured program, with what propagation asks of it that does not depend on labels.
 
     Attributes:
-        uses: the values that a later call, the result or an untracked node reads.
-        leaking: opaque modules whose Python took contents; `hidden` are the numbers of other untracked nodes.
-        pinned: views that are written into and cannot become copies.
-        named: the model's own tensors among the values.
-        literals: for each node `rewrite`, `opaque` and `literals` of the constraints there.
+        number: of the capture among those of the model.
+        uses: values that a later call, the result or an untracked node reads.
+        leaking: opaque modules whose Python takes the contents of tensors; `hidden`: the indices of other untracked nodes.
+        pinned: views that are written into, which cannot become copies.
+        named: the names of the model's own tensors among the values.
+        rewrites: for each node `rewrite`, `opaque` and `literals` of the state there.
         sizes: for each node the sizes among its arguments that may be those of the inputs (see `sizes_given`).
     """
 
-    def __init__(self, capture: CapturedProgram) -> None:
-        self.capture = capture
+    def __init__(self, capture: CapturedProgram, number: int) -> None:
+        self.capture, self.number = capture, number
         op_trace, untracked = capture.op_trace, capture.untracked
         self.uses = {r.id for op in op_trace.ops for r in op.inputs} | {r.id for _, r in capture.outputs}
         self.uses |= {r.id for n in untracked for r in collect([capture.results[m] for m in n.all_input_nodes], TensorRef)}
@@ -51,58 +48,91 @@ class Script:
         self.pinned = written_through(op_trace)
         self.named = {i: v.name for i, v in enumerate(op_trace.values) if v.name is not None}
         nodes = {op.node for op in op_trace.ops}
-        self.literals = {i: rewriting(capture, i) for i in nodes}
+        self.rewrites = {i: rewrite_of(capture, i) for i in nodes}
         self.sizes = {i: sizes_given(capture, i) for i in nodes}
 
+    def node(self, index: int) -> int:
+        """The number of a node among those of all captures."""
+        return self.number * SPAN + index
 
-def read(
-    scripts: Sequence[Script],
-    leaves: dict[str, Labels],
-    size: int,
-    coupling_options: CouplingOptions,
+
+@dataclass(frozen=True, slots=True)
+class Propagated:
+    """What came of one propagation: constraints, labels of the values of each program, and dimensions found to be composed."""
+
+    constraints: ConstraintBuilder
+    values: list[dict[int, Labels]]
+    composed: dict[int, tuple[Tensor, ...]]
+
+
+def propagate(
+    programs: Sequence[Program],
+    leaves: LeafLabels,
+    options: CouplingOptions,
     *,
-    seeking: bool = False,
-    compose: bool = True,
-    settled: frozenset[tuple[str, int]] = frozenset(),
-) -> tuple[Constraints, list[dict[int, Labels]]]:
-    """Interpret every tape on labels."""
-    constraints = Constraints(
-        size=size, seeking_heads=seeking, leaves=leaves if compose and not seeking else {}, settled=settled
-    )
-    every = []
-    for which, script in enumerate(scripts):
-        capture, op_trace = script.capture, script.capture.op_trace
-        labels: dict[int, Labels] = {i: leaves[name] for i, name in script.named.items()}
-        hidden = list(script.hidden)
-        end = OpCall(None, (), {}, (), len(capture.index))
-        constraints.pinned, constraints.alike, constraints.read_before = script.pinned, {}, set()  # by number in this capture
-        varying: set[int] = set()
-        sized = False  # whether the node has sizes of the inputs among its arguments: what it makes of nothing varies with them
-        for op in [*op_trace.ops, end]:
-            while hidden and hidden[0] < op.node:
-                constraints.node = which * SPAN + hidden[0]
-                hide(capture, capture.nodes[hidden.pop(0)], labels, constraints)
-            if op is end or (hidden and op.node == hidden[0]):
-                continue
-            if constraints.node != which * SPAN + op.node:
-                constraints.node = which * SPAN + op.node
-                constraints.rewrite, constraints.opaque, constraints.literals = script.literals[op.node]
-                sized = any(is_input_size(found, labels, size) for found in script.sizes[op.node])
-            call = RuleContext(op, op_trace, labels, constraints, coupling_options.heads, script.uses, varying)
-            if sized or (varying and any(r.id in varying for r in call.inputs)):
-                varying.update(r.id for r in call.outputs)
-            apply_rule(call)
-        for node in script.leaking:
-            constraints.node = which * SPAN + capture.index[node]
-            freeze_inside(capture, node, labels, constraints)
-        constraints.node = which * SPAN + capture.index[capture.output]
-        for name, ref in capture.outputs:
-            if not coupling_options.releases(name):
-                why = "is an output of the model" + (f", {name}" if name != ONLY_OUTPUT else "")
-                for f in labels.get(ref.id, NONE):
-                    constraints.freeze(f.labels, why)
-        every.append(labels)
-    return constraints, every
+    seeking_heads: bool = False,
+    leaf_dims: dict[int, LeafDim] | None = None,
+) -> Propagated:
+    """Apply the label rule of every call of every program.
+
+    Arguments:
+        leaves: the labels of the model's own tensors.
+        seeking_heads: whether only heads are looked for.
+        leaf_dims: dimensions of the model's own tensors that may be found to be composed, by first label.
+    """
+    constraints = ConstraintBuilder(leaves.size, leaves.first_constant, leaves.composed_labels())
+    values: list[dict[int, Labels]] = []
+    composed: dict[int, tuple[Tensor, ...]] = {}
+    for program in programs:
+        state = PropagationState(
+            program.capture.op_trace,
+            {i: leaves.of[name] for i, name in program.named.items()},
+            constraints,
+            options.heads,
+            program.uses,
+            pinned=program.pinned,
+            seeking_heads=seeking_heads,
+            leaf_dims=leaf_dims or {},
+            composed=composed,
+        )
+        propagate_through(program, state, leaves.size)
+        constraints.node = program.node(program.capture.index[program.capture.output])
+        freeze_outputs(program.capture, state, options)
+        values.append(state.labels)
+    return Propagated(constraints, values, composed)
+
+
+def propagate_through(program: Program, state: PropagationState, owned: int) -> None:
+    """Apply the rules of one program's calls; the first `owned` labels are those of the model's own tensors."""
+    constraints, capture = state.constraints, program.capture
+    hidden = list(program.hidden)
+    end = OpCall(None, (), {}, (), len(capture.index))
+    sized = False  # whether sizes of the inputs are among the node's arguments: contents that it makes then vary with them
+    for op in [*capture.op_trace.ops, end]:
+        while hidden and hidden[0] < op.node:
+            constraints.node = program.node(hidden[0])
+            apply_untracked(capture, capture.nodes[hidden.pop(0)], state)
+        if op is end or (hidden and op.node == hidden[0]):
+            continue
+        if constraints.node != program.node(op.node):
+            constraints.node = program.node(op.node)
+            state.rewrite, state.opaque, state.literals = program.rewrites[op.node]
+            sized = any(is_input_size(found, state.labels, owned) for found in program.sizes[op.node])
+        call = RuleContext(op, state)
+        if sized or (state.varying and any(r.id in state.varying for r in call.inputs)):
+            state.varying.update(r.id for r in call.outputs)
+        apply_rule(call)
+    for node in program.leaking:
+        constraints.node = program.node(capture.index[node])
+        freeze_inside(capture, node, state)
+
+
+def freeze_outputs(capture: CapturedProgram, state: PropagationState, options: CouplingOptions) -> None:
+    for name, ref in capture.outputs:
+        if not options.releases(name):
+            why = "is an output of the model" + (f", {name}" if name != ONLY_OUTPUT else "")
+            for f in state.labels.get(ref.id, NONE):
+                state.constraints.freeze(f.labels, why)
 
 
 def tells_channels(labels: Labels, dim: int, owned: int) -> bool:
@@ -112,7 +142,9 @@ def tells_channels(labels: Labels, dim: int, owned: int) -> bool:
             if f.start < owned:
                 return True
         elif dim in f.dims:
-            line = f.flat if len(f.major_to_minor) == 1 else row(f.labels.movedim(dim, -1).reshape(-1, f.labels.shape[dim])[0])
+            line = (
+                f.flat if len(f.major_to_minor) == 1 else flatten(f.labels.movedim(dim, -1).reshape(-1, f.labels.shape[dim])[0])
+            )
             if int(line.min()) < owned and (bool((line[1:] > line[:-1]).all()) or len(np.unique(line)) == len(line)):
                 return True
     return False
@@ -152,8 +184,8 @@ def apply_rule(call: RuleContext) -> None:
     """Store the labels of an op's results; an op without a rule is probed through autograd, else frozen."""
     if not call.outputs:
         return
-    alike = call.constraints.alike
-    met = bool(alike) and any(r.id in alike for r in call.inputs)
+    uniform = call.state.uniform
+    met = bool(uniform) and any(r.id in uniform for r in call.inputs)
     shared = read_apart(call) if met else {}
     rule = find(call.op.func).labels
     if rule is not None:
@@ -164,15 +196,20 @@ def apply_rule(call: RuleContext) -> None:
         result = probe(call)
     results = result if isinstance(result, list) else [result]
     for ref, labels in zip(call.outputs, results, strict=False):
-        if ref not in call.inputs:  # else it is written in place: the ties say it all
+        if ref not in call.inputs:
             call.known[ref.id] = labels
+        else:  # it was written in place
+            for f in call.labels(ref):
+                for g in labels:
+                    if g.major_to_minor == f.major_to_minor and g.base is not f.base:
+                        call.constraints.note_written(f, g)
     if shared:
         call.known.update(shared)
     if met:
         follow(call)
 
 
-def rewriting(capture: CapturedProgram, index: int) -> tuple[Any, bool, frozenset[int]]:
+def rewrite_of(capture: CapturedProgram, index: int) -> tuple[Any, bool, frozenset[int]]:
     """How a node is rewritten; whether it is an opaque module; and the numbers written out in a call that has no rewrite.
 
     Those may be sizes, and are never changed.
@@ -188,20 +225,20 @@ def rewriting(capture: CapturedProgram, index: int) -> tuple[Any, bool, frozense
     return None, opaque, frozenset(v for v in numbers if not isinstance(v, bool) and v > 1)
 
 
-def hide(capture: CapturedProgram, node: fx.Node, labels: dict[int, Labels], constraints: Constraints) -> None:
-    """A node whose results did not come out of the dispatcher: autograd says what it does, or what went in stays."""
-    call = RuleContext(as_op(capture, node), capture.op_trace, labels, constraints, False, set())
+def apply_untracked(capture: CapturedProgram, node: fx.Node, state: PropagationState) -> None:
+    """The labels of a node whose results did not come out of the dispatcher, by autograd; else its arguments are frozen."""
+    call = RuleContext(as_op(capture, node), PropagationState(state.op_trace, state.labels, state.constraints))
     for ref, found in zip(call.outputs, probe(call), strict=True):
-        labels[ref.id] = found
+        state.labels[ref.id] = found
 
 
-def freeze_inside(capture: CapturedProgram, node: fx.Node, labels: dict[int, Labels], constraints: Constraints) -> None:
-    """Nothing that an opaque module holds or is given can go: its Python took contents where no rule sees them."""
+def freeze_inside(capture: CapturedProgram, node: fx.Node, state: PropagationState) -> None:
+    """Freeze what an opaque module holds and is given, whose Python takes contents where no rule sees them."""
     given = collect([capture.results[n] for n in node.all_input_nodes], TensorRef)
     held = [TensorRef(i) for i, v in enumerate(capture.op_trace.values) if v.name and v.name.startswith(f"{node.target}.")]
     for ref in [*given, *held]:
-        for f in labels.get(ref.id, NONE):
-            constraints.freeze(f.labels, "is in a module whose Python takes the contents of tensors")
+        for f in state.labels.get(ref.id, NONE):
+            state.constraints.freeze(f.labels, "is in a module whose Python takes the contents of tensors")
 
 
 def as_op(capture: CapturedProgram, node: fx.Node) -> OpCall:

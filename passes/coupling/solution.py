@@ -14,20 +14,20 @@ from fxprune.passes.ir.program import CapturedProgram
 
 @dataclass(slots=True)
 class Solution:
-    """Labels of every value and the classes that removal acts on.
+    """Labels of every value and the units that removal acts on.
 
     Attributes:
         captures: the runs that were read.
         leaves: labels of the model's own tensors, by name.
         values: for each capture, the labels of every value on its tape.
         unit_of: the unit of each label, named by the smallest label in it.
-        frozen: for each class that is never removed, the number of the reason, else -1 (indexed by label).
-        reasons: sentences; `places` the graph nodes they arose at.
-        equal: matrices of classes whose rows must keep equally many entries.
+        frozen: for each unit that is never removed the number of the reason, else -1 (indexed by label).
+        reasons: clauses, each with the place in the program.
+        equal_rows: matrices of units whose rows must keep equally many entries.
         regions: nodes replaced by one gather, so that what they pass through need not be a rectangle.
-        pairs: the ties that were solved, as the rules reported them.
+        ties: those that were solved, as the rules reported them.
         shapes: of the model's own tensors, by name.
-        lines: classes of which one at least must stay.
+        some_stay: units of which one at least must stay.
     """
 
     captures: list[CapturedProgram]
@@ -36,8 +36,8 @@ class Solution:
     unit_of: Tensor
     frozen: np.ndarray
     reasons: list[str]
-    equal: list[np.ndarray]
+    equal_rows: list[np.ndarray]
     regions: list[dict[fx.Node, fx.Node]]
-    pairs: list[Tie]
+    ties: list[Tie]
     shapes: dict[str, tuple[int, ...]]
-    lines: list[np.ndarray]
+    some_stay: list[np.ndarray]

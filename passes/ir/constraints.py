@@ -1,25 +1,25 @@
-"""What the rules say of labels: ties, frozen labels, and constraints on the choice; collected as arrays."""
+"""Constraints: what label rules require of a removal, as arrays of labels."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fxprune.passes.ir.labels import Factor, Labels
+from fxprune.passes.ir.labels import Factor
 
-MANY = 16
-PART_OF_ROWS = "is a row of channels that go one by one"
+SPAN = 1_000_000  # node numbers of one captured program
+PAIRWISE_UP_TO = 16  # entries of a row
+COPIES = "is a copy or a constant in a sum over channels, and no parameter sets it to zero"
 
 
 @dataclass(slots=True)
-class Event:
-    """An array of labels with the reason or the place it came from; `node` is the index of the graph node."""
+class LabelArray:
+    """An array of labels, the index of the graph node it was reported at, and the reason if it is frozen."""
 
     labels: Tensor | np.ndarray
     node: int
@@ -29,10 +29,14 @@ class Event:
     def array(self) -> np.ndarray:
         return self.labels if isinstance(self.labels, np.ndarray) else self.labels.numpy()
 
+    @property
+    def flat(self) -> np.ndarray:
+        return flatten(self.labels)
+
 
 @dataclass(slots=True)
 class Tie:
-    """Two arrays of labels to be removed together.
+    """Two arrays of labels that are removed together, element by element under broadcasting.
 
     Attributes:
         a, b: the arrays; vectors are of NumPy.
@@ -47,170 +51,204 @@ class Tie:
     node: int
     starts: tuple[int | None, int | None] = (None, None)
 
+    def sides(self) -> tuple[np.ndarray, np.ndarray]:
+        """The two sides as vectors of equal length; of large arrays rows that repeat are left out."""
+        a, b = self.a, self.b
+        if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+            return a, b
+        assert isinstance(a, Tensor) and isinstance(b, Tensor)
+        if a.shape != b.shape:
+            a, b = torch.broadcast_tensors(a, b)
+        if a.dim() > 1 and a.numel() > DEDUPLICATED_FROM:
+            left, right = a.reshape(-1, a.shape[-1]).numpy(), b.reshape(-1, b.shape[-1]).numpy()
+            first = distinct_rows(left, right)
+            return left[first].reshape(-1), right[first].reshape(-1)
+        return a.reshape(-1).numpy(), b.reshape(-1).numpy()
+
 
 @dataclass(slots=True)
-class Rows:
+class RowLabels:
     """Labels that each stand for one row of others: it goes if the row is a single unit that goes, else it stays.
 
     Attributes:
         labels: one for each row.
         entries: a row of labels for each.
         node: index of the graph node.
+        whole: whether a row may be made a single unit, so that it can go.
     """
 
     labels: Tensor
     entries: Tensor
     node: int
+    whole: bool = False
 
 
 @dataclass(slots=True)
 class Constraints:
-    """Everything the rules report, in the order it was met.
+    """What the label rules require of a removal, in the order it was reported.
 
     Attributes:
-        pairs: two arrays of labels to be removed together; `broadcast` ones repeat a label of one side.
+        ties: labels that are removed together.
         frozen: labels that are never removed, with the reason.
-        coarse: matrices of labels whose rows are heads, to be removed whole when heads are the granularity.
-        equal: matrices of labels whose rows must keep equally many entries.
-        product: matrices of labels whose rows must keep the same columns.
-        lines: labels of which one at least must stay.
-        rows: labels that stand for rows of others; `standing` is the set of them.
-        alike: values whose entries are all alike, with the one that they are views of; `read_before`: those some call has read.
-        pinned: views that are written into and cannot become copies.
-        first_fresh: the first label made on the way: those below it belong to the model's own tensors.
-        leaves: the labels of the model's own tensors, where their dimensions may become composed (empty: they may not).
-        settled: those dimensions that are composed already.
-        composed: leaf dimensions, by first label, whose entries belong to several labels at once (an outer product).
-        seeking_heads: whether this reading only looks for heads.
-        rewrite: what the node that is being read becomes in the pruned program (see `OpSpec`).
-        opaque: whether that node is an opaque module, in which nothing that is written out can be changed.
-        literals: sizes written out among that node's arguments which the rewriter does not know how to change.
+        head_rows: matrices of labels whose rows are heads, which go whole where heads are the granularity.
+        equal_rows: matrices of labels whose rows keep equally many entries.
+        same_columns: matrices of labels whose rows keep the same columns, unless they go whole.
+        some_stay: vectors of labels of which at least one stays.
+        row_labels: labels that each stand for a row of others.
     """
 
-    pairs: list[Tie] = field(default_factory=list)
-    frozen: list[Event] = field(default_factory=list)
-    coarse: list[Event] = field(default_factory=list)
-    equal: list[Event] = field(default_factory=list)
-    product: list[Event] = field(default_factory=list)
-    lines: list[np.ndarray] = field(default_factory=list)
-    rows: list[Rows] = field(default_factory=list)
-    standing: set[int] = field(default_factory=set)
-    pinned: set[int] = field(default_factory=set)
-    alike: dict[int, int] = field(default_factory=dict)
-    read_before: set[int] = field(default_factory=set)
-    node: int = -1
-    size: int = 1
-    seeking_heads: bool = False
-    rewrite: Callable[..., Any] | None = None
-    opaque: bool = False
-    literals: frozenset[int] = frozenset()
-    leaves: dict[str, Labels] = field(default_factory=dict)
-    starts: dict[int, tuple[str, int, int]] | None = None
-    settled: frozenset[tuple[str, int]] = frozenset()
-    composed: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
-    first_fresh: int = 0
+    ties: list[Tie] = field(default_factory=list)
+    frozen: list[LabelArray] = field(default_factory=list)
+    head_rows: list[LabelArray] = field(default_factory=list)
+    equal_rows: list[LabelArray] = field(default_factory=list)
+    same_columns: list[LabelArray] = field(default_factory=list)
+    some_stay: list[np.ndarray] = field(default_factory=list)
+    row_labels: list[RowLabels] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        self.first_fresh = self.size
 
-    @property
-    def leaf_starts(self) -> dict[int, tuple[str, int, int]]:
-        """Leaf dimensions with labels of their own, by their first label: tensor, dimension and size."""
-        if self.starts is None:
-            self.starts = {}
-            for name, labels in self.leaves.items():
-                for f in labels:
-                    if (
-                        len(f.major_to_minor) == 1
-                        and (name, f.major_to_minor[0]) not in self.settled
-                        and f.flat[-1] - f.flat[0] == len(f.flat) - 1
-                    ):
-                        self.starts[int(f.flat[0])] = (name, f.major_to_minor[0], len(f.flat))
-        return self.starts
+class ConstraintBuilder:
+    """Collects what label rules report, each with the node it is reported at, and numbers new labels.
+
+    Arguments:
+        size: the number of labels so far, label 0 included.
+        first_undetermined: the first label of a constant of the program; those of the model's own tensors are below.
+        determined: labels from there on that belong to the model's own tensors all the same.
+
+    Attributes:
+        collected: what was reported since the last `clear`.
+        node: index of the current graph node.
+        first_new: the first label made on the way.
+        reduced: labels that stand for rows that an op reduced.
+    """
+
+    def __init__(self, size: int, first_undetermined: int | None = None, determined: Iterable[int] = ()) -> None:
+        self.collected = Constraints()
+        self.node = -1
+        self.size = self.first_new = size
+        self.first_undetermined = size if first_undetermined is None else first_undetermined
+        self.determined = set(determined)
+        self.reduced: set[int] = set()
+
+    def clear(self) -> Constraints:
+        """What was collected; the builder starts with nothing again, but for the labels it has made."""
+        done, self.collected = self.collected, Constraints()
+        return done
 
     def fresh(self, count: int) -> Tensor:
         """New labels, `count` of them."""
         self.size += count
         return torch.arange(self.size - count, self.size)
 
-    def head_rows(self, rows: Tensor) -> None:
-        self.coarse.append(Event(rows, self.node))
+    def add_head_rows(self, rows: Tensor) -> None:
+        self.collected.head_rows.append(LabelArray(rows, self.node))
 
-    def keep_two(self, rows: Tensor) -> None:
-        """Each row of labels keeps two entries at least: one without any other one, or of many, one of either half."""
+    def keep_two_per_row(self, rows: Tensor) -> None:
+        """Each row of labels keeps two entries at least: for each entry one of the others; in long rows one of either half."""
         n = rows.shape[1]
-        if n > MANY:
-            self.lines += [*rows[:, : n // 2].numpy(), *rows[:, n // 2 :].numpy()]
+        if n > PAIRWISE_UP_TO:
+            self.collected.some_stay += [*rows[:, : n // 2].numpy(), *rows[:, n // 2 :].numpy()]
         elif n > 1:
-            self.lines += [line for i in range(n) for line in torch.cat([rows[:, :i], rows[:, i + 1 :]], 1).numpy()]
+            self.collected.some_stay += [
+                line for i in range(n) for line in torch.cat([rows[:, :i], rows[:, i + 1 :]], 1).numpy()
+            ]
 
-    def row_labels(self, f: Factor, rest: Sequence[int]) -> Factor:
-        """A factor over the dimensions `rest` of another one, for what no longer tells its other entries apart."""
+    def new_row_labels(self, f: Factor, rest: Sequence[int], *, whole: bool) -> Factor:
+        """New labels over the dimensions `rest` of a factor, of what was reduced along the others."""
         shape = [n if d in rest else 1 for d, n in enumerate(f.labels.shape)]
         labels = self.fresh(math.prod(shape)).reshape(shape)
-        self.standing.update(labels.flatten().tolist())
-        self.stand(labels, f.labels)
+        self.reduced.update(labels.flatten().tolist())
+        self.tie_to_rows(labels, f.labels, whole=whole)
         return Factor(labels, tuple(d for d in f.major_to_minor if d in rest))
 
-    def stand(self, labels: Tensor, entries: Tensor) -> None:
-        """Labels of row type go with the rows of a wider array, where those go whole."""
+    def tie_to_rows(self, labels: Tensor, entries: Tensor, *, whole: bool = False) -> None:
+        """Labels go with the rows of a wider array, where those go whole."""
         rest = [d for d, n in enumerate(labels.shape) if n > 1]
         order = [*rest, *(d for d in range(entries.dim()) if d not in rest)]
         full = entries.expand([max(n, m) for n, m in zip(labels.shape, entries.shape, strict=True)])
-        self.rows.append(Rows(labels.flatten(), full.permute(order).reshape(labels.numel(), -1), self.node))
+        labels, rows = labels.flatten(), full.permute(order).reshape(labels.numel(), -1)
+        self.collected.row_labels.append(RowLabels(labels, rows, self.node, whole))
+        unknown = self.are_undetermined(rows.numpy()).any(1)
+        self.determined.update(labels.numpy()[~unknown].tolist())
 
-    def stands(self, f: Factor) -> bool:
-        """Whether all labels of a factor are of row type."""
-        return bool(self.standing) and all(x in self.standing for x in f.flat.tolist())
+    def are_row_labels(self, f: Factor) -> bool:
+        """Whether all labels of a factor stand for reduced rows."""
+        return bool(self.reduced) and all(x in self.reduced for x in f.flat.tolist())
+
+    def undetermined(self, f: Factor) -> np.ndarray | None:
+        """Which of a factor's labels, flattened, belong to copies and constants; None where none do.
+
+        No parameter determines them: unlike other labels they are not tied to what made the value.
+        """
+        if f.largest < self.first_undetermined:
+            return None
+        found = self.are_undetermined(f.flat)
+        return found if bool(found.any()) else None
+
+    def are_undetermined(self, labels: np.ndarray) -> np.ndarray:
+        found = labels >= self.first_undetermined
+        return found & ~np.isin(labels, list(self.determined)) if self.determined and bool(found.any()) else found
+
+    def determine(self, f: Factor, g: Factor) -> Factor:
+        """Of two tied factors the one with labels that parameters determine; if both are so in part, one made of both."""
+        mine = self.undetermined(f)
+        if mine is None:
+            return f
+        theirs = self.undetermined(g)
+        if theirs is None:
+            return g
+        if f.labels.shape != g.labels.shape or not bool((mine & ~theirs).any()):
+            return f
+        labels = np.where(mine & ~theirs, g.flat, f.flat)
+        return Factor(torch.from_numpy(labels).reshape(f.labels.shape), f.major_to_minor)
+
+    def note_written(self, f: Factor, g: Factor) -> None:
+        """Labels of a tensor that was written to are determined where those of what was written are."""
+        mine = self.undetermined(f)
+        if mine is not None and f.labels.shape == g.labels.shape:
+            theirs = self.undetermined(g)
+            self.determined.update(f.flat[mine if theirs is None else mine & ~theirs].tolist())
+
+    def keep_copies(self, labels: Iterable[Factor]) -> None:
+        """Freeze the labels of copies and constants that are summed over: no parameter sets those to zero."""
+        for f in labels:
+            found = self.undetermined(f)
+            if found is not None:
+                self.freeze(f.flat[found], COPIES)
 
     def tie(self, a: Tensor, b: Tensor, *, broadcast: bool = False) -> None:
-        """`a` and `b` broadcast against each other; a tie with label 0 freezes."""
+        """Tie two arrays under broadcasting; a tie to label 0 freezes."""
         if a is not b:
-            self.pairs.append(Tie(a, b, broadcast or a.shape != b.shape, self.node))
+            self.collected.ties.append(Tie(a, b, broadcast or a.shape != b.shape, self.node))
 
-    def join(self, f: Factor, g: Factor) -> None:
-        """Two lines of one length, removed together."""
+    def tie_vectors(self, f: Factor, g: Factor) -> None:
+        """Tie two vectors of one length."""
         if f.base is not g.base:
-            self.pairs.append(Tie(f.flat, g.flat, False, self.node, (f.start, g.start)))
+            self.collected.ties.append(Tie(f.flat, g.flat, False, self.node, (f.start, g.start)))
 
     def freeze(self, labels: Tensor | np.ndarray, why: str) -> None:
-        self.frozen.append(Event(labels, self.node, why))
+        self.collected.frozen.append(LabelArray(labels, self.node, why))
 
     def keep_rows_equal(self, f: Factor) -> None:
         if len(f.major_to_minor) > 1:
-            self.equal.append(Event(f.rows(), self.node))
+            self.collected.equal_rows.append(LabelArray(f.rows(), self.node))
 
-    def same_columns(self, f: Factor) -> None:
+    def keep_columns_equal(self, f: Factor) -> None:
         if len(f.major_to_minor) > 1:
-            self.product.append(Event(f.rows(), self.node))
+            self.collected.same_columns.append(LabelArray(f.rows(), self.node))
 
 
-def flat(pair: Tie) -> tuple[np.ndarray, np.ndarray]:
-    """The two sides of a pair as flat arrays of equal length."""
-    a, b = pair.a, pair.b
-    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
-        return a, b
-    assert isinstance(a, Tensor) and isinstance(b, Tensor)
-    if a.shape != b.shape:
-        a, b = torch.broadcast_tensors(a, b)
-    if a.dim() > 1 and a.numel() > LARGE:
-        rows, cols = a.reshape(-1, a.shape[-1]).numpy(), b.reshape(-1, b.shape[-1]).numpy()
-        first = unlike_rows(rows, cols)
-        return rows[first].reshape(-1), cols[first].reshape(-1)
-    return a.reshape(-1).numpy(), b.reshape(-1).numpy()
-
-
-def row(labels: Tensor | np.ndarray) -> np.ndarray:
-    """An array of labels as one row of numbers."""
+def flatten(labels: Tensor | np.ndarray) -> np.ndarray:
+    """An array of labels as a vector."""
     return labels if isinstance(labels, np.ndarray) else labels.reshape(-1).numpy()
 
 
-LARGE = 1 << 16  # labels of a pair that are looked through for rows that repeat
+DEDUPLICATED_FROM = 1 << 16  # labels of a tie from which on rows that repeat are left out
 
 
-def unlike_rows(*matrices: np.ndarray) -> np.ndarray:
-    """The numbers of the rows that are not all equal to those of an earlier row, in order: tokens repeat what is tied along
-    channels. They are found by their product with random vectors, which takes far less than to sort them.
+def distinct_rows(*matrices: np.ndarray) -> np.ndarray:
+    """The indices of the rows that are equal to no earlier row in all matrices, in order.
+
+    Tokens repeat what is tied along channels. Rows are compared by a product with random vectors, far faster than by sorting.
     """
     rng = np.random.default_rng(0)
     sums = np.zeros(len(matrices[0]), np.uint64)

@@ -1,4 +1,4 @@
-"""What is kept: shapes and indices of every tensor once some units are removed."""
+"""Slices: the indices that are kept along the dimensions of a tensor, for one choice of removed labels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class TensorSlice:
     """Kept indices along some dimensions of a tensor, taken together.
 
     Attributes:
-        dims: one dimension, or the nested dimensions of a joint factor from major to minor.
+        dims: one dimension, or the dimsed dimensions of a joint factor from major to minor.
         keep: ascending indices into those dimensions, flattened.
         sizes: how many stay along each of them.
     """
@@ -31,22 +31,32 @@ class TensorSlice:
         """The kept part of a tensor."""
         keep = self.keep if tensor.is_cpu else self.keep.to(tensor.device)
         if len(self.dims) == 1:
-            return picked(tensor, self.dims[0], keep)
+            return fast_index_select(tensor, self.dims[0], keep)
         rest = [d for d in range(tensor.dim()) if d not in self.dims]
         order = [*self.dims, *rest]
         moved = tensor.permute(order).flatten(0, len(self.dims) - 1).index_select(0, keep)
         moved = moved.reshape(*self.sizes, *(tensor.shape[d] for d in rest))
         return moved.permute([order.index(d) for d in range(tensor.dim())])
 
+    def kept(self, shape: Sequence[int]) -> Tensor:
+        """Which indices into `dims` are kept: booleans with the sizes of those dimensions, in their order."""
+        mask = torch.zeros([shape[d] for d in self.dims], dtype=torch.bool)
+        mask.view(-1)[self.keep] = True
+        return mask
 
-WIDE = 1 << 17  # elements from which on a second thread is worth its start
+    def mask(self, shape: Sequence[int]) -> Tensor:
+        """The same, broadcastable to a tensor of this shape."""
+        order = sorted(range(len(self.dims)), key=self.dims.__getitem__)
+        return self.kept(shape).permute(order).reshape([n if d in self.dims else 1 for d, n in enumerate(shape)])
 
 
-def picked(tensor: Tensor, dim: int, keep: Tensor) -> Tensor:
-    """What lies at some indices along one dimension.
+WIDE = 1 << 17  # elements from which on several threads are faster than one
 
-    Along the last one `index_select` uses one thread and takes elements of two bytes one by one (torch 2.14, on a CPU):
-    `gather` does what it does otherwise.
+
+def fast_index_select(tensor: Tensor, dim: int, keep: Tensor) -> Tensor:
+    """`index_select`, or `gather` where that is faster.
+
+    Along the last dimension `index_select` uses one thread and copies elements of two bytes one by one (torch 2.14, on a CPU).
     """
     if tensor.is_cpu and dim == tensor.dim() - 1 > 0:
         large = torch.get_num_threads() > 1 and tensor.numel() >= WIDE
@@ -56,7 +66,7 @@ def picked(tensor: Tensor, dim: int, keep: Tensor) -> Tensor:
 
 
 def clusters(labels: Labels) -> list[list[Factor]]:
-    """Factors that share dimensions, together."""
+    """The factors, grouped so that those of different groups share no dimension."""
     if len(labels) == 1 or sum([len(f.major_to_minor) for f in labels]) == len({d for f in labels for d in f.major_to_minor}):
         return [[f] for f in labels]
     groups: list[list[Factor]] = []
@@ -68,84 +78,92 @@ def clusters(labels: Labels) -> list[list[Factor]]:
 
 
 class Slicer:
-    """Cuts for one choice of what is kept; values that share their labels share the work."""
+    """The slices of tensors for one choice of kept labels. Tensors that share their labels share their slices.
+
+    Arguments:
+        kept: which labels are kept, shape (labels,).
+    """
 
     def __init__(self, kept: Tensor) -> None:
         self.kept = kept
         self.table = kept.numpy()
-        self.whole = bool(self.table.all())
-        self.made: dict[tuple[int, ...], tuple[Labels, list[TensorSlice]]] = {}
-        self.lines: dict[tuple[tuple[int, ...], bytes], TensorSlice | None] = {}
+        self.keeps_all = bool(self.table.all())
+        self.found: dict[tuple[int, ...], tuple[Labels, list[TensorSlice]]] = {}
+        self.vectors: dict[tuple[tuple[int, ...], bytes], TensorSlice | None] = {}
 
     def __call__(self, labels: Labels, shape: Sequence[int]) -> list[TensorSlice]:
-        if not labels or self.whole:
+        if not labels or self.keeps_all:
             return []
         key = tuple([id(f) for f in labels])
-        found = self.made.get(key)
-        if found is None:  # the labels are held on to, so that their identity stays theirs
-            found = self.made[key] = (labels, self.cuts(labels, shape))
-        return found[1]
+        known = self.found.get(key)
+        if known is None:  # the labels are stored with it, so that no other object gets their ids
+            known = self.found[key] = (labels, self.slices(labels, shape))
+        return known[1]
 
-    def cuts(self, labels: Labels, shape: Sequence[int]) -> list[TensorSlice]:
-        """The cuts that leave of a tensor what is kept; untouched dimensions have none."""
+    def take(self, labels: Labels, tensor: Tensor) -> Tensor:
+        """What is kept of a tensor with these labels."""
+        return apply_slices(self(labels, tensor.shape), tensor)
+
+    def slices(self, labels: Labels, shape: Sequence[int]) -> list[TensorSlice]:
+        """A slice for each group of dimensions that loses anything; raises NotARectangle if rows would differ in length."""
         found = []
         for group in clusters(labels):
             if len(group) == 1 and len(group[0].major_to_minor) == 1:
-                line = self.line(group[0])
-                if line is not None:
-                    found.append(line)
+                vector = self.vector(group[0])
+                if vector is not None:
+                    found.append(vector)
                 continue
             stays = [self.table[f.compressed] for f in group]
             if all(bool(s.all()) for s in stays):
                 continue
             lead = max(group, key=lambda f: len(f.major_to_minor))
-            nest = lead.major_to_minor + tuple(d for f in group for d in f.major_to_minor if d not in lead.major_to_minor)
-            nest = tuple(dict.fromkeys(nest))
-            mask = np.ones([shape[d] if d in nest else 1 for d in range(len(shape))], bool)
+            dims = tuple(dict.fromkeys([*lead.major_to_minor, *(d for f in group for d in f.major_to_minor)]))
+            mask = np.ones([shape[d] if d in dims else 1 for d in range(len(shape))], bool)
             for f, s in zip(group, stays, strict=True):
-                mask = mask & spread_over(f, s)
-            mask = mask.transpose([*nest, *(d for d in range(len(shape)) if d not in nest)]).reshape([shape[d] for d in nest])
+                mask = mask & decompressed(f, s)
+            mask = mask.transpose([*dims, *(d for d in range(len(shape)) if d not in dims)]).reshape([shape[d] for d in dims])
             sizes = rectangle(mask)
-            if sizes is None or self.loses_all(group, mask, nest):
+            if sizes is None or self.loses_all(group, mask, dims):
                 raise NotARectangle(torch.cat([f.labels.reshape(-1) for f in group]))
-            found.append(TensorSlice(nest, torch.from_numpy(np.flatnonzero(mask)), sizes))
+            found.append(TensorSlice(dims, torch.from_numpy(np.flatnonzero(mask)), sizes))
         return found
 
-    def loses_all(self, group: Sequence[Factor], mask: np.ndarray, nest: Sequence[int]) -> bool:
-        """Whether an index that its own dimension's labels keep has nothing left along the others."""
-        for at, d in enumerate(nest):
+    def loses_all(self, group: Sequence[Factor], mask: np.ndarray, dims: Sequence[int]) -> bool:
+        """Whether nothing is left of an index that its own dimension's labels keep."""
+        for at, d in enumerate(dims):
             mine = [f for f in group if f.major_to_minor == (d,)]
-            if mine and len(nest) > 1:
+            if mine and len(dims) > 1:
                 stays = np.logical_and.reduce([self.table[f.flat] for f in mine])
                 alive = np.moveaxis(mask, at, 0).reshape(mask.shape[at], -1).any(1)
                 if bool((stays & ~alive).any()):
                     return True
         return False
 
-    def line(self, f: Factor) -> TensorSlice | None:
-        """The cut along the one dimension of a factor; None if all stays. Layers that keep the same share one."""
+    def vector(self, f: Factor) -> TensorSlice | None:
+        """The slice along the one dimension of a factor; None if all is kept. Tensors that keep the same share one."""
         stays = f.lookup(self.table)
         key = (f.major_to_minor, stays.tobytes())
-        if key not in self.lines:
+        if key not in self.vectors:
             keep = np.flatnonzero(stays)
             if not len(keep):
                 raise NotARectangle(f.labels.reshape(-1))
-            whole = len(keep) == len(stays)
-            self.lines[key] = None if whole else TensorSlice(f.major_to_minor, torch.from_numpy(keep), (len(keep),))
-        return self.lines[key]
+            self.vectors[key] = (
+                None if len(keep) == len(stays) else TensorSlice(f.major_to_minor, torch.from_numpy(keep), (len(keep),))
+            )
+        return self.vectors[key]
 
 
-def spread_over(f: Factor, brief: np.ndarray) -> np.ndarray:
-    """What is said of a factor's `brief` labels, as an array of the form of its labels."""
+def decompressed(f: Factor, values: np.ndarray) -> np.ndarray:
+    """Values for a factor's `compressed` labels, as an array of the shape of its labels."""
     if f.repeats == 1:
-        return brief.reshape(f.labels.shape)
+        return values.reshape(f.labels.shape)
     n, *rest = f.labels.movedim(f.major_to_minor[0], 0).shape
-    runs = np.broadcast_to(brief.reshape(n // f.repeats, 1, *rest), (n // f.repeats, f.repeats, *rest))
+    runs = np.broadcast_to(values.reshape(n // f.repeats, 1, *rest), (n // f.repeats, f.repeats, *rest))
     return np.moveaxis(runs.reshape(n, *rest), 0, f.major_to_minor[0])
 
 
 def rectangle(mask: np.ndarray) -> tuple[int, ...] | None:
-    """Sizes of what a mask keeps, dimension by dimension from the major one; None if rows differ."""
+    """The sizes of what a mask keeps, from the major dimension on; None if rows differ in length."""
     alive, sizes = mask, []
     for _ in range(mask.ndim):  # from the minor one: a row is alive where anything in it is
         counts = alive.sum(-1, dtype=np.int32)
@@ -157,22 +175,35 @@ def rectangle(mask: np.ndarray) -> tuple[int, ...] | None:
     return tuple(sizes[::-1])
 
 
-def cut_shape(shape: Sequence[int], made: Sequence[TensorSlice]) -> tuple[int, ...]:
-    if not made:
+def cut_shape(shape: Sequence[int], slices: Sequence[TensorSlice]) -> tuple[int, ...]:
+    """The shape of what slices leave of a tensor."""
+    if not slices:
         return tuple(shape)
     sizes = list(shape)
-    for cut in made:
+    for cut in slices:
         for d, n in zip(cut.dims, cut.sizes, strict=True):
             sizes[d] = n
     return tuple(sizes)
 
 
-def apply_slices(cuts: Sequence[TensorSlice], tensor: Tensor) -> Tensor:
-    """What cuts leave of a tensor.
+def apply_slices(slices: Sequence[TensorSlice], tensor: Tensor) -> Tensor:
+    """What slices leave of a tensor.
 
     >>> apply_slices([TensorSlice((0,), torch.tensor([0, 2]), (2,))], torch.arange(4)).tolist()
     [0, 2]
     """
-    for cut in cuts:
+    for cut in slices:
         tensor = cut.take(tensor)
     return tensor
+
+
+def mask_of(slices: Sequence[TensorSlice], shape: Sequence[int]) -> Tensor:
+    """Which elements of a tensor of a given shape slices keep: booleans of that shape.
+
+    >>> mask_of([TensorSlice((1,), torch.tensor([0, 2]), (2,))], (2, 3)).tolist()
+    [[True, False, True], [True, False, True]]
+    """
+    mask = torch.ones(tuple(shape), dtype=torch.bool)
+    for cut in slices:
+        mask &= cut.mask(shape)
+    return mask

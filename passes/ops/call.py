@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from fxprune.passes.errors import NeedsValues
-from fxprune.passes.ir.constraints import Constraints
 from fxprune.passes.ir.labels import NONE, Factor, Labels, along, factor
 from fxprune.passes.ir.op_trace import OpCall, OpTrace, signature
+from fxprune.passes.ir.propagation_state import PropagationState
 from fxprune.passes.ir.tensor_ref import TensorRef
 
 
@@ -107,31 +107,17 @@ class RuleContext(OpView):
     """One call as a label rule sees it: the labels of its tensors, and the constraints to add to.
 
     Arguments:
-        labels: of every value so far, by number.
-        constraints: where the rule reports.
-        heads: whether batch dimensions of products of activations are heads.
-        uses: the values that a later call reads; empty where that is not known.
-        varying: values whose contents change with the sizes of the inputs.
+        op: the call.
+        state: what is known when the rule is applied.
     """
 
-    def __init__(
-        self,
-        op: OpCall,
-        op_trace: OpTrace,
-        labels: dict[int, Labels],
-        constraints: Constraints,
-        heads: bool,
-        uses: set[int],
-        varying: set[int] | None = None,
-    ) -> None:
-        super().__init__(op, op_trace)
-        self.known, self.constraints, self.heads, self.uses = labels, constraints, heads, uses
-        self.varying = varying or ()
+    def __init__(self, op: OpCall, state: PropagationState) -> None:
+        super().__init__(op, state.op_trace)
+        self.state = state
+        self.known, self.constraints, self.heads, self.uses = state.labels, state.constraints, state.heads, state.uses
 
     def under(self, like: Any) -> RuleContext:
-        varying = self.varying or None
-        op = self.aliased(like)
-        return RuleContext(op, self.op_trace, self.known, self.constraints, self.heads, self.uses, varying)
+        return RuleContext(self.aliased(like), self.state)
 
     def labels(self, ref: TensorRef) -> Labels:
         return self.known.get(ref.id, NONE)
@@ -139,7 +125,7 @@ class RuleContext(OpView):
     def data(self, ref: TensorRef) -> Tensor | None:
         """The contents of an index tensor, on the CPU, if they are the same for every input."""
         value = self.op_trace.values[ref.id]
-        if ref.id in self.varying:
+        if ref.id in self.state.varying:
             return None
         if value.data is None and value.on_meta and not value.from_input:
             raise NeedsValues  # a constant whose contents were not computed

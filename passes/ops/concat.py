@@ -54,7 +54,7 @@ def join(call: RuleContext, parts: Sequence[Labels], shapes: Sequence[Sequence[i
                     call.constraints.freeze(
                         part.labels, "is joined along another dimension to a tensor that keeps all its channels"
                     )
-            if not call.constraints.seeking_heads:
+            if not call.state.seeking_heads:
                 continue
         arrays = [lay_out(f, shape, dim, other) for f, shape in zip(chosen, shapes, strict=True)]
         nests = {tuple(d for d in f.major_to_minor if d != dim) for f in chosen if f is not None}
@@ -69,7 +69,7 @@ def join(call: RuleContext, parts: Sequence[Labels], shapes: Sequence[Sequence[i
         minor = nests.pop() if len(nests) == 1 else ()
         f = factor(torch.cat(grown, dim), (dim, *minor))
         if nests:
-            call.constraints.same_columns(f)
+            call.constraints.keep_columns_equal(f)
         call.constraints.keep_rows_equal(f)
         result += call.settle(f)
     return result

@@ -42,7 +42,7 @@ def slides(call: RuleContext, groups: int, transposed: bool) -> Labels:
 
     The rewriter lays such a dimension out at its original width, which it cannot do inside of an opaque module.
     """
-    if groups != 1 or transposed or call.constraints.opaque:
+    if groups != 1 or transposed or call.state.opaque:
         return NONE
     before, after = call.shape(call["input"]), call.shape(call.outputs[0])
     labels = call.labels(call["input"])
@@ -129,12 +129,12 @@ def grouped_convolution(
         per_in = 0 if transposed else 1
         x_line = tuple([f.at(0, 1) for f in ins])
         w_line = tuple([f.at(0, 1) for f in w if f.major_to_minor[0] == per_in])
-        unify(call, x_line, [channels], w_line, [channels])
+        call.constraints.keep_copies(unify(call, x_line, [channels], w_line, [channels]))
         return tuple([f for f in w if f.major_to_minor[0] == 1 - per_in])
     per_in = channels // groups
     per_out = w_shape[1] if transposed else w_shape[0] // groups
     if per_in == per_out == 1 and len(ins) == len(w) == 1 and ins[0].major_to_minor == (1,) and w[0].major_to_minor == (0,):
-        call.constraints.join(ins[0], w[0])  # a group is one channel
+        call.constraints.tie_vectors(ins[0], w[0])  # a group is one channel
         return w
     x_part: list[Factor] = []
     for f in ins:
@@ -157,6 +157,7 @@ def grouped_convolution(
     if groups > 1:
         whole_or_part(call, x_part, w_part, groups)
     merged = unify(call, tuple(x_part), x_size, tuple(w_part), w_size)
+    call.constraints.keep_copies(f for f in merged if 3 in f.dims)
     return tuple(factor(f.labels[:1].expand(1, groups, per_out, -1)[..., 0].reshape(-1)) for f in merged if f.dims <= {1, 2})
 
 
@@ -165,7 +166,7 @@ def whole_or_part(call: RuleContext, x: list[Factor], w: list[Factor], groups: i
     labels = call.constraints.fresh(groups).reshape(1, groups, 1, 1)
     for f in [*x, *w]:
         if 1 in f.dims:
-            call.constraints.stand(labels, f.labels)
+            call.constraints.tie_to_rows(labels, f.labels)
     if not any(1 in f.dims for f in x):
         call.constraints.freeze(labels, "is a group of a convolution whose inputs are all kept")
 

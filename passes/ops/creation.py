@@ -18,22 +18,22 @@ from fxprune.passes.ops.rewriting import RewriteContext, SizeArguments, argument
 def uniform(call: RuleContext) -> Labels:
     """Entries that are all alike: any number of them may go."""
     shape = call.shape(call.outputs[0])
-    if call.constraints.opaque:
+    if call.state.opaque:
         return NONE  # its size is written where it cannot be changed
-    call.constraints.alike[call.outputs[0].id] = call.outputs[0].id
-    return tuple(call.fresh(n, d, len(shape)) for d, n in enumerate(shape) if n > 1 and n not in call.constraints.literals)
+    call.state.uniform[call.outputs[0].id] = call.outputs[0].id
+    return tuple(call.fresh(n, d, len(shape)) for d, n in enumerate(shape) if n > 1 and n not in call.state.literals)
 
 
 def ramp(call: RuleContext) -> Labels:
     """Entries that differ, each by its place: the tensor is made whole and then cut."""
     shape = call.shape(call.outputs[0])
-    return tuple(call.fresh(n, d, len(shape)) for d, n in enumerate(shape) if n > 1 and n not in call.constraints.literals)
+    return tuple(call.fresh(n, d, len(shape)) for d, n in enumerate(shape) if n > 1 and n not in call.state.literals)
 
 
 def literal(call: RuleContext) -> Labels:
     """A tensor written out in the program."""
     shape = call.shape(call.first)
-    if call.constraints.rewrite is not make_whole or call.labels(call.first):
+    if call.state.rewrite is not make_whole or call.labels(call.first):
         return call.labels(call.first)
     call.known[call.first.id] = tuple(call.fresh(n, d, len(shape)) for d, n in enumerate(shape) if n > 1)
     return call.known[call.first.id]
@@ -58,7 +58,7 @@ def repeat(call: RuleContext) -> Labels:
     for f in labels:
         tiles = [r if d in f.dims else 1 for d, r in enumerate(repeats)]
         if len(f.major_to_minor) > 1 and any(t > 1 for t in tiles):
-            call.constraints.same_columns(f)
+            call.constraints.keep_columns_equal(f)
         result += (factor(f.labels.repeat(tiles), f.major_to_minor),)
     return result + tuple(call.fresh(r, d, len(repeats)) for d, r in enumerate(repeats) if r > 1 and before[d] == 1)
 
@@ -71,7 +71,7 @@ def pad(call: RuleContext) -> Labels:
     for f in call.labels(call.first):
         for d in sorted(padded(amounts, len(shape)) & f.dims):
             if len(f.major_to_minor) > 1:
-                call.constraints.same_columns(f)
+                call.constraints.keep_columns_equal(f)
             before, after = amounts[2 * (len(shape) - 1 - d)], amounts[2 * (len(shape) - 1 - d) + 1]
             array = f.labels.narrow(d, max(0, -before), f.labels.shape[d] + min(0, before) + min(0, after))
             sides = [array]

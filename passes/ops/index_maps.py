@@ -28,7 +28,7 @@ def movement(call: RuleContext) -> Labels | list[Labels]:
 
 def moved_factor(call: RuleContext, f: Factor) -> Factor:
     if len(f.major_to_minor) > 1:
-        call.constraints.same_columns(f)
+        call.constraints.keep_columns_equal(f)
     full = expand_along(f, call.shape(call.first), range(f.labels.dim())).contiguous()
     moved = factor(on_numbers(lambda t: call.op.func(t, *call.op.args[1:], **call.op.kwargs), full))
     call.constraints.keep_rows_equal(moved)

@@ -93,7 +93,7 @@ def index_put(call: RuleContext) -> Labels:
     """
     x, indices, values = call["self"], call["indices"], call["values"]
     shape, size = call.shape(x), call.shape(values)
-    rewritten = call.constraints.node < 0 or call.constraints.rewrite is getitem  # under other names it keeps its indices
+    rewritten = call.constraints.node < 0 or call.state.rewrite is getitem  # under other names it keeps its indices
     if rewritten and all(i is None or call.data(i) is not None for i in indices):
         return put_at_constants(call, x, indices, values)
     indexed = indexed_dims(call, indices)

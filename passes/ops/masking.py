@@ -23,11 +23,13 @@ class MaskContext(Protocol):
 
     Attributes:
         labels: of every value so far, by number.
-        kept: which labels are kept, shape (labels,).
     """
 
     labels: dict[int, Labels]
-    kept: Tensor
+
+    @property
+    def kept(self) -> Tensor:
+        """Which labels are kept, shape (labels,)."""
 
     def ref(self, tensor: Tensor) -> TensorRef:
         """The number of a value."""

@@ -65,6 +65,7 @@ def contract(
     shared = [d for d in range(ndim) if d in a_places and d in b_places and d not in summed]
     left, right = mixed(call, left, right, summed, shared), mixed(call, right, left, summed, shared)
     merged = unify(call, left, left_shape, right, right_shape)
+    call.constraints.keep_copies(f for f in merged if f.dims & set(summed))
     result = [f for f in merged if not f.dims & set(summed)]
     for f in merged:
         rest = f.dims - set(summed)
@@ -72,7 +73,7 @@ def contract(
         if rest and f.dims & set(summed) and f.major_to_minor[-1] not in summed:
             result += call.collapse(f, [d for d in summed if d in f.dims])
         elif not call.heads and rest and f.dims & set(summed) and rest <= set(batch):
-            result.append(call.constraints.row_labels(f, tuple(rest)))
+            result.append(call.constraints.new_row_labels(f, tuple(rest), whole=False))
     if heads:
         result += [h for h in heads if not any(h.dims <= f.dims for f in result)][:1]
     return tuple(result)
@@ -82,7 +83,7 @@ def copies(call: RuleContext, ref: TensorRef, places: Sequence[int]) -> list[int
     """Where a tensor that no input goes into repeats itself: dimension i of it is places[i]."""
     if call.op_trace.values[ref.id].from_input:
         return []
-    new = [f for f in call.labels(ref) if len(f.major_to_minor) == 1 and bool((f.labels >= call.constraints.first_fresh).all())]
+    new = [f for f in call.labels(ref) if len(f.major_to_minor) == 1 and bool((f.labels >= call.constraints.first_new).all())]
     return [places[f.major_to_minor[0]] for f in new]
 
 
@@ -117,7 +118,7 @@ def as_heads(call: RuleContext, labels: Labels, batch: Sequence[int]) -> Labels:
         if rows and rest:
             matrix = f.labels.permute([d for d in range(f.labels.dim()) if d not in rest] + rest)
             count = matrix.shape[: matrix.dim() - len(rest)].numel()
-            call.constraints.head_rows(matrix.reshape(count, -1))
+            call.constraints.add_head_rows(matrix.reshape(count, -1))
             head = factor(f.labels.amax(rest, keepdim=True), rows)
             if head.major_to_minor:
                 found.append(head)

@@ -26,7 +26,7 @@ def shifted(f: Factor, labels: Tensor, dropped: int) -> Factor:
 def one_by_one(call: RuleContext, f: Factor, dim: int) -> None:
     """An index along the minor dimension of a joint factor picks the same place in every row: columns must agree."""
     if len(f.major_to_minor) > 1 and dim == f.major_to_minor[-1]:
-        call.constraints.same_columns(f)
+        call.constraints.keep_columns_equal(f)
 
 
 def select(call: RuleContext) -> Labels:
@@ -38,7 +38,7 @@ def select(call: RuleContext) -> Labels:
             continue
         part = shifted(f, f.labels.select(dim, call["index"]), dim)
         unread = bool(call.uses) and not call.used(call.outputs[0])
-        if unread and not call.constraints.opaque:  # wanted for its shape: any index will do
+        if unread and not call.state.opaque:  # wanted for its shape: any index will do
             result += [part] if part.major_to_minor else []
             continue
         one_by_one(call, f, dim)
@@ -65,7 +65,7 @@ def cut(call: RuleContext, f: Factor, dim: int, start: int, stop: int, step: int
     part = factor(f.labels[index], f.major_to_minor)
     if len(f.major_to_minor) > 1 and dim == f.major_to_minor[-1]:
         if step != 1 or part.major_to_minor[-1:] != f.major_to_minor[-1:]:  # or a single column, which every row has or none
-            call.constraints.same_columns(f)
+            call.constraints.keep_columns_equal(f)
         elif start:  # it begins at one place for all rows: as many are kept before it in each
             call.constraints.keep_rows_equal(factor(f.labels.narrow(dim, 0, start), f.major_to_minor))
         call.constraints.keep_rows_equal(part)
@@ -82,7 +82,7 @@ def slice_(call: RuleContext) -> Labels:
     if call.shape(call.outputs[0]) == shape:
         return call.labels(call.first)
     labels = call.labels(call.first)
-    if call.outputs[0].id in call.constraints.pinned:
+    if call.outputs[0].id in call.state.pinned:
         labels = call.freeze_dims(labels, [dim], "is written through a view of every so many entries")
     return tuple(g for f in labels for g in cut(call, f, dim, start, stop, step))
 

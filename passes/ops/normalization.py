@@ -50,9 +50,10 @@ def layer_norm(call: RuleContext) -> list[Labels]:
     shape = call.shape(x)
     labels = call.labels(x)
     normalised = range(len(shape) - len(call["normalized_shape"]), len(shape))
+    call.constraints.keep_copies(f for f in labels if f.dims & set(normalised))
     for f in labels:
         if f.dims & set(normalised) and f.major_to_minor[-1] not in normalised:
-            call.constraints.same_columns(f)
+            call.constraints.keep_columns_equal(f)
     for name in ("weight", "bias"):
         ref = call.tensor(name)
         if ref is not None:
@@ -67,6 +68,7 @@ def group_norm(call: RuleContext) -> list[Labels]:
     ndim = len(shape)
     groups = call.get("group", call.get("num_groups"))
     labels: list[Factor] = []
+    call.constraints.keep_copies(f for f in call.labels(x) if f.dims - {0})
     for f in call.labels(x):
         if 1 in f.dims:
             for g in call.collapse(f, [d for d in f.major_to_minor if d != 1]):
@@ -75,7 +77,7 @@ def group_norm(call: RuleContext) -> list[Labels]:
                 labels.append(g)
         else:  # per position: statistics run over it, entries stay where they are
             if len(f.major_to_minor) > 1 and f.major_to_minor[-1] < 2:
-                call.constraints.same_columns(f)
+                call.constraints.keep_columns_equal(f)
             labels.append(f)
     merged = tuple(labels)
     for name in ("weight", "bias"):
@@ -89,8 +91,9 @@ def weight_norm(call: RuleContext) -> list[Labels]:
     """v (O, *) normalised over all but one dimension, times g: (w, norms)."""
     v, g = call.inputs
     labels = unify(call, call.labels(v), call.shape(v), call.labels(g), call.shape(g))
+    call.constraints.keep_copies(labels)
     for f in labels:
-        call.constraints.same_columns(f)
+        call.constraints.keep_columns_equal(f)
     return [labels] + [call.labels(g)] * (len(call.outputs) - 1)
 
 

@@ -49,7 +49,7 @@ def row_by_row(call: RuleContext, f: Factor, dims: Sequence[int]) -> Labels:
     if not rest:
         return NONE
     if f.major_to_minor[-1] not in rest:
-        return (call.constraints.row_labels(f, rest),)
+        return (call.constraints.new_row_labels(f, rest, whole=call.heads),)
     return call.collapse(f, touched)
 
 
@@ -60,6 +60,7 @@ def reduce(call: RuleContext) -> list[Labels]:
     dims = call.dims(call.get("dim"), ndim)
     out = call.outputs[0]
     keepdim = bool(call.get("keepdim", False)) and len(call.shape(out)) == ndim
+    call.constraints.keep_copies(f for f in call.labels(x) if f.dims & set(dims))
     result = tuple(drop(g, dims, keepdim) for f in call.labels(x) for g in row_by_row(call, f, dims))
     return [result] * len(call.outputs)
 
@@ -72,7 +73,7 @@ def spread(call: RuleContext) -> list[Labels]:
     if call.get("correction", int(call.get("unbiased", True))) != 0:
         for f in call.labels(x):
             if f.major_to_minor[-1] in dims and f.dims <= {f.major_to_minor[-1], *(d for d in range(ndim) if d not in dims)}:
-                call.constraints.keep_two(f.rows())
+                call.constraints.keep_two_per_row(f.rows())
     return reduce(call)
 
 
@@ -111,9 +112,10 @@ def normalise(call: RuleContext) -> Labels:
     """Every entry depends on the others along `dim`: over several rows they must be packed alike."""
     x = call.first
     dims = call.dims(call.get("dim", -1), len(call.shape(x)))
+    call.constraints.keep_copies(f for f in call.labels(x) if f.dims & set(dims))
     for f in call.labels(x):
         if f.dims & set(dims) and f.major_to_minor[-1] not in dims and len(f.major_to_minor) > 1:
-            call.constraints.same_columns(f)
+            call.constraints.keep_columns_equal(f)
     return call.labels(x)
 
 
@@ -135,7 +137,7 @@ def glu(call: RuleContext) -> Labels:
             result.append(f)
             continue
         if len(f.major_to_minor) > 1 and dim == f.major_to_minor[-1]:
-            call.constraints.same_columns(f)
+            call.constraints.keep_columns_equal(f)
         a, b = f.labels.narrow(dim, 0, half), f.labels.narrow(dim, half, half)
         call.constraints.tie(a, b)
         result += call.settle(factor(a, f.major_to_minor))

@@ -13,9 +13,9 @@ from fxprune.passes.ir.pytree import collect
 from fxprune.passes.ir.tensor_ref import TensorRef
 from fxprune.passes.ops.call import RuleContext
 
-KEPT_WHOLE = "meets a tensor that keeps every index of that dimension"
+KEPT_WHOLE = "is combined with a tensor that cannot be pruned along that dimension"
 FROM_INPUT = "is tied to an input of the model"
-FROM_CONSTANT = "meets a constant that keeps every index of that dimension"
+FROM_CONSTANT = "is combined with a constant that cannot be pruned along that dimension"
 
 
 def unify(call: RuleContext, a: Labels, a_shape: Sequence[int], b: Labels, b_shape: Sequence[int]) -> Labels:
@@ -27,27 +27,27 @@ def unify(call: RuleContext, a: Labels, a_shape: Sequence[int], b: Labels, b_sha
     """
     if not a and not b:
         return NONE
-    if not call.constraints.standing:
+    if not call.constraints.reduced:
         if (
             len(a) == 1 == len(b) and len(a[0].major_to_minor) == 1 and a[0].major_to_minor == b[0].major_to_minor
         ):  # (1), as it is nearly always
-            call.constraints.join(a[0], b[0])
-            return a
+            call.constraints.tie_vectors(a[0], b[0])
+            return (call.constraints.determine(a[0], b[0]),)
         plain = lines(call, a, a_shape, b, b_shape)
         if plain is not None:
             return plain
     left, right = list(a), list(b)
-    if call.constraints.standing:
+    if call.constraints.reduced:
         left, right = beside_rows(call, left, right), beside_rows(call, right, left)
     result: list[Factor] = compose(call, left, right) + compose(call, right, left)
-    for patient in (not call.constraints.seeking_heads, False):
+    for patient in (not call.state.seeking_heads, False):
         for f in list(left):
             twin = counterpart(f, [g for g in right if g.dims == f.dims])
             if twin is not None and not (patient and outbid(f, twin, left)):  # (1)
                 left.remove(f)
                 right.remove(twin)
                 match(call, f, twin)
-                result.append(twin if call.constraints.stands(twin) else f)
+                result.append(twin if call.constraints.are_row_labels(twin) else call.constraints.determine(f, twin))
     taken = {d for f in result for d in f.dims}
     result += lone(call, left, right, taken, b_shape) + lone(call, right, left, taken, a_shape)
     for f in [f for f in left if any(f.dims & g.dims for g in right)]:  # (3)
@@ -60,7 +60,7 @@ def unify(call: RuleContext, a: Labels, a_shape: Sequence[int], b: Labels, b_sha
             continue
         call.constraints.tie(f.labels, g.labels, broadcast=True)
         wider = f if len(f.major_to_minor) > len(g.major_to_minor) else g
-        apart = heads_alone(wider, wider.dims - shared) if call.constraints.seeking_heads else None
+        apart = heads_alone(wider, wider.dims - shared) if call.state.seeking_heads else None
         if apart is not None:  # it still tells heads apart
             result.append(apart)
             continue
@@ -89,8 +89,8 @@ def lines(call: RuleContext, a: Labels, a_shape: Sequence[int], b: Labels, b_sha
         return None
     met = [f for nest, f in mine.items() if nest in theirs]
     for f in met:
-        call.constraints.join(f, theirs[f.major_to_minor])
-    return (*met, *left, *right)
+        call.constraints.tie_vectors(f, theirs[f.major_to_minor])
+    return (*[call.constraints.determine(f, theirs[f.major_to_minor]) for f in met], *left, *right)
 
 
 def heads_alone(f: Factor, dims: Iterable[int]) -> Factor | None:
@@ -126,8 +126,8 @@ def beside_rows(call: RuleContext, mine: list[Factor], theirs: list[Factor]) -> 
     left = []
     for f in mine:
         wide = next((g for g in theirs if f.dims < g.dims), None)
-        if wide is not None and call.constraints.stands(f):
-            call.constraints.stand(f.labels, wide.labels)
+        if wide is not None and call.constraints.are_row_labels(f):
+            call.constraints.tie_to_rows(f.labels, wide.labels)
         else:
             left.append(f)
     return left
@@ -136,7 +136,7 @@ def beside_rows(call: RuleContext, mine: list[Factor], theirs: list[Factor]) -> 
 def main_partner(call: RuleContext, f: Factor, partners: list[Factor]) -> Factor:
     """The factor that a wider one is tied to: over its minor dimension, unless what varies there are copies, all alike."""
     minor = [g for g in partners if f.major_to_minor[-1] in g.dims]
-    owned = [g for g in partners if bool((g.labels < call.constraints.first_fresh).any())]
+    owned = [g for g in partners if bool((g.labels < call.constraints.first_new).any())]
     return next((g for g in minor if g in owned), (owned or minor or partners)[0])
 
 
@@ -149,13 +149,13 @@ def lone(call: RuleContext, mine: list[Factor], theirs: list[Factor], taken: set
         minor = f.major_to_minor[-1]
         if shape[minor] > 1 or minor in taken:
             call.constraints.freeze(f.labels, kept_whole(call))
-        if shape[minor] == 1 or call.constraints.seeking_heads:
+        if shape[minor] == 1 or call.state.seeking_heads:
             passed.append(f)
             rows = [d for d in f.major_to_minor[:-1] if shape[d] > 1]
-            if rows and not call.constraints.seeking_heads:  # the other one has them all: each keeps something
+            if rows and not call.state.seeking_heads:  # the other one has them all: each keeps something
                 labels = call.constraints.fresh(math.prod(f.labels.shape[d] for d in rows))
                 labels = labels.reshape([n if d in rows else 1 for d, n in enumerate(f.labels.shape)])
-                call.constraints.stand(labels, f.labels)
+                call.constraints.tie_to_rows(labels, f.labels)
                 call.constraints.freeze(labels, kept_whole(call))
     return passed
 
@@ -197,9 +197,9 @@ def compose(call: RuleContext, several: list[Factor], single: list[Factor]) -> l
         if len(parts) < 2 or not alone or len(g.major_to_minor) != 1:
             continue
         start = int(g.flat[0])
-        known = call.constraints.leaf_starts.get(start)
+        known = call.state.leaf_dims.get(start)
         if known is not None and known[2] == len(g.flat):
-            call.constraints.composed[start] = tuple(f.labels.reshape(-1) for f in parts)
+            call.state.composed[start] = tuple(f.labels.reshape(-1) for f in parts)
             single.remove(g)
             for f in parts:
                 several.remove(f)
@@ -230,6 +230,6 @@ def outbid(f: Factor, g: Factor, mine: list[Factor]) -> bool:
 
 def match(call: RuleContext, f: Factor, g: Factor) -> None:
     if f.major_to_minor != g.major_to_minor:
-        call.constraints.same_columns(f)
-        call.constraints.same_columns(g)
+        call.constraints.keep_columns_equal(f)
+        call.constraints.keep_columns_equal(g)
     call.constraints.tie(f.labels, g.labels)

@@ -114,7 +114,7 @@ def reshape(
         d for left, _ in sorted(active, key=lambda run: f.major_to_minor.index(first(f, run[0]))) for d in left if d in f.dims
     ]
     if order != by_run:  # the merged dimension would interleave rows that are packed one by one
-        call.constraints.same_columns(f)
+        call.constraints.keep_columns_equal(f)
     labels = expand_along(f, before, [d for left, _ in active for d in left]).reshape(sizes)
     g = factor(labels, nest)
     if split:

@@ -47,8 +47,7 @@ class PrunedShapes:
         shape = self.before(ref)
         for cut in self.cuts(ref):
             if dim in cut.dims:
-                mask = torch.zeros([shape[d] for d in cut.dims], dtype=torch.bool)
-                mask.view(-1)[cut.keep] = True
+                mask = cut.kept(shape)
                 at = cut.dims.index(dim)
                 rows = mask.flatten(at + 1).any(-1) if at + 1 < mask.dim() else mask
                 rows = rows.reshape(-1, shape[dim])

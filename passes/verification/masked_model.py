@@ -17,11 +17,13 @@ from fxprune.passes.capture.index_contents import storage_of, version_of
 from fxprune.passes.capture.meta_kernels import VIEWS
 from fxprune.passes.capture.patches import visible
 from fxprune.passes.capture.recorder import Recorder
+from fxprune.passes.coupling.kept_labels import KeptLabels
 from fxprune.passes.coupling.propagation import apply_rule
-from fxprune.passes.ir.constraints import Constraints, Rows, flat, row
+from fxprune.passes.ir.constraints import ConstraintBuilder
 from fxprune.passes.ir.labels import Labels, fill_removed, keeps_all, kept_mask
 from fxprune.passes.ir.module_tree import copy_tree, named_tensors, set_mode
 from fxprune.passes.ir.op_trace import OpCall, written_by
+from fxprune.passes.ir.propagation_state import PropagationState
 from fxprune.passes.ir.pytree import collect, map_tensors
 from fxprune.passes.ir.slices import Slicer
 from fxprune.passes.ir.tensor_ref import TensorRef
@@ -45,17 +47,16 @@ class MaskedRun(Recorder):
     ) -> None:
         super().__init__(names)
         self.leaf_labels = leaves
-        self.kept, self.given = kept, len(kept)
-        self.settled = torch.ones(len(kept), dtype=torch.bool)
-        self.fates = fates
-        self.late = False  # whether a label was found to be removed after it was made
-        self.heads = heads
+        self.kept_labels, self.given = KeptLabels(kept, fates), len(kept)
         self.labels: dict[int, Labels] = {}
         self.zeroed: set[int] = set()  # the model's tensors, and views of them: zero where they are removed
         self.memory: set[int] = set()  # where the model's tensors lie
-        self.constraints = Constraints(size=len(kept))
-        self.pairs: list[Any] = []  # ties of labels whose fate is open
-        self.rows: list[Rows] = []
+        self.state = PropagationState(self.op_trace, self.labels, ConstraintBuilder(len(kept)), heads)
+
+    @property
+    def kept(self) -> Tensor:
+        """Which labels are kept, those made on the way included."""
+        return self.kept_labels.table
 
     def add(self, tensor: Tensor, *, from_input: bool, name: str | None = None) -> TensorRef:
         ref = super().add(tensor, from_input=from_input, name=name)
@@ -68,9 +69,7 @@ class MaskedRun(Recorder):
 
     def kept_of(self, value: Tensor) -> Tensor:
         """What stays of a value that the masked original computed."""
-        for cut in Slicer(self.kept)(self.labels.get(self.ref(value).id, ()), value.shape):
-            value = cut.take(value)
-        return value
+        return Slicer(self.kept).take(self.labels.get(self.ref(value).id, ()), value)
 
     def removed_from(self, ref: TensorRef) -> bool:
         """Whether anything of a value is removed."""
@@ -106,8 +105,9 @@ class MaskedRun(Recorder):
         else:
             produced = super().__torch_dispatch__(func, types, args, kwargs)
         op = self.op_trace.ops[-1]
-        apply_rule(RuleContext(op, self.op_trace, self.labels, self.constraints, self.heads, set()))
-        self.settle()
+        apply_rule(RuleContext(op, self.state))
+        constraints = self.state.constraints
+        self.kept_labels.add(constraints.clear(), constraints.size)
         self.note_zeros(op, args, kwargs)
         del self.op_trace.ops[before:]
         return produced
@@ -120,45 +120,6 @@ class MaskedRun(Recorder):
             tensor = args[at] if at < len(args) else kwargs.get(name)
             if isinstance(tensor, Tensor) and tensor.layout is torch.strided and storage_of(tensor) in self.memory:
                 self.zeroed.clear()
-
-    def spread(self) -> bool:
-        """Settle what is tied to something settled; whether that was anything."""
-        found = False
-        for pair in self.pairs:
-            for new, old in (pair, pair[::-1]):
-                open_ = ~self.settled[new] & self.settled[old]
-                if bool(open_.any()):
-                    self.kept[new[open_]] = self.kept[old[open_]]
-                    self.settled[new[open_]] = found = True
-                    self.late |= not bool(self.kept[old[open_]].all())
-        for rows in self.rows:
-            ready = ~self.settled[rows.labels] & self.settled[rows.entries].all(1)
-            self.kept[rows.labels[ready]] = self.kept[rows.entries[ready]].any(1)
-            self.settled[rows.labels[ready]] = True
-            found |= bool(ready.any())
-        return found
-
-    def settle(self) -> None:
-        """New labels (of broadcast copies, padding, constants) share the fate of what they are tied to."""
-        if self.constraints.size > len(self.kept):
-            start, grown = len(self.kept), self.constraints.size - len(self.kept)
-            known = self.fates[start : start + grown] if self.fates is not None else torch.ones(grown, dtype=torch.bool)
-            self.kept = torch.cat([self.kept, known])
-            self.settled = torch.cat([self.settled, torch.full((grown,), self.fates is not None)])
-        for event in self.constraints.frozen:  # what a rule keeps is kept, whatever it is tied to later
-            self.settled[torch.from_numpy(row(event.labels))] = True
-        settled = self.settled.numpy()
-        sides = [flat(pair) for pair in self.constraints.pairs]
-        news = [(torch.from_numpy(a), torch.from_numpy(b)) for a, b in sides if not (settled[a].all() and settled[b].all())]
-        self.pairs += news
-        self.rows += self.constraints.rows
-        if news or self.constraints.rows or self.constraints.frozen:  # else nothing is said of what is open
-            while self.spread():
-                pass
-            self.pairs = [(a, b) for a, b in self.pairs if not bool((self.settled[a] & self.settled[b]).all())]
-            self.rows = [rows for rows in self.rows if not bool(self.settled[rows.labels].all())]
-        for name in ("pairs", "frozen", "coarse", "equal", "product", "rows"):
-            getattr(self.constraints, name).clear()
 
 
 class MaskedOriginal:
@@ -202,7 +163,7 @@ class MaskedOriginal:
             if any(version_of(p) for p in self.parameters.values()):
                 self.writes = True
                 self.parameters.clear()
-            if fates is not None or not masker.late:
+            if fates is not None or not masker.kept_labels.late:
                 return out if whole else map_tensors(out, masker.kept_of)
             fates = masker.kept
 

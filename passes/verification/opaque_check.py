@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.passes.coupling.solution import Solution
-from fxprune.passes.ir.labels import Labels
 from fxprune.passes.ir.module_tree import fetch, named_tensors, private_copy, set_mode
 from fxprune.passes.ir.pytree import collect, map_tensors
 from fxprune.passes.ir.slices import Slicer
@@ -124,7 +123,7 @@ def compared(
     tensors = collect((args, kwargs), Tensor)
     if len(site.ins) != len(tensors):
         return ""  # some of them are the model's own, which the program does not hand over
-    cut = {id(t): taken(t, labels.get(r.id, ()), slicer) for t, r in zip(tensors, site.ins, strict=True)}
+    cut = {id(t): slicer.take(labels.get(r.id, ()), t) for t, r in zip(tensors, site.ins, strict=True)}
     few_args, few_kwargs = map_tensors((args, kwargs), lambda t: cut[id(t)].clone())
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -138,13 +137,6 @@ def compared(
     expected, found = collect(wanted, Tensor), collect(got, Tensor)
     if not len(site.outs) == len(expected) == len(found):
         return "returns something else once it is cut"
-    least = [taken(t, labels.get(r.id, ()), slicer) for t, r in zip(expected, site.outs, strict=True)]
+    least = [slicer.take(labels.get(r.id, ()), t) for t, r in zip(expected, site.outs, strict=True)]
     errors = [relative_error(a, b) for a, b in zip(least, found, strict=True)]
     return "" if max(errors, default=0.0) <= tolerance else "computes something else once it is cut"
-
-
-def taken(tensor: Tensor, labels: Labels, slicer: Slicer) -> Tensor:
-    """What is kept of a tensor."""
-    for cut in slicer(labels, tensor.shape):
-        tensor = cut.take(tensor)
-    return tensor

@@ -1,0 +1,53 @@
+"""The state of label propagation: what is known when the rule of an op is applied, besides the op itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from fxprune.passes.ir.constraints import ConstraintBuilder
+from fxprune.passes.ir.labels import Labels
+from fxprune.passes.ir.op_trace import OpTrace
+
+LeafDim = tuple[str, int, int]
+
+
+@dataclass(slots=True)
+class PropagationState:
+    """Labels on their way through one program.
+
+    Attributes:
+        op_trace: the program's calls.
+        labels: of every value so far, by number.
+        constraints: where rules report.
+        heads: whether batch dimensions of products of activations are heads.
+        uses: values that a later call reads; empty where that is not known.
+        varying: values whose contents change with the sizes of the inputs.
+        pinned: views that are written into, which cannot become copies.
+        uniform: values whose entries are all equal, with the one they are views of; `read_before`: those that a call has read.
+        seeking_heads: whether this pass only looks for heads.
+        leaf_dims: dimensions of the model's own tensors that may be composed, by first label: tensor, dimension, size.
+        composed: those found to belong to several labels at once (an outer product), by first label, with the labels.
+        rewrite: what the current node becomes in the pruned program (see `OpSpec`).
+        opaque: whether the current node is an opaque module, in which no written-out size can be changed.
+        literals: integers among the current node's arguments that no rewrite can change.
+    """
+
+    op_trace: OpTrace
+    labels: dict[int, Labels]
+    constraints: ConstraintBuilder
+    heads: bool = False
+    uses: set[int] = field(default_factory=set)
+    varying: set[int] = field(default_factory=set)
+    pinned: set[int] = field(default_factory=set)
+    uniform: dict[int, int] = field(default_factory=dict)
+    read_before: set[int] = field(default_factory=set)
+    seeking_heads: bool = False
+    leaf_dims: dict[int, LeafDim] = field(default_factory=dict)
+    composed: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+    rewrite: Callable[..., Any] | None = None
+    opaque: bool = False
+    literals: frozenset[int] = frozenset()

@@ -1,0 +1,113 @@
+"""Copies of a channel that a reduction sums over: they go with the parameters of the channel, all together or not at all.
+
+No parameter stands behind a single copy. Were one removed, the original whose removed parameters are zero would still count it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fxprune
+
+MAKERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "repeat_interleave": lambda y: y.repeat_interleave(2, -1),
+    "expand_flatten": lambda y: y.unsqueeze(-1).expand(*y.shape, 2).flatten(-2),
+    "expand_reshape": lambda y: y.unsqueeze(-1).expand(-1, -1, -1, 2).reshape(*y.shape[:-1], -1),
+    "expand_before": lambda y: y.unsqueeze(-2).expand(-1, -1, 2, -1).flatten(-2),
+    "repeated_index": lambda y: y[..., torch.tensor([0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7])],
+    "stack_flatten": lambda y: torch.stack([y, y], -1).flatten(-2),
+    "cat": lambda y: torch.cat([y, y], -1),
+    "repeat": lambda y: y.repeat(1, 1, 2),
+    "tile": lambda y: torch.tile(y, (2,)),
+    "zeros_written": lambda y: put(y.new_zeros(*y.shape[:-1], 16), y),
+    "ones_times": lambda y: (y.unsqueeze(-1) * torch.ones(2)).flatten(-2),
+    "einsum_outer": lambda y: torch.einsum("btc,k->btck", y, torch.tensor([1.0, 2.0])).flatten(-2),
+    "one_channel": lambda y: y.sum(-1, keepdim=True).expand(-1, -1, 16),
+    "one_channel_repeat": lambda y: y.sum(-1, keepdim=True).repeat(1, 1, 16),
+    "padded": lambda y: F.pad(y, (0, 8), value=0.5),
+    "kron": lambda y: torch.kron(y, torch.ones(1, 1, 2)),
+}
+
+# what zero channels add nothing to: the original with its removed parameters zeroed is a reference
+SUMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "nothing": lambda y: y,
+    "gram": lambda y: (y @ y.mT) @ y,
+    "bmm": lambda y: torch.bmm(torch.bmm(y, y.transpose(1, 2)), y),
+    "einsum": lambda y: torch.einsum("btc,bsc,bsd->btd", y, y, y),
+    "norm": lambda y: y * y.norm(dim=-1, keepdim=True),
+    "normalize": lambda y: F.normalize(y, dim=-1),
+    "cosine_similarity": lambda y: y * F.cosine_similarity(y, y.flip(1), dim=-1).unsqueeze(-1),
+    "cdist": lambda y: torch.cdist(y, y.flip(1)) @ y,
+    "sum": lambda y: y * y.square().sum(-1, keepdim=True),
+    "attention": lambda y: F.scaled_dot_product_attention(y, y, y, scale=0.3),
+    "channel_gram": lambda y: y @ (y.mT @ y),
+    "cumsum": lambda y: y * y.cumsum(-1)[..., -1:],
+}
+
+STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda y: y.softmax(-1),
+    "mean": lambda y: y - y.mean(-1, keepdim=True),
+    "var": lambda y: y * y.var(-1, keepdim=True),
+    "amax": lambda y: y * y.amax(-1, keepdim=True),
+    "layer_norm": lambda y: F.layer_norm(y, y.shape[-1:]),
+    "rms_norm": lambda y: F.rms_norm(y, y.shape[-1:]),
+    "logsumexp": lambda y: y + y.logsumexp(-1, keepdim=True),
+}
+
+
+def put(out: Tensor, y: Tensor) -> Tensor:
+    out[..., :8] = y
+    out[..., 8:] = y
+    return out
+
+
+class Model(nn.Module):
+    def __init__(self, make: Callable[[Tensor], Tensor], use: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.make, self.use = make, use
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.use(self.make(self.a(x))))
+
+
+def zeroed(model: nn.Module, pruned: nn.Module) -> nn.Module:
+    """The model with everything that was removed from its parameters set to zero."""
+    made = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, mask in fxprune.plan_of(pruned).masks(model).items():
+            made.get_parameter(name).mul_(mask)
+    return made
+
+
+def pruned_model(make: Callable[[Tensor], Tensor], use: Callable[[Tensor], Tensor]) -> tuple[nn.Module, nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model, x = Model(make, use).double().eval(), torch.randn(3, 5, 6, dtype=torch.float64)
+    return model, fxprune.prune(model, 0.5, example_inputs=x, criterion="random"), x
+
+
+@pytest.mark.parametrize("use", SUMS)
+@pytest.mark.parametrize("make", MAKERS)
+def test_the_original_with_zeroed_parameters_agrees(make: str, use: str) -> None:
+    model, pruned, x = pruned_model(MAKERS[make], SUMS[use])
+    assert pruned.verification.ok
+    torch.testing.assert_close(pruned(x), zeroed(model, pruned)(x))
+
+
+@pytest.mark.parametrize("use", sorted({*SUMS, *STATISTICS} - {"nothing"}))  # which does not count them
+@pytest.mark.parametrize("make", MAKERS)
+def test_all_copies_of_a_channel_go_or_none(make: str, use: str) -> None:
+    """What a channel is copied to is seen by setting it alone to one; the layer behind tells which copies are left."""
+    model, pruned, _ = pruned_model(MAKERS[make], (SUMS | STATISTICS)[use])
+    assert pruned.verification.ok
+    ones = torch.eye(8, dtype=torch.float64).unsqueeze(1)
+    copies = (MAKERS[make](ones) - MAKERS[make](torch.zeros_like(ones))).squeeze(1) != 0
+    left = fxprune.plan_of(pruned).masks(model)["b.weight"][0]
+    for channel in copies:
+        assert left[channel].all() or not left[channel].any()
