@@ -126,9 +126,13 @@ class Planner:
             else:
                 size = len(self.unit_of)
                 kept, _ = met(options.budget, rivalry.ladders, rivalry.sequence(), self.costs, rivalry.settle, size)
-        removed = np.zeros_like(gone)
+        return StepChoice(gone, self.removed(kept), score, lambda more, held: self.settle(more, score, held))
+
+    def removed(self, kept: Tensor) -> np.ndarray:
+        """The classes that go where these labels stay, shape (labels,)."""
+        removed = np.zeros(len(self.unit_of), bool)
         removed[self.unit_of[~kept.numpy()]] = True
-        return StepChoice(gone, removed, score, lambda more, held: self.settle(more, score, held))
+        return removed
 
     def settle(self, removed: np.ndarray, score: np.ndarray, held: np.ndarray) -> tuple[Tensor, Slicer]:
         return settle_removals(self.solution, removed, score, self.guards, held)

@@ -46,9 +46,8 @@ class Pruner:
         ratio, params, macs, memory, latency: as for `prune`: what is to be gone, or may be left, after the last step. A
             ratio is a share of the original's units at every step.
         example_inputs and others: as for `prune`. `data` is read in every step.
-        schedule: how much is done after each step: `linear`, `cubic` (arXiv:1710.01878), or a function from time to the
-            share that is done, both from 0 to 1, that never falls.
-        steps: how many there are.
+        steps, schedule: how many steps there are, and how much is done after each: `linear`, `cubic` (arXiv:1710.01878), or
+            a function from time to the share that is done, both from 0 to 1, that never falls.
         regularizer: what `regularize` adds: `bn_l1`, `group_lasso`, `depgraph`, `growing`, one of the classes in
             `fxprune.regularizers` with options of its own, or a function of `fxprune.regularizers.Units`.
         mask: let `step` return the original architecture with zeros in place of what is removed: `hold` keeps all of it at zero
@@ -173,7 +172,7 @@ class Pruner:
                     path, why = list(self._compilation.frozen_modules.items())[-1]
                     what = f"the proposal cuts {path}, which {why}"
                     raise PruneError(what, where=path, fix="a new proposal: pruner.step(interactive=True)")
-                return self._take(present, removed, choice)
+                return self._take(present, choice)
 
         with entry_point(self.model if model is None else model) as present:
             chosen = self._chosen(present, number)
@@ -197,12 +196,12 @@ class Pruner:
             self._planner = Planner(self._compilation, self._options)
         return fails
 
-    def _take(self, present: nn.Module, removed: np.ndarray, choice: Choice) -> nn.Module:
+    def _take(self, present: nn.Module, choice: Choice) -> nn.Module:
         plan = self._compilation.plan(choice)
         made = self._made(present, plan, choice)
         units = np.concatenate([f.units for f in self._planner.free])
         now, costs = ~choice.kept.numpy(), self._planner.costs
-        verification = getattr(made, "meta", {}).get("verification")
+        verification = getattr(made, "meta", {}).get("verification")  # with masks there is none
         step = HistoryStep(
             len(self.history) + 1,
             asked(part_of(self._planner.options, self._shares[len(self.history)], self._planner.original)),
@@ -218,8 +217,7 @@ class Pruner:
         self._move = Move(present, made, before, after, self._view.plan, view.plan, zero)
         # nothing can fail from here on
         self.model, self._view, self.plan, self._choice = made, view, plan, choice
-        self._gone = np.zeros_like(removed)
-        self._gone[self._planner.unit_of[now]] = True
+        self._gone = self._planner.removed(choice.kept)
         self.history += step
         self._spans, self._marked, self._calls = None, None, 0
         return made
@@ -257,8 +255,7 @@ class Pruner:
         return tensors_of(model, self._view.plan, self._view.prefix, self._planner.learned)
 
     @property
-    def _stuck(self) -> np.ndarray:
-        """Classes that are gone and cannot come back."""
+    def _stuck(self) -> np.ndarray:  # classes that are gone and cannot come back
         return np.zeros_like(self._gone) if self._mask == "soft" else self._gone
 
     def _looked_at(self, present: nn.Module) -> tuple[nn.Module, View]:
