@@ -42,7 +42,7 @@ class Pruner:
     4
 
     Arguments:
-        model: any module; it is not touched.
+        model: any module; it is not changed.
         ratio, params, macs, memory, latency: as for `prune`: what is to be gone, or may be left, after the last step. A
             ratio is a share of the original's units at every step.
         example_inputs and others: as for `prune`. `data` is read in every step.
@@ -50,9 +50,8 @@ class Pruner:
             a function from time to the share that is done, both from 0 to 1, that never falls.
         regularizer: what `regularize` adds: `bn_l1`, `group_lasso`, `depgraph`, `growing`, one of the classes in
             `fxprune.regularizers` with options of its own, or a function of `fxprune.regularizers.Units`.
-        mask: let `step` return the original architecture with zeros in place of what is removed: `hold` keeps all of it at zero
-            in training; `soft` zeroes the weights that read it, which may grow back, and chooses anew in every step (in the
-            spirit of soft filter pruning, arXiv:1808.06866). `shrink` ends it.
+        mask: return the original architecture with zeros in place of removed elements: `hold` keeps them at zero in training;
+            `soft` lets them grow back and chooses anew in every step (arXiv:1808.06866). `shrink` ends it.
 
     Attributes:
         model: what the last step returned; before the first, the original.
