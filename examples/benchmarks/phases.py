@@ -31,8 +31,8 @@ MODELS = ("mobilenet_v2", "resnet18", "resnet50", "resnext50_32x4d", "efficientn
 STEPS: list[tuple[str, Any, str]] = [
     ("copy of the modules", programs, "private_copy"),
     ("capture", programs, "capture_program"),
-    ("rules", couple, "propagate"),
-    ("ties", couple, "solve"),
+    ("rules", couple, "read"),
+    ("ties", couple, "close"),
     ("families", select, "free_families"),
     ("scores", select, "unit_scores"),
     ("choice", select, "one_by_one"),

@@ -18,6 +18,7 @@ from fxprune.criteria.unit_scores import asked, comparable, unit_scores
 from fxprune.iterative.plan_mapping import narrow_labels, tensors_of
 from fxprune.iterative.proposal import StepChoice
 from fxprune.iterative.schedules import part_of
+from fxprune.options import Options
 from fxprune.passes.capture.programs import programs
 from fxprune.passes.coupling.families import Family
 from fxprune.passes.errors import PruneError
@@ -32,7 +33,6 @@ from fxprune.selection.budgets import met, unreachable
 from fxprune.selection.costs import Costs, elements
 from fxprune.selection.grouping import ratios_of
 from fxprune.selection.latency import too_slow, used
-from fxprune.selection.options import Options
 from fxprune.selection.pools import make_pools
 from fxprune.selection.rectangles import never_emptied, settle_removals
 from fxprune.selection.select import Rivalry, free_families, in_time, one_by_one

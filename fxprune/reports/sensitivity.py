@@ -15,6 +15,7 @@ from tqdm import tqdm
 from fxprune.criteria.base import Criterion
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
+from fxprune.options import Attention, Freeze, Options
 from fxprune.passes.coupling.families import Family
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.quiet import unobserved
@@ -22,7 +23,6 @@ from fxprune.pipeline import Choice, Compilation
 from fxprune.reports.coupling import place
 from fxprune.reports.formatting import as_text, table
 from fxprune.reports.svg import draw_curves
-from fxprune.selection.options import Attention, Freeze, Options
 from fxprune.selection.pools import choose, make_pools
 from fxprune.selection.rectangles import never_emptied, settle_removals
 from fxprune.selection.select import prepared

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fxprune.criteria.catalog import find
 from fxprune.criteria.unit_scores import comparable, unit_scores
 from fxprune.model_kinds import why_unprunable
+from fxprune.options import Options
 from fxprune.passes.coupling.families import Family, families
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError
@@ -22,7 +23,6 @@ from fxprune.selection.grouping import ratios_of, scopes_of, structures
 from fxprune.selection.ladders import FLOOR, begun, ladder, merged, share_of_units
 from fxprune.selection.latency import FRIENDLY, LatencyProbe
 from fxprune.selection.latency_search import timely
-from fxprune.selection.options import Options
 from fxprune.selection.pools import choose, make_pools, resume
 from fxprune.selection.rectangles import never_emptied, settle_removals
 
