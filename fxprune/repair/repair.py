@@ -13,7 +13,7 @@ import torch
 from rich.text import Text
 from torch import Tensor, fx, nn
 
-from fxprune.criteria.calibration import BATCHES, Batch, batch_of
+from fxprune.criteria.calibration import BATCHES, Batch, parse_batch
 from fxprune.inputs import device_of
 from fxprune.passes.capture.patches import visible
 from fxprune.passes.errors import PruneError
@@ -176,7 +176,7 @@ def batches_of(data: Any, device: torch.device) -> list[Batch]:
     """All batches, on the model's device."""
     if not isinstance(data, Iterable) or isinstance(data, Tensor | dict | str):
         raise PruneError(f"data must be batches, not a {type(data).__name__}", fix=BATCHES)
-    batches = [batch_of(map_tensors(item, lambda t: t.to(device))) for item in data]
+    batches = [parse_batch(map_tensors(item, lambda t: t.to(device))) for item in data]
     if not batches:
         raise PruneError("data holds no batches", fix=f"{BATCHES}; one that was read to its end is empty")
     return batches
