@@ -22,7 +22,7 @@ from fxprune.passes.ir.pytree import collect, map_tensors
 from fxprune.passes.ir.quiet import unobserved
 from fxprune.pipeline import Compilation
 from fxprune.plan import PlanData, plan_of
-from fxprune.repair.interpreter import Walk
+from fxprune.repair.interpreter import ProgramRun
 from fxprune.repair.methods import METHODS, Repairer, RepairStep
 from fxprune.reports.formatting import as_text, counted, table
 
@@ -143,7 +143,7 @@ def repair(
     batches = batches_of(data, device_of(model))
     with unobserved(model), visible():
         made, program, original, prefix = programs(model, pruned, plan, batches)
-        old, new = Walk(original, batches, prefix), Walk(program, batches, prefix)
+        old, new = ProgramRun(original, batches, prefix), ProgramRun(program, batches, prefix)
         given = [map_tensors((b.args, b.kwargs), torch.clone) for b in batches]
         before = [program(*args, **kwargs) for args, kwargs in given]
         repairer = Repairer(old, new, plan.masks(model), float(ridge))
