@@ -64,6 +64,7 @@ class Options:
         macs: float | None = None,
         memory: float | None = None,
         latency: float | str | None = None,
+        budget: Mapping[str, float | str] | None = None,
         freeze: Freeze = (),
         release: str | Sequence[str] = (),
         attention: Attention = "heads",
@@ -73,11 +74,11 @@ class Options:
         check_model(model)
         check_ratio(DEFAULT_RATIO if ratio is None else ratio)
         check_attention(attention)
-        budget = parse_budget({"params": params, "macs": macs, "memory": memory, "latency": latency})
-        if budget is not None and ratio is not None:
-            raise PruneError(f"ratio and {budget.kind} are both given", fix=list_arguments())
+        limit = parse_budget({"params": params, "macs": macs, "memory": memory, "latency": latency}, budget)
+        if limit is not None and ratio is not None:
+            raise PruneError(f"ratio and {limit.kind} are both given", fix=list_arguments())
         coupling = CouplingOptions(attention == "heads", frozen_names(model, freeze), released(release))
-        options = cls(DEFAULT_RATIO if ratio is None else ratio, budget, coupling=coupling, **others)
+        options = cls(DEFAULT_RATIO if ratio is None else ratio, limit, coupling=coupling, **others)
         check_values(options)
         check_globs(model, options)
         return options

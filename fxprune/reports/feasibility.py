@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +82,7 @@ def feasible(
     macs: float | None = None,
     memory: float | None = None,
     latency: float | str | None = None,
+    budget: Mapping[str, float | str] | None = None,
     criterion: str | Criterion = "magnitude",
     ranking: str = "local",
     scopes: Any = None,
@@ -104,6 +105,7 @@ def feasible(
         macs=macs,
         memory=memory,
         latency=latency,
+        budget=budget,
         criterion=criterion,
         data=data,
         loss=loss,

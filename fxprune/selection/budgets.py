@@ -194,12 +194,21 @@ def format_cost(kind: str, cost: float) -> str:
     return KINDS[kind].format(cost)
 
 
-def parse_budget(given: Mapping[str, float | str | None]) -> Budget | None:
-    """The budget that is asked for, if any; raises PruneError for several, and for what is no kind or no amount."""
-    asked = {kind: amount for kind, amount in given.items() if amount is not None}
+def parse_budget(given: Mapping[str, float | str | None], named: Mapping[str, float | str] | None = None) -> Budget | None:
+    """The budget that is asked for, if any.
+
+    Arguments:
+        given: amounts by kind, as arguments of their own.
+        named: likewise, as the argument `budget`.
+
+    Raises: PruneError for several budgets, and for what is no kind or no amount.
+    """
+    if named is not None and not isinstance(named, Mapping):
+        raise PruneError(f"budget must be a mapping from a kind to an amount, not {named!r}", fix="budget={'params': 0.5}")
+    asked = [(kind, amount) for kind, amount in given.items() if amount is not None] + list((named or {}).items())
     if len(asked) > 1:
-        raise PruneError(f"{' and '.join(asked)} are both given", fix=list_arguments())
-    for kind, amount in asked.items():
+        raise PruneError(f"{' and '.join(kind for kind, _ in asked)} are both given", fix=list_arguments())
+    for kind, amount in asked:
         if kind not in KINDS:
             raise PruneError(f"there is no budget of {kind!r}", fix=f"one of {', '.join(KINDS)}")
         KINDS[kind].check(amount)
