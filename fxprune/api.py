@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, fx, nn
@@ -28,6 +28,7 @@ def prune(
     macs: float | None = None,
     memory: float | None = None,
     latency: float | str | None = None,
+    budget: Mapping[str, float | str] | None = None,
     criterion: str | Criterion = "magnitude",
     data: Iterable[Any] | None = None,
     loss: Callable[..., Tensor] | None = None,
@@ -62,6 +63,7 @@ def prune(
         latency: likewise the time of one forward of the example inputs on the model's device: a share of the original's, or
             a time such as "20ms" (a number above 1 is in seconds). It is measured, in evaluation mode; counts of channels
             are multiples of 8 where that is enough. `meta["latency"]` says what was measured.
+        budget: a budget of any kind in `fxprune.selection.budgets.KINDS`, as a mapping from its name to the amount.
         criterion: how units are ranked: a name in `fxprune.criteria.CRITERIA`, one of its classes with options of its own,
             or a function of a parameter that gives the importance of each element. `magnitude` is the L2 norm over the whole
             family.
@@ -97,6 +99,7 @@ def prune(
             macs=macs,
             memory=memory,
             latency=latency,
+            budget=budget,
             criterion=criterion,
             data=data,
             loss=loss,

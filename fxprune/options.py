@@ -13,13 +13,12 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from fxprune.criteria.base import Criterion
-from fxprune.criteria.catalog import find
-from fxprune.criteria.unit_scores import asked
+from fxprune.criteria.catalog import resolve
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.options import CouplingOptions
 from fxprune.passes.ir.quiet import uncollected
-from fxprune.selection.budgets import FIX, Budget, budget_of
+from fxprune.selection.budgets import Budget, list_arguments, parse_budget
 
 Ratio = float | Mapping[str, float]
 Scopes = Mapping[str, str | Sequence[str]]
@@ -65,6 +64,7 @@ class Options:
         macs: float | None = None,
         memory: float | None = None,
         latency: float | str | None = None,
+        budget: Mapping[str, float | str] | None = None,
         freeze: Freeze = (),
         release: str | Sequence[str] = (),
         attention: Attention = "heads",
@@ -73,11 +73,11 @@ class Options:
         """Options from the arguments of a public function; `others` are attributes. Raises PruneError."""
         check_ratio(DEFAULT_RATIO if ratio is None else ratio)
         check_attention(attention)
-        budget = budget_of({"params": params, "macs": macs, "memory": memory, "latency": latency})
-        if budget is not None and ratio is not None:
-            raise PruneError(f"ratio and {budget.kind} are both given", fix=FIX)
+        limit = parse_budget({"params": params, "macs": macs, "memory": memory, "latency": latency}, budget)
+        if limit is not None and ratio is not None:
+            raise PruneError(f"ratio and {limit.kind} are both given", fix=list_arguments())
         coupling = CouplingOptions(attention == "heads", frozen_names(model, freeze), released(release))
-        options = cls(DEFAULT_RATIO if ratio is None else ratio, budget, coupling=coupling, **others)
+        options = cls(DEFAULT_RATIO if ratio is None else ratio, limit, coupling=coupling, **others)
         check_values(options)
         check_globs(model, options)
         return options
@@ -90,7 +90,7 @@ class Options:
     @property
     def reads_weights(self) -> bool:
         """Whether selection looks at the values of parameters."""
-        return not hasattr(find(self.criterion), "units")
+        return resolve(self.criterion).score_units is None
 
     @property
     def measures_latency(self) -> bool:
@@ -151,7 +151,7 @@ def check_values(options: Options) -> None:
     if scopes is not None and not (isinstance(scopes, Mapping) and scopes):
         what = f"scopes must name globs, not {scopes!r}"
         raise PruneError(what, fix="scopes={'early': ['layer1', 'layer2']}")
-    asked(find(options.criterion))
+    resolve(options.criterion)
 
 
 def check_globs(model: nn.Module, options: Options) -> None:

@@ -29,9 +29,9 @@ from fxprune.passes.rewrite.pruned_module import PrunedModule
 from fxprune.passes.rewrite.rewrite import rewrite_program, tensor_cuts
 from fxprune.passes.verification.opaque_check import broken, opaque_sites
 from fxprune.plan import PlanData, kept_labels
+from fxprune.selection.allocation import Allocator
 from fxprune.selection.latency import Latency, LatencyProbe
-from fxprune.selection.rectangles import never_emptied, settle_removals
-from fxprune.selection.select import one_by_one, selected
+from fxprune.selection.select import select_units
 from fxprune.stage_checks import check_choice, check_coupling
 from fxprune.verification import compare, tolerance_of
 
@@ -142,7 +142,8 @@ class Compilation:
         found = families(solution, set(named_parameters(self.model)))
         free = [f for f in found if f.frozen is None and len(f.units) > 1]
         score = np.zeros(len(solution.unit_of))
-        return settle_removals(solution, one_by_one(free, score, solution, Options()), score, never_emptied(solution))
+        allocator = Allocator(free, score, solution, Options())
+        return allocator.apply(allocator.allocate_ratio())
 
     # -- score and select -------------------------------------------------------------------------------------------------
 
@@ -152,10 +153,10 @@ class Compilation:
             solution = self.couple()
             if solution.captures[0].opaque and options.data is not None:  # which may be read again
                 options = dataclasses.replace(options, data=list(options.data))
-            return self.choose_by(lambda coupled: selected(self.model, coupled, options), solution)
+            return self.choose_by(lambda coupled: select_units(self.model, coupled, options), solution)
         solution = self.couple_for_good()  # what is timed must run
         probe = self.latency_probe()
-        choice = self.choose_by(lambda coupled: selected(self.model, coupled, options, probe), solution)
+        choice = self.choose_by(lambda coupled: select_units(self.model, coupled, options, probe), solution)
         return dataclasses.replace(choice, latency=probe.found)
 
     def choose_by(self, select: Select, solution: Solution | None = None) -> Choice:

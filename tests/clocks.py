@@ -9,7 +9,7 @@ SECONDS = 1e-9  # for each operation
 
 
 def counting_clock(runs, device, *, least=7, seconds=0.4):
-    """As `fxprune.selection.latency.stopwatch`, with a nanosecond for each operation of a product."""
+    """As `fxprune.selection.latency.measure_seconds`, with a nanosecond for each operation of a product."""
     found = []
     for run in runs:
         with visible(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxprune import criteria
-from fxprune.criteria.unit_scores import unit_scores
+from fxprune.criteria.unit_scores import score_units
 from fxprune.passes.coupling.analysis import analyse
 from fxprune.passes.coupling.families import families
 from fxprune.passes.ir.options import CouplingOptions
@@ -53,7 +53,7 @@ def scores(model, x, criterion, data=None, loss=None):
     """What each family's units score, in the order of their channels."""
     solution = analyse(model, (x,), {}, CouplingOptions())
     found = [f for f in families(solution, {n for n, _ in model.named_parameters()}) if f.frozen is None]
-    total, _ = unit_scores(model, solution, found, criteria.find(criterion), data, loss)
+    total, _ = score_units(model, solution, found, criteria.find(criterion), data, loss)
     return {f.name: torch.from_numpy(total[f.units]) for f in found}
 
 

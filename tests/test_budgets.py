@@ -248,3 +248,26 @@ def test_a_criterion_object_with_a_budget():
     model = resnet()
     pruned = fxprune.prune(model, example_inputs=X, macs=0.6, criterion=Magnitude(p=1), ranking="global", verify=False)
     assert 0.58 <= macs(pruned) / macs(model) <= 0.6
+
+
+def test_a_kind_by_name():
+    model = net()
+    named = fxprune.prune(model, example_inputs=IMAGES, budget={"params": 0.5})
+    assert named.plan == fxprune.prune(model, example_inputs=IMAGES, params=0.5).plan
+
+
+@pytest.mark.parametrize(
+    ("options", "what", "fix"),
+    [
+        ({"budget": {"joules": 0.5}}, "there is no budget of 'joules'", "one of params, macs, memory, latency"),
+        ({"budget": 0.5}, "budget must be a mapping from a kind to an amount, not 0.5", "budget={'params': 0.5}"),
+        (
+            {"budget": {"macs": 0.5}, "macs": 0.4},
+            "macs and macs are both given",
+            "one of ratio, params, macs, memory and latency",
+        ),
+    ],
+)
+def test_kinds_by_name_that_are_refused(options, what, fix):
+    model = net()
+    refuses(lambda: fxprune.prune(model, example_inputs=IMAGES, **options), model, what=what, fix=fix)

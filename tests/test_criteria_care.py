@@ -339,43 +339,60 @@ def test_bn_scale_where_there_is_none():
     )
 
 
-def test_scores_written_into_a_given_tensor_are_those_returned(small):
-    """In blocks that use the same memory again; a function without `into` is the reference."""
-    x = batch()[0]
-    for p in (1, 2, 3):
-        agree(scores(small, x, fxprune.Magnitude(p=p)), scores(small, x, lambda w, p=p: w.abs() ** p))
+class Elementwise:
+    """A criterion that may be given blocks of a parameter."""
 
+    elementwise, __name__ = True, "Elementwise"
 
-class Into:
-    """Scores that are written down wrongly."""
-
-    elementwise, __name__ = True, "Into"
-
-    def __init__(self, into):
-        self.into = into
+    def __init__(self, function):
+        self.function = function
 
     def __call__(self, weight):
-        return weight.square()
+        return self.function(weight)
 
 
-def broken(weight, out):
+def test_blocks_are_scored_as_whole_parameters_are(small, monkeypatch):
+    monkeypatch.setattr("fxprune.criteria.scorer.BLOCK", 16)
+    monkeypatch.setattr("fxprune.criteria.scorer.SMALL", 1)
+    x = batch()[0]
+    for p in (1, 2, 3):
+        whole = scores(small, x, lambda w, p=p: w.abs() ** p)
+        agree(scores(small, x, fxprune.Magnitude(p=p)), whole)
+        agree(scores(small, x, Elementwise(lambda w, p=p: w.abs() ** p)), whole)
+
+
+def fails(weight):
     raise ValueError("no room")
 
 
 @pytest.mark.parametrize(
-    "into, what",
+    "function, what",
     [
-        (broken, "raises ValueError: no room"),
-        (lambda w, out: None, "returns a NoneType for a parameter of shape (64, 32, 3, 3)"),
-        (lambda w, out: out[0], "returns shape (32, 3, 3) for a parameter of shape (64, 32, 3, 3)"),
+        (fails, "raises ValueError: no room"),
+        (lambda w: None, "returns a NoneType for a parameter of shape (64, 32, 3, 3)"),
+        (lambda w: w[0], "returns shape (32, 3, 3) for a parameter of shape (64, 32, 3, 3)"),
     ],
 )
-def test_what_is_written_into_a_given_tensor_is_checked_too(into, what):
-    """Of a parameter that is large enough for a criterion not to see it together with others."""
+def test_scores_of_blocks_are_checked_too(function, what):
+    """Of a parameter that is large enough not to be scored together with others."""
     model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.Conv2d(64, 4, 3))
     assert model[2].weight.numel() > SMALL
+    only_large = Elementwise(lambda w: function(w) if w.numel() > SMALL else w.square())
     with pytest.raises(fxprune.PruneError, match=re.escape(what)):
-        fxprune.prune(model, 0.5, example_inputs=IMAGES, criterion=Into(into))
+        fxprune.prune(model, 0.5, example_inputs=IMAGES, criterion=only_large)
+
+
+@pytest.mark.parametrize("method", ["score_dims", "score_units", "finish_layer"])
+def test_a_method_of_the_protocol_must_be_callable(method):
+    criterion = Elementwise(torch.square)
+    setattr(criterion, method, 3)
+    model = net()
+    refuses(
+        lambda: fxprune.prune(model, 0.5, example_inputs=IMAGES, criterion=criterion),
+        model,
+        what=f"{method} must be a method, not 3",
+        where="criterion Elementwise",
+    )
 
 
 @pytest.mark.parametrize("criterion", sorted(criteria.CRITERIA.keys() - {"bn_scale"}))  # that one looks at vectors alone

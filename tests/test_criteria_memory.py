@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fxprune import criteria
-from fxprune.criteria.unit_scores import unit_scores
+from fxprune.criteria.unit_scores import score_units
 from fxprune.passes.coupling.analysis import analyse
 from fxprune.passes.coupling.families import families
 from fxprune.passes.ir.options import CouplingOptions
@@ -81,7 +81,7 @@ def test_scoring_does_not_copy_weights(criterion, dtype):
     with Allocated() as seen:
         solution = analyse(model, (x,), {}, CouplingOptions())
         found = [f for f in families(solution, {n for n, _ in model.named_parameters()}) if f.frozen is None]
-        unit_scores(model, solution, found, criteria.find(criterion))
+        score_units(model, solution, found, criteria.find(criterion))
     assert len(found) == 2 and size >= 4 * 8.3e6
     assert seen.largest <= 8.1 * MIB, "a block in double precision"
     assert seen.peak <= 20 * MIB

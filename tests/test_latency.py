@@ -16,17 +16,17 @@ from fxprune.passes.coupling.families import families
 from fxprune.passes.ir.options import CouplingOptions
 from fxprune.selection import latency
 from fxprune.selection.budgets import Budget
+from fxprune.selection.candidates import list_candidates
 from fxprune.selection.costs import Costs
-from fxprune.selection.ladders import ladder
-from fxprune.selection.latency import ABREAST, MARGIN, PRECISE, ROUNDS, Latency, stopwatch
+from fxprune.selection.groups import Group
+from fxprune.selection.latency import PRECISE, Latency, measure_seconds
 from fxprune.selection.latency_model import LatencyModel
-from fxprune.selection.latency_search import chase
-from fxprune.selection.pools import Pool
+from fxprune.selection.latency_search import ABREAST, MARGIN, ROUNDS, bracket_budget
 
 
 @pytest.fixture(autouse=True)
 def counted(monkeypatch):
-    monkeypatch.setattr(latency, "stopwatch", counting_clock)
+    monkeypatch.setattr(latency, "measure_seconds", counting_clock)
 
 
 def prune(model, amount, x=X, **options):
@@ -120,10 +120,10 @@ def test_every_product_is_timed_and_everything_else_goes_by_size():
     costs = Costs(solution, dict(model.named_parameters()))
     free = [f for f in families(solution, set(dict(model.named_parameters()))) if f.frozen is None]
     score = np.arange(len(solution.unit_of), dtype=float)
-    ladders = [ladder(Pool([(i, f.units)], 1.0), score, [1] * len(free), 1, 0.0) for i, f in enumerate(free)]
+    candidates = [list_candidates(Group([(i, f.units)], 1.0), score, [1] * len(free), 1, 0.0) for i, f in enumerate(free)]
     clock = lambda run: counting_clock([run], None)[0][0]  # noqa: E731
     products = 2 * macs(model, x) * SECONDS
-    table = LatencyModel(ladders, costs, torch.device("cpu"), clock, products / 0.9)
+    table = LatencyModel(candidates, costs, torch.device("cpu"), clock, products / 0.9)
     rest = products / 9
     for a, b in ((64, 32), (32, 32), (64, 16), (16, 8), (40, 20)):
         work = 2 * 4 * (16 * a + a * b + b * 16) * SECONDS
@@ -175,7 +175,7 @@ def measured_by(curve, noise=lambda: 1.0):
 def test_a_table_that_is_right_needs_one_window():
     curve = lambda k: 1 - k / 1000  # noqa: E731
     measured, asked = measured_by(curve)
-    steps, found = chase(Budget("latency", 0.5), 0.5, 900, curve, measured)
+    steps, found = bracket_budget(Budget("latency", 0.5), 0.5, 900, curve, measured)
     assert len(asked) == 1 and steps == asked[0][1] == 505 and found.pruned == pytest.approx(0.495)
     assert curve(steps) <= 0.5 * (1 - MARGIN) < curve(steps - 1)
 
@@ -186,7 +186,7 @@ def test_a_table_that_is_wrong_needs_a_few(overhead, power):
     """Half of the time is asked for; the table knows nothing of a fixed part, nor how time really falls."""
     truth = lambda k: overhead + (1 - overhead) * (1 - k / 1000) ** power  # noqa: E731
     measured, asked = measured_by(truth)
-    steps, found = chase(Budget("latency", 0.5), 0.5, 1000, lambda k: 1 - k / 1001, measured)
+    steps, found = bracket_budget(Budget("latency", 0.5), 0.5, 1000, lambda k: 1 - k / 1001, measured)
     assert found.pruned == truth(steps) and 0.98 * 0.5 <= found.pruned <= 0.5
     assert len(asked) <= ROUNDS
 
@@ -196,7 +196,7 @@ def test_a_clock_that_lies_still_ends_within_the_budget(seed):
     g = torch.Generator().manual_seed(seed)
     noise = lambda: 1 + 0.2 * float(torch.rand((), generator=g) - 0.5)  # noqa: E731
     measured, asked = measured_by(lambda k: 1 - k / 1000, noise)
-    _, found = chase(Budget("latency", 0.5), 0.5, 950, lambda k: 1 - k / 1500, measured)
+    _, found = bracket_budget(Budget("latency", 0.5), 0.5, 950, lambda k: 1 - k / 1500, measured)
     assert found.pruned <= 0.5 and len(asked) <= ROUNDS
 
 
@@ -211,7 +211,7 @@ def test_a_machine_that_drifts_from_window_to_window(seed):
         times = [(1 - k / 1000) * drift[-1] for k in proposals]
         return [Latency(1.0, now, now, 7, 0.0, "cpu") for now in times]
 
-    steps, found = chase(Budget("latency", 0.5), 0.5, 950, lambda k: 1 - k / 1200, measured)
+    steps, found = bracket_budget(Budget("latency", 0.5), 0.5, 950, lambda k: 1 - k / 1200, measured)
     assert found.share == pytest.approx((1 - steps / 1000) * drift[-1]) and 0.49 <= found.share <= 0.5
 
 
@@ -226,14 +226,14 @@ def test_what_was_over_by_chance_is_looked_at_again():
         return [Latency(1.0, now, now, 100, 0.03, "cpu") for now in times]
 
     table = lambda k: 1 - k / 1000 if k < 500 else 0.495 - (k - 500) / 2000  # noqa: E731
-    steps, found = chase(Budget("latency", 0.5), 0.5, 600, table, measured)
+    steps, found = bracket_budget(Budget("latency", 0.5), 0.5, 600, table, measured)
     assert (steps, found.share) == (500, 0.498) and sum(500 in w for w in windows) >= 2 and len(windows) <= ROUNDS
 
 
 def test_steps_too_far_apart_end_with_two_that_follow_one_another():
     """Nothing is near the budget: the last window holds the step before what is returned, and it was over."""
     measured, asked = measured_by(lambda k: 0.6 if k < 431 else 0.4)
-    steps, found = chase(Budget("latency", 0.5), 0.5, 1000, lambda k: 1 - k / 1001, measured)
+    steps, found = bracket_budget(Budget("latency", 0.5), 0.5, 1000, lambda k: 1 - k / 1001, measured)
     assert (steps, found.share) == (431, 0.4) and {430, 431} <= set(asked[-1])
 
 
@@ -241,26 +241,26 @@ def test_time_that_does_not_fall_until_the_last_step():
     """A cliff: the table leads nowhere, and all steps are tried before it is given up."""
     cliff = lambda k: 0.4 if k == 100 else 0.9  # noqa: E731
     measured, asked = measured_by(cliff)
-    steps, found = chase(Budget("latency", 0.5), 0.5, 100, lambda k: 1 - k / 101, measured)
+    steps, found = bracket_budget(Budget("latency", 0.5), 0.5, 100, lambda k: 1 - k / 101, measured)
     assert steps == 100 and found.pruned == 0.4 and len(asked) <= ROUNDS
 
 
 def test_least_of_all_is_measured_before_it_is_refused():
     measured, asked = measured_by(lambda k: 1 - k / 200)
     refuses(
-        lambda: chase(Budget("latency", 0.25), 0.25, 100, lambda k: 1 - k / 101, measured),
+        lambda: bracket_budget(Budget("latency", 0.25), 0.25, 100, lambda k: 1 - k / 101, measured),
         what="latency=0.25 cannot be met: the least that can is 500 ms of 1 s",
         fix="latency=0.5 or more, a lower floor, or freeze less",
     )
     assert asked[-1][-1] == 100
 
 
-def test_the_stopwatch_takes_turns_and_leaves_out_the_warm_up(monkeypatch):
+def test_measuring_takes_turns_and_leaves_out_the_warm_up(monkeypatch):
     ticks = itertools.count()
     monkeypatch.setattr("time.perf_counter", lambda: float(next(ticks)))
     calls = []
     slow = lambda: (calls.append("slow"), next(ticks), next(ticks))  # noqa: E731
-    found = stopwatch([slow, lambda: calls.append("fast")], torch.device("cpu"), least=3, seconds=0)
+    found = measure_seconds([slow, lambda: calls.append("fast")], torch.device("cpu"), least=3, seconds=0)
     assert found == [[3.0] * 3, [1.0] * 3]
     assert calls == ["slow", "fast"] * 5
 
@@ -275,7 +275,7 @@ def test_a_result_within_the_budget_is_timed_twice(monkeypatch):
             lengths.append(len(found[0]))
         return found
 
-    monkeypatch.setattr(latency, "stopwatch", clock)
+    monkeypatch.setattr(latency, "measure_seconds", clock)
     pruned = prune(chain(16, 64, 32, 16), 0.5, torch.randn(4, 16))
     assert len(lengths) >= 2 and pruned.meta["latency"].runs == lengths[-2] + lengths[-1]
 
@@ -313,7 +313,7 @@ def test_the_error_of_a_share_is_that_of_medians():
     shares, errors = [], []
     for seed in range(400):
         before, after = noisy_clock(seed, 0.1)([None, None], None)
-        found = latency.summary(before, after, torch.device("cpu"))
+        found = latency.summarise(before, after, torch.device("cpu"))
         shares.append(found.share)
         errors.append(found.error * found.share)
     assert np.mean(errors) == pytest.approx(np.std(shares), rel=0.15)

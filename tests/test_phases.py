@@ -1,6 +1,8 @@
 """The clock of `examples/benchmarks/phases.py`."""
 
 import itertools
+import json
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +12,7 @@ def test_what_is_inside_of_a_step_counts_once(monkeypatch):
     import phases
 
     ticks = itertools.count()
-    monkeypatch.setattr("time.perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr("time.process_time", lambda: float(next(ticks)))
     clock = phases.Clock()
     inner = clock.timed("inner", lambda: None)
     outer = clock.timed("outer", lambda: (inner(), inner()))
@@ -28,3 +30,26 @@ def test_every_step_is_met(capsys):
     assert cells[0] == "squeezenet1_1"
     shares = [int(cell.rstrip("%")) for cell in cells[2:]]
     assert 97 <= sum(shares) <= 103 and shares[-1] < 50
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_another_checkout_is_timed_in_turns(tmp_path, monkeypatch, capsys):
+    """A checkout against itself: both sides run, and the table gives the median of the ratios."""
+    import compare
+    import phases
+
+    monkeypatch.setattr(compare, "ROWS", tmp_path / "phases.jsonl")
+    monkeypatch.setattr(compare, "TABLE", tmp_path / "PHASES.md")
+    root = str(Path(__file__).parents[1])
+    phases.main(["--against", root, "--models", "timm:test_resnet", "--rounds", "1"])
+    [row] = [json.loads(line) for line in (tmp_path / "phases.jsonl").read_text().splitlines()]
+    assert all(len(row["seconds"][mode][side]) == 1 for mode in compare.MODES for side in compare.SIDES)
+    assert "| timm:test_resnet |" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_the_ratio_is_the_median_of_rounds():
+    import compare
+
+    row = {"seconds": {"by default": {"before": [1.0, 2.0, 4.0], "after": [1.5, 2.0, 2.0]}}}
+    assert compare.ratio(row, "by default") == 1.0

@@ -19,7 +19,8 @@ from torch import nn
 import fxprune
 from fxprune.inputs import ExampleInputs
 from fxprune.iterative.plan_mapping import tensors_of, widened
-from fxprune.selection.pools import Pool, choose
+from fxprune.selection.candidates import remove_share
+from fxprune.selection.groups import Group
 
 every_model = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS.keys())
 HEADED = sorted(name for name, graph in GRAPHS.items() if graph.heads)
@@ -335,10 +336,9 @@ def test_what_is_gone_stays_where_rows_must_be_equal():
 def test_rows_that_overlap_go_on_from_what_is_gone():
     """Two rows of four that share a unit: 1 and 4 went first, so they go, although 0 and 5 score lower."""
     score = np.array([0.0, 9.0, 5.0, 5.0, 9.0, 0.0, 5.0])
-    cells = [(0, np.array([0, 1, 2])), (0, np.array([3])), (0, np.array([4, 5, 6]))]
+    strata = [(0, np.array([0, 1, 2])), (0, np.array([3])), (0, np.array([4, 5, 6]))]
     equal = [np.array([[0, 1, 2, 3], [3, 4, 5, 6]])]
-    fresh, begun = Pool(cells, 2 / 7, equal), Pool(cells, 2 / 7, equal, np.array([1, 4]))
-    assert sorted(choose(fresh, score, [1], 1)) == [0, 5]
-    assert sorted(choose(begun, score, [1], 1)) == [1, 4]
-    more = Pool(cells, 4 / 7, equal, np.array([1, 4]))
-    assert sorted(choose(more, score, [1], 1)) == [0, 1, 4, 5]
+    fresh, begun = Group(strata, 1.0, equal), Group(strata, 1.0, equal, np.array([1, 4]))
+    assert sorted(remove_share(fresh, score, [1], 1, 2 / 7)) == [0, 5]
+    assert sorted(remove_share(begun, score, [1], 1, 2 / 7)) == [1, 4]
+    assert sorted(remove_share(begun, score, [1], 1, 4 / 7)) == [0, 1, 4, 5]

@@ -13,8 +13,9 @@ from refusals import IMAGES, net, refuses
 from torch import nn
 
 import fxprune
-from fxprune.selection.ladders import climbed, in_order, ladder, merged, share_of_units
-from fxprune.selection.pools import Pool, choose
+from fxprune.selection.allocation import allocate_share, levels_after, merge_steps, order_by_importance
+from fxprune.selection.candidates import list_candidates, remove_share
+from fxprune.selection.groups import Group
 
 
 def chain(*widths, scale=()):
@@ -176,28 +177,28 @@ def test_groups_and_shuffles_compete(build):
         assert pruned(x).isfinite().all()
 
 
-# -- ladders --------------------------------------------------------------------------------------------------------------
+# -- candidates --------------------------------------------------------------------------------------------------------------
 
 sizes = st.lists(st.sampled_from([4, 6, 12, 16]), min_size=1, max_size=4)
 
 
-def pools(widths, seed, levels=1000):
-    """Pools of one family each, with scores of which few or many are equal."""
+def make_groups(widths, seed, levels=1000):
+    """Groups of one family each, with scores of which few or many are equal."""
     score = np.random.default_rng(seed).integers(0, levels, sum(widths)).astype(float)
     cuts = np.cumsum([0, *widths])
-    return [Pool([(i, np.arange(a, b))], 0.5) for i, (a, b) in enumerate(pairwise(cuts))], score
+    return [Group([(i, np.arange(a, b))], 0.5) for i, (a, b) in enumerate(pairwise(cuts))], score
 
 
 @settings(deadline=None, max_examples=60)
 @given(sizes, st.integers(0, 99), st.sampled_from([1, 2, 3, 1000]), st.floats(0, 0.9), st.sampled_from([1, 2, 4]))
-def test_a_ladder_takes_the_lowest_and_keeps_its_floor(widths, seed, levels, floor, round_to):
-    made, score = pools(widths, seed, levels)
-    for pool in made:
-        units = pool.cells[0][1]
-        rung = ladder(pool, score, [1] * len(widths), round_to, floor)
-        assert rung.price[1:] == sorted(rung.price[1:])
-        for k, count in enumerate(rung.count):
-            gone = rung.gone(k)
+def test_candidates_are_the_lowest_and_keep_the_floor(widths, seed, levels, floor, round_to):
+    made, score = make_groups(widths, seed, levels)
+    for group in made:
+        units = group.strata[0][1]
+        candidates = list_candidates(group, score, [1] * len(widths), round_to, floor)
+        assert candidates.importance[1:] == sorted(candidates.importance[1:])
+        for level, count in enumerate(candidates.count):
+            gone = candidates.removed(level)
             assert len(gone) == len(set(gone.tolist())) == count
             assert count == 0 or (len(units) - count) % round_to == 0
             assert len(units) - count >= max(1, floor * len(units) - 1e-6)
@@ -208,10 +209,10 @@ def test_a_ladder_takes_the_lowest_and_keeps_its_floor(widths, seed, levels, flo
 @settings(deadline=None, max_examples=60)
 @given(sizes, st.integers(0, 99), st.sampled_from([1, 2, 1000]), st.floats(0, 0.89))
 def test_a_share_is_never_gone_past_and_reached_where_it_can_be(widths, seed, levels, ratio):
-    made, score = pools(widths, seed, levels)
-    ladders = [ladder(p, score, [1] * len(widths), 1, 0.0) for p in made]
-    gone = sum(rung.count[k] for rung, k in zip(ladders, share_of_units(ladders, ratio)))
-    reachable = sum(rung.count[-1] for rung in ladders)
+    made, score = make_groups(widths, seed, levels)
+    candidates = [list_candidates(g, score, [1] * len(widths), 1, 0.0) for g in made]
+    gone = sum(c.count[level] for c, level in zip(candidates, allocate_share(candidates, ratio)))
+    reachable = sum(c.count[-1] for c in candidates)
     assert gone == min(int(ratio * sum(widths) + 1e-9), reachable)
 
 
@@ -219,20 +220,19 @@ def test_a_share_is_never_gone_past_and_reached_where_it_can_be(widths, seed, le
 @given(sizes, st.integers(0, 99), st.floats(0, 0.99))
 def test_one_family_by_itself_is_local(widths, seed, ratio):
     """A competition of one is what `local` does."""
-    made, score = pools(widths[:1], seed)
-    made[0].ratio = ratio
-    alone = ladder(made[0], score, [1], 1, 0.0)
-    assert sorted(alone.gone(share_of_units([alone], ratio)[0])) == sorted(choose(made[0], score, [1], 1))
+    made, score = make_groups(widths[:1], seed)
+    alone = list_candidates(made[0], score, [1], 1, 0.0)
+    assert sorted(alone.removed(allocate_share([alone], ratio)[0])) == sorted(remove_share(made[0], score, [1], 1, ratio))
 
 
 def test_one_order_for_several_groups_keeps_their_shares_alike():
-    made, score = pools([4, 16], 0)
-    ladders = [ladder(p, score, [1, 1], 1, 0.0) for p in made]
-    order = merged([[0], [1]], ladders)
+    made, score = make_groups([4, 16], 0)
+    candidates = [list_candidates(g, score, [1, 1], 1, 0.0) for g in made]
+    order = merge_steps([[0], [1]], candidates)
     for steps in range(len(order) + 1):
-        a, b = (rung.count[k] / rung.total for rung, k in zip(ladders, climbed(ladders, order[:steps])))
+        a, b = (c.count[level] / c.total for c, level in zip(candidates, levels_after(candidates, order[:steps])))
         assert abs(a - b) <= 1 / 4
-    assert merged([[0, 1]], ladders) == in_order(ladders)
+    assert merge_steps([[0, 1]], candidates) == order_by_importance(candidates)
 
 
 # -- errors ---------------------------------------------------------------------------------------------------------------

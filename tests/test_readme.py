@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from fxprune.criteria.catalog import CRITERIA
+from fxprune.repair.methods import METHODS
+from fxprune.selection.budgets import KINDS
+
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ["README.md", "CONTRIBUTING.md"]
 FENCE = re.compile(r"^```python[ \t]*\n(.*?)^```[ \t]*$", re.DOTALL | re.MULTILINE)
@@ -26,6 +30,17 @@ def test_blocks_are_found_with_their_line_numbers():
     assert [block.count("\n") for block in code_blocks(text)] == [3, 12]
 
 
+@pytest.fixture
+def tables():
+    """The tables that blocks add to, restored afterwards."""
+    before = [(table, dict(table)) for table in (CRITERIA, KINDS, METHODS)]
+    yield
+    for table, entries in before:
+        table.clear()
+        table.update(entries)
+
+
+@pytest.mark.usefixtures("tables")
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_python_blocks_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # blocks may save files

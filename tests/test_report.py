@@ -171,7 +171,7 @@ def test_uneven_counts_of_little_weight_are_not_worth_a_line():
 
 
 def test_a_latency_that_was_measured_is_reported(monkeypatch):
-    monkeypatch.setattr("fxprune.selection.latency.stopwatch", counting_clock)
+    monkeypatch.setattr("fxprune.selection.latency.measure_seconds", counting_clock)
     model, x = chain(8, 64, 64, 8), torch.randn(2, 8)
     small = fxprune.prune(model, example_inputs=x, latency=0.5)
     assert f"latency: {small.meta['latency']}" in str(fxprune.report(model, small)).splitlines()

@@ -2,8 +2,10 @@
 
     phases.py                          a few models of different make
     phases.py --models resnet50 --rounds 20
+    phases.py --against PATH           the whole time of `prune`, against another checkout of this repository
 
-Prints a table: for each step of the compiler the share of the fastest of several rounds, verification off.
+Prints a table: for each step of the compiler the share of the CPU time of the fastest of several rounds, verification off.
+With `--against` both checkouts are timed in turns, and rows and table are stored in `phases.jsonl` and `PHASES.md`.
 """
 
 import argparse
@@ -13,9 +15,11 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import compare
 from models import build, full_name
 from sweep import machine, markdown_table
 from torch import fx
@@ -25,19 +29,21 @@ from fxprune.passes.capture import programs
 from fxprune.passes.coupling import couple
 from fxprune.passes.rewrite import rewrite
 from fxprune.passes.rewrite.rewriter import Rewriter
-from fxprune.selection import select
+from fxprune.selection import allocation, select
 
 MODELS = ("mobilenet_v2", "resnet18", "resnet50", "resnext50_32x4d", "efficientnet_b7", "inception_v3", "vit_b_16", "swin_t")
+COMPARED = ("mobilenet_v2", "resnet50", "resnext50_32x4d", "inception_v3", "vit_b_16", "swin_t")
 STEPS: list[tuple[str, Any, str]] = [
     ("copy of the modules", programs, "private_copy"),
     ("capture", programs, "capture_program"),
     ("rules", couple, "read"),
     ("ties", couple, "close"),
-    ("families", select, "free_families"),
-    ("scores", select, "unit_scores"),
-    ("choice", select, "one_by_one"),
-    ("choice", select, "never_emptied"),
-    ("choice", select, "settle_removals"),
+    ("families", select, "find_free_families"),
+    ("scores", select, "score_units"),
+    ("choice", allocation, "form_groups"),
+    ("choice", allocation, "list_candidates"),
+    ("choice", allocation, "find_nonempty_sets"),
+    ("choice", allocation, "restore_rectangles"),
     ("rewriting", Rewriter, "run"),
     ("slicing tensors", rewrite, "slice_tensor"),
     ("code of the result", fx.GraphModule, "recompile"),
@@ -46,9 +52,15 @@ STEPS: list[tuple[str, Any, str]] = [
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--models", nargs="+")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--against", type=Path, help="another checkout, to be timed in turns with this one")
     arguments = parser.parse_args(argv)
+    if arguments.against is not None:
+        compare.compare(arguments.models or COMPARED, arguments.against, arguments.rounds)
+        print(compare.TABLE.read_text(), end="")
+        return
+    arguments.models = arguments.models or MODELS
     rows = [{"model": name, **shares(full_name(name), arguments.rounds)} for name in arguments.models]
     names = list(dict.fromkeys(name for name, _, _ in STEPS))
     columns: list[tuple[str, str, Callable[[dict[str, Any]], object]]] = [
@@ -66,9 +78,9 @@ def shares(model: str, rounds: int) -> dict[str, float]:
     for _ in range(rounds):
         clock = Clock()
         with clock.watching():
-            start = time.perf_counter()
+            start = time.process_time()
             fxprune.prune(network, example_inputs=images[:1], verify=False)
-            seconds = time.perf_counter() - start
+            seconds = time.process_time() - start
         if seconds < best["seconds"]:
             found = {name: clock.spent[name] / seconds for name, _, _ in STEPS}
             best = {"seconds": seconds, **found, "the rest": 1 - sum(found.values())}
@@ -92,11 +104,11 @@ class Clock:
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
             self.inner.append(0.0)
-            start = time.perf_counter()
+            start = time.process_time()
             try:
                 return function(*args, **kwargs)
             finally:
-                seconds = time.perf_counter() - start
+                seconds = time.process_time() - start
                 self.spent[name] += seconds - self.inner.pop()
                 self.inner[-1] += seconds
 

@@ -1,32 +1,40 @@
-"""Criteria: one number for each unit; the units with the lowest are removed.
+"""Criteria: one score for each unit; the units with the lowest scores are removed.
 
-A criterion is a function of a parameter that gives the importance of each of its elements; `score` adds them up over each
-unit, in every layer the unit spans, as tensor reductions on the parameter's own device.
+A criterion is a function of a parameter that returns the importance of each of its elements, a tensor of the parameter's
+shape. The elements of a unit are summed in every layer that the unit spans, and the layers are combined, as tensor
+reductions on the parameter's own device. Any callable is a criterion:
 
 >>> import torch
->>> def largest(weight):  # any callable will do: the importance of each element
+>>> def eighth_power(weight):
 ...     return weight.abs() ** 8
 >>> import fxprune
 >>> net = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 2))
->>> fxprune.prune(net, 0.5, example_inputs=torch.randn(1, 4), criterion=largest).get_submodule("0").out_features
+>>> fxprune.prune(net, 0.5, example_inputs=torch.randn(1, 4), criterion=eighth_power).get_submodule("0").out_features
 3
 
-What else a criterion may say, as attributes:
-    needs: what it is given as a second argument; see `fxprune.criteria.calibration.GATHER` for what there is to ask for.
-    elementwise: it looks at elements one by one, so that a large parameter may be given to it in blocks.
-    into: a method: the same scores, written into a tensor that is given as a second argument, and returned (fresh memory costs
-        more than the arithmetic).
-    places: `all` parameters count, only those that `read` the units from an activation, or only those that `scale` a
-        normalised activation.
-    reduce: how the layers of a family are put together; see `fxprune.criteria.aggregation.REDUCE`.
-    normalise: how families are made comparable where they compete; see `fxprune.criteria.aggregation.NORMALISE`.
+The rest of the protocol is optional. Attributes:
+    needs: what is passed as a second argument, a tensor that broadcasts to the parameter; a key of
+        `fxprune.criteria.calibration.GATHER`. Default: nothing.
+    places: which parameters of a unit count: `all` of them (the default), only those that `reads` it from an activation, or
+        only those that `scales` a normalised activation.
+    elementwise: whether the importance of an element depends on that element alone. Large parameters are then scored in
+        blocks of rows, and small ones together. Default: False.
+    reduce: how the layers of a unit are combined, a key of `fxprune.criteria.aggregation.REDUCE`. Default: `sum`.
+    normalise: how the scores of a family are normalised before families compete, a key of
+        `fxprune.criteria.aggregation.NORMALISE`. Default: `none`.
+
+Methods, in place of a score for each element:
+    score_dims(weight, evidence, dims): the score of each index along some dimensions, of size 1 along the others; None where
+        the parameter has no score along these. `evidence` is None where the criterion needs nothing.
+    score_units(count): a float64 array of `count` scores, one for each unit; no parameter is read.
+    finish_layer(scores): the scores of the units of one layer, computed from the sums over its elements.
 """
 
 from fxprune.criteria.activation import FLAP, Wanda
 from fxprune.criteria.base import Criterion
 from fxprune.criteria.catalog import CRITERIA, find
 from fxprune.criteria.gradient import OBDC, SNIP, Fisher, GraSP, Hessian, Taylor
-from fxprune.criteria.scorer import Scorer, score
+from fxprune.criteria.scorer import Scorer
 from fxprune.criteria.weight import FPGM, LAMP, BNScale, Magnitude, Random
 
 __all__ = [
@@ -47,5 +55,4 @@ __all__ = [
     "Taylor",
     "Wanda",
     "find",
-    "score",
 ]

@@ -1,4 +1,4 @@
-"""Criteria that look at the activations which a weight reads."""
+"""Criteria that read the activations which a weight multiplies."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fxprune.criteria.base import CriterionOptions
+from fxprune.criteria.base import Criterion, CriterionOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,3 +38,6 @@ class FLAP(CriterionOptions):
 
     def __call__(self, weight: Tensor, variance: Tensor) -> Tensor:
         return weight.square() * variance
+
+
+CRITERIA: dict[str, Criterion] = {"wanda": Wanda(), "flap": FLAP()}

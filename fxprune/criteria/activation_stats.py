@@ -139,7 +139,7 @@ def lifted(bias: Tensor, ndim: int, dim: int) -> Tensor:
     return bias.reshape([-1 if d == dim else 1 for d in range(ndim)]) if bias.dim() == 1 else bias
 
 
-def watched(
+def observe_activations(
     model: nn.Module,
     parameters: Mapping[str, Tensor],
     captures: Sequence[CapturedProgram],
@@ -148,22 +148,22 @@ def watched(
     *,
     back: bool = False,
 ) -> ActivationObserver:
-    """Watch the model on every batch.
+    """Run the model on every batch under an observer.
 
     Arguments:
         model: what `run` runs.
         parameters: its parameters by the names that the captures know.
         captures: the captured programs, for the labels.
         batches: what to run.
-        run: from a batch to the model's output; with `back`, to a loss, whose gradients are watched too.
+        run: from a batch to the model's output; with `back`, to a loss, whose gradients are observed too.
     """
     names = {id(t): n for n, t in named_tensors(model)} | {id(p): n for n, p in parameters.items()}
-    watcher = ActivationObserver(names, Origins(*leaf_labels(captures)), differentiate=back)
+    observer = ActivationObserver(names, Origins(*leaf_labels(captures)), differentiate=back)
     for batch in batches:
-        watcher.begin(batch)
-        with watcher:
+        observer.begin(batch)
+        with observer:
             made = run(batch)
-        watcher.settle()
+        observer.settle()
         if back:
             torch.autograd.grad(made, list(parameters.values()), allow_unused=True)
-    return watcher
+    return observer

@@ -1,4 +1,4 @@
-"""How the scores of one unit in several layers become one, and how families that compete are made comparable."""
+"""The protocol of a criterion, and the options that every criterion of this package takes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from typing import Any, ClassVar
 from fxprune.criteria.aggregation import NORMALISE, REDUCE
 from fxprune.passes.errors import PruneError
 
+Criterion = Callable[..., Any]
+PLACES = ("all", "reads", "scales")
+
 
 @dataclass(frozen=True, kw_only=True)
 class CriterionOptions:
-    """What every criterion can be asked for.
+    """Options of every criterion.
 
     Attributes:
-        reduce: how the scores of a unit in the layers it spans are put together: one of `REDUCE`.
-        normalise: what is done to the scores of a family before families compete: one of `NORMALISE`.
+        reduce: how the scores of a unit in its layers are combined: a name in `REDUCE`.
+        normalise: how the scores of a family are normalised before families compete: a name in `NORMALISE`.
     """
 
     reduce: str = "sum"
@@ -27,24 +30,67 @@ class CriterionOptions:
     elementwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_options(self)
+        describe(self)
 
 
-def check_options(criterion: object) -> None:
-    """Raise PruneError where a criterion names a reduction or a normaliser that does not exist."""
-    for option, table in (("reduce", REDUCE), ("normalise", NORMALISE)):
-        asked = getattr(criterion, option, "sum" if option == "reduce" else "none")
-        if asked not in table:
+@dataclass(frozen=True, slots=True)
+class CriterionSpec:
+    """A criterion with every part of the protocol filled in; `fxprune.criteria` documents the parts."""
+
+    name: str
+    score_elements: Criterion
+    score_dims: Callable[..., Any] | None
+    score_units: Callable[[int], Any] | None
+    finish_layer: Callable[..., Any] | None
+    elementwise: bool
+    needs: str
+    places: str
+    reduce: str
+    normalise: str
+
+
+def describe(criterion: Any) -> CriterionSpec:
+    """The parts of the protocol that a criterion has, and the defaults of the others.
+
+    Raises: PruneError for an option, a place or a method that does not exist.
+    """
+    name = label(criterion)
+    options = {
+        "reduce": (getattr(criterion, "reduce", "sum"), tuple(REDUCE)),
+        "normalise": (getattr(criterion, "normalise", "none"), tuple(NORMALISE)),
+    }
+    for option, (value, known) in options.items():
+        if value not in known:
             raise PruneError(
-                f"{option} must be one of {', '.join(table)}, not {asked!r}",
-                where=f"criterion {label(criterion)}",
-                fix=f"{option}={next(iter(table))!r}",
+                f"{option} must be one of {', '.join(known)}, not {value!r}",
+                where=f"criterion {name}",
+                fix=f"{option}={known[0]!r}",
             )
+    methods = {method: getattr(criterion, method, None) for method in ("score_dims", "score_units", "finish_layer")}
+    for method, function in methods.items():
+        if function is not None and not callable(function):
+            raise PruneError(f"{method} must be a method, not {function!r}", where=f"criterion {name}")
+    places = getattr(criterion, "places", "all")
+    check_name("places", places, PLACES, name)
+    return CriterionSpec(
+        name,
+        criterion,
+        **methods,
+        elementwise=bool(getattr(criterion, "elementwise", False)),
+        needs=getattr(criterion, "needs", ""),
+        places=places,
+        reduce=options["reduce"][0],
+        normalise=options["normalise"][0],
+    )
+
+
+def check_name(attribute: str, value: object, known: tuple[str, ...], criterion: str) -> None:
+    """Raise PruneError where an attribute of a criterion is not one of the known names."""
+    if value not in known:
+        listed = ", ".join(repr(k) for k in known if k)
+        raise PruneError(f"{attribute} must be one of {listed}, not {value!r}", where=f"criterion {criterion}")
 
 
 def label(criterion: object) -> str:
-    """What a criterion is called in messages."""
+    """The name of a criterion in messages."""
     return getattr(criterion, "__name__", type(criterion).__name__)
-
-
-Criterion = Callable[..., Any]

@@ -1,7 +1,7 @@
-"""Evidence: what criteria need to know from data, gathered batch by batch.
+"""Gather the evidence that criteria need from data, batch by batch.
 
-Everything runs on a copy of the model in evaluation mode that shares its parameters and owns its buffers; gradients are
-taken without being stored on any parameter, and random state is put back.
+The model runs as a copy in evaluation mode that shares the parameters and owns its buffers. Gradients are stored on no
+parameter, and random state is restored.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fxprune.criteria.activation_stats import Moments, watched, wide
-from fxprune.criteria.base import label
+from fxprune.criteria.activation_stats import Moments, observe_activations, wide
 from fxprune.passes.capture.patches import visible
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import copy_tree, named_tensors, set_mode
@@ -45,7 +44,7 @@ class Source:
         model: a copy that may be run; `parameters` are its parameters, by the names in the original.
         data: batches: pairs of inputs and target, dicts of keyword arguments, or inputs alone.
         loss: a function of the output and, where a batch has one, its target, that returns a mean over the batch.
-        criterion: for messages.
+        criterion: its name, for messages.
         captures: the captured programs of the model.
     """
 
@@ -53,19 +52,19 @@ class Source:
     parameters: dict[str, Tensor]
     data: Iterable[Any] | None
     loss: Callable[..., Tensor] | None
-    criterion: object
+    criterion: str
     captures: list[CapturedProgram]
 
     def batches(self, *, single: bool = False) -> Iterator[Batch]:
-        """Every batch, on the model's device; `single` takes them apart into samples."""
+        """Every batch, on the model's device; with `single`, sample by sample."""
         if self.data is None:
-            raise PruneError(f"the criterion {label(self.criterion)} needs data", fix=BATCHES)
+            raise PruneError(f"the criterion {self.criterion} needs data", fix=BATCHES)
         device = next((p.device for p in self.parameters.values()), torch.device("cpu"))
         count = 0
-        for item in tqdm(self.data, desc=f"scoring by {label(self.criterion)}", disable=None, leave=False):
-            batch = batch_of(map_tensors(item, lambda t: t.to(device)))
+        for item in tqdm(self.data, desc=f"scoring by {self.criterion}", disable=None, leave=False):
+            batch = parse_batch(map_tensors(item, lambda t: t.to(device)))
             count += batch.size
-            yield from samples(batch) if single and batch.size > 1 else [batch]
+            yield from split_samples(batch) if single and batch.size > 1 else [batch]
         if not count:
             raise PruneError("data holds no batches", fix=f"{BATCHES}; one that was read to its end is empty")
 
@@ -79,9 +78,7 @@ class Source:
     def value(self, batch: Batch) -> Tensor:
         """The loss of a batch."""
         if self.loss is None:
-            raise PruneError(
-                f"the criterion {label(self.criterion)} needs a loss", fix="loss=torch.nn.functional.cross_entropy"
-            )
+            raise PruneError(f"the criterion {self.criterion} needs a loss", fix="loss=torch.nn.functional.cross_entropy")
         out = self.run(batch)
         try:
             found = self.loss(out, *batch.extra)
@@ -104,7 +101,7 @@ class Source:
         return ((n, g) for n, g in zip(names, found, strict=True) if g is not None)
 
 
-def batch_of(item: Any) -> Batch:
+def parse_batch(item: Any) -> Batch:
     """A batch from what a loader yields: a pair is inputs and target; a dict is keywords and, to the loss, the target too."""
     pair = isinstance(item, tuple | list) and len(item) == 2
     inputs, extra = (item[0], (item[1],)) if pair else (item, (item,) if isinstance(item, dict) else ())
@@ -120,8 +117,8 @@ def batch_of(item: Any) -> Batch:
     return Batch(args, kwargs, extra, tensors[0].shape[0] if tensors[0].dim() else 1)
 
 
-def samples(batch: Batch) -> Iterator[Batch]:
-    """Its samples, as batches of one; tensors of another first dimension (a mask, a scale) go along whole."""
+def split_samples(batch: Batch) -> Iterator[Batch]:
+    """Its samples, as batches of one; tensors of another first dimension (a mask, a scale) stay whole."""
     for i in range(batch.size):
         one = lambda t: t[i : i + 1] if t.dim() and t.shape[0] == batch.size else t  # noqa: B023, E731
         args, kwargs, extra = map_tensors((batch.args, batch.kwargs, batch.extra), one)
@@ -129,8 +126,8 @@ def samples(batch: Batch) -> Iterator[Batch]:
 
 
 @contextlib.contextmanager
-def prepared(model: nn.Module, data: Any, loss: Any, criterion: object, captures: list[CapturedProgram]) -> Iterator[Source]:
-    """The model made ready to run, with everything around it put back afterwards."""
+def prepare_source(model: nn.Module, data: Any, loss: Any, criterion: str, captures: list[CapturedProgram]) -> Iterator[Source]:
+    """A copy of the model that can be run, with random state and gradient mode restored afterwards."""
     if data is not None and (not isinstance(data, Iterable) or isinstance(data, Tensor | dict | str)):
         raise PruneError(f"data must be batches, not a {type(data).__name__}", fix=BATCHES)
     if loss is not None and not callable(loss):
@@ -216,17 +213,17 @@ def variance_of_inputs(source: Source) -> Evidence:
 
 def inputs_of(source: Source, of: Callable[[Moments], Tensor]) -> Evidence:
     with torch.no_grad():
-        watcher = watched(source.model, source.parameters, source.captures, source.batches(), source.run)
-    return watcher.by_parameter(of(watcher.inputs), watcher.inputs.count > 0, source.parameters)
+        observer = observe_activations(source.model, source.parameters, source.captures, source.batches(), source.run)
+    return observer.by_parameter(of(observer.inputs), observer.inputs.count > 0, source.parameters)
 
 
 def filter_curvature(source: Source) -> Evidence:
     """For each filter of a product's weight, half its second moment times that of the gradient at its result."""
-    watcher = watched(source.model, source.parameters, source.captures, source.batches(), source.value, back=True)
-    positions = (watcher.outputs.count / watcher.samples).clamp(min=1)
-    squares = watcher.outputs.spread + watcher.outputs.count * watcher.outputs.mean.square()
-    score = squares / watcher.samples * watcher.backward / watcher.samples / positions / 2
-    return watcher.by_parameter(score, watcher.outputs.count > 0, source.parameters)
+    observer = observe_activations(source.model, source.parameters, source.captures, source.batches(), source.value, back=True)
+    positions = (observer.outputs.count / observer.samples).clamp(min=1)
+    squares = observer.outputs.spread + observer.outputs.count * observer.outputs.mean.square()
+    score = squares / observer.samples * observer.backward / observer.samples / positions / 2
+    return observer.by_parameter(score, observer.outputs.count > 0, source.parameters)
 
 
 GATHER: Mapping[str, Callable[[Source], Evidence]] = {

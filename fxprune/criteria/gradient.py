@@ -1,4 +1,4 @@
-"""Criteria that look at gradients of a loss over data."""
+"""Criteria that read gradients of a loss over data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 from torch import Tensor
 
-from fxprune.criteria.base import CriterionOptions
+from fxprune.criteria.base import Criterion, CriterionOptions
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Taylor(CriterionOptions):
         product = weight * gradient
         return product if self.joint else product.square()
 
-    def finish(self, layer: np.ndarray) -> np.ndarray:
+    def finish_layer(self, layer: np.ndarray) -> np.ndarray:
         """From the sums of one layer to its scores."""
         return layer**2 if self.joint else layer
 
@@ -104,8 +104,18 @@ class OBDC(CriterionOptions):
     def __call__(self, weight: Tensor, evidence: Tensor) -> Tensor:
         return evidence.expand_as(weight)
 
-    def along(self, weight: Tensor, evidence: Tensor | None, dims: Sequence[int]) -> Tensor | None:
+    def score_dims(self, weight: Tensor, evidence: Tensor | None, dims: Sequence[int]) -> Tensor | None:
         """The score of each filter; dimensions that do not count filters have none."""
         if evidence is None or any((evidence.shape[d] > 1) != (d in dims) for d in range(weight.dim())):
             return None
         return evidence
+
+
+CRITERIA: dict[str, Criterion] = {
+    "taylor": Taylor(),
+    "hessian": Hessian(),
+    "obdc": OBDC(),
+    "fisher": Fisher(),
+    "snip": SNIP(),
+    "grasp": GraSP(),
+}

@@ -1,4 +1,4 @@
-"""Criteria that need nothing but the parameters."""
+"""Criteria that read the parameters alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxprune.criteria.base import CriterionOptions
+from fxprune.criteria.base import Criterion, CriterionOptions
 from fxprune.passes.errors import PruneError
 
 
@@ -38,11 +38,6 @@ class Magnitude(CriterionOptions):
         if self.p == 2:
             return weight.square()
         return weight.abs() if self.p == 1 else weight.abs().pow(self.p)
-
-    def into(self, weight: Tensor, out: Tensor) -> Tensor:
-        if self.p == 2:
-            return torch.mul(weight, weight, out=out)
-        return torch.abs(weight, out=out) if self.p == 1 else torch.pow(weight.abs(), self.p, out=out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +78,9 @@ class FPGM(CriterionOptions):
     normalise: str = "mean"
 
     def __call__(self, weight: Tensor) -> Tensor | None:
-        return self.along(weight, None, (0,))
+        return self.score_dims(weight, None, (0,))
 
-    def along(self, weight: Tensor, evidence: Tensor | None, dims: Sequence[int]) -> Tensor | None:
+    def score_dims(self, weight: Tensor, evidence: Tensor | None, dims: Sequence[int]) -> Tensor | None:
         """The score of each index along some dimensions of a weight; the others become of size 1."""
         rest = [d for d in range(weight.dim()) if d not in dims]
         if not rest or weight.dim() < 2:
@@ -136,8 +131,17 @@ class Random(CriterionOptions):
     seed: int = 0
 
     def __call__(self, weight: Tensor) -> Tensor:
-        return torch.from_numpy(self.units(weight.numel())).reshape(weight.shape)
+        return torch.from_numpy(self.score_units(weight.numel())).reshape(weight.shape)
 
-    def units(self, count: int) -> np.ndarray:
+    def score_units(self, count: int) -> np.ndarray:
         """A score for each unit."""
         return np.random.default_rng(self.seed).random(count)
+
+
+CRITERIA: dict[str, Criterion] = {
+    "magnitude": Magnitude(),
+    "bn_scale": BNScale(),
+    "lamp": LAMP(),
+    "fpgm": FPGM(),
+    "random": Random(),
+}

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.criteria.base import CriterionOptions
+from fxprune.criteria.base import CriterionOptions, describe
 from fxprune.criteria.parameter_roles import roles
 from fxprune.criteria.scorer import Scorer
 from fxprune.entry_points import entry_point
@@ -28,7 +28,7 @@ from fxprune.passes.ir.module_tree import copy_tree, named_tensors
 from fxprune.passes.ir.slices import Slicer
 from fxprune.pipeline import Compilation
 from fxprune.plan import PlanData
-from fxprune.selection.rectangles import never_emptied, settle_removals
+from fxprune.selection.rectangles import find_nonempty_sets, restore_rectangles
 
 
 def masked(model: nn.Module, plan: PlanData) -> nn.Module:
@@ -177,12 +177,12 @@ def zero_units(model: nn.Module, solution: Solution) -> tuple[Tensor, Slicer]:
     )
     if not free:
         raise none
-    scorer = Scorer(parameters, solution.leaves, solution.unit_of.numpy(), Nonzero(), free)
+    scorer = Scorer(parameters, solution.leaves, solution.unit_of.numpy(), describe(Nonzero()), free)
     count = scorer()
     zero = np.zeros(len(count), bool)
     for family in free:
         zero[family.units] = (count[family.units] == 0) & scorer.seen[family.units]
-    kept, slicer = settle_removals(solution, zero, count, never_emptied(solution))
+    kept, slicer = restore_rectangles(solution, zero, count, find_nonempty_sets(solution))
     if slicer.keeps_all:
         raise none
     return kept, slicer

@@ -12,9 +12,9 @@ import dataclasses
 import numpy as np
 from torch import Tensor, nn
 
-from fxprune.criteria.catalog import find
+from fxprune.criteria.catalog import find, resolve
 from fxprune.criteria.parameter_roles import roles
-from fxprune.criteria.unit_scores import asked, comparable, unit_scores
+from fxprune.criteria.unit_scores import normalise_scores, score_units
 from fxprune.iterative.plan_mapping import narrow_labels, tensors_of
 from fxprune.iterative.proposal import StepChoice
 from fxprune.iterative.schedules import part_of
@@ -29,13 +29,13 @@ from fxprune.passes.ir.slices import Slicer
 from fxprune.pipeline import Compilation
 from fxprune.plan import PlanData
 from fxprune.reports.coupling import CoupledFamily, coupled_family
-from fxprune.selection.budgets import met, unreachable
+from fxprune.selection.allocation import Allocator
 from fxprune.selection.costs import Costs, elements
-from fxprune.selection.grouping import ratios_of
-from fxprune.selection.latency import too_slow, used
-from fxprune.selection.pools import make_pools
-from fxprune.selection.rectangles import never_emptied, settle_removals
-from fxprune.selection.select import Rivalry, free_families, in_time, one_by_one
+from fxprune.selection.groups import form_groups
+from fxprune.selection.latency import too_slow, used_share
+from fxprune.selection.rectangles import find_nonempty_sets, restore_rectangles
+from fxprune.selection.scopes import match_ratios
+from fxprune.selection.select import allocate, find_free_families
 from fxprune.verification import evaluating
 
 
@@ -64,11 +64,11 @@ class Planner:
         model = self.model
         trial = compilation.latency_probe() if options.measures_latency else None
         self.unit_of = solution.unit_of.numpy()
-        self.free = free_families(model, solution, options)
-        if asked(find(options.criterion))[0] == "scales":  # families without a scale have no score, and stay
+        self.free = find_free_families(model, solution, options)
+        if resolve(options.criterion).places == "scales":  # families without a scale have no score, and stay
             scales = roles(solution.captures).scales
             self.free = [f for f in self.free if any(name in scales for name, _ in f.members)] or self.free
-        self.guards = never_emptied(solution)
+        self.guards = find_nonempty_sets(solution)
         self.learned = frozenset(n for n, t in named_tensors(model) if n in solution.leaves and isinstance(t, nn.Parameter))
         self.costs = Costs(solution, dict(named_tensors(model)))
         self.trial = trial
@@ -76,7 +76,7 @@ class Planner:
         if trial is not None:
             self.original = trial.original_seconds()
         elif options.budget is not None:
-            self.original = self.costs.original(options.budget.kind)
+            self.original = options.budget.cost(self.costs)
         self.check()
 
     def check(self) -> None:
@@ -85,23 +85,25 @@ class Planner:
         budget = self.options.budget
         if budget is not None:
             limit = budget.limit(self.original)
-            rivalry = Rivalry(self.free, score, self.solution, self.options)
-            kept, slicer = rivalry.settle(rivalry.everything())
+            allocator = Allocator(self.free, score, self.solution, self.options)
+            kept, slicer = allocator.apply(allocator.allocate_all())
             if self.trial is not None:
-                with self.trial.quiet():
+                with self.trial.restore_random_state():
                     [found] = self.trial.measure([self.trial.prune(kept, self.solution.unit_of)], budget)
-                if used(budget, found) > 1:
+                if used_share(budget, found) > 1:
                     raise too_slow(budget, found)
-            elif (least := self.costs.of(slicer, budget.kind)) > limit:
-                raise unreachable(budget, least, self.original)
-        elif not self.options.competes and any(ratios_of(self.free, self.options.ratio, self.solution)):
-            wanted = one_by_one(self.free, score, self.solution, self.options)
-            if settle_removals(self.solution, wanted, score, self.guards)[1].keeps_all:
-                raise PruneError(
-                    "nothing in the model can be pruned by so little, not even in the last step",
-                    where=type(self.model).__name__,
-                    fix="a larger ratio, or a smaller round_to",
-                )
+            elif (least := budget.cost(self.costs, slicer)) > limit:
+                raise budget.unreachable(least, self.original)
+        elif (
+            not self.options.competes
+            and any(match_ratios(self.free, self.options.ratio, self.solution))
+            and allocate(self.free, score, self.costs, self.options)[1].keeps_all
+        ):
+            raise PruneError(
+                "nothing in the model can be pruned by so little, not even in the last step",
+                where=type(self.model).__name__,
+                fix="a larger ratio, or a smaller round_to",
+            )
 
     def choose(self, present: nn.Module, view: View, gone: np.ndarray, share: float) -> StepChoice:
         """What is removed when a share of what is asked for is done.
@@ -114,28 +116,17 @@ class Planner:
         """
         free, score = self.scores(present, view, gone)
         options = part_of(self.options, share, self.original)
-        if not options.competes:
-            wanted = one_by_one(free, score, self.solution, options, gone)
-            kept, _ = settle_removals(self.solution, wanted, score, self.guards, gone)
-        elif self.trial is not None:
-            kept, _ = in_time(free, score, self.costs, options, self.trial, gone)
-        else:
-            rivalry = Rivalry(free, score, self.solution, options, held=gone)
-            if options.budget is None:
-                kept, _ = rivalry.settle(rivalry.by_ratio())
-            else:
-                size = len(self.unit_of)
-                kept, _ = met(options.budget, rivalry.ladders, rivalry.sequence(), self.costs, rivalry.settle, size)
+        kept, _ = allocate(free, score, self.costs, options, self.trial, gone)
         return StepChoice(gone, self.removed(kept), score, lambda more, held: self.settle(more, score, held))
 
     def removed(self, kept: Tensor) -> np.ndarray:
-        """The classes that go where these labels stay, shape (labels,)."""
+        """The units that go where these labels stay, shape (labels,)."""
         removed = np.zeros(len(self.unit_of), bool)
         removed[self.unit_of[~kept.numpy()]] = True
         return removed
 
     def settle(self, removed: np.ndarray, score: np.ndarray, held: np.ndarray) -> tuple[Tensor, Slicer]:
-        return settle_removals(self.solution, removed, score, self.guards, held)
+        return restore_rectangles(self.solution, removed, score, self.guards, held)
 
     def scores(self, present: nn.Module, view: View, gone: np.ndarray) -> tuple[list[Family], np.ndarray]:
         """The families that may lose units, and the score of every unit by the values and the outputs of a present model.
@@ -151,14 +142,14 @@ class Planner:
             if name in tensors  # constants are none of the model's, index buffers were rewritten
         }
         alive = [dataclasses.replace(f, units=f.units[~gone[f.units]]) for f in self.free]
-        runs = bool(asked(criterion)[1]) or bool(view.prefix)
+        runs = bool(resolve(criterion).needs) or bool(view.prefix)
         with evaluating(present) if runs else contextlib.nullcontext():  # a copy in another mode would share its program
             looked_at = dataclasses.replace(self.solution, leaves=leaves, captures=self.captures(present, view))
-            score, seen = unit_scores(present, looked_at, alive, criterion, self.options.data, self.options.loss)
+            score, seen = score_units(present, looked_at, alive, criterion, self.options.data, self.options.loss)
         told = [i for i, f in enumerate(alive) if seen[f.units].any()]
         free, alive = [self.free[i] for i in told], [alive[i] for i in told]
         if self.options.competes:
-            score = comparable(score, alive, criterion)
+            score = normalise_scores(score, alive, criterion)
         for family, left in zip(free, alive, strict=True):
             low, high = score[left.units].min(), score[left.units].max()
             score[family.units[gone[family.units]]] = low - ((high - low) or 1.0)
@@ -166,7 +157,7 @@ class Planner:
 
     def captures(self, present: nn.Module, view: View) -> list[CapturedProgram]:
         """The captured programs of a present model, for criteria that watch it run; else those of the original will do."""
-        _, needs = asked(find(self.options.criterion))
+        needs = resolve(self.options.criterion).needs
         if not view.prefix and not (view.plan.slices and needs):
             return self.solution.captures
         inputs = self.compilation.inputs.beside(present)
@@ -180,6 +171,5 @@ class Planner:
         """Families that one constraint ties together, each also as a user reads it."""
         tensors = dict(named_tensors(self.model))
         shown = [coupled_family(f, n) for f, n in zip(self.free, elements(self.solution, self.free, tensors), strict=True)]
-        made = make_pools([f.units for f in self.free], [1.0] * len(self.free), self.solution.equal_rows, len(self.unit_of))
-        groups = [dict.fromkeys(family for family, _ in pool.cells) for pool in made]
-        return [[(self.free[i], shown[i]) for i in group] for group in groups]
+        groups = form_groups([f.units for f in self.free], [1.0] * len(self.free), self.solution.equal_rows, len(self.unit_of))
+        return [[(self.free[i], shown[i]) for i in group.families] for group in groups]

@@ -72,6 +72,7 @@ class Pruner:
         macs: float | None = None,
         memory: float | None = None,
         latency: float | str | None = None,
+        budget: Mapping[str, float | str] | None = None,
         criterion: str | Criterion = "magnitude",
         data: Iterable[Any] | None = None,
         loss: Callable[..., Tensor] | None = None,
@@ -88,7 +89,7 @@ class Pruner:
         regularizer: str | Regularizer = "group_lasso",
         mask: Literal["hold", "soft"] | None = None,
     ) -> None:
-        with entry_point(model) as model:
+    with entry_point(model) as model:
             options = Options.parse(
                 model,
                 ratio=ratio,
@@ -96,6 +97,7 @@ class Pruner:
                 macs=macs,
                 memory=memory,
                 latency=latency,
+                budget=budget,
                 criterion=criterion,
                 data=data,
                 loss=loss,

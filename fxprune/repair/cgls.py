@@ -16,7 +16,7 @@ from torch import Tensor
 from fxprune.criteria.activation_stats import wide
 from fxprune.passes.ir.pytree import map_tensors
 from fxprune.repair.normal_equations import groups, is_convolution
-from fxprune.repair.sites import Met
+from fxprune.repair.sites import SiteCall
 
 WIDE = 8192  # inputs of a product; with more of them the normal equations are not formed
 STEPS = 30  # at most
@@ -36,42 +36,44 @@ class WeightChange(NamedTuple):
         return float(self.weight.double().square().sum() + self.constant.double().square().sum())
 
 
-def inputs_of(met: Met) -> int:
+def count_inputs(call: SiteCall) -> int:
     """How many numbers each result of a product is a sum over."""
-    assert met.product is not None
-    if not is_convolution(met):
-        return met.source.shape[met.product.along]
-    return met.weight[:, 0].numel() // groups(met) if met.call.get("transposed") else met.weight[0].numel()
+    assert call.product is not None
+    if not is_convolution(call):
+        return call.source.shape[call.product.along]
+    return call.weight[:, 0].numel() // groups(call) if call.op.get("transposed") else call.weight[0].numel()
 
 
-def fitted(mets: Sequence[Met], residuals: Sequence[Tensor], ridge: float, constant: bool) -> tuple[WeightChange, float, float]:
+def fit_gradually(
+    calls: Sequence[SiteCall], residuals: Sequence[Tensor], ridge: float, constant: bool
+) -> tuple[WeightChange, float, float]:
     """The change that makes the residuals small, and their sum of squares before and after.
 
     Arguments:
-        mets: runs of one product.
+        calls: runs of one product.
         residuals: what each result should have been larger by.
         ridge: the penalty on the squared change of the weight, as a share of the mean square of the inputs.
         constant: whether a constant may be fitted beside the weight.
     """
     left = [wide(r) for r in residuals]
-    damping = ridge * energy(mets, constant)
-    change = WeightChange(torch.zeros_like(wide(mets[0].weight)), torch.zeros_like(summed(mets[0], left[0])))
-    beside = [run(met, change.weight, wide(met.source)) for met in mets]  # what a call adds to its product (`torch.addmm`)
+    damping = ridge * energy(calls, constant)
+    change = WeightChange(torch.zeros_like(wide(calls[0].weight)), torch.zeros_like(summed(calls[0], left[0])))
+    beside = [run_product(call, change.weight, wide(call.source)) for call in calls]
     beside = [extra if bool(extra.any()) else extra.new_zeros(()) for extra in beside]
-    downhill = gradient(mets, left, constant)
+    downhill = gradient(calls, left, constant)
     before, start = squares(left), downhill.square()
     direction, now = downhill, start
     for _ in range(STEPS):
         if now <= ENOUGH**2 * start:
             break
-        made = [result(met, direction) - extra for met, extra in zip(mets, beside, strict=True)]
+        made = [result(call, direction) - extra for call, extra in zip(calls, beside, strict=True)]
         length = squares(made) + float((damping * direction.weight.double().square()).sum())
         if not length > 0:
             break
         step = now / length
         change = change.moved(step, direction)
         left = [r - step * m for r, m in zip(left, made, strict=True)]
-        weight, shift = gradient(mets, left, constant)
+        weight, shift = gradient(calls, left, constant)
         downhill = WeightChange(weight - damping.to(weight.dtype) * change.weight, shift)
         now, last = downhill.square(), now
         direction = downhill.moved(now / last, direction)
@@ -82,66 +84,66 @@ def squares(parts: Sequence[Tensor]) -> float:
     return sum(float(p.double().square().sum()) for p in parts)
 
 
-def run(met: Met, weight: Tensor, source: Tensor) -> Tensor:
+def run_product(call: SiteCall, weight: Tensor, source: Tensor) -> Tensor:
     """The product of another weight and source, with no bias."""
-    swap = {id(met.weight): weight, id(met.source): source}
-    if met.bias is not None:
-        swap[id(met.bias)] = torch.zeros_like(wide(met.bias))
-    args, kwargs = map_tensors((met.args, met.kwargs), lambda t: swap.get(id(t), t))
-    out: Tensor = met.func(*args, **kwargs)
+    swap = {id(call.weight): weight, id(call.source): source}
+    if call.bias is not None:
+        swap[id(call.bias)] = torch.zeros_like(wide(call.bias))
+    args, kwargs = map_tensors((call.args, call.kwargs), lambda t: swap.get(id(t), t))
+    out: Tensor = call.func(*args, **kwargs)
     return out
 
 
-def transposed(met: Met, source: Tensor, r: Tensor) -> Tensor:
+def transposed(call: SiteCall, source: Tensor, r: Tensor) -> Tensor:
     """The transpose of the product, as a map of its weight, applied to a result: in the form of the weight."""
     with torch.enable_grad():
-        at = torch.zeros_like(wide(met.weight)).requires_grad_()
-        return torch.autograd.grad(run(met, at, source), at, r)[0]
+        at = torch.zeros_like(wide(call.weight)).requires_grad_()
+        return torch.autograd.grad(run_product(call, at, source), at, r)[0]
 
 
-def result(met: Met, change: WeightChange) -> Tensor:
+def result(call: SiteCall, change: WeightChange) -> Tensor:
     """What a change adds to the result."""
-    out = run(met, change.weight, wide(met.source))
-    return out + change.constant.reshape([-1 if d == out_dim(met, out) else 1 for d in range(out.dim())])
+    out = run_product(call, change.weight, wide(call.source))
+    return out + change.constant.reshape([-1 if d == out_dim(call, out) else 1 for d in range(out.dim())])
 
 
-def gradient(mets: Sequence[Met], left: Sequence[Tensor], constant: bool) -> WeightChange:
+def gradient(calls: Sequence[SiteCall], left: Sequence[Tensor], constant: bool) -> WeightChange:
     """The change along which the residuals fall fastest."""
-    weight = torch.zeros_like(wide(mets[0].weight))
-    shift = torch.zeros_like(summed(mets[0], left[0]))
-    for met, r in zip(mets, left, strict=True):
-        weight += transposed(met, wide(met.source), r)
+    weight = torch.zeros_like(wide(calls[0].weight))
+    shift = torch.zeros_like(summed(calls[0], left[0]))
+    for call, r in zip(calls, left, strict=True):
+        weight += transposed(call, wide(call.source), r)
         if constant:
-            shift += summed(met, r)
+            shift += summed(call, r)
     return WeightChange(weight, shift)
 
 
-def summed(met: Met, r: Tensor) -> Tensor:
+def summed(call: SiteCall, r: Tensor) -> Tensor:
     """A result summed over all but its outputs, (outputs,)."""
-    return r.sum([d for d in range(r.dim()) if d != out_dim(met, r)])
+    return r.sum([d for d in range(r.dim()) if d != out_dim(call, r)])
 
 
-def out_dim(met: Met, r: Tensor) -> int:
-    assert met.product is not None
-    return met.product.out % r.dim()
+def out_dim(call: SiteCall, r: Tensor) -> int:
+    assert call.product is not None
+    return call.product.out % r.dim()
 
 
-def energy(mets: Sequence[Met], constant: bool) -> Tensor:
+def energy(calls: Sequence[SiteCall], constant: bool) -> Tensor:
     """For each group of inputs the mean of their sums of squares, about their means where a constant is fitted.
 
     This is the mean of the diagonal of the normal equations; its shape is broadcastable to the weight's.
     """
-    weight = wide(mets[0].weight)
+    weight = wide(calls[0].weight)
     total, sums, count = torch.zeros_like(weight, dtype=torch.float64), torch.zeros_like(weight, dtype=torch.float64), 0
-    for met in mets:
-        source, ones = wide(met.source), torch.ones_like(wide(met.out))
-        total += transposed(met, source.square(), ones)
-        sums += transposed(met, source, ones)
-        count += ones.numel() // ones.shape[out_dim(met, ones)]
+    for call in calls:
+        source, ones = wide(call.source), torch.ones_like(wide(call.out))
+        total += transposed(call, source.square(), ones)
+        sums += transposed(call, source, ones)
+        count += ones.numel() // ones.shape[out_dim(call, ones)]
     if constant:
         total -= sums.square() / count
-    if is_convolution(mets[0]):
-        g = groups(mets[0])
+    if is_convolution(calls[0]):
+        g = groups(calls[0])
         means = total.reshape(g, -1).mean(1)
         return means.repeat_interleave(len(weight) // g).reshape(-1, *[1] * (weight.dim() - 1))
     return total.mean([-2, -1], keepdim=True)

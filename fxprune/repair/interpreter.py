@@ -1,11 +1,10 @@
-"""A captured program on several batches at once, node by node, so that a layer can be changed before what follows has run."""
+"""Run a captured program on several batches at once, node by node, so that a layer can be changed before later ones run."""
 
 from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,155 +12,176 @@ from torch import Tensor, fx, nn
 
 from fxprune.criteria.calibration import BATCHES, Batch
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import fetch, named_tensors
+from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.pytree import collect, map_tensors
-from fxprune.repair.sites import Key, Met, RepairSite, SiteObserver, lean, overlaps, pick, refusal
+from fxprune.repair.sites import Key, RepairSite, SiteCall, SiteObserver, count_overlaps, drop_activations, find_call, why_fixed
 
 
-@dataclass(eq=False)
-class Walk:
-    """A program on its way through several batches.
+class BatchInterpreter(fx.Interpreter):
+    """Runs a program on one batch; values that no later node reads are dropped.
 
     Arguments:
-        program: in evaluation mode; its tensors may be changed on the way.
-        batches: what to run.
-        prefix: what the names of its tensors begin with, and those of the model do not.
+        program: in evaluation mode.
+        batch: what to run it on.
+        own: the addresses of the memory of its tensors.
     """
 
-    program: fx.GraphModule
-    batches: Sequence[Batch]
-    prefix: str = ""
-    sites: dict[fx.Node, list[RepairSite]] = field(default_factory=dict)
-    computed: int = 0
-    at: int = 0
-    seen: dict[Key, list[Met]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.nodes = list(self.program.graph.nodes)
-        self.tensors = {name.removeprefix(self.prefix): t for name, t in named_tensors(self.program)}
-        self.names = {id(t): name for name, t in self.tensors.items()}
-        self.owned = {
-            t.untyped_storage().data_ptr(): name
-            for name, t in self.tensors.items()
-            if isinstance(t, nn.Parameter) and t.is_floating_point() and t.numel()
-        }
-        last = {n: node for node in self.nodes for n in node.all_input_nodes}
-        self.dying: dict[fx.Node, list[fx.Node]] = {}
-        for n, node in last.items():
-            self.dying.setdefault(node, []).append(n)
-        self.survey()
-        self.values: list[dict[fx.Node, Any]] = [{} for _ in self.batches]
-        self.result: list[Any] = [None for _ in self.batches]
-
-    # -- running --------------------------------------------------------------------------------------------------------
-
-    def call(self, node: fx.Node, values: Mapping[fx.Node, Any], batch: Batch, *, aside: bool = False) -> Any:
-        """What a node computes; `aside`, on copies of its arguments, so that it can be called again."""
+    def __init__(self, program: fx.GraphModule, batch: Batch, own: set[int]) -> None:
+        super().__init__(program)
+        self.own = own
+        self.copies = False  # whether nodes are run on copies of their arguments
         try:
-            return self.called(node, values, batch, aside)
+            given = inspect.signature(program.forward).bind(*batch.args, **batch.kwargs)
+        except TypeError as error:
+            raise PruneError(f"a batch of data does not fit the pruned model: {error}", fix=BATCHES) from error
+        given.apply_defaults()
+        self.arguments = given.arguments
+
+    def step(self, node: fx.Node) -> Any:
+        """Run a node, whose arguments have been computed."""
+        self.env[node] = value = self.run_node(node)
+        for last in self.user_to_last_uses.get(node, ()):
+            del self.env[last]
+        return value
+
+    def step_on_copies(self, node: fx.Node) -> Any:
+        """Run a node on copies of its arguments, so that it can be run again."""
+        self.copies = True
+        try:
+            return self.run_node(node)
+        finally:
+            self.copies = False
+
+    def run_node(self, node: fx.Node) -> Any:
+        try:
+            return super().run_node(node)
         except PruneError:
             raise
         except Exception as error:
             raise PruneError(f"the model raises {type(error).__name__} on a batch of data: {error}", fix=BATCHES) from error
 
-    def called(self, node: fx.Node, values: Mapping[fx.Node, Any], batch: Batch, aside: bool) -> Any:
-        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: values[n])
-        if aside:
-            own = lambda t: t.untyped_storage().data_ptr() in self.owned if t.numel() else False  # noqa: E731
-            args, kwargs = map_tensors((args, kwargs), lambda t: t if own(t) or id(t) in self.names else t.clone())
-        if node.op == "placeholder":  # a program may write to its inputs, and the data is not its own
-            return map_tensors(bound(self.program, batch)[str(node.target).lstrip("*")], torch.clone)
-        if node.op == "get_attr":
-            return fetch(self.program, str(node.target))
-        if node.op == "call_module":
-            return self.program.get_submodule(str(node.target))(*args, **kwargs)
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return args[0] if node.op == "output" else node.target(*args, **kwargs)  # type: ignore[operator]
+    def fetch_args_kwargs_from_env(self, node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = super().fetch_args_kwargs_from_env(node)
+        if self.copies:
+            args, kwargs = map_tensors((args, kwargs), lambda t: t if t.numel() and address(t) in self.own else t.clone())
+        return tuple(args), kwargs
 
-    def survey(self) -> None:
-        """Run the first batch to find the sites, what else uses their parameters, and where a constant can go."""
-        watch = SiteObserver(self.names, self.owned)
-        values: dict[fx.Node, Any] = {}
-        batch = self.batches[0]
-        sites: list[tuple[RepairSite, Met, int]] = []
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """An argument of the batch, copied, since a program may write to its inputs."""
+        return map_tensors(self.arguments[str(target).lstrip("*")], torch.clone)
+
+
+class ProgramRun:
+    """A program on its way through several batches.
+
+    Arguments:
+        program: in evaluation mode; its tensors may be changed between nodes.
+        batches: what to run it on.
+        prefix: what the names of its tensors begin with, in addition to those of the model.
+
+    Attributes:
+        sites: what can be repaired, by node.
+        computed: how many products have a weight that is computed from parameters.
+        position: how many nodes have run.
+        result: the output for each batch.
+    """
+
+    def __init__(self, program: fx.GraphModule, batches: Sequence[Batch], prefix: str = "") -> None:
+        self.nodes = list(program.graph.nodes)
+        self.tensors = {name.removeprefix(prefix): t for name, t in named_tensors(program)}
+        self.names = {id(t): name for name, t in self.tensors.items()}
+        self.owned = {
+            address(t): name
+            for name, t in self.tensors.items()
+            if isinstance(t, nn.Parameter) and t.is_floating_point() and t.numel()
+        }
+        own = {address(t) for t in self.tensors.values() if t.numel()}
+        self.sites: dict[fx.Node, list[RepairSite]] = {}
+        self.computed = 0
+        self.find_sites(BatchInterpreter(program, batches[0], own))
+        self.interpreters = [BatchInterpreter(program, batch, own) for batch in batches]
+        self.position = 0
+        self.calls: dict[Key, list[SiteCall]] = {}
+        self.result: list[Any] = [None for _ in batches]
+
+    def find_sites(self, interpreter: BatchInterpreter) -> None:
+        """Run a batch to find the sites, what else uses their parameters, and where a constant can be added."""
+        observer = SiteObserver(self.names, self.owned)
+        found: list[tuple[RepairSite, SiteCall, int]] = []
         count: Counter[str] = Counter()
-        with watch:
+        with observer:
             for node in self.nodes:
-                values[node] = self.call(node, values, batch)
+                value = interpreter.step(node)
                 if node.op == "placeholder":
-                    for tensor in collect(values[node], Tensor):
-                        watch.op_trace.values[watch.ref(tensor).id].from_input = True
+                    for tensor in collect(value, Tensor):
+                        observer.op_trace.values[observer.ref(tensor).id].from_input = True
                 here: Counter[str] = Counter()
-                for met in watch.met:
-                    site = RepairSite((met.name, count[met.name]), met.product is None, here[met.name])
-                    count[met.name] += 1
-                    here[met.name] += 1
+                for call in observer.calls:
+                    site = RepairSite((call.name, count[call.name]), call.product is None, here[call.name])
+                    count[call.name] += 1
+                    here[call.name] += 1
                     self.sites.setdefault(node, []).append(site)
-                    sites.append((site, lean(met), met.call.outputs[0].id))
-                watch.met.clear()
-                for n in self.dying.get(node, ()):
-                    del values[n]
-        self.computed = len(watch.computed)
-        returned = {watch.ref(t).id for t in collect(list(values.values()), Tensor)}
-        norms = {met.call.first.id: site for site, met, _ in sites if site.norm}
-        for site, met, out in sites:
-            site.reason = refusal(site, met, watch, count)
-            bias = met.bias
-            scaled = any(met.call.get(name, 1) != 1 for name in ("alpha", "beta"))
-            if bias is not None and watch.owner(bias) and bias.dim() == 1 and overlaps(watch.span(bias), watch.uses) == 1:
+                    found.append((site, drop_activations(call), call.op.outputs[0].id))
+                observer.calls.clear()
+        self.computed = len(observer.computed)
+        returned = {observer.ref(t).id for t in collect(list(interpreter.env.values()), Tensor)}
+        norms = {call.op.first.id: site for site, call, _ in found if site.norm}
+        for site, call, out in found:
+            site.reason = why_fixed(site, call, observer, count)
+            bias = call.bias
+            scaled = any(call.op.get(name, 1) != 1 for name in ("alpha", "beta"))
+            own = bias is not None and bias.dim() == 1 and observer.owner(bias)
+            if bias is not None and own and count_overlaps(observer.span(bias), observer.uses) == 1:
                 site.place = None if scaled else "bias"
-            elif out in norms and watch.readers[out] == 1 and out not in returned and count[norms[out].key[0]] == 1:
+            elif out in norms and observer.readers[out] == 1 and out not in returned and count[norms[out].key[0]] == 1:
                 site.place = norms[out].key
 
-    def run(self, node: fx.Node, *, watched: bool = False) -> dict[Key, list[Met]]:
-        """Run a node on every batch; `watched`, returns what each of its sites met, batch by batch."""
-        found: dict[Key, list[Met]] = {}
-        for i, batch in enumerate(self.batches):
-            values = self.values[i]
-            if watched:
-                watch = SiteObserver(self.names, self.owned)
-                with watch:
-                    values[node] = self.call(node, values, batch)
-                for site in self.sites[node]:
-                    found.setdefault(site.key, []).append(pick(watch.met, site))
-            else:
-                values[node] = self.call(node, values, batch)
+    def run(self, node: fx.Node) -> None:
+        """Run a node on every batch."""
+        for i, interpreter in enumerate(self.interpreters):
+            value = interpreter.step(node)
             if node.op == "output":
-                self.result[i] = values[node]
-            for n in self.dying.get(node, ()):
-                del values[n]
+                self.result[i] = value
+
+    def run_observed(self, node: fx.Node) -> dict[Key, list[SiteCall]]:
+        """Run a node on every batch and return the calls of each of its sites, batch by batch."""
+        found: dict[Key, list[SiteCall]] = {}
+        for interpreter in self.interpreters:
+            observer = SiteObserver(self.names, self.owned)
+            with observer:
+                interpreter.step(node)
+            for site in self.sites[node]:
+                found.setdefault(site.key, []).append(find_call(observer.calls, site))
         return found
 
-    def measure(self, node: fx.Node, site: RepairSite) -> Iterator[Met]:
-        """What a site meets on each batch if its node runs now; the node can be run again."""
-        for values, batch in zip(self.values, self.batches, strict=True):
-            watch = SiteObserver(self.names, self.owned)
-            with watch:
-                self.call(node, values, batch, aside=True)
-            yield pick(watch.met, site)
+    def measure(self, node: fx.Node, site: RepairSite) -> Iterator[SiteCall]:
+        """The call of a site on each batch if its node ran now; the node can be run again."""
+        for interpreter in self.interpreters:
+            observer = SiteObserver(self.names, self.owned)
+            with observer:
+                interpreter.step_on_copies(node)
+            yield find_call(observer.calls, site)
 
-    def reach(self, key: Key) -> list[Met]:
-        """Run up to and with the node of a site, and return what it met on each batch; empty if there is no such site."""
+    def run_to(self, key: Key) -> list[SiteCall]:
+        """Run the nodes up to that of a site and return its call on each batch; empty if there is no such site."""
         if not any(site.key == key for sites in self.sites.values() for site in sites):
             return []
-        while key not in self.seen and self.at < len(self.nodes):
-            node = self.nodes[self.at]
-            self.seen = self.run(node, watched=node in self.sites)
-            self.at += 1
-        return self.seen.get(key, [])
+        while key not in self.calls and self.position < len(self.nodes):
+            node = self.nodes[self.position]
+            self.calls = {}
+            if node in self.sites:
+                self.calls = self.run_observed(node)
+            else:
+                self.run(node)
+            self.position += 1
+        return self.calls.get(key, [])
 
     def finish(self) -> None:
-        for node in self.nodes[self.at :]:
+        """Run the nodes that have not run yet."""
+        for node in self.nodes[self.position :]:
             self.run(node)
-        self.at = len(self.nodes)
+        self.position = len(self.nodes)
 
 
-def bound(program: fx.GraphModule, batch: Batch) -> dict[str, Any]:
-    """The arguments of a batch by name; raises PruneError where the program has none of them."""
-    try:
-        given = inspect.signature(program.forward).bind(*batch.args, **batch.kwargs)
-    except TypeError as error:
-        raise PruneError(f"a batch of data does not fit the pruned model: {error}", fix=BATCHES) from error
-    given.apply_defaults()
-    return given.arguments
+def address(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage().data_ptr())

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxprune.criteria.activation_stats import wide
-from fxprune.repair.sites import Met
+from fxprune.repair.sites import SiteCall
 
 LARGEST = 1 << 24  # elements of a matrix of inputs: windows are taken from a part of the samples at a time
 
 
 @dataclass(slots=True)
-class Normal:
+class NormalEquations:
     """The normal equations of residuals on inputs, added up in double precision.
 
     Attributes:
@@ -70,45 +70,45 @@ class Normal:
         return max(self.squares - float(moved) + float(grown), 0.0)
 
 
-def add(normal: Normal, met: Met, residual: Tensor) -> None:
+def add_call(normal: NormalEquations, call: SiteCall, residual: Tensor) -> None:
     """Add one run of a product, whose result should have been larger by `residual`."""
-    if is_convolution(met):
-        window = met.weight[:, 0].numel() if met.call.get("transposed") else met.weight[0].numel() * groups(met)
+    if is_convolution(call):
+        window = call.weight[:, 0].numel() if call.op.get("transposed") else call.weight[0].numel() * groups(call)
         step = max(1, LARGEST // max(residual.shape[2:].numel() * window, 1))
-        for source, r in zip(met.source.split(step), residual.split(step), strict=True):
-            normal.add(windows(met, wide(source)), by_group(met, wide(r)))
+        for source, r in zip(call.source.split(step), residual.split(step), strict=True):
+            normal.add(windows(call, wide(source)), by_group(call, wide(r)))
         return
-    normal.add(flat(met, met.source, met.product.along), flat(met, residual, met.product.out))  # type: ignore[union-attr]
+    normal.add(flat(call, call.source, call.product.along), flat(call, residual, call.product.out))  # type: ignore[union-attr]
 
 
-def is_convolution(met: Met) -> bool:
-    return "dilation" in met.call.named
+def is_convolution(call: SiteCall) -> bool:
+    return "dilation" in call.op.named
 
 
-def groups(met: Met) -> int:
-    return int(met.call.get("groups", 1))
+def groups(call: SiteCall) -> int:
+    return int(call.op.get("groups", 1))
 
 
-def flat(met: Met, x: Tensor, dim: int) -> Tensor:
+def flat(call: SiteCall, x: Tensor, dim: int) -> Tensor:
     """A matrix with one of its dimensions last; a batch of matrices stays one."""
-    batched = x.dim() == 3 and met.weight.dim() == 3
+    batched = x.dim() == 3 and call.weight.dim() == 3
     moved = wide(x).movedim(dim, -1)
     return moved.reshape(len(x) if batched else 1, -1, x.shape[dim])
 
 
-def by_group(met: Met, r: Tensor) -> Tensor:
+def by_group(call: SiteCall, r: Tensor) -> Tensor:
     """Results of a convolution, (samples, channels, ...), as (groups, samples and positions, channels of a group)."""
-    n, g = len(r), groups(met)
+    n, g = len(r), groups(call)
     return r.reshape(n, g, r.shape[1] // g, -1).permute(1, 0, 3, 2).reshape(g, -1, r.shape[1] // g)
 
 
-def windows(met: Met, x: Tensor) -> Tensor:
+def windows(call: SiteCall, x: Tensor) -> Tensor:
     """What each result of a convolution is a sum over: (groups, samples and positions, channels of a group and window)."""
-    spatial, g = x.dim() - 2, groups(met)
-    sizes = met.weight.shape[2:]
-    stride, padding, dilation = (spread(met.call[name], spatial) for name in ("stride", "padding", "dilation"))
-    if met.call.get("transposed"):  # the same as a convolution of what is spread out by the stride
-        extra = spread(met.call["output_padding"], spatial)
+    spatial, g = x.dim() - 2, groups(call)
+    sizes = call.weight.shape[2:]
+    stride, padding, dilation = (spread(call.op[name], spatial) for name in ("stride", "padding", "dilation"))
+    if call.op.get("transposed"):  # the same as a convolution of what is spread out by the stride
+        extra = spread(call.op["output_padding"], spatial)
         grown = x.new_zeros(*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)))
         every = [slice(None), slice(None), *(slice(None, None, s) for s in stride)]
         grown[tuple(every)] = x
@@ -131,16 +131,16 @@ def spread(value: object, spatial: int) -> list[int]:
     return numbers * spatial if len(numbers) == 1 else numbers
 
 
-def as_weight(met: Met, change: Tensor) -> Tensor:
+def as_weight(call: SiteCall, change: Tensor) -> Tensor:
     """A change of shape (groups, columns, outputs) in the form of the product's weight."""
-    product = met.product
+    product = call.product
     assert product is not None
-    if not is_convolution(met):
-        whole = change if met.weight.dim() == 3 else change.squeeze(0)
+    if not is_convolution(call):
+        whole = change if call.weight.dim() == 3 else change.squeeze(0)
         return whole if product.summed < (product.kept or 0) else whole.mT
-    sizes = met.weight.shape[2:]
+    sizes = call.weight.shape[2:]
     g, _, outputs = change.shape
-    if met.call.get("transposed"):
+    if call.op.get("transposed"):
         turned = change.reshape(g, -1, *sizes, outputs).flip(list(range(2, 2 + len(sizes))))
-        return turned.movedim(-1, 2).reshape(met.weight.shape)
-    return change.mT.reshape(met.weight.shape)
+        return turned.movedim(-1, 2).reshape(call.weight.shape)
+    return change.mT.reshape(call.weight.shape)

@@ -13,7 +13,7 @@ import torch
 from rich.text import Text
 from torch import Tensor, fx, nn
 
-from fxprune.criteria.calibration import BATCHES, Batch, batch_of
+from fxprune.criteria.calibration import BATCHES, Batch, parse_batch
 from fxprune.entry_points import entry_point
 from fxprune.inputs import device_of
 from fxprune.passes.capture.patches import visible
@@ -23,7 +23,7 @@ from fxprune.passes.ir.pytree import collect, map_tensors
 from fxprune.passes.ir.quiet import unobserved
 from fxprune.pipeline import Compilation
 from fxprune.plan import PlanData, plan_of
-from fxprune.repair.interpreter import Walk
+from fxprune.repair.interpreter import ProgramRun
 from fxprune.repair.methods import METHODS, Repairer, RepairStep
 from fxprune.reports.formatting import as_text, counted, table
 
@@ -145,7 +145,7 @@ def repair(
         batches = batches_of(data, device_of(model))
         with unobserved(model), visible():
             made, program, original, prefix = programs(model, pruned, plan, batches)
-            old, new = Walk(original, batches, prefix), Walk(program, batches, prefix)
+            old, new = ProgramRun(original, batches, prefix), ProgramRun(program, batches, prefix)
             given = [map_tensors((b.args, b.kwargs), torch.clone) for b in batches]
             before = [program(*args, **kwargs) for args, kwargs in given]
             repairer = Repairer(old, new, plan.masks(model), float(ridge))
@@ -178,7 +178,7 @@ def batches_of(data: Any, device: torch.device) -> list[Batch]:
     """All batches, on the model's device."""
     if not isinstance(data, Iterable) or isinstance(data, Tensor | dict | str):
         raise PruneError(f"data must be batches, not a {type(data).__name__}", fix=BATCHES)
-    batches = [batch_of(map_tensors(item, lambda t: t.to(device))) for item in data]
+    batches = [parse_batch(map_tensors(item, lambda t: t.to(device))) for item in data]
     if not batches:
         raise PruneError("data holds no batches", fix=f"{BATCHES}; one that was read to its end is empty")
     return batches

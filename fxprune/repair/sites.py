@@ -1,7 +1,7 @@
-"""Sites: where a parameter can be changed to good effect, as a run of the program meets them.
+"""Find the sites of a program: calls whose parameters can be repaired.
 
-A site is a product of an activation with a weight of its own, or a normalisation with running statistics. What counts is the
-dispatcher call, not the layer.
+A site is a dispatcher call, whatever the layer: a product of an activation with a weight of its own, or a normalisation with
+running statistics.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ Span = tuple[str, int, int]  # part of a parameter: its name, the first and the 
 
 
 @dataclass(slots=True)
-class Met:
-    """A site as one run met it; `weight`, `bias` and `var` are views of the program's own tensors.
+class SiteCall:
+    """The call of a site in one run; `weight`, `bias` and `var` are views of the program's own tensors.
 
     Attributes:
         product: what the call multiplies; None for a normalisation.
         weight, source, out, bias: of a product; `source` and `out` also of a normalisation.
-        call: the call, with arguments by name.
+        op: the call with arguments by name.
         func, args, kwargs: the call, to be made again.
         var: the running variance of a normalisation, whose running mean is its `weight`.
     """
@@ -39,7 +39,7 @@ class Met:
     product: Product | None
     source: Tensor
     out: Tensor
-    call: OpView
+    op: OpView
     func: Any
     args: Any
     kwargs: Any
@@ -53,9 +53,9 @@ class RepairSite:
     """One site of a program.
 
     Attributes:
-        key: what it is called, the same in the original and in the pruned program.
+        key: its name, the same in the original and in the pruned program.
         norm: whether it is a normalisation.
-        inside: which of the sites of its parameter within its node.
+        inside: its position among the sites of its parameter within its node.
         reason: why it cannot be changed, or "".
         place: where a constant can be added to the result: `bias`, the key of the normalisation behind it, or None.
     """
@@ -68,7 +68,7 @@ class RepairSite:
 
 
 class SiteObserver(Recorder):
-    """Sees the sites in what runs.
+    """Records the calls of sites while a program runs.
 
     Arguments:
         names: the program's tensors by identity.
@@ -78,7 +78,7 @@ class SiteObserver(Recorder):
     def __init__(self, names: dict[int, str], owned: Mapping[int, str]) -> None:
         super().__init__(names)
         self.owned = owned
-        self.met: list[Met] = []
+        self.calls: list[SiteCall] = []
         self.computed: list[str] = []
         self.uses: Counter[Span] = Counter()
         self.readers: Counter[int] = Counter()
@@ -94,7 +94,7 @@ class SiteObserver(Recorder):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func._schema.is_mutable:
-            self.rescue({t.untyped_storage().data_ptr() for t in collect((args, kwargs), Tensor) if t.numel()})
+            self.copy_written({t.untyped_storage().data_ptr() for t in collect((args, kwargs), Tensor) if t.numel()})
         out = super().__torch_dispatch__(func, types, args, kwargs)
         call = OpView(self.op_trace.ops[-1], self.op_trace)
         given = collect((args, kwargs), Tensor)
@@ -102,35 +102,37 @@ class SiteObserver(Recorder):
         made = {t.untyped_storage().data_ptr() for t in collect(out, Tensor) if t.numel()}
         self.uses.update(self.span(t) for t in given if self.owner(t) and t.untyped_storage().data_ptr() not in made)
         tensors = {r.id: t for r, t in zip(call.inputs, given, strict=True)}
-        self.look(call, tensors, func, args, kwargs, out)
+        self.record(call, tensors, func, args, kwargs, out)
         return out
 
-    def rescue(self, written: set[int]) -> None:
-        """Copy what sites have met before it is written over."""
-        for met in self.met:
+    def copy_written(self, written: set[int]) -> None:
+        """Copy what sites have read or returned before it is overwritten."""
+        for call in self.calls:
             for role in ("source", "out"):
-                tensor = getattr(met, role)
+                tensor = getattr(call, role)
                 if tensor.numel() and tensor.untyped_storage().data_ptr() in written:
                     own = tensor.clone()
-                    setattr(met, role, own)
+                    setattr(call, role, own)
                     swap = lambda t: own if t is tensor else t  # noqa: B023, E731
-                    met.args, met.kwargs = map_tensors((met.args, met.kwargs), swap)
+                    call.args, call.kwargs = map_tensors((call.args, call.kwargs), swap)
 
-    def look(self, call: OpView, tensors: dict[int, Tensor], func: Any, args: Any, kwargs: Any, out: Any) -> None:
+    def record(self, call: OpView, tensors: dict[int, Tensor], func: Any, args: Any, kwargs: Any, out: Any) -> None:
         mean, var = call.get("running_mean"), call.get("running_var")
         if mean is not None and var is not None and not call.get("training", False):
             name = self.op_trace.values[mean.id].name
             if name is not None and self.op_trace.values[var.id].name is not None:
                 first = out if isinstance(out, Tensor) else out[0]
                 x = tensors[call.first.id]
-                self.met.append(Met(name, None, x, first, call, func, args, kwargs, tensors[mean.id], var=tensors[var.id]))
+                self.calls.append(
+                    SiteCall(name, None, x, first, call, func, args, kwargs, tensors[mean.id], var=tensors[var.id])
+                )
             return
         for found in find(func).products_of(call):
             weight, source = tensors[found.weight.id], tensors[found.source.id]
             name = self.owner(weight)
             if name is not None and self.owner(source) is None:
                 bias = tensors[found.added.id] if found.added is not None else None
-                self.met.append(Met(name, found, source, out, call, func, args, kwargs, weight, bias))
+                self.calls.append(SiteCall(name, found, source, out, call, func, args, kwargs, weight, bias))
                 return
             values = self.op_trace.values
             if name is None and values[found.source.id].from_input and not values[found.weight.id].from_input:
@@ -138,32 +140,33 @@ class SiteObserver(Recorder):
                 return
 
 
-def lean(met: Met) -> Met:
-    """Without activations."""
-    met.source = met.out = torch.empty(0)
-    met.args = met.kwargs = ()
-    return met
+def drop_activations(call: SiteCall) -> SiteCall:
+    """The call without its activations."""
+    call.source = call.out = torch.empty(0)
+    call.args = call.kwargs = ()
+    return call
 
 
-def pick(met: Sequence[Met], site: RepairSite) -> Met:
-    return [m for m in met if m.name == site.key[0] and (m.product is None) == site.norm][site.inside]
+def find_call(calls: Sequence[SiteCall], site: RepairSite) -> SiteCall:
+    """The call of a site among those of its node."""
+    return [c for c in calls if c.name == site.key[0] and (c.product is None) == site.norm][site.inside]
 
 
-def refusal(site: RepairSite, met: Met, watch: SiteObserver, count: Counter[str]) -> str:
+def why_fixed(site: RepairSite, call: SiteCall, observer: SiteObserver, count: Counter[str]) -> str:
     """Why a site's parameter cannot be changed for it alone, or ""."""
     if site.norm:
-        return "" if count[met.name] == 1 else f"its statistics are used {count[met.name]} times"
-    times = overlaps(watch.span(met.weight), watch.uses)
+        return "" if count[call.name] == 1 else f"its statistics are used {count[call.name]} times"
+    times = count_overlaps(observer.span(call.weight), observer.uses)
     if times > 1:
         return f"its weight is used {times} times"
-    if any(n > 1 and s == 0 for n, s in zip(met.weight.shape, met.weight.stride(), strict=True)):
+    if any(n > 1 and s == 0 for n, s in zip(call.weight.shape, call.weight.stride(), strict=True)):
         return "its weight is repeated"
-    if any(met.call.get(name, 1) != 1 for name in ("alpha", "beta")):
+    if any(call.op.get(name, 1) != 1 for name in ("alpha", "beta")):
         return "its product is scaled"
     return ""
 
 
-def overlaps(span: Span, uses: Mapping[Span, int]) -> int:
+def count_overlaps(span: Span, uses: Mapping[Span, int]) -> int:
     """How many uses share memory with a part of a parameter."""
     name, low, high = span
     return sum(n for (other, a, b), n in uses.items() if other == name and a <= high and low <= b)

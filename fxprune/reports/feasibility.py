@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +16,16 @@ from fxprune.inputs import ExampleInputs
 from fxprune.options import Attention, Freeze, Options, Ratio
 from fxprune.pipeline import Compilation, spent
 from fxprune.reports.formatting import as_text, short, table
-from fxprune.selection.budgets import KINDS, UNITS, spoken
+from fxprune.selection.budgets import KINDS, format_cost
 from fxprune.selection.costs import Costs
 from fxprune.selection.latency import Latency
-from fxprune.selection.select import smallest
+from fxprune.selection.select import select_least
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
+
+
+COMPUTED = ("params", "macs", "memory")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +58,13 @@ class Feasibility:
         yield Text(f"{self.model}: what pruning can bring it to")
         yield ""
         rows = []
-        for kind in KINDS:
+        for kind in COMPUTED:
             least, now, most = getattr(self, kind)
             cells = [f"{short(n)} ({n / most:.1%})" if most else "0" for n in (least, now)]
-            rows.append((UNITS[kind], *cells, short(most)))
+            rows.append((KINDS[kind].unit, *cells, short(most)))
         if self.latency is not None:
-            now = f"{spoken('latency', self.latency.pruned)} ({self.latency.share:.1%})"
-            rows.append(("latency", "", now, spoken("latency", self.latency.original)))
+            now = f"{format_cost('latency', self.latency.pruned)} ({self.latency.share:.1%})"
+            rows.append(("latency", "", now, format_cost("latency", self.latency.original)))
         yield table(("", "least", f"at {self.at}", "original"), rows)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
@@ -80,6 +83,7 @@ def feasible(
     macs: float | None = None,
     memory: float | None = None,
     latency: float | str | None = None,
+    budget: Mapping[str, float | str] | None = None,
     criterion: str | Criterion = "magnitude",
     ranking: str = "local",
     scopes: Any = None,
@@ -103,6 +107,7 @@ def feasible(
             macs=macs,
             memory=memory,
             latency=latency,
+            budget=budget,
             criterion=criterion,
             data=data,
             loss=loss,
@@ -121,10 +126,10 @@ def feasible(
         # what fails once most of it is cut must not change the choice, so it is frozen elsewhere
         apart = Compilation(model, compilation.inputs, options.coupling, compilation.frozen_modules)
         least = apart.choose_by(
-            lambda solution: smallest(model, solution, options), None if spent(choice.solution) else choice.solution
+            lambda solution: select_least(model, solution, options), None if spent(choice.solution) else choice.solution
         )
         costs = Costs(choice.solution, compilation.tensors)
         now, smaller = choice.slicer, Costs(least.solution, compilation.tensors)
-        params_, macs_, memory_ = ((smaller.of(least.slicer, k), costs.of(now, k), costs.original(k)) for k in KINDS)
+        params_, macs_, memory_ = ((smaller.of(least.slicer, k), costs.of(now, k), costs.original(k)) for k in COMPUTED)
         at = f"{options.budget.kind}={options.budget.amount}" if options.budget else f"ratio={options.ratio}"
         return Feasibility(type(model).__name__, params_, macs_, memory_, at, choice.latency)

@@ -23,9 +23,10 @@ from fxprune.pipeline import Choice, Compilation
 from fxprune.reports.coupling import place
 from fxprune.reports.formatting import as_text, table
 from fxprune.reports.svg import draw_curves
-from fxprune.selection.pools import choose, make_pools
-from fxprune.selection.rectangles import never_emptied, settle_removals
-from fxprune.selection.select import prepared
+from fxprune.selection.candidates import remove_share
+from fxprune.selection.groups import form_groups
+from fxprune.selection.rectangles import find_nonempty_sets, restore_rectangles
+from fxprune.selection.select import score_families
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -171,17 +172,17 @@ def measured(compilation: Compilation, options: Options, shares: tuple[float, ..
     """What `evaluate` says of each family at each share."""
     model, round_to = compilation.model, options.round_to
     solution = compilation.couple_for_good()
-    free, score = prepared(model, solution, options)
-    spans = never_emptied(solution)
-    pools = [make_pools([f.units for f in free], [r] * len(free), solution.equal_rows, len(score)) for r in shares]
+    free, score = score_families(model, solution, options)
+    spans = find_nonempty_sets(solution)
+    groups = form_groups([f.units for f in free], [1.0] * len(free), solution.equal_rows, len(score))
     whole = value(compilation, compilation.unpruned(), evaluate)
     curves = []
-    for at, pool in enumerate(tqdm(pools[0], desc="sensitivity", unit="family", disable=None, leave=False)):
+    for group in tqdm(groups, desc="sensitivity", unit="family", disable=None, leave=False):
         removed, values = [], []
-        for same in pools:
+        for share in shares:
             gone = np.zeros(len(score), bool)
-            gone[choose(same[at], score, [f.width for f in free], round_to)] = True
-            kept, slicer = settle_removals(solution, gone, score, spans)
+            gone[remove_share(group, score, [f.width for f in free], round_to, share)] = True
+            kept, slicer = restore_rectangles(solution, gone, score, spans)
             if slicer.keeps_all:
                 values.append(whole)
             elif compilation.freeze_broken(choice := compilation.keep(kept)):
@@ -190,7 +191,7 @@ def measured(compilation: Compilation, options: Options, shares: tuple[float, ..
                 values.append(value(compilation, choice, evaluate))
             removed.append(int(gone.sum()))
         else:
-            mine = [free[i] for i in dict.fromkeys(family for family, _ in pool.cells)]
+            mine = [free[i] for i in group.families]
             curves.append(curve(mine, removed, values))
     return Sensitivity(type(model).__name__, whole, shares, tuple(curves))
 

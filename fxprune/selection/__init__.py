@@ -1,1 +1,1 @@
-"""Selection: from scores and options to the units that go."""
+"""Select the units to remove, from scores, a ratio or a budget."""

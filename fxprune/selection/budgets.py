@@ -1,36 +1,133 @@
-"""Budgets: how much of a model may stay, and the fewest steps that get there.
-
-The cost of a choice is computed from the plan: from the shapes that the labels say every tensor will have. Nothing is
-pruned on the way.
-"""
+"""Budgets: how much of a model may stay. Each kind of budget is one class, listed in `KINDS`."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
-import numpy as np
-from torch import Tensor
+import torch
 
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.slices import Slicer
 from fxprune.selection.costs import Costs
-from fxprune.selection.ladders import Ladder, climbed, removed
 
-KINDS = ("params", "macs", "memory")  # what is computed; latency is measured
-FIX = "one of ratio, params, macs, memory and latency"
 SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
-UNITS = {"params": "parameters", "macs": "multiply-accumulates", "memory": "bytes"}
-CLOSE = 0.995  # a choice that uses this much of its budget is not looked at again
-SettleBudget = Callable[[np.ndarray], tuple[Tensor, Slicer]]
-Choice = tuple[Tensor, Slicer, int]
+
+
+class BudgetKind:
+    """What a budget limits, computed from the shapes that a choice of units leaves: nothing is pruned on the way.
+
+    An amount is a share of the original (a float up to 1) or absolute.
+
+    Attributes:
+        name: of the argument of `prune`.
+        unit: of an absolute amount.
+        measured: whether it is measured on the pruned model instead of computed.
+    """
+
+    name: ClassVar[str]
+    unit: ClassVar[str]
+    verb: ClassVar[str] = "has"
+    measured: ClassVar[bool] = False
+
+    def check(self, amount: float | str) -> None:
+        """Raise PruneError for what is no amount."""
+        number = isinstance(amount, int | float) and not isinstance(amount, bool)
+        if not number or not 0 < float(amount) < math.inf:
+            raise PruneError(
+                f"{self.name} must be a positive number, not {amount!r}",
+                fix=f"{self.name}=0.5 keeps half of the original; a number above 1 is absolute",
+            )
+
+    def absolute(self, amount: float | str) -> float:
+        """An absolute amount as a number."""
+        return float(amount)
+
+    def cost(self, costs: Costs, slicer: Slicer) -> float:
+        """The cost of what is left of the model."""
+        raise NotImplementedError
+
+    def format(self, cost: float) -> str:
+        """A cost with its unit."""
+        return f"{self.number(cost)} {self.unit}"
+
+    def number(self, cost: float) -> str:
+        return f"{cost:,}"
+
+    def argument(self, cost: float) -> str:
+        """A cost as it can be passed to `prune`."""
+        return f"{cost}"
+
+
+class Params(BudgetKind):
+    """Elements of all parameters."""
+
+    name, unit = "params", "parameters"
+
+    def cost(self, costs: Costs, slicer: Slicer) -> float:
+        return costs.of(slicer, "params")
+
+
+class Macs(BudgetKind):
+    """Multiply-accumulates of one forward of the example inputs in evaluation mode."""
+
+    name, unit = "macs", "multiply-accumulates"
+
+    def cost(self, costs: Costs, slicer: Slicer) -> float:
+        return costs.of(slicer, "macs")
+
+
+class Memory(BudgetKind):
+    """Bytes of all parameters and buffers."""
+
+    name, unit = "memory", "bytes"
+
+    def cost(self, costs: Costs, slicer: Slicer) -> float:
+        return costs.of(slicer, "memory")
+
+
+class LatencyKind(BudgetKind):
+    """Seconds of one forward of the example inputs on the model's device; measured, see `latency.py`."""
+
+    name, unit, verb, measured = "latency", "s", "takes", True
+
+    def check(self, amount: float | str) -> None:
+        if not isinstance(amount, str):
+            super().check(amount)
+        elif not parse_seconds(amount):
+            raise PruneError(
+                f"latency must be a share up to 1, seconds above 1, or a time, not {amount!r}",
+                fix="latency=0.5 keeps half of the original's; latency='20ms' is absolute",
+            )
+
+    def absolute(self, amount: float | str) -> float:
+        return (parse_seconds(amount) or 0.0) if isinstance(amount, str) else float(amount)
+
+    def format(self, cost: float) -> str:
+        return f"{cost:.3g} s" if cost >= 1 else f"{cost * 1e3:.3g} ms"
+
+    def number(self, cost: float) -> str:
+        return self.format(cost)
+
+    def argument(self, cost: float) -> str:
+        return f"'{cost * 1e3:.3g}ms'"
+
+
+KINDS: dict[str, BudgetKind] = {kind.name: kind for kind in (Params(), Macs(), Memory(), LatencyKind())}
+
+
+def list_arguments() -> str:
+    """The arguments of `prune` that say how much to remove, of which one may be given."""
+    *first, last = ["ratio", *KINDS]
+    return f"one of {', '.join(first)} and {last}"
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What may stay: `kind` is one of params, macs, memory and latency; `amount` a share of the original, or absolute.
+    """What may stay: `kind` is a key of `KINDS`; `amount` a share of the original, or absolute.
 
     >>> Budget("params", 0.5).of(100), Budget("params", 30).of(100), Budget("latency", "20ms").of(0.05)
     (50.0, 30.0, 0.02)
@@ -40,145 +137,80 @@ class Budget:
     amount: float | str
 
     def of(self, original: float) -> float:
-        """The largest cost that is within it."""
-        if isinstance(self.amount, str):
-            return seconds(self.amount) or 0.0
-        return float(self.amount * original if self.relative else self.amount)
+        """The largest cost that is within the budget."""
+        return float(self.amount * original) if self.relative else KINDS[self.kind].absolute(self.amount)  # type: ignore[operator]
 
     @property
     def relative(self) -> bool:
         """Whether it is a share of the original."""
         return isinstance(self.amount, float) and self.amount <= 1
 
+    @property
+    def measured(self) -> bool:
+        """Whether it limits something that is measured."""
+        return KINDS[self.kind].measured
+
+    def cost(self, costs: Costs, slicer: Slicer | None = None) -> float:
+        """The cost of what a slicer leaves; by default that of the original."""
+        if slicer is None:
+            slicer = Slicer(torch.ones(len(costs.solution.unit_of), dtype=torch.bool))
+        return KINDS[self.kind].cost(costs, slicer)
+
     def limit(self, original: float) -> float:
-        """The same; raises PruneError for a budget above the original."""
+        """The largest cost that is within the budget; raises PruneError for a budget above the original."""
         if self.of(original) <= original:
             return self.of(original)
-        verb = "takes" if self.kind == "latency" else "has"
-        most = f"'{original * 1e3:.3g}ms'" if self.kind == "latency" else original
+        kind = KINDS[self.kind]
         raise PruneError(
-            f"{self.kind}={self.amount!r} is above the original, which {verb} {spoken(self.kind, original)}",
-            fix=f"{self.kind}=0.5 keeps half; an absolute amount is at most {most}",
+            f"{self.kind}={self.amount!r} is above the original, which {kind.verb} {kind.format(original)}",
+            fix=f"{self.kind}=0.5 keeps half; an absolute amount is at most {kind.argument(original)}",
+        )
+
+    def unreachable(self, least: float, original: float) -> PruneError:
+        """The error for a budget below the least cost that there can be."""
+        kind, share = KINDS[self.kind], math.ceil(least / original * 1000) / 1000
+        return PruneError(
+            f"{self.kind}={self.amount!r} cannot be met: the least that can is {kind.number(least)} of {kind.format(original)}",
+            fix=f"{self.kind}={share} or more, a lower floor, or freeze less",
         )
 
 
-def seconds(text: str) -> float | None:
-    """What a time such as "20ms", "1.5 s" or "800us" says; None for what is no time.
+def parse_seconds(text: str) -> float | None:
+    """The seconds of a time such as "20ms", "1.5 s" or "800us"; None for what is no time.
 
-    >>> seconds("20ms"), seconds("1.5 s"), seconds("soon")
+    >>> parse_seconds("20ms"), parse_seconds("1.5 s"), parse_seconds("soon")
     (0.02, 1.5, None)
     """
     found = re.fullmatch(r"(\d+\.?\d*|\.\d+) ?(s|ms|us)", text.strip())
     return float(found[1]) * SECONDS[found[2]] if found else None
 
 
-def spoken(kind: str, cost: float) -> str:
+def format_cost(kind: str, cost: float) -> str:
     """A cost with its unit.
 
-    >>> spoken("params", 25557032), spoken("latency", 0.0123), spoken("latency", 1.5)
+    >>> format_cost("params", 25557032), format_cost("latency", 0.0123), format_cost("latency", 1.5)
     ('25,557,032 parameters', '12.3 ms', '1.5 s')
     """
-    if kind == "latency":
-        return f"{cost:.3g} s" if cost >= 1 else f"{cost * 1e3:.3g} ms"
-    return f"{cost:,} {UNITS[kind]}"
+    return KINDS[kind].format(cost)
 
 
-def budget_of(given: Mapping[str, float | str | None]) -> Budget | None:
-    """The one budget that is asked for, if any; raises PruneError for several, and for what is no amount."""
-    asked = {kind: amount for kind, amount in given.items() if amount is not None}
+def parse_budget(given: Mapping[str, float | str | None], named: Mapping[str, float | str] | None = None) -> Budget | None:
+    """The budget that is asked for, if any.
+
+    Arguments:
+        given: amounts by kind, as arguments of their own.
+        named: likewise, as the argument `budget`.
+
+    Raises: PruneError for several budgets, and for what is no kind or no amount.
+    """
+    if named is not None and not isinstance(named, Mapping):
+        raise PruneError(f"budget must be a mapping from a kind to an amount, not {named!r}", fix="budget={'params': 0.5}")
+    asked = [(kind, amount) for kind, amount in given.items() if amount is not None] + list((named or {}).items())
     if len(asked) > 1:
-        raise PruneError(f"{' and '.join(asked)} are both given", fix=FIX)
-    for kind, amount in asked.items():
-        if kind == "latency" and isinstance(amount, str):
-            if not seconds(amount):
-                raise PruneError(
-                    f"latency must be a share up to 1, seconds above 1, or a time, not {amount!r}",
-                    fix="latency=0.5 keeps half of the original's; latency='20ms' is absolute",
-                )
-            return Budget(kind, amount)
-        number = isinstance(amount, int | float) and not isinstance(amount, bool)
-        if not number or not 0 < float(amount) < math.inf:
-            raise PruneError(
-                f"{kind} must be a positive number, not {amount!r}",
-                fix=f"{kind}=0.5 keeps half of the original; a number above 1 is absolute",
-            )
+        raise PruneError(f"{' and '.join(kind for kind, _ in asked)} are both given", fix=list_arguments())
+    for kind, amount in asked:
+        if kind not in KINDS:
+            raise PruneError(f"there is no budget of {kind!r}", fix=f"one of {', '.join(KINDS)}")
+        KINDS[kind].check(amount)
         return Budget(kind, amount)
     return None
-
-
-def met(
-    budget: Budget, ladders: Sequence[Ladder], sequence: Sequence[int], costs: Costs, settle: SettleBudget, size: int
-) -> tuple[Tensor, Slicer]:
-    """The choice of the fewest steps whose cost is within the budget, less those that turn out not to be needed.
-
-    Arguments:
-        budget: what may stay.
-        ladders: what every pool can lose.
-        sequence: the order of their steps.
-        costs: what a choice costs.
-        settle: from removed classes to what is kept, such that every tensor is a rectangle.
-        size: number of labels.
-
-    Raises: PruneError where the budget is above the original or below the least that can be met.
-    """
-    limit = budget.limit(costs.original(budget.kind))
-
-    def after(rungs: Sequence[int]) -> tuple[Tensor, Slicer, int]:
-        kept, slicer = settle(removed(ladders, rungs, size))
-        return kept, slicer, costs.of(slicer, budget.kind)
-
-    whole = after([0] * len(ladders))
-    if whole[2] <= limit:
-        return whole[:2]
-    low, high = 0, len(sequence)
-    found = after(climbed(ladders, sequence))
-    if found[2] > limit:
-        raise unreachable(budget, found[2], costs.original(budget.kind))
-    while high - low > 1:  # over at `low`, within at `high`
-        middle = (low + high) // 2
-        tried = after(climbed(ladders, sequence[:middle]))
-        if tried[2] <= limit:
-            high, found = middle, tried
-        else:
-            low = middle
-    if found[2] < CLOSE * limit:
-        found = given_back(climbed(ladders, sequence[:high]), sequence[:high], found, after, limit)
-    return found[:2]
-
-
-def given_back(
-    rungs: list[int], taken: Sequence[int], found: Choice, after: Callable[[Sequence[int]], Choice], limit: float
-) -> Choice:
-    """What is left of the budget by a last step that was large, filled: each ladder steps back as far as fits.
-
-    The ladder that was climbed last goes first: what it lost is worth most.
-
-    Arguments:
-        rungs: how far each ladder is climbed.
-        taken: the steps that led there.
-        found: the choice there, and its cost.
-        after: the choice at some rungs, and its cost.
-        limit: the largest cost.
-    """
-    for i in dict.fromkeys(reversed(taken)):
-        low, high = 0, rungs[i]  # over at `low`, unless that is 0; within at `high`
-        while low < high:
-            middle = (low + high) // 2
-            tried = after([*rungs[:i], middle, *rungs[i + 1 :]])
-            if found[2] <= tried[2] <= limit:
-                high, found = middle, tried
-            else:
-                low = middle + 1
-        rungs[i] = high
-        if found[2] >= CLOSE * limit:
-            break
-    return found
-
-
-def unreachable(budget: Budget, least: float, original: float) -> PruneError:
-    share = math.ceil(least / original * 1000) / 1000
-    of = f"{least:,} of" if budget.kind != "latency" else f"{spoken('latency', least)} of"
-    return PruneError(
-        f"{budget.kind}={budget.amount!r} cannot be met: the least that can is {of} {spoken(budget.kind, original)}",
-        fix=f"{budget.kind}={share} or more, a lower floor, or freeze less",
-    )

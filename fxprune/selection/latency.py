@@ -1,11 +1,7 @@
-"""Latency: how long a forward takes on the model's own device, and the fewest steps that bring it within a budget.
+"""Measure latency: seconds of one forward on the model's own device, of the original and of pruned models in turns.
 
-A timetable (see `timetable.py`) proposes how many steps to take, a few numbers of them at once; what they leave is pruned,
-and timed in turns with the original and with one another. What was measured corrects the next proposals. So the table only
-decides how many proposals it takes, and what is returned was measured to be within the budget.
-
-Models are compared within one window of time only: on a machine that others use too, what a model takes of another's time
-moves by several per cent from one half minute to the next.
+Models are compared within one window of time only: on a shared machine the ratio of two models' times moves by several per
+cent from one half minute to the next.
 """
 
 from __future__ import annotations
@@ -24,17 +20,12 @@ from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors, private_copy, set_mode
 from fxprune.passes.rewrite.rewrite import rewrite_program
-from fxprune.selection.budgets import Budget, spoken, unreachable
+from fxprune.selection.budgets import Budget, format_cost
 
-FRIENDLY = 8  # channels in a multiple of which kernels are written; preferred where the request names none
-CLOSE, LOOSE = 0.02, 0.15  # good enough is what leaves as little of its budget as can be told, within these limits
-MARGIN = 0.01  # proposals aim this far below the budget,
-SPREAD = 0.08  # and at first so far to both sides of that
-ABREAST = 3  # proposals that are timed in one window
-NEAR = 0.1  # what is this close to the budget is timed for longer, until its error is
+FRIENDLY = 8  # kernels are written for multiples of this many channels; preferred where `round_to` is not given
+NEAR = 0.1  # a latency this close to the budget is measured for longer, until its error is
 PRECISE = 0.01  # no more than this, or
 PATIENCE = 12.0  # seconds are over
-ROUNDS = 8
 Run = Callable[[], object]
 Stopwatch = Callable[..., list[list[float]]]
 
@@ -74,12 +65,12 @@ class Latency:
 
     def __str__(self) -> str:
         return (
-            f"{spoken('latency', self.original)} before, {spoken('latency', self.pruned)} now ({self.share:.0%}) on"
+            f"{format_cost('latency', self.original)} before, {format_cost('latency', self.pruned)} now ({self.share:.0%}) on"
             f" {self.device}: medians of {self.runs} runs in turns, half of them within {self.spread:.0%}"
         )
 
 
-def stopwatch(runs: Sequence[Run], device: torch.device, *, least: int = 7, seconds: float = 0.4) -> list[list[float]]:
+def measure_seconds(runs: Sequence[Run], device: torch.device, *, least: int = 7, seconds: float = 0.4) -> list[list[float]]:
     """Seconds of some functions, run in turns after a warm-up: at least `least` times, longer if that took little time."""
     wait = (lambda: None) if device.type == "cpu" else (lambda: torch.accelerator.synchronize(device))
     for run in [*runs, *runs]:
@@ -97,13 +88,13 @@ def stopwatch(runs: Sequence[Run], device: torch.device, *, least: int = 7, seco
 
 
 class LatencyProbe:
-    """The model on its own device and the example inputs, to be timed against what a choice leaves of it.
+    """Measures the model on its own device, beside pruned models.
 
     Arguments:
         model: the original.
         args, kwargs: the example inputs.
         coupled: captures and couples the model; a capture can be cut only once.
-        clock: what times functions; see `stopwatch`.
+        clock: times functions; see `measure_seconds`.
     """
 
     def __init__(
@@ -115,13 +106,13 @@ class LatencyProbe:
         clock: Stopwatch | None = None,
     ) -> None:
         self.model, self.args, self.kwargs, self.coupled = model, args, kwargs, coupled
-        self.clock = clock or stopwatch
+        self.clock = clock or measure_seconds
         self.device = next((t.device for _, t in named_tensors(model)), torch.device("cpu"))
         self.original = set_mode(private_copy(model), False)
         self.found: Latency | None = None
 
-    def quiet(self) -> contextlib.AbstractContextManager[None]:
-        """Put random state back, whatever the model draws when it is run."""
+    def restore_random_state(self) -> contextlib.AbstractContextManager[None]:
+        """Restore random state, whatever the model draws while it runs."""
         return torch.random.fork_rng(devices=[self.device.index or 0] if self.device.type == "cuda" else [])
 
     def run(self, model: nn.Module) -> Run:
@@ -132,7 +123,7 @@ class LatencyProbe:
         return forward
 
     def seconds(self, run: Run) -> float:
-        """The time of a single call; several hundred of them make a timetable, so few runs must do."""
+        """The time of a single call, by few runs: a latency model takes several hundred of them."""
         with torch.no_grad():
             return statistics.median(self.clock([run], self.device, least=3, seconds=0.01)[0])
 
@@ -141,47 +132,47 @@ class LatencyProbe:
         return statistics.median(self.clock([self.run(self.original)], self.device)[0])
 
     def prune(self, kept: Tensor, unit: Tensor) -> nn.Module:
-        """What a choice leaves of the model: the labels that stay, of those whose classes are `unit`."""
+        """The pruned model that keeps some labels; `unit` is the class of each label when they were chosen."""
         solution = self.coupled()
         assert torch.equal(solution.unit_of, unit), "a model is coupled in the same way each time"
         return rewrite_program(self.model, solution, kept).eval()
 
     def measure(self, models: Sequence[nn.Module], budget: Budget) -> list[Latency]:
-        """Time models and the original in turns; what is within the budget must be so in at least twice as many runs.
+        """Time models and the original in turns; one that is within the budget is timed at least twice as often.
 
-        They are timed until it is known on which side those near the budget are, or for as long as `PATIENCE` lasts.
+        This goes on until it is known on which side of the budget those near it are, or for `PATIENCE` seconds.
         """
         runs = [self.run(model) for model in (self.original, *models)]
         times: list[list[float]] = [[] for _ in runs]
         found: list[Latency] = []
         again = True
-        while again or (any(unsure(budget, f) for f in found) and sum(map(sum, times)) < PATIENCE):
+        while again or (any(is_unsure(budget, f) for f in found) and sum(map(sum, times)) < PATIENCE):
             for mine, more in zip(times, self.clock(runs, self.device), strict=True):
                 mine += more
             again = not found
-            found = [summary(times[0], mine, self.device) for mine in times[1:]]
-            again = again and any(used(budget, f) <= 1 for f in found)
+            found = [summarise(times[0], mine, self.device) for mine in times[1:]]
+            again = again and any(used_share(budget, f) <= 1 for f in found)
         return found
 
 
-def summary(original: Sequence[float], pruned: Sequence[float], device: torch.device) -> Latency:
-    """Medians of what was measured, and how far the turns are from them."""
+def summarise(original: Sequence[float], pruned: Sequence[float], device: torch.device) -> Latency:
+    """Medians of what was measured, and how far single turns are from them."""
     shares = [b / a for a, b in zip(original, pruned, strict=True)]
     share = statistics.median(shares)
     spread = statistics.median(abs(s - share) / share for s in shares)
     return Latency(statistics.median(original), statistics.median(pruned), share, len(shares), spread, str(device))
 
 
-def used(budget: Budget, found: Latency) -> float:
-    """The part of a budget that a measured latency takes; up to 1 it is within it."""
+def used_share(budget: Budget, found: Latency) -> float:
+    """The share of a budget that a measured latency uses; up to 1 it is within the budget."""
     return found.share / float(budget.amount) if budget.relative else found.pruned / budget.of(found.original)
 
 
 def too_slow(budget: Budget, found: Latency) -> PruneError:
-    """The error for a budget that the least there can be does not meet."""
-    return unreachable(budget, used(budget, found) * budget.of(found.original), found.original)
+    """The error for a budget that the smallest model does not meet."""
+    return budget.unreachable(used_share(budget, found) * budget.of(found.original), found.original)
 
 
-def unsure(budget: Budget, found: Latency) -> bool:
+def is_unsure(budget: Budget, found: Latency) -> bool:
     """Whether more runs would tell more about being within a budget."""
-    return abs(used(budget, found) - 1) <= NEAR + 2 * found.error and found.error > PRECISE
+    return abs(used_share(budget, found) - 1) <= NEAR + 2 * found.error and found.error > PRECISE

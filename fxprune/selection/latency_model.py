@@ -1,4 +1,4 @@
-"""The timetable: how a program's time falls with the width of each family, so that choices are timed without pruning.
+"""Predict latency: how a program's time falls with the width of each family, without pruning it.
 
 Layers are timed one by one at a few widths and looked up, as in NetAdapt (Yang et al., arXiv:1804.03230). Here the layers
 are calls of the dispatcher: products (what `torch.utils.flop_counter` counts) are run on tensors of the shapes that a cut
@@ -20,42 +20,44 @@ from fxprune.passes.ir.op_trace import OpCall
 from fxprune.passes.ir.pytree import collect, map_tensors
 from fxprune.passes.ir.slices import Slicer
 from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.selection.candidates import Candidates
 from fxprune.selection.costs import Costs
-from fxprune.selection.ladders import Ladder
 
-LEFT_OUT = (0.75, 0.5, 0.25)  # shares of a family at which the calls that it reaches are timed; its last rung is timed too
+KEPT = (0.75, 0.5, 0.25)  # shares of a group at which the calls that it reaches are timed; so is its highest level
 Seconds = Callable[[Callable[[], object]], float]
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
-    """What a tensor would be."""
+class TensorForm:
+    """The shape and dtype of a tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
 class LatencyModel:
-    """Predicted seconds of one forward, for any rungs of the ladders.
+    """Predicted seconds of one forward, for any level of each group.
 
-    A call's time is that in the original, times a factor for each ladder that reaches it: the time with that ladder alone
-    at a rung over the time with nothing removed, interpolated between the rungs that were timed.
+    A call's time is that in the original, times a factor for each group that reaches it: the time with that group alone
+    at a level over the time with nothing removed, interpolated between the levels that were timed.
 
     Arguments:
-        ladders: what every pool can lose.
+        candidates: what every group can lose.
         costs: knows the program's calls and the shapes that a cut leaves.
         device: where products are timed.
         seconds: how long a function takes.
         total: seconds of the whole original; what products do not need of it is shared by all other calls.
 
     Attributes:
-        at: for each ladder the rungs that were timed, from 0 on.
-        factors: for each ladder, by timed rung and call; shape (len(at), calls).
+        at: for each group the levels that were timed, from 0 on.
+        factors: for each group, by timed level and call; shape (len(at), calls).
         base: seconds of each call in the original.
     """
 
-    def __init__(self, ladders: Sequence[Ladder], costs: Costs, device: torch.device, seconds: Seconds, total: float) -> None:
-        self.ladders, self.costs, self.device, self.seconds = ladders, costs, device, seconds
+    def __init__(
+        self, candidates: Sequence[Candidates], costs: Costs, device: torch.device, seconds: Seconds, total: float
+    ) -> None:
+        self.candidates, self.costs, self.device, self.seconds = candidates, costs, device, seconds
         self.known: dict[str, float] = {}
         self.products = {id(op) for op in costs.products if self.runs(op)}
         self.calls = [op for op in costs.ops if self.computes(op)]
@@ -65,36 +67,36 @@ class LatencyModel:
         if not timed.all():  # some is left for them, whatever single products say
             self.base[~timed] *= max(total - self.base[timed].sum(), 0.05 * total) / max(self.base[~timed].sum(), 1)
         reached = self.reached()
-        self.at = [timed_rungs(ladder) for ladder in ladders]
+        self.at = [timed_levels(found) for found in candidates]
         self.factors = [
-            np.stack([np.ones(len(self.calls)), *(self.row(ladder, k, mine) for k in rungs[1:])])
-            for ladder, rungs, mine in zip(ladders, self.at, reached, strict=True)
+            np.stack([np.ones(len(self.calls)), *(self.row(group, level, mine) for level in levels[1:])])
+            for group, levels, mine in zip(candidates, self.at, reached, strict=True)
         ]
 
-    def __call__(self, rungs: Sequence[int]) -> float:
-        """Seconds with each ladder at its rung."""
+    def __call__(self, levels: Sequence[int]) -> float:
+        """Seconds with each group at its level."""
         times = self.base
-        for ladder, rung, at, factors in zip(self.ladders, rungs, self.at, self.factors, strict=True):
-            if rung:
-                times = times * between(ladder.count[rung], [ladder.count[k] for k in at], factors)
+        for found, level, at, factors in zip(self.candidates, levels, self.at, self.factors, strict=True):
+            if level:
+                times = times * interpolate(found.count[level], [found.count[k] for k in at], factors)
         return float(times.sum())
 
-    def alone(self, ladder: int) -> tuple[tuple[int, float], ...]:
-        """How many units of a ladder are left at each timed rung, and the seconds with nothing else removed."""
-        total, count = self.ladders[ladder].total, self.ladders[ladder].count
-        rows = zip(self.at[ladder], self.factors[ladder], strict=True)
+    def alone(self, group: int) -> tuple[tuple[int, float], ...]:
+        """How many units of a group are left at each timed level, and the seconds with nothing else removed."""
+        total, count = self.candidates[group].total, self.candidates[group].count
+        rows = zip(self.at[group], self.factors[group], strict=True)
         return tuple((total - count[k], float((self.base * row).sum())) for k, row in rows)
 
     def reached(self) -> list[list[int]]:
-        """For each ladder the calls whose arguments or results it shortens."""
+        """For each group the calls whose arguments or results it shortens."""
         solution = self.costs.solution
         unit = solution.unit_of.numpy()
         owner = np.full(len(unit), -1, np.int64)
-        for i, ladder in enumerate(self.ladders):
-            for _, units in ladder.pool.cells:
+        for i, candidates in enumerate(self.candidates):
+            for _, units in candidates.group.strata:
                 owner[units] = i
         owners: dict[int, set[int]] = {}
-        found: list[list[int]] = [[] for _ in self.ladders]
+        found: list[list[int]] = [[] for _ in self.candidates]
         for at, op in enumerate(self.calls):
             met: set[int] = set()
             for f in (
@@ -107,18 +109,18 @@ class LatencyModel:
                 found[i].append(at)
         return found
 
-    def row(self, ladder: Ladder, rung: int, calls: Sequence[int]) -> np.ndarray:
-        """The factor of every call with one ladder at a rung, of those that it reaches."""
+    def row(self, candidates: Candidates, level: int, calls: Sequence[int]) -> np.ndarray:
+        """The factor of every call with one group at a level, of those that it reaches."""
         unit = self.costs.solution.unit_of.numpy()
-        gone = np.zeros(len(unit), bool)
-        gone[ladder.gone(rung)] = True
-        slicer = Slicer(torch.from_numpy(~gone[unit]))
+        removed = np.zeros(len(unit), bool)
+        removed[candidates.removed(level)] = True
+        slicer = Slicer(torch.from_numpy(~removed[unit]))
         factors = np.ones(len(self.calls))
         for at in calls:
             try:
                 factors[at] = self.work(self.calls[at], slicer) / max(self.whole[at], 1e-12)
-            except (NotARectangle, RuntimeError):  # others would have to go along
-                factors[at] = 1 - ladder.count[rung] / ladder.total
+            except (NotARectangle, RuntimeError):  # other units would have to be removed too
+                factors[at] = 1 - candidates.count[level] / candidates.total
         return factors
 
     def computes(self, op: OpCall) -> bool:
@@ -130,7 +132,7 @@ class LatencyModel:
         """Seconds of a product at the shapes that are left, or the size of what another call makes."""
         if id(op) in self.products:
             return self.time(op, slicer)
-        return float(sum(math.prod(form.shape) for form in collect(self.forms(op.outs, slicer), Form)))
+        return float(sum(math.prod(form.shape) for form in collect(self.forms(op.outs, slicer), TensorForm)))
 
     def runs(self, op: OpCall) -> bool:
         """Whether a call can be run by itself."""
@@ -140,9 +142,9 @@ class LatencyModel:
             return False
 
     def forms(self, x: Any, slicer: Slicer | None) -> Any:
-        def form(ref: TensorRef) -> Form:
+        def form(ref: TensorRef) -> TensorForm:
             value = self.costs.value(ref)
-            return Form(value.shape if slicer is None else self.costs.shape(ref, slicer), value.dtype)
+            return TensorForm(value.shape if slicer is None else self.costs.shape(ref, slicer), value.dtype)
 
         return map_tensors(x, form, TensorRef)
 
@@ -155,19 +157,19 @@ class LatencyModel:
         key = repr((op.func, args, kwargs))
         if key not in self.known:
             made = lambda form: torch.ones(form.shape, dtype=form.dtype, device=self.device)  # noqa: E731
-            given, named = map_tensors((args, kwargs), made, Form)
+            given, named = map_tensors((args, kwargs), made, TensorForm)
             self.known[key] = self.seconds(lambda: op.func(*given, **named))
         return self.known[key]
 
 
-def timed_rungs(ladder: Ladder) -> list[int]:
-    """Rung 0, those nearest to each share in `LEFT`, and the last."""
-    left = [1 - n / ladder.total for n in ladder.count]
-    near = [min(range(len(left)), key=lambda k: abs(left[k] - share)) for share in LEFT_OUT]
+def timed_levels(candidates: Candidates) -> list[int]:
+    """Level 0, those nearest to each share in `KEPT`, and the highest."""
+    left = [1 - n / candidates.total for n in candidates.count]
+    near = [min(range(len(left)), key=lambda k: abs(left[k] - share)) for share in KEPT]
     return sorted({0, *near, len(left) - 1})
 
 
-def between(count: int, counts: Sequence[int], factors: np.ndarray) -> np.ndarray:
+def interpolate(count: int, counts: Sequence[int], factors: np.ndarray) -> np.ndarray:
     """Factors at a count of units, interpolated along ascending counts."""
     high = int(np.clip(np.searchsorted(counts, count), 1, len(counts) - 1))
     part = (count - counts[high - 1]) / (counts[high] - counts[high - 1])

@@ -1,11 +1,8 @@
-"""Latency: how long a forward takes on the model's own device, and the fewest steps that bring it within a budget.
+"""Find the fewest steps after which the measured latency is within a budget.
 
-A timetable (see `timetable.py`) proposes how many steps to take, a few numbers of them at once; what they leave is pruned,
-and timed in turns with the original and with one another. What was measured corrects the next proposals. So the table only
-decides how many proposals it takes, and what is returned was measured to be within the budget.
-
-Models are compared within one window of time only: on a machine that others use too, what a model takes of another's time
-moves by several per cent from one half minute to the next.
+A latency model (see `latency_model.py`) proposes how many steps to take, a few numbers of them at once. The models they
+leave are pruned and timed in turns with the original and with one another, and what was measured corrects the next
+proposals. So the model only decides how many proposals are needed: what is returned was measured to be within the budget.
 """
 
 from __future__ import annotations
@@ -18,86 +15,74 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from fxprune.passes.ir.slices import Slicer
-from fxprune.selection.budgets import Budget, SettleBudget
+from fxprune.selection.allocation import Allocator, levels_after
+from fxprune.selection.budgets import Budget
 from fxprune.selection.costs import Costs
-from fxprune.selection.ladders import Ladder, climbed, removed
-from fxprune.selection.latency import (
-    ABREAST,
-    CLOSE,
-    LOOSE,
-    MARGIN,
-    ROUNDS,
-    SPREAD,
-    Latency,
-    LatencyProbe,
-    too_slow,
-    used,
-)
+from fxprune.selection.latency import Latency, LatencyProbe, too_slow, used_share
 from fxprune.selection.latency_model import LatencyModel
 
+CLOSE, LOOSE = 0.02, 0.15  # the search ends where this share of the budget is left, or as little as can be told between them
+MARGIN = 0.01  # proposals aim this far below the budget,
+SPREAD = 0.08  # and at first so far to both sides of that
+ABREAST = 3  # proposals that are timed in one window
+ROUNDS = 8
 
-def timely(
-    budget: Budget,
-    ladders: Sequence[Ladder],
-    sequence: Sequence[int],
-    costs: Costs,
-    settle: SettleBudget,
-    trial: LatencyProbe,
-    names: Sequence[str],
+
+def meet_latency(
+    budget: Budget, allocator: Allocator, costs: Costs, probe: LatencyProbe, names: Sequence[str]
 ) -> tuple[Tensor, Slicer]:
-    """The choice of few steps whose measured latency is within the budget; `trial.found` then says what was measured.
+    """What is kept after few steps whose measured latency is within the budget; `probe.found` is what was measured.
 
     Arguments:
         budget: what may stay.
-        ladders: what every pool can lose; `names` says what each is called.
-        sequence: the order of their steps.
+        allocator: what every group can lose; `names` are the groups' names.
         costs: knows the program's calls.
-        settle: from removed classes to what is kept, such that every tensor is a rectangle.
-        trial: times choices.
+        probe: measures pruned models.
 
     Raises: PruneError where the budget is above the original or below the least that was measured.
     """
-    size = len(costs.solution.unit_of)
-    total = trial.original_seconds()
+    total = probe.original_seconds()
     share = budget.limit(total) / total
-    settled: dict[int, tuple[Tensor, Slicer]] = {}
+    order = allocator.order_steps()
+    kept: dict[int, tuple[Tensor, Slicer]] = {}
     pruned: dict[int, nn.Module] = {}
 
-    def measured(proposals: Sequence[int]) -> list[Latency]:
+    def measure(proposals: Sequence[int]) -> list[Latency]:
         for steps in [steps for steps in pruned if steps not in proposals]:
             del pruned[steps]
         for steps in [steps for steps in proposals if steps not in pruned]:
-            settled[steps] = settle(removed(ladders, climbed(ladders, sequence[:steps]), size))
-            pruned[steps] = trial.prune(settled[steps][0], costs.solution.unit_of)
-        return trial.measure([pruned[steps] for steps in proposals], budget)
+            kept[steps] = allocator.apply(levels_after(allocator.candidates, order[:steps]))
+            pruned[steps] = probe.prune(kept[steps][0], costs.solution.unit_of)
+        return probe.measure([pruned[steps] for steps in proposals], budget)
 
     if share >= 1:
-        trial.found = measured([0])[0]
-        return settled[0]
-    table = LatencyModel(ladders, costs, trial.device, trial.seconds, total)
-    steps, found = chase(budget, share, len(sequence), lambda k: table(climbed(ladders, sequence[:k])), measured)
-    trial.found = replace(found, table=tuple((name, table.alone(i)) for i, name in enumerate(names)))
-    return settled[steps]
+        probe.found = measure([0])[0]
+        return kept[0]
+    model = LatencyModel(allocator.candidates, costs, probe.device, probe.seconds, total)
+    predict = lambda steps: model(levels_after(allocator.candidates, order[:steps]))  # noqa: E731
+    steps, found = bracket_budget(budget, share, len(order), predict, measure)
+    probe.found = replace(found, table=tuple((name, model.alone(i)) for i, name in enumerate(names)))
+    return kept[steps]
 
 
 class Point(NamedTuple):
-    """A number of steps, the share of the original's time after them by the timetable, and the part of the budget used."""
+    """A number of steps, the predicted share of the original's time after them, and the share of the budget used."""
 
     steps: int
     predicted: float
     used: float
 
 
-def chase(
+def bracket_budget(
     budget: Budget,
     share: float,
     steps: int,
-    predicted: Callable[[int], float],
-    measured: Callable[[Sequence[int]], Sequence[Latency]],
+    predict: Callable[[int], float],
+    measure: Callable[[Sequence[int]], Sequence[Latency]],
 ) -> tuple[int, Latency]:
     """How many steps to take, and what was measured there, in the last window of time.
 
-    At first proposals lie around the budget as the table has it. Then the fewest steps that were within the budget are timed
+    The first proposals lie around the budget as predicted. Then the fewest steps that were within the budget are timed
     again, beside two proposals between them and the most steps that were over it: where a line through both, over what was
     predicted for them, meets the budget; and just below that, or halfway where such a line leads nowhere. It ends with steps
     that leave little of the budget unused, with two that follow one another, or after `ROUNDS` windows.
@@ -105,32 +90,32 @@ def chase(
     Arguments:
         budget: what may stay, a `share` of the original.
         steps: how many there are.
-        predicted: seconds after some of them, by the timetable.
-        measured: the latencies after some numbers of them, timed in one window.
+        predict: predicted seconds after some of them.
+        measure: the latencies after some numbers of them, measured in one window.
     """
-    whole = predicted(0)
+    whole = predict(0)
     start = over = Point(0, 1.0, 1 / share)
     within: Point | None = None
     answer: tuple[int, Latency] | None = None
     halved = True  # whether the last window brought the two together by half
 
     def fewest(goal: float) -> int:
-        """Steps after which the line through both meets a part of the budget; at first the table is taken at its word."""
-        at = crossing(over, within or Point(steps, 0.0, 0.0), goal) * whole
-        return min(1 + bisect_left(range(1, steps + 1), True, key=lambda k: predicted(k) <= at), steps)
+        """Steps after which the line through both points meets a share of the budget; at first by prediction alone."""
+        at = interpolate(over, within or Point(steps, 0.0, 0.0), goal) * whole
+        return min(1 + bisect_left(range(1, steps + 1), True, key=lambda k: predict(k) <= at), steps)
 
     for turn in range(ROUNDS):
         if within is None:
             least = min(over.steps + 1, steps)
-            asked = {max(fewest((1 - MARGIN) * (1 + SPREAD * i)), least) for i in (1, 0, -1)}
-            asked |= {steps} if turn >= ROUNDS // 2 else set()
+            proposals = {max(fewest((1 - MARGIN) * (1 + SPREAD * i)), least) for i in (1, 0, -1)}
+            proposals |= {steps} if turn >= ROUNDS // 2 else set()
         else:
             between = fewest(1 - MARGIN), fewest(1 - 2 * MARGIN) if halved else (over.steps + within.steps + 1) // 2
-            asked = {within.steps, *(min(max(k, over.steps + 1), within.steps) for k in between)}
-            asked |= {max(over.steps, 1)} if len(asked) < ABREAST else set()
-        window = sorted(asked)
-        found = measured(window)
-        points = [Point(k, predicted(k) / whole, used(budget, f)) for k, f in zip(window, found, strict=True)]
+            proposals = {within.steps, *(min(max(k, over.steps + 1), within.steps) for k in between)}
+            proposals |= {max(over.steps, 1)} if len(proposals) < ABREAST else set()
+        window = sorted(proposals)
+        found = measure(window)
+        points = [Point(k, predict(k) / whole, used_share(budget, f)) for k, f in zip(window, found, strict=True)]
         best = next((i for i, point in enumerate(points) if point.used <= 1), None)
         if best is None:
             over, within, halved = points[-1], None, True
@@ -148,7 +133,7 @@ def chase(
     return answer
 
 
-def crossing(a: Point, b: Point, goal: float) -> float:
+def interpolate(a: Point, b: Point, goal: float) -> float:
     """The predicted share at which a line through two points meets a part of the budget; through the origin if it falls."""
     slope = (a.used - b.used) / (a.predicted - b.predicted) if a.predicted != b.predicted else 0.0
     if slope <= 0:

@@ -1,4 +1,4 @@
-"""Choice: from a request to what is kept, so that every tensor stays a full rectangle."""
+"""Restore units until every tensor of a choice is a full, non-empty rectangle."""
 
 from __future__ import annotations
 
@@ -15,46 +15,50 @@ from fxprune.passes.ir.slices import Slicer
 from fxprune.passes.ir.tensor_ref import TensorRef
 from fxprune.passes.rewrite.rewrite import tensor_cuts
 
+BATCH = 1 << 20  # classes that are looked at in one call
 
-def settle_removals(
+
+def restore_rectangles(
     solution: Solution,
     removed: np.ndarray,
     score: np.ndarray,
-    spans: Sequence[np.ndarray],
-    held: np.ndarray | None = None,
+    nonempty: Sequence[np.ndarray],
+    before: np.ndarray | None = None,
 ) -> tuple[Tensor, Slicer]:
-    """What is kept. Choices that would not leave rectangles, or would leave a tensor empty, are taken back.
+    """Which labels are kept where only those removals are done that leave every tensor a rectangle with an entry.
 
-    Classes that are `held` stay removed: an earlier choice of this kind, to which this one adds.
+    Arguments:
+        solution: the coupling.
+        removed: for each class whether it is to be removed, shape (labels,); changed.
+        score: importance by class: the most important units are restored first.
+        nonempty: see `find_nonempty_sets`.
+        before: for each class whether an earlier choice of this kind removed it; these stay removed.
     """
     unit = solution.unit_of.numpy()
-    if held is not None:
-        removed = removed | held
-    for some in portions(spans, PORTION):
+    if before is not None:
+        removed = removed | before
+    for some in batches(nonempty, BATCH):
         starts = np.cumsum([0, *(len(classes) for classes in some[:-1])])
         for i in np.flatnonzero(np.logical_and.reduceat(removed[np.concatenate(some)], starts)).tolist():
-            if removed[some[i]].all():  # the best scored unit stays
-                mine = some[i] if held is None else some[i][~held[some[i]]]
+            if removed[some[i]].all():
+                mine = some[i] if before is None else some[i][~before[some[i]]]
                 removed[mine[np.argmax(score[mine])]] = False
     for _ in range(len(removed) + 1):
-        even_rows(solution, removed, score)
+        restore_even_rows(solution, removed, score)
         try:
             kept = torch.from_numpy(~removed[unit])
             slicer = Slicer(kept)
             tensor_cuts(solution, kept, slicer)
-            activations_are_rectangles(solution, slicer)
+            check_activations(solution, slicer)
             return kept, slicer
         except NotARectangle as error:
             classes = unit[error.labels.numpy()]
-            removed[classes] = False if held is None else held[classes]
+            removed[classes] = False if before is None else before[classes]
     raise AssertionError("restoring units always ends in a rectangle")
 
 
-PORTION = 1 << 20  # classes looked at in one go
-
-
-def portions(arrays: Sequence[np.ndarray], size: int) -> Iterator[Sequence[np.ndarray]]:
-    """The arrays in their order, so many at a time that they have about so many elements."""
+def batches(arrays: Sequence[np.ndarray], size: int) -> Iterator[Sequence[np.ndarray]]:
+    """The arrays in their order, about `size` elements at a time."""
     ends = np.cumsum([len(a) for a in arrays])
     start = 0
     while start < len(arrays):
@@ -64,8 +68,8 @@ def portions(arrays: Sequence[np.ndarray], size: int) -> Iterator[Sequence[np.nd
         start = end
 
 
-def even_rows(solution: Solution, removed: np.ndarray, score: np.ndarray) -> None:
-    """Take back removals, those of the best scored units first, until the rows of each constraint keep equally many entries."""
+def restore_even_rows(solution: Solution, removed: np.ndarray, score: np.ndarray) -> None:
+    """Restore units, the most important first, until the rows of each constraint keep equally many entries."""
     uneven = True
     while uneven:
         uneven = False
@@ -75,13 +79,13 @@ def even_rows(solution: Solution, removed: np.ndarray, score: np.ndarray) -> Non
                 continue
             uneven = True
             for row in matrix[counts < counts.max()]:
-                gone = row[removed[row]]
-                if len(gone):  # else what another row took back was its, too
-                    removed[gone[np.argmax(score[gone])]] = False
+                mine = row[removed[row]]
+                if len(mine):  # another row may have restored them
+                    removed[mine[np.argmax(score[mine])]] = False
 
 
-def never_emptied(solution: Solution) -> list[np.ndarray]:
-    """The classes of every distinct array of labels: each must keep at least one entry."""
+def find_nonempty_sets(solution: Solution) -> list[np.ndarray]:
+    """Sets of classes of which at least one is kept: those of every distinct array of labels."""
     unit = solution.unit_of.numpy()
     seen: set[int] = set()
     found = list(solution.some_stay)
@@ -94,8 +98,8 @@ def never_emptied(solution: Solution) -> list[np.ndarray]:
     return found
 
 
-def activations_are_rectangles(solution: Solution, slicer: Slicer) -> None:
-    """Raise NotARectangle where a value outside of a gathered region would not be one, or would be empty."""
+def check_activations(solution: Solution, slicer: Slicer) -> None:
+    """Raise NotARectangle where an activation outside of a gathered region would not be one, or would be empty."""
     for capture, values, regions in zip(solution.captures, solution.values, solution.regions, strict=True):
         for node, result in capture.results.items():
             if node in regions and regions[node] is not node:

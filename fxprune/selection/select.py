@@ -1,4 +1,4 @@
-"""Choice: from a request to what is kept, so that every tensor stays a full rectangle."""
+"""Select the units that stay: from the coupling, the scores and the options to a mask over labels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from fxprune.criteria.catalog import find
-from fxprune.criteria.unit_scores import comparable, unit_scores
+from fxprune.criteria.unit_scores import normalise_scores, score_units
 from fxprune.model_kinds import why_unprunable
 from fxprune.options import Options
 from fxprune.passes.coupling.families import Family, families
@@ -16,86 +16,100 @@ from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_parameters, named_tensors
 from fxprune.passes.ir.slices import Slicer
-from fxprune.selection import ladders
-from fxprune.selection.budgets import met
+from fxprune.selection.allocation import Allocator
+from fxprune.selection.budget_search import meet_budget
 from fxprune.selection.costs import Costs
-from fxprune.selection.grouping import ratios_of, scopes_of, structures
-from fxprune.selection.ladders import FLOOR, begun, ladder, merged, share_of_units
 from fxprune.selection.latency import FRIENDLY, LatencyProbe
-from fxprune.selection.latency_search import timely
-from fxprune.selection.pools import choose, make_pools, resume
-from fxprune.selection.rectangles import never_emptied, settle_removals
+from fxprune.selection.latency_search import meet_latency
+from fxprune.selection.scopes import match_ratios
 
 
-def selected(
-    model: nn.Module, solution: Solution, options: Options, trial: LatencyProbe | None = None
+def select_units(
+    model: nn.Module, solution: Solution, options: Options, probe: LatencyProbe | None = None
 ) -> tuple[Tensor, Slicer]:
-    """Which labels stay; for a budget of latency, `trial` times them."""
-    free, score = prepared(model, solution, options)
-    if not options.competes:
-        wanted = one_by_one(free, score, solution, options)
-        kept, slicer = settle_removals(solution, wanted, score, never_emptied(solution))
-        if slicer.keeps_all and any(ratios_of(free, options.ratio, solution)):
-            raise PruneError(
-                "nothing in the model can be pruned by so little: "
-                + ("what would go cannot go alone" if wanted.any() else "no family has a whole unit to lose"),
-                where=type(model).__name__,
-                fix="a larger ratio, or a smaller round_to",
-            )
-        return kept, slicer
+    """Which labels stay; for a budget of latency, `probe` measures it. Raises PruneError where nothing can be removed."""
+    free, score = score_families(model, solution, options)
     costs = Costs(solution, dict(named_tensors(model)))
-    if options.budget is not None and options.budget.kind == "latency":
-        assert trial is not None
-        return in_time(free, score, costs, options, trial)
-    rivalry = Rivalry(free, score, solution, options)
-    if options.budget is None:
-        return rivalry.settle(rivalry.by_ratio())
-    return met(options.budget, rivalry.ladders, rivalry.sequence(), costs, rivalry.settle, len(solution.unit_of))
+    kept, slicer = allocate(free, score, costs, options, probe)
+    if not options.competes and slicer.keeps_all and any(match_ratios(free, options.ratio, solution)):
+        allocator = Allocator(free, score, solution, options)
+        wanted = any(allocator.allocate_ratio())
+        raise PruneError(
+            "nothing in the model can be pruned by so little: "
+            + ("what would go cannot go alone" if wanted else "no family has a whole unit to lose"),
+            where=type(model).__name__,
+            fix="a larger ratio, or a smaller round_to",
+        )
+    return kept, slicer
 
 
-def in_time(
+def allocate(
     free: Sequence[Family],
     score: np.ndarray,
     costs: Costs,
     options: Options,
-    trial: LatencyProbe,
-    held: np.ndarray | None = None,
+    probe: LatencyProbe | None = None,
+    removed: np.ndarray | None = None,
 ) -> tuple[Tensor, Slicer]:
-    """Which labels stay by a budget of latency: in counts that hardware likes, where that is enough.
+    """Which labels stay by a ratio or a budget, where units with the lowest scores go.
 
-    What is `held` is gone already, and stays so.
+    Arguments:
+        free: the families that may lose units.
+        score: the score of every unit, shape (labels,).
+        costs: of the coupling.
+        options: what to remove.
+        probe: measures latency, where that is the budget.
+        removed: for each class whether an earlier step removed it; these stay removed.
     """
+    if options.budget is not None and options.budget.measured:
+        assert probe is not None
+        return allocate_by_latency(free, score, costs, options, probe, removed)
+    allocator = Allocator(free, score, costs.solution, options, removed=removed)
+    if options.budget is None:
+        return allocator.apply(allocator.allocate_ratio())
+    return meet_budget(options.budget, allocator, costs)
+
+
+def allocate_by_latency(
+    free: Sequence[Family],
+    score: np.ndarray,
+    costs: Costs,
+    options: Options,
+    probe: LatencyProbe,
+    removed: np.ndarray | None = None,
+) -> tuple[Tensor, Slicer]:
+    """Which labels stay by a budget of latency: with channel counts that kernels are written for, where that is enough."""
     assert options.budget is not None
     tried = [options.round_to] if options.round_to > 1 else [FRIENDLY, 1]
     for round_to in tried:
-        rivalry = Rivalry(free, score, costs.solution, options, round_to, held)
-        names = [free[rung.pool.cells[0][0]].name for rung in rivalry.ladders]
+        allocator = Allocator(free, score, costs.solution, options, round_to=round_to, removed=removed)
+        names = [free[c.group.families[0]].name for c in allocator.candidates]
         try:
-            with trial.quiet():
-                return timely(options.budget, rivalry.ladders, rivalry.sequence(), costs, rivalry.settle, trial, names)
+            with probe.restore_random_state():
+                return meet_latency(options.budget, allocator, costs, probe, names)
         except PruneError:
             if round_to == tried[-1]:
                 raise
     raise AssertionError("the last attempt returns or raises")
 
 
-def smallest(model: nn.Module, solution: Solution, options: Options) -> tuple[Tensor, Slicer]:
-    """Which labels stay where as much is removed as any request of the kind could remove."""
-    free, score = prepared(model, solution, options)
-    rivalry = Rivalry(free, score, solution, options)
-    return rivalry.settle(rivalry.everything())
+def select_least(model: nn.Module, solution: Solution, options: Options) -> tuple[Tensor, Slicer]:
+    """Which labels stay where as much is removed as any budget could remove."""
+    free, score = score_families(model, solution, options)
+    allocator = Allocator(free, score, solution, options, competes=True)
+    return allocator.apply(allocator.allocate_all())
 
 
-def prepared(model: nn.Module, solution: Solution, options: Options) -> tuple[list[Family], np.ndarray]:
-    """The families that may lose units, and the score of every unit."""
-    free = free_families(model, solution, options)
+def score_families(model: nn.Module, solution: Solution, options: Options) -> tuple[list[Family], np.ndarray]:
+    """The families that may lose units, and the score of every unit, comparable between families where they compete."""
+    free = find_free_families(model, solution, options)
     criterion = find(options.criterion)
-    score, seen = unit_scores(model, solution, free, criterion, options.data, options.loss)
+    score, seen = score_units(model, solution, free, criterion, options.data, options.loss)
     free = [f for f in free if seen[f.units].any()]
-    return free, comparable(score, free, criterion) if options.competes else score
+    return free, normalise_scores(score, free, criterion) if options.competes else score
 
 
-def free_families(model: nn.Module, solution: Solution, options: Options) -> list[Family]:
+def find_free_families(model: nn.Module, solution: Solution, options: Options) -> list[Family]:
     """The families that may lose units; raises PruneError where there are none."""
     found = families(solution, set(named_parameters(model)))
     free = [f for f in found if f.frozen is None and len(f.units) > 1]
@@ -113,80 +127,3 @@ def free_families(model: nn.Module, solution: Solution, options: Options) -> lis
             fix=f"round_to<={largest}",
         )
     return free
-
-
-def one_by_one(
-    free: Sequence[Family], score: np.ndarray, solution: Solution, options: Options, held: np.ndarray | None = None
-) -> np.ndarray:
-    """Removed classes where every family loses its own ratio, in which those that are `held` count."""
-    most = 1.0 if options.floor is None else 1 - options.floor
-    ratios = [min(r, most) for r in ratios_of(free, options.ratio, solution)]
-    removed = np.zeros(len(score), bool)
-    pools = make_pools([f.units for f in free], ratios, solution.equal_rows, len(score))
-    for pool in pools if held is None else resume(pools, held):
-        removed[choose(pool, score, [f.width for f in free], options.round_to)] = True
-    return removed
-
-
-class Rivalry:
-    """Families that compete: what each pool can lose, and who competes with whom.
-
-    Attributes:
-        ladders: of the pools that may lose anything.
-        groups: positions in `ladders` of those that compete.
-    """
-
-    def __init__(
-        self,
-        free: Sequence[Family],
-        score: np.ndarray,
-        solution: Solution,
-        options: Options,
-        round_to: int | None = None,
-        held: np.ndarray | None = None,
-    ) -> None:
-        self.solution, self.score, self.guards, self.held = solution, score, never_emptied(solution), held
-        floor = FLOOR if options.floor is None else options.floor
-        ratios = [1.0] * len(free) if options.budget else ratios_of(free, options.ratio, solution, options.scopes)
-        pools = [p for p in make_pools([f.units for f in free], ratios, solution.equal_rows, len(score)) if p.ratio > 0]
-        pools = pools if held is None else resume(pools, held)
-        width = [f.width for f in free]
-        self.ladders = [ladder(p, score, width, round_to or options.round_to, floor) for p in pools]
-        if held is not None:
-            begun(self.ladders, held)
-        scope = scopes_of(free, options.scopes, solution)
-        kinds: Sequence[object] = [None] * len(free)
-        if options.ranking == "isomorphic":
-            kinds = structures(free, solution)
-
-        def key(i: int) -> object:
-            members = dict.fromkeys(family for family, _ in pools[i].cells)
-            named = next((scope[m] for m in members if scope[m] is not None), None)
-            alone = i if options.ranking == "local" and named is None else -1
-            like = () if named is not None else tuple(sorted(map(repr, {kinds[m] for m in members})))
-            return named, alone, like, pools[i].ratio
-
-        found: dict[object, list[int]] = {}
-        for i in range(len(pools)):
-            found.setdefault(key(i), []).append(i)
-        self.groups = list(found.values())
-
-    def by_ratio(self) -> np.ndarray:
-        """Removed classes where each group loses its ratio of units."""
-        rungs = [0] * len(self.ladders)
-        for group in self.groups:
-            mine = [self.ladders[i] for i in group]
-            for i, rung in zip(group, share_of_units(mine, mine[0].pool.ratio), strict=True):
-                rungs[i] = rung
-        return ladders.removed(self.ladders, rungs, len(self.score))
-
-    def sequence(self) -> list[int]:
-        """The order of all steps."""
-        return merged(self.groups, self.ladders)
-
-    def everything(self) -> np.ndarray:
-        """Removed classes where every ladder is climbed to its end."""
-        return ladders.removed(self.ladders, [len(rung.count) - 1 for rung in self.ladders], len(self.score))
-
-    def settle(self, removed: np.ndarray) -> tuple[Tensor, Slicer]:
-        return settle_removals(self.solution, removed, self.score, self.guards, self.held)

@@ -1,14 +1,9 @@
-"""Ranking: which families compete with one another, and in what order units go.
-
-A pool (see `select.py`) can lose its units in steps that leave every tensor a rectangle. A *ladder* lists these steps, lowest
-scores first. Ladders that compete are merged by the price of their steps into one sequence, and a choice is how far each
-ladder is climbed. Budgets are met in the same way: by how many steps of a sequence are taken.
-"""
+"""Match families with the globs of ratios and scopes, and tell which families have the same structure."""
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -17,19 +12,10 @@ from fxprune.passes.coupling.families import Family
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.ir.pytree import collect
 from fxprune.passes.ir.tensor_ref import TensorRef
-from fxprune.selection.pools import Pool
 
 
-def grouped(pools: Sequence[Pool], key: Callable[[Pool], object]) -> list[list[Pool]]:
-    """Pools of one key together, in the order in which keys are met."""
-    found: dict[object, list[Pool]] = {}
-    for pool in pools:
-        found.setdefault(key(pool), []).append(pool)
-    return list(found.values())
-
-
-def structures(free: Sequence[Family], solution: Solution) -> list[tuple[object, ...]]:
-    """The structure of each family, whatever its size: how often each kind of op meets it, in which argument and dimension.
+def describe_structures(free: Sequence[Family], solution: Solution) -> list[tuple[object, ...]]:
+    """The structure of each family, whatever its size: the ops that read each layer, as which argument, and the dimension.
 
     Families of one structure are isomorphic (Fang et al., arXiv:2407.04616).
     """
@@ -56,34 +42,34 @@ def structures(free: Sequence[Family], solution: Solution) -> list[tuple[object,
     return found
 
 
-def ratios_of(free: Sequence[Family], ratio: Ratio, solution: Solution, scopes: Scopes | None = None) -> list[float]:
-    """The share to remove from each family: what the first glob says that names a module which writes or scales it.
+def match_ratios(free: Sequence[Family], ratio: Ratio, solution: Solution, scopes: Scopes | None = None) -> list[float]:
+    """The share to remove from each family: that of the first glob that matches a module which writes or scales it.
 
-    The name of a scope counts as a glob that its families match.
+    The name of a scope is a glob that its families match.
     """
     if not isinstance(ratio, Mapping):
         return [float(ratio)] * len(free)
-    named = scopes_of(free, scopes, solution)
+    named = match_scopes(free, scopes, solution)
     return [
         next((float(r) for glob, r in ratio.items() if glob == scope or any(matches(m, glob) for m in modules)), 0.0)
-        for scope, modules in zip(named, owners(free, solution), strict=True)
+        for scope, modules in zip(named, find_owners(free, solution), strict=True)
     ]
 
 
-def scopes_of(free: Sequence[Family], scopes: Scopes | None, solution: Solution) -> list[str | None]:
-    """The scope of each family: the first one with a glob that names a module which writes or scales it."""
+def match_scopes(free: Sequence[Family], scopes: Scopes | None, solution: Solution) -> list[str | None]:
+    """The scope of each family: the first one with a glob that matches a module which writes or scales it."""
     if scopes is None:
         return [None] * len(free)
     globs = {name: [g] if isinstance(g, str) else list(g) for name, g in scopes.items()}
     return [
         next((name for name, listed in globs.items() if any(matches(m, glob) for m in modules for glob in listed)), None)
-        for modules in owners(free, solution)
+        for modules in find_owners(free, solution)
     ]
 
 
-def owners(free: Sequence[Family], solution: Solution) -> list[set[str]]:
+def find_owners(free: Sequence[Family], solution: Solution) -> list[set[str]]:
     """The modules that write or scale each family."""
-    found = emitters(solution)
+    found = find_emitters(solution)
     every = []
     for family in free:
         holding = {name.rpartition(".")[0] for name, _ in family.members}
@@ -91,8 +77,8 @@ def owners(free: Sequence[Family], solution: Solution) -> list[set[str]]:
     return every
 
 
-def emitters(solution: Solution) -> dict[int, set[str]]:
-    """For each class, the modules in whose results it occurs; one that only reads it is not among them."""
+def find_emitters(solution: Solution) -> dict[int, set[str]]:
+    """For each class, the modules in whose results it occurs; a module that only reads a class is not among them."""
     unit = solution.unit_of.numpy()
     found: dict[int, set[str]] = {}
     for capture, values in zip(solution.captures, solution.values, strict=True):
@@ -105,6 +91,6 @@ def emitters(solution: Solution) -> dict[int, set[str]]:
 
 
 def matches(module: str, glob: str) -> bool:
-    """Whether a glob names a module or one it lies in."""
+    """Whether a glob matches a module or one that contains it."""
     parts = module.split(".")
     return any(fnmatch.fnmatchcase(".".join(parts[: i + 1]), glob) for i in range(len(parts)))

@@ -1,0 +1,180 @@
+"""Allocate what is removed among the groups of a model: a level for each, by a ratio or step by step for a budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from fxprune.options import Options
+from fxprune.passes.coupling.families import Family
+from fxprune.passes.coupling.solution import Solution
+from fxprune.passes.ir.slices import Slicer
+from fxprune.selection.candidates import Candidates, list_candidates
+from fxprune.selection.groups import Group, form_groups
+from fxprune.selection.rectangles import find_nonempty_sets, restore_rectangles
+from fxprune.selection.scopes import describe_structures, match_ratios, match_scopes
+
+FLOOR = 0.1  # the share of every family that stays where families compete, unless told otherwise
+
+
+class Allocator:
+    """What each group of families can lose, and which groups compete.
+
+    Without competition (`ranking="local"`, no scopes) each group is alone and loses its ratio.
+
+    Arguments:
+        free: the families that may lose units.
+        score: the score of every unit; where families compete, comparable between them.
+        solution: the coupling.
+        options: what to remove.
+        round_to, competes: in place of those of `options`.
+        removed: for each class whether an earlier step removed it, shape (labels,); it stays removed.
+
+    Attributes:
+        candidates: what each group can lose.
+        rivals: positions in `candidates` of those that compete with one another.
+    """
+
+    def __init__(
+        self,
+        free: Sequence[Family],
+        score: np.ndarray,
+        solution: Solution,
+        options: Options,
+        *,
+        round_to: int | None = None,
+        removed: np.ndarray | None = None,
+        competes: bool | None = None,
+    ) -> None:
+        self.solution, self.score, self.removed = solution, score, removed
+        self.nonempty = find_nonempty_sets(solution)
+        competes = options.competes if competes is None else competes
+        floor = (FLOOR if competes else 0.0) if options.floor is None else options.floor
+        ratios = [1.0] * len(free) if options.budget else match_ratios(free, options.ratio, solution, options.scopes)
+        if not competes:
+            ratios = [min(ratio, 1 - floor) for ratio in ratios]
+        units, width = [f.units for f in free], [f.width for f in free]
+        groups = [g for g in form_groups(units, ratios, solution.equal_rows, len(score), removed) if g.ratio > 0]
+        self.candidates = [
+            list_candidates(g, score, width, round_to or options.round_to, floor, None if competes else g.ratio) for g in groups
+        ]
+        if removed is not None:
+            prefer_removed(self.candidates, removed)
+        self.rivals = find_rivals(groups, free, solution, options)
+
+    def allocate_ratio(self) -> list[int]:
+        """The levels at which rivals together lose their ratio of units."""
+        levels = [0] * len(self.candidates)
+        for rivals in self.rivals:
+            mine = [self.candidates[i] for i in rivals]
+            for i, level in zip(rivals, allocate_share(mine, mine[0].group.ratio), strict=True):
+                levels[i] = level
+        return levels
+
+    def allocate_all(self) -> list[int]:
+        """The highest level of every group."""
+        return [len(c.count) - 1 for c in self.candidates]
+
+    def order_steps(self) -> list[int]:
+        """The order of all steps: for each the position of the group that takes it."""
+        return merge_steps(self.rivals, self.candidates)
+
+    def removed_at(self, levels: Sequence[int]) -> np.ndarray:
+        """For each class whether an allocation removes it, shape (labels,)."""
+        return removed_at(self.candidates, levels, len(self.score))
+
+    def apply(self, levels: Sequence[int]) -> tuple[Tensor, Slicer]:
+        """What an allocation keeps, with every tensor a rectangle."""
+        return restore_rectangles(self.solution, self.removed_at(levels), self.score, self.nonempty, self.removed)
+
+
+def find_rivals(groups: Sequence[Group], free: Sequence[Family], solution: Solution, options: Options) -> list[list[int]]:
+    """Positions of the groups that compete: those of one scope, and by ranking all of them, those of one structure, or none."""
+    scope = match_scopes(free, options.scopes, solution)
+    structures: Sequence[object] = [None] * len(free)
+    if options.ranking == "isomorphic":
+        structures = describe_structures(free, solution)
+    found: dict[object, list[int]] = {}
+    for i, group in enumerate(groups):
+        named = next((scope[m] for m in group.families if scope[m] is not None), None)
+        alone = i if options.ranking == "local" and named is None else -1
+        like = () if named is not None else tuple(sorted(map(repr, {structures[m] for m in group.families})))
+        found.setdefault((named, alone, like, group.ratio), []).append(i)
+    return list(found.values())
+
+
+def prefer_removed(candidates: Sequence[Candidates], removed: np.ndarray) -> None:
+    """Put steps that remove nothing new before all others.
+
+    Arguments:
+        candidates: listed by scores that are lowest for units that are removed already.
+        removed: for each class whether it is, shape (labels,).
+    """
+    for found in candidates:
+        for level in range(1, len(found.count)):
+            if not removed[found.removed(level)].all():
+                break
+            found.importance[level] = -math.inf
+
+
+def order_by_importance(candidates: Sequence[Candidates]) -> list[int]:
+    """The order in which rivals take their steps, the least important first; ties go to the one that stands first."""
+    keys = [(found.importance[level], i, level) for i, found in enumerate(candidates) for level in range(1, len(found.count))]
+    return [i for _, i, _ in sorted(keys)]
+
+
+def merge_steps(rivals: Sequence[Sequence[int]], candidates: Sequence[Candidates]) -> list[int]:
+    """One order for all steps, in which sets of rivals lose the same share of their units.
+
+    Arguments:
+        rivals: positions in `candidates` of those that compete with one another.
+        candidates: of all groups.
+    """
+    keys = []
+    for which, members in enumerate(rivals):
+        mine = [candidates[i] for i in members]
+        total, removed, levels = sum(c.total for c in mine), 0, [0] * len(mine)
+        for position, i in enumerate(order_by_importance(mine)):
+            removed += mine[i].count[levels[i] + 1] - mine[i].count[levels[i]]
+            levels[i] += 1
+            keys.append((removed / total, which, position, members[i]))
+    return [i for *_, i in sorted(keys)]
+
+
+def levels_after(candidates: Sequence[Candidates], steps: Iterable[int]) -> list[int]:
+    """The level of each group after some steps."""
+    levels = [0] * len(candidates)
+    for i in steps:
+        levels[i] += 1
+    return levels
+
+
+def removed_at(candidates: Sequence[Candidates], levels: Sequence[int], size: int) -> np.ndarray:
+    """For each of `size` classes whether an allocation removes it."""
+    removed = np.zeros(size, bool)
+    for found, level in zip(candidates, levels, strict=True):
+        removed[found.removed(level)] = True
+    return removed
+
+
+def allocate_share(candidates: Sequence[Candidates], share: float) -> list[int]:
+    """The levels at which rivals have lost at most a share of their units, by the least important steps.
+
+    A step that would remove more is not taken, nor any later step of that group; smaller steps of others may be.
+    """
+    room = int(share * sum(c.total for c in candidates) + 1e-9)
+    if len(candidates) == 1:
+        return [candidates[0].highest_within(room)]
+    levels = [0] * len(candidates)
+    stopped: set[int] = set()
+    for i in order_by_importance(candidates):
+        taken = candidates[i].count[levels[i] + 1] - candidates[i].count[levels[i]]
+        if i in stopped or taken > room:
+            stopped.add(i)
+            continue
+        room -= taken
+        levels[i] += 1
+    return levels
