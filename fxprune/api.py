@@ -10,12 +10,12 @@ from torch import Tensor, fx, nn
 from fxprune.criteria.base import Criterion
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
-from fxprune.options import Attention, Freeze, Options, Ratio, Scopes, Verify
 from fxprune.passes.coupling.families import families
 from fxprune.passes.ir.module_tree import named_parameters
 from fxprune.pipeline import Compilation
 from fxprune.plan import plan_of
 from fxprune.reports.coupling import Coupling
+from fxprune.selection.options import Attention, Freeze, Options, Ratio, Scopes, Verify
 from fxprune.verification import Verification, compare
 
 

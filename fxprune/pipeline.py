@@ -15,7 +15,6 @@ from fxprune.batch_guards import Recompiled, for_any_batch
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs, device_of, random_inputs
 from fxprune.model_class import restore_class
-from fxprune.options import Options
 from fxprune.passes.coupling.analysis import analyse, describe_capture
 from fxprune.passes.coupling.families import families
 from fxprune.passes.coupling.solution import Solution
@@ -31,6 +30,7 @@ from fxprune.passes.verification.opaque_check import broken, opaque_sites
 from fxprune.plan import PlanData, kept_labels
 from fxprune.selection.allocation import Allocator
 from fxprune.selection.latency import Latency, LatencyProbe
+from fxprune.selection.options import Options
 from fxprune.selection.select import select_units
 from fxprune.stage_checks import check_choice, check_coupling
 from fxprune.verification import compare, tolerance_of

@@ -11,11 +11,11 @@ from torch import nn
 
 import fxprune
 from fxprune.inputs import ExampleInputs
-from fxprune.options import Options
 from fxprune.passes.capture import programs as capture_programs
 from fxprune.passes.coupling import analysis
 from fxprune.reports.report import count_macs
 from fxprune.selection.costs import Costs
+from fxprune.selection.options import Options
 
 
 def remembered(function):

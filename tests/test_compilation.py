@@ -10,13 +10,13 @@ from torch import nn
 import fxprune
 from fxprune import Plan, PruneError
 from fxprune.inputs import ExampleInputs
-from fxprune.options import Options
 from fxprune.passes.coupling.analysis import analyse
 from fxprune.passes.ir.options import CouplingOptions
 from fxprune.passes.ir.slices import Slicer
 from fxprune.passes.ir.tensor_ref import TensorRef
 from fxprune.passes.rewrite.rewrite import rewrite_program
 from fxprune.pipeline import Compilation
+from fxprune.selection.options import Options
 from fxprune.stage_checks import StageFault, check_choice, check_coupling
 
 X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))

@@ -36,8 +36,8 @@ COMPARED = ("mobilenet_v2", "resnet50", "resnext50_32x4d", "inception_v3", "vit_
 STEPS: list[tuple[str, Any, str]] = [
     ("copy of the modules", programs, "private_copy"),
     ("capture", programs, "capture_program"),
-    ("rules", couple, "read"),
-    ("ties", couple, "close"),
+    ("rules", couple, "propagate"),
+    ("ties", couple, "solve"),
     ("families", select, "find_free_families"),
     ("scores", select, "score_units"),
     ("choice", allocation, "form_groups"),

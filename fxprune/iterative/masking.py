@@ -20,7 +20,6 @@ from fxprune.criteria.parameter_roles import roles
 from fxprune.criteria.scorer import Scorer
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
-from fxprune.options import Attention, Freeze, Options, Verify
 from fxprune.passes.coupling.families import families
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError
@@ -28,6 +27,7 @@ from fxprune.passes.ir.module_tree import copy_tree, named_tensors
 from fxprune.passes.ir.slices import Slicer
 from fxprune.pipeline import Compilation
 from fxprune.plan import PlanData
+from fxprune.selection.options import Attention, Freeze, Options, Verify
 from fxprune.selection.rectangles import find_nonempty_sets, restore_rectangles
 
 

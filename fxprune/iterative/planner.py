@@ -18,7 +18,6 @@ from fxprune.criteria.unit_scores import normalise_scores, score_units
 from fxprune.iterative.plan_mapping import narrow_labels, tensors_of
 from fxprune.iterative.proposal import StepChoice
 from fxprune.iterative.schedules import part_of
-from fxprune.options import Options
 from fxprune.passes.capture.programs import programs
 from fxprune.passes.coupling.families import Family
 from fxprune.passes.errors import PruneError
@@ -33,6 +32,7 @@ from fxprune.selection.allocation import Allocator
 from fxprune.selection.costs import Costs, elements
 from fxprune.selection.groups import form_groups
 from fxprune.selection.latency import too_slow, used_share
+from fxprune.selection.options import Options
 from fxprune.selection.rectangles import find_nonempty_sets, restore_rectangles
 from fxprune.selection.scopes import match_ratios
 from fxprune.selection.select import allocate, find_free_families

@@ -21,10 +21,10 @@ from fxprune.iterative.proposal import Proposal, StepChoice
 from fxprune.iterative.regularizers import Regularizer, Spans, find, spans_of
 from fxprune.iterative.schedules import Schedule, asked, part_of, shares
 from fxprune.model_kinds import unwrapped
-from fxprune.options import Attention, Freeze, Options, Ratio, Scopes, Verify
 from fxprune.passes.errors import PruneError
 from fxprune.pipeline import Choice, Compilation
 from fxprune.plan import PlanData
+from fxprune.selection.options import Attention, Freeze, Options, Ratio, Scopes, Verify
 
 AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
 
@@ -43,11 +43,10 @@ class Pruner:
 
     Arguments:
         model: any module; it is not changed.
-        ratio, params, macs, memory, latency: as for `prune`: what is to be gone, or may be left, after the last step. A
-            ratio is a share of the original's units at every step.
+        ratio, params, macs, memory, latency: as for `prune`, after the last step. A ratio is a share of the original's units.
         example_inputs and others: as for `prune`. `data` is read in every step.
-        steps, schedule: how many steps there are, and how much is done after each: `linear`, `cubic` (arXiv:1710.01878), or
-            a function from time to the share that is done, both from 0 to 1, that never falls.
+        steps, schedule: the number of steps, and what is done after each: `linear`, `cubic` (arXiv:1710.01878), or a
+            non-decreasing function from time to the share that is done, both from 0 to 1.
         regularizer: what `regularize` adds: `bn_l1`, `group_lasso`, `depgraph`, `growing`, one of the classes in
             `fxprune.regularizers` with options of its own, or a function of `fxprune.regularizers.Units`.
         mask: return the original architecture with zeros in place of removed elements: `hold` keeps them at zero in training;
@@ -89,7 +88,7 @@ class Pruner:
         regularizer: str | Regularizer = "group_lasso",
         mask: Literal["hold", "soft"] | None = None,
     ) -> None:
-    with entry_point(model) as model:
+        with entry_point(model) as model:
             options = Options.parse(
                 model,
                 ratio=ratio,

@@ -7,9 +7,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fxprune.options import Options
 from fxprune.passes.errors import PruneError
 from fxprune.selection.budgets import Budget
+from fxprune.selection.options import Options
 
 Schedule = Callable[[float], float]
 

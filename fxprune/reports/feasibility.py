@@ -13,12 +13,12 @@ from torch import nn
 from fxprune.criteria.base import Criterion
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
-from fxprune.options import Attention, Freeze, Options, Ratio
 from fxprune.pipeline import Compilation, spent
 from fxprune.reports.formatting import as_text, short, table
 from fxprune.selection.budgets import KINDS, format_cost
 from fxprune.selection.costs import Costs
 from fxprune.selection.latency import Latency
+from fxprune.selection.options import Attention, Freeze, Options, Ratio
 from fxprune.selection.select import select_least
 
 if TYPE_CHECKING:

@@ -15,7 +15,6 @@ from tqdm import tqdm
 from fxprune.criteria.base import Criterion
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
-from fxprune.options import Attention, Freeze, Options
 from fxprune.passes.coupling.families import Family
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.quiet import unobserved
@@ -25,6 +24,7 @@ from fxprune.reports.formatting import as_text, table
 from fxprune.reports.svg import draw_curves
 from fxprune.selection.candidates import remove_share
 from fxprune.selection.groups import form_groups
+from fxprune.selection.options import Attention, Freeze, Options
 from fxprune.selection.rectangles import find_nonempty_sets, restore_rectangles
 from fxprune.selection.select import score_families
 

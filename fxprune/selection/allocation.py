@@ -8,12 +8,12 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from torch import Tensor
 
-from fxprune.options import Options
 from fxprune.passes.coupling.families import Family
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.ir.slices import Slicer
 from fxprune.selection.candidates import Candidates, list_candidates
 from fxprune.selection.groups import Group, form_groups
+from fxprune.selection.options import Options
 from fxprune.selection.rectangles import find_nonempty_sets, restore_rectangles
 from fxprune.selection.scopes import describe_structures, match_ratios, match_scopes
 

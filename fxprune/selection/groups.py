@@ -14,7 +14,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix
 
-from fxprune.passes.coupling.solver import smallest_tied
+from fxprune.passes.coupling.components import smallest_connected
 
 SECONDS = 5.0  # for one integer program
 
@@ -82,7 +82,7 @@ def form_groups(
             constrained.append((members[0], matrix))
             edges += [(members[0], other) for other in members[1:]]
     ends = np.array(edges, np.int64).reshape(-1, 2)
-    root = smallest_tied(np.arange(len(families)), ends[:, 0], ends[:, 1])
+    root = smallest_connected(np.arange(len(families)), ends[:, 0], ends[:, 1])
     groups: dict[int, Group] = {}
     for i, units in enumerate(families):
         group = groups.setdefault(int(root[i]), Group([], ratios[i]))

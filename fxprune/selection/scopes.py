@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from fxprune.options import Ratio, Scopes
 from fxprune.passes.coupling.families import Family
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.ir.pytree import collect
 from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.selection.options import Ratio, Scopes
 
 
 def describe_structures(free: Sequence[Family], solution: Solution) -> list[tuple[object, ...]]:

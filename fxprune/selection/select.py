@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from fxprune.criteria.catalog import find
 from fxprune.criteria.unit_scores import normalise_scores, score_units
 from fxprune.model_kinds import why_unprunable
-from fxprune.options import Options
 from fxprune.passes.coupling.families import Family, families
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError
@@ -21,6 +20,7 @@ from fxprune.selection.budget_search import meet_budget
 from fxprune.selection.costs import Costs
 from fxprune.selection.latency import FRIENDLY, LatencyProbe
 from fxprune.selection.latency_search import meet_latency
+from fxprune.selection.options import Options
 from fxprune.selection.scopes import match_ratios
 
 
