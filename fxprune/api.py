@@ -12,12 +12,14 @@ from fxprune.inputs import ExampleInputs
 from fxprune.options import Attention, Freeze, Options, Ratio, Scopes, Verify
 from fxprune.passes.coupling.families import families
 from fxprune.passes.ir.module_tree import named_parameters
+from fxprune.passes.ir.quiet import without_modes
 from fxprune.pipeline import Compilation
 from fxprune.plan import plan_of
 from fxprune.reports.coupling import Coupling
 from fxprune.verification import Verification, compare
 
 
+@without_modes()
 def prune(
     model: nn.Module,
     ratio: Ratio | None = None,
@@ -119,6 +121,7 @@ def prune(
     return compilation.restore_class(pruned) if same_class else pruned
 
 
+@without_modes()
 def couple(
     model: nn.Module,
     example_inputs: Any = None,
@@ -146,6 +149,7 @@ def couple(
     return Coupling(type(model).__name__, found, solution, compilation.tensors)
 
 
+@without_modes()
 def verify(model: nn.Module, pruned: fx.GraphModule, example_inputs: Any, *, sizes: bool = True) -> Verification:
     """How far a pruned model is from the masked original.
 

@@ -172,7 +172,12 @@ def duplicate(value: Any, memo: dict[int, Any]) -> Any:
         return type(value)()
     if type(value) is tuple and all(isinstance(v, SHARED) for v in value):
         return value
-    return copy.deepcopy(value, memo)
+    try:
+        return copy.deepcopy(value, memo)
+    except Exception:  # a lock, or the handle of a hook: it is shared, and what is around it copied
+        if type(value) is dict:
+            return {k: duplicate(v, memo) for k, v in value.items()}
+        return type(value)([duplicate(v, memo) for v in value]) if type(value) in (list, tuple) else value
 
 
 def private_copy(root: nn.Module, stand_in: Callable[[Tensor], Tensor] | None = None) -> Any:
