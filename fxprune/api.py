@@ -12,6 +12,7 @@ from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.coupling.families import families
 from fxprune.passes.ir.module_tree import named_parameters
+from fxprune.passes.ir.quiet import without_modes
 from fxprune.pipeline import Compilation
 from fxprune.plan import plan_of
 from fxprune.reports.coupling import Coupling
@@ -19,6 +20,7 @@ from fxprune.selection.options import Attention, Freeze, Options, Ratio, Scopes,
 from fxprune.verification import Verification, compare
 
 
+@without_modes()
 def prune(
     model: nn.Module,
     ratio: Ratio | None = None,
@@ -124,6 +126,7 @@ def prune(
         return compilation.restore_class(pruned) if same_class else pruned
 
 
+@without_modes()
 def couple(
     model: nn.Module,
     example_inputs: Any = None,
@@ -152,6 +155,7 @@ def couple(
         return Coupling(type(model).__name__, found, solution, compilation.tensors)
 
 
+@without_modes()
 def verify(model: nn.Module, pruned: fx.GraphModule, example_inputs: Any, *, sizes: bool = True) -> Verification:
     """How far a pruned model is from the masked original.
 

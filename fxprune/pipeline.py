@@ -22,7 +22,7 @@ from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_parameters, named_tensors
 from fxprune.passes.ir.options import CouplingOptions
 from fxprune.passes.ir.program import Waiver
-from fxprune.passes.ir.quiet import uncollected, unobserved
+from fxprune.passes.ir.quiet import uncollected, unobserved, without_modes
 from fxprune.passes.ir.slices import Slicer, TensorSlice
 from fxprune.passes.rewrite.pruned_module import PrunedModule
 from fxprune.passes.rewrite.rewrite import rewrite_program, tensor_cuts
@@ -43,6 +43,7 @@ class Plan(PlanData):
 
     __doc__ = PlanData.__doc__
 
+    @without_modes()
     def apply(self, model: nn.Module, example_inputs: Any = None) -> PrunedModule:
         """Prune a fresh copy of the architecture by this plan, with the values the copy holds.
 

@@ -20,7 +20,7 @@ from fxprune.passes.capture.patches import visible
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.pytree import collect, map_tensors
-from fxprune.passes.ir.quiet import unobserved
+from fxprune.passes.ir.quiet import unobserved, without_modes
 from fxprune.pipeline import Compilation
 from fxprune.plan import PlanData, plan_of
 from fxprune.repair.interpreter import ProgramRun
@@ -93,6 +93,7 @@ class Repair:
         return as_text(self)
 
 
+@without_modes()
 def repair(
     model: nn.Module,
     pruned: nn.Module,

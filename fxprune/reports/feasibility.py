@@ -13,6 +13,7 @@ from torch import nn
 from fxprune.criteria.base import Criterion
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
+from fxprune.passes.ir.quiet import without_modes
 from fxprune.pipeline import Compilation, spent
 from fxprune.reports.formatting import as_text, short, table
 from fxprune.selection.budgets import KINDS, format_cost
@@ -74,6 +75,7 @@ class Feasibility:
         return as_text(self)
 
 
+@without_modes()
 def feasible(
     model: nn.Module,
     example_inputs: Any = None,

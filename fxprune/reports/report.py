@@ -17,7 +17,7 @@ from fxprune.inputs import ExampleInputs
 from fxprune.passes.capture.patches import visible
 from fxprune.passes.coupling.families import families
 from fxprune.passes.ir.module_tree import private_copy, set_mode
-from fxprune.passes.ir.quiet import unobserved
+from fxprune.passes.ir.quiet import unobserved, without_modes
 from fxprune.pipeline import Compilation
 from fxprune.plan import PlanData, plan_of
 from fxprune.reports.coupling import CoupledFamily, coupled_family
@@ -163,6 +163,7 @@ class Report:
         return as_text(self)
 
 
+@without_modes()
 def report(model: nn.Module, pruned: nn.Module, example_inputs: Any = None) -> Report:
     """What pruning took from a model and what it left, family by family, and why some stayed whole.
 

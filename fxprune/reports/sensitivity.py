@@ -17,7 +17,7 @@ from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.coupling.families import Family
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.quiet import unobserved
+from fxprune.passes.ir.quiet import unobserved, without_modes
 from fxprune.pipeline import Choice, Compilation
 from fxprune.reports.coupling import place
 from fxprune.reports.formatting import as_text, table
@@ -114,6 +114,7 @@ class Sensitivity:
         return as_text(self, width=max(110, 60 + 8 * len(self.ratios)))
 
 
+@without_modes()
 def sensitivity(
     model: nn.Module,
     example_inputs: Any = None,

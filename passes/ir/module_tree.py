@@ -181,7 +181,7 @@ def duplicate(value: Any, memo: dict[int, Any]) -> Any:
         memo[id(handle)] = RemovableHandle(OrderedDict())  # those of a copy must not remove the original's hooks
     try:
         return copy.deepcopy(value, memo)
-    except TypeError:  # a lock, a process group, a stream: what cannot be copied is shared
+    except Exception:  # a lock, a process group, a stream: what cannot be copied is shared
         if type(value) is dict or type(value) is OrderedDict:
             return type(value)((key, duplicate(v, memo)) for key, v in value.items())
         return type(value)(duplicate(v, memo) for v in value) if type(value) in (set, list, tuple) else value
