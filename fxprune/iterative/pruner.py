@@ -55,8 +55,7 @@ class Pruner:
     Attributes:
         model: what the last step returned; before the first, the original.
         plan: all steps so far as one plan of the original: `plan.apply(original)` has the present architecture.
-        history: a record of each step; printable.
-        done: whether all steps were taken.
+        history: a record of each step; printable. `done`: whether all steps were taken.
 
     Raises: PruneError for anything that cannot be done, already here where the last step could not be.
     """

@@ -65,8 +65,8 @@ def restore_functions(replaced: Iterable[tuple[Callable[..., Any], Callable[...,
     Arguments: `replaced`, pairs of a function and what stood in its place.
     """
     for function, wrapper in replaced:
-        if sys.getrefcount(wrapper) > 3:  # those of the pair, of this frame and of the argument
+        if sys.getrefcount(wrapper) > 4:  # those of the pair, of this frame, of the argument and of the pairs' owner
             for holder in gc.get_referrers(wrapper):
-                if isinstance(holder, dict) and (type(holder) is dict or isinstance(holder, ModuleType)):
+                if type(holder) is dict:
                     for key in [k for k, v in holder.items() if v is wrapper]:
                         holder[key] = function
