@@ -218,29 +218,28 @@ def test_quantized_models():
     )
 
 
-class Odd(nn.Module):
-    """Its copy cannot be made."""
+def test_what_nobody_foresaw_is_one_error(monkeypatch):
+    monkeypatch.delenv("FXPRUNE_STRICT")
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.odd = nn.Linear(4, 8), nn.Linear(8, 2), NoCopy()
+    def fails(*args, **kwargs):
+        raise LookupError("nobody foresaw this")
 
-    def forward(self, x):
-        return self.b(self.a(x).relu())
+    monkeypatch.setattr("fxprune.inputs.ExampleInputs.check", fails)
+    for call in (fxprune.prune, fxprune.couple, fxprune.feasible, fxprune.Pruner):
+        with pytest.raises(fxprune.PruneError, match="LookupError: nobody foresaw this") as caught:
+            call(plain().eval(), example_inputs=X)
+        assert caught.value.fix
 
 
 class NoCopy:
     def __deepcopy__(self, memo):
-        raise LookupError("nobody foresaw this")
+        raise LookupError("there is one of me")
 
 
-def test_what_nobody_foresaw_is_one_error(monkeypatch):
-    monkeypatch.delenv("FXPRUNE_STRICT")
-    calls = (fxprune.prune, fxprune.couple, fxprune.feasible, fxprune.Pruner)
-    for call in calls:
-        with pytest.raises(fxprune.PruneError, match="LookupError: nobody foresaw this") as caught:
-            call(Odd().eval(), example_inputs=X)
-        assert caught.value.fix
+def test_what_cannot_be_copied_is_shared():
+    model = plain().eval()
+    model.one = NoCopy()
+    assert fxprune.prune(model, 0.5, example_inputs=X).verification.ok
 
 
 def test_compiling_goes_on_as_before():
