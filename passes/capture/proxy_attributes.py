@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fxprune.passes.capture.data_sizes import DataSizes
 from fxprune.passes.capture.evaluation import Evaluator
 from fxprune.passes.capture.frames import Frame
 from fxprune.passes.capture.proxy import ValueProxy, unwrap
+from fxprune.passes.capture.recorder import Recorder
 from fxprune.passes.errors import NeedsValues, ReadsMissing, ReadsValue
 from fxprune.passes.ir.program import Guard
 
@@ -81,7 +83,13 @@ class ProxyAttributes(fx.Tracer):
     depends: dict[fx.Node, bool]
     frames: list[Frame]
     evaluator: Evaluator
+    recorder: Recorder
+    results: dict[fx.Node, Any]
     inlining: bool = False
+
+    @functools.cached_property
+    def data_sizes(self) -> DataSizes:
+        return DataSizes(self.recorder.op_trace)
 
     def bind(self, node: fx.Node, value: Any) -> Any:
         """The proxy for a node."""
@@ -144,6 +152,8 @@ class ProxyAttributes(fx.Tracer):
     def concretise(self, proxy: ValueProxy, how: str) -> Any:
         if isinstance(proxy.value, Tensor):
             return self.known_tensor(proxy, how).item()
+        if self.data_sizes.decide(proxy.node, self.results):
+            raise ReadsValue(f"{how}() of %{proxy.node.name}, a size that data make")
         self.guards.append(Guard(proxy.node, how, proxy.value))
         return proxy.value
 

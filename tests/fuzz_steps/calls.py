@@ -17,7 +17,7 @@ def by_keyword(w: Writer, x: Value, *, how: str) -> str:
     return f"{w.layer(layer)}(input={x})"
 
 
-@op(ANY, weight=1.5, how=one_of("script", "memo", "count"))
+@op(ANY, weight=1.5, how=one_of("memo", "count"))
 def called(w: Writer, x: Value, *, how: str) -> str:
     """A function of TorchScript's, or one that remembers what it computed for a size."""
     if how == "script":

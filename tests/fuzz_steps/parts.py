@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,9 +62,13 @@ class Regroups(nn.Module):
         return x.reshape(*x.shape[:-2], self.channels).movedim(-1, self.axis)
 
 
-@torch.jit.script
-def scripted_swish(x: Tensor) -> Tensor:
+def swish(x: Tensor) -> Tensor:
     return x * torch.sigmoid(x)
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # it is deprecated, and models have it
+    scripted_swish = torch.jit.script(swish)
 
 
 @functools.lru_cache
