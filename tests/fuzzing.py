@@ -215,7 +215,7 @@ def compared(
             with contextlib.suppress(ValueError):  # a norm needs more than one value a channel to train
                 wanted = run(reference.train(), inputs)
                 found["the zeroed original in training"] = relative_error(wanted, run(copy.deepcopy(pruned).train(), inputs))
-    return found | {"fxprune.verify": fxprune.verify(model, pruned, inputs).masked}
+    return found | {"fxprune.verify": fxprune.verify(model, pruned, inputs).error}
 
 
 # -- draw --------------------------------------------------------------------------------------------------------------

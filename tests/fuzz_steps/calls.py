@@ -34,7 +34,7 @@ def handed_on(w: Writer, x: Value, *, how: str) -> str:
     return "t.first + t.second" if how == "dataclass" else "t[0] + t[1]"
 
 
-@op(ANY, weight=2, times=one_of(2, 3), how=one_of("tile", "stack"))
+@op(ANY, weight=2, times=one_of(2, 3), how=one_of("interleave", "expand", "tile", "stack"))
 def product_of_copies(w: Writer, x: Value, *, times: int, how: str) -> str:
     """Every channel several times, and a product over all of them: copies go together or not at all."""
     a = x.axis
