@@ -191,8 +191,7 @@ class Pruner:
         if not self._planner.solution.captures[0].opaque or choice.slicer.keeps_all:
             return False
         self._compilation.follow()
-        fails = self._compilation.freeze_broken(self._compilation.keep(choice.kept))
-        if fails:
+        if fails := self._compilation.freeze_broken(self._compilation.keep(choice.kept)):
             self._planner = Planner(self._compilation, self._options)
         return fails
 
