@@ -1,4 +1,4 @@
-"""Comparison of a pruned model with the masked original."""
+"""Compare a pruned model with the masked original and with the zeroed original."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ from torch import Tensor, fx, nn
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.errors import GuardError
 from fxprune.passes.ir.labels import Labels
-from fxprune.passes.ir.module_tree import private_copy
+from fxprune.passes.ir.module_tree import named_tensors, private_copy
 from fxprune.passes.ir.pytree import collect, map_tensors
+from fxprune.passes.ir.slices import Slicer
 from fxprune.passes.verification.masked_model import MaskedOriginal, random_state, relative_error, set_random_state
+from fxprune.passes.verification.zero_flow import why_zeroed_does_not_apply
+from fxprune.passes.verification.zeroed_model import Slices, ZeroedOriginal
 
 # float32 sums in another order differ by about this much over the depth of a deep network
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 REFUSED = " is refused: "
+EXAMPLE = "the example inputs"
 
 
 def tolerance_of(model: nn.Module) -> float:
@@ -30,20 +34,32 @@ def tolerance_of(model: nn.Module) -> float:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was compared, and the largest relative error found.
+    """What a pruned model was compared with, and the largest relative error found.
+
+    There are two references. The *masked* original computes with kept channels only, by the labels that its values carry. The
+    *zeroed* original has its removed parameters set to zero and knows no labels; it is a reference wherever zero stays zero on
+    the way (there is no mean or norm over channels). Where it is one, it decides.
 
     Attributes:
-        error: the largest absolute difference of an output over its largest absolute value.
+        error: the largest absolute difference of an output over its largest absolute value, against the reference that decides.
         compared: a sentence for each comparison made.
-        tolerance: the error up to which the result counts as equal, by dtype.
-        blank: whether all that the masked original returned was zero, as with a last layer that starts at zero: then the two
+        tolerance: the error up to which the result counts as equal, by the precision of the arithmetic done.
+        blank: whether all outputs of the masked original are zero, as with a last layer that starts at zero: then the two
             agree whatever comes before it.
+        excused: input sizes that were not compared since the original itself fails there, with its error.
+        masked: the error against the masked original.
+        zeroed: the error against the zeroed original; None where its outputs have other shapes, or it does not run.
+        no_zeroed: why the zeroed original is no reference; empty where it is one, or where the two agree.
     """
 
     error: float
     compared: tuple[str, ...]
     tolerance: float
     blank: bool = False
+    excused: tuple[str, ...] = ()
+    masked: float = 0.0
+    zeroed: float | None = None
+    no_zeroed: str = ""
 
     @property
     def ok(self) -> bool:
@@ -54,10 +70,25 @@ class Verification:
         """Those of the comparisons that could not be made, since the pruned program takes no such inputs."""
         return tuple(said for said in self.compared if REFUSED in said)
 
+    @property
+    def disagreement(self) -> str:
+        """What to know where the two references are not of one opinion; empty where they are."""
+        if self.no_zeroed:
+            return f"the zeroed original does not apply: {self.no_zeroed}"
+        if self.zeroed is None or (self.masked <= self.tolerance) == (self.zeroed <= self.tolerance):
+            return ""
+        if self.zeroed <= self.tolerance:
+            return f"the masked original differs by {self.masked:.1e}, but the zeroed one applies and decides"
+        return f"the masked original agrees to {self.masked:.1e}, but the zeroed one applies and decides"
+
     def __str__(self) -> str:
         verdict = "exact" if self.ok else "NOT exact"
-        said = (*self.compared, "all outputs are zero, which says little") if self.blank else self.compared
-        return f"{verdict}: largest relative error {self.error:.1e} against the masked original ({'; '.join(said)})"
+        said = [*self.compared, *self.excused, *([self.disagreement] if self.disagreement else [])]
+        said += ["all outputs are zero, which says little"] if self.blank else []
+        against = (
+            "masked" if self.no_zeroed or self.zeroed is None else "zeroed" if self.disagreement else "masked and the zeroed"
+        )
+        return f"{verdict}: largest relative error {self.error:.1e} against the {against} original ({'; '.join(said)})"
 
 
 @contextlib.contextmanager
@@ -97,21 +128,41 @@ def compare(
     *,
     sizes: bool,
 ) -> Verification:
-    """Run both on the example inputs, and at other sizes where the original takes them.
+    """Run a pruned model and both references on the example inputs, and at other sizes where the original takes them.
 
-    What differs in the model's own precision is compared in double precision once more: where scores are ranked, rounding
-    decides which of two comes first, and then everything after it is another one's.
+    What differs in the model's own precision is compared once more in double precision: where scores are ranked, rounding
+    decides which of two comes first, and everything after depends on it.
+
+    Arguments:
+        model: the original.
+        pruned: the result; its plan is in `meta["plan"]`.
+        leaves: labels of the model's tensors, by name.
+        kept: which labels are kept, shape (labels,).
+        heads: as in coupling.
+        args, kwargs: example inputs.
+        sizes: whether to try another batch and another image size.
     """
-    found = compare_as_they_are(model, pruned, leaves, kept, heads, args, kwargs, sizes=sizes)
+    slices = slices_of(model, pruned, leaves, kept)
+    found = Comparison(model, pruned, leaves, kept, heads, slices).run(args, kwargs, sizes=sizes)
     if found.ok or found.tolerance <= TOLERANCE[torch.float64]:
         return found
     try:
         reference = private_copy(model, doubled)
         args, kwargs = map_tensors((args, kwargs), lambda t: t.double() if t.is_floating_point() else t)
-        again = compare_as_they_are(reference, copy.deepcopy(pruned).double(), leaves, kept, heads, args, kwargs, sizes=sizes)
+        twice = Comparison(reference, copy.deepcopy(pruned).double(), leaves, kept, heads, slices)
+        again = twice.run(args, kwargs, sizes=sizes)
     except Exception:  # the model insists on its precision
         return found
     return replace(again, compared=(*again.compared, "in double precision")) if again.ok else found
+
+
+def slices_of(model: nn.Module, pruned: fx.GraphModule, leaves: Mapping[str, Labels], kept: Tensor) -> Slices:
+    """The slices of the model's own tensors: those of the plan, or of the same choice where there is no plan yet."""
+    plan = pruned.meta.get("plan")
+    if plan is not None:
+        return plan.keep
+    slicer = Slicer(kept)
+    return {name: slicer(leaves.get(name, ()), tensor.shape) for name, tensor in named_tensors(model)}
 
 
 def doubled(tensor: Tensor) -> Tensor:
@@ -119,47 +170,114 @@ def doubled(tensor: Tensor) -> Tensor:
     return nn.Parameter(wide, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else wide
 
 
-def compare_as_they_are(
-    model: nn.Module,
-    pruned: fx.GraphModule,
-    leaves: Mapping[str, Labels],
-    kept: Tensor,
-    heads: bool,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    *,
-    sizes: bool,
-) -> Verification:
-    """`compare` in the precision that model and inputs have."""
-    error, compared, blank = 0.0, [], True
-    tolerance = tolerance_of(model)
-    cases = [("the example inputs", args, kwargs)]
-    if sizes:
-        cases += [(name, i.args, i.kwargs) for name, i in ExampleInputs(args, kwargs).other_sizes()]
-    masked = MaskedOriginal(model, leaves, kept, heads)
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
-    with evaluating(pruned), torch.no_grad(), torch.random.fork_rng(devices=devices):
-        for name, a, k in cases:
-            try:
-                drawn = random_state(devices)  # a model may draw in evaluation, too: both draw the same numbers
-                wanted = masked(a, k, whole=False)
-            except Exception:
-                if name == "the example inputs":
-                    raise
-                continue  # the original does not take this size
-            try:
-                set_random_state(devices, drawn)
-                with restoring(pruned, parameters=masked.writes):
-                    got = pruned(*a, **k)
-            except GuardError as refused:
-                if name == "the example inputs":
-                    raise
-                compared.append(f"another {name}{REFUSED}{refused}")
-                continue
-            error = max([error, *differences(wanted, got)])
-            blank = blank and not any(bool(t.any()) for t in collect(wanted, Tensor))
-            compared.append(name if name == "the example inputs" else f"another {name}")
-    return Verification(error, tuple(compared), tolerance, blank)
+class Comparison:
+    """A pruned model against both references, in the precision that model and inputs have. Arguments as for `compare`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pruned: fx.GraphModule,
+        leaves: Mapping[str, Labels],
+        kept: Tensor,
+        heads: bool,
+        slices: Slices,
+    ) -> None:
+        self.model, self.pruned, self.slices = model, pruned, slices
+        self.masked = MaskedOriginal(model, leaves, kept, heads)
+        self.zeroed: ZeroedOriginal | None = None
+        self.devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+        self.errors: list[tuple[float, float | None]] = []  # against the masked and the zeroed original
+        self.compared: list[str] = []
+        self.excused: list[str] = []
+        self.no_zeroed = ""
+        self.blank = True
+
+    @property
+    def tolerance(self) -> float:
+        return max(tolerance_of(self.model), *(TOLERANCE[dtype] for dtype in self.masked.dtypes), 0.0)
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, sizes: bool) -> Verification:
+        with evaluating(self.pruned), torch.no_grad(), torch.random.fork_rng(devices=self.devices):
+            self.add(EXAMPLE, args, kwargs)
+            for name, other in ExampleInputs(args, kwargs).other_sizes() if sizes else ():
+                self.add(f"another {name}", other.args, other.kwargs)
+        masked = max(error for error, _ in self.errors)
+        zeroed = [error for _, error in self.errors if error is not None]
+        decides = bool(zeroed) and not self.no_zeroed
+        error = max(zeroed) if decides and self.disagrees(masked, max(zeroed)) else max([masked, *(zeroed if decides else [])])
+        return Verification(
+            error,
+            tuple(self.compared),
+            self.tolerance,
+            self.blank,
+            tuple(self.excused),
+            masked,
+            max(zeroed, default=None),
+            self.no_zeroed,
+        )
+
+    def disagrees(self, masked: float, zeroed: float) -> bool:
+        """Whether one reference calls the result exact and the other one does not."""
+        return (masked <= self.tolerance) != (zeroed <= self.tolerance)
+
+    def add(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Compare on some inputs; only an exception of the original itself excuses inputs of another size."""
+        drawn = random_state(self.devices)  # a model may draw in evaluation, too: all draw the same numbers
+        try:
+            wanted = self.masked(args, kwargs, whole=False)
+        except Exception:
+            failure = "" if name == EXAMPLE else why_original_fails(self.model, args, kwargs)
+            if not failure:
+                raise
+            self.excused.append(f"{name} is not taken by the original: {failure}")
+            return
+        try:
+            set_random_state(self.devices, drawn)
+            with restoring(self.pruned, parameters=self.masked.writes):
+                got = self.pruned(*args, **kwargs)
+        except GuardError as refused:
+            if name == EXAMPLE:
+                raise
+            self.compared.append(f"{name}{REFUSED}{refused}")
+            return
+        masked = max(differences(wanted, got), default=0.0)
+        self.blank = self.blank and not any(bool(t.any()) for t in collect(wanted, Tensor))
+        zeroed = None
+        if name == EXAMPLE or masked > self.tolerance:
+            set_random_state(self.devices, drawn)
+            zeroed = self.against_zeroed(got, args, kwargs)
+            if zeroed is not None and not self.no_zeroed and self.disagrees(masked, zeroed):
+                assert self.zeroed is not None
+                self.no_zeroed = why_zeroed_does_not_apply(self.zeroed, args, kwargs)
+        self.errors.append((masked, zeroed))
+        self.compared.append(name)
+
+    def against_zeroed(self, got: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
+        """The error against the zeroed original; None where there is none, and why."""
+        try:
+            self.zeroed = self.zeroed or ZeroedOriginal(self.model, self.slices)
+            wanted = self.zeroed(*map_tensors((args, kwargs), torch.clone))
+        except Exception as error:
+            self.no_zeroed = f"it raises {type(error).__name__}"
+            return None
+        expected, found = collect(wanted, Tensor), collect(got, Tensor)
+        if [t.shape for t in expected] != [t.shape for t in found]:
+            self.no_zeroed = "the pruned model returns fewer channels"
+            return None
+        if any(t.is_floating_point() and not bool(t.isfinite().all()) for t in expected):
+            self.no_zeroed = "it returns values that are not finite"
+            return None
+        return max([relative_error(x, y) for x, y in zip(expected, found, strict=True)], default=0.0)
+
+
+def why_original_fails(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """The exception that the original raises on some inputs; empty where it takes them."""
+    try:
+        private_copy(model).eval()(*map_tensors(args, torch.clone), **map_tensors(kwargs, torch.clone))
+    except Exception as error:
+        said = " ".join(str(error).split())
+        return f"{type(error).__name__}: {said[:120]}"
+    return ""
 
 
 def differences(wanted: Any, got: Any) -> list[float]:

@@ -369,3 +369,24 @@ def test_what_the_compiler_cannot_follow(monkeypatch):
         fxprune.prune(Grows().eval(), example_inputs=torch.randn(3, 4, 8))
     assert raised.value.what.startswith("the model's program cannot be followed: ValueError: ")
     assert raised.value.where == "Grows" and raised.value.fix.startswith("report it with the model")
+
+
+TABLE = torch.ones(3).numpy()
+
+
+@pytest.mark.parametrize(
+    "request_, what",
+    [
+        ({"ratio": {None: 0.5}}, "ratio names None, which is no glob over module names"),
+        ({"ratio": 10**400}, f"ratio must be a number in [0, 1), not {10**400}"),
+        ({"floor": 10**400}, f"floor must be a number in [0, 1], not {10**400}"),
+        ({"ranking": TABLE}, f"ranking must be one of local, global, isomorphic, not {TABLE!r}"),
+        ({"verify": TABLE}, f"verify must be True, False or 'auto', not {TABLE!r}"),
+        ({"scopes": {"early": 3}}, "scopes must name globs, not {'early': 3}"),
+    ],
+)
+def test_arguments_of_other_types(request_, what):
+    """Each is named, and none ends in an error of Python's."""
+    with pytest.raises(fxprune.PruneError) as caught:
+        fxprune.prune(net(), example_inputs=IMAGES, **request_)
+    assert caught.value.what == what and caught.value.fix

@@ -112,7 +112,7 @@ def test_outputs_that_are_all_zero_are_said_to_say_little() -> None:
     assert found.ok
     assert found.blank
     assert str(found) == (
-        "exact: largest relative error 0.0e+00 against the masked original"
+        "exact: largest relative error 0.0e+00 against the masked and the zeroed original"
         " (the example inputs; another batch; all outputs are zero, which says little)"
     )
     nn.init.ones_(model[2].bias)

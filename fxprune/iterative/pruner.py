@@ -24,7 +24,7 @@ from fxprune.model_kinds import unwrapped
 from fxprune.passes.errors import PruneError
 from fxprune.pipeline import Choice, Compilation
 from fxprune.plan import PlanData
-from fxprune.selection.options import Attention, Freeze, Options, Ratio, Scopes, Verify
+from fxprune.selection.options import Attention, Freeze, Options, Ratio, Scopes, Verify, is_one_of
 
 AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
 
@@ -110,7 +110,7 @@ class Pruner:
             )
             self._shares = shares(schedule, steps)
             self._regularizer = find(regularizer)
-            if mask not in (None, "hold", "soft"):
+            if mask is not None and not is_one_of(mask, ("hold", "soft")):
                 raise PruneError(f"mask must be 'hold', 'soft' or None, not {mask!r}", fix="mask='hold'")
             inputs = ExampleInputs.parse(example_inputs).check(model)
             self._options, self._mask = options, mask
@@ -190,8 +190,7 @@ class Pruner:
         if not self._planner.solution.captures[0].opaque or choice.slicer.keeps_all:
             return False
         self._compilation.follow()
-        fails = self._compilation.freeze_broken(self._compilation.keep(choice.kept))
-        if fails:
+        if fails := self._compilation.freeze_broken(self._compilation.keep(choice.kept)):
             self._planner = Planner(self._compilation, self._options)
         return fails
 
@@ -309,10 +308,8 @@ class Pruner:
     def regularize(self, model: nn.Module) -> None:
         """Add the gradient of the regulariser's penalty to the gradients of a model: call it between backward() and step().
 
-        With a gradient scaler, call it after `unscale_`.
-
         Arguments:
-            model: the present model (the original, before the first step).
+            model: the present model (the original, before the first step). With a gradient scaler, `unscale_` comes before.
 
         Raises: PruneError for another model, or before any backward(); nothing has changed then.
         """

@@ -35,8 +35,7 @@ class BudgetKind:
 
     def check(self, amount: float | str) -> None:
         """Raise PruneError for what is no amount."""
-        number = isinstance(amount, int | float) and not isinstance(amount, bool)
-        if not number or not 0 < float(amount) < math.inf:
+        if not isinstance(amount, int | float) or isinstance(amount, bool) or not 0 < amount < math.inf:
             raise PruneError(
                 f"{self.name} must be a positive number, not {amount!r}",
                 fix=f"{self.name}=0.5 keeps half of the original; a number above 1 is absolute",

@@ -116,12 +116,18 @@ class Options:
         return contextlib.nullcontext() if self.runs_the_model else uncollected()
 
 
+def is_one_of(value: Any, words: Sequence[str]) -> bool:
+    return isinstance(value, str) and value in words
+
+
 def check_ratio(ratio: Any) -> None:
     named = dict(ratio) if isinstance(ratio, Mapping) else {"": ratio}
     if not named:
         raise PruneError("ratio is an empty mapping, which removes nothing", fix="ratio={'layer1': 0.5}, or ratio=0.5")
     for glob, value in named.items():
-        ok = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and 0 <= value < 1
+        if not isinstance(glob, str):
+            raise PruneError(f"ratio names {glob!r}, which is no glob over module names", fix="ratio={'layer1': 0.5}")
+        ok = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
         if not ok:
             what = f"ratio[{glob!r}]" if glob else "ratio"
             raise PruneError(
@@ -131,7 +137,7 @@ def check_ratio(ratio: Any) -> None:
 
 
 def check_attention(attention: Any) -> None:
-    if not isinstance(attention, str) or attention not in ("heads", "dims"):
+    if not is_one_of(attention, ("heads", "dims")):
         raise PruneError(f"attention must be 'heads' or 'dims', not {attention!r}", fix="attention='heads'")
 
 
@@ -140,15 +146,18 @@ def check_values(options: Options) -> None:
     round_to, floor, scopes = options.round_to, options.floor, options.scopes
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise PruneError(f"round_to must be a positive integer, not {round_to!r}", fix="round_to=8")
-    if not any(options.verify is v for v in (True, False)) and options.verify != "auto":
+    if not isinstance(options.verify, bool) and not is_one_of(options.verify, ("auto",)):
         raise PruneError(f"verify must be True, False or 'auto', not {options.verify!r}", fix="verify='auto'")
-    if options.ranking not in RANKINGS:
+    if not is_one_of(options.ranking, RANKINGS):
         raise PruneError(f"ranking must be one of {', '.join(RANKINGS)}, not {options.ranking!r}", fix="ranking='local'")
     if floor is not None:
         number = isinstance(floor, int | float) and not isinstance(floor, bool)
-        if not number or not math.isfinite(floor) or not 0 <= floor <= 1:
+        if not number or not 0 <= floor <= 1:
             raise PruneError(f"floor must be a number in [0, 1], not {floor!r}", fix="floor=0.1 keeps a tenth")
-    if scopes is not None and not (isinstance(scopes, Mapping) and scopes):
+    globs = list(scopes.values()) if isinstance(scopes, Mapping) else []
+    lists = [[some] if isinstance(some, str) else some for some in globs]
+    named = all(isinstance(some, list | tuple) and all(isinstance(glob, str) for glob in some) for some in lists)
+    if scopes is not None and not (globs and named):
         what = f"scopes must name globs, not {scopes!r}"
         raise PruneError(what, fix="scopes={'early': ['layer1', 'layer2']}")
     resolve(options.criterion)

@@ -17,6 +17,7 @@ from fxprune.passes.capture.frames import Frame
 from fxprune.passes.capture.proxy import PROXIES, Proxy, TensorProxy, unwrap
 from fxprune.passes.capture.recorder import Recorder
 from fxprune.passes.errors import NeedsValues, ReadsMissing, ReadsValue
+from fxprune.passes.ir.data_sizes import DataSizes
 from fxprune.passes.ir.program import Guard
 from fxprune.passes.ir.pytree import iterate
 
@@ -103,11 +104,16 @@ class ProxyAttributes(fx.Tracer):
     evaluator: Evaluator
     recorder: Recorder
     names: dict[int, str]
+    results: dict[fx.Node, Any]
     inlining: bool = False
 
     @functools.cached_property
     def interception(self) -> TorchFunctionMode:
         return Interception(self)
+
+    @functools.cached_property
+    def data_sizes(self) -> DataSizes:
+        return DataSizes(self.recorder.op_trace)
 
     def bind(self, node: fx.Node, value: Any) -> Any:
         """The proxy for a node."""
@@ -170,6 +176,8 @@ class ProxyAttributes(fx.Tracer):
     def concretise(self, proxy: Any, how: str) -> Any:
         if isinstance(proxy.value, Tensor):
             return self.known_tensor(proxy, how).item()
+        if self.data_sizes.decide(proxy.node, self.results):
+            raise ReadsValue(f"{how}() of %{proxy.node.name}, a size that data make")
         self.guards.append(Guard(proxy.node, how, proxy.value))
         return proxy.value
 

@@ -149,6 +149,9 @@ class ValueTracer(GraphBuilder):
         """What was captured; the tracer holds nothing of it afterwards."""
         self.stored.restore(self.index, 0)
         output = next(n for n in reversed(self.graph.nodes) if n.op == "output")
+        whole = next((n for n in self.graph.nodes if prefix and n.target == prefix.rstrip(".")), None)
+        if whole is not None:  # what the model returns, however many values that is
+            output.args = (whole,)
         only = self.modes.membership(self.graph, self.index)
         evaluator = self.evaluator
         made = CapturedProgram(

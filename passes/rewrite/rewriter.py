@@ -124,6 +124,8 @@ class Rewriter:
     def run(self) -> tuple[fx.Graph, Program | None]:
         """The pruned program for evaluation, and that for training where the two differ."""
         nodes = list(self.graph.nodes)
+        for node in nodes:
+            pass_input_by_position(node)
         inner: set[fx.Node] = set()
         for node in nodes:
             with self.editor.visiting(node):
@@ -251,6 +253,13 @@ class Rewriter:
         if found is not None:
             return found[1] == 0 or not self.sizes.is_symbolic(node)
         return node.op != "placeholder" and all(self.asks_for_batch(n) for n in node.all_input_nodes)
+
+
+def pass_input_by_position(node: fx.Node) -> None:
+    """`conv(input=x)` as `conv(x)`, which is how handlers know it."""
+    if node.op in ("call_module", "call_function") and not node.args and "input" in node.kwargs:
+        node.args = (node.kwargs["input"],)
+        node.kwargs = {name: value for name, value in node.kwargs.items() if name != "input"}
 
 
 def drop_dead(graph: fx.Graph) -> None:

@@ -30,6 +30,8 @@ from fxprune.passes.ir.tensor_ref import TensorRef
 from fxprune.passes.ops.call import OpView, RuleContext
 from fxprune.passes.ops.registry import find
 
+HALF_PRECISION = frozenset([torch.bfloat16, torch.float16])
+
 
 class MaskedRun(Recorder):
     """Runs the original with removed elements masked.
@@ -51,6 +53,7 @@ class MaskedRun(Recorder):
         self.labels: dict[int, Labels] = {}
         self.zeroed: set[int] = set()  # the model's tensors, and views of them: zero where they are removed
         self.memory: set[int] = set()  # where the model's tensors lie
+        self.dtypes: set[torch.dtype] = set()  # of half precision that results were computed in
         self.state = PropagationState(self.op_trace, self.labels, ConstraintBuilder(len(kept)), heads)
 
     @property
@@ -105,6 +108,8 @@ class MaskedRun(Recorder):
         else:
             produced = super().__torch_dispatch__(func, types, args, kwargs)
         op = self.op_trace.ops[-1]
+        if refs:
+            self.dtypes.update(HALF_PRECISION.intersection([self.op_trace.values[ref.id].dtype for ref in op.outputs]))
         apply_rule(RuleContext(op, self.state))
         constraints = self.state.constraints
         self.kept_labels.add(constraints.clear(), constraints.size)
@@ -136,6 +141,7 @@ class MaskedOriginal:
         self.model, self.leaves, self.kept, self.heads = model, leaves, kept, heads
         self.parameters: dict[int, nn.Parameter] = {}  # zero where removed, by the identity of the original's
         self.writes = False  # whether a forward writes to parameters
+        self.dtypes: set[torch.dtype] = set()  # of half precision that results were computed in
 
     def __call__(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], given: Sequence[Labels] = (), *, whole: bool = True
@@ -160,6 +166,7 @@ class MaskedOriginal:
                 masker.labels.update({r.id: labels for r, labels in zip(refs, given, strict=False)})
                 with masker:
                     out = reference(*a, **k)
+            self.dtypes |= masker.dtypes
             if any(version_of(p) for p in self.parameters.values()):
                 self.writes = True
                 self.parameters.clear()

@@ -1,6 +1,6 @@
 """The vocabulary of random programs: importing the package registers every step."""
 
-from . import attention, channels, layers, mixing, modules
+from . import attention, calls, channels, layers, mixing, modules
 from .writer import OPS, PARTS, RANKS, SCOPE, Op, Step, Value, Writer
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Value",
     "Writer",
     "attention",
+    "calls",
     "channels",
     "layers",
     "mixing",

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -55,3 +60,40 @@ class Regroups(nn.Module):
         x = x.movedim(self.axis, -1) * self.scale
         x = x.view(*x.shape[:-1], self.groups, self.channels // self.groups).transpose(-1, -2)
         return x.reshape(*x.shape[:-2], self.channels).movedim(-1, self.axis)
+
+
+def swish(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # it is deprecated, and models have it
+    scripted_swish = torch.jit.script(swish)
+
+
+@functools.lru_cache
+def remembered_slope(size: int) -> float:
+    """Remembers what it is asked for, by size."""
+    return 1 + 1 / (1 + size)
+
+
+@functools.lru_cache
+def remembered_ramp(size: int) -> Tensor:
+    return torch.linspace(0, 1, size, dtype=torch.float64)
+
+
+@dataclass
+class Two:
+    first: Tensor
+    second: Tensor
+
+
+class Returns(nn.Module):
+    """Returns two values together."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Any:
+        return Two(x, x.tanh()) if self.how == "dataclass" else [x, x.tanh()]

@@ -19,7 +19,9 @@ from torch.nn import functional as F
 from . import parts
 
 # What the lines of a program may name.
-PARTS = {kind.__name__: kind for kind in (parts.Chosen, parts.Either, parts.Reads, parts.Regroups)}
+PARTS: dict[str, Any] = {
+    kind.__name__: kind for kind in (parts.Chosen, parts.Either, parts.Reads, parts.Regroups, parts.Returns)
+} | {name: getattr(parts, name) for name in ("scripted_swish", "remembered_slope", "remembered_ramp")}
 SCOPE: dict[str, Any] = {"torch": torch, "nn": nn, "F": F, "math": math, **PARTS}
 
 Pick = Callable[[random.Random, "Value"], Any]

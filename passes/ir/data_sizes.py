@@ -1,0 +1,93 @@
+"""Sizes that are made by data, such as how many scores pass a threshold.
+
+What Python decides by such a size it decides by values of tensors, and pruning changes those: it is nothing that a program may
+take for granted about its inputs. So a module that branches on one is kept as one node, whose own code decides each time.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxprune.passes.ir.op_trace import OpCall, OpTrace, name_of
+from fxprune.passes.ir.program import reads_shape
+from fxprune.passes.ir.tensor_ref import TensorRef
+
+RESHAPES = frozenset(f"aten::{name}" for name in ("view", "_unsafe_view", "reshape", "cat", "slice", "repeat_interleave"))
+
+
+class DataSizes:
+    """Which dimensions of which values on an op trace are as large as data make them; read on as the trace grows."""
+
+    def __init__(self, op_trace: OpTrace) -> None:
+        self.op_trace = op_trace
+        self.read: list[OpCall] = []
+        self.dims: dict[int, frozenset[int]] = {}
+
+    def decide(self, node: fx.Node, results: Mapping[fx.Node, Any]) -> bool:
+        """Whether a number is computed from a size that data make."""
+        self.update()
+        return bool(self.dims) and any(
+            made and (dim is None or dim % max(1, len(self.op_trace.shape(ref))) in made)
+            for ref, dim in sizes_read(node, results)
+            if (made := self.dims.get(ref.id))
+        )
+
+    def update(self) -> None:
+        ops = self.op_trace.ops
+        if len(self.read) > len(ops) or (self.read and ops[len(self.read) - 1] is not self.read[-1]):  # an attempt was given up
+            self.read, self.dims = [], {}
+        for op in ops[len(self.read) :]:
+            self.read.append(op)
+            for ref in op.outputs:
+                made = self.made_by(op, ref)
+                if made:
+                    self.dims[ref.id] = made
+
+    def made_by(self, op: OpCall, out: TensorRef) -> frozenset[int]:
+        """The dimensions of a result that are as large as data make them."""
+        shape, inputs = self.op_trace.shape(out), op.inputs
+        found = {d for d in (new_dim(op, self.op_trace),) if d is not None and d < len(shape)}
+        known = {self.op_trace.shape(ref)[d] for ref in inputs for d in self.dims.get(ref.id, ())}
+        if known:
+            found |= {d for d, size in enumerate(shape) if size in known}
+            if name_of(op.func) in RESHAPES and not found:
+                before = {size for ref in inputs for size in self.op_trace.shape(ref)}
+                found |= {d for d, size in enumerate(shape) if size not in before}
+        return frozenset(found)
+
+
+def new_dim(op: OpCall, op_trace: OpTrace) -> int | None:
+    """The dimension of a result whose size an operator finds out from data that depend on the inputs."""
+    name, values = name_of(op.func), op_trace.values
+    if name == "aten::index":
+        for at, index in enumerate(op.args[1]):
+            if (
+                isinstance(index, TensorRef)
+                and values[index.id].from_input
+                and values[index.id].dtype in (torch.bool, torch.uint8)
+            ):
+                return at
+        return None
+    dynamic = torch.Tag.dynamic_output_shape in getattr(op.func, "tags", ()) or name == "torchvision::nms"
+    return 0 if dynamic and any(values[ref.id].from_input for ref in op.inputs) else None
+
+
+def sizes_read(node: fx.Node, results: Mapping[fx.Node, Any]) -> Iterator[tuple[TensorRef, int | None]]:
+    """The sizes that a number is computed from: tensors, and the dimension where it is one."""
+    pending, seen = [node], {node}
+    while pending:
+        n = pending.pop()
+        shape = n.args[0] if n.target is operator.getitem else n
+        if isinstance(shape, fx.Node) and reads_shape(shape):
+            ref, dim = results.get(shape.args[0]), n.args[1] if len(n.args) > 1 else None  # type: ignore[arg-type]
+            if isinstance(ref, TensorRef):
+                yield ref, dim if isinstance(dim, int) else None
+            continue
+        new = [m for m in n.all_input_nodes if m not in seen and not isinstance(results.get(m), TensorRef)]
+        seen.update(new)
+        pending += new
