@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import operator
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +16,12 @@ from torch import Tensor, fx, nn
 from fxprune.passes.capture.evaluation import Evaluator
 from fxprune.passes.capture.frames import Frame
 from fxprune.passes.capture.index_contents import version_of
+from fxprune.passes.capture.leftovers import pending
 from fxprune.passes.capture.meta_kernels import RESHAPING
 from fxprune.passes.capture.modules import is_standard
-from fxprune.passes.capture.proxy import Items, ValueProxy, unwrap
-from fxprune.passes.capture.proxy_attributes import NUMBERS, ProxyAttributes
+from fxprune.passes.capture.patches import creating
+from fxprune.passes.capture.proxy import PROXIES, Items, TensorProxy, proxy_for, unwrap
+from fxprune.passes.capture.proxy_attributes import NUMBERS, ProxyAttributes, internal
 from fxprune.passes.capture.recorder import Recorder
 from fxprune.passes.capture.rollback import ModuleState
 from fxprune.passes.errors import NeedsValues, ReadsValue, WritesConstants
@@ -25,7 +29,7 @@ from fxprune.passes.ir.module_tree import every_path, named_tensors
 from fxprune.passes.ir.program import Guard
 from fxprune.passes.ir.pytree import ATOMS, like_dict, map_tensors
 
-HAS_NODES = ATOMS | {ValueProxy}
+HAS_NODES = ATOMS | PROXIES
 PLAIN = ATOMS | {complex, torch.layout, torch.memory_format}
 RESHAPES = frozenset(name.removeprefix("aten::") for name in RESHAPING)  # methods
 RESHAPES |= {getattr(torch, name) for name in RESHAPES if hasattr(torch, name)}
@@ -74,6 +78,7 @@ class GraphBuilder(ProxyAttributes):
         self.kept: list[Tensor] = []  # their copies in the program
         self.writes_constants = False
         self.frames = [Frame("", root)]
+        self.proxies: list[weakref.ref[Any]] = []
         self.index = {}
         self.depends = {}
         self.short: dict[Any, str] = {}  # names of nodes, by target
@@ -109,6 +114,7 @@ class GraphBuilder(ProxyAttributes):
             found = self.short[target] = self.graph._target_to_str(target)
         return found
 
+    @internal
     def create_proxy(
         self,
         kind: str,
@@ -119,7 +125,7 @@ class GraphBuilder(ProxyAttributes):
         type_expr: Any = None,
         proxy_factory_fn: Any = None,
     ) -> Any:
-        if target in ARITHMETIC and all(type(a) in NUMBERS or type(getattr(a, "value", None)) in NUMBERS for a in args):
+        if target in ARITHMETIC and all(type(a.value if type(a) in PROXIES else a) in NUMBERS for a in args):
             return self.once(kind, target, args)
         return self.made(kind, target, args, kwargs)
 
@@ -129,9 +135,9 @@ class GraphBuilder(ProxyAttributes):
             args = tuple([self.with_constants(a) for a in args])
         if kwargs and not HAS_NODES.issuperset(map(type, kwargs.values())):
             kwargs = {k: self.with_constants(v) for k, v in kwargs.items()}
-        made = tuple([a.node if type(a) is ValueProxy else self.create_arg(a) for a in args])
+        made = tuple([a.node if type(a) in PROXIES else self.create_arg(a) for a in args])
         node = self.create_node(kind, target, made, self.create_arg(kwargs) if kwargs else {})
-        ins = tuple([a.value if type(a) is ValueProxy else unwrap(a) for a in args])
+        ins = tuple([a.value if type(a) in PROXIES else unwrap(a) for a in args])
         ops = len(self.recorder.op_trace.ops)
         try:
             value = self.evaluator.evaluate(node, self.index[node], ins, unwrap(kwargs) if kwargs else kwargs)
@@ -147,14 +153,14 @@ class GraphBuilder(ProxyAttributes):
         """An argument in which proxies stand for tensors that the forward created outside of the graph."""
         if type(x) in HAS_NODES:
             return x
-        return map_tensors(x, lambda t: t if type(t) is ValueProxy or id(t) in self.names else self.constant(t))
+        return map_tensors(x, lambda t: t if type(t) is TensorProxy or id(t) in self.names else self.constant(t))
 
     def bind(self, node: fx.Node, value: Any) -> Any:
         """Record a node's value and hand out proxies for it: containers become real containers of proxies."""
         self.depends[node] = node.op == "placeholder" or True in [self.depends[n] for n in node.all_input_nodes]
         if isinstance(value, Tensor):
             self.results[node] = self.recorder.ref(value)
-            return ValueProxy(node, self, value)
+            return self.proxy(node, value)
         value = value.item() if isinstance(value, np.generic) else value
         self.results[node] = map_tensors(value, self.recorder.ref)
         if value is None:
@@ -163,7 +169,12 @@ class GraphBuilder(ProxyAttributes):
             return Items.of(node, value, [self.item(node, i, v) for i, v in enumerate(value)])
         if isinstance(value, dict):
             return like_dict(value, {k: self.item(node, k, v) for k, v in value.items()})
-        return ValueProxy(node, self, value)
+        return self.proxy(node, value)
+
+    def proxy(self, node: fx.Node, value: Any) -> Any:
+        made = proxy_for(node, self, value)
+        self.proxies.append(weakref.ref(made))
+        return made
 
     def item(self, node: fx.Node, key: Any, value: Any) -> Any:
         return self.bind(self.create_node("call_function", operator.getitem, (node, key), {}), value)
@@ -171,7 +182,7 @@ class GraphBuilder(ProxyAttributes):
     # -- arguments --------------------------------------------------------------------------------------------------
 
     def create_arg(self, a: Any) -> Any:
-        if type(a) is ValueProxy:
+        if type(a) in PROXIES:
             return a.node
         if type(a) in PLAIN:
             return a
@@ -189,6 +200,8 @@ class GraphBuilder(ProxyAttributes):
             self.results[node] = map_tensors(unwrap(tuple(a)), self.recorder.ref)
             self.depends[node] = any(self.depends[n] for n in node.all_input_nodes)
             return node
+        if dataclasses.is_dataclass(a) and not isinstance(a, type | dict):
+            return self.create_dataclass(a)
         if type(a) is tuple or isinstance(a, torch.Size):
             return tuple(self.create_arg(v) for v in a)
         if type(a) is list:
@@ -196,6 +209,14 @@ class GraphBuilder(ProxyAttributes):
         if type(a) is dict:
             return {k: self.create_arg(v) for k, v in a.items()}
         return super().create_arg(a)
+
+    def create_dataclass(self, a: Any) -> fx.Node:
+        """A node that creates an object of a dataclass from the values of its fields."""
+        given = {f.name: getattr(a, f.name) for f in dataclasses.fields(a) if hasattr(a, f.name)}
+        node = self.create_node("call_function", creating(type(a)), (), {k: self.create_arg(v) for k, v in given.items()})
+        self.results[node] = map_tensors(unwrap(given), self.recorder.ref)
+        self.depends[node] = any(self.depends[n] for n in node.all_input_nodes)
+        return node
 
     def attribute(self, name: str) -> Any:
         """The proxy for a tensor of the model."""
@@ -239,10 +260,15 @@ class GraphBuilder(ProxyAttributes):
         self.recorder.truncate(first_op)
         self.guards = [g for g in self.guards if self.index[g.node] < begin]
         self.stored.restore(self.index, begin)
-        gone = [k for k, p in self.attributes.items() if isinstance(p, ValueProxy) and self.index[p.node] >= begin]
+        gone = [k for k, p in self.attributes.items() if self.index[p.node] >= begin]
         for key in gone:
             del self.attributes[key]
         self.constants = {i: c for i, c in self.constants.items() if self.index[c.proxy.node] < begin}
+
+    def discard(self) -> None:
+        """Hold nothing more: proxies refer to the tracer, and go now if there is no cycle, not when the collector comes."""
+        pending.extend(self.proxies)
+        vars(self).clear()
 
     def forget(self, node: fx.Node) -> None:
         self.graph.erase_node(node)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxprune.passes.capture.leftovers import remove_leftovers
 from fxprune.passes.capture.opaque import RootWrapper
 from fxprune.passes.capture.patching import Patches
 from fxprune.passes.capture.tracer import ValueTracer, reason_of
@@ -37,6 +38,19 @@ def capture_program(
     `retry=False` lets errors out instead of turning the module where they arose opaque; `whole` captures the model as one
     opaque module from the start; `find_home` finds the device that tensors are said to be on which are on `meta` for the run.
     """
+    program = captured(root, args, kwargs, retry, whole, find_home)
+    remove_leftovers()
+    return program
+
+
+def captured(
+    root: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    retry: bool,
+    whole: bool,
+    find_home: Callable[[], torch.device | None],
+) -> CapturedProgram:
     tracer = ValueTracer(root, args, kwargs, retry=retry)
     tracer.evaluator.find_home = find_home
     if whole:
@@ -49,14 +63,16 @@ def capture_program(
             return trace(tracer).program("")
     except Exception as error:
         if not retry or hasattr(error, "fxprune_plain") or isinstance(error, PruneError):
+            tracer.discard()
             raise
         surface(error)
-        tracer = as_one_module(tracer, reason_of(error))
-        try:
-            return trace(tracer).program("whole.")
-        except Exception as plain:
-            plain.fxprune_where = getattr(error, "fxprune_where", type(root).__name__)  # type: ignore[attr-defined]
-            raise
+        reason, where = reason_of(error), getattr(error, "fxprune_where", type(root).__name__)
+    tracer = as_one_module(tracer, reason)
+    try:
+        return trace(tracer).program("whole.")
+    except Exception as error:
+        error.fxprune_where = where  # type: ignore[attr-defined]
+        raise
 
 
 def trace(tracer: ValueTracer) -> ValueTracer:
@@ -76,6 +92,7 @@ def starting_from_copies(failed: ValueTracer) -> ValueTracer:
     tracer = ValueTracer(failed.root, failed.example_args, failed.example_kwargs, retry=failed.retry)
     tracer.evaluator.find_home, tracer.evaluator.opaque = failed.evaluator.find_home, dict(failed.evaluator.opaque)
     tracer.writes_constants = True
+    failed.discard()
     return tracer
 
 
@@ -89,4 +106,5 @@ def as_one_module(failed: ValueTracer, reason: str) -> ValueTracer:
     tracer.forward = root.forward
     tracer.names = tracer.recorder.names = dict(failed.names)
     tracer.evaluator.opaque["whole"] = reason
+    failed.discard()
     return tracer

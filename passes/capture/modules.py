@@ -1,8 +1,10 @@
-"""The tracer: an FX tracer that evaluates every node as it is made, and decides which modules are nodes."""
+"""Layers of torch.nn, which are nodes of the graph."""
 
 from __future__ import annotations
 
 import functools
+import inspect
+from typing import Any
 
 from torch import nn
 
@@ -26,3 +28,20 @@ TRACED_THROUGH = (
 def is_standard(kind: type) -> bool:
     """Whether layers of a class are nodes of the program."""
     return kind.__module__.startswith(("torch.nn.", "torch.ao.nn.")) and not issubclass(kind, TRACED_THROUGH)
+
+
+@functools.lru_cache(maxsize=4096)
+def parameters(kind: type) -> tuple[str, ...]:
+    """The names of the arguments that the forward of a class takes by position, in order."""
+    found = list(inspect.signature(kind.forward).parameters.values())[1:]  # type: ignore[attr-defined]
+    return tuple(p.name for p in found if p.kind is p.POSITIONAL_OR_KEYWORD)
+
+
+def by_position(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a layer, by position as far as they are given without a gap."""
+    left = dict(kwargs)
+    for name in parameters(type(module))[len(args) :]:
+        if name not in left:
+            break
+        args = (*args, left.pop(name))
+    return args, left

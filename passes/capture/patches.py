@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import BaseTorchFunctionMode
 
+LOCK = threading.RLock()  # what is replaced belongs to the process: one thread at a time
 CACHED = type(functools.lru_cache(len))
 CALLABLE = (CACHED, types.FunctionType, staticmethod, classmethod)
-TRANSFORMS = ((torch._functorch.vmap, "_add_batch_dim"), (torch._functorch.eager_transforms, "_wrap_for_grad"))
 CHECKS = [name for name in vars(torch) if name.startswith("_check") and callable(getattr(torch, name))]
 FACTORIES = (
     "zeros ones full empty arange linspace logspace eye rand randn randint randperm tensor as_tensor range"
@@ -30,15 +32,16 @@ def plain_rnn(module: nn.Module) -> Iterator[None]:
     if not isinstance(module, nn.RNNBase | nn.RNNCellBase):
         yield
         return
-    # torch.backends.mkldnn.flags() sets other flags too, and warns of them
-    mkldnn, cudnn = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
-    try:
-        torch._C._set_mkldnn_enabled(False)
-        torch._C._set_cudnn_enabled(False)
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(mkldnn)
-        torch._C._set_cudnn_enabled(cudnn)
+    with LOCK:
+        # torch.backends.mkldnn.flags() sets other flags too, and warns of them
+        mkldnn, cudnn = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
+        try:
+            torch._C._set_mkldnn_enabled(False)
+            torch._C._set_cudnn_enabled(False)
+            yield
+        finally:
+            torch._C._set_mkldnn_enabled(mkldnn)
+            torch._C._set_cudnn_enabled(cudnn)
 
 
 def named_apply(cls: type) -> Callable[..., Any]:
@@ -52,19 +55,43 @@ def named_apply(cls: type) -> Callable[..., Any]:
     return applied
 
 
+def creating(cls: type) -> Callable[..., Any]:
+    """A function under a name that generated code can refer to, which creates an object from the values of its attributes."""
+
+    def created(**attributes: Any) -> Any:
+        made = object.__new__(cls)
+        for name, value in attributes.items():
+            object.__setattr__(made, name, value)
+        return made
+
+    created.__name__ = created.__qualname__ = f"new_{cls.__name__}"
+    created.__module__ = cls.__module__
+    return created
+
+
 @contextlib.contextmanager
 def visible() -> Iterator[None]:
-    """Run attention and recurrent layers by ops that the dispatcher shows, instead of fused kernels."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    """Run attention and recurrent layers by ops that the dispatcher shows, instead of fused kernels, in this thread.
 
-    def plain(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    Layers of attention take no fused path while functions of torch are overridden, as they are by any mode.
+    """
+    thread = threading.get_ident()
+
+    def called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread:
+            return nn.Module.__call__(module, *args, **kwargs)
         with plain_rnn(module):
             return nn.Module.__call__(module, *args, **kwargs)
 
-    try:
-        nn.RNNBase.__call__ = nn.RNNCellBase.__call__ = plain  # type: ignore[method-assign]
-        yield
-    finally:
-        del nn.RNNBase.__call__, nn.RNNCellBase.__call__  # back to that of nn.Module
-        torch.backends.mha.set_fastpath_enabled(fast)
+    with LOCK, BaseTorchFunctionMode():
+        before = {kind: vars(kind).get("__call__") for kind in (nn.RNNBase, nn.RNNCellBase)}
+        try:
+            for kind in before:
+                kind.__call__ = called  # type: ignore[method-assign]
+            yield
+        finally:
+            for kind, call in before.items():
+                if call is None:
+                    del kind.__call__  # back to that of nn.Module
+                else:
+                    kind.__call__ = call  # type: ignore[method-assign]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 import threading
 from collections.abc import Callable
 from types import TracebackType
@@ -13,15 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fxprune.passes.capture.patches import CACHED, CALLABLE, CHECKS, FACTORIES, TRANSFORMS, named_apply
-from fxprune.passes.capture.proxy import ValueProxy, unwrap
+from fxprune.passes.capture.leftovers import restore_functions
+from fxprune.passes.capture.patches import CACHED, CALLABLE, CHECKS, FACTORIES, LOCK, named_apply
+from fxprune.passes.capture.proxy import PROXIES, unwrap
 from fxprune.passes.capture.tracer import ValueTracer
-from fxprune.passes.errors import ReadsValue
 from fxprune.passes.ir.pytree import iterate
 
-LOCK = threading.RLock()  # the functions replaced belong to the process: one capture at a time
 CONTEXT_FUNCTIONS = ("finfo", "iinfo", "is_autocast_enabled", "get_autocast_dtype")
-APPLIES = next(k for k in torch.autograd.Function.__mro__ if "apply" in vars(k))
 
 
 class Patches:
@@ -35,6 +34,9 @@ class Patches:
         self.tracer = tracer
         self.thread = threading.get_ident()
         self.undo: list[Callable[[], None]] = []
+        self.replaced: list[tuple[Callable[..., Any], Callable[..., Any]]] = []
+        self.active = True
+        self.imported = len(sys.modules)
         self.maths = {id(f): f for name, f in vars(math).items() if callable(f) and not name.startswith("_")}
         self.seen: set[object] = set()
         self.owners: set[type] = set()
@@ -46,7 +48,6 @@ class Patches:
             self.arithmetic()
             self.checks()
             self.contexts()
-            self.transforms()
             self.custom_functions()
             self.batch_statistics()
             self.attention()
@@ -63,7 +64,10 @@ class Patches:
                 restore()
             self.undo.clear()
         finally:
+            self.active = False
             LOCK.release()
+        if len(sys.modules) != self.imported:
+            restore_functions(self.replaced)
 
     # -- how a function is replaced ---------------------------------------------------------------------------------
 
@@ -74,7 +78,7 @@ class Patches:
 
     def tracing(self) -> bool:
         """Whether code of the model's is being traced, in this thread, rather than evaluated."""
-        return threading.get_ident() == self.thread and self.tracer.evaluator.running is None
+        return self.active and threading.get_ident() == self.thread and self.tracer.recorder.tracing
 
     def wrapped(self, function: Callable[..., Any], instead: Callable[..., Any]) -> Callable[..., Any]:
         """A function that calls another one while code of the model's is being traced."""
@@ -83,13 +87,14 @@ class Patches:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             return (instead if self.tracing() else function)(*args, **kwargs)
 
+        self.replaced.append((function, wrapper))
         return wrapper
 
     def seeing_proxies(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A function that becomes a node where it is given a proxy."""
 
         def instead(*args: Any, **kwargs: Any) -> Any:
-            if any(type(v) is ValueProxy for v in iterate((args, kwargs))):
+            if any(type(v) in PROXIES for v in iterate((args, kwargs))):
                 return self.tracer.create_proxy("call_function", function, args, kwargs)
             return function(*args, **kwargs)
 
@@ -132,30 +137,36 @@ class Patches:
             self.patch(torch, name, self.given_values(getattr(torch, name)))
         self.patch(torch.autocast, "__init__", self.given_values(torch.autocast.__init__))
 
-    def transforms(self) -> None:
-        """`torch.vmap` and its like would wrap the memory of a proxy."""
-
-        def refusing(function: Callable[..., Any]) -> Callable[..., Any]:
-            def instead(*args: Any) -> Any:
-                if any(type(v) is ValueProxy for v in args):
-                    raise ReadsValue(f"{function.__name__}()")
-                return function(*args)
-
-            return self.wrapped(function, instead)
-
-        for owner, name in TRANSFORMS:
-            self.patch(owner, name, refusing(getattr(owner, name)))
-
     def custom_functions(self) -> None:
-        """A custom autograd function is one node, which keeps its backward."""
-        apply = vars(APPLIES)["apply"]
+        """A custom autograd function is one node, which keeps its backward.
 
-        def instead(cls: type, *args: Any, **kwargs: Any) -> Any:
-            if self.tracing() and any(type(v) is ValueProxy for v in iterate((args, kwargs))):
-                return self.tracer.create_proxy("call_function", named_apply(cls), args, kwargs)
-            return apply.__get__(None, cls)(*args, **kwargs)
+        Its `apply` may have been stored anywhere; it looks `forward` up in the class, which asks the metaclass first.
+        """
 
-        self.patch(torch.autograd.Function, "apply", classmethod(instead))
+        def forward(cls: Any) -> Any:
+            plain = next(vars(k)["forward"] for k in cls.__mro__ if "forward" in vars(k)).__get__(None, cls)
+            if not self.tracing():
+                return plain
+            given_context = not torch.autograd.function._is_setup_context_defined(cls.setup_context)
+
+            def instead(*args: Any, **kwargs: Any) -> Any:
+                if any(type(v) in PROXIES for v in iterate((args, kwargs))):
+                    args = args[1:] if given_context else args
+                    return self.tracer.create_proxy("call_function", named_apply(cls), args, kwargs)
+                return plain(*args, **kwargs)
+
+            return instead
+
+        def assign(cls: Any, value: Any) -> None:
+            del meta.forward
+            try:
+                cls.forward = value
+            finally:
+                meta.forward = found
+
+        meta: Any = torch.autograd.function.FunctionMeta
+        found = property(forward, assign)
+        self.patch(meta, "forward", found)
 
     def batch_statistics(self) -> None:
         """One example may be too few for batch statistics, but shapes are all that matters here; and the dispatcher would
@@ -193,7 +204,7 @@ class Patches:
     # -- modules ----------------------------------------------------------------------------------------------------
 
     def modules(self) -> None:
-        """Calls of the model's modules, and reads of their parameters and modes, go to the tracer."""
+        """Calls of the model's modules, and reads of their tensors, modes and numbers, go to the tracer."""
         tracer = self.tracer
         plain_call, plain_getattr = nn.Module._call_impl, nn.Module.__getattr__
 

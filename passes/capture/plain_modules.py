@@ -12,11 +12,11 @@ import itertools
 from collections.abc import Hashable, Iterable, Iterator
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from fxprune.passes.capture.builder import GraphBuilder
 from fxprune.passes.capture.frames import Frame
-from fxprune.passes.capture.proxy import ValueProxy
+from fxprune.passes.capture.proxy import TensorProxy
 from fxprune.passes.capture.train_eval import Modes
 from fxprune.passes.ir.program import select_by_mode
 from fxprune.passes.ir.pytree import ATOMS, collect
@@ -41,7 +41,7 @@ class PlainModules:
         inner = [(name, m) for name, m in module._modules.items() if m is not None]
         if any(m._modules or m._parameters or m._buffers for _, m in inner):
             return None
-        given = [(a.value.dim(), a.value.dtype) for a in args if type(a) is ValueProxy and isinstance(a.value, Tensor)]
+        given = [(a.value.dim(), a.value.dtype) for a in args if type(a) is TensorProxy]
         if len(given) < len(args):
             return None
         tensors = (*module._parameters.items(), *module._buffers.items())

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.passes.capture.capture import capture_program
+from fxprune.passes.capture.leftovers import remove_leftovers
 from fxprune.passes.errors import PruneError, surface
-from fxprune.passes.ir.module_tree import named_tensors, private_copy, set_mode
+from fxprune.passes.ir.module_tree import named_tensors, private_copy, set_mode, walk
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.pytree import collect, map_tensors
 
@@ -29,6 +30,26 @@ def programs(
 
     Shapes are all that coupling needs, so the run is first tried without values.
     """
+    scripted = next((path for m, path in walk(model).items() if isinstance(m, torch.jit.ScriptModule)), None)
+    if scripted is not None:
+        raise PruneError(
+            "a module is compiled to TorchScript, whose program cannot be rewritten",
+            where=scripted or type(model).__name__,
+            fix="pass the model with the module that it was scripted or traced from",
+        )
+    try:
+        return modes_captured(model, args, kwargs, stand_in)
+    except PruneError:
+        remove_leftovers()
+        raise
+
+
+def modes_captured(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    stand_in: Callable[[Tensor], Tensor] | None,
+) -> list[CapturedProgram]:
     given = args, kwargs
     home: Home = lambda: None  # noqa: E731
     if stand_in is not None:

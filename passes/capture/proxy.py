@@ -1,16 +1,22 @@
-"""Proxies that carry the value they stand for, so that Python's questions about it have answers."""
+"""Proxies: values of a capture that know the node they come from.
+
+A proxy for a tensor is a tensor, without memory: what C++ is handed is one, and fails with an error where it would read. A
+proxy for a number is one of torch's symbolic numbers, which C++ takes where it takes numbers. To Python they are a tensor, an
+int, a float or a bool, and questions that Python asks of them are answered by the tracer.
+"""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.graph import magic_methods, reflectable_magic_methods
 
 from fxprune.passes.errors import ReadsValue
-from fxprune.passes.ir.pytree import ATOMS, iterate
+from fxprune.passes.ir.pytree import map_tensors
 
 
 class Items(tuple[Any, ...]):
@@ -43,39 +49,17 @@ class Items(tuple[Any, ...]):
         return next(proxy for proxy, value in zip(self, self.value, strict=True) if value is field)
 
 
-# isinstance() of a proxy answers for these types; containers are handed out as real containers of proxies instead.
-ANSWERS_FOR = (Tensor, bool, int, float, complex, str, torch.dtype, torch.device)
-
-
-class ValueProxy(fx.Proxy):
+class Proxy:
     """A node of the graph together with what it evaluated to on the example inputs."""
 
+    node: fx.Node
+    tracer: Any
     value: Any
-    __array_priority__ = Tensor.__array_priority__  # a number of NumPy's leaves arithmetic with it to it
-
-    def __init__(self, node: fx.Node, tracer: Any, value: Any) -> None:
-        self.node, self.tracer, self.value = node, tracer, value
-
-    @property
-    def __class__(self) -> type:
-        value = self.__dict__.get("value")
-        if isinstance(value, Tensor):
-            return Tensor
-        for kind in ANSWERS_FOR:
-            if isinstance(value, kind):
-                return kind
-        return ValueProxy
-
-    @__class__.setter
-    def __class__(self, kind: type) -> None:
-        raise TypeError("a proxy's class is that of its value")
-
-    def __getattr__(self, name: str) -> Any:
-        return self.__dict__["tracer"].read_attribute(self, name)
+    __array_priority__ = 1000  # as that of a tensor: a number of NumPy's leaves arithmetic with it to it
 
     def concrete(self, how: str) -> Any:
         """The value itself, as Python needs it now. A tensor's contents may not be read: its module turns opaque."""
-        return self.__dict__["tracer"].concretise(self, how)
+        return self.tracer.concretise(self, how)
 
     def __bool__(self) -> bool:
         return bool(self.concrete("bool"))
@@ -95,27 +79,41 @@ class ValueProxy(fx.Proxy):
     def __round__(self, digits: int | None = None) -> Any:
         return round(self.concrete("round"), digits)
 
-    def __hash__(self) -> int:
-        return id(self.value) if isinstance(self.value, Tensor) else hash(self.value)
+    def __trunc__(self) -> int:
+        return int(self)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """A proxy looks callable whatever it stands for: code that takes a value or a function gets the value."""
-        return self if not callable(self.value) else super().__call__(*args, **kwargs)
+    def __abs__(self) -> Any:
+        return self.tracer.create_proxy("call_function", abs, (self,), {})
+
+    def __divmod__(self, other: Any) -> Any:
+        return self // other, self % other  # type: ignore[operator]
+
+    def __rdivmod__(self, other: Any) -> Any:
+        return other // self, other % self
+
+    def __hash__(self) -> int:
+        return hash(self.value)
+
+    def __copy__(self) -> Any:
+        return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """What a forward leaves on its module while it is traced is no part of the model."""
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ReadsValue("pickle")
+
     def __len__(self) -> int:
-        return operator.index(self.shape[0]) if isinstance(self.value, Tensor) else len(self.value)
+        return len(self.concrete("len"))
 
     def __format__(self, spec: str) -> str:
-        return format(repr(self) if isinstance(self.value, Tensor) else self.value, spec)
+        return format(self.value, spec)
 
     def __str__(self) -> str:
-        return repr(self) if isinstance(self.value, Tensor) else str(self.value)
+        return str(self.value)
 
     def __repr__(self) -> str:
-        return f"ValueProxy({self.node.name})"
+        return f"{type(self).__name__}({self.node.name})"
 
     def __iter__(self) -> Iterator[Any]:
         return iter([self[i] for i in range(len(self))])  # type: ignore[index]
@@ -126,63 +124,152 @@ class ValueProxy(fx.Proxy):
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         raise ReadsValue("numpy")
 
-    def __setitem__(self, index: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
-    def __eq__(self, other: object) -> Any:
-        return self.tracer.create_proxy("call_function", operator.eq, (self, other), {})
-
-    def __ne__(self, other: object) -> Any:
-        return self.tracer.create_proxy("call_function", operator.ne, (self, other), {})
-
-    def keys(self) -> Any:
-        return self.__dict__["tracer"].read_attribute(self, "keys")()
-
-    @classmethod
-    def __torch_function__(cls, orig_method: Any, types: Any, args: Any = None, kwargs: Mapping[str, Any] | None = None) -> Any:
-        tracer: Any = next(p.tracer for p in iterate(((args or ()), dict(kwargs or {}))) if isinstance(p, fx.Proxy))
-        return tracer.torch_function(orig_method, args or (), dict(kwargs or {}))
-
-
-def unwrap(x: Any) -> Any:
-    """Nested proxies replaced by their values."""
-    kind = type(x)
-    if kind is ValueProxy:
-        return x.value
-    if kind in ATOMS:
-        return x
-    if isinstance(x, tuple):
-        mapped = [unwrap(v) for v in x]
-        return kind(*mapped) if hasattr(x, "_fields") else tuple(mapped)
-    if isinstance(x, list):
-        return [unwrap(v) for v in x]
-    if isinstance(x, dict):
-        return {k: unwrap(v) for k, v in x.items()}
-    if isinstance(x, slice):
-        return slice(unwrap(x.start), unwrap(x.stop), unwrap(x.step))
-    return bool(x) if isinstance(x, bool) else x  # a flag, deep in an argument
-
-
-def _inplace(name: str) -> Any:
+def _operation(name: str, *, swapped: bool = False) -> Any:
     function = getattr(operator, name)
 
-    def method(self: ValueProxy, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
+    def method(self: Proxy, *others: Any) -> Any:
+        args = (*others, self) if swapped else (self, *others)
+        return self.tracer.create_proxy("call_function", function, args, {})
 
     return method
 
 
-for _name in (
-    "iadd",
-    "isub",
-    "imul",
-    "itruediv",
-    "ifloordiv",
-    "ipow",
-    "iand",
-    "ior",
-    "ixor",
-    "imatmul",
-    "imod",
-):
-    setattr(ValueProxy, f"__{_name}__", _inplace(_name))
+for _name in magic_methods:
+    if hasattr(operator, _name):
+        setattr(Proxy, f"__{_name.strip('_')}__", _operation(_name))
+for _name in reflectable_magic_methods:
+    if hasattr(operator, _name):
+        setattr(Proxy, f"__r{_name.strip('_')}__", _operation(_name, swapped=True))
+
+
+class TensorProxy(Proxy, Tensor):
+    """Stands for a tensor. It has no memory; what reads it in C++ fails."""
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __len__(self) -> int:
+        return operator.index(self.shape[0])
+
+    def __format__(self, spec: str) -> str:
+        return format(repr(self), spec)
+
+    def __str__(self) -> str:
+        return repr(self)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return tracer_of((args, kwargs)).torch_function(func, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise ReadsValue(f"a tensor in compiled code ({func})")
+
+
+for _name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "iand", "ior", "ixor", "imatmul", "imod"):
+    setattr(TensorProxy, f"__{_name}__", _operation(_name))
+
+
+def _attribute(name: str) -> property:
+    def read(self: TensorProxy) -> Any:
+        return self.tracer.read_attribute(self, name)
+
+    def write(self: TensorProxy, value: Any) -> None:
+        raise ReadsValue(f"a tensor's {name}, to which it assigns")
+
+    return property(read, write)
+
+
+for _name in dir(Tensor):
+    if not _name.startswith("__"):
+        setattr(TensorProxy, _name, _attribute(_name))
+
+
+class PlainProxy(Proxy):
+    """Stands for a value that is no tensor; C++ takes a number for one of torch's symbolic ones."""
+
+    def __init__(self, node: fx.Node, tracer: Any, value: Any) -> None:
+        self.node, self.tracer, self.value = node, tracer, value
+
+    def __getattr__(self, name: str) -> Any:
+        return self.tracer.read_attribute(self, name)
+
+
+class IntProxy(PlainProxy, torch.SymInt):
+    __class__ = property(lambda self: int)  # type: ignore[assignment]
+    __hash__ = Proxy.__hash__
+
+
+class FloatProxy(PlainProxy, torch.SymFloat):
+    __class__ = property(lambda self: float)  # type: ignore[assignment]
+    __hash__ = Proxy.__hash__
+
+
+class BoolProxy(PlainProxy, torch.SymBool):
+    __class__ = property(lambda self: bool)  # type: ignore[assignment]
+    __hash__ = Proxy.__hash__
+
+
+for _kind in (int, float):
+    for _name in dir(_kind):
+        if not _name.startswith("_"):
+            setattr({int: IntProxy, float: FloatProxy}[_kind], _name, _attribute(_name))
+
+
+class DeviceProxy(PlainProxy, str):
+    """Stands for a device, which C++ takes by its name, too."""
+
+    __class__ = property(lambda self: torch.device)  # type: ignore[assignment]
+    __hash__ = Proxy.__hash__
+    type, index = _attribute("type"), _attribute("index")
+
+    def __new__(cls, node: fx.Node, tracer: Any, value: torch.device) -> Any:
+        return str.__new__(cls, str(value))
+
+
+class ValueProxy(PlainProxy):
+    """Stands for anything else that is no container: a dtype, a text."""
+
+    @property
+    def __class__(self) -> type:
+        return type(self.__dict__["value"]) if "value" in self.__dict__ else ValueProxy
+
+    @__class__.setter
+    def __class__(self, kind: type) -> None:
+        raise TypeError("a proxy's class is that of its value")
+
+
+PROXIES = frozenset([TensorProxy, IntProxy, FloatProxy, BoolProxy, DeviceProxy, ValueProxy])
+KINDS: dict[type, Any] = {int: IntProxy, float: FloatProxy, bool: BoolProxy, torch.device: DeviceProxy}
+wrapper = torch.Tensor._make_wrapper_subclass
+without_memory = torch._C._set_throw_on_mutable_data_ptr
+
+
+def proxy_for(node: fx.Node, tracer: Any, value: Any) -> Any:
+    """The proxy for a node's value."""
+    if not isinstance(value, Tensor):
+        return KINDS.get(type(value), ValueProxy)(node, tracer, value)
+    plain = value.layout is torch.strided and not value.is_nested
+    made: Any = wrapper(TensorProxy, value.shape if plain else (), dtype=value.dtype, device=value.device)
+    without_memory(made)
+    vars(made).update(node=node, tracer=tracer, value=value)
+    return made
+
+
+def tracer_of(x: Any) -> Any:
+    """The tracer of the first proxy in a nested structure."""
+    found: list[Any] = []
+    for kind in (TensorProxy, PlainProxy):
+        map_tensors(x, found.append, kind)
+        if found:
+            return found[0].tracer
+    raise AssertionError("no proxy was given")
+
+
+def unwrap(x: Any) -> Any:
+    """Nested proxies replaced by their values."""
+    return map_tensors(x, lambda p: p.value, Proxy)

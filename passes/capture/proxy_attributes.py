@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
 from fxprune.passes.capture.data_sizes import DataSizes
 from fxprune.passes.capture.evaluation import Evaluator
 from fxprune.passes.capture.frames import Frame
-from fxprune.passes.capture.proxy import ValueProxy, unwrap
+from fxprune.passes.capture.proxy import PROXIES, Proxy, TensorProxy, unwrap
 from fxprune.passes.capture.recorder import Recorder
 from fxprune.passes.errors import NeedsValues, ReadsMissing, ReadsValue
 from fxprune.passes.ir.program import Guard
+from fxprune.passes.ir.pytree import iterate
 
 # Tensor attributes and methods that are facts of the program rather than values that flow through it.
 FACTS = frozenset(
@@ -66,6 +69,20 @@ INLINED = {F.multi_head_attention_forward}
 NUMBERS = frozenset([int, float, bool, str])
 
 
+def internal(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method in which it is the compiler that calls torch, and not the model."""
+
+    @functools.wraps(method)
+    def wrapper(self: ProxyAttributes, *args: Any, **kwargs: Any) -> Any:
+        state = self.pause()
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            self.resume(state)
+
+    return wrapper
+
+
 class ProxyAttributes(fx.Tracer):
     """The part of the tracer that answers for proxies.
 
@@ -75,6 +92,8 @@ class ProxyAttributes(fx.Tracer):
         depends: whether a node's value depends on the inputs.
         frames: the module calls that are being traced through.
         evaluator: of the nodes.
+        recorder: of the dispatcher calls.
+        names: the names of the model's tensors, by identity.
         inlining: whether the next check for overridden arguments in `torch.nn.functional` is to find none.
     """
 
@@ -85,11 +104,16 @@ class ProxyAttributes(fx.Tracer):
     evaluator: Evaluator
     recorder: Recorder
     results: dict[fx.Node, Any]
+    names: dict[int, str]
     inlining: bool = False
 
     @functools.cached_property
     def data_sizes(self) -> DataSizes:
         return DataSizes(self.recorder.op_trace)
+
+    @functools.cached_property
+    def interception(self) -> TorchFunctionMode:
+        return Interception(self)
 
     def bind(self, node: fx.Node, value: Any) -> Any:
         """The proxy for a node."""
@@ -99,7 +123,8 @@ class ProxyAttributes(fx.Tracer):
         """A new node, evaluated, as a proxy."""
         raise NotImplementedError
 
-    def read_attribute(self, proxy: ValueProxy, name: str) -> Any:
+    @internal
+    def read_attribute(self, proxy: Any, name: str) -> Any:
         value = proxy.value
         if name.startswith("__") or not hasattr(value, name):
             raise AttributeError(f"{type(value).__name__!r} object has no attribute {name!r}")
@@ -111,9 +136,7 @@ class ProxyAttributes(fx.Tracer):
         if name in WHERE and (value.is_meta if isinstance(value, Tensor) else getattr(value, "type", "") == "meta"):
             raise NeedsValues  # a run without values is on another device than the model
         if isinstance(value, Tensor):
-            if name in FACTS:
-                return getattr(value, name)
-            if name in FACT_METHODS:
+            if name in FACTS or name in FACT_METHODS:
                 return getattr(value, name)
             if name in VALUE_METHODS:
                 return getattr(self.known_tensor(proxy, name), name)
@@ -127,8 +150,8 @@ class ProxyAttributes(fx.Tracer):
 
     def once(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         """A size, or a number computed from sizes: one node, however often a forward asks."""
-        key: Any = (target, *[a.node if type(a) is ValueProxy else (type(a), a) for a in args])
-        if kwargs or not all(type(a) in NUMBERS or type(a) is ValueProxy for a in args):
+        key: Any = (target, *[a.node if type(a) in PROXIES else (type(a), a) for a in args])
+        if kwargs or not all(type(a) in NUMBERS or type(a) in PROXIES for a in args):
             return self.made(kind, target, args, kwargs or {})
         reads = self.frames[-1].reads
         if key not in reads:
@@ -141,7 +164,7 @@ class ProxyAttributes(fx.Tracer):
             for key in [k for k, found in frame.reads.items() if self.index.get(found.node, begin) >= begin]:
                 del frame.reads[key]
 
-    def known_tensor(self, proxy: ValueProxy, how: str) -> Any:
+    def known_tensor(self, proxy: Any, how: str) -> Any:
         """The tensor's contents, if they are a fixed fact of the model; else the module must be opaque."""
         value = proxy.value
         learned = isinstance(value, nn.Parameter) or value.requires_grad or value.is_floating_point()
@@ -149,7 +172,8 @@ class ProxyAttributes(fx.Tracer):
             raise (ReadsMissing if value.is_meta else ReadsValue)(f"{how}() of %{proxy.node.name}")
         return value
 
-    def concretise(self, proxy: ValueProxy, how: str) -> Any:
+    @internal
+    def concretise(self, proxy: Any, how: str) -> Any:
         if isinstance(proxy.value, Tensor):
             return self.known_tensor(proxy, how).item()
         if self.data_sizes.decide(proxy.node, self.results):
@@ -157,19 +181,82 @@ class ProxyAttributes(fx.Tracer):
         self.guards.append(Guard(proxy.node, how, proxy.value))
         return proxy.value
 
+    # -- functions of torch -----------------------------------------------------------------------------------------
+
     def torch_function(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a function of torch returns that the model's code calls: a proxy, if its arguments have to do with the graph."""
+        if not self.recorder.tracing or not any(self.in_graph(v) for v in iterate((args, kwargs))):
+            return method(*args, **kwargs)
         if method in INLINED:
             self.inlining = True  # its check for overridden arguments, which led here, does not find them the next time
-            return method(*args, **kwargs)
+            with self.interception:
+                return method(*args, **kwargs)
         name = getattr(method, "__name__", "")
         if name == "__get__":
             owner: Any = method.__self__  # type: ignore[attr-defined]
-            return self.read_attribute(args[0], owner.__name__) if type(args[0]) is ValueProxy else NotImplemented
+            return self.read_attribute(self.as_proxy(args[0]), owner.__name__)
+        if name == "__set__":
+            raise ReadsValue("an attribute of a tensor, to which it assigns")
         if name in FACT_METHODS:
             return method(*unwrap(args), **unwrap(kwargs))
-        if belongs_to_tensors(method):
-            return self.create_proxy("call_method", name, args, kwargs)
-        return self.create_proxy("call_function", method, args, kwargs)
+        if not belongs_to_tensors(method):
+            return self.create_proxy("call_function", method, args, kwargs)
+        if type(args[0]) is not TensorProxy and name.startswith("__") and any(name in vars(k) for k in (TensorProxy, Proxy)):
+            return getattr(TensorProxy, name)(self.as_proxy(args[0]), *args[1:], **kwargs)
+        return self.create_proxy("call_method", name, args, kwargs)
+
+    def in_graph(self, x: Any) -> bool:
+        """Whether an argument stands for a node, or is a tensor of the model."""
+        return type(x) in PROXIES or (id(x) in self.names and isinstance(x, Tensor))
+
+    def as_proxy(self, tensor: Tensor) -> Any:
+        if type(tensor) is TensorProxy:
+            return tensor
+        name = self.names.get(id(tensor))
+        return self.constant(tensor) if name is None else self.attribute(name)
+
+    def attribute(self, name: str) -> Any:
+        """The proxy for a tensor of the model."""
+        raise NotImplementedError
+
+    def constant(self, tensor: Tensor) -> Any:
+        """The proxy for a tensor created outside of the graph."""
+        raise NotImplementedError
+
+    # -- the compiler's own steps -----------------------------------------------------------------------------------
+
+    def pause(self) -> tuple[bool, bool]:
+        """From here on it is the compiler that calls torch, not the model; `resume` takes what this returns."""
+        tracing, self.recorder.tracing = self.recorder.tracing, False
+        modes = torch._C._len_torch_function_stack()
+        ours = modes > 0 and torch._C._get_function_stack_at(modes - 1) is self.interception
+        if ours:
+            torch._C._pop_torch_function_stack()
+        return tracing, ours
+
+    def resume(self, state: tuple[bool, bool]) -> None:
+        self.recorder.tracing, ours = state
+        if ours:
+            torch._C._push_on_torch_function_stack(self.interception)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        state = self.pause()
+        try:
+            yield
+        finally:
+            self.resume(state)
+
+
+class Interception(TorchFunctionMode):
+    """Brings every function of torch that the model's code calls to the tracer; it is in force in one thread."""
+
+    def __init__(self, tracer: ProxyAttributes) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.tracer.torch_function(func, args, kwargs or {})
 
 
 @functools.lru_cache(maxsize=4096)

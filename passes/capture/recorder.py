@@ -17,9 +17,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fxprune.passes.capture.index_contents import IndexContents
 from fxprune.passes.capture.meta_kernels import RESHAPING, MetaKernels
+from fxprune.passes.capture.proxy import TensorProxy
+from fxprune.passes.errors import ReadsValue
 from fxprune.passes.ir.meta_tensors import PLAIN_TENSORS, like
 from fxprune.passes.ir.op_trace import OpCall, OpTrace, TensorInfo, written_by
-from fxprune.passes.ir.pytree import ATOMS, gather_refs, map_tensors
+from fxprune.passes.ir.pytree import ATOMS, gather_refs, map_tensors, tensors
 from fxprune.passes.ir.tensor_ref import TensorRef
 
 LARGEST_INDEX = 1 << 22  # elements
@@ -31,6 +33,10 @@ class Recorder(TorchDispatchMode):
 
     Arguments:
         names: the model's own tensors (parameters, buffers, tensor attributes) by identity.
+
+    Attributes:
+        active: whether calls are recorded.
+        tracing: whether code of the model's is being traced: then calls on its tensors are none that the graph knows of.
     """
 
     def __init__(self, names: dict[int, str]) -> None:
@@ -44,6 +50,7 @@ class Recorder(TorchDispatchMode):
         self.contents = IndexContents(self.op_trace)
         self.node = -1
         self.active = True
+        self.tracing = False
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -93,8 +100,15 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not self.active:
+            if self.tracing:
+                self.refuse(func, (args, kwargs or {}))
             return func(*args, **(kwargs or {}))
         return self.recorded(func, args, kwargs or {}, self.imagined)
+
+    def refuse(self, func: Any, given: Any) -> None:
+        """Raises ReadsValue where compiled code, which no function of torch's shows, works on what the graph stands for."""
+        if any(id(t) in self.names or type(t) is TensorProxy for t in tensors(given)):
+            raise ReadsValue(f"a tensor in compiled code ({func})")
 
     def imagined(self, func: Any, args: Any, kwargs: Any) -> Any:
         out = self.imagination.result(func, args, kwargs)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from fxprune.passes.capture.proxy import ValueProxy
+from fxprune.passes.capture.proxy import PROXIES
 from fxprune.passes.ir.module_tree import CONTAINERS
 from fxprune.passes.ir.pytree import ATOMS, iterate
 
@@ -46,9 +46,9 @@ class ModuleState:
 
 def stands_for(stored: Any, index: Mapping[fx.Node, int], begin: int) -> bool:
     """Whether something is, or holds, a proxy for a node that is as new as that."""
-    if type(stored) is dict and not any(type(v) is ValueProxy or type(v) in CONTAINERS for v in stored.values()):
+    if type(stored) is dict and not any(type(v) in PROXIES or type(v) in CONTAINERS for v in stored.values()):
         return False
-    return any(type(v) is ValueProxy and index.get(v.node, begin) >= begin for v in iterate(stored))
+    return any(type(v) in PROXIES and index.get(v.node, begin) >= begin for v in iterate(stored))
 
 
 def containers(module: nn.Module) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from fxprune.passes.capture.builder import GraphBuilder, is_layer
 from fxprune.passes.capture.frames import Frame
+from fxprune.passes.capture.modules import by_position
 from fxprune.passes.capture.plain_modules import PlainModules, is_plain
 from fxprune.passes.capture.train_eval import Modes, captured_in_both
 from fxprune.passes.errors import PruneError, ReadsValue, surface
@@ -43,7 +44,12 @@ class ValueTracer(GraphBuilder):
     def run(self) -> None:
         """Trace; `Patches` must be in force."""
         args, kwargs = self.placeholders()
-        returned = self.root.forward(*args, **kwargs)
+        with self.interception:
+            self.recorder.tracing = True
+            try:
+                returned = self.root.forward(*args, **kwargs)
+            finally:
+                self.recorder.tracing = False
         self.create_node("output", "output", (self.create_arg(returned),), {})
 
     def placeholders(self) -> tuple[list[Any], dict[str, Any]]:
@@ -80,9 +86,12 @@ class ValueTracer(GraphBuilder):
             return self.evaluator.inner_call(path, forward, args, kwargs)
         if path is None:  # created inside forward: it has no name in the tree
             return forward(*args, **kwargs)
-        kind = None
-        if path not in self.evaluator.opaque and not is_layer(module):
-            kind = self.plain.kind(module, args, kwargs)
+        if is_layer(module):
+            if kwargs:
+                args, kwargs = by_position(module, args, kwargs)
+        elif path not in self.evaluator.opaque:
+            with self.paused():
+                kind = self.plain.kind(module, args, kwargs)
             if kind is None or kind not in self.plain.kinds:
                 return self.traced_call(path, module, forward, kind, args, kwargs)
         return self.create_proxy("call_module", path, args, kwargs)
@@ -98,7 +107,11 @@ class ValueTracer(GraphBuilder):
                 out = forward(*args, **kwargs)
                 if frame.asked:
                     out = captured_in_both(self, self.modes, frame, forward, out)
-            if kind is None or not frame.asked or not is_plain(self, self.modes, frame, stored):
+            if kind is None or not frame.asked:
+                return out
+            with self.paused():
+                plain = is_plain(self, self.modes, frame, stored)
+            if not plain:
                 return out
         except Exception as error:
             self.abandon(frame)
@@ -162,7 +175,7 @@ class ValueTracer(GraphBuilder):
             given=evaluator.given,
             trains_on_values=self.modes.trains_on_values,
         )
-        vars(self).clear()  # its proxies refer to it: without a cycle they go now, and not when the collector comes
+        self.discard()
         return made
 
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from fxprune.passes.capture.builder import GraphBuilder
 from fxprune.passes.capture.frames import Frame
-from fxprune.passes.capture.proxy import Items, ValueProxy
+from fxprune.passes.capture.proxy import PROXIES, Items, TensorProxy
 from fxprune.passes.errors import ReadsMissing
 from fxprune.passes.ir.module_tree import Apart, modes_in_training, walk
 from fxprune.passes.ir.program import select_by_mode
@@ -140,7 +140,8 @@ def captured_in_both(builder: GraphBuilder, modes: Modes, frame: Frame, forward:
         modes.trains_on_values |= isinstance(error, ReadsMissing)
     finally:
         builder.retry = retry
-    return joined(builder, modes, frame.begin, middle, first_op, out, trained)
+    with builder.paused():
+        return joined(builder, modes, frame.begin, middle, first_op, out, trained)
 
 
 def joined(builder: GraphBuilder, modes: Modes, begin: int, middle: int, first_op: int, out: Any, trained: Any) -> Any:
@@ -175,21 +176,21 @@ def leaves(x: Any) -> list[Any]:
 
 def alike(builder: GraphBuilder, a: Any, b: Any) -> bool:
     """Whether one can stand in for the other in what follows."""
-    if type(a) is ValueProxy and type(b) is ValueProxy and isinstance(a.value, Tensor) and isinstance(b.value, Tensor):
+    if type(a) is TensorProxy and type(b) is TensorProxy:
         if (a.value.shape, a.value.dtype, a.value.device) != (b.value.shape, b.value.dtype, b.value.device):
             return False
         fractions = a.value.is_floating_point() or a.value.is_complex()
         computed = builder.depends[a.node] or builder.depends[b.node]
         # others may be looked up by: what is known of their contents would be true of one mode alone
         return a.value.is_meta or (fractions and computed) or torch.equal(a.value, b.value)
-    if type(a) is ValueProxy or type(b) is ValueProxy or type(a) is not type(b):
+    if type(a) in PROXIES or type(b) in PROXIES or type(a) is not type(b):
         return a is b
     return a is b or (type(a) in COMPARED and bool(a == b))
 
 
 def select(builder: GraphBuilder, a: Any, b: Any) -> Any:
     """`a` with every tensor replaced by a node that stands for either."""
-    if type(a) is ValueProxy:
+    if type(a) in PROXIES:
         return a if a.node is b.node else builder.create_proxy("call_function", select_by_mode, (a, b), {})
     if type(a) is Items:
         items = [select(builder, x, y) for x, y in zip(a, b, strict=True)]
@@ -224,7 +225,7 @@ def code(builder: GraphBuilder, first: int, end: int, out: Any, *, loosely: bool
         given = (node.args, dict(node.kwargs))
         said = fx.node.map_aggregate(given, masked) if loosely else fx.node.map_arg(given, name)
         lines.append((node.op, node.target, str(said)))
-    return [*lines, [name(v.node) if type(v) is ValueProxy else str(v) for v in leaves(out)]]
+    return [*lines, [name(v.node) if type(v) in PROXIES else str(v) for v in leaves(out)]]
 
 
 def is_number(builder: GraphBuilder, node: fx.Node) -> bool:

@@ -1,4 +1,4 @@
-"""Imagine: results of ops on the meta device, without the general meta kernels, many of which are Python, and slow."""
+"""Nested containers: tuples, lists, dicts and slices, walked, mapped and copied."""
 
 from __future__ import annotations
 

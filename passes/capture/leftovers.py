@@ -1,0 +1,72 @@
+"""What a capture leaves behind: values of its that outlive it, in caches of functions and in containers, are removed."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import weakref
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any
+
+from fxprune.passes.capture.patches import CACHED
+
+DEPTH = 8  # containers in containers
+NESTED = (tuple, list, set, frozenset)
+pending: list[weakref.ref[Any]] = []  # proxies of captures that have ended, and not been looked for yet
+
+
+def remove_leftovers() -> None:
+    """Remove proxies of past captures from whatever still holds them.
+
+    A function that remembers results (`functools.lru_cache`) forgets all of them, a dict or a set loses the entries, and a list
+    the items. Nothing is looked for if no proxy is alive.
+    """
+    if not alive():
+        pending.clear()
+        return
+    gc.collect(0)  # what was created since the collector was put off, and holds itself
+    found = alive()
+    pending.clear()
+    seen: set[int] = set()
+    for _ in range(DEPTH):
+        seen |= {id(found), *map(id, found)}
+        holders = [h for h in gc.get_referrers(*found) if id(h) not in seen] if found else []
+        seen.add(id(holders))
+        found = [h for h in holders if not release(h, found)]
+
+
+def alive() -> list[Any]:
+    return [proxy for proxy in (ref() for ref in pending) if proxy is not None]
+
+
+def release(holder: Any, held: list[Any]) -> bool:
+    """Have a holder let go of some values; False where what holds the holder has to let go of it."""
+    inside = {id(v) for v in held}
+    if type(holder) is CACHED:
+        holder.cache_clear()
+    elif isinstance(holder, dict):
+        for key in [k for k, v in list(holder.items()) if id(k) in inside or id(v) in inside]:
+            del holder[key]
+    elif isinstance(holder, set):
+        holder.difference_update([v for v in holder if id(v) in inside])
+    elif type(holder) is list:
+        holder[:] = [v for v in holder if id(v) not in inside]
+    elif isinstance(holder, NESTED):
+        return False
+    elif hasattr(holder, "__dict__") and not isinstance(holder, type | ModuleType):
+        return release(vars(holder), held)
+    return True
+
+
+def restore_functions(replaced: Iterable[tuple[Callable[..., Any], Callable[..., Any]]]) -> None:
+    """Put functions back where a module that was imported meanwhile has taken what stood in their place.
+
+    Arguments: `replaced`, pairs of a function and what stood in its place.
+    """
+    for function, wrapper in replaced:
+        if sys.getrefcount(wrapper) > 4:  # those of the pair, of this frame, of the argument and of the pairs' owner
+            for holder in gc.get_referrers(wrapper):
+                if isinstance(holder, dict) and (type(holder) is dict or isinstance(holder, ModuleType)):
+                    for key in [k for k, v in holder.items() if v is wrapper]:
+                        holder[key] = function
