@@ -20,6 +20,7 @@ class Frame:
         args, kwargs: what it was called with, containers copied, so that it can be called once more.
         begin: the number of its first node.
         first_op: the number of its first dispatcher call.
+        plain: whether it may be that there is nothing to rewrite in it (see `plain_modules.py`).
         asked: whether its forward has asked for the mode.
         reads: the sizes that its forward has read, and the numbers it has computed.
     """
@@ -30,6 +31,7 @@ class Frame:
     kwargs: dict[str, Any] = field(default_factory=dict)
     begin: int = 0
     first_op: int = 0
+    plain: bool = False
     asked: bool = False
     reads: dict[Any, Any] = field(default_factory=dict)
 

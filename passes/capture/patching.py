@@ -80,29 +80,25 @@ class Patches:
         """Whether code of the model's is being traced, in this thread, rather than evaluated."""
         return self.active and threading.get_ident() == self.thread and self.tracer.recorder.tracing
 
-    def wrapped(self, function: Callable[..., Any], instead: Callable[..., Any]) -> Callable[..., Any]:
-        """A function that calls another one while code of the model's is being traced."""
+    def seeing_proxies(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that becomes a node where it is given a proxy."""
 
-        @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            return (instead if self.tracing() else function)(*args, **kwargs)
+            if self.tracing() and any(type(v) in PROXIES for v in iterate((args, kwargs))):
+                return self.tracer.create_proxy("call_function", function, args, kwargs)
+            return function(*args, **kwargs)
 
         self.replaced.append((function, wrapper))
         return wrapper
 
-    def seeing_proxies(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A function that becomes a node where it is given a proxy."""
-
-        def instead(*args: Any, **kwargs: Any) -> Any:
-            if any(type(v) in PROXIES for v in iterate((args, kwargs))):
-                return self.tracer.create_proxy("call_function", function, args, kwargs)
-            return function(*args, **kwargs)
-
-        return self.wrapped(function, instead)
-
     def given_values(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A function that is given the values of proxies."""
-        return self.wrapped(function, lambda *args, **kwargs: function(*unwrap(args), **unwrap(kwargs)))
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return function(*unwrap(args), **unwrap(kwargs)) if self.tracing() else function(*args, **kwargs)
+
+        self.replaced.append((function, wrapper))
+        return wrapper
 
     # -- functions of torch -----------------------------------------------------------------------------------------
 
@@ -120,13 +116,14 @@ class Patches:
         """`torch._check` reads a condition; in a run without values there is none to read."""
 
         def checker(function: Callable[..., Any]) -> Callable[..., Any]:
-            def instead(*args: Any, **kwargs: Any) -> Any:
-                args, kwargs = unwrap(args), unwrap(kwargs)
-                if any(isinstance(v, torch.Tensor) and v.is_meta for v in args):
-                    return None
+            def wrapper(*args: Any, **kwargs: Any) -> Any:
+                if self.tracing():
+                    args, kwargs = unwrap(args), unwrap(kwargs)
+                    if any(isinstance(v, torch.Tensor) and v.is_meta for v in args):
+                        return None
                 return function(*args, **kwargs)
 
-            return self.wrapped(function, instead)
+            return wrapper
 
         for name in CHECKS:
             self.patch(torch, name, checker(getattr(torch, name)))
@@ -188,11 +185,13 @@ class Patches:
         functional: Any = F
         check = functional.has_torch_function
 
-        def instead(args: Any) -> bool:
+        def has_torch_function(args: Any) -> bool:
+            if not self.tracing():
+                return bool(check(args))
             inlining, self.tracer.inlining = self.tracer.inlining, False
-            return not inlining and check(args)
+            return not inlining and bool(check(args))
 
-        self.patch(F, "has_torch_function", self.wrapped(check, instead))
+        self.patch(F, "has_torch_function", has_torch_function)
 
     def fx_flag(self) -> None:
         """Models ask whether they are traced; the answer is by thread."""
@@ -230,8 +229,9 @@ class Patches:
                 raise AttributeError("training") from None
 
         for module in tracer.paths:  # what `__call__` calls instead of forward and the hooks, where it is there
-            vars(module)["_compiled_call_impl"] = functools.partial(called, module)
+            vars(module)["_compiled_call_impl"] = call = functools.partial(called, module)
             self.undo.append(functools.partial(vars(module).pop, "_compiled_call_impl", None))
+            tracer.stored.expect(module, "_compiled_call_impl", call)
         self.patch(nn.Module, "__getattr__", read)
         self.patch(nn.Module, "training", property(training, lambda m, v: vars(m).__setitem__("training", v)))
 

@@ -256,7 +256,7 @@ def proxy_for(node: fx.Node, tracer: Any, value: Any) -> Any:
     plain = value.layout is torch.strided and not value.is_nested
     made: Any = wrapper(TensorProxy, value.shape if plain else (), dtype=value.dtype, device=value.device)
     without_memory(made)
-    vars(made).update(node=node, tracer=tracer, value=value)
+    made.node, made.tracer, made.value = node, tracer, value
     return made
 
 

@@ -227,12 +227,14 @@ class ProxyAttributes(fx.Tracer):
 
     def pause(self) -> tuple[bool, bool]:
         """From here on it is the compiler that calls torch, not the model; `resume` takes what this returns."""
-        tracing, self.recorder.tracing = self.recorder.tracing, False
+        if not self.recorder.tracing:
+            return False, False
+        self.recorder.tracing = False
         modes = torch._C._len_torch_function_stack()
         ours = modes > 0 and torch._C._get_function_stack_at(modes - 1) is self.interception
         if ours:
             torch._C._pop_torch_function_stack()
-        return tracing, ours
+        return True, ours
 
     def resume(self, state: tuple[bool, bool]) -> None:
         self.recorder.tracing, ours = state

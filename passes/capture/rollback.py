@@ -24,6 +24,11 @@ class ModuleState:
             held = {k: copy.copy(v) for k, v in boxes.items() if v}
             self.before[module] = dict(vars(module)), list(boxes.values()), held
 
+    def expect(self, module: nn.Module, name: str, value: Any) -> None:
+        """An attribute that a module has from now on."""
+        if module in self.before:
+            self.before[module][0][name] = value
+
     def restore(self, index: Mapping[fx.Node, int], begin: int) -> None:
         """Put back every attribute that stands for a node numbered `begin` or later.
 

@@ -98,7 +98,7 @@ class ValueTracer(GraphBuilder):
 
     def traced_call(self, path: str, module: nn.Module, forward: Any, kind: Any, args: Any, kwargs: Any) -> Any:
         """Trace through a module; where that cannot be done, or is not worth it, it becomes a node after all."""
-        frame = Frame(path, module, args, kwargs, len(self.index), len(self.recorder.op_trace.ops))
+        frame = Frame(path, module, args, kwargs, len(self.index), len(self.recorder.op_trace.ops), kind is not None)
         stored = dict(vars(module)) if kind is not None else {}
         reason, where = "", None
         self.frames.append(frame)

@@ -32,7 +32,7 @@ COMPARED = ATOMS | {complex, torch.Size, torch.layout, torch.memory_format}
 class Branch:
     """Numbers of the nodes of the two branches: evaluation from `begin`, training from `middle`, up to `end`.
 
-    `alike`: whether they do the same but for flags and fractions, and for what is done to single numbers.
+    `alike`: whether they are known to do the same but for flags and fractions, and for what is done to single numbers.
     """
 
     begin: int
@@ -151,15 +151,17 @@ def joined(builder: GraphBuilder, modes: Modes, begin: int, middle: int, first_o
     """
     end = len(builder.index)
     before, after = (leaves(out), leaves(trained))
-    same = len(before) == len(after) and all(alike(builder, a, b) for a, b in zip(before, after, strict=True))
+    same = len(before) == len(after) and all(interchangeable(builder, a, b) for a, b in zip(before, after, strict=True))
     if not same:
         modes.separate = True
     if not same or code(builder, begin, middle, out) == code(builder, middle, end, trained):
         builder.roll_back(middle, first_op)
         return out
-    loosely = code(builder, begin, middle, out, loosely=True) == code(builder, middle, end, trained, loosely=True)
+    alike = any(frame.plain for frame in builder.frames) and (
+        code(builder, begin, middle, out, loosely=True) == code(builder, middle, end, trained, loosely=True)
+    )
     selected = select(builder, out, trained)
-    modes.branches.append(Branch(begin, middle, end, loosely))
+    modes.branches.append(Branch(begin, middle, end, alike))
     return selected
 
 
@@ -174,7 +176,7 @@ def leaves(x: Any) -> list[Any]:
     return [x]
 
 
-def alike(builder: GraphBuilder, a: Any, b: Any) -> bool:
+def interchangeable(builder: GraphBuilder, a: Any, b: Any) -> bool:
     """Whether one can stand in for the other in what follows."""
     if type(a) is TensorProxy and type(b) is TensorProxy:
         if (a.value.shape, a.value.dtype, a.value.device) != (b.value.shape, b.value.dtype, b.value.device):
