@@ -68,6 +68,7 @@ class Patches:
             LOCK.release()
         if len(sys.modules) != self.imported:
             restore_functions(self.replaced)
+        del self.tracer
 
     # -- how a function is replaced ---------------------------------------------------------------------------------
 
