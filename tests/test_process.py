@@ -1,0 +1,277 @@
+"""A capture leaves the process as it was, functions, caches and other threads, and C++ is handed nothing it may not read."""
+
+import builtins
+import contextlib
+import dataclasses
+import functools
+import gc
+import math
+import operator
+import sys
+import threading
+import types
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxprune
+from fxprune.passes.capture.proxy import PROXIES
+from fxprune.passes.capture.tracer import ValueTracer
+
+X = torch.randn(3, 8, dtype=torch.float64)
+
+
+class Net(nn.Module):
+    """Two layers with something between."""
+
+    def __init__(self, between):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.between = nn.Linear(8, 16), nn.Linear(16, 4), between
+        self.double().eval()
+
+    def forward(self, x):
+        return self.b(self.between(self, self.a(x)))
+
+
+with warnings.catch_warnings():  # it is deprecated, and there are models that have it
+    warnings.simplefilter("ignore", FutureWarning)
+    swish = torch.jit.CompilationUnit("def swish(x):\n    return x.mul(x.sigmoid())\n").swish
+    scripted = torch.jit.script(nn.ReLU())
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 3 * gradient  # so that it can be told from that of x * x
+
+
+square = Square.apply  # what looks the attribute up later does not see this one
+
+
+@functools.lru_cache
+def ramp(n):
+    return torch.linspace(0, 1, n, dtype=torch.float64)
+
+
+def helpers():
+    """A module of functions that remember, one import away from the model's."""
+    module = types.ModuleType("helpers_of_a_test")
+    exec(
+        "import functools, torch\nkept = {}\n"
+        "@functools.lru_cache\ndef ramp(n):\n    return torch.linspace(0, 1, n, dtype=torch.float64)\n"
+        "def table(n):\n    if n not in kept:\n        kept[n] = ramp(n) * 2\n    return kept[n]\n",
+        vars(module),
+    )
+    return module
+
+
+HELPERS = helpers()
+
+
+def in_place(net, x):
+    rows = x.shape[0]
+    whole = rows
+    rows *= 2
+    return x.repeat(2, 1)[: rows // 2] * (whole / rows)
+
+
+def tries(net, x):
+    try:
+        return F.relu(x, slope=0.5)
+    except TypeError:
+        pass
+    try:
+        return x.matmul(x)
+    except RuntimeError:
+        return x.relu()
+
+
+def expands(net, x):
+    return x * torch.ones(1, 1, dtype=x.dtype).expand(x.shape)
+
+
+def in_a_cast(net, x):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=False):
+        return x.relu()
+
+
+BETWEEN = {
+    "plain": lambda net, x: x.relu(),
+    "math": lambda net, x: x.relu() / math.sqrt(x.shape[-1]),
+    "sizes": lambda net, x: x.view(x.shape[0], 4, -1).flatten(1),
+    "factories": lambda net, x: x + torch.zeros(x.shape[0], 1, dtype=x.dtype, device=x.device),
+    "augmented assignment": in_place,
+    "tries": tries,
+    "expands a constant": expands,
+    "autocast": in_a_cast,
+    "cache of the model's module": lambda net, x: x + ramp(x.shape[0])[:, None],
+    "cache of another module": lambda net, x: x + HELPERS.ramp(x.shape[0])[:, None],
+    "dict of another module": lambda net, x: x + HELPERS.table(x.shape[0])[:, None],
+    "dropout": lambda net, x: F.dropout(x, 0.5, net.training),
+    "parameter": lambda net, x: x * net.a.weight.sum(1) + next(net.parameters())[:, 0],
+    "scripted function": lambda net, x: swish(x),
+    "custom function": lambda net, x: Square.apply(x),
+    "stored custom function": lambda net, x: square(x),
+    "variable": lambda net, x: torch.autograd.Variable(x).relu(),
+    "mapped": lambda net, x: torch.vmap(lambda row: row * 2)(x),
+    "attention": lambda net, x: F.scaled_dot_product_attention(x[:, None], x[:, None], x[:, None])[:, 0],
+    "by keyword": lambda net, x: F.relu(input=x),
+}
+
+
+def places():
+    """What belongs to the process."""
+    owners = [builtins, math, operator, torch, F, nn.Module, nn.RNNBase, torch.autograd.Function, type(torch.autograd.Function)]
+    found = {(owner.__name__, name): value for owner in owners for name, value in vars(owner).items()}
+    found["globals"] = {name: id(value) for name, value in globals().items()}
+    return found | {"fastpath": torch.backends.mha.get_fastpath_enabled(), "mkldnn": torch._C._get_mkldnn_enabled()}
+
+
+def caches():
+    """The functions of loaded modules that remember results."""
+    kind = type(ramp)
+    modules = list(sys.modules.values())
+    return [v for m in modules for v in list(getattr(m, "__dict__", {}).values()) if type(v) is kind]
+
+
+@pytest.mark.parametrize("between", BETWEEN)
+def test_nothing_is_left_of_a_capture(between):
+    model, before = Net(BETWEEN[between]), places()
+    fxprune.prune(model, 0.5, example_inputs=X, verify=False)
+    after = places()
+    assert before.keys() <= after.keys()  # modules of torch may have been imported
+    assert [name for name in before if before[name] is not after[name] and before[name] != after[name]] == []
+    gc.collect()
+    assert [o for o in gc.get_objects() if type(o) in PROXIES or type(o) is ValueTracer] == []
+    held = [o for cache in [*caches(), HELPERS.ramp] for o in gc.get_referents(cache)]
+    assert not any(type(v) in PROXIES for o in held for v in (o if isinstance(o, tuple) else [o]))
+
+
+@pytest.mark.parametrize("between", BETWEEN)
+def test_what_goes_on_in_a_forward_is_pruned_exactly(between):
+    model = Net(BETWEEN[between])
+    small = fxprune.prune(model, 0.5, example_inputs=X)
+    assert small.verification.ok and small.verification.error < 1e-10
+    assert type(model(X)) is torch.Tensor, "the original works as before"
+
+
+@pytest.mark.parametrize("between", ["custom function", "stored custom function"])
+def test_a_custom_function_keeps_its_backward(between):
+    small = fxprune.prune(Net(BETWEEN[between]), 0.5, example_inputs=X)
+    with torch.no_grad():
+        hidden = small.get_submodule("a")(X)
+    x = hidden.clone().requires_grad_()
+    next(n.target for n in small.graph.nodes if "apply" in n.name)(x).sum().backward()
+    assert torch.equal(x.grad, torch.full_like(x, 3))
+
+
+def test_what_fails_inside_a_try_leaves_no_node():
+    small = fxprune.prune(Net(tries), 0.5, example_inputs=X)
+    assert [n.name for n in small.graph.nodes if n.op.startswith("call")] == ["a", "relu", "b"]
+
+
+def test_sizes_are_values():
+    """A constant that is expanded to them depends on no batch, and is no guard."""
+    for between in (expands, in_place):
+        model = Net(between)
+        small = fxprune.prune(model, 0.5, example_inputs=X)
+        assert small(torch.randn(7, 8, dtype=torch.float64)).shape == (7, 4), between
+
+
+def test_memory_is_not_read():
+    """A tensor of the capture's has none; the module that asks for it runs as it is."""
+    model = Net(lambda net, x: torch.from_dlpack(torch.utils.dlpack.to_dlpack(x)))
+    with contextlib.suppress(fxprune.PruneError):
+        fxprune.prune(model, 0.5, example_inputs=X)
+    assert model(X).shape == (3, 4)
+
+
+@dataclasses.dataclass
+class Found:
+    logits: torch.Tensor
+    hidden: torch.Tensor
+    name: str = "found"
+
+
+class Finds(Net):
+    def forward(self, x):
+        hidden = self.a(input=x).relu()
+        return Found(self.b(input=hidden), hidden)
+
+
+def test_a_dataclass_is_returned_and_layers_are_called_by_keyword():
+    model = Finds(None)
+    found = fxprune.prune(nn.Sequential(nn.Linear(8, 8).double(), model), 0.5, example_inputs=X)(X)
+    assert type(found) is Found and found.logits.shape == (3, 4) and found.hidden.shape == (3, 16) and found.name == "found"
+
+
+def test_what_cannot_be_copied_is_shared():
+    model = Net(BETWEEN["plain"])
+    model.lock, model.handles = threading.Lock(), [model.register_forward_hook(lambda *_: None)]
+    model.handles[0].remove()
+    assert fxprune.prune(model, 0.5, example_inputs=X).a.out_features == 8
+
+
+def test_torchscript_inside_a_model_is_refused():
+    model = nn.Sequential(nn.Linear(8, 16), scripted, nn.Linear(16, 4)).eval()
+    with pytest.raises(fxprune.PruneError, match="TorchScript"):
+        fxprune.prune(model, 0.5, example_inputs=X.float())
+
+
+CONTEXTS = {
+    "inference": torch.inference_mode,
+    "meta device": lambda: torch.device("meta"),
+    "no gradients": torch.no_grad,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_the_modes_that_a_caller_is_in_do_not_matter(context):
+    model = Net(lambda net, x: x.relu() + torch.ones(16, dtype=torch.float64))
+    wanted = fxprune.prune(model, 0.5, example_inputs=X)
+    with CONTEXTS[context]():
+        small = fxprune.prune(model, 0.5, example_inputs=X)
+        coupling = fxprune.couple(model, X)
+    assert coupling.to_dict() == fxprune.couple(model, X).to_dict()
+    assert small.verification.ok and torch.equal(small(X), wanted(X))
+    small.train()(X).sum().backward()
+    assert all(p.grad is not None for p in small.parameters())
+
+
+def test_threads_prune_while_another_infers():
+    model, wanted, failed, done = Net(BETWEEN["math"]), None, [], threading.Event()
+    with torch.no_grad():
+        wanted = model(X)
+
+    def prune():
+        try:
+            for between in ("math", "sizes", "custom function"):
+                small = fxprune.prune(Net(BETWEEN[between]), 0.5, example_inputs=X)
+                assert small.verification.ok and small.a.out_features == 8
+        except BaseException as error:
+            failed.append(error)
+
+    def infer():
+        while not done.is_set():
+            with torch.no_grad():
+                if not torch.equal(model(X), wanted) or type(math.sqrt(4)) is not float:
+                    failed.append("another result")
+
+    fifth = threading.Thread(target=infer)
+    fifth.start()
+    threads = [threading.Thread(target=prune) for _ in range(4)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    done.set()
+    fifth.join()
+    assert failed == []
