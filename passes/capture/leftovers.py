@@ -65,8 +65,8 @@ def restore_functions(replaced: Iterable[tuple[Callable[..., Any], Callable[...,
     Arguments: `replaced`, pairs of a function and what stood in its place.
     """
     for function, wrapper in replaced:
-        if sys.getrefcount(wrapper) > 4:  # those of the pair, of this frame, of the argument and of the pairs' owner
+        if sys.getrefcount(wrapper) > 3:  # those of the pair, of this frame and of the argument
             for holder in gc.get_referrers(wrapper):
-                if type(holder) is dict:
+                if isinstance(holder, dict) and (type(holder) is dict or isinstance(holder, ModuleType)):
                     for key in [k for k, v in holder.items() if v is wrapper]:
                         holder[key] = function
