@@ -171,7 +171,7 @@ class GraphBuilder(ProxyAttributes):
             return like_dict(value, {k: self.item(node, k, v) for k, v in value.items()})
         return self.proxy(node, value)
 
-    def proxy(self, node: fx.Node, value: Any) -> Any:
+    def proxy(self, node: fx.Node, value: Any) -> Any:  # type: ignore[override]
         made = proxy_for(node, self, value)
         self.proxies.append(weakref.ref(made))
         return made

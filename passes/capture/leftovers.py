@@ -67,6 +67,6 @@ def restore_functions(replaced: Iterable[tuple[Callable[..., Any], Callable[...,
     for function, wrapper in replaced:
         if sys.getrefcount(wrapper) > 3:  # those of the pair, of this frame and of the argument
             for holder in gc.get_referrers(wrapper):
-                if isinstance(holder, dict) and (type(holder) is dict or isinstance(holder, ModuleType)):
+                if type(holder) is dict:
                     for key in [k for k, v in holder.items() if v is wrapper]:
                         holder[key] = function

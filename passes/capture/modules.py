@@ -40,7 +40,7 @@ def parameters(kind: type) -> tuple[str, ...]:
 def by_position(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments of a layer, by position as far as they are given without a gap."""
     left = dict(kwargs)
-    for name in parameters(type(module))[len(args) :]:
+    for name in parameters(type(module))[len(args) :]:  # type: ignore[arg-type]
         if name not in left:
             break
         args = (*args, left.pop(name))

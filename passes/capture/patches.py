@@ -59,7 +59,7 @@ def creating(cls: type) -> Callable[..., Any]:
     """A function under a name that generated code can refer to, which creates an object from the values of its attributes."""
 
     def created(**attributes: Any) -> Any:
-        made = object.__new__(cls)
+        made: Any = object.__new__(cls)
         for name, value in attributes.items():
             object.__setattr__(made, name, value)
         return made

@@ -86,7 +86,7 @@ class Proxy:
         return self.tracer.create_proxy("call_function", abs, (self,), {})
 
     def __divmod__(self, other: Any) -> Any:
-        return self // other, self % other  # type: ignore[operator]
+        return self // other, self % other
 
     def __rdivmod__(self, other: Any) -> Any:
         return other // self, other % self
@@ -143,8 +143,8 @@ for _name in reflectable_magic_methods:
         setattr(Proxy, f"__r{_name.strip('_')}__", _operation(_name, swapped=True))
 
 
-class TensorProxy(Proxy, Tensor):
-    """Stands for a tensor. It has no memory; what reads it in C++ fails."""
+class TensorProxy(Proxy, Tensor, fx.Proxy):  # type: ignore[misc]
+    """Stands for a tensor. It has no memory; what reads it in C++ fails. Libraries ask whether a tensor is a proxy of FX's."""
 
     def __hash__(self) -> int:
         return id(self)
@@ -166,7 +166,7 @@ class TensorProxy(Proxy, Tensor):
         return tracer_of((args, kwargs)).torch_function(func, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise ReadsValue(f"a tensor in compiled code ({func})")
 
 
@@ -199,18 +199,18 @@ class PlainProxy(Proxy):
         return self.tracer.read_attribute(self, name)
 
 
-class IntProxy(PlainProxy, torch.SymInt):
-    __class__ = property(lambda self: int)  # type: ignore[assignment]
+class IntProxy(PlainProxy, torch.SymInt):  # type: ignore[misc]
+    __class__ = property(lambda self: int)
     __hash__ = Proxy.__hash__
 
 
-class FloatProxy(PlainProxy, torch.SymFloat):
-    __class__ = property(lambda self: float)  # type: ignore[assignment]
+class FloatProxy(PlainProxy, torch.SymFloat):  # type: ignore[misc]
+    __class__ = property(lambda self: float)
     __hash__ = Proxy.__hash__
 
 
-class BoolProxy(PlainProxy, torch.SymBool):
-    __class__ = property(lambda self: bool)  # type: ignore[assignment]
+class BoolProxy(PlainProxy, torch.SymBool):  # type: ignore[misc]
+    __class__ = property(lambda self: bool)
     __hash__ = Proxy.__hash__
 
 
@@ -223,7 +223,7 @@ for _kind in (int, float):
 class DeviceProxy(PlainProxy, str):
     """Stands for a device, which C++ takes by its name, too."""
 
-    __class__ = property(lambda self: torch.device)  # type: ignore[assignment]
+    __class__ = property(lambda self: torch.device)
     __hash__ = Proxy.__hash__
     type, index = _attribute("type"), _attribute("index")
 
@@ -232,7 +232,11 @@ class DeviceProxy(PlainProxy, str):
 
 
 class ValueProxy(PlainProxy):
-    """Stands for anything else that is no container: a dtype, a text."""
+    """Stands for anything else that is no container: a dtype, a text. Functions of torch that are given one ask the tracer."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return tracer_of((args, kwargs)).torch_function(func, args, kwargs or {})
 
     @property
     def __class__(self) -> type:

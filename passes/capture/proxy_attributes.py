@@ -105,7 +105,6 @@ class ProxyAttributes(fx.Tracer):
     recorder: Recorder
     names: dict[int, str]
     results: dict[fx.Node, Any]
-    names: dict[int, str]
     inlining: bool = False
 
     @functools.cached_property
@@ -115,10 +114,6 @@ class ProxyAttributes(fx.Tracer):
     @functools.cached_property
     def data_sizes(self) -> DataSizes:
         return DataSizes(self.recorder.op_trace)
-
-    @functools.cached_property
-    def interception(self) -> TorchFunctionMode:
-        return Interception(self)
 
     def bind(self, node: fx.Node, value: Any) -> Any:
         """The proxy for a node."""
