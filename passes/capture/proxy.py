@@ -149,6 +149,15 @@ class TensorProxy(Proxy, Tensor, fx.Proxy):  # type: ignore[misc]
     def __hash__(self) -> int:
         return id(self)
 
+    def __getattr__(self, name: str) -> Any:
+        if name in ("node", "tracer", "value"):  # which are not set yet
+            raise AttributeError(name)
+        return self.tracer.read_attribute(self, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """A proxy of FX's looks callable: code that takes a value or a function gets the value."""
+        return self
+
     def __len__(self) -> int:
         return operator.index(self.shape[0])
 
