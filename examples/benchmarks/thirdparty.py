@@ -23,6 +23,7 @@ import fnmatch
 import importlib
 import importlib.util
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -92,7 +93,7 @@ def measure(model: str) -> Row:
     """The row of one model; an error is a row too."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)  # a process that has started a thread pool cannot fork
-    row: Row = {"machine": machine()}
+    row: Row = {"machine": machine()} | commit()
     try:
         seed()
         network, inputs = make(model)
@@ -113,6 +114,12 @@ def measure(model: str) -> Row:
     row["left"] = round(sum(p.numel() for p in pruned.parameters()) / max(1, row["params"]), 3)
     row["capture"] = str(pruned.meta.get("capture", ""))[:100]
     return row | judged(network, pruned, inputs)
+
+
+def commit() -> Row:
+    """The commit of the code, where this is a checkout."""
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
+    return {"commit": done.stdout.strip()} if done.returncode == 0 else {}
 
 
 def judged(network: nn.Module, pruned: nn.Module, inputs: Any) -> Row:
@@ -215,6 +222,7 @@ def table(rows: list[Row]) -> str:
     ]
     reasons = Counter(row["reason"].partition(" over ")[0] for row in rows if row.get("references") == "masked")
     machines = Counter(row["machine"] for row in rows if "machine" in row)
+    commits = Counter(row["commit"] for row in rows if "commit" in row)
     built = [row for row in rows if row["status"] != "unbuildable"]
     share = count(built, "exact") / max(1, len(built))
     listed = [row for row in rows if row["status"] != "exact"]
@@ -227,6 +235,7 @@ def table(rows: list[Row]) -> str:
         + (", ".join(f"{name} ({n})" for name, n in reasons.most_common()) or "-")
         + "\n"
         + "".join(f"- {n} rows on {name}\n" for name, n in machines.most_common())
+        + "".join(f"- {n} rows of the code of {name}\n" for name, n in commits.most_common())
         + "\n"
         + markdown_table(columns, [*per_package, {"package": "all", "rows": rows}])
         + "\n## What is not exact, and what did not build\n\n"

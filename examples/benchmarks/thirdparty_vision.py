@@ -28,19 +28,19 @@ BY_SIZE = {
     " igcv3_wd4 ghostnet mnasnet_b1 mnasnet_a1 mnasnet_small darts proxylessnas_cpu proxylessnas_mobile fbnet_cb"
     " nasnet_4a1056 spnasnet mixnet_s mixnet_m isqrtcovresnet18 fastseresnet101b octresnet10_ad2 resnetd50b resnet10_cub"
     " seresnet10_cub mobilenet_wd4_cub fdmobilenet_wd4_cub proxylessnas_cpu_cub",
-    299: "xception inceptionv3 inceptionv4 inceptionresnetv1 inceptionresnetv2 polynet",
-    331: "pnasnet5large",
+    299: "xception inceptionv3 inceptionv4 inceptionresnetv1 inceptionresnetv2",
+    331: "pnasnet5large polynet",
     448: "ntsnet_cub",
 }
 DENSE = plain(  # for every pixel; the size has to be said
     "fcn8sd_resnetd50b_voc pspnet_resnetd50b_voc deeplabv3_resnetd50b_voc danet_resnetd50b_cityscapes cgnet_cityscapes"
-    " dabnet_cityscapes ctxnet_cityscapes lednet_cityscapes esnet_cityscapes edanet_cityscapes"
+    " dabnet_cityscapes ctxnet_cityscapes esnet_cityscapes edanet_cityscapes"
     " enet_cityscapes erfnet_cityscapes linknet_cityscapes segnet_cityscapes unet_cityscapes sqnet_cityscapes"
     " espcnet_cityscapes",
     image(96),
     in_size=(96, 96),
 ) | plain(
-    "icnet_resnetd50b_cityscapes fastscnn_cityscapes sinet_cityscapes fpenet_cityscapes bisenet_resnet18_celebamaskhq",
+    "icnet_resnetd50b_cityscapes lednet_cityscapes fastscnn_cityscapes sinet_cityscapes fpenet_cityscapes bisenet_resnet18_celebamaskhq",
     image(256),
     in_size=(256, 256),
 )
