@@ -40,7 +40,8 @@ DENSE = plain(  # for every pixel; the size has to be said
     image(96),
     in_size=(96, 96),
 ) | plain(
-    "icnet_resnetd50b_cityscapes lednet_cityscapes fastscnn_cityscapes sinet_cityscapes fpenet_cityscapes bisenet_resnet18_celebamaskhq",
+    "icnet_resnetd50b_cityscapes lednet_cityscapes fastscnn_cityscapes sinet_cityscapes fpenet_cityscapes"
+    " bisenet_resnet18_celebamaskhq",
     image(256),
     in_size=(256, 256),
 )
