@@ -234,7 +234,7 @@ class Comparison:
         try:
             set_random_state(self.devices, drawn)
             with restoring(self.pruned, parameters=self.masked.writes):
-                got = self.pruned(*args, **kwargs)
+                got = self.pruned(*map_tensors(args, torch.clone), **map_tensors(kwargs, torch.clone))  # it may write to them
         except GuardError as refused:
             if name == EXAMPLE:
                 raise

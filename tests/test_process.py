@@ -14,6 +14,7 @@ import warnings
 
 import pytest
 import torch
+import torch._dynamo  # the first import of it replaces functions of torch, whoever does it
 import torch.nn.functional as F
 from torch import nn
 

@@ -9,7 +9,10 @@ from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
+from torch import Tensor
+
 from fxprune.passes.capture.patches import CACHED
+from fxprune.passes.capture.proxy import PROXIES
 
 DEPTH = 8  # containers in containers
 NESTED = (tuple, list, set, frozenset)
@@ -19,8 +22,9 @@ pending: list[weakref.ref[Any]] = []  # proxies of captures that have ended, and
 def remove_leftovers() -> None:
     """Remove proxies of past captures from whatever still holds them.
 
-    A function that remembers results (`functools.lru_cache`) forgets all of them, a dict or a set loses the entries, and a list
-    the items. Nothing is looked for if no proxy is alive.
+    A function that remembers results (`functools.lru_cache`) forgets all of them. Entries that are looked up by a proxy go; in
+    place of other proxies stand their values, as a run on the example would have left them. A tensor without contents is no
+    such value: its entry goes too, but a variable or an attribute of a class becomes None.
     """
     if not alive():
         pending.clear()
@@ -45,18 +49,42 @@ def release(holder: Any, held: list[Any]) -> bool:
     inside = {id(v) for v in held}
     if type(holder) is CACHED:
         holder.cache_clear()
+    elif isinstance(holder, dict) and (owner := class_of(holder)) is not None:
+        for key in [k for k, v in list(holder.items()) if id(v) in inside]:
+            setattr(owner, key, holder[key].value if replaceable(holder[key]) else None)
     elif isinstance(holder, dict):
-        for key in [k for k, v in list(holder.items()) if id(k) in inside or id(v) in inside]:
-            del holder[key]
+        for key, value in list(holder.items()):
+            if id(key) in inside or (id(value) in inside and not replaceable(value) and not is_namespace(holder)):
+                del holder[key]
+            elif id(value) in inside:
+                holder[key] = value.value if replaceable(value) else None
     elif isinstance(holder, set):
         holder.difference_update([v for v in holder if id(v) in inside])
     elif type(holder) is list:
-        holder[:] = [v for v in holder if id(v) not in inside]
+        kept = [v for v in holder if id(v) not in inside or replaceable(v)]
+        holder[:] = [v.value if id(v) in inside else v for v in kept]
     elif isinstance(holder, NESTED):
         return False
     elif hasattr(holder, "__dict__") and not isinstance(holder, type | ModuleType):
         return release(vars(holder), held)
     return True
+
+
+def replaceable(value: Any) -> bool:
+    """Whether the value of a proxy can stand in its place."""
+    return type(value) in PROXIES and not (isinstance(value.value, Tensor) and value.value.is_meta)
+
+
+def class_of(holder: dict[Any, Any]) -> type | None:
+    """The class whose attributes a dict holds: it has to be told of changes."""
+    if "__module__" not in holder:
+        return None
+    return next((c for c in gc.get_referrers(holder) if isinstance(c, type) and vars(c).keys() == holder.keys()), None)
+
+
+def is_namespace(holder: dict[Any, Any]) -> bool:
+    """Whether a dict holds the variables of a module rather than entries of a table."""
+    return "__name__" in holder and "__builtins__" in holder
 
 
 def restore_functions(replaced: Iterable[tuple[Callable[..., Any], Callable[..., Any]]]) -> None:
