@@ -101,10 +101,9 @@ def find_nonempty_sets(solution: Solution) -> list[np.ndarray]:
 def check_activations(solution: Solution, slicer: Slicer) -> None:
     """Raise NotARectangle where an activation outside of a gathered region would not be one, or would be empty."""
     for capture, values, regions in zip(solution.captures, solution.values, solution.regions, strict=True):
-        for node, result in capture.results.items():
-            if node in regions and regions[node] is not node:
-                continue
-            for ref in collect(result, TensorRef):
-                labels = values.get(ref.id, ())
-                if any(len(f.major_to_minor) > 1 for f in labels) or len({f.major_to_minor for f in labels}) < len(labels):
-                    slicer(labels, capture.op_trace.shape(ref))
+        shown = [result for node, result in capture.results.items() if regions.get(node, node) is node]
+        sized = [use.ref for uses in capture.sizes.values() for use in uses]  # inside opaque modules
+        for ref in (*collect(shown, TensorRef), *sized):
+            labels = values.get(ref.id, ())
+            if any(len(f.major_to_minor) > 1 for f in labels) or len({f.major_to_minor for f in labels}) < len(labels):
+                slicer(labels, capture.op_trace.shape(ref))

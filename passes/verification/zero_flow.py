@@ -59,6 +59,7 @@ class ZeroFlow(TorchDispatchMode):
     def __init__(self, zeroed: ZeroedOriginal) -> None:
         super().__init__()
         self.reason = ""
+        self.constants: list[Tensor] = []
         self.notes: dict[int, tuple[StorageWeakRef, Tensor]] = {}
         for tensor, gone in zeroed.removed.values():
             self.note(tensor, gone)
@@ -70,9 +71,12 @@ class ZeroFlow(TorchDispatchMode):
         tensors = collect((args, kwargs), Tensor)
         masks = [self.removed(t) for t in tensors]
         if all(mask is None for mask in masks):
-            return func(*args, **kwargs)
+            out = func(*args, **kwargs)
+            if func._schema.name == "aten::lift_fresh":  # a constant of Python's becomes a tensor
+                self.constants.append(out)
+            return out
         written = written_slots(func, args, kwargs, tensors)
-        probe = None if is_view(func) else Probe(func, args, kwargs, tensors, masks, written)
+        probe = None if is_view(func) else Probe(func, args, kwargs, tensors, masks, written, self.constants)
         try:
             found = None if probe is None else probe.removed_results()
         except Exception as error:
@@ -123,6 +127,7 @@ class Probe:
         func, args, kwargs: the call, whose operands are as in the zeroed model.
         tensors: its operands in order; `masks` says which of their entries are removed.
         written: which of them it writes to; their new values are results, and come first.
+        constants: tensors whose values are always the same.
     """
 
     def __init__(
@@ -133,8 +138,10 @@ class Probe:
         tensors: Sequence[Tensor],
         masks: Sequence[Tensor | None],
         written: Sequence[int],
+        constants: Sequence[Tensor] = (),
     ) -> None:
         self.func, self.args, self.kwargs = func, args, kwargs
+        self.constants = {id(t) for t in constants}
         self.tensors, self.masks, self.written = tensors, masks, written
 
     def removed_results(self) -> list[Tensor]:
@@ -156,8 +163,12 @@ class Probe:
                 self.check_additive(i)
                 if any(bool((r & ~k).any()) for r, k in zip(reached, self.depends_on_kept(base, results, i), strict=True)):
                     raise Mixed(f"{self.name} adds up removed entries alone, and keeps what it makes of them")
-        together = self.depends(base, results, marked)
-        return [d & ~v for d, v in zip(together, varies, strict=True)]
+        found = [d & ~v for d, v in zip(self.depends(base, results, marked), varies, strict=True)]
+        for at, slot in enumerate(self.written):  # a constant written over a removed entry is gone with it
+            mask = self.masks[slot]
+            if mask is not None:
+                found[at] |= mask & ~varies[at]
+        return found
 
     @property
     def name(self) -> str:
@@ -172,7 +183,11 @@ class Probe:
     def drawn(self, draw: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """Operands whose kept entries are random; indices, and masks that know nothing of channels, stay what they are."""
         return [
-            t if not is_drawn(t, mask) else draw(t) if mask is None else torch.where(mask, t, draw(t))
+            t
+            if not is_drawn(t, mask) or id(t) in self.constants
+            else draw(t)
+            if mask is None
+            else torch.where(mask, t, draw(t))
             for t, mask in zip(self.tensors, self.masks, strict=True)
         ]
 
