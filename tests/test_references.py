@@ -48,6 +48,12 @@ APPLIES = {
     "columns alone": (lambda self, x: self.b(self.a(x)), linear(8, 4), LAST),
 }
 MIXES = {
+    "a mean over what was overwritten": (
+        lambda self, x: self.b(overwrite(self.a(x)).square().mean(-1, keepdim=True)),
+        linear(1, 4),
+        FIRST,
+        "mean",
+    ),
     "mean over channels": (lambda self, x: self.b(self.a(x).mean(-1, keepdim=True)), linear(1, 4), FIRST, "mean"),
     "layer norm": (lambda self, x: self.b(F.layer_norm(self.a(x), (8,))), linear(8, 4), FIRST + LAST, "native_layer_norm"),
     "softmax over channels": (lambda self, x: self.b(self.a(x).softmax(-1)), linear(8, 4), FIRST + LAST, "_softmax"),
@@ -64,6 +70,11 @@ MIXES = {
     "order of channels": (lambda self, x: self.b(self.a(x).sort(-1).values), linear(8, 4), FIRST + LAST, "sort"),
     "a value that Python reads": (lambda self, x: self.b(self.a(x)) * float(self.a(x)[0, 0, 1]), linear(8, 4), FIRST, "scalar"),
 }
+
+
+def overwrite(x: Tensor) -> Tensor:
+    x[..., :5] = 0
+    return x
 
 
 def write(out: Tensor, value: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ class ZeroFlow(TorchDispatchMode):
             raise Mixed(self.reason) from error
         out = func(*args, **kwargs)
         if found is not None:
-            results = [*(tensors[i] for i in written), *collect(out, Tensor)]
+            results = with_written([tensors[i] for i in written], out)
             for result, gone in zip(results, found, strict=True):
                 self.note(result, gone)
         return out
@@ -217,7 +217,12 @@ class Probe:
         if torch.Tag.nondeterministic_seeded in self.func.tags:
             torch.manual_seed(0)
         out = self.func(*args, **kwargs)
-        return [*(own[i] for i in self.written), *collect(out, Tensor)]
+        return with_written([own[i] for i in self.written], out)
+
+
+def with_written(written: Sequence[Tensor], out: Any) -> list[Tensor]:
+    """The results of a call: the operands that it writes to, and what it returns besides them."""
+    return [*written, *(t for t in collect(out, Tensor) if not any(t is w for w in written))]
 
 
 def is_drawn(tensor: Tensor, mask: Tensor | None) -> bool:
