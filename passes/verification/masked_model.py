@@ -155,6 +155,7 @@ class MaskedOriginal:
         devices = sorted({t.device.index or 0 for _, t in named_tensors(self.model) if t.is_cuda})
         drawn = random_state(devices)
         fates: Tensor | None = None
+        repeated = False
         while True:  # a label made on the way may learn its fate only after a statistic has seen it: then it runs once more
             set_random_state(devices, drawn)
             reference = self.copied()
@@ -170,6 +171,9 @@ class MaskedOriginal:
             if any(version_of(p) for p in self.parameters.values()):
                 self.writes = True
                 self.parameters.clear()
+            if fates is not None and len(masker.kept) != len(fates) and not repeated:
+                fates, repeated = None, True  # it remembers what the first run computed, and so creates other labels now
+                continue
             if fates is not None or not masker.kept_labels.late:
                 return out if whole else map_tensors(out, masker.kept_of)
             fates = masker.kept
