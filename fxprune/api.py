@@ -119,9 +119,10 @@ def prune(
         with options.uncollected():
             choice = compilation.choose(options)  # capture, couple, score, select
             pruned = compilation.emit(choice)  # rewrite, slice
-            if not options.verifies(model):
+            verifies = options.verifies(model)
+            if not verifies:
                 del choice  # most of it is freed now, before the collector looks through what is left
-        if options.verifies(model):
+        if verifies:
             pruned = compilation.verify(pruned, choice)
         return compilation.restore_class(pruned) if same_class else pruned
 

@@ -11,7 +11,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import named_parameters, named_tensors
+from fxprune.passes.ir.meta_tensors import PLAIN_TENSORS
+from fxprune.passes.ir.module_tree import named_parameters, named_tensors, walk
 
 # classes that call one module and have nothing to prune of their own: where they are defined, and where they keep it
 WRAPPERS = (
@@ -53,10 +54,12 @@ def unwrapped(model: Any) -> nn.Module:
 def check_tensors(model: nn.Module) -> None:
     """Raise PruneError where tensors have no shape yet, or are parts of larger ones."""
     sharded = "prune the plain model, before fully_shard(), parallelize_module() or quantize_()"
-    for path, module in model.named_modules():
+    for module, path in walk(model).items() if "torch.distributed.fsdp" in sys.modules else ():
         if is_a(module, "torch.distributed.fsdp", "FullyShardedDataParallel"):
             raise PruneError("the model's parameters are flattened and sharded", where=path or "FSDP", fix=sharded)
     for name, tensor in named_tensors(model):
+        if type(tensor) in PLAIN_TENSORS:
+            continue
         path = name.rpartition(".")[0]
         if is_lazy(tensor):
             raise PruneError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +58,7 @@ class Plan(PlanData):
             return Compilation.of_plan(model, self, example_inputs).apply(self)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Choice:
     """Which labels of a coupling stay.
 
@@ -73,6 +74,7 @@ class Choice:
     slicer: Slicer
     latency: Latency | None = None
 
+    @functools.cached_property
     def slices(self) -> dict[str, list[TensorSlice]]:
         """The slices of every tensor, by name."""
         return tensor_cuts(self.solution, self.kept, self.slicer)
@@ -154,10 +156,10 @@ class Compilation:
             solution = self.couple()
             if solution.captures[0].opaque and options.data is not None:  # which may be read again
                 options = dataclasses.replace(options, data=list(options.data))
-            return self.choose_by(lambda coupled: select_units(self.model, coupled, options), solution)
+            return self.choose_by(lambda coupled: select_units(self.model, coupled, options, self.tensors), solution)
         solution = self.couple_for_good()  # what is timed must run
         probe = self.latency_probe()
-        choice = self.choose_by(lambda coupled: select_units(self.model, coupled, options, probe), solution)
+        choice = self.choose_by(lambda coupled: select_units(self.model, coupled, options, self.tensors, probe), solution)
         return dataclasses.replace(choice, latency=probe.found)
 
     def choose_by(self, select: Select, solution: Solution | None = None) -> Choice:
@@ -202,7 +204,7 @@ class Compilation:
         """A choice as plain data."""
         return Plan(
             {name: tuple(t.shape) for name, t in self.tensors.items()},
-            {name: found for name, found in choice.slices().items() if found and name in self.tensors},
+            {name: found for name, found in choice.slices.items() if found and name in self.tensors},
             "heads" if self.options.heads else "dims",
             tuple(sorted(self.options.frozen)),
             self.inputs.describe(),
@@ -249,7 +251,7 @@ class Compilation:
                     choice.solution,
                     choice.kept,
                     choice.slicer,
-                    made=choice.slices(),
+                    made=choice.slices,
                     values=self.tensors if values is None else None,
                     waiver=waiver,
                 )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fxprune.criteria.base import Criterion
 from fxprune.criteria.catalog import resolve
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import named_tensors
+from fxprune.passes.ir.module_tree import named_parameters, named_tensors
 from fxprune.passes.ir.options import CouplingOptions
 from fxprune.passes.ir.quiet import uncollected
 from fxprune.selection.budgets import Budget, list_arguments, parse_budget
@@ -108,8 +108,9 @@ class Options:
 
     def verifies(self, model: nn.Module) -> bool:
         """Whether to compare the result with the original: `auto` does where a forward is cheap."""
-        size = sum(math.inf if p.is_meta else p.numel() for p in model.parameters())
-        return self.verify is True or (self.verify == "auto" and size <= CHEAP)
+        if self.verify != "auto":
+            return self.verify
+        return sum(math.inf if p.is_meta else p.numel() for p in named_parameters(model).values()) <= CHEAP
 
     def uncollected(self) -> contextlib.AbstractContextManager[None]:
         """Put the garbage collector off for the time of a selection, unless it runs the model."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from fxprune.model_kinds import why_unprunable
 from fxprune.passes.coupling.families import Family, families
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import named_parameters, named_tensors
+from fxprune.passes.ir.module_tree import named_parameters
 from fxprune.passes.ir.slices import Slicer
 from fxprune.selection.allocation import Allocator
 from fxprune.selection.budget_search import meet_budget
@@ -25,11 +25,18 @@ from fxprune.selection.scopes import match_ratios
 
 
 def select_units(
-    model: nn.Module, solution: Solution, options: Options, probe: LatencyProbe | None = None
+    model: nn.Module,
+    solution: Solution,
+    options: Options,
+    tensors: Mapping[str, Tensor],
+    probe: LatencyProbe | None = None,
 ) -> tuple[Tensor, Slicer]:
-    """Which labels stay; for a budget of latency, `probe` measures it. Raises PruneError where nothing can be removed."""
+    """Which labels stay; `tensors` are the model's, by name, and for a budget of latency `probe` measures it.
+
+    Raises PruneError where nothing can be removed.
+    """
     free, score = score_families(model, solution, options)
-    costs = Costs(solution, dict(named_tensors(model)))
+    costs = Costs(solution, tensors)
     kept, slicer = allocate(free, score, costs, options, probe)
     if not options.competes and slicer.keeps_all and any(match_ratios(free, options.ratio, solution)):
         allocator = Allocator(free, score, solution, options)

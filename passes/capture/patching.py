@@ -209,13 +209,14 @@ class Patches:
         plain_call, plain_getattr = nn.Module._call_impl, nn.Module.__getattr__
 
         def called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            self.look_at(module)
+            if type(module) not in self.seen or "forward" in vars(module):
+                self.look_at(module)
             return tracer.call_module(module, functools.partial(plain_call, module), args, kwargs)
 
         def read(module: nn.Module, name: str) -> Any:
             if threading.get_ident() != self.thread:
                 return plain_getattr(module, name)
-            number = tracer.plain.answer(module, name)
+            number = tracer.plain.answer(module, name) if tracer.plain.withdrawn else None
             if number is not None:
                 return number
             value = plain_getattr(module, name)

@@ -90,8 +90,11 @@ class ValueTracer(GraphBuilder):
             if kwargs:
                 args, kwargs = by_position(module, args, kwargs)
         elif path not in self.evaluator.opaque:
-            with self.paused():
+            state = self.pause()
+            try:
                 kind = self.plain.kind(module, args, kwargs)
+            finally:
+                self.resume(state)
             if kind is None or kind not in self.plain.kinds:
                 return self.traced_call(path, module, forward, kind, args, kwargs)
         return self.create_proxy("call_module", path, args, kwargs)
@@ -164,6 +167,7 @@ class ValueTracer(GraphBuilder):
             calls=evaluator.calls,
             sizes=evaluator.sizes,
             inputs=self.inputs,
+            tensor_names=list(self.names.values()),
             outputs=list(named_outputs(output.args[0], self.results)),
             reads_training=self.modes.separate or self.frames[0].asked or only is None,
             only=only or {},

@@ -45,6 +45,7 @@ class CapturedProgram:
         calls: calls made inside opaque modules.
         sizes: attributes of opaque modules that were used as sizes.
         inputs: references of the example inputs' tensors.
+        tensor_names: the names of the model's tensors, in its order, and of constants after those.
         outputs: the tensors returned, by name (see `terms.named_outputs`) and reference.
         reads_training: whether a forward asked for its mode in a way that only a second run can answer.
         only: nodes that belong to one mode alone: True for training, False for evaluation, None for neither.
@@ -68,6 +69,7 @@ class CapturedProgram:
     calls: dict[str, list[ModuleCall]]
     sizes: dict[str, list[SizeUse]]
     inputs: list[TensorRef]
+    tensor_names: list[str]
     outputs: list[tuple[str, TensorRef]]
     reads_training: bool
     only: dict[fx.Node, bool | None] = field(default_factory=dict)

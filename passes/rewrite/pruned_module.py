@@ -40,14 +40,15 @@ class Name:
 
 
 def written(graph: fx.Graph, only: Mapping[fx.Node, bool | None], mode: bool) -> Program:
-    """The program of one mode out of a graph with branches (see `modes.py`)."""
+    """The program of one mode out of a graph with branches (see `train_eval.py`)."""
     names: dict[Any, Any] = {}
     lines = []
     for node in graph.nodes:
         if only.get(node, mode) != mode:
             continue
         if node.target is select_by_mode:
-            names[node] = names[node.args[mode]]
+            chosen = node.args[mode]
+            names[node] = names[chosen] if isinstance(chosen, fx.Node) else chosen
         else:
             names[node] = Name(node.name)
             args, kwargs = (fx.node.map_arg(x, names.__getitem__) if x else x for x in (node.args, node.kwargs))

@@ -128,17 +128,19 @@ class Rewriter:
             pass_input_by_position(node)
         inner: set[fx.Node] = set()
         for node in nodes:
-            with self.editor.visiting(node):
-                end = self.regions.get(node)
-                if end is None or not self.is_pruned(end):
-                    self.editor.replace(node, self.carry(node))
-                    if node in self.guards:
-                        self.editor.move_past()
-                        self.guard(node, self.guards[node])
-                elif node is end:
-                    self.editor.replace(node, self.region(node))
-                else:
-                    inner.add(node)
+            self.editor.visit(node)
+            end = self.regions.get(node)
+            if end is None or not self.is_pruned(end):
+                self.editor.replace(node, self.carry(node))
+                if node in self.guards:
+                    self.editor.move_past()
+                    self.guard(node, self.guards[node])
+            elif node is end:
+                self.editor.replace(node, self.region(node))
+            else:
+                inner.add(node)
+            self.editor.leave(node)
+        self.graph.inserting_before(self.graph._root)  # at its end
         self.editor.apply(nodes, inner)
         only = self.editor.branches
         has_branches = self.capture.only or any(n.target is select_by_mode for n in nodes)  # a branch may hold parameters alone
