@@ -42,7 +42,9 @@ def leaf_labels(captures: Sequence[CapturedProgram]) -> tuple[dict[str, Labels],
     leaves: dict[str, Labels] = dict.fromkeys(shapes, NONE)
     size = 1
     numbers = np.arange(1 + sum(sum(s) * groups.get(n, 1) for n, s in shapes.items()))  # each line is a piece of this
-    for name, shape in sorted(shapes.items(), key=lambda item: is_constant(item[0])):
+    constants = [name for name in shapes if is_constant(name)]
+    for name in [*(n for n in shapes if n not in constants), *constants] if constants else shapes:
+        shape = shapes[name]
         made: list[Factor] = []
         for d, n in enumerate(shape):
             if n < 2:  # nothing to remove; some models have tables of no entries
@@ -116,7 +118,7 @@ class LeafLabels:
 
     def composed_labels(self) -> set[int]:
         """The labels in dimensions of the model's own tensors that are not among their first ones."""
-        own = [f.flat for name, labels in self.of.items() if not is_constant(name) for f in labels if f.start is None]
+        own = [f.flat for name, labels in self.of.items() for f in labels if f.start is None and not is_constant(name)]
         return {x for flat in own for x in flat[flat >= self.first_constant].tolist()}
 
     def dims(self) -> dict[int, LeafDim]:
