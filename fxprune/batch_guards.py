@@ -16,8 +16,8 @@ from fxprune.inputs import ExampleInputs
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import surface
 from fxprune.passes.ir.program import Waiver
+from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ir.quiet import unobserved
-from fxprune.passes.ir.tensor_ref import TensorRef
 from fxprune.passes.rewrite.guards import guards_of, noting
 from fxprune.passes.rewrite.pruned_module import PrunedModule
 from fxprune.verification import Verification, compare, evaluating, restoring

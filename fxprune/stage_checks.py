@@ -10,9 +10,8 @@ import os
 import torch
 
 from fxprune.passes.coupling.solution import Solution
-from fxprune.passes.ir.pytree import collect
+from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ir.slices import Slicer, cut_shape
-from fxprune.passes.ir.tensor_ref import TensorRef
 
 
 class StageFault(BaseException):

@@ -18,8 +18,7 @@ from fxprune.passes.ir.labels import NONE, Labels
 from fxprune.passes.ir.op_trace import OpCall, OpTrace
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.propagation_state import PropagationState
-from fxprune.passes.ir.pytree import collect
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ops.call import OpView, RuleContext
 from fxprune.passes.ops.pointwise import same
 from fxprune.passes.ops.registry import Product, find

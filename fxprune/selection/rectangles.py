@@ -10,9 +10,8 @@ from torch import Tensor
 
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import NotARectangle
-from fxprune.passes.ir.pytree import collect
+from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ir.slices import Slicer
-from fxprune.passes.ir.tensor_ref import TensorRef
 from fxprune.passes.rewrite.rewrite import tensor_cuts
 
 BATCH = 1 << 20  # classes that are looked at in one call

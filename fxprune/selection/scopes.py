@@ -9,8 +9,7 @@ import numpy as np
 
 from fxprune.passes.coupling.families import Family
 from fxprune.passes.coupling.solution import Solution
-from fxprune.passes.ir.pytree import collect
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.selection.options import Ratio, Scopes
 
 

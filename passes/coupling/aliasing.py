@@ -13,8 +13,7 @@ import torch
 
 from fxprune.passes.ir.labels import Factor, Labels
 from fxprune.passes.ir.op_trace import OpCall, OpTrace, writes
-from fxprune.passes.ir.pytree import collect
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.registry import find
 

@@ -20,8 +20,7 @@ from fxprune.passes.ir.constraints import Constraints, LabelArray
 from fxprune.passes.ir.labels import NONE, Labels
 from fxprune.passes.ir.options import CouplingOptions
 from fxprune.passes.ir.program import CapturedProgram
-from fxprune.passes.ir.pytree import collect
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ops.registry import find
 
 MOST_COMPOSED = 1000  # dimensions, after which no others are composed

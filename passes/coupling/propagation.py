@@ -18,8 +18,7 @@ from fxprune.passes.ir.op_trace import OpCall
 from fxprune.passes.ir.options import CouplingOptions
 from fxprune.passes.ir.program import ONLY_OUTPUT, CapturedProgram, size_source
 from fxprune.passes.ir.propagation_state import LeafDim, PropagationState
-from fxprune.passes.ir.pytree import collect
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ops.autograd_probe import probe
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.registry import find, find_node

@@ -12,7 +12,7 @@ from torch import fx
 
 from fxprune.passes.ir.labels import Labels
 from fxprune.passes.ir.program import CapturedProgram
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ops.registry import find_node
 
 

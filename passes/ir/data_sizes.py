@@ -15,7 +15,7 @@ from torch import fx
 
 from fxprune.passes.ir.op_trace import OpCall, OpTrace, name_of
 from fxprune.passes.ir.program import reads_shape
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import TensorRef
 
 RESHAPES = frozenset(f"aten::{name}" for name in ("view", "_unsafe_view", "reshape", "cat", "slice", "repeat_interleave"))
 

@@ -16,19 +16,8 @@ from fxprune.passes.ir.meta_tensors import like
 from fxprune.passes.ir.pytree import collect
 
 # what a copy can share with the original: nothing in it can be changed
-SHARED: tuple[type, ...] = (
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    type(None),
-    type,
-    types.FunctionType,
-    types.BuiltinFunctionType,
-)
-SHARED += (torch.dtype, torch.device, torch.Size, torch.memory_format)
+SHARED: tuple[type, ...] = (bool, int, float, complex, str, bytes, type(None), type)
+SHARED += (types.FunctionType, types.BuiltinFunctionType, torch.dtype, torch.device, torch.Size, torch.memory_format)
 ATOMS = frozenset(SHARED)
 CONTAINERS = frozenset([dict, OrderedDict, set, list, tuple])
 PLAIN = ATOMS | CONTAINERS

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from fxprune.passes.ir.module_tree import Apart
 from fxprune.passes.ir.op_trace import OpTrace
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import TensorRef
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from fxprune.passes.ir.labels import NONE, Labels, align, factor
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ops.call import OpView, RuleContext
 from fxprune.passes.ops.masking import MaskContext, as_returned, with_value
 from fxprune.passes.ops.matmul import contract

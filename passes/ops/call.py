@@ -17,7 +17,7 @@ from fxprune.passes.errors import NeedsValues
 from fxprune.passes.ir.labels import NONE, Factor, Labels, along, factor
 from fxprune.passes.ir.op_trace import OpCall, OpTrace, signature
 from fxprune.passes.ir.propagation_state import PropagationState
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import TensorRef
 
 
 class AliasedOp:

@@ -10,7 +10,7 @@ from torch import fx
 
 from fxprune.passes.ir.labels import NONE, Factor, Labels, along, factor
 from fxprune.passes.ir.op_trace import OpTrace
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ops.call import OpView, RuleContext
 from fxprune.passes.ops.masking import with_zeros
 from fxprune.passes.ops.matmul import contract

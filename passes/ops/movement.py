@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.passes.ir.labels import NONE, Factor, Labels, factor
-from fxprune.passes.ir.pytree import collect
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.index_maps import moved_call, movement
 from fxprune.passes.ops.registry import OpSpec, register

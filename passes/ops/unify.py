@@ -9,8 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from fxprune.passes.ir.labels import NONE, Factor, Labels, factor
-from fxprune.passes.ir.pytree import collect
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ops.call import RuleContext
 
 KEPT_WHOLE = "is combined with a tensor that cannot be pruned along that dimension"

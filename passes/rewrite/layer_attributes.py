@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fxprune.passes.ir.program import CapturedProgram
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.rewrite.layer_table import changed_attributes, table_of
 from fxprune.passes.rewrite.pruned_shapes import PrunedShapes
 

@@ -13,8 +13,7 @@ from typing import Any
 from fxprune.passes.capture.opaque import OPERATORS
 from fxprune.passes.ir.module_tree import fetch
 from fxprune.passes.ir.program import CapturedProgram, SizeUse
-from fxprune.passes.ir.pytree import collect
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.rewrite.layer_attributes import LayerAttributes
 from fxprune.passes.rewrite.pruned_shapes import PrunedShapes
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fxprune.passes.ir.labels import Labels
 from fxprune.passes.ir.op_trace import OpTrace
+from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ir.slices import Slicer, TensorSlice, cut_shape
-from fxprune.passes.ir.tensor_ref import TensorRef
 
 
 class PrunedShapes:

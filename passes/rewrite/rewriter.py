@@ -19,9 +19,8 @@ from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.ir.labels import counts_channels
 from fxprune.passes.ir.op_trace import name_of
 from fxprune.passes.ir.program import CapturedProgram, Guard, Waiver, select_by_mode, size_source
-from fxprune.passes.ir.pytree import collect, map_tensors
+from fxprune.passes.ir.pytree import TensorRef, collect, map_tensors
 from fxprune.passes.ir.slices import Slicer
-from fxprune.passes.ir.tensor_ref import TensorRef
 from fxprune.passes.ops.convolution import slid, sliding
 from fxprune.passes.ops.registry import find_node
 from fxprune.passes.rewrite.graph_editor import GraphEditor

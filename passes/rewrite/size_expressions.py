@@ -30,8 +30,7 @@ from typing import Any
 from torch import Size, fx
 
 from fxprune.passes.ir.program import CapturedProgram, size_source
-from fxprune.passes.ir.pytree import collect
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.rewrite.graph_editor import GraphEditor
 from fxprune.passes.rewrite.pruned_shapes import PrunedShapes
 

@@ -24,9 +24,8 @@ from fxprune.passes.ir.labels import Labels, fill_removed, keeps_all, kept_mask
 from fxprune.passes.ir.module_tree import copy_tree, named_tensors, set_mode
 from fxprune.passes.ir.op_trace import OpCall, written_by
 from fxprune.passes.ir.propagation_state import PropagationState
-from fxprune.passes.ir.pytree import collect, map_tensors
+from fxprune.passes.ir.pytree import TensorRef, collect, map_tensors
 from fxprune.passes.ir.slices import Slicer
-from fxprune.passes.ir.tensor_ref import TensorRef
 from fxprune.passes.ops.call import OpView, RuleContext
 from fxprune.passes.ops.registry import find
 

@@ -15,9 +15,8 @@ from torch import Tensor, fx, nn
 
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.ir.module_tree import fetch, named_tensors, private_copy, set_mode
-from fxprune.passes.ir.pytree import collect, map_tensors
+from fxprune.passes.ir.pytree import TensorRef, collect, map_tensors
 from fxprune.passes.ir.slices import Slicer
-from fxprune.passes.ir.tensor_ref import TensorRef
 from fxprune.passes.verification.masked_model import MaskedOriginal, relative_error
 
 

@@ -23,6 +23,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxprune.passes.capture.patches import visible
+from fxprune.passes.ir.op_trace import written_by
 from fxprune.passes.ir.pytree import collect, map_tensors
 from fxprune.passes.verification.zeroed_model import ZeroedOriginal
 
@@ -265,12 +266,8 @@ def is_view(func: Any) -> bool:
 
 def written_slots(func: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor]) -> list[int]:
     """Which of the operands an operator writes to, as places in the list of all of them."""
-    schema = func._schema
-    if not schema.is_mutable:
-        return []
     found = []
-    for i, argument in enumerate(schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[i] if i < len(args) else kwargs.get(argument.name)
-            found += [n for t in collect(value, Tensor) for n, other in enumerate(tensors) if other is t][:1]
+    for i, name in written_by(func):
+        value = args[i] if i < len(args) else kwargs.get(name)
+        found += [n for t in collect(value, Tensor) for n, other in enumerate(tensors) if other is t][:1]
     return found
