@@ -15,12 +15,11 @@ from fxprune.batch_guards import Recompiled, for_any_batch
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs, device_of, random_inputs
 from fxprune.model_class import restore_class
-from fxprune.passes.coupling.analysis import analyse, describe_capture
+from fxprune.passes.coupling.couple import analyse, describe_capture
 from fxprune.passes.coupling.families import families
-from fxprune.passes.coupling.solution import Solution
+from fxprune.passes.coupling.solution import CouplingOptions, Solution
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_parameters, named_tensors
-from fxprune.passes.ir.options import CouplingOptions
 from fxprune.passes.ir.program import Waiver
 from fxprune.passes.ir.quiet import uncollected, unobserved, without_modes
 from fxprune.passes.ir.slices import Slicer, TensorSlice

@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fxprune.passes.coupling.solution import Solution
+from fxprune.passes.coupling.solution import CouplingOptions, Solution
 from fxprune.passes.errors import NotARectangle, PruneError
 from fxprune.passes.ir.module_tree import named_tensors
-from fxprune.passes.ir.options import CouplingOptions
 from fxprune.passes.ir.program import Waiver
 from fxprune.passes.ir.slices import TensorSlice, cut_shape, mask_of
 from fxprune.passes.rewrite.rewrite import tensor_cuts

@@ -18,8 +18,7 @@ from fxprune.passes.ir.module_tree import named_tensors, private_copy
 from fxprune.passes.ir.pytree import collect, map_tensors
 from fxprune.passes.ir.slices import Slicer
 from fxprune.passes.verification.masked_model import MaskedOriginal, random_state, relative_error, set_random_state
-from fxprune.passes.verification.zero_flow import why_zeroed_does_not_apply
-from fxprune.passes.verification.zeroed_model import Slices, ZeroedOriginal
+from fxprune.passes.verification.zeroed_model import Slices, ZeroedOriginal, why_zeroed_does_not_apply
 
 # float32 sums in another order differ by about this much over the depth of a deep network
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}

@@ -19,8 +19,7 @@ from torch import nn
 import fxprune
 from fxprune.inputs import ExampleInputs
 from fxprune.iterative.plan_mapping import tensors_of, widened
-from fxprune.selection.candidates import remove_share
-from fxprune.selection.groups import Group
+from fxprune.selection.candidates import Group, remove_share
 
 every_model = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS.keys())
 HEADED = sorted(name for name, graph in GRAPHS.items() if graph.heads)

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 import fxprune
 from fxprune.passes.ir.slices import TensorSlice
 from fxprune.passes.verification.masked_model import MaskedOriginal
-from fxprune.passes.verification.zero_flow import why_zeroed_does_not_apply
-from fxprune.passes.verification.zeroed_model import ZeroedOriginal, removed_elements
+from fxprune.passes.verification.zeroed_model import ZeroedOriginal, removed_elements, why_zeroed_does_not_apply
 
 
 def net(forward, **layers) -> nn.Module:

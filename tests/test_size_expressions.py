@@ -12,8 +12,7 @@ from fxprune.passes.ir.op_trace import OpTrace, TensorInfo
 from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ir.slices import Slicer
 from fxprune.passes.rewrite.graph_editor import GraphEditor
-from fxprune.passes.rewrite.pruned_shapes import PrunedShapes
-from fxprune.passes.rewrite.size_expressions import SizeExpressions
+from fxprune.passes.rewrite.size_expressions import PrunedShapes, SizeExpressions
 
 BATCH, CHANNELS, KEPT = 4, 12, 9
 

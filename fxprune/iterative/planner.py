@@ -28,13 +28,12 @@ from fxprune.passes.ir.slices import Slicer
 from fxprune.pipeline import Compilation
 from fxprune.plan import PlanData
 from fxprune.reports.coupling import CoupledFamily, coupled_family
-from fxprune.selection.allocation import Allocator
+from fxprune.selection.allocation import Allocator, match_ratios
+from fxprune.selection.candidates import form_groups
 from fxprune.selection.costs import Costs, elements
-from fxprune.selection.groups import form_groups
 from fxprune.selection.latency import too_slow, used_share
 from fxprune.selection.options import Options
 from fxprune.selection.rectangles import find_nonempty_sets, restore_rectangles
-from fxprune.selection.scopes import match_ratios
 from fxprune.selection.select import allocate, find_free_families
 from fxprune.verification import evaluating
 

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
 from fxprune.criteria.base import Criterion
-from fxprune.entry_points import entry_point
+from fxprune.entry_points import entry_point, unwrapped
 from fxprune.inputs import ExampleInputs
 from fxprune.iterative.history import History, HistoryStep
 from fxprune.iterative.masking import hold, muted
@@ -20,7 +20,6 @@ from fxprune.iterative.planner import Planner, View
 from fxprune.iterative.proposal import Proposal, StepChoice
 from fxprune.iterative.regularizers import Regularizer, Spans, find, spans_of
 from fxprune.iterative.schedules import Schedule, asked, part_of, shares
-from fxprune.model_kinds import unwrapped
 from fxprune.passes.errors import PruneError
 from fxprune.pipeline import Choice, Compilation
 from fxprune.plan import PlanData

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from fxprune.criteria.base import Criterion
 from fxprune.criteria.catalog import resolve
+from fxprune.passes.coupling.solution import CouplingOptions
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors
-from fxprune.passes.ir.options import CouplingOptions
 from fxprune.passes.ir.quiet import uncollected
 from fxprune.selection.budgets import Budget, list_arguments, parse_budget
 

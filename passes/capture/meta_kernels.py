@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves as flat
 from torch.utils._pytree import tree_map_only
 
-from fxprune.passes.ir.meta_tensors import META, NOTHING, PLAIN_TENSORS, empty, empty_strided, like
+from fxprune.passes.ir.module_tree import META, NOTHING, PLAIN_TENSORS, empty, empty_strided, like
 from fxprune.passes.ir.pytree import ATOMS
 
 aten = torch.ops.aten

@@ -12,10 +12,10 @@ from torch import Tensor, fx
 
 from fxprune.passes.coupling.aliasing import follow, read_apart, written_through
 from fxprune.passes.coupling.leaf_labels import LeafLabels
+from fxprune.passes.coupling.solution import CouplingOptions
 from fxprune.passes.ir.constraints import SPAN, ConstraintBuilder, flatten
 from fxprune.passes.ir.labels import NONE, Labels
 from fxprune.passes.ir.op_trace import OpCall
-from fxprune.passes.ir.options import CouplingOptions
 from fxprune.passes.ir.program import ONLY_OUTPUT, CapturedProgram, size_source
 from fxprune.passes.ir.propagation_state import LeafDim, PropagationState
 from fxprune.passes.ir.pytree import TensorRef, collect

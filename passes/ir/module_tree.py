@@ -12,8 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fxprune.passes.ir.meta_tensors import like
 from fxprune.passes.ir.pytree import collect
+
+empty, empty_strided = torch.empty, torch.empty_strided  # the originals: a capture replaces factories of torch
+META = torch.device("meta")
+NOTHING = empty(0, device=META)
+PLAIN_TENSORS = frozenset([Tensor, torch.nn.Parameter, torch.nn.Buffer])
+
+
+def like(tensor: Tensor) -> Tensor:
+    """An empty tensor of the same form on the meta device (`torch.empty_like` takes a detour through Python there)."""
+    return empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=META)
+
 
 # what a copy can share with the original: nothing in it can be changed
 SHARED: tuple[type, ...] = (bool, int, float, complex, str, bytes, type(None), type)

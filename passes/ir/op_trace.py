@@ -82,7 +82,7 @@ class OpTrace:
 @functools.lru_cache(maxsize=4096)
 def written_by(func: Any) -> tuple[tuple[int, str], ...]:
     """Places and names of the arguments that a dispatcher function writes to."""
-    schema = getattr(func, "_schema", None)
+    schema: Any = getattr(func, "_schema", None)
     if not getattr(schema, "is_mutable", False):
         return ()
     return tuple((i, a.name) for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write)

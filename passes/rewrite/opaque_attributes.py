@@ -15,7 +15,7 @@ from fxprune.passes.ir.module_tree import fetch
 from fxprune.passes.ir.program import CapturedProgram, SizeUse
 from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.rewrite.layer_attributes import LayerAttributes
-from fxprune.passes.rewrite.pruned_shapes import PrunedShapes
+from fxprune.passes.rewrite.size_expressions import PrunedShapes
 
 
 def opaque_attributes(capture: CapturedProgram, layers: LayerAttributes, path: str) -> dict[str, dict[str, Any]]:

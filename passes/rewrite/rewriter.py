@@ -28,8 +28,7 @@ from fxprune.passes.rewrite.guards import describe, holds
 from fxprune.passes.rewrite.layer_attributes import LayerAttributes
 from fxprune.passes.rewrite.opaque_attributes import opaque_attributes
 from fxprune.passes.rewrite.pruned_module import Program, written
-from fxprune.passes.rewrite.pruned_shapes import PrunedShapes
-from fxprune.passes.rewrite.size_expressions import SizeExpressions
+from fxprune.passes.rewrite.size_expressions import PrunedShapes, SizeExpressions
 
 NUMBER = (int, float)
 LITERALS = frozenset([int, float, bool, str, type(None), torch.dtype])
