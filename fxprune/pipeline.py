@@ -25,6 +25,7 @@ from fxprune.passes.ir.quiet import uncollected, unobserved, without_modes
 from fxprune.passes.ir.slices import Slicer, TensorSlice
 from fxprune.passes.rewrite.pruned_module import PrunedModule
 from fxprune.passes.rewrite.rewrite import rewrite_program, tensor_cuts
+from fxprune.passes.verification.masked_model import Removal
 from fxprune.passes.verification.opaque_check import broken, opaque_sites
 from fxprune.plan import PlanData, kept_labels
 from fxprune.selection.allocation import Allocator
@@ -71,6 +72,10 @@ class Choice:
     kept: Tensor
     slicer: Slicer
     latency: Latency | None = None
+
+    def removal(self, heads: bool) -> Removal:
+        """What it removes of the model; `heads` says whether heads go whole."""
+        return Removal(self.solution.leaves, self.kept, heads)
 
     def slices(self) -> dict[str, list[TensorSlice]]:
         """The slices of every tensor, by name."""
@@ -277,9 +282,8 @@ class Compilation:
         """A pruned module that was found to be exact, for a batch of any size where it can be; else raises PruneError."""
         model = values or self.model
         inputs = self.inputs if values is None else self.inputs.beside(values)
-        leaves, heads = choice.solution.leaves, self.options.heads
         try:
-            found = compare(model, pruned, leaves, choice.kept, heads, inputs.args, inputs.kwargs, sizes=True)
+            found = compare(model, pruned, choice.removal(self.options.heads), inputs, sizes=True)
         except Exception as error:
             raise PruneError(
                 f"the pruned model could not be verified: {type(error).__name__}: {error}",
@@ -297,9 +301,10 @@ class Compilation:
         def at(other: ExampleInputs) -> Recompiled:
             again = Compilation(self.model, other.beside(self.model), self.options, self.frozen_modules)
             chosen = again.choice_of(pruned.plan)
-            return Recompiled(chosen.solution, chosen.kept, lambda waiver: again.emit(chosen, values=values, waiver=waiver))
+            emit = lambda waiver: again.emit(chosen, values=values, waiver=waiver)  # noqa: E731
+            return Recompiled(chosen.solution, chosen.removal(self.options.heads), emit)
 
-        return for_any_batch(model, pruned, inputs, at, heads)
+        return for_any_batch(model, pruned, inputs, at)
 
     def restore_class(self, pruned: PrunedModule) -> Any:
         """The pruned model in the original's own class; raises PruneError where it does not compute the same."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeVar, overload
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import numpy as np
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
-from fxprune.criteria.base import Criterion
 from fxprune.entry_points import entry_point, unwrapped
 from fxprune.inputs import ExampleInputs
 from fxprune.iterative.history import History, HistoryStep
@@ -19,11 +18,14 @@ from fxprune.iterative.plan_mapping import tensors_of, widened
 from fxprune.iterative.planner import Planner, View
 from fxprune.iterative.proposal import Proposal, StepChoice
 from fxprune.iterative.regularizers import Regularizer, Spans, find, spans_of
-from fxprune.iterative.schedules import Schedule, asked, part_of, shares
+from fxprune.iterative.schedules import Schedule, describe_request, part_of, shares
 from fxprune.passes.errors import PruneError
 from fxprune.pipeline import Choice, Compilation
 from fxprune.plan import PlanData
-from fxprune.selection.options import Attention, Freeze, Options, Ratio, Scopes, Verify, is_one_of
+from fxprune.selection.options import Asked, Options, Ratio, Verify, is_one_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
 
@@ -65,48 +67,15 @@ class Pruner:
         ratio: Ratio | None = None,
         *,
         example_inputs: Any = None,
-        params: float | None = None,
-        macs: float | None = None,
-        memory: float | None = None,
-        latency: float | str | None = None,
-        budget: Mapping[str, float | str] | None = None,
-        criterion: str | Criterion = "magnitude",
-        data: Iterable[Any] | None = None,
-        loss: Callable[..., Tensor] | None = None,
-        ranking: Literal["local", "global", "isomorphic"] = "local",
-        scopes: Scopes | None = None,
-        floor: float | None = None,
-        freeze: Freeze = (),
-        release: str | Sequence[str] = (),
-        round_to: int = 1,
-        attention: Attention = "heads",
         verify: Verify = "auto",
         schedule: str | Schedule = "linear",
         steps: int = 1,
         regularizer: str | Regularizer = "group_lasso",
         mask: Literal["hold", "soft"] | None = None,
+        **asked: Unpack[Asked],
     ) -> None:
         with entry_point(model) as model:
-            options = Options.parse(
-                model,
-                ratio=ratio,
-                params=params,
-                macs=macs,
-                memory=memory,
-                latency=latency,
-                budget=budget,
-                criterion=criterion,
-                data=data,
-                loss=loss,
-                ranking=ranking,
-                scopes=scopes,
-                floor=floor,
-                freeze=freeze,
-                release=release,
-                round_to=round_to,
-                attention=attention,
-                verify=verify,
-            )
+            options = Options.parse(model, ratio=ratio, verify=verify, **asked)
             self._shares = shares(schedule, steps)
             self._regularizer = find(regularizer)
             if mask is not None and not is_one_of(mask, ("hold", "soft")):
@@ -201,7 +170,7 @@ class Pruner:
         verification = getattr(made, "meta", {}).get("verification")  # with masks there is none
         step = HistoryStep(
             len(self.history) + 1,
-            asked(part_of(self._planner.options, self._shares[len(self.history)], self._planner.original)),
+            describe_request(part_of(self._planner.options, self._shares[len(self.history)], self._planner.original)),
             (int(now[units].sum()), len(units)),
             int((now & ~self._gone)[units].sum()),
             (costs.of(self._choice.slicer, "params"), costs.of(choice.slicer, "params")),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import ConsoleOptions, RenderableType
 
 
 WIDTH = 110
@@ -28,6 +28,20 @@ def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     for row in rows:
         made.add_row(*map(Text, row))  # a glob such as [ab] is no markup
     return made
+
+
+class Printable:
+    """What prints as rich tables, in a terminal and as text."""
+
+    def tables(self) -> Iterator[RenderableType]:
+        """What is shown of it, as rich renders it."""
+        raise NotImplementedError
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        yield from self.tables()
+
+    def __str__(self) -> str:
+        return as_text(self)
 
 
 def as_text(renderable: RenderableType, width: int = WIDTH) -> str:

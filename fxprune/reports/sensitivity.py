@@ -22,14 +22,14 @@ from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.quiet import unobserved, without_modes
 from fxprune.pipeline import Choice, Compilation
 from fxprune.reports.coupling import place
-from fxprune.reports.formatting import as_text, table
+from fxprune.reports.formatting import Printable, as_text, table
 from fxprune.selection.candidates import form_groups, remove_share
 from fxprune.selection.options import Attention, Freeze, Options
 from fxprune.selection.rectangles import find_nonempty_sets, restore_rectangles
 from fxprune.selection.select import score_families
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.console import RenderableType
 
 
 TENTHS = tuple(i / 10 for i in range(1, 10))
@@ -64,7 +64,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Sensitivity:
+class Sensitivity(Printable):
     """What `evaluate` returns for each family at each ratio; printable.
 
     Attributes:
@@ -106,9 +106,6 @@ class Sensitivity:
         titles = ("family", "units", *(f"{r:g}" for r in self.ratios), "layers")
         rows = [(c.family, f"{c.units:,}", *(f"{v:.4g}" for v in c.values), named(c.layers)) for c in self.curves]
         yield table(titles, rows)
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        yield from self.tables()
 
     def __str__(self) -> str:
         return as_text(self, width=max(110, 60 + 8 * len(self.ratios)))

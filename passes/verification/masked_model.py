@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -92,28 +93,39 @@ class KeptLabels:
 HALF_PRECISION = frozenset([torch.bfloat16, torch.float16])
 
 
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """What is removed of a model.
+
+    Attributes:
+        leaves: the labels of its tensors, by name.
+        kept: which labels are kept, shape (labels,).
+        heads: whether batch dimensions of products are heads, as in coupling.
+    """
+
+    leaves: Mapping[str, Labels]
+    kept: Tensor
+    heads: bool
+
+
 class MaskedRun(Recorder):
     """Runs the original with removed elements masked.
 
     Arguments:
         names: the model's tensors by identity.
-        leaves: their labels.
-        kept: which labels are kept, shape (labels,).
-        heads: as in coupling.
+        removal: what is masked.
         fates: from an earlier run, which labels are kept, those made on the way included.
     """
 
-    def __init__(
-        self, names: dict[int, str], leaves: Mapping[str, Labels], kept: Tensor, heads: bool, fates: Tensor | None = None
-    ) -> None:
+    def __init__(self, names: dict[int, str], removal: Removal, fates: Tensor | None = None) -> None:
         super().__init__(names)
-        self.leaf_labels = leaves
-        self.kept_labels, self.given = KeptLabels(kept, fates), len(kept)
+        self.leaf_labels = removal.leaves
+        self.kept_labels, self.given = KeptLabels(removal.kept, fates), len(removal.kept)
         self.labels: dict[int, Labels] = {}
         self.zeroed: set[int] = set()  # the model's tensors, and views of them: zero where they are removed
         self.memory: set[int] = set()  # where the model's tensors lie
         self.dtypes: set[torch.dtype] = set()  # of half precision that results were computed in
-        self.state = PropagationState(self.op_trace, self.labels, ConstraintBuilder(len(kept)), heads)
+        self.state = PropagationState(self.op_trace, self.labels, ConstraintBuilder(self.given), removal.heads)
 
     @property
     def kept(self) -> Tensor:
@@ -187,17 +199,10 @@ class MaskedRun(Recorder):
 
 
 class MaskedOriginal:
-    """The model, in evaluation mode, with removed elements masked; the model itself is left as it is.
+    """The model, in evaluation mode, with removed elements masked; the model itself is left as it is."""
 
-    Arguments:
-        model: the original.
-        leaves: the labels of its tensors, by name.
-        kept: which labels are kept, shape (labels,).
-        heads: as in coupling.
-    """
-
-    def __init__(self, model: Any, leaves: Mapping[str, Labels], kept: Tensor, heads: bool) -> None:
-        self.model, self.leaves, self.kept, self.heads = model, leaves, kept, heads
+    def __init__(self, model: Any, removal: Removal) -> None:
+        self.model, self.removal = model, removal
         self.parameters: dict[int, nn.Parameter] = {}  # zero where removed, by the identity of the original's
         self.writes = False  # whether a forward writes to parameters
         self.dtypes: set[torch.dtype] = set()  # of half precision that results were computed in
@@ -219,7 +224,7 @@ class MaskedOriginal:
             set_random_state(devices, drawn)
             reference = self.copied()
             names = {id(t): n for n, t in named_tensors(reference)}
-            masker = MaskedRun(names, self.leaves, self.kept, self.heads, fates)
+            masker = MaskedRun(names, self.removal, fates)
             a, k = map_tensors((args, kwargs), torch.clone)
             with torch.no_grad(), visible():
                 refs = [masker.add(tensor, from_input=True) for tensor in collect((a, k), Tensor)]
@@ -253,7 +258,7 @@ class MaskedOriginal:
         """A copy of one of the model's tensors, zero where it is removed."""
         given = tensor.detach()
         fractions = given.is_floating_point() or given.is_complex()
-        made = fill_removed(given, self.leaves.get(name, ()), self.kept, 0.0) if fractions else given
+        made = fill_removed(given, self.removal.leaves.get(name, ()), self.removal.kept, 0.0) if fractions else given
         return made.clone() if made is given else made
 
 

@@ -17,7 +17,7 @@ from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.ir.module_tree import fetch, named_tensors, private_copy, set_mode
 from fxprune.passes.ir.pytree import TensorRef, collect, map_tensors
 from fxprune.passes.ir.slices import Slicer
-from fxprune.passes.verification.masked_model import MaskedOriginal, relative_error
+from fxprune.passes.verification.masked_model import MaskedOriginal, Removal, relative_error
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ def compared(
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         known = [labels.get(r.id, ()) for r in site.ins]
-        wanted = MaskedOriginal(module, own, slicer.kept, heads)(args, kwargs, known)
+        wanted = MaskedOriginal(module, Removal(own, slicer.kept, heads))(args, kwargs, known)
         torch.manual_seed(0)
         try:
             got = fetch(pruned, path)(*few_args, **few_kwargs)

@@ -27,26 +27,22 @@ from fxprune.passes.capture.patches import visible
 from fxprune.passes.ir.module_tree import copy_tree, named_tensors
 from fxprune.passes.ir.op_trace import written_by
 from fxprune.passes.ir.pytree import collect, map_tensors
-from fxprune.passes.ir.slices import TensorSlice
+from fxprune.passes.ir.slices import TensorSlice, mask_of
 
 Slices = Mapping[str, Sequence[TensorSlice]]
 
 
-def removed_elements(shape: Sequence[int], slices: Sequence[TensorSlice]) -> Tensor:
-    """A boolean tensor, True where slices of a tensor of this shape remove an element.
-
-    >>> removed_elements((2, 3), [TensorSlice((1,), torch.tensor([0, 2]), (2,))]).int().tolist()
-    [[0, 1, 0], [0, 1, 0]]
-    """
-    removed = torch.zeros(tuple(shape), dtype=torch.bool)
-    for cut in slices:
-        rest = [d for d in range(len(shape)) if d not in cut.dims]
-        gone = torch.ones([shape[d] for d in cut.dims], dtype=torch.bool)
-        gone.view(-1)[cut.keep] = False
-        gone = gone.reshape(*gone.shape, *(1 for _ in rest))
-        order = [*cut.dims, *rest]
-        removed |= gone.permute([order.index(d) for d in range(len(shape))])
-    return removed
+def zeroed_copy(model: nn.Module, masks: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+    """A copy of a model with zeros where the mask of a floating tensor, if there is one, is False; and its tensors, by name."""
+    swap: dict[int, Tensor] = {}
+    made: dict[str, Tensor] = {}
+    for name, tensor in named_tensors(model):
+        new = tensor.detach().clone()
+        if name in masks and (new.is_floating_point() or new.is_complex()):
+            new.masked_fill_(~masks[name].to(new.device), 0)
+        made[name] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+        swap[id(tensor)] = made[name]
+    return copy_tree(model, swap), made
 
 
 class ZeroedOriginal:
@@ -56,25 +52,15 @@ class ZeroedOriginal:
 
     Attributes:
         model: the copy.
-        removed: where its tensors are zeroed, by the identity of the tensor.
+        removed: its tensors that are zeroed in part, each with where that is.
     """
 
     def __init__(self, model: nn.Module, slices: Slices) -> None:
-        swap: dict[int, Tensor] = {}
-        self.removed: dict[int, tuple[Tensor, Tensor]] = {}
-        with torch.no_grad():
-            for name, tensor in named_tensors(model):
-                made = tensor.detach().clone()
-                cuts = slices.get(name, ())
-                if cuts and (made.is_floating_point() or made.is_complex()):
-                    gone = removed_elements(tensor.shape, cuts).to(made.device)
-                    made.masked_fill_(gone, 0)
-                else:
-                    gone = None
-                swap[id(tensor)] = nn.Parameter(made, False) if isinstance(tensor, nn.Parameter) else made
-                if gone is not None:
-                    self.removed[id(swap[id(tensor)])] = swap[id(tensor)], gone
-            self.model: Any = copy_tree(model, swap).eval()
+        kept = {name: mask_of(slices[name], t.shape) for name, t in named_tensors(model) if slices.get(name)}
+        self.model, made = zeroed_copy(model, kept)
+        self.model.eval()
+        numbers = {name: t for name, t in made.items() if name in kept and (t.is_floating_point() or t.is_complex())}
+        self.removed = [(t, ~kept[name].to(t.device)) for name, t in numbers.items()]
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with torch.no_grad(), visible():
@@ -116,7 +102,7 @@ class ZeroFlow(TorchDispatchMode):
         self.reason = ""
         self.constants: list[Tensor] = []
         self.notes: dict[int, tuple[StorageWeakRef, Tensor]] = {}
-        for tensor, gone in zeroed.removed.values():
+        for tensor, gone in zeroed.removed:
             self.note(tensor, gone)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
