@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import named_parameters, named_tensors
+from fxprune.passes.ir.module_tree import check_module, named_parameters, named_tensors
 
 # what Python and torch raise for what nobody foresaw; running out of memory is not among it
 FAULTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError, pickle.PickleError)
@@ -77,8 +77,7 @@ def unwrapped(model: Any) -> nn.Module:
     """
     if is_a(model, "torch.export", "ExportedProgram"):
         raise PruneError("model is an ExportedProgram, not a torch.nn.Module", fix="pass exported.module()")
-    if not isinstance(model, nn.Module):
-        raise PruneError(f"model is of type {type(model).__name__}, not a torch.nn.Module", fix="pass the module itself")
+    check_module(model)
     for module, name, attribute in WRAPPERS:
         if is_a(model, module, name):
             return unwrapped(getattr(model, attribute))

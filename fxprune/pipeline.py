@@ -96,11 +96,7 @@ class Compilation:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        inputs: ExampleInputs,
-        options: CouplingOptions,
-        frozen_modules: Mapping[str, str] | None = None,
+        self, model: nn.Module, inputs: ExampleInputs, options: CouplingOptions, frozen_modules: Mapping[str, str] | None = None
     ) -> None:
         self.model, self.inputs, self.options = model, inputs, options
         self.frozen_modules: dict[str, str] = dict(frozen_modules or {})
@@ -109,11 +105,7 @@ class Compilation:
 
     @classmethod
     def of_plan(
-        cls,
-        model: nn.Module,
-        plan: PlanData,
-        example_inputs: Any = None,
-        frozen_modules: Mapping[str, str] | None = None,
+        cls, model: nn.Module, plan: PlanData, example_inputs: Any = None, frozen_modules: Mapping[str, str] | None = None
     ) -> Compilation:
         """A compilation in which a plan can be applied to a model of the architecture that it was made for."""
         plan.check(model)

@@ -115,14 +115,7 @@ def restoring(model: nn.Module, *, parameters: bool = False) -> Iterator[None]:
                 tensor.copy_(value)
 
 
-def compare(
-    model: nn.Module,
-    pruned: fx.GraphModule,
-    removal: Removal,
-    inputs: ExampleInputs,
-    *,
-    sizes: bool,
-) -> Verification:
+def compare(model: nn.Module, pruned: fx.GraphModule, removal: Removal, inputs: ExampleInputs, *, sizes: bool) -> Verification:
     """Run a pruned model and both references on the example inputs, and at other sizes where the original takes them.
 
     What differs in the model's own precision is compared once more in double precision: where scores are ranked, rounding

@@ -59,9 +59,7 @@ def score_units(
     check_finite(total, families, spec)
     if not any(seen[f.units].any() for f in families):
         raise PruneError(
-            f"the criterion {spec.name} scores nothing in this model",
-            where=type(model).__name__,
-            fix="criterion='magnitude'",
+            f"the criterion {spec.name} scores nothing in this model", where=type(model).__name__, fix="criterion='magnitude'"
         )
     return total, seen
 

@@ -25,7 +25,7 @@ from fxprune.pipeline import Compilation
 from fxprune.plan import PlanData, plan_of
 from fxprune.repair.interpreter import ProgramRun
 from fxprune.repair.methods import METHODS, Repairer, RepairStep
-from fxprune.reports.formatting import Printable, counted, table
+from fxprune.reports.formatting import Printable, counted, plain_data, table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -61,8 +61,7 @@ class Repair(Printable):
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready data."""
-        steps = [{"layer": s.layer, "method": s.method, "error": s.error, "done": s.done, "note": s.note} for s in self.steps]
-        return {"methods": list(self.methods), "error": list(self.error), "steps": steps, "computed": self.computed}
+        return plain_data(self)
 
     def sentences(self) -> Iterator[str]:
         before, after = self.error

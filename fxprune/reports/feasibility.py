@@ -71,11 +71,7 @@ class Feasibility(Printable):
 
 @without_modes()
 def feasible(
-    model: nn.Module,
-    example_inputs: Any = None,
-    *,
-    ratio: Ratio | None = None,
-    **asked: Unpack[Asked],
+    model: nn.Module, example_inputs: Any = None, *, ratio: Ratio | None = None, **asked: Unpack[Asked]
 ) -> Feasibility:
     """What a request would leave of a model, and the least that any could.
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import json
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -50,6 +52,12 @@ def as_text(renderable: RenderableType, width: int = WIDTH) -> str:
     console = Console(file=file, width=width, color_system=None, highlight=False, markup=False, emoji=False)
     console.print(renderable)
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines()).rstrip()
+
+
+def plain_data(record: Any) -> dict[str, Any]:
+    """A dataclass as JSON-ready data: dicts and lists."""
+    data: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(record)))
+    return data
 
 
 def counted(number: int, noun: str) -> str:

@@ -22,7 +22,7 @@ from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.quiet import unobserved, without_modes
 from fxprune.pipeline import Choice, Compilation
 from fxprune.reports.coupling import place
-from fxprune.reports.formatting import Printable, as_text, table
+from fxprune.reports.formatting import Printable, as_text, plain_data, table
 from fxprune.selection.candidates import form_groups, remove_share
 from fxprune.selection.options import Attention, Freeze, Options
 from fxprune.selection.rectangles import find_nonempty_sets, restore_rectangles
@@ -81,17 +81,7 @@ class Sensitivity(Printable):
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready data."""
-        curves = [
-            {
-                "family": c.family,
-                "layers": list(c.layers),
-                "units": c.units,
-                "removed": list(c.removed),
-                "values": list(c.values),
-            }
-            for c in self.curves
-        ]
-        return {"model": self.model, "whole": self.whole, "ratios": list(self.ratios), "curves": curves}
+        return plain_data(self)
 
     def plot(self, path: str | Path) -> None:
         """Write the curves to an SVG file that needs nothing else."""

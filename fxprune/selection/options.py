@@ -93,7 +93,8 @@ class Options:
                 f"there is no argument {unknown[0]!r}", fix=f"one of those of prune: {', '.join(Asked.__annotations__)}"
             )
         check_ratio(DEFAULT_RATIO if ratio is None else ratio)
-        check_attention(attention)
+        if not is_one_of(attention, ("heads", "dims")):
+            raise PruneError(f"attention must be 'heads' or 'dims', not {attention!r}", fix="attention='heads'")
         limit = parse_budget({kind: others.pop(kind, None) for kind in KINDS if kind in Asked.__annotations__}, budget)
         if limit is not None and ratio is not None:
             raise PruneError(f"ratio and {limit.kind} are both given", fix=list_arguments())
@@ -151,15 +152,7 @@ def check_ratio(ratio: Any) -> None:
         ok = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
         if not ok:
             what = f"ratio[{glob!r}]" if glob else "ratio"
-            raise PruneError(
-                f"{what} must be a number in [0, 1), not {value!r}",
-                fix="ratio=0.5 removes half of every family",
-            )
-
-
-def check_attention(attention: Any) -> None:
-    if not is_one_of(attention, ("heads", "dims")):
-        raise PruneError(f"attention must be 'heads' or 'dims', not {attention!r}", fix="attention='heads'")
+            raise PruneError(f"{what} must be a number in [0, 1), not {value!r}", fix="ratio=0.5 removes half of every family")
 
 
 def check_values(options: Options) -> None:

@@ -18,11 +18,7 @@ BATCH = 1 << 20  # classes that are looked at in one call
 
 
 def restore_rectangles(
-    solution: Solution,
-    removed: np.ndarray,
-    score: np.ndarray,
-    nonempty: Sequence[np.ndarray],
-    before: np.ndarray | None = None,
+    solution: Solution, removed: np.ndarray, score: np.ndarray, nonempty: Sequence[np.ndarray], before: np.ndarray | None = None
 ) -> tuple[Tensor, Slicer]:
     """Which labels are kept where only those removals are done that leave every tensor a rectangle with an entry.
 

@@ -60,7 +60,7 @@ def couple_channels(
 
 def label_heads(programs: Sequence[Program], leaves: LeafLabels, options: CouplingOptions) -> LeafLabels:
     """Leaf labels with one label for each row of a head, if heads go whole and there are any."""
-    if not options.heads or not any(has_heads(p.capture) for p in programs):
+    if not options.heads or not any(find(op.func).heads for p in programs for op in p.capture.op_trace.ops):
         return leaves
     found = propagate(programs, leaves, options, seeking_heads=True).constraints
     return leaves.by_head(found) if any(len(e.labels[0]) > 1 for e in found.collected.head_rows) else leaves
@@ -94,11 +94,6 @@ def freeze_module(program: Program, labels: Mapping[int, Labels], path: str, why
             frozen.append((program.node(capture.index[calls[0]]), TensorRef(i)))
     for at, ref in frozen:
         constraints.frozen += [LabelArray(f.labels, at, why) for f in labels.get(ref.id, NONE)]
-
-
-def has_heads(capture: CapturedProgram) -> bool:
-    """Whether a program holds a product with batch dimensions at all."""
-    return any(find(op.func).heads for op in capture.op_trace.ops)
 
 
 def analyse(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.pytree import collect
 
 empty, empty_strided = torch.empty, torch.empty_strided  # the originals: a capture replaces factories of torch
@@ -33,6 +34,12 @@ CONTAINERS = frozenset([dict, OrderedDict, set, list, tuple])
 PLAIN = ATOMS | CONTAINERS
 HOOKS = frozenset(["_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"])
 CHILDREN = frozenset(["_parameters", "_buffers", "_modules"])
+
+
+def check_module(model: Any) -> None:
+    """Raise PruneError for what is no module."""
+    if not isinstance(model, nn.Module):
+        raise PruneError(f"model is of type {type(model).__name__}, not a torch.nn.Module", fix="pass the module itself")
 
 
 def walk(root: nn.Module) -> dict[nn.Module, str]:

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from fxprune.passes.ir.module_tree import Apart
 from fxprune.passes.ir.op_trace import OpTrace
-from fxprune.passes.ir.pytree import TensorRef
+from fxprune.passes.ir.pytree import TensorRef, collect
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,19 +100,33 @@ class CapturedProgram:
         return {i: n for n, i in self.index.items()}
 
 
-def size_source(capture: CapturedProgram, node: fx.Node) -> tuple[TensorRef, int | None] | None:
+def size_source(node: fx.Node, results: Mapping[fx.Node, Any]) -> tuple[TensorRef, int | None] | None:
     """The tensor whose size a number (or tuple of numbers) is, and the dimension; None where it is computed otherwise."""
     source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node):
         return None
-    ref = capture.results.get(source)
+    ref = results.get(source)
     if isinstance(ref, TensorRef):
         dim = node.args[1] if node.target == "size" and len(node.args) == 2 else None
         return (ref, dim if isinstance(dim, int) else None) if reads_shape(node) else None
     dim = node.args[1] if len(node.args) > 1 else None
     outer = source.args[0] if isinstance(ref, tuple) and source.args else None
-    tensor = capture.results.get(outer) if isinstance(outer, fx.Node) else None
+    tensor = results.get(outer) if isinstance(outer, fx.Node) else None
     return (tensor, dim if isinstance(dim, int) else None) if isinstance(tensor, TensorRef) and reads_shape(source) else None
+
+
+def sizes_read(node: fx.Node, results: Mapping[fx.Node, Any]) -> Iterator[tuple[TensorRef, int | None]]:
+    """The sizes that a number is computed from: tensors, and the dimension where it is one."""
+    pending, seen = [node], {node}
+    while pending:
+        n = pending.pop()
+        found = size_source(n, results)
+        if found is not None:
+            yield found
+            continue
+        new = [m for m in n.all_input_nodes if m not in seen and not collect(results.get(m), TensorRef)]
+        seen.update(new)
+        pending += new
 
 
 def reads_shape(node: fx.Node) -> bool:

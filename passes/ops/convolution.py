@@ -112,13 +112,7 @@ def deform_conv2d(call: RuleContext) -> Labels:
 
 
 def grouped_convolution(
-    call: RuleContext,
-    ins: Labels,
-    x_shape: Sequence[int],
-    w: Labels,
-    w_shape: Sequence[int],
-    groups: int,
-    transposed: bool,
+    call: RuleContext, ins: Labels, x_shape: Sequence[int], w: Labels, w_shape: Sequence[int], groups: int, transposed: bool
 ) -> Labels:
     """Ties of input channels to the weight, per group; returns the labels (O,) of the output channels.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,11 +33,11 @@ class LayerAttributes:
     def changed(self, path: str, inputs: list[TensorRef]) -> dict[str, Any]:
         """The attributes that change of the layer at `path`, where it is called on these tensors."""
         module: Any = self.capture.modules[path]
-        kind: Any = type(module)
-        if table_of(kind) is None:
+        table = table_of(type(module))  # type: ignore[arg-type]  # a class is hashable, whatever mypy says
+        if table is None:
             return {}
         before, after = [self.shapes.before(r) for r in inputs], [self.shapes.after(r) for r in inputs]
-        found = changed_attributes(module, before, after, self.own_shapes(path))
+        found = {k: v for k, v in table(module, before, after, self.own_shapes(path)).items() if getattr(module, k) != v}
         if "num_channels" in found and isinstance(module.num_groups, int):  # whole groups may have been removed
             size = before[0][1] // module.num_groups
             found["num_groups"] = len(torch.unique(self.shapes.positions(inputs[0], 1) // size))
@@ -55,24 +55,13 @@ class LayerAttributes:
 Shapes = dict[str, tuple[int, ...]]
 
 
-def changed_attributes(
-    module: nn.Module, before: Sequence[tuple[int, ...]], after: Sequence[tuple[int, ...]], own: Shapes
-) -> dict[str, Any]:
-    """Attributes of a layer that pruning changes.
-
-    Arguments:
-        module: the original layer.
-        before, after: shapes of its inputs in the original and in the pruned program.
-        own: pruned shapes of its parameters and buffers by name.
-    """
-    kind: Any = type(module)
-    table = table_of(kind)
-    return {} if table is None else {k: v for k, v in table(module, before, after, own).items() if getattr(module, k) != v}
-
-
 @functools.lru_cache(256)
 def table_of(kind: type) -> Callable[..., dict[str, Any]] | None:
-    """What is known of a kind of layer; None where nothing is."""
+    """What is known of a kind of layer; None where nothing is.
+
+    The attributes of a layer of this kind come of the layer, of the shapes of its inputs in the original and in the pruned
+    program, and of the pruned shapes of its own parameters and buffers by name.
+    """
     return next((table for known, table in TABLE if issubclass(kind, known)), None)
 
 
@@ -137,10 +126,7 @@ def bilinear(m: Any, before: Any, after: Any, own: Shapes) -> dict[str, Any]:
 def rnn(m: Any, before: Any, after: Any, own: Shapes) -> dict[str, Any]:
     hidden = own.get("weight_hh_l0", tuple(m.weight_hh_l0.shape))
     gates = {"LSTM": 4, "GRU": 3}.get(m.mode, 1)
-    sizes = {
-        "input_size": own.get("weight_ih_l0", tuple(m.weight_ih_l0.shape))[1],
-        "hidden_size": hidden[0] // gates,
-    }
+    sizes = {"input_size": own.get("weight_ih_l0", tuple(m.weight_ih_l0.shape))[1], "hidden_size": hidden[0] // gates}
     return sizes | ({"proj_size": hidden[1]} if m.proj_size else {})
 
 

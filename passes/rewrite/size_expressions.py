@@ -149,7 +149,7 @@ class SizeExpressions:
     def depends_on_inputs(self, node: fx.Node) -> bool:
         if node.op == "placeholder":
             return True
-        found = size_source(self.capture, node)
+        found = size_source(node, self.capture.results)
         if found is not None:
             ref, dim = found
             return dim is None or not self.counts_channels(ref, dim % max(1, len(self.shapes.before(ref))))
@@ -157,7 +157,7 @@ class SizeExpressions:
 
     def is_size(self, node: fx.Node) -> bool:
         """Whether a number is read off a tensor's shape."""
-        return size_source(self.capture, node) is not None
+        return size_source(node, self.capture.results) is not None
 
     def is_changed(self, node: Any) -> bool:
         """Whether a number, or one that it is computed from, has another value in the pruned program."""
