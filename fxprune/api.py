@@ -116,7 +116,7 @@ def prune(
         )
         inputs = ExampleInputs.parse(example_inputs).check(model, weights=options.needs_weights or same_class)
         compilation = Compilation(model, inputs, options.coupling)
-        with options.uncollected():
+        with options.gc_paused():
             choice = compilation.choose(options)  # capture, couple, score, select
             pruned = compilation.emit(choice)  # rewrite, slice
             if not options.verifies(model):

@@ -21,7 +21,7 @@ from fxprune.passes.coupling.solution import CouplingOptions, Solution
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_parameters, named_tensors
 from fxprune.passes.ir.program import Waiver
-from fxprune.passes.ir.quiet import uncollected, unobserved, without_modes
+from fxprune.passes.ir.quiet import gc_paused, unobserved, without_modes
 from fxprune.passes.ir.slices import Slicer, TensorSlice
 from fxprune.passes.rewrite.pruned_module import PrunedModule
 from fxprune.passes.rewrite.rewrite import rewrite_program, tensor_cuts
@@ -239,7 +239,7 @@ class Compilation:
             pruned = tried[1]
         else:
             choice = self.keep(choice.kept) if spent(choice.solution) else choice
-            with uncollected():
+            with gc_paused():
                 pruned = rewrite_program(
                     values or self.model,
                     choice.solution,

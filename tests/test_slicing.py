@@ -1,10 +1,13 @@
-"""Slicing tensors: what is left is what indexing leaves, in one piece and block by block."""
+"""Slices: the sizes of what a mask keeps, and what is left of a tensor, in one piece and block by block."""
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from fxprune.passes.ir.slices import TensorSlice, fast_index_select
+from fxprune.passes.ir.slices import TensorSlice, fast_index_select, rectangle
 from fxprune.passes.rewrite import rewrite
 from fxprune.passes.rewrite.rewrite import slice_tensor
 
@@ -64,3 +67,22 @@ def test_picking_along_a_dimension(shape, dim, dtype, monkeypatch):
     wanted = source.numpy(force=True)[(slice(None),) * dim + (keep.numpy(),)] if dtype != torch.bfloat16 else None
     wanted = torch.from_numpy(wanted) if wanted is not None else source[(slice(None),) * dim + (keep,)]
     assert torch.equal(fast_index_select(source, dim, keep), wanted)
+
+
+def sizes_by_definition(mask):
+    """Level by level: how many indices have anything left, for each row that has."""
+    sizes = []
+    for level in range(mask.ndim):
+        alive = mask.reshape(*mask.shape[: level + 1], -1).any(-1)
+        counts = {int(c) for c in alive.sum(-1).reshape(-1) if c}
+        if len(counts) != 1:
+            return None
+        sizes += counts
+    return tuple(sizes)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (3, 2), (2, 2, 2), (1, 4)])
+def test_sizes_of_every_mask(shape):
+    for bits in itertools.product([False, True], repeat=int(np.prod(shape))):
+        mask = np.array(bits).reshape(shape)
+        assert rectangle(mask) == sizes_by_definition(mask)

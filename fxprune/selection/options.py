@@ -17,7 +17,7 @@ from fxprune.criteria.catalog import resolve
 from fxprune.passes.coupling.solution import CouplingOptions
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors
-from fxprune.passes.ir.quiet import uncollected
+from fxprune.passes.ir.quiet import gc_paused
 from fxprune.selection.budgets import KINDS, Budget, list_arguments, parse_budget
 
 Ratio = float | Mapping[str, float]
@@ -133,9 +133,9 @@ class Options:
         size = sum(math.inf if p.is_meta else p.numel() for p in model.parameters())
         return self.verify is True or (self.verify == "auto" and size <= CHEAP)
 
-    def uncollected(self) -> contextlib.AbstractContextManager[None]:
-        """Put the garbage collector off for the time of a selection, unless it runs the model."""
-        return contextlib.nullcontext() if self.runs_the_model else uncollected()
+    def gc_paused(self) -> contextlib.AbstractContextManager[None]:
+        """Pause the garbage collector during a selection, unless it runs the model."""
+        return contextlib.nullcontext() if self.runs_the_model else gc_paused()
 
 
 def is_one_of(value: Any, words: Sequence[str]) -> bool:

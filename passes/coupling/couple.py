@@ -26,7 +26,7 @@ from fxprune.passes.ir.labels import NONE, Labels
 from fxprune.passes.ir.module_tree import on_meta
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.pytree import TensorRef, collect
-from fxprune.passes.ir.quiet import uncollected, unobserved
+from fxprune.passes.ir.quiet import gc_paused, unobserved
 from fxprune.passes.ops.registry import find
 
 MOST_COMPOSED = 1000  # dimensions, after which no others are composed
@@ -104,7 +104,7 @@ def analyse(
     frozen_modules: Mapping[str, str] | None = None,
 ) -> Solution:
     """Trace and couple: in evaluation mode, and in training mode too where the program asks which one it is in."""
-    with unobserved(model), uncollected():
+    with unobserved(model), gc_paused():
         try:
             found = programs(model, args, kwargs, on_meta)
         except Exception as error:  # the program reads values, or runs code that knows nothing of meta tensors
