@@ -145,7 +145,7 @@ class PlanData:
 def kept_labels(plan: PlanData, solution: Solution) -> Tensor:
     """Which labels a plan keeps, shape (labels,); raises PruneError where it does not fit the model's coupling."""
     unit = solution.unit_of.numpy()
-    occurs, stays = np.zeros(len(unit), bool), np.zeros(len(unit), bool)  # a class that is left in any tensor stays
+    occurs, stays = np.zeros(len(unit), bool), np.zeros(len(unit), bool)  # a unit that is left in any tensor stays
     for name, labels in solution.leaves.items():
         if name not in plan.shapes:  # a constant that the program makes
             continue

@@ -28,7 +28,7 @@ def score_units(
     data: Any = None,
     loss: Any = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The score of each unit, and whether the criterion scored it; both indexed by class, shape (labels,).
+    """The score of each unit, and whether the criterion scored it; both indexed by unit, shape (labels,).
 
     Raises: PruneError where data or a loss is missing, or the criterion returns no scores, or scores no family.
     """

@@ -110,7 +110,7 @@ class Planner:
         Arguments:
             present: the model as it is now.
             view: where its tensors stand in the original.
-            gone: classes that are removed already, shape (labels,), and stay so.
+            gone: units that are removed already, shape (labels,), and stay so.
             share: in [0, 1].
         """
         free, score = self.scores(present, view, gone)

@@ -19,13 +19,13 @@ Settle = Callable[[np.ndarray, np.ndarray], tuple[Tensor, Slicer]]
 
 @dataclass(slots=True)
 class StepChoice:
-    """What a step chose, by class of labels: shape (labels,).
+    """What a step chose, indexed by unit: shape (labels,).
 
     Attributes:
         gone: what was removed before.
         wanted: what is removed after it.
         score: importance; infinitely small for what is gone.
-        settle: from removed classes, and those among them that cannot come back, to what is kept.
+        settle: from removed units, and those among them that cannot come back, to what is kept.
     """
 
     gone: np.ndarray
@@ -71,8 +71,8 @@ class Candidate:
         parts = [f"{f.name}: {len(u)} of {counted(f.units, 'unit')}" for f, u in zip(self.families, self.units)]
         return f"Candidate({', '.join(parts)}{', applied' if self.applied else ''})"
 
-    def classes(self) -> np.ndarray:
-        """The units as classes, shape (labels,)."""
+    def removed(self) -> np.ndarray:
+        """Which units of the model these are, shape (labels,)."""
         found = np.zeros(len(self._choice.gone), bool)
         for own, units in zip(self._own, self.units):
             found[own.units[np.asarray(units, np.int64)]] = True
@@ -97,7 +97,7 @@ class Candidate:
 
     def apply(self) -> Candidate:
         """Let the units go in this step; raises PruneError where they cannot go without others."""
-        mine = self.classes()
+        mine = self.removed()
         others = self._proposal.removed(without=self)
         kept, _ = self._choice.settle(others | mine, others)
         back = [[u for u in units if bool(kept[own.units[u]])] for own, units in zip(self._own, self.units)]
@@ -154,7 +154,7 @@ class Proposal:
         found = self.choice.gone.copy()
         for candidate in self.candidates:
             if candidate.applied and candidate is not without:
-                found |= candidate.classes()
+                found |= candidate.removed()
         return found
 
     def finish(self) -> nn.Module:

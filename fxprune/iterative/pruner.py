@@ -221,7 +221,7 @@ class Pruner:
         return tensors_of(model, self._view.plan, self._view.prefix, self._planner.learned)
 
     @property
-    def _stuck(self) -> np.ndarray:  # classes that are gone and cannot come back
+    def _stuck(self) -> np.ndarray:  # units that are gone and cannot come back
         return np.zeros_like(self._gone) if self._mask == "soft" else self._gone
 
     def _looked_at(self, present: nn.Module) -> tuple[nn.Module, View]:

@@ -34,7 +34,7 @@ class Allocator:
         solution: the coupling.
         options: what to remove.
         round_to, competes: in place of those of `options`.
-        removed: for each class whether an earlier step removed it, shape (labels,); it stays removed.
+        removed: for each unit whether an earlier step removed it, shape (labels,); it stays removed.
 
     Attributes:
         candidates: what each group can lose.
@@ -86,7 +86,7 @@ class Allocator:
         return merge_steps(self.rivals, self.candidates)
 
     def removed_at(self, levels: Sequence[int]) -> np.ndarray:
-        """For each class whether an allocation removes it, shape (labels,)."""
+        """For each unit whether an allocation removes it, shape (labels,)."""
         return removed_at(self.candidates, levels, len(self.score))
 
     def apply(self, levels: Sequence[int]) -> tuple[Tensor, Slicer]:
@@ -114,7 +114,7 @@ def prefer_removed(candidates: Sequence[Candidates], removed: np.ndarray) -> Non
 
     Arguments:
         candidates: listed by scores that are lowest for units that are removed already.
-        removed: for each class whether it is, shape (labels,).
+        removed: for each unit whether it is, shape (labels,).
     """
     for found in candidates:
         for level in range(1, len(found.count)):
@@ -156,7 +156,7 @@ def levels_after(candidates: Sequence[Candidates], steps: Iterable[int]) -> list
 
 
 def removed_at(candidates: Sequence[Candidates], levels: Sequence[int], size: int) -> np.ndarray:
-    """For each of `size` classes whether an allocation removes it."""
+    """For each of `size` units whether an allocation removes it."""
     removed = np.zeros(size, bool)
     for found, level in zip(candidates, levels, strict=True):
         removed[found.removed(level)] = True
@@ -247,7 +247,7 @@ def find_owners(free: Sequence[Family], solution: Solution) -> list[set[str]]:
 
 
 def find_emitters(solution: Solution) -> dict[int, set[str]]:
-    """For each class, the modules in whose results it occurs; a module that only reads a class is not among them."""
+    """For each unit, the modules in whose results it occurs; a module that only reads a unit is not among them."""
     unit = solution.unit_of.numpy()
     found: dict[int, set[str]] = {}
     for capture, values in zip(solution.captures, solution.values, strict=True):

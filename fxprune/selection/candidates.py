@@ -66,7 +66,7 @@ def form_groups(
     Arguments:
         families: the units of each family.
         ratios: the share of units to remove from each; a group takes the smallest of its families.
-        equal: matrices of classes whose rows must keep equally many entries.
+        equal: matrices of units whose rows must keep equally many entries.
         size: number of labels; units are labels.
         removed: for each label whether an earlier step removed it, shape (size,).
     """

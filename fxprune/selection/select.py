@@ -59,7 +59,7 @@ def allocate(
         costs: of the coupling.
         options: what to remove.
         probe: measures latency, where that is the budget.
-        removed: for each class whether an earlier step removed it; these stay removed.
+        removed: for each unit whether an earlier step removed it; these stay removed.
     """
     if options.budget is not None and options.budget.measured:
         assert probe is not None
