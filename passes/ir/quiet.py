@@ -15,8 +15,8 @@ from fxprune.passes.ir.module_tree import named_parameters
 
 @contextlib.contextmanager
 def gc_paused() -> Iterator[None]:
-    """Pause the garbage collector: the compiler creates many small objects without cycles, and a full collection over the modules
-    of a session takes longer than compiling a model."""
+    """Pause the garbage collector: the compiler creates many small objects without cycles, and a full collection over a
+    session's modules takes longer than compiling a model."""
     was = gc.isenabled()
     gc.disable()
     try:
