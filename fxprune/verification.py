@@ -70,7 +70,7 @@ class Verification:
 
     @property
     def disagreement(self) -> str:
-        """What to know where the two references are not of one opinion; empty where they are."""
+        """What to know where the two references disagree; empty where they agree."""
         if self.no_zeroed:
             return f"the zeroed original does not apply: {self.no_zeroed}"
         if self.zeroed is None or (self.masked <= self.tolerance) == (self.zeroed <= self.tolerance):
@@ -104,7 +104,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def restoring(model: nn.Module, *, parameters: bool = False) -> Iterator[None]:
-    """What a forward writes into buffers (running statistics, caches) is taken back; into parameters, where that is asked."""
+    """Restore the buffers (running statistics, caches) that a forward writes to, and with `parameters` those too."""
     tensors = [*model.buffers(), *(model.parameters() if parameters else ())]
     before = [t.detach().clone() for t in tensors]
     try:

@@ -560,7 +560,7 @@ ATTENTION = {
 @pytest.mark.parametrize("attention", ["heads", "dims"])
 @pytest.mark.parametrize("kind", ATTENTION)
 def test_attention_couples_without_values_as_with_them(kind, attention, monkeypatch):
-    """One call on the tape in one run, what the kernel of the time comes to in the other."""
+    """One call in the op trace of one run, what the kernel of the time comes to in the other."""
     model, x = Attends(**ATTENTION[kind]).eval(), torch.randn(2, 6, 8)
     found = fxprune.couple(model, x, attention=attention).to_dict()
     plain, ways = couple.programs, []

@@ -323,11 +323,11 @@ def test_what_is_gone_stays_where_rows_must_be_equal():
     """In the second step too much of one head is asked for: all of that is taken back, and nothing of the first step."""
     pruner = fxprune.Pruner(vit(), 0.5, example_inputs=IMAGES, attention="dims", steps=2)
     pruner.step()
-    course, gone = pruner._planner, pruner._gone
-    family = next(f for f in course.free if "in_proj_weight" in f.name and gone[f.units].any())
+    planner, gone = pruner._planner, pruner._gone
+    family = next(f for f in planner.free if "in_proj_weight" in f.name and gone[f.units].any())
     asked = gone.copy()
     asked[next(u for u in family.units if not gone[u])] = True
-    kept, _ = course.settle(asked, np.zeros(len(gone)), gone)
+    kept, _ = planner.settle(asked, np.zeros(len(gone)), gone)
     assert not kept.numpy()[np.flatnonzero(gone)].any()
     assert (~kept.numpy()[family.units]).sum() == gone[family.units].sum()
 

@@ -1,4 +1,4 @@
-"""Roles of parameters, read off the tape: which dimensions a product sums over, and which parameters scale a normalised value.
+"""Roles of parameters, from the op trace: which dimensions a product sums over, and which parameters scale a normalised value.
 
 No layer is named here: what counts is the dispatcher call that a parameter enters, and in which argument.
 """

@@ -1,6 +1,6 @@
-"""A pruned model as a part of the original: its tensors, and its labels, there and back.
+"""Tensors and labels of a pruned model in terms of the original, and back.
 
-A cut says where in the original every element of a pruned tensor stands. So whatever is shaped like a pruned tensor (its
+A slice says where in the original every element of a pruned tensor stands. So whatever is shaped like a pruned tensor (its
 value, an optimizer's state, a moving average) can be put back into the original's shape, and cut again by another plan.
 """
 

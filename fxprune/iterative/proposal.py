@@ -45,9 +45,9 @@ class Candidate:
         applied: whether they will.
     """
 
-    def __init__(self, choice: StepChoice, pool: Sequence[tuple[Family, CoupledFamily]], proposal: Proposal) -> None:
-        self._choice, self._own, self._proposal = choice, [own for own, _ in pool], proposal
-        self.families = tuple(shown for _, shown in pool)
+    def __init__(self, choice: StepChoice, group: Sequence[tuple[Family, CoupledFamily]], proposal: Proposal) -> None:
+        self._choice, self._own, self._proposal = choice, [own for own, _ in group], proposal
+        self.families = tuple(shown for _, shown in group)
         fresh = choice.wanted & ~choice.gone
         self.units: tuple[list[int], ...] = tuple(np.flatnonzero(fresh[own.units]).tolist() for own in self._own)
         self.applied = False
@@ -128,11 +128,11 @@ class Proposal:
     def __init__(
         self,
         choice: StepChoice,
-        pools: Sequence[Sequence[tuple[Family, CoupledFamily]]],
+        groups: Sequence[Sequence[tuple[Family, CoupledFamily]]],
         build: Callable[[np.ndarray], nn.Module],
     ) -> None:
         self.choice, self.build = choice, build
-        self.candidates = [Candidate(choice, pool, self) for pool in pools]
+        self.candidates = [Candidate(choice, group, self) for group in groups]
 
     def __iter__(self) -> Iterator[Candidate]:
         """Those that lose anything, in the order of the model's parameters."""

@@ -145,7 +145,7 @@ class Pruner:
             chosen = self._chosen(present, number)
             while not interactive and self._fails(self._settled(chosen.wanted, chosen.score)):
                 chosen = self._chosen(present, number)
-            return Proposal(chosen, self._planner.pools(), take) if interactive else take(chosen.wanted)
+            return Proposal(chosen, self._planner.groups(), take) if interactive else take(chosen.wanted)
 
     def _chosen(self, present: nn.Module, number: int) -> StepChoice:
         return self._planner.choose(*self._looked_at(present), self._stuck, self._shares[number])

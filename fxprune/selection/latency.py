@@ -93,7 +93,7 @@ class LatencyProbe:
     Arguments:
         model: the original.
         args, kwargs: the example inputs.
-        coupled: captures and couples the model; a capture can be cut only once.
+        coupled: captures and couples the model; a captured program can be rewritten only once.
         clock: times functions; see `measure_seconds`.
     """
 

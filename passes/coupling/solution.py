@@ -52,9 +52,9 @@ class Solution:
     """Labels of every value and the units that removal acts on.
 
     Attributes:
-        captures: the runs that were read.
+        captures: the captured programs.
         leaves: labels of the model's own tensors, by name.
-        values: for each capture, the labels of every value on its tape.
+        values: for each capture, the labels of every value in its op trace.
         unit_of: the unit of each label, named by the smallest label in it.
         frozen: for each unit that is never removed the number of the reason, else -1 (indexed by label).
         reasons: clauses, each with the place in the program.

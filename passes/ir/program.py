@@ -1,4 +1,4 @@
-"""What a run of the model leaves behind: the program, the tape, and how the two belong together."""
+"""The captured program of a model: its graph, its op trace, and how the two correspond."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ class ModuleCall:
 
 @dataclass(kw_only=True)
 class CapturedProgram:
-    """One run of the model.
+    """The captured program of one run of the model.
 
     Attributes:
         root: the traced module tree; parameters are the original's own, everything else is a copy.
         graph: the captured program.
         op_trace: what the dispatcher ran.
-        results: for every node, its value with tensors replaced by references into the tape.
+        results: for every node, its value with tensors replaced by references into the op trace.
         opaque: modules kept as one node, with the reason.
         calls: calls made inside opaque modules.
         sizes: attributes of opaque modules that were used as sizes.
         inputs: references of the example inputs' tensors.
-        outputs: the tensors returned, by name (see `terms.named_outputs`) and reference.
+        outputs: the tensors returned, by name (see `named_outputs`) and reference.
         reads_training: whether a forward asked for its mode in a way that only a second run can answer.
         only: nodes that belong to one mode alone: True for training, False for evaluation, None for neither.
         untracked: nodes whose results did not come out of the dispatcher.
@@ -135,7 +135,7 @@ def reads_shape(node: fx.Node) -> bool:
 
 def select_by_mode(evaluated: Any, trained: Any) -> Any:
     """In a captured graph: the first in evaluation mode, the second in training mode. The tracer ties the two."""
-    raise AssertionError(f"a switch between {evaluated} and {trained} is no part of any program")
+    raise AssertionError(f"a node that selects between {evaluated} and {trained} is in no emitted program")
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 Its tensors are sliced like any others. Sizes in its code come from integer attributes: while the module was captured, each
 attribute was an integer that remembers its origin, and where one turned up as a size of a tensor, the attribute must become
-the pruned size. Standard layers inside are looked up in the table of `passes/ops/layers.py`.
+the pruned size. Standard layers inside are looked up in `layer_attributes.py`.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class Name:
 
 
 def written(graph: fx.Graph, only: Mapping[fx.Node, bool | None], mode: bool) -> Program:
-    """The program of one mode out of a graph with branches (see `modes.py`)."""
+    """The program of one mode out of a graph with branches (see `train_eval.py`)."""
     names: dict[Any, Any] = {}
     lines = []
     for node in graph.nodes:
@@ -55,7 +55,7 @@ class PrunedModule(fx.GraphModule):
     """A GraphModule that keeps one program for evaluation and one for training where the two differ.
 
     `train()` and `eval()` switch between them; modules that they leave in the other mode in the original they leave so here.
-    `meta["plan"]` and `meta["verification"]` say how it came about.
+    `meta["plan"]` says what was removed, `meta["verification"]` how exact the result is.
     """
 
     def __init__(
@@ -119,9 +119,9 @@ def targets_of(program: fx.Graph | Program) -> list[str]:
 
 
 def adopt(made: nn.Module, root: nn.Module, targets: Iterable[str]) -> None:
-    """Put what a program refers to where it stands in `root`, below plain modules: nobody else has forwards to call.
+    """Give a module what a program refers to, under the paths that it has in `root`; modules in between become plain ones.
 
-    What GraphModule does by itself looks every path up from the root, twice.
+    GraphModule does the same, but looks up every path from the root, twice.
     """
     pairs: dict[str, tuple[nn.Module, nn.Module]] = {"": (root, made)}
 

@@ -1,4 +1,4 @@
-"""Trial: each opaque module, once cut, on what it is given in the original, against itself masked.
+"""The check of opaque modules: each one, once sliced, against itself masked, on the inputs that it has in the original.
 
 The Python inside of an opaque module is not rewritten. Attributes that sizes came from are changed, but a size may be written
 out, or come from somewhere nobody saw. Such a module then fails or computes something else: it must stay whole.
