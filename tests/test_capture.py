@@ -12,7 +12,7 @@ from torch import nn
 import fxprune
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.capture import programs as capture_programs
-from fxprune.passes.coupling import analysis
+from fxprune.passes.coupling import couple
 from fxprune.reports.report import count_macs
 from fxprune.selection.costs import Costs
 from fxprune.selection.options import Options
@@ -421,7 +421,7 @@ class Placed(nn.Module):
 @pytest.mark.parametrize("between", [made_here, asks, brings, looks_up, writes, writes_places])
 def test_a_run_without_values_is_where_the_model_is(between, monkeypatch):
     """A device that is asked for is the model's, and what is found is what a run with values finds."""
-    runs, plain = [], analysis.programs
+    runs, plain = [], couple.programs
     model, x = Placed(between).eval(), torch.randn(2, 8)
 
     def programs(model, args, kwargs, stand_in):
@@ -430,7 +430,7 @@ def test_a_run_without_values_is_where_the_model_is(between, monkeypatch):
             raise RuntimeError
         return plain(model, args, kwargs, stand_in)
 
-    monkeypatch.setattr(analysis, "programs", programs)
+    monkeypatch.setattr(couple, "programs", programs)
     monkeypatch.setenv("FXPRUNE_STRICT", "0")
     first_is_given_up = False
     found = fxprune.couple(model, x)
@@ -560,10 +560,10 @@ ATTENTION = {
 @pytest.mark.parametrize("attention", ["heads", "dims"])
 @pytest.mark.parametrize("kind", ATTENTION)
 def test_attention_couples_without_values_as_with_them(kind, attention, monkeypatch):
-    """One call on the tape in one run, what the kernel of the time comes to in the other."""
+    """One call in the op trace of one run, what the kernel of the time comes to in the other."""
     model, x = Attends(**ATTENTION[kind]).eval(), torch.randn(2, 6, 8)
     found = fxprune.couple(model, x, attention=attention).to_dict()
-    plain, ways = analysis.programs, []
+    plain, ways = couple.programs, []
 
     def with_values(*args):
         if args[-1] is not None:
@@ -573,9 +573,9 @@ def test_attention_couples_without_values_as_with_them(kind, attention, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setenv("FXPRUNE_STRICT", "0")
-        patch.setattr(analysis, "programs", with_values)
+        patch.setattr(couple, "programs", with_values)
         assert fxprune.couple(model, x, attention=attention).to_dict() == found and len(ways) == 1
-        solution = analysis.analyse(model, (x,), {}, Options.parse(model, attention=attention).coupling)
+        solution = couple.analyse(model, (x,), {}, Options.parse(model, attention=attention).coupling)
     assert Costs(solution, dict(model.named_parameters())).original("macs") == count_macs(model, ExampleInputs.parse(x))
     if kind != "dropout":
         pruned = fxprune.prune(model, 0.5, example_inputs=x, attention=attention, verify=True)

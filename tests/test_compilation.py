@@ -10,10 +10,10 @@ from torch import nn
 import fxprune
 from fxprune import Plan, PruneError
 from fxprune.inputs import ExampleInputs
-from fxprune.passes.coupling.analysis import analyse
-from fxprune.passes.ir.options import CouplingOptions
+from fxprune.passes.coupling.couple import analyse
+from fxprune.passes.coupling.solution import CouplingOptions
+from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ir.slices import Slicer
-from fxprune.passes.ir.tensor_ref import TensorRef
 from fxprune.passes.rewrite.rewrite import rewrite_program
 from fxprune.pipeline import Compilation
 from fxprune.selection.options import Options

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import fx, nn
 
-from fxprune.passes.coupling.analysis import analyse
+from fxprune.passes.coupling.couple import analyse
+from fxprune.passes.coupling.solution import CouplingOptions
 from fxprune.passes.errors import NotARectangle
-from fxprune.passes.ir.options import CouplingOptions
 from fxprune.passes.rewrite.graph_editor import GraphEditor
 from fxprune.passes.rewrite.rewrite import check_programs, rewrite_program
 

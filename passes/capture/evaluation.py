@@ -14,11 +14,9 @@ from torch import fx, nn
 from fxprune.passes.capture.opaque import watched
 from fxprune.passes.capture.patches import FACTORIES, plain_rnn
 from fxprune.passes.capture.recorder import Recorder
-from fxprune.passes.ir.meta_tensors import META
-from fxprune.passes.ir.module_tree import fetch, named_tensors
+from fxprune.passes.ir.module_tree import META, fetch, named_tensors
 from fxprune.passes.ir.program import ModuleCall, SizeUse, select_by_mode
-from fxprune.passes.ir.pytree import collect, has_tensor, map_tensors, tensors
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import TensorRef, collect, has_tensor, map_tensors, tensors
 from fxprune.passes.ops.registry import find_node
 
 plain_call = nn.Module._call_impl  # as it is outside of a capture

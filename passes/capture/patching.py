@@ -44,16 +44,9 @@ class Patches:
     def __enter__(self) -> None:
         LOCK.acquire()
         try:
-            self.factories()
-            self.arithmetic()
-            self.checks()
-            self.contexts()
-            self.custom_functions()
-            self.batch_statistics()
-            self.attention()
-            self.modules()
+            for patch in PATCHES:
+                patch(self)
             self.look_at(self.tracer.root)
-            self.fx_flag()
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -274,3 +267,16 @@ class Patches:
             if type(inner) is CACHED:
                 cell.cell_contents = inner.__wrapped__
                 self.undo.append(functools.partial(setattr, cell, "cell_contents", inner))
+
+
+PATCHES: list[Callable[[Patches], None]] = [
+    Patches.factories,
+    Patches.arithmetic,
+    Patches.checks,
+    Patches.contexts,
+    Patches.custom_functions,
+    Patches.batch_statistics,
+    Patches.attention,
+    Patches.modules,
+    Patches.fx_flag,
+]

@@ -17,8 +17,7 @@ from fxprune.passes.capture.train_eval import Modes, captured_in_both
 from fxprune.passes.errors import PruneError, ReadsValue, surface
 from fxprune.passes.ir.module_tree import walk
 from fxprune.passes.ir.program import CapturedProgram, named_outputs
-from fxprune.passes.ir.pytree import tensors
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import TensorRef, tensors
 
 UNWATCHED: contextlib.nullcontext[dict[str, int]] = contextlib.nullcontext({})
 

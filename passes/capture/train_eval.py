@@ -23,8 +23,7 @@ from fxprune.passes.capture.proxy import PROXIES, Items, TensorProxy
 from fxprune.passes.errors import ReadsMissing
 from fxprune.passes.ir.module_tree import Apart, modes_in_training, walk
 from fxprune.passes.ir.program import select_by_mode
-from fxprune.passes.ir.pytree import ATOMS, like_dict
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import ATOMS, TensorRef, like_dict
 
 COMPARED = ATOMS | {complex, torch.Size, torch.layout, torch.memory_format}
 # Functions that are told the mode, or a fraction that depends on it, and couple the same channels in either.

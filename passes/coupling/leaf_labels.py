@@ -15,8 +15,7 @@ from fxprune.passes.ir.constraints import ConstraintBuilder
 from fxprune.passes.ir.labels import NONE, Factor, Labels, along, factor
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.propagation_state import LeafDim
-from fxprune.passes.ir.pytree import collect
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ops.call import OpView
 from fxprune.passes.ops.registry import find
 

@@ -12,28 +12,34 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fxprune.passes.ir.meta_tensors import like
+from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.pytree import collect
 
+empty, empty_strided = torch.empty, torch.empty_strided  # the originals: a capture replaces factories of torch
+META = torch.device("meta")
+NOTHING = empty(0, device=META)
+PLAIN_TENSORS = frozenset([Tensor, torch.nn.Parameter, torch.nn.Buffer])
+
+
+def like(tensor: Tensor) -> Tensor:
+    """An empty tensor of the same form on the meta device (`torch.empty_like` takes a detour through Python there)."""
+    return empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=META)
+
+
 # what a copy can share with the original: nothing in it can be changed
-SHARED: tuple[type, ...] = (
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    type(None),
-    type,
-    types.FunctionType,
-    types.BuiltinFunctionType,
-)
-SHARED += (torch.dtype, torch.device, torch.Size, torch.memory_format)
+SHARED: tuple[type, ...] = (bool, int, float, complex, str, bytes, type(None), type)
+SHARED += (types.FunctionType, types.BuiltinFunctionType, torch.dtype, torch.device, torch.Size, torch.memory_format)
 ATOMS = frozenset(SHARED)
 CONTAINERS = frozenset([dict, OrderedDict, set, list, tuple])
 PLAIN = ATOMS | CONTAINERS
 HOOKS = frozenset(["_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"])
 CHILDREN = frozenset(["_parameters", "_buffers", "_modules"])
+
+
+def check_module(model: Any) -> None:
+    """Raise PruneError for what is no module."""
+    if not isinstance(model, nn.Module):
+        raise PruneError(f"model is of type {type(model).__name__}, not a torch.nn.Module", fix="pass the module itself")
 
 
 def walk(root: nn.Module) -> dict[nn.Module, str]:

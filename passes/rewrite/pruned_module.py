@@ -27,10 +27,6 @@ class Program:
             made[name].meta = dict(meta)
         return graph
 
-    @property
-    def targets(self) -> list[str]:
-        return [target for _, op, target, *_ in self.lines if op in ("get_attr", "call_module")]
-
 
 @dataclass(frozen=True, slots=True)
 class Name:
@@ -60,7 +56,7 @@ class PrunedModule(fx.GraphModule):
     """A GraphModule that keeps one program for evaluation and one for training where the two differ.
 
     `train()` and `eval()` switch between them; modules that they leave in the other mode in the original they leave so here.
-    `meta["plan"]` and `meta["verification"]` say how it came about.
+    `meta["plan"]` says what was removed, `meta["verification"]` how exact the result is.
     """
 
     def __init__(
@@ -73,10 +69,8 @@ class PrunedModule(fx.GraphModule):
     ) -> None:
         super().__init__(nn.Module(), fx.Graph(), name)
         vars(self)["training"] = root.training
-        adopt(self, root, (str(n.target) for n in graph.nodes if n.op in ("get_attr", "call_module")))
-        for program in (programs or {}).values():
-            if program is not graph:
-                adopt(self, root, program.targets if isinstance(program, Program) else targets_of(program))
+        for program in {id(p): p for p in (graph, *(programs or {}).values())}.values():
+            adopt(self, root, targets_of(program))
         self.graph = graph
         self.__dict__["_programs"] = programs or {}
         self.__dict__["_apart"] = apart or {}
@@ -118,14 +112,17 @@ class PrunedModule(fx.GraphModule):
         return self.meta.get("verification")
 
 
-def targets_of(graph: fx.Graph) -> list[str]:
-    return [str(n.target) for n in graph.nodes if n.op in ("get_attr", "call_module")]
+def targets_of(program: fx.Graph | Program) -> list[str]:
+    """The paths of the modules and tensors that a program refers to."""
+    if isinstance(program, Program):
+        return [target for _, op, target, *_ in program.lines if op in ("get_attr", "call_module")]
+    return [str(n.target) for n in program.nodes if n.op in ("get_attr", "call_module")]
 
 
 def adopt(made: nn.Module, root: nn.Module, targets: Iterable[str]) -> None:
-    """Put what a program refers to where it stands in `root`, below plain modules: nobody else has forwards to call.
+    """Give a module what a program refers to, under the paths that it has in `root`; modules in between become plain ones.
 
-    What GraphModule does by itself looks every path up from the root, twice.
+    GraphModule does the same, but looks up every path from the root, twice.
     """
     pairs: dict[str, tuple[nn.Module, nn.Module]] = {"": (root, made)}
 

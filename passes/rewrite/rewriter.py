@@ -19,18 +19,17 @@ from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.ir.labels import counts_channels
 from fxprune.passes.ir.op_trace import name_of
 from fxprune.passes.ir.program import CapturedProgram, Guard, Waiver, select_by_mode, size_source
-from fxprune.passes.ir.pytree import collect, map_tensors
+from fxprune.passes.ir.pytree import TensorRef, collect, map_tensors
 from fxprune.passes.ir.slices import Slicer
-from fxprune.passes.ir.tensor_ref import TensorRef
 from fxprune.passes.ops.convolution import slid, sliding
 from fxprune.passes.ops.registry import find_node
+from fxprune.passes.ops.rewriting import picked
 from fxprune.passes.rewrite.graph_editor import GraphEditor
 from fxprune.passes.rewrite.guards import describe, holds
 from fxprune.passes.rewrite.layer_attributes import LayerAttributes
 from fxprune.passes.rewrite.opaque_attributes import opaque_attributes
 from fxprune.passes.rewrite.pruned_module import Program, written
-from fxprune.passes.rewrite.pruned_shapes import PrunedShapes
-from fxprune.passes.rewrite.size_expressions import SizeExpressions
+from fxprune.passes.rewrite.size_expressions import PrunedShapes, SizeExpressions
 
 NUMBER = (int, float)
 LITERALS = frozenset([int, float, bool, str, type(None), torch.dtype])
@@ -230,10 +229,7 @@ class Rewriter:
 
     def permuted(self, source: fx.Node, ref: TensorRef, end: fx.Node, dim: int, order: Tensor) -> fx.Node:
         """The result of the index map `order` (result index -> source index) among what is kept."""
-        place = torch.full((self.before(ref)[dim],), -1)
-        kept_in = self.positions(ref, dim)
-        place[kept_in] = torch.arange(len(kept_in))
-        return self.gather(source, dim, place[order[self.positions(self.result(end), dim)]])
+        return self.gather(source, dim, picked(self, ref, self.result(end), dim, dim, order))
 
     # -- guards ---------------------------------------------------------------------------------------------------------
 
@@ -251,7 +247,7 @@ class Rewriter:
 
     def asks_for_batch(self, node: fx.Node) -> bool:
         """Whether the input sizes that a number is computed from are all of first dimensions."""
-        found = size_source(self.capture, node)
+        found = size_source(node, self.capture.results)
         if found is not None:
             return found[1] == 0 or not self.sizes.is_symbolic(node)
         return node.op != "placeholder" and all(self.asks_for_batch(n) for n in node.all_input_nodes)
