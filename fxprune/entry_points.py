@@ -18,8 +18,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.meta_tensors import PLAIN_TENSORS
-from fxprune.passes.ir.module_tree import check_module, named_parameters, named_tensors, walk
+from fxprune.passes.ir.module_tree import PLAIN_TENSORS, check_module, named_parameters, named_tensors, walk
 
 # what Python and torch raise for what nobody foresaw; running out of memory is not among it
 FAULTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError, pickle.PickleError)
