@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxprune.passes.ir.op_trace import name_of
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.rewrite.size_expressions import PrunedShapes
@@ -37,7 +38,10 @@ class LayerAttributes:
         if table is None:
             return {}
         before, after = [self.shapes.before(r) for r in inputs], [self.shapes.after(r) for r in inputs]
-        found = {k: v for k, v in table(module, before, after, self.own_shapes(path)).items() if getattr(module, k) != v}
+        own = self.own_shapes(path)
+        if "weight" not in own and getattr(module, "weight", None) is not None:
+            own["weight"] = self.computed_weight(path.removeprefix(self.capture.prefix), tuple(module.weight.shape))
+        found = {k: v for k, v in table(module, before, after, own).items() if getattr(module, k) != v}
         if "num_channels" in found and isinstance(module.num_groups, int):  # whole groups may have been removed
             size = before[0][1] // module.num_groups
             found["num_groups"] = len(torch.unique(self.shapes.positions(inputs[0], 1) // size))
@@ -52,6 +56,24 @@ class LayerAttributes:
         return found
 
 
+    def computed_weight(self, path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The pruned shape of a weight that hooks or a parametrization compute: the last of that shape from the layer's tensors.
+
+        A transpose of one, which a linear layer takes of its weight, is none.
+        """
+        trace = self.capture.op_trace
+        own = [ref for p in (path, *self.inside.get(path, ())) for ref in self.owned.get(p, {}).values()]
+        found = {ref.id for ref in own}
+        weights = [ref for ref in own if trace.shape(ref) == shape]
+        for op in trace.ops:
+            if any(r.id in found for r in op.inputs) and not any(trace.values[r.id].from_input for r in op.inputs):
+                found |= {r.id for r in op.outputs}
+                if name_of(op.func) not in TRANSPOSES or op.inputs[0] not in weights:
+                    weights += [r for r in op.outputs if trace.shape(r) == shape]
+        return self.shapes.after(weights[-1]) if weights else shape
+
+
+TRANSPOSES = ("aten::t", "aten::transpose", "aten::permute")
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -65,16 +87,8 @@ def table_of(kind: type) -> Callable[..., dict[str, Any]] | None:
     return next((table for known, table in TABLE if issubclass(kind, known)), None)
 
 
-def weight_of(module: Any, own: Shapes) -> tuple[int, ...]:
-    """The pruned shape of a layer's weight, also where a parametrisation computes it."""
-    name: str | None = next((n for n in ("weight", "weight_v", "parametrizations.weight.original1") if n in own), None)
-    if name is None:
-        name = next((n for n in own if n.startswith("parametrizations.weight.") or n == "weight_orig"), None)
-    return own[name] if name else tuple(module.weight.shape)
-
-
 def conv(m: Any, before: Any, after: Any, own: Shapes) -> dict[str, Any]:
-    weight, channels = weight_of(m, own), after[0][-len(m.kernel_size) - 1]
+    weight, channels = own["weight"], after[0][-len(m.kernel_size) - 1]
     if m.transposed:
         groups = m.groups if m.groups == 1 else groups_of(m, weight[0], m.in_channels)
         return {"in_channels": channels, "out_channels": weight[1] * groups, "groups": groups}
@@ -89,7 +103,7 @@ def groups_of(m: Any, left: int, whole: int) -> int:
 
 
 def linear(m: Any, before: Any, after: Any, own: Shapes) -> dict[str, Any]:
-    weight = weight_of(m, own)
+    weight = own["weight"]
     return {"in_features": weight[1], "out_features": weight[0]}
 
 
@@ -111,15 +125,15 @@ def group_norm(m: Any, before: Any, after: Any, own: Shapes) -> dict[str, Any]:
 
 
 def prelu(m: Any, before: Any, after: Any, own: Shapes) -> dict[str, Any]:
-    return {"num_parameters": weight_of(m, own)[0]}
+    return {"num_parameters": own["weight"][0]}
 
 
 def embedding(m: Any, before: Any, after: Any, own: Shapes) -> dict[str, Any]:
-    return {"embedding_dim": weight_of(m, own)[1]}
+    return {"embedding_dim": own["weight"][1]}
 
 
 def bilinear(m: Any, before: Any, after: Any, own: Shapes) -> dict[str, Any]:
-    out, in1, in2 = weight_of(m, own)
+    out, in1, in2 = own["weight"]
     return {"in1_features": in1, "in2_features": in2, "out_features": out}
 
 
