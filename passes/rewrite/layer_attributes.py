@@ -55,7 +55,6 @@ class LayerAttributes:
             found |= {f"{inner[len(path) + 1 :]}.{n}": self.shapes.after(ref) for n, ref in self.owned[inner].items()}
         return found
 
-
     def computed_weight(self, path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The pruned shape of a weight that hooks or a parametrization compute: the last of that shape from the layer's tensors.
 

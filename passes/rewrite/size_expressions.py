@@ -208,7 +208,7 @@ class SizeExpressions:
             return wanted  # 3
         was = self.capture.results[given]
         if not was:
-            return self.editor.new[given]
+            return self.original(given)  # there is no ratio of zero
         key = given, wanted, self.editor.branch  # a node of one branch does not exist in the other
         if key not in self.rescaled:
             number = self.original(given, keep_sizes=not symbolic)
