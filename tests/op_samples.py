@@ -122,10 +122,15 @@ def checked(name: str, sample: Any, seed: int) -> Outcome:
         return Outcome("skipped", "it returns no tensors", unknown=unknown)
     if any(leaf.layout is not torch.strided for leaf in first):
         return Outcome("skipped", "it returns sparse tensors", unknown=unknown)
+    if any(torch.Tag.nondeterministic_seeded in f.tags for f in dispatched.functions):
+        return Outcome("skipped", "it draws random numbers", unknown=unknown)
+    if any(bool((leaf != leaf).any()) for leaf in first):
+        return Outcome("skipped", "its sample is not in its domain", unknown=unknown)
     if not all(alike(a.detach(), b.detach()) for a, b in zip(first, second, strict=True)):
         return Outcome("skipped", "it draws random numbers", unknown=unknown)
+    x = X.to(next(model.parameters()).real.dtype)
     try:
-        pruned = fxprune.prune(model, 0.5, example_inputs=X, criterion=fxprune.criteria.Random(seed), release="*", verify=False)
+        pruned = fxprune.prune(model, 0.5, example_inputs=x, criterion=fxprune.criteria.Random(seed), release="*", verify=False)
     except fxprune.PruneError as error:
         whole = "nothing in the model can be pruned" in str(error)
         return Outcome("whole" if whole else "crashed", str(error), unknown=unknown)
@@ -135,7 +140,7 @@ def checked(name: str, sample: Any, seed: int) -> Outcome:
     if before == after:
         return Outcome("whole", unknown=unknown)
     try:
-        error = fxprune.verify(model, pruned, X).error
+        error = fxprune.verify(model, pruned, x).error
     except Exception as failure:
         return Outcome("crashed", f"{type(failure).__name__}: {failure}", removed=1 - after / before, unknown=unknown)
     status = "exact" if error <= TOLERANCE else "wrong"

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fxprune.passes.ir.labels import NONE, Labels, align, factor
 from fxprune.passes.ir.tensor_ref import TensorRef
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.pointwise import same
 from fxprune.passes.ops.registry import OpSpec, register
-from fxprune.passes.ops.rewriting import RewriteContext, SizeArguments, argument, resized, with_argument
+from fxprune.passes.ops.rewriting import RewriteContext, SizeArguments, argument, resized, sizes_written_out, with_argument
 
 
 def uniform(call: RuleContext) -> Labels:
@@ -97,6 +98,30 @@ def pad_with_copies(call: RuleContext) -> Labels:
     return call.freeze_dims(call.labels(call.first), dims, "is padded with copies of other entries")
 
 
+def expanded_as(r: RewriteContext, node: fx.Node) -> fx.Node | None:
+    """To the shape of another tensor, of which other things may be removed."""
+    sizes = sizes_written_out(r, r.result(node), argument(node, 1, "other"))
+    return r.graph.call_method("expand", (r.new[node.args[0]], tuple(sizes)))  # type: ignore[index]
+
+
+def broadcast(r: RewriteContext, node: fx.Node) -> fx.Node | None:
+    """Each of several tensors, expanded to the shape that all of them have together."""
+    given = node.args[0] if isinstance(node.args[0], tuple | list) else node.args
+    made = []
+    for source, target in zip(given, r.result(node), strict=True):
+        after = list[Any](r.after(target))
+        for d, n in enumerate(r.before(target)):
+            whole = [g for g in given if r.before(r.result(g))[d - len(after) :][:1] == (n,) and n > 1]
+            if whole and after[d] == n and r.after(r.result(whole[0]))[d - len(after)] == n:
+                after[d] = r.graph.call_method("size", (r.new[whole[0]], d - len(after)))  # type: ignore[index]
+        made.append(r.graph.call_method("expand", (r.new[source], tuple(after))))  # type: ignore[index]
+    return r.graph.call_function(as_tuple, tuple(made))
+
+
+def as_tuple(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tensors
+
+
 COUNTS = SizeArguments(1, ("repeats", "dims"))  # of repetitions, along every dimension
 
 
@@ -162,6 +187,8 @@ register("lift_fresh lift", OpSpec(literal))
 register("tensor as_tensor", OpSpec(rewrite=make_whole))
 register("randperm tril_indices triu_indices _local_scalar_dense _assert_async", OpSpec(distinct))
 register("expand expand_copy broadcast_to", OpSpec(expand, sizes=SizeArguments(1), moves=True, views=True))
+register("expand_as", OpSpec(rewrite=expanded_as))
+register("broadcast_tensors", OpSpec(rewrite=broadcast))
 register("repeat", OpSpec(repeat, repeat_counts), functions="tile")
 register("repeat_interleave", OpSpec(rewrite=interleave_counts))
 register("constant_pad_nd pad", OpSpec(pad, pad_amounts))

@@ -15,7 +15,7 @@ from fxprune.passes.ir.tensor_ref import TensorRef
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.index_maps import moved_call, movement
 from fxprune.passes.ops.registry import OpSpec, register
-from fxprune.passes.ops.rewriting import RewriteContext, argument, picked, place, run_of, with_argument
+from fxprune.passes.ops.rewriting import RewriteContext, argument, known, picked, place, run_of, with_argument
 
 
 def shifted(f: Factor, labels: Tensor, dropped: int) -> Factor:
@@ -181,7 +181,7 @@ def is_shrunk(r: RewriteContext, ref: TensorRef, dim: int) -> bool:
 
 def number(r: RewriteContext, node: fx.Node, position: int, name: str) -> int:
     """The original value of an integer argument."""
-    return int(r.number_of(argument(node, position, name)))
+    return int(known(r, argument(node, position, name)))
 
 
 def dim_argument(r: RewriteContext, node: fx.Node) -> int:

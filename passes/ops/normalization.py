@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -37,7 +38,8 @@ def batch_norm(call: RuleContext) -> list[Labels]:
         ref = call.tensor(name)
         if ref is not None:
             merged = unify(call, merged, shape, per_channel(call, ref, ndim), [1, shape[1]] + [1] * (ndim - 2))
-    return [merged] + [NONE] * (len(call.outputs) - 1)
+    channels = tuple([f.at(0, 1) for f in merged if f.major_to_minor == (1,)])
+    return [merged] + [channels if call.shape(ref) == (shape[1],) else NONE for ref in call.outputs[1:]]
 
 
 def per_channel(call: RuleContext, ref: TensorRef, ndim: int) -> Labels:
@@ -58,7 +60,8 @@ def layer_norm(call: RuleContext) -> list[Labels]:
         ref = call.tensor(name)
         if ref is not None:
             labels = unify(call, labels, shape, *align(call.labels(ref), call.shape(ref), len(shape)))
-    return [labels] + [NONE] * (len(call.outputs) - 1)
+    statistics = tuple([f for f in labels if not f.dims & set(normalised)])
+    return [labels] + [statistics] * (len(call.outputs) - 1)
 
 
 def group_norm(call: RuleContext) -> list[Labels]:
@@ -84,7 +87,10 @@ def group_norm(call: RuleContext) -> list[Labels]:
         ref = call.tensor(name)
         if ref is not None:
             merged = unify(call, merged, shape, per_channel(call, ref, ndim), [1, shape[1]] + [1] * (ndim - 2))
-    return [merged] + [NONE] * (len(call.outputs) - 1)
+    statistics = call.outputs[1:]
+    if any(call.used(ref) for ref in statistics):  # of images and groups
+        merged = call.freeze_dims(merged, [0, 1], "has the statistics of its groups read")
+    return [merged] + [NONE] * len(statistics)
 
 
 def weight_norm(call: RuleContext) -> list[Labels]:
@@ -106,7 +112,9 @@ def native_group_norm(r: RewriteContext, node: fx.Node) -> fx.Node | None:
     """(x, weight, bias, N, C, positions, groups, eps)"""
     source = r.result(node.args[0])
     args = [r.argument(a) for a in node.args]
-    args[4] = r.size(node.args[4], r.after(source)[1])
+    left = r.after(source)
+    for at, wanted in ((3, left[0]), (4, left[1]), (5, math.prod(left[2:]))):
+        args[at] = r.size(node.args[at], wanted)
     args[6] = r.size(node.args[6], groups_left(r, source, 1, r.number_of(node.args[6])))
     return r.emit(node, args, r.argument(dict(node.kwargs)))
 

@@ -171,6 +171,12 @@ def distance(call: RuleContext) -> Labels:
 with_least, with_greatest, with_ones = filled_with(-math.inf), filled_with(math.inf), filled_with(1.0)
 
 
+def masked_norm(run: MaskContext, call: OpView, args: Any, kwargs: Any) -> Any:
+    """Of a negative order, the norm sums reciprocal powers, to which infinity adds nothing."""
+    order = call.get("p", call.get("ord", 2))
+    return (with_greatest if isinstance(order, int | float) and order < 0 else with_zeros)(run, call, args, kwargs)
+
+
 def least_and_greatest(run: MaskContext, call: OpView, args: Any, kwargs: Any) -> Any:
     above, below = (with_value(run, args, kwargs, value) for value in (math.inf, -math.inf))
     return call.op.func(*above[0], **above[1])[0], call.op.func(*below[0], **below[1])[1]
@@ -211,7 +217,8 @@ def masked_std_mean(*given: Any) -> tuple[Tensor, Tensor]:
     return var.sqrt(), average
 
 
-register("sum nansum norm linalg_vector_norm count_nonzero any", OpSpec(reduce, masked=with_zeros))
+register("norm linalg_vector_norm", OpSpec(reduce, masked=masked_norm))
+register("sum nansum count_nonzero any", OpSpec(reduce, masked=with_zeros))
 register("prod all", OpSpec(reduce, masked=with_ones))
 register("mean nanmean", OpSpec(reduce, masked=masked_mean))
 register("amax logsumexp", OpSpec(reduce, masked=with_least))
