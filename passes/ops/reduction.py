@@ -82,6 +82,10 @@ def extreme(call: RuleContext) -> list[Labels]:
     return pointwise(call) if len(call.inputs) > 1 else with_places(call, call.outputs[1:])
 
 
+def middle(call: RuleContext) -> list[Labels]:
+    return with_places(call, call.outputs[1:])
+
+
 def place_of_extreme(call: RuleContext) -> list[Labels]:
     return with_places(call, call.outputs)
 
@@ -224,7 +228,7 @@ register("mean nanmean", OpSpec(reduce, masked=masked_mean))
 register("amax logsumexp", OpSpec(reduce, masked=with_least))
 register("amin", OpSpec(reduce, masked=with_greatest))
 register("aminmax", OpSpec(reduce, masked=least_and_greatest))
-register("median", OpSpec(reduce, masked=median))
+register("median", OpSpec(middle, masked=median))
 register("var", OpSpec(spread, masked=masked_var))
 register("std", OpSpec(spread, masked=masked_std))
 register("var_mean", OpSpec(spread, masked=masked_variance))
