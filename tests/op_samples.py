@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from brute_force import Judge, packed
+from brute_force import TOLERANCE, Judge, agree, packed
 from torch import Tensor, nn
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,14 +25,15 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 import fxprune
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
+from fxprune.passes.errors import EngineFault
 from fxprune.passes.ir.slices import mask_of
 from fxprune.passes.ops.registry import UNKNOWN, find
-from fxprune.passes.verification.masked_model import MaskedOriginal, relative_error
+from fxprune.passes.verification.masked_model import MaskedOriginal
 from fxprune.pipeline import Choice, Compilation
 from fxprune.selection.options import Options
+from fxprune.stage_checks import StageFault
 
 X = torch.ones(2, 3, dtype=torch.float64)
-TOLERANCE = 1e-8
 OPS = {f"{info.name}{'.' + info.variant_test_name if info.variant_test_name else ''}": info for info in op_db}
 LAYOUTS = ("plain", "shuffled", "repeated", "joint")
 MOST_SAMPLES = 256  # of an op, among which some are chosen
@@ -243,7 +244,7 @@ class Trial:
         except fxprune.PruneError as error:
             whole = str(error).startswith("nothing in the model can be pruned")
             return Outcome("whole" if whole else "crashed", str(error))
-        except Exception as error:
+        except (Exception, StageFault, EngineFault) as error:
             return Outcome("crashed", f"{type(error).__name__}: {error}")
         if not any(choice.slices().values()):
             return Outcome("whole")
@@ -251,15 +252,15 @@ class Trial:
             found = tree_leaves(pruned(self.x))
             masked = MaskedOriginal(self.model, choice.solution.leaves, choice.kept, self.options.coupling.heads)
             wanted = tree_leaves(masked((self.x,), {}, whole=False))
-        except Exception as error:
+        except (Exception, StageFault, EngineFault) as error:
             return Outcome("crashed", f"{type(error).__name__}: {error}\n{pruned.code}")
         judge = self.judge(choice)
         if len(found) != len(judge.whole):
             return Outcome("crashed", f"{len(found)} results instead of {len(judge.whole)}")
         references = judge.references(found)
         faults = [f"result {i} is not what brute force computes" for i, name in enumerate(references) if not name]
-        errors = [relative_error(want, got) for want, got in zip(wanted, found, strict=True)]
-        faults += [f"result {i} differs from the masked form by {e:.1e}" for i, e in enumerate(errors) if e > TOLERANCE]
+        pairs = enumerate(zip(wanted, found, strict=True))
+        faults += [f"result {i} is not what the masked form computes" for i, (want, got) in pairs if not agree(want, got)]
         faults += [lost] if (lost := judge.lost()) else []
         return Outcome("wrong", "; ".join(faults) + "\n" + pruned.code) if faults else Outcome("exact", references=references)
 

@@ -13,7 +13,7 @@ from fxprune.passes.ir.tensor_ref import TensorRef
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.pointwise import same
 from fxprune.passes.ops.registry import OpSpec, register
-from fxprune.passes.ops.rewriting import RewriteContext, SizeArguments, argument, resized, sizes_written_out, with_argument
+from fxprune.passes.ops.rewriting import RewriteContext, SizeArguments, argument, picked, resized, sizes_written_out, with_argument
 
 
 def uniform(call: RuleContext) -> Labels:
@@ -54,6 +54,8 @@ def expand(call: RuleContext) -> Labels:
 
 def repeat(call: RuleContext) -> Labels:
     repeats = list(call["repeats"])
+    if 0 in call.shape(call.outputs[0]):
+        return call.freeze_inputs("is repeated to nothing")[0]
     labels, before = align(call.labels(call.first), call.shape(call.first), len(repeats))
     result: Labels = NONE
     for f in labels:
@@ -147,9 +149,17 @@ def repeat_counts(r: RewriteContext, node: fx.Node) -> fx.Node | None:
 def interleave_counts(r: RewriteContext, node: fx.Node) -> fx.Node | None:
     times, dim = argument(node, 1, "repeats"), argument(node, 2, "dim")
     source, target = r.result(node.args[0]), r.result(node)
-    if dim is None or isinstance(r.result(times), TensorRef):
+    if dim is None:
         return None
     dim %= len(r.before(source))
+    if isinstance(r.result(times), TensorRef):  # how often each entry is repeated
+        counts = r.capture.op_trace.values[r.result(times).id].data
+        if r.after(source)[dim] == r.before(source)[dim] and r.after(target)[dim] == r.before(target)[dim]:
+            return None
+        assert counts is not None, "an index that is computed along a labelled dimension is frozen by its rule"
+        order = torch.arange(r.before(source)[dim]).repeat_interleave(counts.cpu())
+        positions = r.constant(picked(r, source, target, dim, dim, order))
+        return r.graph.call_method("index_select", (r.new[node.args[0]], dim, positions))  # type: ignore[index]
     args, kwargs = [r.argument(a) for a in node.args], {k: r.argument(v) for k, v in node.kwargs.items()}
     repeats = r.size(times, r.after(target)[dim] // r.after(source)[dim])
     if len(args) > 1:

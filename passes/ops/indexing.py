@@ -68,6 +68,8 @@ def stand_in(call: RuleContext, ref: TensorRef) -> Tensor:
 def embedding(call: RuleContext) -> list[Labels]:
     """(V, D) by indices of any shape -> (*, D): rows are looked up by values of the input, columns pass."""
     weight = call.first
+    for ref in call.inputs[1:]:
+        call.freeze(call.labels(ref), "says what is looked up")
     passed = call.freeze_dims(call.labels(weight), [0], "is looked up by the input's values (a vocabulary)")
     ndim = len(call.shape(call.outputs[0]))
     lifted = tuple(along(f.labels.reshape(-1), ndim - 1, ndim) for f in passed)
@@ -290,7 +292,7 @@ def mapped(r: RewriteContext, source: TensorRef, target: TensorRef | None, dim: 
 
 register("slice slice_copy", OpSpec(slice_, called_slice, moves=True, views=True))
 register("index _unsafe_index", OpSpec(index, called_index, moves=True))
-register("", OpSpec(rewrite=getitem), functions="getitem setitem")
+register("", OpSpec(rewrite=getitem), functions="getitem __getitem__ setitem")
 register("embedding _embedding_bag _embedding_bag_forward_only embedding_bag", OpSpec(embedding))
 register("gather take_along_dim", OpSpec(gather))
 register("index_put _index_put_impl", OpSpec(index_put))

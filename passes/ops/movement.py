@@ -61,10 +61,13 @@ def cut(call: RuleContext, f: Factor, dim: int, start: int, stop: int, step: int
     """The part of a factor between two indices of a dimension."""
     if dim not in f.dims:
         return (f,)
+    if start >= stop:  # nothing
+        call.freeze((f,) if len(f.major_to_minor) > 1 else NONE, "has an empty part taken")
+        return NONE
     index = (slice(None),) * dim + (slice(start, stop, step),)
     part = factor(f.labels[index], f.major_to_minor)
     if len(f.major_to_minor) > 1 and dim == f.major_to_minor[-1]:
-        if step != 1 or part.major_to_minor[-1:] != f.major_to_minor[-1:]:  # or a single column, which every row has or none
+        if step != 1 or 1 in (start, part.labels.shape[dim]):  # a single column, which every row has or none
             call.constraints.keep_columns_equal(f)
         elif start:  # it begins at one place for all rows: as many are kept before it in each
             call.constraints.keep_rows_equal(factor(f.labels.narrow(dim, 0, start), f.major_to_minor))

@@ -38,6 +38,8 @@ def batch_norm(call: RuleContext) -> list[Labels]:
         ref = call.tensor(name)
         if ref is not None:
             merged = unify(call, merged, shape, per_channel(call, ref, ndim), [1, shape[1]] + [1] * (ndim - 2))
+    if not call.get("training", False):  # there are no statistics, whatever shape they have on the meta device
+        return [merged] + [NONE] * (len(call.outputs) - 1)
     channels = tuple([f.at(0, 1) for f in merged if f.major_to_minor == (1,)])
     return [merged] + [channels if call.shape(ref) == (shape[1],) else NONE for ref in call.outputs[1:]]
 

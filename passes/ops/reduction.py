@@ -29,6 +29,7 @@ from fxprune.passes.ops.masking import (
 from fxprune.passes.ops.matmul import contract
 from fxprune.passes.ops.pointwise import pointwise
 from fxprune.passes.ops.registry import OpSpec, register
+from fxprune.passes.ops.rewriting import SizeArguments
 
 
 def drop(f: Factor, gone: Sequence[int], keepdim: bool) -> Factor:
@@ -172,6 +173,23 @@ def distance(call: RuleContext) -> Labels:
     return tuple(Factor(f.labels.squeeze(-1), f.major_to_minor) for f in out)
 
 
+def pair_distance(call: RuleContext) -> Labels:
+    """(N, D) -> distances of all pairs of rows."""
+    call.constraints.keep_copies(f for f in call.labels(call.first) if 1 in f.dims)
+    call.freeze_dims(call.labels(call.first), [0], "is one of rows that are compared in pairs")
+    return NONE
+
+
+def renormalise(call: RuleContext) -> Labels:
+    """Each index of `dim` is scaled by a norm over all other dimensions."""
+    dims = [d for d in range(len(call.shape(call.first))) if d != call.dim(call["dim"], len(call.shape(call.first)))]
+    call.constraints.keep_copies(f for f in call.labels(call.first) if f.dims & set(dims))
+    for f in call.labels(call.first):
+        if len(f.major_to_minor) > 1 and f.major_to_minor[-1] not in dims:
+            call.constraints.keep_columns_equal(f)
+    return call.labels(call.first)
+
+
 with_least, with_greatest, with_ones = filled_with(-math.inf), filled_with(math.inf), filled_with(1.0)
 
 
@@ -223,6 +241,7 @@ def masked_std_mean(*given: Any) -> tuple[Tensor, Tensor]:
 
 register("norm linalg_vector_norm", OpSpec(reduce, masked=masked_norm))
 register("sum nansum count_nonzero any", OpSpec(reduce, masked=with_zeros))
+register("sum_to_size", OpSpec(sizes=SizeArguments(1)))
 register("prod all", OpSpec(reduce, masked=with_ones))
 register("mean nanmean", OpSpec(reduce, masked=masked_mean))
 register("amax logsumexp", OpSpec(reduce, masked=with_least))
@@ -242,9 +261,11 @@ register("argmin", OpSpec(place_of_extreme, masked=with_greatest))
 register("mode kthvalue", OpSpec(by_rank))
 register("_softmax _log_softmax _safe_softmax _masked_softmax softmax log_softmax", OpSpec(normalise, masked=with_least))
 register("logcumsumexp", OpSpec(normalise, masked=with_least))
-register("cumsum renorm", OpSpec(normalise, masked=with_zeros))
+register("cumsum", OpSpec(normalise, masked=with_zeros))
+register("renorm", OpSpec(renormalise, masked=with_zeros))
 register("cumprod", OpSpec(normalise, masked=with_ones))
 register("topk sort argsort msort", OpSpec(ranked))
 register("glu", OpSpec(glu))
 register("_fft_r2c _fft_c2c _fft_c2r", OpSpec(fft))
-register("_cdist_forward _pdist_forward", OpSpec(distance, masked=with_zeros))
+register("_cdist_forward", OpSpec(distance, masked=with_zeros))
+register("_pdist_forward", OpSpec(pair_distance, masked=with_zeros))
