@@ -17,12 +17,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fxprune.passes.ir.slices import TensorSlice, apply_slices
+from fxprune.passes.ir.slices import TensorSlice, apply_slices, mask_of
 
 TOLERANCE = 1e-8
 TRIALS = 3  # with other values for what is removed
 KEPT_TRIALS = 2  # likewise for what is kept
 LOSS_TRIALS = 100  # until an entry counts as computed from kept entries alone
+MOST_GROUPS = 6  # of dimensions, some of which are cut and the others zero
 MOST_SIZES = 400  # combinations of sizes that a call on fewer entries is tried with
 
 Values = Mapping[str, Tensor]
@@ -33,24 +34,25 @@ class Judge:
 
     Arguments:
         compute: the call: from the values of its tensors, by name, to its results.
-        alone: the call on fewer entries: from which entries are kept, by name, and what its integers become, to its results.
+        alone: the call on fewer entries: from the values, which entries are kept, and what its integers become, to its results.
         integers: those arguments of the call that may be sizes.
         values: the tensors.
-        kept: which entries of them stay, booleans of the shape of each.
+        slices: what stays of them, by name.
         outputs: the slices of each result.
     """
 
     def __init__(
         self,
         compute: Callable[[Values], list[Tensor]],
-        alone: Callable[[Values, Sequence[int]], list[Tensor]],
+        alone: Callable[[Values, Values, Sequence[int]], list[Tensor]],
         integers: Sequence[int],
         values: Values,
-        kept: Values,
+        slices: Mapping[str, Sequence[TensorSlice]],
         outputs: Sequence[Sequence[TensorSlice]],
     ) -> None:
         self.compute, self.alone, self.integers = compute, alone, integers
-        self.values, self.kept, self.outputs = values, kept, outputs
+        self.values, self.slices, self.outputs = values, slices, outputs
+        self.kept = {name: mask_of(slices.get(name, ()), value.shape) for name, value in values.items()}
         self.whole = compute(values)
         self.random = torch.Generator().manual_seed(0)
 
@@ -63,10 +65,14 @@ class Judge:
                 candidates = [("entries", self.stay(self.whole))]
             else:
                 zeros = self.zeroed()
-                candidates = [("zeros", zeros and self.stay(zeros)), ("alone", self.attempt(lambda: self.alone(self.kept, self.integers)))]
+                candidates = [
+                    ("zeros", zeros and self.stay(zeros)),
+                    ("alone", self.attempt(lambda: self.alone(self.values, self.kept, self.integers))),
+                ]
             named.append(next((name for name, want in candidates if want is not None and agree(want[at], result)), ""))
-            if changes[at] and not named[-1] and any(agree(want[at], result) for want in self.of_other_sizes()):
-                named[-1] = "alone"
+            if changes[at] and not named[-1]:
+                others = itertools.chain(self.of_other_sizes(), self.in_part())
+                named[-1] = "alone" if any(agree(want[at], result) for want in others) else ""
         return named
 
     def changes(self) -> list[bool]:
@@ -88,9 +94,28 @@ class Judge:
         """The call on kept entries, with any smaller sizes that it takes."""
         sizes = itertools.product(*[range(n, 0, -1) if n > 1 else [n] for n in self.integers])
         for integers in itertools.islice(sizes, 1, MOST_SIZES):
-            out = self.attempt(lambda integers=integers: self.alone(self.kept, integers))
+            out = self.attempt(lambda integers=integers: self.alone(self.values, self.kept, integers))
             if out is not None:
                 yield out
+
+    def in_part(self) -> Iterator[list[Tensor]]:
+        """The call on kept entries along some dimensions, with zeros for what is removed along the others.
+
+        Dimensions of one size that keep the same entries stay together.
+        """
+        found = {(cut.sizes, tuple(cut.keep.tolist())) for slices in self.slices.values() for cut in slices}
+        for count in range(1, min(len(found), MOST_GROUPS)):
+            for chosen in itertools.combinations(sorted(found), count):
+                kept, values = {}, {}
+                for name, value in self.values.items():
+                    slices = self.slices.get(name, ())
+                    away = [(cut.sizes, tuple(cut.keep.tolist())) in chosen for cut in slices]
+                    kept[name] = mask_of([cut for cut, gone in zip(slices, away, strict=True) if gone], value.shape)
+                    rest = mask_of([cut for cut, gone in zip(slices, away, strict=True) if not gone], value.shape)
+                    values[name] = value.masked_fill(~rest, 0) if value.is_floating_point() else value
+                out = self.attempt(lambda values=values, kept=kept: self.alone(values, kept, self.integers))
+                if out is not None:
+                    yield out
 
     def lost(self) -> str:
         """Where a result loses what is computed from kept entries alone; empty where none does.
@@ -178,7 +203,7 @@ def lines_of(mask: Tensor, cut: TensorSlice) -> Tensor:
 
 def agree(want: Tensor, got: Tensor) -> bool:
     """Whether two results are equal to rounding, relative to the largest entry of either."""
-    if want.shape != got.shape or want.dtype != got.dtype:
+    if want.shape != got.shape or (want.dtype != got.dtype and want.numel()):
         return False
     same = (want == got) | ((want != want) & (got != got))
     if not (want.is_floating_point() or want.is_complex()) or bool(same.all()):

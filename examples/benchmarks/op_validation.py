@@ -1,6 +1,6 @@
 """Hold the specification of every op against the op itself, on torch's own samples (OpInfo).
 
-    op_validation.py                      every op of torch's database, up to 8 samples each
+    op_validation.py                      every op of torch's database, up to 24 samples each
     op_validation.py --only 'nn.*'        those whose name matches
     op_validation.py --show cumsum        what happens to each sample of one op
 
@@ -22,11 +22,13 @@ from sweep import Row, markdown_table, options, read_rows, shorten_paths, sweep,
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1] / "tests"))
 
-from op_samples import OPS, TOLERANCE, Outcome, layouts_of, samples  # noqa: E402
+from brute_force import TOLERANCE  # noqa: E402
+from op_samples import OPS, layouts_of, samples  # noqa: E402
 
 ROWS, TABLE = HERE / "op_validation.jsonl", HERE / "OP_VALIDATION.md"
 MEANING = {
     "exact": "something is removed, and all agree",
+    "several": "the op is a Python function of several calls, which agree with their masked forms; brute force judges one call",
     "whole": "nothing may be removed, and fxprune says why",
     "wrong": "they disagree",
     "crashed": "an exception",
@@ -41,7 +43,7 @@ REFERENCES = {
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--samples", type=int, default=8, help="of each op, at most")
+    parser.add_argument("--samples", type=int, default=24, help="of each op, at most")
     parser.add_argument("--only", default="*", metavar="GLOB", help="names of ops")
     parser.add_argument("--limit", type=float, default=300, help="seconds for the samples of an op")
     parser.add_argument("--show", metavar="OP", help="one op, sample by sample")
@@ -87,7 +89,7 @@ def given(op: str, count: int) -> list[object]:
 
 def end(statuses: Iterable[str]) -> str:
     """Of how several programs ended, what comes first: a failure, then what is validated."""
-    return min(statuses, key=["wrong", "crashed", "exact", "whole", "skipped"].index, default="skipped")
+    return min(statuses, key=["wrong", "crashed", "exact", "several", "whole", "skipped"].index, default="skipped")
 
 
 def counted(values: Iterable[str]) -> dict[str, int]:
@@ -130,10 +132,10 @@ def table(rows: list[Row]) -> str:
         "# Single ops\n\n"
         "Written by `op_validation.py` from `op_validation.jsonl`. Every op of torch's database (OpInfo) runs on torch's own"
         " samples in double precision, as a program of one call whose tensors are parameters: as they are, shuffled along a"
-        " dimension, repeated along one, and with two dimensions that were one before. Half of what may go or more is removed at"
-        " random. The rewritten call on the sliced tensors must equal the masked form of the op on the whole tensors, and what"
-        f" brute force finds by running the op, which knows nothing of labels, to {TOLERANCE:.0e}. And no result may lose what is"
-        " computed from kept entries alone.\n\n"
+        " dimension, repeated along one, and with two dimensions that were one before. Half of what may go or more is removed"
+        " at random. The rewritten call on the sliced tensors must equal the masked form of the op on the whole tensors, and"
+        f" what brute force finds by running the op, which knows nothing of labels, to {TOLERANCE:.0e}. And no result may lose"
+        " what is computed from kept entries alone.\n\n"
         f"torch {torch.__version__.partition('+')[0]}: {summary(rows)}. An op or a sample counts where it says most: a failure"
         f" before what is exact, that before what is whole.\n\n{ends}\n" + lists(rows)
     )

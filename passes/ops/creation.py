@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -13,7 +14,15 @@ from fxprune.passes.ir.tensor_ref import TensorRef
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.pointwise import same
 from fxprune.passes.ops.registry import OpSpec, register
-from fxprune.passes.ops.rewriting import RewriteContext, SizeArguments, argument, picked, resized, sizes_written_out, with_argument
+from fxprune.passes.ops.rewriting import (
+    RewriteContext,
+    SizeArguments,
+    argument,
+    picked,
+    resized,
+    sizes_written_out,
+    with_argument,
+)
 
 
 def uniform(call: RuleContext) -> Labels:
@@ -120,6 +129,25 @@ def broadcast(r: RewriteContext, node: fx.Node) -> fx.Node | None:
     return r.graph.call_function(as_tuple, tuple(made))
 
 
+def grid(r: RewriteContext, node: fx.Node) -> fx.Node | None:
+    """Each of several vectors along a dimension of its own, expanded along the others by as many entries as are kept there."""
+    given = node.args[0] if isinstance(node.args[0], tuple | list) else node.args
+    places = list(range(len(given)))
+    if argument(node, len(node.args), "indexing", "ij") == "xy" and len(given) > 1:
+        places[:2] = 1, 0
+    made = []
+    for place, source, target in zip(places, given, r.result(node), strict=True):
+        sizes = list[Any](r.after(target))
+        for d, other in zip(places, given, strict=True):
+            if sizes[d] == math.prod(r.before(r.result(other))) == math.prod(r.after(r.result(other))):
+                sizes[d] = r.graph.call_method("numel", (r.new[other],))  # type: ignore[index]
+        shape = [-1 if d == place else 1 for d in range(len(given))]
+        line = r.graph.call_method("reshape", (r.new[source], shape))  # type: ignore[index]
+        sizes[place] = -1
+        made.append(r.graph.call_method("expand", (line, tuple(sizes))))
+    return r.graph.call_function(as_tuple, tuple(made))
+
+
 def as_tuple(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors
 
@@ -198,6 +226,7 @@ register("tensor as_tensor", OpSpec(rewrite=make_whole))
 register("randperm tril_indices triu_indices _local_scalar_dense _assert_async", OpSpec(distinct))
 register("expand expand_copy broadcast_to", OpSpec(expand, sizes=SizeArguments(1), moves=True, views=True))
 register("expand_as", OpSpec(rewrite=expanded_as))
+register("", OpSpec(rewrite=grid), functions="meshgrid")
 register("broadcast_tensors", OpSpec(rewrite=broadcast))
 register("repeat", OpSpec(repeat, repeat_counts), functions="tile")
 register("repeat_interleave", OpSpec(rewrite=interleave_counts))

@@ -88,7 +88,7 @@ def kept_variance(x: Tensor, mask: Tensor, dims: Sequence[int], correction: floa
     """The variance and mean over kept elements."""
     mean, count = kept_mean(x, mask, dims)
     squares = torch.where(mask, (x - mean).square(), torch.zeros((), dtype=x.dtype, device=x.device))
-    return squares.sum(list(dims), keepdim=True) / (count - correction).clamp(min=0), mean
+    return squares.sum(list(dims), keepdim=True) / (count.to(x.real.dtype) - correction).clamp(min=0), mean
 
 
 def squeezed(out: Tensor, dims: Sequence[int], keepdim: bool) -> Tensor:

@@ -38,7 +38,8 @@ def batch_norm(call: RuleContext) -> list[Labels]:
         ref = call.tensor(name)
         if ref is not None:
             merged = unify(call, merged, shape, per_channel(call, ref, ndim), [1, shape[1]] + [1] * (ndim - 2))
-    if not call.get("training", False):  # there are no statistics, whatever shape they have on the meta device
+    trains = call.get("training", not call.op.func._schema.name.endswith("no_training"))
+    if not trains:  # there are no statistics, whatever shape they have on the meta device
         return [merged] + [NONE] * (len(call.outputs) - 1)
     channels = tuple([f.at(0, 1) for f in merged if f.major_to_minor == (1,)])
     return [merged] + [channels if call.shape(ref) == (shape[1],) else NONE for ref in call.outputs[1:]]
@@ -79,6 +80,9 @@ def group_norm(call: RuleContext) -> list[Labels]:
             for g in call.collapse(f, [d for d in f.major_to_minor if d != 1]):
                 rows = g.labels.reshape(groups, -1)
                 call.constraints.keep_rows_equal(factor(rows))
+                given = {d for h in call.labels(x) for d in h.dims}
+                if math.prod(n for d, n in enumerate(shape) if d not in given) == 1:  # torch refuses groups of one value
+                    call.constraints.keep_two_per_row(rows)
                 labels.append(g)
         else:  # per position: statistics run over it, entries stay where they are
             if len(f.major_to_minor) > 1 and f.major_to_minor[-1] < 2:
@@ -152,7 +156,7 @@ def per_channel_affine(x: Tensor, weight: Tensor | None = None, bias: Tensor | N
 def masked_group_norm(run: MaskContext, call: OpView, args: Any, kwargs: Any) -> Any:
     x, mask = args[0], kept_elements(run, args[0])
     groups = call.get("group", call.get("num_groups"))
-    shape = (x.shape[0], groups, -1, *x.shape[2:])
+    shape = (x.shape[0], groups, x.shape[1] // groups, *x.shape[2:])
     grouped, kept = x.reshape(shape), mask.expand(x.shape).reshape(shape)
     dims = list(range(2, grouped.dim()))
     var, average = kept_variance(grouped, kept, dims, 0)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from fxprune.passes.ir.labels import NONE, Factor, Labels, factor
 from fxprune.passes.ir.tensor_ref import TensorRef
@@ -29,7 +29,7 @@ from fxprune.passes.ops.masking import (
 from fxprune.passes.ops.matmul import contract
 from fxprune.passes.ops.pointwise import pointwise
 from fxprune.passes.ops.registry import OpSpec, register
-from fxprune.passes.ops.rewriting import SizeArguments
+from fxprune.passes.ops.rewriting import RewriteContext, SizeArguments, argument
 
 
 def drop(f: Factor, gone: Sequence[int], keepdim: bool) -> Factor:
@@ -190,6 +190,12 @@ def renormalise(call: RuleContext) -> Labels:
     return call.labels(call.first)
 
 
+def differences(r: RewriteContext, node: fx.Node) -> fx.Node | None:
+    """None taken: what is put before and behind is looked at, and left out."""
+    taken = argument(node, 1, "n", 1)
+    return r.graph.call_method("clone", (r.new[node.args[0]],)) if taken == 0 else None  # type: ignore[index]
+
+
 with_least, with_greatest, with_ones = filled_with(-math.inf), filled_with(math.inf), filled_with(1.0)
 
 
@@ -269,3 +275,9 @@ register("glu", OpSpec(glu))
 register("_fft_r2c _fft_c2c _fft_c2r", OpSpec(fft))
 register("_cdist_forward", OpSpec(distance, masked=with_zeros))
 register("_pdist_forward", OpSpec(pair_distance, masked=with_zeros))
+register(
+    "", OpSpec(counts=lambda node: True), functions="cov corrcoef multilabel_soft_margin_loss cross_entropy linalg_matrix_rank"
+)
+register("", OpSpec(counts=lambda node: argument(node, 4, "reduction") == "batchmean"), functions="kl_div")
+register("", OpSpec(counts=lambda node: argument(node, 1, "n") in (0, 1)), functions="matrix_power linalg_matrix_power")
+register("diff", OpSpec(rewrite=differences))
