@@ -51,7 +51,7 @@ def named_apply(cls: type) -> Callable[..., Any]:
         return cls.apply(*args)  # type: ignore[attr-defined]
 
     applied.__name__ = applied.__qualname__ = f"{cls.__name__}_apply"
-    applied.__module__ = cls.__module__
+    applied.__module__ = outside_torch(cls)
     return applied
 
 
@@ -65,8 +65,13 @@ def creating(cls: type) -> Callable[..., Any]:
         return made
 
     created.__name__ = created.__qualname__ = f"new_{cls.__name__}"
-    created.__module__ = cls.__module__
+    created.__module__ = outside_torch(cls)
     return created
+
+
+def outside_torch(cls: type) -> str:
+    """The module of a class; this one if it is torch's, where FX would look up whatever is said to be there."""
+    return __name__ if cls.__module__.partition(".")[0] == "torch" else cls.__module__
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ class Program:
         leaking: opaque modules whose Python takes the contents of tensors; `hidden`: the indices of other untracked nodes.
         pinned: views that are written into, which cannot become copies.
         named: the names of the model's own tensors among the values.
-        rewrites: for each node `rewrite`, `opaque` and `literals` of the state there.
+        rewrites: for each node `rewrite`, `opaque` and `literals` of the state there, and whether it `counts` (see `OpSpec`).
         sizes: for each node the sizes among its arguments that may be those of the inputs (see `sizes_given`).
     """
 
@@ -106,7 +106,9 @@ def propagate_through(program: Program, state: PropagationState, owned: int) -> 
     constraints, capture = state.constraints, program.capture
     hidden = list(program.hidden)
     end = OpCall(None, (), {}, (), len(capture.index))
-    sized = False  # whether sizes of the inputs are among the node's arguments: contents that it makes then vary with them
+    sized = counts = (
+        False  # whether sizes of the inputs are among the node's arguments: contents that it makes then vary with them
+    )
     for op in [*capture.op_trace.ops, end]:
         while hidden and hidden[0] < op.node:
             constraints.node = program.node(hidden[0])
@@ -115,12 +117,15 @@ def propagate_through(program: Program, state: PropagationState, owned: int) -> 
             continue
         if constraints.node != program.node(op.node):
             constraints.node = program.node(op.node)
-            state.rewrite, state.opaque, state.literals = program.rewrites[op.node]
+            state.rewrite, state.opaque, state.literals, counts = program.rewrites[op.node]
+            if counts:
+                freeze_arguments(capture, op.node, state)
             sized = any(is_input_size(found, state.labels, owned) for found in program.sizes[op.node])
         call = RuleContext(op, state)
         if sized or (state.varying and any(r.id in state.varying for r in call.inputs)):
             state.varying.update(r.id for r in call.outputs)
-        apply_rule(call)
+        if not counts:
+            apply_rule(call)
     for node in program.leaking:
         constraints.node = program.node(capture.index[node])
         freeze_inside(capture, node, state)
@@ -201,20 +206,20 @@ def apply_rule(call: RuleContext) -> None:
         follow(call)
 
 
-def rewrite_of(capture: CapturedProgram, index: int) -> tuple[Any, bool, frozenset[int]]:
-    """How a node is rewritten; whether it is an opaque module; and the numbers written out in a call that has no rewrite.
-
-    Those may be sizes, and are never changed.
+def rewrite_of(capture: CapturedProgram, index: int) -> tuple[Any, bool, frozenset[int], bool]:
+    """How a node is rewritten; whether it is an opaque module; the numbers written out in a call that has no rewrite (they may
+    be sizes, and are never changed); and whether it computes with a size that is not among its arguments.
     """
     node = capture.node_at(index)
     if node is None:
-        return None, False, frozenset()
-    rewrite = find_node(node).rewrite
+        return None, False, frozenset(), False
+    spec = find_node(node)
     opaque = node.op == "call_module" and str(node.target) in capture.opaque
-    if rewrite is not None or node.op not in ("call_function", "call_method"):
-        return rewrite, opaque, frozenset()
+    counts = spec.counts is not None and spec.counts(node)
+    if spec.rewrite is not None or node.op not in ("call_function", "call_method"):
+        return spec.rewrite, opaque, frozenset(), counts
     numbers = collect((node.args, dict(node.kwargs)), int)
-    return None, opaque, frozenset(v for v in numbers if not isinstance(v, bool) and v > 1)
+    return None, opaque, frozenset(v for v in numbers if not isinstance(v, bool) and v > 1), counts
 
 
 def apply_untracked(capture: CapturedProgram, node: fx.Node, state: PropagationState) -> None:
@@ -222,6 +227,13 @@ def apply_untracked(capture: CapturedProgram, node: fx.Node, state: PropagationS
     call = RuleContext(as_op(capture, node), PropagationState(state.op_trace, state.labels, state.constraints))
     for ref, found in zip(call.outputs, probe(call), strict=True):
         state.labels[ref.id] = found
+
+
+def freeze_arguments(capture: CapturedProgram, index: int, state: PropagationState) -> None:
+    """Freeze what a function is given that computes with its size."""
+    for ref in collect([capture.results[n] for n in capture.nodes[index].all_input_nodes], TensorRef):
+        for f in state.labels.get(ref.id, NONE):
+            state.constraints.freeze(f.labels, "goes through a function that computes with its size")
 
 
 def freeze_inside(capture: CapturedProgram, node: fx.Node, state: PropagationState) -> None:

@@ -27,6 +27,10 @@ def attention(call: RuleContext) -> list[Labels]:
     n = len(call.shape(q)) - 2
     if n < 0 or not call.outputs:
         return [NONE] * len(call.outputs)
+    if len({len(call.shape(ref)) for ref in (q, k, v)}) > 1:
+        return call.freeze_inputs("is broadcast by an attention")
+    if any(call.used(ref) for ref in call.outputs[1:]):
+        return call.freeze_inputs("has the statistics of its attention read")
     if call.get("is_causal", False):  # by their positions
         for ref in (q, k):
             call.freeze_dims(call.labels(ref), [n], "is a token of causal attention")

@@ -67,7 +67,13 @@ def dependence(run: Callable[..., Any], shapes: list[tuple[int, ...]], outs: lis
         results = list(results) if isinstance(results, tuple | list) else [results]
         if any(not isinstance(r, Tensor) or not r.requires_grad for r in results):
             return None
-        return [read_gradients(result, leaves, shapes) for result in results]
+        kinds = [read_gradients(result, leaves, shapes) for result in results]
+        for at, per_input in enumerate(kinds):
+            for i, dims in enumerate(per_input):
+                for d in [d for d, k in enumerate(dims) if k == "same"]:
+                    if not follows_indices(run, values, at, i, d):
+                        dims[d] = "other"
+        return kinds
 
     # in a thread of its own, dispatcher modes and the keys that they exclude are not in force
     with ThreadPoolExecutor(1) as pool:
@@ -88,6 +94,32 @@ def read_gradients(result: Tensor, values: list[Tensor], shapes: list[tuple[int,
             for d in range(len(shapes[i])):
                 seen[i][d].add(kind(g, d, at, tuple(result.shape)))
     return [[s.pop() if len(s) == 1 else "other" for s in dims] for dims in seen]
+
+
+def follows_indices(run: Callable[..., Any], values: list[Tensor], at: int, i: int, dim: int) -> bool:
+    """Whether any half of a dimension of a result depends on the same half of that of an input, and on all of it.
+
+    An op that does something else at a few indices looks like one that does not, one element at a time.
+    """
+    generator = torch.Generator().manual_seed(1)
+    size = values[i].shape[dim]
+    half = torch.randperm(size, generator=generator)[: size // 2]
+    for chosen in (half, torch.tensor([k for k in range(size) if k not in set(half.tolist())])):
+        touched = torch.zeros(size, dtype=torch.bool)
+        for _ in range(8):  # of other values, as some have no gradient
+            leaves = [torch.randn(v.shape, generator=generator, dtype=v.dtype).requires_grad_() for v in values]
+            results = run(*leaves)
+            result = results[at] if isinstance(results, tuple | list) else results
+            (gradient,) = torch.autograd.grad(result.index_select(dim, chosen).sum(), leaves[i])
+            others = [d for d in range(gradient.dim()) if d != dim]
+            touched |= gradient.ne(0).any(dim=others) if others else gradient.ne(0)
+            if int(touched.sum()) >= len(chosen):
+                break
+        wanted = torch.zeros(size, dtype=torch.bool)
+        wanted[chosen] = True
+        if not torch.equal(touched, wanted):
+            return False
+    return True
 
 
 def kind(gradient: Tensor | None, dim: int, at: tuple[int, ...], out: tuple[int, ...]) -> str:

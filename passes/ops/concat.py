@@ -66,9 +66,10 @@ def join(call: RuleContext, parts: Sequence[Labels], shapes: Sequence[Sequence[i
             result += tie_parts(call, arrays, dim, nests)
             continue
         grown = [a.expand(*a.shape[:dim], shape[dim], *a.shape[dim + 1 :]) for a, shape in zip(arrays, shapes, strict=True)]
-        minor = nests.pop() if len(nests) == 1 else ()
-        f = factor(torch.cat(grown, dim), (dim, *minor))
-        if nests:
+        orders = {f.major_to_minor for f in chosen if f is not None and dim in f.dims} or {(dim, *nest) for nest in nests}
+        alike = len(nests) == len(orders) == 1  # packed one way in all parts
+        f = factor(torch.cat(grown, dim), min(orders) if alike else (dim,))
+        if not alike:
             call.constraints.keep_columns_equal(f)
         call.constraints.keep_rows_equal(f)
         result += call.settle(f)

@@ -14,7 +14,7 @@ from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ops.call import OpView, RuleContext
 from fxprune.passes.ops.masking import with_zeros
 from fxprune.passes.ops.matmul import contract
-from fxprune.passes.ops.registry import OpSpec, Product, find, register
+from fxprune.passes.ops.registry import OpSpec, Product, find, find_node, register
 from fxprune.passes.ops.rewriting import RewriteContext, argument, groups_left, spread_out, with_argument
 from fxprune.passes.ops.unify import unify
 
@@ -239,13 +239,18 @@ def slid(r: RewriteContext, node: fx.Node) -> fx.Node | None:
         return None
     source, target = r.result(node.args[0]), r.result(node)
     ndim = len(r.before(source))
-    dims = [d for d in range(ndim - spatial, ndim) if any(d in cut.dims for cut in r.cuts(source))]
+    dims = [d for d in range(ndim - spatial, ndim) if r.after(source)[d] < r.before(source)[d]]
     if not dims:
         return None
     wide = r.new[node.args[0]]
     for d in dims:
         wide = spread_out(r, wide, source, d)
-    made = r.emit(node, (wide, *(r.argument(a) for a in node.args[1:])), r.argument(dict(node.kwargs)))
+    rewrite, narrow = find_node(node).rewrite, r.new.pop(node.args[0], None)
+    r.new[node.args[0]] = wide
+    made = None if rewrite is None else rewrite(r, node)  # groups may go, too
+    made = made or r.emit(node, r.argument(tuple(node.args)), r.argument(dict(node.kwargs)))
+    del r.new[node.args[0]]
+    r.new.update({node.args[0]: narrow} if narrow is not None else {})
     for d in dims:
         made = r.graph.call_method("index_select", (made, d, r.constant(r.positions(target, d))))
     return made

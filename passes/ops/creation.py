@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fxprune.passes.ir.labels import NONE, Labels, align, factor
 from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.pointwise import same
 from fxprune.passes.ops.registry import OpSpec, register
-from fxprune.passes.ops.rewriting import RewriteContext, SizeArguments, argument, resized, with_argument
+from fxprune.passes.ops.rewriting import (
+    RewriteContext,
+    SizeArguments,
+    argument,
+    picked,
+    resized,
+    sizes_written_out,
+    with_argument,
+)
 
 
 def uniform(call: RuleContext) -> Labels:
@@ -53,6 +63,8 @@ def expand(call: RuleContext) -> Labels:
 
 def repeat(call: RuleContext) -> Labels:
     repeats = list(call["repeats"])
+    if 0 in call.shape(call.outputs[0]):
+        return call.freeze_inputs("is repeated to nothing")[0]
     labels, before = align(call.labels(call.first), call.shape(call.first), len(repeats))
     result: Labels = NONE
     for f in labels:
@@ -97,6 +109,49 @@ def pad_with_copies(call: RuleContext) -> Labels:
     return call.freeze_dims(call.labels(call.first), dims, "is padded with copies of other entries")
 
 
+def expanded_as(r: RewriteContext, node: fx.Node) -> fx.Node | None:
+    """To the shape of another tensor, of which other things may be removed."""
+    sizes = sizes_written_out(r, r.result(node), argument(node, 1, "other"))
+    return r.graph.call_method("expand", (r.new[node.args[0]], tuple(sizes)))  # type: ignore[index]
+
+
+def broadcast(r: RewriteContext, node: fx.Node) -> fx.Node | None:
+    """Each of several tensors, expanded to the shape that all of them have together."""
+    given = node.args[0] if isinstance(node.args[0], tuple | list) else node.args
+    made = []
+    for source, target in zip(given, r.result(node), strict=True):
+        after = list[Any](r.after(target))
+        for d, n in enumerate(r.before(target)):
+            whole = [g for g in given if r.before(r.result(g))[d - len(after) :][:1] == (n,) and n > 1]
+            if whole and after[d] == n and r.after(r.result(whole[0]))[d - len(after)] == n:
+                after[d] = r.graph.call_method("size", (r.new[whole[0]], d - len(after)))  # type: ignore[index]
+        made.append(r.graph.call_method("expand", (r.new[source], tuple(after))))  # type: ignore[index]
+    return r.graph.call_function(as_tuple, tuple(made))
+
+
+def grid(r: RewriteContext, node: fx.Node) -> fx.Node | None:
+    """Each of several vectors along a dimension of its own, expanded along the others by as many entries as are kept there."""
+    given = node.args[0] if isinstance(node.args[0], tuple | list) else node.args
+    places = list(range(len(given)))
+    if argument(node, len(node.args), "indexing", "ij") == "xy" and len(given) > 1:
+        places[:2] = 1, 0
+    made = []
+    for place, source, target in zip(places, given, r.result(node), strict=True):
+        sizes = list[Any](r.after(target))
+        for d, other in zip(places, given, strict=True):
+            if sizes[d] == math.prod(r.before(r.result(other))) == math.prod(r.after(r.result(other))):
+                sizes[d] = r.graph.call_method("numel", (r.new[other],))  # type: ignore[index]
+        shape = [-1 if d == place else 1 for d in range(len(given))]
+        line = r.graph.call_method("reshape", (r.new[source], shape))  # type: ignore[index]
+        sizes[place] = -1
+        made.append(r.graph.call_method("expand", (line, tuple(sizes))))
+    return r.graph.call_function(as_tuple, tuple(made))
+
+
+def as_tuple(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tensors
+
+
 COUNTS = SizeArguments(1, ("repeats", "dims"))  # of repetitions, along every dimension
 
 
@@ -122,9 +177,17 @@ def repeat_counts(r: RewriteContext, node: fx.Node) -> fx.Node | None:
 def interleave_counts(r: RewriteContext, node: fx.Node) -> fx.Node | None:
     times, dim = argument(node, 1, "repeats"), argument(node, 2, "dim")
     source, target = r.result(node.args[0]), r.result(node)
-    if dim is None or isinstance(r.result(times), TensorRef):
+    if dim is None:
         return None
     dim %= len(r.before(source))
+    if isinstance(r.result(times), TensorRef):  # how often each entry is repeated
+        counts = r.capture.op_trace.values[r.result(times).id].data
+        if r.after(source)[dim] == r.before(source)[dim] and r.after(target)[dim] == r.before(target)[dim]:
+            return None
+        assert counts is not None, "an index that is computed along a labelled dimension is frozen by its rule"
+        order = torch.arange(r.before(source)[dim]).repeat_interleave(counts.cpu())
+        positions = r.constant(picked(r, source, target, dim, dim, order))
+        return r.graph.call_method("index_select", (r.new[node.args[0]], dim, positions))  # type: ignore[index]
     args, kwargs = [r.argument(a) for a in node.args], {k: r.argument(v) for k, v in node.kwargs.items()}
     repeats = r.size(times, r.after(target)[dim] // r.after(source)[dim])
     if len(args) > 1:
@@ -162,6 +225,9 @@ register("lift_fresh lift", OpSpec(literal))
 register("tensor as_tensor", OpSpec(rewrite=make_whole))
 register("randperm tril_indices triu_indices _local_scalar_dense _assert_async", OpSpec(distinct))
 register("expand expand_copy broadcast_to", OpSpec(expand, sizes=SizeArguments(1), moves=True, views=True))
+register("expand_as", OpSpec(rewrite=expanded_as))
+register("", OpSpec(rewrite=grid), functions="meshgrid")
+register("broadcast_tensors", OpSpec(rewrite=broadcast))
 register("repeat", OpSpec(repeat, repeat_counts), functions="tile")
 register("repeat_interleave", OpSpec(rewrite=interleave_counts))
 register("constant_pad_nd pad", OpSpec(pad, pad_amounts))

@@ -15,7 +15,7 @@ from fxprune.passes.ir.slices import apply_slices
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.masking import with_zeros
 from fxprune.passes.ops.registry import OpSpec, register
-from fxprune.passes.ops.rewriting import RewriteContext, spread_out
+from fxprune.passes.ops.rewriting import RewriteContext, argument, spread_out
 from fxprune.passes.ops.unify import unify
 
 
@@ -23,7 +23,11 @@ def movement(call: RuleContext) -> Labels | list[Labels]:
     """The op is run on each factor, laid out in full."""
     if len(call.inputs) != 1 or len(call.outputs) != 1:
         return call.freeze_inputs("is moved by an op of several tensors")
-    return tuple(g for f in call.labels(call.first) for g in call.settle(moved_factor(call, f)))
+    return moved(call, call.labels(call.first))
+
+
+def moved(call: RuleContext, labels: Labels) -> Labels:
+    return tuple(g for f in labels for g in call.settle(moved_factor(call, f)))
 
 
 def moved_factor(call: RuleContext, f: Factor) -> Factor:
@@ -42,13 +46,31 @@ def diagonal(call: RuleContext) -> Labels:
     labels = call.labels(call.first)
     if call.get("offset", 0):  # which would have to change with what is removed before it
         labels = call.freeze_dims(labels, dims, "is beside a diagonal")
+    both = tuple(f for f in labels if f.dims.issuperset(dims))
+    call.freeze(both, "is on a diagonal of rows that keep columns of their own")
+    labels = tuple(f for f in labels if f not in both)
     sides: list[Labels] = []
     for dim, other in (dims, dims[::-1]):
         mine = tuple(f for f in labels if dim in f.dims and other not in f.dims)
         sides.append(tuple(moved_factor(call, f) for f in mine))
-    rest = tuple(moved_factor(call, f) for f in labels if (dims[0] in f.dims and dims[1] in f.dims) or not f.dims & set(dims))
+    rest = tuple(moved_factor(call, f) for f in labels if not f.dims & set(dims))
     shape = call.shape(call.outputs[0])
     return (*unify(call, sides[0], shape, sides[1], shape), *(g for f in rest for g in call.settle(f)))
+
+
+def windows(call: RuleContext) -> Labels:
+    """(*, n, *) -> (*, n / size, *, size): windows, each of which keeps equally many entries."""
+    shape, size = call.shape(call.first), call["size"]
+    labels, dim = call.labels(call.first), call.dim(call["dimension"], len(shape))
+    if shape and (call["step"] != size or shape[dim] % size):
+        labels = call.freeze_dims(labels, [dim], "is read in windows that overlap or leave entries out")
+    return moved(call, labels)
+
+
+def pixel_unshuffle(call: RuleContext) -> Labels:
+    """(*, C, H r, W r) -> (*, C r r, H, W)"""
+    ndim = len(call.shape(call.first))
+    return moved(call, call.freeze_dims(call.labels(call.first), [ndim - 2, ndim - 1], "is a spatial dimension"))
 
 
 def pixel_shuffle(call: RuleContext) -> Labels:
@@ -154,6 +176,15 @@ def order_along(places: Tensor, moved: Tensor, dim: int) -> Tensor | None:
     return order if torch.equal(places.index_select(dim, order), moved) else None
 
 
+def resize_windows(r: RewriteContext, node: fx.Node) -> fx.Node | None:
+    source, target = r.result(node.args[0]), r.result(node)
+    size = r.after(target)[-1]
+    if size == r.before(target)[-1]:
+        return None
+    dim = argument(node, 1, "dimension")
+    return r.emit(node, (r.new[node.args[0]], r.number_of(dim) % len(r.before(source)), size, size), {})  # type: ignore[index]
+
+
 def commutes(run: Callable[[Tensor], Tensor], few: Tensor, wanted: Tensor) -> bool:
     try:
         return torch.equal(run(few.contiguous()), wanted)
@@ -162,7 +193,10 @@ def commutes(run: Callable[[Tensor], Tensor], few: Tensor, wanted: Tensor) -> bo
 
 
 register("diagonal", OpSpec(diagonal, moves=True))
-register("unfold pixel_unshuffle rot90", OpSpec(movement, moves=True))
+register("rot90", OpSpec(movement, moves=True))
+register("fft_fftshift fft_ifftshift", OpSpec(movement, moved_call, moves=True))
+register("unfold", OpSpec(windows, resize_windows, moves=True))
+register("pixel_unshuffle", OpSpec(pixel_unshuffle, moves=True))
 register("pixel_shuffle", OpSpec(pixel_shuffle, moves=True))
 register("diag_embed", OpSpec(diag_embed))
 register("im2col", OpSpec(im2col))

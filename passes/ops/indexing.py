@@ -13,10 +13,11 @@ from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.movement import one_by_one, slice_
 from fxprune.passes.ops.registry import OpSpec, register
-from fxprune.passes.ops.rewriting import RewriteContext, argument, place, run_of
+from fxprune.passes.ops.rewriting import RewriteContext, argument, known, place, run_of
 from fxprune.passes.ops.unify import unify
 
 COMPUTED = "is indexed by a tensor computed from the inputs"
+PARTLY = "is indexed by a tensor that is smaller there"
 
 
 def index(call: RuleContext) -> Labels:
@@ -67,6 +68,8 @@ def stand_in(call: RuleContext, ref: TensorRef) -> Tensor:
 def embedding(call: RuleContext) -> list[Labels]:
     """(V, D) by indices of any shape -> (*, D): rows are looked up by values of the input, columns pass."""
     weight = call.first
+    for ref in call.inputs[1:]:
+        call.freeze(call.labels(ref), "says what is looked up")
     passed = call.freeze_dims(call.labels(weight), [0], "is looked up by the input's values (a vocabulary)")
     ndim = len(call.shape(call.outputs[0]))
     lifted = tuple(along(f.labels.reshape(-1), ndim - 1, ndim) for f in passed)
@@ -77,11 +80,16 @@ def gather(call: RuleContext) -> Labels:
     """Along `dim` entries are picked by value; along the others input and index correspond one to one."""
     x, picks = call["self"], call["index"]
     ndim = len(call.shape(x))
+    if ndim != len(call.shape(picks)):  # of nothing
+        return call.freeze_inputs(COMPUTED)[0]
     dim = call.dim(call["dim"], ndim)
+    sizes, others = call.shape(x), align(call.labels(picks), call.shape(picks), ndim)[1]
+    partly = [d for d in range(ndim) if d != dim and sizes[d] != others[d] and others[d] != 1]
     passed = call.freeze_dims(call.labels(x), [dim], COMPUTED)
-    shape = list(call.shape(x))
-    shape[dim] = 1
-    return unify(call, passed, shape, *align(call.labels(picks), call.shape(picks), ndim))
+    passed = call.freeze_dims(passed, partly, PARTLY)
+    chosen = call.freeze_dims(call.labels(picks), partly, PARTLY)
+    shape = [1 if d == dim or d in partly else n for d, n in enumerate(sizes)]
+    return unify(call, passed, shape, *align(chosen, call.shape(picks), ndim))
 
 
 def index_put(call: RuleContext) -> Labels:
@@ -153,12 +161,13 @@ def scatter(call: RuleContext) -> Labels:
     x = call["self"]
     shape = call.shape(x)
     dim = call.dim(call["dim"], len(shape))
-    labels = call.freeze_dims(call.labels(x), [dim], COMPUTED)
-    flat = [n if d != dim else 1 for d, n in enumerate(shape)]
-    for ref in call.inputs[1:]:
-        if call.shape(ref):
-            other = call.freeze_dims(call.labels(ref), [dim], COMPUTED)
-            labels = unify(call, labels, flat, other, [n if d != dim else 1 for d, n in enumerate(call.shape(ref))])
+    parts = [ref for ref in call.inputs[1:] if call.shape(ref)]
+    partly = [d for d in range(len(shape)) if d != dim and any(call.shape(ref)[d] != shape[d] for ref in parts)]
+    labels = call.freeze_dims(call.freeze_dims(call.labels(x), [dim], COMPUTED), partly, PARTLY)
+    flat = [1 if d == dim or d in partly else n for d, n in enumerate(shape)]
+    for ref in parts:
+        other = call.freeze_dims(call.freeze_dims(call.labels(ref), [dim], COMPUTED), partly, PARTLY)
+        labels = unify(call, labels, flat, other, flat)
     return labels
 
 
@@ -252,13 +261,6 @@ def bounds(r: RewriteContext, i: slice) -> slice:
     return slice(*(r.argument(b) for b in (i.start, i.stop, i.step)))
 
 
-def known(r: RewriteContext, bound: Any) -> Any:
-    """A bound of a slice in the original: a number, that of a node, or that in a constant tensor."""
-    value = r.result(bound)
-    data = r.capture.op_trace.values[value.id].data if isinstance(value, TensorRef) else None
-    return value if data is None else int(data)
-
-
 def mapped(r: RewriteContext, source: TensorRef, target: TensorRef | None, dim: int, out: int, i: Any) -> Any:
     """One entry of an index along a dimension that shrank."""
     size = r.before(source)[dim]
@@ -290,7 +292,7 @@ def mapped(r: RewriteContext, source: TensorRef, target: TensorRef | None, dim: 
 
 register("slice slice_copy", OpSpec(slice_, called_slice, moves=True, views=True))
 register("index _unsafe_index", OpSpec(index, called_index, moves=True))
-register("", OpSpec(rewrite=getitem), functions="getitem setitem")
+register("", OpSpec(rewrite=getitem), functions="getitem __getitem__ setitem")
 register("embedding _embedding_bag _embedding_bag_forward_only embedding_bag", OpSpec(embedding))
 register("gather take_along_dim", OpSpec(gather))
 register("index_put _index_put_impl", OpSpec(index_put))

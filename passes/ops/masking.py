@@ -6,6 +6,7 @@ layer norm, ...) see kept elements only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -41,16 +42,25 @@ class MaskContext(Protocol):
 
 
 def with_value(run: MaskContext, args: Any, kwargs: Any, value: float) -> tuple[Any, Any]:
-    """The arguments with removed elements of every floating tensor set to one value."""
+    """The arguments with removed elements of every tensor set to one value, or to the nearest that it can hold."""
 
     def fill(tensor: Tensor) -> Tensor:
         ref = run.ref(tensor)
         fractions = tensor.is_floating_point() or tensor.is_complex()
-        if not fractions or (value == 0.0 and run.is_zeroed(ref)):
+        if fractions and value == 0.0 and run.is_zeroed(ref):
             return tensor
-        return fill_removed(tensor, run.labels.get(ref.id, ()), run.kept, value)
+        held = value if fractions else nearest(value, tensor.dtype)
+        return fill_removed(tensor, run.labels.get(ref.id, ()), run.kept, held)
 
     return map_tensors(args, fill), map_tensors(kwargs, fill)
+
+
+def nearest(value: float, dtype: torch.dtype) -> float:
+    """The integer or truth value nearest to a number."""
+    if dtype == torch.bool:
+        return value > 0
+    limits = torch.iinfo(dtype)
+    return 0 if math.isnan(value) else limits.min if value < limits.min else limits.max if value > limits.max else int(value)
 
 
 def filled_with(value: float) -> Callable[[MaskContext, OpView, Any, Any], Any]:
@@ -77,7 +87,7 @@ def kept_variance(x: Tensor, mask: Tensor, dims: Sequence[int], correction: floa
     """The variance and mean over kept elements."""
     mean, count = kept_mean(x, mask, dims)
     squares = torch.where(mask, (x - mean).square(), torch.zeros((), dtype=x.dtype, device=x.device))
-    return squares.sum(list(dims), keepdim=True) / (count - correction).clamp(min=0), mean
+    return squares.sum(list(dims), keepdim=True) / (count.to(x.real.dtype) - correction).clamp(min=0), mean
 
 
 def squeezed(out: Tensor, dims: Sequence[int], keepdim: bool) -> Tensor:

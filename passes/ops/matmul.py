@@ -286,6 +286,10 @@ def in_whole_lines(a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return torch._grouped_mm(a, b, *args, **kwargs)
 
 
+def inverted(call: RuleContext) -> list[Labels]:
+    return call.freeze_inputs("is inverted, which zeros in place of what is removed are not")
+
+
 MATMUL = OpSpec(matmul, masked=with_zeros, products=matmul_products, macs=matmul_macs)
 register("mm addmm _addmm_activation", MATMUL)
 register("bmm baddbmm matmul", dataclasses.replace(MATMUL, heads=True))
@@ -297,3 +301,4 @@ register("addr", OpSpec(addr))
 register("linalg_cross", OpSpec(cross))
 register("", OpSpec(rewrite=cross_dim), functions="cross")
 register("_trilinear", OpSpec(trilinear, masked=with_zeros))
+register("cholesky_inverse", OpSpec(inverted))

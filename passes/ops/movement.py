@@ -14,7 +14,7 @@ from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.index_maps import moved_call, movement
 from fxprune.passes.ops.registry import OpSpec, register
-from fxprune.passes.ops.rewriting import RewriteContext, argument, picked, place, run_of, with_argument
+from fxprune.passes.ops.rewriting import RewriteContext, argument, known, picked, place, run_of, with_argument
 
 
 def shifted(f: Factor, labels: Tensor, dropped: int) -> Factor:
@@ -60,10 +60,13 @@ def cut(call: RuleContext, f: Factor, dim: int, start: int, stop: int, step: int
     """The part of a factor between two indices of a dimension."""
     if dim not in f.dims:
         return (f,)
+    if start >= stop:  # nothing
+        call.freeze((f,) if len(f.major_to_minor) > 1 else NONE, "has an empty part taken")
+        return NONE
     index = (slice(None),) * dim + (slice(start, stop, step),)
     part = factor(f.labels[index], f.major_to_minor)
     if len(f.major_to_minor) > 1 and dim == f.major_to_minor[-1]:
-        if step != 1 or part.major_to_minor[-1:] != f.major_to_minor[-1:]:  # or a single column, which every row has or none
+        if step != 1 or 1 in (start, part.labels.shape[dim]):  # a single column, which every row has or none
             call.constraints.keep_columns_equal(f)
         elif start:  # it begins at one place for all rows: as many are kept before it in each
             call.constraints.keep_rows_equal(factor(f.labels.narrow(dim, 0, start), f.major_to_minor))
@@ -180,7 +183,7 @@ def is_shrunk(r: RewriteContext, ref: TensorRef, dim: int) -> bool:
 
 def number(r: RewriteContext, node: fx.Node, position: int, name: str) -> int:
     """The original value of an integer argument."""
-    return int(r.number_of(argument(node, position, name)))
+    return int(known(r, argument(node, position, name)))
 
 
 def dim_argument(r: RewriteContext, node: fx.Node) -> int:

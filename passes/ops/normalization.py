@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -37,7 +38,11 @@ def batch_norm(call: RuleContext) -> list[Labels]:
         ref = call.tensor(name)
         if ref is not None:
             merged = unify(call, merged, shape, per_channel(call, ref, ndim), [1, shape[1]] + [1] * (ndim - 2))
-    return [merged] + [NONE] * (len(call.outputs) - 1)
+    trains = call.get("training", not call.op.func._schema.name.endswith("no_training"))
+    if not trains:  # there are no statistics, whatever shape they have on the meta device
+        return [merged] + [NONE] * (len(call.outputs) - 1)
+    channels = tuple([f.at(0, 1) for f in merged if f.major_to_minor == (1,)])
+    return [merged] + [channels if call.shape(ref) == (shape[1],) else NONE for ref in call.outputs[1:]]
 
 
 def per_channel(call: RuleContext, ref: TensorRef, ndim: int) -> Labels:
@@ -58,7 +63,8 @@ def layer_norm(call: RuleContext) -> list[Labels]:
         ref = call.tensor(name)
         if ref is not None:
             labels = unify(call, labels, shape, *align(call.labels(ref), call.shape(ref), len(shape)))
-    return [labels] + [NONE] * (len(call.outputs) - 1)
+    statistics = tuple([f for f in labels if not f.dims & set(normalised)])
+    return [labels] + [statistics] * (len(call.outputs) - 1)
 
 
 def group_norm(call: RuleContext) -> list[Labels]:
@@ -74,6 +80,9 @@ def group_norm(call: RuleContext) -> list[Labels]:
             for g in call.collapse(f, [d for d in f.major_to_minor if d != 1]):
                 rows = g.labels.reshape(groups, -1)
                 call.constraints.keep_rows_equal(factor(rows))
+                given = {d for h in call.labels(x) for d in h.dims}
+                if math.prod(n for d, n in enumerate(shape) if d not in given) == 1:  # torch refuses groups of one value
+                    call.constraints.keep_two_per_row(rows)
                 labels.append(g)
         else:  # per position: statistics run over it, entries stay where they are
             if len(f.major_to_minor) > 1 and f.major_to_minor[-1] < 2:
@@ -84,7 +93,10 @@ def group_norm(call: RuleContext) -> list[Labels]:
         ref = call.tensor(name)
         if ref is not None:
             merged = unify(call, merged, shape, per_channel(call, ref, ndim), [1, shape[1]] + [1] * (ndim - 2))
-    return [merged] + [NONE] * (len(call.outputs) - 1)
+    statistics = call.outputs[1:]
+    if any(call.used(ref) for ref in statistics):  # of images and groups
+        merged = call.freeze_dims(merged, [0, 1], "has the statistics of its groups read")
+    return [merged] + [NONE] * len(statistics)
 
 
 def weight_norm(call: RuleContext) -> list[Labels]:
@@ -106,7 +118,9 @@ def native_group_norm(r: RewriteContext, node: fx.Node) -> fx.Node | None:
     """(x, weight, bias, N, C, positions, groups, eps)"""
     source = r.result(node.args[0])
     args = [r.argument(a) for a in node.args]
-    args[4] = r.size(node.args[4], r.after(source)[1])
+    left = r.after(source)
+    for at, wanted in ((3, left[0]), (4, left[1]), (5, math.prod(left[2:]))):
+        args[at] = r.size(node.args[at], wanted)
     args[6] = r.size(node.args[6], groups_left(r, source, 1, r.number_of(node.args[6])))
     return r.emit(node, args, r.argument(dict(node.kwargs)))
 
@@ -142,7 +156,7 @@ def per_channel_affine(x: Tensor, weight: Tensor | None = None, bias: Tensor | N
 def masked_group_norm(run: MaskContext, call: OpView, args: Any, kwargs: Any) -> Any:
     x, mask = args[0], kept_elements(run, args[0])
     groups = call.get("group", call.get("num_groups"))
-    shape = (x.shape[0], groups, -1, *x.shape[2:])
+    shape = (x.shape[0], groups, x.shape[1] // groups, *x.shape[2:])
     grouped, kept = x.reshape(shape), mask.expand(x.shape).reshape(shape)
     dims = list(range(2, grouped.dim()))
     var, average = kept_variance(grouped, kept, dims, 0)

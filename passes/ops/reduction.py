@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from fxprune.passes.ir.labels import NONE, Factor, Labels, factor
 from fxprune.passes.ir.pytree import TensorRef
@@ -29,6 +29,7 @@ from fxprune.passes.ops.masking import (
 from fxprune.passes.ops.matmul import contract
 from fxprune.passes.ops.pointwise import pointwise
 from fxprune.passes.ops.registry import OpSpec, register
+from fxprune.passes.ops.rewriting import RewriteContext, SizeArguments, argument
 
 
 def drop(f: Factor, gone: Sequence[int], keepdim: bool) -> Factor:
@@ -80,6 +81,10 @@ def spread(call: RuleContext) -> list[Labels]:
 def extreme(call: RuleContext) -> list[Labels]:
     """The greatest or the least of two tensors entry by entry, or of a dimension, with its index there."""
     return pointwise(call) if len(call.inputs) > 1 else with_places(call, call.outputs[1:])
+
+
+def middle(call: RuleContext) -> list[Labels]:
+    return with_places(call, call.outputs[1:])
 
 
 def place_of_extreme(call: RuleContext) -> list[Labels]:
@@ -168,7 +173,36 @@ def distance(call: RuleContext) -> Labels:
     return tuple(Factor(f.labels.squeeze(-1), f.major_to_minor) for f in out)
 
 
+def pair_distance(call: RuleContext) -> Labels:
+    """(N, D) -> distances of all pairs of rows."""
+    call.constraints.keep_copies(f for f in call.labels(call.first) if 1 in f.dims)
+    call.freeze_dims(call.labels(call.first), [0], "is one of rows that are compared in pairs")
+    return NONE
+
+
+def renormalise(call: RuleContext) -> Labels:
+    """Each index of `dim` is scaled by a norm over all other dimensions."""
+    dims = [d for d in range(len(call.shape(call.first))) if d != call.dim(call["dim"], len(call.shape(call.first)))]
+    call.constraints.keep_copies(f for f in call.labels(call.first) if f.dims & set(dims))
+    for f in call.labels(call.first):
+        if len(f.major_to_minor) > 1 and f.major_to_minor[-1] not in dims:
+            call.constraints.keep_columns_equal(f)
+    return call.labels(call.first)
+
+
+def differences(r: RewriteContext, node: fx.Node) -> fx.Node | None:
+    """None taken: what is put before and behind is looked at, and left out."""
+    taken = argument(node, 1, "n", 1)
+    return r.graph.call_method("clone", (r.new[node.args[0]],)) if taken == 0 else None  # type: ignore[index]
+
+
 with_least, with_greatest, with_ones = filled_with(-math.inf), filled_with(math.inf), filled_with(1.0)
+
+
+def masked_norm(run: MaskContext, call: OpView, args: Any, kwargs: Any) -> Any:
+    """Of a negative order, the norm sums reciprocal powers, to which infinity adds nothing."""
+    order = call.get("p", call.get("ord", 2))
+    return (with_greatest if isinstance(order, int | float) and order < 0 else with_zeros)(run, call, args, kwargs)
 
 
 def least_and_greatest(run: MaskContext, call: OpView, args: Any, kwargs: Any) -> Any:
@@ -211,13 +245,15 @@ def masked_std_mean(*given: Any) -> tuple[Tensor, Tensor]:
     return var.sqrt(), average
 
 
-register("sum nansum norm linalg_vector_norm count_nonzero any", OpSpec(reduce, masked=with_zeros))
+register("norm linalg_vector_norm", OpSpec(reduce, masked=masked_norm))
+register("sum nansum count_nonzero any", OpSpec(reduce, masked=with_zeros))
+register("sum_to_size", OpSpec(sizes=SizeArguments(1)))
 register("prod all", OpSpec(reduce, masked=with_ones))
 register("mean nanmean", OpSpec(reduce, masked=masked_mean))
 register("amax logsumexp", OpSpec(reduce, masked=with_least))
 register("amin", OpSpec(reduce, masked=with_greatest))
 register("aminmax", OpSpec(reduce, masked=least_and_greatest))
-register("median", OpSpec(reduce, masked=median))
+register("median", OpSpec(middle, masked=median))
 register("var", OpSpec(spread, masked=masked_var))
 register("std", OpSpec(spread, masked=masked_std))
 register("var_mean", OpSpec(spread, masked=masked_variance))
@@ -231,9 +267,17 @@ register("argmin", OpSpec(place_of_extreme, masked=with_greatest))
 register("mode kthvalue", OpSpec(by_rank))
 register("_softmax _log_softmax _safe_softmax _masked_softmax softmax log_softmax", OpSpec(normalise, masked=with_least))
 register("logcumsumexp", OpSpec(normalise, masked=with_least))
-register("cumsum renorm", OpSpec(normalise, masked=with_zeros))
+register("cumsum", OpSpec(normalise, masked=with_zeros))
+register("renorm", OpSpec(renormalise, masked=with_zeros))
 register("cumprod", OpSpec(normalise, masked=with_ones))
 register("topk sort argsort msort", OpSpec(ranked))
 register("glu", OpSpec(glu))
 register("_fft_r2c _fft_c2c _fft_c2r", OpSpec(fft))
-register("_cdist_forward _pdist_forward", OpSpec(distance, masked=with_zeros))
+register("_cdist_forward", OpSpec(distance, masked=with_zeros))
+register("_pdist_forward", OpSpec(pair_distance, masked=with_zeros))
+register(
+    "", OpSpec(counts=lambda node: True), functions="cov corrcoef multilabel_soft_margin_loss cross_entropy linalg_matrix_rank"
+)
+register("", OpSpec(counts=lambda node: argument(node, 4, "reduction") == "batchmean"), functions="kl_div")
+register("", OpSpec(counts=lambda node: argument(node, 1, "n") in (0, 1)), functions="matrix_power linalg_matrix_power")
+register("diff", OpSpec(rewrite=differences))

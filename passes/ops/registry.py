@@ -65,6 +65,8 @@ class OpSpec:
         views: whether its results may share the memory of that argument.
         heads: whether batch dimensions of its operands may be attention heads.
         normalizes: whether its result is normalised and scaled by an argument named `weight`.
+        counts: whether a call of a Python function of this name computes with a size that is not among its arguments: then what
+            it is made of holds a number that would have to change, and all that it reads is kept.
         recorded_as: the dispatcher function that a Python function of this name is recorded as, instead of what it is made of.
     """
 
@@ -79,6 +81,7 @@ class OpSpec:
     views: bool = False
     heads: bool = False
     normalizes: bool = False
+    counts: Callable[[fx.Node], bool] | None = None
     recorded_as: Any = None
 
     def products_of(self, call: OpView) -> Iterable[Product]:

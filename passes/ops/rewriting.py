@@ -147,9 +147,31 @@ def resize_result(sizes: SizeArguments) -> Callable[[RewriteContext, fx.Node], f
     return rewrite
 
 
+def sizes_written_out(r: RewriteContext, target: TensorRef, other: Any) -> list[Any]:
+    """The sizes of a result that the original takes from another tensor, the node `other`.
+
+    Where that tensor no longer has them, they are numbers.
+    """
+    after, theirs = r.after(target), r.after(r.result(other))
+    extra = len(after) - len(theirs)
+    node = r.new[other]
+    found: list[Any] = list(after)
+    for d, n in enumerate(theirs):
+        if n == after[d + extra] and n == r.before(r.result(other))[d]:
+            found[d + extra] = r.graph.call_method("size", (node, d))
+    return found
+
+
 def resized(r: RewriteContext, given: Sequence[Any], wanted: Sequence[int]) -> list[Any]:
     """Size arguments one by one; -1 stays where it can."""
     return [r.size(g, w) for g, w in zip(given, wanted, strict=True)]
+
+
+def known(r: RewriteContext, bound: Any) -> Any:
+    """A bound of a slice in the original: a number, that of a node, or that in a constant tensor."""
+    value = r.result(bound)
+    data = r.capture.op_trace.values[value.id].data if isinstance(value, TensorRef) else None
+    return value if data is None else int(data)
 
 
 def place(r: RewriteContext, ref: TensorRef, dim: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import fx
 from fxprune.passes.ir.labels import NONE, Factor, Labels, expand_along, factor
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.registry import OpSpec, register
-from fxprune.passes.ops.rewriting import RewriteContext, SizeArguments, argument, resized
+from fxprune.passes.ops.rewriting import RewriteContext, SizeArguments, argument, resized, sizes_written_out
 
 
 def moved(labels: Labels, order: Sequence[int]) -> Labels:
@@ -176,9 +176,16 @@ def dimension_split(args: Sequence[Any], kwargs: Mapping[str, Any], ndim: int, c
     return dim % (ndim - count + 1)
 
 
+def shaped_as(r: RewriteContext, node: fx.Node) -> fx.Node | None:
+    """The shape of another tensor, of which other things may be removed."""
+    sizes = sizes_written_out(r, r.result(node), argument(node, 1, "other"))
+    return r.graph.call_method("reshape", (r.new[node.args[0]], tuple(sizes)))  # type: ignore[index]
+
+
 VIEW = OpSpec(view, moves=True, views=True)
 register("view reshape _unsafe_view view_copy", dataclasses.replace(VIEW, sizes=SizeArguments(1)))
 register("unflatten", dataclasses.replace(VIEW, sizes=SizeArguments(2, ("sizes",), dimension_split)))
+register("view_as", dataclasses.replace(VIEW, rewrite=shaped_as), functions="reshape_as")
 register("_reshape_alias flatten squeeze unsqueeze squeeze_copy unsqueeze_copy", VIEW)
 register("permute permute_copy", OpSpec(permute, moves=True, views=True), functions="movedim moveaxis")
 register(

@@ -56,7 +56,7 @@ class LayerAttributes:
         return found
 
     def computed_weight(self, path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The pruned shape of a weight that hooks or a parametrization compute: the last of that shape from the layer's tensors.
+        """The pruned shape of a weight that hooks or a parametrization compute: the last of its shape from the layer's own.
 
         A transpose of one, which a linear layer takes of its weight, is none.
         """

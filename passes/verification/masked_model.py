@@ -251,7 +251,7 @@ class MaskedOriginal:
                     swap[id(tensor)] = self.zeroed(name, tensor)
                 elif id(tensor) not in self.parameters:
                     made = self.zeroed(name, tensor).data  # which starts to count what is written to it
-                    self.parameters[id(tensor)] = nn.Parameter(made, False)
+                    self.parameters[id(tensor)] = nn.Parameter(made, tensor.requires_grad)  # which `matmul` decomposes by
         return set_mode(copy_tree(self.model, swap | self.parameters), False)
 
     def zeroed(self, name: str, tensor: Tensor) -> Tensor:
