@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from torch.overrides import BaseTorchFunctionMode
 
 LOCK = threading.RLock()  # what is replaced belongs to the process: one thread at a time
 CACHED = type(functools.lru_cache(len))
+NOT_MODELS = frozenset(["torch", "fxprune", *sys.stdlib_module_names])  # packages that hold no code of a model's
 CALLABLE = (CACHED, types.FunctionType, staticmethod, classmethod)
 CHECKS = [name for name in vars(torch) if name.startswith("_check") and callable(getattr(torch, name))]
 FACTORIES = (
