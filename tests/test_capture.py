@@ -102,6 +102,28 @@ def test_numbers_of_numpy_are_written_down_as_numbers():
     assert pruned.verification.ok and pruned.meta["capture"] == "symbolic" and "np." not in pruned.code
 
 
+class Packs(nn.Module):
+    """Packs sequences of several lengths for a recurrent layer, and checks a size with NumPy."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.rnn, self.b = nn.Linear(8, 16), nn.GRU(16, 12, batch_first=True), nn.Linear(12, 4)
+
+    def forward(self, x, lengths):
+        if (np.array(x.shape[2:]) % 8 != 0).any():
+            raise ValueError("its width is no multiple of 8")
+        packed = nn.utils.rnn.pack_padded_sequence(self.a(x), lengths, batch_first=True)
+        return self.b(nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True)[0])
+
+
+def test_sequences_are_packed_and_numpy_is_given_sizes():
+    inputs = torch.randn(2, 5, 8), torch.tensor([5, 3])
+    pruned = fxprune.prune(Packs().eval(), 0.5, example_inputs=inputs)
+    assert pruned.verification.ok and pruned.meta["capture"] == "symbolic"
+    assert pruned.rnn.hidden_size == 6
+
+
 class Registers(nn.Module):
     """Room for tokens of which there are none."""
 
