@@ -28,6 +28,11 @@ FACTORIES = (
 ).split()
 
 
+def not_a_models(names: dict[str, Any]) -> bool:
+    """Whether the variables of a file are those of a package that holds no code of a model's."""
+    return str(names.get("__name__", "")).partition(".")[0] in NOT_MODELS
+
+
 @contextlib.contextmanager
 def plain_rnn(module: nn.Module) -> Iterator[None]:
     """Recurrent kernels of vendors hide their arithmetic from the dispatcher: use the decomposed ones."""

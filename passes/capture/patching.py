@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxprune.passes.capture.leftovers import restore_functions
-from fxprune.passes.capture.patches import CACHED, CALLABLE, CHECKS, FACTORIES, LOCK, NOT_MODELS, named_apply
+from fxprune.passes.capture.patches import CACHED, CALLABLE, CHECKS, FACTORIES, LOCK, named_apply, not_a_models
 from fxprune.passes.capture.proxy import PROXIES, unwrap
 from fxprune.passes.capture.tracer import ValueTracer
 from fxprune.passes.ir.pytree import iterate
@@ -38,6 +38,7 @@ class Patches:
         self.active = True
         self.imported = len(sys.modules)
         self.maths = {id(f): f for name, f in vars(math).items() if callable(f) and not name.startswith("_")}
+        self.nodes = self.maths | {id(f): f for f in tracer.evaluator.functions}
         self.seen: set[object] = set()
         self.owners: set[type] = set()
 
@@ -237,7 +238,7 @@ class Patches:
         self.patch(nn.Module, "training", property(training, lambda m, v: vars(m).__setitem__("training", v)))
 
     def look_at(self, module: nn.Module) -> None:
-        """Functions of `math` see proxies also where files import them by name, and caches of functions hold none."""
+        """Functions of `math`, and those that are one node, see proxies wherever a file has them; caches hold none."""
         kind = module if "forward" in vars(module) else type(module)
         if kind in self.seen:
             return
@@ -257,11 +258,11 @@ class Patches:
         pending = [names]
         while pending:
             names = pending.pop()
-            if id(names) in self.seen or str(names.get("__name__", "")).partition(".")[0] in NOT_MODELS:
+            if id(names) in self.seen or not_a_models(names):
                 continue
             self.seen.add(id(names))
             for name, value in list(names.items()):
-                if id(value) in self.maths and value is self.maths[id(value)]:
+                if id(value) in self.nodes and value is self.nodes[id(value)]:
                     names[name] = self.seeing_proxies(value)
                     self.undo.append(functools.partial(names.__setitem__, name, value))
                 elif type(value) in CALLABLE:
