@@ -102,6 +102,55 @@ def test_numbers_of_numpy_are_written_down_as_numbers():
     assert pruned.verification.ok and pruned.meta["capture"] == "symbolic" and "np." not in pruned.code
 
 
+class Packs(nn.Module):
+    """Packs sequences of several lengths for a recurrent layer, and checks a size with NumPy."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.rnn, self.b = nn.Linear(8, 16), nn.GRU(16, 12, batch_first=True), nn.Linear(12, 4)
+
+    def forward(self, x, lengths):
+        if (np.array(x.shape[2:]) % 8 != 0).any():
+            raise ValueError("its width is no multiple of 8")
+        packed = nn.utils.rnn.pack_padded_sequence(self.a(x), lengths, batch_first=True)
+        return self.b(nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True)[0])
+
+
+def test_sequences_are_packed_and_numpy_is_given_sizes():
+    inputs = torch.randn(2, 5, 8), torch.tensor([5, 3])
+    pruned = fxprune.prune(Packs().eval(), 0.5, example_inputs=inputs)
+    assert pruned.verification.ok and pruned.meta["capture"] == "symbolic"
+    assert pruned.rnn.hidden_size == 6
+
+
+def mask_of(lengths):
+    """True where a sequence of this length has an entry."""
+    return torch.arange(int(lengths.max())) < lengths[:, None]
+
+
+class Masks(nn.Module):
+    """Reads values in a function, called from its own forward."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x, lengths):
+        return self.b(self.a(x).relu() * mask_of(lengths)[..., None])
+
+
+def test_a_function_that_reads_values_is_one_node():
+    """And the model around it is captured op by op; the function computes what it does for other lengths."""
+    model, x = Masks().eval(), torch.randn(2, 5, 8)
+    pruned = fxprune.prune(model, 0.5, example_inputs=(x, torch.tensor([5, 3])))
+    assert pruned.verification.ok and pruned.meta["capture"] == "symbolic"
+    assert pruned.a.out_features == 8 and [n.name for n in pruned.graph.nodes if n.target is mask_of] == ["mask_of"]
+    assert pruned(x[:, :4], torch.tensor([2, 4])).shape == (2, 4, 4)
+    assert type(mask_of(torch.tensor([2]))) is torch.Tensor
+
+
 class Registers(nn.Module):
     """Room for tokens of which there are none."""
 

@@ -35,6 +35,7 @@ class Evaluator:
     Attributes:
         running: the path of the module that is being evaluated, empty for a function; None while nothing is.
         opaque: modules that are one node each, with the reason.
+        functions: functions of the model's that are one node for each call.
         calls: calls made inside opaque modules, by path.
         sizes: attributes of opaque modules that were used as sizes, by path.
         given: what opaque modules were given, by node.
@@ -46,6 +47,7 @@ class Evaluator:
         self.root, self.modules, self.recorder = root, modules, recorder
         self.running: str | None = None
         self.opaque: dict[str, str] = {}
+        self.functions: set[Any] = set()
         self.calls: dict[str, list[ModuleCall]] = {}
         self.sizes: dict[str, list[SizeUse]] = {}
         self.given: dict[fx.Node, tuple[Any, Any]] = {}

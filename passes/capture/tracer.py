@@ -163,6 +163,7 @@ class ValueTracer(GraphBuilder):
             results=self.results,
             guards=self.guards,
             opaque=evaluator.opaque,
+            functions=frozenset(evaluator.functions),
             calls=evaluator.calls,
             sizes=evaluator.sizes,
             inputs=self.inputs,

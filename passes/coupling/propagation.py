@@ -44,6 +44,8 @@ class Program:
         self.uses |= {r.id for n in untracked for r in collect([capture.results[m] for m in n.all_input_nodes], TensorRef)}
         self.leaking = [n for n in untracked if n.op == "call_module" and str(n.target) in capture.opaque]
         self.hidden = sorted(capture.index[n] for n in untracked if n not in self.leaking)
+        if capture.functions:
+            self.leaking += [n for n in capture.graph.nodes if n.op == "call_function" and n.target in capture.functions]
         self.pinned = written_through(op_trace)
         self.named = {i: v.name for i, v in enumerate(op_trace.values) if v.name is not None}
         nodes = {op.node for op in op_trace.ops}
@@ -237,8 +239,13 @@ def freeze_arguments(capture: CapturedProgram, index: int, state: PropagationSta
 
 
 def freeze_inside(capture: CapturedProgram, node: fx.Node, state: PropagationState) -> None:
-    """Freeze what an opaque module holds and is given, whose Python takes contents where no rule sees them."""
+    """Freeze what an opaque module holds and is given, whose Python takes contents where no rule sees them.
+
+    Of a function that is one node, what it returns is frozen too: sizes may be written out in it.
+    """
     given = collect([capture.results[n] for n in node.all_input_nodes], TensorRef)
+    if node.op == "call_function":
+        given += collect(capture.results[node], TensorRef)
     held = [TensorRef(i) for i, v in enumerate(capture.op_trace.values) if v.name and v.name.startswith(f"{node.target}.")]
     for ref in [*given, *held]:
         for f in state.labels.get(ref.id, NONE):

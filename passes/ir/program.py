@@ -42,6 +42,7 @@ class CapturedProgram:
         op_trace: what the dispatcher ran.
         results: for every node, its value with tensors replaced by references into the op trace.
         opaque: modules kept as one node, with the reason.
+        functions: functions of the model's that are one node for each call.
         calls: calls made inside opaque modules.
         sizes: attributes of opaque modules that were used as sizes.
         inputs: references of the example inputs' tensors.
@@ -80,6 +81,7 @@ class CapturedProgram:
     apart: Apart | None = None
     given: dict[fx.Node, tuple[Any, Any]] = field(default_factory=dict)
     trains_on_values: bool = False
+    functions: frozenset[Any] = frozenset()
     note: str = ""
     consumed: bool = False
 
