@@ -266,7 +266,7 @@ class Trial:
             return Outcome("whole" if whole else "crashed", str(error))
         except (Exception, StageFault, EngineFault) as error:
             return Outcome("crashed", f"{type(error).__name__}: {error}")
-        if not any(choice.slices().values()):
+        if not any(choice.slices.values()):
             return Outcome("whole")
         try:
             found = tree_leaves(pruned(self.x))
@@ -293,7 +293,7 @@ class Trial:
             for _, ref in choice.solution.captures[0].outputs
         ]
         model = self.model
-        return Judge(model.compute, model.alone, model.integers(), model.tensors(), choice.slices(), outputs)
+        return Judge(model.compute, model.alone, model.integers(), model.tensors(), choice.slices, outputs)
 
 
 def layouts_of(name: str, sample: Any) -> Iterator[tuple[str, Outcome]]:
