@@ -390,7 +390,7 @@ class Attention(nn.Module):
         self.query = nn.Parameter(torch.randn(8, 8))
 
     def forward(self, x):
-        weights = F.dropout(F.linear(x, self.query).softmax(-1), 1.0, self.training)
+        weights = F.dropout(F.linear(x, self.query).softmax(-1), 1.0, self.training).view(x.shape)
         return F.linear(weights, self.query) * x
 
 
