@@ -403,6 +403,6 @@ def test_branches_that_differ_in_a_flag_alone_are_one_program_with_two_flags(cap
         pruned.train(mode)
         calls = [n for n in pruned.graph.nodes if n.op == "call_function"]
         assert [n.target for n in calls].count(F.linear) == 2
-        flags.append(next(n.args[2] for n in calls if n.target is F.dropout))
+        flags.append(next(n.kwargs["training"] for n in calls if n.target is F.dropout))
     assert flags == [False, True]
     assert not torch.equal(pruned.eval()(torch.ones(3, 5)), pruned.train()(torch.ones(3, 5)))
