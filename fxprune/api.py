@@ -116,12 +116,13 @@ def prune(
         )
         inputs = ExampleInputs.parse(example_inputs).check(model, weights=options.needs_weights or same_class)
         compilation = Compilation(model, inputs, options.coupling)
-        with options.uncollected():
+        with options.gc_paused():
             choice = compilation.choose(options)  # capture, couple, score, select
             pruned = compilation.emit(choice)  # rewrite, slice
-            if not options.verifies(model):
+            verifies = options.verifies(model)
+            if not verifies:
                 del choice  # most of it is freed now, before the collector looks through what is left
-        if options.verifies(model):
+        if verifies:
             pruned = compilation.verify(pruned, choice)
         return compilation.restore_class(pruned) if same_class else pruned
 
@@ -170,6 +171,5 @@ def verify(model: nn.Module, pruned: fx.GraphModule, example_inputs: Any, *, siz
     with entry_point(model) as model:
         plan = plan_of(pruned)
         compilation = Compilation.of_plan(model, plan, example_inputs)
-        choice, given = compilation.choice_of(plan), ExampleInputs.parse(example_inputs)
-        leaves, heads = choice.solution.leaves, plan.coupling_options.heads
-        return compare(model, pruned, leaves, choice.kept, heads, given.args, given.kwargs, sizes=sizes)
+        removal = compilation.choice_of(plan).removal(plan.coupling_options.heads)
+        return compare(model, pruned, removal, ExampleInputs.parse(example_inputs), sizes=sizes)

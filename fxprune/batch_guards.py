@@ -10,16 +10,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import surface
 from fxprune.passes.ir.program import Waiver
+from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ir.quiet import unobserved
-from fxprune.passes.ir.tensor_ref import TensorRef
 from fxprune.passes.rewrite.guards import guards_of, noting
 from fxprune.passes.rewrite.pruned_module import PrunedModule
+from fxprune.passes.verification.masked_model import Removal
 from fxprune.verification import Verification, compare, evaluating, restoring
 
 
@@ -29,21 +30,19 @@ class Recompiled:
 
     Attributes:
         solution: the coupling of the program for these inputs.
-        kept: for each of its labels whether it stays.
+        removal: what is removed by it.
         emit: makes the pruned program, with a waiver or without.
     """
 
     solution: Solution
-    kept: Tensor
+    removal: Removal
     emit: Callable[[Waiver | None], PrunedModule]
 
 
 Recompile = Callable[[ExampleInputs], Recompiled]
 
 
-def for_any_batch(
-    model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs, recompile: Recompile, heads: bool
-) -> PrunedModule:
+def for_any_batch(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs, recompile: Recompile) -> PrunedModule:
     """The pruned model as a program that takes a batch of one and larger ones, where both are exact; else as it is.
 
     Arguments:
@@ -51,20 +50,17 @@ def for_any_batch(
         pruned: verified already.
         inputs: the example inputs.
         recompile: compiles the model anew by the same plan, for inputs of any size.
-        heads: whether heads are removed whole.
     """
     if not guards_of(pruned):
         return pruned
     try:
-        return tried_with_one(model, pruned, inputs, recompile, heads) or pruned
+        return tried_with_one(model, pruned, inputs, recompile) or pruned
     except Exception as error:  # the model does not take such a batch, or couples otherwise
         surface(error)
         return pruned
 
 
-def tried_with_one(
-    model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs, recompile: Recompile, heads: bool
-) -> PrunedModule | None:
+def tried_with_one(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs, recompile: Recompile) -> PrunedModule | None:
     """The program of larger batches, tried at a batch of one; None where it is no better than the one there is."""
     if not inputs.batch:
         return None
@@ -83,11 +79,10 @@ def tried_with_one(
         return None
     waiver = Waiver(argument, 1, tuple(dict.fromkeys(failing)))
     program = found.emit(waiver)
-    leaves = found.solution.leaves
-    least = compare(model, program, leaves, found.kept, heads, one.args, one.kwargs, sizes=False)
+    least = compare(model, program, found.removal, one, sizes=False)
     verified = replace(least, error=max(pruned.verification.error, least.error))
     if alone:
-        more = compare(model, program, leaves, found.kept, heads, several.args, several.kwargs, sizes=True)
+        more = compare(model, program, found.removal, several, sizes=True)
         said = [*least.compared, "another batch", *(s for s in more.compared[1:] if s != "another batch")]
         verified = replace(more, error=max(least.error, more.error), compared=tuple(said))
     else:

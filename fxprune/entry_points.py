@@ -1,4 +1,7 @@
-"""What every public function does around its work: compiled code runs as plain Python, and faults are PruneErrors."""
+"""What every public function does around its work, and which models it takes.
+
+Compiled code runs as plain Python, wrappers are taken off, and faults become PruneErrors.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fxprune.model_kinds import unwrapped
 from fxprune.passes.errors import PruneError
+from fxprune.passes.ir.module_tree import PLAIN_TENSORS, check_module, named_parameters, named_tensors, walk
 
 # what Python and torch raise for what nobody foresaw; running out of memory is not among it
 FAULTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError, pickle.PickleError)
@@ -47,3 +52,83 @@ def uncompiled() -> Iterator[None]:
         return
     with torch.compiler.set_stance("force_eager"), dynamo.config.patch(error_on_nested_fx_trace=False):
         yield
+
+
+# classes that call one module and have nothing to prune of their own: where they are defined, and where they keep it
+WRAPPERS = (
+    ("torch.nn.parallel", "DataParallel", "module"),
+    ("torch.nn.parallel", "DistributedDataParallel", "module"),
+    ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
+    ("torch.optim.swa_utils", "AveragedModel", "module"),
+)
+OBSERVERS = (("torch.ao.quantization", "FakeQuantizeBase"), ("torch.ao.quantization", "ObserverBase"))
+
+
+def is_a(value: Any, module: str, name: str) -> bool:
+    """Whether a value is of a class of a Python module, which is not imported for it."""
+    kind = getattr(sys.modules.get(module), name, None)
+    return isinstance(kind, type) and isinstance(value, kind)
+
+
+def unwrapped(model: Any) -> nn.Module:
+    """The module to prune: the model itself, or what a wrapper calls.
+
+    Raises: PruneError for what is no module, or cannot be pruned as it is.
+    """
+    if is_a(model, "torch.export", "ExportedProgram"):
+        raise PruneError("model is an ExportedProgram, not a torch.nn.Module", fix="pass exported.module()")
+    check_module(model)
+    for module, name, attribute in WRAPPERS:
+        if is_a(model, module, name):
+            return unwrapped(getattr(model, attribute))
+    if isinstance(model, torch.jit.ScriptModule):
+        raise PruneError(
+            f"model is a {type(model).__name__}: what it computes is no longer Python",
+            fix="pass the module that was scripted or traced, and script the pruned one",
+        )
+    check_tensors(model)
+    return model
+
+
+def check_tensors(model: nn.Module) -> None:
+    """Raise PruneError where tensors have no shape yet, or are parts of larger ones."""
+    sharded = "prune the plain model, before fully_shard(), parallelize_module() or quantize_()"
+    for module, path in walk(model).items() if "torch.distributed.fsdp" in sys.modules else ():
+        if is_a(module, "torch.distributed.fsdp", "FullyShardedDataParallel"):
+            raise PruneError("the model's parameters are flattened and sharded", where=path or "FSDP", fix=sharded)
+    for name, tensor in named_tensors(model):
+        if type(tensor) in PLAIN_TENSORS:
+            continue
+        path = name.rpartition(".")[0]
+        if is_lazy(tensor):
+            raise PruneError(
+                f"{name} is not initialized: its layer is lazy",
+                where=f"{path} ({type(model.get_submodule(path)).__name__})",
+                fix="run the model once: model(*example_inputs)",
+            )
+        packed: bool = is_traceable_wrapper_subclass(tensor)
+        if packed:
+            raise PruneError(
+                f"{name} is a {type(tensor).__name__} that is sharded or packed, not a plain tensor",
+                where=type(model).__name__,
+                fix=sharded,
+            )
+
+
+def why_unprunable(model: nn.Module) -> PruneError | None:
+    """What is wrong with a kind of model of which nothing can be pruned; None where nothing is known."""
+    for path, module in model.named_modules():
+        if any(is_a(module, *kind) for kind in OBSERVERS):
+            return PruneError(
+                "nothing in the model can be pruned: it is prepared for quantization, and observers follow its weights",
+                where=f"{path} ({type(module).__name__})",
+                fix="prune the float model, then prepare it for quantization",
+            )
+        packed = any(isinstance(value, torch.ScriptObject) for value in vars(module).values())
+        if packed and not named_parameters(model):
+            return PruneError(
+                "nothing in the model can be pruned: it is quantized, and its weights are packed",
+                where=f"{path} ({type(module).__name__})",
+                fix="prune the float model, then quantize it",
+            )
+    return None

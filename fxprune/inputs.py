@@ -29,8 +29,7 @@ class ExampleInputs:
         """A tensor is one argument, a tuple several, a dict keywords. Raises PruneError where there are none."""
         if given is None:
             raise PruneError(
-                "example inputs are missing",
-                fix="example_inputs=torch.randn(1, 3, 224, 224), or what forward takes",
+                "example inputs are missing", fix="example_inputs=torch.randn(1, 3, 224, 224), or what forward takes"
             )
         if isinstance(given, dict) and all(isinstance(k, str) for k in given):
             return cls((), dict(given))

@@ -56,20 +56,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--json", action="store_true", help="print JSON and nothing else")
     made.add_argument("--dot", metavar="FILE", help="write the coupling graph for Graphviz")
     made.add_argument("--attention", choices=("heads", "dims"), default="heads", help="what goes of attention")
-    made.add_argument(
-        "--freeze",
-        metavar="GLOB",
-        action="append",
-        default=[],
-        help="modules that stay as they are; may be repeated",
-    )
-    made.add_argument(
-        "--release",
-        metavar="GLOB",
-        action="append",
-        default=[],
-        help="outputs whose channels may go; may be repeated",
-    )
+    for name, what in (("--freeze", "modules that stay as they are"), ("--release", "outputs whose channels may go")):
+        made.add_argument(name, metavar="GLOB", action="append", default=[], help=f"{what}; may be repeated")
     return made
 
 

@@ -1,7 +1,7 @@
 """A pruned model of the original's own class: its Python stays, its tensors, attributes and configuration shrink.
 
-The model is captured as one opaque module (see `passes/opaque.py`): its tensors are cut by the plan, and integer attributes
-that turn up as sizes are mended. Where the class is built from a configuration (`type(model)(model.config)`, as those of
+The model is captured as one opaque module (see `capture/opaque.py`): its tensors are cut by the plan, and integer attributes
+that turn up as sizes are corrected. Where the class is built from a configuration (`type(model)(model.config)`, as those of
 transformers and diffusers are), the configuration of the pruned model is found by experiment: each number is changed in
 turn, the class is built without contents, and the dimensions that follow it are those it stands for. Whatever comes out is
 compared with the pruned program, so that a wrong guess cannot pass.

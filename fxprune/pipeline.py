@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,17 +16,17 @@ from fxprune.batch_guards import Recompiled, for_any_batch
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs, device_of, random_inputs
 from fxprune.model_class import restore_class
-from fxprune.passes.coupling.analysis import analyse, describe_capture
+from fxprune.passes.coupling.couple import analyse, describe_capture
 from fxprune.passes.coupling.families import families
-from fxprune.passes.coupling.solution import Solution
+from fxprune.passes.coupling.solution import CouplingOptions, Solution
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_parameters, named_tensors
-from fxprune.passes.ir.options import CouplingOptions
 from fxprune.passes.ir.program import Waiver
-from fxprune.passes.ir.quiet import uncollected, unobserved, without_modes
+from fxprune.passes.ir.quiet import gc_paused, unobserved, without_modes
 from fxprune.passes.ir.slices import Slicer, TensorSlice
 from fxprune.passes.rewrite.pruned_module import PrunedModule
 from fxprune.passes.rewrite.rewrite import rewrite_program, tensor_cuts
+from fxprune.passes.verification.masked_model import Removal
 from fxprune.passes.verification.opaque_check import broken, opaque_sites
 from fxprune.plan import PlanData, kept_labels
 from fxprune.selection.allocation import Allocator
@@ -57,7 +58,7 @@ class Plan(PlanData):
             return Compilation.of_plan(model, self, example_inputs).apply(self)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Choice:
     """Which labels of a coupling stay.
 
@@ -73,6 +74,11 @@ class Choice:
     slicer: Slicer
     latency: Latency | None = None
 
+    def removal(self, heads: bool) -> Removal:
+        """What it removes of the model; `heads` says whether heads go whole."""
+        return Removal(self.solution.leaves, self.kept, heads)
+
+    @functools.cached_property
     def slices(self) -> dict[str, list[TensorSlice]]:
         """The slices of every tensor, by name."""
         return tensor_cuts(self.solution, self.kept, self.slicer)
@@ -92,11 +98,7 @@ class Compilation:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        inputs: ExampleInputs,
-        options: CouplingOptions,
-        frozen_modules: Mapping[str, str] | None = None,
+        self, model: nn.Module, inputs: ExampleInputs, options: CouplingOptions, frozen_modules: Mapping[str, str] | None = None
     ) -> None:
         self.model, self.inputs, self.options = model, inputs, options
         self.frozen_modules: dict[str, str] = dict(frozen_modules or {})
@@ -105,11 +107,7 @@ class Compilation:
 
     @classmethod
     def of_plan(
-        cls,
-        model: nn.Module,
-        plan: PlanData,
-        example_inputs: Any = None,
-        frozen_modules: Mapping[str, str] | None = None,
+        cls, model: nn.Module, plan: PlanData, example_inputs: Any = None, frozen_modules: Mapping[str, str] | None = None
     ) -> Compilation:
         """A compilation in which a plan can be applied to a model of the architecture that it was made for."""
         plan.check(model)
@@ -154,10 +152,10 @@ class Compilation:
             solution = self.couple()
             if solution.captures[0].opaque and options.data is not None:  # which may be read again
                 options = dataclasses.replace(options, data=list(options.data))
-            return self.choose_by(lambda coupled: select_units(self.model, coupled, options), solution)
+            return self.choose_by(lambda coupled: select_units(self.model, coupled, options, self.tensors), solution)
         solution = self.couple_for_good()  # what is timed must run
         probe = self.latency_probe()
-        choice = self.choose_by(lambda coupled: select_units(self.model, coupled, options, probe), solution)
+        choice = self.choose_by(lambda coupled: select_units(self.model, coupled, options, self.tensors, probe), solution)
         return dataclasses.replace(choice, latency=probe.found)
 
     def choose_by(self, select: Select, solution: Solution | None = None) -> Choice:
@@ -202,7 +200,7 @@ class Compilation:
         """A choice as plain data."""
         return Plan(
             {name: tuple(t.shape) for name, t in self.tensors.items()},
-            {name: found for name, found in choice.slices().items() if found and name in self.tensors},
+            {name: found for name, found in choice.slices.items() if found and name in self.tensors},
             "heads" if self.options.heads else "dims",
             tuple(sorted(self.options.frozen)),
             self.inputs.describe(),
@@ -243,13 +241,13 @@ class Compilation:
             pruned = tried[1]
         else:
             choice = self.keep(choice.kept) if spent(choice.solution) else choice
-            with uncollected():
+            with gc_paused():
                 pruned = rewrite_program(
                     values or self.model,
                     choice.solution,
                     choice.kept,
                     choice.slicer,
-                    made=choice.slices(),
+                    made=choice.slices,
                     values=self.tensors if values is None else None,
                     waiver=waiver,
                 )
@@ -278,9 +276,8 @@ class Compilation:
         """A pruned module that was found to be exact, for a batch of any size where it can be; else raises PruneError."""
         model = values or self.model
         inputs = self.inputs if values is None else self.inputs.beside(values)
-        leaves, heads = choice.solution.leaves, self.options.heads
         try:
-            found = compare(model, pruned, leaves, choice.kept, heads, inputs.args, inputs.kwargs, sizes=True)
+            found = compare(model, pruned, choice.removal(self.options.heads), inputs, sizes=True)
         except Exception as error:
             raise PruneError(
                 f"the pruned model could not be verified: {type(error).__name__}: {error}",
@@ -298,9 +295,10 @@ class Compilation:
         def at(other: ExampleInputs) -> Recompiled:
             again = Compilation(self.model, other.beside(self.model), self.options, self.frozen_modules)
             chosen = again.choice_of(pruned.plan)
-            return Recompiled(chosen.solution, chosen.kept, lambda waiver: again.emit(chosen, values=values, waiver=waiver))
+            emit = lambda waiver: again.emit(chosen, values=values, waiver=waiver)  # noqa: E731
+            return Recompiled(chosen.solution, chosen.removal(self.options.heads), emit)
 
-        return for_any_batch(model, pruned, inputs, at, heads)
+        return for_any_batch(model, pruned, inputs, at)
 
     def restore_class(self, pruned: PrunedModule) -> Any:
         """The pruned model in the original's own class; raises PruneError where it does not compute the same."""

@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fxprune.passes.coupling.solution import Solution
+from fxprune.passes.coupling.solution import CouplingOptions, Solution
 from fxprune.passes.errors import NotARectangle, PruneError
-from fxprune.passes.ir.module_tree import named_tensors
-from fxprune.passes.ir.options import CouplingOptions
+from fxprune.passes.ir.module_tree import check_module, named_tensors
 from fxprune.passes.ir.program import Waiver
 from fxprune.passes.ir.slices import TensorSlice, cut_shape, mask_of
 from fxprune.passes.rewrite.rewrite import tensor_cuts
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 TEXT = "the text that Plan.to_json() returned"
+ORIGINAL = "apply it to the original architecture"
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,16 +127,11 @@ class PlanData:
 
     def check(self, model: Any) -> None:
         """Raise PruneError unless the model's tensors have the names and shapes the plan was made for."""
-        if not isinstance(model, nn.Module):
-            what = f"model is of type {type(model).__name__}, not a torch.nn.Module"
-            raise PruneError(what, fix="pass the module itself")
+        check_module(model)
         have = {name: tuple(t.shape) for name, t in named_tensors(model)}
         for name, shape in self.shapes.items():
             if name not in have:
-                raise PruneError(
-                    f"the plan is for another model: this one has no {name}",
-                    fix="apply it to the original architecture",
-                )
+                raise PruneError(f"the plan is for another model: this one has no {name}", fix=ORIGINAL)
             if have[name] != shape:
                 raise PruneError(
                     f"the plan is for another model: {name} has shape {have[name]}, not {shape}",
@@ -144,16 +139,13 @@ class PlanData:
                 )
         extra = sorted(set(have) - set(self.shapes))
         if extra:
-            raise PruneError(
-                f"the plan is for another model: it knows nothing of {extra[0]}",
-                fix="apply it to the original architecture",
-            )
+            raise PruneError(f"the plan is for another model: it knows nothing of {extra[0]}", fix=ORIGINAL)
 
 
 def kept_labels(plan: PlanData, solution: Solution) -> Tensor:
     """Which labels a plan keeps, shape (labels,); raises PruneError where it does not fit the model's coupling."""
     unit = solution.unit_of.numpy()
-    occurs, stays = np.zeros(len(unit), bool), np.zeros(len(unit), bool)  # a class that is left in any tensor stays
+    occurs, stays = np.zeros(len(unit), bool), np.zeros(len(unit), bool)  # a unit that is left in any tensor stays
     for name, labels in solution.leaves.items():
         if name not in plan.shapes:  # a constant that the program makes
             continue

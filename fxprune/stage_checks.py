@@ -10,9 +10,8 @@ import os
 import torch
 
 from fxprune.passes.coupling.solution import Solution
-from fxprune.passes.ir.pytree import collect
+from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ir.slices import Slicer, cut_shape
-from fxprune.passes.ir.tensor_ref import TensorRef
 
 
 class StageFault(BaseException):
@@ -41,8 +40,8 @@ def check_coupling(solution: Solution) -> None:
             require(all(0 <= ref.id < recorded for ref in refs), f"{node} refers to a value that was not recorded")
         require(all(0 <= i < recorded for i in values), "a value has labels and was not recorded")
     unit = solution.unit_of
-    require(bool((unit <= torch.arange(labels)).all()), "a class is not named by its smallest label")
-    require(bool((unit[unit] == unit).all()), "a class is named by a label of another class")
+    require(bool((unit <= torch.arange(labels)).all()), "a unit is not named by its smallest label")
+    require(bool((unit[unit] == unit).all()), "a unit is named by a label of another unit")
     for name, found in solution.leaves.items():
         shape = solution.shapes[name]
         for f in found:
@@ -52,11 +51,11 @@ def check_coupling(solution: Solution) -> None:
 
 
 def check_choice(solution: Solution, slicer: Slicer) -> None:
-    """Classes stay or go as one, and every tensor is left a rectangle with something in it."""
+    """Units stay or go as one, and every tensor is left a rectangle with something in it."""
     if not strict():
         return
     kept = slicer.kept
-    require(bool((kept == kept[solution.unit_of]).all()), "labels of one class are kept and removed")
+    require(bool((kept == kept[solution.unit_of]).all()), "labels of one unit are kept and removed")
     for name, labels in solution.leaves.items():
         shape = solution.shapes[name]
         left = cut_shape(shape, slicer(labels, shape))

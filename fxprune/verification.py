@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,13 +13,11 @@ from torch import Tensor, fx, nn
 
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.errors import GuardError
-from fxprune.passes.ir.labels import Labels
 from fxprune.passes.ir.module_tree import named_tensors, private_copy
 from fxprune.passes.ir.pytree import collect, map_tensors
 from fxprune.passes.ir.slices import Slicer
-from fxprune.passes.verification.masked_model import MaskedOriginal, random_state, relative_error, set_random_state
-from fxprune.passes.verification.zero_flow import why_zeroed_does_not_apply
-from fxprune.passes.verification.zeroed_model import Slices, ZeroedOriginal
+from fxprune.passes.verification.masked_model import MaskedOriginal, Removal, random_state, relative_error, set_random_state
+from fxprune.passes.verification.zeroed_model import Slices, ZeroedOriginal, why_zeroed_does_not_apply
 
 # float32 sums in another order differ by about this much over the depth of a deep network
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
@@ -72,7 +70,7 @@ class Verification:
 
     @property
     def disagreement(self) -> str:
-        """What to know where the two references are not of one opinion; empty where they are."""
+        """What to know where the two references disagree; empty where they agree."""
         if self.no_zeroed:
             return f"the zeroed original does not apply: {self.no_zeroed}"
         if self.zeroed is None or (self.masked <= self.tolerance) == (self.zeroed <= self.tolerance):
@@ -106,7 +104,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def restoring(model: nn.Module, *, parameters: bool = False) -> Iterator[None]:
-    """What a forward writes into buffers (running statistics, caches) is taken back; into parameters, where that is asked."""
+    """Restore the buffers (running statistics, caches) that a forward writes to, and with `parameters` those too."""
     tensors = [*model.buffers(), *(model.parameters() if parameters else ())]
     before = [t.detach().clone() for t in tensors]
     try:
@@ -117,17 +115,7 @@ def restoring(model: nn.Module, *, parameters: bool = False) -> Iterator[None]:
                 tensor.copy_(value)
 
 
-def compare(
-    model: nn.Module,
-    pruned: fx.GraphModule,
-    leaves: Mapping[str, Labels],
-    kept: Tensor,
-    heads: bool,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    *,
-    sizes: bool,
-) -> Verification:
+def compare(model: nn.Module, pruned: fx.GraphModule, removal: Removal, inputs: ExampleInputs, *, sizes: bool) -> Verification:
     """Run a pruned model and both references on the example inputs, and at other sizes where the original takes them.
 
     What differs in the model's own precision is compared once more in double precision: where scores are ranked, rounding
@@ -136,33 +124,30 @@ def compare(
     Arguments:
         model: the original.
         pruned: the result; its plan is in `meta["plan"]`.
-        leaves: labels of the model's tensors, by name.
-        kept: which labels are kept, shape (labels,).
-        heads: as in coupling.
-        args, kwargs: example inputs.
+        removal: what is removed of the original.
+        inputs: example inputs.
         sizes: whether to try another batch and another image size.
     """
-    slices = slices_of(model, pruned, leaves, kept)
-    found = Comparison(model, pruned, leaves, kept, heads, slices).run(args, kwargs, sizes=sizes)
+    slices = slices_of(model, pruned, removal)
+    found = Comparison(model, pruned, removal, slices).run(inputs, sizes=sizes)
     if found.ok or found.tolerance <= TOLERANCE[torch.float64]:
         return found
     try:
         reference = private_copy(model, doubled)
-        args, kwargs = map_tensors((args, kwargs), lambda t: t.double() if t.is_floating_point() else t)
-        twice = Comparison(reference, copy.deepcopy(pruned).double(), leaves, kept, heads, slices)
-        again = twice.run(args, kwargs, sizes=sizes)
+        inputs = inputs.map(lambda t: t.double() if t.is_floating_point() else t)
+        again = Comparison(reference, copy.deepcopy(pruned).double(), removal, slices).run(inputs, sizes=sizes)
     except Exception:  # the model insists on its precision
         return found
     return replace(again, compared=(*again.compared, "in double precision")) if again.ok else found
 
 
-def slices_of(model: nn.Module, pruned: fx.GraphModule, leaves: Mapping[str, Labels], kept: Tensor) -> Slices:
+def slices_of(model: nn.Module, pruned: fx.GraphModule, removal: Removal) -> Slices:
     """The slices of the model's own tensors: those of the plan, or of the same choice where there is no plan yet."""
     plan = pruned.meta.get("plan")
     if plan is not None:
-        return plan.keep
-    slicer = Slicer(kept)
-    return {name: slicer(leaves.get(name, ()), tensor.shape) for name, tensor in named_tensors(model)}
+        return plan.slices
+    slicer = Slicer(removal.kept)
+    return {name: slicer(removal.leaves.get(name, ()), tensor.shape) for name, tensor in named_tensors(model)}
 
 
 def doubled(tensor: Tensor) -> Tensor:
@@ -173,17 +158,9 @@ def doubled(tensor: Tensor) -> Tensor:
 class Comparison:
     """A pruned model against both references, in the precision that model and inputs have. Arguments as for `compare`."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        pruned: fx.GraphModule,
-        leaves: Mapping[str, Labels],
-        kept: Tensor,
-        heads: bool,
-        slices: Slices,
-    ) -> None:
+    def __init__(self, model: nn.Module, pruned: fx.GraphModule, removal: Removal, slices: Slices) -> None:
         self.model, self.pruned, self.slices = model, pruned, slices
-        self.masked = MaskedOriginal(model, leaves, kept, heads)
+        self.masked = MaskedOriginal(model, removal)
         self.zeroed: ZeroedOriginal | None = None
         self.devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
         self.errors: list[tuple[float, float | None]] = []  # against the masked and the zeroed original
@@ -196,11 +173,11 @@ class Comparison:
     def tolerance(self) -> float:
         return max(tolerance_of(self.model), *(TOLERANCE[dtype] for dtype in self.masked.dtypes), 0.0)
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, sizes: bool) -> Verification:
+    def run(self, inputs: ExampleInputs, *, sizes: bool) -> Verification:
         with evaluating(self.pruned), torch.no_grad(), torch.random.fork_rng(devices=self.devices):
-            self.add(EXAMPLE, args, kwargs)
-            for name, other in ExampleInputs(args, kwargs).other_sizes() if sizes else ():
-                self.add(f"another {name}", other.args, other.kwargs)
+            self.add(EXAMPLE, inputs)
+            for name, other in inputs.other_sizes() if sizes else ():
+                self.add(f"another {name}", other)
         masked = max(error for error, _ in self.errors)
         zeroed = [error for _, error in self.errors if error is not None]
         decides = bool(zeroed) and not self.no_zeroed
@@ -220,13 +197,13 @@ class Comparison:
         """Whether one reference calls the result exact and the other one does not."""
         return (masked <= self.tolerance) != (zeroed <= self.tolerance)
 
-    def add(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def add(self, name: str, inputs: ExampleInputs) -> None:
         """Compare on some inputs; only an exception of the original itself excuses inputs of another size."""
         drawn = random_state(self.devices)  # a model may draw in evaluation, too: all draw the same numbers
         try:
-            wanted = self.masked(args, kwargs, whole=False)
+            wanted = self.masked(inputs.args, inputs.kwargs, whole=False)
         except Exception:
-            failure = "" if name == EXAMPLE else why_original_fails(self.model, args, kwargs)
+            failure = "" if name == EXAMPLE else why_original_fails(self.model, inputs)
             if not failure:
                 raise
             self.excused.append(f"{name} is not taken by the original: {failure}")
@@ -234,29 +211,29 @@ class Comparison:
         try:
             set_random_state(self.devices, drawn)
             with restoring(self.pruned, parameters=self.masked.writes):
-                got = self.pruned(*map_tensors(args, torch.clone), **map_tensors(kwargs, torch.clone))  # it may write to them
+                got = inputs.map(torch.clone).call(self.pruned)  # it may write to them
         except GuardError as refused:
             if name == EXAMPLE:
                 raise
             self.compared.append(f"{name}{REFUSED}{refused}")
             return
-        masked = max(differences(wanted, got), default=0.0)
+        masked = difference(wanted, got)
         self.blank = self.blank and not any(bool(t.any()) for t in collect(wanted, Tensor))
         zeroed = None
         if name == EXAMPLE or masked > self.tolerance:
             set_random_state(self.devices, drawn)
-            zeroed = self.against_zeroed(got, args, kwargs)
+            zeroed = self.against_zeroed(got, inputs)
             if zeroed is not None and not self.no_zeroed and self.disagrees(masked, zeroed):
                 assert self.zeroed is not None
-                self.no_zeroed = why_zeroed_does_not_apply(self.zeroed, args, kwargs)
+                self.no_zeroed = why_zeroed_does_not_apply(self.zeroed, inputs.args, inputs.kwargs)
         self.errors.append((masked, zeroed))
         self.compared.append(name)
 
-    def against_zeroed(self, got: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
+    def against_zeroed(self, got: Any, inputs: ExampleInputs) -> float | None:
         """The error against the zeroed original; None where there is none, and why."""
         try:
             self.zeroed = self.zeroed or ZeroedOriginal(self.model, self.slices)
-            wanted = self.zeroed(*map_tensors((args, kwargs), torch.clone))
+            wanted = self.zeroed(*map_tensors((inputs.args, inputs.kwargs), torch.clone))
         except Exception as error:
             self.no_zeroed = f"it raises {type(error).__name__}"
             return None
@@ -267,21 +244,20 @@ class Comparison:
         if any(t.is_floating_point() and not bool(t.isfinite().all()) for t in expected):
             self.no_zeroed = "it returns values that are not finite"
             return None
-        return max([relative_error(x, y) for x, y in zip(expected, found, strict=True)], default=0.0)
+        return difference(expected, found)
 
 
-def why_original_fails(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+def why_original_fails(model: nn.Module, inputs: ExampleInputs) -> str:
     """The exception that the original raises on some inputs; empty where it takes them."""
     try:
-        private_copy(model).eval()(*map_tensors(args, torch.clone), **map_tensors(kwargs, torch.clone))
+        inputs.map(torch.clone).call(private_copy(model).eval())
     except Exception as error:
         said = " ".join(str(error).split())
         return f"{type(error).__name__}: {said[:120]}"
     return ""
 
 
-def differences(wanted: Any, got: Any) -> list[float]:
+def difference(wanted: Any, got: Any) -> float:
+    """The largest relative error of any tensor; infinite where there are more or fewer than wanted."""
     a, b = collect(wanted, Tensor), collect(got, Tensor)
-    if len(a) != len(b):
-        return [float("inf")]
-    return [relative_error(x, y) for x, y in zip(a, b, strict=True)]
+    return max(map(relative_error, a, b), default=0.0) if len(a) == len(b) else float("inf")

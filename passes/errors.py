@@ -1,4 +1,4 @@
-"""The one exception type: what went wrong, where, and how to mend it."""
+"""The one exception type: what went wrong, where, and how to fix it."""
 
 from __future__ import annotations
 

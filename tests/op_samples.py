@@ -27,8 +27,7 @@ import fxprune
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.errors import EngineFault
-from fxprune.passes.ir.pytree import collect
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ops.registry import UNKNOWN, find
 from fxprune.passes.ops.rewriting import function_name
 from fxprune.passes.verification.masked_model import MaskedOriginal
@@ -267,11 +266,11 @@ class Trial:
             return Outcome("whole" if whole else "crashed", str(error))
         except (Exception, StageFault, EngineFault) as error:
             return Outcome("crashed", f"{type(error).__name__}: {error}")
-        if not any(choice.slices().values()):
+        if not any(choice.slices.values()):
             return Outcome("whole")
         try:
             found = tree_leaves(pruned(self.x))
-            masked = MaskedOriginal(self.model, choice.solution.leaves, choice.kept, self.options.coupling.heads)
+            masked = MaskedOriginal(self.model, choice.removal(self.options.coupling.heads))
             wanted = tree_leaves(masked((self.x,), {}, whole=False))
         except (Exception, StageFault, EngineFault) as error:
             return Outcome("crashed", f"{type(error).__name__}: {error}\n{pruned.code}")
@@ -294,7 +293,7 @@ class Trial:
             for _, ref in choice.solution.captures[0].outputs
         ]
         model = self.model
-        return Judge(model.compute, model.alone, model.integers(), model.tensors(), choice.slices(), outputs)
+        return Judge(model.compute, model.alone, model.integers(), model.tensors(), choice.slices, outputs)
 
 
 def layouts_of(name: str, sample: Any) -> Iterator[tuple[str, Outcome]]:

@@ -6,9 +6,9 @@ from torch import nn
 
 from fxprune import criteria
 from fxprune.criteria.unit_scores import score_units
-from fxprune.passes.coupling.analysis import analyse
+from fxprune.passes.coupling.couple import analyse
 from fxprune.passes.coupling.families import families
-from fxprune.passes.ir.options import CouplingOptions
+from fxprune.passes.coupling.solution import CouplingOptions
 
 NEED_DATA = ["taylor", "hessian", "obdc", "fisher", "wanda", "flap", "snip", "grasp"]
 GRADIENTS = ["taylor", "hessian", "obdc", "fisher", "snip", "grasp"]

@@ -12,7 +12,7 @@ from torch import nn
 import fxprune
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.capture import programs as capture_programs
-from fxprune.passes.coupling import analysis
+from fxprune.passes.coupling import couple
 from fxprune.reports.report import count_macs
 from fxprune.selection.costs import Costs
 from fxprune.selection.options import Options
@@ -100,6 +100,55 @@ class Numbers(nn.Module):
 def test_numbers_of_numpy_are_written_down_as_numbers():
     pruned = fxprune.prune(Numbers().eval(), 0.5, example_inputs=torch.randn(2, 8))
     assert pruned.verification.ok and pruned.meta["capture"] == "symbolic" and "np." not in pruned.code
+
+
+class Packs(nn.Module):
+    """Packs sequences of several lengths for a recurrent layer, and checks a size with NumPy."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.rnn, self.b = nn.Linear(8, 16), nn.GRU(16, 12, batch_first=True), nn.Linear(12, 4)
+
+    def forward(self, x, lengths):
+        if (np.array(x.shape[2:]) % 8 != 0).any():
+            raise ValueError("its width is no multiple of 8")
+        packed = nn.utils.rnn.pack_padded_sequence(self.a(x), lengths, batch_first=True)
+        return self.b(nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True)[0])
+
+
+def test_sequences_are_packed_and_numpy_is_given_sizes():
+    inputs = torch.randn(2, 5, 8), torch.tensor([5, 3])
+    pruned = fxprune.prune(Packs().eval(), 0.5, example_inputs=inputs)
+    assert pruned.verification.ok and pruned.meta["capture"] == "symbolic"
+    assert pruned.rnn.hidden_size == 6
+
+
+def mask_of(lengths):
+    """True where a sequence of this length has an entry."""
+    return torch.arange(int(lengths.max())) < lengths[:, None]
+
+
+class Masks(nn.Module):
+    """Reads values in a function, called from its own forward."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x, lengths):
+        return self.b(self.a(x).relu() * mask_of(lengths)[..., None])
+
+
+def test_a_function_that_reads_values_is_one_node():
+    """And the model around it is captured op by op; the function computes what it does for other lengths."""
+    model, x = Masks().eval(), torch.randn(2, 5, 8)
+    pruned = fxprune.prune(model, 0.5, example_inputs=(x, torch.tensor([5, 3])))
+    assert pruned.verification.ok and pruned.meta["capture"] == "symbolic"
+    assert pruned.a.out_features == 8 and [n.name for n in pruned.graph.nodes if n.target is mask_of] == ["mask_of"]
+    assert pruned(x[:, :4], torch.tensor([2, 4])).shape == (2, 4, 4)
+    assert type(mask_of(torch.tensor([2]))) is torch.Tensor
 
 
 class Registers(nn.Module):
@@ -421,7 +470,7 @@ class Placed(nn.Module):
 @pytest.mark.parametrize("between", [made_here, asks, brings, looks_up, writes, writes_places])
 def test_a_run_without_values_is_where_the_model_is(between, monkeypatch):
     """A device that is asked for is the model's, and what is found is what a run with values finds."""
-    runs, plain = [], analysis.programs
+    runs, plain = [], couple.programs
     model, x = Placed(between).eval(), torch.randn(2, 8)
 
     def programs(model, args, kwargs, stand_in):
@@ -430,7 +479,7 @@ def test_a_run_without_values_is_where_the_model_is(between, monkeypatch):
             raise RuntimeError
         return plain(model, args, kwargs, stand_in)
 
-    monkeypatch.setattr(analysis, "programs", programs)
+    monkeypatch.setattr(couple, "programs", programs)
     monkeypatch.setenv("FXPRUNE_STRICT", "0")
     first_is_given_up = False
     found = fxprune.couple(model, x)
@@ -560,10 +609,10 @@ ATTENTION = {
 @pytest.mark.parametrize("attention", ["heads", "dims"])
 @pytest.mark.parametrize("kind", ATTENTION)
 def test_attention_couples_without_values_as_with_them(kind, attention, monkeypatch):
-    """One call on the tape in one run, what the kernel of the time comes to in the other."""
+    """One call in the op trace of one run, what the kernel of the time comes to in the other."""
     model, x = Attends(**ATTENTION[kind]).eval(), torch.randn(2, 6, 8)
     found = fxprune.couple(model, x, attention=attention).to_dict()
-    plain, ways = analysis.programs, []
+    plain, ways = couple.programs, []
 
     def with_values(*args):
         if args[-1] is not None:
@@ -573,9 +622,9 @@ def test_attention_couples_without_values_as_with_them(kind, attention, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setenv("FXPRUNE_STRICT", "0")
-        patch.setattr(analysis, "programs", with_values)
+        patch.setattr(couple, "programs", with_values)
         assert fxprune.couple(model, x, attention=attention).to_dict() == found and len(ways) == 1
-        solution = analysis.analyse(model, (x,), {}, Options.parse(model, attention=attention).coupling)
+        solution = couple.analyse(model, (x,), {}, Options.parse(model, attention=attention).coupling)
     assert Costs(solution, dict(model.named_parameters())).original("macs") == count_macs(model, ExampleInputs.parse(x))
     if kind != "dropout":
         pruned = fxprune.prune(model, 0.5, example_inputs=x, attention=attention, verify=True)

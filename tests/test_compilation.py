@@ -10,10 +10,10 @@ from torch import nn
 import fxprune
 from fxprune import Plan, PruneError
 from fxprune.inputs import ExampleInputs
-from fxprune.passes.coupling.analysis import analyse
-from fxprune.passes.ir.options import CouplingOptions
+from fxprune.passes.coupling.couple import analyse
+from fxprune.passes.coupling.solution import CouplingOptions
+from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ir.slices import Slicer
-from fxprune.passes.ir.tensor_ref import TensorRef
 from fxprune.passes.rewrite.rewrite import rewrite_program
 from fxprune.pipeline import Compilation
 from fxprune.selection.options import Options
@@ -228,12 +228,12 @@ def test_a_coupling_with_a_dead_reference_is_found():
         check_coupling(solution)
 
 
-def test_a_choice_that_parts_a_class_is_found(model):
+def test_a_choice_that_parts_a_unit_is_found(model):
     solution = analyse(model, (X,), {}, CouplingOptions())
-    classes, sizes = torch.unique(solution.unit_of, return_counts=True)
+    units, sizes = torch.unique(solution.unit_of, return_counts=True)
     kept = torch.ones(len(solution.unit_of), dtype=torch.bool)
-    kept[classes[sizes > 1][0]] = False
-    with pytest.raises(StageFault, match="labels of one class are kept and removed"):
+    kept[units[sizes > 1][0]] = False
+    with pytest.raises(StageFault, match="labels of one unit are kept and removed"):
         check_choice(solution, Slicer(kept))
 
 

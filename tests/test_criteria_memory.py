@@ -10,9 +10,9 @@ from torch.utils._pytree import tree_leaves
 
 from fxprune import criteria
 from fxprune.criteria.unit_scores import score_units
-from fxprune.passes.coupling.analysis import analyse
+from fxprune.passes.coupling.couple import analyse
 from fxprune.passes.coupling.families import families
-from fxprune.passes.ir.options import CouplingOptions
+from fxprune.passes.coupling.solution import CouplingOptions
 
 
 class Allocated(TorchDispatchMode):

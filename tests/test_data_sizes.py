@@ -8,7 +8,7 @@ from torch import nn
 import fxprune
 from fxprune.passes.ir.data_sizes import DataSizes
 from fxprune.passes.ir.op_trace import OpCall, OpTrace, TensorInfo
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import TensorRef
 
 
 class Detects(nn.Module):

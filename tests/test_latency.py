@@ -11,14 +11,13 @@ from test_budgets import MODELS, X, macs
 from torch import nn
 
 import fxprune
-from fxprune.passes.coupling.analysis import analyse
+from fxprune.passes.coupling.couple import analyse
 from fxprune.passes.coupling.families import families
-from fxprune.passes.ir.options import CouplingOptions
+from fxprune.passes.coupling.solution import CouplingOptions
 from fxprune.selection import latency
 from fxprune.selection.budgets import Budget
-from fxprune.selection.candidates import list_candidates
+from fxprune.selection.candidates import Group, list_candidates
 from fxprune.selection.costs import Costs
-from fxprune.selection.groups import Group
 from fxprune.selection.latency import PRECISE, Latency, measure_seconds
 from fxprune.selection.latency_model import LatencyModel
 from fxprune.selection.latency_search import ABREAST, MARGIN, ROUNDS, bracket_budget

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import fxprune
-from fxprune.model_kinds import unwrapped
+from fxprune.entry_points import unwrapped
 
 X = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
 SHARDED = "prune the plain model, before fully_shard(), parallelize_module() or quantize_()"

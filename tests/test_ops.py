@@ -9,8 +9,8 @@ from oracle import plain_masked, relative_error, run
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.passes.coupling.analysis import analyse
-from fxprune.passes.ir.options import CouplingOptions
+from fxprune.passes.coupling.couple import analyse
+from fxprune.passes.coupling.solution import CouplingOptions
 from fxprune.passes.ops import call
 from fxprune.selection.costs import Costs
 

@@ -19,8 +19,7 @@ from torch import nn
 import fxprune
 from fxprune.inputs import ExampleInputs
 from fxprune.iterative.plan_mapping import tensors_of, widened
-from fxprune.selection.candidates import remove_share
-from fxprune.selection.groups import Group
+from fxprune.selection.candidates import Group, remove_share
 
 every_model = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS.keys())
 HEADED = sorted(name for name, graph in GRAPHS.items() if graph.heads)
@@ -324,11 +323,11 @@ def test_what_is_gone_stays_where_rows_must_be_equal():
     """In the second step too much of one head is asked for: all of that is taken back, and nothing of the first step."""
     pruner = fxprune.Pruner(vit(), 0.5, example_inputs=IMAGES, attention="dims", steps=2)
     pruner.step()
-    course, gone = pruner._planner, pruner._gone
-    family = next(f for f in course.free if "in_proj_weight" in f.name and gone[f.units].any())
+    planner, gone = pruner._planner, pruner._gone
+    family = next(f for f in planner.free if "in_proj_weight" in f.name and gone[f.units].any())
     asked = gone.copy()
     asked[next(u for u in family.units if not gone[u])] = True
-    kept, _ = course.settle(asked, np.zeros(len(gone)), gone)
+    kept, _ = planner.settle(asked, np.zeros(len(gone)), gone)
     assert not kept.numpy()[np.flatnonzero(gone)].any()
     assert (~kept.numpy()[family.units]).sum() == gone[family.units].sum()
 

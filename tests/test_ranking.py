@@ -14,8 +14,7 @@ from torch import nn
 
 import fxprune
 from fxprune.selection.allocation import allocate_share, levels_after, merge_steps, order_by_importance
-from fxprune.selection.candidates import list_candidates, remove_share
-from fxprune.selection.groups import Group
+from fxprune.selection.candidates import Group, list_candidates, remove_share
 
 
 def chain(*widths, scale=()):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fxprune.criteria.catalog import CRITERIA
+from fxprune.passes.capture.patching import PATCHES
 from fxprune.repair.methods import METHODS
 from fxprune.selection.budgets import KINDS
 
@@ -33,8 +34,9 @@ def test_blocks_are_found_with_their_line_numbers():
 @pytest.fixture
 def tables():
     """The tables that blocks add to, restored afterwards."""
-    before = [(table, dict(table)) for table in (CRITERIA, KINDS, METHODS)]
+    before, patches = [(table, dict(table)) for table in (CRITERIA, KINDS, METHODS)], list(PATCHES)
     yield
+    PATCHES[:] = patches
     for table, entries in before:
         table.clear()
         table.update(entries)

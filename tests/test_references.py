@@ -8,10 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.passes.ir.slices import TensorSlice
+from fxprune.passes.ir.slices import TensorSlice, mask_of
 from fxprune.passes.verification.masked_model import MaskedOriginal
-from fxprune.passes.verification.zero_flow import why_zeroed_does_not_apply
-from fxprune.passes.verification.zeroed_model import ZeroedOriginal, removed_elements
+from fxprune.passes.verification.zeroed_model import ZeroedOriginal, why_zeroed_does_not_apply
 
 
 def net(forward, **layers) -> nn.Module:
@@ -120,7 +119,7 @@ def test_whole_groups_leave_a_group_norm_alone():
 
 
 def test_where_slices_of_nested_dimensions_remove():
-    gone = removed_elements((2, 3, 2), [TensorSlice((1, 0), torch.tensor([1, 3, 5]), (3, 1))])
+    gone = ~mask_of([TensorSlice((1, 0), torch.tensor([1, 3, 5]), (3, 1))], (2, 3, 2))
     assert torch.equal(gone, torch.tensor([[[True] * 2] * 3, [[False] * 2] * 3]))
 
 

@@ -146,13 +146,13 @@ def test_group_lasso_of_any_graph(name):
     """Against one unit after the other: labels that belong to it, element by element."""
     model, x = GRAPHS[name].make()
     pruner = fxprune.Pruner(model, 0.5, example_inputs=x, regularizer=GroupLasso(strength=0.3))
-    course = pruner._planner
-    unit = course.unit_of
+    planner = pruner._planner
+    unit = planner.unit_of
     total = 0
-    for family in course.free:
+    for family in planner.free:
         for one in family.units.tolist():
             square = 0
-            for parameter_name, labels in course.solution.leaves.items():
+            for parameter_name, labels in planner.solution.leaves.items():
                 parameter = dict(model.named_parameters()).get(parameter_name)
                 if parameter is not None:
                     for f in labels:

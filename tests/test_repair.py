@@ -9,7 +9,7 @@ from refusals import IMAGES, net, refuses, untouched
 from torch import nn
 
 import fxprune
-from fxprune.repair import cgls
+from fxprune.repair import least_squares
 
 DOUBLE = torch.float64
 
@@ -95,9 +95,9 @@ def test_a_layer_with_too_many_inputs_for_the_normal_equations_is_fitted_in_step
     batches = torch.randn(shape, dtype=DOUBLE).split(3)
     pruned = pruned_by_half(model, batches[0])
     at_once = fxprune.repair(model, pruned, batches, method="reconstruct", ridge=ridge)
-    monkeypatch.setattr(cgls, "WIDE", 0)
-    monkeypatch.setattr(cgls, "STEPS", 500)
-    monkeypatch.setattr(cgls, "ENOUGH", 1e-10)
+    monkeypatch.setattr(least_squares, "WIDE", 0)
+    monkeypatch.setattr(least_squares, "STEPS", 500)
+    monkeypatch.setattr(least_squares, "ENOUGH", 1e-10)
     in_steps = fxprune.repair(model, pruned, batches, method="reconstruct", ridge=ridge)
     assert [s.note.endswith("inputs: in steps") for s in in_steps.meta["repair"].steps] == [True]
     for a, b in zip(at_once.state_dict().values(), in_steps.state_dict().values(), strict=True):
@@ -121,8 +121,8 @@ def test_what_a_call_adds_to_its_product_is_no_part_of_it(monkeypatch):
     pruned = pruned_by_half(model, x)
     at_once = repaired(model, pruned, x, "reconstruct", ridge=0.1)
     assert [s.done for s in at_once.meta["repair"].steps] == [True]
-    monkeypatch.setattr(cgls, "WIDE", 0)
-    monkeypatch.setattr(cgls, "ENOUGH", 1e-10)
+    monkeypatch.setattr(least_squares, "WIDE", 0)
+    monkeypatch.setattr(least_squares, "ENOUGH", 1e-10)
     same(repaired(model, pruned, x, "reconstruct", ridge=0.1)(x), at_once(x))
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import fx, nn
 
-from fxprune.passes.coupling.analysis import analyse
+from fxprune.passes.coupling.couple import analyse
+from fxprune.passes.coupling.solution import CouplingOptions
 from fxprune.passes.errors import NotARectangle
-from fxprune.passes.ir.options import CouplingOptions
 from fxprune.passes.rewrite.graph_editor import GraphEditor
 from fxprune.passes.rewrite.rewrite import check_programs, rewrite_program
 
@@ -27,12 +27,14 @@ def targets(graph: fx.Graph) -> list[str]:
 def test_new_nodes_stand_before_a_node_until_it_is_emitted_and_after_it_from_then_on():
     graph, nodes = graph_of("relu", "exp")
     editor = GraphEditor(graph, {})
-    with editor.visiting(nodes[1]):
-        before = graph.call_method("neg", (nodes[0],))
-        relu = editor.emit(nodes[1], (before,), {})
-        editor.replace(nodes[1], graph.call_method("abs", (relu,)))
-    with editor.visiting(nodes[2]):
-        graph.call_method("sin", (nodes[0],))
+    editor.visit(nodes[1])
+    before = graph.call_method("neg", (nodes[0],))
+    relu = editor.emit(nodes[1], (before,), {})
+    editor.replace(nodes[1], graph.call_method("abs", (relu,)))
+    editor.leave(nodes[1])
+    editor.visit(nodes[2])
+    graph.call_method("sin", (nodes[0],))
+    editor.leave(nodes[2])
     assert targets(graph) == ["x", "neg", "relu", "abs", "sin", "exp", "output"]
     assert nodes[1].args == (nodes[0],)  # nothing changes before all is applied
     editor.apply(nodes, set())
@@ -43,8 +45,9 @@ def test_new_nodes_stand_before_a_node_until_it_is_emitted_and_after_it_from_the
 def test_nodes_that_others_stand_for_are_erased():
     graph, nodes = graph_of("relu", "exp")
     editor = GraphEditor(graph, {})
-    with editor.visiting(nodes[1]):
-        editor.replace(nodes[1], graph.call_method("abs", (nodes[0],)))
+    editor.visit(nodes[1])
+    editor.replace(nodes[1], graph.call_method("abs", (nodes[0],)))
+    editor.leave(nodes[1])
     editor.apply(nodes, set())
     graph.lint()
     assert targets(graph) == ["x", "abs", "exp", "output"]
@@ -53,10 +56,12 @@ def test_nodes_that_others_stand_for_are_erased():
 def test_new_nodes_belong_to_the_branch_of_the_node_they_are_made_for():
     graph, nodes = graph_of("relu", "exp")
     editor = GraphEditor(graph, {nodes[1]: True})
-    with editor.visiting(nodes[1]):
-        made = graph.call_method("neg", (nodes[0],))
-    with editor.visiting(nodes[2]):
-        common = graph.call_method("abs", (nodes[0],))
+    editor.visit(nodes[1])
+    made = graph.call_method("neg", (nodes[0],))
+    editor.leave(nodes[1])
+    editor.visit(nodes[2])
+    common = graph.call_method("abs", (nodes[0],))
+    editor.leave(nodes[2])
     assert editor.branches == {nodes[1]: True, made: True} and common not in editor.branches
 
 

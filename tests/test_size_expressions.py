@@ -9,11 +9,10 @@ from torch import fx
 
 from fxprune.passes.ir.labels import along
 from fxprune.passes.ir.op_trace import OpTrace, TensorInfo
+from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ir.slices import Slicer
-from fxprune.passes.ir.tensor_ref import TensorRef
 from fxprune.passes.rewrite.graph_editor import GraphEditor
-from fxprune.passes.rewrite.pruned_shapes import PrunedShapes
-from fxprune.passes.rewrite.size_expressions import SizeExpressions
+from fxprune.passes.rewrite.size_expressions import PrunedShapes, SizeExpressions
 
 BATCH, CHANNELS, KEPT = 4, 12, 9
 

@@ -1,12 +1,15 @@
-"""Slicing tensors: what is left is what indexing leaves, in one piece and block by block."""
+"""Slices: the sizes of what a mask keeps, and what is left of a tensor, in one piece and block by block."""
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from fxprune.passes.ir.slices import TensorSlice, fast_index_select
-from fxprune.passes.rewrite import slicing
-from fxprune.passes.rewrite.slicing import slice_tensor
+from fxprune.passes.ir.slices import TensorSlice, fast_index_select, rectangle
+from fxprune.passes.rewrite import rewrite
+from fxprune.passes.rewrite.rewrite import slice_tensor
 
 
 def half(size: int, dim: int, seed: int) -> TensorSlice:
@@ -21,8 +24,8 @@ SHAPES = [(12, 10), (12, 10, 3, 3), (6, 5, 2), (12, 10, 1, 1), (7, 6, 2, 2), (12
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("large", [1 << 22, 1 << 6])
 def test_two_dimensions_of_a_tensor(shape, dtype, large, monkeypatch):
-    monkeypatch.setattr(slicing, "LARGE", large)
-    monkeypatch.setattr(slicing, "BLOCK", 1 << 5)
+    monkeypatch.setattr(rewrite, "LARGE", large)
+    monkeypatch.setattr(rewrite, "BLOCK", 1 << 5)
     source = torch.arange(torch.Size(shape).numel()).reshape(shape).to(dtype)
     rows, columns = half(shape[0], 0, 0), half(shape[1], 1, 1)
     found = slice_tensor(source, [rows, columns])
@@ -31,7 +34,7 @@ def test_two_dimensions_of_a_tensor(shape, dtype, large, monkeypatch):
 
 @pytest.mark.parametrize("large", [1 << 22, 1])
 def test_a_tensor_that_is_not_contiguous(large, monkeypatch):
-    monkeypatch.setattr(slicing, "LARGE", large)
+    monkeypatch.setattr(rewrite, "LARGE", large)
     source = nn.Parameter(torch.randn(3, 3, 8, 6).permute(2, 3, 0, 1))
     rows, columns = half(8, 0, 2), half(6, 1, 3)
     found = slice_tensor(source, [rows, columns])
@@ -41,7 +44,7 @@ def test_a_tensor_that_is_not_contiguous(large, monkeypatch):
 @pytest.mark.parametrize("large", [1 << 22, 1])
 def test_three_dimensions_of_which_two_are_nested(large, monkeypatch):
     """Rows, and pairs of indices of the other two of which every row keeps equally many."""
-    monkeypatch.setattr(slicing, "LARGE", large)
+    monkeypatch.setattr(rewrite, "LARGE", large)
     source = torch.randn(8, 3, 4)
     rows, nested = half(8, 0, 4), TensorSlice((1, 2), torch.tensor([0, 2, 9, 11]), (2, 2))
     wanted = source[rows.keep].flatten(1)[:, nested.keep].reshape(4, 2, 2)
@@ -64,3 +67,22 @@ def test_picking_along_a_dimension(shape, dim, dtype, monkeypatch):
     wanted = source.numpy(force=True)[(slice(None),) * dim + (keep.numpy(),)] if dtype != torch.bfloat16 else None
     wanted = torch.from_numpy(wanted) if wanted is not None else source[(slice(None),) * dim + (keep,)]
     assert torch.equal(fast_index_select(source, dim, keep), wanted)
+
+
+def sizes_by_definition(mask):
+    """Level by level: how many indices have anything left, for each row that has."""
+    sizes = []
+    for level in range(mask.ndim):
+        alive = mask.reshape(*mask.shape[: level + 1], -1).any(-1)
+        counts = {int(c) for c in alive.sum(-1).reshape(-1) if c}
+        if len(counts) != 1:
+            return None
+        sizes += counts
+    return tuple(sizes)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (3, 2), (2, 2, 2), (1, 4)])
+def test_sizes_of_every_mask(shape):
+    for bits in itertools.product([False, True], repeat=int(np.prod(shape))):
+        mask = np.array(bits).reshape(shape)
+        assert rectangle(mask) == sizes_by_definition(mask)

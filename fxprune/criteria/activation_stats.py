@@ -76,12 +76,10 @@ class ActivationObserver(Recorder):
             call = self.origins.call(op, self.op_trace)
             for found in find(call.op.func).products_of(call):
                 if self.op_trace.values[found.source.id].from_input and self.origins.known.get(found.weight.id):
-                    self.look(found, self.by_number((args, kwargs)), call.shape(found.weight), out)
+                    tensors = {self.ref(t).id: t for t in collect((args, kwargs), Tensor)}
+                    self.look(found, tensors, call.shape(found.weight), out)
         del self.op_trace.ops[before:]
         return out
-
-    def by_number(self, arguments: Any) -> dict[int, Tensor]:
-        return {self.ref(t).id: t for t in collect(arguments, Tensor)}
 
     def look(self, product: Product, tensors: Mapping[int, Tensor], shape: Sequence[int], out: Tensor) -> None:
         met = self.origins.vector(product, shape, product.summed)

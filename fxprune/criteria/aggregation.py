@@ -9,18 +9,17 @@ import numpy as np
 Row = tuple[np.ndarray, np.ndarray]
 
 
-def added(rows: Iterable[Row], size: int) -> np.ndarray:
-    total = np.zeros(size)
-    for units, values in rows:
-        total[units] += values
-    return total
-
-
-def mean(rows: Iterable[Row], size: int) -> np.ndarray:
+def sums(rows: Iterable[Row], size: int) -> tuple[np.ndarray, np.ndarray]:
+    """For each unit the sum of its scores, and how many there are."""
     total, count = np.zeros(size), np.zeros(size)
     for units, values in rows:
         total[units] += values
         count[units] += 1
+    return total, count
+
+
+def mean(rows: Iterable[Row], size: int) -> np.ndarray:
+    total, count = sums(rows, size)
     return total / np.maximum(count, 1)
 
 
@@ -50,16 +49,13 @@ def first(rows: Iterable[Row], size: int) -> np.ndarray:
 
 def geometric(rows: Iterable[Row], size: int) -> np.ndarray:
     """The geometric mean of magnitudes; a layer that gives zero makes the unit's score zero."""
-    logs, count = np.zeros(size), np.zeros(size)
     with np.errstate(divide="ignore"):
-        for units, values in rows:
-            logs[units] += np.log(np.abs(values))
-            count[units] += 1
+        logs, count = sums(((units, np.log(np.abs(values))) for units, values in rows), size)
     return np.where(count > 0, np.exp(logs / np.maximum(count, 1)), 0.0)
 
 
 REDUCE: dict[str, Callable[[Iterable[Row], int], np.ndarray]] = {
-    "sum": added,
+    "sum": lambda rows, size: sums(rows, size)[0],
     "mean": mean,
     "max": largest,
     "prod": product,

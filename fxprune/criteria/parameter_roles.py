@@ -1,4 +1,4 @@
-"""Roles of parameters, read off the tape: which dimensions a product sums over, and which parameters scale a normalised value.
+"""Roles of parameters, from the op trace: which dimensions a product sums over, and which parameters scale a normalised value.
 
 No layer is named here: what counts is the dispatcher call that a parameter enters, and in which argument.
 """
@@ -18,8 +18,7 @@ from fxprune.passes.ir.labels import NONE, Labels
 from fxprune.passes.ir.op_trace import OpCall, OpTrace
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.propagation_state import PropagationState
-from fxprune.passes.ir.pytree import collect
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ops.call import OpView, RuleContext
 from fxprune.passes.ops.pointwise import same
 from fxprune.passes.ops.registry import Product, find

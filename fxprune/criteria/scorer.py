@@ -24,7 +24,7 @@ SMALL = 1 << 13  # elements of a parameter that is scored together with others
 
 
 class ScoredParameter(NamedTuple):
-    """A parameter to score: its name, its values, and the factors along which it counts, each with its classes."""
+    """A parameter to score: its name, its values, and the factors along which it counts, each with the units of its labels."""
 
     name: str
     weight: Tensor
@@ -42,7 +42,7 @@ class Scorer:
         criterion: its description.
         families: those that may lose units; elements of no family are not scored. By default all are.
         counts: whether a parameter counts along one of its factors; by default all do.
-        seen: after a call, whether the criterion scored a class, shape (labels,).
+        seen: after a call, whether the criterion scored a unit, shape (labels,).
     """
 
     parameters: Mapping[str, Tensor]
@@ -61,7 +61,7 @@ class Scorer:
             self.free[np.concatenate([f.units for f in self.families])] = True
 
     def __call__(self, evidence: Mapping[str, Tensor] | None = None) -> np.ndarray:
-        """The score of every unit, float64, indexed by class, shape (labels,); 0 where no parameter belongs to a class.
+        """The score of every unit, float64, indexed by unit, shape (labels,); 0 where no parameter belongs to a unit.
 
         Arguments:
             evidence: what the criterion `needs`, by name of parameter and broadcastable to it; others do not count.
@@ -70,14 +70,14 @@ class Scorer:
         if self.criterion.score_units is not None:
             self.seen[:] = True
             return np.asarray(self.criterion.score_units(size), np.float64)
-        classes, values, lengths = self.score_places(evidence)
-        self.seen[classes] = True
+        units, values, lengths = self.score_places(evidence)
+        self.seen[units] = True
         if self.criterion.reduce == "sum" and self.criterion.finish_layer is None:
-            return np.bincount(classes, values, size)
-        return REDUCE[self.criterion.reduce](self.split_layers(classes, values, lengths), size)
+            return np.bincount(units, values, size)
+        return REDUCE[self.criterion.reduce](self.split_layers(units, values, lengths), size)
 
     def find_places(self, name: str) -> list[tuple[Factor, np.ndarray]]:
-        """The factors of a parameter along which it counts, each with the classes of its labels."""
+        """The factors of a parameter along which it counts, each with the units of its labels."""
         labels = self.leaves.get(name, ())
         if self.counts is not None:
             labels = tuple(f for f in labels if self.counts(name, f))
@@ -85,8 +85,8 @@ class Scorer:
         return spans if self.free is None else [(f, span) for f, span in spans if self.free[span].any()]
 
     def score_places(self, evidence: Mapping[str, Tensor] | None) -> tuple[np.ndarray, np.ndarray, list[int]]:
-        """Classes and scores of every index of every place, concatenated, and the number of indices of each place."""
-        classes: list[np.ndarray] = []
+        """Units and scores of every index of every place, concatenated, and the number of indices of each place."""
+        units: list[np.ndarray] = []
         parts: list[Tensor | np.ndarray] = []
         with torch.no_grad():
             found = [(n, p, self.find_places(n)) for n, p in self.parameters.items() if evidence is None or n in evidence]
@@ -105,11 +105,11 @@ class Scorer:
                 for (f, span), part in zip(places, sums, strict=True):
                     if part is not None:
                         mine, flat = match_labels(f, span, part)
-                        classes.append(mine)
+                        units.append(mine)
                         parts.append(flat)
         if not parts:
             return np.zeros(0, np.int64), np.zeros(0), []
-        return np.concatenate(classes), concatenate(parts), [len(c) for c in classes]
+        return np.concatenate(units), concatenate(parts), [len(c) for c in units]
 
     def score_together(self, scored: Sequence[ScoredParameter]) -> dict[str, np.ndarray]:
         """The scores of the elements of small parameters, float64: one call for many of them.
@@ -133,13 +133,13 @@ class Scorer:
         return found
 
     def split_layers(
-        self, classes: np.ndarray, values: np.ndarray, lengths: list[int]
+        self, every: np.ndarray, values: np.ndarray, lengths: list[int]
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """For each place its units and their scores."""
+        """For each place its units, each once, and their scores; `every` has the unit of each value."""
         finish = self.criterion.finish_layer or (lambda layer: layer)
         start = 0
         for length in lengths:
-            units, inverse = np.unique(classes[start : start + length], return_inverse=True)
+            units, inverse = np.unique(every[start : start + length], return_inverse=True)
             yield units, finish(np.bincount(inverse.reshape(-1), values[start : start + length], len(units)))
             start += length
 
@@ -194,7 +194,7 @@ class Scorer:
 
 
 def match_labels(f: Factor, span: np.ndarray, part: Tensor | np.ndarray) -> tuple[np.ndarray, Tensor | np.ndarray]:
-    """Classes and scores of a place, flat and of one length: repeated rows are summed, missing dimensions broadcast."""
+    """Units and scores of a place, flat and of one length: repeated rows are summed, missing dimensions broadcast."""
     flat = part.reshape(-1)
     if f.repeats > 1:
         major = torch.as_tensor(part).movedim(f.major_to_minor[0], 0)

@@ -28,7 +28,7 @@ def score_units(
     data: Any = None,
     loss: Any = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The score of each unit, and whether the criterion scored it; both indexed by class, shape (labels,).
+    """The score of each unit, and whether the criterion scored it; both indexed by unit, shape (labels,).
 
     Raises: PruneError where data or a loss is missing, or the criterion returns no scores, or scores no family.
     """
@@ -59,9 +59,7 @@ def score_units(
     check_finite(total, families, spec)
     if not any(seen[f.units].any() for f in families):
         raise PruneError(
-            f"the criterion {spec.name} scores nothing in this model",
-            where=type(model).__name__,
-            fix="criterion='magnitude'",
+            f"the criterion {spec.name} scores nothing in this model", where=type(model).__name__, fix="criterion='magnitude'"
         )
     return total, seen
 

@@ -7,11 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
 
-from fxprune.reports.formatting import as_text, counted, short, table
+from fxprune.reports.formatting import Printable, counted, short, table
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderableType
-    from rich.table import Table
+    from rich.console import RenderableType
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +40,7 @@ class HistoryStep:
         return dataclasses.asdict(self)
 
 
-class History(Sequence[HistoryStep]):
+class History(Printable, Sequence[HistoryStep]):
     """The steps so far, in order; printable.
 
     >>> print(History([HistoryStep(1, "ratio=0.25", (2, 6), 2, (44, 30), (36, 24), None)]))
@@ -73,7 +72,7 @@ class History(Sequence[HistoryStep]):
     def __repr__(self) -> str:
         return f"History({counted(len(self), 'step')})"
 
-    def table(self) -> Table:
+    def tables(self) -> Iterator[RenderableType]:
         first = self._steps[0].params[0] if self._steps else 1
         rows = [
             (
@@ -85,12 +84,6 @@ class History(Sequence[HistoryStep]):
             )
             for s in self
         ]
-        return table(("step", "units gone", "parameters", "macs", "asked for"), rows)
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         yield counted(len(self), "step")
         yield ""
-        yield self.table()
-
-    def __str__(self) -> str:
-        return as_text(self)
+        yield table(("step", "units gone", "parameters", "macs", "asked for"), rows)

@@ -23,8 +23,9 @@ from fxprune.inputs import ExampleInputs
 from fxprune.passes.coupling.families import families
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import copy_tree, named_tensors
+from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.slices import Slicer
+from fxprune.passes.verification.zeroed_model import zeroed_copy
 from fxprune.pipeline import Compilation
 from fxprune.plan import PlanData
 from fxprune.selection.options import Attention, Freeze, Options, Verify
@@ -53,13 +54,7 @@ def masked(model: nn.Module, plan: PlanData) -> nn.Module:
 
 def zeroed(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     """A copy of a model with zeros where a mask, if there is one for a tensor, says so; masks broadcast."""
-    swap: dict[int, Tensor] = {}
-    for name, tensor in named_tensors(model):
-        new = tensor.detach().clone()
-        if name in masks and (new.is_floating_point() or new.is_complex()):
-            new.masked_fill_(~masks[name].to(new.device), 0)
-        swap[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
-    copy: nn.Module = copy_tree(model, swap)
+    copy: nn.Module = zeroed_copy(model, masks)[0]
     return copy
 
 

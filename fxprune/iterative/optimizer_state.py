@@ -1,4 +1,4 @@
-"""What goes along with a model when it is cut: the state of its optimizer, and moving averages of its weights."""
+"""Remap the state of an optimizer, and moving averages of weights, after a pruning step."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from fxprune.plan import PlanData
 
 
 class Move:
-    """From one model to the next that was cut from it.
+    """The map from a model to the one that a step made of it, tensor by tensor.
 
     Arguments:
         last, model: the two models.
         old, new: their tensors by the names in the original.
-        before, after: where they stand in the original.
-        kept: for each tensor what is not masked, if elements are masked instead of cut.
+        before, after: the plans that leave of the original what each of them is.
+        kept: for each tensor which elements are not masked, if elements are masked instead of removed.
     """
 
     def __init__(

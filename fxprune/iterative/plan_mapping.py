@@ -1,6 +1,6 @@
-"""A pruned model as a part of the original: its tensors, and its labels, there and back.
+"""Tensors and labels of a pruned model in terms of the original, and back.
 
-A cut says where in the original every element of a pruned tensor stands. So whatever is shaped like a pruned tensor (its
+A slice says where in the original every element of a pruned tensor stands. So whatever is shaped like a pruned tensor (its
 value, an optimizer's state, a moving average) can be put back into the original's shape, and cut again by another plan.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.labels import Factor, Labels, compress, varying
-from fxprune.passes.ir.module_tree import copy_tree, fetch, named_tensors, walk
+from fxprune.passes.ir.module_tree import check_module, copy_tree, fetch, named_tensors, walk
 from fxprune.passes.ir.slices import TensorSlice, apply_slices
 from fxprune.plan import PlanData
 
@@ -57,8 +57,7 @@ def tensors_of(model: nn.Module, plan: PlanData, prefix: str = "", needed: Colle
 
     Raises: PruneError where a tensor is missing or has another shape.
     """
-    if not isinstance(model, nn.Module):
-        raise PruneError(f"model is of type {type(model).__name__}, not a torch.nn.Module", fix="pass the module itself")
+    check_module(model)
     fix = "the module that step() returned, trained or not; of a wrapper around it, what is inside (wrapper.module)"
     found: dict[str, Tensor] = {}
     for name in plan.shapes:

@@ -1,4 +1,4 @@
-"""The course of iterative pruning: what each step removes, chosen among the units of the original.
+"""The planner of iterative pruning: what each step removes, chosen among the units of the original.
 
 The original is coupled once. A step looks at the values that are left, by the labels that they have in the original, and adds
 to what is gone already; so the plan is always one of the original, and needs no composing.
@@ -28,13 +28,12 @@ from fxprune.passes.ir.slices import Slicer
 from fxprune.pipeline import Compilation
 from fxprune.plan import PlanData
 from fxprune.reports.coupling import CoupledFamily, coupled_family
-from fxprune.selection.allocation import Allocator
+from fxprune.selection.allocation import Allocator, match_ratios
+from fxprune.selection.candidates import form_groups
 from fxprune.selection.costs import Costs, elements
-from fxprune.selection.groups import form_groups
 from fxprune.selection.latency import too_slow, used_share
 from fxprune.selection.options import Options
 from fxprune.selection.rectangles import find_nonempty_sets, restore_rectangles
-from fxprune.selection.scopes import match_ratios
 from fxprune.selection.select import allocate, find_free_families
 from fxprune.verification import evaluating
 
@@ -62,7 +61,7 @@ class Planner:
         self.compilation = compilation
         self.solution = solution = compilation.couple_for_good()
         model = self.model
-        trial = compilation.latency_probe() if options.measures_latency else None
+        self.probe = compilation.latency_probe() if options.measures_latency else None
         self.unit_of = solution.unit_of.numpy()
         self.free = find_free_families(model, solution, options)
         if resolve(options.criterion).places == "scales":  # families without a scale have no score, and stay
@@ -71,10 +70,9 @@ class Planner:
         self.guards = find_nonempty_sets(solution)
         self.learned = frozenset(n for n, t in named_tensors(model) if n in solution.leaves and isinstance(t, nn.Parameter))
         self.costs = Costs(solution, dict(named_tensors(model)))
-        self.trial = trial
         self.original: float = 0
-        if trial is not None:
-            self.original = trial.original_seconds()
+        if self.probe is not None:
+            self.original = self.probe.original_seconds()
         elif options.budget is not None:
             self.original = options.budget.cost(self.costs)
         self.check()
@@ -87,9 +85,9 @@ class Planner:
             limit = budget.limit(self.original)
             allocator = Allocator(self.free, score, self.solution, self.options)
             kept, slicer = allocator.apply(allocator.allocate_all())
-            if self.trial is not None:
-                with self.trial.restore_random_state():
-                    [found] = self.trial.measure([self.trial.prune(kept, self.solution.unit_of)], budget)
+            if self.probe is not None:
+                with self.probe.restore_random_state():
+                    [found] = self.probe.measure([self.probe.prune(kept, self.solution.unit_of)], budget)
                 if used_share(budget, found) > 1:
                     raise too_slow(budget, found)
             elif (least := budget.cost(self.costs, slicer)) > limit:
@@ -111,12 +109,12 @@ class Planner:
         Arguments:
             present: the model as it is now.
             view: where its tensors stand in the original.
-            gone: classes that are removed already, shape (labels,), and stay so.
+            gone: units that are removed already, shape (labels,), and stay so.
             share: in [0, 1].
         """
         free, score = self.scores(present, view, gone)
         options = part_of(self.options, share, self.original)
-        kept, _ = allocate(free, score, self.costs, options, self.trial, gone)
+        kept, _ = allocate(free, score, self.costs, options, self.probe, gone)
         return StepChoice(gone, self.removed(kept), score, lambda more, held: self.settle(more, score, held))
 
     def removed(self, kept: Tensor) -> np.ndarray:
@@ -167,7 +165,7 @@ class Planner:
             except Exception:  # as in `analyse`
                 return programs(present, inputs.args, inputs.kwargs, None)
 
-    def pools(self) -> list[list[tuple[Family, CoupledFamily]]]:
+    def groups(self) -> list[list[tuple[Family, CoupledFamily]]]:
         """Families that one constraint ties together, each also as a user reads it."""
         tensors = dict(named_tensors(self.model))
         shown = [coupled_family(f, n) for f, n in zip(self.free, elements(self.solution, self.free, tensors), strict=True)]

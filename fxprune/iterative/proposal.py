@@ -19,13 +19,13 @@ Settle = Callable[[np.ndarray, np.ndarray], tuple[Tensor, Slicer]]
 
 @dataclass(slots=True)
 class StepChoice:
-    """What a step chose, by class of labels: shape (labels,).
+    """What a step chose, indexed by unit: shape (labels,).
 
     Attributes:
         gone: what was removed before.
         wanted: what is removed after it.
         score: importance; infinitely small for what is gone.
-        settle: from removed classes, and those among them that cannot come back, to what is kept.
+        settle: from removed units, and those among them that cannot come back, to what is kept.
     """
 
     gone: np.ndarray
@@ -45,9 +45,9 @@ class Candidate:
         applied: whether they will.
     """
 
-    def __init__(self, choice: StepChoice, pool: Sequence[tuple[Family, CoupledFamily]], proposal: Proposal) -> None:
-        self._choice, self._own, self._proposal = choice, [own for own, _ in pool], proposal
-        self.families = tuple(shown for _, shown in pool)
+    def __init__(self, choice: StepChoice, group: Sequence[tuple[Family, CoupledFamily]], proposal: Proposal) -> None:
+        self._choice, self._own, self._proposal = choice, [own for own, _ in group], proposal
+        self.families = tuple(shown for _, shown in group)
         fresh = choice.wanted & ~choice.gone
         self.units: tuple[list[int], ...] = tuple(np.flatnonzero(fresh[own.units]).tolist() for own in self._own)
         self.applied = False
@@ -71,8 +71,8 @@ class Candidate:
         parts = [f"{f.name}: {len(u)} of {counted(f.units, 'unit')}" for f, u in zip(self.families, self.units)]
         return f"Candidate({', '.join(parts)}{', applied' if self.applied else ''})"
 
-    def classes(self) -> np.ndarray:
-        """The units as classes, shape (labels,)."""
+    def removed(self) -> np.ndarray:
+        """Which units of the model these are, shape (labels,)."""
         found = np.zeros(len(self._choice.gone), bool)
         for own, units in zip(self._own, self.units):
             found[own.units[np.asarray(units, np.int64)]] = True
@@ -97,7 +97,7 @@ class Candidate:
 
     def apply(self) -> Candidate:
         """Let the units go in this step; raises PruneError where they cannot go without others."""
-        mine = self.classes()
+        mine = self.removed()
         others = self._proposal.removed(without=self)
         kept, _ = self._choice.settle(others | mine, others)
         back = [[u for u in units if bool(kept[own.units[u]])] for own, units in zip(self._own, self.units)]
@@ -128,11 +128,11 @@ class Proposal:
     def __init__(
         self,
         choice: StepChoice,
-        pools: Sequence[Sequence[tuple[Family, CoupledFamily]]],
+        groups: Sequence[Sequence[tuple[Family, CoupledFamily]]],
         build: Callable[[np.ndarray], nn.Module],
     ) -> None:
         self.choice, self.build = choice, build
-        self.candidates = [Candidate(choice, pool, self) for pool in pools]
+        self.candidates = [Candidate(choice, group, self) for group in groups]
 
     def __iter__(self) -> Iterator[Candidate]:
         """Those that lose anything, in the order of the model's parameters."""
@@ -154,7 +154,7 @@ class Proposal:
         found = self.choice.gone.copy()
         for candidate in self.candidates:
             if candidate.applied and candidate is not without:
-                found |= candidate.classes()
+                found |= candidate.removed()
         return found
 
     def finish(self) -> nn.Module:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeVar, overload
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import numpy as np
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
-from fxprune.criteria.base import Criterion
-from fxprune.entry_points import entry_point
+from fxprune.entry_points import entry_point, unwrapped
 from fxprune.inputs import ExampleInputs
 from fxprune.iterative.history import History, HistoryStep
 from fxprune.iterative.masking import hold, muted
@@ -19,12 +18,14 @@ from fxprune.iterative.plan_mapping import tensors_of, widened
 from fxprune.iterative.planner import Planner, View
 from fxprune.iterative.proposal import Proposal, StepChoice
 from fxprune.iterative.regularizers import Regularizer, Spans, find, spans_of
-from fxprune.iterative.schedules import Schedule, asked, part_of, shares
-from fxprune.model_kinds import unwrapped
+from fxprune.iterative.schedules import Schedule, describe_request, part_of, shares
 from fxprune.passes.errors import PruneError
 from fxprune.pipeline import Choice, Compilation
 from fxprune.plan import PlanData
-from fxprune.selection.options import Attention, Freeze, Options, Ratio, Scopes, Verify, is_one_of
+from fxprune.selection.options import Asked, Options, Ratio, Verify, is_one_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
 
@@ -66,48 +67,15 @@ class Pruner:
         ratio: Ratio | None = None,
         *,
         example_inputs: Any = None,
-        params: float | None = None,
-        macs: float | None = None,
-        memory: float | None = None,
-        latency: float | str | None = None,
-        budget: Mapping[str, float | str] | None = None,
-        criterion: str | Criterion = "magnitude",
-        data: Iterable[Any] | None = None,
-        loss: Callable[..., Tensor] | None = None,
-        ranking: Literal["local", "global", "isomorphic"] = "local",
-        scopes: Scopes | None = None,
-        floor: float | None = None,
-        freeze: Freeze = (),
-        release: str | Sequence[str] = (),
-        round_to: int = 1,
-        attention: Attention = "heads",
         verify: Verify = "auto",
         schedule: str | Schedule = "linear",
         steps: int = 1,
         regularizer: str | Regularizer = "group_lasso",
         mask: Literal["hold", "soft"] | None = None,
+        **asked: Unpack[Asked],
     ) -> None:
         with entry_point(model) as model:
-            options = Options.parse(
-                model,
-                ratio=ratio,
-                params=params,
-                macs=macs,
-                memory=memory,
-                latency=latency,
-                budget=budget,
-                criterion=criterion,
-                data=data,
-                loss=loss,
-                ranking=ranking,
-                scopes=scopes,
-                floor=floor,
-                freeze=freeze,
-                release=release,
-                round_to=round_to,
-                attention=attention,
-                verify=verify,
-            )
+            options = Options.parse(model, ratio=ratio, verify=verify, **asked)
             self._shares = shares(schedule, steps)
             self._regularizer = find(regularizer)
             if mask is not None and not is_one_of(mask, ("hold", "soft")):
@@ -177,7 +145,7 @@ class Pruner:
             chosen = self._chosen(present, number)
             while not interactive and self._fails(self._settled(chosen.wanted, chosen.score)):
                 chosen = self._chosen(present, number)
-            return Proposal(chosen, self._planner.pools(), take) if interactive else take(chosen.wanted)
+            return Proposal(chosen, self._planner.groups(), take) if interactive else take(chosen.wanted)
 
     def _chosen(self, present: nn.Module, number: int) -> StepChoice:
         return self._planner.choose(*self._looked_at(present), self._stuck, self._shares[number])
@@ -202,7 +170,7 @@ class Pruner:
         verification = getattr(made, "meta", {}).get("verification")  # with masks there is none
         step = HistoryStep(
             len(self.history) + 1,
-            asked(part_of(self._planner.options, self._shares[len(self.history)], self._planner.original)),
+            describe_request(part_of(self._planner.options, self._shares[len(self.history)], self._planner.original)),
             (int(now[units].sum()), len(units)),
             int((now & ~self._gone)[units].sum()),
             (costs.of(self._choice.slicer, "params"), costs.of(choice.slicer, "params")),
@@ -253,7 +221,7 @@ class Pruner:
         return tensors_of(model, self._view.plan, self._view.prefix, self._planner.learned)
 
     @property
-    def _stuck(self) -> np.ndarray:  # classes that are gone and cannot come back
+    def _stuck(self) -> np.ndarray:  # units that are gone and cannot come back
         return np.zeros_like(self._gone) if self._mask == "soft" else self._gone
 
     def _looked_at(self, present: nn.Module) -> tuple[nn.Module, View]:

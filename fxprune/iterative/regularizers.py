@@ -166,8 +166,8 @@ class Spans:
     Arguments:
         parameters: names, in the order in which they are looked at.
         leaves: labels by name.
-        unit: the class of each label, shape (labels,).
-        families: the classes of each family that may go.
+        unit_of: the unit of each label, shape (labels,).
+        families: the units of each family that may go.
         counts: whether a parameter counts along one of its factors.
     """
 
@@ -175,20 +175,20 @@ class Spans:
         self,
         parameters: Sequence[str],
         leaves: Mapping[str, Labels],
-        unit: np.ndarray,
+        unit_of: np.ndarray,
         families: Sequence[np.ndarray],
         counts: Callable[[str, Factor], bool],
     ) -> None:
-        self.classes = np.concatenate(families)
+        self.units = np.concatenate(families)
         self.families = len(families)
         self.family = torch.from_numpy(np.repeat(np.arange(len(families)), [len(f) for f in families]))
-        number = np.full(len(unit), len(self.classes), np.int64)  # the last number is that of all the rest
-        number[self.classes] = np.arange(len(self.classes))
+        number = np.full(len(unit_of), len(self.units), np.int64)  # the last number is that of all the rest
+        number[self.units] = np.arange(len(self.units))
         self.rows: list[tuple[str, tuple[int, ...], Tensor]] = []
         for name in parameters:
             for f in leaves.get(name, ()):
-                index = torch.from_numpy(number[unit[f.flat]]).reshape(f.labels.shape)
-                if counts(name, f) and bool((index < len(self.classes)).any()):
+                index = torch.from_numpy(number[unit_of[f.flat]]).reshape(f.labels.shape)
+                if counts(name, f) and bool((index < len(self.units)).any()):
                     rest = tuple(d for d in range(f.labels.dim()) if d not in f.major_to_minor)
                     self.rows.append((name, rest, index))
 
@@ -197,13 +197,13 @@ class Spans:
         device = next(p.device for p in parameters.values())
         self.rows = [(name, rest, index.to(device)) for name, rest, index in self.rows]  # copied once
         wide = torch.float64 if any(p.dtype is torch.float64 for p in parameters.values()) else torch.float32
-        squares = torch.zeros(len(self.classes) + 1, dtype=wide, device=device)
+        squares = torch.zeros(len(self.units) + 1, dtype=wide, device=device)
         for name, rest, index in self.rows:
             if name in parameters:
                 w = floating(parameters[name].detach())
                 found = w.square().sum(rest, keepdim=True) if rest else w.square()
                 squares.index_add_(0, index.reshape(-1), found.reshape(-1).to(device, wide))
-        going = None if marked is None else torch.from_numpy(marked[self.classes]).to(device)
+        going = None if marked is None else torch.from_numpy(marked[self.units]).to(device)
         pull = of(Units(squares[:-1], self.family.to(device), self.families, going, calls))
         checked(pull, squares[:-1], of)
         pull = torch.cat([pull, pull.new_zeros(1)])
@@ -222,7 +222,7 @@ def spans_of(solution: Solution, free: Sequence[Family], gone: np.ndarray, plan:
 
     Arguments:
         solution: the coupling of the original, and `free` its families that may go.
-        gone: classes that are removed, shape (labels,).
+        gone: units that are removed, shape (labels,).
         plan: what the model was cut by.
         of: the regulariser.
     """

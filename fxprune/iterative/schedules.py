@@ -96,7 +96,7 @@ def part_of(options: Options, share: float, original: float) -> Options:
     return dataclasses.replace(options, budget=budget)
 
 
-def asked(options: Options) -> str:
+def describe_request(options: Options) -> str:
     """What a request asks for, in the words of the arguments."""
     if options.budget is not None:
         amount = options.budget.amount

@@ -12,10 +12,17 @@ from torch import Tensor, fx
 
 from fxprune.criteria.activation_stats import Moments, wide
 from fxprune.passes.ir.pytree import map_tensors
-from fxprune.repair import cgls
-from fxprune.repair.cgls import count_inputs, fit_gradually
+from fxprune.repair import least_squares
 from fxprune.repair.interpreter import ProgramRun
-from fxprune.repair.normal_equations import NormalEquations, add_call, as_weight, groups, is_convolution
+from fxprune.repair.least_squares import (
+    NormalEquations,
+    add_call,
+    as_weight,
+    count_inputs,
+    fit_gradually,
+    groups,
+    is_convolution,
+)
 from fxprune.repair.sites import RepairSite, SiteCall
 
 NO_PLACE = "it has no bias, and no normalisation with running statistics behind it"
@@ -199,7 +206,7 @@ class Reconstruct(RepairMethod):
         large: list[tuple[SiteCall, Tensor]] = []
         for call, target, residual in repairer.residuals(node, site):
             size += float(target.double().square().sum())
-            if count_inputs(call) > cgls.WIDE:
+            if count_inputs(call) > least_squares.WIDE:
                 large.append((call, residual))
             else:
                 add_call(normal, call, residual)

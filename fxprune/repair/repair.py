@@ -25,17 +25,17 @@ from fxprune.pipeline import Compilation
 from fxprune.plan import PlanData, plan_of
 from fxprune.repair.interpreter import ProgramRun
 from fxprune.repair.methods import METHODS, Repairer, RepairStep
-from fxprune.reports.formatting import as_text, counted, table
+from fxprune.reports.formatting import Printable, counted, plain_data, table
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.console import RenderableType
 
 
 SHOWN = 30
 
 
 @dataclass(frozen=True)
-class Repair:
+class Repair(Printable):
     """What was repaired; printable, and found in `meta["repair"]` of what `repair` returns.
 
     Attributes:
@@ -61,8 +61,7 @@ class Repair:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready data."""
-        steps = [{"layer": s.layer, "method": s.method, "error": s.error, "done": s.done, "note": s.note} for s in self.steps]
-        return {"methods": list(self.methods), "error": list(self.error), "steps": steps, "computed": self.computed}
+        return plain_data(self)
 
     def sentences(self) -> Iterator[str]:
         before, after = self.error
@@ -85,12 +84,6 @@ class Repair:
             more = len(self.done) - SHOWN
             rows += [(f"and {more} more", "", "", "", "")] if more > 0 else []
             yield table(("layer", "method", "error before", "after", "note"), rows)
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        yield from self.tables()
-
-    def __str__(self) -> str:
-        return as_text(self)
 
 
 @without_modes()

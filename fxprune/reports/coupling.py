@@ -11,11 +11,11 @@ from torch import Tensor
 
 from fxprune.passes.coupling.families import Family
 from fxprune.passes.coupling.solution import Solution
-from fxprune.reports.formatting import as_text, counted, table
+from fxprune.reports.formatting import Printable, counted, table
 from fxprune.selection.costs import elements
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.console import RenderableType
     from rich.table import Table
 
 
@@ -68,7 +68,7 @@ class CoupledFamily:
         }
 
 
-class Coupling:
+class Coupling(Printable):
     """Families of a model: printable, and exportable as JSON or as a graph.
 
     >>> import torch, fxprune
@@ -139,12 +139,6 @@ class Coupling:
             yield ""
             reasons = [str(f.frozen) for f in self.frozen]
             yield family_table(("kept whole", "because it"), self.frozen, reasons)
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        yield from self.tables()
-
-    def __str__(self) -> str:
-        return as_text(self)
 
 
 def family_table(titles: tuple[str, str], found: Sequence[CoupledFamily], last: Sequence[str]) -> Table:

@@ -3,34 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 from torch import nn
 
-from fxprune.criteria.base import Criterion
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.ir.quiet import without_modes
 from fxprune.pipeline import Compilation, spent
-from fxprune.reports.formatting import as_text, short, table
+from fxprune.reports.formatting import Printable, short, table
 from fxprune.selection.budgets import KINDS, format_cost
 from fxprune.selection.costs import Costs
 from fxprune.selection.latency import Latency
-from fxprune.selection.options import Attention, Freeze, Options, Ratio
+from fxprune.selection.options import Asked, Options, Ratio
 from fxprune.selection.select import select_least
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.console import RenderableType
+    from typing_extensions import Unpack
 
 
 COMPUTED = ("params", "macs", "memory")
 
 
-@dataclass(frozen=True, slots=True)
-class Feasibility:
+@dataclass(frozen=True)
+class Feasibility(Printable):
     """What pruning can bring a model to.
 
     >>> import torch, fxprune
@@ -68,59 +68,18 @@ class Feasibility:
             rows.append(("latency", "", now, format_cost("latency", self.latency.original)))
         yield table(("", "least", f"at {self.at}", "original"), rows)
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        yield from self.tables()
-
-    def __str__(self) -> str:
-        return as_text(self)
-
 
 @without_modes()
 def feasible(
-    model: nn.Module,
-    example_inputs: Any = None,
-    *,
-    ratio: Ratio | None = None,
-    params: float | None = None,
-    macs: float | None = None,
-    memory: float | None = None,
-    latency: float | str | None = None,
-    budget: Mapping[str, float | str] | None = None,
-    criterion: str | Criterion = "magnitude",
-    ranking: str = "local",
-    scopes: Any = None,
-    floor: float | None = None,
-    data: Any = None,
-    loss: Any = None,
-    freeze: Freeze = (),
-    release: str | Sequence[str] = (),
-    round_to: int = 1,
-    attention: Attention = "heads",
+    model: nn.Module, example_inputs: Any = None, *, ratio: Ratio | None = None, **asked: Unpack[Asked]
 ) -> Feasibility:
     """What a request would leave of a model, and the least that any could.
 
-    Arguments: as for `prune`; the `ratio` counts if no budget is given. Raises: PruneError, as `prune` would.
+    Arguments: as for `prune` (but `verify` and `same_class`); the `ratio` counts if no budget is given. Raises: PruneError, as
+    `prune` would.
     """
     with entry_point(model) as model:
-        options = Options.parse(
-            model,
-            ratio=ratio,
-            params=params,
-            macs=macs,
-            memory=memory,
-            latency=latency,
-            budget=budget,
-            criterion=criterion,
-            data=data,
-            loss=loss,
-            ranking=ranking,
-            scopes=scopes,
-            floor=floor,
-            freeze=freeze,
-            release=release,
-            round_to=round_to,
-            attention=attention,
-        )
+        options = Options.parse(model, ratio=ratio, **asked)
         if options.data is not None:
             options = dataclasses.replace(options, data=list(options.data))  # it is read twice
         compilation = Compilation(model, ExampleInputs.parse(example_inputs).check(model), options.coupling)

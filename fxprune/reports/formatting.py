@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -12,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import ConsoleOptions, RenderableType
 
 
 WIDTH = 110
@@ -30,12 +32,32 @@ def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     return made
 
 
+class Printable:
+    """What prints as rich tables, in a terminal and as text."""
+
+    def tables(self) -> Iterator[RenderableType]:
+        """What is shown of it, as rich renders it."""
+        raise NotImplementedError
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        yield from self.tables()
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+
 def as_text(renderable: RenderableType, width: int = WIDTH) -> str:
     """What rich shows of something, as plain text that is the same on every terminal."""
     file = io.StringIO()
     console = Console(file=file, width=width, color_system=None, highlight=False, markup=False, emoji=False)
     console.print(renderable)
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines()).rstrip()
+
+
+def plain_data(record: Any) -> dict[str, Any]:
+    """A dataclass as JSON-ready data: dicts and lists."""
+    data: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(record)))
+    return data
 
 
 def counted(number: int, noun: str) -> str:

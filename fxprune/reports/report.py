@@ -21,13 +21,13 @@ from fxprune.passes.ir.quiet import unobserved, without_modes
 from fxprune.pipeline import Compilation
 from fxprune.plan import PlanData, plan_of
 from fxprune.reports.coupling import CoupledFamily, coupled_family
-from fxprune.reports.formatting import as_text, counted, short, table
+from fxprune.reports.formatting import Printable, counted, short, table
 from fxprune.selection.costs import elements
 from fxprune.selection.latency import FRIENDLY, Latency
 from fxprune.verification import Verification, evaluating
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.console import RenderableType
     from rich.table import Table
 
 
@@ -66,7 +66,7 @@ class FamilyChange:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Printable):
     """What pruning did to a model; printable.
 
     Attributes:
@@ -155,12 +155,6 @@ class Report:
         if self.whole:
             yield ""
             yield whole_table(self.whole)
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        yield from self.tables()
-
-    def __str__(self) -> str:
-        return as_text(self)
 
 
 @without_modes()

@@ -1,21 +1,24 @@
-"""Allocate what is removed among the groups of a model: a level for each, by a ratio or step by step for a budget."""
+"""Allocate what is removed among the groups of a model: a level for each, by a ratio or step by step for a budget.
+
+Ratios and scopes are matched with families by globs over the names of modules.
+"""
 
 from __future__ import annotations
 
+import fnmatch
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from torch import Tensor
 
 from fxprune.passes.coupling.families import Family
 from fxprune.passes.coupling.solution import Solution
+from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ir.slices import Slicer
-from fxprune.selection.candidates import Candidates, list_candidates
-from fxprune.selection.groups import Group, form_groups
-from fxprune.selection.options import Options
+from fxprune.selection.candidates import Candidates, Group, form_groups, list_candidates
+from fxprune.selection.options import Options, Ratio, Scopes
 from fxprune.selection.rectangles import find_nonempty_sets, restore_rectangles
-from fxprune.selection.scopes import describe_structures, match_ratios, match_scopes
 
 FLOOR = 0.1  # the share of every family that stays where families compete, unless told otherwise
 
@@ -31,7 +34,7 @@ class Allocator:
         solution: the coupling.
         options: what to remove.
         round_to, competes: in place of those of `options`.
-        removed: for each class whether an earlier step removed it, shape (labels,); it stays removed.
+        removed: for each unit whether an earlier step removed it, shape (labels,); it stays removed.
 
     Attributes:
         candidates: what each group can lose.
@@ -83,7 +86,7 @@ class Allocator:
         return merge_steps(self.rivals, self.candidates)
 
     def removed_at(self, levels: Sequence[int]) -> np.ndarray:
-        """For each class whether an allocation removes it, shape (labels,)."""
+        """For each unit whether an allocation removes it, shape (labels,)."""
         return removed_at(self.candidates, levels, len(self.score))
 
     def apply(self, levels: Sequence[int]) -> tuple[Tensor, Slicer]:
@@ -111,7 +114,7 @@ def prefer_removed(candidates: Sequence[Candidates], removed: np.ndarray) -> Non
 
     Arguments:
         candidates: listed by scores that are lowest for units that are removed already.
-        removed: for each class whether it is, shape (labels,).
+        removed: for each unit whether it is, shape (labels,).
     """
     for found in candidates:
         for level in range(1, len(found.count)):
@@ -153,7 +156,7 @@ def levels_after(candidates: Sequence[Candidates], steps: Iterable[int]) -> list
 
 
 def removed_at(candidates: Sequence[Candidates], levels: Sequence[int], size: int) -> np.ndarray:
-    """For each of `size` classes whether an allocation removes it."""
+    """For each of `size` units whether an allocation removes it."""
     removed = np.zeros(size, bool)
     for found, level in zip(candidates, levels, strict=True):
         removed[found.removed(level)] = True
@@ -178,3 +181,85 @@ def allocate_share(candidates: Sequence[Candidates], share: float) -> list[int]:
         room -= taken
         levels[i] += 1
     return levels
+
+
+def describe_structures(free: Sequence[Family], solution: Solution) -> list[tuple[object, ...]]:
+    """The structure of each family, whatever its size: the ops that read each layer, as which argument, and the dimension.
+
+    Families of one structure are isomorphic (Fang et al., arXiv:2407.04616).
+    """
+    uses: dict[str, list[str]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for capture in solution.captures[:1]:
+        made_of = {i: v.name for i, v in enumerate(capture.op_trace.values) if v.name is not None}
+        shapes.update({v.name: v.shape for v in capture.op_trace.values if v.name is not None})
+        for op in capture.op_trace.ops:
+            refs = collect((op.args, op.kwargs), TensorRef)
+            mine = [(k, made_of[r.id]) for k, r in enumerate(refs) if r.id in made_of]
+            if mine and not any(capture.op_trace.values[r.id].from_input for r in refs):
+                for ref in collect(op.outs, TensorRef):
+                    made_of.setdefault(ref.id, mine[0][1])  # a view, or a cast, of a parameter
+            for k, name in mine:
+                uses.setdefault(name, []).append(f"{op.func._schema.name}:{k}")
+    found: list[tuple[object, ...]] = []
+    for family in free:
+        lines = sorted(
+            (tuple(sorted(set(uses.get(name, [])))), dim, tuple(n > 1 for n in shapes.get(name, ())))
+            for name, dim in family.members
+        )
+        found.append(tuple(lines))
+    return found
+
+
+def match_ratios(free: Sequence[Family], ratio: Ratio, solution: Solution, scopes: Scopes | None = None) -> list[float]:
+    """The share to remove from each family: that of the first glob that matches a module which writes or scales it.
+
+    The name of a scope is a glob that its families match.
+    """
+    if not isinstance(ratio, Mapping):
+        return [float(ratio)] * len(free)
+    named = match_scopes(free, scopes, solution)
+    return [
+        next((float(r) for glob, r in ratio.items() if glob == scope or any(matches(m, glob) for m in modules)), 0.0)
+        for scope, modules in zip(named, find_owners(free, solution), strict=True)
+    ]
+
+
+def match_scopes(free: Sequence[Family], scopes: Scopes | None, solution: Solution) -> list[str | None]:
+    """The scope of each family: the first one with a glob that matches a module which writes or scales it."""
+    if scopes is None:
+        return [None] * len(free)
+    globs = {name: [g] if isinstance(g, str) else list(g) for name, g in scopes.items()}
+    return [
+        next((name for name, listed in globs.items() if any(matches(m, glob) for m in modules for glob in listed)), None)
+        for modules in find_owners(free, solution)
+    ]
+
+
+def find_owners(free: Sequence[Family], solution: Solution) -> list[set[str]]:
+    """The modules that write or scale each family."""
+    found = find_emitters(solution)
+    every = []
+    for family in free:
+        holding = {name.rpartition(".")[0] for name, _ in family.members}
+        every.append(holding & found.get(int(family.units[0]), set()) or holding)
+    return every
+
+
+def find_emitters(solution: Solution) -> dict[int, set[str]]:
+    """For each unit, the modules in whose results it occurs; a module that only reads a unit is not among them."""
+    unit = solution.unit_of.numpy()
+    found: dict[int, set[str]] = {}
+    for capture, values in zip(solution.captures, solution.values, strict=True):
+        for node, result in capture.results.items():
+            if node.op == "call_module":
+                for f in (f for ref in collect(result, TensorRef) for f in values.get(ref.id, ())):
+                    for c in np.unique(unit[f.compressed]).tolist():
+                        found.setdefault(c, set()).add(str(node.target).removeprefix(capture.prefix))
+    return found
+
+
+def matches(module: str, glob: str) -> bool:
+    """Whether a glob matches a module or one that contains it."""
+    parts = module.split(".")
+    return any(fnmatch.fnmatchcase(".".join(parts[: i + 1]), glob) for i in range(len(parts)))

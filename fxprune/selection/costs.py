@@ -14,9 +14,8 @@ from fxprune.passes.coupling.families import Family
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.ir.labels import Factor
 from fxprune.passes.ir.op_trace import OpCall, TensorInfo
-from fxprune.passes.ir.pytree import map_tensors
+from fxprune.passes.ir.pytree import TensorRef, map_tensors
 from fxprune.passes.ir.slices import Slicer, clusters, cut_shape
-from fxprune.passes.ir.tensor_ref import TensorRef
 from fxprune.passes.ops.call import OpView
 from fxprune.passes.ops.registry import find
 

@@ -93,7 +93,7 @@ class LatencyProbe:
     Arguments:
         model: the original.
         args, kwargs: the example inputs.
-        coupled: captures and couples the model; a capture can be cut only once.
+        coupled: captures and couples the model; a captured program can be rewritten only once.
         clock: times functions; see `measure_seconds`.
     """
 
@@ -131,10 +131,10 @@ class LatencyProbe:
         """The time of the original."""
         return statistics.median(self.clock([self.run(self.original)], self.device)[0])
 
-    def prune(self, kept: Tensor, unit: Tensor) -> nn.Module:
-        """The pruned model that keeps some labels; `unit` is the class of each label when they were chosen."""
+    def prune(self, kept: Tensor, unit_of: Tensor) -> nn.Module:
+        """The pruned model that keeps some labels; `unit_of` is the unit of each label when they were chosen."""
         solution = self.coupled()
-        assert torch.equal(solution.unit_of, unit), "a model is coupled in the same way each time"
+        assert torch.equal(solution.unit_of, unit_of), "a model is coupled in the same way each time"
         return rewrite_program(self.model, solution, kept).eval()
 
     def measure(self, models: Sequence[nn.Module], budget: Budget) -> list[Latency]:

@@ -17,9 +17,8 @@ import torch
 
 from fxprune.passes.errors import NotARectangle
 from fxprune.passes.ir.op_trace import OpCall
-from fxprune.passes.ir.pytree import collect, map_tensors
+from fxprune.passes.ir.pytree import TensorRef, collect, map_tensors
 from fxprune.passes.ir.slices import Slicer
-from fxprune.passes.ir.tensor_ref import TensorRef
 from fxprune.selection.candidates import Candidates
 from fxprune.selection.costs import Costs
 

@@ -8,17 +8,17 @@ import fnmatch
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 from torch import Tensor, nn
 
 from fxprune.criteria.base import Criterion
 from fxprune.criteria.catalog import resolve
+from fxprune.passes.coupling.solution import CouplingOptions
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import named_tensors
-from fxprune.passes.ir.options import CouplingOptions
-from fxprune.passes.ir.quiet import uncollected
-from fxprune.selection.budgets import Budget, list_arguments, parse_budget
+from fxprune.passes.ir.module_tree import named_parameters, named_tensors
+from fxprune.passes.ir.quiet import gc_paused
+from fxprune.selection.budgets import KINDS, Budget, list_arguments, parse_budget
 
 Ratio = float | Mapping[str, float]
 Scopes = Mapping[str, str | Sequence[str]]
@@ -29,6 +29,26 @@ Verify = bool | Literal["auto"]
 DEFAULT_RATIO = 0.5
 RANKINGS = ("local", "global", "isomorphic")
 CHEAP = 100_000_000  # parameters up to which a few forwards take little time
+
+
+class Asked(TypedDict, total=False):
+    """The arguments of `fxprune.prune`, which documents them, that other functions take as it does."""
+
+    params: float | None
+    macs: float | None
+    memory: float | None
+    latency: float | str | None
+    budget: Mapping[str, float | str] | None
+    criterion: str | Criterion
+    data: Iterable[Any] | None
+    loss: Callable[..., Tensor] | None
+    ranking: Literal["local", "global", "isomorphic"]
+    scopes: Scopes | None
+    floor: float | None
+    freeze: Freeze
+    release: str | Sequence[str]
+    round_to: int
+    attention: Attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,20 +80,22 @@ class Options:
         model: nn.Module,
         *,
         ratio: Ratio | None = None,
-        params: float | None = None,
-        macs: float | None = None,
-        memory: float | None = None,
-        latency: float | str | None = None,
         budget: Mapping[str, float | str] | None = None,
         freeze: Freeze = (),
         release: str | Sequence[str] = (),
         attention: Attention = "heads",
         **others: Any,
     ) -> Options:
-        """Options from the arguments of a public function; `others` are attributes. Raises PruneError."""
+        """Options from the arguments of a public function; `others` are budgets and attributes. Raises PruneError."""
+        unknown = [name for name in others if name not in Asked.__annotations__ and name != "verify"]
+        if unknown:
+            raise PruneError(
+                f"there is no argument {unknown[0]!r}", fix=f"one of those of prune: {', '.join(Asked.__annotations__)}"
+            )
         check_ratio(DEFAULT_RATIO if ratio is None else ratio)
-        check_attention(attention)
-        limit = parse_budget({"params": params, "macs": macs, "memory": memory, "latency": latency}, budget)
+        if not is_one_of(attention, ("heads", "dims")):
+            raise PruneError(f"attention must be 'heads' or 'dims', not {attention!r}", fix="attention='heads'")
+        limit = parse_budget({kind: others.pop(kind, None) for kind in KINDS if kind in Asked.__annotations__}, budget)
         if limit is not None and ratio is not None:
             raise PruneError(f"ratio and {limit.kind} are both given", fix=list_arguments())
         coupling = CouplingOptions(attention == "heads", frozen_names(model, freeze), released(release))
@@ -108,12 +130,13 @@ class Options:
 
     def verifies(self, model: nn.Module) -> bool:
         """Whether to compare the result with the original: `auto` does where a forward is cheap."""
-        size = sum(math.inf if p.is_meta else p.numel() for p in model.parameters())
-        return self.verify is True or (self.verify == "auto" and size <= CHEAP)
+        if self.verify != "auto":
+            return self.verify
+        return sum(math.inf if p.is_meta else p.numel() for p in named_parameters(model).values()) <= CHEAP
 
-    def uncollected(self) -> contextlib.AbstractContextManager[None]:
-        """Put the garbage collector off for the time of a selection, unless it runs the model."""
-        return contextlib.nullcontext() if self.runs_the_model else uncollected()
+    def gc_paused(self) -> contextlib.AbstractContextManager[None]:
+        """Pause the garbage collector during a selection, unless it runs the model."""
+        return contextlib.nullcontext() if self.runs_the_model else gc_paused()
 
 
 def is_one_of(value: Any, words: Sequence[str]) -> bool:
@@ -130,15 +153,7 @@ def check_ratio(ratio: Any) -> None:
         ok = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
         if not ok:
             what = f"ratio[{glob!r}]" if glob else "ratio"
-            raise PruneError(
-                f"{what} must be a number in [0, 1), not {value!r}",
-                fix="ratio=0.5 removes half of every family",
-            )
-
-
-def check_attention(attention: Any) -> None:
-    if not is_one_of(attention, ("heads", "dims")):
-        raise PruneError(f"attention must be 'heads' or 'dims', not {attention!r}", fix="attention='heads'")
+            raise PruneError(f"{what} must be a number in [0, 1), not {value!r}", fix="ratio=0.5 removes half of every family")
 
 
 def check_values(options: Options) -> None:

@@ -10,35 +10,30 @@ from torch import Tensor
 
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import NotARectangle
-from fxprune.passes.ir.pytree import collect
+from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ir.slices import Slicer
-from fxprune.passes.ir.tensor_ref import TensorRef
 from fxprune.passes.rewrite.rewrite import tensor_cuts
 
-BATCH = 1 << 20  # classes that are looked at in one call
+BATCH = 1 << 20  # units that are looked at in one call
 
 
 def restore_rectangles(
-    solution: Solution,
-    removed: np.ndarray,
-    score: np.ndarray,
-    nonempty: Sequence[np.ndarray],
-    before: np.ndarray | None = None,
+    solution: Solution, removed: np.ndarray, score: np.ndarray, nonempty: Sequence[np.ndarray], before: np.ndarray | None = None
 ) -> tuple[Tensor, Slicer]:
     """Which labels are kept where only those removals are done that leave every tensor a rectangle with an entry.
 
     Arguments:
         solution: the coupling.
-        removed: for each class whether it is to be removed, shape (labels,); changed.
-        score: importance by class: the most important units are restored first.
+        removed: for each unit whether it is to be removed, shape (labels,); changed.
+        score: importance by unit: the most important units are restored first.
         nonempty: see `find_nonempty_sets`.
-        before: for each class whether an earlier choice of this kind removed it; these stay removed.
+        before: for each unit whether an earlier choice of this kind removed it; these stay removed.
     """
     unit = solution.unit_of.numpy()
     if before is not None:
         removed = removed | before
     for some in batches(nonempty, BATCH):
-        starts = np.cumsum([0, *(len(classes) for classes in some[:-1])])
+        starts = np.cumsum([0, *(len(units) for units in some[:-1])])
         for i in np.flatnonzero(np.logical_and.reduceat(removed[np.concatenate(some)], starts)).tolist():
             if removed[some[i]].all():
                 mine = some[i] if before is None else some[i][~before[some[i]]]
@@ -52,8 +47,8 @@ def restore_rectangles(
             check_activations(solution, slicer)
             return kept, slicer
         except NotARectangle as error:
-            classes = unit[error.labels.numpy()]
-            removed[classes] = False if before is None else before[classes]
+            units = unit[error.labels.numpy()]
+            removed[units] = False if before is None else before[units]
     raise AssertionError("restoring units always ends in a rectangle")
 
 
@@ -85,7 +80,7 @@ def restore_even_rows(solution: Solution, removed: np.ndarray, score: np.ndarray
 
 
 def find_nonempty_sets(solution: Solution) -> list[np.ndarray]:
-    """Sets of classes of which at least one is kept: those of every distinct array of labels."""
+    """Sets of units of which at least one is kept: those of every distinct array of labels."""
     unit = solution.unit_of.numpy()
     seen: set[int] = set()
     found = list(solution.some_stay)

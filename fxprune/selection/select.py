@@ -1,35 +1,42 @@
-"""Select the units that stay: from the coupling, the scores and the options to a mask over labels."""
+"""Select the units that stay: from the coupling, the scores and the options to a mask over labels, within a budget."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
 
 from fxprune.criteria.catalog import find
 from fxprune.criteria.unit_scores import normalise_scores, score_units
-from fxprune.model_kinds import why_unprunable
+from fxprune.entry_points import why_unprunable
 from fxprune.passes.coupling.families import Family, families
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import named_parameters, named_tensors
+from fxprune.passes.ir.module_tree import named_parameters
 from fxprune.passes.ir.slices import Slicer
-from fxprune.selection.allocation import Allocator
-from fxprune.selection.budget_search import meet_budget
+from fxprune.selection.allocation import Allocator, levels_after, match_ratios
+from fxprune.selection.budgets import Budget
 from fxprune.selection.costs import Costs
 from fxprune.selection.latency import FRIENDLY, LatencyProbe
 from fxprune.selection.latency_search import meet_latency
 from fxprune.selection.options import Options
-from fxprune.selection.scopes import match_ratios
 
 
 def select_units(
-    model: nn.Module, solution: Solution, options: Options, probe: LatencyProbe | None = None
+    model: nn.Module,
+    solution: Solution,
+    options: Options,
+    tensors: Mapping[str, Tensor],
+    probe: LatencyProbe | None = None,
 ) -> tuple[Tensor, Slicer]:
-    """Which labels stay; for a budget of latency, `probe` measures it. Raises PruneError where nothing can be removed."""
+    """Which labels stay; `tensors` are the model's, by name, and for a budget of latency `probe` measures it.
+
+    Raises PruneError where nothing can be removed.
+    """
     free, score = score_families(model, solution, options)
-    costs = Costs(solution, dict(named_tensors(model)))
+    costs = Costs(solution, tensors)
     kept, slicer = allocate(free, score, costs, options, probe)
     if not options.competes and slicer.keeps_all and any(match_ratios(free, options.ratio, solution)):
         allocator = Allocator(free, score, solution, options)
@@ -59,7 +66,7 @@ def allocate(
         costs: of the coupling.
         options: what to remove.
         probe: measures latency, where that is the budget.
-        removed: for each class whether an earlier step removed it; these stay removed.
+        removed: for each unit whether an earlier step removed it; these stay removed.
     """
     if options.budget is not None and options.budget.measured:
         assert probe is not None
@@ -127,3 +134,75 @@ def find_free_families(model: nn.Module, solution: Solution, options: Options) -
             fix=f"round_to<={largest}",
         )
     return free
+
+
+CLOSE = 0.995  # the share of its budget that an allocation has to use to be left as it is
+
+
+class Attempt(NamedTuple):
+    """What an allocation keeps, the slicer of it, and its cost."""
+
+    kept: Tensor
+    slicer: Slicer
+    cost: float
+
+
+def meet_budget(budget: Budget, allocator: Allocator, costs: Costs) -> tuple[Tensor, Slicer]:
+    """What is kept after the fewest steps that bring the cost within the budget, less those that turn out not to be needed.
+
+    Raises: PruneError where the budget is above the original or below the least cost there can be.
+    """
+    original = budget.cost(costs)
+    limit = budget.limit(original)
+
+    def attempt(levels: Sequence[int]) -> Attempt:
+        kept, slicer = allocator.apply(levels)
+        return Attempt(kept, slicer, budget.cost(costs, slicer))
+
+    start = attempt([0] * len(allocator.candidates))
+    if start.cost <= limit:
+        return start.kept, start.slicer
+    steps = allocator.order_steps()
+    levels = lambda n: levels_after(allocator.candidates, steps[:n])  # noqa: E731
+    low, high = 0, len(steps)  # over the budget after `low` steps, within it after `high`
+    found = attempt(levels(high))
+    if found.cost > limit:
+        raise budget.unreachable(found.cost, original)
+    while high - low > 1:
+        middle = (low + high) // 2
+        tried = attempt(levels(middle))
+        if tried.cost <= limit:
+            high, found = middle, tried
+        else:
+            low = middle
+    if found.cost < CLOSE * limit:
+        found = return_surplus(levels(high), steps[:high], found, attempt, limit)
+    return found.kept, found.slicer
+
+
+def return_surplus(
+    levels: list[int], steps: Sequence[int], found: Attempt, attempt: Callable[[Sequence[int]], Attempt], limit: float
+) -> Attempt:
+    """Use what a large last step left of the budget: the level of each group is lowered as far as the budget allows.
+
+    The group of the last step comes first, since what it lost is the most important.
+
+    Arguments:
+        levels: of each group after `steps`; changed.
+        found: what they come to.
+        attempt: from levels to what they come to.
+        limit: the largest cost.
+    """
+    for i in dict.fromkeys(reversed(steps)):
+        low, high = 0, levels[i]  # over the budget below `low`, within it at `high`
+        while low < high:
+            middle = (low + high) // 2
+            tried = attempt([*levels[:i], middle, *levels[i + 1 :]])
+            if found.cost <= tried.cost <= limit:
+                high, found = middle, tried
+            else:
+                low = middle + 1
+        levels[i] = high
+        if found.cost >= CLOSE * limit:
+            break
+    return found

@@ -26,7 +26,7 @@ from fxprune.passes.capture.recorder import Recorder
 from fxprune.passes.capture.rollback import ModuleState
 from fxprune.passes.errors import NeedsValues, ReadsValue, WritesConstants
 from fxprune.passes.ir.module_tree import every_path, named_tensors
-from fxprune.passes.ir.program import Guard
+from fxprune.passes.ir.program import Guard, select_by_mode
 from fxprune.passes.ir.pytree import ATOMS, like_dict, map_tensors
 
 HAS_NODES = ATOMS | PROXIES
@@ -249,6 +249,22 @@ class GraphBuilder(ProxyAttributes):
         """What a forward gets when it reads a tensor of a module."""
         name = self.names.get(id(tensor))
         return tensor if name is None else self.attribute(name)
+
+    def by_mode(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Give a node arguments of training that differ from those of evaluation in flags and fractions."""
+
+        def chosen(now: Any, then: Any) -> Any:
+            if type(now) in (bool, float) and (type(now), now) != (type(then), then):
+                with self.graph.inserting_before(node):
+                    made = self.create_node("call_function", select_by_mode, (now, then), {})
+                self.results[made], self.depends[made] = None, False  # a flag is no number that sizes are computed from
+                return made
+            if isinstance(now, tuple | list):
+                return type(now)([chosen(a, b) for a, b in zip(now, then, strict=True)])
+            return now
+
+        node.args = chosen(node.args, args)
+        node.kwargs = {name: chosen(value, kwargs[name]) for name, value in node.kwargs.items()}
 
     # -- undoing ----------------------------------------------------------------------------------------------------
 

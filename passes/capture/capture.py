@@ -3,13 +3,15 @@
 The graph is what the user gets back, with symbolic sizes and modules as nodes. The trace is what the dispatcher ran for each
 node, and what coupling reads. Decisions that Python took on the way (`if x.shape[0] > 1`) are kept as guards.
 
-There are three ways, each tried where the one before it fails: (1) every op is a node; (2) the innermost module whose Python
+There are four ways, each tried where the one before it fails: (1) every op is a node; (2) the innermost module whose Python
 reads the contents of a tensor, or does what proxies cannot follow, is one opaque node, which still runs under the recorder,
-so that it is coupled like everything else; (3) so is the whole model.
+so that it is coupled like everything else; (3) where that would be the whole model, the innermost function is one node, and
+what it is given and returns stays whole; (4) the whole model is one opaque node.
 """
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch import nn
 
 from fxprune.passes.capture.leftovers import remove_leftovers
 from fxprune.passes.capture.opaque import RootWrapper
+from fxprune.passes.capture.patches import not_a_models
 from fxprune.passes.capture.patching import Patches
 from fxprune.passes.capture.tracer import ValueTracer, reason_of
 from fxprune.passes.errors import PruneError, WritesConstants, surface
@@ -56,11 +59,16 @@ def captured(
     if whole:
         return trace(as_one_module(tracer, "stays of its class")).program("whole.")
     try:
-        try:
-            return trace(tracer).program("")
-        except WritesConstants:
-            tracer = starting_from_copies(tracer)
-            return trace(tracer).program("")
+        while True:
+            try:
+                return trace(tracer).program("")
+            except WritesConstants:
+                tracer = once_more(tracer, writes_constants=True)
+            except Exception as error:
+                function = None if isinstance(error, PruneError) or not retry else function_of(error)
+                if function is None or function in tracer.evaluator.functions:
+                    raise
+                tracer = once_more(tracer, function)
     except Exception as error:
         if not retry or hasattr(error, "fxprune_plain") or isinstance(error, PruneError):
             tracer.discard()
@@ -84,14 +92,27 @@ def trace(tracer: ValueTracer) -> ValueTracer:
     return tracer
 
 
-def starting_from_copies(failed: ValueTracer) -> ValueTracer:
-    """A tracer of the same module tree whose program copies constants before it writes to them."""
+def function_of(error: BaseException) -> types.FunctionType | None:
+    """The innermost function of a file of the model's that an error came through; a method is none."""
+    found, trace = None, error.__traceback__
+    while trace is not None:
+        names = trace.tb_frame.f_globals
+        function = names.get(trace.tb_frame.f_code.co_name)
+        if type(function) is types.FunctionType and function.__globals__ is names and not not_a_models(names):
+            found = function
+        trace = trace.tb_next
+    return found
+
+
+def once_more(failed: ValueTracer, function: Any = None, *, writes_constants: bool = False) -> ValueTracer:
+    """A tracer of the same module tree: for it `function` is one node, or its program copies constants that it writes to."""
     failed.stored.restore(failed.index, 0)
     for kept in failed.kept:
         delattr(failed.root, failed.names[id(kept)])
     tracer = ValueTracer(failed.root, failed.example_args, failed.example_kwargs, retry=failed.retry)
     tracer.evaluator.find_home, tracer.evaluator.opaque = failed.evaluator.find_home, dict(failed.evaluator.opaque)
-    tracer.writes_constants = True
+    tracer.evaluator.functions = failed.evaluator.functions | ({function} if function is not None else set())
+    tracer.writes_constants = writes_constants or failed.writes_constants
     failed.discard()
     return tracer
 

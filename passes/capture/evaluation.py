@@ -14,11 +14,9 @@ from torch import fx, nn
 from fxprune.passes.capture.opaque import watched
 from fxprune.passes.capture.patches import FACTORIES, plain_rnn
 from fxprune.passes.capture.recorder import Recorder
-from fxprune.passes.ir.meta_tensors import META
-from fxprune.passes.ir.module_tree import fetch, named_tensors
+from fxprune.passes.ir.module_tree import META, fetch, named_tensors
 from fxprune.passes.ir.program import ModuleCall, SizeUse, select_by_mode
-from fxprune.passes.ir.pytree import collect, has_tensor, map_tensors, tensors
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import TensorRef, collect, has_tensor, map_tensors, tensors
 from fxprune.passes.ops.registry import find_node
 
 plain_call = nn.Module._call_impl  # as it is outside of a capture
@@ -37,6 +35,7 @@ class Evaluator:
     Attributes:
         running: the path of the module that is being evaluated, empty for a function; None while nothing is.
         opaque: modules that are one node each, with the reason.
+        functions: functions of the model's that are one node for each call.
         calls: calls made inside opaque modules, by path.
         sizes: attributes of opaque modules that were used as sizes, by path.
         given: what opaque modules were given, by node.
@@ -48,6 +47,7 @@ class Evaluator:
         self.root, self.modules, self.recorder = root, modules, recorder
         self.running: str | None = None
         self.opaque: dict[str, str] = {}
+        self.functions: set[Any] = set()
         self.calls: dict[str, list[ModuleCall]] = {}
         self.sizes: dict[str, list[SizeUse]] = {}
         self.given: dict[fx.Node, tuple[Any, Any]] = {}

@@ -1,8 +1,4 @@
-"""The tape: every dispatcher call of one run, with tensors replaced by numbered values.
-
-Coupling reads the tape, not the model, so it can be repeated without running anything. Activations are not kept: a value
-is its shape and dtype. Only the contents of small index tensors that do not depend on the inputs are stored.
-"""
+"""The contents of small index tensors that do not depend on the inputs, which coupling reads."""
 
 from __future__ import annotations
 
@@ -14,8 +10,7 @@ from torch import Tensor
 
 from fxprune.passes.errors import NeedsValues
 from fxprune.passes.ir.op_trace import OpTrace, written_by
-from fxprune.passes.ir.pytree import collect
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import TensorRef, collect
 
 
 def storage_of(tensor: Tensor) -> int:

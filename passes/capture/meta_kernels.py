@@ -1,4 +1,4 @@
-"""Imagine: results of ops on the meta device, without the general meta kernels, many of which are Python, and slow."""
+"""Results of ops on the meta device, without the general meta kernels, many of which are written in Python and slow."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves as flat
 from torch.utils._pytree import tree_map_only
 
-from fxprune.passes.ir.meta_tensors import META, NOTHING, PLAIN_TENSORS, empty, empty_strided, like
+from fxprune.passes.ir.module_tree import META, NOTHING, PLAIN_TENSORS, empty, empty_strided, like
 from fxprune.passes.ir.pytree import ATOMS
 
 aten = torch.ops.aten
@@ -28,19 +28,7 @@ SHAPED = frozenset(["aten::convolution", "aten::cat", *(f"aten::{name}" for name
 NORMS = frozenset(["aten::native_batch_norm", "aten::native_layer_norm", "aten::native_group_norm"])
 # in-place ops that change a tensor's shape rather than its contents: the tensor becomes another value
 RESHAPING = frozenset(
-    f"aten::{name}"
-    for name in [
-        "transpose_",
-        "t_",
-        "squeeze_",
-        "unsqueeze_",
-        "swapaxes_",
-        "swapdims_",
-        "as_strided_",
-        "resize_",
-        "resize_as_",
-        "set_",
-    ]
+    f"aten::{name}_" for name in "transpose t squeeze unsqueeze swapaxes swapdims as_strided resize resize_as set".split()
 )
 # the same view by way of the tensor's method, which has less to look through
 VIEWS: dict[Any, Callable[..., Tensor]] = {

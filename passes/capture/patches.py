@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from torch.overrides import BaseTorchFunctionMode
 
 LOCK = threading.RLock()  # what is replaced belongs to the process: one thread at a time
 CACHED = type(functools.lru_cache(len))
+NOT_MODELS = frozenset(["torch", "fxprune", *sys.stdlib_module_names])  # packages that hold no code of a model's
 CALLABLE = (CACHED, types.FunctionType, staticmethod, classmethod)
 CHECKS = [name for name in vars(torch) if name.startswith("_check") and callable(getattr(torch, name))]
 FACTORIES = (
@@ -24,6 +26,11 @@ FACTORIES = (
     " where pow float_power remainder isin xlogy bitwise_and bitwise_or bitwise_xor bitwise_left_shift"
     " bitwise_right_shift result_type"
 ).split()
+
+
+def not_a_models(names: dict[str, Any]) -> bool:
+    """Whether the variables of a file are those of a package that holds no code of a model's."""
+    return str(names.get("__name__", "")).partition(".")[0] in NOT_MODELS
 
 
 @contextlib.contextmanager

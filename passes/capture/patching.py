@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxprune.passes.capture.leftovers import restore_functions
-from fxprune.passes.capture.patches import CACHED, CALLABLE, CHECKS, FACTORIES, LOCK, named_apply
+from fxprune.passes.capture.patches import CACHED, CALLABLE, CHECKS, FACTORIES, LOCK, named_apply, not_a_models
 from fxprune.passes.capture.proxy import PROXIES, unwrap
 from fxprune.passes.capture.tracer import ValueTracer
 from fxprune.passes.ir.pytree import iterate
@@ -38,22 +38,16 @@ class Patches:
         self.active = True
         self.imported = len(sys.modules)
         self.maths = {id(f): f for name, f in vars(math).items() if callable(f) and not name.startswith("_")}
+        self.nodes = self.maths | {id(f): f for f in tracer.evaluator.functions}
         self.seen: set[object] = set()
         self.owners: set[type] = set()
 
     def __enter__(self) -> None:
         LOCK.acquire()
         try:
-            self.factories()
-            self.arithmetic()
-            self.checks()
-            self.contexts()
-            self.custom_functions()
-            self.batch_statistics()
-            self.attention()
-            self.modules()
+            for patch in PATCHES:
+                patch(self)
             self.look_at(self.tracer.root)
-            self.fx_flag()
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -209,13 +203,14 @@ class Patches:
         plain_call, plain_getattr = nn.Module._call_impl, nn.Module.__getattr__
 
         def called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            self.look_at(module)
+            if type(module) not in self.seen or "forward" in vars(module):
+                self.look_at(module)
             return tracer.call_module(module, functools.partial(plain_call, module), args, kwargs)
 
         def read(module: nn.Module, name: str) -> Any:
             if threading.get_ident() != self.thread:
                 return plain_getattr(module, name)
-            number = tracer.plain.answer(module, name)
+            number = tracer.plain.answer(module, name) if tracer.plain.withdrawn else None
             if number is not None:
                 return number
             value = plain_getattr(module, name)
@@ -237,19 +232,12 @@ class Patches:
         self.patch(nn.Module, "training", property(training, lambda m, v: vars(m).__setitem__("training", v)))
 
     def look_at(self, module: nn.Module) -> None:
-        """Functions of `math` see proxies also where a module's file has imported them by name, and caches hold none."""
+        """Functions of `math`, and those that are one node, see proxies wherever a file has them; caches hold none."""
         kind = module if "forward" in vars(module) else type(module)
         if kind in self.seen:
             return
         self.seen.add(kind)
-        names = getattr(module.forward, "__globals__", {})
-        for name, value in list(names.items()) if id(names) not in self.seen else ():
-            if id(value) in self.maths and value is self.maths[id(value)]:
-                names[name] = self.seeing_proxies(value)
-                self.undo.append(functools.partial(names.__setitem__, name, value))
-            elif type(value) in CALLABLE:
-                self.uncached(value, functools.partial(names.__setitem__, name))
-        self.seen.add(id(names))
+        self.look_into(getattr(module.forward, "__globals__", {}))
         for owner in type(module).__mro__:
             if owner in self.owners or owner.__module__.startswith("torch."):
                 continue
@@ -257,12 +245,30 @@ class Patches:
             for name, value in list(vars(owner).items()):
                 if type(value) in CALLABLE:
                     self.uncached(value, functools.partial(setattr, owner, name))
+                    self.look_into(getattr(value, "__globals__", {}))
+
+    def look_into(self, names: dict[str, Any]) -> None:
+        """The variables of a file, and those of the files whose functions it has."""
+        pending = [names]
+        while pending:
+            names = pending.pop()
+            if id(names) in self.seen or not_a_models(names):
+                continue
+            self.seen.add(id(names))
+            for name, value in list(names.items()):
+                if id(value) in self.nodes and value is self.nodes[id(value)]:
+                    names[name] = self.seeing_proxies(value)
+                    self.undo.append(functools.partial(names.__setitem__, name, value))
+                elif type(value) in CALLABLE:
+                    self.uncached(value, functools.partial(names.__setitem__, name))
+                    pending.append(getattr(getattr(value, "__wrapped__", value), "__globals__", {}))
 
     def uncached(self, value: Any, put: Callable[[Any], None]) -> None:
         """Have a function compute what it would look up in its `functools.lru_cache`: a proxy is good for one capture."""
         function = getattr(value, "__func__", value)  # of a static method
         if type(function) is CACHED:
-            put(function.__wrapped__ if function is value else type(value)(function.__wrapped__))
+            plain = self.without_proxies(function)
+            put(plain if function is value else type(value)(plain))
             self.undo.append(functools.partial(put, value))
             return
         for cell in getattr(function, "__closure__", None) or ():  # a decorator of the model's own around it
@@ -271,5 +277,28 @@ class Patches:
             except ValueError:  # it is still empty
                 continue
             if type(inner) is CACHED:
-                cell.cell_contents = inner.__wrapped__
+                cell.cell_contents = self.without_proxies(inner)
                 self.undo.append(functools.partial(setattr, cell, "cell_contents", inner))
+
+    def without_proxies(self, function: Any) -> Callable[..., Any]:
+        """A function that looks up and remembers nothing that is computed from proxies, or by a module, while it is traced."""
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            traced = self.tracing() and any(type(v) in PROXIES or isinstance(v, nn.Module) for v in iterate((args, kwargs)))
+            return (function.__wrapped__ if traced else function)(*args, **kwargs)
+
+        self.replaced.append((function, wrapper))
+        return wrapper
+
+
+PATCHES: list[Callable[[Patches], None]] = [
+    Patches.factories,
+    Patches.arithmetic,
+    Patches.checks,
+    Patches.contexts,
+    Patches.custom_functions,
+    Patches.batch_statistics,
+    Patches.attention,
+    Patches.modules,
+    Patches.fx_flag,
+]

@@ -19,8 +19,7 @@ from fxprune.passes.capture.frames import Frame
 from fxprune.passes.capture.proxy import TensorProxy
 from fxprune.passes.capture.train_eval import Modes
 from fxprune.passes.ir.program import select_by_mode
-from fxprune.passes.ir.pytree import ATOMS, collect
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import ATOMS, TensorRef, collect
 
 
 class PlainModules:

@@ -11,6 +11,7 @@ import operator
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 from torch.fx.graph import magic_methods, reflectable_magic_methods
@@ -206,6 +207,9 @@ class PlainProxy(Proxy):
 
     def __getattr__(self, name: str) -> Any:
         return self.tracer.read_attribute(self, name)
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return np.array(self.concrete("numpy"), *args)
 
 
 class IntProxy(PlainProxy, torch.SymInt):  # type: ignore[misc]

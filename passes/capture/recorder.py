@@ -1,8 +1,4 @@
-"""The tape: every dispatcher call of one run, with tensors replaced by numbered values.
-
-Coupling reads the tape, not the model, so it can be repeated without running anything. Activations are not kept: a value
-is its shape and dtype. Only the contents of small index tensors that do not depend on the inputs are stored.
-"""
+"""The recorder writes every dispatcher call of one run to an op trace."""
 
 from __future__ import annotations
 
@@ -19,17 +15,16 @@ from fxprune.passes.capture.index_contents import IndexContents
 from fxprune.passes.capture.meta_kernels import RESHAPING, MetaKernels
 from fxprune.passes.capture.proxy import TensorProxy
 from fxprune.passes.errors import ReadsValue
-from fxprune.passes.ir.meta_tensors import PLAIN_TENSORS, like
+from fxprune.passes.ir.module_tree import PLAIN_TENSORS, like
 from fxprune.passes.ir.op_trace import OpCall, OpTrace, TensorInfo, written_by
-from fxprune.passes.ir.pytree import ATOMS, gather_refs, map_tensors, tensors
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import ATOMS, TensorRef, gather_refs, map_tensors, tensors
 
 LARGEST_INDEX = 1 << 22  # elements
 NAMELESS = SimpleNamespace(name="")
 
 
 class Recorder(TorchDispatchMode):
-    """Writes what the dispatcher runs onto a tape while it is `active`.
+    """Appends what the dispatcher runs to an op trace while it is `active`.
 
     Arguments:
         names: the model's own tensors (parameters, buffers, tensor attributes) by identity.

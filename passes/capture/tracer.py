@@ -17,8 +17,7 @@ from fxprune.passes.capture.train_eval import Modes, captured_in_both
 from fxprune.passes.errors import PruneError, ReadsValue, surface
 from fxprune.passes.ir.module_tree import walk
 from fxprune.passes.ir.program import CapturedProgram, named_outputs
-from fxprune.passes.ir.pytree import tensors
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import TensorRef, tensors
 
 UNWATCHED: contextlib.nullcontext[dict[str, int]] = contextlib.nullcontext({})
 
@@ -90,8 +89,11 @@ class ValueTracer(GraphBuilder):
             if kwargs:
                 args, kwargs = by_position(module, args, kwargs)
         elif path not in self.evaluator.opaque:
-            with self.paused():
+            state = self.pause()
+            try:
                 kind = self.plain.kind(module, args, kwargs)
+            finally:
+                self.resume(state)
             if kind is None or kind not in self.plain.kinds:
                 return self.traced_call(path, module, forward, kind, args, kwargs)
         return self.create_proxy("call_module", path, args, kwargs)
@@ -161,9 +163,11 @@ class ValueTracer(GraphBuilder):
             results=self.results,
             guards=self.guards,
             opaque=evaluator.opaque,
+            functions=frozenset(evaluator.functions),
             calls=evaluator.calls,
             sizes=evaluator.sizes,
             inputs=self.inputs,
+            tensor_names=list(self.names.values()),
             outputs=list(named_outputs(output.args[0], self.results)),
             reads_training=self.modes.separate or self.frames[0].asked or only is None,
             only=only or {},

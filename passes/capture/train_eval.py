@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 from fxprune.passes.capture.builder import GraphBuilder
@@ -22,10 +23,12 @@ from fxprune.passes.capture.proxy import PROXIES, Items, TensorProxy
 from fxprune.passes.errors import ReadsMissing
 from fxprune.passes.ir.module_tree import Apart, modes_in_training, walk
 from fxprune.passes.ir.program import select_by_mode
-from fxprune.passes.ir.pytree import ATOMS, like_dict
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import ATOMS, TensorRef, like_dict
 
 COMPARED = ATOMS | {complex, torch.Size, torch.layout, torch.memory_format}
+# Functions that are told the mode, or a fraction that depends on it, and couple the same channels in either.
+TOLD = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, F.rrelu, F.batch_norm}
+TOLD |= {F.scaled_dot_product_attention, torch.dropout, torch.batch_norm}
 
 
 @dataclass(slots=True)
@@ -107,7 +110,7 @@ class Modes:
             for mode in (False, True):
                 if only.get(node, mode) == mode:
                     needed = [node.args[mode]] if node.target is select_by_mode else node.all_input_nodes
-                    if any(only.get(n, mode) != mode for n in needed):
+                    if any(only.get(n, mode) != mode for n in needed if isinstance(n, fx.Node)):
                         return None
         return only
 
@@ -154,8 +157,11 @@ def joined(builder: GraphBuilder, modes: Modes, begin: int, middle: int, first_o
     same = len(before) == len(after) and all(interchangeable(builder, a, b) for a, b in zip(before, after, strict=True))
     if not same:
         modes.separate = True
-    if not same or code(builder, begin, middle, out) == code(builder, middle, end, trained):
+    told = told_apart(builder, begin, middle, end, out, trained) if same else {}
+    if told is not None:
         builder.roll_back(middle, first_op)
+        for node, (args, kwargs) in told.items():
+            builder.by_mode(node, args, kwargs)
         return out
     alike = any(frame.plain for frame in builder.frames) and (
         code(builder, begin, middle, out, loosely=True) == code(builder, middle, end, trained, loosely=True)
@@ -202,6 +208,41 @@ def select(builder: GraphBuilder, a: Any, b: Any) -> Any:
     return like_dict(a, {k: select(builder, v, b[k]) for k, v in a.items()}) if isinstance(a, dict) else a
 
 
+def told_apart(
+    builder: GraphBuilder, begin: int, middle: int, end: int, out: Any, trained: Any
+) -> dict[fx.Node, tuple[Any, Any]] | None:
+    """The nodes of the evaluation branch that training gives other flags or fractions, with its arguments.
+
+    None where the branches differ in anything else.
+    """
+    nodes, others = branch(builder, begin, middle), branch(builder, middle, end)
+    if len(nodes) != len(others):
+        return None
+    now, then = code(builder, begin, middle, out), code(builder, middle, end, trained)
+    if now == then:
+        return {}
+    told = [i for i, (a, b) in enumerate(zip(now, then, strict=True)) if a != b]
+    if any(i == len(nodes) or nodes[i].target not in TOLD for i in told):
+        return None
+    loose, same = (code(builder, *ends, loosely=True) for ends in ((begin, middle, out), (middle, end, trained)))
+    twins = dict(zip(others, nodes, strict=True))
+    if len(loose) != len(now) or any(loose[i] != same[i] for i in told):
+        return None
+    given = fx.node.map_arg([(others[i].args, others[i].kwargs) for i in told], lambda n: twins.get(n, n))
+    return {nodes[i]: found for i, found in zip(told, given, strict=True)}
+
+
+def branch(builder: GraphBuilder, first: int, end: int) -> list[fx.Node]:
+    """The nodes numbered from `first` to `end`, but for reads of tensors, which either branch may be the first to do."""
+    mine = []
+    node = builder.graph._root.prev
+    while node.op != "root" and builder.index[node] >= first:
+        if builder.index[node] < end and node.op != "get_attr":
+            mine.append(node)
+        node = node.prev
+    return mine[::-1]
+
+
 def code(builder: GraphBuilder, first: int, end: int, out: Any, *, loosely: bool = False) -> list[Any]:
     """What the nodes numbered from `first` to `end` do, with names that do not depend on their position.
 
@@ -216,13 +257,9 @@ def code(builder: GraphBuilder, first: int, end: int, out: Any, *, loosely: bool
         return name(x) if isinstance(x, fx.Node) else "?" if isinstance(x, bool | float) else x
 
     lines: list[Any] = []
-    mine = []
-    node = builder.graph._root.prev
-    while node.op != "root" and builder.index[node] >= first:
-        if builder.index[node] < end and node.op != "get_attr" and not (loosely and is_number(builder, node)):
-            mine.append(node)
-        node = node.prev
-    for node in reversed(mine):
+    for node in branch(builder, first, end):
+        if loosely and is_number(builder, node):
+            continue
         names[node] = f"%{len(lines)}"
         given = (node.args, dict(node.kwargs))
         said = fx.node.map_aggregate(given, masked) if loosely else fx.node.map_arg(given, name)
@@ -240,7 +277,11 @@ def in_mode(graph: fx.Graph, only: Mapping[fx.Node, bool | None], mode: bool) ->
     """Turn a graph with branches into the program of one mode."""
     for node in list(graph.nodes):
         if node.target is select_by_mode:
-            node.replace_all_uses_with(node.args[mode])
+            chosen = node.args[mode]
+            for user in list(node.users):
+                user.args, user.kwargs = fx.node.map_arg(
+                    (user.args, user.kwargs), lambda n, node=node, chosen=chosen: chosen if n is node else n
+                )
     for node in reversed(list(graph.nodes)):
         if node.target is select_by_mode or only.get(node, mode) != mode:
             graph.erase_node(node)

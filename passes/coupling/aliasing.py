@@ -1,4 +1,4 @@
-"""Who else sees a tensor: constants that several calls read, and views that are written into.
+"""Aliasing: constants that several calls read, and views that are written to.
 
 An initial state of zeros for several recurrent layers is one tensor, cut into pieces, and ties no layers to one another. Which
 of its entries are left does not matter, only how many: every reader but the first gets labels of its own, that keep equally
@@ -13,14 +13,13 @@ import torch
 
 from fxprune.passes.ir.labels import Factor, Labels
 from fxprune.passes.ir.op_trace import OpCall, OpTrace, writes
-from fxprune.passes.ir.pytree import collect
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.registry import find
 
 
 def read_apart(call: RuleContext) -> dict[int, Labels]:
-    """Give constants that were read before other labels, for this call; returns those that they have."""
+    """Give constants that an earlier call has read other labels for this call; returns the labels they had, to be put back."""
     if find(call.op.func).views:
         return {}
     shared: dict[int, Labels] = {}

@@ -1,4 +1,4 @@
-"""Couple: labels for every value of the captured programs, and the units that removal acts on.
+"""From a model to its coupling: labels for every value of the captured programs, and the units that removal acts on.
 
 (1) Heads: a first propagation finds which labels are rows of a head. The next ones start with one label for each row, so that a
     parameter that the heads share (a query norm, a rotary table) does not tie them to one another.
@@ -10,18 +10,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+from torch import nn
+
+from fxprune.passes.capture.programs import programs
 from fxprune.passes.coupling.leaf_labels import LeafLabels
 from fxprune.passes.coupling.propagation import Program, Propagated, propagate
 from fxprune.passes.coupling.shuffles import gather_regions
-from fxprune.passes.coupling.solution import Solution
+from fxprune.passes.coupling.solution import CouplingOptions, Solution
 from fxprune.passes.coupling.solver import solve
+from fxprune.passes.errors import NeedsValues, PruneError, surface
 from fxprune.passes.ir.constraints import Constraints, LabelArray
 from fxprune.passes.ir.labels import NONE, Labels
-from fxprune.passes.ir.options import CouplingOptions
+from fxprune.passes.ir.module_tree import on_meta
 from fxprune.passes.ir.program import CapturedProgram
-from fxprune.passes.ir.pytree import collect
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import TensorRef, collect
+from fxprune.passes.ir.quiet import gc_paused, unobserved
 from fxprune.passes.ops.registry import find
 
 MOST_COMPOSED = 1000  # dimensions, after which no others are composed
@@ -55,7 +60,7 @@ def couple_channels(
 
 def label_heads(programs: Sequence[Program], leaves: LeafLabels, options: CouplingOptions) -> LeafLabels:
     """Leaf labels with one label for each row of a head, if heads go whole and there are any."""
-    if not options.heads or not any(has_heads(p.capture) for p in programs):
+    if not options.heads or not any(find(op.func).heads for p in programs for op in p.capture.op_trace.ops):
         return leaves
     found = propagate(programs, leaves, options, seeking_heads=True).constraints
     return leaves.by_head(found) if any(len(e.labels[0]) > 1 for e in found.collected.head_rows) else leaves
@@ -91,6 +96,45 @@ def freeze_module(program: Program, labels: Mapping[int, Labels], path: str, why
         constraints.frozen += [LabelArray(f.labels, at, why) for f in labels.get(ref.id, NONE)]
 
 
-def has_heads(capture: CapturedProgram) -> bool:
-    """Whether a program holds a product with batch dimensions at all."""
-    return any(find(op.func).heads for op in capture.op_trace.ops)
+def analyse(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    coupling_options: CouplingOptions,
+    frozen_modules: Mapping[str, str] | None = None,
+) -> Solution:
+    """Trace and couple: in evaluation mode, and in training mode too where the program asks which one it is in."""
+    with unobserved(model), gc_paused():
+        try:
+            found = programs(model, args, kwargs, on_meta)
+        except Exception as error:  # the program reads values, or runs code that knows nothing of meta tensors
+            surface(error)
+            found = None
+        if found is not None:
+            coupling_options.check([name for capture in found for name, _ in capture.outputs])
+            try:
+                return couple_channels(found, coupling_options, frozen_modules)
+            except NeedsValues:  # the contents of a constant
+                pass
+            except Exception as error:
+                surface(error, ours=True)
+        found = programs(model, args, kwargs, None)
+        coupling_options.check([name for capture in found for name, _ in capture.outputs])
+        try:
+            return couple_channels(found, coupling_options, frozen_modules)
+        except PruneError:
+            raise
+        except Exception as error:
+            surface(error, ours=True)
+            raise PruneError(
+                f"the model's program cannot be followed: {type(error).__name__}: {error}",
+                where=type(model).__name__,
+                fix="report it with the model; what it does to tensors there is beyond the compiler",
+            ) from error
+
+
+def describe_capture(solution: Solution) -> str:
+    """How the model was captured, in a phrase."""
+    opaque, note = solution.captures[0].opaque, solution.captures[0].note
+    how = "opaque: " + ", ".join(f"{path or 'the root'} ({why})" for path, why in opaque.items()) if opaque else "symbolic"
+    return f"{how}; {note}" if note else how

@@ -18,7 +18,7 @@ class Family:
 
     Attributes:
         name: the first parameter it spans, and the dimension.
-        units: the classes it consists of, ascending.
+        units: the units it consists of, ascending.
         members: (parameter or buffer, dimension) for everything it spans.
         width: how many indices of its first member one unit takes up.
         frozen: the reason it is kept whole, or None.
@@ -50,10 +50,10 @@ def families(solution: Solution, parameters: set[str]) -> list[Family]:
     signature = np.zeros(len(unit), np.uint64)
     learned = np.zeros(len(unit), bool)
     blocks_of = occurrences(spans, len(unit))
-    for classes, where in blocks_of:
-        signature[classes] += np.uint64(sum([marks[i] for i in where]) % WORD)
+    for some, where in blocks_of:
+        signature[some] += np.uint64(sum([marks[i] for i in where]) % WORD)
         if any(places[i][0] in parameters for i in where):
-            learned[classes] = True
+            learned[some] = True
     units = np.flatnonzero(learned)
     # frozen units of one signature may have different reasons: they are told apart
     told = signature[units] + (solution.frozen[units].astype(np.int64) + 1).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
@@ -63,8 +63,8 @@ def families(solution: Solution, parameters: set[str]) -> list[Family]:
     leader = np.zeros(len(unit), bool)
     leader[units[first]] = True
     members: list[list[int]] = [[] for _ in first]
-    for classes, where in blocks_of:
-        for g in group_of[classes][leader[classes]].tolist():
+    for some, where in blocks_of:
+        for g in group_of[some][leader[some]].tolist():
             members[g] += where
     members = [sorted(m) for m in members]
     order = np.argsort(group, kind="stable")
@@ -85,9 +85,9 @@ def families(solution: Solution, parameters: set[str]) -> list[Family]:
 
 
 def occurrences(spans: list[np.ndarray], count: int) -> list[tuple[slice | np.ndarray, list[int]]]:
-    """Which of `count` classes occur where: sets of classes, each with the numbers of the places that hold just these.
+    """Which of `count` units occur where: sets of units, each with the numbers of the places that hold just these.
 
-    A class may be in several sets.
+    A unit may be in several sets.
     """
     found: dict[object, tuple[slice | np.ndarray, list[int]]] = {}
     mark = np.zeros(count, bool)

@@ -13,11 +13,9 @@ from fxprune.passes.coupling.components import Components
 from fxprune.passes.coupling.solver import chain
 from fxprune.passes.ir.constraints import ConstraintBuilder
 from fxprune.passes.ir.labels import NONE, Factor, Labels, along, factor
-from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.propagation_state import LeafDim
-from fxprune.passes.ir.pytree import collect
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ops.call import OpView
 from fxprune.passes.ops.registry import find
 
@@ -43,7 +41,9 @@ def leaf_labels(captures: Sequence[CapturedProgram]) -> tuple[dict[str, Labels],
     leaves: dict[str, Labels] = dict.fromkeys(shapes, NONE)
     size = 1
     numbers = np.arange(1 + sum(sum(s) * groups.get(n, 1) for n, s in shapes.items()))  # each line is a piece of this
-    for name, shape in sorted(shapes.items(), key=lambda item: is_constant(item[0])):
+    constants = [name for name in shapes if is_constant(name)]
+    for name in [*(n for n in shapes if n not in constants), *constants] if constants else shapes:
+        shape = shapes[name]
         made: list[Factor] = []
         for d, n in enumerate(shape):
             if n < 2:  # nothing to remove; some models have tables of no entries
@@ -65,7 +65,7 @@ def in_order(capture: CapturedProgram, names: Iterable[str]) -> list[str]:
     owners: dict[str, int] = {}
     for name in names:
         owners.setdefault(name.rpartition(".")[0], len(owners))
-    places = {name.removeprefix(capture.prefix): i for i, (name, _) in enumerate(named_tensors(capture.root))}
+    places = {name: i for i, name in enumerate(capture.tensor_names)}
     return sorted(names, key=lambda name: (owners[name.rpartition(".")[0]], places.get(name, len(places))))
 
 
@@ -117,7 +117,7 @@ class LeafLabels:
 
     def composed_labels(self) -> set[int]:
         """The labels in dimensions of the model's own tensors that are not among their first ones."""
-        own = [f.flat for name, labels in self.of.items() if not is_constant(name) for f in labels]
+        own = [f.flat for name, labels in self.of.items() for f in labels if f.start is None and not is_constant(name)]
         return {x for flat in own for x in flat[flat >= self.first_constant].tolist()}
 
     def dims(self) -> dict[int, LeafDim]:
@@ -125,8 +125,12 @@ class LeafLabels:
         found: dict[int, LeafDim] = {}
         for name, labels in self.of.items():
             for f in labels:
-                if len(f.major_to_minor) == 1 and f.flat[-1] - f.flat[0] == len(f.flat) - 1:
-                    found[int(f.flat[0])] = (name, f.major_to_minor[0], len(f.flat))
+                flat = f.flat
+                start = f.start
+                if start is None and len(f.major_to_minor) == 1 and flat[-1] - flat[0] == len(flat) - 1:
+                    start = int(flat[0])
+                if start is not None:
+                    found[start] = (name, f.major_to_minor[0], len(flat))
         return found
 
     def with_composed(

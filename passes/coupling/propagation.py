@@ -12,14 +12,13 @@ from torch import Tensor, fx
 
 from fxprune.passes.coupling.aliasing import follow, read_apart, written_through
 from fxprune.passes.coupling.leaf_labels import LeafLabels
-from fxprune.passes.ir.constraints import SPAN, ConstraintBuilder, flatten
+from fxprune.passes.coupling.solution import CouplingOptions
+from fxprune.passes.ir.constraints import SPAN, ConstraintBuilder
 from fxprune.passes.ir.labels import NONE, Labels
 from fxprune.passes.ir.op_trace import OpCall
-from fxprune.passes.ir.options import CouplingOptions
-from fxprune.passes.ir.program import ONLY_OUTPUT, CapturedProgram, size_source
+from fxprune.passes.ir.program import ONLY_OUTPUT, CapturedProgram, sizes_read
 from fxprune.passes.ir.propagation_state import LeafDim, PropagationState
-from fxprune.passes.ir.pytree import collect
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ops.autograd_probe import probe
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.registry import find, find_node
@@ -45,6 +44,8 @@ class Program:
         self.uses |= {r.id for n in untracked for r in collect([capture.results[m] for m in n.all_input_nodes], TensorRef)}
         self.leaking = [n for n in untracked if n.op == "call_module" and str(n.target) in capture.opaque]
         self.hidden = sorted(capture.index[n] for n in untracked if n not in self.leaking)
+        if capture.functions:
+            self.leaking += [n for n in capture.graph.nodes if n.op == "call_function" and n.target in capture.functions]
         self.pinned = written_through(op_trace)
         self.named = {i: v.name for i, v in enumerate(op_trace.values) if v.name is not None}
         nodes = {op.node for op in op_trace.ops}
@@ -147,9 +148,7 @@ def tells_channels(labels: Labels, dim: int, owned: int) -> bool:
             if f.start < owned:
                 return True
         elif dim in f.dims:
-            line = (
-                f.flat if len(f.major_to_minor) == 1 else flatten(f.labels.movedim(dim, -1).reshape(-1, f.labels.shape[dim])[0])
-            )
+            line = f.labels.movedim(dim, -1).reshape(-1, f.labels.shape[dim])[0].numpy()
             if int(line.min()) < owned and (bool((line[1:] > line[:-1]).all()) or len(np.unique(line)) == len(line)):
                 return True
     return False
@@ -163,17 +162,12 @@ def sizes_given(capture: CapturedProgram, index: int) -> list[tuple[TensorRef, i
     node, results = capture.node_at(index), capture.results
     if node is None:
         return []
-    sizes: list[tuple[TensorRef, int | None]] = []
-    numbers = [n for n in node.all_input_nodes if type(results[n]) is not TensorRef and not collect(results[n], TensorRef)]
-    while numbers:
-        number = numbers.pop()
-        found = size_source(capture, number)
-        if found is None:
-            numbers += [n for n in number.all_input_nodes if not collect(results[n], TensorRef)]
-        elif capture.op_trace.values[found[0].id].from_input:
-            ref, dim = found
-            sizes.append((ref, None if dim is None else dim % max(1, len(capture.op_trace.shape(ref)))))
-    return list(dict.fromkeys(sizes))
+    sizes: dict[tuple[TensorRef, int | None], None] = {}
+    numbers = [n for n in node.all_input_nodes if not collect(results[n], TensorRef)]
+    for ref, dim in (found for number in numbers for found in sizes_read(number, results)):
+        if capture.op_trace.values[ref.id].from_input:
+            sizes[ref, None if dim is None else dim % max(1, len(capture.op_trace.shape(ref)))] = None
+    return list(sizes)
 
 
 def is_input_size(found: tuple[TensorRef, int | None], labels: dict[int, Labels], owned: int) -> bool:
@@ -245,8 +239,13 @@ def freeze_arguments(capture: CapturedProgram, index: int, state: PropagationSta
 
 
 def freeze_inside(capture: CapturedProgram, node: fx.Node, state: PropagationState) -> None:
-    """Freeze what an opaque module holds and is given, whose Python takes contents where no rule sees them."""
+    """Freeze what an opaque module holds and is given, whose Python takes contents where no rule sees them.
+
+    Of a function that is one node, what it returns is frozen too: sizes may be written out in it.
+    """
     given = collect([capture.results[n] for n in node.all_input_nodes], TensorRef)
+    if node.op == "call_function":
+        given += collect(capture.results[node], TensorRef)
     held = [TensorRef(i) for i, v in enumerate(capture.op_trace.values) if v.name and v.name.startswith(f"{node.target}.")]
     for ref in [*given, *held]:
         for f in state.labels.get(ref.id, NONE):

@@ -7,12 +7,15 @@ removed by itself.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import fx
 
 from fxprune.passes.ir.labels import Labels
 from fxprune.passes.ir.program import CapturedProgram
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import TensorRef
+from fxprune.passes.ops.index_maps import order_along
 from fxprune.passes.ops.registry import find_node
 
 
@@ -69,20 +72,11 @@ def channel_order(capture: CapturedProgram, chain: list[fx.Node], dim: int) -> t
     """The permutation of one dimension that a chain amounts to, found by running it on indices; None if it does more."""
     source = capture.results[chain[0].args[0]]  # type: ignore[index]
     shape = capture.op_trace.shape(source)
-    total = 1
-    for n in shape:
-        total *= n
-    places = torch.arange(total).view(shape)
+    places = torch.arange(math.prod(shape)).view(shape)
     values = {chain[0].args[0]: places}
     for node in chain:
         args = fx.node.map_arg(node.args, lambda n: values[n] if n in values else capture.results[n])
         kwargs = fx.node.map_arg(node.kwargs, lambda n: values[n] if n in values else capture.results[n])
         run = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
         values[node] = run(*args[1:], **kwargs) if node.op == "call_method" else run(*args, **kwargs)  # type: ignore[operator]
-    out = values[chain[-1]]
-    first = out[tuple(slice(None) if d == dim else 0 for d in range(len(shape)))]
-    stride = 1
-    for n in shape[dim + 1 :]:
-        stride *= n
-    order = first // stride
-    return order if torch.equal(places.index_select(dim, order % shape[dim]), out) else None
+    return order_along(places, values[chain[-1]], dim)

@@ -1,15 +1,50 @@
-"""The solved coupling: labels of every value, and the units that removal acts on."""
+"""What is asked of a coupling, and what comes of it: labels of every value, and the units that removal acts on."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor, fx
 
+from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.constraints import Tie
 from fxprune.passes.ir.labels import Labels
 from fxprune.passes.ir.program import CapturedProgram
+
+
+@dataclass(frozen=True)
+class CouplingOptions:
+    """What may go and what may not.
+
+    Attributes:
+        heads: whether heads of attention go whole (else the dimensions within them).
+        frozen: names of tensors that stay as they are, with the reason.
+        release: globs over the names of outputs whose channels may go.
+    """
+
+    heads: bool = True
+    frozen: Mapping[str, str] = field(default_factory=dict)
+    release: tuple[str, ...] = ()
+
+    def releases(self, name: str) -> bool:
+        """Whether an output, or what it lies in, is released."""
+        parts = name.split(".")
+        wholes = [".".join(parts[: i + 1]) for i in range(len(parts))]
+        return any(fnmatch.fnmatchcase(whole, glob) for glob in self.release for whole in wholes)
+
+    def check(self, names: Sequence[str]) -> None:
+        """Raise PruneError for a glob that matches none of a model's outputs, in evaluation or in training."""
+        names = list(dict.fromkeys(names))
+        for glob in self.release:
+            if not any(CouplingOptions(release=(glob,)).releases(name) for name in names):
+                listed = ", ".join(repr(name) for name in names[:8]) + (", ..." if len(names) > 8 else "")
+                raise PruneError(
+                    f"the glob {glob!r} in release matches no output of the model",
+                    fix=f"one of its outputs: {listed}" if names else "the model returns no tensor",
+                )
 
 
 @dataclass(slots=True)
@@ -17,9 +52,9 @@ class Solution:
     """Labels of every value and the units that removal acts on.
 
     Attributes:
-        captures: the runs that were read.
+        captures: the captured programs.
         leaves: labels of the model's own tensors, by name.
-        values: for each capture, the labels of every value on its tape.
+        values: for each capture, the labels of every value in its op trace.
         unit_of: the unit of each label, named by the smallest label in it.
         frozen: for each unit that is never removed the number of the reason, else -1 (indexed by label).
         reasons: clauses, each with the place in the program.

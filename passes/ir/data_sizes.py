@@ -6,16 +6,15 @@ take for granted about its inputs. So a module that branches on one is kept as o
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
 from fxprune.passes.ir.op_trace import OpCall, OpTrace, name_of
-from fxprune.passes.ir.program import reads_shape
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.program import sizes_read
+from fxprune.passes.ir.pytree import TensorRef
 
 RESHAPES = frozenset(f"aten::{name}" for name in ("view", "_unsafe_view", "reshape", "cat", "slice", "repeat_interleave"))
 
@@ -66,28 +65,9 @@ def new_dim(op: OpCall, op_trace: OpTrace) -> int | None:
     name, values = name_of(op.func), op_trace.values
     if name == "aten::index":
         for at, index in enumerate(op.args[1]):
-            if (
-                isinstance(index, TensorRef)
-                and values[index.id].from_input
-                and values[index.id].dtype in (torch.bool, torch.uint8)
-            ):
+            value = values[index.id] if isinstance(index, TensorRef) else None
+            if value is not None and value.from_input and value.dtype in (torch.bool, torch.uint8):
                 return at
         return None
     dynamic = torch.Tag.dynamic_output_shape in getattr(op.func, "tags", ()) or name == "torchvision::nms"
     return 0 if dynamic and any(values[ref.id].from_input for ref in op.inputs) else None
-
-
-def sizes_read(node: fx.Node, results: Mapping[fx.Node, Any]) -> Iterator[tuple[TensorRef, int | None]]:
-    """The sizes that a number is computed from: tensors, and the dimension where it is one."""
-    pending, seen = [node], {node}
-    while pending:
-        n = pending.pop()
-        shape = n.args[0] if n.target is operator.getitem else n
-        if isinstance(shape, fx.Node) and reads_shape(shape):
-            ref, dim = results.get(shape.args[0]), n.args[1] if len(n.args) > 1 else None  # type: ignore[arg-type]
-            if isinstance(ref, TensorRef):
-                yield ref, dim if isinstance(dim, int) else None
-            continue
-        new = [m for m in n.all_input_nodes if m not in seen and not isinstance(results.get(m), TensorRef)]
-        seen.update(new)
-        pending += new

@@ -12,23 +12,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fxprune.passes.ir.meta_tensors import like
+from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.pytree import collect
 
+empty, empty_strided = torch.empty, torch.empty_strided  # the originals: a capture replaces factories of torch
+META = torch.device("meta")
+NOTHING = empty(0, device=META)
+PLAIN_TENSORS = frozenset([Tensor, torch.nn.Parameter, torch.nn.Buffer])
+
+
+def like(tensor: Tensor) -> Tensor:
+    """An empty tensor of the same form on the meta device (`torch.empty_like` takes a detour through Python there)."""
+    return empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=META)
+
+
 # what a copy can share with the original: nothing in it can be changed
-SHARED: tuple[type, ...] = (
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    bytes,
-    type(None),
-    type,
-    types.FunctionType,
-    types.BuiltinFunctionType,
-)
-SHARED += (torch.dtype, torch.device, torch.Size, torch.memory_format)
+SHARED: tuple[type, ...] = (bool, int, float, complex, str, bytes, type(None), type)
+SHARED += (types.FunctionType, types.BuiltinFunctionType, torch.dtype, torch.device, torch.Size, torch.memory_format)
 ATOMS = frozenset(SHARED)
 CONTAINERS = frozenset([dict, OrderedDict, set, list, tuple])
 PLAIN = ATOMS | CONTAINERS
@@ -36,18 +36,24 @@ HOOKS = frozenset(["_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_
 CHILDREN = frozenset(["_parameters", "_buffers", "_modules"])
 
 
+def check_module(model: Any) -> None:
+    """Raise PruneError for what is no module."""
+    if not isinstance(model, nn.Module):
+        raise PruneError(f"model is of type {type(model).__name__}, not a torch.nn.Module", fix="pass the module itself")
+
+
 def walk(root: nn.Module) -> dict[nn.Module, str]:
     """Every module of a tree with its (first) path, in the order of `named_modules`, which takes a generator per level."""
-    found: dict[nn.Module, str] = {}
-    pending: list[tuple[str, nn.Module]] = [("", root)]
-    while pending:
-        path, module = pending.pop()
-        if module in found:
-            continue
-        found[module] = path
-        if module._modules:
-            start = f"{path}." if path else ""
-            pending += [(start + n, m) for n, m in reversed(module._modules.items()) if m is not None]
+    found: dict[nn.Module, str] = {root: ""}
+
+    def descend(module: nn.Module, start: str) -> None:
+        for name, child in module._modules.items():
+            if child is not None and child not in found:
+                found[child] = start + name
+                if child._modules:
+                    descend(child, f"{start}{name}.")
+
+    descend(root, "")
     return found
 
 
@@ -76,7 +82,7 @@ def named_tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for module, prefix in walk(root).items():
         start = f"{prefix}." if prefix else ""
         for held in (module._parameters, module._buffers):
-            for name, tensor in held.items():
+            for name, tensor in held.items() if held else ():
                 if tensor is not None and id(tensor) not in found:
                     found[id(tensor)] = (start + name, tensor)
         state = vars(module)
@@ -91,7 +97,7 @@ def named_parameters(root: nn.Module) -> dict[str, nn.Parameter]:
     """What `named_parameters` says, without a generator per level."""
     found: dict[int, tuple[str, nn.Parameter]] = {}
     for module, prefix in walk(root).items():
-        for name, parameter in module._parameters.items():
+        for name, parameter in module._parameters.items() if module._parameters else ():
             if parameter is not None and id(parameter) not in found:
                 found[id(parameter)] = (f"{prefix}.{name}" if prefix else name, parameter)
     return dict(found.values())
@@ -110,12 +116,12 @@ def copy_tree(root: nn.Module, swap: Mapping[int, Tensor]) -> Any:
         state = vars(memo[id(module)])
         state.update(vars(module))
         state.pop("_compiled_call_impl", None)  # of `module.compile()`: it calls the original
-        for key, value in list(state.items()):
+        for key, value in [item for item in state.items() if type(item[1]) not in ATOMS]:
             kind = type(value)
-            if kind in ATOMS or (kind is tuple and ATOMS.issuperset(map(type, value))):
-                continue
             if kind in CONTAINERS and not value:
                 state[key] = kind()
+            elif kind is tuple and ATOMS.issuperset(map(type, value)):
+                continue
             elif key in HOOKS:
                 state[key] = OrderedDict(value)
             elif key in CHILDREN:
@@ -148,12 +154,12 @@ def replace_tensors(root: nn.Module, change: Callable[[str, Tensor], Tensor]) ->
     for module, path in modules.items():
         start = f"{path}." if path else ""
         for held in (module._parameters, module._buffers):
-            for key, tensor in held.items():
+            for key, tensor in held.items() if held else ():
                 if tensor is not None:
                     held[key] = changed(start + key, tensor)  # type: ignore[assignment]
-        for key, value in vars(module).items():
+        for key, value in [item for item in vars(module).items() if type(item[1]) not in ATOMS]:
             kind = type(value)
-            if kind in ATOMS or (kind in CONTAINERS and not value) or key in CHILDREN or key in HOOKS:
+            if (kind in CONTAINERS and not value) or key in CHILDREN or key in HOOKS:
                 continue
             if kind is tuple and ATOMS.issuperset(map(type, value)):
                 continue

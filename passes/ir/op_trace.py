@@ -1,7 +1,7 @@
-"""The tape: every dispatcher call of one run, with tensors replaced by numbered values.
+"""The op trace: every dispatcher call of one run, with tensors replaced by numbered references.
 
-Coupling reads the tape, not the model, so it can be repeated without running anything. Activations are not kept: a value
-is its shape and dtype. Only the contents of small index tensors that do not depend on the inputs are stored.
+Coupling reads the op trace, not the model, so it can be repeated without running anything. Activations are not stored: a value
+has a shape and a dtype. Only the contents of small index tensors that do not depend on the inputs are stored.
 """
 
 from __future__ import annotations
@@ -13,18 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxprune.passes.ir.pytree import collect
-from fxprune.passes.ir.tensor_ref import TensorRef
-
-NAMES: dict[Any, str] = {}
+from fxprune.passes.ir.pytree import TensorRef, collect
 
 
+@functools.lru_cache(maxsize=4096)
 def name_of(func: Any) -> str:
-    """The name in a dispatcher function's schema, which torch makes anew each time."""
-    name = NAMES.get(func)
-    if name is None:
-        name = NAMES[func] = func._schema.name
-    return name
+    """The name in a dispatcher function's schema, which torch creates anew on each access."""
+    return str(func._schema.name)
 
 
 @dataclass(slots=True)
@@ -73,7 +68,7 @@ class OpTrace:
     made: dict[int, OpCall] = field(default_factory=dict)
 
     def maker(self, value: int) -> OpCall | None:
-        """The call that made a value; None for what was there before. Asked for once the tape is complete."""
+        """The call that made a value; None for what was there before. Asked for once the trace is complete."""
         if not self.made:
             for op in self.ops:
                 for ref in collect(op.outs, TensorRef):
@@ -87,33 +82,19 @@ class OpTrace:
 @functools.lru_cache(maxsize=4096)
 def written_by(func: Any) -> tuple[tuple[int, str], ...]:
     """Places and names of the arguments that a dispatcher function writes to."""
-    schema = getattr(func, "_schema", None)
-    if schema is None or not schema.is_mutable:
+    schema: Any = getattr(func, "_schema", None)
+    if not getattr(schema, "is_mutable", False):
         return ()
     return tuple((i, a.name) for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write)
 
 
-SIGNATURES: dict[Any, tuple[list[str], dict[str, Any]]] = {}
-
-
+@functools.lru_cache(maxsize=4096)
 def signature(func: Any) -> tuple[list[str], dict[str, Any]]:
     """The names of an op's arguments, and the values of those that have a default."""
-    found = SIGNATURES.get(func)
-    if found is None:
-        arguments = func._schema.arguments
-        found = [a.name for a in arguments], {a.name: a.default_value for a in arguments if a.has_default_value()}
-        SIGNATURES[func] = found
-    return found
-
-
-WRITTEN: dict[object, tuple[int, ...]] = {}
+    arguments = func._schema.arguments
+    return [a.name for a in arguments], {a.name: a.default_value for a in arguments if a.has_default_value()}
 
 
 def writes(op: OpCall) -> list[TensorRef]:
-    """The arguments that a call writes into."""
-    places = WRITTEN.get(op.func)
-    if places is None:
-        arguments = enumerate(op.func._schema.arguments)
-        places = tuple(i for i, a in arguments if getattr(a, "alias_info", None) is not None and a.alias_info.is_write)
-        WRITTEN[op.func] = places
-    return [v for i in places if i < len(op.args) and isinstance(v := op.args[i], TensorRef)] if places else []
+    """The positional arguments that a call writes into."""
+    return [v for i, _ in written_by(op.func) if i < len(op.args) and isinstance(v := op.args[i], TensorRef)]

@@ -1,4 +1,4 @@
-"""What a run of the model leaves behind: the program, the tape, and how the two belong together."""
+"""The captured program of a model: its graph, its op trace, and how the two correspond."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from fxprune.passes.ir.module_tree import Apart
 from fxprune.passes.ir.op_trace import OpTrace
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import TensorRef, collect
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,18 +34,20 @@ class ModuleCall:
 
 @dataclass(kw_only=True)
 class CapturedProgram:
-    """One run of the model.
+    """The captured program of one run of the model.
 
     Attributes:
         root: the traced module tree; parameters are the original's own, everything else is a copy.
         graph: the captured program.
         op_trace: what the dispatcher ran.
-        results: for every node, its value with tensors replaced by references into the tape.
+        results: for every node, its value with tensors replaced by references into the op trace.
         opaque: modules kept as one node, with the reason.
+        functions: functions of the model's that are one node for each call.
         calls: calls made inside opaque modules.
         sizes: attributes of opaque modules that were used as sizes.
         inputs: references of the example inputs' tensors.
-        outputs: the tensors returned, by name (see `terms.named_outputs`) and reference.
+        tensor_names: the names of the model's tensors, in its order, and of constants after those.
+        outputs: the tensors returned, by name (see `named_outputs`) and reference.
         reads_training: whether a forward asked for its mode in a way that only a second run can answer.
         only: nodes that belong to one mode alone: True for training, False for evaluation, None for neither.
         untracked: nodes whose results did not come out of the dispatcher.
@@ -68,6 +70,7 @@ class CapturedProgram:
     calls: dict[str, list[ModuleCall]]
     sizes: dict[str, list[SizeUse]]
     inputs: list[TensorRef]
+    tensor_names: list[str]
     outputs: list[tuple[str, TensorRef]]
     reads_training: bool
     only: dict[fx.Node, bool | None] = field(default_factory=dict)
@@ -78,6 +81,7 @@ class CapturedProgram:
     apart: Apart | None = None
     given: dict[fx.Node, tuple[Any, Any]] = field(default_factory=dict)
     trains_on_values: bool = False
+    functions: frozenset[Any] = frozenset()
     note: str = ""
     consumed: bool = False
 
@@ -100,19 +104,33 @@ class CapturedProgram:
         return {i: n for n, i in self.index.items()}
 
 
-def size_source(capture: CapturedProgram, node: fx.Node) -> tuple[TensorRef, int | None] | None:
+def size_source(node: fx.Node, results: Mapping[fx.Node, Any]) -> tuple[TensorRef, int | None] | None:
     """The tensor whose size a number (or tuple of numbers) is, and the dimension; None where it is computed otherwise."""
     source = node.args[0] if node.args else None
     if not isinstance(source, fx.Node):
         return None
-    ref = capture.results.get(source)
+    ref = results.get(source)
     if isinstance(ref, TensorRef):
         dim = node.args[1] if node.target == "size" and len(node.args) == 2 else None
         return (ref, dim if isinstance(dim, int) else None) if reads_shape(node) else None
     dim = node.args[1] if len(node.args) > 1 else None
     outer = source.args[0] if isinstance(ref, tuple) and source.args else None
-    tensor = capture.results.get(outer) if isinstance(outer, fx.Node) else None
+    tensor = results.get(outer) if isinstance(outer, fx.Node) else None
     return (tensor, dim if isinstance(dim, int) else None) if isinstance(tensor, TensorRef) and reads_shape(source) else None
+
+
+def sizes_read(node: fx.Node, results: Mapping[fx.Node, Any]) -> Iterator[tuple[TensorRef, int | None]]:
+    """The sizes that a number is computed from: tensors, and the dimension where it is one."""
+    pending, seen = [node], {node}
+    while pending:
+        n = pending.pop()
+        found = size_source(n, results)
+        if found is not None:
+            yield found
+            continue
+        new = [m for m in n.all_input_nodes if m not in seen and not collect(results.get(m), TensorRef)]
+        seen.update(new)
+        pending += new
 
 
 def reads_shape(node: fx.Node) -> bool:
@@ -121,7 +139,7 @@ def reads_shape(node: fx.Node) -> bool:
 
 def select_by_mode(evaluated: Any, trained: Any) -> Any:
     """In a captured graph: the first in evaluation mode, the second in training mode. The tracer ties the two."""
-    raise AssertionError(f"a switch between {evaluated} and {trained} is no part of any program")
+    raise AssertionError(f"a node that selects between {evaluated} and {trained} is in no emitted program")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Nested containers: tuples, lists, dicts and slices, walked, mapped and copied."""
+"""Nested tuples, lists, dicts and slices, traversed, mapped and copied; and the references to tensors in them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxprune.passes.ir.tensor_ref import TensorRef
+
+class TensorRef:
+    """A tensor in an op trace. A recorder creates one for each number, so that they compare by identity."""
+
+    __slots__ = ("id",)
+
+    def __init__(self, number: int) -> None:
+        self.id = number
+
+    def __repr__(self) -> str:
+        return f"Ref({self.id})"
+
 
 ATOMS = frozenset([int, float, bool, str, type(None), torch.dtype, torch.device])
 
@@ -21,7 +32,7 @@ def map_tensors(x: Any, fn: Callable[[Any], Any], kind: type | tuple[type, ...] 
         return x
     if isinstance(x, tuple):
         mapped = [map_tensors(v, fn, kind) for v in x]
-        return type(x)(*mapped) if hasattr(x, "_fields") else tuple(mapped)
+        return tuple.__new__(type(x), mapped) if hasattr(x, "_fields") else tuple(mapped)  # its kind may check what it is given
     if isinstance(x, list):
         return [map_tensors(v, fn, kind) for v in x]
     if isinstance(x, dict):

@@ -1,4 +1,4 @@
-"""Context managers for what a process is in: modes, random state, gradients, the garbage collector."""
+"""Context managers for the state of a process: modes, random state, gradients, the garbage collector."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from fxprune.passes.ir.module_tree import named_parameters
 
 
 @contextlib.contextmanager
-def uncollected() -> Iterator[None]:
-    """Put the garbage collector off: what is made here is many small objects without cycles, and a full collection over a
-    session's modules takes longer than a model does."""
+def gc_paused() -> Iterator[None]:
+    """Pause the garbage collector: the compiler creates many small objects without cycles, and a full collection over a
+    session's modules takes longer than compiling a model."""
     was = gc.isenabled()
     gc.disable()
     try:

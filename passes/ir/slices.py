@@ -18,7 +18,7 @@ class TensorSlice:
     """Kept indices along some dimensions of a tensor, taken together.
 
     Attributes:
-        dims: one dimension, or the dimsed dimensions of a joint factor from major to minor.
+        dims: one dimension, or the dimensions of a joint factor, from major to minor.
         keep: ascending indices into those dimensions, flattened.
         sizes: how many stay along each of them.
     """

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from fxprune.passes.ir.labels import NONE, Labels, align, factor
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ops.call import OpView, RuleContext
 from fxprune.passes.ops.masking import MaskContext, as_returned, with_value
 from fxprune.passes.ops.matmul import contract
@@ -43,15 +43,7 @@ def attention(call: RuleContext) -> list[Labels]:
     batch = list(range(n))
     # index space: batch, L, S, E
     weights = contract(
-        call,
-        call.labels(q),
-        call.shape(q),
-        [*batch, n, n + 2],
-        k_labels,
-        k_shape,
-        [*batch, n + 1, n + 2],
-        n + 3,
-        [n + 2],
+        call, call.labels(q), call.shape(q), [*batch, n, n + 2], k_labels, k_shape, [*batch, n + 1, n + 2], n + 3, [n + 2]
     )
     weights = tuple([f.without(-1) for f in weights])
     shape = (*call.shape(q)[:-1], k_shape[-2])

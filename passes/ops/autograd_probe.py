@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from fxprune.passes.ir.labels import NONE, Labels
-from fxprune.passes.ir.pytree import map_tensors
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import TensorRef, map_tensors
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.unify import unify
 

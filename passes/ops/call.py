@@ -17,7 +17,7 @@ from fxprune.passes.errors import NeedsValues
 from fxprune.passes.ir.labels import NONE, Factor, Labels, along, factor
 from fxprune.passes.ir.op_trace import OpCall, OpTrace, signature
 from fxprune.passes.ir.propagation_state import PropagationState
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import TensorRef
 
 
 class AliasedOp:
@@ -141,8 +141,8 @@ class RuleContext(OpView):
         """New labels along one dimension whose entries are all alike, so that any number of them may go."""
         return along(self.constraints.fresh(size), dim, ndim)
 
-    def settle(self, f: Factor, why: str = "a single channel is taken out by a constant index") -> Labels:
-        """A compressed factor; one that no longer varies is dropped, and its label frozen."""
+    def settle(self, f: Factor, why: str = "is taken out alone by a constant index") -> Labels:
+        """The factor as labels of a result; one that no longer varies is dropped, and its label frozen."""
         if f.major_to_minor:
             return (f,)
         if bool((f.labels != 0).any()):
@@ -177,4 +177,4 @@ class RuleContext(OpView):
         if flat.shape == f.labels.shape:
             return (f,)
         self.constraints.tie(f.labels, flat, broadcast=True)
-        return self.settle(factor(flat, f.major_to_minor), "all entries of a dimension are mixed with one another")
+        return self.settle(factor(flat, f.major_to_minor), "has all its entries mixed with one another")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fxprune.passes.ir.labels import NONE, Factor, Labels, expand_along, factor
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.registry import OpSpec, register
 

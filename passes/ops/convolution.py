@@ -10,7 +10,7 @@ from torch import fx
 
 from fxprune.passes.ir.labels import NONE, Factor, Labels, along, factor
 from fxprune.passes.ir.op_trace import OpTrace
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ops.call import OpView, RuleContext
 from fxprune.passes.ops.masking import with_zeros
 from fxprune.passes.ops.matmul import contract
@@ -112,13 +112,7 @@ def deform_conv2d(call: RuleContext) -> Labels:
 
 
 def grouped_convolution(
-    call: RuleContext,
-    ins: Labels,
-    x_shape: Sequence[int],
-    w: Labels,
-    w_shape: Sequence[int],
-    groups: int,
-    transposed: bool,
+    call: RuleContext, ins: Labels, x_shape: Sequence[int], w: Labels, w_shape: Sequence[int], groups: int, transposed: bool
 ) -> Labels:
     """Ties of input channels to the weight, per group; returns the labels (O,) of the output channels.
 

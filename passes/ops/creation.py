@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.passes.ir.labels import NONE, Labels, align, factor
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.pointwise import same
 from fxprune.passes.ops.registry import OpSpec, register

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.passes.ir.labels import NONE, Factor, Labels, expand_along, factor
+from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ir.slices import apply_slices
-from fxprune.passes.ir.tensor_ref import TensorRef
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.masking import with_zeros
 from fxprune.passes.ops.registry import OpSpec, register
@@ -156,10 +156,8 @@ def moved_call(r: RewriteContext, node: fx.Node) -> fx.Node | None:
     dims = {d for cut in r.cuts(source) for d in cut.dims}
     if len(dims) == 1 and places.dim() == whole.dim():  # (2)
         dim = dims.pop()
-        stride = math.prod(shape[dim + 1 :])
-        first = whole[tuple(slice(None) if d == dim else 0 for d in range(whole.dim()))]
-        order = first // stride % shape[dim]
-        if torch.equal(places.index_select(dim, order), whole):
+        order = order_along(places, whole, dim)
+        if order is not None:
             made = r.permuted(node.args[0], source, node, dim, order)  # type: ignore[arg-type]
             return r.graph.call_method("clone", (made,)) if made is r.new[node.args[0]] else made  # type: ignore[index]
     made = r.new[node.args[0]]  # type: ignore[index]
@@ -169,6 +167,13 @@ def moved_call(r: RewriteContext, node: fx.Node) -> fx.Node | None:
     for dim in sorted({d for cut in r.cuts(target) for d in cut.dims}):
         made = r.graph.call_method("index_select", (made, dim, r.constant(r.positions(target, dim))))
     return made
+
+
+def order_along(places: Tensor, moved: Tensor, dim: int) -> Tensor | None:
+    """The indices of one dimension that take numbered places to where they were moved; None where more was done to them."""
+    first = moved[tuple(slice(None) if d == dim else 0 for d in range(moved.dim()))]
+    order = first // math.prod(places.shape[dim + 1 :]) % places.shape[dim]
+    return order if torch.equal(places.index_select(dim, order), moved) else None
 
 
 def resize_windows(r: RewriteContext, node: fx.Node) -> fx.Node | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.passes.ir.labels import NONE, Labels, align, along, expand_along, factor
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.movement import one_by_one, slice_
 from fxprune.passes.ops.registry import OpSpec, register

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from fxprune.passes.ir.labels import NONE, Factor, Labels, align, factor
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ops.call import OpView, RuleContext
 from fxprune.passes.ops.masking import with_zeros
 from fxprune.passes.ops.registry import OpSpec, Product, register

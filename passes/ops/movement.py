@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.passes.ir.labels import NONE, Factor, Labels, factor
-from fxprune.passes.ir.pytree import collect
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.index_maps import moved_call, movement
 from fxprune.passes.ops.registry import OpSpec, register
@@ -19,7 +18,7 @@ from fxprune.passes.ops.rewriting import RewriteContext, argument, known, picked
 
 
 def shifted(f: Factor, labels: Tensor, dropped: int) -> Factor:
-    """The factor after one dimension was taken away."""
+    """The factor that these labels, which have one dimension less, are."""
     return factor(labels, tuple(d - (d > dropped) for d in f.major_to_minor if d != dropped))
 
 
@@ -72,7 +71,7 @@ def cut(call: RuleContext, f: Factor, dim: int, start: int, stop: int, step: int
         elif start:  # it begins at one place for all rows: as many are kept before it in each
             call.constraints.keep_rows_equal(factor(f.labels.narrow(dim, 0, start), f.major_to_minor))
         call.constraints.keep_rows_equal(part)
-    return call.settle(part, "a slice of one channel")
+    return call.settle(part, "is sliced to a single channel")
 
 
 def slice_(call: RuleContext) -> Labels:
@@ -136,7 +135,7 @@ def index_select(call: RuleContext) -> Labels:
     dim = call.dim(call["dim"], len(call.shape(call.first)))
     index = call.data(call["index"])
     if index is None:
-        return call.freeze_dims(call.labels(call.first), [dim], "indexed by a tensor computed from the inputs")
+        return call.freeze_dims(call.labels(call.first), [dim], "is indexed by a tensor computed from the inputs")
     return along_dim(call, dim, lambda labels: labels.index_select(dim, index.reshape(-1)))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.passes.ir.labels import NONE, Factor, Labels, align, factor
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ops.call import OpView, RuleContext
 from fxprune.passes.ops.masking import MaskContext, as_returned, kept_elements, kept_mean, kept_variance
 from fxprune.passes.ops.registry import OpSpec, register

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ops.call import OpView, RuleContext
 from fxprune.passes.ops.masking import MaskContext
 from fxprune.passes.ops.rewriting import RewriteContext, SizeArguments, function_name, resize_result

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.passes.ir.program import CapturedProgram
-from fxprune.passes.ir.pytree import collect
+from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ir.slices import TensorSlice
-from fxprune.passes.ir.tensor_ref import TensorRef
 
 
 class RewriteContext(Protocol):

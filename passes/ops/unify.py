@@ -1,4 +1,8 @@
-"""Pointwise ops: the factors of the operands are unified under broadcasting."""
+"""Unification: the factors of the two operands of a pointwise op become those of its result, under broadcasting.
+
+Invariant: for every removal that satisfies the constraints reported here, the op of the sliced operands is the slice of its
+result. `tests/test_unify.py` holds it against random operands.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from fxprune.passes.ir.labels import NONE, Factor, Labels, factor
-from fxprune.passes.ir.pytree import collect
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ops.call import RuleContext
 
 KEPT_WHOLE = "is combined with a tensor that cannot be pruned along that dimension"
@@ -22,7 +25,7 @@ def unify(call: RuleContext, a: Labels, a_shape: Sequence[int], b: Labels, b_sha
     """The factors of two operands of equal rank, made one set.
 
     (1) Factors over the same dimensions are tied element by element.
-    (2) A factor that the other operand does not vary along passes, unless the other one keeps all of the minor dimension.
+    (2) A factor passes if the other operand has size 1 along its minor dimension, and is frozen if it keeps all entries there.
     (3) Factors that overlap are tied under broadcasting; the result varies only where both do.
     """
     if not a and not b:
@@ -96,8 +99,8 @@ def lines(call: RuleContext, a: Labels, a_shape: Sequence[int], b: Labels, b_sha
 def heads_alone(f: Factor, dims: Iterable[int]) -> Factor | None:
     """A factor without those of some dimensions whose rows are no heads; None where no such dimension is left.
 
-    Heads occur equally often; class tokens before patches do not. Of such rows one that tells heads apart speaks for all, the
-    first or the last: patches that went through a layer of their own may do so no more.
+    Heads occur equally often; class tokens before patches do not. Of such rows the first one stands for all others, or the last
+    one where the first does not tell heads apart.
     """
     rows = [d for d in dims if d in f.dims]
     if occur_alike(f.labels, f.dims.difference(rows)):
@@ -122,7 +125,7 @@ def occur_alike(labels: Tensor, without: Iterable[int], end: int = 0) -> bool:
 
 
 def beside_rows(call: RuleContext, mine: list[Factor], theirs: list[Factor]) -> list[Factor]:
-    """Without the factors of row labels where the other operand has the rows: those say as much."""
+    """The factors of one operand without row labels whose rows the other operand has: the rows tell what is removed."""
     left = []
     for f in mine:
         wide = next((g for g in theirs if f.dims < g.dims), None)
@@ -134,14 +137,14 @@ def beside_rows(call: RuleContext, mine: list[Factor], theirs: list[Factor]) -> 
 
 
 def main_partner(call: RuleContext, f: Factor, partners: list[Factor]) -> Factor:
-    """The factor that a wider one is tied to: over its minor dimension, unless what varies there are copies, all alike."""
+    """The one of several overlapping factors that `f` is tied to: over its minor dimension, unless only copies vary there."""
     minor = [g for g in partners if f.major_to_minor[-1] in g.dims]
     owned = [g for g in partners if bool((g.labels < call.constraints.first_new).any())]
     return next((g for g in minor if g in owned), (owned or minor or partners)[0])
 
 
 def lone(call: RuleContext, mine: list[Factor], theirs: list[Factor], taken: set[int], shape: Sequence[int]) -> list[Factor]:
-    """Factors with no counterpart in the other operand, whose shape is given. Those that must be kept whole are frozen."""
+    """The factors that overlap none of the other operand's, whose shape is given; those that must be kept whole are frozen."""
     passed = []
     for f in list(mine):
         if any(f.dims & g.dims for g in theirs):
@@ -188,7 +191,7 @@ def made_of_inputs(call: RuleContext, ref: TensorRef) -> bool:
 
 
 def compose(call: RuleContext, several: list[Factor], single: list[Factor]) -> list[Factor]:
-    """A leaf dimension that meets several factors at once takes all of them for its own, in the next reading."""
+    """A dimension of a parameter that meets several factors at once gets the labels of all of them in the next propagation."""
     if len(several) < 2:
         return []
     for g in list(single):
@@ -218,7 +221,7 @@ def counterpart(f: Factor, candidates: list[Factor]) -> Factor | None:
 def blur(f: Factor, g: Factor) -> int:
     """How far two factors over the same dimensions are from corresponding one to one."""
     ours, theirs = f.labels.unique(return_inverse=True), g.labels.unique(return_inverse=True)
-    pairs = (ours[1] * len(theirs[0]) + theirs[1]).unique()  # a number for each pair: rows are compared at far greater length
+    pairs = (ours[1] * len(theirs[0]) + theirs[1]).unique()  # a number for each pair: comparing rows takes far longer
     return 2 * len(pairs) - len(ours[0]) - len(theirs[0])
 
 

@@ -79,7 +79,7 @@ def view(call: RuleContext) -> Labels:
     if not labels:
         return NONE
     if 0 in before:
-        call.freeze(labels, "an empty tensor is reshaped")
+        call.freeze(labels, "belongs to an empty tensor that is reshaped")
         return NONE
     runs = segments(before, after)
     return tuple(g for f in labels for g in call.settle(reshape(call, f, runs, before, after)))

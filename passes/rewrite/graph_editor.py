@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +32,7 @@ class GraphEditor:
         new: nodes that are replaced, and what stands for them; other nodes stand for themselves.
         changes: what nodes become that are neither replaced nor left as they are.
         branch: the branch of the node that is visited.
-        following: the node after the one that is visited.
+        before, following: the nodes around the one that is visited.
     """
 
     graph: fx.Graph
@@ -44,18 +43,19 @@ class GraphEditor:
 
     def __post_init__(self) -> None:
         self.branches = dict(self.branches)
-        self.following: fx.Node = self.graph._root
+        self.before = self.following = self.graph._root
 
-    @contextmanager
-    def visiting(self, node: fx.Node) -> Iterator[None]:
-        """Visit a node: what is created stands before it, and belongs to its branch."""
-        last, self.following, self.branch = node.prev, node.next, self.branches.get(node)
-        with self.graph.inserting_before(node):
-            yield
-        if node in self.branches:
-            while last.next is not self.following:
-                last = last.next
-                self.branches[last] = self.branch  # type: ignore[index]
+    def visit(self, node: fx.Node) -> None:
+        """Begin with a node: what is created stands before it, and belongs to its branch."""
+        self.before, self.following, self.branch = node.prev, node.next, self.branches.get(node)
+        self.graph.inserting_before(node)
+
+    def leave(self, node: fx.Node) -> None:
+        """End with a node that is visited."""
+        last = self.before
+        while node in self.branches and last.next is not self.following:
+            last = last.next
+            self.branches[last] = self.branch  # type: ignore[index]
 
     def move_past(self) -> None:
         """What is created from now on stands after the node that is visited."""

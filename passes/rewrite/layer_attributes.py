@@ -1,15 +1,18 @@
-"""Attributes of modules that change with pruning, where a module is called as one node of the graph."""
+"""Attributes of modules that change with pruning, where a module is called as one node of the graph; `TABLE` has the layers."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
+from fxprune.passes.ir.op_trace import name_of
 from fxprune.passes.ir.program import CapturedProgram
-from fxprune.passes.ir.tensor_ref import TensorRef
-from fxprune.passes.rewrite.layer_table import changed_attributes, table_of
-from fxprune.passes.rewrite.pruned_shapes import PrunedShapes
+from fxprune.passes.ir.pytree import TensorRef
+from fxprune.passes.rewrite.size_expressions import PrunedShapes
 
 
 class LayerAttributes:
@@ -31,11 +34,14 @@ class LayerAttributes:
     def changed(self, path: str, inputs: list[TensorRef]) -> dict[str, Any]:
         """The attributes that change of the layer at `path`, where it is called on these tensors."""
         module: Any = self.capture.modules[path]
-        kind: Any = type(module)
-        if table_of(kind) is None:
+        table = table_of(type(module))  # type: ignore[arg-type]  # a class is hashable, whatever mypy says
+        if table is None:
             return {}
         before, after = [self.shapes.before(r) for r in inputs], [self.shapes.after(r) for r in inputs]
-        found = changed_attributes(module, before, after, self.own_shapes(path))
+        own = self.own_shapes(path)
+        if "weight" not in own and getattr(module, "weight", None) is not None:
+            own["weight"] = self.computed_weight(path.removeprefix(self.capture.prefix), tuple(module.weight.shape))
+        found = {k: v for k, v in table(module, before, after, own).items() if getattr(module, k) != v}
         if "num_channels" in found and isinstance(module.num_groups, int):  # whole groups may have been removed
             size = before[0][1] // module.num_groups
             found["num_groups"] = len(torch.unique(self.shapes.positions(inputs[0], 1) // size))
@@ -48,3 +54,109 @@ class LayerAttributes:
         for inner in self.inside.get(path, ()):
             found |= {f"{inner[len(path) + 1 :]}.{n}": self.shapes.after(ref) for n, ref in self.owned[inner].items()}
         return found
+
+    def computed_weight(self, path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The pruned shape of a weight that hooks or a parametrization compute: the last of its shape from the layer's own.
+
+        A transpose of one, which a linear layer takes of its weight, is none.
+        """
+        trace = self.capture.op_trace
+        own = [ref for p in (path, *self.inside.get(path, ())) for ref in self.owned.get(p, {}).values()]
+        found = {ref.id for ref in own}
+        weights = [ref for ref in own if trace.shape(ref) == shape]
+        for op in trace.ops:
+            if any(r.id in found for r in op.inputs) and not any(trace.values[r.id].from_input for r in op.inputs):
+                found |= {r.id for r in op.outputs}
+                if name_of(op.func) not in TRANSPOSES or op.inputs[0] not in weights:
+                    weights += [r for r in op.outputs if trace.shape(r) == shape]
+        return self.shapes.after(weights[-1]) if weights else shape
+
+
+TRANSPOSES = ("aten::t", "aten::transpose", "aten::permute")
+Shapes = dict[str, tuple[int, ...]]
+
+
+@functools.lru_cache(256)
+def table_of(kind: type) -> Callable[..., dict[str, Any]] | None:
+    """What is known of a kind of layer; None where nothing is.
+
+    The attributes of a layer of this kind come of the layer, of the shapes of its inputs in the original and in the pruned
+    program, and of the pruned shapes of its own parameters and buffers by name.
+    """
+    return next((table for known, table in TABLE if issubclass(kind, known)), None)
+
+
+def conv(m: Any, before: Any, after: Any, own: Shapes) -> dict[str, Any]:
+    weight, channels = own["weight"], after[0][-len(m.kernel_size) - 1]
+    if m.transposed:
+        groups = m.groups if m.groups == 1 else groups_of(m, weight[0], m.in_channels)
+        return {"in_channels": channels, "out_channels": weight[1] * groups, "groups": groups}
+    groups = m.groups if m.groups == 1 else channels // weight[1]
+    return {"in_channels": channels, "out_channels": weight[0], "groups": groups}
+
+
+def groups_of(m: Any, left: int, whole: int) -> int:
+    """Whole groups go where a group has one channel in or out; otherwise their number stays."""
+    per_in, per_out = m.in_channels // m.groups, m.out_channels // m.groups
+    return left // (whole // m.groups) if 1 in (per_in, per_out) else m.groups
+
+
+def linear(m: Any, before: Any, after: Any, own: Shapes) -> dict[str, Any]:
+    weight = own["weight"]
+    return {"in_features": weight[1], "out_features": weight[0]}
+
+
+def batch_norm(m: Any, before: Any, after: Any, own: Shapes) -> dict[str, Any]:
+    return {"num_features": after[0][1]} if m.num_features == before[0][1] else {}
+
+
+def instance_norm(m: Any, before: Any, after: Any, own: Shapes) -> dict[str, Any]:
+    ndim = {"1": 3, "2": 4, "3": 5}[type(m).__name__[-2]] if type(m).__name__[-2].isdigit() else len(before[0])
+    return {"num_features": after[0][len(before[0]) - ndim + 1]}
+
+
+def layer_norm(m: Any, before: Any, after: Any, own: Shapes) -> dict[str, Any]:
+    return {"normalized_shape": tuple(after[0][-len(m.normalized_shape) :])}
+
+
+def group_norm(m: Any, before: Any, after: Any, own: Shapes) -> dict[str, Any]:
+    return {"num_channels": after[0][1]}
+
+
+def prelu(m: Any, before: Any, after: Any, own: Shapes) -> dict[str, Any]:
+    return {"num_parameters": own["weight"][0]}
+
+
+def embedding(m: Any, before: Any, after: Any, own: Shapes) -> dict[str, Any]:
+    return {"embedding_dim": own["weight"][1]}
+
+
+def bilinear(m: Any, before: Any, after: Any, own: Shapes) -> dict[str, Any]:
+    out, in1, in2 = own["weight"]
+    return {"in1_features": in1, "in2_features": in2, "out_features": out}
+
+
+def rnn(m: Any, before: Any, after: Any, own: Shapes) -> dict[str, Any]:
+    hidden = own.get("weight_hh_l0", tuple(m.weight_hh_l0.shape))
+    gates = {"LSTM": 4, "GRU": 3}.get(m.mode, 1)
+    sizes = {"input_size": own.get("weight_ih_l0", tuple(m.weight_ih_l0.shape))[1], "hidden_size": hidden[0] // gates}
+    return sizes | ({"proj_size": hidden[1]} if m.proj_size else {})
+
+
+def rnn_cell(m: Any, before: Any, after: Any, own: Shapes) -> dict[str, Any]:
+    return {"input_size": own["weight_ih"][1], "hidden_size": own["weight_hh"][1]}
+
+
+TABLE: list[tuple[Any, Any]] = [
+    (nn.modules.conv._ConvNd, conv),
+    (nn.Linear, linear),
+    (nn.modules.instancenorm._InstanceNorm, instance_norm),
+    (nn.modules.batchnorm._BatchNorm, batch_norm),
+    (nn.LayerNorm | nn.RMSNorm, layer_norm),
+    (nn.GroupNorm, group_norm),
+    (nn.PReLU, prelu),
+    (nn.Embedding | nn.EmbeddingBag, embedding),
+    (nn.Bilinear, bilinear),
+    (nn.RNNBase, rnn),
+    (nn.RNNCellBase, rnn_cell),
+]

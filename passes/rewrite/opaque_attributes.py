@@ -2,7 +2,7 @@
 
 Its tensors are sliced like any others. Sizes in its code come from integer attributes: while the module was captured, each
 attribute was an integer that remembers its origin, and where one turned up as a size of a tensor, the attribute must become
-the pruned size. Standard layers inside are looked up in the table of `passes/ops/layers.py`.
+the pruned size. Standard layers inside are looked up in `layer_attributes.py`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from typing import Any
 from fxprune.passes.capture.opaque import OPERATORS
 from fxprune.passes.ir.module_tree import fetch
 from fxprune.passes.ir.program import CapturedProgram, SizeUse
-from fxprune.passes.ir.pytree import collect
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.rewrite.layer_attributes import LayerAttributes
-from fxprune.passes.rewrite.pruned_shapes import PrunedShapes
+from fxprune.passes.rewrite.size_expressions import PrunedShapes
 
 
 def opaque_attributes(capture: CapturedProgram, layers: LayerAttributes, path: str) -> dict[str, dict[str, Any]]:

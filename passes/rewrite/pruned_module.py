@@ -27,10 +27,6 @@ class Program:
             made[name].meta = dict(meta)
         return graph
 
-    @property
-    def targets(self) -> list[str]:
-        return [target for _, op, target, *_ in self.lines if op in ("get_attr", "call_module")]
-
 
 @dataclass(frozen=True, slots=True)
 class Name:
@@ -40,14 +36,15 @@ class Name:
 
 
 def written(graph: fx.Graph, only: Mapping[fx.Node, bool | None], mode: bool) -> Program:
-    """The program of one mode out of a graph with branches (see `modes.py`)."""
+    """The program of one mode out of a graph with branches (see `train_eval.py`)."""
     names: dict[Any, Any] = {}
     lines = []
     for node in graph.nodes:
         if only.get(node, mode) != mode:
             continue
         if node.target is select_by_mode:
-            names[node] = names[node.args[mode]]
+            chosen = node.args[mode]
+            names[node] = names[chosen] if isinstance(chosen, fx.Node) else chosen
         else:
             names[node] = Name(node.name)
             args, kwargs = (fx.node.map_arg(x, names.__getitem__) if x else x for x in (node.args, node.kwargs))
@@ -59,7 +56,7 @@ class PrunedModule(fx.GraphModule):
     """A GraphModule that keeps one program for evaluation and one for training where the two differ.
 
     `train()` and `eval()` switch between them; modules that they leave in the other mode in the original they leave so here.
-    `meta["plan"]` and `meta["verification"]` say how it came about.
+    `meta["plan"]` says what was removed, `meta["verification"]` how exact the result is.
     """
 
     def __init__(
@@ -72,10 +69,8 @@ class PrunedModule(fx.GraphModule):
     ) -> None:
         super().__init__(nn.Module(), fx.Graph(), name)
         vars(self)["training"] = root.training
-        adopt(self, root, (str(n.target) for n in graph.nodes if n.op in ("get_attr", "call_module")))
-        for program in (programs or {}).values():
-            if program is not graph:
-                adopt(self, root, program.targets if isinstance(program, Program) else targets_of(program))
+        for program in {id(p): p for p in (graph, *(programs or {}).values())}.values():
+            adopt(self, root, targets_of(program))
         self.graph = graph
         self.__dict__["_programs"] = programs or {}
         self.__dict__["_apart"] = apart or {}
@@ -117,14 +112,17 @@ class PrunedModule(fx.GraphModule):
         return self.meta.get("verification")
 
 
-def targets_of(graph: fx.Graph) -> list[str]:
-    return [str(n.target) for n in graph.nodes if n.op in ("get_attr", "call_module")]
+def targets_of(program: fx.Graph | Program) -> list[str]:
+    """The paths of the modules and tensors that a program refers to."""
+    if isinstance(program, Program):
+        return [target for _, op, target, *_ in program.lines if op in ("get_attr", "call_module")]
+    return [str(n.target) for n in program.nodes if n.op in ("get_attr", "call_module")]
 
 
 def adopt(made: nn.Module, root: nn.Module, targets: Iterable[str]) -> None:
-    """Put what a program refers to where it stands in `root`, below plain modules: nobody else has forwards to call.
+    """Give a module what a program refers to, under the paths that it has in `root`; modules in between become plain ones.
 
-    What GraphModule does by itself looks every path up from the root, twice.
+    GraphModule does the same, but looks up every path from the root, twice.
     """
     pairs: dict[str, tuple[nn.Module, nn.Module]] = {"": (root, made)}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,9 @@ from torch import Tensor, fx, nn
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.ir.module_tree import Apart, apart_from, every_path, fetch, named_tensors, replace_tensors, walk
 from fxprune.passes.ir.program import Waiver
-from fxprune.passes.ir.slices import Slicer, TensorSlice
+from fxprune.passes.ir.slices import Slicer, TensorSlice, apply_slices, cut_shape
 from fxprune.passes.rewrite.pruned_module import Program, PrunedModule
 from fxprune.passes.rewrite.rewriter import Rewriter
-from fxprune.passes.rewrite.slicing import slice_tensor
 
 
 def tensor_cuts(solution: Solution, kept: Tensor, slicer: Slicer | None = None) -> dict[str, list[TensorSlice]]:
@@ -144,3 +143,28 @@ def slice_tensors(values: Mapping[str, Tensor], solution: Solution, made: Mappin
                 setattr(tree, name, copy.copy(tensor))
                 tree._non_persistent_buffers_set.add(name)
     return tree
+
+
+LARGE = 1 << 22  # elements of a tensor from which on it is sliced a block of rows at a time
+BLOCK = 1 << 20  # elements of such a block, so that the next slice finds it in the cache
+
+
+def slice_tensor(source: Tensor, slices: Sequence[TensorSlice]) -> Tensor:
+    """A new contiguous tensor with what slices leave of one; a parameter where that is one."""
+    data = source.data
+    if not slices:
+        new = data.clone()
+    elif len(slices) > 1 and slices[0].dims == (0,) and data.is_cpu and data.numel() > LARGE:
+        new = slice_in_blocks(data, slices)
+    else:
+        new = apply_slices(slices, data).contiguous()
+    return nn.Parameter(new, requires_grad=source.requires_grad) if isinstance(source, nn.Parameter) else new
+
+
+def slice_in_blocks(source: Tensor, slices: Sequence[TensorSlice]) -> Tensor:
+    """The same where the first slice is along the first dimension, without a second large tensor on the way."""
+    made = source.new_empty(cut_shape(source.shape, slices))
+    rows_per_block = max(1, BLOCK * len(source) // source.numel())
+    for rows, place in zip(slices[0].keep.split(rows_per_block), made.split(rows_per_block), strict=True):
+        place.copy_(apply_slices(slices[1:], source.index_select(0, rows)))
+    return made

@@ -19,18 +19,17 @@ from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.ir.labels import counts_channels
 from fxprune.passes.ir.op_trace import name_of
 from fxprune.passes.ir.program import CapturedProgram, Guard, Waiver, select_by_mode, size_source
-from fxprune.passes.ir.pytree import collect, map_tensors
+from fxprune.passes.ir.pytree import TensorRef, collect, map_tensors
 from fxprune.passes.ir.slices import Slicer
-from fxprune.passes.ir.tensor_ref import TensorRef
 from fxprune.passes.ops.convolution import slid, sliding
 from fxprune.passes.ops.registry import find_node
+from fxprune.passes.ops.rewriting import picked
 from fxprune.passes.rewrite.graph_editor import GraphEditor
 from fxprune.passes.rewrite.guards import describe, holds
 from fxprune.passes.rewrite.layer_attributes import LayerAttributes
 from fxprune.passes.rewrite.opaque_attributes import opaque_attributes
 from fxprune.passes.rewrite.pruned_module import Program, written
-from fxprune.passes.rewrite.pruned_shapes import PrunedShapes
-from fxprune.passes.rewrite.size_expressions import SizeExpressions
+from fxprune.passes.rewrite.size_expressions import PrunedShapes, SizeExpressions
 
 NUMBER = (int, float)
 LITERALS = frozenset([int, float, bool, str, type(None), torch.dtype])
@@ -128,17 +127,19 @@ class Rewriter:
             pass_input_by_position(node)
         inner: set[fx.Node] = set()
         for node in nodes:
-            with self.editor.visiting(node):
-                end = self.regions.get(node)
-                if end is None or not self.is_pruned(end):
-                    self.editor.replace(node, self.carry(node))
-                    if node in self.guards:
-                        self.editor.move_past()
-                        self.guard(node, self.guards[node])
-                elif node is end:
-                    self.editor.replace(node, self.region(node))
-                else:
-                    inner.add(node)
+            self.editor.visit(node)
+            end = self.regions.get(node)
+            if end is None or not self.is_pruned(end):
+                self.editor.replace(node, self.carry(node))
+                if node in self.guards:
+                    self.editor.move_past()
+                    self.guard(node, self.guards[node])
+            elif node is end:
+                self.editor.replace(node, self.region(node))
+            else:
+                inner.add(node)
+            self.editor.leave(node)
+        self.graph.inserting_before(self.graph._root)  # at its end
         self.editor.apply(nodes, inner)
         only = self.editor.branches
         has_branches = self.capture.only or any(n.target is select_by_mode for n in nodes)  # a branch may hold parameters alone
@@ -228,10 +229,7 @@ class Rewriter:
 
     def permuted(self, source: fx.Node, ref: TensorRef, end: fx.Node, dim: int, order: Tensor) -> fx.Node:
         """The result of the index map `order` (result index -> source index) among what is kept."""
-        place = torch.full((self.before(ref)[dim],), -1)
-        kept_in = self.positions(ref, dim)
-        place[kept_in] = torch.arange(len(kept_in))
-        return self.gather(source, dim, place[order[self.positions(self.result(end), dim)]])
+        return self.gather(source, dim, picked(self, ref, self.result(end), dim, dim, order))
 
     # -- guards ---------------------------------------------------------------------------------------------------------
 
@@ -249,7 +247,7 @@ class Rewriter:
 
     def asks_for_batch(self, node: fx.Node) -> bool:
         """Whether the input sizes that a number is computed from are all of first dimensions."""
-        found = size_source(self.capture, node)
+        found = size_source(node, self.capture.results)
         if found is not None:
             return found[1] == 0 or not self.sizes.is_symbolic(node)
         return node.op != "placeholder" and all(self.asks_for_batch(n) for n in node.all_input_nodes)

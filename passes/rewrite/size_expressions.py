@@ -23,17 +23,61 @@ A number that is no size, such as a scale or a condition, keeps the value of the
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
-from torch import Size, fx
+import torch
+from torch import Size, Tensor, fx
 
+from fxprune.passes.ir.labels import Labels
+from fxprune.passes.ir.op_trace import OpTrace
 from fxprune.passes.ir.program import CapturedProgram, size_source
-from fxprune.passes.ir.pytree import collect
-from fxprune.passes.ir.tensor_ref import TensorRef
+from fxprune.passes.ir.pytree import TensorRef, collect
+from fxprune.passes.ir.slices import Slicer, TensorSlice, cut_shape
 from fxprune.passes.rewrite.graph_editor import GraphEditor
-from fxprune.passes.rewrite.pruned_shapes import PrunedShapes
+
+
+class PrunedShapes:
+    """What pruning leaves of each value on an op trace.
+
+    Arguments:
+        op_trace: the trace, whose values have their original shapes.
+        labels: the labels of each value, by its number.
+        slicer: the slices that remove the chosen labels.
+    """
+
+    def __init__(self, op_trace: OpTrace, labels: Mapping[int, Labels], slicer: Slicer) -> None:
+        self.op_trace, self.labels, self.slicer = op_trace, labels, slicer
+        self.slices: dict[int, list[TensorSlice]] = {}
+
+    def cuts(self, ref: TensorRef) -> list[TensorSlice]:
+        """The slices that pruning takes of a value; empty where all of it stays."""
+        found = self.slices.get(ref.id)
+        if found is None:
+            found = self.slices[ref.id] = self.slicer(self.labels.get(ref.id, ()), self.op_trace.shape(ref))
+        return found
+
+    def before(self, ref: TensorRef) -> tuple[int, ...]:
+        return self.op_trace.shape(ref)
+
+    def after(self, ref: TensorRef) -> tuple[int, ...]:
+        return cut_shape(self.before(ref), self.cuts(ref))
+
+    def positions(self, ref: TensorRef, dim: int) -> Tensor:
+        """The kept indices along a dimension; along the minor dimension of a joint factor, those of the first row that stays.
+
+        Other rows may keep other indices, but equally many of them, and as many before any place at which they are split.
+        """
+        shape = self.before(ref)
+        for cut in self.cuts(ref):
+            if dim in cut.dims:
+                mask = cut.kept(shape)
+                at = cut.dims.index(dim)
+                rows = mask.flatten(at + 1).any(-1) if at + 1 < mask.dim() else mask
+                rows = rows.reshape(-1, shape[dim])
+                return rows[int(rows.any(-1).int().argmax())].nonzero().flatten()
+        return torch.arange(shape[dim])
 
 
 class SizeExpressions:
@@ -105,7 +149,7 @@ class SizeExpressions:
     def depends_on_inputs(self, node: fx.Node) -> bool:
         if node.op == "placeholder":
             return True
-        found = size_source(self.capture, node)
+        found = size_source(node, self.capture.results)
         if found is not None:
             ref, dim = found
             return dim is None or not self.counts_channels(ref, dim % max(1, len(self.shapes.before(ref))))
@@ -113,7 +157,7 @@ class SizeExpressions:
 
     def is_size(self, node: fx.Node) -> bool:
         """Whether a number is read off a tensor's shape."""
-        return size_source(self.capture, node) is not None
+        return size_source(node, self.capture.results) is not None
 
     def is_changed(self, node: Any) -> bool:
         """Whether a number, or one that it is computed from, has another value in the pruned program."""
@@ -164,7 +208,7 @@ class SizeExpressions:
             return wanted  # 3
         was = self.capture.results[given]
         if not was:
-            return self.editor.new[given]
+            return self.original(given)  # there is no ratio of zero
         key = given, wanted, self.editor.branch  # a node of one branch does not exist in the other
         if key not in self.rescaled:
             number = self.original(given, keep_sizes=not symbolic)

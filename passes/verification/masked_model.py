@@ -1,13 +1,13 @@
-"""Verify: the pruned model against the original whose removed elements are masked.
+"""The masked original: the reference for the pruned model.
 
-The original runs under a dispatcher mode that carries labels along, live, at any input size. What its ops then compute is said
-in `masked.py`.
+The original runs under a dispatcher mode that carries labels along at any input size and calls the masked form of each op.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,20 +17,95 @@ from fxprune.passes.capture.index_contents import storage_of, version_of
 from fxprune.passes.capture.meta_kernels import VIEWS
 from fxprune.passes.capture.patches import visible
 from fxprune.passes.capture.recorder import Recorder
-from fxprune.passes.coupling.kept_labels import KeptLabels
 from fxprune.passes.coupling.propagation import apply_rule
-from fxprune.passes.ir.constraints import ConstraintBuilder
+from fxprune.passes.ir.constraints import ConstraintBuilder, Constraints, RowLabels
 from fxprune.passes.ir.labels import Labels, fill_removed, keeps_all, kept_mask
 from fxprune.passes.ir.module_tree import copy_tree, named_tensors, set_mode
 from fxprune.passes.ir.op_trace import OpCall, written_by
 from fxprune.passes.ir.propagation_state import PropagationState
-from fxprune.passes.ir.pytree import collect, map_tensors
+from fxprune.passes.ir.pytree import TensorRef, collect, map_tensors
 from fxprune.passes.ir.slices import Slicer
-from fxprune.passes.ir.tensor_ref import TensorRef
 from fxprune.passes.ops.call import OpView, RuleContext
 from fxprune.passes.ops.registry import find
 
+
+class KeptLabels:
+    """Which labels are kept, for a number of labels that grows while a program runs.
+
+    A new label shares the fate of what it is tied to. Until that is known it is kept.
+
+    Arguments:
+        kept: which of the first labels are kept, shape (labels,).
+        fates: from an earlier run of the program which labels are kept, those that it made included.
+
+    Attributes:
+        table: which labels are kept.
+        late: whether a label turned out to be removed after it was made.
+    """
+
+    def __init__(self, kept: Tensor, fates: Tensor | None = None) -> None:
+        self.table, self.fates = kept, fates
+        self.late = False
+        self.known = torch.ones(len(kept), dtype=torch.bool)
+        self.ties: list[tuple[Tensor, Tensor]] = []  # of labels that are not all known
+        self.row_labels: list[RowLabels] = []
+
+    def add(self, constraints: Constraints, size: int) -> None:
+        """Settle what constraints say of unknown labels; there are `size` labels now."""
+        if size > len(self.table):
+            self.grow(size)
+        for event in constraints.frozen:  # what a rule keeps is kept, whatever it is tied to later
+            self.known[torch.from_numpy(event.flat)] = True
+        sides = [tuple(map(torch.from_numpy, tie.sides())) for tie in constraints.ties]
+        new = [(a, b) for a, b in sides if not bool((self.known[a] & self.known[b]).all())]
+        self.ties += new
+        self.row_labels += constraints.row_labels
+        if new or constraints.row_labels or constraints.frozen:  # else nothing is said of unknown labels
+            while self.spread():
+                pass
+            self.ties = [(a, b) for a, b in self.ties if not bool((self.known[a] & self.known[b]).all())]
+            self.row_labels = [r for r in self.row_labels if not bool(self.known[r.labels].all())]
+
+    def grow(self, size: int) -> None:
+        start, count = len(self.table), size - len(self.table)
+        made = torch.ones(count, dtype=torch.bool) if self.fates is None else self.fates[start:size]
+        self.table = torch.cat([self.table, made])
+        self.known = torch.cat([self.known, torch.full((count,), self.fates is not None)])
+
+    def spread(self) -> bool:
+        """Settle what is tied to known labels; returns whether that was anything."""
+        found = False
+        for tie in self.ties:
+            for new, old in (tie, tie[::-1]):
+                now = ~self.known[new] & self.known[old]
+                if bool(now.any()):
+                    self.table[new[now]] = self.table[old[now]]
+                    self.known[new[now]] = found = True
+                    self.late |= not bool(self.table[old[now]].all())
+        for rows in self.row_labels:
+            now = ~self.known[rows.labels] & self.known[rows.entries].all(1)
+            self.table[rows.labels[now]] = self.table[rows.entries[now]].any(1)
+            self.known[rows.labels[now]] = True
+            found |= bool(now.any())
+        return found
+
+
 HALF_PRECISION = frozenset([torch.bfloat16, torch.float16])
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """What is removed of a model.
+
+    Attributes:
+        leaves: the labels of its tensors, by name.
+        kept: which labels are kept, shape (labels,).
+        heads: whether batch dimensions of products are heads, as in coupling.
+    """
+
+    leaves: Mapping[str, Labels]
+    kept: Tensor
+    heads: bool
 
 
 class MaskedRun(Recorder):
@@ -38,23 +113,19 @@ class MaskedRun(Recorder):
 
     Arguments:
         names: the model's tensors by identity.
-        leaves: their labels.
-        kept: which labels are kept, shape (labels,).
-        heads: as in coupling.
+        removal: what is masked.
         fates: from an earlier run, which labels are kept, those made on the way included.
     """
 
-    def __init__(
-        self, names: dict[int, str], leaves: Mapping[str, Labels], kept: Tensor, heads: bool, fates: Tensor | None = None
-    ) -> None:
+    def __init__(self, names: dict[int, str], removal: Removal, fates: Tensor | None = None) -> None:
         super().__init__(names)
-        self.leaf_labels = leaves
-        self.kept_labels, self.given = KeptLabels(kept, fates), len(kept)
+        self.leaf_labels = removal.leaves
+        self.kept_labels, self.given = KeptLabels(removal.kept, fates), len(removal.kept)
         self.labels: dict[int, Labels] = {}
         self.zeroed: set[int] = set()  # the model's tensors, and views of them: zero where they are removed
         self.memory: set[int] = set()  # where the model's tensors lie
         self.dtypes: set[torch.dtype] = set()  # of half precision that results were computed in
-        self.state = PropagationState(self.op_trace, self.labels, ConstraintBuilder(len(kept)), heads)
+        self.state = PropagationState(self.op_trace, self.labels, ConstraintBuilder(self.given), removal.heads)
 
     @property
     def kept(self) -> Tensor:
@@ -128,17 +199,10 @@ class MaskedRun(Recorder):
 
 
 class MaskedOriginal:
-    """The model, in evaluation mode, with removed elements masked; the model itself is left as it is.
+    """The model, in evaluation mode, with removed elements masked; the model itself is left as it is."""
 
-    Arguments:
-        model: the original.
-        leaves: the labels of its tensors, by name.
-        kept: which labels are kept, shape (labels,).
-        heads: as in coupling.
-    """
-
-    def __init__(self, model: Any, leaves: Mapping[str, Labels], kept: Tensor, heads: bool) -> None:
-        self.model, self.leaves, self.kept, self.heads = model, leaves, kept, heads
+    def __init__(self, model: Any, removal: Removal) -> None:
+        self.model, self.removal = model, removal
         self.parameters: dict[int, nn.Parameter] = {}  # zero where removed, by the identity of the original's
         self.writes = False  # whether a forward writes to parameters
         self.dtypes: set[torch.dtype] = set()  # of half precision that results were computed in
@@ -160,7 +224,7 @@ class MaskedOriginal:
             set_random_state(devices, drawn)
             reference = self.copied()
             names = {id(t): n for n, t in named_tensors(reference)}
-            masker = MaskedRun(names, self.leaves, self.kept, self.heads, fates)
+            masker = MaskedRun(names, self.removal, fates)
             a, k = map_tensors((args, kwargs), torch.clone)
             with torch.no_grad(), visible():
                 refs = [masker.add(tensor, from_input=True) for tensor in collect((a, k), Tensor)]
@@ -194,7 +258,7 @@ class MaskedOriginal:
         """A copy of one of the model's tensors, zero where it is removed."""
         given = tensor.detach()
         fractions = given.is_floating_point() or given.is_complex()
-        made = fill_removed(given, self.leaves.get(name, ()), self.kept, 0.0) if fractions else given
+        made = fill_removed(given, self.removal.leaves.get(name, ()), self.removal.kept, 0.0) if fractions else given
         return made.clone() if made is given else made
 
 

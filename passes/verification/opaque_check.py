@@ -1,4 +1,4 @@
-"""Trial: each opaque module, once cut, on what it is given in the original, against itself masked.
+"""The check of opaque modules: each one, once sliced, against itself masked, on the inputs that it has in the original.
 
 The Python inside of an opaque module is not rewritten. Attributes that sizes came from are changed, but a size may be written
 out, or come from somewhere nobody saw. Such a module then fails or computes something else: it must stay whole.
@@ -15,10 +15,9 @@ from torch import Tensor, fx, nn
 
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.ir.module_tree import fetch, named_tensors, private_copy, set_mode
-from fxprune.passes.ir.pytree import collect, map_tensors
+from fxprune.passes.ir.pytree import TensorRef, collect, map_tensors
 from fxprune.passes.ir.slices import Slicer
-from fxprune.passes.ir.tensor_ref import TensorRef
-from fxprune.passes.verification.masked_model import MaskedOriginal, relative_error
+from fxprune.passes.verification.masked_model import MaskedOriginal, Removal, relative_error
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +127,7 @@ def compared(
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         known = [labels.get(r.id, ()) for r in site.ins]
-        wanted = MaskedOriginal(module, own, slicer.kept, heads)(args, kwargs, known)
+        wanted = MaskedOriginal(module, Removal(own, slicer.kept, heads))(args, kwargs, known)
         torch.manual_seed(0)
         try:
             got = fetch(pruned, path)(*few_args, **few_kwargs)

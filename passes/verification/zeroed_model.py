@@ -1,39 +1,48 @@
-"""The second reference: the original with its removed parameter and buffer elements zeroed, run as it is.
+"""The second reference: the original with its removed parameter and buffer elements zeroed, and where it is a reference.
 
-It knows nothing of labels: only the slices of the model's own tensors, as a plan has them. It is exact wherever zero stays
-zero on the way, which `zero_flow` decides.
+It knows nothing of labels: only the slices of the model's own tensors, as a plan has them. It is exact wherever zero stays zero
+on the way. Zeroing leaves the removed channels there: a mean, a norm or a softmax counts them, and a constant such as
+`sigmoid(0)` may reach what is kept. To find out, the zeroed model is run once more, and every operator that reads removed
+entries is tried on random values. No operator has a rule here. Entries of a result are
+
+- *removed* if they change with the removed entries of the operands and with nothing else: they are as constant as those;
+- *mixed* if they change with the removed entries of one operand, those of the others staying what they are, and with kept
+  entries too. Then something that is kept depends on what was removed, and the zeroed model says nothing.
+
+An activation of a removed channel that meets weights of zero is not mixed, nor is a product of two removed entries. A sum over
+channels mixes, but zeros add nothing to it: `ADDITIVE` names the operators of which that is true.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxprune.passes.capture.patches import visible
 from fxprune.passes.ir.module_tree import copy_tree, named_tensors
-from fxprune.passes.ir.slices import TensorSlice
+from fxprune.passes.ir.op_trace import written_by
+from fxprune.passes.ir.pytree import collect, map_tensors
+from fxprune.passes.ir.slices import TensorSlice, mask_of
 
 Slices = Mapping[str, Sequence[TensorSlice]]
 
 
-def removed_elements(shape: Sequence[int], slices: Sequence[TensorSlice]) -> Tensor:
-    """A boolean tensor, True where slices of a tensor of this shape remove an element.
-
-    >>> removed_elements((2, 3), [TensorSlice((1,), torch.tensor([0, 2]), (2,))]).int().tolist()
-    [[0, 1, 0], [0, 1, 0]]
-    """
-    removed = torch.zeros(tuple(shape), dtype=torch.bool)
-    for cut in slices:
-        rest = [d for d in range(len(shape)) if d not in cut.dims]
-        gone = torch.ones([shape[d] for d in cut.dims], dtype=torch.bool)
-        gone.view(-1)[cut.keep] = False
-        gone = gone.reshape(*gone.shape, *(1 for _ in rest))
-        order = [*cut.dims, *rest]
-        removed |= gone.permute([order.index(d) for d in range(len(shape))])
-    return removed
+def zeroed_copy(model: nn.Module, masks: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+    """A copy of a model with zeros where the mask of a floating tensor, if there is one, is False; and its tensors, by name."""
+    swap: dict[int, Tensor] = {}
+    made: dict[str, Tensor] = {}
+    for name, tensor in named_tensors(model):
+        new = tensor.detach().clone()
+        if name in masks and (new.is_floating_point() or new.is_complex()):
+            new.masked_fill_(~masks[name].to(new.device), 0)
+        made[name] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+        swap[id(tensor)] = made[name]
+    return copy_tree(model, swap), made
 
 
 class ZeroedOriginal:
@@ -43,26 +52,262 @@ class ZeroedOriginal:
 
     Attributes:
         model: the copy.
-        removed: where its tensors are zeroed, by the identity of the tensor.
+        removed: its tensors that are zeroed in part, each with where that is.
     """
 
     def __init__(self, model: nn.Module, slices: Slices) -> None:
-        swap: dict[int, Tensor] = {}
-        self.removed: dict[int, tuple[Tensor, Tensor]] = {}
-        with torch.no_grad():
-            for name, tensor in named_tensors(model):
-                made = tensor.detach().clone()
-                cuts = slices.get(name, ())
-                if cuts and (made.is_floating_point() or made.is_complex()):
-                    gone = removed_elements(tensor.shape, cuts).to(made.device)
-                    made.masked_fill_(gone, 0)
-                else:
-                    gone = None
-                swap[id(tensor)] = nn.Parameter(made, False) if isinstance(tensor, nn.Parameter) else made
-                if gone is not None:
-                    self.removed[id(swap[id(tensor)])] = swap[id(tensor)], gone
-            self.model: Any = copy_tree(model, swap).eval()
+        kept = {name: mask_of(slices[name], t.shape) for name, t in named_tensors(model) if slices.get(name)}
+        self.model, made = zeroed_copy(model, kept)
+        self.model.eval()
+        numbers = {name: t for name, t in made.items() if name in kept and (t.is_floating_point() or t.is_complex())}
+        self.removed = [(t, ~kept[name].to(t.device)) for name, t in numbers.items()]
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with torch.no_grad(), visible():
             return self.model(*args, **kwargs)
+
+
+SUMS = "sum nansum norm linalg_vector_norm".split()
+PRODUCTS = "mm bmm addmm baddbmm mv addmv dot linear matmul convolution _convolution _trilinear".split()
+ADDITIVE = frozenset(f"aten::{name}" for name in (*SUMS, *PRODUCTS))
+
+
+class Mixed(Exception):
+    """The zeroed model is no reference; the message completes "it does not apply: ..."."""
+
+
+def why_zeroed_does_not_apply(zeroed: ZeroedOriginal, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """What makes the zeroed original no reference on these inputs; empty where it is one."""
+    flow = ZeroFlow(zeroed)
+    args, kwargs = map_tensors((args, kwargs), torch.clone)
+    try:
+        with torch.random.fork_rng(devices=[]), visible(), flow:
+            zeroed(args, kwargs)
+    except Exception as error:
+        return flow.reason or f"it raises {type(error).__name__}"
+    return flow.reason
+
+
+class ZeroFlow(TorchDispatchMode):
+    """Runs a zeroed model and keeps track of which entries of which tensors are removed.
+
+    What is removed is noted by storage, byte by byte, so that views and in-place operators need no care.
+
+    Attributes:
+        reason: the first operator that mixes removed with kept entries; empty if none does.
+    """
+
+    def __init__(self, zeroed: ZeroedOriginal) -> None:
+        super().__init__()
+        self.reason = ""
+        self.constants: list[Tensor] = []
+        self.notes: dict[int, tuple[StorageWeakRef, Tensor]] = {}
+        for tensor, gone in zeroed.removed:
+            self.note(tensor, gone)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.reason:  # the model caught the exception
+            raise Mixed(self.reason)
+        tensors = collect((args, kwargs), Tensor)
+        masks = [self.removed(t) for t in tensors]
+        if all(mask is None for mask in masks):
+            out = func(*args, **kwargs)
+            if func._schema.name == "aten::lift_fresh":  # a constant of Python's becomes a tensor
+                self.constants.append(out)
+            return out
+        written = written_slots(func, args, kwargs, tensors)
+        probe = None if is_view(func) else Probe(func, args, kwargs, tensors, masks, written, self.constants)
+        try:
+            found = None if probe is None else probe.removed_results()
+        except Exception as error:
+            self.reason = str(error) if isinstance(error, Mixed) else f"{func._schema.name} fails on other values"
+            raise Mixed(self.reason) from error
+        out = func(*args, **kwargs)
+        if found is not None:
+            results = with_written([tensors[i] for i in written], out)
+            for result, gone in zip(results, found, strict=True):
+                self.note(result, gone)
+        return out
+
+    def bytes_of(self, tensor: Tensor, flat: Tensor) -> Tensor:
+        """The notes on a tensor's entries, one more dimension for the bytes of an entry."""
+        size = tensor.element_size()
+        strides = [s * size for s in tensor.stride()]
+        return flat.as_strided([*tensor.shape, size], [*strides, 1], tensor.storage_offset() * size)
+
+    def removed(self, tensor: Tensor) -> Tensor | None:
+        """Which entries of a tensor are removed; None where none is."""
+        if tensor.layout is not torch.strided or not tensor.numel():
+            return None
+        storage = tensor.untyped_storage()
+        reference, flat = self.notes.get(storage._cdata, (None, None))
+        if reference is None or flat is None or reference.expired():
+            return None
+        mask = self.bytes_of(tensor, flat)[..., 0]
+        return mask if bool(mask.any()) else None
+
+    def note(self, tensor: Tensor, gone: Tensor) -> None:
+        if tensor.layout is not torch.strided or not tensor.numel():
+            return
+        storage = tensor.untyped_storage()
+        reference, flat = self.notes.get(storage._cdata, (None, None))
+        if reference is None or flat is None or reference.expired():
+            if not bool(gone.any()):
+                return
+            self.notes = {key: found for key, found in self.notes.items() if not found[0].expired()}
+            flat = torch.zeros(storage.nbytes(), dtype=torch.bool, device=tensor.device)
+            self.notes[storage._cdata] = StorageWeakRef(storage), flat
+        self.bytes_of(tensor, flat).copy_(gone.unsqueeze(-1))
+
+
+class Probe:
+    """One operator on random values: which entries of its results are removed, and whether it mixes any with what is kept.
+
+    Arguments:
+        func, args, kwargs: the call, whose operands are as in the zeroed model.
+        tensors: its operands in order; `masks` says which of their entries are removed.
+        written: which of them it writes to; their new values are results, and come first.
+        constants: tensors whose values are always the same.
+    """
+
+    def __init__(
+        self,
+        func: Any,
+        args: Any,
+        kwargs: Any,
+        tensors: Sequence[Tensor],
+        masks: Sequence[Tensor | None],
+        written: Sequence[int],
+        constants: Sequence[Tensor] = (),
+    ) -> None:
+        self.func, self.args, self.kwargs = func, args, kwargs
+        self.constants = {id(t) for t in constants}
+        self.tensors, self.masks, self.written = tensors, masks, written
+
+    def removed_results(self) -> list[Tensor]:
+        """Which entries of each result are removed; raises Mixed."""
+        marked = [i for i, mask in enumerate(self.masks) if mask is not None]
+        if not all(is_drawn(self.tensors[i], self.masks[i]) for i in marked):
+            raise Mixed(f"{self.name} reads indices that are computed from removed entries")
+        base = self.drawn(uniform)
+        results = self.run(base)
+        if not results:
+            raise Mixed(f"{self.name} gives Python the value of a removed entry")
+        if any(bool((r != r).any()) for r in results):
+            raise Mixed(f"{self.name} is not a number on other values")
+        others = [self.run(self.drawn(draw)) for draw in (uniform, wide)]
+        varies = [differ(r, a) | differ(r, b) for r, a, b in zip(results, *others, strict=True)]
+        for i in marked:
+            reached = [d & v for d, v in zip(self.depends(base, results, [i]), varies, strict=True)]
+            if any(bool(r.any()) for r in reached):
+                self.check_additive(i)
+                if any(bool((r & ~k).any()) for r, k in zip(reached, self.depends_on_kept(base, results, i), strict=True)):
+                    raise Mixed(f"{self.name} adds up removed entries alone, and keeps what it makes of them")
+        found = [d & ~v for d, v in zip(self.depends(base, results, marked), varies, strict=True)]
+        for at, slot in enumerate(self.written):  # a constant written over a removed entry is gone with it
+            mask = self.masks[slot]
+            if mask is not None:
+                found[at] |= mask & ~varies[at]
+        return found
+
+    @property
+    def name(self) -> str:
+        return str(self.func._schema.name)
+
+    def check_additive(self, slot: int) -> None:
+        mask = self.masks[slot]
+        if self.name not in ADDITIVE or bool(self.tensors[slot][mask].any()):
+            shape = tuple(self.tensors[slot].shape)
+            raise Mixed(f"{self.name} computes what is kept from removed entries of a tensor of shape {shape}")
+
+    def drawn(self, draw: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """Operands whose kept entries are random; indices, and masks that know nothing of channels, stay what they are."""
+        return [
+            t
+            if not is_drawn(t, mask) or id(t) in self.constants
+            else draw(t)
+            if mask is None
+            else torch.where(mask, t, draw(t))
+            for t, mask in zip(self.tensors, self.masks, strict=True)
+        ]
+
+    def depends(self, base: Sequence[Tensor], results: Sequence[Tensor], slots: Sequence[int]) -> list[Tensor]:
+        """Which entries of the results change with the removed entries of some operands."""
+        found = [torch.zeros_like(r, dtype=torch.bool) for r in results]
+        for sign in (1, -1):
+            values = list(base)
+            for i in slots:
+                mask = self.masks[i]
+                values[i] = values[i] if mask is None else torch.where(mask, far(values[i], sign), values[i])
+            found = [f | differ(a, b) for f, a, b in zip(found, results, self.run(values), strict=True)]
+        return found
+
+    def depends_on_kept(self, base: Sequence[Tensor], results: Sequence[Tensor], slot: int) -> list[Tensor]:
+        """Which entries of the results change with the kept entries of an operand."""
+        mask = self.masks[slot]
+        assert mask is not None
+        values = list(base)
+        values[slot] = torch.where(mask, values[slot], far(values[slot], 1))
+        return [differ(a, b) for a, b in zip(results, self.run(values), strict=True)]
+
+    def run(self, values: Sequence[Tensor]) -> list[Tensor]:
+        own = [v.clone() if i in self.written else v for i, v in enumerate(values)]
+        each: Iterator[Tensor] = iter(own)
+        args, kwargs = map_tensors((self.args, self.kwargs), lambda _: next(each))
+        if torch.Tag.nondeterministic_seeded in self.func.tags:
+            torch.manual_seed(0)
+        out = self.func(*args, **kwargs)
+        return with_written([own[i] for i in self.written], out)
+
+
+def with_written(written: Sequence[Tensor], out: Any) -> list[Tensor]:
+    """The results of a call: the operands that it writes to, and what it returns besides them."""
+    return [*written, *(t for t in collect(out, Tensor) if not any(t is w for w in written))]
+
+
+def is_drawn(tensor: Tensor, mask: Tensor | None) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex() or (tensor.dtype == torch.bool and mask is not None)
+
+
+def uniform(like: Tensor) -> Tensor:
+    """Values that activation functions neither clip nor zero; random truth values for a mask."""
+    drawn = torch.rand_like(like, dtype=float_of(like))
+    return drawn < 0.5 if like.dtype == torch.bool else drawn.mul_(0.7).add_(0.2).to(like.dtype)
+
+
+def wide(like: Tensor) -> Tensor:
+    """Values of both signs."""
+    drawn = torch.randn_like(like, dtype=float_of(like))
+    return drawn < 0 if like.dtype == torch.bool else drawn.mul_(3).to(like.dtype)
+
+
+def far(like: Tensor, sign: int) -> Tensor:
+    """Values far from those that are drawn, on one side of them; the opposite of masks."""
+    if like.dtype == torch.bool:
+        return ~like
+    return torch.rand_like(like, dtype=float_of(like)).add_(3).mul_(sign).to(like.dtype)
+
+
+def float_of(tensor: Tensor) -> torch.dtype:
+    return torch.float32 if tensor.dtype in (torch.bool, torch.bfloat16, torch.float16) else tensor.dtype
+
+
+def differ(a: Tensor, b: Tensor) -> Tensor:
+    """Where two tensors differ; two NaNs do not."""
+    return (a != b) & ~((a != a) & (b != b))
+
+
+def is_view(func: Any) -> bool:
+    """Whether the results of an operator are views of its operands and nothing else."""
+    returns = func._schema.returns
+    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+def written_slots(func: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor]) -> list[int]:
+    """Which of the operands an operator writes to, as places in the list of all of them."""
+    found = []
+    for i, name in written_by(func):
+        value = args[i] if i < len(args) else kwargs.get(name)
+        found += [n for t in collect(value, Tensor) for n, other in enumerate(tensors) if other is t][:1]
+    return found

@@ -36,14 +36,19 @@ def handed_on(w: Writer, x: Value, *, how: str) -> str:
 
 @op(ANY, weight=2, times=one_of(2, 3), how=one_of("interleave", "expand", "tile", "stack"))
 def product_of_copies(w: Writer, x: Value, *, times: int, how: str) -> str:
-    """Every channel several times, and a product over all of them: copies go together or not at all."""
+    """Every channel several times, and a product over all of them: copies go together or not at all.
+
+    Each is scaled first, so that it is zero in the product where its parameters are.
+    """
     a = x.axis
+    scale = w.parameter(", ".join(str(x.c) if d == a else "1" for d in range(x.rank)))
+    w.line(f"t = {x} * {scale}")
     copies = {
-        "interleave": f"{x}.repeat_interleave({times}, dim={a})",
-        "expand": f"{x}.unsqueeze({a + 1}).expand({', '.join('-1' if d != a + 1 else str(times) for d in range(x.rank + 1))})"
+        "interleave": f"t.repeat_interleave({times}, dim={a})",
+        "expand": f"t.unsqueeze({a + 1}).expand({', '.join('-1' if d != a + 1 else str(times) for d in range(x.rank + 1))})"
         f".flatten({a}, {a + 1})",
-        "tile": f"torch.cat([{x}] * {times}, {a})",
-        "stack": f"torch.stack([{x}] * {times}, {a + 1}).flatten({a}, {a + 1})",
+        "tile": f"torch.cat([t] * {times}, {a})",
+        "stack": f"torch.stack([t] * {times}, {a + 1}).flatten({a}, {a + 1})",
     }[how]
     w.line(f"t = {copies}.movedim({a}, -1)")
     w.line("g = torch.tanh(t.flatten(1, -2) @ t.flatten(1, -2).mT) if t.dim() > 2 else torch.tanh(t @ t.mT)")

@@ -6,8 +6,8 @@ from torch import nn
 
 import fxprune
 from fxprune.passes.capture.evaluation import Evaluator
-from fxprune.passes.coupling.analysis import analyse
-from fxprune.passes.ir.options import CouplingOptions
+from fxprune.passes.coupling.couple import analyse
+from fxprune.passes.coupling.solution import CouplingOptions
 from fxprune.passes.verification import opaque_check
 
 

@@ -69,6 +69,8 @@ def helpers():
     exec(
         "import functools, torch\nkept = {}\n"
         "@functools.lru_cache\ndef ramp(n):\n    return torch.linspace(0, 1, n, dtype=torch.float64)\n"
+        "@functools.lru_cache\ndef split(shape):\n    return *shape[:-1], 4, shape[-1] // 4\n"
+        "def heads(x):\n    return x.reshape(split(tuple(x.shape)))\n"
         "def table(n):\n    if n not in kept:\n        kept[n] = ramp(n) * 2\n    return kept[n]\n",
         vars(module),
     )
@@ -76,6 +78,7 @@ def helpers():
 
 
 HELPERS = helpers()
+split_heads = HELPERS.heads  # its cache is in another file than it is called from
 
 
 def in_place(net, x):
@@ -173,6 +176,29 @@ def test_a_custom_function_keeps_its_backward(between):
     x = hidden.clone().requires_grad_()
     next(n.target for n in small.graph.nodes if "apply" in n.name)(x).sum().backward()
     assert torch.equal(x.grad, torch.full_like(x, 3))
+
+
+class Heads(Net):
+    """Two layers of one width, each split into heads; one of them looks into what it computes."""
+
+    def __init__(self, reads):
+        super().__init__(None)
+        self.b, self.c, self.reads = nn.Linear(16, 16).double(), nn.Linear(16, 4).double(), reads
+
+    def forward(self, x):
+        x = split_heads(self.a(x)).softmax(1).flatten(1)
+        x = split_heads(self.b(x)).softmax(1).flatten(1)
+        return self.c(-x if self.reads and x.sum() < 0 else x)
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_sizes_that_a_function_remembers_are_not_those_of_another_layer(reads):
+    HELPERS.split.cache_clear()
+    model = Heads(reads).eval()
+    small = fxprune.prune(model, 0.5, example_inputs=X, freeze=["a"])
+    assert small.verification.ok
+    if not reads:  # else it is captured as one module
+        assert small.a.out_features == 16 and small.b.out_features == 8
 
 
 def test_what_fails_inside_a_try_leaves_no_node():

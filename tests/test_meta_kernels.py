@@ -1,4 +1,4 @@
-"""Results that are imagined rather than computed have the form that torch itself gives them."""
+"""Meta kernels: results that are not computed have the shape, strides and dtype that torch itself gives them."""
 
 import itertools
 

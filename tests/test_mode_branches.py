@@ -6,8 +6,8 @@ from fuzz_steps.parts import Chosen
 from torch import Tensor, nn
 
 import fxprune
-from fxprune.passes.coupling.analysis import analyse
-from fxprune.passes.ir.options import CouplingOptions
+from fxprune.passes.coupling.couple import analyse
+from fxprune.passes.coupling.solution import CouplingOptions
 
 
 class Louder(nn.Module):

@@ -15,9 +15,9 @@ import fxprune
 from fxprune import criteria
 from fxprune.criteria.aggregation import NORMALISE, REDUCE
 from fxprune.criteria.scorer import SMALL
-from fxprune.passes.coupling.analysis import analyse
+from fxprune.passes.coupling.couple import analyse
+from fxprune.passes.coupling.solution import CouplingOptions
 from fxprune.passes.ir.labels import Factor
-from fxprune.passes.ir.options import CouplingOptions
 
 
 @pytest.fixture
