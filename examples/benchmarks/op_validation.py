@@ -28,8 +28,8 @@ from op_samples import OPS, layouts_of, samples  # noqa: E402
 ROWS, TABLE = HERE / "op_validation.jsonl", HERE / "OP_VALIDATION.md"
 MEANING = {
     "exact": "something is removed, and all agree",
-    "several": "the op is a Python function of several calls, which agree with their masked forms; brute force judges one call",
-    "whole": "nothing may be removed, and fxprune says why",
+    "several": "a Python function of several calls, which agree with their masked forms; brute force judges single calls",
+    "whole": "nothing is removed: all is frozen, with a reason, or has one unit",
     "wrong": "they disagree",
     "crashed": "an exception",
     "skipped": "the sample says nothing, for the reasons below",
@@ -76,7 +76,7 @@ def measure(op: str, samples: int) -> Row:
         "status": end(ends),
         **counted(ends),
         "programs": counted(o.status for o in outcomes),
-        **named("references", counted(name for o in outcomes for name in o.references)),
+        **named("references", counted(name for o in outcomes for name in o.references if name)),
         **named("unknown", sorted({name.removesuffix(".default") for o in outcomes for name in o.unknown})),
         **named("why", counted(o.message for o in outcomes if o.status == "skipped")),
         **named("message", shorten_paths(" ".join(failed.message.split()))[:300] if failed else ""),

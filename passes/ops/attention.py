@@ -31,6 +31,10 @@ def attention(call: RuleContext) -> list[Labels]:
         return call.freeze_inputs("is broadcast by an attention")
     if any(call.used(ref) for ref in call.outputs[1:]):
         return call.freeze_inputs("has the statistics of its attention read")
+    for ref in (q, k, v):
+        tokens = len(call.shape(ref)) - 2
+        rows = tuple(f for f in call.labels(ref) if len(f.major_to_minor) > 1 and tokens in f.dims)
+        call.freeze(rows, "differs from token to token of an attention")
     if call.get("is_causal", False):  # by their positions
         for ref in (q, k):
             call.freeze_dims(call.labels(ref), [n], "is a token of causal attention")

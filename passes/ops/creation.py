@@ -125,7 +125,7 @@ def broadcast(r: RewriteContext, node: fx.Node) -> fx.Node | None:
             whole = [g for g in given if r.before(r.result(g))[d - len(after) :][:1] == (n,) and n > 1]
             if whole and after[d] == n and r.after(r.result(whole[0]))[d - len(after)] == n:
                 after[d] = r.graph.call_method("size", (r.new[whole[0]], d - len(after)))  # type: ignore[index]
-        made.append(r.graph.call_method("expand", (r.new[source], tuple(after))))  # type: ignore[index]
+        made.append(r.graph.call_method("expand", (r.new[source], tuple(after))))
     return r.graph.call_function(as_tuple, tuple(made))
 
 
@@ -140,9 +140,9 @@ def grid(r: RewriteContext, node: fx.Node) -> fx.Node | None:
         sizes = list[Any](r.after(target))
         for d, other in zip(places, given, strict=True):
             if sizes[d] == math.prod(r.before(r.result(other))) == math.prod(r.after(r.result(other))):
-                sizes[d] = r.graph.call_method("numel", (r.new[other],))  # type: ignore[index]
+                sizes[d] = r.graph.call_method("numel", (r.new[other],))
         shape = [-1 if d == place else 1 for d in range(len(given))]
-        line = r.graph.call_method("reshape", (r.new[source], shape))  # type: ignore[index]
+        line = r.graph.call_method("reshape", (r.new[source], shape))
         sizes[place] = -1
         made.append(r.graph.call_method("expand", (line, tuple(sizes))))
     return r.graph.call_function(as_tuple, tuple(made))

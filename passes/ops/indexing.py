@@ -163,6 +163,10 @@ def index_add(call: RuleContext) -> Labels:
     return unify(call, mine, flat, theirs, flat)
 
 
+def onto_diagonal(call: RuleContext) -> list[Labels]:
+    return call.freeze_inputs("is written onto a diagonal, or read from it")
+
+
 def by_value(call: RuleContext) -> list[Labels]:
     return call.freeze_inputs("is selected by value")
 
@@ -278,6 +282,7 @@ register("", OpSpec(rewrite=getitem), functions="getitem __getitem__ setitem")
 register("embedding _embedding_bag _embedding_bag_forward_only embedding_bag", OpSpec(embedding))
 register("index_put _index_put_impl", OpSpec(index_put))
 register("scatter scatter_add scatter_reduce", OpSpec(scatter))
+register("diagonal_scatter", OpSpec(onto_diagonal))
 register("index_add index_copy", OpSpec(index_add))
 register(
     "index_fill masked_scatter masked_select nonzero _unique2 unique_dim bucketize searchsorted one_hot bincount",

@@ -39,6 +39,10 @@ def batch_norm(call: RuleContext) -> list[Labels]:
         if ref is not None:
             merged = unify(call, merged, shape, per_channel(call, ref, ndim), [1, shape[1]] + [1] * (ndim - 2))
     trains = call.get("training", not call.op.func._schema.name.endswith("no_training"))
+    alone = math.prod(n for d, n in enumerate(shape) if d != 1 and not any(d in f.dims for f in merged)) == 1
+    for f in merged if trains and alone else ():  # torch refuses channels of one value
+        if 1 not in f.dims:
+            call.constraints.keep_two_per_row(f.rows())
     if not trains:  # there are no statistics, whatever shape they have on the meta device
         return [merged] + [NONE] * (len(call.outputs) - 1)
     channels = tuple([f.at(0, 1) for f in merged if f.major_to_minor == (1,)])

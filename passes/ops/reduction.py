@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxprune.passes.ir.labels import NONE, Factor, Labels, factor
+from fxprune.passes.ir.labels import NONE, Factor, Labels, align, factor
 from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ops.call import OpView, RuleContext
 from fxprune.passes.ops.masking import (
@@ -156,20 +156,10 @@ def fft(call: RuleContext) -> Labels:
 
 def distance(call: RuleContext) -> Labels:
     """Distances between rows: a sum over the last dimension of both, so its labels are tied."""
-    a, b = call.inputs[:2]
-    n = len(call.shape(a)) - 2
+    n = len(call.shape(call.outputs[0])) - 2
+    a, b = [align(call.labels(ref), call.shape(ref), n + 2) for ref in call.inputs[:2]]
     batch = list(range(n))
-    out = contract(
-        call,
-        call.labels(a),
-        call.shape(a),
-        [*batch, n, n + 2],
-        call.labels(b),
-        call.shape(b),
-        [*batch, n + 1, n + 2],
-        n + 3,
-        [n + 2],
-    )
+    out = contract(call, *a, [*batch, n, n + 2], *b, [*batch, n + 1, n + 2], n + 3, [n + 2])
     return tuple(Factor(f.labels.squeeze(-1), f.major_to_minor) for f in out)
 
 
@@ -276,7 +266,9 @@ register("_fft_r2c _fft_c2c _fft_c2r", OpSpec(fft))
 register("_cdist_forward", OpSpec(distance, masked=with_zeros))
 register("_pdist_forward", OpSpec(pair_distance, masked=with_zeros))
 register(
-    "", OpSpec(counts=lambda node: True), functions="cov corrcoef multilabel_soft_margin_loss cross_entropy linalg_matrix_rank"
+    "",
+    OpSpec(counts=lambda node: True),
+    functions="combinations cov corrcoef multilabel_soft_margin_loss cross_entropy linear_cross_entropy linalg_matrix_rank",
 )
 register("", OpSpec(counts=lambda node: argument(node, 4, "reduction") == "batchmean"), functions="kl_div")
 register("", OpSpec(counts=lambda node: argument(node, 1, "n") in (0, 1)), functions="matrix_power linalg_matrix_power")
