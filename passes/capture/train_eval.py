@@ -9,6 +9,7 @@ model is captured a second time.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -273,15 +274,17 @@ def is_number(builder: GraphBuilder, node: fx.Node) -> bool:
     return all(type(r) is TensorRef and not builder.recorder.op_trace.values[r.id].shape for r in refs)
 
 
+def replaced(chosen: Mapping[fx.Node, Any], node: fx.Node) -> Any:
+    return chosen.get(node, node)
+
+
 def in_mode(graph: fx.Graph, only: Mapping[fx.Node, bool | None], mode: bool) -> fx.Graph:
     """Turn a graph with branches into the program of one mode."""
     for node in list(graph.nodes):
         if node.target is select_by_mode:
-            chosen = node.args[mode]
+            chosen = {node: node.args[mode]}
             for user in list(node.users):
-                user.args, user.kwargs = fx.node.map_arg(
-                    (user.args, user.kwargs), lambda n, node=node, chosen=chosen: chosen if n is node else n
-                )
+                user.args, user.kwargs = fx.node.map_arg((user.args, user.kwargs), functools.partial(replaced, chosen))
     for node in reversed(list(graph.nodes)):
         if node.target is select_by_mode or only.get(node, mode) != mode:
             graph.erase_node(node)

@@ -270,10 +270,11 @@ def same_everywhere(trace: OpTrace, picks: TensorRef, dim: int, ndim: int) -> Te
 
 def gather_rows(r: RewriteContext, node: fx.Node) -> fx.Node | None:
     """A gather by an index that is the same everywhere, as a choice of rows."""
-    source, target, dim = r.result(node.args[0]), r.result(node), argument(node, 1, "dim")
-    index = argument(node, 1, "indices") if function_name(node) == "take_along_dim" else argument(node, 2, "index")
+    source, target = r.result(node.args[0]), r.result(node)
     if function_name(node) == "take_along_dim":
-        dim = argument(node, 2, "dim")
+        index, dim = argument(node, 1, "indices"), argument(node, 2, "dim")
+    else:
+        dim, index = argument(node, 1, "dim"), argument(node, 2, "index")
     if dim is None or not isinstance(r.result(index), TensorRef):
         return None
     ndim = len(r.before(source))
@@ -281,16 +282,11 @@ def gather_rows(r: RewriteContext, node: fx.Node) -> fx.Node | None:
     rows = same_everywhere(r.capture.op_trace, r.result(index), dim, ndim)
     if rows is None or list(r.before(target)) != [len(rows) if d == dim else n for d, n in enumerate(r.before(source))]:
         return None
-    left, chosen = r.after(source), r.after(r.result(index))
-    if (
-        left[dim] == r.before(source)[dim]
-        and len(chosen) == ndim
-        and all(a == b for d, (a, b) in enumerate(zip(left, chosen, strict=True)) if d != dim)
-    ):
+    left, chosen = list(r.after(source)), list(r.after(r.result(index)))
+    if left[dim] == r.before(source)[dim] and chosen == [*left[:dim], len(rows), *left[dim + 1 :]]:
         return None  # it still does as it is
-    return r.graph.call_method(
-        "index_select", (r.new[node.args[0]], dim, r.constant(picked(r, source, target, dim, dim, rows)))
-    )  # type: ignore[index]
+    order = r.constant(picked(r, source, target, dim, dim, rows))
+    return r.graph.call_method("index_select", (r.argument(node.args[0]), dim, order))
 
 
 register("diagonal", OpSpec(diagonal, moves=True))
