@@ -20,6 +20,11 @@ def new_zeros_added():
 
 
 @graph(targets=AB, min_removed=0.4)
+def as_tensor_of_a_tensor():
+    return between(lambda self, x: torch.as_tensor(x) + torch.asarray(x).tanh(), 14, 14)
+
+
+@graph(targets=AB, min_removed=0.4)
 def new_zeros_of_nothing():
     """What is padded to a width that is there already is not padded once there are fewer channels."""
 
