@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from brute_force import Judge, agree, packed
 from torch import Tensor, nn
@@ -184,6 +185,8 @@ def samples(name: str, count: int) -> list[Any]:
     if torch.float64 not in info.dtypes:
         return []
     torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = list(itertools.islice(info.sample_inputs("cpu", torch.float64, requires_grad=False), MOST_SAMPLES))
