@@ -232,6 +232,8 @@ def survey(model: OneOp) -> tuple[str, ...]:
         raise Skipped("returns sparse tensors")
     if any(torch.Tag.nondeterministic_seeded in f.tags for f in dispatched.functions):
         raise Skipped("draws random numbers")
+    if dispatched.functions and "empty" in dispatched.functions[-1]._schema.name:
+        raise Skipped("returns memory that was not written")
     if any(leaf.dtype == torch.complex32 for leaf in first):
         raise Skipped("returns complex numbers of half precision")
     if any(bool((leaf != leaf).any()) for leaf in first):
