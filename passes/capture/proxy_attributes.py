@@ -148,6 +148,7 @@ class ProxyAttributes(fx.Tracer):
             return lambda *args, **kwargs: self.create_proxy("call_method", name, (proxy, *args), kwargs)
         return self.create_proxy("call_function", getattr, (proxy, name), {})
 
+    @internal
     def once(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         """A size, or a number computed from sizes: one node, however often a forward asks."""
         key: Any = (target, *[a.node if type(a) in PROXIES else (type(a), a) for a in args])
