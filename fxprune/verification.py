@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.errors import GuardError
-from fxprune.passes.ir.module_tree import named_tensors, private_copy
+from fxprune.passes.ir.module_tree import named_parameters, named_tensors, private_copy
 from fxprune.passes.ir.pytree import collect, map_tensors
 from fxprune.passes.ir.slices import Slicer
 from fxprune.passes.verification.masked_model import (
@@ -34,7 +34,8 @@ EXAMPLE = "the example inputs"
 
 def tolerance_of(model: nn.Module) -> float:
     """The relative error up to which results of a model count as equal, by the dtypes of its parameters."""
-    return max((TOLERANCE.get(p.dtype, 1e-3) for p in model.parameters() if p.is_floating_point()), default=1e-3)
+    dtypes = {p.dtype for p in named_parameters(model).values() if p.is_floating_point()}
+    return max((TOLERANCE.get(dtype, 1e-3) for dtype in dtypes), default=1e-3)
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,7 @@ class Comparison:
         self.masked = MaskedOriginal(model, removal)
         self.zeroed: ZeroedOriginal | None = None
         self.devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+        self.least_tolerance = tolerance_of(model)
         self.errors: list[tuple[float, float | None]] = []  # against the masked and the zeroed original
         self.compared: list[str] = []
         self.excused: list[str] = []
@@ -178,7 +180,7 @@ class Comparison:
 
     @property
     def tolerance(self) -> float:
-        return max(tolerance_of(self.model), *(TOLERANCE[dtype] for dtype in self.masked.dtypes), 0.0)
+        return max(self.least_tolerance, *(TOLERANCE[dtype] for dtype in self.masked.dtypes), 0.0)
 
     def run(self, inputs: ExampleInputs, *, sizes: bool) -> Verification:
         with evaluating(self.pruned), torch.no_grad(), torch.random.fork_rng(devices=self.devices):

@@ -54,7 +54,7 @@ def masked(model: nn.Module, plan: PlanData) -> nn.Module:
 
 def zeroed(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     """A copy of a model with zeros where a mask, if there is one for a tensor, says so; masks broadcast."""
-    copy: nn.Module = zeroed_copy(model, masks)[0]
+    copy: nn.Module = zeroed_copy(model, {name: [mask] for name, mask in masks.items()})[0]
     return copy
 
 

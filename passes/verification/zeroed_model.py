@@ -32,14 +32,17 @@ from fxprune.passes.ir.slices import TensorSlice, mask_of
 Slices = Mapping[str, Sequence[TensorSlice]]
 
 
-def zeroed_copy(model: nn.Module, masks: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
-    """A copy of a model with zeros where the mask of a floating tensor, if there is one, is False; and its tensors, by name."""
+def zeroed_copy(model: nn.Module, masks: Mapping[str, Sequence[Tensor]]) -> tuple[Any, dict[str, Tensor]]:
+    """A copy of a model with zeros where a mask of a floating tensor is False; and its tensors, by name.
+
+    Masks can be broadcast to their tensor.
+    """
     swap: dict[int, Tensor] = {}
     made: dict[str, Tensor] = {}
     for name, tensor in named_tensors(model):
         new = tensor.detach().clone()
-        if name in masks and (new.is_floating_point() or new.is_complex()):
-            new.masked_fill_(~masks[name].to(new.device), 0)
+        for mask in masks.get(name, ()) if new.is_floating_point() or new.is_complex() else ():
+            new.masked_fill_(~mask.to(new.device), 0)
         made[name] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
         swap[id(tensor)] = made[name]
     return copy_tree(model, swap), made
@@ -49,18 +52,18 @@ class ZeroedOriginal:
     """A copy of a model, in evaluation mode, in which the elements that slices remove are zero.
 
     Integer and boolean buffers hold indices and choices rather than the values of channels: they stay.
-
-    Attributes:
-        model: the copy.
-        removed: its tensors that are zeroed in part, each with where that is.
     """
 
     def __init__(self, model: nn.Module, slices: Slices) -> None:
-        kept = {name: mask_of(slices[name], t.shape) for name, t in named_tensors(model) if slices.get(name)}
-        self.model, made = zeroed_copy(model, kept)
+        kept = {name: [cut.mask(t.shape) for cut in slices.get(name, ())] for name, t in named_tensors(model)}
+        self.model, self.tensors = zeroed_copy(model, kept)
         self.model.eval()
-        numbers = {name: t for name, t in made.items() if name in kept and (t.is_floating_point() or t.is_complex())}
-        self.removed = [(t, ~kept[name].to(t.device)) for name, t in numbers.items()]
+        self.slices = slices
+
+    def removed(self) -> list[tuple[Tensor, Tensor]]:
+        """Its tensors that are zeroed in part, each with where that is."""
+        numbers = [(name, t) for name, t in self.tensors.items() if t.is_floating_point() or t.is_complex()]
+        return [(t, ~mask_of(self.slices[name], t.shape).to(t.device)) for name, t in numbers if self.slices.get(name)]
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with torch.no_grad(), visible():
@@ -102,7 +105,7 @@ class ZeroFlow(TorchDispatchMode):
         self.reason = ""
         self.constants: list[Tensor] = []
         self.notes: dict[int, tuple[StorageWeakRef, Tensor]] = {}
-        for tensor, gone in zeroed.removed:
+        for tensor, gone in zeroed.removed():
             self.note(tensor, gone)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
