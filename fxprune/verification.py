@@ -16,7 +16,14 @@ from fxprune.passes.errors import GuardError
 from fxprune.passes.ir.module_tree import named_tensors, private_copy
 from fxprune.passes.ir.pytree import collect, map_tensors
 from fxprune.passes.ir.slices import Slicer
-from fxprune.passes.verification.masked_model import MaskedOriginal, Removal, random_state, relative_error, set_random_state
+from fxprune.passes.verification.masked_model import (
+    InIndexOrder,
+    MaskedOriginal,
+    Removal,
+    random_state,
+    relative_error,
+    set_random_state,
+)
 from fxprune.passes.verification.zeroed_model import Slices, ZeroedOriginal, why_zeroed_does_not_apply
 
 # float32 sums in another order differ by about this much over the depth of a deep network
@@ -210,7 +217,7 @@ class Comparison:
             return
         try:
             set_random_state(self.devices, drawn)
-            with restoring(self.pruned, parameters=self.masked.writes):
+            with restoring(self.pruned, parameters=self.masked.writes), self.drawing():
                 got = inputs.map(torch.clone).call(self.pruned)  # it may write to them
         except GuardError as refused:
             if name == EXAMPLE:
@@ -229,11 +236,16 @@ class Comparison:
         self.errors.append((masked, zeroed))
         self.compared.append(name)
 
+    def drawing(self) -> contextlib.AbstractContextManager[Any]:
+        """The surroundings in which a run draws the numbers that the masked original drew."""
+        return InIndexOrder() if self.masked.draws else contextlib.nullcontext()
+
     def against_zeroed(self, got: Any, inputs: ExampleInputs) -> float | None:
         """The error against the zeroed original; None where there is none, and why."""
         try:
             self.zeroed = self.zeroed or ZeroedOriginal(self.model, self.slices)
-            wanted = self.zeroed(*map_tensors((inputs.args, inputs.kwargs), torch.clone))
+            with self.drawing():
+                wanted = self.zeroed(*map_tensors((inputs.args, inputs.kwargs), torch.clone))
         except Exception as error:
             self.no_zeroed = f"it raises {type(error).__name__}"
             return None

@@ -124,6 +124,24 @@ def test_sequences_are_packed_and_numpy_is_given_sizes():
     assert pruned.rnn.hidden_size == 6
 
 
+class Weighs(nn.Module):
+    """Makes a tensor of as many entries as one of its parameters has."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        width = self.a.weight.size(0)
+        return self.b(self.a(x).relu() + torch.ones(3, 2).new_ones((1, width)) / width)
+
+
+def test_the_size_of_a_parameter_is_a_number():
+    pruned = fxprune.prune(Weighs().eval(), 0.5, example_inputs=torch.randn(2, 8))
+    assert pruned.verification.ok and pruned.a.out_features == 8
+
+
 def mask_of(lengths):
     """True where a sequence of this length has an entry."""
     return torch.arange(int(lengths.max())) < lengths[:, None]

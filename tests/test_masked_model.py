@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import fxprune
 from fxprune.passes.ir.labels import along, fill_removed
 from fxprune.passes.ops import masking
-from fxprune.passes.verification.masked_model import MaskedOriginal
+from fxprune.passes.verification.masked_model import InIndexOrder, MaskedOriginal
 
 
 def test_what_is_removed_is_zero_whatever_it_was() -> None:
@@ -117,3 +118,28 @@ def test_outputs_that_are_all_zero_are_said_to_say_little() -> None:
     )
     nn.init.ones_(model[2].bias)
     assert not fxprune.prune(model, ratio=0.5, example_inputs=torch.randn(1, 3), verify=True).verification.blank
+
+
+DRAWS = {
+    "randn_like": torch.randn_like,
+    "rand_like": lambda t: torch.rand_like(t, memory_format=torch.preserve_format),
+    "bernoulli": torch.bernoulli,
+    "bernoulli_": lambda t: t.clone().bernoulli_(0.5),
+    "normal_": lambda t: t.clone().normal_(),
+    "dropout": lambda t: F.dropout(t, 0.5, training=True),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+def test_random_numbers_are_drawn_in_the_order_of_indices(draw):
+    plain = torch.rand(4, 5, 6)
+    moved = plain.transpose(0, 2).contiguous().transpose(0, 2)  # equal, in another layout
+    found = []
+    for given in (plain, moved):
+        with torch.random.fork_rng(), InIndexOrder():
+            torch.manual_seed(3)
+            found.append(draw(given))
+    assert torch.equal(found[0], found[1])
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        assert torch.equal(found[0], draw(plain))

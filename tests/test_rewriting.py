@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import fx, nn
 
+import fxprune
 from fxprune.passes.coupling.couple import analyse
 from fxprune.passes.coupling.solution import CouplingOptions
 from fxprune.passes.errors import NotARectangle
@@ -124,3 +125,32 @@ def test_a_program_must_be_well_formed(solution):
     nodes[1].append(nodes[0])  # an input after its use
     with pytest.raises(RuntimeError):
         check_programs(pruned, [pruned.graph])
+
+
+class LowRank(nn.Module):
+    """A weight that is a product, so that none of the layer's own tensors has its shape."""
+
+    def forward(self, left):
+        return left @ left.mT[:, : left.shape[0]] @ left
+
+    def right_inverse(self, weight):
+        return weight
+
+
+HOOKS = {
+    "spectral_norm": nn.utils.spectral_norm,
+    "spectral_norm, parametrized": nn.utils.parametrizations.spectral_norm,
+    "weight_norm": nn.utils.parametrizations.weight_norm,
+    "a product": lambda layer: nn.utils.parametrize.register_parametrization(layer, "weight", LowRank()),
+}
+
+
+@pytest.mark.parametrize("wrap", HOOKS.values(), ids=HOOKS)
+def test_layers_whose_weight_is_computed_say_their_widths(wrap):
+    model = nn.Sequential(wrap(nn.Linear(6, 8)), nn.ReLU(), wrap(nn.Linear(8, 8)), nn.ReLU(), nn.Linear(8, 3)).eval()
+    pruned = fxprune.prune(model, 0.5, example_inputs=torch.randn(2, 6), verify=True)
+    layers = [m for m in pruned.modules() if isinstance(m, nn.Linear)]
+    assert len(layers) == 3
+    for layer in layers:
+        assert (layer.out_features, layer.in_features) == tuple(layer.weight.shape)
+    assert layers[-1].in_features == 4

@@ -380,3 +380,29 @@ def test_what_a_function_does_in_training_couples_too():
 @torch.fx.wrap
 def mixing(x, training):
     return x + x.flip(1) if training else x.relu()
+
+
+class Attention(nn.Module):
+    """What a flag is handed to lies between what does the same in both modes."""
+
+    def __init__(self):
+        super().__init__()
+        self.query = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x):
+        weights = F.dropout(F.linear(x, self.query).softmax(-1), 1.0, self.training).view(x.shape)
+        return F.linear(weights, self.query) * x
+
+
+def test_branches_that_differ_in_a_flag_alone_are_one_program_with_two_flags(captures):
+    model = nn.Sequential(nn.Linear(5, 8), Attention(), nn.Linear(8, 4)).eval()
+    pruned = fxprune.prune(model, 0.5, example_inputs=torch.randn(3, 5))
+    assert len(captures) == 1
+    flags = []
+    for mode in (False, True):
+        pruned.train(mode)
+        calls = [n for n in pruned.graph.nodes if n.op == "call_function"]
+        assert [n.target for n in calls].count(F.linear) == 2
+        flags.append(next(n.kwargs["training"] for n in calls if n.target is F.dropout))
+    assert flags == [False, True]
+    assert not torch.equal(pruned.eval()(torch.ones(3, 5)), pruned.train()(torch.ones(3, 5)))

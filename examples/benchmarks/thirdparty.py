@@ -47,8 +47,8 @@ HERE = Path(__file__).parent
 ROWS, TABLE = HERE / "thirdparty.jsonl", HERE / "THIRDPARTY.md"
 RATIO = 0.5
 UNINITIALISED = 1e4
-# What PruneError says of a result, or of an original that has run here, is no reason to refuse a model.
-NO_REASONS = ("is not exact", "could not be verified", "own forward raises")
+# What PruneError says of a result, of an original that has run here, or of a model that is one node, is no reason to refuse it.
+NO_REASONS = ("is not exact", "could not be verified", "own forward raises", "fxprune failed with", "%whole in whole")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -63,7 +63,7 @@ PYTORCHCV = Package(
     | plain("prnet", image(256))
     | plain("centernet_resnet18_voc", image(128), in_size=(128, 128))
     | plain("lffd20x5s320v2_widerface lffd25x8s560v1_widerface", image(256))
-    | plain("pfpcnet", floats(1, 3, 320, 240))
+    | plain("pfpcnet", floats(1, 1, 320, 240))
     | plain("voca8flame", several(floats(2, 1, 16, 29), ids(8, 2)))
     | plain("nvpattexp116bazel76", several(floats(2, 8, 16, 29), ids(8, 2)))
     | plain("visemenet20", several(floats(2, 8, 195), ids(8, 2, 76)))

@@ -9,7 +9,8 @@ model is captured a second time.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,7 @@ from fxprune.passes.capture.proxy import PROXIES, Items, TensorProxy
 from fxprune.passes.errors import ReadsMissing
 from fxprune.passes.ir.module_tree import Apart, modes_in_training, walk
 from fxprune.passes.ir.program import select_by_mode
-from fxprune.passes.ir.pytree import ATOMS, TensorRef, like_dict
+from fxprune.passes.ir.pytree import ATOMS, TensorRef, iterate, like_dict
 
 COMPARED = ATOMS | {complex, torch.Size, torch.layout, torch.memory_format}
 # Functions that are told the mode, or a fraction that depends on it, and couple the same channels in either.
@@ -54,6 +55,7 @@ class Modes:
         in_training: whether a training branch is being captured.
         separate: whether the modes cannot be joined.
         trains_on_values: whether a forward reads values in training, in a run that has none.
+        alike: the forms of layers that were found to do the same in both modes (see `form_of`).
     """
 
     trained: dict[nn.Module, bool] | None
@@ -61,6 +63,7 @@ class Modes:
     in_training: bool = False
     separate: bool = False
     trains_on_values: bool = False
+    alike: set[Hashable] = field(default_factory=set)
 
     @classmethod
     def of(cls, root: nn.Module) -> Modes:
@@ -132,6 +135,10 @@ def captured_in_both(builder: GraphBuilder, modes: Modes, frame: Frame, forward:
     trains = any(modes.trained.get(m, True) for m in inner)  # else all of it is kept in evaluation
     if not trains or any(outer.asked for outer in builder.frames if outer is not frame):  # which is captured again itself
         return out
+    with builder.paused():
+        form = form_of(frame.module, frame.args, frame.kwargs)
+    if form is not None and form in modes.alike:
+        return out
     middle, first_op, retry = len(builder.index), len(builder.recorder.op_trace.ops), builder.retry
     builder.retry = False
     try:
@@ -144,13 +151,46 @@ def captured_in_both(builder: GraphBuilder, modes: Modes, frame: Frame, forward:
     finally:
         builder.retry = retry
     with builder.paused():
-        return joined(builder, modes, frame.begin, middle, first_op, out, trained)
+        found, same = joined(builder, modes, frame.begin, middle, first_op, out, trained)
+    if same and form is not None:
+        modes.alike.add(form)
+    return found
 
 
-def joined(builder: GraphBuilder, modes: Modes, begin: int, middle: int, first_op: int, out: Any, trained: Any) -> Any:
+def form_of(module: nn.Module, args: Any, kwargs: Any) -> Hashable | None:
+    """All that the Python of a layer of torch's own can look at, contents of tensors apart.
+
+    None for a layer whose Python is somebody else's in part, by a class or a hook.
+    """
+    parts: list[Hashable] = []
+    places: dict[int, int] = {}
+    for inner, path in walk(module).items():
+        own: Any = type(inner)
+        if not own.__module__.startswith("torch.nn.modules.") or inner._forward_hooks or inner._forward_pre_hooks:
+            return None
+        for name, value in vars(inner).items():
+            if type(value) in ATOMS:
+                parts.append((path, name, type(value), value))
+            elif name[0] != "_":
+                return None
+        tensors = (*inner._parameters.items(), *inner._buffers.items())
+        parts += [(path, own, *((name, None if t is None else (t.shape, t.dtype)) for name, t in tensors))]
+    for value in iterate((args, kwargs)):
+        if type(value) is TensorProxy:
+            parts.append((value.value.shape, value.value.dtype, places.setdefault(id(value), len(places))))
+        elif type(value) in ATOMS:
+            parts.append((type(value), value))
+        else:
+            return None
+    return tuple(parts)
+
+
+def joined(
+    builder: GraphBuilder, modes: Modes, begin: int, middle: int, first_op: int, out: Any, trained: Any
+) -> tuple[Any, bool]:
     """What follows two branches continues from this: `out`, where they do the same, else a node that selects by mode.
 
-    `first_op` is the number of the training branch's first dispatcher call.
+    Also whether they do the same to the last flag. `first_op` is the number of the training branch's first dispatcher call.
     """
     end = len(builder.index)
     before, after = (leaves(out), leaves(trained))
@@ -162,13 +202,13 @@ def joined(builder: GraphBuilder, modes: Modes, begin: int, middle: int, first_o
         builder.roll_back(middle, first_op)
         for node, (args, kwargs) in told.items():
             builder.by_mode(node, args, kwargs)
-        return out
+        return out, same and not told
     alike = any(frame.plain for frame in builder.frames) and (
         code(builder, begin, middle, out, loosely=True) == code(builder, middle, end, trained, loosely=True)
     )
     selected = select(builder, out, trained)
     modes.branches.append(Branch(begin, middle, end, alike))
-    return selected
+    return selected, False
 
 
 def leaves(x: Any) -> list[Any]:
@@ -273,15 +313,17 @@ def is_number(builder: GraphBuilder, node: fx.Node) -> bool:
     return all(type(r) is TensorRef and not builder.recorder.op_trace.values[r.id].shape for r in refs)
 
 
+def replaced(chosen: Mapping[fx.Node, Any], node: fx.Node) -> Any:
+    return chosen.get(node, node)
+
+
 def in_mode(graph: fx.Graph, only: Mapping[fx.Node, bool | None], mode: bool) -> fx.Graph:
     """Turn a graph with branches into the program of one mode."""
     for node in list(graph.nodes):
         if node.target is select_by_mode:
-            chosen = node.args[mode]
+            chosen = {node: node.args[mode]}
             for user in list(node.users):
-                user.args, user.kwargs = fx.node.map_arg(
-                    (user.args, user.kwargs), lambda n, node=node, chosen=chosen: chosen if n is node else n
-                )
+                user.args, user.kwargs = fx.node.map_arg((user.args, user.kwargs), functools.partial(replaced, chosen))
     for node in reversed(list(graph.nodes)):
         if node.target is select_by_mode or only.get(node, mode) != mode:
             graph.erase_node(node)

@@ -157,6 +157,8 @@ COUNTS = SizeArguments(1, ("repeats", "dims"))  # of repetitions, along every di
 
 def make_whole(r: RewriteContext, node: fx.Node) -> fx.Node | None:
     """Entries that differ by their place are made as in the original and then cut."""
+    if node.args and isinstance(r.result(node.args[0]), TensorRef):
+        return None  # `as_tensor` of a tensor, which has been cut
     whole = r.emit(node, r.argument(tuple(node.args)), r.argument(dict(node.kwargs)))
     for cut in r.cuts(r.result(node)):
         whole = r.graph.call_method("index_select", (whole, cut.dims[0], r.constant(cut.keep)))

@@ -9,14 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxprune.passes.ir.labels import NONE, Factor, Labels, expand_along, factor
+from fxprune.passes.ir.labels import NONE, Factor, Labels, align, expand_along, factor
+from fxprune.passes.ir.op_trace import OpTrace, name_of
 from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ir.slices import apply_slices
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.masking import with_zeros
 from fxprune.passes.ops.registry import OpSpec, register
-from fxprune.passes.ops.rewriting import RewriteContext, argument, spread_out
+from fxprune.passes.ops.rewriting import RewriteContext, argument, function_name, picked, spread_out
 from fxprune.passes.ops.unify import unify
+
+COMPUTED = "is indexed by a tensor computed from the inputs"
+PARTLY = "is indexed by a tensor that is smaller there"
 
 
 def movement(call: RuleContext) -> Labels | list[Labels]:
@@ -192,6 +196,99 @@ def commutes(run: Callable[[Tensor], Tensor], few: Tensor, wanted: Tensor) -> bo
         return False
 
 
+# -- by the contents of an index tensor ---------------------------------------------------------------------------------
+
+
+def one_by_one(call: RuleContext, f: Factor, dim: int) -> None:
+    """An index along the minor dimension of a joint factor picks the same place in every row: columns must agree."""
+    if len(f.major_to_minor) > 1 and dim == f.major_to_minor[-1]:
+        call.constraints.keep_columns_equal(f)
+
+
+def along_dim(call: RuleContext, dim: int, move: Callable[[Tensor], Tensor]) -> Labels:
+    """Labels after the entries of one dimension were moved in the same way wherever the other ones stand."""
+    result: Labels = NONE
+    for f in call.labels(call.first):
+        if dim in f.dims:
+            one_by_one(call, f, dim)
+            f = factor(move(f.labels), f.major_to_minor)
+        result += call.settle(f)
+    return result
+
+
+def gather(call: RuleContext) -> Labels:
+    """Along `dim` entries are picked by value; along the others input and index correspond one to one.
+
+    An index that is a constant, and the same everywhere, picks whole rows, as `index_select` does.
+    """
+    x, picks = call["self"], call["index"]
+    ndim = len(call.shape(x))
+    if ndim != len(call.shape(picks)):  # of nothing
+        return call.freeze_inputs(COMPUTED)[0]
+    dim = call.dim(call["dim"], ndim)
+    sizes, others = call.shape(x), align(call.labels(picks), call.shape(picks), ndim)[1]
+    rewritten = call.constraints.node < 0 or call.state.rewrite is gather_rows
+    if rewritten and any(dim in f.dims for f in call.labels(x)):
+        rows = same_everywhere(call.op_trace, picks, dim, ndim)
+        if rows is not None and all(a == b for d, (a, b) in enumerate(zip(sizes, others, strict=True)) if d != dim):
+            call.freeze(call.labels(picks), "holds indices")
+            return along_dim(call, dim, lambda labels: labels.index_select(dim, rows))
+    partly = [d for d in range(ndim) if d != dim and sizes[d] != others[d] and others[d] != 1]
+    passed = call.freeze_dims(call.labels(x), [dim], COMPUTED)
+    passed = call.freeze_dims(passed, partly, PARTLY)
+    chosen = call.freeze_dims(call.labels(picks), partly, PARTLY)
+    shape = [1 if d == dim or d in partly else n for d, n in enumerate(sizes)]
+    return unify(call, passed, shape, *align(chosen, call.shape(picks), ndim))
+
+
+SAME_CONTENTS = frozenset(
+    f"aten::{name}" for name in "view _unsafe_view unsqueeze expand clone lift_fresh _to_copy detach".split()
+)
+
+
+def same_everywhere(trace: OpTrace, picks: TensorRef, dim: int, ndim: int) -> Tensor | None:
+    """The contents along `dim` of a constant index, if they are the same at all places of its other dimensions; else None.
+
+    They do not depend on sizes of the inputs: all that is done to the constant is to move and to repeat its entries.
+    """
+    data = trace.values[picks.id].data
+    if data is None or not data.numel() or trace.values[picks.id].from_input:
+        return None
+    data = data.cpu().reshape([1] * (ndim - data.dim()) + list(data.shape))
+    rows = data.movedim(dim, -1).reshape(-1, data.shape[dim])
+    ref, maker = picks, trace.maker(picks.id)
+    while maker is not None and maker.inputs:
+        before = trace.values[maker.inputs[0].id].data
+        after = trace.values[ref.id].data
+        # as `take_along_dim` does, by the size: it changes negative ones
+        wrapped = name_of(maker.func) == "aten::remainder" and before is not None and after is not None
+        if not (name_of(maker.func) in SAME_CONTENTS or (wrapped and torch.equal(before, after))):  # type: ignore[arg-type]
+            return None
+        ref, maker = maker.inputs[0], trace.maker(maker.inputs[0].id)
+    return rows[0] if maker is None and len(rows) and bool((rows == rows[0]).all()) else None
+
+
+def gather_rows(r: RewriteContext, node: fx.Node) -> fx.Node | None:
+    """A gather by an index that is the same everywhere, as a choice of rows."""
+    source, target = r.result(node.args[0]), r.result(node)
+    if function_name(node) == "take_along_dim":
+        index, dim = argument(node, 1, "indices"), argument(node, 2, "dim")
+    else:
+        dim, index = argument(node, 1, "dim"), argument(node, 2, "index")
+    if dim is None or not isinstance(r.result(index), TensorRef):
+        return None
+    ndim = len(r.before(source))
+    dim %= ndim
+    rows = same_everywhere(r.capture.op_trace, r.result(index), dim, ndim)
+    if rows is None or list(r.before(target)) != [len(rows) if d == dim else n for d, n in enumerate(r.before(source))]:
+        return None
+    left, chosen = list(r.after(source)), list(r.after(r.result(index)))
+    if left[dim] == r.before(source)[dim] and chosen == [*left[:dim], len(rows), *left[dim + 1 :]]:
+        return None  # it still does as it is
+    order = r.constant(picked(r, source, target, dim, dim, rows))
+    return r.graph.call_method("index_select", (r.argument(node.args[0]), dim, order))
+
+
 register("diagonal", OpSpec(diagonal, moves=True))
 register("rot90", OpSpec(movement, moves=True))
 register("fft_fftshift fft_ifftshift", OpSpec(movement, moved_call, moves=True))
@@ -201,3 +298,4 @@ register("pixel_shuffle", OpSpec(pixel_shuffle, moves=True))
 register("diag_embed", OpSpec(diag_embed))
 register("im2col", OpSpec(im2col))
 register("col2im", OpSpec(col2im, masked=with_zeros))
+register("gather take_along_dim", OpSpec(gather, gather_rows))

@@ -11,13 +11,11 @@ from torch import Tensor, fx
 from fxprune.passes.ir.labels import NONE, Labels, align, along, expand_along, factor
 from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ops.call import RuleContext
-from fxprune.passes.ops.movement import one_by_one, slice_
+from fxprune.passes.ops.index_maps import COMPUTED, PARTLY, one_by_one
+from fxprune.passes.ops.movement import slice_
 from fxprune.passes.ops.registry import OpSpec, register
 from fxprune.passes.ops.rewriting import RewriteContext, argument, known, place, run_of
 from fxprune.passes.ops.unify import unify
-
-COMPUTED = "is indexed by a tensor computed from the inputs"
-PARTLY = "is indexed by a tensor that is smaller there"
 
 
 def index(call: RuleContext) -> Labels:
@@ -74,22 +72,6 @@ def embedding(call: RuleContext) -> list[Labels]:
     ndim = len(call.shape(call.outputs[0]))
     lifted = tuple(along(f.labels.reshape(-1), ndim - 1, ndim) for f in passed)
     return [lifted] + [NONE] * (len(call.outputs) - 1)
-
-
-def gather(call: RuleContext) -> Labels:
-    """Along `dim` entries are picked by value; along the others input and index correspond one to one."""
-    x, picks = call["self"], call["index"]
-    ndim = len(call.shape(x))
-    if ndim != len(call.shape(picks)):  # of nothing
-        return call.freeze_inputs(COMPUTED)[0]
-    dim = call.dim(call["dim"], ndim)
-    sizes, others = call.shape(x), align(call.labels(picks), call.shape(picks), ndim)[1]
-    partly = [d for d in range(ndim) if d != dim and sizes[d] != others[d] and others[d] != 1]
-    passed = call.freeze_dims(call.labels(x), [dim], COMPUTED)
-    passed = call.freeze_dims(passed, partly, PARTLY)
-    chosen = call.freeze_dims(call.labels(picks), partly, PARTLY)
-    shape = [1 if d == dim or d in partly else n for d, n in enumerate(sizes)]
-    return unify(call, passed, shape, *align(chosen, call.shape(picks), ndim))
 
 
 def index_put(call: RuleContext) -> Labels:
@@ -298,7 +280,6 @@ register("slice slice_copy", OpSpec(slice_, called_slice, moves=True, views=True
 register("index _unsafe_index", OpSpec(index, called_index, moves=True))
 register("", OpSpec(rewrite=getitem), functions="getitem __getitem__ setitem")
 register("embedding _embedding_bag _embedding_bag_forward_only embedding_bag", OpSpec(embedding))
-register("gather take_along_dim", OpSpec(gather))
 register("index_put _index_put_impl", OpSpec(index_put))
 register("scatter scatter_add scatter_reduce", OpSpec(scatter))
 register("diagonal_scatter", OpSpec(onto_diagonal))

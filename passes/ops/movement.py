@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from fxprune.passes.ir.labels import NONE, Factor, Labels, factor
 from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ops.call import RuleContext
-from fxprune.passes.ops.index_maps import moved_call, movement
+from fxprune.passes.ops.index_maps import along_dim, moved_call, movement, one_by_one
 from fxprune.passes.ops.registry import OpSpec, register
 from fxprune.passes.ops.rewriting import RewriteContext, argument, known, picked, place, run_of, with_argument
 
@@ -20,12 +20,6 @@ from fxprune.passes.ops.rewriting import RewriteContext, argument, known, picked
 def shifted(f: Factor, labels: Tensor, dropped: int) -> Factor:
     """The factor that these labels, which have one dimension less, are."""
     return factor(labels, tuple(d - (d > dropped) for d in f.major_to_minor if d != dropped))
-
-
-def one_by_one(call: RuleContext, f: Factor, dim: int) -> None:
-    """An index along the minor dimension of a joint factor picks the same place in every row: columns must agree."""
-    if len(f.major_to_minor) > 1 and dim == f.major_to_minor[-1]:
-        call.constraints.keep_columns_equal(f)
 
 
 def select(call: RuleContext) -> Labels:
@@ -97,17 +91,6 @@ def split(call: RuleContext) -> list[Labels]:
         outs.append(tuple(g for f in call.labels(call.first) for g in cut(call, f, dim, start, stop)))
         start = stop
     return outs
-
-
-def along_dim(call: RuleContext, dim: int, move: Callable[[Tensor], Tensor]) -> Labels:
-    """Labels after the entries of one dimension were moved in the same way wherever the other ones stand."""
-    result: Labels = NONE
-    for f in call.labels(call.first):
-        if dim in f.dims:
-            one_by_one(call, f, dim)
-            f = factor(move(f.labels), f.major_to_minor)
-        result += call.settle(f)
-    return result
 
 
 def flip(call: RuleContext) -> Labels:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxprune.passes.capture.index_contents import storage_of, version_of
 from fxprune.passes.capture.meta_kernels import VIEWS
@@ -125,6 +126,7 @@ class MaskedRun(Recorder):
         self.zeroed: set[int] = set()  # the model's tensors, and views of them: zero where they are removed
         self.memory: set[int] = set()  # where the model's tensors lie
         self.dtypes: set[torch.dtype] = set()  # of half precision that results were computed in
+        self.draws = False  # whether it draws random numbers
         self.state = PropagationState(self.op_trace, self.labels, ConstraintBuilder(self.given), removal.heads)
 
     @property
@@ -169,11 +171,17 @@ class MaskedRun(Recorder):
         before = len(self.op_trace.ops)
         in_args, in_kwargs = map_tensors(args, self.ref), map_tensors(kwargs, self.ref)
         refs = collect((in_args, in_kwargs), TensorRef)
-        form = find(func).masked
-        if form is not None and any(map(self.removed_from, refs)):
-            out = form(self, OpView(OpCall(func, in_args, in_kwargs, (), -1), self.op_trace), args, kwargs)
-            if func._schema.name.endswith("_"):  # it writes to its first argument
-                out = args[0].copy_(out)
+        form, draws = find(func).masked, is_random(func)
+        self.draws |= draws
+        if form is not None and not any(map(self.removed_from, refs)):
+            form = None
+        if form is not None or draws:
+            if form is None:
+                out = in_index_order(func, args, kwargs)
+            else:
+                out = form(self, OpView(OpCall(func, in_args, in_kwargs, (), -1), self.op_trace), args, kwargs)
+                if func._schema.name.endswith("_"):  # it writes to its first argument
+                    out = args[0].copy_(out)
             produced = super().__torch_dispatch__(lambda *a, **k: out, types, args, kwargs)
             self.op_trace.ops[-1] = OpCall(func, in_args, in_kwargs, self.op_trace.ops[-1].outs, -1)
         else:
@@ -206,6 +214,7 @@ class MaskedOriginal:
         self.parameters: dict[int, nn.Parameter] = {}  # zero where removed, by the identity of the original's
         self.writes = False  # whether a forward writes to parameters
         self.dtypes: set[torch.dtype] = set()  # of half precision that results were computed in
+        self.draws = False  # whether it draws random numbers
 
     def __call__(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], given: Sequence[Labels] = (), *, whole: bool = True
@@ -232,6 +241,7 @@ class MaskedOriginal:
                 with masker:
                     out = reference(*a, **k)
             self.dtypes |= masker.dtypes
+            self.draws |= masker.draws
             if any(version_of(p) for p in self.parameters.values()):
                 self.writes = True
                 self.parameters.clear()
@@ -260,6 +270,35 @@ class MaskedOriginal:
         fractions = given.is_floating_point() or given.is_complex()
         made = fill_removed(given, self.removal.leaves.get(name, ()), self.removal.kept, 0.0) if fractions else given
         return made.clone() if made is given else made
+
+
+def is_random(func: Any) -> bool:
+    """Whether an operator draws random numbers."""
+    return torch.Tag.nondeterministic_seeded in func.tags
+
+
+def in_index_order(func: Any, args: Any, kwargs: Any) -> Any:
+    """What an operator returns that draws random numbers, if it draws them in the order of indices.
+
+    By itself it does so in the order of memory, which may be another in a model with fewer channels.
+    """
+    plain = map_tensors((args, kwargs), lambda t: t.contiguous() if t.layout is torch.strided else t)
+    out = func(*plain[0], **{name: v for name, v in plain[1].items() if not isinstance(v, torch.memory_format)})
+    if not func._schema.is_mutable:
+        return out
+    for at, name in written_by(func):
+        given, made = (args[at], plain[0][at]) if at < len(args) else (kwargs.get(name), plain[1].get(name))
+        if isinstance(given, Tensor) and given is not made:
+            given.copy_(made)
+            out = given if out is made else out
+    return out
+
+
+class InIndexOrder(TorchDispatchMode):
+    """Random numbers are drawn in the order of indices."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return in_index_order(func, args, kwargs or {}) if is_random(func) else func(*args, **(kwargs or {}))
 
 
 def random_state(devices: Sequence[int]) -> list[Tensor]:

@@ -20,6 +20,22 @@ def new_zeros_added():
 
 
 @graph(targets=AB, min_removed=0.4)
+def as_tensor_of_a_tensor():
+    return between(lambda self, x: torch.as_tensor(x) + torch.asarray(x).tanh(), 14, 14)
+
+
+@graph(targets=AB, min_removed=0.4)
+def new_zeros_of_nothing():
+    """What is padded to a width that is there already is not padded once there are fewer channels."""
+
+    def step(self, x):
+        batch, channels, height, width = x.shape
+        return torch.cat([x, x.new_zeros(batch, 14 - channels, height, width)], 1)
+
+    return between(step, 14, 14)
+
+
+@graph(targets=AB, min_removed=0.4)
 def full_multiplied():
     return between(lambda self, x: x * torch.full((14, 1, 1), 0.5).to(x), 14, 14)
 

@@ -206,6 +206,36 @@ def take_along_tokens():
 
 
 @graph(targets=AB, min_removed=0.3)
+def take_along_channels_then_product():
+    """The same channels everywhere: chosen as by `index_select`, and verified through a product over them."""
+
+    def forward(self, x):
+        picked = torch.tensor([9, 3, 0, 5, 6, 3]).view(1, 1, -1)
+        x = torch.take_along_dim(self.a(x), picked, 2)
+        return self.head(self.b(torch.tanh(x @ x.mT) @ x).relu().mean(1))
+
+    return net(forward, a=linear(10, 12), b=linear(6, 20), head=linear(20, 5)), tokens()
+
+
+@graph(targets=AB, min_removed=0.3)
+def gather_channels_by_an_expanded_index():
+    """An index expanded to the sizes of what it picks from leaves the batch free."""
+
+    def step(self, x):
+        reversed_order = torch.arange(11, -1, -1).view(1, -1, 1, 1).expand(x.shape)
+        return x + x.gather(1, reversed_order)
+
+    return between(step, 12, 12)
+
+
+@graph(targets=AB, min_removed=0.3)
+def gather_channels_by_a_buffer():
+    return between(
+        lambda self, x: x.gather(1, self.order.view(1, -1, 1, 1).expand(*x.shape)), 12, 12, order=index(*range(11, -1, -1))
+    )
+
+
+@graph(targets=AB, min_removed=0.3)
 def scatter_add_tokens():
     def forward(self, x):
         x = self.a(x)
