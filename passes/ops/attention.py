@@ -33,8 +33,8 @@ def attention(call: RuleContext) -> list[Labels]:
         return call.freeze_inputs("has the statistics of its attention read")
     for ref in (q, k, v):
         tokens = len(call.shape(ref)) - 2
-        rows = tuple(f for f in call.labels(ref) if len(f.major_to_minor) > 1 and tokens in f.dims)
-        call.freeze(rows, "differs from token to token of an attention")
+        rows = tuple(f for f in call.labels(ref) if len(f.major_to_minor) > 1 and f.major_to_minor[-1] == tokens)
+        call.freeze(rows, "keeps other tokens of an attention in each row")
     if call.get("is_causal", False):  # by their positions
         for ref in (q, k):
             call.freeze_dims(call.labels(ref), [n], "is a token of causal attention")
