@@ -6,6 +6,7 @@ Compiled code runs as plain Python, wrappers are taken off, and faults become Pr
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import pickle
 import sys
@@ -43,13 +44,16 @@ def entry_point(model: Any) -> Iterator[nn.Module]:
             ) from error
 
 
+COMPILING = {"torch._dynamo", "torch.nn.attention.flex_attention"}
+
+
 @contextlib.contextmanager
 def uncompiled() -> Iterator[None]:
     """Run what `torch.compile` returned as the Python that it was given; a compiled graph cannot be followed."""
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is None:  # nothing was compiled in this process
+    if not sys.modules.keys() & COMPILING:  # nothing was compiled in this process, nor will be
         yield
         return
+    dynamo = importlib.import_module("torch._dynamo")
     with torch.compiler.set_stance("force_eager"), dynamo.config.patch(error_on_nested_fx_trace=False):
         yield
 

@@ -220,3 +220,28 @@ def test_the_tolerance_follows_the_arithmetic():
     model = net(forward, a=linear(6, 8), b=linear(8, 4))
     assert fxprune.prune(model, 0.5, example_inputs=x).verification.tolerance == 5e-2
     assert fxprune.verify(*pruned_relu()).tolerance == 1e-3
+
+
+class Flexible(nn.Module):
+    """Attention by an operator that takes a function: its ops are seen by way of the kernel that it comes to."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+    def forward(self, x):
+        from torch.nn.attention.flex_attention import flex_attention
+
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, 2, 4).permute(2, 0, 3, 1, 4)
+        x = x + self.out(flex_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.mlp(x)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_operators_that_take_functions_are_no_obstacle():
+    import torch.nn.attention.flex_attention  # noqa: F401  (as a file of such a model does)
+
+    pruned = fxprune.prune(Flexible().eval(), 0.5, example_inputs=torch.randn(2, 16, 8), verify=True)
+    assert pruned.verification.ok and pruned.verification.zeroed is not None
+    assert sum(p.numel() for p in pruned.parameters()) < sum(p.numel() for p in Flexible().parameters())

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKey
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -46,6 +48,8 @@ class Recorder(TorchDispatchMode):
         self.node = -1
         self.active = True
         self.tracing = False
+
+    supports_higher_order_operators = True
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -94,6 +98,8 @@ class Recorder(TorchDispatchMode):
         del self.op_trace.ops[ops:]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if isinstance(func, HigherOrderOperator):
+            return by_ops(self, func, args, kwargs)
         if not self.active:
             if self.tracing:
                 self.refuse(func, (args, kwargs or {}))
@@ -171,3 +177,12 @@ class Recorder(TorchDispatchMode):
             self.contents.note_writing(func, args, kwargs, from_input)
         self.op_trace.ops.append(OpCall(func, tuple(in_args), in_kwargs, outs, self.node, ins))
         return out
+
+
+def by_ops(mode: TorchDispatchMode, func: HigherOrderOperator, args: Any, kwargs: Any) -> Any:
+    """What an operator that takes functions returns, by way of the ops that it comes to, which the mode is to see."""
+    kernel = func.py_kernels.get(DispatchKey.CompositeExplicitAutograd)
+    if kernel is None:
+        raise ReadsValue(f"a function that is handed to {func}")
+    with mode:
+        return kernel(*args, **(kwargs or {}))

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxprune.passes.capture.index_contents import storage_of, version_of
 from fxprune.passes.capture.meta_kernels import VIEWS
 from fxprune.passes.capture.patches import visible
-from fxprune.passes.capture.recorder import Recorder
+from fxprune.passes.capture.recorder import Recorder, by_ops
 from fxprune.passes.coupling.propagation import apply_rule
 from fxprune.passes.ir.constraints import ConstraintBuilder, Constraints, RowLabels
 from fxprune.passes.ir.labels import Labels, fill_removed, keeps_all, kept_mask
@@ -168,6 +169,8 @@ class MaskedRun(Recorder):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            return by_ops(self, func, args, kwargs)
         before = len(self.op_trace.ops)
         in_args, in_kwargs = map_tensors(args, self.ref), map_tensors(kwargs, self.ref)
         refs = collect((in_args, in_kwargs), TensorRef)
@@ -274,7 +277,7 @@ class MaskedOriginal:
 
 def is_random(func: Any) -> bool:
     """Whether an operator draws random numbers."""
-    return torch.Tag.nondeterministic_seeded in func.tags
+    return torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
 
 
 def in_index_order(func: Any, args: Any, kwargs: Any) -> Any:
@@ -296,6 +299,8 @@ def in_index_order(func: Any, args: Any, kwargs: Any) -> Any:
 
 class InIndexOrder(TorchDispatchMode):
     """Random numbers are drawn in the order of indices."""
+
+    supports_higher_order_operators = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return in_index_order(func, args, kwargs or {}) if is_random(func) else func(*args, **(kwargs or {}))

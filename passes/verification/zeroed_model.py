@@ -20,10 +20,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxprune.passes.capture.patches import visible
+from fxprune.passes.capture.recorder import by_ops
 from fxprune.passes.ir.module_tree import copy_tree, named_tensors
 from fxprune.passes.ir.op_trace import written_by
 from fxprune.passes.ir.pytree import collect, map_tensors
@@ -100,6 +102,8 @@ class ZeroFlow(TorchDispatchMode):
         reason: the first operator that mixes removed with kept entries; empty if none does.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self, zeroed: ZeroedOriginal) -> None:
         super().__init__()
         self.reason = ""
@@ -110,6 +114,8 @@ class ZeroFlow(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            return by_ops(self, func, args, kwargs)
         if self.reason:  # the model caught the exception
             raise Mixed(self.reason)
         tensors = collect((args, kwargs), Tensor)
