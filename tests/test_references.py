@@ -240,7 +240,7 @@ class Flexible(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_operators_that_take_functions_are_no_obstacle():
-    import torch.nn.attention.flex_attention  # noqa: F401  (as a file of such a model does)
+    import torch.nn.attention.flex_attention
 
     pruned = fxprune.prune(Flexible().eval(), 0.5, example_inputs=torch.randn(2, 16, 8), verify=True)
     assert pruned.verification.ok and pruned.verification.zeroed is not None
