@@ -228,7 +228,9 @@ def gather(call: RuleContext) -> Labels:
     dim = call.dim(call["dim"], ndim)
     sizes, others = call.shape(x), align(call.labels(picks), call.shape(picks), ndim)[1]
     rewritten = call.constraints.node < 0 or call.state.rewrite is gather_rows
-    if rewritten and any(dim in f.dims for f in call.labels(x)):
+    maker = call.op_trace.maker(x.id)
+    flat = maker is not None and maker.node == call.op.node and name_of(maker.func) != "aten::expand"  # without a `dim`
+    if rewritten and not flat and any(dim in f.dims for f in call.labels(x)):
         rows = same_everywhere(call.op_trace, picks, dim, ndim)
         if rows is not None and all(a == b for d, (a, b) in enumerate(zip(sizes, others, strict=True)) if d != dim):
             call.freeze(call.labels(picks), "holds indices")
