@@ -219,7 +219,8 @@ def along_dim(call: RuleContext, dim: int, move: Callable[[Tensor], Tensor]) -> 
 def gather(call: RuleContext) -> Labels:
     """Along `dim` entries are picked by value; along the others input and index correspond one to one.
 
-    An index that is a constant, and the same everywhere, picks whole rows, as `index_select` does.
+    An index that is a constant, and the same everywhere, picks whole rows, as `index_select` does; `take_along_dim` without a
+    dimension, which flattens first, is not rewritten so.
     """
     x, picks = call["self"], call["index"]
     ndim = len(call.shape(x))
@@ -227,7 +228,9 @@ def gather(call: RuleContext) -> Labels:
         return call.freeze_inputs(COMPUTED)[0]
     dim = call.dim(call["dim"], ndim)
     sizes, others = call.shape(x), align(call.labels(picks), call.shape(picks), ndim)[1]
-    rewritten = call.constraints.node < 0 or call.state.rewrite is gather_rows
+    maker = call.op_trace.maker(x.id)
+    flattened = maker is not None and maker.node == call.op.node and len(call.shape(maker.inputs[0])) != ndim
+    rewritten = call.constraints.node < 0 or (call.state.rewrite is gather_rows and not flattened)
     if rewritten and any(dim in f.dims for f in call.labels(x)):
         rows = same_everywhere(call.op_trace, picks, dim, ndim)
         if rows is not None and all(a == b for d, (a, b) in enumerate(zip(sizes, others, strict=True)) if d != dim):
