@@ -219,7 +219,8 @@ def along_dim(call: RuleContext, dim: int, move: Callable[[Tensor], Tensor]) -> 
 def gather(call: RuleContext) -> Labels:
     """Along `dim` entries are picked by value; along the others input and index correspond one to one.
 
-    An index that is a constant, and the same everywhere, picks whole rows, as `index_select` does.
+    An index that is a constant, and the same everywhere, picks whole rows, as `index_select` does; `take_along_dim` without a
+    dimension, which flattens first, is not rewritten so.
     """
     x, picks = call["self"], call["index"]
     ndim = len(call.shape(x))
@@ -227,10 +228,10 @@ def gather(call: RuleContext) -> Labels:
         return call.freeze_inputs(COMPUTED)[0]
     dim = call.dim(call["dim"], ndim)
     sizes, others = call.shape(x), align(call.labels(picks), call.shape(picks), ndim)[1]
-    rewritten = call.constraints.node < 0 or call.state.rewrite is gather_rows
     maker = call.op_trace.maker(x.id)
-    flat = maker is not None and maker.node == call.op.node and name_of(maker.func) != "aten::expand"  # without a `dim`
-    if rewritten and not flat and any(dim in f.dims for f in call.labels(x)):
+    flattened = maker is not None and maker.node == call.op.node and name_of(maker.func) != "aten::expand"
+    rewritten = call.constraints.node < 0 or (call.state.rewrite is gather_rows and not flattened)
+    if rewritten and any(dim in f.dims for f in call.labels(x)):
         rows = same_everywhere(call.op_trace, picks, dim, ndim)
         if rows is not None and all(a == b for d, (a, b) in enumerate(zip(sizes, others, strict=True)) if d != dim):
             call.freeze(call.labels(picks), "holds indices")
@@ -277,9 +278,10 @@ def gather_rows(r: RewriteContext, node: fx.Node) -> fx.Node | None:
         index, dim = argument(node, 1, "indices"), argument(node, 2, "dim")
     else:
         dim, index = argument(node, 1, "dim"), argument(node, 2, "index")
+    ndim = len(r.before(source))
+    dim = 0 if dim is None and ndim == 1 else dim
     if dim is None or not isinstance(r.result(index), TensorRef):
         return None
-    ndim = len(r.before(source))
     dim %= ndim
     rows = same_everywhere(r.capture.op_trace, r.result(index), dim, ndim)
     if rows is None or list(r.before(target)) != [len(rows) if d == dim else n for d, n in enumerate(r.before(source))]:
