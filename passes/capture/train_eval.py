@@ -264,9 +264,9 @@ def told_apart(
     told = [i for i, (a, b) in enumerate(zip(now, then, strict=True)) if a != b]
     if any(i == len(nodes) or nodes[i].target not in TOLD for i in told):
         return None
-    loose, same = (code(builder, *ends, loosely=True) for ends in ((begin, middle, out), (middle, end, trained)))
+    loose, other = (code(builder, *ends, loosely=True) for ends in ((begin, middle, out), (middle, end, trained)))
     twins = dict(zip(others, nodes, strict=True))
-    if len(loose) != len(now) or any(loose[i] != same[i] for i in told):
+    if not len(loose) == len(other) == len(now) or any(loose[i] != other[i] for i in told):
         return None
     given = fx.node.map_arg([(others[i].args, others[i].kwargs) for i in told], lambda n: twins.get(n, n))
     return {nodes[i]: found for i, found in zip(told, given, strict=True)}
@@ -314,6 +314,7 @@ def is_number(builder: GraphBuilder, node: fx.Node) -> bool:
 
 
 def replaced(chosen: Mapping[fx.Node, Any], node: fx.Node) -> Any:
+    """What stands for a node: what was chosen for it, else itself."""
     return chosen.get(node, node)
 
 
