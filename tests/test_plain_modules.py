@@ -83,7 +83,7 @@ def network(*norms):
 
 
 def nodes(pruned):
-    return {type(pruned.get_submodule(n.target)) for n in pruned.graph.nodes if n.op == "call_module"}
+    return {type(pruned.get_submodule(n.target)) for n in pruned.flat().graph.nodes if n.op == "call_module"}
 
 
 def exact(model, x):

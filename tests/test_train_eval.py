@@ -401,7 +401,7 @@ def test_branches_that_differ_in_a_flag_alone_are_one_program_with_two_flags(cap
     flags = []
     for mode in (False, True):
         pruned.train(mode)
-        calls = [n for n in pruned.graph.nodes if n.op == "call_function"]
+        calls = [n for n in pruned.flat().graph.nodes if n.op == "call_function"]
         assert [n.target for n in calls].count(F.linear) == 2
         flags.append(next(n.kwargs["training"] for n in calls if n.target is F.dropout))
     assert flags == [False, True]

@@ -14,6 +14,7 @@ from fxprune.criteria.calibration import BATCHES, Batch
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.pytree import collect, map_tensors
+from fxprune.passes.rewrite.pruned_module import PrunedModule
 from fxprune.repair.sites import Key, RepairSite, SiteCall, SiteObserver, count_overlaps, drop_activations, find_call, why_fixed
 
 
@@ -87,6 +88,7 @@ class ProgramRun:
     """
 
     def __init__(self, program: fx.GraphModule, batches: Sequence[Batch], prefix: str = "") -> None:
+        program = program.flat() if isinstance(program, PrunedModule) else program
         self.nodes = list(program.graph.nodes)
         self.tensors = {name.removeprefix(prefix): t for name, t in named_tensors(program)}
         self.names = {id(t): name for name, t in self.tensors.items()}

@@ -26,7 +26,7 @@ from fxprune.passes.capture.recorder import Recorder
 from fxprune.passes.capture.rollback import ModuleState
 from fxprune.passes.errors import NeedsValues, ReadsValue, WritesConstants
 from fxprune.passes.ir.module_tree import every_path, named_tensors
-from fxprune.passes.ir.program import Guard, select_by_mode
+from fxprune.passes.ir.program import Guard, TracedCall, select_by_mode
 from fxprune.passes.ir.pytree import ATOMS, like_dict, map_tensors
 
 HAS_NODES = ATOMS | PROXIES
@@ -59,6 +59,7 @@ class GraphBuilder(ProxyAttributes):
         attributes: proxies for the model's tensors, by name.
         writes_constants: whether the program is to start from copies of its constants.
         frames: the module calls that are being traced through.
+        module_calls: those that were, in order of their ends.
     """
 
     def __init__(self, root: nn.Module, *, retry: bool = True) -> None:
@@ -78,6 +79,7 @@ class GraphBuilder(ProxyAttributes):
         self.kept: list[Tensor] = []  # their copies in the program
         self.writes_constants = False
         self.frames = [Frame("", root)]
+        self.module_calls: list[TracedCall] = []
         self.proxies: list[weakref.ref[Any]] = []
         self.index = {}
         self.depends = {}
@@ -274,6 +276,8 @@ class GraphBuilder(ProxyAttributes):
         for node in list(itertools.takewhile(lambda n: self.index[n] >= begin, reversed(self.graph.nodes))):
             self.forget(node)
         self.recorder.truncate(first_op)
+        while self.module_calls and self.module_calls[-1].end > begin:
+            self.module_calls.pop()
         self.guards = [g for g in self.guards if self.index[g.node] < begin]
         self.stored.restore(self.index, begin)
         gone = [k for k, p in self.attributes.items() if self.index[p.node] >= begin]

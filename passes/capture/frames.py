@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from fxprune.passes.ir.pytree import copy_containers
+from fxprune.passes.capture.patches import creating
+from fxprune.passes.capture.proxy import PROXIES, Items
+from fxprune.passes.ir.program import UNKNOWN, Built, ModelTensor, TracedCall
+from fxprune.passes.ir.pytree import ATOMS, copy_containers
 
 
 @dataclass(slots=True, eq=False)
@@ -37,3 +43,37 @@ class Frame:
 
     def __post_init__(self) -> None:
         self.args, self.kwargs = copy_containers(self.args), copy_containers(self.kwargs)
+
+    def finished(self, out: Any, end: int, names: Mapping[int, str]) -> TracedCall:
+        """The call as it was traced; `names` are those of the model's tensors, by identity."""
+        args = tuple([structure(a, names) for a in self.args])
+        kwargs = {k: structure(v, names) for k, v in self.kwargs.items()}
+        return TracedCall(self.path, args, kwargs, structure(out, names), self.begin, end)
+
+
+def structure(x: Any, names: Mapping[int, str]) -> Any:
+    """A value of a forward without proxies (see `TracedCall`)."""
+    kind = type(x)
+    if kind in PROXIES:
+        return x.node
+    if kind in ATOMS:
+        return x
+    if isinstance(x, Tensor):
+        return ModelTensor(names[id(x)]) if id(x) in names else UNKNOWN
+    if isinstance(x, tuple):
+        parts = [structure(v, names) for v in x]
+        own = type(x.value) if kind is Items else kind
+        if hasattr(own, "_fields"):
+            return Built(own, dict(enumerate(parts)), by_position=True)
+        return tuple(parts) if own in (tuple, torch.Size) or own.__module__.startswith("torch.return_types") else UNKNOWN
+    if kind is list:
+        return [structure(v, names) for v in x]
+    if isinstance(x, dict):
+        parts = {k: structure(v, names) for k, v in x.items()}
+        if kind is dict or not all(isinstance(k, str) for k in parts):
+            return parts if kind is dict else UNKNOWN
+        return Built(kind, parts)
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):
+        given = {f.name: structure(getattr(x, f.name), names) for f in dataclasses.fields(x) if hasattr(x, f.name)}
+        return Built(creating(kind), given, by_attribute=True)
+    return UNKNOWN

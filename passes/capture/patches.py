@@ -51,19 +51,28 @@ def plain_rnn(module: nn.Module) -> Iterator[None]:
             torch._C._set_cudnn_enabled(cudnn)
 
 
-def named_apply(cls: type) -> Callable[..., Any]:
-    """A custom autograd function's `apply` under a name that generated code can refer to."""
+class NamedFunction:
+    """A function made of a class, under a name that generated code can refer to; it is pickled as that class."""
 
-    def applied(*args: Any) -> Any:
-        return cls.apply(*args)  # type: ignore[attr-defined]
+    def __init__(self, make: Callable[[type], NamedFunction], cls: type, name: str, run: Callable[..., Any]) -> None:
+        self.make, self.cls, self.run = make, cls, run
+        self.__name__ = self.__qualname__ = name
+        self.__module__ = outside_torch(cls)
 
-    applied.__name__ = applied.__qualname__ = f"{cls.__name__}_apply"
-    applied.__module__ = outside_torch(cls)
-    return applied
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.make, (self.cls,)
 
 
-def creating(cls: type) -> Callable[..., Any]:
-    """A function under a name that generated code can refer to, which creates an object from the values of its attributes."""
+def named_apply(cls: type) -> NamedFunction:
+    """A custom autograd function's `apply`."""
+    return NamedFunction(named_apply, cls, f"{cls.__name__}_apply", lambda *args: cls.apply(*args))  # type: ignore[attr-defined]
+
+
+def creating(cls: type) -> NamedFunction:
+    """A function that creates an object of a class from the values of its attributes."""
 
     def created(**attributes: Any) -> Any:
         made: Any = object.__new__(cls)
@@ -71,9 +80,7 @@ def creating(cls: type) -> Callable[..., Any]:
             object.__setattr__(made, name, value)
         return made
 
-    created.__name__ = created.__qualname__ = f"new_{cls.__name__}"
-    created.__module__ = outside_torch(cls)
-    return created
+    return NamedFunction(creating, cls, f"new_{cls.__name__}", created)
 
 
 def outside_torch(cls: type) -> str:

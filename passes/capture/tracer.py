@@ -109,12 +109,10 @@ class ValueTracer(GraphBuilder):
                 out = forward(*args, **kwargs)
                 if frame.asked:
                     out = captured_in_both(self, self.modes, frame, forward, out)
-            if kind is None or not frame.asked:
-                return out
             with self.paused():
-                plain = is_plain(self, self.modes, frame, stored)
-            if not plain:
-                return out
+                if kind is None or not frame.asked or not is_plain(self, self.modes, frame, stored):
+                    self.module_calls.append(frame.finished(out, len(self.index), self.names))
+                    return out
         except Exception as error:
             self.abandon(frame)
             if not self.retry or isinstance(error, PruneError) or hasattr(error, "fxprune_plain"):
@@ -178,6 +176,7 @@ class ValueTracer(GraphBuilder):
             apart=self.modes.apart(self.modules),
             given=evaluator.given,
             trains_on_values=self.modes.trains_on_values,
+            module_calls=self.module_calls,
         )
         self.discard()
         return made

@@ -9,7 +9,6 @@ model is captured a second time.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -311,21 +310,3 @@ def is_number(builder: GraphBuilder, node: fx.Node) -> bool:
     """Whether a node makes a tensor without dimensions from such tensors."""
     refs = [builder.results[n] for n in (node, *node.all_input_nodes)]
     return all(type(r) is TensorRef and not builder.recorder.op_trace.values[r.id].shape for r in refs)
-
-
-def replaced(chosen: Mapping[fx.Node, Any], node: fx.Node) -> Any:
-    """What stands for a node: what was chosen for it, else itself."""
-    return chosen.get(node, node)
-
-
-def in_mode(graph: fx.Graph, only: Mapping[fx.Node, bool | None], mode: bool) -> fx.Graph:
-    """Turn a graph with branches into the program of one mode."""
-    for node in list(graph.nodes):
-        if node.target is select_by_mode:
-            chosen = {node: node.args[mode]}
-            for user in list(node.users):
-                user.args, user.kwargs = fx.node.map_arg((user.args, user.kwargs), functools.partial(replaced, chosen))
-    for node in reversed(list(graph.nodes)):
-        if node.target is select_by_mode or only.get(node, mode) != mode:
-            graph.erase_node(node)
-    return graph

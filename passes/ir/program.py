@@ -32,6 +32,49 @@ class ModuleCall:
     outs: Any
 
 
+@dataclass(frozen=True, slots=True)
+class TracedCall:
+    """One call of a module that was traced through: the nodes from the number `begin` up to `end` are its.
+
+    Its arguments and its result are nested structures with nodes in place of tensors and numbers, `Built` in place of objects
+    that a program has to create, and `UNKNOWN` in place of what a program cannot write down.
+    """
+
+    path: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    out: Any
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """An object of a class of its own, created from its parts.
+
+    Attributes:
+        create: makes it of its parts.
+        parts: by key.
+        by_position: whether `create` takes them by position, and not by name.
+        by_attribute: whether a part is an attribute of it, and not an item.
+    """
+
+    create: Any
+    parts: dict[Any, Any]
+    by_position: bool = False
+    by_attribute: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ModelTensor:
+    """A tensor of the model, by its name."""
+
+    name: str
+
+
+UNKNOWN = object()  # what a program cannot write down
+
+
 @dataclass(kw_only=True)
 class CapturedProgram:
     """The captured program of one run of the model.
@@ -57,6 +100,7 @@ class CapturedProgram:
         apart: the modules that do not follow the root's mode, by mode and path; None where that is not known.
         given: what opaque modules were given, call by call, where the run had values and it takes no more than the model does.
         trains_on_values: whether a run without values, as this one, cannot be made in training.
+        module_calls: the calls of modules that were traced through, in order of their ends.
         note: what the emitted model does not do as the original does.
         consumed: whether a rewrite has taken the program; see `take`.
     """
@@ -82,6 +126,7 @@ class CapturedProgram:
     given: dict[fx.Node, tuple[Any, Any]] = field(default_factory=dict)
     trains_on_values: bool = False
     functions: frozenset[Any] = frozenset()
+    module_calls: list[TracedCall] = field(default_factory=list)
     note: str = ""
     consumed: bool = False
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,7 @@ class GraphEditor:
         changes: what nodes become that are neither replaced nor left as they are.
         branch: the branch of the node that is visited.
         before, following: the nodes around the one that is visited.
+        origin: for nodes that were created, the one that was visited then.
     """
 
     graph: fx.Graph
@@ -40,6 +41,7 @@ class GraphEditor:
     new: dict[fx.Node, fx.Node] = field(default_factory=Replacements)
     changes: dict[fx.Node, Change] = field(default_factory=dict)
     branch: bool | None = None
+    origin: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.branches = dict(self.branches)
@@ -52,10 +54,15 @@ class GraphEditor:
 
     def leave(self, node: fx.Node) -> None:
         """End with a node that is visited."""
+        if node.prev is self.before and node.next is self.following:
+            return
         last = self.before
-        while node in self.branches and last.next is not self.following:
+        while last.next is not self.following:
             last = last.next
-            self.branches[last] = self.branch  # type: ignore[index]
+            if last is not node:
+                self.origin[last] = node
+                if node in self.branches:
+                    self.branches[last] = self.branch  # type: ignore[index]
 
     def move_past(self) -> None:
         """What is created from now on stands after the node that is visited."""
@@ -72,6 +79,15 @@ class GraphEditor:
         """Let `made` stand for `node`."""
         if made is not node:
             self.new[node] = made
+
+    def touched(self, unused: Iterable[fx.Node]) -> Iterator[fx.Node]:
+        """The original nodes that `apply` changes, or that something was created for."""
+        yield from unused
+        yield from self.origin.values()
+        yield from (n for n in self.new if n not in self.changes)
+        for node, change in self.changes.items():
+            if change != (node.op, node.target, tuple(node.args), dict(node.kwargs)):
+                yield node
 
     def apply(self, nodes: Iterable[fx.Node], unused: set[fx.Node]) -> None:
         """Apply the edits to the original nodes, and erase those that are replaced or `unused`."""

@@ -1,79 +1,85 @@
-"""The emitted module: a GraphModule with one program for evaluation and, where it differs, one for training."""
+"""The pruned model: a GraphModule over the module tree of the original, with one program for each mode."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import copy
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.fx.graph import PythonCode
 
-from fxprune.passes.ir.module_tree import Apart
-from fxprune.passes.ir.program import select_by_mode
+from fxprune.passes.ir.module_tree import Apart, fetch
+from fxprune.passes.rewrite.nesting import Forwards
+from fxprune.passes.rewrite.programs import Program
+
+OWN = ("_programs", "_flat", "_apart", "_mode", "_other")  # the attributes of a `PrunedModule` itself
 
 
-@dataclass(frozen=True, slots=True)
-class Program:
-    """A graph written down node by node: arguments refer to other nodes by name. It is built when it is asked for."""
+class RewrittenForward:
+    """The forward of one module of a pruned model: a program for each of its modes, in place of that of its class.
 
-    lines: tuple[tuple[str, str, Any, Any, Any, dict[str, Any]], ...]
+    Attributes:
+        module: the module.
+        programs: by whether it is in training; one alone where both modes have the same.
+    """
 
-    def graph(self) -> fx.Graph:
-        graph, made = fx.Graph(), {}
-        for name, op, target, args, kwargs, meta in self.lines:
-            named = [fx.node.map_aggregate(a, lambda x: made[x.name] if isinstance(x, Name) else x) for a in (args, kwargs)]
-            made[name] = graph.create_node(op, target, named[0], named[1], name)
-            made[name].meta = dict(meta)
-        return graph
+    def __init__(self, module: nn.Module, programs: Mapping[bool, Program]) -> None:
+        self.module, self.programs = module, dict(programs)
+        self.functions: dict[bool, Any] = {}
+        self.prepare(module.training)
 
+    def prepare(self, mode: bool) -> Any:
+        """The function of a mode, generated when it is first asked for."""
+        if mode not in self.functions:
+            code = self.programs.get(mode, next(iter(self.programs.values()))).graph().python_code("self")
+            self.functions[mode] = fx.graph_module._forward_from_src(code.src, code.globals)
+        return self.functions[mode]
 
-@dataclass(frozen=True, slots=True)
-class Name:
-    """A node, by its name."""
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        mode = self.module.training
+        function = self.functions[mode] if mode in self.functions else self.prepare(mode)
+        return function(self.module, *args, **kwargs)
 
-    name: str
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(type(self.module).forward.__get__(self.module))
 
-
-def written(graph: fx.Graph, only: Mapping[fx.Node, bool | None], mode: bool) -> Program:
-    """The program of one mode out of a graph with branches (see `train_eval.py`)."""
-    names: dict[Any, Any] = {}
-    lines = []
-    for node in graph.nodes:
-        if only.get(node, mode) != mode:
-            continue
-        if node.target is select_by_mode:
-            chosen = node.args[mode]
-            names[node] = names[chosen] if isinstance(chosen, fx.Node) else chosen
-        else:
-            names[node] = Name(node.name)
-            args, kwargs = (fx.node.map_arg(x, names.__getitem__) if x else x for x in (node.args, node.kwargs))
-            lines.append((node.name, node.op, node.target, args, kwargs, node.meta))
-    return Program(tuple(lines))
+    def __getstate__(self) -> dict[str, Any]:
+        return {"module": self.module, "programs": self.programs, "functions": {}}
 
 
 class PrunedModule(fx.GraphModule):
-    """A GraphModule that keeps one program for evaluation and one for training where the two differ.
+    """A pruned model.
 
-    `train()` and `eval()` switch between them; modules that they leave in the other mode in the original they leave so here.
-    `meta["plan"]` says what was removed, `meta["verification"]` how exact the result is.
+    Its submodules are those of the original, under their names and of their classes, with smaller tensors: each can be
+    called, indexed and hooked as there. The graph calls them; `flat()` is the same program without those calls. Where
+    training runs another program than evaluation, `train()` and `eval()` switch; modules that they leave in the other mode in
+    the original they leave so here.
+
+    `meta["plan"]` says what was removed, `meta["verification"]` how exact the result is. Copies, and what `torch.save` stores
+    of it, keep both programs and `meta`.
     """
 
     def __init__(
         self,
-        root: nn.Module,
-        graph: fx.Graph,
+        tree: nn.Module,
+        programs: dict[bool, Program],
+        flat: dict[bool, Program],
+        forwards: Forwards,
+        apart: Apart,
         name: str = "Pruned",
-        programs: dict[bool, fx.Graph | Program] | None = None,
-        apart: Apart | None = None,
     ) -> None:
         super().__init__(nn.Module(), fx.Graph(), name)
-        vars(self)["training"] = root.training
-        for program in {id(p): p for p in (graph, *(programs or {}).values())}.values():
-            adopt(self, root, targets_of(program))
-        self.graph = graph
-        self.__dict__["_programs"] = programs or {}
-        self.__dict__["_apart"] = apart or {}
+        held = vars(self)
+        kept = held.keys() - vars(nn.Module()).keys()
+        held.update({k: v for k, v in vars(tree).items() if k not in kept and k not in OWN})
+        for path, found in forwards.items():
+            module = fetch(tree, path)
+            vars(module)["forward"] = RewrittenForward(module, found)
+        held |= {"_programs": programs, "_flat": flat, "_apart": apart, "_mode": False, "_other": None}
+        self.graph = programs[False].graph()
 
     def recompile(self) -> PythonCode:
         if not len(self._graph.nodes):  # the empty one that `__init__` starts with
@@ -82,26 +88,28 @@ class PrunedModule(fx.GraphModule):
 
     def train(self, mode: bool = True) -> PrunedModule:
         super().train(mode)
-        apart = self.__dict__.get("_apart", {}).get(mode)
-        for path, module in self.named_modules() if apart else ():
-            module.training = mode != (path in apart)
+        apart = vars(self)["_apart"].get(mode)
+        for path, module in self.named_modules():
+            if apart:
+                module.training = mode != (path in apart)
+            forward = vars(module).get("forward")
+            if isinstance(forward, RewrittenForward):
+                forward.prepare(module.training)
         self.choose(mode)
         return self
 
     def choose(self, mode: bool) -> None:
         """Switch to the program of a mode."""
-        programs = self.__dict__.get("_programs") or {}
-        if mode in programs and programs[mode] is not self._graph:
-            if isinstance(programs[mode], Program):
-                programs[mode] = programs[mode].graph()
-            self.graph = programs[mode]
+        held = vars(self)
+        if mode != held["_mode"] and len(held["_programs"]) > 1:
+            graph = held["_other"] or held["_programs"][mode].graph()
+            held["_other"], held["_mode"] = self._graph, mode
+            self.graph = graph
 
-    def _deepcopy_init(self) -> Callable[..., None]:
-        def init(made: PrunedModule, state: nn.Module, graph: fx.Graph) -> None:
-            held = vars(state)
-            PrunedModule.__init__(made, state, graph, type(self).__name__, held.get("_programs"), held.get("_apart"))
-
-        return init
+    def flat(self) -> fx.GraphModule:
+        """The program of the present mode as one flat graph of layers and functions, which shares the tensors of this module."""
+        programs = vars(self)["_flat"]
+        return fx.GraphModule(self, programs.get(self.training, programs[False]).graph(), type(self).__name__)
 
     @property
     def plan(self) -> Any:
@@ -111,56 +119,40 @@ class PrunedModule(fx.GraphModule):
     def verification(self) -> Any:
         return self.meta.get("verification")
 
+    # -- copies ---------------------------------------------------------------------------------------------------------
 
-def targets_of(program: fx.Graph | Program) -> list[str]:
-    """The paths of the modules and tensors that a program refers to."""
-    if isinstance(program, Program):
-        return [target for _, op, target, *_ in program.lines if op in ("get_attr", "call_module")]
-    return [str(n.target) for n in program.nodes if n.op in ("get_attr", "call_module")]
+    def state(self) -> dict[str, Any]:
+        """All attributes, with the graphs as they are by now written down."""
+        held = dict(vars(self))
+        graph, other, mode = held.pop("_graph"), held.pop("_other"), held["_mode"]
+        programs = dict(held["_programs"])
+        programs[mode] = Program.of(graph)
+        if other is not None:
+            programs[not mode] = Program.of(other)
+        return held | {"_programs": programs, "_other": None}
 
+    def filled(self, state: dict[str, Any], name: str) -> PrunedModule:
+        type(self).__name__ = name
+        vars(self).update(state)
+        self.graph = state["_programs"][state["_mode"]].graph()
+        return self
 
-def adopt(made: nn.Module, root: nn.Module, targets: Iterable[str]) -> None:
-    """Give a module what a program refers to, under the paths that it has in `root`; modules in between become plain ones.
+    def __reduce__(self) -> tuple[Any, ...]:
+        return restored, (self.state(), type(self).__name__)
 
-    GraphModule does the same, but looks up every path from the root, twice.
-    """
-    pairs: dict[str, tuple[nn.Module, nn.Module]] = {"": (root, made)}
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return self.__reduce__()
 
-    def pair(path: str) -> tuple[nn.Module, nn.Module]:
-        found = pairs.get(path)
-        if found is None:
-            above, _, name = path.rpartition(".")
-            source, target = pair(above)
-            child = source._modules[name] if name in source._modules else getattr(source, name)
-            assert isinstance(child, nn.Module)
-            mine = child if source is target else target._modules.get(name)
-            if mine is None:
-                mine = target._modules[name] = nn.Module()
-            found = pairs[path] = (child, mine)
-        return found
+    def __deepcopy__(self, memo: dict[int, Any]) -> PrunedModule:
+        made = memo[id(self)] = PrunedModule.__new__(PrunedModule)
+        return made.filled(copy.deepcopy(self.state(), memo), type(self).__name__)
 
-    for path in targets:
-        above, _, name = path.rpartition(".")
-        source, target = pair(above)
-        if source is target:
-            continue  # a module it lies in has been adopted whole
-        if name in source._modules:
-            target._modules[name] = source._modules[name]
-            pairs.pop(path, None)
-            continue
-        value = getattr(source, name)
-        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
-            target.register_buffer(name, value, persistent=name not in source._non_persistent_buffers_set)
-        else:
-            setattr(target, name, value)
-    for source, target in pairs.values():
-        if source is not target:
-            for kind in ("_parameters", "_buffers", "_modules"):
-                keep_order(vars(source)[kind], vars(target)[kind])
+    def __copy__(self) -> PrunedModule:
+        state = {k: copy.copy(v) if type(v) is dict else v for k, v in self.state().items()}
+        return restored(state, type(self).__name__)
 
 
-def keep_order(wanted: Iterable[str], held: dict[str, Any]) -> None:
-    """Move the entries of a dictionary into the order of those names."""
-    for name in wanted:
-        if name in held:
-            held[name] = held.pop(name)
+def restored(state: dict[str, Any], name: str) -> PrunedModule:
+    """A pruned model of its attributes; what unpickling calls."""
+    made: PrunedModule = PrunedModule.__new__(PrunedModule)
+    return made.filled(state, name)

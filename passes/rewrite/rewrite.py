@@ -14,7 +14,9 @@ from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.ir.module_tree import Apart, apart_from, every_path, fetch, named_tensors, replace_tensors, walk
 from fxprune.passes.ir.program import Waiver
 from fxprune.passes.ir.slices import Slicer, TensorSlice, apply_slices, cut_shape
-from fxprune.passes.rewrite.pruned_module import Program, PrunedModule
+from fxprune.passes.rewrite.nesting import nest
+from fxprune.passes.rewrite.programs import FlatProgram, Program
+from fxprune.passes.rewrite.pruned_module import PrunedModule, RewrittenForward
 from fxprune.passes.rewrite.rewriter import Rewriter
 
 
@@ -54,64 +56,82 @@ def rewrite_program(
     device = next((t.device for t in values.values()), torch.device("cpu"))
     constants: dict[str, Tensor] = {}
     programs, attributes = rewrite_graphs(solution, slicer, constants, device, waiver)
-    root = slice_tensors(values, solution, made)
+    tree = slice_tensors(values, solution, made)
     for path, edits in attributes.items():
-        module = captures[0].modules.get(path) or fetch(root, path)
+        module = captures[0].modules.get(path) or fetch(tree, path)
         for name, value in edits.items():
             object.__setattr__(module, name, value)  # plain numbers, which a module's own __setattr__ has no use for
     for name, data in constants.items():
-        root.register_buffer(name, data.to(device), persistent=False)
-    evaluated = programs[False]
-    assert isinstance(evaluated, fx.Graph)
-    pruned = PrunedModule(root, evaluated, type(model).__name__, programs if len(programs) > 1 else None)
-    restore_modes(model, pruned, solution)
+        tree.register_buffer(name, data.to(device), persistent=False)
+    pruned = assemble(model, solution, tree, programs)
     if os.environ.get("FXPRUNE_STRICT") == "1":
-        check_programs(pruned, programs.values())
+        check_programs(pruned)
+    return pruned
+
+
+def assemble(model: nn.Module, solution: Solution, tree: nn.Module, programs: Mapping[bool, FlatProgram]) -> PrunedModule:
+    """The pruned module of a tree with smaller tensors and the flat programs that run on it."""
+    captures = solution.captures
+    restore_modes(model, tree, solution)
+    apart = modes_apart(model, solution, walk(tree).values())
+
+    def is_training(path: str, mode: bool) -> bool:
+        return mode != (path in apart.get(mode, ()))
+
+    by_mode = {mode: captures[min(mode, len(captures) - 1)] for mode in programs}
+    roots, forwards, shared = nest(programs, by_mode, tree, is_training)
+    for path, names in shared.items():
+        for name in names:
+            fetch(tree, path).register_buffer(name, getattr(tree, name), persistent=False)
+    flat = {mode: program.program for mode, program in programs.items()}
+    pruned = PrunedModule(tree, roots, flat, forwards, apart, type(model).__name__)
+    pruned.choose(model.training)
     return pruned
 
 
 def rewrite_graphs(
     solution: Solution, slicer: Slicer, constants: dict[str, Tensor], device: torch.device, waiver: Waiver | None
-) -> tuple[dict[bool, fx.Graph | Program], dict[str, dict[str, Any]]]:
+) -> tuple[dict[bool, FlatProgram], dict[str, dict[str, Any]]]:
     """The pruned programs, by whether they are for training, and the attributes that change, by module path.
 
     Index tensors that the programs refer to are added to `constants`.
     """
-    programs: dict[bool, fx.Graph | Program] = {}
+    programs: dict[bool, FlatProgram] = {}
     attributes: dict[str, dict[str, Any]] = {}
     for which in range(len(solution.captures)):
         rewriter = Rewriter(solution, which, slicer, constants, device, waiver)
-        graph, trained = rewriter.run()
-        programs[bool(which)] = graph
-        if trained is not None and len(solution.captures) == 1:
-            programs[True] = trained
+        found = rewriter.run()
+        programs |= {True: found[False]} if which else found
         for path, edits in rewriter.attributes.items():
             attributes.setdefault(path, {}).update(edits)
     return programs, attributes
 
 
-def check_programs(pruned: PrunedModule, programs: Iterable[fx.Graph | Program]) -> None:
+def check_programs(pruned: PrunedModule) -> None:
     """Postconditions of a rewrite: every program is well formed, and what it refers to exists."""
-    for program in programs:
-        graph = program if isinstance(program, fx.Graph) else program.graph()
-        if graph.owning_module is not pruned:
-            graph.owning_module = pruned  # where the targets of its nodes are looked up
+    pruned.graph.lint()
+    held = vars(pruned)
+    found: list[tuple[nn.Module, Program]] = [
+        (pruned, program) for program in (*held["_programs"].values(), *held["_flat"].values())
+    ]
+    for module in pruned.modules():
+        forward = vars(module).get("forward")
+        found += [(module, program) for program in forward.programs.values()] if isinstance(forward, RewrittenForward) else []
+    for module, program in found:
+        graph = program.graph()
+        graph.owning_module = module  # type: ignore[assignment]  # where the targets of its nodes are looked up
         graph.lint()
 
 
-def restore_modes(model: nn.Module, pruned: PrunedModule, solution: Solution) -> None:
-    """Put the pruned module and its submodules in the modes that the original's are in."""
-    modules, prefix = walk(pruned), solution.captures[0].prefix
-    vars(pruned)["_apart"] = modules_apart(model, solution, modules.values())
-    vars(pruned)["training"] = model.training
-    pruned.choose(model.training)
+def restore_modes(model: nn.Module, tree: nn.Module, solution: Solution) -> None:
+    """Put the modules of the pruned tree in the modes that the original's are in."""
+    prefix = solution.captures[0].prefix
     modes = {path: m.training for path, m in every_path(model)}
-    for module, path in modules.items():
-        if path:
-            vars(module)["training"] = modes.get(path.removeprefix(prefix), model.training)
+    for module, path in walk(tree).items():
+        vars(module)["training"] = modes.get(path.removeprefix(prefix), model.training)
 
 
-def modules_apart(model: nn.Module, solution: Solution, paths: Iterable[str]) -> Apart:
+def modes_apart(model: nn.Module, solution: Solution, paths: Iterable[str]) -> Apart:
     """The modules of the result, by mode, that keep their own mode when the module is told another."""
     capture = solution.captures[0]
     found = capture.apart

@@ -7,13 +7,11 @@ computes with it. Sizes that depend on the inputs stay symbolic. See `size_expre
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from fxprune.passes.capture.train_eval import in_mode
 from fxprune.passes.coupling.shuffles import channel_order
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.ir.labels import counts_channels
@@ -28,13 +26,11 @@ from fxprune.passes.rewrite.graph_editor import GraphEditor
 from fxprune.passes.rewrite.guards import describe, holds
 from fxprune.passes.rewrite.layer_attributes import LayerAttributes
 from fxprune.passes.rewrite.opaque_attributes import opaque_attributes
-from fxprune.passes.rewrite.pruned_module import Program, written
+from fxprune.passes.rewrite.programs import FlatProgram, Program, without_dead, written
 from fxprune.passes.rewrite.size_expressions import PrunedShapes, SizeExpressions
 
 NUMBER = (int, float)
 LITERALS = frozenset([int, float, bool, str, type(None), torch.dtype])
-ARITHMETIC = "getitem mul floordiv add sub truediv mod pow neg eq ne lt gt le ge".split()
-PURE = {getattr, "size", "dim", "numel"} | {getattr(operator, name) for name in ARITHMETIC}
 
 
 class Rewriter:
@@ -78,7 +74,7 @@ class Rewriter:
         self.layers = LayerAttributes(self.capture, self.shapes)
         self.attributes: dict[str, dict[str, Any]] = {}
         self.pruned: dict[fx.Node, bool] = {}
-        self.guards = {g.node: g for g in self.capture.guards}
+        self.guards = {g.node: g for g in sorted(self.capture.guards, key=lambda g: g.how != "bool")}  # the strictest of a node
         self.copying = {op.node for op in trace.ops if name_of(op.func) in ("aten::clone", "aten::_unsafe_view")}
         self.sliding = sliding(trace)
 
@@ -120,8 +116,8 @@ class Rewriter:
 
     # -- the walk -----------------------------------------------------------------------------------------------------
 
-    def run(self) -> tuple[fx.Graph, Program | None]:
-        """The pruned program for evaluation, and that for training where the two differ."""
+    def run(self) -> dict[bool, FlatProgram]:
+        """The pruned program, by whether it is for training; one alone where both modes have the same."""
         nodes = list(self.graph.nodes)
         for node in nodes:
             pass_input_by_position(node)
@@ -139,15 +135,20 @@ class Rewriter:
             else:
                 inner.add(node)
             self.editor.leave(node)
+        index = self.capture.index
+        decided = [n for n, guard in self.guards.items() if self.sizes.value(n) != guard.value]
+        touched = frozenset([index[n] for n in (*self.editor.touched(inner), *decided)])
+        origin = self.editor.origin
         self.graph.inserting_before(self.graph._root)  # at its end
         self.editor.apply(nodes, inner)
-        only = self.editor.branches
+        numbers = {node.name: index[origin.get(node, node)] for node in self.graph.nodes}
         has_branches = self.capture.only or any(n.target is select_by_mode for n in nodes)  # a branch may hold parameters alone
-        trained = written(self.graph, only, True) if has_branches else None
-        if trained is not None:
-            in_mode(self.graph, only, False)
-        drop_dead(self.graph)
-        return self.graph, trained
+        programs = {}
+        for mode in (False, True) if has_branches else (False,):
+            lines, names = written(self.graph, self.editor.branches, mode)
+            names |= {node: names[made] for node, made in self.editor.new.items() if made in names}
+            programs[mode] = FlatProgram(Program(tuple(without_dead(lines))), numbers, names, touched)
+        return programs
 
     def carry(self, node: fx.Node) -> fx.Node:
         """What stands for a node in the new graph: itself, with new arguments where it needs any, or another node."""
@@ -235,15 +236,20 @@ class Rewriter:
 
     def guard(self, node: fx.Node, guard: Guard) -> None:
         """Keep a decision that Python took by a size as a check: inputs that disagree get an error, not a wrong result."""
-        if not (self.sizes.is_symbolic(node) and self.sizes.value(node) == guard.value):
+        now, value, said = self.sizes.value(node), guard.value, repr(guard.value)
+        truth = guard.how == "bool" and type(value) in NUMBER  # `if n:` asks no more than whether it is 0
+        if truth:
+            now, value, said = bool(now), bool(value), "not 0" if value else "0"
+        if not (self.sizes.is_symbolic(node) and now == value):
             return
-        why = f"the pruned program was captured where {describe(node)} is {guard.value!r}"
+        asked = self.graph.call_function(operator.ne, (self.new[node], 0)) if truth else self.new[node]
+        why = f"the pruned program was captured where {describe(node)} is {said}"
         tried: tuple[Any, ...] = ()
         if self.waiver is not None and why in self.waiver.guards and self.asks_for_batch(node):
             name = self.waiver.input
             given = next((n for n in self.graph.nodes if n.op == "placeholder" and n.name == name), None)
             tried = () if given is None else (self.graph.call_method("size", (given, 0)), self.waiver.size)
-        self.graph.call_function(holds, (self.new[node], guard.value, why, *tried))
+        self.graph.call_function(holds, (asked, value, why, *tried))
 
     def asks_for_batch(self, node: fx.Node) -> bool:
         """Whether the input sizes that a number is computed from are all of first dimensions."""
@@ -258,11 +264,3 @@ def pass_input_by_position(node: fx.Node) -> None:
     if node.op in ("call_module", "call_function") and not node.args and "input" in node.kwargs:
         node.args = (node.kwargs["input"],)
         node.kwargs = {name: value for name, value in node.kwargs.items() if name != "input"}
-
-
-def drop_dead(graph: fx.Graph) -> None:
-    """Remove numbers and attribute reads that nothing uses; calls that may write in place stay."""
-    for node in reversed(list(graph.nodes)):
-        pure = node.op == "get_attr" or node.target in PURE
-        if pure and not node.users:
-            graph.erase_node(node)

@@ -1,0 +1,480 @@
+"""Programs module by module: each call of a module that was traced through becomes a call of that module again.
+
+The captured program is flat. The recorded calls say which of its lines ran inside which module, what the module was given and
+what it returned. Where all that a module's lines use comes in by its arguments or is its own, and all that others use of them
+goes out by its result, its lines become a program of their own, and one line calls the module. Other lines stay where the module was called.
+
+A module in whose lines nothing was rewritten, those of modules that it calls included, keeps its own forward: on the pruned
+tensors, it does what its lines say.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx, nn
+
+from fxprune.passes.ir.module_tree import every_path
+from fxprune.passes.ir.program import UNKNOWN, Built, CapturedProgram, ModelTensor, TracedCall
+from fxprune.passes.ir.pytree import TensorRef, collect
+from fxprune.passes.rewrite.guards import given_as_captured
+from fxprune.passes.rewrite.programs import FlatProgram, Line, Name, Program, is_pure, names_in, without_dead
+
+Steps = tuple[tuple[bool, Any], ...]  # how a part is read off a structure: by attribute or by item, and the key
+Forwards = dict[str, dict[bool, Program]]  # by module path and mode
+
+
+class NotSeparable(Exception):
+    """The lines of a module cannot be told apart from those around them."""
+
+
+@dataclass(eq=False)
+class Call:
+    """A call of a module in a flat program, with its own lines and the calls in it, in order."""
+
+    call: TracedCall
+    body: list[Line | Call] = field(default_factory=list)
+    first: int = -1  # of the positions of all its lines
+    last: int = -1
+
+    def lines(self) -> Iterator[Line]:
+        for item in self.body:
+            if isinstance(item, Line):
+                yield item
+            else:
+                yield from item.lines()
+
+
+class Tree:
+    """The module tree that programs refer to: what a module is called where another one is the root."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        self.modules: dict[str, nn.Module] = {}
+        self.paths: dict[int, list[str]] = {}
+        self.tensors: dict[int, list[str]] = {}
+        for path, module in every_path(root):
+            self.modules[path] = module
+            self.paths.setdefault(id(module), []).append(path)
+            start = f"{path}." if path else ""
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None:
+                    self.tensors.setdefault(id(tensor), []).append(start + name)
+
+    def relative(self, target: str, path: str, *, module: bool) -> str | None:
+        """The name by which the module at `path` knows a module or a tensor; None where it has none."""
+        start = f"{path}." if path else ""
+        if target.startswith(start):
+            return target[len(start) :]
+        if module:
+            names = self.paths.get(id(self.modules.get(target)), ())
+        else:
+            owner, _, name = target.rpartition(".")
+            names = self.tensors.get(id(getattr(self.modules.get(owner), name, None)), ())
+        return next((name[len(start) :] for name in names if name.startswith(start)), None)
+
+
+class Nesting:
+    """One flat program, taken apart by its module calls.
+
+    Arguments:
+        flat: the program.
+        results: what each captured node evaluated to.
+        calls: of modules that were traced through.
+        tree: the pruned module tree.
+        inline: paths of modules whose lines stay where they are called.
+
+    Attributes:
+        found: for each path the programs of its calls.
+        rewritten: paths of modules in which something was rewritten, but for modules in them that are called.
+        around: for each path those of the modules that call it, and of those around them.
+        shared: for each path the tensors of the root that its programs refer to.
+    """
+
+    def __init__(
+        self,
+        flat: FlatProgram,
+        results: Mapping[fx.Node, Any],
+        calls: Sequence[TracedCall],
+        tree: Tree,
+        inline: frozenset[str],
+    ) -> None:
+        self.flat, self.results, self.tree, self.inline = flat, results, tree, inline
+        self.line_of = {line.name: line for line in flat.program.lines}
+        self.position = {line.name: i for i, line in enumerate(flat.program.lines)}
+        self.found: dict[str, list[Program]] = {}
+        self.rewritten: set[str] = set()
+        self.separated: set[Call] = set()
+        self.around: dict[str, set[str]] = {}
+        self.shared: dict[str, set[str]] = {}
+        self.numbers: dict[str, bool] = {}
+        self.top = self.grouped(calls)
+        self.users: dict[str, list[int]] = {}
+        for i, line in enumerate(flat.program.lines):
+            for name in names_in(line):
+                self.users.setdefault(name, []).append(i)
+        self.handed: dict[str, list[tuple[Call, bool]]] = {}  # the calls that are given a line's value, or return it (True)
+
+    def run(self) -> Program:
+        """The program of the root; those of other modules are put into `found`."""
+        self.note_handed(self.top)
+        lines = self.emitted(self.top)
+        return Program(tuple(without_dead(self.with_reads(lines, "", {}))))
+
+    # -- which line belongs to which call -------------------------------------------------------------------------------
+
+    def grouped(self, calls: Iterable[TracedCall]) -> Call:
+        """The calls as a tree, with the lines of each. Lines that read tensors of the model are in none."""
+        top = Call(TracedCall("", (), {}, None, -1, max(self.flat.numbers.values(), default=0) + 1))
+        ordered = sorted(calls, key=lambda c: (c.begin, -c.end))
+        pending, stack = iter(ordered), [top]
+        upcoming = next(pending, None)
+        for i, line in enumerate(self.flat.program.lines):
+            number = self.flat.numbers[line.name]
+            while number >= stack[-1].call.end:
+                stack.pop()
+            while upcoming is not None and upcoming.begin <= number:
+                if number < upcoming.end:
+                    stack.append(Call(upcoming, first=i))
+                    stack[-2].body.append(stack[-1])
+                upcoming = next(pending, None)
+            if line.op == "get_attr":
+                continue
+            for call in stack:
+                call.last = i
+            stack[-1].body.append(line)
+        return top
+
+    def note_handed(self, parent: Call) -> None:
+        for call in parent.body:
+            if isinstance(call, Call):
+                for returned, x in ((False, (call.call.args, call.call.kwargs)), (True, call.call.out)):
+                    for node in nodes_in(x):
+                        named = self.flat.names.get(node)
+                        if type(named) is Name:
+                            self.handed.setdefault(named.name, []).append((call, returned))
+                self.note_handed(call)
+
+    # -- programs --------------------------------------------------------------------------------------------------------
+
+    def emitted(self, parent: Call, above: tuple[str, ...] = ()) -> list[Line]:
+        """The lines of a call, in which the calls that can be separated are one line each; `above` are the paths it is in."""
+        lines: list[Line] = []
+        for item in parent.body:
+            if isinstance(item, Line):
+                lines.append(item)
+                continue
+            path = item.call.path
+            inner = self.emitted(item, (*above, path))
+            try:
+                program, produced = self.separate(item, inner)
+                lines += [*self.called(item, parent.call.path), *produced]
+            except NotSeparable:
+                lines += inner
+                continue
+            self.found.setdefault(path, []).append(program)
+            self.around.setdefault(path, set()).update(above)
+            self.separated.add(item)
+            if self.is_touched(item):
+                self.rewritten.add(path)
+        return lines
+
+    def is_touched(self, call: Call) -> bool:
+        """Whether the rewrite changed a line of a call, but for those of modules in it that are called again."""
+        return any(n not in apart for apart in [self.numbers_apart(call)] for n in self.flat.touched if number_in(n, call))
+
+    def numbers_apart(self, call: Call) -> set[int]:
+        """The numbers of touched nodes that belong to modules which are called again in a call."""
+        found: set[int] = set()
+        for item in call.body:
+            if isinstance(item, Call):
+                apart = {n for n in self.flat.touched if number_in(n, item)}
+                found |= apart if item in self.separated else self.numbers_apart(item)
+        return found
+
+    def separate(self, call: Call, lines: list[Line]) -> tuple[Program, list[Line]]:
+        """The program of a call, and the lines by which others read its result; raises NotSeparable."""
+        path = call.call.path
+        module = self.tree.modules.get(path)
+        if module is None or path in self.inline:
+            raise NotSeparable
+        arguments, given = self.arguments(call, module)
+        out = self.value(call.call.out)
+        inner = {line.name for line in lines}
+        produced: list[Line] = []
+        wanted = [n for n in inner if n in self.position and self.used_outside(n, call)]
+        ways = {n: steps for n, steps in reversed(list(self.leaves(call.call.out))) if n in inner}
+        for name in wanted:
+            if name in ways:
+                produced += reading(name, Name(call_name(call)), ways[name])
+            elif not self.is_known_outside(name, inner):
+                raise NotSeparable
+        body = self.with_reads([*arguments, *lines, *constructed(out, Line("output", "output", "output"))], path, given)
+        return Program(tuple(without_dead(body))), produced
+
+    def used_outside(self, name: str, call: Call) -> bool:
+        if any(not call.first <= i <= call.last for i in self.users.get(name, ())):
+            return True
+        for other, returned in self.handed.get(name, ()):
+            within = call.first <= other.first and other.last <= call.last
+            if not within or (other is call and not returned):
+                return True
+        return False
+
+    def is_known_outside(self, name: str, inner: set[str]) -> bool:
+        """Whether a line of a call is a number that can be written down outside of it."""
+        if not self.is_number(name):
+            return False
+        return all(n not in inner or self.is_known_outside(n, inner) for n in names_in(self.line_of[name]))
+
+    def called(self, call: Call, parent: str) -> list[Line]:
+        """The line that calls a module, after those that make its arguments."""
+        args = self.value((tuple(call.call.args), dict(call.call.kwargs)))
+        returned = [n for n, steps in self.leaves(call.call.out) if steps == ()]  # the result is a tensor itself
+        mine = [n for n in returned if call.first <= self.position.get(n, -1) <= call.last]
+        return constructed(
+            args, Line(mine[0] if mine else call_name(call), "call_module", call.call.path, meta={"module": parent})
+        )
+
+    def arguments(self, call: Call, module: nn.Module) -> tuple[list[Line], dict[str, Name]]:
+        """The lines that read a module's arguments, and by name what lines of others are there."""
+        traced = call.call
+        bound = signature_of(module).bind(*traced.args, **traced.kwargs)
+        lines: list[Line] = []
+        reads: list[Line] = []
+        given: dict[str, Name] = {}
+        fixed: list[tuple[Name, Any]] = []
+        for parameter, value in bound.arguments.items():
+            kind = bound.signature.parameters[parameter].kind
+            star = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}.get(kind, "")
+            key = f"{star}{parameter}"
+            plain = isinstance(value, bool | int | float | str | None)
+            lines.append(Line(key, "placeholder", key, (value,) if plain and not star else ()))
+            for steps, leaf in parts_of(value):
+                name = f"{key}{''.join(f'.{k}' for _, k in steps)}"
+                reads += reading(name, Name(key), steps) if steps else []
+                named = self.leaf_name(leaf)
+                if named is not None:
+                    given.setdefault(named, Name(name))
+                elif isinstance(leaf, bool | int | float | str | None):
+                    fixed.append((Name(name), leaf))
+        if fixed:
+            names, values = zip(*fixed, strict=True)
+            why = f"{traced.path} was captured with other arguments"
+            reads.append(Line("as captured", "call_function", given_as_captured, (names, values, why)))
+        required = max((i for i, line in enumerate(lines) if not line.args and line.target[0] != "*"), default=-1)
+        lines = [line._replace(args=()) if i < required else line for i, line in enumerate(lines)]  # defaults come last
+        return [*lines, *reads], given
+
+    def leaf_name(self, leaf: Any) -> str | None:
+        """The line that stands for a leaf of a structure; None for a literal."""
+        if isinstance(leaf, ModelTensor):
+            return f"get_attr {leaf.name}"
+        named = self.flat.names.get(leaf) if isinstance(leaf, fx.Node) else None
+        if type(named) is not Name:
+            return None
+        line = self.line_of[named.name]
+        return f"get_attr {line.target}" if line.op == "get_attr" else named.name
+
+    def leaves(self, x: Any) -> Iterator[tuple[str, Steps]]:
+        """The lines that a structure holds, and how they are read off it."""
+        for steps, leaf in parts_of(x):
+            name = self.leaf_name(leaf)
+            if name is not None:
+                yield name, steps
+
+    def value(self, x: Any) -> Any:
+        """A structure as an argument of a line; raises NotSeparable where a program cannot write it down."""
+        if x is UNKNOWN:
+            raise NotSeparable
+        if isinstance(x, ModelTensor):
+            return Name(f"get_attr {x.name}")
+        if isinstance(x, fx.Node):
+            name = self.leaf_name(x)
+            if name is not None:
+                return Name(name)
+            number = self.flat.names.get(x, self.results.get(x, UNKNOWN))
+            if number is UNKNOWN or collect(number, TensorRef):
+                raise NotSeparable
+            return number
+        if isinstance(x, Built):
+            return Built(x.create, {k: self.value(v) for k, v in x.parts.items()}, x.by_position)
+        if isinstance(x, tuple | list):
+            return type(x)([self.value(v) for v in x])
+        return {k: self.value(v) for k, v in x.items()} if isinstance(x, dict) else x
+
+    def with_reads(self, lines: list[Line], path: str, given: Mapping[str, Name]) -> list[Line]:
+        """Lines of one module, with arguments for what comes from outside, and reads of tensors and sizes before their first use."""
+        known: dict[str, Name] = dict(given)
+        made: list[Line] = []
+
+        def read(name: str) -> Name:
+            found = known.get(name)
+            if found is None:
+                found = known[name] = self.read_here(name, path, read, made)
+            return found
+
+        for line in lines:
+            args, kwargs = renamed(line.args, read), renamed(line.kwargs, read) if line.kwargs else {}
+            if line.op != "placeholder":
+                target = self.tree.relative(line.target, path, module=True) if line.op == "call_module" else line.target
+                if target is None:
+                    raise NotSeparable
+                line = line._replace(target=target, args=args, kwargs=kwargs)
+            made.append(line)
+            known.setdefault(line.name, Name(line.name))
+        return made
+
+    def read_here(self, name: str, path: str, read: Callable[[str], Name], made: list[Line]) -> Name:
+        """Write down a read of a tensor, or of a size, in the program of the module at `path`."""
+        line = self.line_of.get(name)
+        target = name.removeprefix("get_attr ") if line is None else line.target if line.op == "get_attr" else None
+        if target is not None:
+            key = f"get_attr {target}"
+            if name != key:
+                return read(key)
+            local = self.tree.relative(str(target), path, module=False)
+            if local is None and "." not in str(target):
+                local = str(target)
+                self.shared.setdefault(path, set()).add(local)  # a constant of the program
+            if local is None:
+                raise NotSeparable
+            made.append(Line(key, "get_attr", local))
+            return Name(key)
+        if line is None or not self.is_number(name):
+            raise NotSeparable
+        made.append(line._replace(args=renamed(line.args, read), kwargs=renamed(line.kwargs, read)))
+        return Name(name)
+
+    def is_number(self, name: str) -> bool:
+        """Whether a line reads a size, or computes with sizes alone: it can be written down wherever its sources are known."""
+        if name not in self.numbers:
+            line = self.line_of[name]
+            reads = line.target in ("size", "numel", "dim") or (line.target is getattr and line.args[1] == "shape")
+            sources = names_in(line)
+            computes = is_pure(line) and bool(sources) and line.op != "get_attr" and all(map(self.is_number, sources))
+            self.numbers[name] = reads or computes
+        return self.numbers[name]
+
+
+def number_in(number: int, call: Call) -> bool:
+    return call.call.begin <= number < call.call.end
+
+
+def nodes_in(x: Any) -> Iterator[fx.Node]:
+    return (leaf for _, leaf in parts_of(x) if isinstance(leaf, fx.Node))
+
+
+def parts_of(x: Any, steps: Steps = ()) -> Iterator[tuple[Steps, Any]]:
+    """The leaves of a structure, and how they are read off it."""
+    if isinstance(x, Built):
+        items: Iterable[tuple[bool, Any, Any]] = ((x.by_attribute, k, v) for k, v in x.parts.items())
+    elif isinstance(x, tuple | list):
+        items = ((False, i, v) for i, v in enumerate(x))
+    elif isinstance(x, dict):
+        items = ((False, k, v) for k, v in x.items())
+    else:
+        yield steps, x
+        return
+    for by_attribute, key, value in items:
+        yield from parts_of(value, (*steps, (by_attribute, key)))
+
+
+def reading(name: str, source: Name, steps: Steps) -> list[Line]:
+    """The lines that read a part off a structure, the last of which has a name."""
+    lines: list[Line] = []
+    for i, (by_attribute, key) in enumerate(steps):
+        last = i == len(steps) - 1
+        line_name = name if last else f"{name} {i}"
+        lines.append(Line(line_name, "call_function", getattr if by_attribute else operator.getitem, (source, key)))
+        source = Name(line_name)
+    return lines
+
+
+def constructed(x: Any, line: Line) -> list[Line]:
+    """A line that takes a structure (args, and kwargs where it calls a module), after those that create objects in it."""
+    made: list[Line] = []
+
+    def flat(v: Any) -> Any:
+        if isinstance(v, Built):
+            parts = {k: flat(p) for k, p in v.parts.items()}
+            args, kwargs = (tuple(parts.values()), {}) if v.by_position else ((), parts)
+            made.append(Line(f"{line.name} {len(made)}", "call_function", v.create, args, kwargs))
+            return Name(made[-1].name)
+        if isinstance(v, tuple | list):
+            return type(v)([flat(p) for p in v])
+        return {k: flat(p) for k, p in v.items()} if isinstance(v, dict) else v
+
+    args, kwargs = ((flat(x),), {}) if line.op == "output" else flat(x)
+    return [*made, line._replace(args=args, kwargs=kwargs)]
+
+
+def renamed(x: Any, read: Callable[[str], Name]) -> Any:
+    if type(x) is Name:
+        return read(x.name)
+    if isinstance(x, tuple | list):
+        return type(x)([renamed(v, read) for v in x])
+    if isinstance(x, dict):
+        return {k: renamed(v, read) for k, v in x.items()}
+    return slice(*(renamed(v, read) for v in (x.start, x.stop, x.step))) if isinstance(x, slice) else x
+
+
+def call_name(call: Call) -> str:
+    return f"{call.call.path} {call.call.begin}"
+
+
+def signature_of(module: nn.Module) -> inspect.Signature:
+    return inspect.signature(module.forward)
+
+
+def nest(
+    programs: Mapping[bool, FlatProgram],
+    captures: Mapping[bool, CapturedProgram],
+    root: nn.Module,
+    flag: Callable[[str, bool], bool],
+) -> tuple[dict[bool, Program], Forwards, dict[str, set[str]]]:
+    """The programs of the root by mode, those of modules with a rewritten forward, and the root's tensors that each refers to.
+
+    Arguments:
+        programs: the flat programs, by mode.
+        captures: the captured programs they come of.
+        root: the pruned module tree.
+        flag: whether the module at a path is in training where the root is in a mode.
+    """
+    tree, inline = Tree(root), frozenset[str]()
+    while True:
+        runs = {m: Nesting(flat, captures[m].results, captures[m].module_calls, tree, inline) for m, flat in programs.items()}
+        roots = {mode: run.run() for mode, run in runs.items()}
+        changed = {path for run in runs.values() for path in run.rewritten}
+        changed |= {outer for run in runs.values() for path in changed for outer in run.around.get(path, ())}
+        forwards: Forwards = {path: {} for path in changed if any(path in run.found for run in runs.values())}
+        # what hooks compute is among the lines of the program, and must not be computed again
+        several = {p for p in forwards if tree.modules[p]._forward_hooks or tree.modules[p]._forward_pre_hooks}
+        for mode, run in runs.items():
+            for path in forwards:
+                for program in run.found.get(path, ()):
+                    if not alike(forwards[path].setdefault(flag(path, mode), program), program):
+                        several.add(path)
+        if not several:
+            shared: dict[str, set[str]] = {}
+            for run in runs.values():
+                for path, names in run.shared.items():
+                    if path in forwards:
+                        shared.setdefault(path, set()).update(names)
+            return roots, forwards, shared
+        inline |= several
+
+
+def alike(a: Program, b: Program) -> bool:
+    """Whether two programs do the same, whatever their lines are called."""
+    return a is b or (len(a.lines) == len(b.lines) and numbered(a) == numbered(b))
+
+
+def numbered(program: Program) -> list[Any]:
+    places = {line.name: i for i, line in enumerate(program.lines)}
+    place = lambda name: Name(str(places[name]))  # noqa: E731
+    return [(line.op, line.target, renamed(line.args, place), renamed(line.kwargs, place)) for line in program.lines]

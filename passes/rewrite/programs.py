@@ -1,0 +1,156 @@
+"""Programs written down: lines that refer to each other by name, for one mode of a model."""
+
+from __future__ import annotations
+
+import builtins
+import operator
+import pkgutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+
+from fxprune.passes.ir.program import select_by_mode
+
+ARITHMETIC = "getitem mul floordiv add sub truediv mod pow neg eq ne lt gt le ge".split()
+READS = frozenset(["size", "dim", "numel"])
+COMPUTES = frozenset(getattr(operator, name) for name in ARITHMETIC)
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """The line of that name."""
+
+    name: str
+
+
+class Line(NamedTuple):
+    """One node of a program; its arguments refer to other lines by `Name`."""
+
+    name: str
+    op: str
+    target: Any
+    args: Any = ()
+    kwargs: Any = {}
+    meta: Any = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """Lines in the order in which they run. The graph is built when it is asked for."""
+
+    lines: tuple[Line, ...]
+
+    def graph(self) -> fx.Graph:
+        graph, made = fx.Graph(), {}
+        for name, op, target, args, kwargs, meta in self.lines:
+            given = [fx.node.map_aggregate(a, lambda x: made[x.name] if isinstance(x, Name) else x) for a in (args, kwargs)]
+            wanted = target.lstrip("*") if op in ("placeholder", "get_attr", "call_module") else name
+            made[name] = graph.create_node(op, target, given[0], given[1], "own" if wanted == "self" else wanted)
+            made[name].meta = dict(meta)
+        return graph
+
+    @classmethod
+    def of(cls, graph: fx.Graph) -> Program:
+        """A graph, written down."""
+        return cls(tuple(written(graph)[0]))
+
+    def __getstate__(self) -> Any:
+        return tuple(line._replace(target=Function.of(line.target)) if callable(line.target) else line for line in self.lines)
+
+    def __setstate__(self, state: Any) -> None:
+        lines = [s._replace(target=s.target.found()) if isinstance(s.target, Function) else s for s in state]
+        object.__setattr__(self, "lines", tuple(lines))
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """A function by where it is found, as pickle cannot name those that C++ defines."""
+
+    where: str
+
+    @classmethod
+    def of(cls, function: Any) -> Any:
+        """Its name; itself where none leads to it."""
+        if getattr(builtins, getattr(function, "__name__", ""), None) is function:
+            return cls(f"builtins:{function.__name__}")
+        try:
+            path, _, name = fx.node._get_qualified_name(function).rpartition(".")
+            found = cls(f"{path}:{name}")
+            return found if found.found() is function else function
+        except Exception:  # made in a function, or without a name
+            return function
+
+    def found(self) -> Any:
+        if self.where.startswith("torch.ops."):
+            value: Any = torch.ops
+            for name in self.where.replace(":", ".").split(".")[2:]:
+                value = getattr(value, name)
+            return value
+        return pkgutil.resolve_name(self.where)
+
+
+@dataclass
+class FlatProgram:
+    """The pruned program of one mode, with all that says which lines belong to which call of a module.
+
+    Attributes:
+        program: its lines.
+        numbers: for each line, by name, the number of the captured node that it comes of.
+        names: what stands for a captured node, a `Name` or a literal; without an entry nothing does.
+        touched: the numbers of captured nodes that the rewrite has changed.
+    """
+
+    program: Program
+    numbers: dict[str, int]
+    names: dict[fx.Node, Any] = field(default_factory=dict)
+    touched: frozenset[int] = frozenset()
+
+
+def written(
+    graph: fx.Graph, only: Mapping[fx.Node, bool | None] | None = None, mode: bool = False
+) -> tuple[list[Line], dict[fx.Node, Any]]:
+    """The program of one mode out of a graph with branches (see `train_eval.py`): its lines, and what nodes became."""
+    names: dict[fx.Node, Any] = {}
+    lines: list[Line] = []
+    for node in graph.nodes:
+        if only and only.get(node, mode) != mode:
+            continue
+        if node.target is select_by_mode:
+            chosen = node.args[mode]
+            names[node] = names[chosen] if isinstance(chosen, fx.Node) else chosen
+        else:
+            names[node] = Name(node.name)
+            args, kwargs = (fx.node.map_arg(x, names.__getitem__) if x else x for x in (node.args, node.kwargs))
+            lines.append(Line(node.name, node.op, node.target, args, kwargs, node.meta))
+    return lines, names
+
+
+def without_dead(lines: Sequence[Line]) -> list[Line]:
+    """Lines without the numbers and attribute reads that nothing uses; calls that may write in place stay."""
+    kept: list[Line] = []
+    wanted: set[str] = set()
+    for line in reversed(lines):
+        if line.name in wanted or not is_pure(line):
+            kept.append(line)
+            wanted.update(names_in(line))
+    return kept[::-1]
+
+
+def is_pure(line: Line) -> bool:
+    return line.op == "get_attr" or line.target is getattr or line.target in READS or line.target in COMPUTES
+
+
+def names_in(x: Any) -> list[str]:
+    """The names of the lines that an argument, or a line, refers to."""
+    if type(x) is Name:
+        return [x.name]
+    if type(x) is Line:
+        return names_in(x.args) + (names_in(x.kwargs) if x.kwargs else [])
+    if isinstance(x, tuple | list):
+        return [n for v in x for n in names_in(v)]
+    if isinstance(x, dict):
+        return [n for v in x.values() for n in names_in(v)]
+    return names_in((x.start, x.stop, x.step)) if isinstance(x, slice) else []

@@ -1,0 +1,292 @@
+"""The pruned model is the original's module tree: its containers can be called, indexed, hooked, copied and saved."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections import namedtuple
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxprune
+from fxprune.passes.errors import GuardError
+from fxprune.passes.rewrite.pruned_module import RewrittenForward
+from fxprune.passes.rewrite.rewrite import check_programs
+
+X = torch.randn(2, 3, 8, 8)
+
+
+class Block(nn.Module):
+    """A residual block; its own forward does for any width."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.conv, self.norm = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
+
+    def forward(self, x):
+        return F.relu(self.norm(self.conv(x)) + x)
+
+
+class Literal(nn.Module):
+    """Its forward has its width in the code, so that it must be rewritten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(8, 8)
+
+    def forward(self, x, scale=2.0, *, flag=False):
+        batch = x.shape[0]
+        y = self.proj(x.flatten(2).transpose(1, 2)).transpose(1, 2)
+        return y.reshape(batch, 8, x.shape[2], x.shape[3]) * scale
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 8, 1), Block(8), Literal(), Block(8))
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Linear(8, 4)
+        self.classes = 4
+
+    def forward(self, x):
+        return self.head(self.drop(self.features(x).mean((2, 3))))
+
+
+@pytest.fixture
+def net() -> tuple[Net, fxprune.passes.rewrite.pruned_module.PrunedModule]:
+    model = Net().eval()
+    return model, fxprune.prune(model, 0.5, example_inputs=X)
+
+
+def kinds(module: nn.Module) -> list[tuple[str, type]]:
+    return [(path, type(m)) for path, m in module.named_modules() if path]
+
+
+def rewritten(module: nn.Module) -> list[str]:
+    return [path for path, m in module.named_modules() if isinstance(vars(m).get("forward"), RewrittenForward)]
+
+
+def test_modules_keep_their_names_classes_order_and_attributes(net):
+    model, small = net
+    assert kinds(small) == kinds(model)
+    assert list(small.state_dict()) == list(model.state_dict())
+    assert small.classes == 4 and len(small.features) == 4 and small.features[0].out_channels == 4
+
+
+def test_only_modules_with_a_rewritten_line_get_another_forward(net):
+    _, small = net
+    assert rewritten(small) == ["features", "features.2"], "the block that has its width in its code, and what calls it"
+
+
+def test_containers_are_called_by_the_graph_and_can_be_called_alone(net):
+    _, small = net
+    assert [n.target for n in small.graph.nodes if n.op == "call_module"] == ["features", "drop", "head"]
+    assert torch.equal(small.head(small.features(X).mean((2, 3))), small(X))
+    y = X
+    for layer in small.features:
+        y = layer(y)
+    assert torch.equal(y, small.features(X))
+
+
+def test_hooks_on_containers_fire(net):
+    _, small = net
+    seen: list[str] = []
+    for path, module in small.named_modules():
+        module.register_forward_hook(lambda *_, path=path: seen.append(path))
+    small(X)
+    assert {"features", "features.1", "features.2", "features.3", "features.2.proj"} <= set(seen)
+
+
+def test_the_flat_program_is_one_call_away(net):
+    _, small = net
+    flat = small.flat()
+    assert not any(n.target in ("features", "features.2") for n in flat.graph.nodes)
+    assert torch.equal(flat(X), small(X)) and flat.head.weight is small.head.weight
+
+
+def test_a_rewritten_module_refuses_other_plain_arguments(net):
+    _, small = net
+    y = small.features[1](small.features[0](X))
+    assert small.features[2](y).shape == (2, 4, 8, 8)
+    with pytest.raises(TypeError):
+        small.features[2](y, flag=True)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_compute_the_same_in_both_modes(net, copied):
+    _, small = net
+    again = copied(small.train()).eval()
+    assert torch.equal(again(X), small.eval()(X))
+    assert again.plan == small.plan and again.verification == small.verification
+    assert rewritten(again) == rewritten(small)
+    torch.manual_seed(0)
+    first = again.train()(X)
+    torch.manual_seed(0)
+    assert torch.equal(first, small.train()(X)) and not torch.equal(first, again.eval()(X))
+
+
+def test_a_copy_shares_nothing(net):
+    _, small = net
+    again, before = copy.deepcopy(small), small(X)
+    with torch.no_grad():
+        for p in again.parameters():
+            p.zero_()
+    assert torch.equal(small(X), before)
+    assert all(vars(m)["forward"].module is m for m in again.modules() if "forward" in vars(m))
+
+
+def test_edits_of_the_graph_are_saved(net):
+    _, small = net
+    output = next(n for n in small.graph.nodes if n.op == "output")
+    with small.graph.inserting_before(output):
+        output.args = (small.graph.call_function(torch.neg, (output.args[0],)),)
+    small.recompile()
+    wanted = small(X)
+    assert torch.equal(pickle.loads(pickle.dumps(small))(X), wanted) and torch.equal(copy.deepcopy(small)(X), wanted)
+
+
+Pair = namedtuple("Pair", ["left", "right"])
+
+
+@dataclass
+class Named:
+    first: torch.Tensor
+    rest: dict[str, torch.Tensor]
+
+
+class Returns(nn.Module):
+    """Gives back its results in a container, and takes arguments in containers."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(4, 8)
+
+    def forward(self, xs, options):
+        x = xs[0] + options["shift"]
+        n = x.shape[0]
+        a, b = self.a(x).reshape(n, 8), self.b(x).reshape(n, 8)
+        return {"tuple": (a, b), "list": [a, b], "pair": Pair(a, b), "dict": {"a": a, "b": b}, "named": Named(a, {"b": b})}[
+            self.kind
+        ]
+
+
+class Reads(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.inner, self.out = Returns(kind), nn.Linear(8, 2)
+
+    def forward(self, x):
+        got = self.inner([x], {"shift": 1.0})
+        if isinstance(got, Named):
+            a, b = got.first, got.rest["b"]
+        else:
+            a, b = got.values() if isinstance(got, dict) else got
+        return self.out(a + b)
+
+
+@pytest.mark.parametrize("kind", ["tuple", "list", "pair", "dict", "named"])
+def test_what_goes_in_and_out_keeps_its_structure(kind):
+    model, x = Reads(kind).eval(), torch.randn(3, 4)
+    small = fxprune.prune(model, 0.5, example_inputs=x)
+    check_programs(small)
+    assert "inner" in rewritten(small)
+    got, wanted = small.inner([x], {"shift": 1.0}), model.inner([x], {"shift": 1.0})
+    assert type(got) is type(wanted)
+    assert torch.equal(pickle.loads(pickle.dumps(small))(x), small(x))
+    with pytest.raises(GuardError, match="captured with other arguments"):
+        small.inner([x], {"shift": 2.0})
+
+
+class SideEffect(nn.Module):
+    """Hands a tensor on by an attribute: its lines cannot be told apart from those around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 8)
+
+    def forward(self, x):
+        self.kept = self.a(x).reshape(-1, 8)
+        return self.kept * 2
+
+
+class UsesSideEffect(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.out = SideEffect(), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.out(self.inner(x) + self.inner.kept)
+
+
+def test_what_is_handed_on_by_an_attribute_stays_in_the_program_around():
+    model, x = UsesSideEffect().eval(), torch.randn(3, 4)
+    small = fxprune.prune(model, 0.5, example_inputs=x)
+    assert small.verification.ok and small.inner.a.out_features == 4
+    assert "inner" not in [n.target for n in small.graph.nodes]
+
+
+class Repeated(nn.Module):
+    """Calls one module twice: with inputs of one form, or with different flags."""
+
+    def __init__(self, same: bool) -> None:
+        super().__init__()
+        self.same = same
+        self.first, self.inner, self.out = nn.Linear(4, 8), Flagged(), nn.Linear(8, 2)
+
+    def forward(self, x):
+        y = self.inner(self.first(x), True)
+        return self.out(self.inner(y, self.same))
+
+
+class Flagged(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+
+    def forward(self, x, relu):
+        y = self.a(x).reshape(x.shape[0], 8)
+        return F.relu(y) if relu else y.tanh()
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_module_that_is_called_twice(same):
+    model, x = Repeated(same).eval(), torch.randn(3, 4)
+    small = fxprune.prune(model, 0.5, example_inputs=x)
+    called = [n.target for n in small.graph.nodes if n.op == "call_module"]
+    assert called.count("inner") == (2 if same else 0), "two programs cannot be one forward"
+    assert small.verification.ok
+
+
+class Hooked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.out = Literal(), nn.Conv2d(8, 2, 1)
+        self.first = nn.Conv2d(3, 8, 1)
+        self.inner.register_forward_hook(lambda module, args, out: out * 3)
+
+    def forward(self, x):
+        return self.out(self.inner(self.first(x)))
+
+
+def test_what_a_hook_computes_is_computed_once():
+    model = Hooked().eval()
+    small = fxprune.prune(model, 0.5, example_inputs=X)
+    assert small.verification.ok and "inner" not in rewritten(small)
+
+
+def test_torch_compile_goes_through_rewritten_modules(net):
+    _, small = net
+    compiled = torch.compile(small, backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(X), small(X), atol=1e-6)
+
+
+def test_pruned_twice(net):
+    _, small = net
+    again = fxprune.prune(small, 0.5, example_inputs=X)
+    assert again.verification.ok and kinds(again) == kinds(small) and again.features[0].out_channels == 2
