@@ -61,11 +61,11 @@ def structure(x: Any, names: Mapping[int, str]) -> Any:
     if isinstance(x, Tensor):
         return ModelTensor(names[id(x)]) if id(x) in names else UNKNOWN
     if isinstance(x, tuple):
-        parts = [structure(v, names) for v in x]
-        own = type(x.value) if kind is Items else kind
+        items = [structure(v, names) for v in x]
+        own = type(x.value) if isinstance(x, Items) else kind
         if hasattr(own, "_fields"):
-            return Built(own, dict(enumerate(parts)), by_position=True)
-        return tuple(parts) if own in (tuple, torch.Size) or own.__module__.startswith("torch.return_types") else UNKNOWN
+            return Built(own, dict(enumerate(items)), by_position=True)
+        return tuple(items) if own in (tuple, torch.Size) or own.__module__.startswith("torch.return_types") else UNKNOWN
     if kind is list:
         return [structure(v, names) for v in x]
     if isinstance(x, dict):

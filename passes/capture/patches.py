@@ -68,7 +68,7 @@ class NamedFunction:
 
 def named_apply(cls: type) -> NamedFunction:
     """A custom autograd function's `apply`."""
-    return NamedFunction(named_apply, cls, f"{cls.__name__}_apply", lambda *args: cls.apply(*args))  # type: ignore[attr-defined]
+    return NamedFunction(named_apply, cls, f"{cls.__name__}_apply", cls.apply)  # type: ignore[attr-defined]
 
 
 def creating(cls: type) -> NamedFunction:

@@ -68,6 +68,35 @@ def every_path(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             pending += [(start + n, m) for n, m in reversed(module._modules.items()) if m is not None]
 
 
+class TreeNames:
+    """The module tree that programs refer to: what a module is called where another one is the root."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        self.modules: dict[str, nn.Module] = {}
+        self.paths: dict[int, list[str]] = {}
+        self.tensors: dict[int, list[str]] = {}
+        for path, module in every_path(root):
+            self.modules[path] = module
+            self.paths.setdefault(id(module), []).append(path)
+            start = f"{path}." if path else ""
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None:
+                    self.tensors.setdefault(id(tensor), []).append(start + name)
+
+    def relative(self, target: str, path: str, *, module: bool) -> str | None:
+        """The name by which the module at `path` knows a module or a tensor; None where it has none."""
+        start = f"{path}." if path else ""
+        if target.startswith(start):
+            return target[len(start) :]
+        if module:
+            names = self.paths.get(id(self.modules.get(target)), ())
+        else:
+            owner, _, name = target.rpartition(".")
+            names = self.tensors.get(id(getattr(self.modules.get(owner), name, None)), ())
+        return next((name[len(start) :] for name in names if name.startswith(start)), None)
+
+
 def fetch(root: nn.Module, path: str) -> Any:
     """The attribute at a dotted path."""
     value: Any = root

@@ -1,8 +1,9 @@
 """Programs module by module: each call of a module that was traced through becomes a call of that module again.
 
 The captured program is flat. The recorded calls say which of its lines ran inside which module, what the module was given and
-what it returned. Where all that a module's lines use comes in by its arguments or is its own, and all that others use of them
-goes out by its result, its lines become a program of their own, and one line calls the module. Other lines stay where the module was called.
+what it returned. Where all that a module's lines use comes in by its arguments or is its own, and all that others use of
+them goes out by its result, its lines become a program of their own, and one line calls the module. Other lines stay where
+the module was called.
 
 A module in whose lines nothing was rewritten, those of modules that it calls included, keeps its own forward: on the pruned
 tensors, it does what its lines say.
@@ -11,21 +12,18 @@ tensors, it does what its lines say.
 from __future__ import annotations
 
 import inspect
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx, nn
 
-from fxprune.passes.ir.module_tree import every_path
-from fxprune.passes.ir.program import UNKNOWN, Built, CapturedProgram, ModelTensor, TracedCall
+from fxprune.passes.ir.module_tree import TreeNames
+from fxprune.passes.ir.program import UNKNOWN, Built, ModelTensor, TracedCall
 from fxprune.passes.ir.pytree import TensorRef, collect
+from fxprune.passes.rewrite.call_structures import Steps, constructed, nodes_in, parts_of, reading
 from fxprune.passes.rewrite.guards import given_as_captured
-from fxprune.passes.rewrite.programs import FlatProgram, Line, Name, Program, is_pure, names_in, without_dead
-
-Steps = tuple[tuple[bool, Any], ...]  # how a part is read off a structure: by attribute or by item, and the key
-Forwards = dict[str, dict[bool, Program]]  # by module path and mode
+from fxprune.passes.rewrite.programs import FlatProgram, Line, Name, Program, is_pure, names_in, renamed, without_dead
 
 
 class NotSeparable(Exception):
@@ -47,35 +45,6 @@ class Call:
                 yield item
             else:
                 yield from item.lines()
-
-
-class Tree:
-    """The module tree that programs refer to: what a module is called where another one is the root."""
-
-    def __init__(self, root: nn.Module) -> None:
-        self.root = root
-        self.modules: dict[str, nn.Module] = {}
-        self.paths: dict[int, list[str]] = {}
-        self.tensors: dict[int, list[str]] = {}
-        for path, module in every_path(root):
-            self.modules[path] = module
-            self.paths.setdefault(id(module), []).append(path)
-            start = f"{path}." if path else ""
-            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-                if tensor is not None:
-                    self.tensors.setdefault(id(tensor), []).append(start + name)
-
-    def relative(self, target: str, path: str, *, module: bool) -> str | None:
-        """The name by which the module at `path` knows a module or a tensor; None where it has none."""
-        start = f"{path}." if path else ""
-        if target.startswith(start):
-            return target[len(start) :]
-        if module:
-            names = self.paths.get(id(self.modules.get(target)), ())
-        else:
-            owner, _, name = target.rpartition(".")
-            names = self.tensors.get(id(getattr(self.modules.get(owner), name, None)), ())
-        return next((name[len(start) :] for name in names if name.startswith(start)), None)
 
 
 class Nesting:
@@ -100,7 +69,7 @@ class Nesting:
         flat: FlatProgram,
         results: Mapping[fx.Node, Any],
         calls: Sequence[TracedCall],
-        tree: Tree,
+        tree: TreeNames,
         inline: frozenset[str],
     ) -> None:
         self.flat, self.results, self.tree, self.inline = flat, results, tree, inline
@@ -250,10 +219,10 @@ class Nesting:
         fixed: list[tuple[Name, Any]] = []
         for parameter, value in bound.arguments.items():
             kind = bound.signature.parameters[parameter].kind
-            star = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}.get(kind, "")
-            key = f"{star}{parameter}"
+            star = "*" if kind is inspect.Parameter.VAR_POSITIONAL else "**" if kind is inspect.Parameter.VAR_KEYWORD else ""
+            key = f"argument {parameter}"  # no other line is called so
             plain = isinstance(value, bool | int | float | str | None)
-            lines.append(Line(key, "placeholder", key, (value,) if plain and not star else ()))
+            lines.append(Line(key, "placeholder", f"{star}{parameter}", (value,) if plain and not star else ()))
             for steps, leaf in parts_of(value):
                 name = f"{key}{''.join(f'.{k}' for _, k in steps)}"
                 reads += reading(name, Name(key), steps) if steps else []
@@ -308,7 +277,7 @@ class Nesting:
         return {k: self.value(v) for k, v in x.items()} if isinstance(x, dict) else x
 
     def with_reads(self, lines: list[Line], path: str, given: Mapping[str, Name]) -> list[Line]:
-        """Lines of one module, with arguments for what comes from outside, and reads of tensors and sizes before their first use."""
+        """Lines of one module, with arguments for what is outside, and reads of tensors and sizes before their first use."""
         known: dict[str, Name] = dict(given)
         made: list[Line] = []
 
@@ -365,116 +334,9 @@ def number_in(number: int, call: Call) -> bool:
     return call.call.begin <= number < call.call.end
 
 
-def nodes_in(x: Any) -> Iterator[fx.Node]:
-    return (leaf for _, leaf in parts_of(x) if isinstance(leaf, fx.Node))
-
-
-def parts_of(x: Any, steps: Steps = ()) -> Iterator[tuple[Steps, Any]]:
-    """The leaves of a structure, and how they are read off it."""
-    if isinstance(x, Built):
-        items: Iterable[tuple[bool, Any, Any]] = ((x.by_attribute, k, v) for k, v in x.parts.items())
-    elif isinstance(x, tuple | list):
-        items = ((False, i, v) for i, v in enumerate(x))
-    elif isinstance(x, dict):
-        items = ((False, k, v) for k, v in x.items())
-    else:
-        yield steps, x
-        return
-    for by_attribute, key, value in items:
-        yield from parts_of(value, (*steps, (by_attribute, key)))
-
-
-def reading(name: str, source: Name, steps: Steps) -> list[Line]:
-    """The lines that read a part off a structure, the last of which has a name."""
-    lines: list[Line] = []
-    for i, (by_attribute, key) in enumerate(steps):
-        last = i == len(steps) - 1
-        line_name = name if last else f"{name} {i}"
-        lines.append(Line(line_name, "call_function", getattr if by_attribute else operator.getitem, (source, key)))
-        source = Name(line_name)
-    return lines
-
-
-def constructed(x: Any, line: Line) -> list[Line]:
-    """A line that takes a structure (args, and kwargs where it calls a module), after those that create objects in it."""
-    made: list[Line] = []
-
-    def flat(v: Any) -> Any:
-        if isinstance(v, Built):
-            parts = {k: flat(p) for k, p in v.parts.items()}
-            args, kwargs = (tuple(parts.values()), {}) if v.by_position else ((), parts)
-            made.append(Line(f"{line.name} {len(made)}", "call_function", v.create, args, kwargs))
-            return Name(made[-1].name)
-        if isinstance(v, tuple | list):
-            return type(v)([flat(p) for p in v])
-        return {k: flat(p) for k, p in v.items()} if isinstance(v, dict) else v
-
-    args, kwargs = ((flat(x),), {}) if line.op == "output" else flat(x)
-    return [*made, line._replace(args=args, kwargs=kwargs)]
-
-
-def renamed(x: Any, read: Callable[[str], Name]) -> Any:
-    if type(x) is Name:
-        return read(x.name)
-    if isinstance(x, tuple | list):
-        return type(x)([renamed(v, read) for v in x])
-    if isinstance(x, dict):
-        return {k: renamed(v, read) for k, v in x.items()}
-    return slice(*(renamed(v, read) for v in (x.start, x.stop, x.step))) if isinstance(x, slice) else x
-
-
 def call_name(call: Call) -> str:
     return f"{call.call.path} {call.call.begin}"
 
 
 def signature_of(module: nn.Module) -> inspect.Signature:
     return inspect.signature(module.forward)
-
-
-def nest(
-    programs: Mapping[bool, FlatProgram],
-    captures: Mapping[bool, CapturedProgram],
-    root: nn.Module,
-    flag: Callable[[str, bool], bool],
-) -> tuple[dict[bool, Program], Forwards, dict[str, set[str]]]:
-    """The programs of the root by mode, those of modules with a rewritten forward, and the root's tensors that each refers to.
-
-    Arguments:
-        programs: the flat programs, by mode.
-        captures: the captured programs they come of.
-        root: the pruned module tree.
-        flag: whether the module at a path is in training where the root is in a mode.
-    """
-    tree, inline = Tree(root), frozenset[str]()
-    while True:
-        runs = {m: Nesting(flat, captures[m].results, captures[m].module_calls, tree, inline) for m, flat in programs.items()}
-        roots = {mode: run.run() for mode, run in runs.items()}
-        changed = {path for run in runs.values() for path in run.rewritten}
-        changed |= {outer for run in runs.values() for path in changed for outer in run.around.get(path, ())}
-        forwards: Forwards = {path: {} for path in changed if any(path in run.found for run in runs.values())}
-        # what hooks compute is among the lines of the program, and must not be computed again
-        several = {p for p in forwards if tree.modules[p]._forward_hooks or tree.modules[p]._forward_pre_hooks}
-        for mode, run in runs.items():
-            for path in forwards:
-                for program in run.found.get(path, ()):
-                    if not alike(forwards[path].setdefault(flag(path, mode), program), program):
-                        several.add(path)
-        if not several:
-            shared: dict[str, set[str]] = {}
-            for run in runs.values():
-                for path, names in run.shared.items():
-                    if path in forwards:
-                        shared.setdefault(path, set()).update(names)
-            return roots, forwards, shared
-        inline |= several
-
-
-def alike(a: Program, b: Program) -> bool:
-    """Whether two programs do the same, whatever their lines are called."""
-    return a is b or (len(a.lines) == len(b.lines) and numbered(a) == numbered(b))
-
-
-def numbered(program: Program) -> list[Any]:
-    places = {line.name: i for i, line in enumerate(program.lines)}
-    place = lambda name: Name(str(places[name]))  # noqa: E731
-    return [(line.op, line.target, renamed(line.args, place), renamed(line.kwargs, place)) for line in program.lines]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 import operator
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -33,8 +33,8 @@ class Line(NamedTuple):
     op: str
     target: Any
     args: Any = ()
-    kwargs: Any = {}
-    meta: Any = {}
+    kwargs: Any = None
+    meta: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +48,8 @@ class Program:
         for name, op, target, args, kwargs, meta in self.lines:
             given = [fx.node.map_aggregate(a, lambda x: made[x.name] if isinstance(x, Name) else x) for a in (args, kwargs)]
             wanted = target.lstrip("*") if op in ("placeholder", "get_attr", "call_module") else name
-            made[name] = graph.create_node(op, target, given[0], given[1], "own" if wanted == "self" else wanted)
-            made[name].meta = dict(meta)
+            made[name] = graph.create_node(op, target, given[0], given[1] or {}, "own" if wanted == "self" else wanted)
+            made[name].meta = dict(meta or {})
         return graph
 
     @classmethod
@@ -74,8 +74,9 @@ class Function:
     @classmethod
     def of(cls, function: Any) -> Any:
         """Its name; itself where none leads to it."""
-        if getattr(builtins, getattr(function, "__name__", ""), None) is function:
-            return cls(f"builtins:{function.__name__}")
+        name = getattr(function, "__name__", "")
+        if getattr(builtins, name, None) is function:
+            return cls(f"builtins:{name}")
         try:
             path, _, name = fx.node._get_qualified_name(function).rpartition(".")
             found = cls(f"{path}:{name}")
@@ -90,6 +91,9 @@ class Function:
                 value = getattr(value, name)
             return value
         return pkgutil.resolve_name(self.where)
+
+
+Forwards = dict[str, dict[bool, Program]]  # by module path and mode
 
 
 @dataclass
@@ -154,3 +158,24 @@ def names_in(x: Any) -> list[str]:
     if isinstance(x, dict):
         return [n for v in x.values() for n in names_in(v)]
     return names_in((x.start, x.stop, x.step)) if isinstance(x, slice) else []
+
+
+def renamed(x: Any, read: Callable[[str], Name]) -> Any:
+    if type(x) is Name:
+        return read(x.name)
+    if isinstance(x, tuple | list):
+        return type(x)([renamed(v, read) for v in x])
+    if isinstance(x, dict):
+        return {k: renamed(v, read) for k, v in x.items()}
+    return slice(*(renamed(v, read) for v in (x.start, x.stop, x.step))) if isinstance(x, slice) else x
+
+
+def alike(a: Program, b: Program) -> bool:
+    """Whether two programs do the same, whatever their lines are called."""
+    return a is b or (len(a.lines) == len(b.lines) and numbered(a) == numbered(b))
+
+
+def numbered(program: Program) -> list[Any]:
+    places = {line.name: i for i, line in enumerate(program.lines)}
+    place = lambda name: Name(str(places[name]))  # noqa: E731
+    return [(line.op, line.target, renamed(line.args, place), renamed(line.kwargs, place)) for line in program.lines]

@@ -11,8 +11,7 @@ from torch import fx, nn
 from torch.fx.graph import PythonCode
 
 from fxprune.passes.ir.module_tree import Apart, fetch
-from fxprune.passes.rewrite.nesting import Forwards
-from fxprune.passes.rewrite.programs import Program
+from fxprune.passes.rewrite.programs import Forwards, Program
 
 OWN = ("_programs", "_flat", "_apart", "_mode", "_other")  # the attributes of a `PrunedModule` itself
 
@@ -107,7 +106,7 @@ class PrunedModule(fx.GraphModule):
             self.graph = graph
 
     def flat(self) -> fx.GraphModule:
-        """The program of the present mode as one flat graph of layers and functions, which shares the tensors of this module."""
+        """The program of the present mode as one flat graph of layers and functions, which shares this module's tensors."""
         programs = vars(self)["_flat"]
         return fx.GraphModule(self, programs.get(self.training, programs[False]).graph(), type(self).__name__)
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from fxprune.passes.coupling.solution import Solution
-from fxprune.passes.ir.module_tree import Apart, apart_from, every_path, fetch, named_tensors, replace_tensors, walk
-from fxprune.passes.ir.program import Waiver
+from fxprune.passes.ir.module_tree import Apart, TreeNames, apart_from, every_path, fetch, named_tensors, replace_tensors, walk
+from fxprune.passes.ir.program import CapturedProgram, Waiver
 from fxprune.passes.ir.slices import Slicer, TensorSlice, apply_slices, cut_shape
-from fxprune.passes.rewrite.nesting import nest
-from fxprune.passes.rewrite.programs import FlatProgram, Program
+from fxprune.passes.rewrite.nesting import Nesting
+from fxprune.passes.rewrite.programs import FlatProgram, Forwards, Program, alike
 from fxprune.passes.rewrite.pruned_module import PrunedModule, RewrittenForward
 from fxprune.passes.rewrite.rewriter import Rewriter
 
@@ -87,6 +87,44 @@ def assemble(model: nn.Module, solution: Solution, tree: nn.Module, programs: Ma
     pruned = PrunedModule(tree, roots, flat, forwards, apart, type(model).__name__)
     pruned.choose(model.training)
     return pruned
+
+
+def nest(
+    programs: Mapping[bool, FlatProgram],
+    captures: Mapping[bool, CapturedProgram],
+    root: nn.Module,
+    flag: Callable[[str, bool], bool],
+) -> tuple[dict[bool, Program], Forwards, dict[str, set[str]]]:
+    """The programs of the root by mode, those of modules with a rewritten forward, and the root's tensors that each refers to.
+
+    Arguments:
+        programs: the flat programs, by mode.
+        captures: the captured programs they come of.
+        root: the pruned module tree.
+        flag: whether the module at a path is in training where the root is in a mode.
+    """
+    tree, inline = TreeNames(root), frozenset[str]()
+    while True:
+        runs = {m: Nesting(flat, captures[m].results, captures[m].module_calls, tree, inline) for m, flat in programs.items()}
+        roots = {mode: run.run() for mode, run in runs.items()}
+        changed = {path for run in runs.values() for path in run.rewritten}
+        changed |= {outer for run in runs.values() for path in changed for outer in run.around.get(path, ())}
+        forwards: Forwards = {path: {} for path in changed if any(path in run.found for run in runs.values())}
+        # what hooks compute is among the lines of the program, and must not be computed again
+        several = {p for p in forwards if tree.modules[p]._forward_hooks or tree.modules[p]._forward_pre_hooks}
+        for mode, run in runs.items():
+            for path in forwards:
+                for program in run.found.get(path, ()):
+                    if not alike(forwards[path].setdefault(flag(path, mode), program), program):
+                        several.add(path)
+        if not several:
+            shared: dict[str, set[str]] = {}
+            for run in runs.values():
+                for path, names in run.shared.items():
+                    if path in forwards:
+                        shared.setdefault(path, set()).update(names)
+            return roots, forwards, shared
+        inline |= several
 
 
 def rewrite_graphs(

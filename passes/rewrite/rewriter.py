@@ -7,6 +7,7 @@ computes with it. Sizes that depend on the inputs stay symbolic. See `size_expre
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
