@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from fxprune.batch_guards import Recompiled, for_any_batch
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs, device_of, random_inputs
-from fxprune.model_class import restore_class
 from fxprune.passes.coupling.couple import analyse, describe_capture
 from fxprune.passes.coupling.families import families
 from fxprune.passes.coupling.solution import CouplingOptions, Solution
@@ -29,6 +28,7 @@ from fxprune.passes.rewrite.rewrite import rewrite_program, tensor_cuts
 from fxprune.passes.verification.masked_model import Removal
 from fxprune.passes.verification.opaque_check import broken, opaque_sites
 from fxprune.plan import PlanData, kept_labels
+from fxprune.same_class.restore import restore_class
 from fxprune.selection.allocation import Allocator
 from fxprune.selection.latency import Latency, LatencyProbe
 from fxprune.selection.options import Options

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -72,8 +73,7 @@ class PrunedModule(fx.GraphModule):
     ) -> None:
         super().__init__(nn.Module(), fx.Graph(), name)
         held = vars(self)
-        kept = held.keys() - vars(nn.Module()).keys()
-        held.update({k: v for k, v in vars(tree).items() if k not in kept and k not in OWN})
+        held.update({k: v for k, v in vars(tree).items() if k not in own_attributes()})
         for path, found in forwards.items():
             module = fetch(tree, path)
             vars(module)["forward"] = RewrittenForward(module, found)
@@ -109,6 +109,13 @@ class PrunedModule(fx.GraphModule):
         """The program of the present mode as one flat graph of layers and functions, which shares this module's tensors."""
         programs = vars(self)["_flat"]
         return fx.GraphModule(self, programs.get(self.training, programs[False]).graph(), type(self).__name__)
+
+    def as_class(self, cls: type[nn.Module]) -> Any:
+        """An object of another class with all that this module holds, and its programs as forward."""
+        made: Any = object.__new__(cls)
+        vars(made).update({k: v for k, v in vars(self).items() if k not in own_attributes()})
+        vars(made)["forward"] = RewrittenForward(made, vars(self)["_programs"])
+        return made
 
     @property
     def plan(self) -> Any:
@@ -149,6 +156,12 @@ class PrunedModule(fx.GraphModule):
     def __copy__(self) -> PrunedModule:
         state = {k: copy.copy(v) if type(v) is dict else v for k, v in self.state().items()}
         return restored(state, type(self).__name__)
+
+
+@functools.cache
+def own_attributes() -> frozenset[str]:
+    """The attributes of a `PrunedModule` that a module of another class does not have."""
+    return frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph()))) - frozenset(vars(nn.Module())) | frozenset(OWN)
 
 
 def restored(state: dict[str, Any], name: str) -> PrunedModule:

@@ -1,37 +1,20 @@
-"""A pruned model of the original's own class: its Python stays, its tensors, attributes and configuration shrink.
+"""The configuration of a pruned model of the original's class.
 
-The model is captured as one opaque module (see `capture/opaque.py`): its tensors are cut by the plan, and integer attributes
-that turn up as sizes are corrected. Where the class is built from a configuration (`type(model)(model.config)`, as those of
-transformers and diffusers are), the configuration of the pruned model is found by experiment: each number is changed in
-turn, the class is built without contents, and the dimensions that follow it are those it stands for. Whatever comes out is
-compared with the pruned program, so that a wrong guess cannot pass.
+Where the class is built from a configuration (`type(model)(model.config)`, as those of transformers and diffusers are), that
+of the pruned model is found by experiment: each number is changed in turn, the class is built without contents, and the
+dimensions that follow it are those it stands for. What comes out is built and compared, so that a wrong guess cannot pass.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from fxprune.inputs import ExampleInputs
-from fxprune.passes.capture.capture import capture_program
-from fxprune.passes.capture.opaque import OPERATORS
-from fxprune.passes.coupling.couple import couple_channels
-from fxprune.passes.coupling.solution import Solution
-from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import private_copy, set_mode
-from fxprune.passes.ir.pytree import collect
-from fxprune.passes.ir.quiet import unobserved
-from fxprune.passes.rewrite.pruned_module import PrunedModule
-from fxprune.passes.rewrite.rewrite import rewrite_program
-from fxprune.passes.verification.masked_model import relative_error
-from fxprune.plan import kept_labels, plan_of
-from fxprune.verification import tolerance_of
+from torch import nn
 
 Shapes = dict[str, tuple[int, ...]]
 Path = tuple[str, ...]
@@ -39,60 +22,23 @@ Attributes = dict[tuple[str, str], Any]
 MOST_UNCERTAIN = 8  # numbers of a configuration that may stand for the same dimensions
 
 
-def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs) -> Any:
-    """A pruned model in the original's own class; raises PruneError where it does not compute the same."""
-    plan = plan_of(pruned)
-    with unobserved(model):
-        whole = capture_program(set_mode(private_copy(model), False), inputs.args, inputs.kwargs, whole=True)
-        solution = couple_channels([whole], plan.coupling_options)
-        made, known = shrink_class(model, solution, kept_labels(plan, solution))
-        mode = pruned.training
-        wanted = collect(inputs.call(pruned.eval()), Tensor)
-        pruned.train(mode)
-        modes = {m: m.training for m in made.modules()}
-        made.eval()
-        tolerance = tolerance_of(made)
-        configure(model, made, known, wanted, inputs.call, tolerance)
-        error = difference(made, wanted, inputs.call)
-        for m, training in modes.items():
-            m.training = training
-    if error > tolerance:
-        raise PruneError(
-            f"the pruned model cannot stay a {type(model).__name__}: its own forward holds sizes that no attribute has",
-            where=type(model).__name__,
-            fix="take the GraphModule that prune returns without same_class",
-        )
-    made.__dict__["meta"] = dict(pruned.meta)
-    return made
+def configure(model: nn.Module, made: nn.Module, known: Attributes, error_of: Callable[[Any], float], tolerance: float) -> bool:
+    """Give `made` the configuration and the attributes that its class would be built with, where one describes it.
 
-
-def shrink_class(model: nn.Module, solution: Solution, kept: Tensor) -> tuple[nn.Module, Attributes]:
-    """The copy of a model captured whole, with cut tensors, and the attributes that its forward uses as sizes."""
-    made: nn.Module = rewrite_program(model, solution, kept).get_submodule("whole")
-    for (_, was), (_, now) in zip(model.named_modules(), made.named_modules(), strict=True):
-        now.training = was.training
-    trees = [use.tree for found in solution.captures[0].sizes.values() for use in found]
-    uses = [tree for tree in trees if tree[0] not in OPERATORS]
-    paths = [module.removeprefix("whole").removeprefix(".") for module, _ in uses]
-    return made, {(path, name): getattr(made.get_submodule(path), name) for path, (_, name) in zip(paths, uses, strict=True)}
-
-
-def configure(model: nn.Module, made: nn.Module, known: Attributes, wanted: list[Tensor], run: Any, tolerance: float) -> None:
-    """Give `made` the configuration and the attributes that its class would be built with, if there is one.
+    A configuration describes it if a model that is built from it, with the weights loaded, computes the same.
 
     Arguments:
         model: the original.
         made: its shrunk copy.
         known: attributes, by module path and name, that were seen to be sizes, with their values in the pruned model.
-        wanted: what the pruned program returns on the example inputs.
-        run: calls a model on the example inputs.
-        tolerance: the largest relative error that counts as equal.
+        error_of: the relative error of a model on the example inputs.
+        tolerance: the largest error that counts as equal.
 
-    Raises: PruneError where the class has a configuration and none describes the pruned model.
+    Returns: whether one does, or the class has none.
     """
     if not hasattr(model, "config") or build(model, model.config) is None:
-        return
-    target, best, chosen = shapes(made), float("inf"), None
+        return True
+    target = shapes(made)
     for config in candidates(model, target):
         fresh = build(made, config)
         if fresh is None or shapes(fresh) != target:
@@ -101,26 +47,19 @@ def configure(model: nn.Module, made: nn.Module, known: Attributes, wanted: list
         if any(getattr(modules.get(path), name, value) != value for (path, name), value in known.items()):
             continue
         before = adopt(made, fresh, config)
-        error = difference(made, wanted, run)
-        if error < best:
-            best, chosen = error, (fresh, config)
+        if error_of(made) <= tolerance and error_of(rebuilt(made, config)) <= tolerance:
+            return True
         restore(before)
-    if chosen is None or best > tolerance:
-        raise PruneError(
-            "no configuration of the class describes the pruned model",
-            where=type(model).__name__,
-            fix="one ratio for all layers, or the GraphModule that prune returns without same_class",
-        )
-    adopt(made, *chosen)
+    return False
 
 
-def difference(made: nn.Module, wanted: list[Tensor], run: Any) -> float:
-    try:
-        with torch.no_grad():
-            found = collect(run(made), Tensor)
-        return max((relative_error(a, b) for a, b in zip(wanted, found, strict=True)), default=float("inf"))
-    except Exception:  # numbers that fit the shapes and not the program
-        return float("inf")
+def rebuilt(made: nn.Module, config: Any) -> Any:
+    """A model of the class as its library would load it: built from a configuration, with the weights of `made`."""
+    first = next(made.parameters())
+    with torch.random.fork_rng(devices=[]):
+        fresh = type(made)(copy.deepcopy(config)).to(first.device, first.dtype)
+    fresh.load_state_dict(made.state_dict(), strict=False)
+    return fresh
 
 
 def shapes(model: nn.Module) -> Shapes:

@@ -1,0 +1,140 @@
+"""Give a pruned model the class of the original back.
+
+The model is captured as one opaque module (see `capture/opaque.py`): its tensors are cut by the plan, and integer attributes
+that turn up as sizes are corrected, layer by layer. Every forward is the class's own then. Where one does not compute what
+the pruned program of that module does, because its code holds a width that no attribute has, the module gets that program as its
+forward: the innermost such module, since they are tried from the inside out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxprune.inputs import ExampleInputs
+from fxprune.passes.capture.capture import capture_program
+from fxprune.passes.capture.opaque import OPERATORS
+from fxprune.passes.coupling.couple import couple_channels
+from fxprune.passes.errors import PruneError, surface
+from fxprune.passes.ir.module_tree import private_copy, set_mode
+from fxprune.passes.ir.pytree import collect, map_tensors
+from fxprune.passes.ir.quiet import unobserved
+from fxprune.passes.rewrite.pruned_module import PrunedModule, RewrittenForward
+from fxprune.passes.rewrite.rewrite import rewrite_program
+from fxprune.passes.verification.masked_model import relative_error
+from fxprune.plan import kept_labels, plan_of
+from fxprune.same_class.attributes import update_attributes
+from fxprune.same_class.configuration import Attributes, configure
+from fxprune.verification import evaluating, restoring, tolerance_of
+
+
+def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs) -> Any:
+    """The pruned model as an object of the original's class.
+
+    `meta["stale"]` names attributes that may still say an original width: `path.name` each, and `config` where no configuration
+    of the class describes the pruned model.
+    """
+    with unobserved(model), evaluating(pruned), restoring(pruned), torch.no_grad():
+        tolerance = tolerance_of(pruned)
+        wanted = collect(inputs.map(torch.clone).call(pruned), Tensor)
+
+        def error_of(other: Any) -> float:
+            with evaluating(other), restoring(other):
+                return difference(lambda: inputs.map(torch.clone).call(other), wanted)
+
+        made, known = shrunk_copy(model, pruned, inputs)
+        with evaluating(made):
+            try_forwards(pruned, made, inputs, tolerance)
+        stale = []
+        if not configure(model, made, known, error_of, tolerance):
+            stale.append("config")
+        if error_of(made) > tolerance:
+            take_program(made, pruned, vars(pruned)["_programs"])
+        if error_of(made) > tolerance:
+            made = pruned.as_class(type(model))
+        stale += update_attributes(model, made, lambda: error_of(made) <= tolerance)
+        if error_of(made) > tolerance:
+            raise PruneError(
+                f"the pruned model does not compute the same as a {type(model).__name__}",
+                where=type(model).__name__,
+                fix="take the GraphModule that prune returns without same_class, and report the model",
+            )
+    modes = {path: m.training for path, m in model.named_modules()}
+    for path, module in made.named_modules():
+        module.training = modes.get(path, model.training)
+    vars(made)["meta"] = {**pruned.meta, "stale": tuple(stale)}
+    vars(made)["verification"] = pruned.verification
+    return made
+
+
+def shrunk_copy(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs) -> tuple[Any, Attributes]:
+    """A copy of the model with cut tensors and its own forwards, and the attributes that they use as sizes."""
+    plan = plan_of(pruned)
+    try:
+        whole = capture_program(set_mode(private_copy(model), False), inputs.args, inputs.kwargs, whole=True)
+        solution = couple_channels([whole], plan.coupling_options)
+        made: Any = rewrite_program(model, solution, kept_labels(plan, solution)).get_submodule("whole")
+    except Exception as error:  # couplings that it has only as one module, such as through what its Python reads
+        surface(error)
+        return pruned.as_class(type(model)), {}
+    trees = [use.tree for found in solution.captures[0].sizes.values() for use in found]
+    uses = [tree for tree in trees if tree[0] not in OPERATORS]
+    paths = [module.removeprefix("whole").removeprefix(".") for module, _ in uses]
+    return made, {(path, name): getattr(made.get_submodule(path), name) for path, (_, name) in zip(paths, uses, strict=True)}
+
+
+def try_forwards(pruned: PrunedModule, made: nn.Module, inputs: ExampleInputs, tolerance: float) -> None:
+    """Run the pruned model; a module of `made` that computes something else than its counterpart there gets its program."""
+    given: dict[str, list[Any]] = {}
+
+    def before(path: str) -> Callable[..., None]:
+        return lambda module, args, kwargs: given.setdefault(path, []).append(map_tensors((args, kwargs), torch.clone))
+
+    def after(path: str, programs: Any) -> Callable[..., None]:
+        def compared(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+            args, kwargs = given[path].pop()
+            candidate = made.get_submodule(path)
+            if difference(lambda: candidate(*args, **kwargs), collect(out, Tensor)) > tolerance:
+                take_program(candidate, module, programs)
+
+        return compared
+
+    with contextlib.ExitStack() as stack:
+        for path, module in pruned.named_modules():
+            forward = vars(module).get("forward")
+            if isinstance(forward, RewrittenForward) and path in dict(made.named_modules()):
+                for handle in (
+                    module.register_forward_pre_hook(before(path), prepend=True, with_kwargs=True),
+                    module.register_forward_hook(after(path, forward.programs), with_kwargs=True),
+                ):
+                    stack.callback(handle.remove)
+        inputs.map(torch.clone).call(pruned)
+
+
+def take_program(module: nn.Module, source: nn.Module, programs: Any) -> None:
+    """Give a module the pruned program of its counterpart as its forward, with the constants that it refers to."""
+    vars(module)["forward"] = RewrittenForward(module, programs)
+    for name, tensor in constants_of(source):
+        if name not in module._buffers:
+            module.register_buffer(name, tensor.clone(), persistent=False)
+
+
+def constants_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that the programs of a module have made, by name."""
+    for name, tensor in module._buffers.items():
+        if tensor is not None and name.startswith(("_kept_index_", "_tensor_constant")):
+            yield name, tensor
+
+
+def difference(run: Callable[[], Any], wanted: list[Tensor]) -> float:
+    """The largest relative error of what is returned; infinite where that raises, or has other tensors."""
+    try:
+        found = collect(run(), Tensor)
+        return max((relative_error(a, b) for a, b in zip(wanted, found, strict=True)), default=0.0)
+    except Exception as error:  # sizes that do not fit
+        surface(error)
+        return float("inf")
