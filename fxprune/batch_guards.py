@@ -69,7 +69,7 @@ def tried_with_one(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs
         return None
     one, several = inputs.first_sample(), inputs.one_more() if alone else inputs
     tried = recompile(several).emit(None) if alone else pruned
-    with noting(tried) as failing, evaluating(tried), restoring(tried, parameters=True), torch.no_grad(), unobserved(model):
+    with noting() as failing, evaluating(tried), restoring(tried, parameters=True), torch.no_grad(), unobserved(model):
         one.call(tried)
     if not failing and not alone:
         return None

@@ -2,27 +2,49 @@
 
 Where a batch of one takes a path of its own (`if positions.shape[0] != batch`), the other path often computes the same for
 it. A guard that fails there is *waived* at the size where that was tried, and stands at all others.
+
+Where sizes are symbols (`torch.compile`, `torch.export`), a guard asks a symbol as the original's own code did: so it becomes
+a guard of the compiled code, or a constraint of the exported program.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import fx
 
 from fxprune.passes.errors import GuardError
 
+NOTES: ContextVar[list[str] | None] = ContextVar("NOTES", default=None)
 
+
+@fx.node.has_side_effect
 def holds(value: Any, expected: Any, why: str, size: Any = None, tried: int | None = None) -> None:
     """Raise where a decision taken at capture would be another one now, unless it was `tried` at this size."""
-    if fails(value, expected, size, tried):
-        raise GuardError(f"{why}, and here it is {value!r}: prune with example inputs of this size")
+    if isinstance(value, fx.Proxy):  # a tracer of FX's own goes over the program, to which the guard belongs
+        value.tracer.create_proxy("call_function", holds, (value, expected, why, size, tried), {})
+        return
+    found = agrees(value, expected, size, tried)
+    if isinstance(found, torch.SymBool):
+        torch._check(found, lambda: why)
+    elif not found:
+        notes = NOTES.get()
+        if notes is None:
+            raise GuardError(f"{why}, and here it is {value!r}: prune with example inputs of this size")
+        notes.append(why)
 
 
-def fails(value: Any, expected: Any, size: Any, tried: int | None) -> bool:
-    return bool(value != expected) and (tried is None or size != tried)
+def agrees(value: Any, expected: Any, size: Any, tried: int | None) -> Any:
+    """Whether the decision is the same, as a truth value or a symbol; torch does not compare its symbols with truth values."""
+    if expected is False:
+        same = torch.sym_not(value) if isinstance(value, torch.SymBool) else not value
+    else:
+        same = value if expected is True else value == expected
+    return same if tried is None else same | (size == tried)
 
 
 def describe(node: fx.Node) -> str:
@@ -35,23 +57,11 @@ def guards_of(program: fx.GraphModule) -> list[fx.Node]:
 
 
 @contextmanager
-def noting(program: fx.GraphModule) -> Iterator[list[str]]:
-    """Have a program go on where a guard fails; what failed is put into the list."""
+def noting() -> Iterator[list[str]]:
+    """Have programs go on where a guard fails, in this thread; what failed is put into the list."""
     found: list[str] = []
-
-    def note(value: Any, expected: Any, why: str, size: Any = None, tried: int | None = None) -> None:
-        if fails(value, expected, size, tried):
-            found.append(why)
-
-    nodes = guards_of(program)
+    token = NOTES.set(found)
     try:
-        aim(program, nodes, note)
         yield found
     finally:
-        aim(program, nodes, holds)
-
-
-def aim(program: fx.GraphModule, nodes: list[fx.Node], target: Any) -> None:
-    for node in nodes:
-        node.target = target
-    program.recompile()
+        NOTES.reset(token)

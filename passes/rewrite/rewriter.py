@@ -78,7 +78,7 @@ class Rewriter:
         self.layers = LayerAttributes(self.capture, self.shapes)
         self.attributes: dict[str, dict[str, Any]] = {}
         self.pruned: dict[fx.Node, bool] = {}
-        self.guards = {g.node: g for g in self.capture.guards}
+        self.guards = {g.node: g for g in sorted(self.capture.guards, key=lambda g: g.how != "bool")}  # the strictest of a node
         self.copying = {op.node for op in trace.ops if name_of(op.func) in ("aten::clone", "aten::_unsafe_view")}
         self.sliding = sliding(trace)
 
@@ -235,15 +235,20 @@ class Rewriter:
 
     def guard(self, node: fx.Node, guard: Guard) -> None:
         """Keep a decision that Python took by a size as a check: inputs that disagree get an error, not a wrong result."""
-        if not (self.sizes.is_symbolic(node) and self.sizes.value(node) == guard.value):
+        now, value, said = self.sizes.value(node), guard.value, repr(guard.value)
+        truth = guard.how == "bool" and type(value) in NUMBER  # `if n:` asks no more than whether it is 0
+        if truth:
+            now, value, said = bool(now), bool(value), "not 0" if value else "0"
+        if not (self.sizes.is_symbolic(node) and now == value):
             return
-        why = f"the pruned program was captured where {describe(node)} is {guard.value!r}"
+        asked = self.graph.call_function(operator.ne, (self.new[node], 0)) if truth else self.new[node]
+        why = f"the pruned program was captured where {describe(node)} is {said}"
         tried: tuple[Any, ...] = ()
         if self.waiver is not None and why in self.waiver.guards and self.asks_for_batch(node):
             name = self.waiver.input
             given = next((n for n in self.graph.nodes if n.op == "placeholder" and n.name == name), None)
             tried = () if given is None else (self.graph.call_method("size", (given, 0)), self.waiver.size)
-        self.graph.call_function(holds, (self.new[node], guard.value, why, *tried))
+        self.graph.call_function(holds, (asked, value, why, *tried))
 
     def asks_for_batch(self, node: fx.Node) -> bool:
         """Whether the input sizes that a number is computed from are all of first dimensions."""
