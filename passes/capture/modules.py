@@ -27,7 +27,7 @@ TRACED_THROUGH = (
 @functools.lru_cache(maxsize=4096)
 def is_standard(kind: type) -> bool:
     """Whether layers of a class are nodes of the program."""
-    return kind.__module__.startswith(("torch.nn.", "torch.ao.nn.")) and not issubclass(kind, TRACED_THROUGH)
+    return kind.__module__.startswith(("torch.nn.", "torch.ao.nn.", "torch.ao.quantization.stubs")) and not issubclass(kind, TRACED_THROUGH)
 
 
 @functools.lru_cache(maxsize=4096)
