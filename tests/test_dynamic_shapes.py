@@ -86,7 +86,11 @@ TOKENS, IMAGES = {0: "b", 1: "n"}, {0: "b", 2: "h", 3: "w"}
 CASES = {  # the model, inputs of which the first is the example, the dimensions that are free
     "attends": (Attends, [noise(b, n, 24) for b, n in ((2, 12), (3, 8), (5, 16), (6, 20), (4, 4))], TOKENS),
     "attends_padded": (Attends, [noise(b, n, 24) for b, n in ((2, 10), (3, 7), (5, 9), (6, 22), (4, 5))], TOKENS),
-    "pyramid": (Pyramid, [noise(b, 3, h, w) for b, h, w in ((2, 32, 32), (3, 48, 32), (5, 39, 42), (4, 17, 40), (6, 33, 23))], IMAGES),
+    "pyramid": (
+        Pyramid,
+        [noise(b, 3, h, w) for b, h, w in ((2, 32, 32), (3, 48, 32), (5, 39, 42), (4, 17, 40))],
+        IMAGES,
+    ),
     "bert": (bert, [words(b, n) for b, n in ((2, 12), (3, 9), (5, 15), (4, 30), (6, 7))], TOKENS),
 }
 

@@ -8,6 +8,11 @@ from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
 import fxprune
 
+pytestmark = [  # what torch says of its own functions and of what they call
+    pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:Please use quant_min and quant_max:UserWarning"),
+    pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor, torch.quantize_per_channel:UserWarning"),
+]
 X = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 
 
@@ -46,7 +51,12 @@ def test_eagerly(small):
     tq.convert(model, inplace=True)
     layers = [model.get_submodule(name) for name in ("quant", "conv", "second", "head")]
     assert all(".quantized." in type(layer).__module__ for layer in layers)
-    assert model.get_submodule("second").weight().dtype == torch.qint8 and model.get_submodule("second").weight().shape == (8, 8, 3, 3)
+    assert model.get_submodule("second").weight().dtype == torch.qint8 and model.get_submodule("second").weight().shape == (
+        8,
+        8,
+        3,
+        3,
+    )
     close(model, small)
 
 
