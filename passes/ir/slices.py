@@ -207,9 +207,11 @@ def in_format_of(source: Tensor, tensor: Tensor) -> Tensor:
 
 def major_to_minor(tensor: Tensor) -> list[int]:
     """The dimensions in the order of their strides, those of size 1 behind others of the same stride, as torch has them."""
+    dims = list(range(tensor.dim()))
     if tensor.layout is not torch.strided:
-        return list(range(tensor.dim()))
-    return sorted(range(tensor.dim()), key=lambda d: (-tensor.stride(d), tensor.shape[d] == 1))
+        return dims
+    strides = tensor.stride()
+    return sorted(dims, key=lambda d: (-strides[d], tensor.shape[d] == 1))
 
 
 def mask_of(slices: Sequence[TensorSlice], shape: Sequence[int]) -> Tensor:
