@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import fxprune
 from fxprune.passes.ir.slices import TensorSlice, fast_index_select, rectangle
 from fxprune.passes.rewrite import rewrite
 from fxprune.passes.rewrite.rewrite import slice_tensor
@@ -49,6 +50,49 @@ def test_three_dimensions_of_which_two_are_nested(large, monkeypatch):
     rows, nested = half(8, 0, 4), TensorSlice((1, 2), torch.tensor([0, 2, 9, 11]), (2, 2))
     wanted = source[rows.keep].flatten(1)[:, nested.keep].reshape(4, 2, 2)
     assert torch.equal(slice_tensor(source, [rows, nested]), wanted)
+
+
+FORMATS = [  # a shape, and the order of its dimensions in memory
+    ((12, 10, 3, 3), (0, 2, 3, 1)),  # channels_last
+    ((12, 10, 1, 1), (0, 2, 3, 1)),
+    ((12, 1, 3, 3), (0, 2, 3, 1)),
+    ((12, 10, 3, 3), (0, 1, 2, 3)),
+    ((8, 6, 2, 3, 2), (0, 2, 3, 4, 1)),  # channels_last_3d
+    ((8, 6, 4), (2, 0, 1)),
+    ((12, 10), (1, 0)),
+]
+
+
+@pytest.mark.parametrize("large", [1 << 22, 1])
+@pytest.mark.parametrize(("shape", "order"), FORMATS)
+def test_the_order_of_dimensions_in_memory_stays(shape, order, large, monkeypatch):
+    monkeypatch.setattr(rewrite, "LARGE", large)
+    source = torch.empty_permuted(shape, order).normal_()
+    cuts = [half(n, d, d) for d, n in enumerate(shape[:2]) if n > 1]
+    found, wanted = slice_tensor(source, cuts), source
+    for cut in cuts:
+        wanted = wanted.index_select(cut.dims[0], cut.keep)
+    assert torch.equal(found, wanted) and found.stride() == torch.empty_permuted(wanted.shape, order).stride()
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_model_stays_in_its_memory_format(memory_format):
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3, groups=16), nn.Conv2d(16, 12, 1), nn.Conv2d(12, 4, 3)
+    model = nn.Sequential(*layers).to(memory_format=memory_format)
+    x = torch.randn(2, 3, 12, 12).to(memory_format=memory_format)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(x).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    pruner = fxprune.Pruner(model, 0.5, example_inputs=x)
+    small = pruner.step()
+    pruner.remap_optimizer(optimizer)
+    assert small(x).stride() == model(x).stride()
+    for p in small.parameters():
+        fresh = torch.empty_like(p, memory_format=torch.contiguous_format)
+        wanted = fresh.to(memory_format=memory_format).stride() if p.dim() == 4 else (1,)
+        assert p.stride() == wanted and optimizer.state[p]["momentum_buffer"].stride() == wanted
 
 
 def test_what_stays_whole_is_a_copy():

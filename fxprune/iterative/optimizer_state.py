@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from fxprune.iterative.plan_mapping import undo_slices
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.pytree import collect
-from fxprune.passes.ir.slices import apply_slices
+from fxprune.passes.ir.slices import apply_slices, in_format_of
 from fxprune.plan import PlanData
 
 
@@ -47,7 +47,7 @@ class Move:
         """A tensor of the shape that one of the model's tensors had before, in the shape that it has now."""
         there, here = self.before.slices.get(name, ()), self.after.slices.get(name, ())
         into = torch.zeros(self.before.shapes[name], dtype=tensor.dtype, device=tensor.device)
-        made = apply_slices(here, undo_slices(there, tensor, into)).contiguous()
+        made = in_format_of(tensor, apply_slices(here, undo_slices(there, tensor, into)))
         return made.masked_fill(~self.kept[name].to(made.device), 0) if name in self.kept else made
 
     def state(self, name: str, key: str, value: Any, owner: str) -> Any:

@@ -1,4 +1,4 @@
-"""Layers of torch.nn, which are nodes of the graph."""
+"""Layers of torch.nn, which are nodes of the graph; so are the stubs of torch's quantization, which mark places."""
 
 from __future__ import annotations
 
@@ -24,10 +24,13 @@ TRACED_THROUGH = (
 )
 
 
+STANDARD = ("torch.nn.", "torch.ao.nn.", "torch.ao.quantization.stubs")
+
+
 @functools.lru_cache(maxsize=4096)
 def is_standard(kind: type) -> bool:
     """Whether layers of a class are nodes of the program."""
-    return kind.__module__.startswith(("torch.nn.", "torch.ao.nn.")) and not issubclass(kind, TRACED_THROUGH)
+    return kind.__module__.startswith(STANDARD) and not issubclass(kind, TRACED_THROUGH)
 
 
 @functools.lru_cache(maxsize=4096)

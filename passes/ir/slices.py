@@ -197,6 +197,23 @@ def apply_slices(slices: Sequence[TensorSlice], tensor: Tensor) -> Tensor:
     return tensor
 
 
+def in_format_of(source: Tensor, tensor: Tensor) -> Tensor:
+    """A dense tensor whose dimensions lie in memory in the order in which those of `source` lie."""
+    order = major_to_minor(source)
+    if order == list(range(tensor.dim())):
+        return tensor.contiguous()
+    return torch.empty_permuted(tensor.shape, order, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+def major_to_minor(tensor: Tensor) -> list[int]:
+    """The dimensions in the order of their strides, those of size 1 behind others of the same stride, as torch has them."""
+    dims = list(range(tensor.dim()))
+    if tensor.layout is not torch.strided:
+        return dims
+    strides = tensor.stride()
+    return sorted(dims, key=lambda d: (-strides[d], tensor.shape[d] == 1))
+
+
 def mask_of(slices: Sequence[TensorSlice], shape: Sequence[int]) -> Tensor:
     """Which elements of a tensor of a given shape slices keep: booleans of that shape.
 

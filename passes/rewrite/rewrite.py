@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.ir.module_tree import Apart, TreeNames, apart_from, every_path, fetch, named_tensors, replace_tensors, walk
 from fxprune.passes.ir.program import CapturedProgram, Waiver
-from fxprune.passes.ir.slices import Slicer, TensorSlice, apply_slices, cut_shape
+from fxprune.passes.ir.slices import Slicer, TensorSlice, apply_slices, cut_shape, in_format_of, major_to_minor
 from fxprune.passes.rewrite.nesting import Nesting
 from fxprune.passes.rewrite.programs import FlatProgram, Forwards, Program, alike
 from fxprune.passes.rewrite.pruned_module import PrunedModule, RewrittenForward
@@ -208,20 +208,20 @@ BLOCK = 1 << 20  # elements of such a block, so that the next slice finds it in 
 
 
 def slice_tensor(source: Tensor, slices: Sequence[TensorSlice]) -> Tensor:
-    """A new contiguous tensor with what slices leave of one; a parameter where that is one."""
+    """A new dense tensor with what slices leave of one, in its memory format; a parameter where that is one."""
     data = source.data
     if not slices:
         new = data.clone()
     elif len(slices) > 1 and slices[0].dims == (0,) and data.is_cpu and data.numel() > LARGE:
         new = slice_in_blocks(data, slices)
     else:
-        new = apply_slices(slices, data).contiguous()
+        new = in_format_of(data, apply_slices(slices, data))
     return nn.Parameter(new, requires_grad=source.requires_grad) if isinstance(source, nn.Parameter) else new
 
 
 def slice_in_blocks(source: Tensor, slices: Sequence[TensorSlice]) -> Tensor:
     """The same where the first slice is along the first dimension, without a second large tensor on the way."""
-    made = source.new_empty(cut_shape(source.shape, slices))
+    made = torch.empty_permuted(cut_shape(source.shape, slices), major_to_minor(source), dtype=source.dtype)
     rows_per_block = max(1, BLOCK * len(source) // source.numel())
     for rows, place in zip(slices[0].keep.split(rows_per_block), made.split(rows_per_block), strict=True):
         place.copy_(apply_slices(slices[1:], source.index_select(0, rows)))
