@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +44,7 @@ def parse_plan(data: Any) -> dict[str, Any]:
     if data["attention"] not in ("heads", "dims"):
         raise refused(f"attention is {data['attention']!r}, neither 'heads' nor 'dims'")
     freeze = texts(data["freeze"], "freeze")
-    unknown = next((name for name in freeze if name not in shapes), None)
+    unknown = next((name for name in freeze if name not in shapes and not spells_family(name, shapes)), None)
     if unknown is not None:
         raise refused(f"it freezes {unknown}, of which it has no shape")
     if data["inputs"] is not None and elements(data["inputs"]) > MOST_ELEMENTS:
@@ -56,6 +58,12 @@ def parse_plan(data: Any) -> dict[str, Any]:
         "release": texts(data.get("release", []), "release"),  # older plans have none
         "waiver": parse_waiver(data.get("waiver")),
     }
+
+
+def spells_family(text: str, names: Iterable[str]) -> bool:
+    """Whether a text may name families by what they span: `tensor:dim` or `layer:dim`, with globs, or `layer#2`."""
+    bare = re.sub(r"(:\d+|#\d+|:\*)+$", "", text)
+    return bare != text and any(fnmatch.fnmatchcase(n, bare) for name in names for n in (name, name.rpartition(".")[0]))
 
 
 def parse_slice(data: Any, name: str, shape: tuple[int, ...]) -> TensorSlice:

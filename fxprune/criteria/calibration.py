@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -34,6 +35,11 @@ class Batch:
     kwargs: dict[str, Any]
     extra: tuple[Any, ...]
     size: int
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on another device."""
+        args, kwargs, extra = map_tensors((self.args, self.kwargs, self.extra), lambda t: t.to(device))
+        return Batch(args, kwargs, extra, self.size)
 
 
 @dataclass
@@ -62,7 +68,7 @@ class Source:
         device = next((p.device for p in self.parameters.values()), torch.device("cpu"))
         count = 0
         for item in tqdm(self.data, desc=f"scoring by {self.criterion}", disable=None, leave=False):
-            batch = parse_batch(map_tensors(item, lambda t: t.to(device)))
+            batch = parse_batch(item).to(device)
             count += batch.size
             yield from split_samples(batch) if single and batch.size > 1 else [batch]
         if not count:
@@ -102,16 +108,19 @@ class Source:
 
 
 def parse_batch(item: Any) -> Batch:
-    """A batch from what a loader yields: a pair is inputs and target; a dict is keywords and, to the loss, the target too."""
+    """A batch from what a loader yields: a pair is inputs and target; a mapping is keywords, and the target of the loss."""
     pair = isinstance(item, tuple | list) and len(item) == 2
-    inputs, extra = (item[0], (item[1],)) if pair else (item, (item,) if isinstance(item, dict) else ())
+    inputs, extra = (item[0], (item[1],)) if pair else (item, ())
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
-    if isinstance(inputs, dict):
-        kwargs = inputs
+    if isinstance(inputs, Mapping):
+        kwargs = dict(inputs)
+        extra = extra or (kwargs,)
     else:
         args = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
     tensors = collect((args, kwargs), Tensor)
+    if collect((args, kwargs), np.ndarray):
+        raise PruneError("a batch of data holds an array of NumPy's, not a tensor", fix="torch.from_numpy(array)")
     if not tensors:
         raise PruneError(f"a batch of type {type(item).__name__} holds no tensor", fix=BATCHES)
     return Batch(args, kwargs, extra, tensors[0].shape[0] if tensors[0].dim() else 1)
@@ -128,7 +137,7 @@ def split_samples(batch: Batch) -> Iterator[Batch]:
 @contextlib.contextmanager
 def prepare_source(model: nn.Module, data: Any, loss: Any, criterion: str, captures: list[CapturedProgram]) -> Iterator[Source]:
     """A copy of the model that can be run, with random state and gradient mode restored afterwards."""
-    if data is not None and (not isinstance(data, Iterable) or isinstance(data, Tensor | dict | str)):
+    if data is not None and (not isinstance(data, Iterable) or isinstance(data, Tensor | Mapping | str)):
         raise PruneError(f"data must be batches, not a {type(data).__name__}", fix=BATCHES)
     if loss is not None and not callable(loss):
         raise PruneError(f"loss must be a function, not {loss!r}", fix="loss=torch.nn.functional.cross_entropy")
