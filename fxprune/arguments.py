@@ -89,7 +89,9 @@ def called_here(name: str, known: Iterable[str]) -> str:
     """What to write in place of an argument that does not exist."""
     known = list(known)
     if name in ELSEWHERE:
-        return ELSEWHERE[name] if ELSEWHERE[name] == FOUND else f"here it is {ELSEWHERE[name]}"
+        here = ELSEWHERE[name]
+        missing = "=" in here and here.partition("=")[0].isidentifier() and here.partition("=")[0] not in known
+        return here if here == FOUND else f"here it is {here}{', of fxprune.prune' if missing else ''}"
     return f"{did_you_mean(name, known)}one of {', '.join(known)}"
 
 

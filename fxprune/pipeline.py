@@ -131,7 +131,8 @@ class Compilation:
         """Capture the model and couple its channels; each call returns a coupling of its own, which one `emit` uses up."""
         solution = analyse(self.model, self.inputs.args, self.inputs.kwargs, self.options, self.frozen_modules)
         named = {text: why for text, why in self.options.frozen.items() if text not in self.tensors}
-        freeze_families(solution, named, set(named_parameters(self.model)))
+        if named:
+            freeze_families(solution, named, set(named_parameters(self.model)))
         check_coupling(solution)
         return solution
 

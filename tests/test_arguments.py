@@ -233,6 +233,11 @@ ODD = {
         "here it is ratio=0.5",
     ),
     "feasible's own": (lambda m: fxprune.feasible(m, IMAGES, verify=True), "feasible has no argument 'verify'", "one of model"),
+    "what couple lacks": (
+        lambda m: fxprune.couple(m, IMAGES, pruning_ratio=1),
+        "couple has no argument 'pruning_ratio'",
+        "here it is ratio=0.5, of fxprune.prune",
+    ),
     "sensitivity's": (
         lambda m: fxprune.sensitivity(m, IMAGES, len, importance=1),
         "sensitivity has no argument 'importance'",
@@ -547,7 +552,9 @@ def test_families_of_one_layer_are_told_apart():
         fxprune.prune(model, {"a#2": 0.5, "a#3": 0.5}, x)
     small = fxprune.prune(model, 0.5, x, freeze="a#2")
     assert (small.get_submodule("b").in_features, small.get_submodule("c").in_features) == (4, 4)
-    small = fxprune.prune(model, {"a": 0.5}, x)
+    named = [fxprune.prune(model, {text: 0.5}, x) for text in ("a", "a.weight", "a.bias", "a.weight:0", "a:0", "?:0")]
+    assert len({small.plan.to_json() for small in named}) == 1
+    small = named[0]
     assert (small.get_submodule("b").in_features, small.get_submodule("c").in_features) == (4, 2)
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from fxprune.criteria.catalog import find
@@ -54,12 +53,8 @@ def check_effect(
     """
     if options.budget is not None:
         return
-    ratio = options.ratio if isinstance(options.ratio, Mapping) else {}
-    matched = match_globs(free, list(ratio), solution, options.scopes)
-    gone = [bool((~kept[torch.from_numpy(f.units)]).any()) for f in free]
-    busy = {globs[0] for globs, lost in zip(matched, gone, strict=True) if globs and lost}
-    idle = [glob for glob, share in ratio.items() if share and glob not in busy]
-    if not bool((~kept).any()) and any(match_ratios(free, options.ratio, solution, options.scopes)):
+    nothing = bool(kept.all())
+    if nothing and any(match_ratios(free, options.ratio, solution, options.scopes)):
         wanted = any(Allocator(free, score, solution, options).allocate_ratio())
         raise PruneError(
             "nothing in the model can be pruned by so little: "
@@ -67,8 +62,23 @@ def check_effect(
             where=type(model).__name__,
             fix=f"a larger ratio, {'a lower floor, ' if options.floor else ''}or a smaller round_to",
         )
+    if isinstance(options.ratio, Mapping):
+        said = idle_globs(model, free, solution, options, kept)
+        if said and nothing:
+            fix = "the name of a layer that may lose outputs; print(fxprune.couple(model, example_inputs)) shows them"
+            raise PruneError("; ".join(said), where=type(model).__name__, fix=fix)
+        for text in said:
+            warnings.warn(text, PruneWarning, stacklevel=2)
+
+
+def idle_globs(model: nn.Module, free: Sequence[Family], solution: Solution, options: Options, kept: Tensor) -> list[str]:
+    """A sentence for each glob of a ratio that changes nothing, with the reason."""
+    assert isinstance(options.ratio, Mapping)
+    matched = match_globs(free, list(options.ratio), solution, options.scopes)
+    busy = {globs[0] for globs, f in zip(matched, free, strict=True) if globs and not bool(kept[f.units].all())}
+    idle = [glob for glob, share in options.ratio.items() if share and glob not in busy]
     if not idle:
-        return
+        return []
     every = families(solution, set(named_parameters(model)))
     held = [f for f in every if f.frozen is not None]
     stays = list(zip(match_globs(held, idle, solution, options.scopes), held, strict=True))
@@ -82,11 +92,7 @@ def check_effect(
         else:
             why = reasons[0] if reasons else "no channels are made there"
         said.append(f"{glob!r} in ratio changes nothing: {why}")
-    if not bool((~kept).any()):
-        fix = "the name of a layer that may lose outputs; print(fxprune.couple(model, example_inputs)) shows them"
-        raise PruneError("; ".join(said), where=type(model).__name__, fix=fix)
-    for text in said:
-        warnings.warn(text, PruneWarning, stacklevel=2)
+    return said
 
 
 def allocate(

@@ -38,9 +38,12 @@ class Family:
     frozen: str | None
 
     def answers(self, text: str) -> bool:
-        """Whether a text names it: its name, or a glob over the dimensions it spans, as `tensor:dim` or `layer:dim`."""
-        if text == self.name or not (":" in text or "#" in text):
-            return text == self.name
+        """Whether a text names it: its name with or without number, a tensor that it cuts along the first dimension, or a glob
+        over the dimensions that it spans, as `tensor:dim` or `layer:dim`."""
+        if text in (self.name, self.name.partition("#")[0]):
+            return True
+        if ":" not in text and "#" not in text:
+            return (text, 0) in self.members
         return fnmatch.fnmatchcase(self.name, text) or any(spells(text, name, dim) for name, dim in self.members)
 
 
