@@ -16,7 +16,7 @@ from fxprune.passes.coupling.families import families
 from fxprune.passes.ir.module_tree import named_parameters
 from fxprune.passes.ir.quiet import without_modes
 from fxprune.passes.rewrite.pruned_module import PrunedModule
-from fxprune.pipeline import Compilation
+from fxprune.pipeline import Compilation, Plan
 from fxprune.plan import plan_of
 from fxprune.reports.coupling import Coupling
 from fxprune.selection.options import Asked, Attention, BudgetName, Freeze, Options, Ranking, Ratio, Scopes, Verify
@@ -24,6 +24,16 @@ from fxprune.verification import Verification, compare
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    class Pruned(PrunedModule):
+        """What `prune` returns, with the types of what it carries, which the compiler knows nothing of."""
+
+        @property
+        def plan(self) -> Plan: ...
+
+        @property
+        def verification(self) -> Verification | None: ...
+
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
@@ -37,7 +47,7 @@ def prune(
     verify: Verify = "auto",
     same_class: Literal[False] = False,
     **asked: Unpack[Asked],
-) -> PrunedModule: ...
+) -> Pruned: ...
 
 
 @overload

@@ -645,6 +645,21 @@ def test_a_share_too_small_is_warned_of():
         fxprune.prune(model, {"0": 0.5, "2": 0.1}, x)
 
 
+def test_a_scope_without_effect_is_warned_of():
+    with pytest.warns(PruneWarning, match="'late' in scopes names nothing that may lose units"):
+        fxprune.prune(Seq().eval(), 0.5, torch.randn(2, 4), scopes={"early": "a", "late": "b"})
+    with (
+        pytest.raises(PruneError, match="'late' in ratio changes nothing: b is an output of the model"),
+        pytest.warns(PruneWarning),
+    ):
+        fxprune.prune(Seq().eval(), {"late": 0.5}, torch.randn(2, 4), scopes={"early": "a", "late": "b"})
+
+
+def test_the_reason_is_that_of_the_criterion():
+    with pytest.raises(PruneError, match="'body' in ratio changes nothing: body has no score by this criterion"):
+        fxprune.prune(Net().eval(), {"body": 0.5}, IMAGES, criterion="bn_scale")
+
+
 @pytest.mark.parametrize("ratio", [{"a": 0.5, "b": 0}, {"a": 0.5}, {"*": 0.5}, 0.5], ids=str)
 def test_what_has_an_effect_is_not(ratio):
     with warnings.catch_warnings():
@@ -685,5 +700,5 @@ def test_names_are_those_of_the_tables():
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="typing.get_overloads came with Python 3.11")
 def test_what_prune_returns_is_known():
     graph, same = typing.get_overloads(inspect.unwrap(fxprune.prune))
-    assert graph.__annotations__["return"] == "PrunedModule"
+    assert graph.__annotations__["return"] == "Pruned"
     assert same.__annotations__["return"] == same.__annotations__["model"] == "AnyModule"

@@ -156,16 +156,12 @@ def coupled_family(family: Family, parameters: int, frozen: Collection[str] = ()
     """A family as a user reads it, without its labels; `frozen` are the tensors that stay by request."""
     why, texts = family.frozen, [text for text in frozen if ":" in text]
     if why is not None and why.startswith("is frozen by "):
-        others = [
-            (name, dim) for name, dim in family.members if name not in frozen and not any(spells(t, name, dim) for t in texts)
-        ]
-        held = list(dict.fromkeys(f"{place_of(name)}:{dim}" for name, dim in others))
-        more = f" and {len(held) - HELD} more" if len(held) > HELD + 1 else ""
-        why += (
-            f", which holds {', '.join(held[:HELD] if more else held)}{more} too"
-            if 0 < len(others) < len(family.members)
-            else ""
-        )
+        named = lambda name, dim: name in frozen or any(spells(t, name, dim) for t in texts)  # noqa: E731
+        others = [member for member in family.members if not named(*member)]
+        if 0 < len(others) < len(family.members):
+            held = list(dict.fromkeys(f"{place_of(name)}:{dim}" for name, dim in others))
+            more = f" and {len(held) - HELD} more" if len(held) > HELD + 1 else ""
+            why += f", which holds {', '.join(held[:HELD] if more else held)}{more} too"
     return CoupledFamily(family.name, len(family.units), family.width, family.members, why, parameters)
 
 

@@ -26,7 +26,7 @@ from fxprune.passes.ir.module_tree import named_parameters, named_tensors
 from fxprune.passes.ir.quiet import gc_paused
 from fxprune.selection.budgets import KINDS, Budget, list_arguments, parse_budget
 
-Ratio = float | Mapping[str, float] | Mapping[nn.Module, float] | Mapping[str | nn.Module, float]
+Ratio = float | Mapping[Any, float]  # by globs and modules
 Scopes = Mapping[str, str | Sequence[str]]
 Freeze = str | nn.Module | Sequence[str | nn.Module]
 Attention = Literal["heads", "dims"]

@@ -18,7 +18,7 @@ from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_parameters
 from fxprune.passes.ir.slices import Slicer
-from fxprune.selection.allocation import Allocator, levels_after, match_globs, match_ratios
+from fxprune.selection.allocation import Allocator, levels_after, match_globs, match_ratios, match_scopes
 from fxprune.selection.budgets import Budget
 from fxprune.selection.costs import Costs
 from fxprune.selection.latency import FRIENDLY, LatencyProbe
@@ -51,6 +51,9 @@ def check_effect(
 
     Arguments: as for `allocate`; `kept` is what it returned, shape (labels,).
     """
+    scopes = match_scopes(free, options.scopes, solution)
+    for scope in [scope for scope in options.scopes or () if scope not in scopes]:
+        warnings.warn(f"{scope!r} in scopes names nothing that may lose units", PruneWarning, stacklevel=2)
     if options.budget is not None:
         return
     nothing = bool(kept.all())
@@ -79,12 +82,12 @@ def idle_globs(model: nn.Module, free: Sequence[Family], solution: Solution, opt
     idle = [glob for glob, share in options.ratio.items() if share and glob not in busy]
     if not idle:
         return []
-    every = families(solution, set(named_parameters(model)))
-    held = [f for f in every if f.frozen is not None]
+    may_go = {f.name for f in free}
+    held = [f for f in families(solution, set(named_parameters(model))) if f.name not in may_go]
     stays = list(zip(match_globs(held, idle, solution, options.scopes), held, strict=True))
     said = []
     for glob in idle:
-        reasons = [f"{f.name} {f.frozen}" for globs, f in stays if glob in globs]
+        reasons = [f"{f.name} {why_idle(f)}" for globs, f in stays if glob in globs]
         if any(globs and globs[0] == glob for globs in matched):
             why = "what it names has no whole unit to lose"
         elif any(glob in globs for globs in matched):
@@ -93,6 +96,11 @@ def idle_globs(model: nn.Module, free: Sequence[Family], solution: Solution, opt
             why = reasons[0] if reasons else "no channels are made there"
         said.append(f"{glob!r} in ratio changes nothing: {why}")
     return said
+
+
+def why_idle(family: Family) -> str:
+    """Why a family is none of those that may lose units, as what "it" does."""
+    return family.frozen or ("has a single unit" if len(family.units) == 1 else "has no score by this criterion")
 
 
 def allocate(
