@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import fnmatch
 import itertools
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from fxprune.passes.coupling.families import names_family
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.program import Waiver
 from fxprune.passes.ir.slices import TensorSlice
@@ -44,7 +43,7 @@ def parse_plan(data: Any) -> dict[str, Any]:
     if data["attention"] not in ("heads", "dims"):
         raise refused(f"attention is {data['attention']!r}, neither 'heads' nor 'dims'")
     freeze = texts(data["freeze"], "freeze")
-    unknown = next((name for name in freeze if name not in shapes and not spells_family(name, shapes)), None)
+    unknown = next((text for text in freeze if not names_family(text, shapes)), None)
     if unknown is not None:
         raise refused(f"it freezes {unknown}, of which it has no shape")
     if data["inputs"] is not None and elements(data["inputs"]) > MOST_ELEMENTS:
@@ -58,12 +57,6 @@ def parse_plan(data: Any) -> dict[str, Any]:
         "release": texts(data.get("release", []), "release"),  # older plans have none
         "waiver": parse_waiver(data.get("waiver")),
     }
-
-
-def spells_family(text: str, names: Iterable[str]) -> bool:
-    """Whether a text may name families by what they span: `tensor:dim` or `layer:dim`, with globs, or `layer#2`."""
-    bare = re.sub(r"(:\d+|#\d+|:\*)+$", "", text)
-    return bare != text and any(fnmatch.fnmatchcase(n, bare) for name in names for n in (name, name.rpartition(".")[0]))
 
 
 def parse_slice(data: Any, name: str, shape: tuple[int, ...]) -> TensorSlice:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -170,9 +170,9 @@ def asked(method: Any, ridge: Any) -> tuple[str, ...]:
 
 def batches_of(data: Any, device: torch.device) -> list[Batch]:
     """All batches, on the model's device."""
-    if not isinstance(data, Iterable) or isinstance(data, Tensor | Mapping | str):
+    if not isinstance(data, Iterable) or isinstance(data, Tensor | dict | str):
         raise PruneError(f"data must be batches, not a {type(data).__name__}", fix=BATCHES)
-    batches = [parse_batch(item).to(device) for item in data]
+    batches = [parse_batch(map_tensors(item, lambda t: t.to(device))) for item in data]
     if not batches:
         raise PruneError("data holds no batches", fix=f"{BATCHES}; one that was read to its end is empty")
     return batches

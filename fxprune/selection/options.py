@@ -8,7 +8,6 @@ import fnmatch
 import glob as globbing
 import inspect
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypedDict
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from fxprune.arguments import did_you_mean, is_number, number
 from fxprune.criteria.base import Criterion
 from fxprune.criteria.catalog import CriterionName, resolve
-from fxprune.passes.coupling.families import place_of, spells
+from fxprune.passes.coupling.families import names_family
 from fxprune.passes.coupling.solution import CouplingOptions
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_parameters, named_tensors
@@ -220,18 +219,10 @@ def check_globs(model: nn.Module, options: Options) -> None:
     modules = [name for name, _ in model.named_modules()] if scopes or isinstance(options.ratio, Mapping) else []
     globs = [("ratio", glob) for glob in options.ratio if glob not in scopes] if isinstance(options.ratio, Mapping) else []
     globs += [("scopes", glob) for some in scopes.values() for glob in ([some] if isinstance(some, str) else some)]
+    shapes = {name: tensor.shape for name, tensor in named_tensors(model)} if globs else {}
     for argument, glob in globs:
-        if not any(fnmatch.fnmatchcase(name, glob) for name in modules) and not spells_family(model, glob):
+        if not any(fnmatch.fnmatchcase(name, glob) for name in modules) and not names_family(glob, shapes):
             raise PruneError(f"the glob {glob!r} in {argument} matches no module", fix=near_modules(glob, modules))
-
-
-def spells_family(model: nn.Module, text: str) -> bool:
-    """Whether a text may name families by what they span, as printed: `layer:dim`, `layer#2`, or a tensor."""
-    bare = re.sub(r"#\d+$", "", text)
-    every = [(name, place_of(name), t.dim()) for name, t in named_tensors(model)]
-    if bare == text and ":" not in text:
-        return any(name == text for name, _, _ in every)
-    return any(bare in (name, layer) or any(spells(bare, name, d) for d in range(dims)) for name, layer, dims in every)
 
 
 def near_modules(glob: str, modules: Sequence[str]) -> str:
@@ -273,7 +264,7 @@ def frozen_names(model: nn.Module, freeze: Any) -> dict[str, str]:
     """Names of the tensors that stay by request, and texts that name families, with the reason."""
     frozen: dict[str, str] = {}
     for item in each_item(freeze):
-        if isinstance(item, str) and spells_family(model, item):
+        if isinstance(item, str) and names_family(item, {name: t.shape for name, t in named_tensors(model)}):
             frozen[item] = f"is frozen by freeze={item!r}"
             continue
         paths = paths_of(model, item, "freeze")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -50,6 +51,15 @@ class Family:
 def spells(text: str, tensor: str, dim: int) -> bool:
     """Whether a glob matches a dimension of a tensor, as `tensor:dim` or `layer:dim`."""
     return any(fnmatch.fnmatchcase(f"{place}:{dim}", text) for place in (tensor, place_of(tensor)))
+
+
+def names_family(text: str, shapes: Mapping[str, Sequence[int]]) -> bool:
+    """Whether a text may name a family of a model with tensors of these shapes: a tensor, `layer:dim`, or `layer#2`."""
+    bare = re.sub(r"#\d+$", "", text)
+    if bare == text and ":" not in text:
+        return text in shapes
+    every = ((name, range(len(shape))) for name, shape in shapes.items())
+    return any(bare in (name, place_of(name)) or any(spells(bare, name, d) for d in dims) for name, dims in every)
 
 
 def place_of(tensor: str) -> str:
