@@ -70,6 +70,11 @@ ODD = {
     ),
     "no pruned model": (fxprune.report, "report: missing a required argument: 'pruned'", "report(model, pruned,"),
     "no second model": (fxprune.verify, "verify: missing a required argument: 'pruned'", "verify(model, pruned,"),
+    "a module alone": (
+        lambda m: fxprune.prune(m, m.stem, IMAGES),
+        "ratio is a Conv2d, not a share",
+        "ratio={model.layer1: 0.5}",
+    ),
     # inputs
     "NumPy's array": (
         lambda m: fxprune.prune(m, 0.5, ARRAY),

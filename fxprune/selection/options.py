@@ -169,6 +169,8 @@ def parse_ratio(model: nn.Module, ratio: Any) -> float | dict[str, float]:
             f"ratio is a {type(ratio).__name__}: example inputs come after it",
             fix="prune(model, 0.5, x), or example_inputs=x with a budget such as macs=0.5",
         )
+    if isinstance(ratio, nn.Module):
+        raise PruneError(f"ratio is a {type(ratio).__name__}, not a share", fix="ratio={model.layer1: 0.5}")
     if not isinstance(ratio, Mapping):
         if share_of(ratio, "ratio") == 0:
             raise PruneError(f"ratio={ratio!r} removes nothing", fix=REMOVES)
