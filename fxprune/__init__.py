@@ -4,7 +4,7 @@ from fxprune import criteria, masks, regularizers
 from fxprune.api import couple, prune, verify
 from fxprune.criteria import Magnitude
 from fxprune.custom_ops import register_op
-from fxprune.errors import PruneError
+from fxprune.errors import PruneError, PruneWarning
 from fxprune.iterative.pruner import Pruner
 from fxprune.pipeline import Plan
 from fxprune.plan import plan_of
@@ -21,6 +21,7 @@ __all__ = [
     "Magnitude",
     "Plan",
     "PruneError",
+    "PruneWarning",
     "Pruner",
     "Repair",
     "Sensitivity",
@@ -39,3 +40,8 @@ __all__ = [
     "verify",
 ]
 __version__ = "0.1.0"
+
+
+def __dir__() -> list[str]:
+    """What is public, for editors and consoles."""
+    return sorted(__all__)

@@ -3,47 +3,91 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from torch import Tensor, fx, nn
 
+from fxprune.arguments import checked_call
 from fxprune.criteria.base import Criterion
+from fxprune.criteria.catalog import CriterionName
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.coupling.families import families
 from fxprune.passes.ir.module_tree import named_parameters
 from fxprune.passes.ir.quiet import without_modes
-from fxprune.pipeline import Compilation
+from fxprune.passes.rewrite.pruned_module import PrunedModule
+from fxprune.pipeline import Compilation, Plan
 from fxprune.plan import plan_of
 from fxprune.reports.coupling import Coupling
-from fxprune.selection.options import Attention, Freeze, Options, Ratio, Scopes, Verify
+from fxprune.selection.options import Asked, Attention, BudgetName, Freeze, Options, Ranking, Ratio, Scopes, Verify
 from fxprune.verification import Verification, compare
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+    class Pruned(PrunedModule):
+        """What `prune` returns, with the types of what it carries, which the compiler knows nothing of."""
+
+        @property
+        def plan(self) -> Plan: ...
+
+        @property
+        def verification(self) -> Verification | None: ...
+
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+
+
+@overload
+def prune(
+    model: nn.Module,
+    ratio: Ratio | None = None,
+    example_inputs: Any = None,
+    *,
+    verify: Verify = "auto",
+    same_class: Literal[False] = False,
+    **asked: Unpack[Asked],
+) -> Pruned: ...
+
+
+@overload
+def prune(
+    model: AnyModule,
+    ratio: Ratio | None = None,
+    example_inputs: Any = None,
+    *,
+    verify: Verify = "auto",
+    same_class: Literal[True],
+    **asked: Unpack[Asked],
+) -> AnyModule: ...
+
+
+@checked_call()
 @without_modes()
 def prune(
     model: nn.Module,
     ratio: Ratio | None = None,
-    *,
     example_inputs: Any = None,
-    params: float | None = None,
-    macs: float | None = None,
-    memory: float | None = None,
+    *,
+    params: float | str | None = None,
+    macs: float | str | None = None,
+    memory: float | str | None = None,
     latency: float | str | None = None,
-    budget: Mapping[str, float | str] | None = None,
-    criterion: str | Criterion = "magnitude",
+    budget: Mapping[BudgetName, float | str] | Mapping[str, float | str] | None = None,
+    criterion: CriterionName | str | Criterion = "magnitude",
     data: Iterable[Any] | None = None,
     loss: Callable[..., Tensor] | None = None,
-    ranking: Literal["local", "global", "isomorphic"] = "local",
+    ranking: Ranking = "local",
     scopes: Scopes | None = None,
     floor: float | None = None,
     freeze: Freeze = (),
+    freeze_outputs: Freeze = (),
     release: str | Sequence[str] = (),
     round_to: int = 1,
     attention: Attention = "heads",
     verify: Verify = "auto",
     same_class: bool = False,
-) -> fx.GraphModule:
+) -> Any:
     """A physically smaller copy of a model, exactly equal to it with the removed channels masked.
 
     >>> import torch
@@ -55,16 +99,19 @@ def prune(
     Arguments:
         model: any module; it is not touched. On the meta device it is coupled and cut in form alone, by a criterion that looks
             at no weights (`random`), unverified, and the plan can be applied to the model once it has some.
-        ratio: the share of units removed from every prunable family, in [0, 1), or a mapping from globs over module names
-            to shares, the first match of which counts; families that no glob matches stay whole.
-        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments, nested as forward takes
-            them; what varies at run time (batch and image size) may have any value here.
+        ratio: the share of units removed from every prunable family, in (0, 1), or a mapping to shares from modules, globs
+            over module names and names of families, the first match of which counts; what nothing matches stays whole. What
+            has no effect is warned of (`PruneWarning`), and an error where nothing at all would go.
+        example_inputs: a tensor, a tuple of positional arguments (or a list of as many as forward takes), or a mapping of
+            keyword arguments such as a `BatchEncoding`, nested as forward takes them; what varies at run time (batch and
+            image size) may have any value here.
         params, macs, memory: a budget in place of `ratio`: parameters, multiply-accumulates of one forward of the example
-            inputs, or bytes of parameters and buffers. A float up to 1 is the share that may stay, a larger number absolute.
-            The fewest units go that meet it.
+            inputs, or bytes of parameters and buffers. A float up to 1 is the share that may stay, a larger number absolute,
+            as is a text with a unit: k, M, G and T count in thousands ("2G"), bytes are B, kB, MB and GB (thousands) or KiB,
+            MiB and GiB (of 1,024). The fewest units go that meet it.
         latency: likewise the time of one forward of the example inputs on the model's device: a share of the original's, or
-            a time such as "20ms" (a number above 1 is in seconds). It is measured, in evaluation mode; counts of channels
-            are multiples of 8 where that is enough. `meta["latency"]` says what was measured.
+            a time in s, ms or us, such as "20ms". It is measured, in evaluation mode; counts of channels are multiples of 8
+            where that is enough. `meta["latency"]` says what was measured.
         budget: a budget of any kind in `fxprune.selection.budgets.KINDS`, as a mapping from its name to the amount.
         criterion: how units are ranked: a name in `fxprune.criteria.CRITERIA`, one of its classes with options of its own,
             or a function of a parameter that gives the importance of each element. `magnitude` is the L2 norm over the whole
@@ -75,11 +122,13 @@ def prune(
             the output alone) that returns a mean over the batch.
         ranking: who competes: with `local` every family loses the same share; with `global` all families lose their lowest
             scored units together; with `isomorphic` (arXiv:2407.04616) those of one structure do.
-        scopes: a mapping from names to globs over module names: families of one scope share a ratio and compete. `ratio` may
-            name them.
+        scopes: a mapping from names to globs over module names, or names of families: families of one scope share a ratio
+            and compete. `ratio` may name them.
         floor: the share of every family that stays where families compete or a budget is given, 0.1 by default; with
             `local` ratios none by default.
-        freeze: globs over module names, or modules, whose parameters stay as they are.
+        freeze: globs over module names, modules, or names of families as `couple` prints them. The parameters of a module
+            stay as they are, and so do the layers that it reads: `couple` and `report` say which.
+        freeze_outputs: globs or modules likewise, of whose layers the outputs alone stay; what they read may shrink.
         release: globs over the names of outputs, whose channels then may go too: the keys, fields and positions that lead to
             a tensor, such as `last_hidden_state`, `hidden_states.*` or `1`; a model's one tensor is `output`. By default
             every output keeps its shape.
@@ -89,7 +138,8 @@ def prune(
         same_class: return a shrunk copy of the model, of its own class, with attributes and configuration brought up to date,
             instead of a GraphModule: its caches, losses, `generate` and `save_pretrained` are as before.
 
-    Returns: a `torch.fx.GraphModule` on the model's device and in its mode; `meta["plan"]` and `meta["verification"]`.
+    Returns: a `torch.fx.GraphModule` (with `same_class` a module of the model's class) on the model's device and in its mode;
+    `meta["plan"]` and `meta["verification"]`.
 
     Raises: PruneError for anything that cannot be done; nothing has changed then.
     """
@@ -109,12 +159,13 @@ def prune(
             scopes=scopes,
             floor=floor,
             freeze=freeze,
+            freeze_outputs=freeze_outputs,
             release=release,
             round_to=round_to,
             attention=attention,
             verify=verify,
         )
-        inputs = ExampleInputs.parse(example_inputs).check(model, weights=options.needs_weights or same_class)
+        inputs = ExampleInputs.parse(example_inputs, model).check(model, weights=options.needs_weights or same_class)
         compilation = Compilation(model, inputs, options.coupling)
         with options.gc_paused():
             choice = compilation.choose(options)  # capture, couple, score, select
@@ -127,12 +178,14 @@ def prune(
         return compilation.restore_class(pruned) if same_class else pruned
 
 
+@checked_call()
 @without_modes()
 def couple(
     model: nn.Module,
     example_inputs: Any = None,
     *,
     freeze: Freeze = (),
+    freeze_outputs: Freeze = (),
     release: str | Sequence[str] = (),
     attention: Attention = "heads",
 ) -> Coupling:
@@ -141,21 +194,22 @@ def couple(
     >>> import torch
     >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     >>> [f.name for f in couple(net, torch.randn(1, 4)).families if f.frozen is None]
-    ['0.weight:0']
+    ['0']
 
     Arguments: as for `prune`; the model may be on the meta device, however large it is. Raises: PruneError.
     """
     with entry_point(model) as model:
-        options = Options.parse(model, freeze=freeze, release=release, attention=attention)
-        inputs = ExampleInputs.parse(example_inputs).check(model, weights=False)
+        options = Options.parse(model, freeze=freeze, freeze_outputs=freeze_outputs, release=release, attention=attention)
+        inputs = ExampleInputs.parse(example_inputs, model).check(model, weights=False)
         compilation = Compilation(model, inputs, options.coupling)
         solution = compilation.couple_for_good()
         found = families(solution, set(named_parameters(model)))
         for capture in solution.captures:
             capture.given.clear()  # nothing is tried any more
-        return Coupling(type(model).__name__, found, solution, compilation.tensors)
+        return Coupling(type(model).__name__, found, solution, compilation.tensors, options.coupling.frozen)
 
 
+@checked_call()
 @without_modes()
 def verify(model: nn.Module, pruned: fx.GraphModule, example_inputs: Any, *, sizes: bool = True) -> Verification:
     """How far a pruned model is from the masked original.
@@ -172,4 +226,4 @@ def verify(model: nn.Module, pruned: fx.GraphModule, example_inputs: Any, *, siz
         plan = plan_of(pruned)
         compilation = Compilation.of_plan(model, plan, example_inputs)
         removal = compilation.choice_of(plan).removal(plan.coupling_options.heads)
-        return compare(model, pruned, removal, ExampleInputs.parse(example_inputs), sizes=sizes)
+        return compare(model, pruned, removal, ExampleInputs.parse(example_inputs, model), sizes=sizes)

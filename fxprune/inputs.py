@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,15 +27,24 @@ class ExampleInputs:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def parse(cls, given: Any) -> ExampleInputs:
-        """A tensor is one argument, a tuple several, a dict keywords. Raises PruneError where there are none."""
+    def parse(cls, given: Any, model: nn.Module | None = None) -> ExampleInputs:
+        """A tensor is one argument, a tuple several, a mapping keywords; a list several if the model's forward takes so many.
+
+        Raises: PruneError where there are none, or NumPy's arrays in place of tensors.
+        """
         if given is None:
             raise PruneError(
                 "example inputs are missing", fix="example_inputs=torch.randn(1, 3, 224, 224), or what forward takes"
             )
-        if isinstance(given, dict) and all(isinstance(k, str) for k in given):
-            return cls((), dict(given))
-        return cls(given if isinstance(given, tuple) else (given,), {})
+        if isinstance(given, list) and model is not None and takes_each(model, given):
+            given = tuple(given)
+        if isinstance(given, Mapping) and all(isinstance(k, str) for k in given):
+            found = cls((), dict(given))
+        else:
+            found = cls(given if isinstance(given, tuple) else (given,), {})
+        if collect((found.args, found.kwargs), np.ndarray):
+            raise PruneError("the example inputs hold an array of NumPy's, not a tensor", fix="torch.from_numpy(array)")
+        return found
 
     def call(self, model: Callable[..., Any]) -> Any:
         """What a model returns for them."""
@@ -123,6 +134,27 @@ class ExampleInputs:
         return self
 
 
+def takes_each(model: nn.Module, given: list[Any]) -> bool:
+    """Whether forward takes the items of a list as one argument each, and not the list as its first one.
+
+    It takes the list where its first parameter is annotated as one, or where there are too many items, or too few.
+    """
+    signature = inspect.signature(model.forward)
+    first = next(iter(signature.parameters.values()), None)
+    if first is None or re.match(r"(typing\.)?(list|sequence|iterable)\b", annotation_of(first), re.IGNORECASE):
+        return False
+    try:
+        signature.bind(*given)
+    except TypeError:
+        return False
+    return bool(given)
+
+
+def annotation_of(parameter: inspect.Parameter) -> str:
+    said = parameter.annotation
+    return said if isinstance(said, str) else said.__name__ if type(said) is type else str(said)
+
+
 def device_of(model: nn.Module) -> torch.device:
     """The device of a model's first tensor; the CPU for a model without any."""
     return next((t.device for _, t in named_tensors(model)), torch.device("cpu"))
@@ -174,7 +206,8 @@ def random_inputs(described: Any, device: torch.device) -> ExampleInputs:
     if elements(described) > MOST_ELEMENTS:
         raise PruneError("the plan's example inputs are too large to be made up", fix=fix)
     try:
-        return ExampleInputs.parse(made_up(described, device))
+        made = made_up(described, device)
+        return ExampleInputs.parse((made,) if isinstance(made, list) else made)
     except (RuntimeError, TypeError) as error:
         raise PruneError(f"example inputs like those of the plan cannot be made up: {error}", fix=fix) from error
 

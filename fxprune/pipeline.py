@@ -16,7 +16,7 @@ from fxprune.batch_guards import Recompiled, for_any_batch
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs, device_of, random_inputs
 from fxprune.passes.coupling.couple import analyse, describe_capture
-from fxprune.passes.coupling.families import families
+from fxprune.passes.coupling.families import families, freeze_families
 from fxprune.passes.coupling.solution import CouplingOptions, Solution
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_parameters, named_tensors
@@ -111,7 +111,11 @@ class Compilation:
     ) -> Compilation:
         """A compilation in which a plan can be applied to a model of the architecture that it was made for."""
         plan.check(model)
-        given = random_inputs(plan.inputs, device_of(model)) if example_inputs is None else ExampleInputs.parse(example_inputs)
+        given = (
+            random_inputs(plan.inputs, device_of(model))
+            if example_inputs is None
+            else ExampleInputs.parse(example_inputs, model)
+        )
         inputs = given.check(model)
         if plan.waiver is not None and inputs.batch == plan.waiver.size:
             inputs = inputs.one_more()  # the program was captured with a larger batch
@@ -126,6 +130,9 @@ class Compilation:
     def couple(self) -> Solution:
         """Capture the model and couple its channels; each call returns a coupling of its own, which one `emit` uses up."""
         solution = analyse(self.model, self.inputs.args, self.inputs.kwargs, self.options, self.frozen_modules)
+        named = {text: why for text, why in self.options.frozen.items() if text not in self.tensors}
+        if named:
+            freeze_families(solution, named, set(named_parameters(self.model)))
         check_coupling(solution)
         return solution
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fxprune.passes.coupling.families import names_family
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.program import Waiver
 from fxprune.passes.ir.slices import TensorSlice
@@ -42,7 +43,7 @@ def parse_plan(data: Any) -> dict[str, Any]:
     if data["attention"] not in ("heads", "dims"):
         raise refused(f"attention is {data['attention']!r}, neither 'heads' nor 'dims'")
     freeze = texts(data["freeze"], "freeze")
-    unknown = next((name for name in freeze if name not in shapes), None)
+    unknown = next((text for text in freeze if not names_family(text, shapes)), None)
     if unknown is not None:
         raise refused(f"it freezes {unknown}, of which it has no shape")
     if data["inputs"] is not None and elements(data["inputs"]) > MOST_ELEMENTS:

@@ -32,7 +32,7 @@ class Small(nn.Module):
 
 ONE = [("one.weight", 0), ("one.bias", 0), ("norm.weight", 0), ("norm.bias", 0), ("two.weight", 1)]
 TWO = [("two.weight", 0), ("two.bias", 0), ("head.weight", 1)]
-SPANS = {"one.weight:0": ONE, "two.weight:0": TWO}
+SPANS = {"one": ONE, "two": TWO}
 
 
 def built():

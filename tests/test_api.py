@@ -128,11 +128,11 @@ def test_coupling_counts_every_parameter():
     model = resnet()
     coupling = fxprune.couple(model, images())
     by_name = {f.name: f for f in coupling.families}
-    first = by_name["layer1.0.conv1.weight:0"]
+    first = by_name["layer1.0.conv1"]
     assert (first.units, first.width, first.frozen) == (64, 1, None)
     assert first.parameters == 2 * 64 * 64 * 9 + 2 * 64  # its own weight, the next one's, scale and shift
-    assert by_name["fc.weight:0"].frozen == "is an output of the model"
-    assert by_name["fc.weight:0"].parameters == 10 * 512 + 10
+    assert by_name["fc"].frozen == "is an output of the model"
+    assert by_name["fc"].parameters == 10 * 512 + 10
     largest = coupling.prunable[0]
     assert largest.parameters == max(f.parameters for f in coupling.families)
 
@@ -148,7 +148,7 @@ def test_printed_coupling_lists_the_largest_first_and_the_reasons():
     text = str(fxprune.couple(resnet(), images()))
     lines = text.splitlines()
     assert lines[0] == "ResNet: 12 prunable families of 2,880 units, 2 families kept whole"
-    assert "layer4.0.conv2.weight:0" in lines[4]
+    assert "layer4.0.conv2" in lines[4]
     assert "is an output of the model" in text.partition("kept whole  ")[2]
     assert all(line == line.rstrip() for line in lines)
 
@@ -200,14 +200,16 @@ def marked_up(renderable):
 def test_frozen_families_say_so():
     coupling = fxprune.couple(resnet(), images(), freeze="layer1.0.conv1")
     reasons = {f.name: f.frozen for f in coupling.families}
-    assert reasons["layer1.0.conv1.weight:0"] == "is frozen by freeze='layer1.0.conv1'"
+    assert reasons["layer1.0.conv1"] == (
+        "is frozen by freeze='layer1.0.conv1', which holds layer1.0.bn1:0, layer1.0.conv2:1 too"
+    )
 
 
 def test_a_channel_of_a_transposed_grouped_convolution_counts_once():
     """Its weight names an output channel once for every input of the group: the family is as wide as the channels."""
     net = nn.Sequential(nn.ConvTranspose2d(8, 16, 2, groups=2), nn.ReLU(), nn.Conv2d(16, 4, 1))
     x = torch.randn(1, 8, 4, 4)
-    family = next(f for f in fxprune.couple(net, x).families if f.name == "0.weight:1")
+    family = next(f for f in fxprune.couple(net, x).families if f.name == "0:1")
     assert (family.units, family.width) == (16, 1)
     small = fxprune.prune(net, 0.4, example_inputs=x, round_to=4)
     assert small.get_submodule("2").weight.shape == (4, 12, 1, 1)
@@ -241,10 +243,9 @@ def test_whole_heads_or_dimensions_within_them():
 
 def test_stronger_ratio_leaves_less():
     model, x = resnet(), images()
-    ratios = (0.0, 0.25, 0.5, 0.75)
-    left = [share(fxprune.prune(model, r, example_inputs=x, verify=False), model) for r in ratios]
-    assert left[0] == 1.0 and left == sorted(left, reverse=True)
-    assert 0.25 <= left[2] <= 0.33
+    left = [share(fxprune.prune(model, r, example_inputs=x, verify=False), model) for r in (0.25, 0.5, 0.75)]
+    assert left == sorted(set(left), reverse=True) and left[0] < 1
+    assert 0.25 <= left[1] <= 0.33
 
 
 def test_a_glob_names_the_layer_that_writes_and_not_the_one_that_reads():

@@ -347,7 +347,6 @@ def test_a_ratio_too_small_for_any_unit():
         where="Sequential",
         fix="a larger ratio, or a smaller round_to",
     )
-    assert fxprune.prune(model, 0.0, example_inputs=x).get_submodule("0").out_features == 3
 
 
 class Grows(nn.Module):

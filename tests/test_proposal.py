@@ -28,24 +28,24 @@ def test_all_applied_is_the_step_itself():
 
 def test_candidates_say_what_would_go():
     _, proposal = proposed()
-    assert [c.family.name for c in proposal] == ["stem.weight:0", "inner.weight:0", "down.weight:0"]
+    assert [c.family.name for c in proposal] == ["stem", "inner", "down"]
     assert len(proposal) == 3
-    inner = proposal["inner.weight:0"]
+    inner = proposal["inner"]
     assert inner.gone == ([],) and len(inner.units[0]) == 6
     model = residual()
     own = model.inner.weight.square().sum((1, 2, 3)) + model.outer.weight.square().sum((0, 2, 3))
     own += model.inner_norm.weight.square() + model.inner_norm.bias.square()
     np.testing.assert_allclose(inner.scores[0], own.detach().numpy())
     assert sorted(own.argsort()[:6].tolist()) == inner.units[0]
-    assert repr(inner) == "Candidate(inner.weight:0: 6 of 24 units)"
-    assert repr(inner.apply()) == "Candidate(inner.weight:0: 6 of 24 units, applied)"
+    assert repr(inner) == "Candidate(inner: 6 of 24 units)"
+    assert repr(inner.apply()) == "Candidate(inner: 6 of 24 units, applied)"
 
 
 def test_only_what_is_applied_goes():
     pruner, proposal = proposed()
     for candidate in proposal:
         candidate.apply()
-    proposal["stem.weight:0"].skip()
+    proposal["stem"].skip()
     small = proposal.finish()
     assert (small.stem.out_channels, small.inner.out_channels, small.down.out_channels) == (16, 18, 15)
     assert pruner.history[0].fresh == 11
@@ -55,12 +55,12 @@ def test_only_what_is_applied_goes():
 
 def test_edited_units_go_and_stay_gone():
     pruner, proposal = proposed()
-    proposal["inner.weight:0"].edit([5, 3, 3]).apply()
+    proposal["inner"].edit([5, 3, 3]).apply()
     small = proposal.finish()
     kept = [i for i in range(24) if i not in (3, 5)]
     assert torch.equal(small.inner.weight, residual().inner.weight[kept])
     second = trained(small, seed=5) and pruner.step(interactive=True)
-    inner = second["inner.weight:0"]
+    inner = second["inner"]
     assert inner.gone == ([3, 5],) and np.isnan(inner.scores[0][[3, 5]]).all()
     assert len(inner.units[0]) == 10 and not {3, 5} & set(inner.units[0])
     inner.apply()
@@ -97,29 +97,29 @@ NO_UNITS = [
 @pytest.mark.parametrize(("units", "what", "fix"), NO_UNITS)
 def test_edits_that_mean_nothing(units, what, fix):
     _, proposal = proposed()
-    inner = proposal["inner.weight:0"]
+    inner = proposal["inner"]
     before = inner.units
-    refuses(lambda: inner.edit(*units), what=what, where="inner.weight:0", fix=fix)
+    refuses(lambda: inner.edit(*units), what=what, where="inner", fix=fix)
     assert inner.units is before
 
 
 def test_units_that_cannot_go():
     pruner, proposal = proposed()
-    inner = proposal["inner.weight:0"].edit(range(24))
+    inner = proposal["inner"].edit(range(24))
     why = "a tensor would be left empty or with rows of different lengths"
     what = f"1 unit of this family cannot go alone, the first is {inner.scores[0].argmax()}: {why}"
     fix = "the same number of units in every row, and at least one that stays"
-    refuses(inner.apply, what=what, where="inner.weight:0", fix=fix)
+    refuses(inner.apply, what=what, where="inner", fix=fix)
     assert not inner.applied
     inner.edit([2]).apply()
     proposal.finish()
-    again = pruner.step(interactive=True)["inner.weight:0"]
+    again = pruner.step(interactive=True)["inner"]
     fix = "a unit that is not in candidate.gone"
-    refuses(lambda: again.edit([2]), what="unit 2 is gone already", where="inner.weight:0", fix=fix)
+    refuses(lambda: again.edit([2]), what="unit 2 is gone already", where="inner", fix=fix)
     refuses(
         lambda: proposal["middle"],
         what="no family is called 'middle'",
-        fix="a name such as stem.weight:0, inner.weight:0, down.weight:0",
+        fix="a name such as stem, inner, down",
     )
 
 

@@ -95,7 +95,7 @@ def test_several_steps_remove_as_much_as_one(build, attention):
 def test_budgets_fall_step_by_step(kind, ranking):
     model = residual()
     pruner = fxprune.Pruner(model, example_inputs=IMAGES, **{kind: 0.4}, ranking=ranking, schedule="cubic", steps=3)
-    costs = lambda m: getattr(fxprune.feasible(m, IMAGES, ratio=0.0), kind)[2]  # noqa: E731
+    costs = lambda m: getattr(fxprune.feasible(m, IMAGES), kind)[2]  # noqa: E731
     whole, kept = costs(model), [pruner.plan.masks(model)]
     for t in (1 / 3, 2 / 3, 1):
         small = trained(pruner.step(), seed=3)

@@ -134,7 +134,7 @@ def test_growing_brings_units_to_zero_before_they_go():
         pruner.regularize(model)
         optimizer.step()
     for name, places in FAMILIES.items():
-        units = going[places[0][0] + ":0"]
+        units = going[places[0][0].rpartition(".")[0]]
         left = [i for i in range(len(squares(model, places))) if i not in units]
         assert squares(model, places)[units].max() < 1e-6 < 1e-2 < squares(model, places)[left].max(), name
     small = pruner.step()

@@ -99,7 +99,7 @@ BAD = [
     ),
     (
         {"ratio": 0.1, "round_to": 8, "steps": 3},
-        "nothing in the model can be pruned by so little, not even in the last step",
+        "nothing in the model can be pruned by so little: no family has a whole unit to lose",
         "Net",
         "a larger ratio, or a smaller round_to",
     ),

@@ -44,7 +44,7 @@ def test_bfloat16_ranks_as_float32(criterion):
     for dtype in (torch.float32, torch.bfloat16):
         data = [(x.to(dtype), y)]
         values = scores(stepped(dtype), x.to(dtype), criterion, data, lambda out, y: out.float().square().mean())
-        found.append(values["0.weight:0"].argsort().tolist())
+        found.append(values["0"].argsort().tolist())
     assert found[0] == found[1]
 
 
@@ -53,9 +53,9 @@ def test_under_autocast(small, criterion):
     model = small.float()
     x, y = batch()
     data = [(x.float(), y)]
-    plain = scores(model, x.float(), criterion, data, F.cross_entropy)["one.weight:0"]
+    plain = scores(model, x.float(), criterion, data, F.cross_entropy)["one"]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = scores(model, x.float(), criterion, data, F.cross_entropy)["one.weight:0"]
+        found = scores(model, x.float(), criterion, data, F.cross_entropy)["one"]
     assert found.isfinite().all()
     if criterion != "grasp":  # signed: what nearly cancels has no relative precision
         torch.testing.assert_close(found, plain, rtol=0.25, atol=0.05 * float(plain.max()))
@@ -110,7 +110,7 @@ def test_a_criterion_of_the_wrong_shape():
         prune(model, rows),
         model,
         what="the criterion rows returns shape (8,) for a parameter of shape (8, 3, 3, 3)",
-        where="stem.weight (family stem.weight:0)",
+        where="stem.weight (family stem)",
         fix="return the importance of each element, as a tensor of the parameter's shape",
     )
 
@@ -124,7 +124,7 @@ def test_a_criterion_that_gives_nan():
         prune(model, broken),
         model,
         what="the criterion broken gives NaN",
-        where="family stem.weight:0",
+        where="family stem",
         fix="look for NaN among its parameters (and in the data and the loss, where it reads them)",
     )
 
@@ -137,7 +137,7 @@ def test_a_loss_that_is_nan(criterion):
         prune(model, criterion, data=[(IMAGES, LABELS)], loss=lambda out, y: F.cross_entropy(out, y) * math.nan),
         model,
         what=f"the criterion {name} gives NaN",
-        where="family stem.weight:0",
+        where="family stem",
         fix="look for NaN among its parameters (and in the data and the loss, where it reads them)",
     )
 
@@ -156,7 +156,7 @@ def test_a_criterion_that_gives_infinity():
         prune(model, Sure(), ranking="global"),
         model,
         what="the criterion Sure gives infinity, which 'mean' cannot make comparable",
-        where="family stem.weight:0",
+        where="family stem",
         fix="finite scores, or normalise='none'",
     )
     unsure = Sure()
@@ -176,7 +176,7 @@ def test_a_criterion_that_gives_something_else(result, got):
         prune(model, odd),
         model,
         what=f"the criterion odd returns {got} for a parameter of shape (8, 3, 3, 3)",
-        where="stem.weight (family stem.weight:0)",
+        where="stem.weight (family stem)",
         fix="return the importance of each element, as a tensor of the parameter's shape",
     )
 
@@ -190,7 +190,7 @@ def test_a_criterion_that_raises():
         prune(model, broken),
         model,
         what="the criterion broken raises ValueError: no",
-        where="stem.weight (family stem.weight:0)",
+        where="stem.weight (family stem)",
         fix="return the importance of each element, as a tensor of the parameter's shape",
     )
     assert isinstance(error.__cause__, ValueError)

@@ -2,19 +2,46 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+from fxprune.arguments import did_you_mean
 from fxprune.criteria import activation, gradient, weight
 from fxprune.criteria.base import Criterion, CriterionSpec, check_name, describe
 from fxprune.criteria.calibration import GATHER, SAMPLES
 from fxprune.passes.errors import PruneError
 
+CriterionName = Literal[
+    "magnitude",
+    "bn_scale",
+    "lamp",
+    "fpgm",
+    "random",
+    "taylor",
+    "hessian",
+    "obdc",
+    "fisher",
+    "snip",
+    "grasp",
+    "wanda",
+    "flap",
+]
 CRITERIA: dict[str, Criterion] = {**weight.CRITERIA, **gradient.CRITERIA, **activation.CRITERIA}
+OTHER_NAMES = {  # what the field calls some of them
+    **dict.fromkeys(["l1", "l1_norm", "l1norm"], "fxprune.Magnitude(p=1)"),
+    **dict.fromkeys(["l2", "l2_norm", "l2norm", "norm", "weight", "lp", "group_norm", "groupnorm"], "'magnitude'"),
+    **dict.fromkeys(["bn", "batchnorm", "slimming", "network_slimming", "bnscale", "group_bn_scale"], "'bn_scale'"),
+    **dict.fromkeys(["gradient", "first_order", "group_taylor", "tfo", "taylorfo"], "'taylor'"),
+    **dict.fromkeys(["obd", "obs", "second_order", "group_hessian"], "'hessian'"),
+}
 
 
 def find(criterion: str | Criterion) -> Criterion:
     """The criterion of a given name, or the callable itself; raises PruneError for anything else."""
     if isinstance(criterion, str):
         if criterion not in CRITERIA:
-            raise PruneError(f"there is no criterion {criterion!r}", fix=f"one of {', '.join(sorted(CRITERIA))}")
+            other = OTHER_NAMES.get(criterion.lower())
+            near = f"did you mean {other}? " if other else did_you_mean(criterion, CRITERIA)
+            raise PruneError(f"there is no criterion {criterion!r}", fix=f"{near}one of {', '.join(sorted(CRITERIA))}")
         return CRITERIA[criterion]
     if isinstance(criterion, type) or not callable(criterion):
         what = f"criterion must be a name or a callable, not {criterion!r}"

@@ -155,7 +155,7 @@ def prune_zeros(
     """
     with entry_point(model) as model:
         options = Options.parse(model, freeze=freeze, release=release, attention=attention, verify=verify)
-        compilation = Compilation(model, ExampleInputs.parse(example_inputs).check(model), options.coupling)
+        compilation = Compilation(model, ExampleInputs.parse(example_inputs, model).check(model), options.coupling)
         choice = compilation.choose_by(lambda solution: zero_units(model, solution))
         pruned = compilation.emit(choice)
         return compilation.verify(pruned, choice) if options.verifies(model) else pruned

@@ -20,7 +20,6 @@ from fxprune.iterative.proposal import StepChoice
 from fxprune.iterative.schedules import part_of
 from fxprune.passes.capture.programs import programs
 from fxprune.passes.coupling.families import Family
-from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors, on_meta
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.quiet import unobserved
@@ -28,13 +27,13 @@ from fxprune.passes.ir.slices import Slicer
 from fxprune.pipeline import Compilation
 from fxprune.plan import PlanData
 from fxprune.reports.coupling import CoupledFamily, coupled_family
-from fxprune.selection.allocation import Allocator, match_ratios
+from fxprune.selection.allocation import Allocator
 from fxprune.selection.candidates import form_groups
 from fxprune.selection.costs import Costs, elements
 from fxprune.selection.latency import too_slow, used_share
 from fxprune.selection.options import Options
 from fxprune.selection.rectangles import find_nonempty_sets, restore_rectangles
-from fxprune.selection.select import allocate, find_free_families
+from fxprune.selection.select import allocate, check_effect, find_free_families
 from fxprune.verification import evaluating
 
 
@@ -92,16 +91,9 @@ class Planner:
                     raise too_slow(budget, found)
             elif (least := budget.cost(self.costs, slicer)) > limit:
                 raise budget.unreachable(least, self.original)
-        elif (
-            not self.options.competes
-            and any(match_ratios(self.free, self.options.ratio, self.solution))
-            and allocate(self.free, score, self.costs, self.options)[1].keeps_all
-        ):
-            raise PruneError(
-                "nothing in the model can be pruned by so little, not even in the last step",
-                where=type(self.model).__name__,
-                fix="a larger ratio, or a smaller round_to",
-            )
+        else:
+            kept, _ = allocate(self.free, score, self.costs, self.options)
+            check_effect(self.model, self.free, score, self.solution, self.options, kept)
 
     def choose(self, present: nn.Module, view: View, gone: np.ndarray, share: float) -> StepChoice:
         """What is removed when a share of what is asked for is done.

@@ -144,7 +144,7 @@ class Proposal:
     def __getitem__(self, family: str) -> Candidate:
         """The candidate with a family of this name."""
         for candidate in self.candidates:
-            if any(f.name == family for f in candidate.families):
+            if any(own.answers(family) for own in candidate._own):
                 return candidate
         names = ", ".join(c.family.name for c in self.candidates[:3])
         raise PruneError(f"no family is called {family!r}", fix=f"a name such as {names}")

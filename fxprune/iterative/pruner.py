@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
+from fxprune.arguments import checked_call
 from fxprune.entry_points import entry_point, unwrapped
 from fxprune.inputs import ExampleInputs
 from fxprune.iterative.history import History, HistoryStep
@@ -22,7 +23,7 @@ from fxprune.iterative.schedules import Schedule, describe_request, part_of, sha
 from fxprune.passes.errors import PruneError
 from fxprune.pipeline import Choice, Compilation
 from fxprune.plan import PlanData
-from fxprune.selection.options import Asked, Options, Ratio, Verify, is_one_of
+from fxprune.selection.options import ASKED, Asked, Options, Ratio, Verify, is_one_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -61,16 +62,17 @@ class Pruner:
     Raises: PruneError for anything that cannot be done, already here where the last step could not be.
     """
 
+    @checked_call(ASKED)
     def __init__(
         self,
         model: nn.Module,
         ratio: Ratio | None = None,
-        *,
         example_inputs: Any = None,
+        *,
         verify: Verify = "auto",
-        schedule: str | Schedule = "linear",
+        schedule: Literal["linear", "cubic"] | str | Schedule = "linear",
         steps: int = 1,
-        regularizer: str | Regularizer = "group_lasso",
+        regularizer: Literal["bn_l1", "group_lasso", "depgraph", "growing"] | str | Regularizer = "group_lasso",
         mask: Literal["hold", "soft"] | None = None,
         **asked: Unpack[Asked],
     ) -> None:
@@ -80,7 +82,7 @@ class Pruner:
             self._regularizer = find(regularizer)
             if mask is not None and not is_one_of(mask, ("hold", "soft")):
                 raise PruneError(f"mask must be 'hold', 'soft' or None, not {mask!r}", fix="mask='hold'")
-            inputs = ExampleInputs.parse(example_inputs).check(model)
+            inputs = ExampleInputs.parse(example_inputs, model).check(model)
             self._options, self._mask = options, mask
             self._original = self.model = model
             self._compilation = Compilation(model, inputs, options.coupling)

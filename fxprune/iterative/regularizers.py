@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxprune.arguments import did_you_mean
 from fxprune.criteria.parameter_roles import roles
 from fxprune.criteria.scorer import HALF_DTYPES
 from fxprune.iterative.plan_mapping import narrow_labels
@@ -152,7 +153,8 @@ def find(regularizer: str | Regularizer) -> Regularizer:
     """The regulariser of a given name, or the callable itself; raises PruneError for anything else."""
     if isinstance(regularizer, str):
         if regularizer not in REGULARIZERS:
-            raise PruneError(f"there is no regularizer {regularizer!r}", fix=f"one of {', '.join(REGULARIZERS)}")
+            near = did_you_mean(regularizer, REGULARIZERS)
+            raise PruneError(f"there is no regularizer {regularizer!r}", fix=f"{near}one of {', '.join(REGULARIZERS)}")
         return REGULARIZERS[regularizer]
     if isinstance(regularizer, type) or not callable(regularizer):
         what = f"regularizer must be a name or a callable, not {regularizer!r}"

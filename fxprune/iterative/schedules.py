@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from fxprune.arguments import did_you_mean, number
 from fxprune.passes.errors import PruneError
 from fxprune.selection.budgets import Budget
 from fxprune.selection.options import Options
@@ -47,10 +48,12 @@ def shares(schedule: str | Schedule, steps: int) -> list[float]:
 
     Raises: PruneError for a schedule that goes backwards, leaves [0, 1] or does not end at 1.
     """
+    steps = number(steps)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise PruneError(f"steps must be a positive integer, not {steps!r}", fix="steps=10")
     if isinstance(schedule, str) and schedule not in SCHEDULES:
-        raise PruneError(f"there is no schedule {schedule!r}", fix=f"one of {', '.join(SCHEDULES)}, or a function")
+        near = did_you_mean(schedule, SCHEDULES)
+        raise PruneError(f"there is no schedule {schedule!r}", fix=f"{near}one of {', '.join(SCHEDULES)}, or a function")
     of: Any = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
     if not callable(of):
         raise PruneError(f"schedule must be a name or a function, not {schedule!r}", fix="schedule='linear'")

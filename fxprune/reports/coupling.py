@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 from torch import Tensor
 
-from fxprune.passes.coupling.families import Family
+from fxprune.passes.coupling.families import Family, place_of, spells
 from fxprune.passes.coupling.solution import Solution
 from fxprune.reports.formatting import Printable, counted, table
 from fxprune.selection.costs import elements
@@ -19,9 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-# What a layer holds for each of its channels: written as the layer and the dimension.
-OWN = frozenset({"weight", "bias", "running_mean", "running_var"})
-SHOWN = 4
+SHOWN, HELD = 4, 3
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class CoupledFamily:
     """Layers that are pruned together.
 
     Attributes:
-        name: the first parameter it spans, and the dimension.
+        name: its first layer; `prune` takes it in `ratio`, `freeze` and `scopes`.
         units: how many units it has: the smallest things that can be removed.
         width: how many channels of its first member one unit takes up.
         members: (parameter or buffer, dimension) pairs it spans.
@@ -52,7 +50,7 @@ class CoupledFamily:
 
     def spans(self, most: int | None = None) -> str:
         """Its members as `layer:dimension`, the first `most` of them."""
-        short = list(dict.fromkeys(f"{place(name)}:{dim}" for name, dim in self.members))
+        short = list(dict.fromkeys(f"{place_of(name)}:{dim}" for name, dim in self.members))
         hidden = len(short) - most if most is not None and len(short) > most + 1 else 0
         return ", ".join(short[: len(short) - hidden]) + (f", and {hidden} more" if hidden else "")
 
@@ -77,7 +75,7 @@ class Coupling(Printable):
     >>> found
     Coupling(Sequential: 1 prunable family of 6 units, 2 families kept whole)
     >>> print(found.families[0])
-    0.weight:0: 6 units of 1 channel, 42 parameters
+    0: 6 units of 1 channel, 42 parameters
     >>> found.families[0].members
     (('0.weight', 0), ('0.bias', 0), ('2.weight', 1))
 
@@ -86,10 +84,17 @@ class Coupling(Printable):
         families: in the order of the model's parameters.
     """
 
-    def __init__(self, model: str, found: Sequence[Family], solution: Solution, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        model: str,
+        found: Sequence[Family],
+        solution: Solution,
+        tensors: Mapping[str, Tensor],
+        frozen: Collection[str] = (),
+    ) -> None:
         self.model = model
         self.families: tuple[CoupledFamily, ...] = tuple(
-            coupled_family(family, count) for family, count in zip(found, elements(solution, found, tensors))
+            coupled_family(family, count, frozen) for family, count in zip(found, elements(solution, found, tensors))
         )
         self._found = found
         self._solution = solution
@@ -147,16 +152,18 @@ def family_table(titles: tuple[str, str], found: Sequence[CoupledFamily], last: 
     return table((titles[0], "units", "width", "parameters", titles[1]), rows)
 
 
-def coupled_family(family: Family, parameters: int) -> CoupledFamily:
-    """A family as a user reads it, without its labels."""
-    return CoupledFamily(family.name, len(family.units), family.width, family.members, family.frozen, parameters)
+def coupled_family(family: Family, parameters: int, frozen: Collection[str] = ()) -> CoupledFamily:
+    """A family as a user reads it, without its labels; `frozen` are the tensors that stay by request."""
+    why, texts = family.frozen, [text for text in frozen if ":" in text]
+    if why is not None and why.startswith("is frozen by "):
+        named = lambda name, dim: name in frozen or any(spells(t, name, dim) for t in texts)  # noqa: E731
+        others = [member for member in family.members if not named(*member)]
+        if 0 < len(others) < len(family.members):
+            held = list(dict.fromkeys(f"{place_of(name)}:{dim}" for name, dim in others))
+            more = f" and {len(held) - HELD} more" if len(held) > HELD + 1 else ""
+            why += f", which holds {', '.join(held[:HELD] if more else held)}{more} too"
+    return CoupledFamily(family.name, len(family.units), family.width, family.members, why, parameters)
 
 
 def largest_first(families: Iterator[CoupledFamily]) -> list[CoupledFamily]:
     return sorted(families, key=lambda f: -f.parameters)
-
-
-def place(tensor: str) -> str:
-    """The layer a tensor belongs to, or the tensor's own name if it is not one of a layer's usual ones."""
-    layer, _, name = tensor.rpartition(".")
-    return layer if layer and name in OWN else tensor

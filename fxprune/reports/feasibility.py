@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 from torch import nn
 
+from fxprune.arguments import checked_call
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.ir.quiet import without_modes
@@ -18,7 +19,7 @@ from fxprune.reports.formatting import Printable, short, table
 from fxprune.selection.budgets import KINDS, format_cost
 from fxprune.selection.costs import Costs
 from fxprune.selection.latency import Latency
-from fxprune.selection.options import Asked, Options, Ratio
+from fxprune.selection.options import ASKED, Asked, Options, Ratio
 from fxprune.selection.select import select_least
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class Feasibility(Printable):
         yield table(("", "least", f"at {self.at}", "original"), rows)
 
 
+@checked_call(ASKED)
 @without_modes()
 def feasible(
     model: nn.Module, example_inputs: Any = None, *, ratio: Ratio | None = None, **asked: Unpack[Asked]
@@ -82,7 +84,7 @@ def feasible(
         options = Options.parse(model, ratio=ratio, **asked)
         if options.data is not None:
             options = dataclasses.replace(options, data=list(options.data))  # it is read twice
-        compilation = Compilation(model, ExampleInputs.parse(example_inputs).check(model), options.coupling)
+        compilation = Compilation(model, ExampleInputs.parse(example_inputs, model).check(model), options.coupling)
         choice = compilation.choose(options)
         # what fails once most of it is cut must not change the choice, so it is frozen elsewhere
         apart = Compilation(model, compilation.inputs, options.coupling, compilation.frozen_modules)

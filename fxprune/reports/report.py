@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from fxprune.arguments import checked_call
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.capture.patches import visible
@@ -157,6 +158,7 @@ class Report(Printable):
             yield whole_table(self.whole)
 
 
+@checked_call()
 @without_modes()
 def report(model: nn.Module, pruned: nn.Module, example_inputs: Any = None) -> Report:
     """What pruning took from a model and what it left, family by family, and why some stayed whole.
@@ -168,9 +170,9 @@ def report(model: nn.Module, pruned: nn.Module, example_inputs: Any = None) -> R
     >>> found.parameters
     (44, 23)
     >>> [(c.family.name, c.family.units, c.kept) for c in found.shrunk]
-    [('0.weight:0', 6, 3)]
+    [('0', 6, 3)]
     >>> [(c.family.name, c.reason) for c in found.whole][-1]
-    ('2.weight:0', 'is an output of the model')
+    ('2', 'is an output of the model')
 
     Arguments:
         model: the original.
@@ -185,7 +187,7 @@ def report(model: nn.Module, pruned: nn.Module, example_inputs: Any = None) -> R
         compilation = Compilation.of_plan(model, plan, example_inputs, meta.get("frozen_modules"))
         macs: tuple[int, int] | None = None
         if example_inputs is not None:
-            inputs = ExampleInputs.parse(example_inputs)
+            inputs = ExampleInputs.parse(example_inputs, model)
             with evaluating(pruned):
                 macs = (count_macs(set_mode(private_copy(model), False), inputs), count_macs(pruned, inputs))
         return Report(
@@ -207,7 +209,7 @@ def changes(compilation: Compilation, plan: PlanData) -> tuple[FamilyChange, ...
     before = elements(solution, found, compilation.tensors)
     after = elements(solution, found, compilation.tensors, kept)
     made = [
-        FamilyChange(coupled_family(family, size), int(kept[family.units].sum()), left)
+        FamilyChange(coupled_family(family, size, compilation.options.frozen), int(kept[family.units].sum()), left)
         for family, size, left in zip(found, before, after)
     ]
     return tuple(sorted(made, key=lambda c: -c.left))

@@ -14,14 +14,15 @@ from rich.text import Text
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fxprune.arguments import checked_call, is_number, number
 from fxprune.criteria.base import Criterion
+from fxprune.criteria.catalog import CriterionName
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
-from fxprune.passes.coupling.families import Family
+from fxprune.passes.coupling.families import Family, place_of
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.quiet import unobserved, without_modes
 from fxprune.pipeline import Choice, Compilation
-from fxprune.reports.coupling import place
 from fxprune.reports.formatting import Printable, as_text, plain_data, table
 from fxprune.selection.candidates import form_groups, remove_share
 from fxprune.selection.options import Attention, Freeze, Options
@@ -101,6 +102,7 @@ class Sensitivity(Printable):
         return as_text(self, width=max(110, 60 + 8 * len(self.ratios)))
 
 
+@checked_call()
 @without_modes()
 def sensitivity(
     model: nn.Module,
@@ -108,10 +110,11 @@ def sensitivity(
     evaluate: Callable[[nn.Module], Any] | None = None,
     *,
     ratios: Sequence[float] = TENTHS,
-    criterion: str | Criterion = "magnitude",
+    criterion: CriterionName | str | Criterion = "magnitude",
     data: Iterable[Any] | None = None,
     loss: Callable[..., Tensor] | None = None,
     freeze: Freeze = (),
+    freeze_outputs: Freeze = (),
     release: str | Sequence[str] = (),
     round_to: int = 1,
     attention: Attention = "heads",
@@ -124,14 +127,14 @@ def sensitivity(
     >>> x = torch.randn(50, 4)
     >>> found = sensitivity(net, x, lambda m: (m(x) - net(x)).square().mean(), ratios=(0.3, 0.6))
     >>> [(c.family, c.units, c.removed) for c in found.curves]
-    [('0.weight:0', 6, (1, 3)), ('2.weight:0', 6, (1, 3))]
+    [('0', 6, (1, 3)), ('2', 6, (1, 3))]
 
     Arguments:
         model: it is not touched.
         example_inputs: as for `prune`.
         evaluate: a function of a pruned model, in evaluation mode, that returns a number: an accuracy, a loss.
         ratios: shares of units, each in (0, 1).
-        criterion, data, loss, freeze, release, round_to, attention: as for `prune`.
+        criterion, data, loss, freeze, freeze_outputs, release, round_to, attention: as for `prune`.
 
     Returns: a table that can be printed, `to_dict()`, and `plot(path)`.
 
@@ -146,11 +149,12 @@ def sensitivity(
                 data=data,
                 loss=loss,
                 freeze=freeze,
+                freeze_outputs=freeze_outputs,
                 release=release,
                 round_to=round_to,
                 attention=attention,
             )
-            compilation = Compilation(model, ExampleInputs.parse(example_inputs).check(model), options.coupling)
+            compilation = Compilation(model, ExampleInputs.parse(example_inputs, model).check(model), options.coupling)
             return measured(compilation, options, shares, evaluate)
     except Raised as raised:
         raise raised.error from None
@@ -185,7 +189,7 @@ def measured(compilation: Compilation, options: Options, shares: tuple[float, ..
 
 
 def curve(families: Sequence[Family], removed: Sequence[int], values: Sequence[float]) -> Curve:
-    layers = dict.fromkeys(place(name) for f in families for name, _ in f.members)
+    layers = dict.fromkeys(place_of(name) for f in families for name, _ in f.members)
     units = sum(len(f.units) for f in families)
     return Curve(" & ".join(f.name for f in families), tuple(layers), units, tuple(removed), tuple(values))
 
@@ -208,9 +212,9 @@ def checked(ratios: Any, evaluate: Any) -> tuple[float, ...]:
     """The ratios in ascending order; raises PruneError for what means nothing."""
     if not callable(evaluate):
         raise PruneError(f"evaluate must be a function, not {evaluate!r}", fix=EVALUATE)
-    listed = list(ratios) if isinstance(ratios, Iterable) and not isinstance(ratios, str) else [ratios]
+    listed = [number(r) for r in ratios] if isinstance(ratios, Iterable) and not isinstance(ratios, str) else [number(ratios)]
     for r in listed:
-        if not isinstance(r, int | float) or isinstance(r, bool) or not 0 < r < 1:
+        if not is_number(r) or not 0 < r < 1:
             raise PruneError(f"ratios must lie between 0 and 1, and {r!r} does not", fix="ratios=(0.25, 0.5, 0.75)")
     if not listed:
         raise PruneError("ratios holds none", fix="ratios=(0.25, 0.5, 0.75)")

@@ -17,7 +17,7 @@ from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ir.slices import Slicer
 from fxprune.selection.candidates import Candidates, Group, form_groups, list_candidates
-from fxprune.selection.options import Options, Ratio, Scopes
+from fxprune.selection.options import Options, Scopes
 from fxprune.selection.rectangles import find_nonempty_sets, restore_rectangles
 
 FLOOR = 0.1  # the share of every family that stays where families compete, unless told otherwise
@@ -211,18 +211,30 @@ def describe_structures(free: Sequence[Family], solution: Solution) -> list[tupl
     return found
 
 
-def match_ratios(free: Sequence[Family], ratio: Ratio, solution: Solution, scopes: Scopes | None = None) -> list[float]:
-    """The share to remove from each family: that of the first glob that matches a module which writes or scales it.
+Shares = float | Mapping[str, float]
 
-    The name of a scope is a glob that its families match.
-    """
+
+def match_ratios(free: Sequence[Family], ratio: Shares, solution: Solution, scopes: Scopes | None = None) -> list[float]:
+    """The share to remove from each family: that of the first glob that matches it."""
     if not isinstance(ratio, Mapping):
         return [float(ratio)] * len(free)
-    named = match_scopes(free, scopes, solution)
+    return [float(ratio[found[0]]) if found else 0.0 for found in match_globs(free, list(ratio), solution, scopes)]
+
+
+def match_globs(
+    found: Sequence[Family], globs: Sequence[str], solution: Solution, scopes: Scopes | None = None
+) -> list[list[str]]:
+    """The globs that match each family: by a module which writes or scales it, by its name, or by that of its scope."""
     return [
-        next((float(r) for glob, r in ratio.items() if glob == scope or any(matches(m, glob) for m in modules)), 0.0)
-        for scope, modules in zip(named, find_owners(free, solution), strict=True)
+        [glob for glob in globs if glob == scope or is_match(family, modules, glob)]
+        for family, scope, modules in zip(
+            found, match_scopes(found, scopes, solution), find_owners(found, solution), strict=True
+        )
     ]
+
+
+def is_match(family: Family, modules: Iterable[str], glob: str) -> bool:
+    return family.answers(glob) or any(matches(module, glob) for module in modules)
 
 
 def match_scopes(free: Sequence[Family], scopes: Scopes | None, solution: Solution) -> list[str | None]:
@@ -231,8 +243,8 @@ def match_scopes(free: Sequence[Family], scopes: Scopes | None, solution: Soluti
         return [None] * len(free)
     globs = {name: [g] if isinstance(g, str) else list(g) for name, g in scopes.items()}
     return [
-        next((name for name, listed in globs.items() if any(matches(m, glob) for m in modules for glob in listed)), None)
-        for modules in find_owners(free, solution)
+        next((name for name, listed in globs.items() if any(is_match(family, modules, glob) for glob in listed)), None)
+        for family, modules in zip(free, find_owners(free, solution), strict=True)
     ]
 
 

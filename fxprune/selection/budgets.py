@@ -6,44 +6,57 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
+from fxprune.arguments import did_you_mean, is_number, number
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.slices import Slicer
 from fxprune.selection.costs import Costs
 
+COUNTS = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+BYTES = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30}
 SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 
 
 class BudgetKind:
     """What a budget limits, computed from the shapes that a choice of units leaves: nothing is pruned on the way.
 
-    An amount is a share of the original (a float up to 1) or absolute.
+    An amount is a share of the original (a float up to 1) or absolute: a number, or a text with a unit.
 
     Attributes:
         name: of the argument of `prune`.
         unit: of an absolute amount.
+        units: those of a text, and how much each is.
         measured: whether it is measured on the pruned model instead of computed.
     """
 
     name: ClassVar[str]
     unit: ClassVar[str]
+    units: ClassVar[Mapping[str, float]] = COUNTS
     verb: ClassVar[str] = "has"
     measured: ClassVar[bool] = False
 
-    def check(self, amount: float | str) -> None:
-        """Raise PruneError for what is no amount."""
-        if not isinstance(amount, int | float) or isinstance(amount, bool) or not 0 < amount < math.inf:
+    def check(self, amount: Any) -> float | str:
+        """An amount as a number of Python's, or the text that it is; raises PruneError for what is none."""
+        found = number(amount)
+        if isinstance(found, str) and parse_amount(found, self.units) is not None:
+            return found
+        if isinstance(found, str):
+            fix = f"{self.name}=0.5 keeps half of the original; an absolute text ends in {', '.join(self.units)}"
+            what = f"{self.name} must be a positive number, or one with a unit, not {amount!r}"
+            raise PruneError(what, fix=fix)
+        if not is_number(found) or not 0 < found < math.inf:
             raise PruneError(
                 f"{self.name} must be a positive number, not {amount!r}",
                 fix=f"{self.name}=0.5 keeps half of the original; a number above 1 is absolute",
             )
+        return found
 
     def absolute(self, amount: float | str) -> float:
         """An absolute amount as a number."""
-        return float(amount)
+        return (parse_amount(amount, self.units) or 0.0) if isinstance(amount, str) else float(amount)
 
     def cost(self, costs: Costs, slicer: Slicer) -> float:
         """The cost of what is left of the model."""
@@ -82,7 +95,7 @@ class Macs(BudgetKind):
 class Memory(BudgetKind):
     """Bytes of all parameters and buffers."""
 
-    name, unit = "memory", "bytes"
+    name, unit, units = "memory", "bytes", BYTES
 
     def cost(self, costs: Costs, slicer: Slicer) -> float:
         return costs.of(slicer, "memory")
@@ -91,19 +104,20 @@ class Memory(BudgetKind):
 class LatencyKind(BudgetKind):
     """Seconds of one forward of the example inputs on the model's device; measured, see `latency.py`."""
 
-    name, unit, verb, measured = "latency", "s", "takes", True
+    name, unit, units, verb, measured = "latency", "s", SECONDS, "takes", True
 
-    def check(self, amount: float | str) -> None:
-        if not isinstance(amount, str):
-            super().check(amount)
-        elif not parse_seconds(amount):
-            raise PruneError(
-                f"latency must be a share up to 1, seconds above 1, or a time, not {amount!r}",
-                fix="latency=0.5 keeps half of the original's; latency='20ms' is absolute",
-            )
-
-    def absolute(self, amount: float | str) -> float:
-        return (parse_seconds(amount) or 0.0) if isinstance(amount, str) else float(amount)
+    def check(self, amount: Any) -> float | str:
+        found = number(amount)
+        timed = isinstance(found, str) and parse_amount(found, SECONDS) is not None
+        if timed or (isinstance(found, float) and 0 < found <= 1):
+            return found
+        if is_number(found) and 1 <= found < math.inf:
+            what = f"latency={amount!r} has no unit"
+            raise PruneError(what, fix=f"latency='{found:g}ms' or '{found:g}s'; a share is a float up to 1")
+        raise PruneError(
+            f"latency must be a share up to 1, or a time, not {amount!r}",
+            fix="latency=0.5 keeps half of the original's; latency='20ms' is absolute",
+        )
 
     def format(self, cost: float) -> str:
         return f"{cost:.3g} s" if cost >= 1 else f"{cost * 1e3:.3g} ms"
@@ -174,14 +188,16 @@ class Budget:
         )
 
 
-def parse_seconds(text: str) -> float | None:
-    """The seconds of a time such as "20ms", "1.5 s" or "800us"; None for what is no time.
+def parse_amount(text: str, units: Mapping[str, float]) -> float | None:
+    """What a text such as "20ms", "1.5 s" or "2G" comes to, by the units; None for what is no amount above zero.
 
-    >>> parse_seconds("20ms"), parse_seconds("1.5 s"), parse_seconds("soon")
+    >>> parse_amount("20ms", SECONDS), parse_amount("1.5 s", SECONDS), parse_amount("soon", SECONDS)
     (0.02, 1.5, None)
+    >>> parse_amount("2G", COUNTS), parse_amount("100kB", BYTES), parse_amount("100 KiB", BYTES), parse_amount("2g", COUNTS)
+    (2000000000.0, 100000.0, 102400.0, None)
     """
-    found = re.fullmatch(r"(\d+\.?\d*|\.\d+) ?(s|ms|us)", text.strip())
-    return float(found[1]) * SECONDS[found[2]] if found else None
+    found = re.fullmatch(r"(\d+\.?\d*|\.\d+) ?([A-Za-z]+)", text.strip(), re.ASCII)
+    return float(found[1]) * units[found[2]] or None if found and found[2] in units else None
 
 
 def format_cost(kind: str, cost: float) -> str:
@@ -209,7 +225,6 @@ def parse_budget(given: Mapping[str, float | str | None], named: Mapping[str, fl
         raise PruneError(f"{' and '.join(kind for kind, _ in asked)} are both given", fix=list_arguments())
     for kind, amount in asked:
         if kind not in KINDS:
-            raise PruneError(f"there is no budget of {kind!r}", fix=f"one of {', '.join(KINDS)}")
-        KINDS[kind].check(amount)
-        return Budget(kind, amount)
+            raise PruneError(f"there is no budget of {kind!r}", fix=f"{did_you_mean(kind, KINDS)}one of {', '.join(KINDS)}")
+        return Budget(kind, KINDS[kind].check(amount))
     return None

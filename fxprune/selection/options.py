@@ -5,47 +5,55 @@ from __future__ import annotations
 import contextlib
 import difflib
 import fnmatch
+import glob as globbing
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypedDict
 
+import numpy as np
 from torch import Tensor, nn
 
+from fxprune.arguments import did_you_mean, is_number, number
 from fxprune.criteria.base import Criterion
-from fxprune.criteria.catalog import resolve
+from fxprune.criteria.catalog import CriterionName, resolve
+from fxprune.passes.coupling.families import names_family
 from fxprune.passes.coupling.solution import CouplingOptions
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_parameters, named_tensors
 from fxprune.passes.ir.quiet import gc_paused
 from fxprune.selection.budgets import KINDS, Budget, list_arguments, parse_budget
 
-Ratio = float | Mapping[str, float]
+Ratio = float | Mapping[Any, float]  # by globs and modules
 Scopes = Mapping[str, str | Sequence[str]]
 Freeze = str | nn.Module | Sequence[str | nn.Module]
 Attention = Literal["heads", "dims"]
 Verify = bool | Literal["auto"]
+Ranking = Literal["local", "global", "isomorphic"]
+BudgetName = Literal["params", "macs", "memory", "latency"]
 
 DEFAULT_RATIO = 0.5
-RANKINGS = ("local", "global", "isomorphic")
+RANKINGS: tuple[Ranking, ...] = ("local", "global", "isomorphic")
 CHEAP = 100_000_000  # parameters up to which a few forwards take little time
 
 
 class Asked(TypedDict, total=False):
     """The arguments of `fxprune.prune`, which documents them, that other functions take as it does."""
 
-    params: float | None
-    macs: float | None
-    memory: float | None
+    params: float | str | None
+    macs: float | str | None
+    memory: float | str | None
     latency: float | str | None
-    budget: Mapping[str, float | str] | None
-    criterion: str | Criterion
+    budget: Mapping[BudgetName, float | str] | Mapping[str, float | str] | None
+    criterion: CriterionName | str | Criterion
     data: Iterable[Any] | None
     loss: Callable[..., Tensor] | None
-    ranking: Literal["local", "global", "isomorphic"]
+    ranking: Ranking
     scopes: Scopes | None
     floor: float | None
     freeze: Freeze
+    freeze_outputs: Freeze
     release: str | Sequence[str]
     round_to: int
     attention: Attention
@@ -62,7 +70,7 @@ class Options:
         coupling: what the coupling has to know of them.
     """
 
-    ratio: Ratio = DEFAULT_RATIO
+    ratio: float | Mapping[str, float] = DEFAULT_RATIO
     budget: Budget | None = None
     criterion: str | Criterion = "magnitude"
     ranking: str = "local"
@@ -80,26 +88,24 @@ class Options:
         model: nn.Module,
         *,
         ratio: Ratio | None = None,
-        budget: Mapping[str, float | str] | None = None,
+        budget: Mapping[Any, float | str] | None = None,
         freeze: Freeze = (),
+        freeze_outputs: Freeze = (),
         release: str | Sequence[str] = (),
         attention: Attention = "heads",
         **others: Any,
     ) -> Options:
         """Options from the arguments of a public function; `others` are budgets and attributes. Raises PruneError."""
-        unknown = [name for name in others if name not in Asked.__annotations__ and name != "verify"]
-        if unknown:
-            raise PruneError(
-                f"there is no argument {unknown[0]!r}", fix=f"one of those of prune: {', '.join(Asked.__annotations__)}"
-            )
-        check_ratio(DEFAULT_RATIO if ratio is None else ratio)
-        if not is_one_of(attention, ("heads", "dims")):
-            raise PruneError(f"attention must be 'heads' or 'dims', not {attention!r}", fix="attention='heads'")
+        share = parse_ratio(model, DEFAULT_RATIO if ratio is None else ratio)
+        check_word("attention", attention, ("heads", "dims"))
         limit = parse_budget({kind: others.pop(kind, None) for kind in KINDS if kind in Asked.__annotations__}, budget)
         if limit is not None and ratio is not None:
             raise PruneError(f"ratio and {limit.kind} are both given", fix=list_arguments())
-        coupling = CouplingOptions(attention == "heads", frozen_names(model, freeze), released(release))
-        options = cls(DEFAULT_RATIO if ratio is None else ratio, limit, coupling=coupling, **others)
+        frozen = frozen_names(model, freeze) | frozen_outputs(model, freeze_outputs)
+        coupling = CouplingOptions(attention == "heads", frozen, released(release))
+        for name in ("floor", "round_to"):
+            others[name] = number(others.get(name, {"floor": None, "round_to": 1}[name]))
+        options = cls(share, limit, coupling=coupling, **others)
         check_values(options)
         check_globs(model, options)
         return options
@@ -143,17 +149,52 @@ def is_one_of(value: Any, words: Sequence[str]) -> bool:
     return isinstance(value, str) and value in words
 
 
-def check_ratio(ratio: Any) -> None:
-    named = dict(ratio) if isinstance(ratio, Mapping) else {"": ratio}
-    if not named:
-        raise PruneError("ratio is an empty mapping, which removes nothing", fix="ratio={'layer1': 0.5}, or ratio=0.5")
-    for glob, value in named.items():
-        if not isinstance(glob, str):
-            raise PruneError(f"ratio names {glob!r}, which is no glob over module names", fix="ratio={'layer1': 0.5}")
-        ok = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
-        if not ok:
-            what = f"ratio[{glob!r}]" if glob else "ratio"
-            raise PruneError(f"{what} must be a number in [0, 1), not {value!r}", fix="ratio=0.5 removes half of every family")
+def check_word(argument: str, value: Any, words: Sequence[str]) -> None:
+    """Raise PruneError where an argument is none of the words that it may be."""
+    if not is_one_of(value, words):
+        listed = f"one of {', '.join(words)}" if len(words) > 2 else " or ".join(map(repr, words))
+        near = did_you_mean(value, words)
+        raise PruneError(f"{argument} must be {listed}, not {value!r}", fix=near.rstrip() or f"{argument}={words[0]!r}")
+
+
+REMOVES = "ratio=0.5 removes half of every family"
+
+
+def parse_ratio(model: nn.Module, ratio: Any) -> float | dict[str, float]:
+    """The share to remove, or shares by glob in the order given, modules by their names."""
+    ratio = number(ratio)
+    listed = list(ratio.values()) if isinstance(ratio, Mapping) else ratio if isinstance(ratio, list | tuple) else [ratio]
+    if any(isinstance(v, Tensor | np.ndarray) and v.ndim > 0 for v in listed):
+        raise PruneError(
+            f"ratio is a {type(ratio).__name__}: example inputs come after it",
+            fix="prune(model, 0.5, x), or example_inputs=x with a budget such as macs=0.5",
+        )
+    if isinstance(ratio, nn.Module):
+        raise PruneError(f"ratio is a {type(ratio).__name__}, not a share", fix="ratio={model.layer1: 0.5}")
+    if not isinstance(ratio, Mapping):
+        if share_of(ratio, "ratio") == 0:
+            raise PruneError(f"ratio={ratio!r} removes nothing", fix=REMOVES)
+        return float(ratio)
+    named: dict[str, float] = {}
+    for key, value in ratio.items():
+        if not isinstance(key, str | nn.Module):
+            raise PruneError(f"ratio names {key!r}, which is no glob over module names", fix="ratio={'layer1': 0.5}")
+        globs = [key] if isinstance(key, str) else [globbing.escape(p) or "*" for p in paths_of(model, key, "ratio")]
+        for glob in globs:
+            named.setdefault(glob, share_of(number(value), f"ratio[{glob!r}]"))
+    if not any(named.values()):
+        what = (
+            "every share in ratio is 0, which removes nothing" if named else "ratio is an empty mapping, which removes nothing"
+        )
+        raise PruneError(what, fix="ratio={'layer1': 0.5}, or ratio=0.5")
+    return named
+
+
+def share_of(value: Any, what: str) -> Any:
+    """A share to remove; raises PruneError for what is none."""
+    if not is_number(value) or not 0 <= value < 1:
+        raise PruneError(f"{what} must be a number in [0, 1), not {value!r}", fix=REMOVES)
+    return value
 
 
 def check_values(options: Options) -> None:
@@ -163,12 +204,9 @@ def check_values(options: Options) -> None:
         raise PruneError(f"round_to must be a positive integer, not {round_to!r}", fix="round_to=8")
     if not isinstance(options.verify, bool) and not is_one_of(options.verify, ("auto",)):
         raise PruneError(f"verify must be True, False or 'auto', not {options.verify!r}", fix="verify='auto'")
-    if not is_one_of(options.ranking, RANKINGS):
-        raise PruneError(f"ranking must be one of {', '.join(RANKINGS)}, not {options.ranking!r}", fix="ranking='local'")
-    if floor is not None:
-        number = isinstance(floor, int | float) and not isinstance(floor, bool)
-        if not number or not 0 <= floor <= 1:
-            raise PruneError(f"floor must be a number in [0, 1], not {floor!r}", fix="floor=0.1 keeps a tenth")
+    check_word("ranking", options.ranking, RANKINGS)
+    if floor is not None and (not is_number(floor) or not 0 <= floor <= 1):
+        raise PruneError(f"floor must be a number in [0, 1], not {floor!r}", fix="floor=0.1 keeps a tenth")
     globs = list(scopes.values()) if isinstance(scopes, Mapping) else []
     lists = [[some] if isinstance(some, str) else some for some in globs]
     named = all(isinstance(some, list | tuple) and all(isinstance(glob, str) for glob in some) for some in lists)
@@ -183,12 +221,13 @@ def check_globs(model: nn.Module, options: Options) -> None:
     modules = [name for name, _ in model.named_modules()] if scopes or isinstance(options.ratio, Mapping) else []
     globs = [("ratio", glob) for glob in options.ratio if glob not in scopes] if isinstance(options.ratio, Mapping) else []
     globs += [("scopes", glob) for some in scopes.values() for glob in ([some] if isinstance(some, str) else some)]
+    shapes = {name: tensor.shape for name, tensor in named_tensors(model)} if globs else {}
     for argument, glob in globs:
-        if not any(fnmatch.fnmatchcase(name, glob) for name in modules):
-            raise PruneError(f"the glob {glob!r} in {argument} matches no module", fix=did_you_mean(glob, modules))
+        if not any(fnmatch.fnmatchcase(name, glob) for name in modules) and not names_family(glob, shapes):
+            raise PruneError(f"the glob {glob!r} in {argument} matches no module", fix=near_modules(glob, modules))
 
 
-def did_you_mean(glob: str, modules: Sequence[str]) -> str:
+def near_modules(glob: str, modules: Sequence[str]) -> str:
     close = difflib.get_close_matches(glob, [m for m in modules if m], n=3, cutoff=0.4)
     return f"one of the names of model.named_modules(){', such as ' + ', '.join(close) if close else ''}"
 
@@ -201,30 +240,76 @@ def released(release: Any) -> tuple[str, ...]:
     return tuple(globs)
 
 
+def paths_of(model: nn.Module, item: Any, argument: str) -> list[str]:
+    """The names of a module, or of those that a glob matches; raises PruneError where there are none."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if isinstance(item, str):
+        paths = [path for path in modules if fnmatch.fnmatchcase(path, item)]
+        if not paths:
+            raise PruneError(f"the glob {item!r} in {argument} matches no module", fix=near_modules(item, list(modules)))
+        return paths
+    if not isinstance(item, nn.Module):
+        raise PruneError(
+            f"{argument} names {item!r}, which is neither a glob nor a module", fix=f"{argument}='layer1', or model.layer1"
+        )
+    paths = [path for path, module in modules.items() if module is item]
+    if not paths:
+        raise PruneError(f"{argument} names a {type(item).__name__} that is not part of the model", fix="model.layer1")
+    return paths
+
+
+def each_item(given: Any) -> list[Any]:
+    return [given] if isinstance(given, str | nn.Module) or not isinstance(given, Iterable) else list(given)
+
+
 def frozen_names(model: nn.Module, freeze: Any) -> dict[str, str]:
-    """Names of the tensors that stay by request, with the reason."""
-    items = [freeze] if isinstance(freeze, str | nn.Module) or not isinstance(freeze, Iterable) else list(freeze)
-    for item in items:
-        if not isinstance(item, str | nn.Module):
-            raise PruneError(
-                f"freeze names {item!r}, which is neither a glob nor a module", fix="freeze='layer1', or model.layer1"
-            )
+    """Names of the tensors that stay by request, and texts that name families, with the reason."""
     frozen: dict[str, str] = {}
-    if not items:
-        return frozen
-    modules = dict(model.named_modules())
-    for item in items:
-        if isinstance(item, nn.Module):
-            paths = [path for path, m in modules.items() if m is item]
-            if not paths:
-                raise PruneError(f"freeze names a {type(item).__name__} that is not part of the model", fix="model.layer1")
-            why = f"is frozen by freeze={type(item).__name__} ({paths[0]})"
-        else:
-            paths = [path for path in modules if fnmatch.fnmatchcase(path, item)]
-            if not paths:
-                raise PruneError(f"the glob {item!r} in freeze matches no module", fix=did_you_mean(item, list(modules)))
-            why = f"is frozen by freeze={item!r}"
+    for item in each_item(freeze):
+        if isinstance(item, str) and names_family(item, {name: t.shape for name, t in named_tensors(model)}):
+            frozen[item] = f"is frozen by freeze={item!r}"
+            continue
+        paths = paths_of(model, item, "freeze")
+        why = (
+            f"is frozen by freeze={item!r}"
+            if isinstance(item, str)
+            else f"is frozen by freeze={type(item).__name__} ({paths[0]})"
+        )
         for path in paths:
-            inside = {id(t) for _, t in named_tensors(modules[path])}
+            inside = {id(t) for _, t in named_tensors(model.get_submodule(path))}
             frozen.update({name: why for name, t in named_tensors(model) if id(t) in inside})
     return frozen
+
+
+# layers whose weights have their outputs in the second dimension
+OUTPUTS_SECOND = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Embedding, nn.EmbeddingBag)
+
+
+def frozen_outputs(model: nn.Module, layers: Any) -> dict[str, str]:
+    """The output dimensions of the tensors of some layers, as texts that name the families there, with the reason."""
+    frozen: dict[str, str] = {}
+    names = {id(t): name for name, t in named_tensors(model)}
+    for item in each_item(layers):
+        found: dict[str, str] = {}
+        for path in paths_of(model, item, "freeze_outputs"):
+            for inner, module in model.get_submodule(path).named_modules(prefix=path):
+                for tensor in module.parameters(recurse=False):
+                    dim = int(isinstance(module, OUTPUTS_SECOND) and tensor.dim() > 1)
+                    found[f"{names[id(tensor)]}:{dim}"] = f"is frozen by freeze_outputs={inner!r}"
+        if not found:
+            what = f"freeze_outputs names {item if isinstance(item, str) else type(item).__name__!r}, which has no parameters"
+            raise PruneError(what, fix="freeze_outputs=[model.fc], a layer with a weight")
+        frozen.update(found)
+    return frozen
+
+
+def asked_parameters() -> dict[str, inspect.Parameter]:
+    """What `Asked` stands for in a signature, with the values by default."""
+    known = {p.name: p.default for p in inspect.signature(Options.parse).parameters.values()}
+    known |= {f.name: f.default for f in fields(Options) if f.name in Asked.__annotations__}
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    said = {name: getattr(a, "__forward_arg__", a) for name, a in Asked.__annotations__.items()}
+    return {n: inspect.Parameter(n, keyword, default=known.get(n), annotation=a) for n, a in said.items()}
+
+
+ASKED = asked_parameters()

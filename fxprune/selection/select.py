@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -11,12 +12,13 @@ from torch import Tensor, nn
 from fxprune.criteria.catalog import find
 from fxprune.criteria.unit_scores import normalise_scores, score_units
 from fxprune.entry_points import why_unprunable
+from fxprune.errors import PruneWarning
 from fxprune.passes.coupling.families import Family, families
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_parameters
 from fxprune.passes.ir.slices import Slicer
-from fxprune.selection.allocation import Allocator, levels_after, match_ratios
+from fxprune.selection.allocation import Allocator, levels_after, match_globs, match_ratios, match_scopes
 from fxprune.selection.budgets import Budget
 from fxprune.selection.costs import Costs
 from fxprune.selection.latency import FRIENDLY, LatencyProbe
@@ -38,16 +40,67 @@ def select_units(
     free, score = score_families(model, solution, options)
     costs = Costs(solution, tensors)
     kept, slicer = allocate(free, score, costs, options, probe)
-    if not options.competes and slicer.keeps_all and any(match_ratios(free, options.ratio, solution)):
-        allocator = Allocator(free, score, solution, options)
-        wanted = any(allocator.allocate_ratio())
+    check_effect(model, free, score, solution, options, kept)
+    return kept, slicer
+
+
+def check_effect(
+    model: nn.Module, free: Sequence[Family], score: np.ndarray, solution: Solution, options: Options, kept: Tensor
+) -> None:
+    """Raise PruneError where a ratio removes nothing, and warn of its globs that change nothing.
+
+    Arguments: as for `allocate`; `kept` is what it returned, shape (labels,).
+    """
+    scopes = match_scopes(free, options.scopes, solution)
+    for scope in [scope for scope in options.scopes or () if scope not in scopes]:
+        warnings.warn(f"{scope!r} in scopes names nothing that may lose units", PruneWarning, stacklevel=2)
+    if options.budget is not None:
+        return
+    nothing = bool(kept.all())
+    if nothing and any(match_ratios(free, options.ratio, solution, options.scopes)):
+        wanted = any(Allocator(free, score, solution, options).allocate_ratio())
         raise PruneError(
             "nothing in the model can be pruned by so little: "
             + ("what would go cannot go alone" if wanted else "no family has a whole unit to lose"),
             where=type(model).__name__,
-            fix="a larger ratio, or a smaller round_to",
+            fix=f"a larger ratio, {'a lower floor, ' if options.floor else ''}or a smaller round_to",
         )
-    return kept, slicer
+    if isinstance(options.ratio, Mapping):
+        said = idle_globs(model, free, solution, options, kept)
+        if said and nothing:
+            fix = "the name of a layer that may lose outputs; print(fxprune.couple(model, example_inputs)) shows them"
+            raise PruneError("; ".join(said), where=type(model).__name__, fix=fix)
+        for text in said:
+            warnings.warn(text, PruneWarning, stacklevel=2)
+
+
+def idle_globs(model: nn.Module, free: Sequence[Family], solution: Solution, options: Options, kept: Tensor) -> list[str]:
+    """A sentence for each glob of a ratio that changes nothing, with the reason."""
+    assert isinstance(options.ratio, Mapping)
+    matched = match_globs(free, list(options.ratio), solution, options.scopes)
+    busy = {globs[0] for globs, f in zip(matched, free, strict=True) if globs and not bool(kept[f.units].all())}
+    idle = [glob for glob, share in options.ratio.items() if share and glob not in busy]
+    if not idle:
+        return []
+    may_go = {f.name for f in free}
+    held = [f for f in families(solution, set(named_parameters(model))) if f.name not in may_go]
+    stays = list(zip(match_globs(held, idle, solution, options.scopes), held, strict=True))
+    said = []
+    for glob in idle:
+        reasons = [f"{f.name} {why_idle(f)}" for globs, f in stays if glob in globs]
+        if any(globs and globs[0] == glob for globs in matched):
+            why = "what it names has no whole unit to lose"
+        elif any(glob in globs for globs in matched):
+            why = "what it names is named by an earlier glob, which counts"
+        else:
+            why = reasons[0] if reasons else "no channels are made there"
+        said.append(f"{glob!r} in ratio changes nothing: {why}")
+    return said
+
+
+def why_idle(family: Family) -> str:
+    """Why a family is none of those that may lose units, as what "it" does."""
+    return family.frozen or ("has a single unit" if len(family.units) == 1 else "has no score by this criterion")
 
 
 def allocate(

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import fnmatch
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from fxprune.passes.coupling.solution import Solution
+from fxprune.passes.errors import PruneError
 
+# what a layer holds for each of its channels: written as the layer and the dimension
+OWN = frozenset({"weight", "bias", "running_mean", "running_var"})
 KERNEL = "is a kernel's spatial dimension"
 WORD = 1 << 64
 
@@ -17,7 +24,8 @@ class Family:
     """Coupled layers: what a user prunes together.
 
     Attributes:
-        name: the first parameter it spans, and the dimension.
+        name: the layer of the first parameter it spans; of a dimension other than the first one `layer:dimension`; of several
+            families in one place `layer#1`, `layer#2` and so on.
         units: the units it consists of, ascending.
         members: (parameter or buffer, dimension) for everything it spans.
         width: how many indices of its first member one unit takes up.
@@ -29,6 +37,53 @@ class Family:
     members: tuple[tuple[str, int], ...]
     width: int
     frozen: str | None
+
+    def answers(self, text: str) -> bool:
+        """Whether a text names it: its name with or without number, a tensor that it cuts along the first dimension, or a glob
+        over the dimensions that it spans, as `tensor:dim` or `layer:dim`."""
+        if text in (self.name, self.name.partition("#")[0]):
+            return True
+        if ":" not in text and "#" not in text:
+            return (text, 0) in self.members
+        return fnmatch.fnmatchcase(self.name, text) or any(spells(text, name, dim) for name, dim in self.members)
+
+
+def spells(text: str, tensor: str, dim: int) -> bool:
+    """Whether a glob matches a dimension of a tensor, as `tensor:dim` or `layer:dim`."""
+    return any(fnmatch.fnmatchcase(f"{place}:{dim}", text) for place in (tensor, place_of(tensor)))
+
+
+def names_family(text: str, shapes: Mapping[str, Sequence[int]]) -> bool:
+    """Whether a text may name a family of a model with tensors of these shapes: a tensor, `layer:dim`, or `layer#2`."""
+    bare = re.sub(r"#\d+$", "", text)
+    if bare == text and ":" not in text:
+        return text in shapes
+    every = ((name, range(len(shape))) for name, shape in shapes.items())
+    return any(bare in (name, place_of(name)) or any(spells(bare, name, d) for d in dims) for name, dims in every)
+
+
+def place_of(tensor: str) -> str:
+    """The layer a tensor belongs to, or the tensor's own name if it is not one of a layer's usual ones."""
+    layer, _, name = tensor.rpartition(".")
+    return layer if layer and name in OWN else tensor
+
+
+def freeze_families(solution: Solution, wanted: Mapping[str, str], parameters: set[str]) -> None:
+    """Freeze the families that some texts name, for the reasons that go with them.
+
+    Raises: PruneError for a family by number of which there is none.
+    """
+    found = families(solution, parameters) if wanted else []
+    for text, why in wanted.items():
+        held = [family for family in found if family.answers(text)]
+        if not held and "#" in text:
+            near = [f.name for f in found if f.name.partition("#")[0] == text.partition("#")[0]]
+            fix = f"one of {', '.join(near)}" if near else "a name that print(fxprune.couple(model, example_inputs)) shows"
+            raise PruneError(f"{text!r} in freeze names no family of the model", fix=fix)
+        for family in held:
+            if solution.frozen[family.units[0]] < 0:
+                solution.frozen[family.units] = len(solution.reasons)
+        solution.reasons.append(why)
 
 
 def families(solution: Solution, parameters: set[str]) -> list[Family]:
@@ -80,8 +135,19 @@ def families(solution: Solution, parameters: set[str]) -> list[Family]:
         spanned = [places[i] for i in members[g]]
         width = int((group_of[spans[members[g][0]]] == g).sum()) // len(block)
         named = next((m for m in spanned if m[0] in parameters), spanned[0])
-        found.append((members[g][0], Family(f"{named[0]}:{named[1]}", block, tuple(spanned), max(1, width), why)))
-    return [family for _, family in sorted(found, key=lambda item: item[0])]
+        name = place_of(named[0]) + (f":{named[1]}" if named[1] else "")
+        found.append((members[g][0], Family(name, block, tuple(spanned), max(1, width), why)))
+    return numbered([family for _, family in sorted(found, key=lambda item: (item[0], int(item[1].units[0])))])
+
+
+def numbered(found: list[Family]) -> list[Family]:
+    """Families of one name are told apart by number."""
+    total, seen = Counter(f.name for f in found), Counter[str]()
+    for i, family in enumerate(found):
+        if total[family.name] > 1:
+            seen[family.name] += 1
+            found[i] = replace(family, name=f"{family.name}#{seen[family.name]}")
+    return found
 
 
 def occurrences(spans: list[np.ndarray], count: int) -> list[tuple[slice | np.ndarray, list[int]]]:

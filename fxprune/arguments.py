@@ -1,0 +1,127 @@
+"""What every public function does with its arguments: names that do not exist, names of other tools, numbers of other kinds."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import numbers
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+from torch import Tensor
+
+from fxprune.passes.errors import PruneError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+STEPS = "fxprune.Pruner(model, ratio, example_inputs, steps=5)"
+FOUND = "nothing to pass: it is found in the model's program"
+# keyword arguments of Torch-Pruning, torch.nn.utils.prune, NNI and ModelOpt, and what does the same here
+ELSEWHERE = {
+    **dict.fromkeys(["pruning_ratio", "ch_sparsity", "sparsity", "amount", "prune_ratio", "pruning_rate"], "ratio=0.5"),
+    **dict.fromkeys(["pruning_ratio_dict", "ch_sparsity_dict", "layer_ratios"], "ratio={model.layer1: 0.5}"),
+    **dict.fromkeys(["max_pruning_ratio", "max_ch_sparsity", "max_sparsity"], "floor=0.1, the share that stays"),
+    **dict.fromkeys(
+        ["ignored_layers", "ignored_modules", "exclude"],
+        "freeze_outputs=[model.fc] where only the outputs of a layer must stay, freeze=[model.fc] where all of it must",
+    ),
+    "ignored_params": "freeze= with the modules that hold them",
+    **dict.fromkeys(["global_pruning", "global_ranking"], "ranking='global'"),
+    "isomorphic": "ranking='isomorphic'",
+    "pruning_ratio_scopes": "scopes={'early': ['layer1', 'layer2']} with ratio={'early': 0.5}",
+    **dict.fromkeys(["importance", "pruning_method", "score", "metric", "strategy"], "criterion='magnitude'"),
+    **dict.fromkeys(["iterative_steps", "n_steps"], STEPS),
+    "iterative_pruning_ratio_scheduler": "fxprune.Pruner(..., schedule='cubic')",
+    "iterative_sparsity_scheduler": "fxprune.Pruner(..., schedule='cubic')",
+    **dict.fromkeys(["unwrapped_parameters", "channel_groups", "in_channel_groups", "out_channel_groups"], FOUND),
+    **dict.fromkeys(["num_heads", "root_instances", "root_module_types"], FOUND),
+    "customized_pruners": "fxprune.register_op for ops that fxprune does not know",
+    **dict.fromkeys(["prune_num_heads", "head_pruning_ratio", "head_pruning_ratio_dict"], "attention='heads', with ratio="),
+    "prune_head_dims": "attention='dims'",
+    **dict.fromkeys(["inputs", "input", "x", "dummy_input", "dummy_inputs", "example_input", "args"], "example_inputs="),
+    "input_example": "example_inputs=",
+    **dict.fromkeys(["flops", "target_flops", "max_flops", "ops"], "macs=0.5, or macs='2G'"),
+    **dict.fromkeys(["parameters", "num_params", "max_params"], "params=0.5, or params='5M'"),
+    **dict.fromkeys(["dataloader", "data_loader", "loader", "calibration_data", "dataset"], "data=[(images, labels), ...]"),
+    **dict.fromkeys(["loss_fn", "loss_func", "criterion_fn"], "loss=torch.nn.functional.cross_entropy"),
+    **dict.fromkeys(["round", "channel_divisor", "divisor"], "round_to=8"),
+    "constraints": "budget={'macs': 0.5}",
+}
+
+
+def checked_call(shared: Mapping[str, inspect.Parameter] | None = None) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """A public function whose calls that do not fit its signature raise PruneError; editors see what `**asked` stands for.
+
+    Arguments:
+        shared: the parameters that it takes as `**asked`.
+    """
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        own = inspect.signature(function)
+        fixed = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        named = {p.name for p in fixed}
+        signature = own.replace(parameters=[*fixed, *(p for n, p in (shared or {}).items() if n not in named)])
+        title = function.__qualname__.removesuffix(".__init__")
+        listed = [n for n in signature.parameters if n != "self"]
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            unknown = next((name for name in kwargs if name not in signature.parameters), None)
+            if unknown is not None:
+                raise PruneError(f"{title} has no argument {unknown!r}", fix=called_here(unknown, listed))
+            try:
+                signature.bind(*args, **kwargs)
+            except TypeError as error:
+                first = [p.name for p in fixed if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD and p.name != "self"]
+                raise PruneError(f"{title}: {error}", fix=f"{title}({', '.join(first)}, ...)") from None
+            return function(*args, **kwargs)
+
+        vars(call)["__signature__"] = signature
+        return call
+
+    return decorate
+
+
+def called_here(name: str, known: Iterable[str]) -> str:
+    """What to write in place of an argument that does not exist."""
+    known = list(known)
+    if name in ELSEWHERE:
+        here = ELSEWHERE[name]
+        missing = "=" in here and here.partition("=")[0].isidentifier() and here.partition("=")[0] not in known
+        return here if here == FOUND else f"here it is {here}{', of fxprune.prune' if missing else ''}"
+    return f"{did_you_mean(name, known)}one of {', '.join(known)}"
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """A question about the nearest of some names, with what separates it from what follows; empty where none is near.
+
+    >>> did_you_mean("magnitud", ["magnitude", "taylor"]), did_you_mean("luck", ["magnitude", "taylor"])
+    ("did you mean 'magnitude'? ", '')
+    """
+    close = difflib.get_close_matches(name.lower(), list(known), n=1) if isinstance(name, str) else []
+    return f"did you mean {close[0]!r}? " if close else ""
+
+
+def number(value: Any) -> Any:
+    """A number as Python's: those of NumPy, fractions, and tensors and arrays of no dimension too. All else is handed back.
+
+    A boolean is none, whoever it is from.
+
+    >>> number(np.float32(0.5)), number(np.int64(8)), number("8")
+    (0.5, 8, '8')
+    """
+    if isinstance(value, Tensor | np.ndarray) and value.ndim == 0 and not getattr(value, "is_meta", False):
+        value = value.item()
+    if type(value) in (bool, int, float):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is an integer or a float of Python's, and no boolean."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
