@@ -7,7 +7,8 @@ parameter, and random state is restored.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,16 @@ class Batch:
     kwargs: dict[str, Any]
     extra: tuple[Any, ...]
     size: int
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The same with every tensor changed."""
+        args, kwargs, extra = map_tensors((self.args, self.kwargs, self.extra), change)
+        return Batch(args, kwargs, extra, self.size)
+
+    def rows(self, keep: slice | Sequence[int]) -> Batch:
+        """Some of its samples; tensors of another first dimension (a mask, a scale) stay whole."""
+        part = self.map(lambda t: t[keep] if t.dim() and t.shape[0] == self.size else t)
+        return dataclasses.replace(part, size=len(range(self.size)[keep] if isinstance(keep, slice) else keep))
 
 
 @dataclass
@@ -62,9 +73,9 @@ class Source:
         device = next((p.device for p in self.parameters.values()), torch.device("cpu"))
         count = 0
         for item in tqdm(self.data, desc=f"scoring by {self.criterion}", disable=None, leave=False):
-            batch = parse_batch(map_tensors(item, lambda t: t.to(device)))
+            batch = parse_batch(item).map(lambda t: t.to(device))
             count += batch.size
-            yield from split_samples(batch) if single and batch.size > 1 else [batch]
+            yield from (batch.rows(slice(i, i + 1)) for i in range(batch.size)) if single and batch.size > 1 else [batch]
         if not count:
             raise PruneError("data holds no batches", fix=f"{BATCHES}; one that was read to its end is empty")
 
@@ -102,34 +113,33 @@ class Source:
 
 
 def parse_batch(item: Any) -> Batch:
-    """A batch from what a loader yields: a pair is inputs and target; a dict is keywords and, to the loss, the target too."""
+    """A batch from what a loader yields: a pair is inputs and target; a mapping is keywords, and the target for the loss."""
     pair = isinstance(item, tuple | list) and len(item) == 2
-    inputs, extra = (item[0], (item[1],)) if pair else (item, (item,) if isinstance(item, dict) else ())
+    inputs, *extra = [dict(part) if isinstance(part, Mapping) else part for part in (item if pair else (item,))]
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
     if isinstance(inputs, dict):
         kwargs = inputs
+        extra = extra or [inputs]
     else:
         args = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
     tensors = collect((args, kwargs), Tensor)
     if not tensors:
         raise PruneError(f"a batch of type {type(item).__name__} holds no tensor", fix=BATCHES)
-    return Batch(args, kwargs, extra, tensors[0].shape[0] if tensors[0].dim() else 1)
+    return Batch(args, kwargs, tuple(extra), tensors[0].shape[0] if tensors[0].dim() else 1)
 
 
-def split_samples(batch: Batch) -> Iterator[Batch]:
-    """Its samples, as batches of one; tensors of another first dimension (a mask, a scale) stay whole."""
-    for i in range(batch.size):
-        one = lambda t: t[i : i + 1] if t.dim() and t.shape[0] == batch.size else t  # noqa: B023, E731
-        args, kwargs, extra = map_tensors((batch.args, batch.kwargs, batch.extra), one)
-        yield Batch(args, kwargs, extra, 1)
+def check_batches(data: Any) -> None:
+    """Raise PruneError for what cannot be batches."""
+    if not isinstance(data, Iterable) or isinstance(data, Tensor | Mapping | str):
+        raise PruneError(f"data must be batches, not a {type(data).__name__}", fix=BATCHES)
 
 
 @contextlib.contextmanager
 def prepare_source(model: nn.Module, data: Any, loss: Any, criterion: str, captures: list[CapturedProgram]) -> Iterator[Source]:
     """A copy of the model that can be run, with random state and gradient mode restored afterwards."""
-    if data is not None and (not isinstance(data, Iterable) or isinstance(data, Tensor | dict | str)):
-        raise PruneError(f"data must be batches, not a {type(data).__name__}", fix=BATCHES)
+    if data is not None:
+        check_batches(data)
     if loss is not None and not callable(loss):
         raise PruneError(f"loss must be a function, not {loss!r}", fix="loss=torch.nn.functional.cross_entropy")
     swap: dict[int, Tensor] = {}
