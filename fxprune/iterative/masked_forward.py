@@ -18,7 +18,7 @@ from fxprune.inputs import ExampleInputs
 from fxprune.iterative.plan_mapping import undo_slices
 from fxprune.passes.capture.index_contents import version_of
 from fxprune.passes.ir.module_tree import HOOKS, fetch
-from fxprune.passes.ir.pytree import collect, like_dict, map_tensors
+from fxprune.passes.ir.pytree import like_dict
 from fxprune.passes.ir.quiet import unobserved
 from fxprune.passes.ir.slices import apply_slices
 from fxprune.passes.verification.zeroed_model import ZeroedOriginal, why_zeroed_does_not_apply
@@ -45,7 +45,7 @@ class MaskedForward:
     def __init__(self, model: nn.Module, plan: PlanData, *, grows: bool) -> None:
         self.model, self.plan, self.grows = model, plan, grows
         previous = vars(model).get("forward")
-        self.own = previous.own if isinstance(previous, MaskedForward) else previous  # one that somebody put there
+        self.own: Any = previous.own if isinstance(previous, MaskedForward) else previous  # one that somebody put there
         self.names, self.masks = Names(model), plan.masks(model) if grows else {}
         self.forms: FormPrograms | None = None
         self.places: dict[FormProgram, list[tuple[str, dict[str, Any], str]]] = {}
@@ -105,17 +105,19 @@ class MaskedForward:
         devices = sorted({p.device.index or 0 for p in parameters.values() if p.is_cuda})
         with torch.random.fork_rng(devices=devices):
             whole = torch.func.functional_call(self.plain(hooks=False), mixed | buffers, inputs.args, inputs.kwargs)
-        beside = iter(collect(whole, Tensor))
-        joined: Any = map_tensors(out, lambda t: join(t, next(beside)))
-        return joined
+        return join(out, whole)
 
 
-def join(tensor: Tensor, beside: Tensor) -> Tensor:
-    """A tensor whose gradient goes to another one of its shape, too."""
-    if not beside.requires_grad or tensor.shape != beside.shape:
-        return tensor
-    joined: Tensor = Join.apply(tensor, beside)  # type: ignore[no-untyped-call]
-    return joined
+def join(out: Any, beside: Any) -> Any:
+    """The same results, whose gradients go to those of another model in the same places, too."""
+    if isinstance(out, Tensor):
+        same = isinstance(beside, Tensor) and beside.requires_grad and beside.shape == out.shape
+        return Join.apply(out, beside) if same else out
+    if isinstance(out, dict) and isinstance(beside, dict):
+        return {key: join(value, beside.get(key)) for key, value in out.items()}
+    if type(out) in (tuple, list) and isinstance(beside, tuple | list) and len(out) == len(beside):
+        return type(out)(join(a, b) for a, b in zip(out, beside, strict=True))
+    return out
 
 
 class Join(torch.autograd.Function):
@@ -126,5 +128,5 @@ class Join(torch.autograd.Function):
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         return gradient, gradient
