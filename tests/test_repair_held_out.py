@@ -10,7 +10,7 @@ from torch import nn
 
 import fxprune
 from fxprune.criteria.calibration import Batch
-from fxprune.repair.held_out import split
+from fxprune.repair.held_out import split, t_quantile
 from fxprune.repair.least_squares import RIDGES, NormalEquations, fit
 
 DOUBLE = torch.float64
@@ -257,9 +257,9 @@ def test_a_layer_that_the_pruned_model_does_not_hold_is_left():
 def test_a_batch_is_what_a_loader_yields(form):
     torch.manual_seed(0)
     model = Optional().double().eval()
-    batch = example(12, 4, "mask")
+    batch = example(40, 4, "mask")
     pruned = fxprune.prune(model, 0.5, example_inputs=batch)
-    labels = torch.zeros(12)
+    labels = torch.zeros(40)
     given = {
         "pair": ([batch["x"], batch["mask"]], labels),
         "dict": batch,
@@ -290,3 +290,8 @@ def test_one_mapping_is_no_list_of_batches():
     pruned = fxprune.prune(model, 0.5, example_inputs=example(2, 4))
     with pytest.raises(fxprune.PruneError, match="data must be batches, not a UserDict"):
         fxprune.repair(model, pruned, UserDict(example(2, 4)))
+
+
+def test_quantiles_of_t_are_those_of_the_tables():
+    for degrees, value in {1: 25.452, 2: 6.205, 3: 4.177, 5: 3.163, 10: 2.634, 30: 2.360, 10**6: 2.241}.items():
+        assert t_quantile(degrees) == pytest.approx(value, rel=0.02)

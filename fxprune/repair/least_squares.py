@@ -41,9 +41,11 @@ class NormalEquations:
     residuals: Tensor = field(default_factory=lambda: torch.zeros(()))
     squares: float = 0.0
     count: int = 0
+    about_means: tuple[Tensor, Tensor] | None = None  # the matrix and the right-hand side, once they are asked for
 
     def add(self, x: Tensor, r: Tensor) -> None:
         """Inputs of shape (groups, rows, columns) and residuals of shape (groups, rows, outputs)."""
+        self.about_means = None
         self.gram = self.gram.to(x.device) + (x.mT @ x).double()
         self.cross = self.cross.to(x.device) + (x.mT @ r).double()
         self.inputs = self.inputs.to(x.device) + x.sum(1, dtype=torch.float64)
@@ -57,12 +59,14 @@ class NormalEquations:
         Arguments:
             ridge: the penalty on the change, as a share of the mean square of the inputs.
         """
-        gram, cross = self.gram, self.cross
-        if self.constant:  # about the means, the constant takes care of itself
-            gram = gram - self.inputs.unsqueeze(2) * self.inputs.unsqueeze(1) / self.count
-            cross = cross - self.inputs.unsqueeze(2) * self.residuals.unsqueeze(1) / self.count
-        damping = ridge * gram.diagonal(dim1=1, dim2=2).mean(1)
-        damped = gram + damping.reshape(-1, 1, 1) * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+        gram, cross = self.about_means or (self.gram, self.cross)
+        if self.constant and self.about_means is None:  # about the means, the constant takes care of itself
+            gram = gram - self.inputs.unsqueeze(2) * (self.inputs / self.count).unsqueeze(1)
+            cross = cross - self.inputs.unsqueeze(2) * (self.residuals / self.count).unsqueeze(1)
+        self.about_means = gram, cross
+        damped = gram.clone()
+        diagonal = damped.diagonal(dim1=1, dim2=2)
+        diagonal += ridge * diagonal.mean(1, keepdim=True)
         factor, failed = torch.linalg.cholesky_ex(damped)
         regular = factor.diagonal(dim1=1, dim2=2).amin(1) ** 2 > 1e-12 * gram.diagonal(dim1=1, dim2=2).amax(1)
         if bool((failed == 0).all()) and bool(regular.all()):

@@ -45,8 +45,8 @@ class Repair(Printable):
         steps: what each method did at each layer, in the order of the program.
         computed: how many products have a weight that is computed from parameters: those are left as they are.
         samples: how many were fitted, and how many were held out.
-        share: of all changes, how much of the way was gone: as far as the output on the samples held out came closer to the
-            original's by more than two standard errors; 0 if at no share of 1, 1/2, 1/4 and 1/8 it did.
+        share: of all changes, how much of the way was gone: the largest of 1, 1/2, 1/4 and 1/8 at which the output on
+            the samples held out surely came closer to the original's (a t-test at 95 %); 0 if it did at none.
     """
 
     methods: tuple[str, ...]
