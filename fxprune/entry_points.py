@@ -85,6 +85,9 @@ def unwrapped(model: Any) -> nn.Module:
     for module, name, attribute in WRAPPERS:
         if is_a(model, module, name):
             return unwrapped(getattr(model, attribute))
+    masked = vars(model).get("forward")
+    if is_a(masked, "fxprune.iterative.masked_forward", "MaskedForward"):
+        return unwrapped(masked.plain())
     if isinstance(model, torch.jit.ScriptModule):
         raise PruneError(
             f"model is a {type(model).__name__}: what it computes is no longer Python",

@@ -23,8 +23,9 @@ def kept(pruned, name):
     return fxprune.plan_of(pruned).slices[name][0].keep
 
 
-def repaired(model, pruned, x, method, **options):
-    return fxprune.repair(model, pruned, [x], method=method, **options)
+def repaired(model, pruned, x, method, held_out=0, **options):
+    """Fitted to all of the data, as the formulas are."""
+    return fxprune.repair(model, pruned, [x], method=method, held_out=held_out, **options)
 
 
 def same(a, b, **options):
@@ -94,11 +95,11 @@ def test_a_layer_with_too_many_inputs_for_the_normal_equations_is_fitted_in_step
     model = nn.Sequential(before, nn.Tanh(), copy.deepcopy(layer)).double().eval()
     batches = torch.randn(shape, dtype=DOUBLE).split(3)
     pruned = pruned_by_half(model, batches[0])
-    at_once = fxprune.repair(model, pruned, batches, method="reconstruct", ridge=ridge)
+    at_once = fxprune.repair(model, pruned, batches, method="reconstruct", ridge=ridge, held_out=0)
     monkeypatch.setattr(least_squares, "WIDE", 0)
     monkeypatch.setattr(least_squares, "STEPS", 500)
     monkeypatch.setattr(least_squares, "ENOUGH", 1e-10)
-    in_steps = fxprune.repair(model, pruned, batches, method="reconstruct", ridge=ridge)
+    in_steps = fxprune.repair(model, pruned, batches, method="reconstruct", ridge=ridge, held_out=0)
     assert [s.note.endswith("inputs: in steps") for s in in_steps.meta["repair"].steps] == [True]
     for a, b in zip(at_once.state_dict().values(), in_steps.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
@@ -132,7 +133,7 @@ def test_a_layer_with_very_many_inputs_takes_no_large_matrix():
     model = nn.Sequential(nn.Conv2d(3, 30, 3), nn.Tanh(), nn.Flatten(), nn.Linear(30 * 32 * 32, 4))
     images = torch.randn(64, 3, 34, 34)
     pruned = pruned_by_half(model, images)
-    better = fxprune.repair(model, pruned, [images], method="reconstruct")
+    better = repaired(model, pruned, images, "reconstruct")
     before, after = better.meta["repair"].error
     assert after < 0.2 * before
     assert better.meta["repair"].steps[-1].note == "15,360 inputs: in steps"
@@ -264,8 +265,8 @@ def test_two_batches_are_one(every):
     model, x = every
     pruned = pruned_by_half(model, x)
     for method in ("reconstruct", "compensate", "recalibrate"):
-        whole = fxprune.repair(model, pruned, [x], method=method)
-        parts = fxprune.repair(model, pruned, [x[:5], x[5:]], method=method)
+        whole = repaired(model, pruned, x, method)
+        parts = fxprune.repair(model, pruned, [x[:5], x[5:]], method=method, held_out=0)
         for a, b in zip(whole.state_dict().values(), parts.state_dict().values()):
             torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
 
@@ -523,7 +524,7 @@ def test_an_opaque_module_is_repaired_site_by_site(method):
         pruned = pruned_by_half(model, x)
         assert ("opaque" in pruned.meta["capture"]) == (kind is Reading)
         with torch.no_grad():
-            found.append(fxprune.repair(model, pruned, [x[:2], x[2:]], method=method))
+            found.append(fxprune.repair(model, pruned, [x[:2], x[2:]], method=method, held_out=0))
     with torch.no_grad():
         same(found[1](x), found[0](x))
         assert (found[0](x) - pruned(x)).abs().max() > 1e-3
@@ -559,7 +560,7 @@ def test_programs_that_write_in_place(kind):
         model = chosen().double().eval()
         pruned = pruned_by_half(model, x.clone())
         given = x.clone()
-        found.append(fxprune.repair(model, pruned, [given[:2], given[2:]]))
+        found.append(fxprune.repair(model, pruned, [given[:2], given[2:]], held_out=0))
         assert torch.equal(given, x)
     with torch.no_grad():
         same(found[1](x.clone()), found[0](x))
@@ -624,7 +625,7 @@ def test_in_half_precision_and_with_keywords():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 3)).bfloat16()
     x = torch.randn(64, 5).bfloat16()
-    result = fxprune.repair(model, pruned_by_half(model, x), [{"input": x}], method="reconstruct")
+    result = fxprune.repair(model, pruned_by_half(model, x), [{"input": x}], method="reconstruct", held_out=0)
     before, after = result.meta["repair"].error
     assert after < 0.6 * before
     assert {p.dtype for p in result.parameters()} == {torch.bfloat16}
@@ -656,11 +657,12 @@ def test_bad_input():
     refused(method="magic", what="there is no method 'magic'", fix=methods)
     refused(method=("fold", "magic"), what="there is no method 'magic'", fix=methods)
     refused(method=(), what="there is no method ()", fix=methods)
-    refused(ridge=-1, what="ridge must be a number of 0 or more, not -1", fix="ridge=0.01")
+    refused(ridge=-1, what="ridge must be a number of 0 or more, or None, not -1", fix="ridge=0.01")
+    refused(held_out=0.9, what="held_out must be a share from 0 to 0.5, not 0.9", fix="held_out=0.25")
     refused(data=[], what="data holds no batches", fix=f"{BATCHES}; one that was read to its end is empty")
     refused(data=IMAGES, what="data must be batches, not a Tensor")
     refused(data=[("a", "b")], what="a batch of type tuple holds no tensor")
-    refused(data=[{"y": IMAGES}], what="a batch of data does not fit the pruned model: missing a required argument: 'x'")
+    refused(data=[{"y": IMAGES}], what="a batch of data does not fit the model: missing a required argument: 'x'")
     refused(of=model, what="this module carries no plan", fix="pass what fxprune.prune returned", where="Net")
 
 

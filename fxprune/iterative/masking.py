@@ -1,8 +1,8 @@
 """Masks: removed elements that are zero in the original instead of gone, and the way from there to a pruned model.
 
-A model with masks keeps its architecture, so that training code needs not know of pruning. It computes what the pruned model
-computes, unless it takes statistics over channels (layer normalisation): those see the zeros, where a pruned model has
-nothing.
+A model with masks keeps its architecture, so that training code needs not know of pruning, and computes what the pruned model
+will. Where zeros alone do that, its forward is its own. Where something counts channels that are zero (layer normalisation),
+it is that of the pruned model (see `masked_forward.py`): its modules are not called then, so that hooks on them do not run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from fxprune.criteria.base import CriterionOptions, describe
 from fxprune.criteria.parameter_roles import roles
 from fxprune.criteria.scorer import Scorer
 from fxprune.entry_points import entry_point
-from fxprune.inputs import ExampleInputs
+from fxprune.inputs import ExampleInputs, device_of, random_inputs
+from fxprune.iterative.masked_forward import MaskedForward, zeros_suffice
 from fxprune.passes.coupling.families import families
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError
@@ -49,7 +50,23 @@ def masked(model: nn.Module, plan: PlanData) -> nn.Module:
     Raises: PruneError if the plan is for another model.
     """
     with entry_point(model) as model:
-        return zeroed(model, plan.masks(model))
+        made = zeroed(model, plan.masks(model))
+        compute_what_is_kept(made, plan)
+        return made
+
+
+def compute_what_is_kept(model: nn.Module, plan: PlanData, inputs: ExampleInputs | None = None) -> None:
+    """Give a model in which what a plan removes is zero another forward, unless its own computes what the pruned model will.
+
+    Arguments:
+        inputs: example inputs, if there are any besides the plan's description.
+    """
+    try:
+        suffices = zeros_suffice(model, plan, inputs or random_inputs(plan.inputs, device_of(model)))
+    except PruneError:  # the description is not enough
+        suffices = False
+    if not suffices:
+        vars(model)["forward"] = MaskedForward(model, plan, grows=False)
 
 
 def zeroed(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
@@ -58,14 +75,16 @@ def zeroed(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     return copy
 
 
-def muted(model: nn.Module, solution: Solution, kept: Tensor) -> nn.Module:
-    """A copy of a model in which nothing reads what is removed: the weights that would are zero.
+def muted(model: nn.Module, plan: PlanData, solution: Solution, kept: Tensor) -> nn.Module:
+    """A copy of a model that computes what the pruned one does, and trains what is removed beside it.
 
-    What writes it is left, so that the zeros have gradients, and units can come back: where all of a unit is zero, none of it
-    ever learns again. Units that no weight reads are zero altogether.
+    Nothing reads what is removed: the weights that would are zero. What writes it is left, so that the zeros have gradients,
+    and units can come back: where all of a unit is zero, none of it ever learns again. Units that no weight reads are zero
+    altogether. What grows counts when units are chosen anew, and not before.
 
     Arguments:
         model: of the architecture that was coupled.
+        plan: what is removed.
         solution: its coupling.
         kept: for each label whether it stays, shape (labels,).
     """
@@ -81,21 +100,27 @@ def muted(model: nn.Module, solution: Solution, kept: Tensor) -> nn.Module:
         masks[name] = torch.ones((), dtype=torch.bool)
         for f in labels:
             masks[name] = masks[name] & (kept if (name, f.major_to_minor[-1]) in reads else others)[f.labels]
-    return zeroed(model, masks)
+    made = zeroed(model, masks)
+    vars(made)["forward"] = MaskedForward(made, plan, grows=True)
+    return made
 
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """What keeps masked elements at zero; `remove()` lets them go."""
+    """What keeps masked elements at zero; `remove()` lets them go, and gives the model the forward that it had."""
 
     handles: tuple[Any, ...]
+    model: nn.Module
+    forward: dict[str, Any]
 
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
+        vars(self.model).pop("forward", None)
+        vars(self.model).update(self.forward)
 
 
-def hold(model: nn.Module, plan: PlanData) -> Hold:
+def hold(model: nn.Module, plan: PlanData, inputs: ExampleInputs | None = None) -> Hold:
     """Zero, in a model itself, what a plan removes, and keep it there while the model is trained.
 
     The gradients of the removed elements become zero (also gradients that are no numbers). An optimizer whose state is zero
@@ -112,6 +137,7 @@ def hold(model: nn.Module, plan: PlanData) -> Hold:
     """
     handles = []
     masks = plan.masks(model)
+    before = {name: value for name, value in vars(model).items() if name == "forward"}
     with torch.no_grad():
         for name, tensor in named_tensors(model):
             if name not in masks or bool(masks[name].all()) or not (tensor.is_floating_point() or tensor.is_complex()):
@@ -120,7 +146,8 @@ def hold(model: nn.Module, plan: PlanData) -> Hold:
             tensor.masked_fill_(gone, 0)
             if tensor.requires_grad and tensor.is_leaf:
                 handles.append(tensor.register_hook(lambda g, gone=gone: g.masked_fill(gone.to(g.device), 0)))
-    return Hold(tuple(handles))
+    compute_what_is_kept(model, plan, inputs)
+    return Hold(tuple(handles), model, before)
 
 
 class Nonzero(CriterionOptions):

@@ -52,7 +52,8 @@ class Pruner:
         regularizer: what `regularize` adds: `bn_l1`, `group_lasso`, `depgraph`, `growing`, one of the classes in
             `fxprune.regularizers` with options of its own, or a function of `fxprune.regularizers.Units`.
         mask: return the original architecture with zeros in place of removed elements: `hold` keeps them at zero in training;
-            `soft` lets them grow back and chooses anew in every step (arXiv:1808.06866). `shrink` ends it.
+            `soft` trains them beside the others and chooses anew in every step (after arXiv:1808.06866, but what grows counts
+            from then on only). Both compute what `shrink` returns, which ends it.
 
     Attributes:
         model: what the last step returned; before the first, the original.
@@ -195,8 +196,8 @@ class Pruner:
             return self._shrunk(present, plan, verify=True)
         whole = self._widened(present)
         if self._mask == "soft":
-            return muted(whole, self._planner.solution, choice.kept)
-        hold(whole, plan)
+            return muted(whole, plan, self._planner.solution, choice.kept)
+        hold(whole, plan, self._compilation.inputs.beside(whole))
         return whole
 
     def shrink(self, model: nn.Module | None = None) -> fx.GraphModule:

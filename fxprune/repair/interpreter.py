@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -78,7 +78,7 @@ class ProgramRun:
     Arguments:
         program: in evaluation mode; its tensors may be changed between nodes.
         batches: what to run it on.
-        prefix: what the names of its tensors begin with, in addition to those of the model.
+        name: from the path of a tensor of the program to its name.
 
     Attributes:
         sites: what can be repaired, by node.
@@ -87,10 +87,10 @@ class ProgramRun:
         result: the output for each batch.
     """
 
-    def __init__(self, program: fx.GraphModule, batches: Sequence[Batch], prefix: str = "") -> None:
+    def __init__(self, program: fx.GraphModule, batches: Sequence[Batch], name: Callable[[str], str] = str) -> None:
         program = program.flat() if isinstance(program, PrunedModule) else program
         self.nodes = list(program.graph.nodes)
-        self.tensors = {name.removeprefix(prefix): t for name, t in named_tensors(program)}
+        self.tensors = {name(path): t for path, t in named_tensors(program)}
         self.names = {id(t): name for name, t in self.tensors.items()}
         self.owned = {
             address(t): name
@@ -156,9 +156,21 @@ class ProgramRun:
                 found.setdefault(site.key, []).append(find_call(observer.calls, site))
         return found
 
-    def measure(self, node: fx.Node, site: RepairSite) -> Iterator[SiteCall]:
-        """The call of a site on each batch if its node ran now; the node can be run again."""
-        for interpreter in self.interpreters:
+    def run_until(self, key: Key) -> tuple[fx.Node, RepairSite] | None:
+        """Run the nodes before that of a site, and return both; None if there is no such site, or its node has run."""
+        pending = [
+            (i, s) for i, n in enumerate(self.nodes) for s in self.sites.get(n, ()) if s.key == key and i >= self.position
+        ]
+        for position, site in pending:
+            for node in self.nodes[self.position : position]:
+                self.run(node)
+            self.position = position
+            return self.nodes[position], site
+        return None
+
+    def measure(self, node: fx.Node, site: RepairSite, batches: Collection[int]) -> Iterator[SiteCall]:
+        """The call of a site on some batches, by their numbers, if its node ran now; the node can be run again."""
+        for interpreter in [self.interpreters[i] for i in sorted(batches)]:
             observer = SiteObserver(self.names, self.owned)
             with observer:
                 interpreter.step_on_copies(node)

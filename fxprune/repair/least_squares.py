@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from fxprune.criteria.activation_stats import wide
 from fxprune.passes.ir.pytree import map_tensors
 from fxprune.repair.sites import SiteCall
 
+RIDGES = (0.01, 0.1, 1.0, 10.0, 0.001, 0.0001)  # to choose from; the first one where nothing is there to choose by
 LARGEST = 1 << 24  # elements of a matrix of inputs: windows are taken from a part of the samples at a time
 
 
@@ -30,20 +32,20 @@ class NormalEquations:
 
     Attributes:
         constant: whether a constant may be fitted beside the weight.
-        ridge: the penalty on the change, as a share of the mean square of the inputs.
     """
 
     constant: bool
-    ridge: float
     gram: Tensor = field(default_factory=lambda: torch.zeros(()))
     cross: Tensor = field(default_factory=lambda: torch.zeros(()))
     inputs: Tensor = field(default_factory=lambda: torch.zeros(()))
     residuals: Tensor = field(default_factory=lambda: torch.zeros(()))
     squares: float = 0.0
     count: int = 0
+    about_means: tuple[Tensor, Tensor] | None = None  # the matrix and the right-hand side, once they are asked for
 
     def add(self, x: Tensor, r: Tensor) -> None:
         """Inputs of shape (groups, rows, columns) and residuals of shape (groups, rows, outputs)."""
+        self.about_means = None
         self.gram = self.gram.to(x.device) + (x.mT @ x).double()
         self.cross = self.cross.to(x.device) + (x.mT @ r).double()
         self.inputs = self.inputs.to(x.device) + x.sum(1, dtype=torch.float64)
@@ -51,14 +53,20 @@ class NormalEquations:
         self.squares += float(r.double().square().sum())
         self.count += x.shape[1]
 
-    def solve(self) -> tuple[Tensor, Tensor]:
-        """The change of the weight, (groups, columns, outputs), and of the constant, (groups, outputs)."""
-        gram, cross = self.gram, self.cross
-        if self.constant:  # about the means, the constant takes care of itself
-            gram = gram - self.inputs.unsqueeze(2) * self.inputs.unsqueeze(1) / self.count
-            cross = cross - self.inputs.unsqueeze(2) * self.residuals.unsqueeze(1) / self.count
-        damping = self.ridge * gram.diagonal(dim1=1, dim2=2).mean(1)
-        damped = gram + damping.reshape(-1, 1, 1) * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
+        """The change of the weight, (groups, columns, outputs), and of the constant, (groups, outputs).
+
+        Arguments:
+            ridge: the penalty on the change, as a share of the mean square of the inputs.
+        """
+        gram, cross = self.about_means or (self.gram, self.cross)
+        if self.constant and self.about_means is None:  # about the means, the constant takes care of itself
+            gram = gram - self.inputs.unsqueeze(2) * (self.inputs / self.count).unsqueeze(1)
+            cross = cross - self.inputs.unsqueeze(2) * (self.residuals / self.count).unsqueeze(1)
+        self.about_means = gram, cross
+        damped = gram.clone()
+        diagonal = damped.diagonal(dim1=1, dim2=2)
+        diagonal += ridge * diagonal.mean(1, keepdim=True)
         factor, failed = torch.linalg.cholesky_ex(damped)
         regular = factor.diagonal(dim1=1, dim2=2).amin(1) ** 2 > 1e-12 * gram.diagonal(dim1=1, dim2=2).amax(1)
         if bool((failed == 0).all()) and bool(regular.all()):
@@ -74,6 +82,30 @@ class NormalEquations:
         grown = (change * (self.gram @ change)).sum() + self.count * shift.square().sum()
         grown = grown + 2 * (shift * (change.mT @ self.inputs.unsqueeze(2)).squeeze(2)).sum()
         return max(self.squares - float(moved) + float(grown), 0.0)
+
+
+def fit(normal: NormalEquations, held: NormalEquations, ridge: float | None) -> tuple[Tensor, Tensor]:
+    """The change of the weight and of the constant.
+
+    Arguments:
+        normal: of the data to fit.
+        held: of data held out, which a ridge is chosen by: from the first of `RIDGES` on, as long as the error there falls.
+        ridge: if it is not to be chosen.
+    """
+    if ridge is not None or not held.count:
+        return normal.solve(RIDGES[0] if ridge is None else ridge)
+    best, least = None, math.inf
+    for up in (True, False):  # towards stiffer fits; if the first one was best, towards looser ones
+        for value in [r for r in RIDGES if r >= RIDGES[0]] if up else [r for r in RIDGES if r < RIDGES[0]]:
+            found = normal.solve(value)
+            left = held.left(*found)
+            if best is not None and not left < least:
+                break
+            best, least, chosen = found, left, value
+        if chosen != RIDGES[0]:
+            break
+    assert best is not None
+    return best
 
 
 def add_call(normal: NormalEquations, call: SiteCall, residual: Tensor) -> None:
@@ -178,25 +210,27 @@ def count_inputs(call: SiteCall) -> int:
     return call.weight[:, 0].numel() // groups(call) if call.op.get("transposed") else call.weight[0].numel()
 
 
-def fit_gradually(
-    calls: Sequence[SiteCall], residuals: Sequence[Tensor], ridge: float, constant: bool
-) -> tuple[WeightChange, float, float]:
+Calls = Sequence[tuple[SiteCall, Tensor]]  # runs of one product, with what each result should have been larger by
+
+
+def fit_gradually(fitted: Calls, held: Calls, ridge: float | None, constant: bool) -> tuple[WeightChange, float, float]:
     """The change that makes the residuals small, and their sum of squares before and after.
 
     Arguments:
-        calls: runs of one product.
-        residuals: what each result should have been larger by.
+        fitted: the data to fit.
+        held: data held out. Where no ridge is given, the step is taken after which the residuals are smallest there.
         ridge: the penalty on the squared change of the weight, as a share of the mean square of the inputs.
         constant: whether a constant may be fitted beside the weight.
     """
-    left = [wide(r) for r in residuals]
-    damping = ridge * energy(calls, constant)
+    calls, left = [call for call, _ in fitted], [wide(r) for _, r in fitted]
+    others, unseen = [call for call, _ in held], [wide(r) for _, r in held]
+    damping = (RIDGES[0] if ridge is None else ridge) * energy(calls, constant)
     change = WeightChange(torch.zeros_like(wide(calls[0].weight)), torch.zeros_like(summed(calls[0], left[0])))
-    beside = [run_product(call, change.weight, wide(call.source)) for call in calls]
-    beside = [extra if bool(extra.any()) else extra.new_zeros(()) for extra in beside]
+    beside, beside_others = added(calls, change), added(others, change)
     downhill = gradient(calls, left, constant)
     before, start = squares(left), downhill.square()
     direction, now = downhill, start
+    best, least = (change, before), squares(unseen)
     for _ in range(STEPS):
         if now <= ENOUGH**2 * start:
             break
@@ -207,11 +241,24 @@ def fit_gradually(
         step = now / length
         change = change.moved(step, direction)
         left = [r - step * m for r, m in zip(left, made, strict=True)]
+        if ridge is None and held:
+            more = [result(call, direction) - extra for call, extra in zip(others, beside_others, strict=True)]
+            unseen = [r - step * m for r, m in zip(unseen, more, strict=True)]
+            if not squares(unseen) < least:
+                break
+            least = squares(unseen)
+        best = change, squares(left)
         weight, shift = gradient(calls, left, constant)
         downhill = WeightChange(weight - damping.to(weight.dtype) * change.weight, shift)
         now, last = downhill.square(), now
         direction = downhill.moved(now / last, direction)
-    return change, before, squares(left)
+    return best[0], before, best[1]
+
+
+def added(calls: Sequence[SiteCall], change: WeightChange) -> list[Tensor]:
+    """What each call adds to its product, which is that of a weight of zero; a number where it is nothing."""
+    extras = [run_product(call, torch.zeros_like(change.weight), wide(call.source)) for call in calls]
+    return [extra if bool(extra.any()) else extra.new_zeros(()) for extra in extras]
 
 
 def squares(parts: Sequence[Tensor]) -> float:

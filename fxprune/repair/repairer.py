@@ -1,0 +1,268 @@
+"""The original and the pruned program side by side, layer by layer: what methods of repair fit to, and whether it helps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fxprune.criteria.activation_stats import wide
+from fxprune.repair.interpreter import ProgramRun
+from fxprune.repair.least_squares import groups, is_convolution
+from fxprune.repair.sites import Key, RepairSite, SiteCall
+
+NO_PRODUCT = "the original has no such product"
+NOT_FINITE = "its inputs or its result are not finite"
+OTHER_ORDER = "another program, for other batches, has it earlier"
+NO_DATA = "none of the data that is fitted reaches it"
+WORSE = "on the data held out its result would be no closer to the original's"
+
+
+@dataclass(frozen=True, slots=True)
+class RepairStep:
+    """What one method did at one site.
+
+    Attributes:
+        layer: the parameter that names the site: a weight, or the running mean of a normalisation.
+        method: its name.
+        error: the relative error of the site's result before and after (root mean square, against the original's), where it
+            was measured: on the data held out, if any is.
+        done: whether anything was changed.
+        note: a remark; for a site that was left as it is, the reason.
+    """
+
+    layer: str
+    method: str
+    error: tuple[float, float] | None
+    done: bool
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What a method changed: the relative error before and after, where it was measured, and a remark."""
+
+    error: tuple[float, float] | None = None
+    note: str = ""
+
+
+class Skip(Exception):
+    """Raised by a method that leaves a site as it is, with the reason."""
+
+
+@dataclass(frozen=True, eq=False)
+class SideBySide:
+    """The original and the pruned program for batches of one form; the first is only read.
+
+    Attributes:
+        held: the numbers of the batches that are held out.
+    """
+
+    old: ProgramRun
+    new: ProgramRun
+    held: frozenset[int]
+
+    def batches(self, *, held: bool) -> list[int]:
+        """The numbers of those that are held out, or of the others."""
+        return [i for i in range(len(self.new.interpreters)) if (i in self.held) == held]
+
+
+@dataclass
+class Repairer:
+    """The original and the pruned programs, one for each form of the batches.
+
+    Attributes:
+        runs: their programs, which share the tensors that are changed.
+        masks: for each tensor of the original, which elements are kept.
+        ridge: of least squares; None where it is chosen by the data held out.
+        refusal: why no site may be changed, or "".
+        steps: what was done.
+    """
+
+    runs: Sequence[SideBySide]
+    masks: Mapping[str, Tensor]
+    ridge: float | None
+    refusal: str = ""
+    steps: list[RepairStep] = field(default_factory=list)
+
+    def run(self, methods: Sequence[RepairMethod]) -> None:
+        """Repair every site in the order of the programs by each method in turn, then run what follows."""
+        for site in merged([[s for sites in run.new.sites.values() for s in sites] for run in self.runs]):
+            for method in methods:
+                if site.norm == method.for_norms:
+                    self.steps += self.apply(method, site)
+        for run in self.runs:
+            run.new.finish()
+            run.old.finish()
+
+    @property
+    def checks(self) -> bool:
+        """Whether any data is held out."""
+        return any(run.held for run in self.runs)
+
+    def apply(self, method: RepairMethod, site: RepairSite) -> list[RepairStep]:
+        """Repair a site, and undo it where that does not bring it closer to the original on the data held out."""
+        step = RepairStep(site.key[0], method.name, None, False)
+        try:
+            if site.reason or self.refusal:
+                raise Skip(site.reason or self.refusal)
+            start = self.tensors(site)
+            before = self.error(site, start) if self.checks else None
+            change = method.apply(self, site)
+            if change is None:
+                return []
+            if before is None:
+                return [replace(step, error=change.error, done=True, note=change.note)]
+            error = before, self.error(site, start)
+        except Skip as reason:
+            return [replace(step, note=str(reason))]
+        if error[1] < error[0]:
+            return [replace(step, error=error, done=True, note=change.note)]
+        for tensor, value in start:
+            tensor.copy_(value)
+        return [replace(step, error=error, note=WORSE)]
+
+    def tensors(self, site: RepairSite) -> list[tuple[Tensor, Tensor]]:
+        """The tensors that a method may change at a site, each with a copy."""
+        call = next((call for _, call in self.measured(site)), None)
+        if call is None:
+            raise Skip(NO_DATA)
+        found = [t for t in (call.weight, call.bias, call.var, self.mean_behind(site)) if t is not None]
+        return [(t, t.clone()) for t in found]
+
+    def mean_behind(self, site: RepairSite) -> Tensor | None:
+        """The running mean that takes the constants of a site."""
+        if site.place is None or site.place == "bias":
+            return None
+        return next(run.new.tensors[site.place[0]] for run in self.runs if site.place[0] in run.new.tensors)
+
+    def error(self, site: RepairSite, start: Sequence[tuple[Tensor, Tensor]]) -> float:
+        """The relative error of a site's result on the data held out."""
+        squares = size = 0.0
+        mean = self.mean_behind(site)
+        moved = next((mean - value for t, value in start if t is mean), None)  # what it takes off the result
+        for call, target, residual in self.residuals(site, held=True):
+            if moved is not None and call.product is not None:
+                residual = residual + lifted(moved, residual, call.product.out)
+            squares += float(residual.double().square().sum())
+            size += float(target.double().square().sum())
+        if not math.isfinite(squares):
+            raise Skip(NOT_FINITE)
+        return relative(squares, size)
+
+    def measured(self, site: RepairSite, *, held: bool = False) -> Iterator[tuple[SiteCall, SiteCall]]:
+        """The calls of a site in both programs, on the batches to fit or on those held out."""
+        for run in self.runs:
+            found = run.new.run_until(site.key)
+            if found is None:
+                if any(s.key == site.key for sites in run.new.sites.values() for s in sites):
+                    raise Skip(OTHER_ORDER)
+                continue
+            batches = run.batches(held=held)
+            wanted = run.old.run_to(site.key)
+            if not wanted:
+                raise Skip(NO_PRODUCT)
+            yield from zip([wanted[i] for i in batches], run.new.measure(*found, batches), strict=True)
+
+    def originals(self, site: RepairSite) -> list[SiteCall]:
+        """The calls of a site in the original, on all batches."""
+        return [call for run in self.runs for call in run.old.run_to(site.key)]
+
+    def residuals(self, site: RepairSite, *, held: bool = False) -> Iterator[tuple[SiteCall, Tensor, Tensor]]:
+        """For each batch the site's call, the result of the original without what was removed from it, and the difference.
+
+        Arguments:
+            held: whether on the batches held out, instead of those to fit.
+        """
+        for wanted, call in self.measured(site, held=held):
+            target = self.keep(wanted)
+            if target.shape != call.out.shape:
+                raise Skip("its result has another shape than the original's")
+            yield call, wide(target), wide(target) - wide(call.out)
+
+    def mask(self, call: SiteCall) -> Tensor:
+        """Which elements of a weight of the original are kept; its shape is that of the weight in the call."""
+        memory = call.weight.untyped_storage().data_ptr()
+        owners = [run.old.tensors[call.name] for run in self.runs if call.name in run.old.tensors]
+        owner = next(t for t in owners if t.untyped_storage().data_ptr() == memory)
+        laid = torch.empty_strided(owner.shape, owner.stride(), dtype=torch.bool, device=owner.device)
+        laid.copy_(self.masks[call.name]) if call.name in self.masks else laid.fill_(True)
+        offset = call.weight.storage_offset() - owner.storage_offset()
+        return laid.as_strided(call.weight.shape, call.weight.stride(), offset)
+
+    def keep(self, call: SiteCall, out: Tensor | None = None) -> Tensor:
+        """The entries of a result of the original that the pruned program computes too."""
+        out = call.out if out is None else out
+        product = call.product
+        if product is None and call.name in self.masks:  # the channels of a normalisation
+            return out.index_select(1, self.masks[call.name].nonzero().flatten().to(out.device))
+        if product is None or product.kept is None:
+            return out
+        mask = self.mask(call)
+        if mask.dim() == 3 and not is_convolution(call):  # a batch of matrices, each of which may keep other outputs
+            rows = mask.any(product.summed)
+            stays = rows.any(1)
+            lines = out.movedim(product.out, 1)[stays][rows[stays]]
+            return lines.reshape(int(stays.sum()), -1, out.shape[3 - product.out]).movedim(1, product.out)
+        if groups(call) > 1 and product.kept == 1:  # a transposed convolution: the outputs of one group after another
+            rows = mask.reshape(groups(call), -1, *mask.shape[1:]).flatten(3).any(3) if mask.dim() > 2 else mask
+            rows = rows.any(1).reshape(-1)
+        else:
+            rows = mask.movedim(product.kept, 0).flatten(1).any(1)
+        return out.index_select(product.out, rows.nonzero().flatten())
+
+    def add_constant(self, site: RepairSite, call: SiteCall, shift: Tensor) -> None:
+        """Add a constant to a product's result: to its bias, or by subtracting it from the running mean behind it."""
+        if site.place == "bias":
+            assert call.bias is not None
+            call.bias.add_(shift.to(call.bias.dtype))
+        elif (mean := self.mean_behind(site)) is not None:
+            mean.sub_(shift.to(mean.dtype))
+
+
+class RepairMethod:
+    """A method of repair; the class docstring of each is what `fxprune.repair` says of it.
+
+    Attributes:
+        name: of the `method` argument.
+        for_norms: whether it repairs normalisations with running statistics, instead of products.
+    """
+
+    name: ClassVar[str]
+    for_norms: ClassVar[bool] = False
+
+    def apply(self, repairer: Repairer, site: RepairSite) -> Change | None:
+        """Change the parameters of a site; None where nothing is left to change, Skip where it cannot be done."""
+        raise NotImplementedError
+
+
+def merged(programs: Sequence[Sequence[RepairSite]]) -> list[RepairSite]:
+    """The sites of several programs in one order: each behind the one that comes before it in the first program that has it."""
+    found: dict[Key, RepairSite] = {}
+    order: list[Key] = []
+    for sites in programs:
+        last = -1
+        for site in sites:
+            known = found.get(site.key)
+            if known is None:
+                found[site.key] = site
+                order.insert(last + 1, site.key)
+            else:
+                place = site.place if site.place == known.place else None
+                found[site.key] = replace(known, reason=known.reason or site.reason, place=place)
+            last = order.index(site.key)
+    return [found[key] for key in order]
+
+
+def lifted(vector: Tensor, like: Tensor, dim: int) -> Tensor:
+    """A vector along one dimension of a tensor."""
+    return vector.reshape([-1 if d == dim % like.dim() else 1 for d in range(like.dim())])
+
+
+def relative(squares: float, size: float) -> float:
+    """The root of one sum of squares over that of another; nothing of nothing is no error."""
+    return math.sqrt(squares / size) if size > 0 else 0.0 if squares == 0 else math.inf

@@ -1,0 +1,100 @@
+"""The programs of the original and of the pruned model, for each form of the batches, on the pruned model's own tensors."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxprune.criteria.calibration import BATCHES, Batch
+from fxprune.form_programs import FormProgram, FormPrograms, Names, slots
+from fxprune.inputs import ExampleInputs
+from fxprune.passes.errors import GuardError, PruneError
+from fxprune.plan import PlanData
+from fxprune.repair.interpreter import ProgramRun
+from fxprune.repair.repairer import SideBySide
+
+
+class Programs:
+    """Both models as programs, and what they return.
+
+    Arguments:
+        model: the original.
+        made: the pruned model to repair, of whatever class, whose tensors the programs share.
+        plan: what it was made by.
+        parts: the batches, each with whether it is held out.
+
+    Attributes:
+        runs: the programs of each form side by side.
+        batches: with their programs, in the order of the runs.
+        held: of each of them whether it is held out.
+        before: what the pruned model returned for each.
+    """
+
+    def __init__(self, model: nn.Module, made: nn.Module, plan: PlanData, parts: Sequence[tuple[Batch, bool]]) -> None:
+        self.name = Names(model)
+        self.own = {self.name(path): tensor for path, tensor, _, _ in slots(made)}
+        self.forms = FormPrograms(model, plan, self.own, originals=True)
+        self.shared: set[int] = set()
+        groups: dict[int, list[tuple[Batch, bool, Any]]] = {}
+        programs: dict[int, FormProgram] = {}
+        for batch, held in parts:
+            form, out = self.forms.run(ExampleInputs(batch.args, batch.kwargs), functools.partial(self.both, batch=batch))
+            programs[id(form)] = form
+            groups.setdefault(id(form), []).append((batch, held, out))
+        self.runs: list[SideBySide] = []
+        self.batches: list[tuple[FormProgram, Batch]] = []
+        self.held: list[bool] = []
+        self.before: list[Any] = []
+        for key, members in groups.items():
+            form, batches = programs[key], [batch for batch, _, _ in members]
+            assert form.original is not None
+            old, new = (ProgramRun(program, batches, self.name) for program in (form.original, form.pruned))
+            for site in [s for sites in new.sites.values() for s in sites if s.key[0] not in self.own]:
+                site.reason = site.reason or "the pruned model does not hold it"
+            self.runs.append(SideBySide(old, new, frozenset(i for i, (_, held, _) in enumerate(members) if held)))
+            self.batches += [(form, batch) for batch in batches]
+            self.held += [held for _, held, _ in members]
+            self.before += [out for _, _, out in members]
+
+    def both(self, form: FormProgram, batch: Batch) -> Any:
+        """What the pruned program returns for a batch that the original's takes, too."""
+        assert form.original is not None
+        if id(form) not in self.shared:
+            self.shared.add(id(form))
+            form.original.eval()
+            form.pruned.eval()
+            for path, tensor, _, _ in slots(form.pruned):
+                own = self.own.get(self.name(path))
+                if own is not None:
+                    tensor.data = own.data
+        inputs = ExampleInputs(batch.args, batch.kwargs)
+        try:
+            inputs.map(torch.clone).call(form.original)
+            return self.output(form, batch)
+        except GuardError:
+            raise
+        except Exception as error:
+            raise PruneError(f"the model raises {type(error).__name__} on a batch of data: {error}", fix=BATCHES) from error
+
+    @staticmethod
+    def output(form: FormProgram, batch: Batch) -> Any:
+        """What the pruned program returns."""
+        return ExampleInputs(batch.args, batch.kwargs).map(torch.clone).call(form.pruned)
+
+    def outputs(self, at: Sequence[int]) -> list[Any]:
+        """What the pruned programs return now for some batches, by their numbers."""
+        return [self.output(*self.batches[i]) for i in at]
+
+    @property
+    def wanted(self) -> list[Any]:
+        """What the original returned."""
+        return [out for run in self.runs for out in run.old.result]
+
+    @property
+    def after(self) -> list[Any]:
+        """What the pruned programs returned as they were repaired."""
+        return [out for run in self.runs for out in run.new.result]
