@@ -263,6 +263,7 @@ class Compilation:
         pruned.meta["plan"] = dataclasses.replace(self.plan(choice), waiver=waiver)
         pruned.meta["capture"] = describe_capture(choice.solution)
         pruned.meta["frozen_modules"] = dict(self.frozen_modules)
+        pruned.meta["unused"] = tuple(name for name in self.tensors if name not in choice.solution.leaves)
         if choice.latency is not None:
             pruned.meta["latency"] = choice.latency
         return pruned

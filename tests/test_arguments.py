@@ -416,7 +416,7 @@ def test_forms_of_batches(batch, pair):
     plain = fxprune.prune(model, 0.5, (X, Y), criterion="taylor", data=[((X, Y), 0)], loss=loss)
     assert small.plan == plain.plan
     assert torch.equal(seen[0], torch.ones(32)) if pair else seen[0].keys() == {"x", "y"}
-    assert fxprune.repair(model, small, data).meta["repair"].done
+    assert fxprune.repair(model, small, data, held_out=0).meta["repair"].done
 
 
 @pytest.mark.parametrize(

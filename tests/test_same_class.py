@@ -1,11 +1,14 @@
 """A pruned model of the original's own class: what its own methods do, and what comes back from disk."""
 
+import pickle
+
 import pytest
 import torch
 import transformers
 from torch import nn
 
 import fxprune
+from fxprune.passes.rewrite.pruned_module import RewrittenForward
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 60}
 DECODER = {**SMALL, "num_key_value_heads": 2, "max_position_embeddings": 40, "pad_token_id": 0, "eos_token_id": 2}
@@ -86,11 +89,37 @@ def test_a_class_without_a_configuration_keeps_its_attributes_right():
     assert type(small) is Plain and small.width == 6 and small.inner.out_features == 12
 
 
-def test_a_class_with_a_size_in_its_code_is_refused():
-    with pytest.raises(fxprune.PruneError) as caught:
-        fxprune.prune(Plain(literal=True), 0.5, example_inputs=torch.randn(2, 4), same_class=True)
-    assert str(caught.value).splitlines() == [
-        "the pruned model cannot stay a Plain: its own forward holds sizes that no attribute has",
-        "  at Plain",
-        "  fix: take the GraphModule that prune returns without same_class",
-    ]
+def test_a_module_with_a_size_in_its_code_gets_its_program():
+    model, x = Plain(literal=True), torch.randn(2, 4)
+    small = fxprune.prune(model, 0.5, example_inputs=x, same_class=True)
+    assert type(small) is Plain and small.verification.ok
+    assert torch.allclose(small(x), fxprune.prune(model, 0.5, example_inputs=x)(x), atol=1e-6)
+    assert isinstance(vars(small)["forward"], RewrittenForward) and "forward" not in vars(small.inner)
+    again = pickle.loads(pickle.dumps(small))
+    assert type(again) is Plain and torch.equal(again(x), small(x))
+
+
+class Backbone(nn.Module):
+    """Holds its width where no forward reads it."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_features, self.hidden, self.doubtful = 12, 20, 16
+        self.stem, self.blocks = (
+            nn.Linear(4, 16),
+            nn.Sequential(nn.Linear(16, 20), nn.ReLU(), nn.Linear(20, 12), nn.Linear(12, 16)),
+        )
+        self.head = nn.Linear(16, 12)
+        self.fc = nn.Linear(12, 3)
+
+    def forward(self, x):
+        return self.fc(self.head(self.blocks(self.stem(x))))
+
+
+def test_attributes_that_nothing_reads_follow_or_are_said_to_be_stale():
+    small = fxprune.prune(
+        Backbone(), {"stem": 0.25, "blocks.*": 0.5, "head": 0.5}, example_inputs=torch.randn(2, 4), same_class=True
+    )
+    assert small.num_features == small.fc.in_features == 6, "the nearest tensors of that size"
+    assert small.hidden == small.blocks[0].out_features == 10
+    assert small.doubtful == 16 and small.meta["stale"] == ("doubtful",), "12 of the stem, 8 before the head"

@@ -36,7 +36,8 @@ class Programs:
 
     def __init__(self, model: nn.Module, made: nn.Module, plan: PlanData, parts: Sequence[tuple[Batch, bool]]) -> None:
         self.name = Names(model)
-        self.own = {self.name(path): tensor for path, tensor, _, _ in slots(made)}
+        unused = getattr(made, "meta", {}).get("unused", ())  # whole, whatever the program around them has lost
+        self.own = {self.name(path): tensor for path, tensor, _, _ in slots(made) if self.name(path) not in unused}
         self.forms = FormPrograms(model, plan, self.own, originals=True)
         self.shared: set[int] = set()
         groups: dict[int, list[tuple[Batch, bool, Any]]] = {}

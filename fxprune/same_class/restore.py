@@ -2,8 +2,8 @@
 
 The model is captured as one opaque module (see `capture/opaque.py`): its tensors are cut by the plan, and integer attributes
 that turn up as sizes are corrected, layer by layer. Every forward is the class's own then. Where one does not compute what
-the pruned program of that module does, because its code holds a width that no attribute has, the module gets that program as its
-forward: the innermost such module, since they are tried from the inside out.
+the pruned program of that module does, because its code holds a width that no attribute has, the module gets that program as
+its forward: the innermost such module, since they are tried from the inside out.
 """
 
 from __future__ import annotations
