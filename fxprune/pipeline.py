@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ from fxprune.passes.coupling.couple import analyse, describe_capture
 from fxprune.passes.coupling.families import families
 from fxprune.passes.coupling.solution import CouplingOptions, Solution
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import named_parameters, named_tensors
+from fxprune.passes.ir.module_tree import fetch, named_parameters, named_tensors
 from fxprune.passes.ir.program import Waiver
 from fxprune.passes.ir.quiet import gc_paused, unobserved, without_modes
 from fxprune.passes.ir.slices import Slicer, TensorSlice
@@ -256,6 +257,9 @@ class Compilation:
         pruned.meta["plan"] = dataclasses.replace(self.plan(choice), waiver=waiver)
         pruned.meta["capture"] = describe_capture(choice.solution)
         pruned.meta["frozen_modules"] = dict(self.frozen_modules)
+        pruned.meta["contents"] = lost_contents(self.model, self.tensors, pruned, choice)
+        if (config := config_of(self.model)) is not None:
+            pruned.meta["config"] = config
         if choice.latency is not None:
             pruned.meta["latency"] = choice.latency
         return pruned
@@ -303,6 +307,37 @@ class Compilation:
     def restore_class(self, pruned: PrunedModule) -> Any:
         """The pruned model in the original's own class; raises PruneError where it does not compute the same."""
         return restore_class(self.model, pruned, self.inputs)
+
+
+def lost_contents(model: nn.Module, tensors: Mapping[str, Tensor], pruned: PrunedModule, choice: Choice) -> dict[str, Tensor]:
+    """Copies of the original's tensors that hold no fractions (indices, masks), where the pruned module has less than all.
+
+    Without them a model that has no values cannot be captured. What a model that was pruned before knows is handed on.
+    """
+    known = getattr(model, "meta", {}).get("contents", {}) if isinstance(model, PrunedModule) else {}
+    found = dict(known)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() or tensor.is_complex() or tensor.is_meta or name in known:
+            continue
+        try:
+            whole = fetch(pruned, choice.solution.captures[0].prefix + name).shape == tensor.shape
+        except AttributeError:
+            whole = False
+        if not whole:
+            found[name] = tensor.detach().clone()
+    return found
+
+
+def config_of(model: nn.Module) -> Any:
+    """A copy of the configuration that builds a model, which says so itself; None where there is none."""
+    known, config = getattr(model, "meta", {}), getattr(model, "config", None)
+    if isinstance(known, dict) and "config" in known:
+        return known["config"]  # of the model that this one was pruned from
+    if not (hasattr(model, "save_pretrained") and hasattr(config, "to_json_string")):
+        return None
+    made: Any = copy.deepcopy(config)
+    made.architectures = [type(model).__name__]
+    return made
 
 
 def spent(solution: Solution) -> bool:
