@@ -14,7 +14,7 @@ from fxprune.passes.coupling.families import families
 from fxprune.passes.ir.module_tree import named_parameters
 from fxprune.passes.ir.quiet import without_modes
 from fxprune.pipeline import Compilation
-from fxprune.plan import plan_of
+from fxprune.plan import plan_between
 from fxprune.reports.coupling import Coupling
 from fxprune.selection.options import Attention, Freeze, Options, Ratio, Scopes, Verify
 from fxprune.verification import Verification, compare
@@ -169,7 +169,7 @@ def verify(model: nn.Module, pruned: fx.GraphModule, example_inputs: Any, *, siz
     Returns: the largest relative error and what was compared.
     """
     with entry_point(model) as model:
-        plan = plan_of(pruned)
+        plan = plan_between(model, pruned)
         compilation = Compilation.of_plan(model, plan, example_inputs)
         removal = compilation.choice_of(plan).removal(plan.coupling_options.heads)
         return compare(model, pruned, removal, ExampleInputs.parse(example_inputs), sizes=sizes)

@@ -30,7 +30,7 @@ from fxprune.passes.ir.quiet import unobserved
 from fxprune.passes.rewrite.pruned_module import PrunedModule
 from fxprune.passes.rewrite.rewrite import rewrite_program
 from fxprune.passes.verification.masked_model import relative_error
-from fxprune.plan import kept_labels, plan_of
+from fxprune.plan import kept_labels, plan_between
 from fxprune.verification import tolerance_of
 
 Shapes = dict[str, tuple[int, ...]]
@@ -41,7 +41,7 @@ MOST_UNCERTAIN = 8  # numbers of a configuration that may stand for the same dim
 
 def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs) -> Any:
     """A pruned model in the original's own class; raises PruneError where it does not compute the same."""
-    plan = plan_of(pruned)
+    plan = plan_between(model, pruned)
     with unobserved(model):
         whole = capture_program(set_mode(private_copy(model), False), inputs.args, inputs.kwargs, whole=True)
         solution = couple_channels([whole], plan.coupling_options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -17,11 +16,12 @@ from fxprune.batch_guards import Recompiled, for_any_batch
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs, device_of, random_inputs
 from fxprune.model_class import restore_class
+from fxprune.original_state import config_of, lost_contents, with_lazy_tensors
 from fxprune.passes.coupling.couple import analyse, describe_capture
 from fxprune.passes.coupling.families import families
 from fxprune.passes.coupling.solution import CouplingOptions, Solution
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import fetch, named_parameters, named_tensors
+from fxprune.passes.ir.module_tree import named_parameters, named_tensors
 from fxprune.passes.ir.program import Waiver
 from fxprune.passes.ir.quiet import gc_paused, unobserved, without_modes
 from fxprune.passes.ir.slices import Slicer, TensorSlice
@@ -29,7 +29,7 @@ from fxprune.passes.rewrite.pruned_module import PrunedModule
 from fxprune.passes.rewrite.rewrite import rewrite_program, tensor_cuts
 from fxprune.passes.verification.masked_model import Removal
 from fxprune.passes.verification.opaque_check import broken, opaque_sites
-from fxprune.plan import PlanData, kept_labels
+from fxprune.plan import PlanData, derived_tensors, kept_labels, plan_between, shapes_of, sign
 from fxprune.selection.allocation import Allocator
 from fxprune.selection.latency import Latency, LatencyProbe
 from fxprune.selection.options import Options
@@ -116,7 +116,7 @@ class Compilation:
         inputs = given.check(model)
         if plan.waiver is not None and inputs.batch == plan.waiver.size:
             inputs = inputs.one_more()  # the program was captured with a larger batch
-        return cls(model, inputs, plan.coupling_options, frozen_modules)
+        return cls(with_lazy_tensors(model, plan, inputs), inputs, plan.coupling_options, frozen_modules)
 
     def follow(self) -> None:
         """Move the example inputs to where the model is by now."""
@@ -206,12 +206,13 @@ class Compilation:
             tuple(sorted(self.options.frozen)),
             self.inputs.describe(),
             self.options.release,
+            derived=derived_tensors(self.model),
         )
 
     def choice_of(self, plan: PlanData) -> Choice:
         """What a plan chooses; raises PruneError where it does not fit the model."""
         solution = self.couple()
-        kept = kept_labels(plan, solution)
+        kept = kept_labels(plan.fitted(shapes_of(self.model)), solution)
         return Choice(solution, kept, Slicer(kept))
 
     def unpruned(self) -> Choice:
@@ -254,10 +255,10 @@ class Compilation:
                 )
             if values is not None:
                 pruned.to(device_of(values))  # constants of a program that was captured elsewhere
-        pruned.meta["plan"] = dataclasses.replace(self.plan(choice), waiver=waiver)
+        sign(pruned, dataclasses.replace(self.plan(choice), waiver=waiver), self.model)
         pruned.meta["capture"] = describe_capture(choice.solution)
         pruned.meta["frozen_modules"] = dict(self.frozen_modules)
-        pruned.meta["contents"] = lost_contents(self.model, self.tensors, pruned, choice)
+        pruned.meta["contents"] = lost_contents(self.model, pruned, choice.solution.captures[0].prefix)
         if (config := config_of(self.model)) is not None:
             pruned.meta["config"] = config
         if choice.latency is not None:
@@ -273,7 +274,7 @@ class Compilation:
                 f"the plan cuts {path}, which {why}", where=path, fix="prune the model again, for a plan of its own"
             )
         pruned = self.emit(choice, waiver=plan.waiver)
-        pruned.meta["plan"] = plan
+        sign(pruned, plan, self.model)
         return pruned
 
     def verify(self, pruned: PrunedModule, choice: Choice, *, values: nn.Module | None = None) -> PrunedModule:
@@ -298,7 +299,7 @@ class Compilation:
 
         def at(other: ExampleInputs) -> Recompiled:
             again = Compilation(self.model, other.beside(self.model), self.options, self.frozen_modules)
-            chosen = again.choice_of(pruned.plan)
+            chosen = again.choice_of(plan_between(self.model, pruned))
             emit = lambda waiver: again.emit(chosen, values=values, waiver=waiver)  # noqa: E731
             return Recompiled(chosen.solution, chosen.removal(self.options.heads), emit)
 
@@ -307,37 +308,6 @@ class Compilation:
     def restore_class(self, pruned: PrunedModule) -> Any:
         """The pruned model in the original's own class; raises PruneError where it does not compute the same."""
         return restore_class(self.model, pruned, self.inputs)
-
-
-def lost_contents(model: nn.Module, tensors: Mapping[str, Tensor], pruned: PrunedModule, choice: Choice) -> dict[str, Tensor]:
-    """Copies of the original's tensors that hold no fractions (indices, masks), where the pruned module has less than all.
-
-    Without them a model that has no values cannot be captured. What a model that was pruned before knows is handed on.
-    """
-    known = getattr(model, "meta", {}).get("contents", {}) if isinstance(model, PrunedModule) else {}
-    found = dict(known)
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() or tensor.is_complex() or tensor.is_meta or name in known:
-            continue
-        try:
-            whole = fetch(pruned, choice.solution.captures[0].prefix + name).shape == tensor.shape
-        except AttributeError:
-            whole = False
-        if not whole:
-            found[name] = tensor.detach().clone()
-    return found
-
-
-def config_of(model: nn.Module) -> Any:
-    """A copy of the configuration that builds a model, which says so itself; None where there is none."""
-    known, config = getattr(model, "meta", {}), getattr(model, "config", None)
-    if isinstance(known, dict) and "config" in known:
-        return known["config"]  # of the model that this one was pruned from
-    if not (hasattr(model, "save_pretrained") and hasattr(config, "to_json_string")):
-        return None
-    made: Any = copy.deepcopy(config)
-    made.architectures = [type(model).__name__]
-    return made
 
 
 def spent(solution: Solution) -> bool:

@@ -73,6 +73,9 @@ def parse_plan(data: Any) -> dict[str, Any]:
     unknown = next((name for name in freeze if name not in shapes), None)
     if unknown is not None:
         raise refused(f"it freezes {unknown}, of which it has no shape")
+    derived = texts(data.get("derived", []), "derived")
+    if not shapes.keys() >= set(derived):
+        raise refused("it has no shape of a tensor that it calls derived")
     if data["inputs"] is not None and elements(data["inputs"]) > MOST_ELEMENTS:
         raise refused("its example inputs are larger than any model takes")
     return {
@@ -83,6 +86,7 @@ def parse_plan(data: Any) -> dict[str, Any]:
         "inputs": data["inputs"],
         "release": texts(data.get("release", []), "release"),  # older plans have none
         "waiver": parse_waiver(data.get("waiver")),
+        "derived": derived,
     }
 
 

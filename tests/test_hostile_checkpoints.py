@@ -106,7 +106,8 @@ def damaged_files(data: bytes) -> Iterator[tuple[str, bytes]]:
     others = {("9" if name == "0.weight" else name): entry for name, entry in header.items()}
     yield "another name", joined(others, record, tensors)
     yield "no record", joined(header, "", tensors)
-    yield "no metadata", (lambda head: len(head).to_bytes(8, "little") + head + tensors)(json.dumps(header).encode())
+    head = json.dumps(header).encode()
+    yield "no metadata", len(head).to_bytes(8, "little") + head + tensors
 
 
 def records(data: bytes) -> Iterator[tuple[str, bytes]]:

@@ -13,10 +13,11 @@ from fxprune.checkpoints.record import Record
 from fxprune.inputs import device_of, random_inputs
 from fxprune.iterative.plan_mapping import undo_slices
 from fxprune.module_state import aliases
+from fxprune.original_state import with_tensors
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import copy_tree, named_tensors
 from fxprune.pipeline import Compilation
-from fxprune.plan import PlanData
+from fxprune.plan import PlanData, derived_tensors, sign
 from fxprune.plan_format import byte_size
 
 CONTENTS = "original:"  # begins the names of tensors of the original
@@ -49,7 +50,7 @@ def split_contents(plan: PlanData, found: Mapping[str, Tensor]) -> tuple[dict[st
         if plan.shapes.get(name) != tuple(tensor.shape) or has_fractions(tensor):
             raise PruneError(f"the contents of {name} are not those of a tensor of the original", where=name, fix=WHOLE)
     for name, tensor in original_names(tensors, plan, {}).items():
-        if name in plan.shapes and tuple(tensor.shape) != plan.kept_shape(name):
+        if name in plan.shapes and name not in plan.derived and tuple(tensor.shape) != plan.kept_shape(name):
             what = f"the plan leaves {plan.kept_shape(name)} of {name}, and {tuple(tensor.shape)} is stored"
             raise PruneError(what, where=name, fix=WHOLE)
     return tensors, contents
@@ -98,8 +99,9 @@ def shrink(model: nn.Module, record: Record, same_class: bool, example_inputs: A
         inputs = found.kwargs or found.args
     compilation = Compilation.of_plan(model, record.plan, inputs, record.frozen_modules)
     pruned = compilation.emit(compilation.choice_of(record.plan), waiver=record.plan.waiver)
-    pruned.meta["plan"] = record.plan
-    return compilation.restore_class(pruned) if same_class else pruned
+    made = compilation.restore_class(pruned) if same_class else pruned
+    sign(made, record.plan, model)
+    return made
 
 
 def in_form(
@@ -142,7 +144,20 @@ def in_form(
         parameter = isinstance(tensor, nn.Parameter)
         swap[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if parameter else made
     form: nn.Module = copy_tree(model, swap) if swap else model
-    return form, given
+    return with_tensors(form, as_planned(form, plan, stored)), given
+
+
+def as_planned(model: nn.Module, plan: PlanData, stored: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+    """Tensors that the model's code makes and that had another shape when it was pruned, or were not there: as they were."""
+    found: dict[str, Tensor | None] = {name: None for name in derived_tensors(model) if name not in plan.shapes}
+    for name, tensor in named_tensors(model):
+        shape = plan.shapes.get(name)
+        if name in plan.derived and shape is not None and shape != tuple(tensor.shape):
+            if name not in stored:  # the program did not read it
+                found[name] = torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
+            elif tuple(stored[name].shape) == shape:
+                found[name] = stored[name].to(tensor.device, tensor.dtype)
+    return found
 
 
 def has_fractions(tensor: Tensor) -> bool:

@@ -22,7 +22,7 @@ from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.pytree import collect, map_tensors
 from fxprune.passes.ir.quiet import unobserved, without_modes
 from fxprune.pipeline import Compilation
-from fxprune.plan import PlanData, plan_of
+from fxprune.plan import PlanData, plan_between
 from fxprune.repair.interpreter import ProgramRun
 from fxprune.repair.methods import METHODS, Repairer, RepairStep
 from fxprune.reports.formatting import Printable, counted, plain_data, table
@@ -134,7 +134,7 @@ def repair(
     """
     with entry_point(model) as model:
         methods = asked(method, ridge)
-        plan = plan_of(pruned)
+        plan = plan_between(model, pruned)
         plan.check(model)
         batches = batches_of(data, device_of(model))
         with unobserved(model), visible():
