@@ -96,6 +96,9 @@ class ModuleState:
             for name in [name for name in held if name in tensors]:
                 source, target = tensors[name], held[name]
                 order = orders.get(name, tuple(range(source.dim())))
+                if not target.is_meta and memory_order(target) == order:
+                    target.copy_(source)  # no more memory than there is
+                    continue
                 made = torch.empty([source.shape[d] for d in order], dtype=source.dtype, device=target.device)
                 made = made.permute([order.index(d) for d in range(source.dim())])
                 target.data = made.copy_(source)

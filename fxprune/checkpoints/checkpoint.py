@@ -20,7 +20,7 @@ from fxprune.checkpoints.config import built_from, config_of, write_config
 from fxprune.checkpoints.file import check_digests, flush, one_line, opened, unwritable, write
 from fxprune.checkpoints.rebuild import CONTENTS, other_names, rebuilt, split_contents
 from fxprune.checkpoints.record import Record
-from fxprune.entry_points import entry_point, unwrapped
+from fxprune.entry_points import entry_point
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.quiet import without_modes
@@ -44,8 +44,12 @@ def save(pruned: nn.Module, path: Folder) -> None:
     Raises: PruneError where `pruned` was not pruned or has tensors that cannot be stored, the path cannot be written, or a
     folder is asked for of a model that no configuration builds.
     """
-    module = unwrapped(pruned)
-    target, plan = as_path(path), plan_of(module)
+    with entry_point(pruned) as module:
+        store(module, as_path(path))
+
+
+def store(module: nn.Module, target: Path) -> None:
+    plan = plan_of(module)
     tensors, record = dict(named_tensors(module)), Record.of(module, plan).to_dict()
     contents: Any = module.meta
     tensors |= {CONTENTS + name: t for name, t in contents.get("contents", {}).items() if name in plan.shapes}
