@@ -212,7 +212,7 @@ class Compilation:
     def choice_of(self, plan: PlanData) -> Choice:
         """What a plan chooses; raises PruneError where it does not fit the model."""
         solution = self.couple()
-        kept = kept_labels(plan.fitted(shapes_of(self.model)), solution)
+        kept = kept_labels(plan.fitted(shapes_of(self.model)), solution, self.frozen_modules.values())
         return Choice(solution, kept, Slicer(kept))
 
     def unpruned(self) -> Choice:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -206,8 +206,14 @@ def derived_tensors(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, tensor in named_tensors(model) if id(tensor) not in saved)
 
 
-def kept_labels(plan: PlanData, solution: Solution) -> Tensor:
-    """Which labels a plan keeps, shape (labels,); raises PruneError where it does not fit the model's coupling."""
+def kept_labels(plan: PlanData, solution: Solution, trials: Collection[str] = ()) -> Tensor:
+    """Which labels a plan keeps, shape (labels,); raises PruneError where it does not fit the model's coupling.
+
+    Arguments:
+        plan: fitted to the model.
+        solution: the model's coupling.
+        trials: why modules were frozen that failed when more of them was cut: what went before stays gone.
+    """
     unit = solution.unit_of.numpy()
     occurs, stays = np.zeros(len(unit), bool), np.zeros(len(unit), bool)  # a unit that is left in any tensor stays
     for name, labels in solution.leaves.items():
@@ -224,7 +230,8 @@ def kept_labels(plan: PlanData, solution: Solution) -> Tensor:
             every = f.labels.expand(torch.broadcast_shapes(f.labels.shape, mask.shape))
             stays[unit[every[mask.expand(every.shape)].numpy()]] = True
     removed = occurs & ~stays
-    frozen = np.flatnonzero(removed & (solution.frozen >= 0))
+    facts = np.array([not any(trial in reason for trial in trials) for reason in solution.reasons] + [False])  # -1: not frozen
+    frozen = np.flatnonzero(removed & facts[solution.frozen])
     if len(frozen):
         why = solution.reasons[int(solution.frozen[frozen[0]])]
         what = f"it removes channels of {occurring(solution, int(frozen[0]))}, of which one {why}"
