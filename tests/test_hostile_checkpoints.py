@@ -1,6 +1,7 @@
 """Checkpoints from strangers: each is refused by one PruneError, nothing in it runs, and it takes little memory."""
 
 import copy
+import hashlib
 import json
 import os
 import resource
@@ -61,10 +62,11 @@ def parts(data: bytes) -> tuple[dict[str, Any], dict[str, Any], bytes]:
     return header, json.loads(header.pop("__metadata__")["fxprune"]), data[8 + length :]
 
 
-def joined(header: Any, record: Any, tensors: bytes, length: int | None = None) -> bytes:
+def joined(header: Any, record: Any, tensors: bytes) -> bytes:
     text = record if isinstance(record, str) else json.dumps(record)
-    head = json.dumps({"__metadata__": {"format": "pt", "fxprune": text}, **header}).encode()
-    return (len(head) if length is None else length).to_bytes(8, "little") + head + tensors
+    digest = hashlib.sha256(text.encode()).hexdigest()  # so that it is the record's content that is refused
+    head = json.dumps({"__metadata__": {"fxprune": text, "fxprune.sha256": digest}, **header}).encode()
+    return len(head).to_bytes(8, "little") + head + tensors
 
 
 def changed(data: Any, path: Steps, value: Any) -> Any:
@@ -84,6 +86,7 @@ def damaged_files(data: bytes) -> Iterator[tuple[str, bytes]]:
         yield f"cut at {at}", data[:at]
     yield "one byte more", data + b"\0"
     yield "a flipped bit at the end", data[:-1] + bytes([data[-1] ^ 1])
+    yield "a changed record", data.replace(b'training\\": false', b'training\\": true ')
     yield "a pickle", b"\x80\x04cos\nsystem\n(S'touch executed'\ntR."
     yield "a zip", b"PK\x03\x04" + bytes(200)
     for length in (0, 1, len(data), 1 << 40, (1 << 64) - 1):

@@ -24,7 +24,7 @@ from torch import Tensor
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import PLAIN_TENSORS
 
-KEY = "fxprune"  # of the record, in the metadata
+KEY, DIGEST = "fxprune", "fxprune.sha256"  # of the record, in the metadata
 FORMAT = "fxprune.checkpoint/1"
 SMALL = 4 << 20  # bytes that a header may have in any file; JSON in Python takes up to 35 times its size
 SHARE = 40  # of a larger file's size, this part may be the header
@@ -94,7 +94,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) 
     digests = {name: digest(tensor) for name, tensor in stored.items()}
     text = json.dumps({"format": FORMAT, "digests": digests, **record})
     with replacing(path) as temporary:
-        save_file(stored, temporary, {"format": "pt", KEY: text})
+        save_file(stored, temporary, {"format": "pt", KEY: text, DIGEST: hashlib.sha256(text.encode()).hexdigest()})
         check_header(temporary)
 
 
@@ -147,9 +147,12 @@ def opened(path: Path) -> Iterator[tuple[dict[str, Tensor], dict[str, Any], int]
     size = check_header(path)
     try:
         with safe_open(path, "pt") as file:
-            text = (file.metadata() or {}).get(KEY)
+            metadata = file.metadata() or {}
+            text = metadata.get(KEY)
             if text is None:
                 raise PruneError(f"{path} is no checkpoint: its metadata has no {KEY!r}", fix="a file that fxprune.save wrote")
+            if hashlib.sha256(text.encode()).hexdigest() != metadata.get(DIGEST):
+                raise PruneError(f"{path} is damaged: its record is not what was written", fix=WHOLE)
             record = parse_record(path, text)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, RuntimeError) as error:
