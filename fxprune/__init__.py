@@ -2,6 +2,7 @@
 
 from fxprune import criteria, masks, regularizers
 from fxprune.api import couple, prune, verify
+from fxprune.checkpoints.checkpoint import load, save
 from fxprune.criteria import Magnitude
 from fxprune.custom_ops import register_op
 from fxprune.errors import PruneError, PruneWarning
@@ -29,6 +30,7 @@ __all__ = [
     "couple",
     "criteria",
     "feasible",
+    "load",
     "masks",
     "plan_of",
     "prune",
@@ -36,6 +38,7 @@ __all__ = [
     "regularizers",
     "repair",
     "report",
+    "save",
     "sensitivity",
     "verify",
 ]

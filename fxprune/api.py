@@ -17,7 +17,7 @@ from fxprune.passes.ir.module_tree import named_parameters
 from fxprune.passes.ir.quiet import without_modes
 from fxprune.passes.rewrite.pruned_module import PrunedModule
 from fxprune.pipeline import Compilation, Plan
-from fxprune.plan import plan_of
+from fxprune.plan import plan_between
 from fxprune.reports.coupling import Coupling
 from fxprune.selection.options import Asked, Attention, BudgetName, Freeze, Options, Ranking, Ratio, Scopes, Verify
 from fxprune.verification import Verification, compare
@@ -223,7 +223,7 @@ def verify(model: nn.Module, pruned: fx.GraphModule, example_inputs: Any, *, siz
     Returns: the largest relative error and what was compared.
     """
     with entry_point(model) as model:
-        plan = plan_of(pruned)
+        plan = plan_between(model, pruned)
         compilation = Compilation.of_plan(model, plan, example_inputs)
         removal = compilation.choice_of(plan).removal(plan.coupling_options.heads)
         return compare(model, pruned, removal, ExampleInputs.parse(example_inputs, model), sizes=sizes)

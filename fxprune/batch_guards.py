@@ -21,6 +21,7 @@ from fxprune.passes.ir.quiet import unobserved
 from fxprune.passes.rewrite.guards import guards_of, noting
 from fxprune.passes.rewrite.pruned_module import PrunedModule
 from fxprune.passes.verification.masked_model import Removal
+from fxprune.plan import PlanData
 from fxprune.verification import Verification, compare, evaluating, restoring
 
 
@@ -89,7 +90,10 @@ def tried_with_one(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs
         verified = replace(verified, compared=(*pruned.verification.compared, "a batch of one"))
     if not verified.ok or (alone and refuses_a_batch(verified)):
         return None
-    meta = {**pruned.meta, "plan": replace(pruned.plan, waiver=waiver), "verification": verified}
+    plans: dict[str, PlanData] = {
+        key: replace(pruned.meta[key], waiver=waiver) for key in ("plan", "step") if key in pruned.meta
+    }
+    meta = {**pruned.meta, **plans, "verification": verified}
     vars(program)["meta"] = meta
     return program
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fxprune.batch_guards import Recompiled, for_any_batch
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs, device_of, random_inputs
+from fxprune.original_state import config_of, lost_contents, with_lazy_tensors
 from fxprune.passes.coupling.couple import analyse, describe_capture
 from fxprune.passes.coupling.families import families, freeze_families
 from fxprune.passes.coupling.solution import CouplingOptions, Solution
@@ -27,7 +28,7 @@ from fxprune.passes.rewrite.pruned_module import PrunedModule
 from fxprune.passes.rewrite.rewrite import rewrite_program, tensor_cuts
 from fxprune.passes.verification.masked_model import Removal
 from fxprune.passes.verification.opaque_check import broken, opaque_sites
-from fxprune.plan import PlanData, kept_labels
+from fxprune.plan import PlanData, derived_tensors, kept_labels, plan_between, shapes_of, sign
 from fxprune.same_class.restore import restore_class
 from fxprune.selection.allocation import Allocator
 from fxprune.selection.latency import Latency, LatencyProbe
@@ -119,7 +120,7 @@ class Compilation:
         inputs = given.check(model)
         if plan.waiver is not None and inputs.batch == plan.waiver.size:
             inputs = inputs.one_more()  # the program was captured with a larger batch
-        return cls(model, inputs, plan.coupling_options, frozen_modules)
+        return cls(with_lazy_tensors(model, plan, inputs), inputs, plan.coupling_options, frozen_modules)
 
     def follow(self) -> None:
         """Move the example inputs to where the model is by now."""
@@ -212,12 +213,13 @@ class Compilation:
             tuple(sorted(self.options.frozen)),
             self.inputs.describe(),
             self.options.release,
+            derived=derived_tensors(self.model),
         )
 
     def choice_of(self, plan: PlanData) -> Choice:
         """What a plan chooses; raises PruneError where it does not fit the model."""
         solution = self.couple()
-        kept = kept_labels(plan, solution)
+        kept = kept_labels(plan.fitted(shapes_of(self.model)), solution, self.frozen_modules.values())
         return Choice(solution, kept, Slicer(kept))
 
     def unpruned(self) -> Choice:
@@ -260,10 +262,13 @@ class Compilation:
                 )
             if values is not None:
                 pruned.to(device_of(values))  # constants of a program that was captured elsewhere
-        pruned.meta["plan"] = dataclasses.replace(self.plan(choice), waiver=waiver)
+        sign(pruned, dataclasses.replace(self.plan(choice), waiver=waiver), self.model)
         pruned.meta["capture"] = describe_capture(choice.solution)
         pruned.meta["frozen_modules"] = dict(self.frozen_modules)
         pruned.meta["unused"] = tuple(name for name in self.tensors if name not in choice.solution.leaves)
+        pruned.meta["contents"] = lost_contents(self.model, pruned, choice.solution.captures[0].prefix)
+        if (config := config_of(self.model)) is not None:
+            pruned.meta["config"] = config
         if choice.latency is not None:
             pruned.meta["latency"] = choice.latency
         return pruned
@@ -277,7 +282,7 @@ class Compilation:
                 f"the plan cuts {path}, which {why}", where=path, fix="prune the model again, for a plan of its own"
             )
         pruned = self.emit(choice, waiver=plan.waiver)
-        pruned.meta["plan"] = plan
+        sign(pruned, plan, self.model)
         return pruned
 
     def verify(self, pruned: PrunedModule, choice: Choice, *, values: nn.Module | None = None) -> PrunedModule:
@@ -302,7 +307,7 @@ class Compilation:
 
         def at(other: ExampleInputs) -> Recompiled:
             again = Compilation(self.model, other.beside(self.model), self.options, self.frozen_modules)
-            chosen = again.choice_of(pruned.plan)
+            chosen = again.choice_of(plan_between(self.model, pruned))
             emit = lambda waiver: again.emit(chosen, values=values, waiver=waiver)  # noqa: E731
             return Recompiled(chosen.solution, chosen.removal(self.options.heads), emit)
 

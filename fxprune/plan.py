@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 
 from fxprune.passes.coupling.solution import CouplingOptions, Solution
 from fxprune.passes.errors import NotARectangle, PruneError
-from fxprune.passes.ir.module_tree import check_module, named_tensors
+from fxprune.passes.ir.module_tree import check_module, named_tensors, walk
 from fxprune.passes.ir.program import Waiver
+from fxprune.passes.ir.slice_algebra import compose_slices, same_slices
 from fxprune.passes.ir.slices import TensorSlice, cut_shape, mask_of
 from fxprune.passes.rewrite.rewrite import tensor_cuts
 from fxprune.plan_format import FORMAT, parse_plan
@@ -39,6 +41,8 @@ class PlanData:
         inputs: what the example inputs looked like, so that the plan can be applied without them.
         release: globs over names of outputs that were allowed to shrink.
         waiver: guards of the pruned program that were tried at another batch than that of `inputs`, where they do not hold.
+        derived: names of tensors that are neither parameters nor in the state dict. The model's code makes them, perhaps in its
+            first forward; so a model that the plan is for may lack them, or have them in another shape.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -48,6 +52,7 @@ class PlanData:
     inputs: Any = field(default=None)
     release: tuple[str, ...] = ()
     waiver: Waiver | None = None
+    derived: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         elements = sum(math.prod(shape) for shape in self.shapes.values())
@@ -93,6 +98,7 @@ class PlanData:
             "release": list(self.release),
             "inputs": self.inputs,
             "waiver": None if self.waiver is None else asdict(self.waiver),
+            "derived": list(self.derived),
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "keep": cuts,
         }
@@ -121,15 +127,18 @@ class PlanData:
     def masks(self, model: nn.Module) -> dict[str, Tensor]:
         """For every parameter and buffer a boolean tensor of its shape, True where it is kept."""
         self.check(model)
+        plan = self.fitted(shapes_of(model))
         names = {id(t): name for name, t in named_tensors(model)}  # of a tied tensor, the name it has in the plan
         every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-        return {name: mask_of(self.slices.get(names.get(id(t), name), ()), t.shape) for name, t in every}
+        return {name: mask_of(plan.slices.get(names.get(id(t), name), ()), t.shape) for name, t in every}
 
     def check(self, model: Any) -> None:
         """Raise PruneError unless the model's tensors have the names and shapes the plan was made for."""
         check_module(model)
-        have = {name: tuple(t.shape) for name, t in named_tensors(model)}
+        have, derived = shapes_of(model), set(derived_tensors(model))
         for name, shape in self.shapes.items():
+            if name in self.derived and (name not in have or name in derived):
+                continue
             if name not in have:
                 raise PruneError(f"the plan is for another model: this one has no {name}", fix=ORIGINAL)
             if have[name] != shape:
@@ -137,13 +146,74 @@ class PlanData:
                     f"the plan is for another model: {name} has shape {have[name]}, not {shape}",
                     fix="apply it to the original, unpruned architecture",
                 )
-        extra = sorted(set(have) - set(self.shapes))
+        extra = sorted(have.keys() - self.shapes.keys() - derived)
         if extra:
             raise PruneError(f"the plan is for another model: it knows nothing of {extra[0]}", fix=ORIGINAL)
 
+    def fitted(self, shapes: Mapping[str, tuple[int, ...]]) -> Self:
+        """The same without tensors that the model's code makes and that now have another shape, or are not there."""
+        drop = {name for name in self.derived if shapes.get(name) != self.shapes[name]}
+        if not drop:
+            return self
+        left = {name: shape for name, shape in self.shapes.items() if name not in drop}
+        slices = {name: found for name, found in self.slices.items() if name not in drop}
+        return replace(self, shapes=left, slices=slices, derived=tuple(name for name in self.derived if name in left))
 
-def kept_labels(plan: PlanData, solution: Solution) -> Tensor:
-    """Which labels a plan keeps, shape (labels,); raises PruneError where it does not fit the model's coupling."""
+    def compose(self, later: PlanData) -> Self:
+        """One plan of the original that does what this plan does and then another one, of the model that this one leaves.
+
+        `prune` does so when it is given a pruned model. Raises: PruneError where the other plan is of another model.
+        """
+        names = {name: name if name in self.shapes else name.removeprefix("whole.") for name in later.shapes}
+        for name, shape in later.shapes.items():
+            own = names[name]
+            if own in self.shapes and shape != self.kept_shape(own) and name not in later.derived:
+                what = f"{name} has shape {shape} there, and {self.kept_shape(own)} is left of it here"
+                raise PruneError(f"the plans cannot be composed: {what}", fix="the plan of the model that this plan leaves")
+            if own not in self.shapes and name not in later.derived:  # constants of a program are derived
+                what = f"this one knows nothing of {name}"
+                raise PruneError(f"the plans cannot be composed: {what}", fix="the plan of the model that this plan leaves")
+        slices = dict(self.slices)
+        for name, found in later.slices.items():
+            own = names[name]
+            if own in self.shapes and later.shapes[name] == self.kept_shape(own):
+                slices[own] = compose_slices(self.slices.get(own, ()), found, self.shapes[own])
+        return replace(
+            self,
+            slices=slices,
+            attention="heads" if self.attention == later.attention == "heads" else "dims",
+            freeze=tuple(name for name in self.freeze if names.get(name) in later.freeze),
+            release=tuple(dict.fromkeys([*self.release, *later.release])),
+            inputs=later.inputs if self.inputs is None else self.inputs,
+            waiver=later.waiver or self.waiver,
+        )
+
+
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a model, by name."""
+    return {name: tuple(t.shape) for name, t in named_tensors(model)}
+
+
+def derived_tensors(model: nn.Module) -> tuple[str, ...]:
+    """Names of a model's tensors that are neither parameters nor in its state dict."""
+    saved = {
+        id(tensor)
+        for module in walk(model)
+        for held in (module._parameters, module._buffers)
+        for name, tensor in held.items()
+        if name not in module._non_persistent_buffers_set
+    }
+    return tuple(name for name, tensor in named_tensors(model) if id(tensor) not in saved)
+
+
+def kept_labels(plan: PlanData, solution: Solution, trials: Collection[str] = ()) -> Tensor:
+    """Which labels a plan keeps, shape (labels,); raises PruneError where it does not fit the model's coupling.
+
+    Arguments:
+        plan: fitted to the model.
+        solution: the model's coupling.
+        trials: why modules were frozen that failed when more of them was cut: what went before stays gone.
+    """
     unit = solution.unit_of.numpy()
     occurs, stays = np.zeros(len(unit), bool), np.zeros(len(unit), bool)  # a unit that is left in any tensor stays
     for name, labels in solution.leaves.items():
@@ -160,13 +230,19 @@ def kept_labels(plan: PlanData, solution: Solution) -> Tensor:
             every = f.labels.expand(torch.broadcast_shapes(f.labels.shape, mask.shape))
             stays[unit[every[mask.expand(every.shape)].numpy()]] = True
     removed = occurs & ~stays
+    facts = np.array([not any(trial in reason for trial in trials) for reason in solution.reasons] + [False])  # -1: not frozen
+    frozen = np.flatnonzero(removed & facts[solution.frozen])
+    if len(frozen):
+        why = solution.reasons[int(solution.frozen[frozen[0]])]
+        what = f"it removes channels of {occurring(solution, int(frozen[0]))}, of which one {why}"
+        raise PruneError(f"the plan does not fit the model: {what}", fix="apply it to the architecture it was made for")
     kept = torch.from_numpy(~removed[unit])
     try:
         now = {name: found for name, found in tensor_cuts(solution, kept).items() if found and name in plan.shapes}
     except NotARectangle as error:
         raise PruneError("the plan does not fit the model: rows would differ in length", fix="make a new plan") from error
     for name in sorted({*plan.slices, *now}):
-        if not same_slices(plan.slices.get(name, []), now.get(name, [])):
+        if not same_slices(plan.slices.get(name, []), now.get(name, []), plan.shapes[name]):
             raise PruneError(
                 f"the plan does not fit the model: it cuts {name} in another way than the model's coupling allows",
                 where=name,
@@ -175,9 +251,10 @@ def kept_labels(plan: PlanData, solution: Solution) -> Tensor:
     return kept
 
 
-def same_slices(a: Sequence[TensorSlice], b: Sequence[TensorSlice]) -> bool:
-    left, right = ({c.dims: c.keep for c in found} for found in (a, b))
-    return left.keys() == right.keys() and all(torch.equal(left[d], right[d]) for d in left)
+def occurring(solution: Solution, unit: int) -> str:
+    """The name of a tensor that a unit occurs in."""
+    found = (name for name, labels in solution.leaves.items() for f in labels if (solution.unit_of[f.labels] == unit).any())
+    return next(found, "a tensor")
 
 
 def plan_of(pruned: nn.Module) -> Any:
@@ -186,3 +263,29 @@ def plan_of(pruned: nn.Module) -> Any:
     if not isinstance(plan, PlanData):
         raise PruneError("this module carries no plan", where=type(pruned).__name__, fix="pass what fxprune.prune returned")
     return plan
+
+
+def plan_between(model: nn.Module, pruned: nn.Module) -> Any:
+    """The plan that leads from a model to one that was made of it, perhaps in steps; raises PruneError if there is none.
+
+    What was pruned of a pruned model carries two: `plan` of the original, and `step` of the model that it was made of.
+    """
+    whole, step = plan_of(pruned), getattr(pruned, "meta", {}).get("step")
+    if step is None:
+        return whole
+    try:
+        step.check(model)
+    except PruneError:
+        return whole
+    return step
+
+
+def sign(pruned: nn.Module, plan: PlanData, model: nn.Module) -> None:
+    """Note in a pruned model the plan by which it was made of `model`, as one of the original if that was pruned itself."""
+    meta: Any = pruned.meta
+    meta.pop("step", None)
+    before, meta["plan"] = getattr(model, "meta", {}), plan
+    before = before.get("plan") if isinstance(before, dict) else None
+    if isinstance(before, PlanData):
+        with contextlib.suppress(PruneError):  # other things were done to the pruned model: then it is an original of its own
+            meta["plan"], meta["step"] = before.compose(plan), plan

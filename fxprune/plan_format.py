@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,33 @@ DEEPEST = 50  # nesting of example inputs
 INT64 = 1 << 63
 
 
+def share_indices(data: dict[str, Any]) -> dict[str, Any]:
+    """A plan's plain data with each list of kept indices written once, in `kept`, and a number in its places."""
+    places: dict[tuple[int, ...], int] = {}
+    keep = {
+        name: [{**part, "keep": places.setdefault(tuple(part["keep"]), len(places))} for part in found]
+        for name, found in data["keep"].items()
+    }
+    return {**data, "keep": keep, "kept": list(map(list, places))}
+
+
+def restore_indices(data: Any, most: int) -> Any:
+    """The plain data that `share_indices` was given; raises PruneError for more than so many indices in all."""
+    kept = listed(mapping(data, "the plan").get("kept"), "kept")
+    keep: dict[str, list[Any]] = {}
+    for name, found in mapping(data.get("keep"), "keep").items():
+        keep[name] = []
+        for part in listed(found, f"what is kept of {name}"):
+            number = mapping(part, f"what is kept of {name}").get("keep")
+            if type(number) is not int or not 0 <= number < len(kept):
+                raise refused(f"what is kept of {name} is no place in its lists of indices")
+            most -= len(listed(kept[number], "kept indices"))
+            if most < 0:
+                raise refused("it keeps more indices than there are elements")
+            keep[name].append({**part, "keep": kept[number]})
+    return {**data, "keep": keep}
+
+
 def parse_plan(data: Any) -> dict[str, Any]:
     """The fields of a plan from plain data; raises PruneError for data that is none."""
     form = data.get("format") if isinstance(data, Mapping) else None
@@ -33,10 +60,11 @@ def parse_plan(data: Any) -> dict[str, Any]:
             raise refused(f"it has no {field!r}")
     shapes = {name: sizes(shape, f"the shape of {name}") for name, shape in mapping(data["shapes"], "shapes").items()}
     slices = {}
+    known: dict[int, torch.Tensor] = {}  # lists of indices that were looked at already, by identity
     for name, found in mapping(data["keep"], "keep").items():
         if name not in shapes:
             raise refused(f"it cuts {name}, of which it has no shape")
-        slices[name] = [parse_slice(part, name, shapes[name]) for part in listed(found, f"what is kept of {name}")]
+        slices[name] = [parse_slice(part, name, shapes[name], known) for part in listed(found, f"what is kept of {name}")]
         dims = [d for part in slices[name] for d in part.dims]
         if len(set(dims)) != len(dims):
             raise refused(f"it cuts a dimension of {name} twice")
@@ -46,6 +74,9 @@ def parse_plan(data: Any) -> dict[str, Any]:
     unknown = next((text for text in freeze if not names_family(text, shapes)), None)
     if unknown is not None:
         raise refused(f"it freezes {unknown}, of which it has no shape")
+    derived = texts(data.get("derived", []), "derived")
+    if not shapes.keys() >= set(derived):
+        raise refused("it has no shape of a tensor that it calls derived")
     if data["inputs"] is not None and elements(data["inputs"]) > MOST_ELEMENTS:
         raise refused("its example inputs are larger than any model takes")
     return {
@@ -56,11 +87,12 @@ def parse_plan(data: Any) -> dict[str, Any]:
         "inputs": data["inputs"],
         "release": texts(data.get("release", []), "release"),  # older plans have none
         "waiver": parse_waiver(data.get("waiver")),
+        "derived": derived,
     }
 
 
-def parse_slice(data: Any, name: str, shape: tuple[int, ...]) -> TensorSlice:
-    """What is kept along some dimensions of a tensor of a given shape."""
+def parse_slice(data: Any, name: str, shape: tuple[int, ...], known: dict[int, torch.Tensor]) -> TensorSlice:
+    """What is kept along some dimensions of a tensor of a given shape; `known` are lists of indices made tensors before."""
     data = mapping(data, f"what is kept of {name}")
     missing = next((field for field in ("dims", "keep", "sizes") if field not in data), None)
     if missing is not None:
@@ -69,15 +101,18 @@ def parse_slice(data: Any, name: str, shape: tuple[int, ...]) -> TensorSlice:
     if not dims or len(set(dims)) != len(dims) or max(dims) >= len(shape):
         raise refused(f"a tensor of shape {shape} has no dimensions {dims}")
     indices = data["keep"]
-    if not isinstance(indices, list | tuple) or not all(type(i) is int for i in indices):
-        raise refused(f"the kept indices of {name} are not a list of integers")
+    if id(indices) not in known:
+        if not isinstance(indices, list | tuple) or not all(type(i) is int for i in indices):
+            raise refused(f"the kept indices of {name} are not a list of integers")
+        if any(a >= b for a, b in itertools.pairwise(indices)):
+            raise refused(f"the kept indices of {name} are not in ascending order")
     if not indices or len(left) != len(dims) or len(indices) != math.prod(left):
         raise refused(f"{len(indices)} kept indices do not fill {left}")
-    if not 0 <= min(indices) <= max(indices) < math.prod(shape[d] for d in dims):
-        raise refused(f"kept indices of a tensor of shape {shape} reach from {min(indices)} to {max(indices)}")
-    if any(a >= b for a, b in itertools.pairwise(indices)):
-        raise refused(f"the kept indices of {name} are not in ascending order")
-    return TensorSlice(dims, torch.tensor(indices, dtype=torch.int64), left)
+    if not 0 <= indices[0] <= indices[-1] < math.prod(shape[d] for d in dims):
+        raise refused(f"kept indices of a tensor of shape {shape} reach from {indices[0]} to {indices[-1]}")
+    if id(indices) not in known:
+        known[id(indices)] = torch.tensor(indices, dtype=torch.int64)
+    return TensorSlice(dims, known[id(indices)], left)
 
 
 def parse_waiver(data: Any) -> Waiver | None:
@@ -90,28 +125,44 @@ def parse_waiver(data: Any) -> Waiver | None:
     return Waiver(name, size, texts(data.get("guards", []), "the guards of waiver"))
 
 
-def elements(data: Any, depth: int = 0) -> int:
-    """How many elements all tensors of described example inputs have; raises PruneError for what describes none."""
+def one_each(dtype: torch.dtype) -> int:
+    return 1
+
+
+def peak_bytes(dtype: torch.dtype) -> int:
+    return (4 if dtype.is_floating_point else 8) + dtype.itemsize
+
+
+def byte_size(data: Any) -> int:
+    """The bytes that it takes to make up described example inputs; 0 where they are not described."""
+    return 0 if data is None else elements(data, peak_bytes)
+
+
+def elements(data: Any, weight: Callable[[torch.dtype], int] = one_each, depth: int = 0) -> int:
+    """How many elements all tensors of described example inputs have; raises PruneError for what describes none.
+
+    Arguments: `weight` says how much an element of a dtype counts.
+    """
     if depth > DEEPEST:
         raise refused("its example inputs are nested too deeply")
     if not isinstance(data, Mapping) or len(data) != 1:
         raise refused("its example inputs are not described")
     kind, content = next(iter(data.items()))
     if kind == "tensor":
-        return described_tensor(mapping(content, "an example input"))
+        return described_tensor(mapping(content, "an example input"), weight)
     if kind in ("tuple", "list"):
-        return sum(elements(part, depth + 1) for part in listed(content, "example inputs"))
+        return sum(elements(part, weight, depth + 1) for part in listed(content, "example inputs"))
     if kind == "dict":
         pairs = listed(content, "example inputs")
         if not all(isinstance(p, list | tuple) and len(p) == 2 and is_value(p[0]) for p in pairs):
             raise refused("example inputs by keyword must be pairs of a name and a description")
-        return sum(elements(part, depth + 1) for _, part in pairs)
+        return sum(elements(part, weight, depth + 1) for _, part in pairs)
     if (kind == "value" and is_value(content)) or (kind == "opaque" and isinstance(content, str)):
         return 0
     raise refused(f"it has no example inputs of kind {str(kind)[:40]!r}")
 
 
-def described_tensor(data: Mapping[str, Any]) -> int:
+def described_tensor(data: Mapping[str, Any], weight: Callable[[torch.dtype], int]) -> int:
     shape, dtype, span = sizes(data.get("shape"), "the shape of an example input"), data.get("dtype"), data.get("range")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise refused(f"an example input has the dtype {str(dtype)[:40]!r}")
@@ -121,7 +172,7 @@ def described_tensor(data: Mapping[str, Any]) -> int:
             raise refused("the range of an example input must be two integers, the smaller one first")
     elif not DTYPES[dtype].is_floating_point and not DTYPES[dtype].is_complex and 0 not in shape:
         raise refused("an example input of integers has no range")
-    return math.prod(shape)
+    return math.prod(shape) * weight(DTYPES[dtype])
 
 
 def is_value(data: Any) -> bool:

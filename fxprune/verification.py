@@ -25,6 +25,7 @@ from fxprune.passes.verification.masked_model import (
     set_random_state,
 )
 from fxprune.passes.verification.zeroed_model import Slices, ZeroedOriginal, why_zeroed_does_not_apply
+from fxprune.plan import plan_between, shapes_of
 
 # float32 sums in another order differ by about this much over the depth of a deep network
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
@@ -151,9 +152,9 @@ def compare(model: nn.Module, pruned: fx.GraphModule, removal: Removal, inputs: 
 
 def slices_of(model: nn.Module, pruned: fx.GraphModule, removal: Removal) -> Slices:
     """The slices of the model's own tensors: those of the plan, or of the same choice where there is no plan yet."""
-    plan = pruned.meta.get("plan")
-    if plan is not None:
-        return plan.slices
+    if pruned.meta.get("plan") is not None:
+        slices: Slices = plan_between(model, pruned).fitted(shapes_of(model)).slices
+        return slices
     slicer = Slicer(removal.kept)
     return {name: slicer(removal.leaves.get(name, ()), tensor.shape) for name, tensor in named_tensors(model)}
 

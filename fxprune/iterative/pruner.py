@@ -18,6 +18,7 @@ from fxprune.iterative.optimizer_state import Move, remap, remap_module, remap_s
 from fxprune.iterative.plan_mapping import tensors_of, widened
 from fxprune.iterative.planner import Planner, View
 from fxprune.iterative.proposal import Proposal, StepChoice
+from fxprune.iterative.pruner_state import PresentModel, PrunerState
 from fxprune.iterative.regularizers import Regularizer, Spans, find, spans_of
 from fxprune.iterative.schedules import Schedule, describe_request, part_of, shares
 from fxprune.passes.errors import PruneError
@@ -84,14 +85,13 @@ class Pruner:
             if mask is not None and not is_one_of(mask, ("hold", "soft")):
                 raise PruneError(f"mask must be 'hold', 'soft' or None, not {mask!r}", fix="mask='hold'")
             inputs = ExampleInputs.parse(example_inputs, model).check(model)
-            self._options, self._mask = options, mask
-            self._original = self.model = model
+            self._options, self._mask, self._original, self.model = options, mask, model, model
             self._compilation = Compilation(model, inputs, options.coupling)
             self._planner = Planner(self._compilation, options)
             self._gone = np.zeros(len(self._planner.unit_of), bool)
             self._choice = self._settled(self._gone, np.zeros(len(self._gone)))
             self.plan = self._compilation.plan(self._choice)
-            self._view = View(self.plan)
+            self._view = self._whole = View(self.plan)
             self.history = History()
             self._move: Move | None = None
             self._spans: Spans | None = None
@@ -273,6 +273,41 @@ class Pruner:
         if self._move is None:
             raise PruneError("no step was taken yet", fix="call it after pruner.step()")
         return self._move
+
+    # -- going on in another process -------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data and tensors for `torch.save`: the plan, the history and the present model; `weights_only=True` reads it.
+
+        Optimizers and averages have a state dict of their own: save it with this one, after they were remapped.
+        """
+        cut = self._mask is None and len(self.history) > 0
+        model = PresentModel.of(self.model, self._original, cut)
+        units = (self._choice.kept, self._gone, self._marked)
+        return PrunerState.of(self._asked, self.plan, units, self._calls, self.history, self._compilation, model).to_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where the pruner was whose `state_dict` this is, bit by bit; it had the same arguments and architecture.
+
+        `model` is the present model then, a new one: make the optimizer and an `AveragedModel` for it, and load their states.
+        Raises: PruneError that says what differs; nothing has changed then.
+        """
+        with entry_point(self._original):
+            found = PrunerState.from_dict(state, self._asked)
+            self._compilation.follow()
+            resumed = found.resume(self._compilation, self._planner, self._options)
+            if self._mask == "hold":
+                hold(resumed.model, resumed.plan)
+            # nothing can fail from here on
+            self._compilation, self._planner, self._choice = resumed.compilation, resumed.planner, resumed.choice
+            self.model, self.plan, self.history, self._calls = resumed.model, resumed.plan, resumed.history, found.calls
+            self._gone, self._marked, self._move, self._spans = resumed.gone, resumed.marked, None, None
+            cut = self._mask is None and len(self.history) > 0
+            self._view = View(self.plan, self._planner.solution.captures[0].prefix) if cut else self._whole
+
+    @property
+    def _asked(self) -> dict[str, str]:
+        return {"shares": str(self._shares), "mask": repr(self._mask), "request": describe_request(self._options)}
 
     # -- sparse training --------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from fxprune.passes.capture.patches import visible
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.quiet import unobserved, without_modes
-from fxprune.plan import plan_of
+from fxprune.plan import plan_between
 from fxprune.repair.held_out import choose_share, split
 from fxprune.repair.methods import METHODS
 from fxprune.repair.repairer import Repairer, RepairStep
@@ -152,7 +152,7 @@ def repair(
     """
     with entry_point(model) as model:
         methods = asked(method, ridge, held_out)
-        plan = plan_of(pruned)
+        plan = plan_between(model, pruned)
         plan.check(model)
         given = batches_of(data, device_of(model))
         parts = split(given, held_out)

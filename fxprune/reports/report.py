@@ -20,7 +20,7 @@ from fxprune.passes.coupling.families import families
 from fxprune.passes.ir.module_tree import private_copy, set_mode
 from fxprune.passes.ir.quiet import unobserved, without_modes
 from fxprune.pipeline import Compilation
-from fxprune.plan import PlanData, plan_of
+from fxprune.plan import PlanData, plan_between
 from fxprune.reports.coupling import CoupledFamily, coupled_family
 from fxprune.reports.formatting import Printable, counted, short, table
 from fxprune.selection.costs import elements
@@ -182,7 +182,7 @@ def report(model: nn.Module, pruned: nn.Module, example_inputs: Any = None) -> R
     Raises: PruneError if the two do not belong together.
     """
     with entry_point(model) as model:
-        plan = plan_of(pruned)
+        plan = plan_between(model, pruned)
         meta: dict[str, Any] = getattr(pruned, "meta", {})
         compilation = Compilation.of_plan(model, plan, example_inputs, meta.get("frozen_modules"))
         macs: tuple[int, int] | None = None

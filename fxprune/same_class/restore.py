@@ -26,7 +26,7 @@ from fxprune.passes.ir.quiet import unobserved
 from fxprune.passes.rewrite.pruned_module import PrunedModule, RewrittenForward
 from fxprune.passes.rewrite.rewrite import rewrite_program
 from fxprune.passes.verification.masked_model import relative_error
-from fxprune.plan import kept_labels, plan_of
+from fxprune.plan import kept_labels, plan_between
 from fxprune.same_class.attributes import update_attributes
 from fxprune.same_class.configuration import Attributes, configure
 from fxprune.verification import evaluating, restoring, tolerance_of
@@ -73,7 +73,7 @@ def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs)
 
 def shrunk_copy(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs) -> tuple[Any, Attributes]:
     """A copy of the model with cut tensors and its own forwards, and the attributes that they use as sizes."""
-    plan = plan_of(pruned)
+    plan = plan_between(model, pruned)
     try:
         whole = capture_program(set_mode(private_copy(model), False), inputs.args, inputs.kwargs, whole=True)
         solution = couple_channels([whole], plan.coupling_options)

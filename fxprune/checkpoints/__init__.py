@@ -1,0 +1,1 @@
+"""Saving pruned models and loading them again."""

@@ -1,0 +1,144 @@
+"""Save a pruned model and load it again: in another process, without example inputs, without pickle.
+
+A checkpoint holds the plan and the tensors that are left. Loading applies the plan to the original architecture, in form
+alone, and fills in the tensors; nothing that stands in a file is executed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fxprune.checkpoints.config import built_from, config_of, write_config
+from fxprune.checkpoints.file import check_digests, flush, one_line, opened, unwritable, write
+from fxprune.checkpoints.rebuild import CONTENTS, other_names, rebuilt, split_contents
+from fxprune.checkpoints.record import Record
+from fxprune.entry_points import entry_point
+from fxprune.passes.errors import PruneError
+from fxprune.passes.ir.module_tree import named_tensors
+from fxprune.passes.ir.quiet import without_modes
+from fxprune.plan import plan_of
+
+SUFFIX = ".safetensors"
+WEIGHTS = f"pruned{SUFFIX}"  # in a folder
+Folder = os.PathLike[str] | str
+
+
+def save(pruned: nn.Module, path: Folder) -> None:
+    """Write a pruned model to a file, or to a folder from which it can be loaded without the original.
+
+    Arguments:
+        pruned: what `prune`, `Plan.apply`, `repair` or a `Pruner` returned, trained since or not.
+        path: of a file, if it ends in `.safetensors`: it holds every tensor, the plan and the verification. Otherwise of a
+            folder, for models of transformers: it holds the original's configuration too.
+
+    What is there is replaced once all is written, and left as it is if anything fails.
+
+    Raises: PruneError where `pruned` was not pruned or has tensors that cannot be stored, the path cannot be written, or a
+    folder is asked for of a model that no configuration builds.
+    """
+    with entry_point(pruned) as module:
+        store(module, as_path(path))
+
+
+def store(module: nn.Module, target: Path) -> None:
+    plan = plan_of(module)
+    tensors, record = dict(named_tensors(module)), Record.of(module, plan).to_dict()
+    contents: Any = module.meta
+    tensors |= {CONTENTS + name: t for name, t in contents.get("contents", {}).items() if name in plan.shapes}
+    if target.suffix == SUFFIX:
+        write(target, tensors, record)
+        return
+    config = config_of(module)
+    if config is None:
+        what = f"{type(module).__name__} cannot be saved to a folder: no configuration builds the original"
+        raise PruneError(what, fix=f"a file: fxprune.save(pruned, {str(target) + SUFFIX!r})")
+    with folder_at(target) as folder:
+        write_config(folder, module, config)
+        write(folder / WEIGHTS, tensors, record)
+
+
+@without_modes()
+def load(path: Folder, model: nn.Module | None = None, *, same_class: bool = False, example_inputs: Any = None) -> Any:
+    """Read what `save` wrote: a model whose outputs equal those of the saved one bit by bit.
+
+    >>> import tempfile, torch, fxprune
+    >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    >>> x = torch.randn(1, 4)
+    >>> small = fxprune.prune(net, 0.5, example_inputs=x)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save(small, f"{folder}/small.safetensors")
+    ...     again = load(f"{folder}/small.safetensors", nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)))
+    >>> torch.equal(again(x), small(x))
+    True
+
+    Arguments:
+        path: of the file or of the folder.
+        model: the original architecture, with any values, or on the meta device. It may be left out for a folder, whose
+            configuration builds it. It is not touched; the result has the dtypes of what was saved, on the model's device.
+        same_class: return a module of the original's class, as `prune` does with it, whichever of the two was saved.
+        example_inputs: as for `prune`; only where the plan cannot describe those that it was made with.
+
+    Raises: PruneError that says what differs, for a file that is damaged or no checkpoint, or a model that it does not fit;
+    before memory is spent on its tensors.
+    """
+    source = as_path(path)
+    folder = source if source.is_dir() else None
+    with opened(source / WEIGHTS if folder else source) as (found, data, size):
+        record = Record.from_dict(data, size)
+        tensors, contents = split_contents(record.plan, found)
+        check_digests(source, found, data.get("digests"))
+        if model is None:
+            if folder is None:
+                raise PruneError(f"{source} has no configuration to build the model from", fix="load(path, model)")
+            model = built_from(folder, record.plan)
+        with entry_point(model) as original:
+            made = rebuilt(original, record, tensors, contents, same_class, example_inputs)
+            if same_class != record.graph:
+                record.state.fill(made, tensors)
+            else:  # the other kind of module may hold a tied tensor under another name, and lack what its forward does not use
+                names = other_names(original, record.plan, tensors, made)
+                renamed = {names.get(name, name): t for name, t in tensors.items()}
+                record.state.renamed(names).fill(made, renamed, free=record.plan.shapes.keys())
+        made.meta.update(record.meta)
+        made.meta["contents"] = {name: tensor.clone() for name, tensor in contents.items()}
+        return made
+
+
+def as_path(path: Any) -> Path:
+    try:
+        made = Path(path)
+        os.fsencode(made)
+        if "\0" in str(made):
+            raise ValueError("it holds a null character")
+    except (TypeError, ValueError) as error:
+        raise PruneError(f"{str(path)[:60]!r} is no path: {one_line(error)}", fix="the name of a file or a folder") from error
+    return made
+
+
+@contextlib.contextmanager
+def folder_at(target: Path) -> Iterator[Path]:
+    """A folder to write to: one that is there, or a new one that is there once all is written."""
+    if target.exists():
+        yield target
+        return
+    try:
+        made = Path(tempfile.mkdtemp(prefix=f".{target.name[:40]}.", dir=target.parent))
+    except OSError as error:
+        raise unwritable(target, error) from error
+    try:
+        yield made
+        os.chmod(made, 0o755)
+        os.replace(made, target)
+        flush(target.parent)
+    except OSError as error:
+        raise unwritable(target, error) from error
+    finally:
+        shutil.rmtree(made, ignore_errors=True)

@@ -1,0 +1,83 @@
+"""What of an original is not in its weights: its configuration, its indices and masks, and what its first forward makes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune.inputs import ExampleInputs
+from fxprune.passes.ir.module_tree import fetch, named_tensors, private_copy, set_mode
+from fxprune.passes.ir.quiet import unobserved
+from fxprune.plan import PlanData, shapes_of
+
+
+def config_of(model: nn.Module) -> Any:
+    """A copy of the configuration that builds a model, which says so itself; None where there is none."""
+    known, config = getattr(model, "meta", {}), getattr(model, "config", None)
+    if isinstance(known, dict) and "config" in known:
+        return known["config"]  # of the model that this one was pruned from
+    if not (hasattr(model, "save_pretrained") and hasattr(config, "to_json_string")):
+        return None
+    made: Any = copy.deepcopy(config)
+    made.architectures = [type(model).__name__]
+    return made
+
+
+def lost_contents(model: nn.Module, pruned: nn.Module, prefix: str) -> dict[str, Tensor]:
+    """Copies of a model's tensors that hold no fractions (indices, masks), where its pruned module has less than all.
+
+    Without them an architecture that has no values cannot be captured. What a model that was pruned before knows is handed on.
+    """
+    meta: Any = getattr(model, "meta", {})
+    known = meta.get("contents", {}) if isinstance(model, fx.GraphModule) else {}
+    found = dict(known)
+    for name, tensor in named_tensors(model):
+        if tensor.is_floating_point() or tensor.is_complex() or tensor.is_meta or name in known:
+            continue
+        try:
+            whole = fetch(pruned, prefix + name).shape == tensor.shape
+        except AttributeError:
+            whole = False
+        if not whole:
+            found[name] = tensor.detach().clone()
+    return found
+
+
+def with_lazy_tensors(model: nn.Module, plan: PlanData, inputs: ExampleInputs) -> nn.Module:
+    """A model as it is once it has run, if its plan is of one that has, and else the model itself.
+
+    Some models make tensors in their first forward, or replace them, which pruning then cuts like any others. A copy runs, and
+    the tensors that the plan knows are put in another copy.
+    """
+    have = shapes_of(model)
+    lazy = {name for name in plan.derived if have.get(name) != plan.shapes[name]}
+    if not lazy:
+        return model
+    ran = set_mode(private_copy(model), False)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), unobserved(model):
+            inputs.map(torch.clone).call(ran)
+    except Exception:  # it is captured as it is, and the error is met there
+        return model
+    made = {name: t for name, t in named_tensors(ran) if name in lazy and tuple(t.shape) == plan.shapes[name]}
+    return with_tensors(model, made)
+
+
+def with_tensors(model: nn.Module, tensors: Mapping[str, Tensor | None]) -> nn.Module:
+    """A copy of a model that shares its parameters and has these tensors beside them; the model itself if there are none."""
+    if not tensors:
+        return model
+    changed: nn.Module = private_copy(model)
+    for name, tensor in tensors.items():
+        path, _, attribute = name.rpartition(".")
+        try:
+            owner = changed.get_submodule(path)
+        except AttributeError:  # a module that the first forward made
+            continue
+        held: dict[str, Any] = owner._buffers if attribute in owner._buffers else vars(owner)
+        held[attribute] = None if tensor is None else tensor.detach().clone()
+    return changed
