@@ -46,17 +46,20 @@ class Plan(PlanData):
     __doc__ = PlanData.__doc__
 
     @without_modes()
-    def apply(self, model: nn.Module, example_inputs: Any = None) -> PrunedModule:
+    def apply(self, model: nn.Module, example_inputs: Any = None, *, same_class: bool = False) -> Any:
         """Prune a fresh copy of the architecture by this plan, with the values the copy holds.
 
         Arguments:
             model: a model whose tensors have the names and shapes the plan was made for; it is not touched.
             example_inputs: as for `prune`; by default random ones like those the plan was made with.
+            same_class: as for `prune`.
 
         Raises: PruneError if the plan does not fit the model.
         """
         with entry_point(model) as model:
-            return Compilation.of_plan(model, self, example_inputs).apply(self)
+            compilation = Compilation.of_plan(model, self, example_inputs)
+            pruned = compilation.apply(self)
+            return compilation.restore_class(pruned) if same_class else pruned
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,7 +269,7 @@ class Compilation:
         pruned.meta["capture"] = describe_capture(choice.solution)
         pruned.meta["frozen_modules"] = dict(self.frozen_modules)
         pruned.meta["unused"] = tuple(name for name in self.tensors if name not in choice.solution.leaves)
-        pruned.meta["contents"] = lost_contents(self.model, pruned, choice.solution.captures[0].prefix)
+        pruned.meta["contents"] = lost_contents(self.model, pruned)
         if (config := config_of(self.model)) is not None:
             pruned.meta["config"] = config
         if choice.latency is not None:
@@ -313,9 +316,10 @@ class Compilation:
 
         return for_any_batch(model, pruned, inputs, at)
 
-    def restore_class(self, pruned: PrunedModule) -> Any:
-        """The pruned model in the original's own class; raises PruneError where it does not compute the same."""
-        return restore_class(self.model, pruned, self.inputs)
+    def restore_class(self, pruned: PrunedModule, values: nn.Module | None = None) -> Any:
+        """The pruned model in the original's own class; `values` is the model it was emitted with, if not the original."""
+        model = values or self.model
+        return restore_class(model, pruned, self.inputs.beside(model))
 
 
 def spent(solution: Solution) -> bool:

@@ -77,7 +77,7 @@ def shrunk_copy(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs) -
     try:
         whole = capture_program(set_mode(private_copy(model), False), inputs.args, inputs.kwargs, whole=True)
         solution = couple_channels([whole], plan.coupling_options)
-        made: Any = rewrite_program(model, solution, kept_labels(plan, solution)).get_submodule("whole")
+        made: Any = rewrite_program(model, solution, kept_labels(plan, solution)).own_model
     except Exception as error:  # couplings that it has only as one module, such as through what its Python reads
         surface(error)
         return pruned.as_class(type(model)), {}

@@ -202,8 +202,11 @@ class GraphBuilder(ProxyAttributes):
             self.results[node] = map_tensors(unwrap(tuple(a)), self.recorder.ref)
             self.depends[node] = any(self.depends[n] for n in node.all_input_nodes)
             return node
+        if isinstance(a, dict) and type(a) is not dict and all(isinstance(k, str) for k in a):
+            return self.create_object(type(a), dict(a))
         if dataclasses.is_dataclass(a) and not isinstance(a, type | dict):
-            return self.create_dataclass(a)
+            given = {f.name: getattr(a, f.name) for f in dataclasses.fields(a) if hasattr(a, f.name)}
+            return self.create_object(creating(type(a)), given)
         if type(a) is tuple or isinstance(a, torch.Size):
             return tuple(self.create_arg(v) for v in a)
         if type(a) is list:
@@ -212,10 +215,9 @@ class GraphBuilder(ProxyAttributes):
             return {k: self.create_arg(v) for k, v in a.items()}
         return super().create_arg(a)
 
-    def create_dataclass(self, a: Any) -> fx.Node:
-        """A node that creates an object of a dataclass from the values of its fields."""
-        given = {f.name: getattr(a, f.name) for f in dataclasses.fields(a) if hasattr(a, f.name)}
-        node = self.create_node("call_function", creating(type(a)), (), {k: self.create_arg(v) for k, v in given.items()})
+    def create_object(self, create: Any, given: dict[str, Any]) -> fx.Node:
+        """A node that creates an object of a class of its own from its parts."""
+        node = self.create_node("call_function", create, (), {k: self.create_arg(v) for k, v in given.items()})
         self.results[node] = map_tensors(unwrap(given), self.recorder.ref)
         self.depends[node] = any(self.depends[n] for n in node.all_input_nodes)
         return node

@@ -25,6 +25,8 @@ from fxprune.passes.rewrite.call_structures import Steps, constructed, nodes_in,
 from fxprune.passes.rewrite.guards import given_as_captured
 from fxprune.passes.rewrite.programs import FlatProgram, Line, Name, Program, is_pure, names_in, renamed, without_dead
 
+PLAIN = (bool, int, float, str, type(None))
+
 
 class NotSeparable(Exception):
     """The lines of a module cannot be told apart from those around them."""
@@ -221,15 +223,18 @@ class Nesting:
             kind = bound.signature.parameters[parameter].kind
             star = "*" if kind is inspect.Parameter.VAR_POSITIONAL else "**" if kind is inspect.Parameter.VAR_KEYWORD else ""
             key = f"argument {parameter}"  # no other line is called so
-            plain = isinstance(value, bool | int | float | str | None)
-            lines.append(Line(key, "placeholder", f"{star}{parameter}", (value,) if plain and not star else ()))
+            default = (value,) if isinstance(value, PLAIN) and not star else ()
+            lines.append(Line(key, "placeholder", f"{star}{parameter}", default))
             for steps, leaf in parts_of(value):
                 name = f"{key}{''.join(f'.{k}' for _, k in steps)}"
-                reads += reading(name, Name(key), steps) if steps else []
                 named = self.leaf_name(leaf)
+                if star == "**" and len(steps) == 1 and isinstance(leaf, PLAIN):  # it may be left out
+                    reads.append(Line(name, "call_method", "get", (Name(key), steps[0][1], leaf)))
+                elif steps:
+                    reads += reading(name, Name(key), steps)
                 if named is not None:
                     given.setdefault(named, Name(name))
-                elif isinstance(leaf, bool | int | float | str | None):
+                elif isinstance(leaf, PLAIN):
                     fixed.append((Name(name), leaf))
         if fixed:
             names, values = zip(*fixed, strict=True)

@@ -103,7 +103,7 @@ def arguments(
 
 def compared(
     model: nn.Module,
-    pruned: nn.Module,
+    pruned: Any,
     solution: Solution,
     slicer: Slicer,
     site: OpaqueSite,
@@ -130,7 +130,7 @@ def compared(
         wanted = MaskedOriginal(module, Removal(own, slicer.kept, heads))(args, kwargs, known)
         torch.manual_seed(0)
         try:
-            got = fetch(pruned, path)(*few_args, **few_kwargs)
+            got = (pruned.own_model if whole else fetch(pruned, path))(*few_args, **few_kwargs)
         except Exception as error:
             return f"fails once it is cut ({type(error).__name__})"
     expected, found = collect(wanted, Tensor), collect(got, Tensor)
