@@ -9,6 +9,8 @@ import numpy
 import torch
 from models import call
 from torch import Tensor, nn
+from torch._C import DispatchKey
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxprune.passes.ir.pytree import collect, map_tensors
@@ -134,8 +136,17 @@ class Statistics(TorchDispatchMode):
         self.extents: list[tuple[str, int]] = []
         self.wanted, self.complete = extents, True
 
+    supports_higher_order_operators = True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # attention with a function for its mask insists on a compiler
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):  # the ops that it comes to are seen one by one
+            with self:
+                return func.py_kernels[DispatchKey.CompositeExplicitAutograd](*args, **kwargs)
         name = func._schema.name.removeprefix("aten::")
         if name in STATISTICS and args and isinstance(args[0], Tensor):
             given = {a.name: v for a, v in zip(func._schema.arguments, args)} | kwargs
