@@ -63,7 +63,7 @@ def test_a_hook_that_keeps_what_a_layer_returns_is_a_step_of_the_program():
 def test_a_hook_that_looks_at_values_stays_part_of_its_layer():
     seen = []
     model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
-    model[1].register_forward_hook(lambda module, args, output: seen.append(output.detach().mean().item()))
+    model[1].register_forward_hook(lambda module, args, output: seen.append(output.detach().numpy().mean()))
     pruned = halved(model, torch.randn(4, 6))
     seen.clear()
     pruned(torch.randn(2, 6))
@@ -80,3 +80,117 @@ def test_the_method_of_a_module_outside_of_the_model_stays_its_own():
     pruned = halved(model, torch.randn(4, 6))
     assert not list(watch.children())
     assert "mul" in pruned.code
+
+
+# -- constructors of tensors ----------------------------------------------------------------------------------------------
+
+
+class OldConstructors(nn.Module):
+    """Creates tensors by their class, from sizes, from lists of them, and from tensors; in a method of a part, too."""
+
+    class Noise(nn.Module):
+        def made(self, x):
+            return torch.Tensor(x.shape[0], x.shape[1], x.shape[2], x.shape[3]).to(x).fill_(0.5)
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.noise = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 4, 3), OldConstructors.Noise()
+
+    def forward(self, x):
+        x = self.up(x).relu()
+        x = x + self.noise.made(x)
+        gap = torch.Tensor(torch.zeros(x.shape[0], x.shape[1], 3, x.shape[3])).type(torch.FloatTensor).to(x)
+        assert isinstance(gap, torch.Tensor)
+        x = torch.cat([x, gap], 2)
+        scale = torch.FloatTensor(x.shape[:1]).fill_(2)
+        rows = torch.LongTensor([x.shape[2], 1]).sum()
+        return self.down(x) * scale.to(x).view(-1, 1, 1, 1) + rows.to(x)
+
+
+def test_tensors_created_by_their_class_follow_the_sizes_of_the_input():
+    model = OldConstructors()
+    kept = torch.Tensor, torch.LongTensor, dict(vars(torch.Tensor))
+    pruned = halved(model, torch.randn(2, 3, 8, 8))
+    assert (torch.Tensor, torch.LongTensor, dict(vars(torch.Tensor))) == kept
+    assert globals()["torch"] is __import__("torch")
+    assert pruned.meta["capture"] == "symbolic"
+    assert pruned.down.weight.shape == (4, 6, 3, 3)
+    found = fxprune.verify(model, pruned, torch.randn(5, 3, 12, 9))
+    assert found.ok
+    assert not found.refused
+
+
+# -- numbers read from tensors -----------------------------------------------------------------------------------------
+
+
+class ReadsScale(nn.Module):
+    """Takes a fraction out of a tensor, and computes with it."""
+
+    def __init__(self, branches=False):
+        super().__init__()
+        self.up, self.down, self.branches = nn.Linear(6, 16), nn.Linear(16, 3), branches
+        self.scale = nn.Parameter(torch.tensor([0.5]))
+
+    def forward(self, x):
+        largest = x.abs().max().item() + self.scale.item()
+        if self.branches and largest > 2:
+            return self.down(self.up(x).relu())
+        return self.down((self.up(x) / largest).relu() * largest**2)
+
+
+def test_a_fraction_read_from_a_tensor_is_read_anew_on_every_call():
+    torch.manual_seed(0)
+    model, x = ReadsScale(), torch.randn(4, 6)
+    pruned = halved(model, x)
+    assert pruned.meta["capture"] == "symbolic"
+    assert fxprune.verify(model, pruned, 7 * torch.randn(5, 6)).ok
+
+
+def test_what_is_decided_by_such_a_fraction_is_decided_on_every_call():
+    torch.manual_seed(0)
+    model, x = ReadsScale(branches=True), torch.randn(4, 6)
+    pruned = halved(model, x)
+    assert pruned.meta["capture"].startswith("opaque")
+    for given in (0.1 * x, 9 * x):
+        assert fxprune.verify(model, pruned, given).ok
+
+
+class CountsRows(nn.Module):
+    """Puts sizes into a tensor of whole numbers, and takes them out again."""
+
+    def __init__(self, listed=False):
+        super().__init__()
+        self.up, self.down, self.listed = nn.Linear(6, 16), nn.Linear(16, 3), listed
+
+    def forward(self, xs):
+        rows = torch.tensor([x.shape[0] for x in xs])
+        longest = rows.tolist()[1] if self.listed else rows.amax().item()
+        if rows.min() == 0:
+            return None
+        padded = torch.stack([nn.functional.pad(self.up(x), (0, 0, 0, longest - x.shape[0])) for x in xs])
+        return self.down((padded * (torch.arange(longest) < rows[:, None])[..., None]).relu())
+
+
+def test_sizes_that_went_through_a_tensor_stay_sizes():
+    for listed in (False, True):
+        torch.manual_seed(0)
+        model = CountsRows(listed)
+        pruned = halved(model, [torch.randn(3, 6), torch.randn(5, 6)])
+        assert pruned.meta["capture"] == "symbolic"
+        other = ([torch.randn(2, 6), torch.randn(7, 6)],)
+        assert fxprune.verify(model, pruned, other).ok
+        assert pruned(*other).shape == (2, 7, 3)
+
+
+def test_a_list_that_is_repeated_by_a_size_is_as_long_as_it_was():
+    class Repeats(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 16), nn.Linear(16, 3)
+
+        def forward(self, x):
+            ones = [1.0] * x.shape[0]
+            return self.down(self.up(x).relu()) * torch.tensor(ones)[:, None]
+
+    pruned = halved(Repeats(), torch.randn(4, 6))
+    assert pruned.verification.refused, "at another batch it says so"

@@ -15,7 +15,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxprune.passes.capture.leftovers import restore_functions
-from fxprune.passes.capture.patches import CACHED, CALLABLE, CHECKS, FACTORIES, LOCK, named_apply, not_a_models
+from fxprune.passes.capture.patches import (
+    CACHED,
+    CALLABLE,
+    CHECKS,
+    FACTORIES,
+    LOCK,
+    STAND_INS,
+    STANDS_FOR_TORCH,
+    constructed,
+    legacy,
+    named_apply,
+    not_a_models,
+)
 from fxprune.passes.capture.proxy import PROXIES, unwrap
 from fxprune.passes.capture.tracer import ValueTracer
 from fxprune.passes.ir.pytree import iterate
@@ -47,7 +59,8 @@ class Patches:
         try:
             for patch in PATCHES:
                 patch(self)
-            self.look_at(self.tracer.root)
+            for module in self.tracer.paths:
+                self.look_at(module)
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -101,6 +114,17 @@ class Patches:
         """Factories take sizes, which torch would convert to plain integers."""
         for name in FACTORIES:
             self.patch(torch, name, self.seeing_proxies(getattr(torch, name)))
+
+    def constructors(self) -> None:
+        """`torch.Tensor(3, n)` and `torch.LongTensor([n])` take sizes, which they would read as something else."""
+
+        def construct(kind: Any, args: Any, kwargs: Any) -> Any:
+            if self.tracing() and any(type(v) in PROXIES for v in iterate(args)):
+                return self.tracer.create_proxy(*legacy(kind, args, kwargs))
+            return constructed(kind, args, kwargs)
+
+        vars(STANDS_FOR_TORCH)["construct"] = construct
+        self.undo.append(functools.partial(vars(STANDS_FOR_TORCH).__setitem__, "construct", constructed))
 
     def arithmetic(self) -> None:
         """Functions of `math` take sizes, which they would convert to plain floats."""
@@ -259,6 +283,9 @@ class Patches:
                 if id(value) in self.nodes and value is self.nodes[id(value)]:
                     names[name] = self.seeing_proxies(value)
                     self.undo.append(functools.partial(names.__setitem__, name, value))
+                elif id(value) in STAND_INS:
+                    names[name] = STAND_INS[id(value)]
+                    self.undo.append(functools.partial(names.__setitem__, name, value))
                 elif type(value) in CALLABLE:
                     self.uncached(value, functools.partial(names.__setitem__, name))
                     pending.append(getattr(getattr(value, "__wrapped__", value), "__globals__", {}))
@@ -293,6 +320,7 @@ class Patches:
 
 PATCHES: list[Callable[[Patches], None]] = [
     Patches.factories,
+    Patches.constructors,
     Patches.arithmetic,
     Patches.checks,
     Patches.contexts,

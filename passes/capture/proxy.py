@@ -216,6 +216,11 @@ class IntProxy(PlainProxy, torch.SymInt):  # type: ignore[misc]
     __class__ = property(lambda self: int)
     __hash__ = Proxy.__hash__
 
+    def __mul__(self, other: Any) -> Any:
+        return other * self.concrete("index") if isinstance(other, list | tuple | str) else Proxy.__mul__(self, other)  # type: ignore[attr-defined]
+
+    __rmul__ = __mul__
+
 
 class FloatProxy(PlainProxy, torch.SymFloat):  # type: ignore[misc]
     __class__ = property(lambda self: float)

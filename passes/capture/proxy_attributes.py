@@ -18,8 +18,8 @@ from fxprune.passes.capture.proxy import PROXIES, Proxy, TensorProxy, unwrap
 from fxprune.passes.capture.recorder import Recorder
 from fxprune.passes.errors import NeedsValues, ReadsMissing, ReadsValue
 from fxprune.passes.ir.data_sizes import DataSizes
-from fxprune.passes.ir.program import Guard
-from fxprune.passes.ir.pytree import iterate
+from fxprune.passes.ir.program import Guard, tensors_read
+from fxprune.passes.ir.pytree import TensorRef, iterate
 
 # Tensor attributes and methods that are facts of the program rather than values that flow through it.
 FACTS = frozenset(
@@ -74,6 +74,7 @@ class ProxyAttributes(fx.Tracer):
     names: dict[int, str]
     results: dict[fx.Node, Any]
     inlining: bool = False
+    reads_numbers: bool = False  # whether any number of the graph is read from a tensor
 
     @functools.cached_property
     def interception(self) -> TorchFunctionMode:
@@ -106,6 +107,8 @@ class ProxyAttributes(fx.Tracer):
         if isinstance(value, Tensor):
             if name in FACTS or name in FACT_METHODS:
                 return getattr(value, name)
+            if name in ("item", "tolist") and self.is_number(proxy, name):
+                return lambda: self.read_numbers(proxy, name)
             if name in VALUE_METHODS:
                 return getattr(self.known_tensor(proxy, name), name)
             if name == "shape":
@@ -141,12 +144,34 @@ class ProxyAttributes(fx.Tracer):
             raise (ReadsMissing if value.is_meta else ReadsValue)(f"{how}() of %{proxy.node.name}")
         return value
 
+    def is_number(self, proxy: Any, how: str) -> bool:
+        """Whether a number read from a tensor can stay in the graph: a fraction, of which no shape is made, or made of sizes."""
+        return self.is_made_of_sizes(proxy.node) or (how == "item" and proxy.value.is_floating_point() and not proxy.value.is_meta)
+
+    def is_made_of_sizes(self, node: fx.Node) -> bool:
+        """Whether a tensor's contents are whole numbers computed from sizes of the inputs alone."""
+        ref = self.results[node]
+        return self.depends[node] and isinstance(ref, TensorRef) and self.recorder.op_trace.values[ref.id].data is not None
+
+    @internal
+    def read_numbers(self, proxy: Any, how: str) -> Any:
+        """The numbers in a tensor, as nodes; how many there are is decided here."""
+        for size in self.read_attribute(proxy, "shape") if how == "tolist" else ():
+            self.concretise(size, "int")
+        self.reads_numbers = True
+        return self.create_proxy("call_method", how, (proxy,), {})
+
     @internal
     def concretise(self, proxy: Any, how: str) -> Any:
         if isinstance(proxy.value, Tensor):
+            if self.is_made_of_sizes(proxy.node) and proxy.value.numel() == 1:
+                return self.concretise(self.read_numbers(proxy, "item"), how)
             return self.known_tensor(proxy, how).item()
         if self.data_sizes.decide(proxy.node, self.results):
             raise ReadsValue(f"{how}() of %{proxy.node.name}, a size that data make")
+        read = tensors_read(proxy.node, self.results) if self.reads_numbers else ()
+        if not all(map(self.is_made_of_sizes, read)):
+            raise ReadsValue(f"{how}() of %{proxy.node.name}, which is read from a tensor")
         self.guards.append(Guard(proxy.node, how, proxy.value))
         return proxy.value
 

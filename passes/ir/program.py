@@ -133,6 +133,19 @@ def sizes_read(node: fx.Node, results: Mapping[fx.Node, Any]) -> Iterator[tuple[
         pending += new
 
 
+def tensors_read(node: fx.Node, results: Mapping[fx.Node, Any]) -> Iterator[fx.Node]:
+    """The tensors from whose contents a number is read."""
+    pending, seen = [node], {node}
+    while pending:
+        n = pending.pop()
+        for m in n.all_input_nodes:
+            if m not in seen and not collect(results.get(m), TensorRef):
+                pending.append(m)
+            elif m not in seen and n.target in ("item", "tolist"):
+                yield m
+            seen.add(m)
+
+
 def reads_shape(node: fx.Node) -> bool:
     return node.target in ("size", "numel", "nelement") or (node.target is getattr and str(node.args[1]) == "shape")
 
