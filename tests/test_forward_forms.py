@@ -194,3 +194,62 @@ def test_a_list_that_is_repeated_by_a_size_is_as_long_as_it_was():
 
     pruned = halved(Repeats(), torch.randn(4, 6))
     assert pruned.verification.refused, "at another batch it says so"
+
+
+# -- custom autograd functions -----------------------------------------------------------------------------------------
+
+
+class ByWidth(torch.autograd.Function):
+    """Divides by the number of channels, which the Python of it asks for."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x / x.shape[1]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class InGroups(torch.autograd.Function):
+    """Is told the number of groups, which pruned channels cannot be divided into."""
+
+    @staticmethod
+    def forward(ctx, x, groups):
+        return x.reshape(x.shape[0], groups, -1).flip(2).reshape(x.shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+class Signs(torch.autograd.Function):
+    """Knows no width."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.sign() * x.abs().sqrt()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def test_a_custom_function_whose_python_has_widths_is_tried_and_kept_whole():
+    for apply, why in ((ByWidth.apply, "computes something else"), (lambda x: InGroups.apply(x, 6), "fails"), (Signs.apply, "")):
+
+        class Net(nn.Module):
+            def __init__(self, apply=apply):
+                super().__init__()
+                self.a, self.b, self.c = nn.Linear(6, 20), nn.Linear(20, 18), nn.Linear(18, 3)
+                self.apply_to = apply
+
+            def forward(self, x):
+                return self.c(self.apply_to(self.b(self.a(x).relu())))
+
+        torch.manual_seed(0)
+        pruned = halved(Net(), torch.randn(4, 6))
+        assert pruned.b.weight.shape == ((18, 10) if why else (9, 10))
+        reasons = pruned.meta["frozen_modules"].values()
+        assert all(f"belongs to a custom autograd function that {why}" in reason for reason in reasons)
+        assert bool(reasons) == bool(why)

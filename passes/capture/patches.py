@@ -137,6 +137,7 @@ def named_apply(cls: type) -> Callable[..., Any]:
 
     applied.__name__ = applied.__qualname__ = f"{cls.__name__}_apply"
     applied.__module__ = outside_torch(cls)
+    applied.is_custom = True  # type: ignore[attr-defined]
     return applied
 
 

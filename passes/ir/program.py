@@ -96,6 +96,17 @@ class CapturedProgram:
     def output(self) -> fx.Node:
         return next(iter(reversed(self.graph.nodes)))
 
+    @functools.cached_property
+    def unseen(self) -> dict[fx.Node, str]:
+        """The nodes whose Python is not rewritten, and may hold sizes: opaque modules by path, custom autograd functions by name."""
+        found: dict[fx.Node, str] = {}
+        for node in self.graph.nodes:
+            if node.op == "call_module" and str(node.target) in self.opaque:
+                found[node] = str(node.target)
+            elif node.op == "call_function" and hasattr(node.target, "is_custom"):
+                found[node] = f"%{node.name}"
+        return found
+
     def node_at(self, index: int) -> fx.Node | None:
         return self.nodes.get(index)
 
