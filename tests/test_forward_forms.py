@@ -212,15 +212,15 @@ class ByWidth(torch.autograd.Function):
 
 
 class InGroups(torch.autograd.Function):
-    """Is told the number of groups, which pruned channels cannot be divided into."""
+    """Is told how many groups of how many channels there are."""
 
     @staticmethod
-    def forward(ctx, x, groups):
-        return x.reshape(x.shape[0], groups, -1).flip(2).reshape(x.shape)
+    def forward(ctx, x, groups, each):
+        return x.reshape(x.shape[0], groups, each).flip(2).reshape(x.shape)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad, None
+        return grad, None, None
 
 
 class Signs(torch.autograd.Function):
@@ -236,7 +236,7 @@ class Signs(torch.autograd.Function):
 
 
 def test_a_custom_function_whose_python_has_widths_is_tried_and_kept_whole():
-    for apply, why in ((ByWidth.apply, "computes something else"), (lambda x: InGroups.apply(x, 6), "fails"), (Signs.apply, "")):
+    for apply, why in ((ByWidth.apply, "computes something else"), (lambda x: InGroups.apply(x, 6, 3), "fails"), (Signs.apply, "")):
 
         class Net(nn.Module):
             def __init__(self, apply=apply):
