@@ -253,3 +253,59 @@ def test_a_custom_function_whose_python_has_widths_is_tried_and_kept_whole():
         reasons = pruned.meta["frozen_modules"].values()
         assert all(f"belongs to a custom autograd function that {why}" in reason for reason in reasons)
         assert bool(reasons) == bool(why)
+
+
+# -- reshapes ------------------------------------------------------------------------------------------------------------
+
+
+class HeadsInTheBatch(nn.Module):
+    """Attention whose heads lie in the batch, the sizes of which are computed once more from the result."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(12, 48), nn.Linear(16, 3)
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        q, k, v = (t.reshape(b, n, 4, 4).transpose(1, 2).reshape(b * 4, n, 4) for t in self.qkv(x).chunk(3, -1))
+        rows, tokens, width = q.shape
+        q = torch.stack([-q[..., 1::2], q[..., ::2]], -1).reshape(1 * rows, 1 * tokens, 2 * (width // 2))
+        mixed = (q @ k.transpose(1, 2)).softmax(-1) @ v
+        return self.out(mixed.reshape(b, 4, n, 4).transpose(1, 2).reshape(b, n, 16))
+
+
+def test_a_batch_of_one_that_heads_were_merged_with_is_no_number_of_heads():
+    torch.manual_seed(0)
+    model = HeadsInTheBatch()
+    pruned = halved(model, torch.randn(1, 5, 12))
+    found = fxprune.verify(model, pruned, torch.randn(3, 7, 12))
+    assert found.ok
+    assert not found.refused
+
+
+class MapOfChannels(nn.Module):
+    """Reads `(B, h*w, C)` as `(B, C, h, w)` without moving the channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.side, self.out = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 4, 1)
+        self.last = nn.Conv2d(4, 80, 1)
+        self.head = nn.Conv2d(80, 2, 1)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        b, c, h, w = x.shape
+        x = x + self.side(x).flatten(2).transpose(1, 2).reshape(b, 16, h, w)
+        return self.head(self.last(self.out(x)).relu())
+
+
+def test_channels_that_are_laid_out_among_positions_stay():
+    torch.manual_seed(0)
+    model = MapOfChannels()
+    pruned = halved(model, torch.randn(1, 3, 4, 6))
+    assert pruned.stem.weight.shape[0] == 16
+    assert pruned.last.weight.shape[0] < 80
+    for size in (5, 6, 8):
+        found = fxprune.verify(model, pruned, torch.randn(2, 3, size, size + 1))
+        assert found.ok
+        assert not found.refused
