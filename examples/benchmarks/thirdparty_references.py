@@ -152,7 +152,7 @@ class Statistics(TorchDispatchMode):
         if name == "_scaled_dot_product_flash_attention_for_cpu":  # one operator that hides a softmax
             given = {"dropout_p": 0.0, "is_causal": False} | dict(zip(ATTENTION[3:], args[3:])) | kwargs
             with self:
-                return torch.ops.aten._scaled_dot_product_attention_math(*args[:3], **given)
+                return torch.ops.aten._scaled_dot_product_attention_math.default.decompose(*args[:3], **given)
         if name in STATISTICS and args and isinstance(args[0], Tensor):
             given = {a.name: v for a, v in zip(func._schema.arguments, args)} | kwargs
             wide = extent(name, args[0], given)
