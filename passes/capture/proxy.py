@@ -189,7 +189,7 @@ def _attribute(name: str) -> property:
         return self.tracer.read_attribute(self, name)
 
     def write(self: TensorProxy, value: Any) -> None:
-        raise ReadsValue(f"a tensor's {name}, to which it assigns")
+        self.tracer.write_attribute(self, name, value)
 
     return property(read, write)
 

@@ -120,6 +120,14 @@ class ProxyAttributes(fx.Tracer):
         return self.create_proxy("call_function", getattr, (proxy, name), {})
 
     @internal
+    def write_attribute(self, proxy: Any, name: str, value: Any) -> None:
+        """Assign to `data` in place; with values it would be the original's own that is written to."""
+        given = value.value if type(value) is TensorProxy else value
+        if name != "data" or not proxy.value.is_meta or not isinstance(given, Tensor) or given.shape != proxy.value.shape:
+            raise ReadsValue(f"a tensor's {name}, to which it assigns")
+        self.create_proxy("call_method", "copy_", (self.create_proxy("call_method", "detach", (proxy,), {}), value), {})
+
+    @internal
     def once(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         """A size, or a number computed from sizes: one node, however often a forward asks."""
         key: Any = (target, *[a.node if type(a) in PROXIES else (type(a), a) for a in args])
@@ -190,7 +198,7 @@ class ProxyAttributes(fx.Tracer):
             owner: Any = method.__self__  # type: ignore[attr-defined]
             return self.read_attribute(self.as_proxy(args[0]), owner.__name__)
         if name == "__set__":
-            raise ReadsValue("an attribute of a tensor, to which it assigns")
+            return self.write_attribute(self.as_proxy(args[0]), method.__self__.__name__, args[1])  # type: ignore[attr-defined]
         if name in FACT_METHODS:
             return method(*unwrap(args), **unwrap(kwargs))
         if not belongs_to_tensors(method):

@@ -239,6 +239,8 @@ def slid(r: RewriteContext, node: fx.Node) -> fx.Node | None:
         return None
     source, target = r.result(node.args[0]), r.result(node)
     ndim = len(r.before(source))
+    if ndim < spatial:  # another function that convolves on the way
+        return None
     dims = [d for d in range(ndim - spatial, ndim) if r.after(source)[d] < r.before(source)[d]]
     if not dims:
         return None
