@@ -309,3 +309,115 @@ def test_channels_that_are_laid_out_among_positions_stay():
         found = fxprune.verify(model, pruned, torch.randn(2, 3, size, size + 1))
         assert found.ok
         assert not found.refused
+
+
+# -- what else forwards do -----------------------------------------------------------------------------------------------
+
+
+class Renormed(nn.Module):
+    """Assigns to the data of a parameter on every call."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.proto = nn.Linear(6, 16), nn.Parameter(3 * torch.randn(3, 16))
+
+    def forward(self, x):
+        self.proto.data = torch.renorm(self.proto.data, p=2, dim=0, maxnorm=1.0)
+        return self.up(x).relu() @ self.proto.t()
+
+
+def test_assignment_to_a_parameters_data_is_a_step_of_the_program():
+    torch.manual_seed(0)
+    model, x = Renormed(), torch.randn(4, 6)
+    before = model.proto.detach().clone()
+    pruned = fxprune.prune(model.eval(), 0.5, example_inputs=x)
+    assert torch.equal(model.proto, before), "the original is not written to"
+    assert pruned.meta["capture"] == "symbolic"
+    assert pruned.proto.shape == (3, 8)
+    with torch.no_grad():
+        pruned.proto.mul_(100)
+        pruned(x)
+    assert pruned.proto.detach().norm(dim=1).max() <= 1.001
+
+
+class Vectorised(nn.Module):
+    """Calls a function that `torch.vmap` vectorises, of tensors alone or of a parameter too."""
+
+    def __init__(self, owns=False):
+        super().__init__()
+        self.up, self.down, self.owns = nn.Linear(6, 16), nn.Linear(16, 3), owns
+        self.shift = nn.Parameter(torch.randn(16))
+
+    def forward(self, x):
+        shift = self.shift if self.owns else torch.zeros(())
+        scaled = torch.vmap(lambda row, size: row.relu() * size + shift)(self.up(x), x.norm(dim=1))
+        return self.down(scaled)
+
+
+def test_a_function_that_is_vectorised_is_one_node():
+    torch.manual_seed(0)
+    pruned = halved(Vectorised(), torch.randn(4, 6))
+    assert pruned.meta["capture"] == "symbolic"
+    assert "vmap_lambda" in pruned.code
+    assert pruned.down.weight.shape == (3, 8)
+
+
+def test_a_vectorised_function_that_reads_a_parameter_is_not():
+    torch.manual_seed(0)
+    model = Vectorised(owns=True).eval()
+    pruned = fxprune.prune(model, 0.5, example_inputs=torch.randn(4, 6))
+    assert pruned.meta["capture"].startswith("opaque")
+    assert pruned.verification.ok
+
+
+class GivenAModule(nn.Module):
+    """Hands one part to another, which reads values."""
+
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 16), nn.Linear(16, 6)
+
+        def forward(self, x, act):
+            hidden = act(self.up(x))
+            if hidden.max() > 1e9:
+                raise ValueError("the input has exploded")
+            return self.down(hidden)
+
+    def __init__(self):
+        super().__init__()
+        self.part, self.act, self.head = GivenAModule.Part(), nn.GELU(), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.part(x, self.act))
+
+
+def test_an_opaque_module_may_be_given_another_module():
+    torch.manual_seed(0)
+    pruned = halved(GivenAModule(), torch.randn(4, 6))
+    assert list(pruned.meta["capture"].split())[:2] == ["opaque:", "part"]
+    assert pruned.part.up.weight.shape == (8, 6)
+
+
+class ByKeyword(nn.Module):
+    """Calls a part that is one node, and convolves, by keyword alone."""
+
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(12, 12, 3, padding=1)
+
+        def forward(self, *, x):
+            return self.conv(x) if x.max() < 1e9 else x
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.part, self.head = nn.Conv2d(3, 12, 3), ByKeyword.Part(), nn.Conv2d(12, 2, 1)
+
+    def forward(self, x):
+        return self.head(self.part(x=self.stem(x)))
+
+
+def test_an_opaque_module_may_be_called_by_keyword():
+    torch.manual_seed(0)
+    halved(ByKeyword(), torch.randn(1, 3, 8, 8))

@@ -76,7 +76,7 @@ class GraphBuilder(ProxyAttributes):
         self.attributes: dict[str, Any] = {}
         self.constants: dict[int, Constant] = {}  # by the identity of the tensor
         self.kept: list[Tensor] = []  # their copies in the program
-        self.writes_constants = False
+        self.writes_constants = self.calls_opaque = False
         self.frames = [Frame("", root)]
         self.proxies: list[weakref.ref[Any]] = []
         self.index = {}
@@ -190,8 +190,8 @@ class GraphBuilder(ProxyAttributes):
             return a.pack(self)
         if isinstance(a, np.generic):  # which generated code cannot write down
             return a.item()
-        if isinstance(a, nn.Module):  # a function calls it, unseen by the graph
-            raise ReadsValue(f"{type(a).__name__} that is handed to a function")
+        if isinstance(a, nn.Module):
+            return self.module_argument(a)
         if isinstance(a, Tensor):
             name = self.names.get(id(a))
             return (self.constant(a) if name is None else self.attribute(name)).node
@@ -209,6 +209,15 @@ class GraphBuilder(ProxyAttributes):
         if type(a) is dict:
             return {k: self.create_arg(v) for k, v in a.items()}
         return super().create_arg(a)
+
+    def module_argument(self, module: nn.Module) -> fx.Node:
+        """A module that another one is given, which is opaque; a function would call it unseen by the graph."""
+        path = next((path for path, m in self.modules.items() if m is module and path), None)
+        if path is None or not self.calls_opaque:
+            raise ReadsValue(f"{type(module).__name__} that is handed to a function")
+        node = self.create_node("get_attr", path, (), {})
+        self.results[node], self.depends[node] = None, False
+        return node
 
     def create_dataclass(self, a: Any) -> fx.Node:
         """A node that creates an object of a dataclass from the values of its fields."""
@@ -229,6 +238,8 @@ class GraphBuilder(ProxyAttributes):
         version = version_of(tensor)
         found = self.constants.get(id(tensor))
         if found is None or found.version != version:
+            if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+                raise ReadsValue("a tensor inside of a vectorised function")
             if tensor.is_meta:
                 raise NeedsValues  # it has no contents
             name, kept = self.get_fresh_qualname("_tensor_constant"), tensor.detach().clone()

@@ -141,6 +141,17 @@ def named_apply(cls: type) -> Callable[..., Any]:
     return applied
 
 
+def vectorised(run: Callable[..., Any], function: Callable[..., Any], *how: Any) -> Callable[..., Any]:
+    """What `torch.vmap` makes of a function, under a name that generated code can refer to."""
+
+    def applied(*args: Any, **kwargs: Any) -> Any:
+        return run(function, *how, *args, **kwargs)
+
+    applied.__name__ = applied.__qualname__ = f"vmap_{getattr(function, '__name__', 'function').strip('<>')}"
+    applied.__module__ = __name__
+    return applied
+
+
 def creating(cls: type) -> Callable[..., Any]:
     """A function under a name that generated code can refer to, which creates an object from the values of its attributes."""
 

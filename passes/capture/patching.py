@@ -27,6 +27,7 @@ from fxprune.passes.capture.patches import (
     legacy,
     named_apply,
     not_a_models,
+    vectorised,
 )
 from fxprune.passes.capture.proxy import PROXIES, unwrap
 from fxprune.passes.capture.tracer import ValueTracer
@@ -184,6 +185,21 @@ class Patches:
         found = property(forward, assign)
         self.patch(meta, "forward", found)
 
+    def vectorised_functions(self) -> None:
+        """A function that `torch.vmap` vectorises is one node: the tensors that it is handed are no proxies."""
+        plain = torch._functorch.apis.vmap_impl
+
+        def vmap_impl(function: Callable[..., Any], *given: Any, **kwargs: Any) -> Any:
+            if not self.tracing() or not any(type(v) in PROXIES for v in iterate((given, kwargs))):
+                return plain(function, *given, **kwargs)
+            begin = len(self.tracer.recorder.op_trace.ops)
+            target = vectorised(plain, function, *given[:4])
+            made = self.tracer.create_proxy("call_function", target, given[4:], kwargs)
+            self.tracer.recorder.refuse_own(begin)  # which the program would not cut
+            return made
+
+        self.patch(torch._functorch.apis, "vmap_impl", vmap_impl)
+
     def batch_statistics(self) -> None:
         """One example may be too few for batch statistics, but shapes are all that matters here; and the dispatcher would
         show the room for what a GPU's training kernel saves as one more call."""
@@ -325,6 +341,7 @@ PATCHES: list[Callable[[Patches], None]] = [
     Patches.checks,
     Patches.contexts,
     Patches.custom_functions,
+    Patches.vectorised_functions,
     Patches.batch_statistics,
     Patches.attention,
     Patches.modules,

@@ -173,7 +173,10 @@ class TensorProxy(Proxy, Tensor, fx.Proxy):  # type: ignore[misc]
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return tracer_of((args, kwargs)).torch_function(func, args, kwargs or {})
+        tracer = tracer_of((args, kwargs))
+        if not tracer.recorder.tracing:
+            raise ReadsValue("a tensor that a function has of its own")
+        return tracer.torch_function(func, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]

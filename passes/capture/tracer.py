@@ -170,6 +170,7 @@ class ValueTracer(GraphBuilder):
     def opaque_call(self, frame: Frame, reason: str, where: str | None) -> Any:
         """Call a module that cannot be traced through as one node."""
         self.evaluator.opaque[frame.path] = reason
+        self.calls_opaque = True
         try:
             return self.create_proxy("call_module", frame.path, frame.args, frame.kwargs)
         except Exception as plain:  # an error of the model's own, which what is around may expect
@@ -177,6 +178,8 @@ class ValueTracer(GraphBuilder):
             plain.fxprune_plain = True  # type: ignore[attr-defined]
             plain.fxprune_where = where or getattr(plain, "fxprune_where", frame.path)  # type: ignore[attr-defined]
             raise
+        finally:
+            self.calls_opaque = False
 
     # -- the result -------------------------------------------------------------------------------------------------
 
