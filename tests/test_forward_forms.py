@@ -236,7 +236,11 @@ class Signs(torch.autograd.Function):
 
 
 def test_a_custom_function_whose_python_has_widths_is_tried_and_kept_whole():
-    for apply, why in ((ByWidth.apply, "computes something else"), (lambda x: InGroups.apply(x, 6, 3), "fails"), (Signs.apply, "")):
+    for apply, why in (
+        (ByWidth.apply, "computes something else"),
+        (lambda x: InGroups.apply(x, 6, 3), "fails"),
+        (Signs.apply, ""),
+    ):
 
         class Net(nn.Module):
             def __init__(self, apply=apply):
@@ -421,3 +425,29 @@ class ByKeyword(nn.Module):
 def test_an_opaque_module_may_be_called_by_keyword():
     torch.manual_seed(0)
     halved(ByKeyword(), torch.randn(1, 3, 8, 8))
+
+
+class Listed(nn.Module):
+    """A part that reads values returns a list, as long as the batch."""
+
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Linear(6, 16)
+
+        def forward(self, x):
+            return "rows", [self.conv(row) for row in x if row.max() < 1e9]
+
+    def __init__(self):
+        super().__init__()
+        self.part, self.head = Listed.Part(), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return [self.head(row.relu()) for row in self.part(x)[1]]
+
+
+def test_a_list_of_an_opaque_module_is_as_long_as_it_was():
+    torch.manual_seed(0)
+    pruned = halved(Listed(), torch.randn(2, 6))
+    assert pruned.meta["capture"].startswith("opaque: part")
+    assert "is 2, and here it is 3" in pruned.verification.refused[0]

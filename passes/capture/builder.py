@@ -166,10 +166,23 @@ class GraphBuilder(ProxyAttributes):
         if value is None:
             return None
         if isinstance(value, tuple | list):
+            if isinstance(value, list):
+                self.keep_length(node, value)
             return Items.of(node, value, [self.item(node, i, v) for i, v in enumerate(value)])
         if isinstance(value, dict):
             return like_dict(value, {k: self.item(node, k, v) for k, v in value.items()})
         return self.proxy(node, value)
+
+    def keep_length(self, node: fx.Node, value: list[Any]) -> None:
+        """How many values code that is not captured has put into a list is decided here."""
+        source = node
+        while source.target is operator.getitem:
+            source = source.args[0]  # type: ignore[assignment]
+        if source.op != "call_module" and source.target not in self.evaluator.functions:
+            return
+        length = self.create_node("call_function", len, (node,), {})
+        self.results[length], self.depends[length] = len(value), self.depends[node]
+        self.guards.append(Guard(length, "len", len(value)))
 
     def proxy(self, node: fx.Node, value: Any) -> Any:  # type: ignore[override]
         made = proxy_for(node, self, value)

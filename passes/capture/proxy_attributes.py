@@ -154,7 +154,9 @@ class ProxyAttributes(fx.Tracer):
 
     def is_number(self, proxy: Any, how: str) -> bool:
         """Whether a number read from a tensor can stay in the graph: a fraction, of which no shape is made, or made of sizes."""
-        return self.is_made_of_sizes(proxy.node) or (how == "item" and proxy.value.is_floating_point() and not proxy.value.is_meta)
+        return self.is_made_of_sizes(proxy.node) or (
+            how == "item" and proxy.value.is_floating_point() and not proxy.value.is_meta
+        )
 
     def is_made_of_sizes(self, node: fx.Node) -> bool:
         """Whether a tensor's contents are whole numbers computed from sizes of the inputs alone."""
