@@ -298,7 +298,7 @@ class MapOfChannels(nn.Module):
 
     def forward(self, x):
         x = self.stem(x).relu()
-        b, c, h, w = x.shape
+        b, _, h, w = x.shape
         x = x + self.side(x).flatten(2).transpose(1, 2).reshape(b, 16, h, w)
         return self.head(self.last(self.out(x)).relu())
 

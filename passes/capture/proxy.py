@@ -220,9 +220,12 @@ class IntProxy(PlainProxy, torch.SymInt):  # type: ignore[misc]
     __hash__ = Proxy.__hash__
 
     def __mul__(self, other: Any) -> Any:
-        return other * self.concrete("index") if isinstance(other, list | tuple | str) else Proxy.__mul__(self, other)  # type: ignore[attr-defined]
+        if isinstance(other, list | tuple | str):
+            return other * self.concrete("index")
+        return self.tracer.create_proxy("call_function", operator.mul, (self, other), {})
 
-    __rmul__ = __mul__
+    def __rmul__(self, other: Any) -> Any:
+        return self * other if isinstance(other, list | tuple | str) else Proxy.__dict__["__rmul__"](self, other)
 
 
 class FloatProxy(PlainProxy, torch.SymFloat):  # type: ignore[misc]

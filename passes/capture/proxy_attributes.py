@@ -153,7 +153,7 @@ class ProxyAttributes(fx.Tracer):
         return value
 
     def is_number(self, proxy: Any, how: str) -> bool:
-        """Whether a number read from a tensor can stay in the graph: a fraction, of which no shape is made, or made of sizes."""
+        """Whether a number read from a tensor can stay in the graph: a fraction, which makes no shape, or one made of sizes."""
         return self.is_made_of_sizes(proxy.node) or (
             how == "item" and proxy.value.is_floating_point() and not proxy.value.is_meta
         )

@@ -135,7 +135,7 @@ class ValueTracer(GraphBuilder):
         return self.create_proxy("call_module", path, frame.args, frame.kwargs)
 
     def hooked_call(self, path: str, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> tuple[Any] | None:
-        """Trace the hooks of a layer, which is a node without them; None where that cannot be done: then they are part of it."""
+        """Trace the hooks of a layer, which is a node without them; None where that cannot be done: they are part of it."""
         frame = Frame(path, module, args, kwargs, len(self.index), len(self.recorder.op_trace.ops))
         held = vars(module)
 

@@ -98,7 +98,7 @@ class CapturedProgram:
 
     @functools.cached_property
     def unseen(self) -> dict[fx.Node, str]:
-        """The nodes whose Python is not rewritten, and may hold sizes: opaque modules by path, custom autograd functions by name."""
+        """The nodes whose Python is not rewritten: opaque modules by path, custom autograd functions by name."""
         found: dict[fx.Node, str] = {}
         for node in self.graph.nodes:
             if node.op == "call_module" and str(node.target) in self.opaque:

@@ -1,7 +1,8 @@
 """The check of opaque modules: each one, once sliced, against itself masked, on the inputs that it has in the original.
 
-The Python inside of an opaque module is not rewritten, nor is that of a custom autograd function, which is tried on random inputs. Attributes that sizes came from are changed, but a size may be written
-out, or come from somewhere nobody saw. Such a module then fails or computes something else: it must stay whole.
+The Python inside of an opaque module is not rewritten. Attributes that sizes came from are changed, but a size may be written
+out, or come from somewhere nobody saw. Such a module then fails or computes something else: it must stay whole. The same holds
+of a custom autograd function, which is tried on random inputs.
 """
 
 from __future__ import annotations
@@ -149,8 +150,10 @@ def compared(
     """What is wrong with a cut module on these arguments: nothing, or a clause."""
     capture, labels, path = solution.captures[0], solution.values[0], site.path
     whole = f"{path}." == capture.prefix
-    module = Applied(site.function) if site.function is not None else None
-    module = module or (model if whole else fetch(model, path.removeprefix(capture.prefix)))
+    if site.function is not None:
+        module: nn.Module = Applied(site.function)
+    else:
+        module = model if whole else fetch(model, path.removeprefix(capture.prefix))
     names = {id(t): name for name, t in named_tensors(model)}
     own = {name: solution.leaves.get(names.get(id(t), ""), ()) for name, t in named_tensors(module)}
     tensors = collect((args, kwargs), Tensor)
