@@ -143,7 +143,7 @@ class Compilation:
     def couple_for_good(self) -> Solution:
         """A coupling for those who choose from it later: modules that are not captured are tried with half of all units cut."""
         solution = self.couple()
-        if not solution.captures[0].opaque:
+        if not solution.captures[0].unseen:
             return solution
         choice = self.choose_by(self._half, solution)
         return choice.solution if not spent(choice.solution) else self.couple()
@@ -161,7 +161,7 @@ class Compilation:
         """Score and select what options ask for."""
         if not options.measures_latency:
             solution = self.couple()
-            if solution.captures[0].opaque and options.data is not None:  # which may be read again
+            if solution.captures[0].unseen and options.data is not None:  # which may be read again
                 options = dataclasses.replace(options, data=list(options.data))
             return self.choose_by(lambda coupled: select_units(self.model, coupled, options, self.tensors), solution)
         solution = self.couple_for_good()  # what is timed must run

@@ -158,7 +158,7 @@ class Pruner:
 
     def _fails(self, choice: Choice) -> bool:
         """Whether a module that is not captured fails once it is cut as chosen; it is frozen from here on."""
-        if not self._planner.solution.captures[0].opaque or choice.slicer.keeps_all:
+        if not self._planner.solution.captures[0].unseen or choice.slicer.keeps_all:
             return False
         self._compilation.follow()
         if fails := self._compilation.freeze_broken(self._compilation.keep(choice.kept)):
