@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from fxprune.batch_guards import Recompiled, for_any_batch
 from fxprune.entry_points import entry_point
+from fxprune.errors import PruneWarning
 from fxprune.inputs import ExampleInputs, device_of, random_inputs
 from fxprune.original_state import config_of, lost_contents, with_lazy_tensors
 from fxprune.passes.coupling.couple import analyse, describe_capture
@@ -115,12 +117,8 @@ class Compilation:
     ) -> Compilation:
         """A compilation in which a plan can be applied to a model of the architecture that it was made for."""
         plan.check(model)
-        given = (
-            random_inputs(plan.inputs, device_of(model))
-            if example_inputs is None
-            else ExampleInputs.parse(example_inputs, model)
-        )
-        inputs = given.check(model)
+        given = None if example_inputs is None else ExampleInputs.parse(example_inputs, model)
+        inputs = (given or random_inputs(plan.inputs, device_of(model))).check(model)
         if plan.waiver is not None and inputs.batch == plan.waiver.size:
             inputs = inputs.one_more()  # the program was captured with a larger batch
         return cls(with_lazy_tensors(model, plan, inputs), inputs, plan.coupling_options, frozen_modules)
@@ -319,7 +317,31 @@ class Compilation:
     def restore_class(self, pruned: PrunedModule, values: nn.Module | None = None) -> Any:
         """The pruned model in the original's own class; `values` is the model it was emitted with, if not the original."""
         model = values or self.model
-        return restore_class(model, pruned, self.inputs.beside(model))
+        return restore_class(model, pruned, self.inputs.beside(model))[0]
+
+    def prune(self, options: Options, *, same_class: bool = False) -> Any:
+        """What `fxprune.prune` returns for these options."""
+        if same_class and options.data is not None:  # which may be read again
+            options = dataclasses.replace(options, data=list(options.data))
+        with options.gc_paused():
+            choice = self.choose(options)  # capture, couple, score, select
+            pruned = self.emit(choice)  # rewrite, slice
+            verifies = options.verifies(self.model)
+            if not verifies:
+                del choice  # most of it is freed now, before the collector looks through what is left
+        if verifies:
+            pruned = self.verify(pruned, choice)
+        if not same_class:
+            return pruned
+        made, held = restore_class(self.model, pruned, self.inputs)
+        if not held.keys() - self.options.frozen.keys():
+            return made
+        name, why = next(iter(held.items()))
+        text = f"families stay whole, so that a configuration describes the model: {name} {why}"
+        warnings.warn(text, PruneWarning, stacklevel=2)
+        coupling = dataclasses.replace(self.options, frozen={**self.options.frozen, **held})
+        again = Compilation(self.model, self.inputs, coupling, self.frozen_modules)
+        return again.prune(dataclasses.replace(options, coupling=coupling), same_class=True)
 
 
 def spent(solution: Solution) -> bool:
