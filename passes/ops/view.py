@@ -138,7 +138,9 @@ def is_laid_out_anew(
         inner = math.prod(before[d] for d in real[i:])
         if (real[i - 1] in f.dims) != (real[i] in f.dims) and inner not in ends:
             below = max((size for size in ends if size < inner), default=1)
-            if not call.state.input_dims().isdisjoint(ends.get(below, ())):
+            inside, given = ends.get(below, []), call.state.input_dims()
+            rows = right[len(right) - len(inside) - 1]  # as many as before for any input, unless they are given as a size of it
+            if rows not in given and not given.isdisjoint(inside):
                 return True
     return False
 
