@@ -149,7 +149,7 @@ def test_a_width_that_numbers_are_computed_from_stays_for_a_configuration():
     assert torch.equal(fresh(torch.ones(2, 4)), small(torch.ones(2, 4)))
 
 
-def test_layers_that_differ_in_width_have_no_configuration():
+def test_a_configuration_follows_the_family_that_was_pruned():
     model = Scaled(types.SimpleNamespace(width=12, hidden=12)).eval()
     small = fxprune.prune(model, {"up": 0.25}, torch.randn(2, 4), same_class=True)
     assert small.config.hidden == 9 and small.meta["stale"] == ()
