@@ -12,6 +12,7 @@ tensors, it does what its lines say.
 from __future__ import annotations
 
 import inspect
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,13 +41,10 @@ class Call:
     body: list[Line | Call] = field(default_factory=list)
     first: int = -1  # of the positions of all its lines
     last: int = -1
+    touched: bool = False  # whether the rewrite changed a line of its own
 
-    def lines(self) -> Iterator[Line]:
-        for item in self.body:
-            if isinstance(item, Line):
-                yield item
-            else:
-                yield from item.lines()
+    def calls(self) -> Iterator[Call]:
+        return (item for item in self.body if isinstance(item, Call))
 
 
 class Nesting:
@@ -118,7 +116,18 @@ class Nesting:
             for call in stack:
                 call.last = i
             stack[-1].body.append(line)
+        self.mark_touched(top, sorted(self.flat.touched))
         return top
+
+    def mark_touched(self, parent: Call, numbers: list[int]) -> None:
+        """Mark the innermost calls that touched nodes, by their numbers in order, belong to."""
+        left = 0
+        for call in parent.calls():
+            first, end = bisect_left(numbers, call.call.begin), bisect_left(numbers, call.call.end)
+            parent.touched |= left < first
+            self.mark_touched(call, numbers[first:end])
+            left = end
+        parent.touched |= left < len(numbers)
 
     def note_handed(self, parent: Call) -> None:
         for call in parent.body:
@@ -156,16 +165,7 @@ class Nesting:
 
     def is_touched(self, call: Call) -> bool:
         """Whether the rewrite changed a line of a call, but for those of modules in it that are called again."""
-        return any(n not in apart for apart in [self.numbers_apart(call)] for n in self.flat.touched if number_in(n, call))
-
-    def numbers_apart(self, call: Call) -> set[int]:
-        """The numbers of touched nodes that belong to modules which are called again in a call."""
-        found: set[int] = set()
-        for item in call.body:
-            if isinstance(item, Call):
-                apart = {n for n in self.flat.touched if number_in(n, item)}
-                found |= apart if item in self.separated else self.numbers_apart(item)
-        return found
+        return call.touched or any(self.is_touched(inner) for inner in call.calls() if inner not in self.separated)
 
     def separate(self, call: Call, lines: list[Line]) -> tuple[Program, list[Line]]:
         """The program of a call, and the lines by which others read its result; raises NotSeparable."""
@@ -333,10 +333,6 @@ class Nesting:
             computes = is_pure(line) and bool(sources) and line.op != "get_attr" and all(map(self.is_number, sources))
             self.numbers[name] = reads or computes
         return self.numbers[name]
-
-
-def number_in(number: int, call: Call) -> bool:
-    return call.call.begin <= number < call.call.end
 
 
 def call_name(call: Call) -> str:
