@@ -212,17 +212,20 @@ class Nesting:
     def arguments(self, call: Call, module: nn.Module) -> tuple[list[Line], dict[str, Name]]:
         """The lines that read a module's arguments, and by name what lines of others are there."""
         traced = call.call
-        bound = signature_of(module).bind(*traced.args, **traced.kwargs)
+        signature = signature_of(module)
+        bound = signature.bind(*traced.args, **traced.kwargs).arguments
         lines: list[Line] = []
         reads: list[Line] = []
         given: dict[str, Name] = {}
         fixed: list[tuple[Name, Any]] = []
-        for parameter, value in bound.arguments.items():
-            kind = bound.signature.parameters[parameter].kind
+        for parameter, (kind, default) in {p.name: (p.kind, p.default) for p in signature.parameters.values()}.items():
+            plain = isinstance(default, bool | int | float | str | None)
+            if parameter not in bound and not plain:
+                continue
+            value = bound.get(parameter, default)
             star = "*" if kind is inspect.Parameter.VAR_POSITIONAL else "**" if kind is inspect.Parameter.VAR_KEYWORD else ""
             key = f"argument {parameter}"  # no other line is called so
-            plain = isinstance(value, bool | int | float | str | None)
-            lines.append(Line(key, "placeholder", f"{star}{parameter}", (value,) if plain and not star else ()))
+            lines.append(Line(key, "placeholder", f"{star}{parameter}", (default,) if plain else ()))
             for steps, leaf in parts_of(value):
                 name = f"{key}{''.join(f'.{k}' for _, k in steps)}"
                 reads += reading(name, Name(key), steps) if steps else []
