@@ -114,7 +114,7 @@ def test_a_rewritten_module_refuses_other_plain_arguments(net):
     y = small.features[1](small.features[0](X))
     assert torch.equal(small.features[2](y, flag=False), small.features[2](y, 2.0))
     for other in ({"flag": True}, {"scale": 3.0}):
-        with pytest.raises(GuardError, match="features.2 was captured with other arguments"):
+        with pytest.raises(GuardError, match=r"features\.2 was captured with other"):
             small.features[2](y, **other)
 
 
