@@ -323,3 +323,95 @@ def test_pruned_twice(net):
     _, small = net
     again = fxprune.prune(small, 0.5, example_inputs=X)
     assert again.verification.ok and kinds(again) == kinds(small) and again.features[0].out_channels == 2
+
+
+class ReadsValues(nn.Module):
+    """Decides by contents, so that the whole model is one node."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)
+        self.scale = nn.Parameter(torch.rand(8))
+        self.register_buffer("shift", torch.rand(8))
+
+    def forward(self, x):
+        y = self.norm(self.a(x)) * self.scale + self.shift
+        return self.b(y * 2 if y.sum().item() > 1e9 else y)
+
+
+def test_a_model_that_is_one_node_keeps_its_names():
+    model, x = ReadsValues().eval(), torch.randn(5, 4)
+    small = fxprune.prune(model, 0.5, example_inputs=x)
+    assert small.own_model is not None and list(small.state_dict()) == list(model.state_dict())
+    for again in (copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
+        assert torch.equal(again(x), small(x)) and again.own_model.scale is again.scale
+        assert torch.allclose(again.double()(x.double()).float(), small(x), atol=1e-5), "buffers are shared too"
+    before = small.train().norm.running_mean.clone()
+    small(x)
+    assert not torch.equal(small.norm.running_mean, before)
+    assert torch.equal(small.eval().flat()(x), small(x))
+    seen: list[str] = []
+    small.register_forward_hook(lambda *_: seen.append("root"))
+    small(x)
+    assert seen == ["root"], "once"
+
+
+class Keywords(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+
+    def forward(self, x, *, scale=None, **more):
+        y = self.a(x).reshape(x.shape[0], 8)
+        return y if more["flag"] is None else y * 2
+
+
+class CallsByKeyword(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner, self.out = nn.Linear(4, 8), Keywords(), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.out(self.inner(x=self.first(x), flag=None, other=None))
+
+
+def test_plain_keywords_may_be_left_out_where_a_rewritten_module_is_called():
+    model, x = CallsByKeyword().eval(), torch.randn(3, 4)
+    small = fxprune.prune(model, 0.5, example_inputs=x)
+    assert "inner" in rewritten(small)
+    assert torch.equal(small.out(small.inner(small.first(x))), small(x))
+    with pytest.raises(GuardError, match="captured with other arguments"):
+        small.inner(small.first(x), flag=True)
+
+
+class Kept(dict):
+    """A dictionary of a kind of its own."""
+
+
+class ReturnsKept(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return Kept(y=self.b(self.a(x)), n=3)
+
+
+def test_a_result_keeps_its_class():
+    model, x = ReturnsKept().eval(), torch.randn(3, 4)
+    small = fxprune.prune(model, 0.5, example_inputs=x)
+    got = small(x)
+    assert type(got) is Kept and got["n"] == 3 and got["y"].shape == (3, 2)
+
+
+def test_the_class_stays_in_every_step_and_of_a_plan():
+    model, x = Net().eval(), X
+    pruner = fxprune.Pruner(model, 0.5, x, steps=2, same_class=True)
+    while not pruner.done:
+        small = pruner.step()
+        assert type(small) is Net and small.verification.ok
+    again = pruner.plan.apply(model, same_class=True)
+    assert type(again) is Net and torch.allclose(again(x), small(x), atol=1e-6)
+    held = fxprune.Pruner(model, 0.5, x, mask="hold", same_class=True)
+    masked = held.step()
+    assert type(held.shrink()) is Net and torch.allclose(held.shrink()(x), masked(x), atol=1e-5)

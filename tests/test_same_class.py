@@ -1,6 +1,7 @@
 """A pruned model of the original's own class: what its own methods do, and what comes back from disk."""
 
 import pickle
+import types
 
 import pytest
 import torch
@@ -123,3 +124,32 @@ def test_attributes_that_nothing_reads_follow_or_are_said_to_be_stale():
     assert small.num_features == small.fc.in_features == 6, "the nearest tensors of that size"
     assert small.hidden == small.blocks[0].out_features == 10
     assert small.doubtful == 16 and small.meta["stale"] == ("doubtful",), "12 of the stem, 8 before the head"
+
+
+class Scaled(nn.Module):
+    """Built from a configuration, from which it computes a number that is no size."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.scale = config, config.width**0.5
+        self.inner, self.norm = nn.Linear(4, config.width), nn.BatchNorm1d(config.width)
+        self.up, self.down = nn.Linear(config.width, config.hidden), nn.Linear(config.hidden, 3)
+
+    def forward(self, x):
+        return self.down(self.up(self.norm(self.inner(x)) * self.scale).tanh())
+
+
+def test_a_width_that_numbers_are_computed_from_stays_for_a_configuration():
+    model = Scaled(types.SimpleNamespace(width=12, hidden=8)).eval()
+    with pytest.warns(fxprune.PruneWarning, match="is width, which Scaled computes other numbers from"):
+        small = fxprune.prune(model, 0.5, torch.randn(2, 4), same_class=True)
+    assert small.meta["stale"] == () and (small.config.width, small.config.hidden) == (12, 4)
+    fresh = Scaled(small.config).eval()
+    fresh.load_state_dict(small.state_dict())
+    assert torch.equal(fresh(torch.ones(2, 4)), small(torch.ones(2, 4)))
+
+
+def test_a_configuration_follows_the_family_that_was_pruned():
+    model = Scaled(types.SimpleNamespace(width=12, hidden=12)).eval()
+    small = fxprune.prune(model, {"up": 0.25}, torch.randn(2, 4), same_class=True)
+    assert small.config.hidden == 9 and small.meta["stale"] == ()

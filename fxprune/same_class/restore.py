@@ -29,11 +29,12 @@ from fxprune.passes.verification.masked_model import relative_error
 from fxprune.plan import kept_labels, plan_between
 from fxprune.same_class.attributes import update_attributes
 from fxprune.same_class.configuration import Attributes, configure
+from fxprune.same_class.constants import widths_in_constants
 from fxprune.verification import evaluating, restoring, tolerance_of
 
 
-def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs) -> Any:
-    """The pruned model as an object of the original's class.
+def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs) -> tuple[Any, dict[str, str]]:
+    """The pruned model as an object of the original's class, and the tensors that had to stay whole for a configuration.
 
     `meta["stale"]` names attributes that may still say an original width: `path.name` each, and `config` where no configuration
     of the class describes the pruned model.
@@ -49,9 +50,10 @@ def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs)
         made, known = shrunk_copy(model, pruned, inputs)
         with evaluating(made):
             try_forwards(pruned, made, inputs, tolerance)
-        stale = []
+        stale, held = [], {}
         if not configure(model, made, known, error_of, tolerance):
             stale.append("config")
+            held = widths_in_constants(model, made)
         if error_of(made) > tolerance:
             take_program(made, pruned, vars(pruned)["_programs"])
         if error_of(made) > tolerance:
@@ -68,7 +70,7 @@ def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs)
         module.training = modes.get(path, model.training)
     vars(made)["meta"] = {**pruned.meta, "stale": tuple(stale)}
     vars(made)["verification"] = pruned.verification
-    return made
+    return made, held
 
 
 def shrunk_copy(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs) -> tuple[Any, Attributes]:
@@ -77,7 +79,7 @@ def shrunk_copy(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs) -
     try:
         whole = capture_program(set_mode(private_copy(model), False), inputs.args, inputs.kwargs, whole=True)
         solution = couple_channels([whole], plan.coupling_options)
-        made: Any = rewrite_program(model, solution, kept_labels(plan, solution)).get_submodule("whole")
+        made: Any = rewrite_program(model, solution, kept_labels(plan, solution)).own_model
     except Exception as error:  # couplings that it has only as one module, such as through what its Python reads
         surface(error)
         return pruned.as_class(type(model)), {}

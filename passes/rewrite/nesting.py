@@ -25,6 +25,8 @@ from fxprune.passes.rewrite.call_structures import Steps, constructed, nodes_in,
 from fxprune.passes.rewrite.guards import given_as_captured
 from fxprune.passes.rewrite.programs import FlatProgram, Line, Name, Program, is_pure, names_in, renamed, without_dead
 
+PLAIN = (bool, int, float, str, type(None))
+
 
 class NotSeparable(Exception):
     """The lines of a module cannot be told apart from those around them."""
@@ -219,7 +221,7 @@ class Nesting:
         given: dict[str, Name] = {}
         fixed: list[tuple[Name, Any]] = []
         for parameter, (kind, default) in {p.name: (p.kind, p.default) for p in signature.parameters.values()}.items():
-            plain = isinstance(default, bool | int | float | str | None)
+            plain = isinstance(default, PLAIN)
             if parameter not in bound and not plain:
                 continue
             value = bound.get(parameter, default)
@@ -228,11 +230,14 @@ class Nesting:
             lines.append(Line(key, "placeholder", f"{star}{parameter}", (default,) if plain else ()))
             for steps, leaf in parts_of(value):
                 name = f"{key}{''.join(f'.{k}' for _, k in steps)}"
-                reads += reading(name, Name(key), steps) if steps else []
                 named = self.leaf_name(leaf)
+                if star == "**" and len(steps) == 1 and isinstance(leaf, PLAIN):  # where it was None, it may be left out
+                    reads.append(Line(name, "call_method", "get", (Name(key), steps[0][1])))
+                elif steps:
+                    reads += reading(name, Name(key), steps)
                 if named is not None:
                     given.setdefault(named, Name(name))
-                elif isinstance(leaf, bool | int | float | str | None):
+                elif isinstance(leaf, PLAIN):
                     fixed.append((Name(name), leaf))
         if fixed:
             names, values = zip(*fixed, strict=True)

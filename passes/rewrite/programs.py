@@ -93,6 +93,7 @@ class Function:
         return pkgutil.resolve_name(self.where)
 
 
+OWN_MODEL = "_own_model"  # the attribute that holds the model where it was captured as one node
 Forwards = dict[str, dict[bool, Program]]  # by module path and mode
 
 
@@ -179,3 +180,14 @@ def numbered(program: Program) -> list[Any]:
     places = {line.name: i for i, line in enumerate(program.lines)}
     place = lambda name: Name(str(places[name]))  # noqa: E731
     return [(line.op, line.target, renamed(line.args, place), renamed(line.kwargs, place)) for line in program.lines]
+
+
+def on_own_model(program: Program, path: str) -> Program:
+    """The program of a model that was captured as one node, the module at `path`: it calls that model's forward."""
+    lines: list[Line] = []
+    for line in program.lines:
+        if line.op == "call_module" and line.target == path:
+            lines.append(Line(OWN_MODEL, "get_attr", OWN_MODEL))
+            line = line._replace(op="call_method", target="forward", args=(Name(OWN_MODEL), *line.args))
+        lines.append(line)
+    return Program(tuple(lines))

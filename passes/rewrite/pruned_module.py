@@ -12,9 +12,9 @@ from torch import fx, nn
 from torch.fx.graph import PythonCode
 
 from fxprune.passes.ir.module_tree import Apart, fetch
-from fxprune.passes.rewrite.programs import Forwards, Program
+from fxprune.passes.rewrite.programs import OWN_MODEL, Forwards, Program
 
-OWN = ("_programs", "_flat", "_apart", "_mode", "_other")  # the attributes of a `PrunedModule` itself
+OWN = ("_programs", "_flat", "_apart", "_mode", "_other", OWN_MODEL)  # the attributes of a `PrunedModule` itself
 
 
 class RewrittenForward:
@@ -70,6 +70,7 @@ class PrunedModule(fx.GraphModule):
         forwards: Forwards,
         apart: Apart,
         name: str = "Pruned",
+        own_model: nn.Module | None = None,
     ) -> None:
         super().__init__(nn.Module(), fx.Graph(), name)
         held = vars(self)
@@ -77,7 +78,7 @@ class PrunedModule(fx.GraphModule):
         for path, found in forwards.items():
             module = fetch(tree, path)
             vars(module)["forward"] = RewrittenForward(module, found)
-        held |= {"_programs": programs, "_flat": flat, "_apart": apart, "_mode": False, "_other": None}
+        held |= {"_programs": programs, "_flat": flat, "_apart": apart, "_mode": False, "_other": None, OWN_MODEL: own_model}
         self.graph = programs[False].graph()
 
     def recompile(self) -> PythonCode:
@@ -87,6 +88,8 @@ class PrunedModule(fx.GraphModule):
 
     def train(self, mode: bool = True) -> PrunedModule:
         super().train(mode)
+        if self.own_model is not None:
+            vars(self.own_model)["training"] = mode
         apart = vars(self)["_apart"].get(mode)
         for path, module in self.named_modules():
             if apart:
@@ -112,10 +115,17 @@ class PrunedModule(fx.GraphModule):
 
     def as_class(self, cls: type[nn.Module]) -> Any:
         """An object of another class with all that this module holds, and its programs as forward."""
+        if self.own_model is not None:
+            return self.own_model
         made: Any = object.__new__(cls)
         vars(made).update({k: v for k, v in vars(self).items() if k not in own_attributes()})
         vars(made)["forward"] = RewrittenForward(made, vars(self)["_programs"])
         return made
+
+    @property
+    def own_model(self) -> Any:
+        """Of a model that was captured as one node: what runs its forward, over the same tensors and modules. Else None."""
+        return vars(self)[OWN_MODEL]
 
     @property
     def plan(self) -> Any:

@@ -26,6 +26,7 @@ from fxprune.passes.ops.rewriting import picked
 from fxprune.passes.rewrite.graph_editor import GraphEditor
 from fxprune.passes.rewrite.guards import describe, holds
 from fxprune.passes.rewrite.layer_attributes import LayerAttributes
+from fxprune.passes.rewrite.merged_batch import merged_dims
 from fxprune.passes.rewrite.opaque_attributes import opaque_attributes
 from fxprune.passes.rewrite.programs import FlatProgram, Program, without_dead, written
 from fxprune.passes.rewrite.size_expressions import PrunedShapes, SizeExpressions
@@ -67,8 +68,10 @@ class Rewriter:
         self.editor = GraphEditor(self.capture.graph, self.capture.only)
         self.graph, self.new, self.emit = self.editor.graph, self.editor.new, self.editor.emit
 
+        merged = merged_dims(trace)
+
         def channels(ref: TensorRef, dim: int) -> bool:
-            return counts_channels(labels.get(ref.id, ()), dim, may_go, unit_of)
+            return dim not in merged.get(ref.id, ()) and counts_channels(labels.get(ref.id, ()), dim, may_go, unit_of)
 
         self.sizes = SizeExpressions(self.capture, self.shapes, channels, self.editor)
         self.size = self.sizes.size
