@@ -112,9 +112,42 @@ def test_the_flat_program_is_one_call_away(net):
 def test_a_rewritten_module_refuses_other_plain_arguments(net):
     _, small = net
     y = small.features[1](small.features[0](X))
-    assert small.features[2](y).shape == (2, 4, 8, 8)
-    with pytest.raises(TypeError):
-        small.features[2](y, flag=True)
+    assert torch.equal(small.features[2](y, flag=False), small.features[2](y, 2.0))
+    for other in ({"flag": True}, {"scale": 3.0}):
+        with pytest.raises(GuardError, match=r"features\.2 was captured with other"):
+            small.features[2](y, **other)
+
+
+class Turned(nn.Module):
+    """Calls a module with a flag that is not its default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner, self.out = nn.Linear(4, 8), Optional(), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.out(self.inner(self.first(x), turn=True))
+
+
+class Optional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+
+    def forward(self, x, mask=None, turn=False):
+        y = self.a(x).reshape(x.shape[0], 8)
+        y = y if mask is None else y * mask
+        return -y if turn else y
+
+
+def test_defaults_of_a_rewritten_module_are_those_of_its_forward():
+    small = fxprune.prune(Turned().eval(), 0.5, example_inputs=torch.randn(3, 4))
+    y = torch.randn(3, 4)
+    assert rewritten(small) == ["inner"]
+    assert torch.equal(small.inner(y, turn=True), -small.inner.a(y))
+    for other in ({}, {"turn": False}, {"turn": True, "mask": y}):
+        with pytest.raises(GuardError, match="inner was captured with other arguments"):
+            small.inner(y, **other)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda m: pickle.loads(pickle.dumps(m))])

@@ -214,22 +214,25 @@ class Nesting:
     def arguments(self, call: Call, module: nn.Module) -> tuple[list[Line], dict[str, Name]]:
         """The lines that read a module's arguments, and by name what lines of others are there."""
         traced = call.call
-        bound = signature_of(module).bind(*traced.args, **traced.kwargs)
+        signature = signature_of(module)
+        bound = signature.bind(*traced.args, **traced.kwargs).arguments
         lines: list[Line] = []
         reads: list[Line] = []
         given: dict[str, Name] = {}
         fixed: list[tuple[Name, Any]] = []
-        for parameter, value in bound.arguments.items():
-            kind = bound.signature.parameters[parameter].kind
+        for parameter, (kind, default) in {p.name: (p.kind, p.default) for p in signature.parameters.values()}.items():
+            plain = isinstance(default, PLAIN)
+            if parameter not in bound and not plain:
+                continue
+            value = bound.get(parameter, default)
             star = "*" if kind is inspect.Parameter.VAR_POSITIONAL else "**" if kind is inspect.Parameter.VAR_KEYWORD else ""
             key = f"argument {parameter}"  # no other line is called so
-            default = (value,) if isinstance(value, PLAIN) and not star else ()
-            lines.append(Line(key, "placeholder", f"{star}{parameter}", default))
+            lines.append(Line(key, "placeholder", f"{star}{parameter}", (default,) if plain else ()))
             for steps, leaf in parts_of(value):
                 name = f"{key}{''.join(f'.{k}' for _, k in steps)}"
                 named = self.leaf_name(leaf)
-                if star == "**" and len(steps) == 1 and isinstance(leaf, PLAIN):  # it may be left out
-                    reads.append(Line(name, "call_method", "get", (Name(key), steps[0][1], leaf)))
+                if star == "**" and len(steps) == 1 and isinstance(leaf, PLAIN):  # where it was None, it may be left out
+                    reads.append(Line(name, "call_method", "get", (Name(key), steps[0][1])))
                 elif steps:
                     reads += reading(name, Name(key), steps)
                 if named is not None:
