@@ -2,30 +2,41 @@
 
 Which dimension such a number counts is found by its value: those of the tensors nearest to its module that had this size in the
 original. Where they have one size now, that is the attribute's; where they have several, it cannot be told.
+
+A list of records that each name a module (`{"module": "layer1", "num_chs": 64}`) is about the outputs of these modules: a
+number of theirs is a width if it is the size of the channels, second or last, of every output.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fxprune.passes.ir.module_tree import named_tensors, walk
+from fxprune.passes.ir.pytree import collect
 
 Shape = tuple[int, ...]
 
 
-def update_attributes(model: nn.Module, made: nn.Module, is_exact: Callable[[], bool]) -> list[str]:
+def update_attributes(
+    model: nn.Module, made: nn.Module, is_exact: Callable[[], bool], run: Callable[[nn.Module], Any]
+) -> list[str]:
     """Update the whole numbers on the modules of `made` that still have the original's value; returns those left in doubt.
 
     Arguments:
         model: the original.
         made: the pruned model of its class.
         is_exact: whether `made` computes what it has to; what changes that is taken back.
+        run: calls a model on the example inputs.
     """
-    shapes = {name: tuple(t.shape) for name, t in named_tensors(model)}
-    pairs = {name: (shapes[name], tuple(t.shape)) for name, t in named_tensors(made) if name in shapes}
+    return numbers_left(model, made, is_exact) + update_records(model, made, run)
+
+
+def numbers_left(model: nn.Module, made: nn.Module, is_exact: Callable[[], bool]) -> list[str]:
+    pairs = shape_pairs(model, made)
     modules = {path: module for module, path in walk(made).items()}
     stale: list[str] = []
     for module, path in walk(model).items():
@@ -38,7 +49,7 @@ def update_attributes(model: nn.Module, made: nn.Module, is_exact: Callable[[], 
                 continue
             sizes = nearest_sizes(path, value, pairs)
             if len(sizes) > 1:
-                stale.append(f"{path}.{name}" if path else name)
+                stale.append(joined(path, name))
             elif sizes - {value}:
                 changed[name] = (value, sizes.pop())
         if changed:
@@ -46,6 +57,12 @@ def update_attributes(model: nn.Module, made: nn.Module, is_exact: Callable[[], 
             if not is_exact():
                 assign(counterpart, {name: was for name, (was, _) in changed.items()})
     return stale
+
+
+def shape_pairs(model: nn.Module, made: nn.Module) -> dict[str, tuple[Shape, Shape]]:
+    """The shapes of every tensor that both models hold, in the one and in the other."""
+    shapes = {name: tuple(t.shape) for name, t in named_tensors(model)}
+    return {name: (shapes[name], tuple(t.shape)) for name, t in named_tensors(made) if name in shapes}
 
 
 def assign(module: nn.Module, values: dict[str, Any]) -> None:
@@ -67,3 +84,68 @@ def sizes_below(path: str, size: int, pairs: dict[str, tuple[Shape, Shape]]) -> 
         if name.startswith(start) and len(before) == len(after):
             depth = name[len(start) :].count(".")
             yield from ((depth, now) for was, now in zip(before, after, strict=True) if was == size)
+
+
+# -- records that name modules ------------------------------------------------------------------------------------------
+
+
+def update_records(model: nn.Module, made: nn.Module, run: Callable[[nn.Module], Any]) -> list[str]:
+    """Update the numbers in lists of records that each name a module; returns the lists in which some are left in doubt."""
+    modules = walk(model)
+    paths, counterparts = set(modules.values()), {path: module for module, path in walk(made).items()}
+    found: list[tuple[str, str, list[dict[str, Any]], list[str]]] = []
+    for module, path in modules.items():
+        for name, value in vars(module).items():
+            if path in counterparts and type(value) is list and value and all(type(record) is dict for record in value):
+                owners = [named_module(record, path, paths) for record in value]
+                if None not in owners:
+                    found.append((path, name, value, owners))  # type: ignore[arg-type]
+    if not found:
+        return []
+    before, after, pairs = output_shapes(model, run), output_shapes(made, run), shape_pairs(model, made)
+    stale: list[str] = []
+    for path, name, records, owners in found:
+        changed = [dict(record) for record in records]
+        for key in sorted({key for record in records for key, number in record.items() if type(number) is int}):
+            there = [(i, owner, records[i][key]) for i, owner in enumerate(owners) if type(records[i].get(key)) is int]
+            outputs = [(size, before[owner], after.get(owner, ())) for _, owner, size in there if owner in before]
+            dims = [d for d in (1, -1) if outputs and all(is_size_of(size, was, d) for size, was, _ in outputs)]
+            if not dims:
+                continue  # not a width: there are outputs without a dimension of this size
+            for i, owner, size in there:
+                is_called = owner in before and len(before[owner]) == len(after.get(owner, ()))
+                sizes = {after[owner][d] for d in dims} if is_called else nearest_sizes(owner, size, pairs)
+                if len(sizes) == 1:
+                    changed[i][key] = sizes.pop()
+                elif joined(path, name) not in stale:
+                    stale.append(joined(path, name))
+        assign(counterparts[path], {name: changed})
+    return stale
+
+
+def named_module(record: dict[str, Any], path: str, paths: set[str]) -> str | None:
+    """The one module that a record names, from the module at `path` on."""
+    named = {joined(path, text) for text in record.values() if type(text) is str and text} & paths
+    return named.pop() if len(named) == 1 else None
+
+
+def is_size_of(size: int, shape: Shape, dim: int) -> bool:
+    return len(shape) > 1 and shape[dim] == size
+
+
+def output_shapes(model: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str, Shape]:
+    """The shape of the first tensor that each module returns at its last call, by path."""
+    found: dict[str, Shape] = {}
+
+    def noted(path: str) -> Callable[..., None]:
+        return lambda module, args, out: found.update({path: tuple(t.shape) for t in collect(out, Tensor)[:1]})
+
+    with contextlib.ExitStack() as stack:
+        for module, path in walk(model).items():
+            stack.callback(module.register_forward_hook(noted(path)).remove)
+        run(model)
+    return found
+
+
+def joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
@@ -19,7 +20,8 @@ from torch import nn
 Shapes = dict[str, tuple[int, ...]]
 Path = tuple[str, ...]
 Attributes = dict[tuple[str, str], Any]
-MOST_UNCERTAIN = 8  # numbers of a configuration that may stand for the same dimensions
+Place = tuple[str, str]  # a tensor and one of its dimensions, or a module and one of its attributes
+MOST_TRIED = 64  # configurations, where several fit
 
 
 def configure(model: nn.Module, made: nn.Module, known: Attributes, error_of: Callable[[Any], float], tolerance: float) -> bool:
@@ -39,7 +41,7 @@ def configure(model: nn.Module, made: nn.Module, known: Attributes, error_of: Ca
     if not hasattr(model, "config") or build(model, model.config) is None:
         return True
     target = shapes(made)
-    for config in candidates(model, target):
+    for config in candidates(model, target, known):
         fresh = build(made, config)
         if fresh is None or shapes(fresh) != target:
             continue
@@ -94,35 +96,51 @@ def changed(config: Any, values: dict[Path, int]) -> Any:
     return config
 
 
-def candidates(model: nn.Module, target: Shapes) -> Iterator[Any]:
-    """Configurations that may build the pruned shapes.
+def candidates(model: nn.Module, target: Shapes, known: Attributes) -> Iterator[Any]:
+    """Configurations that may build the pruned shapes and attributes, at most `MOST_TRIED`.
 
-    A number may be scaled as the dimensions that follow it are; one that only attributes follow (a number of heads), by any
-    scale that occurs. Where one is the only number that a dimension follows there is no choice.
+    Each number is doubled in turn: the dimensions and attributes that change are those that follow it. Where one of these
+    follows no other number, it says what the number is now; where two of them say different things, no configuration
+    describes the model. Of other numbers every scale is tried that occurs.
     """
-    base, plain = shapes(model), build(model, model.config)
+    plain = build(model, model.config)
     assert plain is not None
-    scales = {Fraction(target[n][d], size) for n in base for d, size in enumerate(base[n]) if size}
+    before, after = places(plain, known), {**dimensions(target), **known}
     values = dict(numbers(model.config))
-    follow: dict[Path, set[tuple[str, int]]] = {}
+    follow: dict[Path, set[Place]] = {}
     for path, value in values.items():
         grown = build(model, changed(model.config, {path: 2 * value}))
-        there = shapes(grown) if grown is not None else {}
-        if there.keys() != base.keys():  # a number of layers, or one that must not be this
+        there = places(grown, known) if grown is not None else {}
+        if there.keys() != before.keys():  # a number of layers, or one that must not be this
             continue
-        places = {(n, d) for n in base for d, size in enumerate(base[n]) if there[n][d] != size}
-        if places or differing(plain, grown):
-            follow[path] = places
-    options: dict[Path, list[int]] = {}
-    for path, places in follow.items():
-        alone = places and not any(other != path and places & others for other, others in follow.items())
-        ratios = {Fraction(target[n][d], base[n][d]) for n, d in places} if alone else scales
-        fitting = {values[path] * r for r in ratios if (values[path] * r).denominator == 1}
-        options[path] = sorted(map(int, fitting)) if alone else sorted({values[path], *map(int, fitting)})
-    open_ = [path for path, choices in options.items() if len(choices) > 1][:MOST_UNCERTAIN]
-    fixed = {path: choices[0] for path, choices in options.items() if len(choices) == 1}
-    for chosen in itertools.product(*(options[path] for path in open_)):
-        yield changed(model.config, fixed | dict(zip(open_, chosen, strict=True)))
+        follow[path] = {place for place, size in there.items() if size != before[place]}
+        if not follow[path] and not differing(plain, grown):
+            del follow[path]
+    scale = {place: Fraction(after[place], size) for place, size in before.items() if size and place in after}
+    followers = Counter(place for found in follow.values() for place in found)
+    options: list[list[tuple[Path, int]]] = []
+    for path, found in follow.items():
+        certain = {scale[place] for place in found if followers[place] == 1}
+        if len(certain) > 1:
+            return
+        tried = certain or {Fraction(1), *scale.values()}
+        fitting = sorted({values[path] * s for s in tried if (values[path] * s).denominator == 1})
+        if not fitting:
+            return
+        options.append([(path, int(size)) for size in fitting])
+    for chosen in itertools.islice(itertools.product(*options), MOST_TRIED):
+        yield changed(model.config, dict(chosen))
+
+
+def dimensions(shapes: Shapes) -> dict[Place, int]:
+    return {(name, str(d)): size for name, shape in shapes.items() for d, size in enumerate(shape)}
+
+
+def places(model: nn.Module, known: Attributes) -> dict[Place, int]:
+    """The sizes of all dimensions of a model's tensors, and those attributes of it that are known to be sizes."""
+    modules = dict(model.named_modules())
+    attributes = {(path, name): getattr(modules.get(path), name, None) for path, name in known}
+    return dimensions(shapes(model)) | {place: value for place, value in attributes.items() if type(value) is int}
 
 
 def differing(a: nn.Module, b: nn.Module | None) -> list[tuple[str, str]]:

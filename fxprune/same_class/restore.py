@@ -43,22 +43,25 @@ def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs)
         tolerance = tolerance_of(pruned)
         wanted = collect(inputs.map(torch.clone).call(pruned), Tensor)
 
-        def error_of(other: Any) -> float:
+        def run(other: nn.Module) -> Any:
             with evaluating(other), restoring(other):
-                return difference(lambda: inputs.map(torch.clone).call(other), wanted)
+                return inputs.map(torch.clone).call(other)
+
+        def error_of(other: Any) -> float:
+            return difference(lambda: run(other), wanted)
 
         made, known = shrunk_copy(model, pruned, inputs)
-        with evaluating(made):
-            try_forwards(pruned, made, inputs, tolerance)
-        stale, held = [], {}
-        if not configure(model, made, known, error_of, tolerance):
-            stale.append("config")
-            held = widths_in_constants(model, made)
+        configured = configure(model, made, known, error_of, tolerance)
+        if error_of(made) > tolerance:
+            with evaluating(made):
+                try_forwards(pruned, made, inputs, tolerance)
+        stale = [] if configured else ["config"]
+        held = {} if configured else widths_in_constants(model, made)
         if error_of(made) > tolerance:
             take_program(made, pruned, vars(pruned)["_programs"])
         if error_of(made) > tolerance:
             made = pruned.as_class(type(model))
-        stale += update_attributes(model, made, lambda: error_of(made) <= tolerance)
+        stale += update_attributes(model, made, lambda: error_of(made) <= tolerance, run)
         if error_of(made) > tolerance:
             raise PruneError(
                 f"the pruned model does not compute the same as a {type(model).__name__}",
@@ -82,11 +85,20 @@ def shrunk_copy(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs) -
         made: Any = rewrite_program(model, solution, kept_labels(plan, solution)).own_model
     except Exception as error:  # couplings that it has only as one module, such as through what its Python reads
         surface(error)
-        return pruned.as_class(type(model)), {}
+        return with_own_forwards(pruned, type(model)), {}
     trees = [use.tree for found in solution.captures[0].sizes.values() for use in found]
     uses = [tree for tree in trees if tree[0] not in OPERATORS]
     paths = [module.removeprefix("whole").removeprefix(".") for module, _ in uses]
     return made, {(path, name): getattr(made.get_submodule(path), name) for path, (_, name) in zip(paths, uses, strict=True)}
+
+
+def with_own_forwards(pruned: PrunedModule, kind: type[nn.Module]) -> Any:
+    """A copy of the pruned model, which shares its parameters, in which every module has the forward of its class."""
+    made = private_copy(pruned.as_class(kind))
+    for module in made.modules():
+        if isinstance(vars(module).get("forward"), RewrittenForward):
+            del vars(module)["forward"]
+    return made
 
 
 def try_forwards(pruned: PrunedModule, made: nn.Module, inputs: ExampleInputs, tolerance: float) -> None:

@@ -116,7 +116,7 @@ def instance_norm(m: Any, before: Any, after: Any, own: Shapes) -> dict[str, Any
 
 
 def layer_norm(m: Any, before: Any, after: Any, own: Shapes) -> dict[str, Any]:
-    return {"normalized_shape": tuple(after[0][-len(m.normalized_shape) :])}
+    return {"normalized_shape": own.get("weight") or tuple(after[0][-len(m.normalized_shape) :])}
 
 
 def group_norm(m: Any, before: Any, after: Any, own: Shapes) -> dict[str, Any]:
