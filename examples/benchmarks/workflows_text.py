@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from workflow_cases import Case, call, check, count_parameters, fresh, loss_of, same, train, workflow
 
 GROUP = "transformers"
-SAVED = ("Llama", "BERT", "Gemma 3", "T5")
 
 
 @workflow(GROUP, "generate, greedy with a cache", "Llama", "GPT-2", graph=False)
@@ -56,9 +55,7 @@ def cache_by_hand(case: Case) -> None:
         same([last.logits[:, -1]], [case.model(ids).logits[:, -1]], 1e-5)
 
 
-@workflow(
-    GROUP, "save_pretrained, from_pretrained in a new process", "Llama", "BERT", "GPT-2", "Gemma 3", "T5", "HF ViT", graph=False
-)
+@workflow(GROUP, "save_pretrained, from_pretrained in a new process", "Llama", "BERT", "Gemma 3", "T5", graph=False)
 def pretrained(case: Case) -> None:
     case.model.save_pretrained(case.folder / "saved")
     load = f"import transformers; model = transformers.{type(case.model).__name__}.from_pretrained('saved')"
