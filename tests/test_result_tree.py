@@ -415,3 +415,70 @@ def test_the_class_stays_in_every_step_and_of_a_plan():
     held = fxprune.Pruner(model, 0.5, x, mask="hold", same_class=True)
     masked = held.step()
     assert type(held.shrink()) is Net and torch.allclose(held.shrink()(x), masked(x), atol=1e-5)
+
+
+class Layered(nn.Module):
+    """A module whose first layer has the given name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.last = name, nn.Linear(8, 2)
+        self.add_module(name, nn.Linear(4, 8))
+
+    def forward(self, x):
+        return self.last(self._modules[self.name](x))
+
+
+@pytest.mark.parametrize("name", ["flat", "plan", "graph", "code", "to_folder"])
+def test_a_layer_may_be_called_as_something_that_a_graph_module_has(name):
+    model, x = Layered(name).eval(), torch.randn(3, 4)
+    small = fxprune.prune(model, 0.5, example_inputs=x)
+    for module in (small, copy.deepcopy(small), pickle.loads(pickle.dumps(small)), fxprune.plan_of(small).apply(model)):
+        assert getattr(module, name).out_features == 4 and torch.equal(module(x), small(x))
+        assert torch.equal(module.train().eval()(x), small(x)) and fxprune.plan_of(module) == fxprune.plan_of(small)
+
+
+def test_a_layer_may_not_be_called_as_what_a_graph_module_keeps():
+    with pytest.raises(fxprune.PruneError, match="'meta', as is what a GraphModule keeps"):
+        fxprune.prune(Layered("meta").eval(), 0.5, example_inputs=torch.randn(3, 4))
+
+
+class Ignores(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+
+    def forward(self, x, other, size):
+        return self.a(x).reshape(x.shape[0], 8)
+
+
+class Hands(nn.Module):
+    """Hands a module a part of a result, and a size, that neither uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner, self.out = nn.Linear(4, 8), Ignores(), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.out(self.inner(self.first(x), x.chunk(2, -1)[1], x.shape[1] * 2))
+
+
+@pytest.mark.parametrize("name", ["size", "dim", "numel"])
+def test_an_argument_may_be_called_as_what_reads_a_size(name):
+    parts: dict = {}
+    exec(f"def forward(self, x, {name}=None): return self.b(self.a(x).relu())", parts)
+    model, x = type("Sized", (nn.Module,), parts)(), torch.randn(3, 4)
+    model.a, model.b = nn.Linear(4, 8), nn.Linear(8, 2)
+    small = fxprune.prune(model.eval(), 0.5, example_inputs=(x, torch.ones(3)))
+    assert torch.equal(small(x, torch.ones(3)), small.b(small.a(x).relu()))
+
+
+def test_a_module_is_given_what_it_does_not_use():
+    model, x = Hands().eval(), torch.randn(3, 4)
+    small = fxprune.prune(model, 0.5, example_inputs=x)
+    assert small.verification.ok and rewritten(small) == ["inner"]
+    seen = []
+    small.inner.register_forward_pre_hook(lambda module, args: seen.extend(args))
+    small(x)
+    assert torch.equal(seen[1], x[:, 2:]) and seen[2] == 8
+    assert not any(n.target == "chunk" and n.users for n in small.flat().graph.nodes), "nor does the flat program read it"

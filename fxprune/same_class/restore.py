@@ -72,7 +72,7 @@ def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs)
     for path, module in made.named_modules():
         module.training = modes.get(path, model.training)
     vars(made)["meta"] = {**pruned.meta, "stale": tuple(stale)}
-    vars(made)["verification"] = pruned.verification
+    vars(made)["verification"] = pruned.meta.get("verification")
     return made, held
 
 

@@ -331,7 +331,7 @@ class Nesting:
         """Whether a line reads a size, or computes with sizes alone: it can be written down wherever its sources are known."""
         if name not in self.numbers:
             line = self.line_of[name]
-            reads = line.target in ("size", "numel", "dim") or (line.target is getattr and line.args[1] == "shape")
+            reads = line.reads_size or (line.target is getattr and line.args[1] == "shape")
             sources = names_in(line)
             computes = is_pure(line) and bool(sources) and line.op != "get_attr" and all(map(self.is_number, sources))
             self.numbers[name] = reads or computes

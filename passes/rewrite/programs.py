@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 import operator
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -35,6 +35,10 @@ class Line(NamedTuple):
     args: Any = ()
     kwargs: Any = None
     meta: Any = None
+
+    @property
+    def reads_size(self) -> bool:
+        return self.op == "call_method" and self.target in READS
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,10 +137,10 @@ def written(
     return lines, names
 
 
-def without_dead(lines: Sequence[Line]) -> list[Line]:
+def without_dead(lines: Sequence[Line], used: Iterable[str] = ()) -> list[Line]:
     """Lines without the numbers and attribute reads that nothing uses; calls that may write in place stay."""
     kept: list[Line] = []
-    wanted: set[str] = set()
+    wanted = set(used)
     for line in reversed(lines):
         if line.name in wanted or not is_pure(line):
             kept.append(line)
@@ -145,7 +149,7 @@ def without_dead(lines: Sequence[Line]) -> list[Line]:
 
 
 def is_pure(line: Line) -> bool:
-    return line.op == "get_attr" or line.target is getattr or line.target in READS or line.target in COMPUTES
+    return line.op == "get_attr" or line.target is getattr or line.reads_size or line.target in COMPUTES
 
 
 def names_in(x: Any) -> list[str]:

@@ -15,7 +15,7 @@ from fxprune.passes.ir.module_tree import Apart, TreeNames, apart_from, every_pa
 from fxprune.passes.ir.program import CapturedProgram, Waiver
 from fxprune.passes.ir.slices import Slicer, TensorSlice, apply_slices, cut_shape, in_format_of, major_to_minor
 from fxprune.passes.rewrite.nesting import Nesting
-from fxprune.passes.rewrite.programs import FlatProgram, Forwards, Program, alike, on_own_model
+from fxprune.passes.rewrite.programs import FlatProgram, Forwards, Program, alike, on_own_model, without_dead
 from fxprune.passes.rewrite.pruned_module import PrunedModule, RewrittenForward
 from fxprune.passes.rewrite.rewriter import Rewriter
 
@@ -83,14 +83,14 @@ def assemble(model: nn.Module, solution: Solution, tree: nn.Module, programs: Ma
     for path, names in shared.items():
         for name in names:
             fetch(tree, path).register_buffer(name, getattr(tree, name), persistent=False)
-    flat = {mode: program.program for mode, program in programs.items()}
+    flat = {mode: Program(tuple(without_dead(program.program.lines))) for mode, program in programs.items()}
     own_model, prefix = None, captures[0].prefix
     if prefix:  # the model is one node, a module of the tree: that one is the root of the result
         tree, own_model = (fetch(tree, prefix.removesuffix(".")),) * 2
         roots, flat = ({m: on_own_model(p, prefix.removesuffix(".")) for m, p in some.items()} for some in (roots, flat))
         apart = {mode: frozenset(path.removeprefix(prefix) for path in some) for mode, some in apart.items()}
     pruned = PrunedModule(tree, roots, flat, forwards, apart, type(model).__name__, own_model)
-    pruned.choose(model.training)
+    pruned._choose(model.training)
     return pruned
 
 
@@ -152,8 +152,8 @@ def rewrite_graphs(
 
 def check_programs(pruned: PrunedModule) -> None:
     """Postconditions of a rewrite: every program is well formed, and what it refers to exists."""
-    pruned.graph.lint()
     held = vars(pruned)
+    held["_graph"].lint()
     found: list[tuple[nn.Module, Program]] = [
         (pruned, program) for program in (*held["_programs"].values(), *held["_flat"].values())
     ]
