@@ -482,3 +482,23 @@ def test_a_module_is_given_what_it_does_not_use():
     small(x)
     assert torch.equal(seen[1], x[:, 2:]) and seen[2] == 8
     assert not any(n.target == "chunk" and n.users for n in small.flat().graph.nodes), "nor does the flat program read it"
+
+
+class Counts(nn.Module):
+    """Counts its calls and remembers the size of the last input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.size = 0, None
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        self.calls, self.size = self.calls + 1, x.shape[0]
+        return self.b(self.a(x))
+
+
+def test_what_a_forward_counted_at_capture_is_not_in_the_result():
+    model = nn.Sequential(Counts(), nn.ReLU()).eval()
+    small = fxprune.prune(model, 0.5, torch.randn(3, 4), verify=False)
+    assert (small.get_submodule("0").calls, small.get_submodule("0").size) == (0, None)
+    assert model[0].calls == 0
