@@ -502,3 +502,13 @@ def test_what_a_forward_counted_at_capture_is_not_in_the_result():
     small = fxprune.prune(model, 0.5, torch.randn(3, 4), verify=False)
     assert (small.get_submodule("0").calls, small.get_submodule("0").size) == (0, None)
     assert model[0].calls == 0
+
+
+def test_a_sequential_has_a_length_and_its_layers_by_index():
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval(), torch.randn(3, 4)
+    small = fxprune.prune(model, 0.5, x)
+    for again in (small, copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
+        assert len(again) == 3 and again[0].out_features == 4 and again[-1].in_features == 4
+        assert torch.equal(again[1:](again[0](x)), small(x)) and [type(m) for m in again] == [type(m) for m in model]
+    with pytest.raises(TypeError):
+        len(fxprune.prune(Net().eval(), 0.5, X))

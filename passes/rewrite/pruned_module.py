@@ -15,7 +15,7 @@ from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import Apart, fetch
 from fxprune.passes.rewrite.programs import OWN_MODEL, Forwards, Program
 
-OWN = ("_programs", "_flat", "_apart", "_mode", "_other", OWN_MODEL)  # the attributes of a `PrunedModule` itself
+OWN = ("_programs", "_flat", "_apart", "_mode", "_other", "_sequence", OWN_MODEL)  # the attributes of a `PrunedModule` itself
 
 
 class Member:
@@ -61,6 +61,15 @@ class RewrittenForward:
         return {"module": self.module, "programs": self.programs, "functions": {}}
 
 
+def layers_at(module: nn.Module, index: int | slice) -> nn.Module:
+    """What `nn.Sequential` has at an index, or a Sequential of several."""
+    found: Any = list(module.children())[index]
+    return nn.Sequential(*found) if isinstance(index, slice) else found
+
+
+SEQUENCE = {"__len__": lambda m: len(m._modules), "__iter__": lambda m: iter(m.children()), "__getitem__": layers_at}
+
+
 class PrunedModule(fx.GraphModule):
     """A pruned model.
 
@@ -94,6 +103,7 @@ class PrunedModule(fx.GraphModule):
             module = fetch(tree, path)
             vars(module)["forward"] = RewrittenForward(module, found)
         held |= {"_programs": programs, "_flat": flat, "_apart": apart, "_mode": False, "_other": None, OWN_MODEL: own_model}
+        held["_sequence"] = isinstance(tree, nn.Sequential)
         self._run(programs[False].graph())
 
     def recompile(self) -> PythonCode:
@@ -120,6 +130,8 @@ class PrunedModule(fx.GraphModule):
         fx.GraphModule.graph.fset(self, graph)  # type: ignore[attr-defined]
         for name in {*self._modules, *self._parameters, *self._buffers}.intersection(dir(PrunedModule)):
             setattr(type(self), name, Member(name))
+        for name, method in SEQUENCE.items() if vars(self)["_sequence"] else ():
+            setattr(type(self), name, method)  # the class is this object's alone
 
     def _choose(self, mode: bool) -> None:
         """Switch to the program of a mode."""
