@@ -512,3 +512,21 @@ def test_a_sequential_has_a_length_and_its_layers_by_index():
         assert torch.equal(again[1:](again[0](x)), small(x)) and [type(m) for m in again] == [type(m) for m in model]
     with pytest.raises(TypeError):
         len(fxprune.prune(Net().eval(), 0.5, X))
+
+
+class OfLists(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, xs, more):
+        return [self.b(self.a(x).relu()) for x in [*xs, more["first"][0]]]
+
+
+def test_a_list_of_another_length_is_refused():
+    x = torch.randn(3, 4)
+    small = fxprune.prune(OfLists().eval(), 0.5, ([x, x], {"first": (x,)}))
+    assert len(small([x, x], {"first": (x,)})) == 3
+    for xs, more in (([x, x, x], {"first": (x,)}), ([x], {"first": (x,)}), ([x, x], {"first": (x, x)})):
+        with pytest.raises(GuardError, match="parts, and here it has"):
+            small(xs, more)

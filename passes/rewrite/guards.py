@@ -54,6 +54,24 @@ def given_as_captured(values: Sequence[Any], expected: Sequence[Any], why: str) 
             raise GuardError(f"{why}: {wanted!r} where it is {value!r} now")
 
 
+def parts_of_input(value: Any) -> Any:
+    """How many parts an input has that is a container, and those in it: None for what is none."""
+    if isinstance(value, tuple | list):
+        return tuple(parts_of_input(v) for v in value)
+    return {k: parts_of_input(v) for k, v in value.items()} if isinstance(value, dict) else None
+
+
+def has_parts(value: Any, parts: Any, why: str) -> None:
+    """Raise where an input has other parts than at capture (see `parts_of_input`): the program reads those that were there."""
+    if parts is None:
+        return
+    if len(value) != len(parts):
+        raise GuardError(f"{why} has {len(parts)} parts, and here it has {len(value)}: prune with example inputs of this form")
+    for key, inner in parts.items() if isinstance(parts, dict) else enumerate(parts):
+        if inner is not None:
+            has_parts(value[key], inner, why)
+
+
 def describe(node: fx.Node) -> str:
     module = node.meta.get("module")
     return f"%{node.name}{f' in {module}' if module else ''}"

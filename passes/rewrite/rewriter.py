@@ -25,7 +25,7 @@ from fxprune.passes.ops.registry import find_node
 from fxprune.passes.ops.rewriting import picked
 from fxprune.passes.rewrite.call_structures import nodes_in
 from fxprune.passes.rewrite.graph_editor import GraphEditor
-from fxprune.passes.rewrite.guards import describe, holds
+from fxprune.passes.rewrite.guards import describe, has_parts, holds, parts_of_input
 from fxprune.passes.rewrite.layer_attributes import LayerAttributes
 from fxprune.passes.rewrite.merged_batch import merged_dims
 from fxprune.passes.rewrite.opaque_attributes import opaque_attributes
@@ -132,6 +132,10 @@ class Rewriter:
             end = self.regions.get(node)
             if end is None or not self.is_pruned(end):
                 self.editor.replace(node, self.carry(node))
+                if node.op == "placeholder" and (parts := parts_of_input(self.capture.results.get(node))):
+                    self.editor.move_past()
+                    why = f"the pruned program was captured where {node.name}"
+                    self.graph.call_function(has_parts, (node, parts, why))
                 if node in self.guards:
                     self.editor.move_past()
                     self.guard(node, self.guards[node])
