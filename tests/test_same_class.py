@@ -8,6 +8,7 @@ import transformers
 from torch import nn
 
 import fxprune
+from fxprune.passes.errors import GuardError
 from fxprune.passes.rewrite.pruned_module import RewrittenForward
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 60}
@@ -123,3 +124,29 @@ def test_attributes_that_nothing_reads_follow_or_are_said_to_be_stale():
     assert small.num_features == small.fc.in_features == 6, "the nearest tensors of that size"
     assert small.hidden == small.blocks[0].out_features == 10
     assert small.doubtful == 16 and small.meta["stale"] == ("doubtful",), "12 of the stem, 8 before the head"
+
+
+class Gate(nn.Module):
+    """Takes a mask or none, and has a size in its code."""
+
+    def forward(self, x, mask=None):
+        a, b = x.split(12, -1)
+        return nn.functional.scaled_dot_product_attention(a, b, b, attn_mask=mask)
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.gate, self.outer = nn.Linear(4, 24), Gate(), nn.Linear(12, 3)
+
+    def forward(self, x, mask=None):
+        return self.outer(self.gate(self.inner(x), mask))
+
+
+def test_a_program_refuses_none_where_a_tensor_was_captured():
+    x, mask = torch.randn(2, 5, 4), torch.ones(5, 5).tril().bool()
+    small = fxprune.prune(Masked(), 0.5, example_inputs=(x, mask), same_class=True)
+    assert isinstance(vars(small.gate)["forward"], RewrittenForward)
+    small(x, mask)
+    with pytest.raises(GuardError, match="a tensor where it is None now"):
+        small(x)

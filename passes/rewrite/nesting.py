@@ -229,7 +229,9 @@ class Nesting:
                 named = self.leaf_name(leaf)
                 if named is not None:
                     given.setdefault(named, Name(name))
-                elif isinstance(leaf, bool | int | float | str | None):
+                if isinstance(leaf, ModelTensor) or isinstance(self.results.get(leaf), TensorRef):
+                    fixed.append((Name(name), ...))
+                elif named is None and isinstance(leaf, bool | int | float | str | None):
                     fixed.append((Name(name), leaf))
         if fixed:
             names, values = zip(*fixed, strict=True)

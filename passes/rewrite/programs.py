@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 import operator
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -132,10 +132,10 @@ def written(
     return lines, names
 
 
-def without_dead(lines: Sequence[Line]) -> list[Line]:
-    """Lines without the numbers and attribute reads that nothing uses; calls that may write in place stay."""
+def without_dead(lines: Sequence[Line], wanted: Iterable[str] = ()) -> list[Line]:
+    """Lines without the numbers and attribute reads that nothing uses and nobody wants; what may write in place stays."""
     kept: list[Line] = []
-    wanted: set[str] = set()
+    wanted = set(wanted)
     for line in reversed(lines):
         if line.name in wanted or not is_pure(line):
             kept.append(line)

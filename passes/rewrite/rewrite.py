@@ -15,7 +15,7 @@ from fxprune.passes.ir.module_tree import Apart, TreeNames, apart_from, every_pa
 from fxprune.passes.ir.program import CapturedProgram, Waiver
 from fxprune.passes.ir.slices import Slicer, TensorSlice, apply_slices, cut_shape, in_format_of, major_to_minor
 from fxprune.passes.rewrite.nesting import Nesting
-from fxprune.passes.rewrite.programs import FlatProgram, Forwards, Program, alike
+from fxprune.passes.rewrite.programs import FlatProgram, Forwards, Program, alike, without_dead
 from fxprune.passes.rewrite.pruned_module import PrunedModule, RewrittenForward
 from fxprune.passes.rewrite.rewriter import Rewriter
 
@@ -83,7 +83,7 @@ def assemble(model: nn.Module, solution: Solution, tree: nn.Module, programs: Ma
     for path, names in shared.items():
         for name in names:
             fetch(tree, path).register_buffer(name, getattr(tree, name), persistent=False)
-    flat = {mode: program.program for mode, program in programs.items()}
+    flat = {mode: Program(tuple(without_dead(program.program.lines))) for mode, program in programs.items()}
     pruned = PrunedModule(tree, roots, flat, forwards, apart, type(model).__name__)
     pruned.choose(model.training)
     return pruned

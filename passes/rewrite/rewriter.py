@@ -23,11 +23,12 @@ from fxprune.passes.ir.slices import Slicer
 from fxprune.passes.ops.convolution import slid, sliding
 from fxprune.passes.ops.registry import find_node
 from fxprune.passes.ops.rewriting import picked
+from fxprune.passes.rewrite.call_structures import nodes_in
 from fxprune.passes.rewrite.graph_editor import GraphEditor
 from fxprune.passes.rewrite.guards import describe, holds
 from fxprune.passes.rewrite.layer_attributes import LayerAttributes
 from fxprune.passes.rewrite.opaque_attributes import opaque_attributes
-from fxprune.passes.rewrite.programs import FlatProgram, Program, without_dead, written
+from fxprune.passes.rewrite.programs import FlatProgram, Name, Program, without_dead, written
 from fxprune.passes.rewrite.size_expressions import PrunedShapes, SizeExpressions
 
 NUMBER = (int, float)
@@ -148,7 +149,9 @@ class Rewriter:
         for mode in (False, True) if has_branches else (False,):
             lines, names = written(self.graph, self.editor.branches, mode)
             names |= {node: names[made] for node, made in self.editor.new.items() if made in names}
-            programs[mode] = FlatProgram(Program(tuple(without_dead(lines))), numbers, names, touched)
+            returned = [names.get(node) for call in self.capture.module_calls for node in nodes_in(call.out)]
+            lines = without_dead(lines, [named.name for named in returned if type(named) is Name])
+            programs[mode] = FlatProgram(Program(tuple(lines)), numbers, names, touched)
         return programs
 
     def carry(self, node: fx.Node) -> fx.Node:
