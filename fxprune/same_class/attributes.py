@@ -97,9 +97,9 @@ def update_records(model: nn.Module, made: nn.Module, run: Callable[[nn.Module],
     for module, path in modules.items():
         for name, value in vars(module).items():
             if path in counterparts and type(value) is list and value and all(type(record) is dict for record in value):
-                owners = [named_module(record, path, paths) for record in value]
-                if None not in owners:
-                    found.append((path, name, value, owners))  # type: ignore[arg-type]
+                owners = [owner for record in value for owner in [named_module(record, path, paths)] if owner is not None]
+                if len(owners) == len(value):
+                    found.append((path, name, value, owners))
     if not found:
         return []
     before, after, pairs = output_shapes(model, run), output_shapes(made, run), shape_pairs(model, made)
@@ -138,7 +138,7 @@ def output_shapes(model: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str
     found: dict[str, Shape] = {}
 
     def noted(path: str) -> Callable[..., None]:
-        return lambda module, args, out: found.update({path: tuple(t.shape) for t in collect(out, Tensor)[:1]})
+        return lambda module, args, out: found.update((path, tuple(t.shape)) for t in collect(out, Tensor)[:1])
 
     with contextlib.ExitStack() as stack:
         for module, path in walk(model).items():

@@ -101,9 +101,7 @@ def with_own_forwards(pruned: PrunedModule, kind: type[nn.Module]) -> Any:
     return made
 
 
-def try_forwards(
-    model: nn.Module, pruned: PrunedModule, made: nn.Module, inputs: ExampleInputs, tolerance: float
-) -> None:
+def try_forwards(model: nn.Module, pruned: PrunedModule, made: nn.Module, inputs: ExampleInputs, tolerance: float) -> None:
     """Run the pruned model; a module of `made` that computes something else than its counterpart there gets its program.
 
     Before that, other numbers are tried in its own forward.

@@ -149,8 +149,9 @@ class Rewriter:
         for mode in (False, True) if has_branches else (False,):
             lines, names = written(self.graph, self.editor.branches, mode)
             names |= {node: names[made] for node, made in self.editor.new.items() if made in names}
-            returned = [names.get(node) for call in self.capture.module_calls for node in nodes_in(call.out)]
-            lines = without_dead(lines, [named.name for named in returned if type(named) is Name])
+            handed = [(call.args, call.kwargs, call.out) for call in self.capture.module_calls]  # which nobody need use
+            named = [names.get(node) for node in nodes_in(handed)]
+            lines = without_dead(lines, [found.name for found in named if type(found) is Name])
             programs[mode] = FlatProgram(Program(tuple(lines)), numbers, names, touched)
         return programs
 
