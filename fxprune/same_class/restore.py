@@ -56,12 +56,12 @@ def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs)
         if error_of(made) > tolerance:
             with evaluating(made):
                 try_forwards(model, pruned, made, inputs, tolerance)
-        stale = [] if configured else ["config"]
+        stale = ["config"] if configured is False else []
         if error_of(made) > tolerance:
             take_program(made, pruned, vars(pruned)["_programs"])
         if error_of(made) > tolerance:
             made = pruned.as_class(type(model))
-        stale += update_attributes(model, made, lambda: error_of(made) <= tolerance, run)
+        stale += update_attributes(model, made, lambda: error_of(made) <= tolerance, run, built=bool(configured))
         if error_of(made) > allowed:
             raise PruneError(
                 f"the pruned model does not compute the same as a {type(model).__name__}",
