@@ -166,16 +166,7 @@ def prune(
             verify=verify,
         )
         inputs = ExampleInputs.parse(example_inputs, model).check(model, weights=options.needs_weights or same_class)
-        compilation = Compilation(model, inputs, options.coupling)
-        with options.gc_paused():
-            choice = compilation.choose(options)  # capture, couple, score, select
-            pruned = compilation.emit(choice)  # rewrite, slice
-            verifies = options.verifies(model)
-            if not verifies:
-                del choice  # most of it is freed now, before the collector looks through what is left
-        if verifies:
-            pruned = compilation.verify(pruned, choice)
-        return compilation.restore_class(pruned) if same_class else pruned
+        return Compilation(model, inputs, options.coupling).prune(options, same_class=same_class)
 
 
 @checked_call()

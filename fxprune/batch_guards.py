@@ -66,7 +66,7 @@ def tried_with_one(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs
     if not inputs.batch:
         return None
     alone = inputs.batch == 1
-    if alone and not refuses_a_batch(pruned.verification):
+    if alone and not refuses_a_batch(pruned.meta["verification"]):
         return None
     one, several = inputs.first_sample(), inputs.one_more() if alone else inputs
     tried = recompile(several).emit(None) if alone else pruned
@@ -81,13 +81,13 @@ def tried_with_one(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs
     waiver = Waiver(argument, 1, tuple(dict.fromkeys(failing)))
     program = found.emit(waiver)
     least = compare(model, program, found.removal, one, sizes=False)
-    verified = replace(least, error=max(pruned.verification.error, least.error))
+    verified = replace(least, error=max(pruned.meta["verification"].error, least.error))
     if alone:
         more = compare(model, program, found.removal, several, sizes=True)
         said = [*least.compared, "another batch", *(s for s in more.compared[1:] if s != "another batch")]
         verified = replace(more, error=max(least.error, more.error), compared=tuple(said))
     else:
-        verified = replace(verified, compared=(*pruned.verification.compared, "a batch of one"))
+        verified = replace(verified, compared=(*pruned.meta["verification"].compared, "a batch of one"))
     if not verified.ok or (alone and refuses_a_batch(verified)):
         return None
     plans: dict[str, PlanData] = {

@@ -33,13 +33,11 @@ class FormProgram:
 
     Attributes:
         pruned, original: what the plan leaves of the model, and the model itself; either is None where it was not asked for.
-        prefix: what the names of their tensors begin with, in addition to those of the model.
         output: what the model itself returned for the inputs.
     """
 
     pruned: PrunedModule
     original: PrunedModule | None
-    prefix: str
     output: Any
 
 
@@ -87,7 +85,7 @@ class FormPrograms:
             slices = {name: cuts for name, cuts in self.plan.slices.items() if name in solution.leaves}
             kept = kept_labels(replace(self.plan, shapes=shapes, slices=slices), solution)
             pruned = compilation.emit(Choice(solution, kept, Slicer(kept)))
-            return FormProgram(pruned, original, solution.captures[0].prefix, output)
+            return FormProgram(pruned, original, output)
 
     def output(self, inputs: ExampleInputs) -> Any:
         """What the model itself returns in evaluation mode; raises PruneError where it does not take the inputs."""
@@ -114,9 +112,8 @@ class Names:
         self.first = {path: first[id(t)] for path, t, _, _ in slots(model)}
 
     def __call__(self, path: str) -> str:
-        """The name in the model of a tensor of its program; a model that is one node of the program lies one deeper there."""
-        inner = path.partition(".")[2]
-        return self.first.get(path) or self.first.get(inner) or path
+        """The name in the model of a tensor of its program."""
+        return self.first.get(path, path)
 
 
 def slots(root: nn.Module) -> Iterator[tuple[str, Tensor, dict[str, Any], str]]:
@@ -133,11 +130,11 @@ def form_of(inputs: ExampleInputs) -> str:
     return repr(map_tensors((inputs.args, sorted(inputs.kwargs.items())), lambda t: (str(t.dtype), t.dim(), str(t.device))))
 
 
-def follow_modes(program: fx.GraphModule, model: nn.Module, prefix: str) -> None:
+def follow_modes(program: fx.GraphModule, model: nn.Module) -> None:
     """Bring a program and its modules into the modes of those of a model."""
     wanted = {path: m.training for m, path in walk(model).items()}
     if program.training != model.training:
         program.train(model.training)
     for module, path in walk(program).items():
         if path:
-            vars(module)["training"] = wanted.get(path.removeprefix(prefix), model.training)
+            vars(module)["training"] = wanted.get(path, model.training)

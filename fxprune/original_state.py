@@ -27,7 +27,7 @@ def config_of(model: nn.Module) -> Any:
     return made
 
 
-def lost_contents(model: nn.Module, pruned: nn.Module, prefix: str) -> dict[str, Tensor]:
+def lost_contents(model: nn.Module, pruned: nn.Module) -> dict[str, Tensor]:
     """Copies of a model's tensors that hold no fractions (indices, masks), where its pruned module has less than all.
 
     Without them an architecture that has no values cannot be captured. What a model that was pruned before knows is handed on.
@@ -39,7 +39,7 @@ def lost_contents(model: nn.Module, pruned: nn.Module, prefix: str) -> dict[str,
         if tensor.is_floating_point() or tensor.is_complex() or tensor.is_meta or name in known:
             continue
         try:
-            whole = fetch(pruned, prefix + name).shape == tensor.shape
+            whole = fetch(pruned, name).shape == tensor.shape
         except AttributeError:
             whole = False
         if not whole:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from fxprune.batch_guards import Recompiled, for_any_batch
 from fxprune.entry_points import entry_point
+from fxprune.errors import PruneWarning
 from fxprune.inputs import ExampleInputs, device_of, random_inputs
 from fxprune.original_state import config_of, lost_contents, with_lazy_tensors
 from fxprune.passes.coupling.couple import analyse, describe_capture
@@ -46,17 +48,20 @@ class Plan(PlanData):
     __doc__ = PlanData.__doc__
 
     @without_modes()
-    def apply(self, model: nn.Module, example_inputs: Any = None) -> PrunedModule:
+    def apply(self, model: nn.Module, example_inputs: Any = None, *, same_class: bool = False) -> Any:
         """Prune a fresh copy of the architecture by this plan, with the values the copy holds.
 
         Arguments:
             model: a model whose tensors have the names and shapes the plan was made for; it is not touched.
             example_inputs: as for `prune`; by default random ones like those the plan was made with.
+            same_class: as for `prune`.
 
         Raises: PruneError if the plan does not fit the model.
         """
         with entry_point(model) as model:
-            return Compilation.of_plan(model, self, example_inputs).apply(self)
+            compilation = Compilation.of_plan(model, self, example_inputs)
+            pruned = compilation.apply(self)
+            return compilation.restore_class(pruned) if same_class else pruned
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,12 +117,8 @@ class Compilation:
     ) -> Compilation:
         """A compilation in which a plan can be applied to a model of the architecture that it was made for."""
         plan.check(model)
-        given = (
-            random_inputs(plan.inputs, device_of(model))
-            if example_inputs is None
-            else ExampleInputs.parse(example_inputs, model)
-        )
-        inputs = given.check(model)
+        given = None if example_inputs is None else ExampleInputs.parse(example_inputs, model)
+        inputs = (given or random_inputs(plan.inputs, device_of(model))).check(model)
         if plan.waiver is not None and inputs.batch == plan.waiver.size:
             inputs = inputs.one_more()  # the program was captured with a larger batch
         return cls(with_lazy_tensors(model, plan, inputs), inputs, plan.coupling_options, frozen_modules)
@@ -140,7 +141,7 @@ class Compilation:
     def couple_for_good(self) -> Solution:
         """A coupling for those who choose from it later: modules that are not captured are tried with half of all units cut."""
         solution = self.couple()
-        if not solution.captures[0].opaque:
+        if not solution.captures[0].unseen:
             return solution
         choice = self.choose_by(self._half, solution)
         return choice.solution if not spent(choice.solution) else self.couple()
@@ -158,7 +159,7 @@ class Compilation:
         """Score and select what options ask for."""
         if not options.measures_latency:
             solution = self.couple()
-            if solution.captures[0].opaque and options.data is not None:  # which may be read again
+            if solution.captures[0].unseen and options.data is not None:  # which may be read again
                 options = dataclasses.replace(options, data=list(options.data))
             return self.choose_by(lambda coupled: select_units(self.model, coupled, options, self.tensors), solution)
         solution = self.couple_for_good()  # what is timed must run
@@ -266,7 +267,7 @@ class Compilation:
         pruned.meta["capture"] = describe_capture(choice.solution)
         pruned.meta["frozen_modules"] = dict(self.frozen_modules)
         pruned.meta["unused"] = tuple(name for name in self.tensors if name not in choice.solution.leaves)
-        pruned.meta["contents"] = lost_contents(self.model, pruned, choice.solution.captures[0].prefix)
+        pruned.meta["contents"] = lost_contents(self.model, pruned)
         if (config := config_of(self.model)) is not None:
             pruned.meta["config"] = config
         if choice.latency is not None:
@@ -313,9 +314,34 @@ class Compilation:
 
         return for_any_batch(model, pruned, inputs, at)
 
-    def restore_class(self, pruned: PrunedModule) -> Any:
-        """The pruned model in the original's own class; raises PruneError where it does not compute the same."""
-        return restore_class(self.model, pruned, self.inputs)
+    def restore_class(self, pruned: PrunedModule, values: nn.Module | None = None) -> Any:
+        """The pruned model in the original's own class; `values` is the model it was emitted with, if not the original."""
+        model = values or self.model
+        return restore_class(model, pruned, self.inputs.beside(model))[0]
+
+    def prune(self, options: Options, *, same_class: bool = False) -> Any:
+        """What `fxprune.prune` returns for these options."""
+        if same_class and options.data is not None:  # which may be read again
+            options = dataclasses.replace(options, data=list(options.data))
+        with options.gc_paused():
+            choice = self.choose(options)  # capture, couple, score, select
+            pruned = self.emit(choice)  # rewrite, slice
+            verifies = options.verifies(self.model)
+            if not verifies:
+                del choice  # most of it is freed now, before the collector looks through what is left
+        if verifies:
+            pruned = self.verify(pruned, choice)
+        if not same_class:
+            return pruned
+        made, held = restore_class(self.model, pruned, self.inputs)
+        if not held.keys() - self.options.frozen.keys():
+            return made
+        name, why = next(iter(held.items()))
+        text = f"families stay whole, so that a configuration describes the model: {name} {why}"
+        warnings.warn(text, PruneWarning, stacklevel=2)
+        coupling = dataclasses.replace(self.options, frozen={**self.options.frozen, **held})
+        again = Compilation(self.model, self.inputs, coupling, self.frozen_modules)
+        return again.prune(dataclasses.replace(options, coupling=coupling), same_class=True)
 
 
 def spent(solution: Solution) -> bool:

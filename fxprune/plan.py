@@ -164,25 +164,22 @@ class PlanData:
 
         `prune` does so when it is given a pruned model. Raises: PruneError where the other plan is of another model.
         """
-        names = {name: name if name in self.shapes else name.removeprefix("whole.") for name in later.shapes}
         for name, shape in later.shapes.items():
-            own = names[name]
-            if own in self.shapes and shape != self.kept_shape(own) and name not in later.derived:
-                what = f"{name} has shape {shape} there, and {self.kept_shape(own)} is left of it here"
+            if name in self.shapes and shape != self.kept_shape(name) and name not in later.derived:
+                what = f"{name} has shape {shape} there, and {self.kept_shape(name)} is left of it here"
                 raise PruneError(f"the plans cannot be composed: {what}", fix="the plan of the model that this plan leaves")
-            if own not in self.shapes and name not in later.derived:  # constants of a program are derived
+            if name not in self.shapes and name not in later.derived:  # constants of a program are derived
                 what = f"this one knows nothing of {name}"
                 raise PruneError(f"the plans cannot be composed: {what}", fix="the plan of the model that this plan leaves")
         slices = dict(self.slices)
         for name, found in later.slices.items():
-            own = names[name]
-            if own in self.shapes and later.shapes[name] == self.kept_shape(own):
-                slices[own] = compose_slices(self.slices.get(own, ()), found, self.shapes[own])
+            if name in self.shapes and later.shapes[name] == self.kept_shape(name):
+                slices[name] = compose_slices(self.slices.get(name, ()), found, self.shapes[name])
         return replace(
             self,
             slices=slices,
             attention="heads" if self.attention == later.attention == "heads" else "dims",
-            freeze=tuple(name for name in self.freeze if names.get(name) in later.freeze),
+            freeze=tuple(name for name in self.freeze if name in later.freeze),
             release=tuple(dict.fromkeys([*self.release, *later.release])),
             inputs=later.inputs if self.inputs is None else self.inputs,
             waiver=later.waiver or self.waiver,

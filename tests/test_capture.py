@@ -256,9 +256,10 @@ class Maps(nn.Module):
 
 
 def test_a_function_mapped_over_a_dimension():
-    """It would read a proxy's memory, where nothing is: the module runs as it is, and is pruned all the same."""
+    """It would read a proxy's memory, where nothing is: so it is a node, and the sizes of the input stay free."""
     pruned = fxprune.prune(Maps().eval(), 0.5, example_inputs=torch.randn(2, 3, 8))
-    assert pruned.verification.ok and pruned.whole.a.out_features == 8
+    assert pruned.verification.ok and pruned.a.out_features == 8
+    assert pruned(torch.randn(3, 7, 8)).shape == (3, 7, 8)
 
 
 class Handed(torch.autograd.Function):

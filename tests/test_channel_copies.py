@@ -111,3 +111,26 @@ def test_all_copies_of_a_channel_go_or_none(make: str, use: str) -> None:
     left = fxprune.plan_of(pruned).masks(model)["b.weight"][0]
     for channel in copies:
         assert left[channel].all() or not left[channel].any()
+
+
+class Streams(nn.Module):
+    """Copies of a stream, mixed by weights that a parameter and the copies themselves add up to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.fixed, self.moving = nn.Parameter(torch.randn(4, 5)), nn.Parameter(torch.randn(8, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        streams = self.a(x).unsqueeze(-2).expand(-1, -1, 4, -1)
+        mix = torch.tanh(streams @ self.moving) + self.fixed
+        return self.b(torch.einsum("btsm,btsd->btmd", mix, streams).sum(-2))
+
+
+def test_a_parameter_that_is_added_to_copies_stands_behind_none() -> None:
+    torch.manual_seed(0)
+    model, x = Streams().double().eval(), torch.randn(3, 5, 6, dtype=torch.float64)
+    pruned = fxprune.prune(model, 0.5, example_inputs=x, criterion="random")
+    assert pruned.get_parameter("fixed").shape[0] == 4
+    assert pruned.get_parameter("moving").shape[0] < 8
+    torch.testing.assert_close(pruned(x), zeroed(model, pruned)(x))

@@ -7,6 +7,7 @@ import functools
 import gc
 import math
 import operator
+import subprocess
 import sys
 import threading
 import types
@@ -246,6 +247,50 @@ def test_what_cannot_be_copied_is_shared():
     model.lock, model.handles = threading.Lock(), [model.register_forward_hook(lambda *_: None)]
     model.handles[0].remove()
     assert fxprune.prune(model, 0.5, example_inputs=X).a.out_features == 8
+
+
+HELD = {
+    "variable": lambda f: f,
+    "list": lambda f: [f, 1],
+    "set": lambda f: {f, 1},
+    "frozenset": lambda f: frozenset([f, 1]),
+    "tuple": lambda f: (f, 1),
+    "tuples in a set": lambda f: {(f, (f, 1))},
+    "value of a dict": lambda f: {1: f},
+    "key of a dict": lambda f: {0: 1, f: 2, 3: 4},
+}
+
+
+@pytest.mark.parametrize("held", HELD)
+def test_a_module_first_imported_by_a_forward_holds_the_functions_of_torch(held, monkeypatch):
+    late = types.ModuleType("imported_late")
+
+    def between(net, x):
+        if "imported_late" not in sys.modules:
+            late.held = HELD[held](torch.finfo)
+            monkeypatch.setitem(sys.modules, "imported_late", late)
+        return x.relu()
+
+    fxprune.prune(Net(between), 0.5, example_inputs=X)
+    assert late.held == HELD[held](torch.finfo)
+    assert not isinstance(late.held, dict) or list(late.held) == list(HELD[held](torch.finfo))
+
+
+def test_torch_compile_works_where_the_first_import_of_it_was_within_prune():
+    code = """
+import sys, torch, fxprune
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(4, 8), torch.nn.Linear(8, 2)
+    def forward(self, x):
+        return self.b(-self.a(x))
+x = torch.randn(3, 4)
+small = fxprune.prune(Net().eval(), 0.5, example_inputs=x)
+assert torch.equal(torch.compile(small, backend="eager", fullgraph=True)(x), small(x))
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_torchscript_inside_a_model_is_refused():

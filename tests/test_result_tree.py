@@ -112,9 +112,42 @@ def test_the_flat_program_is_one_call_away(net):
 def test_a_rewritten_module_refuses_other_plain_arguments(net):
     _, small = net
     y = small.features[1](small.features[0](X))
-    assert small.features[2](y).shape == (2, 4, 8, 8)
-    with pytest.raises(TypeError):
-        small.features[2](y, flag=True)
+    assert torch.equal(small.features[2](y, flag=False), small.features[2](y, 2.0))
+    for other in ({"flag": True}, {"scale": 3.0}):
+        with pytest.raises(GuardError, match=r"features\.2 was captured with other"):
+            small.features[2](y, **other)
+
+
+class Turned(nn.Module):
+    """Calls a module with a flag that is not its default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner, self.out = nn.Linear(4, 8), Optional(), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.out(self.inner(self.first(x), turn=True))
+
+
+class Optional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+
+    def forward(self, x, mask=None, turn=False):
+        y = self.a(x).reshape(x.shape[0], 8)
+        y = y if mask is None else y * mask
+        return -y if turn else y
+
+
+def test_defaults_of_a_rewritten_module_are_those_of_its_forward():
+    small = fxprune.prune(Turned().eval(), 0.5, example_inputs=torch.randn(3, 4))
+    y = torch.randn(3, 4)
+    assert rewritten(small) == ["inner"]
+    assert torch.equal(small.inner(y, turn=True), -small.inner.a(y))
+    for other in ({}, {"turn": False}, {"turn": True, "mask": y}):
+        with pytest.raises(GuardError, match="inner was captured with other arguments"):
+            small.inner(y, **other)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda m: pickle.loads(pickle.dumps(m))])
@@ -290,3 +323,182 @@ def test_pruned_twice(net):
     _, small = net
     again = fxprune.prune(small, 0.5, example_inputs=X)
     assert again.verification.ok and kinds(again) == kinds(small) and again.features[0].out_channels == 2
+
+
+class ReadsValues(nn.Module):
+    """Decides by contents, so that the whole model is one node."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)
+        self.scale = nn.Parameter(torch.rand(8))
+        self.register_buffer("shift", torch.rand(8))
+
+    def forward(self, x):
+        y = self.norm(self.a(x)) * self.scale + self.shift
+        return self.b(y * 2 if y.sum().item() > 1e9 else y)
+
+
+def test_a_model_that_is_one_node_keeps_its_names():
+    model, x = ReadsValues().eval(), torch.randn(5, 4)
+    small = fxprune.prune(model, 0.5, example_inputs=x)
+    assert small.own_model is not None and list(small.state_dict()) == list(model.state_dict())
+    for again in (copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
+        assert torch.equal(again(x), small(x)) and again.own_model.scale is again.scale
+        assert torch.allclose(again.double()(x.double()).float(), small(x), atol=1e-5), "buffers are shared too"
+    before = small.train().norm.running_mean.clone()
+    small(x)
+    assert not torch.equal(small.norm.running_mean, before)
+    assert torch.equal(small.eval().flat()(x), small(x))
+    seen: list[str] = []
+    small.register_forward_hook(lambda *_: seen.append("root"))
+    small(x)
+    assert seen == ["root"], "once"
+
+
+class Keywords(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+
+    def forward(self, x, *, scale=None, **more):
+        y = self.a(x).reshape(x.shape[0], 8)
+        return y if more["flag"] is None else y * 2
+
+
+class CallsByKeyword(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner, self.out = nn.Linear(4, 8), Keywords(), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.out(self.inner(x=self.first(x), flag=None, other=None))
+
+
+def test_plain_keywords_may_be_left_out_where_a_rewritten_module_is_called():
+    model, x = CallsByKeyword().eval(), torch.randn(3, 4)
+    small = fxprune.prune(model, 0.5, example_inputs=x)
+    assert "inner" in rewritten(small)
+    assert torch.equal(small.out(small.inner(small.first(x))), small(x))
+    with pytest.raises(GuardError, match="captured with other arguments"):
+        small.inner(small.first(x), flag=True)
+
+
+class Kept(dict):
+    """A dictionary of a kind of its own."""
+
+
+class ReturnsKept(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return Kept(y=self.b(self.a(x)), n=3)
+
+
+def test_a_result_keeps_its_class():
+    model, x = ReturnsKept().eval(), torch.randn(3, 4)
+    small = fxprune.prune(model, 0.5, example_inputs=x)
+    got = small(x)
+    assert type(got) is Kept and got["n"] == 3 and got["y"].shape == (3, 2)
+
+
+def test_the_class_stays_in_every_step_and_of_a_plan():
+    model, x = Net().eval(), X
+    pruner = fxprune.Pruner(model, 0.5, x, steps=2, same_class=True)
+    while not pruner.done:
+        small = pruner.step()
+        assert type(small) is Net and small.verification.ok
+    again = pruner.plan.apply(model, same_class=True)
+    assert type(again) is Net and torch.allclose(again(x), small(x), atol=1e-6)
+    held = fxprune.Pruner(model, 0.5, x, mask="hold", same_class=True)
+    masked = held.step()
+    assert type(held.shrink()) is Net and torch.allclose(held.shrink()(x), masked(x), atol=1e-5)
+
+
+class Layered(nn.Module):
+    """A module whose first layer has the given name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.last = name, nn.Linear(8, 2)
+        self.add_module(name, nn.Linear(4, 8))
+
+    def forward(self, x):
+        return self.last(self._modules[self.name](x))
+
+
+@pytest.mark.parametrize("name", ["flat", "plan", "graph", "code", "to_folder"])
+def test_a_layer_may_be_called_as_something_that_a_graph_module_has(name):
+    model, x = Layered(name).eval(), torch.randn(3, 4)
+    small = fxprune.prune(model, 0.5, example_inputs=x)
+    for module in (small, copy.deepcopy(small), pickle.loads(pickle.dumps(small)), fxprune.plan_of(small).apply(model)):
+        assert getattr(module, name).out_features == 4 and torch.equal(module(x), small(x))
+        assert torch.equal(module.train().eval()(x), small(x)) and fxprune.plan_of(module) == fxprune.plan_of(small)
+
+
+def test_a_layer_may_not_be_called_as_what_a_graph_module_keeps():
+    with pytest.raises(fxprune.PruneError, match="'meta', as is what a GraphModule keeps"):
+        fxprune.prune(Layered("meta").eval(), 0.5, example_inputs=torch.randn(3, 4))
+
+
+class Ignores(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+
+    def forward(self, x, other, size):
+        return self.a(x).reshape(x.shape[0], 8)
+
+
+class Hands(nn.Module):
+    """Hands a module a part of a result, and a size, that neither uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner, self.out = nn.Linear(4, 8), Ignores(), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.out(self.inner(self.first(x), x.chunk(2, -1)[1], x.shape[1] * 2))
+
+
+@pytest.mark.parametrize("name", ["size", "dim", "numel"])
+def test_an_argument_may_be_called_as_what_reads_a_size(name):
+    parts: dict = {}
+    exec(f"def forward(self, x, {name}=None): return self.b(self.a(x).relu())", parts)
+    model, x = type("Sized", (nn.Module,), parts)(), torch.randn(3, 4)
+    model.a, model.b = nn.Linear(4, 8), nn.Linear(8, 2)
+    small = fxprune.prune(model.eval(), 0.5, example_inputs=(x, torch.ones(3)))
+    assert torch.equal(small(x, torch.ones(3)), small.b(small.a(x).relu()))
+
+
+def test_a_module_is_given_what_it_does_not_use():
+    model, x = Hands().eval(), torch.randn(3, 4)
+    small = fxprune.prune(model, 0.5, example_inputs=x)
+    assert small.verification.ok and rewritten(small) == ["inner"]
+    seen = []
+    small.inner.register_forward_pre_hook(lambda module, args: seen.extend(args))
+    small(x)
+    assert torch.equal(seen[1], x[:, 2:]) and seen[2] == 8
+    assert not any(n.target == "chunk" and n.users for n in small.flat().graph.nodes), "nor does the flat program read it"
+
+
+class Counts(nn.Module):
+    """Counts its calls and remembers the size of the last input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.size = 0, None
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        self.calls, self.size = self.calls + 1, x.shape[0]
+        return self.b(self.a(x))
+
+
+def test_what_a_forward_counted_at_capture_is_not_in_the_result():
+    model = nn.Sequential(Counts(), nn.ReLU()).eval()
+    small = fxprune.prune(model, 0.5, torch.randn(3, 4), verify=False)
+    assert (small.get_submodule("0").calls, small.get_submodule("0").size) == (0, None)
+    assert model[0].calls == 0

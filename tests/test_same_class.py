@@ -1,6 +1,7 @@
 """A pruned model of the original's own class: what its own methods do, and what comes back from disk."""
 
 import pickle
+import types
 
 import pytest
 import torch
@@ -259,3 +260,32 @@ def test_few_models_are_built_to_find_a_configuration(monkeypatch):
     assert "config" in small.meta["stale"]
     numbers = len(list(configuration.numbers(model.config)))
     assert len(built) <= numbers + configuration.MOST_TRIED + 2
+
+
+class Scaled(nn.Module):
+    """Built from a configuration, from which it computes a number that is no size."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.scale = config, config.width**0.5
+        self.inner, self.norm = nn.Linear(4, config.width), nn.BatchNorm1d(config.width)
+        self.up, self.down = nn.Linear(config.width, config.hidden), nn.Linear(config.hidden, 3)
+
+    def forward(self, x):
+        return self.down(self.up(self.norm(self.inner(x)) * self.scale).tanh())
+
+
+def test_a_width_that_numbers_are_computed_from_stays_for_a_configuration():
+    model = Scaled(types.SimpleNamespace(width=12, hidden=8)).eval()
+    with pytest.warns(fxprune.PruneWarning, match="is width, which Scaled computes other numbers from"):
+        small = fxprune.prune(model, 0.5, torch.randn(2, 4), same_class=True)
+    assert small.meta["stale"] == () and (small.config.width, small.config.hidden) == (12, 4)
+    fresh = Scaled(small.config).eval()
+    fresh.load_state_dict(small.state_dict())
+    assert torch.equal(fresh(torch.ones(2, 4)), small(torch.ones(2, 4)))
+
+
+def test_a_configuration_follows_the_family_that_was_pruned():
+    model = Scaled(types.SimpleNamespace(width=12, hidden=12)).eval()
+    small = fxprune.prune(model, {"up": 0.25}, torch.randn(2, 4), same_class=True)
+    assert small.config.hidden == 9 and small.meta["stale"] == ()

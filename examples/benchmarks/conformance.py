@@ -120,9 +120,8 @@ def with_torch_pruning(hint: str) -> Prune:
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
-    # The prefix is that of an opaque root, which the pruned module calls.
     found = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return {name.removeprefix("whole."): value.detach() for name, value in found}
+    return {name: value.detach() for name, value in found}
 
 
 def masks_by_value(model: nn.Module, pruned: nn.Module) -> dict[str, Tensor]:

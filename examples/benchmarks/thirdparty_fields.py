@@ -162,7 +162,16 @@ SPANDREL = Package(
         "DAT.DAT": case(embed_dim=24, depth=[2, 2], num_heads=[2, 2], split_size=[2, 4], img_size=32),
         "DCTLSA.DCTLSA": case(nf=20),
         "DITN.DITN": case(dim=24, ITL_blocks=1, SAL_blocks=1),
-        "DRCT.DRCT": case(embed_dim=24, depths=(2, 2), num_heads=(2, 2), window_size=8, gc=8, img_size=32),
+        "DRCT.DRCT": case(
+            embed_dim=24,
+            depths=(2, 2),
+            num_heads=(2, 2),
+            window_size=8,
+            gc=8,
+            img_size=32,
+            upsampler="pixelshuffle",  # without which it returns what it is given
+            upscale=2,
+        ),
         "DRUNet.DRUNet": case(in_nc=3, out_nc=3, nc=[8, 16, 24, 32], nb=1),
         "DnCNN.DnCNN": case(in_nc=3, out_nc=3, nc=16, nb=4),
         "ESRGAN.ESRGAN": case(num_filters=16, num_blocks=2),

@@ -9,12 +9,15 @@ import numpy
 import torch
 from models import call
 from torch import Tensor, nn
+from torch._C import DispatchKey
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxprune.passes.ir.pytree import collect, map_tensors
 
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3}
 # Ops whose result changes with the number of elements reduced, though what is removed is zero, and where their dims stand.
+ATTENTION = ("query", "key", "value", "dropout_p", "is_causal")
 STATISTICS = frozenset(
     "native_layer_norm native_group_norm _fused_rms_norm _softmax _log_softmax _safe_softmax mean var var_mean std std_mean"
     " amax amin max min argmax argmin topk sort median logsumexp prod".split()
@@ -134,9 +137,22 @@ class Statistics(TorchDispatchMode):
         self.extents: list[tuple[str, int]] = []
         self.wanted, self.complete = extents, True
 
+    supports_higher_order_operators = True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # attention with a function for its mask insists on a compiler
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):  # the ops that it comes to are seen one by one
+            with self:
+                return func.py_kernels[DispatchKey.CompositeExplicitAutograd](*args, **kwargs)
         name = func._schema.name.removeprefix("aten::")
+        if name == "_scaled_dot_product_flash_attention_for_cpu":  # one operator that hides a softmax
+            given = {"dropout_p": 0.0, "is_causal": False} | dict(zip(ATTENTION[3:], args[3:])) | kwargs
+            with self:
+                return torch.ops.aten._scaled_dot_product_attention_math.default.decompose(*args[:3], **given)
         if name in STATISTICS and args and isinstance(args[0], Tensor):
             given = {a.name: v for a, v in zip(func._schema.arguments, args)} | kwargs
             wide = extent(name, args[0], given)

@@ -66,13 +66,21 @@ PYTORCHCV = Package(
     | plain("pfpcnet", floats(1, 1, 320, 240))
     | plain("voca8flame", several(floats(2, 1, 16, 29), ids(8, 2)))
     | plain("nvpattexp116bazel76", several(floats(2, 8, 16, 29), ids(8, 2)))
-    | plain("visemenet20", several(floats(2, 8, 195), ids(8, 2, 76)))
+    | plain("visemenet20", several(floats(36, 8, 195), floats(36, 76)))
     | plain("superpointnet", image(64, channels=1))
-    | plain("jasper5x3 quartznet5x5_en_ls quartznet15x5_en", MELS)
-    | plain("jasperdr10x5_en", MELS)
+    | plain("jasper5x3 quartznet5x5_en_ls quartznet15x5_en jasperdr10x5_en", MELS, from_audio=False)
     | plain("raft_small raft_things", several(image(128), image(128)))
     | plain("propainter_rfc", several(floats(1, 4, 2, 64, 64), floats(1, 4, 1, 64, 64)))
-    | plain("propainter", several(floats(1, 4, 2, 64, 64), floats(1, 4, 1, 64, 64))),
+    | plain(
+        "propainter",
+        several(
+            floats(1, 4, 3, 64, 64),
+            floats(1, 4, 1, 64, 64),
+            floats(1, 4, 1, 64, 64),
+            floats(1, 2, 4, 64, 64),
+            lambda: 3,  # frames beside one another; the others are references
+        ),
+    ),
     find=of_pytorchcv,
 )
 
@@ -107,7 +115,7 @@ VIT_PYTORCH = Package(
         "efficient.ViT": case(transformer=made("simple_vit.Transformer")),
         "extractor.Extractor": case(vit=VIT),
         "levit.LeViT": case(image(128), image_size=128, dim=(32, 48, 64), mlp_mult=2, num_distill_classes=10),
-        "levjepa.VideoTransformer": case(VIDEO, frames=4),
+        "levjepa.VideoTransformer": case(VIDEO, frames=4, block_causal=False),
         "levjepa_nd.NDTransformer": case(VIDEO, ndim=3, input_shape=(4, 64, 64), patch_size=(2, 16, 16)),
         "look_vit.LookViT": case(image(96), image_size=96, patch_size=16, highres_patch_size=12),
         "looped_vit.LoopedViT": case(pre_loop_depth=1, num_looped_blocks=1, post_loop_depth=1, loop_depth=2),

@@ -26,8 +26,7 @@ MOST_BYTES = 1 << 27  # of example inputs that are made up
 
 def original_name(name: str, plan: PlanData, first: Mapping[str, str]) -> str:
     """The name in the original of a tensor of a pruned model; of a tied one the first, by `first`."""
-    own = name if name in plan.shapes else name.removeprefix("whole.")
-    return first.get(own, own)
+    return first.get(name, name)
 
 
 def original_names(tensors: Mapping[str, Tensor], plan: PlanData, first: Mapping[str, str]) -> dict[str, Tensor]:

@@ -80,7 +80,7 @@ class MaskedForward:
 
     def run(self, form: FormProgram, inputs: ExampleInputs) -> tuple[Any, dict[str, Tensor]]:
         """What a program returns, and what is kept of the buffers that it may have written to, by name."""
-        follow_modes(form.pruned, self.model, form.prefix)
+        follow_modes(form.pruned, self.model)
         if form not in self.places:
             named = [(self.names(path), held, key) for path, _, held, key in slots(form.pruned)]
             self.places[form] = [place for place in named if place[0] in self.plan.shapes]

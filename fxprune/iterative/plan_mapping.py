@@ -46,13 +46,12 @@ def narrow_labels(labels: Labels, cuts: Sequence[TensorSlice], shape: Sequence[i
     return tuple(made)
 
 
-def tensors_of(model: nn.Module, plan: PlanData, prefix: str = "", needed: Collection[str] = ()) -> dict[str, Tensor]:
+def tensors_of(model: nn.Module, plan: PlanData, needed: Collection[str] = ()) -> dict[str, Tensor]:
     """A model's tensors by the names they have in the original.
 
     Arguments:
         model: the original architecture as a plan leaves it.
         plan: what was cut; with no cuts, `model` is the original architecture itself.
-        prefix: what the names in `model` begin with and those in the original do not.
         needed: names that the model must have; what its program does not use may be missing or out of date.
 
     Raises: PruneError where a tensor is missing or has another shape.
@@ -62,7 +61,7 @@ def tensors_of(model: nn.Module, plan: PlanData, prefix: str = "", needed: Colle
     found: dict[str, Tensor] = {}
     for name in plan.shapes:
         try:
-            tensor = fetch(model, prefix + name)
+            tensor = fetch(model, name)
         except AttributeError:
             if name in needed:
                 raise PruneError(f"this is another model: it has no {name}", where=type(model).__name__, fix=fix) from None
@@ -76,9 +75,7 @@ def tensors_of(model: nn.Module, plan: PlanData, prefix: str = "", needed: Colle
     return found
 
 
-def widened(
-    original: nn.Module, model: nn.Module, tensors: Mapping[str, Tensor], plan: PlanData, prefix: str = ""
-) -> nn.Module:
+def widened(original: nn.Module, model: nn.Module, tensors: Mapping[str, Tensor], plan: PlanData) -> nn.Module:
     """A copy of the original with the values, the modes and the `requires_grad` of a model that was cut from it.
 
     What was removed is zero; buffers of integers keep what the original has there.
@@ -94,7 +91,7 @@ def widened(
             learns = tensors.get(name, old).requires_grad
             swap[id(old)] = nn.Parameter(new, learns) if parameter else new
     copy: nn.Module = copy_tree(original, swap)
-    modes = {path.removeprefix(prefix): m.training for m, path in walk(model).items() if path}
+    modes = {path: m.training for m, path in walk(model).items() if path}
     for module, path in walk(copy).items():
         module.training = modes.get(path, model.training)
     return copy

@@ -39,10 +39,9 @@ from fxprune.verification import evaluating
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class View:
-    """Where the tensors of a model stand in the original: the plan that they were cut by, and what their names begin with."""
+    """Where the tensors of a model stand in the original: the plan that they were cut by."""
 
     plan: PlanData
-    prefix: str = ""
 
 
 class Planner:
@@ -124,7 +123,7 @@ class Planner:
         What is gone scores lower than all else of its family.
         """
         criterion = find(self.options.criterion)
-        tensors = tensors_of(present, view.plan, view.prefix, self.learned)
+        tensors = tensors_of(present, view.plan, self.learned)
         named = {id(t): name for name, t in named_tensors(present)}
         leaves = {
             named[id(tensors[name])]: narrow_labels(labels, view.plan.slices.get(name, ()), view.plan.shapes[name])
@@ -132,7 +131,7 @@ class Planner:
             if name in tensors  # constants are none of the model's, index buffers were rewritten
         }
         alive = [dataclasses.replace(f, units=f.units[~gone[f.units]]) for f in self.free]
-        runs = bool(resolve(criterion).needs) or bool(view.prefix)
+        runs = bool(resolve(criterion).needs)
         with evaluating(present) if runs else contextlib.nullcontext():  # a copy in another mode would share its program
             looked_at = dataclasses.replace(self.solution, leaves=leaves, captures=self.captures(present, view))
             score, seen = score_units(present, looked_at, alive, criterion, self.options.data, self.options.loss)
@@ -148,7 +147,7 @@ class Planner:
     def captures(self, present: nn.Module, view: View) -> list[CapturedProgram]:
         """The captured programs of a present model, for criteria that watch it run; else those of the original will do."""
         needs = resolve(self.options.criterion).needs
-        if not view.prefix and not (view.plan.slices and needs):
+        if not (view.plan.slices and needs):
             return self.solution.captures
         inputs = self.compilation.inputs.beside(present)
         with unobserved(present):

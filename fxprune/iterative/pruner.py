@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import numpy as np
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxprune.arguments import checked_call
@@ -47,7 +47,7 @@ class Pruner:
     Arguments:
         model: any module; it is not changed.
         ratio, params, macs, memory, latency: as for `prune`, after the last step. A ratio is a share of the original's units.
-        example_inputs and others: as for `prune`. `data` is read in every step.
+        example_inputs, same_class and others: as for `prune`. `data` is read in every step.
         steps, schedule: the number of steps, and what is done after each: `linear`, `cubic` (arXiv:1710.01878), or a
             non-decreasing function from time to the share that is done, both from 0 to 1.
         regularizer: what `regularize` adds: `bn_l1`, `group_lasso`, `depgraph`, `growing`, one of the classes in
@@ -76,12 +76,12 @@ class Pruner:
         steps: int = 1,
         regularizer: Literal["bn_l1", "group_lasso", "depgraph", "growing"] | str | Regularizer = "group_lasso",
         mask: Literal["hold", "soft"] | None = None,
+        same_class: bool = False,
         **asked: Unpack[Asked],
     ) -> None:
         with entry_point(model) as model:
             options = Options.parse(model, ratio=ratio, verify=verify, **asked)
-            self._shares = shares(schedule, steps)
-            self._regularizer = find(regularizer)
+            self._shares, self._same_class, self._regularizer = shares(schedule, steps), same_class, find(regularizer)
             if mask is not None and not is_one_of(mask, ("hold", "soft")):
                 raise PruneError(f"mask must be 'hold', 'soft' or None, not {mask!r}", fix="mask='hold'")
             inputs = ExampleInputs.parse(example_inputs, model).check(model)
@@ -124,7 +124,7 @@ class Pruner:
             interactive: return a `Proposal` instead, whose candidates are families to look at, edit and apply; its
                 `finish()` takes the step with those that were applied, and returns the model.
 
-        Returns: a `torch.fx.GraphModule` as `prune` does; with `mask`, a module of the original's class.
+        Returns: what `prune` does; with `mask`, a module of the original's class.
 
         Raises: PruneError when all steps were taken, or `model` is another model; nothing has changed then.
         """
@@ -158,7 +158,7 @@ class Pruner:
 
     def _fails(self, choice: Choice) -> bool:
         """Whether a module that is not captured fails once it is cut as chosen; it is frozen from here on."""
-        if not self._planner.solution.captures[0].opaque or choice.slicer.keeps_all:
+        if not self._planner.solution.captures[0].unseen or choice.slicer.keeps_all:
             return False
         self._compilation.follow()
         if fails := self._compilation.freeze_broken(self._compilation.keep(choice.kept)):
@@ -180,8 +180,8 @@ class Pruner:
             (costs.of(self._choice.slicer, "macs"), costs.of(choice.slicer, "macs")),
             None if verification is None else verification.error,
         )
-        view = self._view if self._mask else View(plan, self._planner.solution.captures[0].prefix)
-        before, after = self._tensors(present), tensors_of(made, view.plan, view.prefix)
+        view = self._view if self._mask else View(plan)
+        before, after = self._tensors(present), tensors_of(made, view.plan)
         zero = plan.masks(self._original) if self._mask == "hold" else {}
         self._move = Move(present, made, before, after, self._view.plan, view.plan, zero)
         # nothing can fail from here on
@@ -200,7 +200,7 @@ class Pruner:
         hold(whole, plan, self._compilation.inputs.beside(whole))
         return whole
 
-    def shrink(self, model: nn.Module | None = None) -> fx.GraphModule:
+    def shrink(self, model: nn.Module | None = None) -> Any:
         """The pruned model of the plan so far, with the values of the present model: what ends training with `mask`.
 
         Arguments: as for `step`. Raises: PruneError if `model` is another model.
@@ -208,20 +208,20 @@ class Pruner:
         with entry_point(self.model if model is None else model) as present:
             return self._shrunk(present, self.plan, verify=True)
 
-    def _shrunk(self, present: nn.Module, plan: PlanData, verify: bool) -> fx.GraphModule:
+    def _shrunk(self, present: nn.Module, plan: PlanData, verify: bool) -> Any:
         whole = self._widened(present)
         self._compilation.follow()
         choice = self._compilation.choice_of(plan)
         pruned = self._compilation.emit(choice, values=whole)
         if verify and self._options.verifies(whole):
             pruned = self._compilation.verify(pruned, choice, values=whole)
-        return pruned
+        return self._compilation.restore_class(pruned, whole) if verify and self._same_class else pruned
 
     def _widened(self, present: nn.Module) -> nn.Module:
-        return widened(self._original, present, self._tensors(present), self._view.plan, self._view.prefix)
+        return widened(self._original, present, self._tensors(present), self._view.plan)
 
     def _tensors(self, model: nn.Module) -> dict[str, Tensor]:
-        return tensors_of(model, self._view.plan, self._view.prefix, self._planner.learned)
+        return tensors_of(model, self._view.plan, self._planner.learned)
 
     @property
     def _stuck(self) -> np.ndarray:  # units that are gone and cannot come back
@@ -232,7 +232,7 @@ class Pruner:
         if self._mask != "hold" or not self.plan.slices:
             return present, self._view
         small = self._shrunk(present, self.plan, verify=False)
-        return small, View(self.plan, self._planner.solution.captures[0].prefix)
+        return small, View(self.plan)
 
     # -- optimizers and averages ---------------------------------------------------------------------------------------------
 
@@ -303,7 +303,7 @@ class Pruner:
             self.model, self.plan, self.history, self._calls = resumed.model, resumed.plan, resumed.history, found.calls
             self._gone, self._marked, self._move, self._spans = resumed.gone, resumed.marked, None, None
             cut = self._mask is None and len(self.history) > 0
-            self._view = View(self.plan, self._planner.solution.captures[0].prefix) if cut else self._whole
+            self._view = View(self.plan) if cut else self._whole
 
     @property
     def _asked(self) -> dict[str, str]:

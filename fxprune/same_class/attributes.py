@@ -143,7 +143,11 @@ def output_shapes(model: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str
     found: dict[str, Shape] = {}
 
     def noted(path: str) -> Callable[..., None]:
-        return lambda module, args, out: found.update((path, tuple(t.shape)) for t in collect(out, Tensor)[:1])
+        def note(module: nn.Module, args: Any, out: Any) -> None:
+            if returned := collect(out, Tensor):
+                found[path] = tuple(returned[0].shape)
+
+        return note
 
     with contextlib.ExitStack() as stack:
         for module, path in walk(model).items():

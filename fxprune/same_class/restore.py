@@ -29,12 +29,13 @@ from fxprune.passes.verification.masked_model import relative_error
 from fxprune.plan import kept_labels, plan_between
 from fxprune.same_class.attributes import update_attributes
 from fxprune.same_class.configuration import Attributes, configure
+from fxprune.same_class.constants import widths_in_constants
 from fxprune.same_class.numbers import fit_numbers
 from fxprune.verification import evaluating, restoring, tolerance_of
 
 
-def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs) -> Any:
-    """The pruned model as an object of the original's class.
+def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs) -> tuple[Any, dict[str, str]]:
+    """The pruned model as an object of the original's class, and the tensors that had to stay whole for a configuration.
 
     `meta["stale"]` names attributes that may still say an original width: `path.name` each, and `config` where no configuration
     of the class describes the pruned model.
@@ -57,6 +58,7 @@ def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs)
             with evaluating(made):
                 try_forwards(model, pruned, made, inputs, tolerance)
         stale = ["config"] if configured is False else []
+        held = {} if configured is not False else widths_in_constants(model, made)
         if error_of(made) > tolerance:
             take_program(made, pruned, vars(pruned)["_programs"])
         if error_of(made) > tolerance:
@@ -72,8 +74,8 @@ def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs)
     for path, module in made.named_modules():
         module.training = modes.get(path, model.training)
     vars(made)["meta"] = {**pruned.meta, "stale": tuple(stale)}
-    vars(made)["verification"] = pruned.verification
-    return made
+    vars(made)["verification"] = pruned.meta.get("verification")
+    return made, held
 
 
 def shrunk_copy(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs) -> tuple[Any, Attributes]:
@@ -82,7 +84,7 @@ def shrunk_copy(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs) -
     try:
         whole = capture_program(set_mode(private_copy(model), False), inputs.args, inputs.kwargs, whole=True)
         solution = couple_channels([whole], plan.coupling_options)
-        made: Any = rewrite_program(model, solution, kept_labels(plan, solution)).get_submodule("whole")
+        made: Any = rewrite_program(model, solution, kept_labels(plan, solution)).own_model
     except Exception as error:  # couplings that it has only as one module, such as through what its Python reads
         surface(error)
         return with_own_forwards(pruned, type(model)), {}

@@ -77,7 +77,7 @@ class GraphBuilder(ProxyAttributes):
         self.attributes: dict[str, Any] = {}
         self.constants: dict[int, Constant] = {}  # by the identity of the tensor
         self.kept: list[Tensor] = []  # their copies in the program
-        self.writes_constants = False
+        self.writes_constants = self.calls_opaque = False
         self.frames = [Frame("", root)]
         self.module_calls: list[TracedCall] = []
         self.proxies: list[weakref.ref[Any]] = []
@@ -168,10 +168,23 @@ class GraphBuilder(ProxyAttributes):
         if value is None:
             return None
         if isinstance(value, tuple | list):
+            if isinstance(value, list):
+                self.keep_length(node, value)
             return Items.of(node, value, [self.item(node, i, v) for i, v in enumerate(value)])
         if isinstance(value, dict):
             return like_dict(value, {k: self.item(node, k, v) for k, v in value.items()})
         return self.proxy(node, value)
+
+    def keep_length(self, node: fx.Node, value: list[Any]) -> None:
+        """How many values code that is not captured has put into a list is decided here."""
+        source = node
+        while source.target is operator.getitem:
+            source = source.args[0]  # type: ignore[assignment]
+        if source.op != "call_module" and source.target not in self.evaluator.functions:
+            return
+        length = self.create_node("call_function", len, (node,), {})
+        self.results[length], self.depends[length] = len(value), self.depends[node]
+        self.guards.append(Guard(length, "len", len(value)))
 
     def proxy(self, node: fx.Node, value: Any) -> Any:  # type: ignore[override]
         made = proxy_for(node, self, value)
@@ -192,8 +205,8 @@ class GraphBuilder(ProxyAttributes):
             return a.pack(self)
         if isinstance(a, np.generic):  # which generated code cannot write down
             return a.item()
-        if isinstance(a, nn.Module):  # a function calls it, unseen by the graph
-            raise ReadsValue(f"{type(a).__name__} that is handed to a function")
+        if isinstance(a, nn.Module):
+            return self.module_argument(a)
         if isinstance(a, Tensor):
             name = self.names.get(id(a))
             return (self.constant(a) if name is None else self.attribute(name)).node
@@ -202,8 +215,11 @@ class GraphBuilder(ProxyAttributes):
             self.results[node] = map_tensors(unwrap(tuple(a)), self.recorder.ref)
             self.depends[node] = any(self.depends[n] for n in node.all_input_nodes)
             return node
+        if isinstance(a, dict) and type(a) is not dict and all(isinstance(k, str) for k in a):
+            return self.create_object(type(a), dict(a))
         if dataclasses.is_dataclass(a) and not isinstance(a, type | dict):
-            return self.create_dataclass(a)
+            given = {f.name: getattr(a, f.name) for f in dataclasses.fields(a) if hasattr(a, f.name)}
+            return self.create_object(creating(type(a)), given)
         if type(a) is tuple or isinstance(a, torch.Size):
             return tuple(self.create_arg(v) for v in a)
         if type(a) is list:
@@ -212,10 +228,18 @@ class GraphBuilder(ProxyAttributes):
             return {k: self.create_arg(v) for k, v in a.items()}
         return super().create_arg(a)
 
-    def create_dataclass(self, a: Any) -> fx.Node:
-        """A node that creates an object of a dataclass from the values of its fields."""
-        given = {f.name: getattr(a, f.name) for f in dataclasses.fields(a) if hasattr(a, f.name)}
-        node = self.create_node("call_function", creating(type(a)), (), {k: self.create_arg(v) for k, v in given.items()})
+    def module_argument(self, module: nn.Module) -> fx.Node:
+        """A module that another one is given, which is opaque; a function would call it unseen by the graph."""
+        path = next((path for path, m in self.modules.items() if m is module and path), None)
+        if path is None or not self.calls_opaque:
+            raise ReadsValue(f"{type(module).__name__} that is handed to a function")
+        node = self.create_node("get_attr", path, (), {})
+        self.results[node], self.depends[node] = None, False
+        return node
+
+    def create_object(self, create: Any, given: dict[str, Any]) -> fx.Node:
+        """A node that creates an object of a class of its own from its parts."""
+        node = self.create_node("call_function", create, (), {k: self.create_arg(v) for k, v in given.items()})
         self.results[node] = map_tensors(unwrap(given), self.recorder.ref)
         self.depends[node] = any(self.depends[n] for n in node.all_input_nodes)
         return node
@@ -231,6 +255,8 @@ class GraphBuilder(ProxyAttributes):
         version = version_of(tensor)
         found = self.constants.get(id(tensor))
         if found is None or found.version != version:
+            if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+                raise ReadsValue("a tensor inside of a vectorised function")
             if tensor.is_meta:
                 raise NeedsValues  # it has no contents
             name, kept = self.get_fresh_qualname("_tensor_constant"), tensor.detach().clone()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -87,14 +87,32 @@ def is_namespace(holder: dict[Any, Any]) -> bool:
     return "__name__" in holder and "__builtins__" in holder
 
 
-def restore_functions(replaced: Iterable[tuple[Callable[..., Any], Callable[..., Any]]]) -> None:
+def restore_functions(replaced: list[tuple[Callable[..., Any], Callable[..., Any]]]) -> None:
     """Put functions back where a module that was imported meanwhile has taken what stood in their place.
 
-    Arguments: `replaced`, pairs of a function and what stood in its place.
+    Arguments: `replaced`, pairs of a function and what stood in its place; it is empty afterwards.
     """
-    for function, wrapper in replaced:
-        if sys.getrefcount(wrapper) > 3:  # those of the pair, of this frame and of the argument
-            for holder in gc.get_referrers(wrapper):
-                if type(holder) is dict:
-                    for key in [k for k, v in holder.items() if v is wrapper]:
-                        holder[key] = function
+    while replaced:
+        function, wrapper = replaced.pop()
+        if sys.getrefcount(wrapper) > 2:  # that of this frame and that of the argument
+            substitute(wrapper, function)
+
+
+def substitute(old: Any, new: Any, depth: int = DEPTH) -> None:
+    """Put one object in the place of another, in all containers that hold that; a tuple that does is itself replaced."""
+    instead = lambda v: new if v is old else v  # noqa: E731
+    for holder in gc.get_referrers(old):
+        kind = type(holder)
+        if kind is dict and any(k is old for k in holder):
+            items = [(instead(k), instead(v)) for k, v in holder.items()]
+            holder.clear()
+            holder.update(items)
+        elif kind is dict:
+            holder.update([(k, new) for k, v in holder.items() if v is old])
+        elif kind is list:
+            holder[:] = map(instead, holder)
+        elif kind is set:
+            holder.remove(old)
+            holder.add(new)
+        elif kind in (tuple, frozenset) and depth:
+            substitute(holder, kind(map(instead, holder)), depth - 1)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+
+from fxprune.passes.capture.patches import not_a_models
 
 # Modules of torch.nn whose forward holds sizes as literals or insists on relations that pruning changes.
 TRACED_THROUGH = (
@@ -48,3 +53,31 @@ def by_position(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
             break
         args = (*args, left.pop(name))
     return args, left
+
+
+def is_own(hook: Any) -> bool:
+    """Whether a hook is of the model's, and not one of torch's, such as weight normalisation."""
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return not not_a_models({"__name__": getattr(hook, "__module__", None) or type(hook).__module__})
+
+
+def has_own_hooks(module: nn.Module) -> bool:
+    held = (module._forward_pre_hooks, module._forward_hooks)
+    return any(map(is_own, (hook for hooks in held if hooks for hook in hooks.values())))
+
+
+def drop_own_hooks(module: nn.Module) -> None:
+    for name in ("_forward_pre_hooks", "_forward_hooks"):
+        vars(module)[name] = OrderedDict((k, hook) for k, hook in vars(module)[name].items() if not is_own(hook))
+
+
+@contextlib.contextmanager
+def without_own_hooks(module: nn.Module) -> Iterator[None]:
+    """A layer without hooks of the model's."""
+    before = module._forward_pre_hooks, module._forward_hooks
+    drop_own_hooks(module)
+    try:
+        yield
+    finally:
+        module._forward_pre_hooks, module._forward_hooks = before

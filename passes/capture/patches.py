@@ -28,6 +28,84 @@ FACTORIES = (
 ).split()
 
 
+empty, tensor = torch.empty, torch.tensor  # the originals: a capture replaces factories of torch
+LEGACY = {name: kind for name, kind in vars(torch).items() if type(kind) is type(torch.FloatTensor)}
+
+
+def legacy(kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any, tuple[Any, ...], dict[str, Any]]:
+    """What a call of a tensor's class comes to, as the parts of a node: its arguments are sizes, or data, or a tensor."""
+    dtype = torch.get_default_dtype() if kind is torch.Tensor else kind.dtype
+    data = args[0] if len(args) == 1 else None
+    if isinstance(data, torch.Tensor):
+        return "call_method", "detach", args, {}
+    shape = isinstance(data, torch.Size) or isinstance(getattr(data, "value", None), torch.Size)  # of another tensor
+    if isinstance(data, list | tuple) and not shape:
+        return "call_function", tensor, args, kwargs | {"dtype": dtype}
+    return "call_function", empty, (data if shape else tuple(args),), kwargs | {"dtype": dtype}
+
+
+class TensorClass(type(torch.Tensor)):  # type: ignore[misc]
+    """The class of what stands for `torch.Tensor` in files of the model's while it is traced, to see what it is called with."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return STANDS_FOR_TORCH.construct(torch.Tensor, args, kwargs)
+
+    def __instancecheck__(cls, value: object) -> bool:
+        return isinstance(value, torch.Tensor)
+
+    def __subclasscheck__(cls, kind: type) -> bool:
+        return issubclass(kind, torch.Tensor)
+
+
+class LegacyType(str):
+    """Stands for a class such as `torch.LongTensor`; C++ takes such a class by its name, too."""
+
+    kind: Any
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return STANDS_FOR_TORCH.construct(self.kind, args, kwargs)
+
+    def __instancecheck__(self, value: object) -> bool:
+        return isinstance(value, self.kind)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(LEGACY[self.rpartition(".")[2]], name)
+
+
+class TorchModule(types.ModuleType):
+    """Stands for `torch` in files of the model's while it is traced: only its classes of tensors are others.
+
+    Attributes:
+        construct: creates a tensor of such a class from the arguments of a call.
+    """
+
+    construct: Callable[[Any, Any, Any], Any]
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+        held = vars(self)
+        held["construct"] = constructed
+        held["Tensor"] = TensorClass("Tensor", (torch.Tensor,), {})
+        for name, kind in LEGACY.items():
+            held[name] = made = LegacyType(f"torch.{name}")
+            made.kind = kind
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(torch, name, value)
+
+
+def constructed(kind: Any, args: Any, kwargs: Any) -> Any:
+    return kind(*args, **kwargs)
+
+
+STANDS_FOR_TORCH = TorchModule()
+STAND_INS: dict[int, Any] = {id(torch): STANDS_FOR_TORCH, id(torch.Tensor): STANDS_FOR_TORCH.Tensor}
+STAND_INS |= {id(kind): vars(STANDS_FOR_TORCH)[name] for name, kind in LEGACY.items()}
+
+
 def not_a_models(names: dict[str, Any]) -> bool:
     """Whether the variables of a file are those of a package that holds no code of a model's."""
     return str(names.get("__name__", "")).partition(".")[0] in NOT_MODELS
@@ -55,7 +133,7 @@ class NamedFunction:
     """A function made of a class, under a name that generated code can refer to; it is pickled as that class."""
 
     def __init__(self, make: Callable[[type], NamedFunction], cls: type, name: str, run: Callable[..., Any]) -> None:
-        self.make, self.cls, self.run = make, cls, run
+        self.make, self.cls, self.run, self.is_custom = make, cls, run, False
         self.__name__ = self.__qualname__ = name
         self.__module__ = outside_torch(cls)
 
@@ -66,9 +144,22 @@ class NamedFunction:
         return self.make, (self.cls,)
 
 
+def vectorised(run: Callable[..., Any], function: Callable[..., Any], *how: Any) -> Callable[..., Any]:
+    """What `torch.vmap` makes of a function, under a name that generated code can refer to."""
+
+    def applied(*args: Any, **kwargs: Any) -> Any:
+        return run(function, *how, *args, **kwargs)
+
+    applied.__name__ = applied.__qualname__ = f"vmap_{getattr(function, '__name__', 'function').strip('<>')}"
+    applied.__module__ = __name__
+    return applied
+
+
 def named_apply(cls: type) -> NamedFunction:
     """A custom autograd function's `apply`."""
-    return NamedFunction(named_apply, cls, f"{cls.__name__}_apply", cls.apply)  # type: ignore[attr-defined]
+    made = NamedFunction(named_apply, cls, f"{cls.__name__}_apply", cls.apply)  # type: ignore[attr-defined]
+    made.is_custom = True
+    return made
 
 
 def creating(cls: type) -> NamedFunction:

@@ -15,7 +15,20 @@ import torch.nn.functional as F
 from torch import nn
 
 from fxprune.passes.capture.leftovers import restore_functions
-from fxprune.passes.capture.patches import CACHED, CALLABLE, CHECKS, FACTORIES, LOCK, named_apply, not_a_models
+from fxprune.passes.capture.patches import (
+    CACHED,
+    CALLABLE,
+    CHECKS,
+    FACTORIES,
+    LOCK,
+    STAND_INS,
+    STANDS_FOR_TORCH,
+    constructed,
+    legacy,
+    named_apply,
+    not_a_models,
+    vectorised,
+)
 from fxprune.passes.capture.proxy import PROXIES, unwrap
 from fxprune.passes.capture.tracer import ValueTracer
 from fxprune.passes.ir.pytree import iterate
@@ -47,7 +60,8 @@ class Patches:
         try:
             for patch in PATCHES:
                 patch(self)
-            self.look_at(self.tracer.root)
+            for module in self.tracer.paths:
+                self.look_at(module)
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -101,6 +115,17 @@ class Patches:
         """Factories take sizes, which torch would convert to plain integers."""
         for name in FACTORIES:
             self.patch(torch, name, self.seeing_proxies(getattr(torch, name)))
+
+    def constructors(self) -> None:
+        """`torch.Tensor(3, n)` and `torch.LongTensor([n])` take sizes, which they would read as something else."""
+
+        def construct(kind: Any, args: Any, kwargs: Any) -> Any:
+            if self.tracing() and any(type(v) in PROXIES for v in iterate(args)):
+                return self.tracer.create_proxy(*legacy(kind, args, kwargs))
+            return constructed(kind, args, kwargs)
+
+        vars(STANDS_FOR_TORCH)["construct"] = construct
+        self.undo.append(functools.partial(vars(STANDS_FOR_TORCH).__setitem__, "construct", constructed))
 
     def arithmetic(self) -> None:
         """Functions of `math` take sizes, which they would convert to plain floats."""
@@ -159,6 +184,21 @@ class Patches:
         meta: Any = torch.autograd.function.FunctionMeta
         found = property(forward, assign)
         self.patch(meta, "forward", found)
+
+    def vectorised_functions(self) -> None:
+        """A function that `torch.vmap` vectorises is one node: the tensors that it is handed are no proxies."""
+        plain = torch._functorch.apis.vmap_impl
+
+        def vmap_impl(function: Callable[..., Any], *given: Any, **kwargs: Any) -> Any:
+            if not self.tracing() or not any(type(v) in PROXIES for v in iterate((given, kwargs))):
+                return plain(function, *given, **kwargs)
+            begin = len(self.tracer.recorder.op_trace.ops)
+            target = vectorised(plain, function, *given[:4])
+            made = self.tracer.create_proxy("call_function", target, given[4:], kwargs)
+            self.tracer.recorder.refuse_own(begin)  # which the program would not cut
+            return made
+
+        self.patch(torch._functorch.apis, "vmap_impl", vmap_impl)
 
     def batch_statistics(self) -> None:
         """One example may be too few for batch statistics, but shapes are all that matters here; and the dispatcher would
@@ -259,6 +299,9 @@ class Patches:
                 if id(value) in self.nodes and value is self.nodes[id(value)]:
                     names[name] = self.seeing_proxies(value)
                     self.undo.append(functools.partial(names.__setitem__, name, value))
+                elif id(value) in STAND_INS:
+                    names[name] = STAND_INS[id(value)]
+                    self.undo.append(functools.partial(names.__setitem__, name, value))
                 elif type(value) in CALLABLE:
                     self.uncached(value, functools.partial(names.__setitem__, name))
                     pending.append(getattr(getattr(value, "__wrapped__", value), "__globals__", {}))
@@ -293,10 +336,12 @@ class Patches:
 
 PATCHES: list[Callable[[Patches], None]] = [
     Patches.factories,
+    Patches.constructors,
     Patches.arithmetic,
     Patches.checks,
     Patches.contexts,
     Patches.custom_functions,
+    Patches.vectorised_functions,
     Patches.batch_statistics,
     Patches.attention,
     Patches.modules,

@@ -173,7 +173,10 @@ class TensorProxy(Proxy, Tensor, fx.Proxy):  # type: ignore[misc]
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return tracer_of((args, kwargs)).torch_function(func, args, kwargs or {})
+        tracer = tracer_of((args, kwargs))
+        if not tracer.recorder.tracing:
+            raise ReadsValue("a tensor that a function has of its own")
+        return tracer.torch_function(func, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -189,7 +192,7 @@ def _attribute(name: str) -> property:
         return self.tracer.read_attribute(self, name)
 
     def write(self: TensorProxy, value: Any) -> None:
-        raise ReadsValue(f"a tensor's {name}, to which it assigns")
+        self.tracer.write_attribute(self, name, value)
 
     return property(read, write)
 
@@ -215,6 +218,14 @@ class PlainProxy(Proxy):
 class IntProxy(PlainProxy, torch.SymInt):  # type: ignore[misc]
     __class__ = property(lambda self: int)
     __hash__ = Proxy.__hash__
+
+    def __mul__(self, other: Any) -> Any:
+        if isinstance(other, list | tuple | str):
+            return other * self.concrete("index")
+        return self.tracer.create_proxy("call_function", operator.mul, (self, other), {})
+
+    def __rmul__(self, other: Any) -> Any:
+        return self * other if isinstance(other, list | tuple | str) else Proxy.__dict__["__rmul__"](self, other)
 
 
 class FloatProxy(PlainProxy, torch.SymFloat):  # type: ignore[misc]

@@ -18,8 +18,8 @@ from fxprune.passes.capture.proxy import PROXIES, Proxy, TensorProxy, unwrap
 from fxprune.passes.capture.recorder import Recorder
 from fxprune.passes.errors import NeedsValues, ReadsMissing, ReadsValue
 from fxprune.passes.ir.data_sizes import DataSizes
-from fxprune.passes.ir.program import Guard
-from fxprune.passes.ir.pytree import iterate
+from fxprune.passes.ir.program import Guard, tensors_read
+from fxprune.passes.ir.pytree import TensorRef, iterate
 
 # Tensor attributes and methods that are facts of the program rather than values that flow through it.
 FACTS = frozenset(
@@ -74,6 +74,7 @@ class ProxyAttributes(fx.Tracer):
     names: dict[int, str]
     results: dict[fx.Node, Any]
     inlining: bool = False
+    reads_numbers: bool = False  # whether any number of the graph is read from a tensor
 
     @functools.cached_property
     def interception(self) -> TorchFunctionMode:
@@ -106,6 +107,8 @@ class ProxyAttributes(fx.Tracer):
         if isinstance(value, Tensor):
             if name in FACTS or name in FACT_METHODS:
                 return getattr(value, name)
+            if name in ("item", "tolist") and self.is_number(proxy, name):
+                return lambda: self.read_numbers(proxy, name)
             if name in VALUE_METHODS:
                 return getattr(self.known_tensor(proxy, name), name)
             if name == "shape":
@@ -115,6 +118,14 @@ class ProxyAttributes(fx.Tracer):
         if callable(getattr(value, name)):
             return lambda *args, **kwargs: self.create_proxy("call_method", name, (proxy, *args), kwargs)
         return self.create_proxy("call_function", getattr, (proxy, name), {})
+
+    @internal
+    def write_attribute(self, proxy: Any, name: str, value: Any) -> None:
+        """Assign to `data` in place; with values it would be the original's own that is written to."""
+        given = value.value if type(value) is TensorProxy else value
+        if name != "data" or not proxy.value.is_meta or not isinstance(given, Tensor) or given.shape != proxy.value.shape:
+            raise ReadsValue(f"a tensor's {name}, to which it assigns")
+        self.create_proxy("call_method", "copy_", (self.create_proxy("call_method", "detach", (proxy,), {}), value), {})
 
     @internal
     def once(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
@@ -141,12 +152,36 @@ class ProxyAttributes(fx.Tracer):
             raise (ReadsMissing if value.is_meta else ReadsValue)(f"{how}() of %{proxy.node.name}")
         return value
 
+    def is_number(self, proxy: Any, how: str) -> bool:
+        """Whether a number read from a tensor can stay in the graph: a fraction, which makes no shape, or one made of sizes."""
+        return self.is_made_of_sizes(proxy.node) or (
+            how == "item" and proxy.value.is_floating_point() and not proxy.value.is_meta
+        )
+
+    def is_made_of_sizes(self, node: fx.Node) -> bool:
+        """Whether a tensor's contents are whole numbers computed from sizes of the inputs alone."""
+        ref = self.results[node]
+        return self.depends[node] and isinstance(ref, TensorRef) and self.recorder.op_trace.values[ref.id].data is not None
+
+    @internal
+    def read_numbers(self, proxy: Any, how: str) -> Any:
+        """The numbers in a tensor, as nodes; how many there are is decided here."""
+        for size in self.read_attribute(proxy, "shape") if how == "tolist" else ():
+            self.concretise(size, "int")
+        self.reads_numbers = True
+        return self.create_proxy("call_method", how, (proxy,), {})
+
     @internal
     def concretise(self, proxy: Any, how: str) -> Any:
         if isinstance(proxy.value, Tensor):
+            if self.is_made_of_sizes(proxy.node) and proxy.value.numel() == 1:
+                return self.concretise(self.read_numbers(proxy, "item"), how)
             return self.known_tensor(proxy, how).item()
         if self.data_sizes.decide(proxy.node, self.results):
             raise ReadsValue(f"{how}() of %{proxy.node.name}, a size that data make")
+        read = tensors_read(proxy.node, self.results) if self.reads_numbers else ()
+        if not all(map(self.is_made_of_sizes, read)):
+            raise ReadsValue(f"{how}() of %{proxy.node.name}, which is read from a tensor")
         self.guards.append(Guard(proxy.node, how, proxy.value))
         return proxy.value
 
@@ -165,7 +200,7 @@ class ProxyAttributes(fx.Tracer):
             owner: Any = method.__self__  # type: ignore[attr-defined]
             return self.read_attribute(self.as_proxy(args[0]), owner.__name__)
         if name == "__set__":
-            raise ReadsValue("an attribute of a tensor, to which it assigns")
+            return self.write_attribute(self.as_proxy(args[0]), method.__self__.__name__, args[1])  # type: ignore[attr-defined]
         if name in FACT_METHODS:
             return method(*unwrap(args), **unwrap(kwargs))
         if not belongs_to_tensors(method):

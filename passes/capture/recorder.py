@@ -111,6 +111,11 @@ class Recorder(TorchDispatchMode):
         if any(id(t) in self.names or type(t) is TensorProxy for t in tensors(given)):
             raise ReadsValue(f"a tensor in compiled code ({func})")
 
+    def refuse_own(self, begin: int) -> None:
+        """Raises ReadsValue where the calls from there on take tensors of the model's."""
+        if any(self.op_trace.values[ref.id].name is not None for op in self.op_trace.ops[begin:] for ref in op.inputs):
+            raise ReadsValue("a tensor of the model's in a function that is one node")
+
     def imagined(self, func: Any, args: Any, kwargs: Any) -> Any:
         out = self.imagination.result(func, args, kwargs)
         return self.imagination.ran(func, args, kwargs) if out is None else out

@@ -11,7 +11,7 @@ from torch import nn
 
 from fxprune.passes.capture.builder import GraphBuilder, is_layer
 from fxprune.passes.capture.frames import Frame
-from fxprune.passes.capture.modules import by_position
+from fxprune.passes.capture.modules import by_position, drop_own_hooks, has_own_hooks, without_own_hooks
 from fxprune.passes.capture.plain_modules import PlainModules, is_plain
 from fxprune.passes.capture.train_eval import Modes, captured_in_both
 from fxprune.passes.errors import PruneError, ReadsValue, surface
@@ -39,6 +39,7 @@ class ValueTracer(GraphBuilder):
         self.plain = PlainModules()
         self.modes = Modes.of(root)
         self.inputs: list[TensorRef] = []
+        self.hooked: dict[str, nn.Module] = {}  # layers whose hooks are steps of the program
 
     def run(self) -> None:
         """Trace; `Patches` must be in force."""
@@ -88,6 +89,10 @@ class ValueTracer(GraphBuilder):
         if is_layer(module):
             if kwargs:
                 args, kwargs = by_position(module, args, kwargs)
+            if has_own_hooks(module):
+                found = self.hooked_call(path, module, forward, args, kwargs)
+                if found is not None:
+                    return found[0]
         elif path not in self.evaluator.opaque:
             state = self.pause()
             try:
@@ -127,6 +132,34 @@ class ValueTracer(GraphBuilder):
         self.plain.add(module, args, unread)
         return self.create_proxy("call_module", path, frame.args, frame.kwargs)
 
+    def hooked_call(self, path: str, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> tuple[Any] | None:
+        """Trace the hooks of a layer, which is a node without them; None where that cannot be done: they are part of it."""
+        frame = Frame(path, module, args, kwargs, len(self.index), len(self.recorder.op_trace.ops))
+        held = vars(module)
+
+        def node(*args: Any, **kwargs: Any) -> Any:
+            del held["forward"]
+            try:
+                with without_own_hooks(module):
+                    return self.create_proxy("call_module", path, args, kwargs)
+            finally:
+                held["forward"] = node
+
+        self.frames.append(frame)
+        held["forward"] = node
+        try:
+            out = forward(*args, **kwargs)
+            if not frame.asked:  # for the mode
+                self.hooked[path] = module
+                return (out,)
+        except Exception as error:
+            surface(error)
+        finally:
+            del held["forward"]
+            self.frames.pop()
+        self.abandon(frame)
+        return None
+
     def abandon(self, frame: Frame) -> None:
         """Take back all that a frame did."""
         self.roll_back(frame.begin, frame.first_op)
@@ -135,6 +168,7 @@ class ValueTracer(GraphBuilder):
     def opaque_call(self, frame: Frame, reason: str, where: str | None) -> Any:
         """Call a module that cannot be traced through as one node."""
         self.evaluator.opaque[frame.path] = reason
+        self.calls_opaque = True
         try:
             return self.create_proxy("call_module", frame.path, frame.args, frame.kwargs)
         except Exception as plain:  # an error of the model's own, which what is around may expect
@@ -142,6 +176,8 @@ class ValueTracer(GraphBuilder):
             plain.fxprune_plain = True  # type: ignore[attr-defined]
             plain.fxprune_where = where or getattr(plain, "fxprune_where", frame.path)  # type: ignore[attr-defined]
             raise
+        finally:
+            self.calls_opaque = False
 
     # -- the result -------------------------------------------------------------------------------------------------
 
@@ -154,6 +190,9 @@ class ValueTracer(GraphBuilder):
             output.args = (whole,)
         only = self.modes.membership(self.graph, self.index)
         evaluator = self.evaluator
+        for path, module in self.hooked.items():
+            if not any(path.startswith(f"{outer}.") for outer in evaluator.opaque):
+                drop_own_hooks(module)
         made = CapturedProgram(
             root=self.root,
             graph=self.graph,

@@ -84,7 +84,7 @@ def label_compositions(
 def freeze_module(program: Program, labels: Mapping[int, Labels], path: str, why: str, constraints: Constraints) -> None:
     """Freeze what a module holds, reads and returns."""
     capture = program.capture
-    calls = [n for n in capture.graph.nodes if n.op == "call_module" and str(n.target) == path]
+    calls = [node for node, its in capture.unseen.items() if its == path]
     frozen: list[tuple[int, TensorRef]] = []
     for node in calls:
         refs = collect([capture.results[n] for n in (*node.all_input_nodes, node)], TensorRef)

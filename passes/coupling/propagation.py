@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -122,6 +123,7 @@ def propagate_through(program: Program, state: PropagationState, owned: int) -> 
             state.rewrite, state.opaque, state.literals, counts = program.rewrites[op.node]
             if counts:
                 freeze_arguments(capture, op.node, state)
+            state.input_dims = functools.partial(dims_of_inputs, capture, op.node, state.labels, owned)
             sized = any(is_input_size(found, state.labels, owned) for found in program.sizes[op.node])
         call = RuleContext(op, state)
         if sized or (state.varying and any(r.id in state.varying for r in call.inputs)):
@@ -168,6 +170,18 @@ def sizes_given(capture: CapturedProgram, index: int) -> list[tuple[TensorRef, i
         if capture.op_trace.values[ref.id].from_input:
             sizes[ref, None if dim is None else dim % max(1, len(capture.op_trace.shape(ref)))] = None
     return list(sizes)
+
+
+def dims_of_inputs(capture: CapturedProgram, index: int, labels: dict[int, Labels], owned: int) -> frozenset[int]:
+    """The dimensions of a node's result whose sizes are given as sizes of the inputs."""
+    node = capture.node_at(index)
+    spec = None if node is None or node.op == "call_module" else find_node(node)
+    if node is None or spec is None or spec.sizes is None or not isinstance(capture.results[node], TensorRef):
+        return frozenset()
+    ndim = len(capture.op_trace.shape(capture.results[node]))
+    given = [(size, dim) for size, dim in spec.sizes.numbered(node.args, node.kwargs, ndim) if isinstance(size, fx.Node)]
+    found = [(dim, sizes_read(size, capture.results)) for size, dim in given]
+    return frozenset(dim for dim, read in found if any(is_input_size(source, labels, owned) for source in read))
 
 
 def is_input_size(found: tuple[TensorRef, int | None], labels: dict[int, Labels], owned: int) -> bool:

@@ -119,6 +119,7 @@ class ConstraintBuilder:
         node: index of the current graph node.
         first_new: the first label made on the way.
         reduced: labels that stand for rows that an op reduced.
+        copies: labels of copies of a value that is computed from the inputs.
     """
 
     def __init__(self, size: int, first_undetermined: int | None = None, determined: Iterable[int] = ()) -> None:
@@ -128,6 +129,7 @@ class ConstraintBuilder:
         self.first_undetermined = size if first_undetermined is None else first_undetermined
         self.determined = set(determined)
         self.reduced: set[int] = set()
+        self.copies: set[int] = set()
 
     def clear(self) -> Constraints:
         """What was collected; the builder starts with nothing again, but for the labels it has made."""
@@ -188,8 +190,14 @@ class ConstraintBuilder:
         found = labels >= self.first_undetermined
         return found & ~np.isin(labels, list(self.determined)) if self.determined and bool(found.any()) else found
 
-    def determine(self, f: Factor, g: Factor) -> Factor:
-        """Of two tied factors the one with labels that parameters determine; if both are so in part, one made of both."""
+    def determine(self, f: Factor, g: Factor, *, adds: bool = False) -> Factor:
+        """Of two tied factors the one with labels that parameters determine; if both are so in part, one made of both.
+
+        A parameter that is added to copies sets none of them to zero: then it is those.
+        """
+        for copied in (f, g) if adds and self.copies else ():
+            if not self.copies.isdisjoint(copied.flat.tolist()):
+                return copied
         mine = self.undetermined(f)
         if mine is None:
             return f

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -135,7 +136,8 @@ def named_parameters(root: nn.Module) -> dict[str, nn.Parameter]:
 def copy_tree(root: nn.Module, swap: Mapping[int, Tensor]) -> Any:
     """A copy in which the tensors with the given identities are replaced; gradients are not copied.
 
-    Hooks are part of what a module computes (weight normalisation is one): the copy calls the same ones.
+    Hooks are part of what a module computes (weight normalisation is one): the copy calls the same ones, and those that are
+    methods of a module in the tree as methods of its copy.
     """
     memo: dict[int, Any] = dict(swap)
     modules = list(walk(root))
@@ -152,7 +154,7 @@ def copy_tree(root: nn.Module, swap: Mapping[int, Tensor]) -> Any:
             elif kind is tuple and ATOMS.issuperset(map(type, value)):
                 continue
             elif key in HOOKS:
-                state[key] = OrderedDict(value)
+                state[key] = OrderedDict((k, rebound(hook, memo)) for k, hook in value.items())
             elif key in CHILDREN:
                 state[key] = kind([(k, None if v is None else duplicate(v, memo)) for k, v in value.items()])
             else:
@@ -161,6 +163,16 @@ def copy_tree(root: nn.Module, swap: Mapping[int, Tensor]) -> Any:
         if inner is not None and "forward" in state:  # what `torch.compile` returned: it calls the original
             state["forward"] = memo[id(inner)].__call__
     return memo[id(root)]
+
+
+def rebound(hook: Any, memo: Mapping[int, Any]) -> Any:
+    """A hook of a copied tree: a method of one of its modules is that of the copy."""
+    if isinstance(hook, types.MethodType) and id(hook.__self__) in memo:
+        return types.MethodType(hook.__func__, memo[id(hook.__self__)])
+    if isinstance(hook, functools.partial):
+        given = [memo.get(id(a), a) for a in hook.args]
+        return functools.partial(rebound(hook.func, memo), *given, **{k: memo.get(id(v), v) for k, v in hook.keywords.items()})
+    return hook
 
 
 def replace_tensors(root: nn.Module, change: Callable[[str, Tensor], Tensor]) -> None:

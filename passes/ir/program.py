@@ -141,6 +141,17 @@ class CapturedProgram:
     def output(self) -> fx.Node:
         return next(iter(reversed(self.graph.nodes)))
 
+    @functools.cached_property
+    def unseen(self) -> dict[fx.Node, str]:
+        """The nodes whose Python is not rewritten: opaque modules by path, custom autograd functions by name."""
+        found: dict[fx.Node, str] = {}
+        for node in self.graph.nodes:
+            if node.op == "call_module" and str(node.target) in self.opaque:
+                found[node] = str(node.target)
+            elif node.op == "call_function" and hasattr(node.target, "is_custom"):
+                found[node] = f"%{node.name}"
+        return found
+
     def node_at(self, index: int) -> fx.Node | None:
         return self.nodes.get(index)
 
@@ -176,6 +187,19 @@ def sizes_read(node: fx.Node, results: Mapping[fx.Node, Any]) -> Iterator[tuple[
         new = [m for m in n.all_input_nodes if m not in seen and not collect(results.get(m), TensorRef)]
         seen.update(new)
         pending += new
+
+
+def tensors_read(node: fx.Node, results: Mapping[fx.Node, Any]) -> Iterator[fx.Node]:
+    """The tensors from whose contents a number is read."""
+    pending, seen = [node], {node}
+    while pending:
+        n = pending.pop()
+        for m in n.all_input_nodes:
+            if m not in seen and not collect(results.get(m), TensorRef):
+                pending.append(m)
+            elif m not in seen and n.target in ("item", "tolist"):
+                yield m
+            seen.add(m)
 
 
 def reads_shape(node: fx.Node) -> bool:

@@ -34,6 +34,7 @@ class PropagationState:
         rewrite: what the current node becomes in the pruned program (see `OpSpec`).
         opaque: whether the current node is an opaque module, in which no written-out size can be changed.
         literals: integers among the current node's arguments that no rewrite can change.
+        input_dims: finds the dimensions of the current node's result that it gives sizes of the inputs.
     """
 
     op_trace: OpTrace
@@ -51,3 +52,4 @@ class PropagationState:
     rewrite: Callable[..., Any] | None = None
     opaque: bool = False
     literals: frozenset[int] = frozenset()
+    input_dims: Callable[[], frozenset[int]] = frozenset

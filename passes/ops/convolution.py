@@ -235,7 +235,7 @@ def slid(r: RewriteContext, node: fx.Node) -> fx.Node | None:
     removed, as the masked original has them; it is convolved there, and the result is sliced (ECA's gate over channels).
     """
     spatial = r.sliding.get(r.capture.index[node])
-    if spatial is None or not isinstance(node.args[0], fx.Node) or str(node.target) in r.capture.opaque:
+    if spatial is None or not node.args or not isinstance(node.args[0], fx.Node) or str(node.target) in r.capture.opaque:
         return None
     source, target = r.result(node.args[0]), r.result(node)
     ndim = len(r.before(source))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxprune.passes.ir.labels import NONE, Labels, align, factor
+from fxprune.passes.ir.labels import NONE, Factor, Labels, align, factor
 from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.pointwise import same
@@ -58,7 +58,15 @@ def expand(call: RuleContext) -> Labels:
     after = call.shape(call.outputs[0])
     labels, before = align(call.labels(call.first), call.shape(call.first), len(after))
     grown = [d for d, (a, b) in enumerate(zip(before, after, strict=True)) if a == 1 and b > 1]
-    return labels + tuple(call.fresh(after[d], d, len(after)) for d in grown)
+    return labels + copies(call, [call.fresh(after[d], d, len(after)) for d in grown])
+
+
+def copies(call: RuleContext, made: list[Factor]) -> Labels:
+    """New labels of copies of the first argument."""
+    if call.op_trace.values[call.first.id].from_input:
+        for f in made:
+            call.constraints.copies.update(f.flat.tolist())
+    return tuple(made)
 
 
 def repeat(call: RuleContext) -> Labels:
@@ -72,7 +80,7 @@ def repeat(call: RuleContext) -> Labels:
         if len(f.major_to_minor) > 1 and any(t > 1 for t in tiles):
             call.constraints.keep_columns_equal(f)
         result += (factor(f.labels.repeat(tiles), f.major_to_minor),)
-    return result + tuple(call.fresh(r, d, len(repeats)) for d, r in enumerate(repeats) if r > 1 and before[d] == 1)
+    return result + copies(call, [call.fresh(r, d, len(repeats)) for d, r in enumerate(repeats) if r > 1 and before[d] == 1])
 
 
 def pad(call: RuleContext) -> Labels:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 
 from fxprune.passes.ir.labels import NONE, Labels, align, factor
+from fxprune.passes.ir.op_trace import name_of
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.registry import TAGGED, OpSpec, register
 from fxprune.passes.ops.unify import unify
+
+ADDING = frozenset(["aten::add", "aten::sub", "aten::rsub"])
 
 
 def pointwise(call: RuleContext) -> list[Labels]:
@@ -18,9 +21,10 @@ def pointwise(call: RuleContext) -> list[Labels]:
     ndim = len(call.shape(outs[0]))
     merged: Labels = NONE
     shape: tuple[int, ...] = (1,) * ndim
+    adds = name_of(call.op.func).rstrip("_") in ADDING
     for ref in call.inputs:
         labels, size = align(call.labels(ref), call.shape(ref), ndim)
-        merged = unify(call, merged, shape, labels, size)
+        merged = unify(call, merged, shape, labels, size, adds=adds)
         shape = tuple(max(a, b) for a, b in zip(shape, size, strict=True))
     return [merged] * len(outs)
 

@@ -21,8 +21,10 @@ FROM_INPUT = "is tied to an input of the model"
 FROM_CONSTANT = "is combined with a constant that cannot be pruned along that dimension"
 
 
-def unify(call: RuleContext, a: Labels, a_shape: Sequence[int], b: Labels, b_shape: Sequence[int]) -> Labels:
-    """The factors of two operands of equal rank, made one set.
+def unify(
+    call: RuleContext, a: Labels, a_shape: Sequence[int], b: Labels, b_shape: Sequence[int], *, adds: bool = False
+) -> Labels:
+    """The factors of two operands of equal rank, made one set; `adds` says that their entries are added.
 
     (1) Factors over the same dimensions are tied element by element.
     (2) A factor passes if the other operand has size 1 along its minor dimension, and is frozen if it keeps all entries there.
@@ -35,8 +37,8 @@ def unify(call: RuleContext, a: Labels, a_shape: Sequence[int], b: Labels, b_sha
             len(a) == 1 == len(b) and len(a[0].major_to_minor) == 1 and a[0].major_to_minor == b[0].major_to_minor
         ):  # (1), as it is nearly always
             call.constraints.tie_vectors(a[0], b[0])
-            return (call.constraints.determine(a[0], b[0]),)
-        plain = lines(call, a, a_shape, b, b_shape)
+            return (call.constraints.determine(a[0], b[0], adds=adds),)
+        plain = lines(call, a, a_shape, b, b_shape, adds=adds)
         if plain is not None:
             return plain
     left, right = list(a), list(b)
@@ -50,7 +52,7 @@ def unify(call: RuleContext, a: Labels, a_shape: Sequence[int], b: Labels, b_sha
                 left.remove(f)
                 right.remove(twin)
                 match(call, f, twin)
-                result.append(twin if call.constraints.are_row_labels(twin) else call.constraints.determine(f, twin))
+                result.append(twin if call.constraints.are_row_labels(twin) else call.constraints.determine(f, twin, adds=adds))
     taken = {d for f in result for d in f.dims}
     result += lone(call, left, right, taken, b_shape) + lone(call, right, left, taken, a_shape)
     for f in [f for f in left if any(f.dims & g.dims for g in right)]:  # (3)
@@ -77,7 +79,9 @@ def unify(call: RuleContext, a: Labels, a_shape: Sequence[int], b: Labels, b_sha
     return tuple(f for f in result if f.major_to_minor)
 
 
-def lines(call: RuleContext, a: Labels, a_shape: Sequence[int], b: Labels, b_shape: Sequence[int]) -> Labels | None:
+def lines(
+    call: RuleContext, a: Labels, a_shape: Sequence[int], b: Labels, b_shape: Sequence[int], *, adds: bool
+) -> Labels | None:
     """What `unify` comes to where both operands have at most one factor along a dimension, and none along several.
 
     None where they do not, or where one keeps all of what the other varies along.
@@ -93,7 +97,7 @@ def lines(call: RuleContext, a: Labels, a_shape: Sequence[int], b: Labels, b_sha
     met = [f for nest, f in mine.items() if nest in theirs]
     for f in met:
         call.constraints.tie_vectors(f, theirs[f.major_to_minor])
-    return (*[call.constraints.determine(f, theirs[f.major_to_minor]) for f in met], *left, *right)
+    return (*[call.constraints.determine(f, theirs[f.major_to_minor], adds=adds) for f in met], *left, *right)
 
 
 def heads_alone(f: Factor, dims: Iterable[int]) -> Factor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -96,6 +97,8 @@ def reshape(
     moved = one_to_one(active, before, after)
     if moved is not None:
         return f.over(tuple([moved[d] for d in f.major_to_minor]), len(after))
+    if any(is_laid_out_anew(call, f, left, right, before, after) for left, right in active):
+        call.constraints.freeze(f.labels, "is laid out anew among positions")
     sizes = [1] * len(after)
     nest: list[int] = []
     split = False
@@ -120,6 +123,26 @@ def reshape(
     if split:
         call.constraints.keep_rows_equal(g)
     return g
+
+
+def is_laid_out_anew(
+    call: RuleContext, f: Factor, left: list[int], right: list[int], before: Sequence[int], after: Sequence[int]
+) -> bool:
+    """Whether it depends on the size of the input which labels come to lie in one row.
+
+    `(B, h*w, C).reshape(B, C, h, w)` splits h*w*C entries by h*w, which cuts through the C channels.
+    """
+    real = [d for d in left if before[d] > 1]
+    ends = {math.prod(after[d] for d in right[i:]): right[i:] for i in range(len(right), 0, -1)}
+    for i in range(1, len(real)):
+        inner = math.prod(before[d] for d in real[i:])
+        if (real[i - 1] in f.dims) != (real[i] in f.dims) and inner not in ends:
+            below = max((size for size in ends if size < inner), default=1)
+            inside, given = ends.get(below, []), call.state.input_dims()
+            rows = right[len(right) - len(inside) - 1]  # as many as before for any input, unless they are given as a size of it
+            if rows not in given and not given.isdisjoint(inside):
+                return True
+    return False
 
 
 def one_to_one(active: list[tuple[list[int], list[int]]], before: Sequence[int], after: Sequence[int]) -> dict[int, int] | None:

@@ -12,6 +12,7 @@ tensors, it does what its lines say.
 from __future__ import annotations
 
 import inspect
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,8 @@ from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.rewrite.call_structures import Steps, constructed, nodes_in, parts_of, reading
 from fxprune.passes.rewrite.guards import given_as_captured
 from fxprune.passes.rewrite.programs import FlatProgram, Line, Name, Program, is_pure, names_in, renamed, without_dead
+
+PLAIN = (bool, int, float, str, type(None))
 
 
 class NotSeparable(Exception):
@@ -38,13 +41,10 @@ class Call:
     body: list[Line | Call] = field(default_factory=list)
     first: int = -1  # of the positions of all its lines
     last: int = -1
+    touched: bool = False  # whether the rewrite changed a line of its own
 
-    def lines(self) -> Iterator[Line]:
-        for item in self.body:
-            if isinstance(item, Line):
-                yield item
-            else:
-                yield from item.lines()
+    def calls(self) -> Iterator[Call]:
+        return (item for item in self.body if isinstance(item, Call))
 
 
 class Nesting:
@@ -116,7 +116,18 @@ class Nesting:
             for call in stack:
                 call.last = i
             stack[-1].body.append(line)
+        self.mark_touched(top, sorted(self.flat.touched))
         return top
+
+    def mark_touched(self, parent: Call, numbers: list[int]) -> None:
+        """Mark the innermost calls that touched nodes, by their numbers in order, belong to."""
+        left = 0
+        for call in parent.calls():
+            first, end = bisect_left(numbers, call.call.begin), bisect_left(numbers, call.call.end)
+            parent.touched |= left < first
+            self.mark_touched(call, numbers[first:end])
+            left = end
+        parent.touched |= left < len(numbers)
 
     def note_handed(self, parent: Call) -> None:
         for call in parent.body:
@@ -154,16 +165,7 @@ class Nesting:
 
     def is_touched(self, call: Call) -> bool:
         """Whether the rewrite changed a line of a call, but for those of modules in it that are called again."""
-        return any(n not in apart for apart in [self.numbers_apart(call)] for n in self.flat.touched if number_in(n, call))
-
-    def numbers_apart(self, call: Call) -> set[int]:
-        """The numbers of touched nodes that belong to modules which are called again in a call."""
-        found: set[int] = set()
-        for item in call.body:
-            if isinstance(item, Call):
-                apart = {n for n in self.flat.touched if number_in(n, item)}
-                found |= apart if item in self.separated else self.numbers_apart(item)
-        return found
+        return call.touched or any(self.is_touched(inner) for inner in call.calls() if inner not in self.separated)
 
     def separate(self, call: Call, lines: list[Line]) -> tuple[Program, list[Line]]:
         """The program of a call, and the lines by which others read its result; raises NotSeparable."""
@@ -212,26 +214,32 @@ class Nesting:
     def arguments(self, call: Call, module: nn.Module) -> tuple[list[Line], dict[str, Name]]:
         """The lines that read a module's arguments, and by name what lines of others are there."""
         traced = call.call
-        bound = signature_of(module).bind(*traced.args, **traced.kwargs)
+        signature = signature_of(module)
+        bound = signature.bind(*traced.args, **traced.kwargs).arguments
         lines: list[Line] = []
         reads: list[Line] = []
         given: dict[str, Name] = {}
         fixed: list[tuple[Name, Any]] = []
-        for parameter, value in bound.arguments.items():
-            kind = bound.signature.parameters[parameter].kind
+        for parameter, (kind, default) in {p.name: (p.kind, p.default) for p in signature.parameters.values()}.items():
+            plain = isinstance(default, PLAIN)
+            if parameter not in bound and not plain:
+                continue
+            value = bound.get(parameter, default)
             star = "*" if kind is inspect.Parameter.VAR_POSITIONAL else "**" if kind is inspect.Parameter.VAR_KEYWORD else ""
             key = f"argument {parameter}"  # no other line is called so
-            plain = isinstance(value, bool | int | float | str | None)
-            lines.append(Line(key, "placeholder", f"{star}{parameter}", (value,) if plain and not star else ()))
+            lines.append(Line(key, "placeholder", f"{star}{parameter}", (default,) if plain else ()))
             for steps, leaf in parts_of(value):
                 name = f"{key}{''.join(f'.{k}' for _, k in steps)}"
-                reads += reading(name, Name(key), steps) if steps else []
                 named = self.leaf_name(leaf)
+                if star == "**" and len(steps) == 1 and isinstance(leaf, PLAIN):  # where it was None, it may be left out
+                    reads.append(Line(name, "call_method", "get", (Name(key), steps[0][1])))
+                elif steps:
+                    reads += reading(name, Name(key), steps)
                 if named is not None:
                     given.setdefault(named, Name(name))
                 if isinstance(leaf, ModelTensor) or isinstance(self.results.get(leaf), TensorRef):
                     fixed.append((Name(name), ...))
-                elif named is None and isinstance(leaf, bool | int | float | str | None):
+                elif named is None and isinstance(leaf, PLAIN):
                     fixed.append((Name(name), leaf))
         if fixed:
             names, values = zip(*fixed, strict=True)
@@ -325,15 +333,11 @@ class Nesting:
         """Whether a line reads a size, or computes with sizes alone: it can be written down wherever its sources are known."""
         if name not in self.numbers:
             line = self.line_of[name]
-            reads = line.target in ("size", "numel", "dim") or (line.target is getattr and line.args[1] == "shape")
+            reads = line.reads_size or (line.target is getattr and line.args[1] == "shape")
             sources = names_in(line)
             computes = is_pure(line) and bool(sources) and line.op != "get_attr" and all(map(self.is_number, sources))
             self.numbers[name] = reads or computes
         return self.numbers[name]
-
-
-def number_in(number: int, call: Call) -> bool:
-    return call.call.begin <= number < call.call.end
 
 
 def call_name(call: Call) -> str:

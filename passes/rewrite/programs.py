@@ -36,6 +36,10 @@ class Line(NamedTuple):
     kwargs: Any = None
     meta: Any = None
 
+    @property
+    def reads_size(self) -> bool:
+        return self.op == "call_method" and self.target in READS
+
 
 @dataclass(frozen=True, slots=True)
 class Program:
@@ -93,6 +97,7 @@ class Function:
         return pkgutil.resolve_name(self.where)
 
 
+OWN_MODEL = "_own_model"  # the attribute that holds the model where it was captured as one node
 Forwards = dict[str, dict[bool, Program]]  # by module path and mode
 
 
@@ -132,10 +137,10 @@ def written(
     return lines, names
 
 
-def without_dead(lines: Sequence[Line], wanted: Iterable[str] = ()) -> list[Line]:
-    """Lines without the numbers and attribute reads that nothing uses and nobody wants; what may write in place stays."""
+def without_dead(lines: Sequence[Line], used: Iterable[str] = ()) -> list[Line]:
+    """Lines without the numbers and attribute reads that nothing uses; calls that may write in place stay."""
     kept: list[Line] = []
-    wanted = set(wanted)
+    wanted = set(used)
     for line in reversed(lines):
         if line.name in wanted or not is_pure(line):
             kept.append(line)
@@ -144,7 +149,7 @@ def without_dead(lines: Sequence[Line], wanted: Iterable[str] = ()) -> list[Line
 
 
 def is_pure(line: Line) -> bool:
-    return line.op == "get_attr" or line.target is getattr or line.target in READS or line.target in COMPUTES
+    return line.op == "get_attr" or line.target is getattr or line.reads_size or line.target in COMPUTES
 
 
 def names_in(x: Any) -> list[str]:
@@ -179,3 +184,14 @@ def numbered(program: Program) -> list[Any]:
     places = {line.name: i for i, line in enumerate(program.lines)}
     place = lambda name: Name(str(places[name]))  # noqa: E731
     return [(line.op, line.target, renamed(line.args, place), renamed(line.kwargs, place)) for line in program.lines]
+
+
+def on_own_model(program: Program, path: str) -> Program:
+    """The program of a model that was captured as one node, the module at `path`: it calls that model's forward."""
+    lines: list[Line] = []
+    for line in program.lines:
+        if line.op == "call_module" and line.target == path:
+            lines.append(Line(OWN_MODEL, "get_attr", OWN_MODEL))
+            line = line._replace(op="call_method", target="forward", args=(Name(OWN_MODEL), *line.args))
+        lines.append(line)
+    return Program(tuple(lines))

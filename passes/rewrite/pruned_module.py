@@ -11,10 +11,21 @@ from typing import Any
 from torch import fx, nn
 from torch.fx.graph import PythonCode
 
+from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import Apart, fetch
-from fxprune.passes.rewrite.programs import Forwards, Program
+from fxprune.passes.rewrite.programs import OWN_MODEL, Forwards, Program
 
-OWN = ("_programs", "_flat", "_apart", "_mode", "_other")  # the attributes of a `PrunedModule` itself
+OWN = ("_programs", "_flat", "_apart", "_mode", "_other", OWN_MODEL)  # the attributes of a `PrunedModule` itself
+
+
+class Member:
+    """A module, parameter or buffer of the model under a name that a GraphModule has a use for, too: read as the model does."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, module: nn.Module, kind: type | None = None) -> Any:
+        return nn.Module.__getattr__(module, self.name)
 
 
 class RewrittenForward:
@@ -70,15 +81,20 @@ class PrunedModule(fx.GraphModule):
         forwards: Forwards,
         apart: Apart,
         name: str = "Pruned",
+        own_model: nn.Module | None = None,
     ) -> None:
         super().__init__(nn.Module(), fx.Graph(), name)
         held = vars(self)
+        for taken in own_attributes().intersection((*tree._modules, *tree._parameters, *tree._buffers)):
+            raise PruneError(
+                f"a member of the model is called {taken!r}, as is what a GraphModule keeps", where=name, fix="rename it"
+            )
         held.update({k: v for k, v in vars(tree).items() if k not in own_attributes()})
         for path, found in forwards.items():
             module = fetch(tree, path)
             vars(module)["forward"] = RewrittenForward(module, found)
-        held |= {"_programs": programs, "_flat": flat, "_apart": apart, "_mode": False, "_other": None}
-        self.graph = programs[False].graph()
+        held |= {"_programs": programs, "_flat": flat, "_apart": apart, "_mode": False, "_other": None, OWN_MODEL: own_model}
+        self._run(programs[False].graph())
 
     def recompile(self) -> PythonCode:
         if not len(self._graph.nodes):  # the empty one that `__init__` starts with
@@ -87,6 +103,8 @@ class PrunedModule(fx.GraphModule):
 
     def train(self, mode: bool = True) -> PrunedModule:
         super().train(mode)
+        if self.own_model is not None:
+            vars(self.own_model)["training"] = mode
         apart = vars(self)["_apart"].get(mode)
         for path, module in self.named_modules():
             if apart:
@@ -94,16 +112,22 @@ class PrunedModule(fx.GraphModule):
             forward = vars(module).get("forward")
             if isinstance(forward, RewrittenForward):
                 forward.prepare(module.training)
-        self.choose(mode)
+        self._choose(mode)
         return self
 
-    def choose(self, mode: bool) -> None:
+    def _run(self, graph: fx.Graph) -> None:
+        """Have this graph; members of the model that are called as something that a GraphModule has come before that."""
+        fx.GraphModule.graph.fset(self, graph)  # type: ignore[attr-defined]
+        for name in {*self._modules, *self._parameters, *self._buffers}.intersection(dir(PrunedModule)):
+            setattr(type(self), name, Member(name))
+
+    def _choose(self, mode: bool) -> None:
         """Switch to the program of a mode."""
         held = vars(self)
         if mode != held["_mode"] and len(held["_programs"]) > 1:
             graph = held["_other"] or held["_programs"][mode].graph()
             held["_other"], held["_mode"] = self._graph, mode
-            self.graph = graph
+            self._run(graph)
 
     def flat(self) -> fx.GraphModule:
         """The program of the present mode as one flat graph of layers and functions, which shares this module's tensors."""
@@ -112,10 +136,17 @@ class PrunedModule(fx.GraphModule):
 
     def as_class(self, cls: type[nn.Module]) -> Any:
         """An object of another class with all that this module holds, and its programs as forward."""
+        if self.own_model is not None:
+            return self.own_model
         made: Any = object.__new__(cls)
         vars(made).update({k: v for k, v in vars(self).items() if k not in own_attributes()})
         vars(made)["forward"] = RewrittenForward(made, vars(self)["_programs"])
         return made
+
+    @property
+    def own_model(self) -> Any:
+        """Of a model that was captured as one node: what runs its forward, over the same tensors and modules. Else None."""
+        return vars(self)[OWN_MODEL]
 
     @property
     def plan(self) -> Any:
@@ -127,7 +158,7 @@ class PrunedModule(fx.GraphModule):
 
     # -- copies ---------------------------------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, Any]:
+    def _written(self) -> dict[str, Any]:
         """All attributes, with the graphs as they are by now written down."""
         held = dict(vars(self))
         graph, other, mode = held.pop("_graph"), held.pop("_other"), held["_mode"]
@@ -137,24 +168,24 @@ class PrunedModule(fx.GraphModule):
             programs[not mode] = Program.of(other)
         return held | {"_programs": programs, "_other": None}
 
-    def filled(self, state: dict[str, Any], name: str) -> PrunedModule:
+    def _filled(self, state: dict[str, Any], name: str) -> PrunedModule:
         type(self).__name__ = name
         vars(self).update(state)
-        self.graph = state["_programs"][state["_mode"]].graph()
+        self._run(state["_programs"][state["_mode"]].graph())
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return restored, (self.state(), type(self).__name__)
+        return restored, (self._written(), type(self).__name__)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return self.__reduce__()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PrunedModule:
         made = memo[id(self)] = PrunedModule.__new__(PrunedModule)
-        return made.filled(copy.deepcopy(self.state(), memo), type(self).__name__)
+        return made._filled(copy.deepcopy(self._written(), memo), type(self).__name__)
 
     def __copy__(self) -> PrunedModule:
-        state = {k: copy.copy(v) if type(v) is dict else v for k, v in self.state().items()}
+        state = {k: copy.copy(v) if type(v) is dict else v for k, v in self._written().items()}
         return restored(state, type(self).__name__)
 
 
@@ -167,4 +198,4 @@ def own_attributes() -> frozenset[str]:
 def restored(state: dict[str, Any], name: str) -> PrunedModule:
     """A pruned model of its attributes; what unpickling calls."""
     made: PrunedModule = PrunedModule.__new__(PrunedModule)
-    return made.filled(state, name)
+    return made._filled(state, name)

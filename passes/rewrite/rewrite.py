@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.ir.module_tree import Apart, TreeNames, apart_from, every_path, fetch, named_tensors, replace_tensors, walk
 from fxprune.passes.ir.program import CapturedProgram, Waiver
+from fxprune.passes.ir.pytree import ATOMS
 from fxprune.passes.ir.slices import Slicer, TensorSlice, apply_slices, cut_shape, in_format_of, major_to_minor
 from fxprune.passes.rewrite.nesting import Nesting
-from fxprune.passes.rewrite.programs import FlatProgram, Forwards, Program, alike, without_dead
+from fxprune.passes.rewrite.programs import FlatProgram, Forwards, Program, alike, on_own_model, without_dead
 from fxprune.passes.rewrite.pruned_module import PrunedModule, RewrittenForward
 from fxprune.passes.rewrite.rewriter import Rewriter
 
@@ -57,6 +58,7 @@ def rewrite_program(
     constants: dict[str, Tensor] = {}
     programs, attributes = rewrite_graphs(solution, slicer, constants, device, waiver)
     tree = slice_tensors(values, solution, made)
+    restore_state(model, tree, solution)
     for path, edits in attributes.items():
         module = captures[0].modules.get(path) or fetch(tree, path)
         for name, value in edits.items():
@@ -72,7 +74,6 @@ def rewrite_program(
 def assemble(model: nn.Module, solution: Solution, tree: nn.Module, programs: Mapping[bool, FlatProgram]) -> PrunedModule:
     """The pruned module of a tree with smaller tensors and the flat programs that run on it."""
     captures = solution.captures
-    restore_modes(model, tree, solution)
     apart = modes_apart(model, solution, walk(tree).values())
 
     def is_training(path: str, mode: bool) -> bool:
@@ -84,8 +85,13 @@ def assemble(model: nn.Module, solution: Solution, tree: nn.Module, programs: Ma
         for name in names:
             fetch(tree, path).register_buffer(name, getattr(tree, name), persistent=False)
     flat = {mode: Program(tuple(without_dead(program.program.lines))) for mode, program in programs.items()}
-    pruned = PrunedModule(tree, roots, flat, forwards, apart, type(model).__name__)
-    pruned.choose(model.training)
+    own_model, prefix = None, captures[0].prefix
+    if prefix:  # the model is one node, a module of the tree: that one is the root of the result
+        tree, own_model = (fetch(tree, prefix.removesuffix(".")),) * 2
+        roots, flat = ({m: on_own_model(p, prefix.removesuffix(".")) for m, p in some.items()} for some in (roots, flat))
+        apart = {mode: frozenset(path.removeprefix(prefix) for path in some) for mode, some in apart.items()}
+    pruned = PrunedModule(tree, roots, flat, forwards, apart, type(model).__name__, own_model)
+    pruned._choose(model.training)
     return pruned
 
 
@@ -147,8 +153,8 @@ def rewrite_graphs(
 
 def check_programs(pruned: PrunedModule) -> None:
     """Postconditions of a rewrite: every program is well formed, and what it refers to exists."""
-    pruned.graph.lint()
     held = vars(pruned)
+    held["_graph"].lint()
     found: list[tuple[nn.Module, Program]] = [
         (pruned, program) for program in (*held["_programs"].values(), *held["_flat"].values())
     ]
@@ -161,12 +167,17 @@ def check_programs(pruned: PrunedModule) -> None:
         graph.lint()
 
 
-def restore_modes(model: nn.Module, tree: nn.Module, solution: Solution) -> None:
-    """Put the modules of the pruned tree in the modes that the original's are in."""
+def restore_state(model: nn.Module, tree: nn.Module, solution: Solution) -> None:
+    """Give the modules of the pruned tree the modes, flags and numbers of the original's: forwards ran on them at capture."""
     prefix = solution.captures[0].prefix
-    modes = {path: m.training for path, m in every_path(model)}
+    modules = dict(every_path(model))
     for module, path in walk(tree).items():
-        vars(module)["training"] = modes.get(path.removeprefix(prefix), model.training)
+        own, original = vars(module), modules.get(path.removeprefix(prefix))
+        own["training"] = model.training if original is None else original.training
+        was = {} if original is None else vars(original)
+        for name in [k for k, v in own.items() if type(v) in ATOMS and k in was and v is not was[k]]:
+            if type(was[name]) in ATOMS:
+                own[name] = was[name]
 
 
 def modes_apart(model: nn.Module, solution: Solution, paths: Iterable[str]) -> Apart:

@@ -27,8 +27,9 @@ from fxprune.passes.rewrite.call_structures import nodes_in
 from fxprune.passes.rewrite.graph_editor import GraphEditor
 from fxprune.passes.rewrite.guards import describe, holds
 from fxprune.passes.rewrite.layer_attributes import LayerAttributes
+from fxprune.passes.rewrite.merged_batch import merged_dims
 from fxprune.passes.rewrite.opaque_attributes import opaque_attributes
-from fxprune.passes.rewrite.programs import FlatProgram, Name, Program, without_dead, written
+from fxprune.passes.rewrite.programs import FlatProgram, Program, names_in, without_dead, written
 from fxprune.passes.rewrite.size_expressions import PrunedShapes, SizeExpressions
 
 NUMBER = (int, float)
@@ -68,8 +69,10 @@ class Rewriter:
         self.editor = GraphEditor(self.capture.graph, self.capture.only)
         self.graph, self.new, self.emit = self.editor.graph, self.editor.new, self.editor.emit
 
+        merged = merged_dims(trace)
+
         def channels(ref: TensorRef, dim: int) -> bool:
-            return counts_channels(labels.get(ref.id, ()), dim, may_go, unit_of)
+            return dim not in merged.get(ref.id, ()) and counts_channels(labels.get(ref.id, ()), dim, may_go, unit_of)
 
         self.sizes = SizeExpressions(self.capture, self.shapes, channels, self.editor)
         self.size = self.sizes.size
@@ -149,9 +152,8 @@ class Rewriter:
         for mode in (False, True) if has_branches else (False,):
             lines, names = written(self.graph, self.editor.branches, mode)
             names |= {node: names[made] for node, made in self.editor.new.items() if made in names}
-            handed = [(call.args, call.kwargs, call.out) for call in self.capture.module_calls]  # which nobody need use
-            named = [names.get(node) for node in nodes_in(handed)]
-            lines = without_dead(lines, [found.name for found in named if type(found) is Name])
+            handed = [names.get(n) for call in self.capture.module_calls for n in nodes_in((call.args, call.kwargs, call.out))]
+            lines = without_dead(lines, names_in(handed))  # a module may be given what its lines do not use
             programs[mode] = FlatProgram(Program(tuple(lines)), numbers, names, touched)
         return programs
 

@@ -165,7 +165,8 @@ class SizeExpressions:
             return False
         if node not in self.changed:
             differs = self.value(node) != self.capture.results[node]
-            self.changed[node] = differs or (not self.is_size(node) and any(self.is_changed(n) for n in node.all_input_nodes))
+            numbers = [n for n in node.all_input_nodes if not collect(self.capture.results.get(n), TensorRef)]
+            self.changed[node] = differs or (not self.is_size(node) and any(map(self.is_changed, numbers)))
         return self.changed[node]
 
     def original(self, node: Any, *, keep_sizes: bool = False) -> Any:

@@ -1,7 +1,8 @@
 """The check of opaque modules: each one, once sliced, against itself masked, on the inputs that it has in the original.
 
 The Python inside of an opaque module is not rewritten. Attributes that sizes came from are changed, but a size may be written
-out, or come from somewhere nobody saw. Such a module then fails or computes something else: it must stay whole.
+out, or come from somewhere nobody saw. Such a module then fails or computes something else: it must stay whole. The same holds
+of a custom autograd function, which is tried on random inputs.
 """
 
 from __future__ import annotations
@@ -22,23 +23,29 @@ from fxprune.passes.verification.masked_model import MaskedOriginal, Removal, re
 
 @dataclass(frozen=True, slots=True)
 class OpaqueSite:
-    """One call of an opaque module: its path, the tensors that go in and come out, and its arguments if they are known."""
+    """One call of an opaque module: its path, the tensors that go in and come out, and its arguments if they are known.
+
+    Or of a custom autograd function, with its arguments in which tensors are references.
+    """
 
     path: str
     ins: list[TensorRef]
     outs: list[TensorRef]
     given: tuple[Any, Any] | None = None
+    function: Any = None
 
 
 def opaque_sites(solution: Solution, slicer: Slicer) -> list[OpaqueSite]:
     """The calls of opaque modules that read, hold or return anything that is cut; from captures not used up yet."""
     capture = solution.captures[0]
     found: list[OpaqueSite] = []
-    for node in capture.graph.nodes:
-        path = str(node.target)
-        if node.op == "call_module" and path in capture.opaque and capture.only.get(node) is not True:
-            ins = collect(fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: capture.results[n]), TensorRef)
-            site = OpaqueSite(path, ins, collect(capture.results[node], TensorRef), capture.given.get(node))
+    for node, path in capture.unseen.items():
+        if capture.only.get(node) is not True:
+            refs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: capture.results[n])
+            function = node.target if node.op == "call_function" else None
+            given = capture.given.get(node) if function is None else refs
+            outs = collect(capture.results[node], TensorRef)
+            site = OpaqueSite(path, collect(refs, TensorRef), outs, given, function)
             if touched(solution, slicer, site):
                 found.append(site)
     return found
@@ -68,15 +75,42 @@ def broken(
     prefix = solution.captures[0].prefix
     unknown = {s.path for s in sites if s.given is None}
     given = arguments(model, unknown, prefix, args, kwargs) if unknown else {}
+    device = next((t.device for _, t in named_tensors(model)), torch.device("cpu"))
     found: dict[str, str] = {}
     for site in sites:
         calls = given.get(site.path, [site.given])
         call = calls.pop(0) if calls else None
         if site.path not in found and call is not None:
+            call = call if site.function is None else made_up(call, solution, device)
             wrong = compared(model, pruned, solution, slicer, site, *call, heads=heads, tolerance=tolerance)
             if wrong:
-                found[site.path] = f"belongs to a module that is not captured and {wrong}"
+                what = "a module that is not captured and" if site.function is None else "a custom autograd function that"
+                found[site.path] = f"belongs to {what} {wrong}"
     return found
+
+
+def made_up(call: tuple[Any, Any], solution: Solution, device: torch.device) -> Any:
+    """Arguments with random tensors in place of references: whole numbers are those of the capture, or zero."""
+    generator, values = torch.Generator().manual_seed(0), solution.captures[0].op_trace.values
+
+    def tensor(ref: TensorRef) -> Tensor:
+        value = values[ref.id]
+        if value.dtype.is_floating_point or value.dtype.is_complex:
+            return torch.randn(value.shape, generator=generator, dtype=value.dtype).to(device)
+        return (torch.zeros(value.shape, dtype=value.dtype) if value.data is None else value.data).to(device)
+
+    return map_tensors(call, tensor, TensorRef)
+
+
+class Applied(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
 
 
 def inside(name: str, path: str) -> bool:
@@ -103,7 +137,7 @@ def arguments(
 
 def compared(
     model: nn.Module,
-    pruned: nn.Module,
+    pruned: Any,
     solution: Solution,
     slicer: Slicer,
     site: OpaqueSite,
@@ -116,7 +150,10 @@ def compared(
     """What is wrong with a cut module on these arguments: nothing, or a clause."""
     capture, labels, path = solution.captures[0], solution.values[0], site.path
     whole = f"{path}." == capture.prefix
-    module = model if whole else fetch(model, path.removeprefix(capture.prefix))
+    if site.function is not None:
+        module: nn.Module = Applied(site.function)
+    else:
+        module = model if whole else fetch(model, path.removeprefix(capture.prefix))
     names = {id(t): name for name, t in named_tensors(model)}
     own = {name: solution.leaves.get(names.get(id(t), ""), ()) for name, t in named_tensors(module)}
     tensors = collect((args, kwargs), Tensor)
@@ -130,7 +167,7 @@ def compared(
         wanted = MaskedOriginal(module, Removal(own, slicer.kept, heads))(args, kwargs, known)
         torch.manual_seed(0)
         try:
-            got = fetch(pruned, path)(*few_args, **few_kwargs)
+            got = (site.function or (pruned.own_model if whole else fetch(pruned, path)))(*few_args, **few_kwargs)
         except Exception as error:
             return f"fails once it is cut ({type(error).__name__})"
     expected, found = collect(wanted, Tensor), collect(got, Tensor)

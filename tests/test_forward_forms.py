@@ -1,0 +1,453 @@
+"""What forwards of other people's packages do, each in a small model: pruned by half, and exact."""
+
+import functools
+
+import torch
+from torch import nn
+
+import fxprune
+
+
+def halved(model, *inputs):
+    """A model pruned by half, which verification found exact; something is gone of it."""
+    model.eval()
+    pruned = fxprune.prune(model, 0.5, example_inputs=inputs)
+    assert pruned.verification.ok
+    assert sum(p.numel() for p in pruned.parameters()) < 0.8 * sum(p.numel() for p in model.parameters())
+    return pruned
+
+
+# -- hooks -------------------------------------------------------------------------------------------------------------
+
+
+class Keeps(nn.Module):
+    """Takes what a layer inside returns from a hook, which is a method of its own."""
+
+    def __init__(self, when, bound=True):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 12), nn.Tanh(), nn.Linear(12, 3))
+        self.head = nn.Linear(16, 5)
+        self.hidden, self.hooked, self.bound = {}, False, bound
+        if when == "before":
+            self.register()
+
+    def register(self):
+        hook = self.hook if self.bound else functools.partial(Keeps.hook, self)
+        self.net[1].register_forward_hook(hook)
+        self.hooked = True
+
+    def hook(self, module, args, output):
+        self.hidden[args[0].device] = output.flatten(1)
+
+    def forward(self, x):
+        if not self.hooked:
+            self.register()
+        self.hidden.clear()
+        out = self.net(x)
+        return out, self.head(self.hidden[x.device])
+
+
+def test_a_hook_that_keeps_what_a_layer_returns_is_a_step_of_the_program():
+    for when, bound in (("before", True), ("before", False), ("in forward", True)):
+        torch.manual_seed(0)
+        model, x = Keeps(when, bound), torch.randn(4, 6)
+        before = dict(model.net[1]._forward_hooks)
+        pruned = halved(model, x)
+        assert pruned.head.weight.shape == (5, 8), "what the hook keeps is pruned where it is used"
+        assert pruned.meta["capture"] == "symbolic"
+        assert model.net[1]._forward_hooks == before
+        assert not pruned.get_submodule("net.1")._forward_hooks, "the program does it already"
+        assert fxprune.verify(model, pruned, torch.randn(7, 6)).ok
+
+
+def test_a_hook_that_looks_at_values_stays_part_of_its_layer():
+    seen = []
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+    model[1].register_forward_hook(lambda module, args, output: seen.append(output.detach().numpy().mean()))
+    pruned = halved(model, torch.randn(4, 6))
+    seen.clear()
+    pruned(torch.randn(2, 6))
+    assert len(seen) == 1
+
+
+def test_the_method_of_a_module_outside_of_the_model_stays_its_own():
+    class Watch(nn.Module):
+        def hook(self, module, args, output):
+            return output * 2
+
+    model, watch = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)), Watch()
+    model[1].register_forward_hook(watch.hook)
+    pruned = halved(model, torch.randn(4, 6))
+    assert not list(watch.children())
+    assert "mul" in pruned.code
+
+
+# -- constructors of tensors ----------------------------------------------------------------------------------------------
+
+
+class OldConstructors(nn.Module):
+    """Creates tensors by their class, from sizes, from lists of them, and from tensors; in a method of a part, too."""
+
+    class Noise(nn.Module):
+        def made(self, x):
+            return torch.Tensor(x.shape[0], x.shape[1], x.shape[2], x.shape[3]).to(x).fill_(0.5)
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.noise = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 4, 3), OldConstructors.Noise()
+
+    def forward(self, x):
+        x = self.up(x).relu()
+        x = x + self.noise.made(x)
+        gap = torch.Tensor(torch.zeros(x.shape[0], x.shape[1], 3, x.shape[3])).type(torch.FloatTensor).to(x)
+        assert isinstance(gap, torch.Tensor)
+        x = torch.cat([x, gap], 2)
+        scale = torch.FloatTensor(x.shape[:1]).fill_(2)
+        rows = torch.LongTensor([x.shape[2], 1]).sum()
+        return self.down(x) * scale.to(x).view(-1, 1, 1, 1) + rows.to(x)
+
+
+def test_tensors_created_by_their_class_follow_the_sizes_of_the_input():
+    model = OldConstructors()
+    kept = torch.Tensor, torch.LongTensor, dict(vars(torch.Tensor))
+    pruned = halved(model, torch.randn(2, 3, 8, 8))
+    assert (torch.Tensor, torch.LongTensor, dict(vars(torch.Tensor))) == kept
+    assert globals()["torch"] is __import__("torch")
+    assert pruned.meta["capture"] == "symbolic"
+    assert pruned.down.weight.shape == (4, 6, 3, 3)
+    found = fxprune.verify(model, pruned, torch.randn(5, 3, 12, 9))
+    assert found.ok
+    assert not found.refused
+
+
+# -- numbers read from tensors -----------------------------------------------------------------------------------------
+
+
+class ReadsScale(nn.Module):
+    """Takes a fraction out of a tensor, and computes with it."""
+
+    def __init__(self, branches=False):
+        super().__init__()
+        self.up, self.down, self.branches = nn.Linear(6, 16), nn.Linear(16, 3), branches
+        self.scale = nn.Parameter(torch.tensor([0.5]))
+
+    def forward(self, x):
+        largest = x.abs().max().item() + self.scale.item()
+        if self.branches and largest > 2:
+            return self.down(self.up(x).relu())
+        return self.down((self.up(x) / largest).relu() * largest**2)
+
+
+def test_a_fraction_read_from_a_tensor_is_read_anew_on_every_call():
+    torch.manual_seed(0)
+    model, x = ReadsScale(), torch.randn(4, 6)
+    pruned = halved(model, x)
+    assert pruned.meta["capture"] == "symbolic"
+    assert fxprune.verify(model, pruned, 7 * torch.randn(5, 6)).ok
+
+
+def test_what_is_decided_by_such_a_fraction_is_decided_on_every_call():
+    torch.manual_seed(0)
+    model, x = ReadsScale(branches=True), torch.randn(4, 6)
+    pruned = halved(model, x)
+    assert pruned.meta["capture"].startswith("opaque")
+    for given in (0.1 * x, 9 * x):
+        assert fxprune.verify(model, pruned, given).ok
+
+
+class CountsRows(nn.Module):
+    """Puts sizes into a tensor of whole numbers, and takes them out again."""
+
+    def __init__(self, listed=False):
+        super().__init__()
+        self.up, self.down, self.listed = nn.Linear(6, 16), nn.Linear(16, 3), listed
+
+    def forward(self, xs):
+        rows = torch.tensor([x.shape[0] for x in xs])
+        longest = rows.tolist()[1] if self.listed else rows.amax().item()
+        if rows.min() == 0:
+            return None
+        padded = torch.stack([nn.functional.pad(self.up(x), (0, 0, 0, longest - x.shape[0])) for x in xs])
+        return self.down((padded * (torch.arange(longest) < rows[:, None])[..., None]).relu())
+
+
+def test_sizes_that_went_through_a_tensor_stay_sizes():
+    for listed in (False, True):
+        torch.manual_seed(0)
+        model = CountsRows(listed)
+        pruned = halved(model, [torch.randn(3, 6), torch.randn(5, 6)])
+        assert pruned.meta["capture"] == "symbolic"
+        other = ([torch.randn(2, 6), torch.randn(7, 6)],)
+        assert fxprune.verify(model, pruned, other).ok
+        assert pruned(*other).shape == (2, 7, 3)
+
+
+def test_a_list_that_is_repeated_by_a_size_is_as_long_as_it_was():
+    class Repeats(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 16), nn.Linear(16, 3)
+
+        def forward(self, x):
+            ones = [1.0] * x.shape[0]
+            return self.down(self.up(x).relu()) * torch.tensor(ones)[:, None]
+
+    pruned = halved(Repeats(), torch.randn(4, 6))
+    assert pruned.verification.refused, "at another batch it says so"
+
+
+# -- custom autograd functions -----------------------------------------------------------------------------------------
+
+
+class ByWidth(torch.autograd.Function):
+    """Divides by the number of channels, which the Python of it asks for."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x / x.shape[1]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class InGroups(torch.autograd.Function):
+    """Is told how many groups of how many channels there are."""
+
+    @staticmethod
+    def forward(ctx, x, groups, each):
+        return x.reshape(x.shape[0], groups, each).flip(2).reshape(x.shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None, None
+
+
+class Signs(torch.autograd.Function):
+    """Knows no width."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.sign() * x.abs().sqrt()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def test_a_custom_function_whose_python_has_widths_is_tried_and_kept_whole():
+    for apply, why in (
+        (ByWidth.apply, "computes something else"),
+        (lambda x: InGroups.apply(x, 6, 3), "fails"),
+        (Signs.apply, ""),
+    ):
+
+        class Net(nn.Module):
+            def __init__(self, apply=apply):
+                super().__init__()
+                self.a, self.b, self.c = nn.Linear(6, 20), nn.Linear(20, 18), nn.Linear(18, 3)
+                self.apply_to = apply
+
+            def forward(self, x):
+                return self.c(self.apply_to(self.b(self.a(x).relu())))
+
+        torch.manual_seed(0)
+        pruned = halved(Net(), torch.randn(4, 6))
+        assert pruned.b.weight.shape == ((18, 10) if why else (9, 10))
+        reasons = pruned.meta["frozen_modules"].values()
+        assert all(f"belongs to a custom autograd function that {why}" in reason for reason in reasons)
+        assert bool(reasons) == bool(why)
+
+
+# -- reshapes ------------------------------------------------------------------------------------------------------------
+
+
+class HeadsInTheBatch(nn.Module):
+    """Attention whose heads lie in the batch, the sizes of which are computed once more from the result."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(12, 48), nn.Linear(16, 3)
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        q, k, v = (t.reshape(b, n, 4, 4).transpose(1, 2).reshape(b * 4, n, 4) for t in self.qkv(x).chunk(3, -1))
+        rows, tokens, width = q.shape
+        q = torch.stack([-q[..., 1::2], q[..., ::2]], -1).reshape(1 * rows, 1 * tokens, 2 * (width // 2))
+        mixed = (q @ k.transpose(1, 2)).softmax(-1) @ v
+        return self.out(mixed.reshape(b, 4, n, 4).transpose(1, 2).reshape(b, n, 16))
+
+
+def test_a_batch_of_one_that_heads_were_merged_with_is_no_number_of_heads():
+    torch.manual_seed(0)
+    model = HeadsInTheBatch()
+    pruned = halved(model, torch.randn(1, 5, 12))
+    found = fxprune.verify(model, pruned, torch.randn(3, 7, 12))
+    assert found.ok
+    assert not found.refused
+
+
+class MapOfChannels(nn.Module):
+    """Reads `(B, h*w, C)` as `(B, C, h, w)` without moving the channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.side, self.out = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 4, 1)
+        self.last = nn.Conv2d(4, 80, 1)
+        self.head = nn.Conv2d(80, 2, 1)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        b, _, h, w = x.shape
+        x = x + self.side(x).flatten(2).transpose(1, 2).reshape(b, 16, h, w)
+        return self.head(self.last(self.out(x)).relu())
+
+
+def test_channels_that_are_laid_out_among_positions_stay():
+    torch.manual_seed(0)
+    model = MapOfChannels()
+    pruned = halved(model, torch.randn(1, 3, 4, 6))
+    assert pruned.stem.weight.shape[0] == 16
+    assert pruned.last.weight.shape[0] < 80
+    for size in (5, 6, 8):
+        found = fxprune.verify(model, pruned, torch.randn(2, 3, size, size + 1))
+        assert found.ok
+        assert not found.refused
+
+
+# -- what else forwards do -----------------------------------------------------------------------------------------------
+
+
+class Renormed(nn.Module):
+    """Assigns to the data of a parameter on every call."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.proto = nn.Linear(6, 16), nn.Parameter(3 * torch.randn(3, 16))
+
+    def forward(self, x):
+        self.proto.data = torch.renorm(self.proto.data, p=2, dim=0, maxnorm=1.0)
+        return self.up(x).relu() @ self.proto.t()
+
+
+def test_assignment_to_a_parameters_data_is_a_step_of_the_program():
+    torch.manual_seed(0)
+    model, x = Renormed(), torch.randn(4, 6)
+    before = model.proto.detach().clone()
+    pruned = fxprune.prune(model.eval(), 0.5, example_inputs=x)
+    assert torch.equal(model.proto, before), "the original is not written to"
+    assert pruned.meta["capture"] == "symbolic"
+    assert pruned.proto.shape == (3, 8)
+    with torch.no_grad():
+        pruned.proto.mul_(100)
+        pruned(x)
+    assert pruned.proto.detach().norm(dim=1).max() <= 1.001
+
+
+class Vectorised(nn.Module):
+    """Calls a function that `torch.vmap` vectorises, of tensors alone or of a parameter too."""
+
+    def __init__(self, owns=False):
+        super().__init__()
+        self.up, self.down, self.owns = nn.Linear(6, 16), nn.Linear(16, 3), owns
+        self.shift = nn.Parameter(torch.randn(16))
+
+    def forward(self, x):
+        shift = self.shift if self.owns else torch.zeros(())
+        scaled = torch.vmap(lambda row, size: row.relu() * size + shift)(self.up(x), x.norm(dim=1))
+        return self.down(scaled)
+
+
+def test_a_function_that_is_vectorised_is_one_node():
+    torch.manual_seed(0)
+    pruned = halved(Vectorised(), torch.randn(4, 6))
+    assert pruned.meta["capture"] == "symbolic"
+    assert "vmap_lambda" in pruned.code
+    assert pruned.down.weight.shape == (3, 8)
+
+
+def test_a_vectorised_function_that_reads_a_parameter_is_not():
+    torch.manual_seed(0)
+    model = Vectorised(owns=True).eval()
+    pruned = fxprune.prune(model, 0.5, example_inputs=torch.randn(4, 6))
+    assert pruned.meta["capture"].startswith("opaque")
+    assert pruned.verification.ok
+
+
+class GivenAModule(nn.Module):
+    """Hands one part to another, which reads values."""
+
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 16), nn.Linear(16, 6)
+
+        def forward(self, x, act):
+            hidden = act(self.up(x))
+            if hidden.max() > 1e9:
+                raise ValueError("the input has exploded")
+            return self.down(hidden)
+
+    def __init__(self):
+        super().__init__()
+        self.part, self.act, self.head = GivenAModule.Part(), nn.GELU(), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.part(x, self.act))
+
+
+def test_an_opaque_module_may_be_given_another_module():
+    torch.manual_seed(0)
+    pruned = halved(GivenAModule(), torch.randn(4, 6))
+    assert list(pruned.meta["capture"].split())[:2] == ["opaque:", "part"]
+    assert pruned.part.up.weight.shape == (8, 6)
+
+
+class ByKeyword(nn.Module):
+    """Calls a part that is one node, and convolves, by keyword alone."""
+
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(12, 12, 3, padding=1)
+
+        def forward(self, *, x):
+            return self.conv(x) if x.max() < 1e9 else x
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.part, self.head = nn.Conv2d(3, 12, 3), ByKeyword.Part(), nn.Conv2d(12, 2, 1)
+
+    def forward(self, x):
+        return self.head(self.part(x=self.stem(x)))
+
+
+def test_an_opaque_module_may_be_called_by_keyword():
+    torch.manual_seed(0)
+    halved(ByKeyword(), torch.randn(1, 3, 8, 8))
+
+
+class Listed(nn.Module):
+    """A part that reads values returns a list, as long as the batch."""
+
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Linear(6, 16)
+
+        def forward(self, x):
+            return "rows", [self.conv(row) for row in x if row.max() < 1e9]
+
+    def __init__(self):
+        super().__init__()
+        self.part, self.head = Listed.Part(), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return [self.head(row.relu()) for row in self.part(x)[1]]
+
+
+def test_a_list_of_an_opaque_module_is_as_long_as_it_was():
+    torch.manual_seed(0)
+    pruned = halved(Listed(), torch.randn(2, 6))
+    assert pruned.meta["capture"].startswith("opaque: part")
+    assert "is 2, and here it is 3" in pruned.verification.refused[0]
