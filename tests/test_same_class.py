@@ -9,7 +9,9 @@ import transformers
 from torch import nn
 
 import fxprune
+from fxprune.passes.errors import GuardError
 from fxprune.passes.rewrite.pruned_module import RewrittenForward
+from fxprune.same_class import configuration
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 60}
 DECODER = {**SMALL, "num_key_value_heads": 2, "max_position_embeddings": 40, "pad_token_id": 0, "eos_token_id": 2}
@@ -124,6 +126,140 @@ def test_attributes_that_nothing_reads_follow_or_are_said_to_be_stale():
     assert small.num_features == small.fc.in_features == 6, "the nearest tensors of that size"
     assert small.hidden == small.blocks[0].out_features == 10
     assert small.doubtful == 16 and small.meta["stale"] == ("doubtful",), "12 of the stem, 8 before the head"
+
+
+class Gate(nn.Module):
+    """Takes a mask or none, and has a size in its code."""
+
+    def forward(self, x, mask=None):
+        a, b = x.split(12, -1)
+        return nn.functional.scaled_dot_product_attention(a, b, b, attn_mask=mask)
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.gate, self.outer = nn.Linear(4, 24), Gate(), nn.Linear(12, 3)
+
+    def forward(self, x, mask=None):
+        return self.outer(self.gate(self.inner(x), mask))
+
+
+def test_a_program_refuses_none_where_a_tensor_was_captured():
+    x, mask = torch.randn(2, 5, 4), torch.ones(5, 5).tril().bool()
+    small = fxprune.prune(Masked(), 0.5, example_inputs=(x, mask), same_class=True)
+    assert isinstance(vars(small.gate)["forward"], RewrittenForward)
+    small(x, mask)
+    with pytest.raises(GuardError, match="a tensor where it is None now"):
+        small(x)
+
+
+class Stages(nn.Module):
+    """Describes the outputs of its modules, as backbones do."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.body, self.head = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 12, 3, 2, 1), nn.Linear(12, 3)
+        self.info = [
+            {"module": "stem", "channels": 8, "stride": 2, "note": "first"},
+            {"module": "body", "channels": 12, "stride": 4},
+        ]
+        self.others = [{"module": "nowhere", "channels": 8}]
+
+    def forward(self, x):
+        return self.head(self.body(self.stem(x)).mean((2, 3)))
+
+
+def test_records_that_name_modules_follow_their_outputs():
+    model = Stages()
+    small = fxprune.prune(model, {"stem": 0.5, "body": 0.25}, example_inputs=torch.randn(2, 3, 16, 16), same_class=True)
+    assert small.info == [
+        {"module": "stem", "channels": 4, "stride": 2, "note": "first"},
+        {"module": "body", "channels": 9, "stride": 4},
+    ]
+    assert small.others == model.others and model.info[1]["channels"] == 12 and small.meta["stale"] == ()
+
+
+class Options:
+    """A configuration that each of two layers reads its heads from."""
+
+    def __init__(self):
+        self.heads, self.unrelated = 4, 4
+
+    def to_dict(self):
+        return vars(self)
+
+
+class Heads(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.config.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class TwoLayers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.options = Options()
+        self.a, self.b = Heads(self.options), Heads(self.options)
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+def test_a_number_of_a_shared_configuration_is_each_layers_own():
+    model, x = TwoLayers(), torch.randn(2, 5, 16)
+    small = fxprune.prune(model, {"a.qkv": 0.5, "b.qkv": 0.25}, example_inputs=x, same_class=True)
+    assert (small.a.config.heads, small.b.config.heads, model.options.heads) == (2, 3, 4)
+    assert not any(isinstance(vars(m).get("forward"), RewrittenForward) for m in small.modules())
+    longer = torch.randn(3, 7, 16)
+    graph = fxprune.prune(model, {"a.qkv": 0.5, "b.qkv": 0.25}, example_inputs=x)
+    assert torch.allclose(small(longer), graph(longer), atol=1e-6)
+
+
+class Dropping(nn.Module):
+    """Its module returns what it reads off a tensor and the caller drops."""
+
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 24), nn.Linear(12, 8)
+
+        def forward(self, x):
+            a, b = self.a(x).split(12, -1)
+            y = self.b(a * b)
+            return y, y[:, 0]
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = self.Inner(), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.inner(x)[0])
+
+
+@pytest.mark.parametrize("same_class", [False, True])
+def test_a_module_still_returns_what_its_caller_drops(same_class):
+    x = torch.randn(2, 5, 4)
+    small = fxprune.prune(Dropping(), 0.5, example_inputs=x, same_class=same_class)
+    y, first = small.inner(x)
+    assert torch.equal(first, y[:, 0]) and torch.equal(small(x), small.head(y))
+
+
+def test_few_models_are_built_to_find_a_configuration(monkeypatch):
+    built = []
+    build = configuration.build
+    monkeypatch.setattr(configuration, "build", lambda *given: built.append(1) or build(*given))
+    torch.manual_seed(0)
+    model, ids = MODELS["Llama"]().eval(), torch.randint(3, 60, (2, 12))
+    small = fxprune.prune(model, params=0.7, ranking="global", example_inputs={"input_ids": ids}, same_class=True)
+    assert "config" in small.meta["stale"]
+    numbers = len(list(configuration.numbers(model.config)))
+    assert len(built) <= numbers + configuration.MOST_TRIED + 2
 
 
 class Scaled(nn.Module):

@@ -8,8 +8,8 @@
 Each model is pruned twice, to half of everything (`ratio`) and to 70 % of its parameters by one ranking over all layers
 (`params`), each in a process of its own. Rows go to `same_class.jsonl`, the table to `SAME_CLASS.md`. *ok*: the result is of
 the original's class, computes what the GraphModule of the same request does (up to 1e-4 in single precision), its own methods
-do what the original's do, and copies, pickled and loaded in a process that has seen nothing else, are equal to the bit. A
-method counts where the original's works. *no graph*: there is no GraphModule of that request either.
+do what the original's do, and copies, pickled and loaded in a process that has seen nothing else, are equal to the bit. What
+counts is what the original can do. *no graph*: there is no GraphModule of that request either.
 """
 
 import argparse
@@ -87,6 +87,13 @@ def measure(model: str, request: str, largest: float) -> Row:
     mine, other = multiprocessing.Pipe()
     reader = multiprocessing.get_context("fork").Process(target=compare_loaded, args=(other,), daemon=True)
     reader.start()  # before it could know of any model
+    try:
+        return row_of(model, request, largest, (mine, reader))
+    finally:
+        reader.kill()
+
+
+def row_of(model: str, request: str, largest: float, reader: Any) -> Row:
     row: Row = {"machine": machine()}
     torch.manual_seed(0)
     try:
@@ -107,7 +114,7 @@ def measure(model: str, request: str, largest: float) -> Row:
         small, row["seconds_same_class"] = timed(lambda: fxprune.prune(network, **asked, same_class=True))
         row |= {"params_after": sum(p.numel() for p in small.parameters()), "stale": list(small.meta["stale"])}
         row["programs"] = [path for path, m in small.named_modules() if isinstance(vars(m).get("forward"), RewrittenForward)]
-        problems = dict(found_wrong(network, small, graph, inputs, wanted, (mine, reader)))
+        problems = dict(found_wrong(network, small, graph, inputs, wanted, reader))
     except Exception as error:
         problems = {"prune": one_line(error)}
     return row | {"status": "wrong" if problems else "ok", "problems": problems}
@@ -147,10 +154,10 @@ def found_wrong(
     same: Callable[[list[Tensor]], str] = lambda got: apart(got, mine, 0.0 if repeats else TOLERANCE)  # noqa: E731
     for name, duplicate in (("deepcopy", copy.deepcopy), ("pickle", lambda m: pickle.loads(pickle.dumps(m)))):
         problem = tried(lambda duplicate=duplicate: same(tensors(evaluated(duplicate(small), inputs))))
-        if problem:
+        if problem and tried(lambda duplicate=duplicate: duplicate(model) and "") == "":
             yield name, problem
     problem = tried(lambda: reloaded(small, inputs, mine, *reader))
-    if problem:
+    if problem and tried(lambda: pickle.dumps(model) and "") == "":
         yield "reload", problem
     for name, method in METHODS.items():
         if tried(lambda method=method: method(copy.deepcopy(model), inputs)) == "":

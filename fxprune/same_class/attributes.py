@@ -22,7 +22,7 @@ Shape = tuple[int, ...]
 
 
 def update_attributes(
-    model: nn.Module, made: nn.Module, is_exact: Callable[[], bool], run: Callable[[nn.Module], Any]
+    model: nn.Module, made: nn.Module, is_exact: Callable[[], bool], run: Callable[[nn.Module], Any], *, built: bool
 ) -> list[str]:
     """Update the whole numbers on the modules of `made` that still have the original's value; returns those left in doubt.
 
@@ -31,8 +31,9 @@ def update_attributes(
         made: the pruned model of its class.
         is_exact: whether `made` computes what it has to; what changes that is taken back.
         run: calls a model on the example inputs.
+        built: whether the numbers are already those of a model built from the pruned configuration.
     """
-    return numbers_left(model, made, is_exact) + update_records(model, made, run)
+    return ([] if built else numbers_left(model, made, is_exact)) + update_records(model, made, run)
 
 
 def numbers_left(model: nn.Module, made: nn.Module, is_exact: Callable[[], bool]) -> list[str]:
@@ -71,11 +72,15 @@ def assign(module: nn.Module, values: dict[str, Any]) -> None:
 
 
 def nearest_sizes(path: str, size: int, pairs: dict[str, tuple[Shape, Shape]]) -> set[int]:
-    """What has become of the dimensions of a size, of those tensors in a module that lie the least deep in it."""
+    """What has become of the dimensions of a size, of those tensors in a module that lie the least deep in it.
+
+    One level deeper counts what has kept the size: it may be meant as well.
+    """
     found: dict[int, set[int]] = {}
     for depth, now in sizes_below(path, size, pairs):
         found.setdefault(depth, set()).add(now)
-    return found[min(found)] if found else set()
+    nearest = min(found, default=0)
+    return found.get(nearest, set()) | found.get(nearest + 1, set()) & {size}
 
 
 def sizes_below(path: str, size: int, pairs: dict[str, tuple[Shape, Shape]]) -> Iterator[tuple[int, int]]:
@@ -97,9 +102,9 @@ def update_records(model: nn.Module, made: nn.Module, run: Callable[[nn.Module],
     for module, path in modules.items():
         for name, value in vars(module).items():
             if path in counterparts and type(value) is list and value and all(type(record) is dict for record in value):
-                owners = [named_module(record, path, paths) for record in value]
-                if None not in owners:
-                    found.append((path, name, value, owners))  # type: ignore[arg-type]
+                owners = [owner for record in value for owner in [named_module(record, path, paths)] if owner is not None]
+                if len(owners) == len(value):
+                    found.append((path, name, value, owners))
     if not found:
         return []
     before, after, pairs = output_shapes(model, run), output_shapes(made, run), shape_pairs(model, made)

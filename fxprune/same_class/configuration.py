@@ -24,7 +24,9 @@ Place = tuple[str, str]  # a tensor and one of its dimensions, or a module and o
 MOST_TRIED = 64  # configurations, where several fit
 
 
-def configure(model: nn.Module, made: nn.Module, known: Attributes, error_of: Callable[[Any], float], tolerance: float) -> bool:
+def configure(
+    model: nn.Module, made: nn.Module, known: Attributes, error_of: Callable[[Any], float], tolerance: float
+) -> bool | None:
     """Give `made` the configuration and the attributes that its class would be built with, where one describes it.
 
     A configuration describes it if a model that is built from it, with the weights loaded, computes the same.
@@ -36,10 +38,10 @@ def configure(model: nn.Module, made: nn.Module, known: Attributes, error_of: Ca
         error_of: the relative error of a model on the example inputs.
         tolerance: the largest error that counts as equal.
 
-    Returns: whether one does, or the class has none.
+    Returns: whether one does; None where the class has none.
     """
     if not hasattr(model, "config") or build(model, model.config) is None:
-        return True
+        return None
     target = shapes(made)
     for config in candidates(model, target, known):
         fresh = build(made, config)

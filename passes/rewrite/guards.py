@@ -48,9 +48,15 @@ def agrees(value: Any, expected: Any, size: Any, tried: int | None) -> Any:
 
 
 def given_as_captured(values: Sequence[Any], expected: Sequence[Any], why: str) -> None:
-    """Raise where a module is called with other plain arguments (flags, numbers, None) than at capture."""
+    """Raise where a module is called with other plain arguments (flags, numbers, None) than at capture.
+
+    `expected` has an ellipsis for a tensor.
+    """
     for value, wanted in zip(values, expected, strict=True):
-        if value is not wanted and (isinstance(value, Tensor) or value != wanted):
+        if wanted is ...:
+            if value is None or isinstance(value, bool | int | float | str):
+                raise GuardError(f"{why}: a tensor where it is {value!r} now")
+        elif value is not wanted and (isinstance(value, Tensor) or value != wanted):
             raise GuardError(f"{why}: {wanted!r} where it is {value!r} now")
 
 

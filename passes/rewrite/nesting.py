@@ -237,7 +237,9 @@ class Nesting:
                     reads += reading(name, Name(key), steps)
                 if named is not None:
                     given.setdefault(named, Name(name))
-                elif isinstance(leaf, PLAIN):
+                if isinstance(leaf, ModelTensor) or isinstance(self.results.get(leaf), TensorRef):
+                    fixed.append((Name(name), ...))
+                elif named is None and isinstance(leaf, PLAIN):
                     fixed.append((Name(name), leaf))
         if fixed:
             names, values = zip(*fixed, strict=True)
