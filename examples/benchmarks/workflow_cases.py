@@ -322,7 +322,7 @@ def loss_of(out: Any) -> Tensor:
 
 def train(model: nn.Module, inputs: Any, optimizer: torch.optim.Optimizer | None = None, steps: int = 3) -> list[float]:
     """Losses of some steps; every parameter that had a gradient in the first one has moved."""
-    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-3)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     model.train()
     losses, reached = [], set()

@@ -12,6 +12,7 @@ verification alone. A workflow whose original fails is marked so and not counted
 """
 
 import argparse
+import contextlib
 import fnmatch
 import importlib
 import importlib.util
@@ -82,7 +83,7 @@ def imports(workflow: str, model: str, form: str) -> None:
     os.environ |= {"YOLO_VERBOSE": "false", "PYTHONWARNINGS": "ignore"}
     os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.mkdtemp())
     for name in ("transformers", *WORKFLOWS[workflow, model].needs):
-        if importlib.util.find_spec(name):
+        with contextlib.suppress(ImportError):
             importlib.import_module(name)
 
 
