@@ -25,7 +25,7 @@ RATIO = 0.5
 ORIGINAL, GRAPH, CLASS, TORCH_PRUNING, MODELOPT = "original", "graph", "same class", "torch-pruning", "modelopt"
 FORMS = (ORIGINAL, GRAPH, CLASS, TORCH_PRUNING, MODELOPT)
 Built = tuple[nn.Module, Any]
-ROUNDING = 0.2
+ROUNDING = 0.3
 
 
 class Wrong(Exception):
@@ -302,7 +302,7 @@ def same(found: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: float = 0
 
 
 def rounded(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
-    """Likewise of a quantized model: it has to differ, by no more than a fifth of the output in the L2 norm."""
+    """Likewise of a quantized model: it has to differ, by no more than three tenths in the L2 norm; random layers amplify."""
     check(len(found) == len(wanted) > 0, f"{len(found)} outputs instead of {len(wanted)}")
     check(any(not torch.equal(a.to(b), b) for a, b in zip(found, wanted, strict=True)), "nothing was quantized")
     for one, two in zip(found, wanted, strict=True):

@@ -127,7 +127,7 @@ def fx_passes(case: Case) -> None:
     rounded(case.run(model), case.run())
 
 
-@workflow(QUANTIZE, "PT2E int8", "ResNet-18", needs=["torchao"])
+@workflow(QUANTIZE, "PT2E int8", "ViT", needs=["torchao"])
 def pt2e(case: Case) -> None:
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
