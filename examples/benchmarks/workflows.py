@@ -12,6 +12,7 @@ verification alone. A workflow whose original fails is marked so and not counted
 """
 
 import argparse
+import contextlib
 import fnmatch
 import importlib
 import importlib.util
@@ -43,6 +44,7 @@ MARKS = {"pass": "pass", "failed": "**fails**", "pruning failed": "**pruning fai
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", default="*", metavar="GLOB", help="workflows by name and model, as 'pickle: BERT'")
+    parser.add_argument("--skip", nargs="+", default=[], metavar="GLOB", help="not these, as 'torch.compile*'")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--failed", action="store_true", help="only those that fail; implies --redo")
     parser.add_argument("--limit", type=float, default=240, help="seconds for one workflow")
@@ -54,6 +56,7 @@ def main(argv: list[str] | None = None) -> None:
         {"workflow": found.name, "model": found.model, "form": form}
         for found in listed()
         if fnmatch.fnmatch(f"{found.name}: {found.model}", arguments.only)
+        and not any(fnmatch.fnmatch(f"{found.name}: {found.model}", glob) for glob in arguments.skip)
         for form in arguments.forms
         if form in found.forms and not (arguments.failed and (found.name, found.model, form) in passed)
     ]
@@ -82,7 +85,7 @@ def imports(workflow: str, model: str, form: str) -> None:
     os.environ |= {"YOLO_VERBOSE": "false", "PYTHONWARNINGS": "ignore"}
     os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.mkdtemp())
     for name in ("transformers", *WORKFLOWS[workflow, model].needs):
-        if importlib.util.find_spec(name):
+        with contextlib.suppress(ImportError):
             importlib.import_module(name)
 
 

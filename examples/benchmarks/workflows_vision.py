@@ -256,6 +256,7 @@ def as_yolo(case: Case) -> Any:
     from ultralytics import YOLO as Yolo
 
     made = Yolo("yolo11n.yaml", task="detect")
+    case.model.args, case.model.task = made.model.args, made.task  # which YOLO sets on what it builds
     made.model = case.model
     return made
 
@@ -307,11 +308,27 @@ def export(case: Case) -> None:
 
 @workflow(YOLO, "train keeps the architecture, save and load", "YOLO11n", graph=False, needs=["ultralytics"])
 def train_yolo(case: Case) -> None:
+    trained(case, None)
+
+
+@workflow(YOLO, "the same by a trainer that takes the model as it is", "YOLO11n", graph=False, needs=["ultralytics"])
+def train_as_it_is(case: Case) -> None:
+    from ultralytics.models.yolo.detect import DetectionTrainer
+
+    class Trainer(DetectionTrainer):
+        def get_model(self, *args: Any, **options: Any) -> nn.Module:
+            return case.model
+
+    trained(case, Trainer)
+
+
+def trained(case: Case, trainer: Any) -> None:
     from ultralytics import YOLO as Yolo
 
     model, count = as_yolo(case), count_parameters(case.model)
     options = {"imgsz": 64, "batch": 2, "workers": 0, "device": "cpu", "plots": False, "verbose": False, "val": False}
-    model.train(data=data_set(case.folder), epochs=1, project=str(case.folder), name="run", exist_ok=True, **options)
+    options |= {"project": str(case.folder), "name": "run", "exist_ok": True, "trainer": trainer}
+    model.train(data=data_set(case.folder), epochs=1, **options)
     check(count_parameters(model.model) == count, f"{count_parameters(model.model):,} parameters instead of {count:,}")
     again = Yolo(str(case.folder / "run" / "weights" / "last.pt"))
     check(count_parameters(again.model) == count, "what is saved has another size")
