@@ -6,6 +6,7 @@ Imports in functions and those for type checkers alone count like any others.
 from __future__ import annotations
 
 import ast
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -136,3 +137,10 @@ def test_nothing_looks_into_the_interpreter(module: str | None, attribute: str |
             if named or taken:
                 found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
     assert not found
+
+
+def test_every_package_is_installed():
+    declared = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    folders = [path.parent.relative_to(ROOT) for top in ("fxprune", "passes") for path in (ROOT / top).rglob("__init__.py")]
+    names = [".".join(folder.parts) for folder in folders if "passes" not in folder.parts[1:]]
+    assert declared == {f"fxprune.{name}" if name.startswith("passes") else name for name in names}
