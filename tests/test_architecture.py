@@ -6,12 +6,12 @@ Imports in functions and those for type checkers alone count like any others.
 from __future__ import annotations
 
 import ast
-import tomllib
 from functools import cache
 from pathlib import Path
 
 import networkx as nx
 import pytest
+import tomllib
 
 ROOT = Path(__file__).parent.parent
 STAGES = ["errors", "ir", "ops", "capture", "coupling", "rewrite", "verification"]  # each imports those before it
