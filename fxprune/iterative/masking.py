@@ -105,6 +105,14 @@ def muted(model: nn.Module, plan: PlanData, solution: Solution, kept: Tensor) ->
     return made
 
 
+def mask_again(model: nn.Module, plan: PlanData, inputs: ExampleInputs, *, grows: bool) -> None:
+    """Give a model with the values of one that was masked the masks again; `grows` as for `muted`, else as `hold` has them."""
+    if grows:
+        vars(model)["forward"] = MaskedForward(model, plan, grows=True)
+    else:
+        hold(model, plan, inputs.beside(model))
+
+
 @dataclass(frozen=True, slots=True)
 class Hold:
     """What keeps masked elements at zero; `remove()` lets them go, and gives the model the forward that it had."""

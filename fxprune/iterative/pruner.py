@@ -13,7 +13,7 @@ from fxprune.arguments import checked_call
 from fxprune.entry_points import entry_point, unwrapped
 from fxprune.inputs import ExampleInputs
 from fxprune.iterative.history import History, HistoryStep
-from fxprune.iterative.masking import hold, muted
+from fxprune.iterative.masking import hold, mask_again, muted
 from fxprune.iterative.optimizer_state import Move, remap, remap_module, remap_state
 from fxprune.iterative.plan_mapping import tensors_of, widened
 from fxprune.iterative.planner import Planner, View
@@ -296,8 +296,8 @@ class Pruner:
             found = PrunerState.from_dict(state, self._asked)
             self._compilation.follow()
             resumed = found.resume(self._compilation, self._planner, self._options)
-            if self._mask == "hold":
-                hold(resumed.model, resumed.plan)
+            if self._mask is not None and resumed.plan.slices:
+                mask_again(resumed.model, resumed.plan, resumed.compilation.inputs, grows=self._mask == "soft")
             # nothing can fail from here on
             self._compilation, self._planner, self._choice = resumed.compilation, resumed.planner, resumed.choice
             self.model, self.plan, self.history, self._calls = resumed.model, resumed.plan, resumed.history, found.calls

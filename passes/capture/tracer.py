@@ -188,6 +188,9 @@ class ValueTracer(GraphBuilder):
         whole = next((n for n in self.graph.nodes if prefix and n.target == prefix.rstrip(".")), None)
         if whole is not None:  # what the model returns, however many values that is
             output.args = (whole,)
+            for guard in [g for g in self.guards if g.how == "len"]:
+                self.guards.remove(guard)
+                self.graph.erase_node(guard.node)
         only = self.modes.membership(self.graph, self.index)
         evaluator = self.evaluator
         for path, module in self.hooked.items():

@@ -67,6 +67,7 @@ def layers_at(module: nn.Module, index: int | slice) -> nn.Module:
     return nn.Sequential(*found) if isinstance(index, slice) else found
 
 
+METHODS = frozenset(["forward", "train", "eval"])  # which an object may have been given in place of those of its class
 SEQUENCE = {"__len__": lambda m: len(m._modules), "__iter__": lambda m: iter(m.children()), "__getitem__": layers_at}
 
 
@@ -98,7 +99,7 @@ class PrunedModule(fx.GraphModule):
             raise PruneError(
                 f"a member of the model is called {taken!r}, as is what a GraphModule keeps", where=name, fix="rename it"
             )
-        held.update({k: v for k, v in vars(tree).items() if k not in own_attributes()})
+        held.update({k: v for k, v in vars(tree).items() if k not in own_attributes() and k not in METHODS})
         for path, found in forwards.items():
             module = fetch(tree, path)
             vars(module)["forward"] = RewrittenForward(module, found)
@@ -143,6 +144,8 @@ class PrunedModule(fx.GraphModule):
 
     def flat(self) -> fx.GraphModule:
         """The program of the present mode as one flat graph of layers and functions, which shares this module's tensors."""
+        if self.own_model is not None:
+            return self
         programs = vars(self)["_flat"]
         return fx.GraphModule(self, programs.get(self.training, programs[False]).graph(), type(self).__name__)
 
