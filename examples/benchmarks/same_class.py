@@ -9,7 +9,8 @@ Each model is pruned twice, to half of everything (`ratio`) and to 70 % of its p
 (`params`), each in a process of its own. Rows go to `same_class.jsonl`, the table to `SAME_CLASS.md`. *ok*: the result is of
 the original's class, computes what the GraphModule of the same request does (up to 1e-4 in single precision), its own methods
 do what the original's do, and copies, pickled and loaded in a process that has seen nothing else, are equal to the bit. What
-counts is what the original can do. *no graph*: there is no GraphModule of that request either.
+counts is what the original can do. *no graph*: there is no GraphModule of that request either. A row says what the code of the
+day did: remove it, and it is measured again.
 """
 
 import argparse

@@ -8,7 +8,8 @@ Each workflow runs in a process of its own for each form of the model: the *orig
 and its `same_class=True` where both make sense; Torch-Pruning's result and, for models of images, that of NVIDIA's modelopt
 (FastNAS), told what `prunability.py` tells them. Half of everything is removed. A workflow *passes* if it runs and what comes
 out computes what the model computed before it, to rounding; that the pruned model is exact is checked by fxprune's own
-verification alone. A workflow whose original fails is marked so and not counted.
+verification alone. A workflow whose original fails is marked so and not counted. A row says what the code of the day did:
+`--redo` before figures are quoted.
 """
 
 import argparse
