@@ -530,3 +530,23 @@ def test_a_list_of_another_length_is_refused():
     for xs, more in (([x, x, x], {"first": (x,)}), ([x], {"first": (x,)}), ([x, x], {"first": (x, x)})):
         with pytest.raises(GuardError, match="parts, and here it has"):
             small(xs, more)
+
+
+class ReadsWeights(nn.Module):
+    """Uses a layer's weight without calling the layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.read, self.b = nn.Linear(4, 8), nn.Linear(8, 6, bias=False), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.b(F.linear(self.a(x), self.read.weight))
+
+
+def test_a_layer_that_others_read_says_its_sizes():
+    small = fxprune.prune(ReadsWeights().eval(), 0.5, torch.randn(3, 4))
+    assert (small.read.in_features, small.read.out_features) == (4, 3) == tuple(small.read.weight.shape)[::-1]
+    attention = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval()
+    small = fxprune.prune(nn.Sequential(attention, nn.Linear(16, 2)).eval(), 0.5, torch.randn(2, 5, 16))
+    projection = small[0].self_attn.out_proj
+    assert (projection.out_features, projection.in_features) == tuple(projection.weight.shape)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -45,6 +45,18 @@ class LayerAttributes:
         if "num_channels" in found and isinstance(module.num_groups, int):  # whole groups may have been removed
             size = before[0][1] // module.num_groups
             found["num_groups"] = len(torch.unique(self.shapes.positions(inputs[0], 1) // size))
+        return found
+
+    def read_only(self, called: Collection[str]) -> dict[str, dict[str, Any]]:
+        """The attributes, by path, of layers that others read and nobody calls, such as the projection of an attention."""
+        found: dict[str, dict[str, Any]] = {}
+        for name in self.owned:
+            path = f"{self.capture.prefix}{name}"
+            module: Any = self.capture.modules.get(path)
+            if module is None or path in called or table_of(type(module)) not in OF_WEIGHTS:  # type: ignore[arg-type]
+                continue
+            if changed := self.changed(path, []):
+                found[path] = changed
         return found
 
     def own_shapes(self, path: str) -> dict[str, tuple[int, ...]]:
@@ -147,6 +159,7 @@ def rnn_cell(m: Any, before: Any, after: Any, own: Shapes) -> dict[str, Any]:
     return {"input_size": own["weight_ih"][1], "hidden_size": own["weight_hh"][1]}
 
 
+OF_WEIGHTS = (linear, embedding, bilinear, prelu)  # which look at the layer's own tensors alone
 TABLE: list[tuple[Any, Any]] = [
     (nn.modules.conv._ConvNd, conv),
     (nn.Linear, linear),

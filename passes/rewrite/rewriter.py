@@ -144,6 +144,8 @@ class Rewriter:
             else:
                 inner.add(node)
             self.editor.leave(node)
+        called = {str(n.target) for n in nodes if n.op == "call_module"}
+        self.attributes |= self.layers.read_only(called)
         index = self.capture.index
         decided = [n for n, guard in self.guards.items() if self.sizes.value(n) != guard.value]
         touched = frozenset([index[n] for n in (*self.editor.touched(inner), *decided)])
