@@ -53,7 +53,8 @@ class LayerAttributes:
         for name in self.owned:
             path = f"{self.capture.prefix}{name}"
             module: Any = self.capture.modules.get(path)
-            if module is None or path in called or table_of(type(module)) not in OF_WEIGHTS:  # type: ignore[arg-type]
+            table = None if module is None or path in called else table_of(type(module))  # type: ignore[arg-type]
+            if not any(table is known for known in OF_WEIGHTS):
                 continue
             if changed := self.changed(path, []):
                 found[path] = changed
