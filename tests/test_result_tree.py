@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 import fxprune
 from fxprune.passes.errors import GuardError
@@ -530,6 +530,12 @@ def test_a_list_of_another_length_is_refused():
     for xs, more in (([x, x, x], {"first": (x,)}), ([x], {"first": (x,)}), ([x, x], {"first": (x, x)})):
         with pytest.raises(GuardError, match="parts, and here it has"):
             small(xs, more)
+    small.graph.eliminate_dead_code()
+    small.recompile()
+    for program in (small, fx.symbolic_trace(small)):
+        assert torch.equal(program([x, x], {"first": (x,)})[0], small([x, x], {"first": (x,)})[0])
+        with pytest.raises(GuardError, match="parts, and here it has"):
+            program([x, x, x], {"first": (x,)})
 
 
 class ReadsWeights(nn.Module):

@@ -47,11 +47,16 @@ def agrees(value: Any, expected: Any, size: Any, tried: int | None) -> Any:
     return same if tried is None else same | (size == tried)
 
 
+@fx.node.has_side_effect
 def given_as_captured(values: Sequence[Any], expected: Sequence[Any], why: str) -> None:
     """Raise where a module is called with other plain arguments (flags, numbers, None) than at capture.
 
     `expected` has an ellipsis for a tensor.
     """
+    proxy = next((value for value in values if isinstance(value, fx.Proxy)), None)
+    if proxy is not None:  # as for `holds`
+        proxy.tracer.create_proxy("call_function", given_as_captured, (values, expected, why), {})
+        return
     for value, wanted in zip(values, expected, strict=True):
         if wanted is ...:
             if value is None or isinstance(value, bool | int | float | str):
@@ -67,9 +72,13 @@ def parts_of_input(value: Any) -> Any:
     return {k: parts_of_input(v) for k, v in value.items()} if isinstance(value, dict) else None
 
 
+@fx.node.has_side_effect
 def has_parts(value: Any, parts: Any, why: str) -> None:
     """Raise where an input has other parts than at capture (see `parts_of_input`): the program reads those that were there."""
     if parts is None:
+        return
+    if isinstance(value, fx.Proxy):  # as for `holds`
+        value.tracer.create_proxy("call_function", has_parts, (value, parts, why), {})
         return
     if len(value) != len(parts):
         raise GuardError(f"{why} has {len(parts)} parts, and here it has {len(value)}: prune with example inputs of this form")
