@@ -80,8 +80,10 @@ def prune(
     ranking: Ranking = "local",
     scopes: Scopes | None = None,
     floor: float | None = None,
+    only: Freeze = (),
     freeze: Freeze = (),
     freeze_outputs: Freeze = (),
+    protect: tuple[int, int] = (0, 0),
     release: str | Sequence[str] = (),
     round_to: int = 1,
     attention: Attention = "heads",
@@ -126,9 +128,14 @@ def prune(
             and compete. `ratio` may name them.
         floor: the share of every family that stays where families compete or a budget is given, 0.1 by default; with
             `local` ratios none by default.
+        only: globs over module names, or modules: families all of whose parameters lie in them take part, nothing else does:
+            `only="*mlp*"` is the hidden layers of the blocks. (`ratio={"*mlp*": 0.5}` is not: a family that is written there
+            matches a glob, and so the residual stream does, which every block writes.)
         freeze: globs over module names, modules, or names of families as `couple` prints them. The parameters of a module
             stay as they are, and so do the layers that it reads: `couple` and `report` say which.
         freeze_outputs: globs or modules likewise, of whose layers the outputs alone stay; what they read may shrink.
+        protect: how many of the first and of the last blocks lose nothing within them, such as `(2, 1)`; a stream through all
+            blocks may shrink still. Blocks are modules of one class in a `ModuleList` or a `Sequential`.
         release: globs over the names of outputs, whose channels then may go too: the keys, fields and positions that lead to
             a tensor, such as `last_hidden_state`, `hidden_states.*` or `1`; a model's one tensor is `output`. By default
             every output keeps its shape.
@@ -158,8 +165,10 @@ def prune(
             ranking=ranking,
             scopes=scopes,
             floor=floor,
+            only=only,
             freeze=freeze,
             freeze_outputs=freeze_outputs,
+            protect=protect,
             release=release,
             round_to=round_to,
             attention=attention,
@@ -175,8 +184,10 @@ def couple(
     model: nn.Module,
     example_inputs: Any = None,
     *,
+    only: Freeze = (),
     freeze: Freeze = (),
     freeze_outputs: Freeze = (),
+    protect: tuple[int, int] = (0, 0),
     release: str | Sequence[str] = (),
     attention: Attention = "heads",
 ) -> Coupling:
@@ -190,7 +201,15 @@ def couple(
     Arguments: as for `prune`; the model may be on the meta device, however large it is. Raises: PruneError.
     """
     with entry_point(model) as model:
-        options = Options.parse(model, freeze=freeze, freeze_outputs=freeze_outputs, release=release, attention=attention)
+        options = Options.parse(
+            model,
+            only=only,
+            freeze=freeze,
+            freeze_outputs=freeze_outputs,
+            protect=protect,
+            release=release,
+            attention=attention,
+        )
         inputs = ExampleInputs.parse(example_inputs, model).check(model, weights=False)
         compilation = Compilation(model, inputs, options.coupling)
         solution = compilation.couple_for_good()

@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 from torch import Tensor
 
-from fxprune.passes.coupling.families import Family, place_of, spells
+from fxprune.passes.coupling.families import Family, listed, place_of, spells
 from fxprune.passes.coupling.solution import Solution
 from fxprune.reports.formatting import Printable, counted, table
 from fxprune.selection.costs import elements
+from fxprune.selection.names import NOT_ALL_IN
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
 
-SHOWN, HELD = 4, 3
+SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -155,13 +156,15 @@ def family_table(titles: tuple[str, str], found: Sequence[CoupledFamily], last: 
 def coupled_family(family: Family, parameters: int, frozen: Collection[str] = ()) -> CoupledFamily:
     """A family as a user reads it, without its labels; `frozen` are the tensors that stay by request."""
     why, texts = family.frozen, [text for text in frozen if ":" in text]
+    if why is not None and why.startswith(NOT_ALL_IN):
+        others = list(dict.fromkeys(f"{place_of(name)}:{dim}" for name, dim in family.members if name in frozen))
+        if len(others) < len({f"{place_of(name)}:{dim}" for name, dim in family.members}):
+            why += f": it holds {listed(others)} too"
     if why is not None and why.startswith("is frozen by "):
         named = lambda name, dim: name in frozen or any(spells(t, name, dim) for t in texts)  # noqa: E731
         others = [member for member in family.members if not named(*member)]
         if 0 < len(others) < len(family.members):
-            held = list(dict.fromkeys(f"{place_of(name)}:{dim}" for name, dim in others))
-            more = f" and {len(held) - HELD} more" if len(held) > HELD + 1 else ""
-            why += f", which holds {', '.join(held[:HELD] if more else held)}{more} too"
+            why += f", which holds {listed(list(dict.fromkeys(f'{place_of(name)}:{dim}' for name, dim in others)))} too"
     return CoupledFamily(family.name, len(family.units), family.width, family.members, why, parameters)
 
 

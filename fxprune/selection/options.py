@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import fnmatch
 import glob as globbing
 import inspect
@@ -24,10 +23,11 @@ from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_parameters, named_tensors
 from fxprune.passes.ir.quiet import gc_paused
 from fxprune.selection.budgets import KINDS, Budget, list_arguments, parse_budget
+from fxprune.selection.names import Names, frozen_names, frozen_outputs, near_modules, outside, paths_of, protected
 
 Ratio = float | Mapping[Any, float]  # by globs and modules
 Scopes = Mapping[str, str | Sequence[str]]
-Freeze = str | nn.Module | Sequence[str | nn.Module]
+Freeze = Names
 Attention = Literal["heads", "dims"]
 Verify = bool | Literal["auto"]
 Ranking = Literal["local", "global", "isomorphic"]
@@ -52,8 +52,10 @@ class Asked(TypedDict, total=False):
     ranking: Ranking
     scopes: Scopes | None
     floor: float | None
+    only: Freeze
     freeze: Freeze
     freeze_outputs: Freeze
+    protect: tuple[int, int]
     release: str | Sequence[str]
     round_to: int
     attention: Attention
@@ -89,8 +91,10 @@ class Options:
         *,
         ratio: Ratio | None = None,
         budget: Mapping[Any, float | str] | None = None,
+        only: Freeze = (),
         freeze: Freeze = (),
         freeze_outputs: Freeze = (),
+        protect: tuple[int, int] = (0, 0),
         release: str | Sequence[str] = (),
         attention: Attention = "heads",
         **others: Any,
@@ -101,7 +105,8 @@ class Options:
         limit = parse_budget({kind: others.pop(kind, None) for kind in KINDS if kind in Asked.__annotations__}, budget)
         if limit is not None and ratio is not None:
             raise PruneError(f"ratio and {limit.kind} are both given", fix=list_arguments())
-        frozen = frozen_names(model, freeze) | frozen_outputs(model, freeze_outputs)
+        frozen = outside(model, only) | protected(model, protect)
+        frozen |= frozen_names(model, freeze) | frozen_outputs(model, freeze_outputs)
         coupling = CouplingOptions(attention == "heads", frozen, released(release))
         for name in ("floor", "round_to"):
             others[name] = number(others.get(name, {"floor": None, "round_to": 1}[name]))
@@ -227,80 +232,12 @@ def check_globs(model: nn.Module, options: Options) -> None:
             raise PruneError(f"the glob {glob!r} in {argument} matches no module", fix=near_modules(glob, modules))
 
 
-def near_modules(glob: str, modules: Sequence[str]) -> str:
-    close = difflib.get_close_matches(glob, [m for m in modules if m], n=3, cutoff=0.4)
-    return f"one of the names of model.named_modules(){', such as ' + ', '.join(close) if close else ''}"
-
-
 def released(release: Any) -> tuple[str, ...]:
     """Globs over the names of outputs whose channels may go."""
     globs = [release] if isinstance(release, str) else release
     if not isinstance(globs, list | tuple) or not all(isinstance(glob, str) for glob in globs):
         raise PruneError(f"release must be globs over names of outputs, not {release!r}", fix="release='hidden_states'")
     return tuple(globs)
-
-
-def paths_of(model: nn.Module, item: Any, argument: str) -> list[str]:
-    """The names of a module, or of those that a glob matches; raises PruneError where there are none."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    if isinstance(item, str):
-        paths = [path for path in modules if fnmatch.fnmatchcase(path, item)]
-        if not paths:
-            raise PruneError(f"the glob {item!r} in {argument} matches no module", fix=near_modules(item, list(modules)))
-        return paths
-    if not isinstance(item, nn.Module):
-        raise PruneError(
-            f"{argument} names {item!r}, which is neither a glob nor a module", fix=f"{argument}='layer1', or model.layer1"
-        )
-    paths = [path for path, module in modules.items() if module is item]
-    if not paths:
-        raise PruneError(f"{argument} names a {type(item).__name__} that is not part of the model", fix="model.layer1")
-    return paths
-
-
-def each_item(given: Any) -> list[Any]:
-    return [given] if isinstance(given, str | nn.Module) or not isinstance(given, Iterable) else list(given)
-
-
-def frozen_names(model: nn.Module, freeze: Any) -> dict[str, str]:
-    """Names of the tensors that stay by request, and texts that name families, with the reason."""
-    frozen: dict[str, str] = {}
-    for item in each_item(freeze):
-        if isinstance(item, str) and names_family(item, {name: t.shape for name, t in named_tensors(model)}):
-            frozen[item] = f"is frozen by freeze={item!r}"
-            continue
-        paths = paths_of(model, item, "freeze")
-        why = (
-            f"is frozen by freeze={item!r}"
-            if isinstance(item, str)
-            else f"is frozen by freeze={type(item).__name__} ({paths[0]})"
-        )
-        for path in paths:
-            inside = {id(t) for _, t in named_tensors(model.get_submodule(path))}
-            frozen.update({name: why for name, t in named_tensors(model) if id(t) in inside})
-    return frozen
-
-
-# layers whose weights have their outputs in the second dimension
-OUTPUTS_SECOND = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Embedding, nn.EmbeddingBag)
-
-
-def frozen_outputs(model: nn.Module, layers: Any) -> dict[str, str]:
-    """The output dimensions of the tensors of some layers, as texts that name the families there, with the reason."""
-    frozen: dict[str, str] = {}
-    names = {id(t): name for name, t in named_tensors(model)}
-    for item in each_item(layers):
-        found: dict[str, str] = {}
-        for path in paths_of(model, item, "freeze_outputs"):
-            for inner, module in model.get_submodule(path).named_modules(prefix=path):
-                for tensor in module.parameters(recurse=False):
-                    dim = int(isinstance(module, OUTPUTS_SECOND) and tensor.dim() > 1)
-                    found[f"{names[id(tensor)]}:{dim}"] = f"is frozen by freeze_outputs={inner!r}"
-        if not found:
-            what = f"freeze_outputs names {item if isinstance(item, str) else type(item).__name__!r}, which has no parameters"
-            raise PruneError(what, fix="freeze_outputs=[model.fc], a layer with a weight")
-        frozen.update(found)
-    return frozen
 
 
 def asked_parameters() -> dict[str, inspect.Parameter]:
