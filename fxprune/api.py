@@ -74,10 +74,10 @@ def prune(
     memory: float | str | None = None,
     latency: float | str | None = None,
     budget: Mapping[BudgetName, float | str] | Mapping[str, float | str] | None = None,
-    criterion: CriterionName | str | Criterion = "magnitude",
+    criterion: CriterionName | str | Criterion | None = None,
     data: Iterable[Any] | None = None,
     loss: Callable[..., Tensor] | None = None,
-    ranking: Ranking = "local",
+    ranking: Ranking | None = None,
     scopes: Scopes | None = None,
     floor: float | None = None,
     only: Freeze = (),
@@ -116,14 +116,16 @@ def prune(
             where that is enough. `meta["latency"]` says what was measured.
         budget: a budget of any kind in `fxprune.selection.budgets.KINDS`, as a mapping from its name to the amount.
         criterion: how units are ranked: a name in `fxprune.criteria.CRITERIA`, one of its classes with options of its own,
-            or a function of a parameter that gives the importance of each element. `magnitude` is the L2 norm over the whole
-            family.
+            or a function of a parameter that gives the importance of each element. By default it is `magnitude`, the L2 norm
+            over the whole family; with data `flap`; with data and a loss `token_taylor`. The report says what was chosen.
         data: for criteria that look at data: batches, each a pair of inputs (as `example_inputs`) and target, a dict of
             keyword arguments, or inputs alone. They are read once (twice for `grasp`), in evaluation mode.
         loss: for criteria that look at gradients: a function of the output and the target (of the output and the dict; of
-            the output alone) that returns a mean over the batch.
+            the output alone) that returns a mean over the batch. By default it is the `loss` that the model's output holds.
         ranking: who competes: with `local` every family loses the same share; with `global` all families lose their lowest
-            scored units together; with `isomorphic` (arXiv:2407.04616) those of one structure do.
+            scored units together; with `isomorphic` (arXiv:2407.04616) those of one structure do. By default it is `local`;
+            with a budget and data, where the criterion is left open too, `global`. Where it is left open with a budget, a
+            residual stream through the whole model goes last.
         scopes: a mapping from names to globs over module names, or names of families: families of one scope share a ratio
             and compete. `ratio` may name them.
         floor: the share of every family that stays where families compete or a budget is given, 0.1 by default; with

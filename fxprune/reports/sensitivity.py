@@ -110,7 +110,7 @@ def sensitivity(
     evaluate: Callable[[nn.Module], Any] | None = None,
     *,
     ratios: Sequence[float] = TENTHS,
-    criterion: CriterionName | str | Criterion = "magnitude",
+    criterion: CriterionName | str | Criterion | None = None,
     data: Iterable[Any] | None = None,
     loss: Callable[..., Tensor] | None = None,
     only: Freeze = (),

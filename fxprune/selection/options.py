@@ -8,7 +8,7 @@ import glob as globbing
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypedDict
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fxprune.arguments import did_you_mean, is_number, number
 from fxprune.criteria.base import Criterion
 from fxprune.criteria.catalog import CriterionName, resolve
+from fxprune.criteria.defaults import choose_criterion
 from fxprune.passes.coupling.families import names_family
 from fxprune.passes.coupling.solution import CouplingOptions
 from fxprune.passes.errors import PruneError
@@ -34,6 +35,7 @@ Ranking = Literal["local", "global", "isomorphic"]
 BudgetName = Literal["params", "macs", "memory", "latency"]
 
 DEFAULT_RATIO = 0.5
+STREAMS_LAST = "a residual stream through the whole model goes after all else"
 RANKINGS: tuple[Ranking, ...] = ("local", "global", "isomorphic")
 CHEAP = 100_000_000  # parameters up to which a few forwards take little time
 
@@ -46,10 +48,10 @@ class Asked(TypedDict, total=False):
     memory: float | str | None
     latency: float | str | None
     budget: Mapping[BudgetName, float | str] | Mapping[str, float | str] | None
-    criterion: CriterionName | str | Criterion
+    criterion: CriterionName | str | Criterion | None
     data: Iterable[Any] | None
     loss: Callable[..., Tensor] | None
-    ranking: Ranking
+    ranking: Ranking | None
     scopes: Scopes | None
     floor: float | None
     only: Freeze
@@ -70,6 +72,9 @@ class Options:
         budget: what may stay, if it was asked for by cost.
         criterion, ranking, scopes, floor, round_to, data, loss, verify: as for `prune`.
         coupling: what the coupling has to know of them.
+        spares: whether a residual stream through the whole model is taken after all else.
+        weighs: whether units compete by their score for what they cost.
+        chosen: sentences on what was chosen where nothing was asked for.
     """
 
     ratio: float | Mapping[str, float] = DEFAULT_RATIO
@@ -83,6 +88,9 @@ class Options:
     loss: Callable[..., Tensor] | None = None
     coupling: CouplingOptions = field(default_factory=CouplingOptions)
     verify: Verify = "auto"
+    spares: bool = False
+    weighs: bool = False
+    chosen: tuple[str, ...] = ()
 
     @classmethod
     def parse(
@@ -97,6 +105,10 @@ class Options:
         protect: tuple[int, int] = (0, 0),
         release: str | Sequence[str] = (),
         attention: Attention = "heads",
+        criterion: str | Criterion | None = None,
+        ranking: Ranking | None = None,
+        data: Iterable[Any] | None = None,
+        loss: Callable[..., Tensor] | None = None,
         **others: Any,
     ) -> Options:
         """Options from the arguments of a public function; `others` are budgets and attributes. Raises PruneError."""
@@ -110,10 +122,29 @@ class Options:
         coupling = CouplingOptions(attention == "heads", frozen, released(release))
         for name in ("floor", "round_to"):
             others[name] = number(others.get(name, {"floor": None, "round_to": 1}[name]))
-        options = cls(share, limit, coupling=coupling, **others)
+        options = cls(share, limit, coupling=coupling, data=data, loss=loss, **others)
+        options = options.with_defaults(model, criterion, ranking)
         check_values(options)
         check_globs(model, options)
         return options
+
+    def with_defaults(self, model: nn.Module, criterion: str | Criterion | None, ranking: Ranking | None) -> Options:
+        """The same with a criterion and a ranking: those that are asked for, or the ones that do least harm."""
+        data, weighs, chosen = self.data, False, []
+        if criterion is None:
+            criterion, data, why = choose_criterion(model, data, self.loss)
+            weighs = criterion == "token_taylor" and ranking is None and self.budget is not None
+            chosen.append(f"criterion={criterion!r}, since {why}")
+        looks = bool(chosen) and data is not None
+        if ranking is None and self.budget is not None:
+            how = "score for what it costs" if weighs else "normalised score"
+            chosen.append(f"units of all layers compete by their {how}" if looks else "all families lose the same share")
+        spares = ranking is None and self.budget is not None and self.scopes is None
+        chosen += [STREAMS_LAST] if spares else []
+        ranking = ranking or ("global" if looks and self.budget is not None else "local")
+        return replace(
+            self, criterion=criterion, ranking=ranking, data=data, spares=spares, weighs=weighs, chosen=tuple(chosen)
+        )
 
     @property
     def competes(self) -> bool:
@@ -242,8 +273,8 @@ def released(release: Any) -> tuple[str, ...]:
 
 def asked_parameters() -> dict[str, inspect.Parameter]:
     """What `Asked` stands for in a signature, with the values by default."""
-    known = {p.name: p.default for p in inspect.signature(Options.parse).parameters.values()}
-    known |= {f.name: f.default for f in fields(Options) if f.name in Asked.__annotations__}
+    known = {f.name: f.default for f in fields(Options) if f.name in Asked.__annotations__}
+    known |= {p.name: p.default for p in inspect.signature(Options.parse).parameters.values()}
     keyword = inspect.Parameter.KEYWORD_ONLY
     said = {name: getattr(a, "__forward_arg__", a) for name, a in Asked.__annotations__.items()}
     return {n: inspect.Parameter(n, keyword, default=known.get(n), annotation=a) for n, a in said.items()}

@@ -128,7 +128,10 @@ def allocate(
     allocator = Allocator(free, score, costs.solution, options, removed=removed)
     if options.budget is None:
         return allocator.apply(allocator.allocate_ratio())
-    return meet_budget(options.budget, allocator, costs)
+    budget = options.budget
+    if options.weighs:
+        allocator.weigh(lambda left: budget.cost(costs, left))
+    return meet_budget(budget, allocator, costs)
 
 
 def allocate_by_latency(
