@@ -122,7 +122,9 @@ class ActivationObserver(Recorder):
     def differentiate_terms(self, loss: Tensor) -> None:
         """Add the squared terms of a loss, a mean over the batch, at all that products have read."""
         assert self.units is not None
-        gradients = torch.autograd.grad(loss, [x for x, *_ in self.read], allow_unused=True) if self.read else ()
+        gradients: Sequence[Tensor | None] = ()
+        if self.read:
+            gradients = torch.autograd.grad(loss, [x for x, *_ in self.read], allow_unused=True)
         for (x, labels, index, dim, is_image), g in zip(self.read, gradients, strict=True):
             if g is None:
                 continue

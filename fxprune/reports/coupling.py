@@ -166,9 +166,9 @@ def coupled_family(family: Family, parameters: int, frozen: Collection[str] = ()
     """A family as a user reads it, without its labels; `frozen` are the tensors that stay by request."""
     why, texts = family.frozen, [text for text in frozen if ":" in text]
     if why is not None and why.startswith(NOT_ALL_IN):
-        others = list(dict.fromkeys(f"{place_of(name)}:{dim}" for name, dim in family.members if name in frozen))
-        if len(others) < len({f"{place_of(name)}:{dim}" for name, dim in family.members}):
-            why += f": it holds {listed(others)} too"
+        beyond = list(dict.fromkeys(f"{place_of(name)}:{dim}" for name, dim in family.members if name in frozen))
+        if len(beyond) < len({f"{place_of(name)}:{dim}" for name, dim in family.members}):
+            why += f": it holds {listed(beyond)} too"
     if why is not None and why.startswith("is frozen by "):
         named = lambda name, dim: name in frozen or any(spells(t, name, dim) for t in texts)  # noqa: E731
         others = [member for member in family.members if not named(*member)]
