@@ -134,7 +134,8 @@ def prune(
             `only="*mlp*"` is the hidden layers of the blocks. (`ratio={"*mlp*": 0.5}` is not: a family that is written there
             matches a glob, and so the residual stream does, which every block writes.)
         freeze: globs over module names, modules, or names of families as `couple` prints them. The parameters of a module
-            stay as they are, and so do the layers that it reads: `couple` and `report` say which.
+            stay as they are, and so do the layers that it reads: `couple` and `report` say which. With a slash behind its
+            name, as in `"model.layers.0/"`, it is the families that lie within a module, and nothing beyond it stays.
         freeze_outputs: globs or modules likewise, of whose layers the outputs alone stay; what they read may shrink.
         protect: how many of the first and of the last blocks lose nothing within them, such as `(2, 1)`; a stream through all
             blocks may shrink still. Blocks are modules of one class in a `ModuleList` or a `Sequential`.

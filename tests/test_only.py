@@ -104,6 +104,12 @@ def test_first_and_last_blocks_are_protected(llama):
     assert shapes == {0: (16, 48), 1: (16, 48), 2: (16, 24), 3: (16, 48)}
 
 
+def test_what_lies_within_a_module_is_frozen_by_its_name_with_a_slash(llama):
+    small = fxprune.prune(llama, 0.5, IDS, freeze="model.layers.1/")
+    shapes = {i: small.get_parameter(f"model.layers.{i}.mlp.down_proj.weight").shape for i in range(4)}
+    assert shapes == {0: (16, 24), 1: (16, 48), 2: (16, 24), 3: (16, 24)}
+
+
 def test_stages_are_one_chain_of_blocks():
     model = torchvision.models.resnet18(num_classes=4).eval()
     small = fxprune.prune(model, 0.5, torch.randn(1, 3, 32, 32), protect=(1, 1), only="layer*")

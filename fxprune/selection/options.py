@@ -141,7 +141,8 @@ class Options:
             chosen.append(f"units of all layers compete by their {how}" if looks else "all families lose the same share")
         spares = ranking is None and self.budget is not None and self.scopes is None
         chosen += [STREAMS_LAST] if spares else []
-        ranking = ranking or ("global" if looks and self.budget is not None else "local")
+        if ranking is None:
+            ranking = "global" if looks and self.budget is not None else "local"
         return replace(
             self, criterion=criterion, ranking=ranking, data=data, spares=spares, weighs=weighs, chosen=tuple(chosen)
         )
