@@ -326,6 +326,7 @@ class Compilation:
         with options.gc_paused():
             choice = self.choose(options)  # capture, couple, score, select
             pruned = self.emit(choice)  # rewrite, slice
+            pruned.meta["chosen"] = options.chosen
             verifies = options.verifies(self.model)
             if not verifies:
                 del choice  # most of it is freed now, before the collector looks through what is left

@@ -17,6 +17,7 @@ CriterionName = Literal[
     "fpgm",
     "random",
     "taylor",
+    "token_taylor",
     "hessian",
     "obdc",
     "fisher",

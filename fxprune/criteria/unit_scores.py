@@ -47,7 +47,7 @@ def score_units(
     if not spec.needs:
         total = score(None)
     else:
-        with prepare_source(model, data, loss, spec.name, solution.captures) as source:
+        with prepare_source(model, data, loss, spec.name, solution) as source:
             if spec.needs == SAMPLES:
                 total, count = np.zeros(len(seen)), 0
                 for evidence in sample_gradients(source):

@@ -110,9 +110,10 @@ def sensitivity(
     evaluate: Callable[[nn.Module], Any] | None = None,
     *,
     ratios: Sequence[float] = TENTHS,
-    criterion: CriterionName | str | Criterion = "magnitude",
+    criterion: CriterionName | str | Criterion | None = None,
     data: Iterable[Any] | None = None,
     loss: Callable[..., Tensor] | None = None,
+    only: Freeze = (),
     freeze: Freeze = (),
     freeze_outputs: Freeze = (),
     release: str | Sequence[str] = (),
@@ -134,7 +135,7 @@ def sensitivity(
         example_inputs: as for `prune`.
         evaluate: a function of a pruned model, in evaluation mode, that returns a number: an accuracy, a loss.
         ratios: shares of units, each in (0, 1).
-        criterion, data, loss, freeze, freeze_outputs, release, round_to, attention: as for `prune`.
+        criterion, data, loss, only, freeze, freeze_outputs, release, round_to, attention: as for `prune`.
 
     Returns: a table that can be printed, `to_dict()`, and `plot(path)`.
 
@@ -148,6 +149,7 @@ def sensitivity(
                 criterion=criterion,
                 data=data,
                 loss=loss,
+                only=only,
                 freeze=freeze,
                 freeze_outputs=freeze_outputs,
                 release=release,
