@@ -14,7 +14,6 @@ from __future__ import annotations
 import inspect
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx, nn
@@ -22,7 +21,7 @@ from torch import fx, nn
 from fxprune.passes.ir.module_tree import TreeNames
 from fxprune.passes.ir.program import UNKNOWN, Built, ModelTensor, TracedCall
 from fxprune.passes.ir.pytree import TensorRef, collect
-from fxprune.passes.rewrite.call_structures import Steps, constructed, nodes_in, parts_of, reading
+from fxprune.passes.rewrite.call_structures import Call, Steps, call_name, constructed, nodes_in, parts_of, reading
 from fxprune.passes.rewrite.guards import given_as_captured
 from fxprune.passes.rewrite.programs import FlatProgram, Line, Name, Program, is_pure, names_in, renamed, without_dead
 
@@ -31,20 +30,6 @@ PLAIN = (bool, int, float, str, type(None))
 
 class NotSeparable(Exception):
     """The lines of a module cannot be told apart from those around them."""
-
-
-@dataclass(eq=False)
-class Call:
-    """A call of a module in a flat program, with its own lines and the calls in it, in order."""
-
-    call: TracedCall
-    body: list[Line | Call] = field(default_factory=list)
-    first: int = -1  # of the positions of all its lines
-    last: int = -1
-    touched: bool = False  # whether the rewrite changed a line of its own
-
-    def calls(self) -> Iterator[Call]:
-        return (item for item in self.body if isinstance(item, Call))
 
 
 class Nesting:
@@ -102,21 +87,26 @@ class Nesting:
         ordered = sorted(calls, key=lambda c: (c.begin, -c.end))
         pending, stack = iter(ordered), [top]
         upcoming = next(pending, None)
+        touched = sorted(self.flat.touched)
         for i, line in enumerate(self.flat.program.lines):
             number = self.flat.numbers[line.name]
-            while number >= stack[-1].call.end:
-                stack.pop()
             while upcoming is not None and upcoming.begin <= number:
+                while upcoming.begin >= stack[-1].call.end:
+                    stack.pop()
                 if number < upcoming.end:
                     stack.append(Call(upcoming, first=i))
                     stack[-2].body.append(stack[-1])
+                elif bisect_left(touched, upcoming.begin) < bisect_left(touched, upcoming.end):
+                    stack[-1].body.append(Call(upcoming, emptied=True))
                 upcoming = next(pending, None)
+            while number >= stack[-1].call.end:
+                stack.pop()
             if line.op == "get_attr":
                 continue
             for call in stack:
                 call.last = i
             stack[-1].body.append(line)
-        self.mark_touched(top, sorted(self.flat.touched))
+        self.mark_touched(top, touched)
         return top
 
     def mark_touched(self, parent: Call, numbers: list[int]) -> None:
@@ -131,7 +121,7 @@ class Nesting:
 
     def note_handed(self, parent: Call) -> None:
         for call in parent.body:
-            if isinstance(call, Call):
+            if isinstance(call, Call) and not call.emptied:
                 for returned, x in ((False, (call.call.args, call.call.kwargs)), (True, call.call.out)):
                     for node in nodes_in(x):
                         named = self.flat.names.get(node)
@@ -152,7 +142,7 @@ class Nesting:
             inner = self.emitted(item, (*above, path))
             try:
                 program, produced = self.separate(item, inner)
-                lines += [*self.called(item, parent.call.path), *produced]
+                lines += [] if item.emptied else [*self.called(item, parent.call.path), *produced]
             except NotSeparable:
                 lines += inner
                 continue
@@ -220,6 +210,7 @@ class Nesting:
         reads: list[Line] = []
         given: dict[str, Name] = {}
         fixed: list[tuple[Name, Any]] = []
+        gone = self.flat.removed
         for parameter, (kind, default) in {p.name: (p.kind, p.default) for p in signature.parameters.values()}.items():
             plain = isinstance(default, PLAIN)
             if parameter not in bound and not plain:
@@ -237,7 +228,7 @@ class Nesting:
                     reads += reading(name, Name(key), steps)
                 if named is not None:
                     given.setdefault(named, Name(name))
-                if isinstance(leaf, ModelTensor) or isinstance(self.results.get(leaf), TensorRef):
+                if isinstance(leaf, ModelTensor) or (leaf not in gone and isinstance(self.results.get(leaf), TensorRef)):
                     fixed.append((Name(name), ...))
                 elif named is None and isinstance(leaf, PLAIN):
                     fixed.append((Name(name), leaf))
@@ -276,6 +267,8 @@ class Nesting:
             name = self.leaf_name(x)
             if name is not None:
                 return Name(name)
+            if x in self.flat.removed:
+                return None  # nothing uses it
             number = self.flat.names.get(x, self.results.get(x, UNKNOWN))
             if number is UNKNOWN or collect(number, TensorRef):
                 raise NotSeparable
@@ -338,10 +331,6 @@ class Nesting:
             computes = is_pure(line) and bool(sources) and line.op != "get_attr" and all(map(self.is_number, sources))
             self.numbers[name] = reads or computes
         return self.numbers[name]
-
-
-def call_name(call: Call) -> str:
-    return f"{call.call.path} {call.call.begin}"
 
 
 def signature_of(module: nn.Module) -> inspect.Signature:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxprune.passes.coupling.branches import Removed
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.ir.module_tree import Apart, TreeNames, apart_from, every_path, fetch, named_tensors, replace_tensors, walk
 from fxprune.passes.ir.program import CapturedProgram, Waiver
@@ -36,6 +37,7 @@ def rewrite_program(
     made: Mapping[str, list[TensorSlice]] | None = None,
     values: Mapping[str, Tensor] | None = None,
     waiver: Waiver | None = None,
+    removed: Removed | None = None,
 ) -> PrunedModule:
     """The pruned model: a new module that shares nothing with `model`.
 
@@ -49,6 +51,7 @@ def rewrite_program(
         made: the slices of the model's tensors, likewise.
         values: the model's tensors by name, likewise.
         waiver: guards that need not hold everywhere.
+        removed: what goes with residual branches, in terms of the captured programs.
     """
     slicer = slicer or Slicer(kept)
     made = tensor_cuts(solution, kept, slicer) if made is None else made
@@ -56,7 +59,9 @@ def rewrite_program(
     values = dict(named_tensors(model)) if values is None else values
     device = next((t.device for t in values.values()), torch.device("cpu"))
     constants: dict[str, Tensor] = {}
-    programs, attributes = rewrite_graphs(solution, slicer, constants, device, waiver)
+    programs, attributes = rewrite_graphs(solution, slicer, constants, device, waiver, removed)
+    if removed is not None:
+        drop(captures[0].root, removed.modules, [captures[0].prefix + name for name in removed.tensors])
     tree = slice_tensors(values, solution, made)
     restore_state(model, tree, solution)
     for path, edits in attributes.items():
@@ -134,7 +139,12 @@ def nest(
 
 
 def rewrite_graphs(
-    solution: Solution, slicer: Slicer, constants: dict[str, Tensor], device: torch.device, waiver: Waiver | None
+    solution: Solution,
+    slicer: Slicer,
+    constants: dict[str, Tensor],
+    device: torch.device,
+    waiver: Waiver | None,
+    removed: Removed | None = None,
 ) -> tuple[dict[bool, FlatProgram], dict[str, dict[str, Any]]]:
     """The pruned programs, by whether they are for training, and the attributes that change, by module path.
 
@@ -143,7 +153,7 @@ def rewrite_graphs(
     programs: dict[bool, FlatProgram] = {}
     attributes: dict[str, dict[str, Any]] = {}
     for which in range(len(solution.captures)):
-        rewriter = Rewriter(solution, which, slicer, constants, device, waiver)
+        rewriter = Rewriter(solution, which, slicer, constants, device, waiver, removed)
         found = rewriter.run()
         programs |= {True: found[False]} if which else found
         for path, edits in rewriter.attributes.items():
@@ -165,6 +175,15 @@ def check_programs(pruned: PrunedModule) -> None:
         graph = program.graph()
         graph.owning_module = module  # type: ignore[assignment]  # where the targets of its nodes are looked up
         graph.lint()
+
+
+def drop(root: nn.Module, modules: Iterable[str], tensors: Iterable[str]) -> None:
+    """Delete modules, by their paths, and tensors, by name, from a tree, under all names that they have there."""
+    gone = {id(fetch(root, path)) for path in modules} | {id(fetch(root, name)) for name in tensors}
+    for module in walk(root):
+        for held in (module._modules, module._parameters, module._buffers, vars(module)):
+            for name in [name for name, value in held.items() if id(value) in gone]:
+                del held[name]
 
 
 def restore_state(model: nn.Module, tree: nn.Module, solution: Solution) -> None:
