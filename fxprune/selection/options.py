@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fxprune.arguments import did_you_mean, is_number, number
 from fxprune.criteria.base import Criterion
+from fxprune.criteria.branches import SCORES
 from fxprune.criteria.catalog import CriterionName, resolve
 from fxprune.passes.coupling.families import names_family
 from fxprune.passes.coupling.solution import CouplingOptions
@@ -30,6 +31,7 @@ Scopes = Mapping[str, str | Sequence[str]]
 Freeze = str | nn.Module | Sequence[str | nn.Module]
 Attention = Literal["heads", "dims"]
 Verify = bool | Literal["auto"]
+Depth = bool | Literal["only"]
 Ranking = Literal["local", "global", "isomorphic"]
 BudgetName = Literal["params", "macs", "memory", "latency"]
 
@@ -66,7 +68,7 @@ class Options:
     Attributes:
         ratio: the share of units to remove, or shares by glob; not read where there is a budget.
         budget: what may stay, if it was asked for by cost.
-        criterion, ranking, scopes, floor, round_to, data, loss, verify: as for `prune`.
+        criterion, ranking, scopes, floor, round_to, data, loss, verify, depth, depth_criterion: as for `prune`.
         coupling: what the coupling has to know of them.
     """
 
@@ -81,6 +83,8 @@ class Options:
     loss: Callable[..., Tensor] | None = None
     coupling: CouplingOptions = field(default_factory=CouplingOptions)
     verify: Verify = "auto"
+    depth: Depth = False
+    depth_criterion: str | Callable[..., Any] | None = None
 
     @classmethod
     def parse(
@@ -205,6 +209,7 @@ def check_values(options: Options) -> None:
     if not isinstance(options.verify, bool) and not is_one_of(options.verify, ("auto",)):
         raise PruneError(f"verify must be True, False or 'auto', not {options.verify!r}", fix="verify='auto'")
     check_word("ranking", options.ranking, RANKINGS)
+    check_depth(options)
     if floor is not None and (not is_number(floor) or not 0 <= floor <= 1):
         raise PruneError(f"floor must be a number in [0, 1], not {floor!r}", fix="floor=0.1 keeps a tenth")
     globs = list(scopes.values()) if isinstance(scopes, Mapping) else []
@@ -214,6 +219,21 @@ def check_values(options: Options) -> None:
         what = f"scopes must name globs, not {scopes!r}"
         raise PruneError(what, fix="scopes={'early': ['layer1', 'layer2']}")
     resolve(options.criterion)
+
+
+def check_depth(options: Options) -> None:
+    """Raise PruneError for what means nothing with residual branches."""
+    how = options.depth_criterion
+    if not isinstance(options.depth, bool) and not is_one_of(options.depth, ("only",)):
+        raise PruneError(f"depth must be True, False or 'only', not {options.depth!r}", fix="depth='only'")
+    if how is not None and not options.depth:
+        raise PruneError("depth_criterion is given without depth", fix="depth=True, or depth='only'")
+    if isinstance(how, str) or not (how is None or callable(how)):
+        check_word("depth_criterion", how, SCORES)
+    if how not in (None, "weights") and options.data is None:
+        raise PruneError(f"depth_criterion={how!r} looks at data", fix="data=[(images, labels), ...]")
+    if options.depth and options.measures_latency:
+        raise PruneError("a budget of latency knows no residual branches", fix="a budget of macs, or depth=False")
 
 
 def check_globs(model: nn.Module, options: Options) -> None:

@@ -9,53 +9,17 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from torch import fx
 
 from fxprune.passes.coupling.liveness import Cuts, Liveness
+from fxprune.passes.ir.branches import Branch, Removed
 from fxprune.passes.ir.op_trace import OpCall, name_of
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.pytree import TensorRef, collect
 
 ADDITIONS = ("aten::add", "aten::add_")
-
-
-@dataclass(frozen=True, eq=False)
-class Branch:
-    """A residual branch.
-
-    Attributes:
-        name: the innermost module that all its parameters are in, or the largest that is all its own where others are in there.
-        tensors: names of the model's tensors that run for its sake alone; no two branches have the same.
-        cuts: its additions, in the programs and modes that run it, and the other operand of each.
-        parameters: those of the tensors that are learned.
-    """
-
-    name: str
-    tensors: frozenset[str]
-    cuts: Cuts
-    parameters: frozenset[str]
-
-
-@dataclass(frozen=True, eq=False)
-class Removed:
-    """What goes with some branches, all of them together.
-
-    Attributes:
-        branches: the branches.
-        tensors: names of the model's tensors that nothing reads any more.
-        modules: paths of modules that go, but for those within them.
-        nodes: nodes of the captured programs that go.
-        streams: additions, with the operand that stands for each, and whether it must be copied.
-    """
-
-    branches: tuple[Branch, ...] = ()
-    tensors: frozenset[str] = frozenset()
-    modules: tuple[str, ...] = ()
-    nodes: frozenset[fx.Node] = frozenset()
-    streams: Mapping[fx.Node, tuple[fx.Node, bool]] = field(default_factory=dict)
 
 
 class Branches:

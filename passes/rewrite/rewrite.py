@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxprune.passes.coupling.branches import Removed
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.ir.module_tree import Apart, TreeNames, apart_from, every_path, fetch, named_tensors, replace_tensors, walk
 from fxprune.passes.ir.program import CapturedProgram, Waiver
@@ -37,7 +36,6 @@ def rewrite_program(
     made: Mapping[str, list[TensorSlice]] | None = None,
     values: Mapping[str, Tensor] | None = None,
     waiver: Waiver | None = None,
-    removed: Removed | None = None,
 ) -> PrunedModule:
     """The pruned model: a new module that shares nothing with `model`.
 
@@ -47,11 +45,10 @@ def rewrite_program(
         model: the original.
         solution: its coupling.
         kept: which labels are kept, shape (labels,).
-        slicer: the slices for `kept`, if they have been computed before.
+        slicer: the slices for `kept`, if they have been computed before, with the residual branches that go.
         made: the slices of the model's tensors, likewise.
         values: the model's tensors by name, likewise.
         waiver: guards that need not hold everywhere.
-        removed: what goes with residual branches, in terms of the captured programs.
     """
     slicer = slicer or Slicer(kept)
     made = tensor_cuts(solution, kept, slicer) if made is None else made
@@ -59,9 +56,9 @@ def rewrite_program(
     values = dict(named_tensors(model)) if values is None else values
     device = next((t.device for t in values.values()), torch.device("cpu"))
     constants: dict[str, Tensor] = {}
-    programs, attributes = rewrite_graphs(solution, slicer, constants, device, waiver, removed)
-    if removed is not None:
-        drop(captures[0].root, removed.modules, [captures[0].prefix + name for name in removed.tensors])
+    programs, attributes = rewrite_graphs(solution, slicer, constants, device, waiver)
+    if slicer.removed:
+        drop(captures[0].root, slicer.removed.modules, [captures[0].prefix + name for name in slicer.removed.tensors])
     tree = slice_tensors(values, solution, made)
     restore_state(model, tree, solution)
     for path, edits in attributes.items():
@@ -139,12 +136,7 @@ def nest(
 
 
 def rewrite_graphs(
-    solution: Solution,
-    slicer: Slicer,
-    constants: dict[str, Tensor],
-    device: torch.device,
-    waiver: Waiver | None,
-    removed: Removed | None = None,
+    solution: Solution, slicer: Slicer, constants: dict[str, Tensor], device: torch.device, waiver: Waiver | None
 ) -> tuple[dict[bool, FlatProgram], dict[str, dict[str, Any]]]:
     """The pruned programs, by whether they are for training, and the attributes that change, by module path.
 
@@ -153,7 +145,7 @@ def rewrite_graphs(
     programs: dict[bool, FlatProgram] = {}
     attributes: dict[str, dict[str, Any]] = {}
     for which in range(len(solution.captures)):
-        rewriter = Rewriter(solution, which, slicer, constants, device, waiver, removed)
+        rewriter = Rewriter(solution, which, slicer, constants, device, waiver)
         found = rewriter.run()
         programs |= {True: found[False]} if which else found
         for path, edits in rewriter.attributes.items():

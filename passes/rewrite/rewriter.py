@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxprune.passes.coupling.branches import Removed
 from fxprune.passes.coupling.shuffles import channel_order
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.ir.labels import counts_channels
@@ -58,10 +57,9 @@ class Rewriter:
         constants: dict[str, Tensor],
         device: torch.device,
         waiver: Waiver | None = None,
-        removed: Removed | None = None,
     ) -> None:
         self.capture: CapturedProgram = solution.captures[which]
-        self.removed = removed or Removed()
+        self.removed = slicer.removed
         self.constants, self.device, self.waiver = constants, device, waiver
         labels, unit_of, may_go = solution.values[which], solution.unit_of.numpy(), solution.frozen < 0
         self.regions = solution.regions[which]

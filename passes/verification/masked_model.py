@@ -20,6 +20,7 @@ from fxprune.passes.capture.meta_kernels import VIEWS
 from fxprune.passes.capture.patches import visible
 from fxprune.passes.capture.recorder import Recorder, by_ops
 from fxprune.passes.coupling.propagation import apply_rule
+from fxprune.passes.ir.branches import NOTHING, Removed
 from fxprune.passes.ir.constraints import ConstraintBuilder, Constraints, RowLabels
 from fxprune.passes.ir.labels import Labels, fill_removed, keeps_all, kept_mask
 from fxprune.passes.ir.module_tree import copy_tree, named_tensors, set_mode
@@ -103,11 +104,13 @@ class Removal:
         leaves: the labels of its tensors, by name.
         kept: which labels are kept, shape (labels,).
         heads: whether batch dimensions of products are heads, as in coupling.
+        branches: residual branches, with all that goes with them.
     """
 
     leaves: Mapping[str, Labels]
     kept: Tensor
     heads: bool
+    branches: Removed = NOTHING
 
 
 class MaskedRun(Recorder):
@@ -270,6 +273,8 @@ class MaskedOriginal:
     def zeroed(self, name: str, tensor: Tensor) -> Tensor:
         """A copy of one of the model's tensors, zero where it is removed."""
         given = tensor.detach()
+        if name in self.removal.branches.tensors:
+            return torch.zeros_like(given)
         fractions = given.is_floating_point() or given.is_complex()
         made = fill_removed(given, self.removal.leaves.get(name, ()), self.removal.kept, 0.0) if fractions else given
         return made.clone() if made is given else made
