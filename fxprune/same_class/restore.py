@@ -20,11 +20,11 @@ from fxprune.passes.capture.capture import capture_program
 from fxprune.passes.capture.opaque import OPERATORS
 from fxprune.passes.coupling.couple import couple_channels
 from fxprune.passes.errors import PruneError, surface
-from fxprune.passes.ir.module_tree import private_copy, set_mode
+from fxprune.passes.ir.module_tree import named_tensors, private_copy, set_mode
 from fxprune.passes.ir.pytree import collect, map_tensors
 from fxprune.passes.ir.quiet import unobserved
 from fxprune.passes.rewrite.pruned_module import PrunedModule, RewrittenForward
-from fxprune.passes.rewrite.rewrite import rewrite_program
+from fxprune.passes.rewrite.rewrite import drop, rewrite_program
 from fxprune.passes.verification.masked_model import relative_error
 from fxprune.plan import kept_labels, plan_between
 from fxprune.same_class.attributes import update_attributes
@@ -53,12 +53,14 @@ def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs)
             return difference(lambda: run(other), wanted)
 
         made, known = shrunk_copy(model, pruned, inputs)
-        configured = configure(model, made, known, error_of, tolerance)
+        gone = drop_removed(model, pruned, made)
+        # no configuration says that a block has lost a branch
+        configured = (None, False)[hasattr(model, "config")] if gone else configure(model, made, known, error_of, tolerance)
         if error_of(made) > tolerance:
             with evaluating(made):
                 try_forwards(model, pruned, made, inputs, tolerance)
         stale = ["config"] if configured is False else []
-        held = {} if configured is not False else widths_in_constants(model, made)
+        held = {} if configured is not False or gone else widths_in_constants(model, made)
         if error_of(made) > tolerance:
             take_program(made, pruned, vars(pruned)["_programs"])
         if error_of(made) > tolerance:
@@ -92,6 +94,21 @@ def shrunk_copy(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs) -
     uses = [tree for tree in trees if tree[0] not in OPERATORS]
     paths = [module.removeprefix("whole").removeprefix(".") for module, _ in uses]
     return made, {(path, name): getattr(made.get_submodule(path), name) for path, (_, name) in zip(paths, uses, strict=True)}
+
+
+def drop_removed(model: nn.Module, pruned: PrunedModule, made: nn.Module) -> bool:
+    """Delete from `made` what goes with residual branches; the modules it lay in get their programs. Whether there is any."""
+    gone = plan_between(model, pruned).removed
+    if gone:
+        there = {path for path, _ in pruned.named_modules()}
+        paths = [path for path, _ in made.named_modules() if path not in there]
+        names = gone & dict(named_tensors(made)).keys()
+        drop(made, paths, names)
+        for path in {place.rpartition(".")[0] for place in (*paths, *names)} & there:
+            forward = vars(pruned.get_submodule(path)).get("forward")
+            if isinstance(forward, RewrittenForward):  # that of its class reads what is not there
+                take_program(made.get_submodule(path), forward.module, forward.programs)
+    return bool(gone)
 
 
 def with_own_forwards(pruned: PrunedModule, kind: type[nn.Module]) -> Any:
