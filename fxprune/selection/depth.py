@@ -20,6 +20,7 @@ from fxprune.passes.ir.branches import Branch
 from fxprune.passes.ir.module_tree import named_parameters
 from fxprune.passes.ir.slices import Slicer
 from fxprune.selection.allocation import FLOOR, Allocator, matches
+from fxprune.selection.budgets import Budget
 from fxprune.selection.candidates import Candidates, Group
 from fxprune.selection.costs import Costs
 from fxprune.selection.options import Options
@@ -92,9 +93,10 @@ def select_with_depth(
         free, score = score_families(model, solution, options)
     allocator = DepthAllocator(free, score, solution, options, branches, grouped(found, scores, options))
     if options.budget is None:
-        kept, slicer = allocator.apply(allocator.allocate_ratio())
+        slicer = allocator.apply(allocator.allocate_ratio())[1]
     else:
-        kept, slicer = meet_budget(options.budget, allocator, Costs(solution, tensors))
+        costs = Costs(solution, tensors)
+        slicer = give_back(meet_budget(options.budget, allocator, costs)[1], branches, options.budget, costs)
     if not slicer.removed and options.depth == "only" and options.budget is None:
         raise PruneError(
             f"no residual branch can be removed by so little: the model has {len(found)}",
@@ -102,9 +104,20 @@ def select_with_depth(
             fix=f"ratio={1 / len(found):.2g} or more" if options.floor is None else "a larger ratio, or a lower floor",
         )
     if not slicer.removed and options.depth != "only":
-        check_effect(model, free, score, solution, options, kept)
+        check_effect(model, free, score, solution, options, slicer.kept)
     kept = without_idle(solution, slicer)
     return kept, Slicer(kept, slicer.removed)
+
+
+def give_back(slicer: Slicer, branches: Branches, budget: Budget, costs: Costs) -> Slicer:
+    """The same with those branches back that need not go for the budget, the most important first."""
+    gone, limit = list(slicer.removed.branches), budget.limit(budget.cost(costs))
+    for branch in reversed(slicer.removed.branches):
+        fewer = [b for b in gone if b is not branch]
+        tried = Slicer(slicer.kept, branches.remove(fewer))
+        if budget.cost(costs, tried) <= limit:
+            gone, slicer = fewer, tried
+    return slicer
 
 
 def free_branches(model: nn.Module, branches: Branches, options: Options) -> list[Branch]:
@@ -113,12 +126,17 @@ def free_branches(model: nn.Module, branches: Branches, options: Options) -> lis
     found = [b for b in branches.found if not frozen & b.tensors]
     if found:
         return found
-    why = (
-        "every residual branch holds a tensor that is frozen"
-        if branches.found
-        else "no addition has an operand that is computed from the other one by parameters that nothing else uses"
-    )
-    raise PruneError(f"nothing can be removed by depth: {why}", where=type(model).__name__, fix="freeze less, or depth=False")
+    opaque = branches.captures[0].opaque
+    if branches.found:
+        why, fix = "every residual branch holds a tensor that is frozen", "freeze less"
+    elif opaque:
+        place, reason = next(iter(opaque.items()))
+        why = f"its program is not seen within {place if place in dict(model.named_modules()) else 'the model'} ({reason})"
+        fix = "inputs without a cache (use_cache=False), or code that reads no contents of tensors"
+    else:
+        why = "no addition has an operand that is computed from the other one by parameters that nothing else uses"
+        fix = "depth=False"
+    raise PruneError(f"nothing can be removed by depth: {why}", where=type(model).__name__, fix=fix)
 
 
 def grouped(found: Sequence[Branch], scores: np.ndarray, options: Options) -> list[tuple[list[Branch], np.ndarray, float]]:

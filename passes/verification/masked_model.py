@@ -30,6 +30,7 @@ from fxprune.passes.ir.pytree import TensorRef, collect, map_tensors
 from fxprune.passes.ir.slices import Slicer
 from fxprune.passes.ops.call import OpView, RuleContext
 from fxprune.passes.ops.registry import find
+from fxprune.passes.verification.masked_branches import MaskedBranches
 
 
 class KeptLabels:
@@ -125,6 +126,7 @@ class MaskedRun(Recorder):
     def __init__(self, names: dict[int, str], removal: Removal, fates: Tensor | None = None) -> None:
         super().__init__(names)
         self.leaf_labels = removal.leaves
+        self.branches = MaskedBranches([b.parameters for b in removal.branches.branches]) if removal.branches else None
         self.kept_labels, self.given = KeptLabels(removal.kept, fates), len(removal.kept)
         self.labels: dict[int, Labels] = {}
         self.zeroed: set[int] = set()  # the model's tensors, and views of them: zero where they are removed
@@ -181,6 +183,8 @@ class MaskedRun(Recorder):
         self.draws |= draws
         if form is not None and not any(map(self.removed_from, refs)):
             form = None
+        if self.branches is not None and self.branches.ends(func, in_args, self.op_trace):
+            form = self.branches.sum_without
         if form is not None or draws:
             if form is None:
                 out = in_index_order(func, args, kwargs)
@@ -193,6 +197,8 @@ class MaskedRun(Recorder):
         else:
             produced = super().__torch_dispatch__(func, types, args, kwargs)
         op = self.op_trace.ops[-1]
+        if self.branches is not None:
+            self.branches.follow(op, self.op_trace)
         if refs:
             self.dtypes.update(HALF_PRECISION.intersection([self.op_trace.values[ref.id].dtype for ref in op.outputs]))
         apply_rule(RuleContext(op, self.state))
@@ -273,8 +279,6 @@ class MaskedOriginal:
     def zeroed(self, name: str, tensor: Tensor) -> Tensor:
         """A copy of one of the model's tensors, zero where it is removed."""
         given = tensor.detach()
-        if name in self.removal.branches.tensors:
-            return torch.zeros_like(given)
         fractions = given.is_floating_point() or given.is_complex()
         made = fill_removed(given, self.removal.leaves.get(name, ()), self.removal.kept, 0.0) if fractions else given
         return made.clone() if made is given else made
