@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.arguments import is_number, number
-from fxprune.criteria.base import Criterion
+from fxprune.criteria.activation_stats import wide
+from fxprune.criteria.base import Criterion, CriterionSpec
 from fxprune.criteria.calibration import Batch, Source, prepare_source
 from fxprune.criteria.catalog import resolve
 from fxprune.passes.coupling.solution import Solution
@@ -207,16 +208,25 @@ def by_weights(model: nn.Module, branches: Sequence[Branch], criterion: str | Cr
     spec = resolve(criterion)
     if spec.score_units is not None:
         return np.asarray(spec.score_units(len(branches)), np.float64)
-    if spec.needs or not spec.elementwise:
+    if spec.needs:
         what = f"the criterion {spec.name} gives branches no score by their weights alone"
         raise PruneError(what, fix="data=batches, or criterion='magnitude'")
     parameters, found = named_parameters(model), np.zeros(len(branches))
     with torch.no_grad():
         for i, branch in enumerate(branches):
-            weights = [parameters[name].detach() for name in sorted(branch.parameters)]
-            numbers = [w for w in weights if w.is_floating_point()]
-            sums = [
-                float(spec.score_elements(w.to(torch.promote_types(w.dtype, torch.float32))).double().sum()) for w in numbers
-            ]
-            found[i] = sum(sums) / max(1, sum(w.numel() for w in numbers))
+            weights = [w for name in sorted(branch.parameters) if (w := parameters[name].detach()).is_floating_point()]
+            found[i] = sum(importance(spec, wide(w)) for w in weights) / max(1, sum(w.numel() for w in weights))
     return found
+
+
+def importance(spec: CriterionSpec, weight: Tensor) -> float:
+    """The sum of what a criterion gives the elements of a parameter; raises PruneError where it gives no tensor."""
+    try:
+        return float(spec.score_elements(weight).double().sum())
+    except PruneError:
+        raise
+    except Exception as error:
+        raise PruneError(
+            f"the criterion {spec.name} raises {type(error).__name__}: {error}",
+            fix="return the importance of each element, as a tensor of the parameter's shape",
+        ) from error

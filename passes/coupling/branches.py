@@ -31,6 +31,7 @@ class Branches:
 
     Attributes:
         found: the branches, in the order in which they run.
+        ever: the nodes that are wanted with all branches.
     """
 
     def __init__(self, captures: Sequence[CapturedProgram], parameters: Collection[str]) -> None:
@@ -38,6 +39,7 @@ class Branches:
         self.views = [Liveness(c, mode) for i, c in enumerate(captures) for mode in ((False, True) if c.only else (bool(i),))]
         self.whole = [view.live({}) for view in self.views]
         self.read = [view.tensors(live) for view, live in zip(self.views, self.whole, strict=True)]
+        self.ever = set[fx.Node]().union(*self.whole)
         self.sums: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}  # of two branches: where it is added, and to what
         self.found = self.find()
 
@@ -97,18 +99,20 @@ class Branches:
             return Removed()
         live = [view.live(cuts) for view in self.views]
         wanted, dead = set[fx.Node]().union(*live), set[fx.Node]()
-        for view, whole in zip(self.views, self.whole, strict=True):
+        gone = set[str]().union(*self.read) - {
+            name for v, nodes in zip(self.views, live, strict=True) for name in v.tensors(nodes)
+        }
+        for view in self.views:
             for node in view.nodes:
-                if node not in wanted and (node in whole or any(n in dead for n in view.inputs(node))):
+                idle = node in self.ever or not gone.isdisjoint(view.names[node]) or any(n in dead for n in view.inputs(node))
+                if idle and node not in wanted:
                     dead.add(node)
-        dead = {n for n in dead if n not in wanted}
         streams = {
             add: (stream, any(v.writes_after(add) for v in self.views if add in v.ops))
             for add, stream in cuts.items()
             if add not in dead
         }
         left = {name for view in self.views for name in view.tensors(n for n in view.nodes if n not in dead)}
-        gone = set[str]().union(*self.read) - left
         modules = self.modules(dead, streams, left)
         for capture in self.captures[:1]:
             inside = [f"{path}." for path in modules]
@@ -141,11 +145,6 @@ class Branches:
         stays = {path for start in busy | held for path in parents(start)}
         found = {p for path in idle for p in parents(path) if p and p not in stays}
         return tuple(sorted(p for p in found if not any(outer in found for outer in parents(p.rpartition(".")[0]) if outer)))
-
-    @functools.cached_property
-    def ever(self) -> set[fx.Node]:
-        """The nodes that are wanted with all branches."""
-        return set[fx.Node]().union(*self.whole)
 
     def name(self, parameters: frozenset[str], gone: Removed) -> str:
         """Of a branch, by its parameters and what goes with it."""
