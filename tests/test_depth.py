@@ -152,9 +152,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Any, int, dict[str, list[str]]]
                 "encoder.block.1.layer.1.DenseReluDense",
                 "encoder.block.1.layer.1.layer_norm",
             ],
-            "decoder.block.0.layer.1.EncDecAttention": [
-                "decoder.block.0.layer.1.EncDecAttention",
-                "decoder.block.0.layer.1.layer_norm",
+            "decoder.block.1.layer.1.EncDecAttention": [
+                "decoder.block.1.layer.1.EncDecAttention",
+                "decoder.block.1.layer.1.layer_norm",
             ],
         },
     ),
