@@ -168,10 +168,10 @@ class Scores:
 
     def by_loss(self) -> np.ndarray:
         for batch in self.source.batches():
-            whole = float(self.source.value(self.each(batch)))
+            whole = float(self.source.value(self.each(batch)).detach())
             for i in range(len(self.total)):
                 self.run.without = i
-                self.total[i] += batch.size * (float(self.source.value(batch)) - whole)
+                self.total[i] += batch.size * (float(self.source.value(batch).detach()) - whole)
             self.run.without = None
         return self.mean()
 

@@ -9,7 +9,7 @@ its forward: the innermost such module, since they are tried from the inside out
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,17 +20,18 @@ from fxprune.passes.capture.capture import capture_program
 from fxprune.passes.capture.opaque import OPERATORS
 from fxprune.passes.coupling.couple import couple_channels
 from fxprune.passes.errors import PruneError, surface
-from fxprune.passes.ir.module_tree import named_tensors, private_copy, set_mode
+from fxprune.passes.ir.module_tree import private_copy, set_mode
 from fxprune.passes.ir.pytree import collect, map_tensors
 from fxprune.passes.ir.quiet import unobserved
 from fxprune.passes.rewrite.pruned_module import PrunedModule, RewrittenForward
-from fxprune.passes.rewrite.rewrite import drop, rewrite_program
+from fxprune.passes.rewrite.rewrite import rewrite_program
 from fxprune.passes.verification.masked_model import relative_error
 from fxprune.plan import kept_labels, plan_between
 from fxprune.same_class.attributes import update_attributes
 from fxprune.same_class.configuration import Attributes, configure
 from fxprune.same_class.constants import widths_in_constants
 from fxprune.same_class.numbers import fit_numbers
+from fxprune.same_class.silent import drop_removed, take_program
 from fxprune.verification import evaluating, restoring, tolerance_of
 
 
@@ -53,7 +54,7 @@ def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs)
             return difference(lambda: run(other), wanted)
 
         made, known = shrunk_copy(model, pruned, inputs)
-        gone = drop_removed(model, pruned, made)
+        gone = drop_removed(model, pruned, made, lambda: error_of(made) <= tolerance, run)
         # no configuration says that a block has lost a branch
         configured = (None, False)[hasattr(model, "config")] if gone else configure(model, made, known, error_of, tolerance)
         if error_of(made) > tolerance:
@@ -94,21 +95,6 @@ def shrunk_copy(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs) -
     uses = [tree for tree in trees if tree[0] not in OPERATORS]
     paths = [module.removeprefix("whole").removeprefix(".") for module, _ in uses]
     return made, {(path, name): getattr(made.get_submodule(path), name) for path, (_, name) in zip(paths, uses, strict=True)}
-
-
-def drop_removed(model: nn.Module, pruned: PrunedModule, made: nn.Module) -> bool:
-    """Delete from `made` what goes with residual branches; the modules it lay in get their programs. Whether there is any."""
-    gone = plan_between(model, pruned).removed
-    if gone:
-        there = {path for path, _ in pruned.named_modules()}
-        paths = [path for path, _ in made.named_modules() if path not in there]
-        names = gone & dict(named_tensors(made)).keys()
-        drop(made, paths, names)
-        for path in {place.rpartition(".")[0] for place in (*paths, *names)} & there:
-            forward = vars(pruned.get_submodule(path)).get("forward")
-            if isinstance(forward, RewrittenForward):  # that of its class reads what is not there
-                take_program(made.get_submodule(path), forward.module, forward.programs)
-    return bool(gone)
 
 
 def with_own_forwards(pruned: PrunedModule, kind: type[nn.Module]) -> Any:
@@ -154,21 +140,6 @@ def try_forwards(model: nn.Module, pruned: PrunedModule, made: nn.Module, inputs
                 ):
                     stack.callback(handle.remove)
         inputs.map(torch.clone).call(pruned)
-
-
-def take_program(module: nn.Module, source: nn.Module, programs: Any) -> None:
-    """Give a module the pruned program of its counterpart as its forward, with the constants that it refers to."""
-    vars(module)["forward"] = RewrittenForward(module, programs)
-    for name, tensor in constants_of(source):
-        if name not in module._buffers:
-            module.register_buffer(name, tensor.clone(), persistent=False)
-
-
-def constants_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that the programs of a module have made, by name."""
-    for name, tensor in module._buffers.items():
-        if tensor is not None and name.startswith(("_kept_index_", "_tensor_constant")):
-            yield name, tensor
 
 
 def difference(run: Callable[[], Any], wanted: list[Tensor]) -> float:
