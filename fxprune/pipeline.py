@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,15 +23,16 @@ from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_parameters, named_tensors
 from fxprune.passes.ir.program import Waiver
 from fxprune.passes.ir.quiet import gc_paused, unobserved, without_modes
-from fxprune.passes.ir.slices import Slicer, TensorSlice
+from fxprune.passes.ir.slices import Slicer, nothing_of
 from fxprune.passes.rewrite.pruned_module import PrunedModule
-from fxprune.passes.rewrite.rewrite import rewrite_program, tensor_cuts
-from fxprune.passes.verification.masked_model import Removal
+from fxprune.passes.rewrite.rewrite import rewrite_program
 from fxprune.passes.verification.opaque_check import broken, opaque_sites
 from fxprune.plan import PlanData, derived_tensors, kept_labels, plan_between, shapes_of, sign
 from fxprune.same_class.restore import restore_class
 from fxprune.selection.allocation import Allocator
-from fxprune.selection.latency import Latency, LatencyProbe
+from fxprune.selection.choice import Choice, removal_of, spent
+from fxprune.selection.depth import select_with_depth
+from fxprune.selection.latency import LatencyProbe
 from fxprune.selection.options import Options
 from fxprune.selection.select import select_units
 from fxprune.stage_checks import check_choice, check_coupling
@@ -62,32 +61,6 @@ class Plan(PlanData):
             compilation = Compilation.of_plan(model, self, example_inputs)
             pruned = compilation.apply(self)
             return compilation.restore_class(pruned) if same_class else pruned
-
-
-@dataclass(frozen=True, eq=False)
-class Choice:
-    """Which labels of a coupling stay.
-
-    Attributes:
-        solution: the coupling.
-        kept: for each label whether it stays, shape (labels,).
-        slicer: what that leaves of a tensor with given labels.
-        latency: what was measured to make the choice, if its budget is one of latency.
-    """
-
-    solution: Solution
-    kept: Tensor
-    slicer: Slicer
-    latency: Latency | None = None
-
-    def removal(self, heads: bool) -> Removal:
-        """What it removes of the model; `heads` says whether heads go whole."""
-        return Removal(self.solution.leaves, self.kept, heads)
-
-    @functools.cached_property
-    def slices(self) -> dict[str, list[TensorSlice]]:
-        """The slices of every tensor, by name."""
-        return tensor_cuts(self.solution, self.kept, self.slicer)
 
 
 class Compilation:
@@ -161,6 +134,11 @@ class Compilation:
             solution = self.couple()
             if solution.captures[0].unseen and options.data is not None:  # which may be read again
                 options = dataclasses.replace(options, data=list(options.data))
+            if options.depth:
+                flat = lambda: self.emit(self.unpruned()).eval().flat()  # noqa: E731
+                return self.choose_by(
+                    lambda coupled: select_with_depth(self.model, coupled, options, self.tensors, flat), solution
+                )
             return self.choose_by(lambda coupled: select_units(self.model, coupled, options, self.tensors), solution)
         solution = self.couple_for_good()  # what is timed must run
         probe = self.latency_probe()
@@ -207,9 +185,11 @@ class Compilation:
 
     def plan(self, choice: Choice) -> Plan:
         """A choice as plain data."""
+        found, gone = choice.slices, choice.slicer.removed.tensors
         return Plan(
             {name: tuple(t.shape) for name, t in self.tensors.items()},
-            {name: found for name, found in choice.slices.items() if found and name in self.tensors},
+            {n: found[n] for n in found if found[n] and n in self.tensors and n not in gone}
+            | {n: [nothing_of(t.shape)] for n, t in self.tensors.items() if n in gone},
             "heads" if self.options.heads else "dims",
             tuple(sorted(self.options.frozen)),
             self.inputs.describe(),
@@ -220,8 +200,9 @@ class Compilation:
     def choice_of(self, plan: PlanData) -> Choice:
         """What a plan chooses; raises PruneError where it does not fit the model."""
         solution = self.couple()
-        kept = kept_labels(plan.fitted(shapes_of(self.model)), solution, self.frozen_modules.values())
-        return Choice(solution, kept, Slicer(kept))
+        plan = plan.fitted(shapes_of(self.model))
+        kept = kept_labels(plan, solution, self.frozen_modules.values())
+        return Choice(solution, kept, Slicer(kept, removal_of(self.model, solution, plan.removed)))
 
     def unpruned(self) -> Choice:
         """The choice that keeps everything."""
@@ -229,12 +210,12 @@ class Compilation:
         kept = torch.ones(len(solution.unit_of), dtype=torch.bool)
         return Choice(solution, kept, Slicer(kept))
 
-    def keep(self, kept: Tensor) -> Choice:
-        """The choice of these labels, shape (labels,), from a coupling of its own."""
+    def keep(self, kept: Tensor, tensors: Collection[str] = ()) -> Choice:
+        """The choice of these labels, shape (labels,), from a coupling of its own; `tensors` go with residual branches."""
         solution = self.couple()
         if len(kept) != len(solution.unit_of):
             raise RuntimeError("the model is coupled otherwise than when the choice was made")
-        return Choice(solution, kept, Slicer(kept))
+        return Choice(solution, kept, Slicer(kept, removal_of(self.model, solution, tensors)))
 
     # -- rewrite, slice and verify ----------------------------------------------------------------------------------------
 
@@ -250,7 +231,7 @@ class Compilation:
         if tried is not None and tried[0] is choice and values is None and waiver is None:
             pruned = tried[1]
         else:
-            choice = self.keep(choice.kept) if spent(choice.solution) else choice
+            choice = self.keep(choice.kept, choice.slicer.removed.tensors) if spent(choice.solution) else choice
             with gc_paused():
                 pruned = rewrite_program(
                     values or self.model,
@@ -343,8 +324,3 @@ class Compilation:
         coupling = dataclasses.replace(self.options, frozen={**self.options.frozen, **held})
         again = Compilation(self.model, self.inputs, coupling, self.frozen_modules)
         return again.prune(dataclasses.replace(options, coupling=coupling), same_class=True)
-
-
-def spent(solution: Solution) -> bool:
-    """Whether the captured program of a coupling was used up."""
-    return any(capture.consumed for capture in solution.captures)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fxprune.arguments import did_you_mean, is_number, number
 from fxprune.criteria.base import Criterion
+from fxprune.criteria.branches import SCORES
 from fxprune.criteria.catalog import CriterionName, resolve
 from fxprune.criteria.defaults import choose_criterion
 from fxprune.passes.coupling.families import names_family
@@ -31,6 +32,7 @@ Scopes = Mapping[str, str | Sequence[str]]
 Freeze = Names
 Attention = Literal["heads", "dims"]
 Verify = bool | Literal["auto"]
+Depth = bool | Literal["only"]
 Ranking = Literal["local", "global", "isomorphic"]
 BudgetName = Literal["params", "macs", "memory", "latency"]
 
@@ -70,7 +72,7 @@ class Options:
     Attributes:
         ratio: the share of units to remove, or shares by glob; not read where there is a budget.
         budget: what may stay, if it was asked for by cost.
-        criterion, ranking, scopes, floor, round_to, data, loss, verify: as for `prune`.
+        criterion, ranking, scopes, floor, round_to, data, loss, verify, depth, depth_criterion: as for `prune`.
         coupling: what the coupling has to know of them.
         spares: whether a residual stream through the whole model is taken after all else.
         weighs: whether units compete by their score for what they cost.
@@ -91,6 +93,8 @@ class Options:
     spares: bool = False
     weighs: bool = False
     chosen: tuple[str, ...] = ()
+    depth: Depth = False
+    depth_criterion: str | Callable[..., Any] | None = None
 
     @classmethod
     def parse(
@@ -242,6 +246,7 @@ def check_values(options: Options) -> None:
     if not isinstance(options.verify, bool) and not is_one_of(options.verify, ("auto",)):
         raise PruneError(f"verify must be True, False or 'auto', not {options.verify!r}", fix="verify='auto'")
     check_word("ranking", options.ranking, RANKINGS)
+    check_depth(options)
     if floor is not None and (not is_number(floor) or not 0 <= floor <= 1):
         raise PruneError(f"floor must be a number in [0, 1], not {floor!r}", fix="floor=0.1 keeps a tenth")
     globs = list(scopes.values()) if isinstance(scopes, Mapping) else []
@@ -251,6 +256,21 @@ def check_values(options: Options) -> None:
         what = f"scopes must name globs, not {scopes!r}"
         raise PruneError(what, fix="scopes={'early': ['layer1', 'layer2']}")
     resolve(options.criterion)
+
+
+def check_depth(options: Options) -> None:
+    """Raise PruneError for what means nothing with residual branches."""
+    how = options.depth_criterion
+    if not isinstance(options.depth, bool) and not is_one_of(options.depth, ("only",)):
+        raise PruneError(f"depth must be True, False or 'only', not {options.depth!r}", fix="depth='only'")
+    if how is not None and not options.depth:
+        raise PruneError("depth_criterion is given without depth", fix="depth=True, or depth='only'")
+    if isinstance(how, str) or not (how is None or callable(how)):
+        check_word("depth_criterion", how, SCORES)
+    if how not in (None, "weights") and options.data is None:
+        raise PruneError(f"depth_criterion={how!r} looks at data", fix="data=[(images, labels), ...]")
+    if options.depth and options.measures_latency:
+        raise PruneError("a budget of latency knows no residual branches", fix="a budget of macs, or depth=False")
 
 
 def check_globs(model: nn.Module, options: Options) -> None:

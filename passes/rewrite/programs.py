@@ -111,12 +111,14 @@ class FlatProgram:
         numbers: for each line, by name, the number of the captured node that it comes of.
         names: what stands for a captured node, a `Name` or a literal; without an entry nothing does.
         touched: the numbers of captured nodes that the rewrite has changed.
+        removed: captured nodes that are gone with residual branches.
     """
 
     program: Program
     numbers: dict[str, int]
     names: dict[fx.Node, Any] = field(default_factory=dict)
     touched: frozenset[int] = frozenset()
+    removed: frozenset[fx.Node] = frozenset()
 
 
 def written(

@@ -45,7 +45,7 @@ def rewrite_program(
         model: the original.
         solution: its coupling.
         kept: which labels are kept, shape (labels,).
-        slicer: the slices for `kept`, if they have been computed before.
+        slicer: the slices for `kept`, if they have been computed before, with the residual branches that go.
         made: the slices of the model's tensors, likewise.
         values: the model's tensors by name, likewise.
         waiver: guards that need not hold everywhere.
@@ -57,6 +57,8 @@ def rewrite_program(
     device = next((t.device for t in values.values()), torch.device("cpu"))
     constants: dict[str, Tensor] = {}
     programs, attributes = rewrite_graphs(solution, slicer, constants, device, waiver)
+    if slicer.removed:
+        drop(captures[0].root, slicer.removed.modules, [captures[0].prefix + name for name in slicer.removed.tensors])
     tree = slice_tensors(values, solution, made)
     restore_state(model, tree, solution)
     for path, edits in attributes.items():
@@ -165,6 +167,15 @@ def check_programs(pruned: PrunedModule) -> None:
         graph = program.graph()
         graph.owning_module = module  # type: ignore[assignment]  # where the targets of its nodes are looked up
         graph.lint()
+
+
+def drop(root: nn.Module, modules: Iterable[str], tensors: Iterable[str]) -> None:
+    """Delete modules, by their paths, and tensors, by name, from a tree, under all names that they have there."""
+    gone = {id(fetch(root, path)) for path in modules} | {id(fetch(root, name)) for name in tensors}
+    for module in walk(root):
+        for held in (module._modules, module._parameters, module._buffers, vars(module)):
+            for name in [name for name, value in held.items() if id(value) in gone]:
+                del held[name]
 
 
 def restore_state(model: nn.Module, tree: nn.Module, solution: Solution) -> None:

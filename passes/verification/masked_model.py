@@ -20,6 +20,7 @@ from fxprune.passes.capture.meta_kernels import VIEWS
 from fxprune.passes.capture.patches import visible
 from fxprune.passes.capture.recorder import Recorder, by_ops
 from fxprune.passes.coupling.propagation import apply_rule
+from fxprune.passes.ir.branches import NOTHING, Removed
 from fxprune.passes.ir.constraints import ConstraintBuilder, Constraints, RowLabels
 from fxprune.passes.ir.labels import Labels, fill_removed, keeps_all, kept_mask
 from fxprune.passes.ir.module_tree import copy_tree, named_tensors, set_mode
@@ -29,6 +30,7 @@ from fxprune.passes.ir.pytree import TensorRef, collect, map_tensors
 from fxprune.passes.ir.slices import Slicer
 from fxprune.passes.ops.call import OpView, RuleContext
 from fxprune.passes.ops.registry import find
+from fxprune.passes.verification.masked_branches import MaskedBranches
 
 
 class KeptLabels:
@@ -108,11 +110,13 @@ class Removal:
         leaves: the labels of its tensors, by name.
         kept: which labels are kept, shape (labels,).
         heads: whether batch dimensions of products are heads, as in coupling.
+        branches: residual branches, with all that goes with them.
     """
 
     leaves: Mapping[str, Labels]
     kept: Tensor
     heads: bool
+    branches: Removed = NOTHING
 
 
 class MaskedRun(Recorder):
@@ -127,6 +131,7 @@ class MaskedRun(Recorder):
     def __init__(self, names: dict[int, str], removal: Removal, fates: Tensor | None = None) -> None:
         super().__init__(names)
         self.leaf_labels = removal.leaves
+        self.branches = MaskedBranches([b.parameters for b in removal.branches.branches]) if removal.branches else None
         self.kept_labels, self.given = KeptLabels(removal.kept, fates), len(removal.kept)
         self.labels: dict[int, Labels] = {}
         self.zeroed: set[int] = set()  # the model's tensors, and views of them: zero where they are removed
@@ -182,6 +187,8 @@ class MaskedRun(Recorder):
         self.draws |= draws
         if form is not None and not any(map(self.removed_from, refs)):
             form = None
+        if self.branches is not None and self.branches.ends(func, map_tensors(args, self.ref), self.op_trace):
+            form = self.branches.sum_without
         if form is not None or draws:
             in_args, in_kwargs = map_tensors(args, self.ref), map_tensors(kwargs, self.ref)
             if form is None:
@@ -195,6 +202,8 @@ class MaskedRun(Recorder):
         else:
             produced = super().__torch_dispatch__(func, types, args, kwargs)
         op = self.op_trace.ops[-1]
+        if self.branches is not None:
+            self.branches.follow(op, self.op_trace)
         if refs:
             self.dtypes.update(HALF_PRECISION.intersection([self.op_trace.values[ref.id].dtype for ref in op.outputs]))
         apply_rule(RuleContext(op, self.state))

@@ -40,7 +40,7 @@ def opaque_sites(solution: Solution, slicer: Slicer) -> list[OpaqueSite]:
     capture = solution.captures[0]
     found: list[OpaqueSite] = []
     for node, path in capture.unseen.items():
-        if capture.only.get(node) is not True:
+        if capture.only.get(node) is not True and node not in slicer.removed.nodes:
             refs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: capture.results[n])
             function = node.target if node.op == "call_function" else None
             given = capture.given.get(node) if function is None else refs
