@@ -113,12 +113,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def restoring(model: nn.Module, *, parameters: bool = False) -> Iterator[None]:
-    """Restore the buffers (running statistics, caches) that a forward writes to, and with `parameters` those too."""
-    tensors = [*model.buffers(), *(model.parameters() if parameters else ())]
+    """Restore what a forward writes to, or assigns anew: buffers, tensor attributes, and with `parameters` those too."""
+    tensors = [t for _, t in named_tensors(model) if parameters or not isinstance(t, nn.Parameter)]
+    boxes = [box for module in model.modules() for box in (module._buffers, vars(module))]
+    held = [(box, {name: v for name, v in box.items() if isinstance(v, Tensor)}) for box in boxes]
     before = [t.detach().clone() for t in tensors]
     try:
         yield
     finally:
+        for box, attributes in held:
+            box.update(attributes)
         with torch.no_grad():
             for tensor, value in zip(tensors, before, strict=True):
                 tensor.copy_(value)

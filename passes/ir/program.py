@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
 from fxprune.passes.ir.module_tree import Apart
 from fxprune.passes.ir.op_trace import OpTrace
@@ -209,6 +210,13 @@ def reads_shape(node: fx.Node) -> bool:
 def select_by_mode(evaluated: Any, trained: Any) -> Any:
     """In a captured graph: the first in evaluation mode, the second in training mode. The tracer ties the two."""
     raise AssertionError(f"a node that selects between {evaluated} and {trained} is in no emitted program")
+
+
+def assigned(held: Tensor, value: Tensor) -> None:
+    """In a program, what `module.tensor = value` leaves: the module's tensor holds the value, where it has its shape."""
+    if held.shape == value.shape:
+        with torch.no_grad():
+            held.copy_(value)
 
 
 @dataclass(frozen=True, slots=True)

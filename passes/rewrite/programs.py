@@ -16,6 +16,7 @@ from fxprune.passes.ir.program import select_by_mode
 
 ARITHMETIC = "getitem mul floordiv add sub truediv mod pow neg eq ne lt gt le ge".split()
 READS = frozenset(["size", "dim", "numel"])
+PURE = frozenset([getattr, "clone"])
 COMPUTES = frozenset(getattr(operator, name) for name in ARITHMETIC)
 
 
@@ -149,7 +150,7 @@ def without_dead(lines: Sequence[Line], used: Iterable[str] = ()) -> list[Line]:
 
 
 def is_pure(line: Line) -> bool:
-    return line.op == "get_attr" or line.target is getattr or line.reads_size or line.target in COMPUTES
+    return line.op == "get_attr" or line.target in PURE or line.reads_size or line.target in COMPUTES
 
 
 def names_in(x: Any) -> list[str]:
