@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import operator
 import weakref
@@ -27,7 +26,7 @@ from fxprune.passes.capture.rollback import ModuleState
 from fxprune.passes.errors import NeedsValues, ReadsValue
 from fxprune.passes.ir.module_tree import every_path, named_tensors
 from fxprune.passes.ir.program import Guard, TracedCall, select_by_mode
-from fxprune.passes.ir.pytree import ATOMS, like_dict, map_tensors
+from fxprune.passes.ir.pytree import ATOMS, attributes_of, like_dict, map_tensors, record
 
 HAS_NODES = ATOMS | PROXIES
 PLAIN = ATOMS | {complex, torch.layout, torch.memory_format}
@@ -177,7 +176,10 @@ class GraphBuilder(ProxyAttributes):
             return Items.of(node, value, [self.item(node, i, v) for i, v in enumerate(value)])
         if isinstance(value, dict):
             return like_dict(value, {k: self.item(node, k, v) for k, v in value.items()})
-        return self.proxy(node, value)
+        with attributes_of(value) as held:
+            if held is None:
+                return self.proxy(node, value)
+            return record(type(value), {k: self.item(node, k, v, getattr) for k, v in held.items()})
 
     def keep_length(self, node: fx.Node, value: list[Any]) -> None:
         """How many values code that is not captured has put into a list is decided here."""
@@ -195,8 +197,8 @@ class GraphBuilder(ProxyAttributes):
         self.proxies.append(weakref.ref(made))
         return made
 
-    def item(self, node: fx.Node, key: Any, value: Any) -> Any:
-        return self.bind(self.create_node("call_function", operator.getitem, (node, key), {}), value)
+    def item(self, node: fx.Node, key: Any, value: Any, read: Any = operator.getitem) -> Any:
+        return self.bind(self.create_node("call_function", read, (node, key), {}), value)
 
     # -- arguments --------------------------------------------------------------------------------------------------
 
@@ -221,16 +223,14 @@ class GraphBuilder(ProxyAttributes):
             return node
         if isinstance(a, dict) and type(a) is not dict and all(isinstance(k, str) for k in a):
             return self.create_object(type(a), dict(a))
-        if dataclasses.is_dataclass(a) and not isinstance(a, type | dict):
-            given = {f.name: getattr(a, f.name) for f in dataclasses.fields(a) if hasattr(a, f.name)}
-            return self.create_object(creating(type(a)), given)
         if type(a) is tuple or isinstance(a, torch.Size):
             return tuple(self.create_arg(v) for v in a)
         if type(a) is list:
             return [self.create_arg(v) for v in a]
         if type(a) is dict:
             return {k: self.create_arg(v) for k, v in a.items()}
-        return super().create_arg(a)
+        with attributes_of(a) as held:
+            return super().create_arg(a) if held is None else self.create_object(creating(type(a)), held)
 
     def module_argument(self, module: nn.Module) -> fx.Node:
         """A module that another one is given, which is opaque; a function would call it unseen by the graph."""

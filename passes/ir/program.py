@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.passes.ir.module_tree import Apart
 from fxprune.passes.ir.op_trace import OpTrace
-from fxprune.passes.ir.pytree import TensorRef, collect
+from fxprune.passes.ir.pytree import TensorRef, attributes_of, collect
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +270,7 @@ def named_outputs(returned: Any, results: Mapping[fx.Node, Any], path: str = "")
         names = getattr(returned, "_fields", range(len(returned)))
         items = [(str(name), value) for name, value in zip(names, returned, strict=True)]
     else:
-        return
+        with attributes_of(returned) as held:
+            items = list((held or {}).items())
     for name, value in items:
         yield from named_outputs(value, results, f"{path}.{name}" if path else name)
