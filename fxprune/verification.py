@@ -15,14 +15,13 @@ from fxprune.inputs import ExampleInputs
 from fxprune.passes.errors import GuardError
 from fxprune.passes.ir.module_tree import named_parameters, named_tensors, private_copy
 from fxprune.passes.ir.pytree import collect, map_tensors
+from fxprune.passes.ir.quiet import own_random_state, random_state, set_random_state
 from fxprune.passes.ir.slices import Slicer
 from fxprune.passes.verification.masked_model import (
     InIndexOrder,
     MaskedOriginal,
     Removal,
-    random_state,
     relative_error,
-    set_random_state,
 )
 from fxprune.passes.verification.zeroed_model import Slices, ZeroedOriginal, why_zeroed_does_not_apply
 from fxprune.plan import plan_between, shapes_of
@@ -188,7 +187,7 @@ class Comparison:
         return max(self.least_tolerance, *(TOLERANCE[dtype] for dtype in self.masked.dtypes), 0.0)
 
     def run(self, inputs: ExampleInputs, *, sizes: bool) -> Verification:
-        with evaluating(self.pruned), torch.no_grad(), torch.random.fork_rng(devices=self.devices):
+        with evaluating(self.pruned), torch.no_grad(), torch.random.fork_rng(devices=self.devices), own_random_state():
             self.add(EXAMPLE, inputs)
             for name, other in inputs.other_sizes() if sizes else ():
                 self.add(f"another {name}", other)
@@ -223,7 +222,7 @@ class Comparison:
             self.excused.append(f"{name} is not taken by the original: {failure}")
             return
         try:
-            set_random_state(self.devices, drawn)
+            set_random_state(drawn, self.devices)
             with restoring(self.pruned, parameters=self.masked.writes), self.drawing():
                 got = inputs.map(torch.clone).call(self.pruned)  # it may write to them
         except GuardError as refused:
@@ -235,7 +234,7 @@ class Comparison:
         self.blank = self.blank and not any(bool(t.any()) for t in collect(wanted, Tensor))
         zeroed = None
         if name == EXAMPLE or masked > self.tolerance:
-            set_random_state(self.devices, drawn)
+            set_random_state(drawn, self.devices)
             zeroed = self.against_zeroed(got, inputs)
             if zeroed is not None and not self.no_zeroed and self.disagrees(masked, zeroed):
                 assert self.zeroed is not None

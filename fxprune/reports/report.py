@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-SHRUNK_SHOWN, WHOLE_SHOWN, HELD_SHOWN = 15, 10, 3
+SHRUNK_SHOWN, WHOLE_SHOWN, HELD_SHOWN, UNUSED_SHOWN = 15, 10, 3, 5
 # Where every family keeps half of its units a layer keeps a quarter of its weights; with the first and the
 # last layer, which keep more, about a third. Above that ratio of the two, something needs an explanation.
 UNREMARKABLE = 4 / 3
@@ -78,6 +78,7 @@ class Report(Printable):
         capture: how the model was captured.
         verification: the comparison that `prune` made, if it made one.
         latency: what `prune` measured, if its budget was one of latency.
+        unused: the modules of tensors that a run on the example inputs does not use, which stay as they are.
     """
 
     model: str
@@ -87,6 +88,7 @@ class Report(Printable):
     capture: str
     verification: Verification | None
     latency: Latency | None = None
+    unused: tuple[str, ...] = ()
 
     @property
     def share(self) -> float:
@@ -142,6 +144,9 @@ class Report(Printable):
         if held:
             yield f"that leaves more than usual, because of {'these' if len(held) > 1 else 'this'}:"
             yield from (f"  {short(c.left)} left with {c.family.name}, which {c.reason}" for c in held)
+        if self.unused:
+            more = f" and {len(self.unused) - UNUSED_SHOWN} more" if len(self.unused) > UNUSED_SHOWN else ""
+            yield f"not used on the example inputs, and so left as they are: {', '.join(self.unused[:UNUSED_SHOWN])}{more}"
         yield from self.speed()
         yield f"captured: {self.capture}"
         unknown = "not compared with the original: prune(..., verify=True) or fxprune.verify does it"
@@ -198,6 +203,7 @@ def report(model: nn.Module, pruned: nn.Module, example_inputs: Any = None) -> R
             meta.get("capture", "unknown"),
             meta.get("verification"),
             meta.get("latency"),
+            tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in meta.get("unused", ()))),
         )
 
 

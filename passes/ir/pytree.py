@@ -39,7 +39,7 @@ entered = threading.local()  # which records are being looked into: one may hold
 
 
 @functools.lru_cache(maxsize=4096)
-def fields_of(kind: type) -> tuple[str, ...] | None:
+def fields_of(kind: Any) -> tuple[str, ...] | None:
     """The slots of the objects of a class, if they are records; None where they are not."""
     if kind.__module__.partition(".")[0] in LIBRARIES or issubclass(kind, NO_RECORDS):
         return None
