@@ -11,9 +11,10 @@ from typing import Any
 from torch import nn
 
 from fxprune.passes.capture.builder import GraphBuilder, is_layer
+from fxprune.passes.capture.evaluation import plain_call
 from fxprune.passes.capture.frames import Frame
 from fxprune.passes.capture.index_contents import version_of
-from fxprune.passes.capture.modules import by_position, drop_own_hooks, has_own_hooks, without_own_hooks
+from fxprune.passes.capture.modules import by_position, drop_own_hooks, has_own_hooks, own_call, without_own_hooks
 from fxprune.passes.capture.plain_modules import PlainModules, is_plain
 from fxprune.passes.capture.proxy_attributes import internal
 from fxprune.passes.capture.rollback import written_in_place
@@ -44,6 +45,7 @@ class ValueTracer(GraphBuilder):
         self.modes = Modes.of(root)
         self.inputs: list[TensorRef] = []
         self.hooked: dict[str, nn.Module] = {}  # layers whose hooks are steps of the program
+        self.entered: set[nn.Module] = set()  # modules whose own `__call__` is running
 
     def run(self) -> None:
         """Trace; `Patches` must be in force."""
@@ -51,12 +53,20 @@ class ValueTracer(GraphBuilder):
         with self.interception:
             self.recorder.tracing = True
             try:
-                returned = self.root.forward(*args, **kwargs)
+                returned = self.root_call(*args, **kwargs)
                 for module in self.paths:
                     self.note_assigned(module)
             finally:
                 self.recorder.tracing = False
         self.create_node("output", "output", (self.create_arg(returned),), {})
+
+    @property
+    def root_call(self) -> Callable[..., Any]:
+        """The root's forward; where a call of it does more, that."""
+        if own_call(type(self.root)) is None:
+            return self.root.forward
+        self.entered.add(self.root)
+        return self.root
 
     def placeholders(self) -> tuple[list[Any], dict[str, Any]]:
         """Placeholders for exactly the arguments that were given, by the names that forward gives them."""
@@ -88,6 +98,8 @@ class ValueTracer(GraphBuilder):
 
     def call_module(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         path = self.paths.get(module)
+        if module in self.entered and getattr(forward, "func", None) is plain_call:
+            return forward(*args, **kwargs)
         if self.evaluator.running is not None:
             return self.evaluator.inner_call(path, forward, args, kwargs)
         if path is None:  # created inside forward: it has no name in the tree
