@@ -16,6 +16,7 @@ from fxprune.entry_points import entry_point
 from fxprune.errors import PruneWarning
 from fxprune.inputs import ExampleInputs, device_of, random_inputs
 from fxprune.original_state import config_of, lost_contents, with_lazy_tensors
+from fxprune.passes.capture.programs import DRAW, DRAWN
 from fxprune.passes.coupling.couple import analyse, describe_capture
 from fxprune.passes.coupling.families import families, freeze_families
 from fxprune.passes.coupling.solution import CouplingOptions, Solution
@@ -280,11 +281,10 @@ class Compilation:
                 fix="freeze= the module it names, or verify=False to get the model as it is",
             ) from error
         if not found.ok:
-            raise PruneError(
-                f"the pruned model is not exact: its relative error is {found.error:.1e}, and {found.tolerance:.0e} is allowed",
-                where=type(model).__name__,
-                fix="report it with the model; verify=False returns the model as it is",
-            )
+            what = f"its relative error is {found.error:.1e}, and {found.tolerance:.0e} is allowed"
+            draws = DRAWN in pruned.meta["capture"]
+            fix = DRAW if draws else "report it with the model; verify=False returns the model as it is"
+            raise PruneError(f"the pruned model is not exact: {what}", where=type(model).__name__, fix=fix)
         pruned.meta["verification"] = found
 
         def at(other: ExampleInputs) -> Recompiled:

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 from torch import Tensor, nn
 
-from fxprune.arguments import did_you_mean, is_number, number
+from fxprune.arguments import did_you_mean, is_number, number, shown
 from fxprune.criteria.base import Criterion
 from fxprune.criteria.branches import SCORES
 from fxprune.criteria.catalog import CriterionName, resolve
@@ -195,7 +195,7 @@ def check_word(argument: str, value: Any, words: Sequence[str]) -> None:
     if not is_one_of(value, words):
         listed = f"one of {', '.join(words)}" if len(words) > 2 else " or ".join(map(repr, words))
         near = did_you_mean(value, words)
-        raise PruneError(f"{argument} must be {listed}, not {value!r}", fix=near.rstrip() or f"{argument}={words[0]!r}")
+        raise PruneError(f"{argument} must be {listed}, not {shown(value)}", fix=near.rstrip() or f"{argument}={words[0]!r}")
 
 
 REMOVES = "ratio=0.5 removes half of every family"
@@ -214,12 +214,12 @@ def parse_ratio(model: nn.Module, ratio: Any) -> float | dict[str, float]:
         raise PruneError(f"ratio is a {type(ratio).__name__}, not a share", fix="ratio={model.layer1: 0.5}")
     if not isinstance(ratio, Mapping):
         if share_of(ratio, "ratio") == 0:
-            raise PruneError(f"ratio={ratio!r} removes nothing", fix=REMOVES)
+            raise PruneError(f"ratio={shown(ratio)} removes nothing", fix=REMOVES)
         return float(ratio)
     named: dict[str, float] = {}
     for key, value in ratio.items():
         if not isinstance(key, str | nn.Module):
-            raise PruneError(f"ratio names {key!r}, which is no glob over module names", fix="ratio={'layer1': 0.5}")
+            raise PruneError(f"ratio names {shown(key)}, which is no glob over module names", fix="ratio={'layer1': 0.5}")
         globs = [key] if isinstance(key, str) else [globbing.escape(p) or "*" for p in paths_of(model, key, "ratio")]
         for glob in globs:
             named.setdefault(glob, share_of(number(value), f"ratio[{glob!r}]"))
@@ -234,7 +234,7 @@ def parse_ratio(model: nn.Module, ratio: Any) -> float | dict[str, float]:
 def share_of(value: Any, what: str) -> Any:
     """A share to remove; raises PruneError for what is none."""
     if not is_number(value) or not 0 <= value < 1:
-        raise PruneError(f"{what} must be a number in [0, 1), not {value!r}", fix=REMOVES)
+        raise PruneError(f"{what} must be a number in [0, 1), not {shown(value)}", fix=REMOVES)
     return value
 
 
@@ -242,18 +242,18 @@ def check_values(options: Options) -> None:
     """Raise PruneError for what means nothing, whatever the model."""
     round_to, floor, scopes = options.round_to, options.floor, options.scopes
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
-        raise PruneError(f"round_to must be a positive integer, not {round_to!r}", fix="round_to=8")
+        raise PruneError(f"round_to must be a positive integer, not {shown(round_to)}", fix="round_to=8")
     if not isinstance(options.verify, bool) and not is_one_of(options.verify, ("auto",)):
-        raise PruneError(f"verify must be True, False or 'auto', not {options.verify!r}", fix="verify='auto'")
+        raise PruneError(f"verify must be True, False or 'auto', not {shown(options.verify)}", fix="verify='auto'")
     check_word("ranking", options.ranking, RANKINGS)
     check_depth(options)
     if floor is not None and (not is_number(floor) or not 0 <= floor <= 1):
-        raise PruneError(f"floor must be a number in [0, 1], not {floor!r}", fix="floor=0.1 keeps a tenth")
+        raise PruneError(f"floor must be a number in [0, 1], not {shown(floor)}", fix="floor=0.1 keeps a tenth")
     globs = list(scopes.values()) if isinstance(scopes, Mapping) else []
     lists = [[some] if isinstance(some, str) else some for some in globs]
     named = all(isinstance(some, list | tuple) and all(isinstance(glob, str) for glob in some) for some in lists)
     if scopes is not None and not (globs and named):
-        what = f"scopes must name globs, not {scopes!r}"
+        what = f"scopes must name globs, not {shown(scopes)}"
         raise PruneError(what, fix="scopes={'early': ['layer1', 'layer2']}")
     resolve(options.criterion)
 
@@ -288,7 +288,7 @@ def released(release: Any) -> tuple[str, ...]:
     """Globs over the names of outputs whose channels may go."""
     globs = [release] if isinstance(release, str) else release
     if not isinstance(globs, list | tuple) or not all(isinstance(glob, str) for glob in globs):
-        raise PruneError(f"release must be globs over names of outputs, not {release!r}", fix="release='hidden_states'")
+        raise PruneError(f"release must be globs over names of outputs, not {shown(release)}", fix="release='hidden_states'")
     return tuple(globs)
 
 

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
 from fxprune.passes.ir.module_tree import Apart
 from fxprune.passes.ir.op_trace import OpTrace
-from fxprune.passes.ir.pytree import TensorRef, collect
+from fxprune.passes.ir.pytree import TensorRef, attributes_of, collect
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +212,13 @@ def select_by_mode(evaluated: Any, trained: Any) -> Any:
     raise AssertionError(f"a node that selects between {evaluated} and {trained} is in no emitted program")
 
 
+def assigned(held: Tensor, value: Tensor) -> None:
+    """In a program, what `module.tensor = value` leaves: the module's tensor holds the value, where it has its shape."""
+    if held.shape == value.shape:
+        with torch.no_grad():
+            held.copy_(value)
+
+
 @dataclass(frozen=True, slots=True)
 class Waiver:
     """Guards that need not hold where the first dimension of an input is of one size.
@@ -262,6 +270,7 @@ def named_outputs(returned: Any, results: Mapping[fx.Node, Any], path: str = "")
         names = getattr(returned, "_fields", range(len(returned)))
         items = [(str(name), value) for name, value in zip(names, returned, strict=True)]
     else:
-        return
+        with attributes_of(returned) as held:
+            items = list((held or {}).items())
     for name, value in items:
         yield from named_outputs(value, results, f"{path}.{name}" if path else name)

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from fxprune.passes.capture.modules import own_call
 from fxprune.passes.ir.module_tree import TreeNames
 from fxprune.passes.ir.program import UNKNOWN, Built, ModelTensor, TracedCall
 from fxprune.passes.ir.pytree import TensorRef, collect
@@ -305,4 +306,4 @@ class Nesting:
 
 
 def signature_of(module: nn.Module) -> inspect.Signature:
-    return inspect.signature(module.forward)
+    return inspect.signature(module.forward if own_call(type(module)) is None else module)
