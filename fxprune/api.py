@@ -85,6 +85,7 @@ def prune(
     release: str | Sequence[str] = (),
     round_to: int = 1,
     attention: Attention = "heads",
+    uniform: bool = False,
     verify: Verify = "auto",
     same_class: bool = False,
 ) -> Any:
@@ -134,6 +135,9 @@ def prune(
             every output keeps its shape.
         round_to: what is left of a family is a multiple of this; a family that cannot be stays whole.
         attention: remove whole `heads`, or `dims` within them.
+        uniform: families that play the same part keep the same share of their units, so that one number says how many there
+            are in every layer: those of one structure and size, and of a model with a configuration those that one number of
+            it counts. Where one of them stays whole all do, and `couple(..., uniform=True)` says why.
         verify: compare the result to the masked original; `auto` does so where a forward is cheap.
         same_class: return a shrunk copy of the model, of its own class, with attributes and configuration brought up to date,
             instead of a GraphModule: its caches, losses, `generate` and `save_pretrained` are as before.
@@ -163,6 +167,7 @@ def prune(
             release=release,
             round_to=round_to,
             attention=attention,
+            uniform=uniform,
             verify=verify,
         )
         inputs = ExampleInputs.parse(example_inputs, model).check(model, weights=options.needs_weights or same_class)
@@ -179,6 +184,7 @@ def couple(
     freeze_outputs: Freeze = (),
     release: str | Sequence[str] = (),
     attention: Attention = "heads",
+    uniform: bool = False,
 ) -> Coupling:
     """Which channels of a model go together, and why the others stay.
 
@@ -190,7 +196,8 @@ def couple(
     Arguments: as for `prune`; the model may be on the meta device, however large it is. Raises: PruneError.
     """
     with entry_point(model) as model:
-        options = Options.parse(model, freeze=freeze, freeze_outputs=freeze_outputs, release=release, attention=attention)
+        asked: Asked = {"freeze": freeze, "freeze_outputs": freeze_outputs, "release": release}
+        options = Options.parse(model, **asked, attention=attention, uniform=uniform)
         inputs = ExampleInputs.parse(example_inputs, model).check(model, weights=False)
         compilation = Compilation(model, inputs, options.coupling)
         solution = compilation.couple_for_good()

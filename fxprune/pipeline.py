@@ -31,11 +31,13 @@ from fxprune.passes.rewrite.rewrite import rewrite_program, tensor_cuts
 from fxprune.passes.verification.masked_model import Removal
 from fxprune.passes.verification.opaque_check import broken, opaque_sites
 from fxprune.plan import PlanData, derived_tensors, kept_labels, plan_between, shapes_of, sign
+from fxprune.same_class.configuration import followers
 from fxprune.same_class.restore import restore_class
 from fxprune.selection.allocation import Allocator
 from fxprune.selection.latency import Latency, LatencyProbe
 from fxprune.selection.options import Options
 from fxprune.selection.select import select_units
+from fxprune.selection.structures import keep_uniform
 from fxprune.stage_checks import check_choice, check_coupling
 from fxprune.verification import compare, tolerance_of
 
@@ -127,6 +129,10 @@ class Compilation:
         """Move the example inputs to where the model is by now."""
         self.inputs = self.inputs.beside(self.model)
 
+    @functools.cached_property
+    def _followers(self) -> Mapping[str, set[tuple[str, int]]]:
+        return followers(self.model)
+
     # -- capture and couple -----------------------------------------------------------------------------------------------
 
     def couple(self) -> Solution:
@@ -135,6 +141,8 @@ class Compilation:
         named = {text: why for text, why in self.options.frozen.items() if text not in self.tensors}
         if named:
             freeze_families(solution, named, set(named_parameters(self.model)))
+        if self.options.uniform:
+            keep_uniform(solution, set(named_parameters(self.model)), self._followers)
         check_coupling(solution)
         return solution
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxprune.same_class.configuration import Path, Shapes, build, changed, numbers, shapes
+from fxprune.same_class.configuration import Path, changed, differing_dimensions, growths, numbers, shapes
 
 
 def widths_in_constants(model: nn.Module, made: nn.Module) -> dict[str, str]:
@@ -26,7 +26,7 @@ def widths_in_constants(model: nn.Module, made: nn.Module) -> dict[str, str]:
     """
     base, target = shapes(model), shapes(made)
     values = dict(numbers(model.config))
-    follow = {path: dimensions_of(model, path, value, base) for path, value in values.items()}
+    follow = {path: differing_dimensions(model, grown) for (path, *_), grown in growths(model)}
     found: dict[str, str] = {}
     for path, places in follow.items():
         others = {place for other, more in follow.items() if other != path for place in more}
@@ -39,15 +39,6 @@ def widths_in_constants(model: nn.Module, made: nn.Module) -> dict[str, str]:
             vectors = {n for n, _ in places if len(base[n]) == 1}
             found |= dict.fromkeys(sorted(vectors or {n for n, _ in places}), why)
     return found
-
-
-def dimensions_of(model: nn.Module, path: Path, value: int, base: Shapes) -> set[tuple[str, int]]:
-    """The dimensions of tensors that follow a number of the configuration, by name and position."""
-    grown = build(model, changed(model.config, {path: 2 * value}))
-    there = shapes(grown) if grown is not None else {}
-    if there.keys() != base.keys():  # a number of layers, or one that must not be this
-        return set()
-    return {(n, d) for n in base for d in range(len(base[n])) if there[n][d] != base[n][d]}
 
 
 def differ_in_constants(model: nn.Module, path: Path, value: int) -> bool:

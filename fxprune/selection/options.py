@@ -57,6 +57,7 @@ class Asked(TypedDict, total=False):
     release: str | Sequence[str]
     round_to: int
     attention: Attention
+    uniform: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,7 @@ class Options:
         freeze_outputs: Freeze = (),
         release: str | Sequence[str] = (),
         attention: Attention = "heads",
+        uniform: bool = False,
         **others: Any,
     ) -> Options:
         """Options from the arguments of a public function; `others` are budgets and attributes. Raises PruneError."""
@@ -102,7 +104,9 @@ class Options:
         if limit is not None and ratio is not None:
             raise PruneError(f"ratio and {limit.kind} are both given", fix=list_arguments())
         frozen = frozen_names(model, freeze) | frozen_outputs(model, freeze_outputs)
-        coupling = CouplingOptions(attention == "heads", frozen, released(release))
+        if not isinstance(uniform, bool):
+            raise PruneError(f"uniform must be True or False, not {uniform!r}", fix="uniform=True")
+        coupling = CouplingOptions(attention == "heads", frozen, released(release), uniform)
         for name in ("floor", "round_to"):
             others[name] = number(others.get(name, {"floor": None, "round_to": 1}[name]))
         options = cls(share, limit, coupling=coupling, **others)
