@@ -196,8 +196,8 @@ def couple(
     Arguments: as for `prune`; the model may be on the meta device, however large it is. Raises: PruneError.
     """
     with entry_point(model) as model:
-        asked: Asked = {"freeze": freeze, "freeze_outputs": freeze_outputs, "release": release}
-        options = Options.parse(model, **asked, attention=attention, uniform=uniform)
+        held: Any = {"freeze": freeze, "freeze_outputs": freeze_outputs, "release": release}
+        options = Options.parse(model, **held, attention=attention, uniform=uniform)
         inputs = ExampleInputs.parse(example_inputs, model).check(model, weights=False)
         compilation = Compilation(model, inputs, options.coupling)
         solution = compilation.couple_for_good()

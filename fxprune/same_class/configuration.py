@@ -151,6 +151,17 @@ def followers(model: nn.Module) -> dict[str, set[tuple[str, int]]]:
     }
 
 
+def conflict(model: nn.Module, made: nn.Module) -> str:
+    """Why no configuration describes a shrunk copy."""
+    before, after = dimensions(shapes(model)), dimensions(shapes(made))
+    for name, places in followers(model).items():
+        sizes = {Fraction(after[n, str(d)], before[n, str(d)]): f"{n}:{d}" for n, d in sorted(places) if (n, str(d)) in after}
+        if len(sizes) > 1:
+            said = " and ".join(f"{float(share):.3g} of itself at {place}" for share, place in list(sizes.items())[:2])
+            return f"no configuration describes the pruned model: {name} would have to be {said}"
+    return "no configuration describes the pruned model: one that has its shapes computes something else"
+
+
 def in_step(model: nn.Module, knobs: Sequence[Knob]) -> Iterator[tuple[Knob, Knob]]:
     """Pairs of numbers that no configuration has smaller by one, each for itself, and that may be scaled together."""
     values = dict(numbers(model.config))

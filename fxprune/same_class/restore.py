@@ -58,7 +58,7 @@ def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs)
             with evaluating(made):
                 try_forwards(model, pruned, made, inputs, tolerance)
         stale = ["config"] if configured is False else []
-        held = {} if configured is not False else widths_in_constants(model, made)
+        held = {} if configured is not False else widths_in_constants(model, made, known, error_of, tolerance)
         if error_of(made) > tolerance:
             take_program(made, pruned, vars(pruned)["_programs"])
         if error_of(made) > tolerance:

@@ -58,8 +58,10 @@ def keep_uniform(solution: Solution, parameters: set[str], followers: Followers)
     held = {i: f"as {f.name} does, which {f.frozen or 'has a single unit'}" for i, f in enumerate(found) if whole(f)}
     edges = [*same_structure(found, solution), *same_number(found, followers, held)]
     ends = np.array(edges, np.int64).reshape(-1, 2)
-    root = smallest_connected(np.arange(len(found) + len(followers) + 1), ends[:, 0], ends[:, 1])
-    reasons = {int(root[i]): why for i, why in reversed(held.items())}
+    unsaid = len(found) + len(followers)
+    root = smallest_connected(np.arange(unsaid + 1), ends[:, 0], ends[:, 1])
+    told = sorted(held, key=lambda i: (i == unsaid, -i))  # of several reasons: that no number counts it, else a family's
+    reasons = {int(root[i]): held[i] for i in told}
     for first in np.unique(root[: len(found)]).tolist():
         mine = [found[i] for i in np.flatnonzero(root[: len(found)] == first)]
         if first not in reasons and len(mine) > 1:
