@@ -31,6 +31,7 @@ from fxprune.same_class.attributes import update_attributes
 from fxprune.same_class.configuration import Attributes, configure
 from fxprune.same_class.constants import widths_in_constants
 from fxprune.same_class.numbers import fit_numbers
+from fxprune.same_class.saving import SavePretrained
 from fxprune.verification import evaluating, restoring, tolerance_of
 
 
@@ -75,6 +76,8 @@ def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs)
         module.training = modes.get(path, model.training)
     vars(made)["meta"] = {**pruned.meta, "stale": tuple(stale)}
     vars(made)["verification"] = pruned.meta.get("verification")
+    if "config" in stale and hasattr(made, "save_pretrained"):
+        vars(made)["save_pretrained"] = SavePretrained(made)
     return made, held
 
 
