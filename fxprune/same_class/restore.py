@@ -27,6 +27,7 @@ from fxprune.passes.rewrite.pruned_module import PrunedModule, RewrittenForward
 from fxprune.passes.rewrite.rewrite import rewrite_program
 from fxprune.passes.verification.masked_model import relative_error
 from fxprune.plan import kept_labels, plan_between
+from fxprune.same_class.arguments import fit_arguments
 from fxprune.same_class.attributes import update_attributes
 from fxprune.same_class.configuration import Attributes, configure
 from fxprune.same_class.constants import widths_in_constants
@@ -60,7 +61,7 @@ def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs)
                 try_forwards(model, pruned, made, inputs, tolerance)
         stale = ["config"] if configured is False else []
         held = {} if configured is not False else widths_in_constants(model, made, known, error_of, tolerance)
-        if error_of(made) > tolerance:
+        if error_of(made) > tolerance and not fit_arguments(made, pruned, run, lambda: error_of(made) <= tolerance):
             take_program(made, pruned, vars(pruned)["_programs"])
         if error_of(made) > tolerance:
             made = pruned.as_class(type(model))
@@ -109,7 +110,7 @@ def with_own_forwards(pruned: PrunedModule, kind: type[nn.Module]) -> Any:
 def try_forwards(model: nn.Module, pruned: PrunedModule, made: nn.Module, inputs: ExampleInputs, tolerance: float) -> None:
     """Run the pruned model; a module of `made` that computes something else than its counterpart there gets its program.
 
-    Before that, other numbers are tried in its own forward.
+    Before that, other numbers are tried in its own forward, and parts of what it hands to the modules inside.
     """
     given: dict[str, list[Any]] = {}
 
@@ -121,11 +122,16 @@ def try_forwards(model: nn.Module, pruned: PrunedModule, made: nn.Module, inputs
             args, kwargs = given[path].pop()
             candidate, wanted = made.get_submodule(path), collect(out, Tensor)
 
-            def is_right() -> bool:
+            def call(either: nn.Module) -> Any:
                 a, k = map_tensors((args, kwargs), torch.clone)
-                return difference(lambda: candidate(*a, **k), wanted) <= tolerance
+                return either.forward(*a, **k)
 
-            if not is_right() and not fit_numbers(model.get_submodule(path), candidate, is_right):
+            def is_right() -> bool:
+                return difference(lambda: call(candidate), wanted) <= tolerance
+
+            if is_right() or fit_numbers(model.get_submodule(path), candidate, is_right):
+                return
+            if not fit_arguments(candidate, module, call, is_right):
                 take_program(candidate, module, programs)
 
         return compared
