@@ -9,6 +9,9 @@ its forward: the innermost such module, since they are tried from the inside out
 from __future__ import annotations
 
 import contextlib
+import inspect
+import re
+import typing
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -59,6 +62,7 @@ def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs)
         if error_of(made) > tolerance:
             with evaluating(made):
                 try_forwards(model, pruned, made, inputs, tolerance)
+            ignore_keywords(model, made, lambda: run(model))
         stale = ["config"] if configured is False else []
         held = {} if configured is not False else widths_in_constants(model, made, known, error_of, tolerance)
         if error_of(made) > tolerance and not fit_arguments(made, pruned, run, lambda: error_of(made) <= tolerance):
@@ -146,6 +150,45 @@ def try_forwards(model: nn.Module, pruned: PrunedModule, made: nn.Module, inputs
                 ):
                     stack.callback(handle.remove)
         inputs.map(torch.clone).call(pruned)
+
+
+def ignore_keywords(model: nn.Module, made: nn.Module, run: Callable[[], Any]) -> None:
+    """Have programs that stand for a forward take the flags that its class takes and that change nothing there.
+
+    Callers hand them on to all modules, such as `output_hidden_states`. What they change is seen in the original.
+
+    Arguments:
+        model: the original; `run` calls it on the example inputs.
+        made: the pruned model of its class.
+    """
+
+    def tried(forward: RewrittenForward) -> Callable[..., None]:
+        def compare(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+            wanted = collect(out, Tensor)
+            for name in flags_of(module).difference(kwargs):
+                if difference(lambda: module.forward(*args, **kwargs, **{name: True}), wanted) == 0:  # noqa: B023
+                    forward.ignored |= {name}
+
+        return compare
+
+    with contextlib.ExitStack() as stack:
+        for path, module in made.named_modules():
+            forward = vars(module).get("forward")
+            if isinstance(forward, RewrittenForward) and flags_of(module):
+                stack.callback(model.get_submodule(path).register_forward_hook(tried(forward), with_kwargs=True).remove)
+        run()
+
+
+def flags_of(module: nn.Module) -> set[str]:
+    """The truth values among the keywords that a forward takes as `**kwargs: Unpack[...]`."""
+    try:
+        hints = typing.get_type_hints(type(module).forward)
+        more = [p.name for p in inspect.signature(type(module).forward).parameters.values() if p.kind is p.VAR_KEYWORD]
+        (named,) = typing.get_args(hints[more[0]])
+        said = {name: getattr(hint, "__forward_arg__", str(hint)) for name, hint in named.__annotations__.items()}
+        return {name for name, hint in said.items() if "bool" in re.findall(r"\w+", hint)}
+    except Exception:  # it says nothing of the kind
+        return set()
 
 
 def take_program(module: nn.Module, source: nn.Module, programs: Any) -> None:
