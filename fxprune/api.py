@@ -93,6 +93,7 @@ def prune(
     attention: Attention = "heads",
     depth: Depth = False,
     depth_criterion: str | Callable[[Tensor, Tensor], Any] | None = None,
+    uniform: bool = False,
     verify: Verify = "auto",
     same_class: bool = False,
 ) -> Any:
@@ -156,6 +157,9 @@ def prune(
         depth_criterion: how branches are ranked: `influence` (arXiv:2403.03853; by default with data), `taylor`, `loss`,
             `weights` (the mean importance of a branch's weights by the criterion; by default without data), or a function of
             the stream and what is added to it; see `fxprune.criteria.branches`.
+        uniform: families that play the same part keep the same share of their units, so that one number says how many there
+            are in every layer: those of one structure and size, and of a model with a configuration those that one number of
+            it counts. Where one of them stays whole all do, and `couple(..., uniform=True)` says why.
         verify: compare the result to the masked original; `auto` does so where a forward is cheap.
         same_class: return a shrunk copy of the model, of its own class, with attributes and configuration brought up to date,
             instead of a GraphModule: its caches, losses, `generate` and `save_pretrained` are as before.
@@ -189,6 +193,7 @@ def prune(
             attention=attention,
             depth=depth,
             depth_criterion=depth_criterion,
+            uniform=uniform,
             verify=verify,
         )
         inputs = ExampleInputs.parse(example_inputs, model).check(model, weights=options.needs_weights or same_class)
@@ -207,6 +212,7 @@ def couple(
     protect: tuple[int, int] = (0, 0),
     release: str | Sequence[str] = (),
     attention: Attention = "heads",
+    uniform: bool = False,
 ) -> Coupling:
     """Which channels of a model go together, and why the others stay.
 
@@ -226,6 +232,7 @@ def couple(
             protect=protect,
             release=release,
             attention=attention,
+            uniform=uniform,
         )
         inputs = ExampleInputs.parse(example_inputs, model).check(model, weights=False)
         compilation = Compilation(model, inputs, options.coupling)

@@ -63,6 +63,7 @@ class Asked(TypedDict, total=False):
     release: str | Sequence[str]
     round_to: int
     attention: Attention
+    uniform: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +114,7 @@ class Options:
         ranking: Ranking | None = None,
         data: Iterable[Any] | None = None,
         loss: Callable[..., Tensor] | None = None,
+        uniform: bool = False,
         **others: Any,
     ) -> Options:
         """Options from the arguments of a public function; `others` are budgets and attributes. Raises PruneError."""
@@ -123,7 +125,9 @@ class Options:
             raise PruneError(f"ratio and {limit.kind} are both given", fix=list_arguments())
         frozen = outside(model, only) | protected(model, protect)
         frozen |= frozen_names(model, freeze) | frozen_outputs(model, freeze_outputs)
-        coupling = CouplingOptions(attention == "heads", frozen, released(release))
+        if not isinstance(uniform, bool):
+            raise PruneError(f"uniform must be True or False, not {shown(uniform)}", fix="uniform=True")
+        coupling = CouplingOptions(attention == "heads", frozen, released(release), uniform)
         for name in ("floor", "round_to"):
             others[name] = number(others.get(name, {"floor": None, "round_to": 1}[name]))
         options = cls(share, limit, coupling=coupling, data=data, loss=loss, **others)
