@@ -19,7 +19,7 @@ from fxprune.passes.rewrite.pruned_module import PrunedModule
 from fxprune.pipeline import Compilation, Plan
 from fxprune.plan import plan_between
 from fxprune.reports.coupling import Coupling
-from fxprune.selection.options import Asked, Attention, BudgetName, Freeze, Options, Ranking, Ratio, Scopes, Verify
+from fxprune.selection.options import Asked, Attention, BudgetName, Freeze, Options, Ranking, Ratio, Remove, Scopes, Verify
 from fxprune.verification import Verification, compare
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def prune(
     ratio: Ratio | None = None,
     example_inputs: Any = None,
     *,
+    remove: Remove | None = None,
     verify: Verify = "auto",
     same_class: Literal[False] = False,
     **asked: Unpack[Asked],
@@ -56,6 +57,7 @@ def prune(
     ratio: Ratio | None = None,
     example_inputs: Any = None,
     *,
+    remove: Remove | None = None,
     verify: Verify = "auto",
     same_class: Literal[True],
     **asked: Unpack[Asked],
@@ -85,6 +87,7 @@ def prune(
     release: str | Sequence[str] = (),
     round_to: int = 1,
     attention: Attention = "heads",
+    remove: Remove | None = None,
     verify: Verify = "auto",
     same_class: bool = False,
 ) -> Any:
@@ -134,6 +137,11 @@ def prune(
             every output keeps its shape.
         round_to: what is left of a family is a multiple of this; a family that cannot be stays whole.
         attention: remove whole `heads`, or `dims` within them.
+        remove: exactly the channels that go, in place of a ratio or a budget: a mapping from layers to indices of their
+            outputs, such as `{"layer1.0.conv1": [2, 6, 9]}`. All that is coupled to them goes too
+            (`couple(...).group("layer1.0.conv1", [2, 6, 9])` shows it). In place of a layer: `layer:dim` or `tensor:dim` for
+            another dimension; a family of `couple`, or `layer#2`, for its units by number. Where other channels of the same
+            layer would go too, as in a head, it is an error that lists them.
         verify: compare the result to the masked original; `auto` does so where a forward is cheap.
         same_class: return a shrunk copy of the model, of its own class, with attributes and configuration brought up to date,
             instead of a GraphModule: its caches, losses, `generate` and `save_pretrained` are as before.
@@ -163,6 +171,7 @@ def prune(
             release=release,
             round_to=round_to,
             attention=attention,
+            remove=remove,
             verify=verify,
         )
         inputs = ExampleInputs.parse(example_inputs, model).check(model, weights=options.needs_weights or same_class)
@@ -197,7 +206,7 @@ def couple(
         found = families(solution, set(named_parameters(model)))
         for capture in solution.captures:
             capture.given.clear()  # nothing is tried any more
-        return Coupling(type(model).__name__, found, solution, compilation.tensors, options.coupling.frozen)
+        return Coupling(type(model).__name__, found, solution, compilation)
 
 
 @checked_call()

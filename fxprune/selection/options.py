@@ -24,8 +24,10 @@ from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_parameters, named_tensors
 from fxprune.passes.ir.quiet import gc_paused
 from fxprune.selection.budgets import KINDS, Budget, list_arguments, parse_budget
+from fxprune.selection.indices import parse_remove
 
 Ratio = float | Mapping[Any, float]  # by globs and modules
+Remove = Mapping[Any, Sequence[int]]  # by layers, tensors and families
 Scopes = Mapping[str, str | Sequence[str]]
 Freeze = str | nn.Module | Sequence[str | nn.Module]
 Attention = Literal["heads", "dims"]
@@ -66,7 +68,7 @@ class Options:
     Attributes:
         ratio: the share of units to remove, or shares by glob; not read where there is a budget.
         budget: what may stay, if it was asked for by cost.
-        criterion, ranking, scopes, floor, round_to, data, loss, verify: as for `prune`.
+        criterion, ranking, scopes, floor, round_to, data, loss, verify, remove: as for `prune`.
         coupling: what the coupling has to know of them.
     """
 
@@ -81,6 +83,7 @@ class Options:
     loss: Callable[..., Tensor] | None = None
     coupling: CouplingOptions = field(default_factory=CouplingOptions)
     verify: Verify = "auto"
+    remove: Remove | None = None
 
     @classmethod
     def parse(
@@ -93,6 +96,7 @@ class Options:
         freeze_outputs: Freeze = (),
         release: str | Sequence[str] = (),
         attention: Attention = "heads",
+        remove: Remove | None = None,
         **others: Any,
     ) -> Options:
         """Options from the arguments of a public function; `others` are budgets and attributes. Raises PruneError."""
@@ -101,11 +105,14 @@ class Options:
         limit = parse_budget({kind: others.pop(kind, None) for kind in KINDS if kind in Asked.__annotations__}, budget)
         if limit is not None and ratio is not None:
             raise PruneError(f"ratio and {limit.kind} are both given", fix=list_arguments())
+        given = parse_remove(remove)
+        if given is not None:
+            check_alone(ratio=ratio, **({limit.kind: limit} if limit else {}), **others)
         frozen = frozen_names(model, freeze) | frozen_outputs(model, freeze_outputs)
         coupling = CouplingOptions(attention == "heads", frozen, released(release))
         for name in ("floor", "round_to"):
             others[name] = number(others.get(name, {"floor": None, "round_to": 1}[name]))
-        options = cls(share, limit, coupling=coupling, **others)
+        options = cls(share, limit, coupling=coupling, remove=given, **others)
         check_values(options)
         check_globs(model, options)
         return options
@@ -118,7 +125,7 @@ class Options:
     @property
     def reads_weights(self) -> bool:
         """Whether selection looks at the values of parameters."""
-        return resolve(self.criterion).score_units is None
+        return self.remove is None and resolve(self.criterion).score_units is None
 
     @property
     def measures_latency(self) -> bool:
@@ -143,6 +150,19 @@ class Options:
     def gc_paused(self) -> contextlib.AbstractContextManager[None]:
         """Pause the garbage collector during a selection, unless it runs the model."""
         return contextlib.nullcontext() if self.runs_the_model else gc_paused()
+
+
+def check_alone(**others: Any) -> None:
+    """Raise PruneError where something that says how much goes, or how it is ranked, is given beside `remove`."""
+    unused = {"criterion": "magnitude", "ranking": "local", "round_to": 1}
+    for name, value in others.items():
+        if name != "verify" and not (value is None or (name in unused and is_default(value, unused[name]))):
+            what = f"{name} is given with remove, which says exactly what goes"
+            raise PruneError(what, fix=f"leave {name} out, or prune twice: prune(prune(model, remove=...), {name}=...)")
+
+
+def is_default(value: Any, default: Any) -> bool:
+    return type(value) is type(default) and bool(value == default)
 
 
 def is_one_of(value: Any, words: Sequence[str]) -> bool:
