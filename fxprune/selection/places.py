@@ -81,8 +81,8 @@ def find_place(model: nn.Module, solution: Solution, found: Sequence[Family], ke
     labels = labels_at(solution, tensor, dim)
     if not labels.size:
         shape = solution.shapes.get(tensor)
-        why = "has a single index" if shape is not None and shape[dim] < 2 else "is never cut: it is one head, or not used"
-        raise PruneError(f"dimension {dim} of {tensor} {why}", where=key, fix=f"another layer in {argument}")
+        why = "has a single channel" if shape is not None and shape[dim] < 2 else "is never cut: it is one head, or not used"
+        raise PruneError(f"{key} {why}", where=f"{tensor}:{dim}", fix=f"another layer in {argument}")
     return Place(key, tensor, dim, solution.unit_of.numpy()[labels])
 
 
