@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -80,6 +80,11 @@ class Group(Printable):
         for link in self.links:
             found.setdefault(f"{link.tensor}:{link.dim}", set()).update(link.indices)
         return {place: sorted(indices) for place, indices in found.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready data."""
+        found = {name: getattr(self, name) for name in ("name", "indices", "frozen", "rows")}
+        return found | {"links": [asdict(link) for link in self.links]}
 
     def apply(self, **asked: Any) -> Any:
         """The pruned model without these channels and all that goes with them; the original is not touched.
