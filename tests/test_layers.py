@@ -1,9 +1,11 @@
 """One layer alone, by index: against plain slicing of its tensors, and its forward against that of the sliced function."""
 
 import copy
+import re
 
 import pytest
 import torch
+import torch_pruning
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -298,3 +300,62 @@ def test_refused(call, what, fix):
         call()
     assert caught.value.what.startswith(what)
     assert fix in caught.value.fix
+
+
+HEAD = [4, 5, 6, 7]
+# a function of Torch-Pruning (both of a kind where they are the same), the layer, the indices, and what does the same here
+COUNTERPARTS = [
+    ("conv_out_channels", lambda: nn.Conv2d(4, 6, 3), [1, 3], OUT),
+    ("conv_in_channels", lambda: nn.Conv2d(4, 6, 3), [1, 3], IN),
+    ("conv_out_channels", lambda: nn.ConvTranspose2d(4, 6, 3), [1, 3], OUT),
+    ("conv_in_channels", lambda: nn.ConvTranspose2d(4, 6, 3), [1, 3], IN),
+    ("depthwise_conv_out_channels", lambda: nn.Conv2d(6, 6, 3, groups=6), [1, 3], OUT),
+    ("depthwise_conv_in_channels", lambda: nn.Conv2d(6, 6, 3, groups=6), [1, 3], IN),
+    ("batchnorm_out_channels", lambda: nn.BatchNorm2d(6), [1, 3], OUT),
+    ("batchnorm_in_channels", lambda: nn.BatchNorm2d(6), [1, 3], IN),
+    ("linear_out_channels", lambda: nn.Linear(4, 6), [1, 3], OUT),
+    ("linear_in_channels", lambda: nn.Linear(4, 6), [1, 3], IN),
+    ("prelu_out_channels", lambda: nn.PReLU(6), [1, 3], OUT),
+    ("prelu_in_channels", lambda: nn.PReLU(6), [1, 3], IN),
+    ("layernorm_out_channels", lambda: nn.LayerNorm(6), [1, 3], OUT),
+    ("layernorm_in_channels", lambda: nn.LayerNorm(6), [1, 3], IN),
+    ("embedding_out_channels", lambda: nn.Embedding(5, 6), [1, 3], OUT),
+    ("embedding_in_channels", lambda: nn.Embedding(5, 6), [1, 3], OUT),  # which are its outputs there
+    ("groupnorm_out_channels", lambda: nn.GroupNorm(2, 6), [1, 3], OUT),
+    ("groupnorm_in_channels", lambda: nn.GroupNorm(2, 6), [1, 3], IN),
+    ("instancenorm_out_channels", lambda: nn.InstanceNorm2d(6, affine=True), [1, 3], OUT),
+    ("instancenorm_in_channels", lambda: nn.InstanceNorm2d(6, affine=True), [1, 3], IN),
+    *(
+        # channels of the inputs and outputs and, of the same numbers, of the heads; those of a whole head here
+        (f"multihead_attention_{way}_channels", lambda: nn.MultiheadAttention(8, 2), HEAD, None)
+        for way in ("out", "in")
+    ),
+]
+
+
+@pytest.mark.parametrize("name, make, indices, function", COUNTERPARTS)
+def test_counterparts_of_torch_pruning(name, make, indices, function):
+    layer = make()
+    ours = layers.remove_heads(layer, [1], embedding=indices) if function is None else function(layer, indices)
+    theirs = getattr(torch_pruning, f"prune_{name}")(copy.deepcopy(layer), list(indices))
+    wanted = theirs.state_dict()
+    assert ours.state_dict().keys() == wanted.keys()
+    for key, tensor in ours.state_dict().items():
+        assert torch.equal(tensor, wanted[key]), key
+    if function is not None:
+        names = "in_channels out_channels groups in_features out_features num_features num_channels embedding_dim hidden_size"
+        for attribute in names.split():
+            assert getattr(ours, attribute, None) == getattr(theirs, attribute, None), attribute
+
+
+def test_counterparts_of_torch_pruning_for_parameters():
+    parameter = nn.Parameter(torch.randn(3, 6))
+    theirs = torch_pruning.prune_parameter_out_channels(parameter, [1, 3])
+    assert torch.equal(layers.remove_outputs(parameter, [1, 3], dim=-1), theirs)
+    assert torch.equal(layers.remove_inputs(parameter, [1, 3]), torch_pruning.prune_parameter_in_channels(parameter, [1, 3]))
+
+
+def test_all_of_torch_pruning_have_a_counterpart():
+    every = {name for name in dir(torch_pruning) if re.fullmatch(r"prune_\w+_channels", name)}
+    known = {f"prune_{name}" for name, *_ in COUNTERPARTS} | {"prune_parameter_out_channels", "prune_parameter_in_channels"}
+    assert len(every) == 22 and every == known

@@ -22,7 +22,7 @@ from fxprune.passes.errors import PruneError
 from fxprune.reports.comparison import compare_methods, named_methods
 from fxprune.selection.options import RANKINGS, check_word
 
-HELP = "Prune one model by several methods and set size, latency and score side by side."
+HELP = "Prune a model by several methods, with size, latency and score side by side."
 EPILOG = """
 examples:
   fxprune benchmark torchvision:resnet18 --methods magnitude,magnitude/global,random

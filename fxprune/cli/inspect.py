@@ -24,12 +24,12 @@ from fxprune.reports.coupling_graph import to_dot
 from fxprune.reports.formatting import short
 from fxprune.reports.report import count_macs, count_parameters
 
-HELP = "Show which layers of a model are pruned together, and what is kept whole and why."
+HELP = "Show which layers are pruned together, and what is kept whole and why."
 EPILOG = """
 examples:
   fxprune inspect model.py
   fxprune inspect torchvision:resnet50 --why layer1.0.conv1
-  fxprune inspect timm:vit_tiny_patch16_224 --attention dims --freeze 'blocks.0*'
+  fxprune inspect timm:vit_tiny_patch16_224 --freeze 'blocks.0*'
 """
 
 

@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
 def parser() -> Parser:
     made = Parser(
         prog="fxprune",
-        description="Structured pruning for PyTorch: what can be removed, and a smaller model without it.",
+        description="Structured pruning for PyTorch: what can go, and a smaller model without it.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

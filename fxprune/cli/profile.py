@@ -13,7 +13,7 @@ from fxprune.checkpoints.checkpoint import load
 from fxprune.cli.arguments import Answer, add_model_arguments, loaded
 from fxprune.cli.output import show, show_json
 
-HELP = "Measure one forward: latency, multiply-accumulates and peak memory, and which modules they are spent in."
+HELP = "Measure one forward: latency, multiply-accumulates, peak memory, by module."
 EPILOG = """
 examples:
   fxprune profile torchvision:resnet50

@@ -32,7 +32,7 @@ HELP = "Prune a model, compare the result with the original, and write it to a f
 EPILOG = """
 examples:
   fxprune prune model.py --ratio 0.5 -o small.safetensors
-  fxprune prune torchvision:resnet50 --weights resnet50.pt --macs 2G -o small.safetensors
+  fxprune prune torchvision:resnet50 --weights r50.pt --macs 2G -o s.safetensors
   fxprune prune model.py --criterion taylor --data train.py:batches --dry-run
   fxprune prune model.py --remove layer1.0.conv1=2,6,9 -o small.safetensors
 

@@ -9,7 +9,7 @@ from fxprune.checkpoints.checkpoint import load
 from fxprune.cli.arguments import Answer, add_model_arguments, loaded
 from fxprune.cli.output import show
 
-HELP = "Show what pruning took from a model and what it left, and why some of it stayed whole."
+HELP = "Show what pruning took from a model, what it left, and why."
 EPILOG = """
 example:
   fxprune report model.py small.safetensors
