@@ -25,12 +25,12 @@ from fxprune.selection.options import RANKINGS, check_word
 HELP = "Prune a model by several methods, with size, latency and score side by side."
 EPILOG = """
 examples:
-  fxprune benchmark torchvision:resnet18 --methods magnitude,magnitude/global,random
-  fxprune benchmark train.py:net --methods magnitude,taylor --data train.py:batches \\
-      --score train.py:accuracy --macs 0.5
+  fxprune benchmark torchvision:resnet18 --methods magnitude,random
+  fxprune benchmark train.py:net --methods magnitude,taylor/global \\
+      --data train.py:batches --score train.py:accuracy --macs 0.5
 
-A method is a criterion, perhaps with a ranking: taylor/isomorphic. The function of
---score takes a model in evaluation mode and returns a number.
+A method is a criterion, perhaps with a ranking: taylor/isomorphic. The function
+of --score takes a model in evaluation mode and returns a number.
 """
 
 

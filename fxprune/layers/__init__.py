@@ -90,8 +90,9 @@ def remove_heads(
         inplace: as for `remove_outputs`.
     """
     with entry_point(layer):
-        if not isinstance(layer, nn.MultiheadAttention):
-            what = f"heads are those of a MultiheadAttention, and this is a {type(layer).__name__}"
+        given: nn.Module = layer
+        if not isinstance(given, nn.MultiheadAttention):
+            what = f"heads are those of a MultiheadAttention, and this is a {type(given).__name__}"
             raise PruneError(what, fix="prune(model, example_inputs=x, remove={family: [2]}) removes heads of any attention")
         gone = parse_indices(heads, "heads", layer)
         if gone[-1] >= layer.num_heads:

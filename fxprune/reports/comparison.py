@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -108,7 +109,7 @@ def compare_methods(
         with unobserved(model):
             for one in models.values():
                 one.eval()
-            times = measure_seconds([lambda one=one: inputs.call(one) for one in models.values()], device_of(model))
+            times = measure_seconds([functools.partial(inputs.call, one) for one in models.values()], device_of(model))
             median = {name: statistics.median(taken) for name, taken in zip(models, times, strict=True)}
         rows = [Measured("original", *sizes(original, inputs), median["original"], score_of(original, evaluate))]
         for name in methods:

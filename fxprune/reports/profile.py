@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
 import weakref
 from collections.abc import Iterator
@@ -89,11 +90,13 @@ class Profile(Printable):
         whole, small = self.before, self.after
         yield Text(f"{self.model} on {self.device}, one forward of the example inputs")
         yield ""
+        both = [whole] if small is None else [whole, small]
+        memory = [number for number in self.memory if number is not None]
         rows = [
-            ("parameters", short(whole.parameters), *then(small and short(small.parameters))),
-            ("multiply-accumulates", short(whole.macs), *then(small and short(small.macs))),
-            ("latency", milliseconds(whole.seconds), *then(small and milliseconds(small.seconds))),
-            ("peak memory", in_bytes(self.memory[0]), *then(self.memory[1] and in_bytes(self.memory[1]))),
+            ("parameters", *(short(u.parameters) for u in both)),
+            ("multiply-accumulates", *(short(u.macs) for u in both)),
+            ("latency", *(format_cost("latency", u.seconds) for u in both)),
+            ("peak memory", *map(in_bytes, memory)),
         ]
         yield table(("", "original", *(["pruned"] if small else []), ""), [(*row, "") for row in rows])
         yield ""
@@ -103,20 +106,12 @@ class Profile(Printable):
             yield Text(f"and {len(self.modules) - SHOWN} more modules, which take less time")
 
 
-def then(text: str | int | None) -> list[str]:
-    return [text] if isinstance(text, str) else []
-
-
 def cells(module: ModuleProfile) -> tuple[str, ...]:
     """What is shown of a module, before and after."""
     both = [module.before] if module.after is None else [module.before, module.after]
     spent = " → ".join(f"{usage.seconds * 1e3:.2f}" for usage in both)
     sizes = (" → ".join(short(n) for n in numbers) for numbers in ([u.macs for u in both], [u.parameters for u in both]))
     return (module.path, *([module.kind] if module.after is None else []), spent, *sizes)
-
-
-def milliseconds(seconds: float) -> str:
-    return format_cost("latency", seconds)
 
 
 def in_bytes(number: int) -> str:
@@ -139,7 +134,7 @@ def profile(model: nn.Module, example_inputs: Any, pruned: nn.Module | None = No
         with unobserved(model), contextlib.ExitStack() as stack:
             for one in models:
                 stack.enter_context(evaluating(one))
-            times = measure_seconds([lambda one=one: inputs.call(one) for one in models], device_of(model))
+            times = measure_seconds([functools.partial(inputs.call, one) for one in models], device_of(model))
             macs = [macs_by_module(one, inputs) for one in models]
             seconds = [seconds_by_module(one, inputs) for one in models]
             memory = [peak_memory(one, inputs) for one in models]
