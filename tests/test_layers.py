@@ -250,6 +250,15 @@ def test_weights_that_are_computed():
     assert torch.equal(small.weight, layer.weight[keep(6, (1, 3))]) and small.out_channels == 4
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+def test_weights_that_a_hook_computes():
+    layer, x = nn.utils.weight_norm(nn.Linear(4, 6)), torch.randn(2, 4)
+    wanted = layer(x)[:, keep(6, (1, 3))].detach()
+    small = layers.remove_outputs(layer, [1, 3])
+    torch.testing.assert_close(small(x), wanted)
+    assert small.weight_g.shape == (4, 1) and layer.weight_g.shape == (6, 1)
+
+
 def test_normalized_shape_of_several_dimensions():
     layer = nn.LayerNorm((4, 2, 2))
     small = layers.remove_outputs(layer, [0], dim=0)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -164,12 +165,27 @@ def from_transformers(name: str, wanted: Wanted) -> tuple[nn.Module, Any]:
     config = call(transformers.AutoConfig.from_pretrained, str(folder), str(folder), local_files_only=True, **options)
     kind = next((getattr(transformers, n, None) for n in config.architectures or ()), None) or transformers.AutoModel
     stored = path != folder / "config.json" and any(folder.glob("*.safetensors"))
-    if stored and wanted.weights is None:
-        load_it = kind.from_pretrained
-        model: Any = call(load_it, str(folder), str(folder), config=config, local_files_only=True)
-    else:
-        model = call(kind._from_config if kind is not transformers.AutoModel else kind.from_config, str(folder), config)
+    with without_logs(transformers.utils.logging):
+        if stored and wanted.weights is None:
+            model: Any = call(kind.from_pretrained, str(folder), str(folder), config=config, local_files_only=True)
+        else:
+            build_it = kind.from_config if kind is transformers.AutoModel else kind._from_config
+            model = call(build_it, str(folder), config)
     return model.eval(), transformers_inputs(model, config, wanted)
+
+
+@contextlib.contextmanager
+def without_logs(logging: Any) -> Iterator[None]:
+    """Errors alone, and no bar of progress, while transformers loads a model."""
+    before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def transformers_inputs(model: Any, config: Any, wanted: Wanted) -> Any:

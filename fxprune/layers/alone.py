@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from fxprune.inputs import ExampleInputs
 from fxprune.layers.calls import LayerCall
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import fetch, named_tensors
+from fxprune.passes.ir.module_tree import copy_tree, fetch, named_tensors
 from fxprune.passes.ir.slices import apply_slices
 from fxprune.passes.rewrite.pruned_module import RewrittenForward
 from fxprune.pipeline import Compilation
@@ -26,7 +25,7 @@ class Alone(nn.Module):
 
     def __init__(self, layer: nn.Module, call: LayerCall) -> None:
         super().__init__()
-        like = next((t for _, t in named_tensors(layer) if t.is_floating_point()), torch.zeros(0))
+        like = next((t for _, t in named_tensors(layer) if t.is_floating_point() or t.is_complex()), torch.zeros(0))
         place: dict[str, Any] = {"device": like.device, "dtype": like.dtype}
         self.call, self.place = call, place
         self.inputs = nn.ModuleList(nn.Linear(1, shape[call.dim], bias=False, **place) for shape in call.shapes)
@@ -63,9 +62,18 @@ def remove_alone(layer: Any, call: LayerCall, remove: Mapping[str, Sequence[int]
     finally:
         for module, mode in training.items():
             module.training = mode
-    made = layer if inplace else copy.deepcopy(layer)
+    made = layer if inplace else duplicate_of(layer)
     become(made, small)
     return made
+
+
+def duplicate_of(layer: nn.Module) -> Any:
+    """A copy of a layer, without gradients; weights that hooks compute are copied as they are."""
+    swap: dict[int, Tensor] = {}
+    for _, tensor in named_tensors(layer):
+        made = tensor.detach().clone()
+        swap[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+    return copy_tree(layer, swap)
 
 
 def said_of_layer(text: str) -> str:
