@@ -81,6 +81,7 @@ def compare_methods(
 ) -> Comparison:
     """Prune a model by several methods, and measure what comes of each.
 
+    >>> import torch
     >>> _ = torch.manual_seed(0)
     >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     >>> methods = {"half": {"ratio": 0.5}, "third": {"ratio": 0.34, "criterion": "random"}}
