@@ -1,6 +1,6 @@
 """Structured pruning for PyTorch as a compiler pass."""
 
-from fxprune import criteria, masks, regularizers
+from fxprune import criteria, layers, masks, regularizers
 from fxprune.api import couple, prune, verify
 from fxprune.checkpoints.checkpoint import load, save
 from fxprune.criteria import Magnitude
@@ -30,6 +30,7 @@ __all__ = [
     "couple",
     "criteria",
     "feasible",
+    "layers",
     "load",
     "masks",
     "plan_of",

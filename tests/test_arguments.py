@@ -697,6 +697,7 @@ def test_names_are_those_of_the_tables():
         "model",
         "ratio",
         "example_inputs",
+        "remove",
         "verify",
         "same_class",
     }
