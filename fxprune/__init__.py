@@ -10,6 +10,7 @@ from fxprune.iterative.pruner import Pruner
 from fxprune.pipeline import Plan
 from fxprune.plan import plan_of
 from fxprune.repair import Repair, repair
+from fxprune.reports.count import Count, count
 from fxprune.reports.coupling import Coupling
 from fxprune.reports.feasibility import Feasibility, feasible
 from fxprune.reports.report import report
@@ -17,6 +18,7 @@ from fxprune.reports.sensitivity import Sensitivity, sensitivity
 from fxprune.verification import Verification
 
 __all__ = [
+    "Count",
     "Coupling",
     "Feasibility",
     "Magnitude",
@@ -27,6 +29,7 @@ __all__ = [
     "Repair",
     "Sensitivity",
     "Verification",
+    "count",
     "couple",
     "criteria",
     "feasible",
