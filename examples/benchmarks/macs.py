@@ -88,8 +88,9 @@ def report(rows: list[Row]) -> str:
     ]
     head = f"""# Multiply-accumulates
 
-`fxprune.count` against `torch.utils.flop_counter` with the math kernel of attention, of each model and of what a ratio of 0.5 leaves
-of it, on a batch of two: equal for {same} of {len(rows)} models. Models of transformers are small configurations.
+`fxprune.count` against `torch.utils.flop_counter` with the math kernel of attention, of each model and of what a
+ratio of 0.5 leaves of it, on a batch of two: equal for {same} of {len(rows)} models. Models of transformers are
+small configurations.
 
 """
     return head + markdown_table(columns, rows)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -37,14 +36,14 @@ class ModuleCount:
         path: its name in the model; that of the model itself is empty.
         kind: the name of its class.
         parameters: elements of its parameters. A tensor that several modules share counts in the first one.
-        macs: multiply-accumulates of all its calls in one forward.
+        macs: multiply-accumulates of all its calls in one forward, if example inputs were given.
         bytes: of its parameters and buffers.
     """
 
     path: str
     kind: str
     parameters: int
-    macs: int
+    macs: int | None
     bytes: int
 
 
@@ -65,7 +64,7 @@ class Count(Printable):
         return self.modules[0].parameters
 
     @property
-    def macs(self) -> int:
+    def macs(self) -> int | None:
         return self.modules[0].macs
 
     @property
@@ -84,8 +83,8 @@ class Count(Printable):
         return f"Count({self.headline()})"
 
     def headline(self) -> str:
-        total = f"{short(self.parameters)} parameters, {short(self.macs)} multiply-accumulates"
-        return f"{self.model}: {total}, {short(self.bytes)} bytes"
+        macs = "" if self.macs is None else f", {short(self.macs)} multiply-accumulates"
+        return f"{self.model}: {short(self.parameters)} parameters{macs}, {short(self.bytes)} bytes"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready data."""
@@ -97,7 +96,8 @@ class Count(Printable):
         shown = [m for m in self.modules[1:] if m.path.count(".") < DEEPEST and (m.parameters or m.macs or m.bytes)]
         if shown:
             yield ""
-            cells = [(m.path, short(m.parameters), short(m.macs), short(m.bytes), m.kind) for m in shown]
+            numbers = [(short(m.parameters), "" if m.macs is None else short(m.macs), short(m.bytes)) for m in shown]
+            cells = [(m.path, *three, m.kind) for m, three in zip(shown, numbers, strict=True)]
             yield table(("module", "parameters", "MACs", "bytes", "class"), cells)
 
 
@@ -119,17 +119,19 @@ def count(model: nn.Module, example_inputs: Any = None) -> Count:
 
     Arguments:
         model: any module, pruned or not, on any device: the meta device, too. It is not touched.
-        example_inputs: as for `prune`.
+        example_inputs: as for `prune`; multiply-accumulates are counted if they are given.
 
     Raises: PruneError where the model does not run on them.
     """
     with entry_point(model) as model:
-        inputs = ExampleInputs.parse(example_inputs, model).check(model, weights=False)
-        capture = captured_program(model, inputs)
-        macs = macs_by_module(capture, lambda ref: capture.op_trace.values[ref.id].shape)
-        tensors = {name: (tuple(t.shape), t.element_size(), isinstance(t, nn.Parameter)) for name, t in named_tensors(model)}
-        found = [ModuleCount(*row) for row in module_counts(model, tensors, macs)]
-        return Count(type(model).__name__, tuple(found))
+        given = example_inputs is not None
+        return counted_model(model, ExampleInputs.parse(example_inputs, model).check(model, weights=False) if given else None)
+
+
+def counted_model(model: nn.Module, inputs: ExampleInputs | None) -> Count:
+    """What a model holds and computes; without multiply-accumulates where there are no inputs."""
+    macs = None if inputs is None else macs_by_module(captured_program(model, inputs))
+    return Count(type(model).__name__, tuple(module_counts(model, macs)))
 
 
 def captured_program(model: nn.Module, inputs: ExampleInputs) -> CapturedProgram:
@@ -142,27 +144,18 @@ def captured_program(model: nn.Module, inputs: ExampleInputs) -> CapturedProgram
             return programs(model, inputs.args, inputs.kwargs, None)[0]
 
 
-def module_counts(
-    model: nn.Module, tensors: Mapping[str, tuple[tuple[int, ...], int, bool]], macs: Mapping[str, int]
-) -> Iterator[tuple[str, str, int, int, int]]:
-    """For every module its path, its class, its parameters, multiply-accumulates and bytes, with what is inside it.
-
-    Arguments:
-        model: gives the paths and classes.
-        tensors: for each tensor of the model its shape, the bytes of an element, and whether it is a parameter.
-        macs: by the path of the module that computes them.
-    """
-    parameters, size = Counter[str](), Counter[str]()
-    for name, (shape, element, learned) in tensors.items():
+def module_counts(model: nn.Module, macs: Mapping[str, int] | None) -> Iterator[ModuleCount]:
+    """What every module holds and computes; `macs` are those of each module's own calls, by path."""
+    parameters, size, computed = Counter[str](), Counter[str](), Counter[str]()
+    for name, tensor in named_tensors(model):
         for path in within(name.rpartition(".")[0]):
-            parameters[path] += math.prod(shape) * learned
-            size[path] += math.prod(shape) * element
-    computed = Counter[str]()
-    for inner, n in macs.items():
+            parameters[path] += tensor.numel() * isinstance(tensor, nn.Parameter)
+            size[path] += tensor.numel() * tensor.element_size()
+    for inner, n in (macs or {}).items():
         for path in within(inner):
             computed[path] += n
     for module, path in walk(model).items():
-        yield path, type(module).__name__, parameters[path], computed[path], size[path]
+        yield ModuleCount(path, type(module).__name__, parameters[path], None if macs is None else computed[path], size[path])
 
 
 def within(path: str) -> list[str]:
@@ -175,12 +168,12 @@ def within(path: str) -> list[str]:
     return ["", *(".".join(parts[: i + 1]) for i in range(len(parts)))]
 
 
-def macs_by_module(capture: CapturedProgram, shape: Any) -> dict[str, int]:
-    """Multiply-accumulates of every module's own calls, with tensors of the shapes that `shape` says, by path."""
+def macs_by_module(capture: CapturedProgram) -> dict[str, int]:
+    """Multiply-accumulates of every module's own calls, by path."""
     found = Counter[str]()
     for op in evaluation_calls(capture):
         if counts(op):
-            found[module_of(capture, capture.nodes[op.node])] += macs_of(op, capture.op_trace, shape)
+            found[module_of(capture, capture.nodes[op.node])] += macs_of(op, capture.op_trace, capture.op_trace.shape)
     return dict(found)
 
 

@@ -80,6 +80,11 @@ class LatencyModel:
                 times = times * interpolate(found.count[level], [found.count[k] for k in at], factors)
         return float(times.sum())
 
+    def of(self, slicer: Slicer) -> float:
+        """Seconds with what a choice leaves: those of each call in the original, by what it takes now of its time then."""
+        now = np.array([self.work(op, slicer) for op in self.calls])
+        return float((self.base * now / np.maximum(self.whole, 1e-12)).sum())
+
     def alone(self, group: int) -> tuple[tuple[int, float], ...]:
         """How many units of a group are left at each timed level, and the seconds with nothing else removed."""
         total, count = self.candidates[group].total, self.candidates[group].count

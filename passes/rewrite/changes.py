@@ -48,7 +48,7 @@ def tree_text(module: nn.Module, before: Mapping[str, str], path: str = "") -> s
         path: that of the root.
     """
     text = describe(module)
-    if path in before:
+    if path in before and text.partition("(")[0] == before[path].partition("(")[0]:  # else it was replaced since
         text = with_changes(before[path], text)
     start = f"{path}." if path else ""
     children = [
