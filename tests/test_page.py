@@ -1,6 +1,7 @@
 """The page of a report, without a browser: that it is whole, refers to nothing outside, and says what the report says."""
 
 import html
+import itertools
 import json
 import math
 import re
@@ -67,7 +68,7 @@ def test_everything_that_is_operated_has_a_name(name):
     [(attributes, _)] = page.all("html")
     assert attributes["lang"] == "en"
     levels = [int(tag[1]) for tag, _ in page.elements if tag in ("h1", "h2", "h3")]
-    assert levels[0] == 1 and levels.count(1) == 1 and all(b <= a + 1 for a, b in zip(levels, levels[1:]))
+    assert levels[0] == 1 and levels.count(1) == 1 and all(b <= a + 1 for a, b in itertools.pairwise(levels))
 
 
 @every_model
@@ -220,7 +221,7 @@ def test_a_notebook_shows_the_page_in_a_frame():
 
 
 def test_what_is_measured_is_shown(monkeypatch):
-    monkeypatch.setattr("fxprune.reports.reporter.measure_seconds", lambda runs, *_, **__: [[run() and 1e-3] for run in runs])
+    monkeypatch.setattr("fxprune.reports.ratios.measure_seconds", lambda runs, *_, **__: [[run() and 1e-3] for run in runs])
     model, x, small, _ = reported("resnet")
     found = fxprune.report(model, small, x, measure=True, ratios=(0.5,))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in small.modules())
@@ -235,7 +236,7 @@ def test_what_is_measured_is_shown(monkeypatch):
 
 
 def test_the_sensitivity_is_shown_where_it_is_given():
-    model, x, _, found = reported("swin")
+    *_, found = reported("swin")
     page = Page(render(found))
     lines = page.data["curves"]["lines"]
     assert [line["name"] for line in lines] == [curve.family for curve in found.sensitivity.curves]

@@ -8,14 +8,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from fxprune.errors import PruneWarning
 from fxprune.passes.coupling.families import families
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_parameters
 from fxprune.passes.ir.progress import progress_bar
+from fxprune.passes.ir.slices import Slicer
 from fxprune.pipeline import Choice, Compilation
 from fxprune.selection.costs import Costs
+from fxprune.selection.latency import measure_seconds
 from fxprune.selection.latency_model import LatencyModel
 from fxprune.selection.options import Options
 from fxprune.selection.select import allocate, check_effect, score_families
@@ -80,7 +84,7 @@ class RatioSweep:
         return kept, slicer
 
     def costs(
-        self, ratios: Sequence[float], names: Sequence[str], *, macs: bool = True, times: LatencyModel | None = None
+        self, ratios: Sequence[float], names: Sequence[str], *, macs: bool, seconds: float | None = None
     ) -> Iterator[RatioCosts]:
         """What each ratio leaves.
 
@@ -88,24 +92,33 @@ class RatioSweep:
             ratios: shares of units.
             names: those of the families, in the order in which what they keep is listed.
             macs: whether the example inputs are the user's, so that they count.
-            times: estimates seconds of the model as it is coupled here.
+            seconds: of the original, measured, where those of the others are to be estimated.
         """
-        for ratio in progress_bar(ratios, "costs of ratios", "ratio"):
-            refused = ""
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", PruneWarning)  # `prune` says it, where it is asked
-                    choice = self.choose(ratio)
-            except PruneError as error:
-                refused, choice = error.what, self.compilation.unpruned()
+        chosen = [self.attempt(ratio) for ratio in progress_bar(ratios, "costs of ratios", "ratio")]
+        times: list[Any] = [None] * len(chosen)
+        if seconds is not None:
+            times = self.estimates([choice.slicer for choice, _ in chosen], seconds)
+        for ratio, (choice, refused), time in zip(ratios, chosen, times, strict=True):
             of = Costs(choice.solution, self.compilation.tensors)
             left = [of.of(choice.slicer, kind) for kind in ("params", "macs", "memory")]
             found = families(choice.solution, set(named_parameters(self.compilation.model)))
             kept = {family.name: int(choice.kept.numpy()[family.units].sum()) for family in found}
-            seconds = None if times is None else times.of(choice.slicer)
             counts = tuple(kept.get(name, 0) for name in names)
-            yield RatioCosts(ratio, left[0], left[1] if macs else None, left[2], counts, seconds, refused)
+            yield RatioCosts(ratio, left[0], left[1] if macs else None, left[2], counts, time, refused)
 
-    def latency_model(self, device: Any, seconds: Any, total: float) -> LatencyModel:
-        """Estimates of seconds; see `LatencyModel`."""
-        return LatencyModel([], Costs(self.solution, self.compilation.tensors), device, seconds, total)
+    def attempt(self, ratio: float) -> tuple[Choice, str]:
+        """What stays at a ratio; or everything, with the reason why `prune` raises."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", PruneWarning)  # `prune` says it, where it is asked
+                return self.choose(ratio), ""
+        except PruneError as error:
+            return self.compilation.unpruned(), error.what
+
+    def estimates(self, slicers: Sequence[Slicer], total: float) -> list[float]:
+        """Seconds with what each of some choices leaves, where the original takes `total`."""
+        compilation = self.compilation
+        probe = compilation.latency_probe()
+        with probe.restore_random_state(), torch.no_grad():
+            model = LatencyModel([], Costs(self.solution, compilation.tensors), probe.device, probe.seconds, total)
+            return model.of_each(slicers, measure_seconds)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from fxprune.arguments import checked_call
 from fxprune.criteria.base import Criterion
 from fxprune.criteria.catalog import CriterionName
 from fxprune.entry_points import entry_point
-from fxprune.inputs import ExampleInputs, device_of
+from fxprune.inputs import ExampleInputs
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import private_copy, set_mode
 from fxprune.passes.ir.quiet import unobserved, without_modes
@@ -25,7 +24,7 @@ from fxprune.reports.module_times import measure_models, measure_modules
 from fxprune.reports.ratios import RATIOS, RatioCosts, RatioSweep
 from fxprune.reports.report import Report
 from fxprune.reports.sensitivity import Sensitivity, checked_ratios
-from fxprune.selection.latency import Latency, measure_seconds
+from fxprune.selection.latency import Latency
 from fxprune.selection.options import Options, Ranking, Scopes
 from fxprune.verification import evaluating
 
@@ -152,12 +151,7 @@ class Reporter:
         if not ratios:
             return ()
         sweep = RatioSweep(Compilation(compilation.model, self.inputs or compilation.inputs, compilation.options), self.options)
-        times = None
-        if total is not None:
-            device = device_of(compilation.model)
-            seconds = lambda run: statistics.median(measure_seconds([run], device, least=3, seconds=0.01)[0])  # noqa: E731
-            times = sweep.latency_model(device, seconds, total)
-        return tuple(sweep.costs(ratios, names, macs=self.inputs is not None, times=times))
+        return tuple(sweep.costs(ratios, names, macs=self.inputs is not None, seconds=total))
 
     def measured(self) -> tuple[Latency, dict[str, tuple[float, float]]]:
         """Seconds of both models, and of their modules by path."""
