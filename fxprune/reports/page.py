@@ -19,6 +19,7 @@ from fxprune.selection.budgets import format_cost
 
 FILES = ("page.html.j2", "page.css", "page.js")
 GOLDEN_ANGLE = 137.508  # degrees: hues that lie this far apart stay distinct, however many there are
+SHIFTS = (0, 11, -11)  # of lightness, in per cent
 FRAME = '<iframe title="{title}" srcdoc="{page}" style="width:100%;height:80vh;border:1px solid #8884"></iframe>'
 
 
@@ -144,6 +145,7 @@ def family_data(number: int, change: Any) -> dict[str, Any]:
         "reason": change.reason if whole else "",
         "frozen": family.frozen is not None,
         "hue": round(number * GOLDEN_ANGLE % 360),
+        "shift": SHIFTS[number % len(SHIFTS)],
         "places": list(dict.fromkeys(f"{place_of(name)}:{dim}" for name, dim in family.members)),
         "spans": family.spans(6),
     }

@@ -8,7 +8,6 @@ would leave; everything else is taken to need time by the size of its results.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -98,9 +97,9 @@ class LatencyModel:
             runs = [self.call(op, slicer) for slicer in (None, *slicers)]
             keys = tuple(key for key, _ in runs)
             if keys not in known:
-                times = clock(list(dict(runs).values()), self.device, least=3, seconds=0.01)
-                medians = dict(zip(dict(runs), map(statistics.median, times), strict=True))
-                known[keys] = [medians[key] / max(medians[keys[0]], 1e-12) for key in keys[1:]]
+                times = clock(list(dict(runs).values()), self.device, least=5, seconds=0.01)
+                least = dict(zip(dict(runs), map(min, times), strict=True))  # whatever disturbs a run makes it longer
+                known[keys] = [least[key] / max(least[keys[0]], 1e-12) for key in keys[1:]]
             found += base * np.array(known[keys])
         return [float(seconds) for seconds in found * (self.total / max(self.base.sum(), 1e-12))]
 

@@ -17,9 +17,10 @@
     if (text !== undefined) element.textContent = text;
     return element;
   };
+  const colour = (family) => `--hue:${family.hue};--shift:${family.shift}%`;
   const dot = (number) => {
     const family = data.families[number];
-    return make("i", { class: family.frozen ? "dot held" : "dot", style: `--hue:${family.hue}` });
+    return make("i", { class: family.frozen ? "dot held" : "dot", style: colour(family) });
   };
   const bar = (share) => {
     const fill = make("span");
@@ -161,7 +162,7 @@
       const height = rows.size * ROW;
       arcs.setAttribute("viewBox", `0 0 ${width} ${height}`);
       arcs.style.blockSize = `${height}px`;
-      arcs.style.setProperty("--arc", data.families[family].frozen ? "var(--soft)" : `hsl(${data.families[family].hue} var(--family-strong) var(--family-light))`);
+      arcs.style.setProperty("--arc", data.families[family].frozen ? "var(--soft)" : `hsl(${data.families[family].hue} var(--family-strong) calc(var(--family-light) + ${data.families[family].shift}%))`);
       arcs.classList.toggle("chosen", chosen !== null);
       const longest = Math.max(1, ...data.links.filter((l) => l[2] === family).map(([a, b]) => Math.abs(rows.get(a) - rows.get(b))));
       const lines = data.links
@@ -295,8 +296,7 @@
     const paths = data.curves.lines.map((line) => {
       const points = line.values.map((v, i) => [v, i]).filter(([v]) => v !== null);
       const d = points.map(([v, i], k) => `${k ? "L" : "M"}${x(data.curves.ratios[i]).toFixed(1)} ${y(v).toFixed(1)}`).join("");
-      const hue = line.family === null ? 210 : data.families[line.family].hue;
-      const path = draw("path", { d, style: `--hue:${hue}` });
+      const path = draw("path", { d, style: line.family === null ? "--hue:210" : colour(data.families[line.family]) });
       path.append(draw("title", {}, line.name));
       return path;
     });
