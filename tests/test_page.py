@@ -298,3 +298,26 @@ def test_warnings_of_other_ratios_are_left_to_prune():
     with warnings.catch_warnings():
         warnings.simplefilter("error", PruneWarning)
         fxprune.report(model, small, IMAGES, ratios=(0.5,), scopes={"none": ["head"]})
+
+
+class Asks(nn.Module):
+    """Python reads what is in a tensor: the module stays one node, and is tried with what each ratio leaves."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(6, 12), nn.Linear(12, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        return self.head(self.second(x) * (2.0 if float(x.sum()) > 0 else 1.0))
+
+
+def test_other_ratios_of_a_model_that_is_not_captured_are_those_that_prune_gives():
+    torch.manual_seed(0)
+    model, x = Asks().eval(), torch.randn(2, 6)
+    small = fxprune.prune(model, 0.5, x)
+    assert small.meta["capture"].startswith("opaque")
+    for costs in fxprune.report(model, small, x, ratios=(0.25, 0.5)).ratios:
+        other = fxprune.prune(model, costs.ratio, x)
+        assert costs.parameters == sum(p.numel() for p in other.parameters()) < 279
+        assert costs.macs == fxprune.count(other, x).macs

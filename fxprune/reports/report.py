@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from fxprune.checkpoints.file import replacing
 from fxprune.reports.changes import FamilyChange, ModuleChange
 from fxprune.reports.coupling_graph import Link
+from fxprune.reports.files import replacing
 from fxprune.reports.formatting import Printable, counted, plain_data, short, table
 from fxprune.reports.page import in_frame, render
 from fxprune.reports.ratios import RatioCosts
