@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+from clocks import SECONDS, counting_clock
 from pages import MODELS, RATIOS, Page, reported
 from refusals import IMAGES, net
 from torch import nn
@@ -221,7 +222,8 @@ def test_a_notebook_shows_the_page_in_a_frame():
 
 
 def test_what_is_measured_is_shown(monkeypatch):
-    monkeypatch.setattr("fxprune.reports.ratios.measure_seconds", lambda runs, *_, **__: [[run() and 1e-3] for run in runs])
+    monkeypatch.setattr("fxprune.reports.ratios.measure_seconds", counting_clock)
+    monkeypatch.setattr("fxprune.selection.latency.measure_seconds", counting_clock)
     model, x, small, _ = reported("resnet")
     found = fxprune.report(model, small, x, measure=True, ratios=(0.5,))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in small.modules())
@@ -233,6 +235,17 @@ def test_what_is_measured_is_shown(monkeypatch):
     assert found.ratios[0].seconds > 0
     names = [figure["name"] for figure in Page(render(found)).data["ratios"][0]["figures"]]
     assert names == ["Parameters", "MACs", "Memory", "Estimated latency"]
+
+
+def test_the_estimated_latency_is_that_of_the_products(monkeypatch):
+    """By a clock that counts what products compute, in a model of nothing else: two operations for each multiply-accumulate."""
+    for place in ("reports.ratios", "reports.module_times", "selection.latency"):
+        monkeypatch.setattr(f"fxprune.{place}.measure_seconds", counting_clock)
+    model, x = nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 32), nn.Linear(32, 8)), torch.randn(2, 8)
+    small = fxprune.prune(model, 0.5, x)
+    found = fxprune.report(model, small, x, measure=True, ratios=(0.25, 0.5))
+    assert (found.latency.original, found.latency.pruned) == pytest.approx([2 * SECONDS * n for n in found.macs])
+    assert [r.seconds for r in found.ratios] == pytest.approx([2 * SECONDS * r.macs for r in found.ratios])
 
 
 def test_the_sensitivity_is_shown_where_it_is_given():
