@@ -228,17 +228,16 @@ def test_a_loader_of_nothing():
     )
 
 
-def test_progress_is_shown_where_there_is_a_terminal(monkeypatch):
+def test_progress_is_shown_of_each_pass_over_the_data(monkeypatch):
     bars = []
 
-    def bar(items, **options):
-        bars.append(options)
+    def bar(items, *said):
+        bars.append(said)
         return items
 
-    monkeypatch.setattr("fxprune.criteria.calibration.tqdm", bar)
+    monkeypatch.setattr("fxprune.criteria.calibration.progress_bar", bar)
     prune(net(), "grasp", data=[(IMAGES, LABELS)], loss=F.cross_entropy)()
-    options = {"desc": "scoring by GraSP", "disable": None, "leave": False}  # None: only for a terminal
-    assert bars == [options, options], "one for each pass over the data"
+    assert bars == [("scoring by GraSP", "batch")] * 2
 
 
 @pytest.mark.parametrize("data", [3, IMAGES, {"x": IMAGES}])

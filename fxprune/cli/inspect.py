@@ -16,13 +16,11 @@ from fxprune.api import couple
 from fxprune.arguments import did_you_mean
 from fxprune.cli.arguments import Answer, add_coupling_arguments, add_model_arguments, check_target, coupling, loaded
 from fxprune.cli.output import show, show_json
-from fxprune.inputs import ExampleInputs
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import private_copy, set_mode
+from fxprune.reports.count import count
 from fxprune.reports.coupling import CoupledFamily, Coupling
 from fxprune.reports.coupling_graph import to_dot
 from fxprune.reports.formatting import short
-from fxprune.reports.report import count_macs, count_parameters
 
 HELP = "Show which layers are pruned together, and what is kept whole and why."
 EPILOG = """
@@ -67,8 +65,8 @@ def run(arguments: argparse.Namespace) -> Answer:
 
 def totals(model: nn.Module, example_inputs: Any) -> tuple[int, int]:
     """The parameters of a model and the multiply-accumulates of one forward of the example inputs."""
-    evaluated = set_mode(private_copy(model), False)
-    return count_parameters(model), count_macs(evaluated, ExampleInputs.parse(example_inputs, model))
+    found = count(model, example_inputs)
+    return found.parameters, found.macs or 0
 
 
 def family_called(found: Coupling, name: str) -> CoupledFamily:

@@ -15,6 +15,7 @@ from fxprune.criteria.base import CriterionSpec
 from fxprune.passes.coupling.families import Family
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.labels import Factor, Labels
+from fxprune.passes.ir.progress import progress_bar
 
 Places = Callable[[str, Factor], bool]
 HALF_DTYPES = (torch.float16, torch.bfloat16)
@@ -96,7 +97,7 @@ class Scorer:
                 if places and self.can_score(parameter) and parameter.numel()
             ]
             together = self.score_together(scored) if evidence is None else {}
-            for name, weight, places in scored:
+            for name, weight, places in progress_bar(scored, "scores", "parameter"):
                 sums: Sequence[Tensor | np.ndarray | None]
                 if name in together:
                     sums = [sum_over_others(together[name], f.dims) for f, _ in places]

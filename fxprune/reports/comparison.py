@@ -17,8 +17,8 @@ from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import private_copy, set_mode
 from fxprune.passes.ir.quiet import unobserved
 from fxprune.pipeline import Compilation
+from fxprune.reports.count import counted_model
 from fxprune.reports.formatting import Printable, plain_data, short, table
-from fxprune.reports.report import count_macs, count_parameters
 from fxprune.selection.latency import measure_seconds
 from fxprune.selection.options import Options
 from fxprune.verification import evaluating
@@ -122,7 +122,8 @@ def compare_methods(
 
 
 def sizes(model: nn.Module, inputs: ExampleInputs) -> tuple[int, int]:
-    return count_parameters(model), count_macs(model, inputs)
+    found = counted_model(model, inputs)
+    return found.parameters, found.macs or 0
 
 
 def score_of(model: nn.Module, evaluate: Callable[[nn.Module], Any] | None) -> float | None:

@@ -135,7 +135,8 @@ class Coupling(Printable):
 
         Nodes are (tensor, dimension, position in `families`), with the attributes `tensor`, `dim`, `family`
         (its name), `frozen` (the reason or None) and `indices`. Edges are what the rules tied, before anything
-        was solved.
+        was solved, with `op` (the class of a layer or the name of a function) and `module` (the path of the one
+        that calls it) of the first tie.
         """
         from fxprune.reports.coupling_graph import coupling_graph
 

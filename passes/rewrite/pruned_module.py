@@ -13,6 +13,7 @@ from torch.fx.graph import PythonCode
 
 from fxprune.passes.errors import GuardError, PruneError
 from fxprune.passes.ir.module_tree import Apart, fetch
+from fxprune.passes.rewrite.changes import tree_text
 from fxprune.passes.rewrite.programs import OWN_MODEL, Forwards, Program, alike, without_dead
 
 OWN = (
@@ -127,7 +128,8 @@ class PrunedModule(fx.GraphModule):
     training runs another program than evaluation, `train()` and `eval()` switch; modules that they leave in the other mode in
     the original they leave so here.
 
-    `meta["plan"]` says what was removed, `meta["verification"]` how exact the result is. Copies, and what `torch.save` stores
+    It prints as its module tree, with what changed. `meta["plan"]` says what was removed, `meta["verification"]` how exact the
+    result is. Copies, and what `torch.save` stores
     of it, keep both programs and `meta`.
     """
 
@@ -228,6 +230,12 @@ class PrunedModule(fx.GraphModule):
     @property
     def verification(self) -> Any:
         return self.meta.get("verification")
+
+    def __repr__(self) -> str:
+        """The module tree with what pruning changed of it; `code` is the program."""
+        return tree_text(self, self.meta.get("before", {}))
+
+    __str__ = __repr__
 
     # -- copies ---------------------------------------------------------------------------------------------------------
 
