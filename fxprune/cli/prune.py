@@ -26,7 +26,7 @@ from fxprune.cli.arguments import (
 )
 from fxprune.cli.output import show
 from fxprune.passes.errors import PruneError
-from fxprune.reports.report import report
+from fxprune.reports.reporter import report
 
 HELP = "Prune a model, compare the result with the original, and write it to a file."
 EPILOG = """

@@ -109,7 +109,7 @@ def score_branches(
         held = {d for f in solution.values[0].get(ref.id, ()) for d in f.dims}
         dims.append(sorted(held) or [len(capture.op_trace.shape(ref)) - 1])
     label = how if isinstance(how, str) else getattr(how, "__name__", type(how).__name__)
-    with prepare_source(model, data, loss, label, solution.captures) as source:
+    with prepare_source(model, data, loss, label, solution) as source:
         run: Any = BranchRun(program(), places)
         source.model = run
         found = Scores(source, run, len(branches))

@@ -123,10 +123,7 @@ class Chains:
 
     def __init__(self, solution: Solution) -> None:
         self.solution, self.unit = solution, solution.unit_of.numpy()
-        sides = [ends([tie]) for tie in solution.ties]
-        self.left = np.concatenate([np.zeros(0, np.int64), *(a for a, _ in sides)])
-        self.right = np.concatenate([np.zeros(0, np.int64), *(b for _, b in sides)])
-        self.node = np.repeat([tie.node for tie in solution.ties], [len(a) for a, _ in sides]).astype(np.int64)
+        self.left, self.right, self.node = ends(solution.ties)
         self.heads = np.full(len(self.unit), -1)  # the attention by whose heads a label stands for several indices
         attention = head_nodes(solution)
         for tie in solution.ties:

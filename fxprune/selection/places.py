@@ -16,7 +16,7 @@ from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.selection.indices import spelled
-from fxprune.selection.options import OUTPUTS_SECOND, near_modules, paths_of
+from fxprune.selection.names import OUTPUTS_SECOND, near_modules, paths_of
 
 
 @dataclass(frozen=True, eq=False)
