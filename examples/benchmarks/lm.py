@@ -84,20 +84,21 @@ def ours(model: Any, batches: list[Tensor], keep: float, criterion: str, what: s
 
 
 def experiments(model: Any, batches: list[Tensor], arguments: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Any]]:
-    """What is asked for, each with a function that makes the models: raw, and repaired where that is done."""
+    """What is asked for, each with a function that makes the models in turn: raw, and repaired where that is done."""
     for keep in arguments.budgets:
         for name in arguments.plain:
             method = PLAIN[name]
             row = {"keep": keep, "method": name, "what": "blocks" if name == "ShortGPT" else "FFN", "by": "plain"}
-            yield row, lambda m=method, k=keep: {"": m(model, batches, k)}
+            yield row, lambda m=method, k=keep: iter([("", m(model, batches, k))])
         for criterion in arguments.criteria:
             for what in arguments.what:
                 row = {"keep": keep, "method": criterion, "what": what, "by": "fxprune"}
 
-                def make(k: float = keep, c: str = criterion, w: str = what) -> dict[str, Any]:
+                def make(k: float = keep, c: str = criterion, w: str = what) -> Iterator[tuple[str, Any]]:
                     small = ours(model, batches, k, c, w)
+                    yield "", small
                     data = [{"input_ids": ids, "labels": ids} for ids in batches]
-                    return {"": small, "repaired": fxprune.repair(model, small, data, method="refit")}
+                    yield "repaired", fxprune.repair(model, small, data, method="refit")
 
                 yield row, make
 
@@ -134,10 +135,15 @@ def main() -> None:
     dense = {"keep": 1.0, "method": "dense", "what": "", "by": ""}
     if not done(dense):
         note(dense, model, 0.0)
-    for row, make in tqdm([e for e in experiments(model, batches, arguments) if not done(e[0])], desc="models"):
+    last = {"fxprune": "repaired", "plain": ""}  # what ends a row
+    todo = [e for e in experiments(model, batches, arguments) if not done({**e[0], "repair": last[e[0]["by"]]})]
+    for row, make in tqdm(todo, desc="models"):
         start = time.perf_counter()
-        for kind, made in make().items():
-            note({**row, "repair": kind}, made, time.perf_counter() - start)
+        for kind, made in make():
+            seconds = time.perf_counter() - start
+            if not done({**row, "repair": kind}):
+                note({**row, "repair": kind}, made, seconds)
+            start = time.perf_counter()
     PAGE.write_text(page(rows))
 
 
@@ -149,7 +155,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         "Perplexity of SmolLM2-135M-Instruct (30 layers, hidden size 576, 9 heads, 3 KV groups) after pruning,",
         f"without training, on windows of {WINDOW} tokens that calibration has not seen. `lm.py` writes this page from",
         "`lm.jsonl`; plain methods are those of `lm_plain.py`. Repaired is `fxprune.repair` by `refit` on the data of",
-        "calibration. Not all rows that the script can run were run.",
+        "calibration. Not all rows that the script can run were run. Seconds are those of a machine shared with other work.",
     ]
     for size in sorted({(r["calibration"], r["tokens"]) for r in rows}):
         mine = [r for r in rows if (r["calibration"], r["tokens"]) == size]
