@@ -19,7 +19,7 @@ from fxprune.passes.rewrite.pruned_module import PrunedModule
 from fxprune.pipeline import Compilation, Plan
 from fxprune.plan import plan_between
 from fxprune.reports.coupling import Coupling
-from fxprune.selection.options import Asked, Attention, BudgetName, Freeze, Options, Ranking, Ratio, Scopes, Verify
+from fxprune.selection.options import Asked, Attention, BudgetName, Depth, Freeze, Options, Ranking, Ratio, Scopes, Verify
 from fxprune.verification import Verification, compare
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ def prune(
     ratio: Ratio | None = None,
     example_inputs: Any = None,
     *,
+    depth: Depth = False,
+    depth_criterion: str | Callable[[Tensor, Tensor], Any] | None = None,
     verify: Verify = "auto",
     same_class: Literal[False] = False,
     **asked: Unpack[Asked],
@@ -56,6 +58,8 @@ def prune(
     ratio: Ratio | None = None,
     example_inputs: Any = None,
     *,
+    depth: Depth = False,
+    depth_criterion: str | Callable[[Tensor, Tensor], Any] | None = None,
     verify: Verify = "auto",
     same_class: Literal[True],
     **asked: Unpack[Asked],
@@ -87,6 +91,9 @@ def prune(
     release: str | Sequence[str] = (),
     round_to: int = 1,
     attention: Attention = "heads",
+    depth: Depth = False,
+    depth_criterion: str | Callable[[Tensor, Tensor], Any] | None = None,
+    uniform: bool = False,
     verify: Verify = "auto",
     same_class: bool = False,
 ) -> Any:
@@ -144,6 +151,15 @@ def prune(
             every output keeps its shape.
         round_to: what is left of a family is a multiple of this; a family that cannot be stays whole.
         attention: remove whole `heads`, or `dims` within them.
+        depth: with True residual branches go too, with "only" nothing else: attention, an FFN, the convolutions of a block,
+            whatever is computed from a stream and added to it by parameters of its own. A `ratio` is also the share of
+            branches; a budget is one over both.
+        depth_criterion: how branches are ranked: `influence` (arXiv:2403.03853; by default with data), `taylor`, `loss`,
+            `weights` (the mean importance of a branch's weights by the criterion; by default without data), or a function of
+            the stream and what is added to it; see `fxprune.criteria.branches`.
+        uniform: families that play the same part keep the same share of their units, so that one number says how many there
+            are in every layer: those of one structure and size, and of a model with a configuration those that one number of
+            it counts. Where one of them stays whole all do, and `couple(..., uniform=True)` says why.
         verify: compare the result to the masked original; `auto` does so where a forward is cheap.
         same_class: return a shrunk copy of the model, of its own class, with attributes and configuration brought up to date,
             instead of a GraphModule: its caches, losses, `generate` and `save_pretrained` are as before.
@@ -175,6 +191,9 @@ def prune(
             release=release,
             round_to=round_to,
             attention=attention,
+            depth=depth,
+            depth_criterion=depth_criterion,
+            uniform=uniform,
             verify=verify,
         )
         inputs = ExampleInputs.parse(example_inputs, model).check(model, weights=options.needs_weights or same_class)
@@ -193,6 +212,7 @@ def couple(
     protect: tuple[int, int] = (0, 0),
     release: str | Sequence[str] = (),
     attention: Attention = "heads",
+    uniform: bool = False,
 ) -> Coupling:
     """Which channels of a model go together, and why the others stay.
 
@@ -212,6 +232,7 @@ def couple(
             protect=protect,
             release=release,
             attention=attention,
+            uniform=uniform,
         )
         inputs = ExampleInputs.parse(example_inputs, model).check(model, weights=False)
         compilation = Compilation(model, inputs, options.coupling)

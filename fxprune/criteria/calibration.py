@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fxprune.arguments import shown
 from fxprune.criteria.activation_stats import Moments, observe_activations, units_of_labels, wide
 from fxprune.passes.capture.patches import visible
 from fxprune.passes.coupling.solution import Solution
@@ -146,6 +147,14 @@ def parse_batch(item: Any) -> Batch:
     return Batch(args, kwargs, tuple(extra), tensors[0].shape[0] if tensors[0].dim() else 1)
 
 
+def check_source(data: Any, loss: Any) -> None:
+    """Raise PruneError for what cannot be batches, or a loss, whether or not a criterion needs them."""
+    if data is not None:
+        check_batches(data)
+    if loss is not None and not callable(loss):
+        raise PruneError(f"loss must be a function, not {shown(loss)}", fix="loss=torch.nn.functional.cross_entropy")
+
+
 def check_batches(data: Any) -> None:
     """Raise PruneError for what cannot be batches."""
     if not isinstance(data, Iterable) or isinstance(data, Tensor | Mapping | str):
@@ -155,10 +164,6 @@ def check_batches(data: Any) -> None:
 @contextlib.contextmanager
 def prepare_source(model: nn.Module, data: Any, loss: Any, criterion: str, solution: Solution | None) -> Iterator[Source]:
     """A copy of the model that can be run, with random state and gradient mode restored afterwards."""
-    if data is not None:
-        check_batches(data)
-    if loss is not None and not callable(loss):
-        raise PruneError(f"loss must be a function, not {loss!r}", fix="loss=torch.nn.functional.cross_entropy")
     swap: dict[int, Tensor] = {}
     parameters: dict[str, Tensor] = {}
     for name, tensor in named_tensors(model):

@@ -13,6 +13,7 @@ import torch
 from rich.text import Text
 from torch import nn
 
+from fxprune.arguments import shown
 from fxprune.criteria.calibration import BATCHES, Batch, check_batches, parse_batch
 from fxprune.entry_points import entry_point
 from fxprune.inputs import device_of
@@ -222,9 +223,9 @@ def asked(method: Any, ridge: Any, held_out: Any) -> tuple[str, ...]:
             f"there is no method {(unknown[0] if unknown else method)!r}", fix=f"{NAME}, or one or more of {', '.join(METHODS)}"
         )
     if ridge is not None and not (is_number(ridge) and ridge >= 0):
-        raise PruneError(f"ridge must be a number of 0 or more, or None, not {ridge!r}", fix="ridge=0.01")
+        raise PruneError(f"ridge must be a number of 0 or more, or None, not {shown(ridge)}", fix="ridge=0.01")
     if not (is_number(held_out) and 0 <= held_out <= 0.5):
-        raise PruneError(f"held_out must be a share from 0 to 0.5, not {held_out!r}", fix="held_out=0.25")
+        raise PruneError(f"held_out must be a share from 0 to 0.5, not {shown(held_out)}", fix="held_out=0.25")
     return methods
 
 

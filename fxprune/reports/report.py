@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-SHRUNK_SHOWN, WHOLE_SHOWN, HELD_SHOWN = 15, 10, 3
+SHRUNK_SHOWN, WHOLE_SHOWN, HELD_SHOWN, UNUSED_SHOWN = 15, 10, 3, 5
 # Where every family keeps half of its units a layer keeps a quarter of its weights; with the first and the
 # last layer, which keep more, about a third. Above that ratio of the two, something needs an explanation.
 UNREMARKABLE = 4 / 3
@@ -85,6 +85,7 @@ class Report(Printable):
         verification: the comparison that `prune` made, if it made one.
         latency: what `prune` measured, if its budget was one of latency.
         chosen: what `prune` chose where nothing was asked for, and why.
+        unused: the modules of tensors that a run on the example inputs does not use, which stay as they are.
     """
 
     model: str
@@ -95,6 +96,7 @@ class Report(Printable):
     verification: Verification | None
     latency: Latency | None = None
     chosen: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
     @property
     def share(self) -> float:
@@ -150,6 +152,9 @@ class Report(Printable):
         if held:
             yield f"that leaves more than usual, because of {'these' if len(held) > 1 else 'this'}:"
             yield from (f"  {short(c.left)} left with {c.family.name}, which {c.reason}" for c in held)
+        if self.unused:
+            more = f" and {len(self.unused) - UNUSED_SHOWN} more" if len(self.unused) > UNUSED_SHOWN else ""
+            yield f"not used on the example inputs, and so left as they are: {', '.join(self.unused[:UNUSED_SHOWN])}{more}"
         yield from self.speed()
         yield from (f"chosen: {text}" for text in self.chosen)
         yield f"captured: {self.capture}"
@@ -208,6 +213,7 @@ def report(model: nn.Module, pruned: nn.Module, example_inputs: Any = None) -> R
             meta.get("verification"),
             meta.get("latency"),
             meta.get("chosen", ()),
+            tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in meta.get("unused", ()))),
         )
 
 

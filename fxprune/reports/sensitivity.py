@@ -14,7 +14,7 @@ from rich.text import Text
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fxprune.arguments import checked_call, is_number, number
+from fxprune.arguments import checked_call, is_number, number, shown
 from fxprune.criteria.base import Criterion
 from fxprune.criteria.catalog import CriterionName
 from fxprune.entry_points import entry_point
@@ -213,11 +213,11 @@ def value(compilation: Compilation, choice: Choice, evaluate: Any) -> float:
 def checked(ratios: Any, evaluate: Any) -> tuple[float, ...]:
     """The ratios in ascending order; raises PruneError for what means nothing."""
     if not callable(evaluate):
-        raise PruneError(f"evaluate must be a function, not {evaluate!r}", fix=EVALUATE)
+        raise PruneError(f"evaluate must be a function, not {shown(evaluate)}", fix=EVALUATE)
     listed = [number(r) for r in ratios] if isinstance(ratios, Iterable) and not isinstance(ratios, str) else [number(ratios)]
     for r in listed:
         if not is_number(r) or not 0 < r < 1:
-            raise PruneError(f"ratios must lie between 0 and 1, and {r!r} does not", fix="ratios=(0.25, 0.5, 0.75)")
+            raise PruneError(f"ratios must lie between 0 and 1, and {shown(r)} does not", fix="ratios=(0.25, 0.5, 0.75)")
     if not listed:
         raise PruneError("ratios holds none", fix="ratios=(0.25, 0.5, 0.75)")
     return tuple(sorted({float(r) for r in listed}))

@@ -20,6 +20,7 @@ from fxprune.passes.ir.slices import Slicer
 from fxprune.selection.candidates import Candidates, Group, form_groups, list_candidates
 from fxprune.selection.options import Options, Scopes
 from fxprune.selection.rectangles import find_nonempty_sets, restore_rectangles
+from fxprune.selection.structures import describe_structures
 
 FLOOR = 0.1  # the share of every family that stays where families compete, unless told otherwise
 
@@ -196,34 +197,6 @@ def allocate_share(candidates: Sequence[Candidates], share: float) -> list[int]:
         room -= taken
         levels[i] += 1
     return levels
-
-
-def describe_structures(free: Sequence[Family], solution: Solution) -> list[tuple[object, ...]]:
-    """The structure of each family, whatever its size: the ops that read each layer, as which argument, and the dimension.
-
-    Families of one structure are isomorphic (Fang et al., arXiv:2407.04616).
-    """
-    uses: dict[str, list[str]] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for capture in solution.captures[:1]:
-        made_of = {i: v.name for i, v in enumerate(capture.op_trace.values) if v.name is not None}
-        shapes.update({v.name: v.shape for v in capture.op_trace.values if v.name is not None})
-        for op in capture.op_trace.ops:
-            refs = collect((op.args, op.kwargs), TensorRef)
-            mine = [(k, made_of[r.id]) for k, r in enumerate(refs) if r.id in made_of]
-            if mine and not any(capture.op_trace.values[r.id].from_input for r in refs):
-                for ref in collect(op.outs, TensorRef):
-                    made_of.setdefault(ref.id, mine[0][1])  # a view, or a cast, of a parameter
-            for k, name in mine:
-                uses.setdefault(name, []).append(f"{op.func._schema.name}:{k}")
-    found: list[tuple[object, ...]] = []
-    for family in free:
-        lines = sorted(
-            (tuple(sorted(set(uses.get(name, [])))), dim, tuple(n > 1 for n in shapes.get(name, ())))
-            for name, dim in family.members
-        )
-        found.append(tuple(lines))
-    return found
 
 
 Shares = float | Mapping[str, float]

@@ -7,8 +7,10 @@ import fnmatch
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from torch import nn
+import numpy as np
+from torch import Tensor, nn
 
+from fxprune.arguments import shown
 from fxprune.passes.coupling.families import names_family
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_parameters, named_tensors
@@ -32,7 +34,7 @@ def paths_of(model: nn.Module, item: Any, argument: str) -> list[str]:
         return paths
     if not isinstance(item, nn.Module):
         raise PruneError(
-            f"{argument} names {item!r}, which is neither a glob nor a module", fix=f"{argument}='layer1', or model.layer1"
+            f"{argument} names {shown(item)}, which is neither a glob nor a module", fix=f"{argument}='layer1', or model.layer1"
         )
     paths = [path for path, module in modules.items() if module is item]
     if not paths:
@@ -41,7 +43,8 @@ def paths_of(model: nn.Module, item: Any, argument: str) -> list[str]:
 
 
 def each_item(given: Any) -> list[Any]:
-    return [given] if isinstance(given, str | nn.Module) or not isinstance(given, Iterable) else list(given)
+    alone = isinstance(given, str | nn.Module | Tensor | np.ndarray)
+    return [given] if alone or not isinstance(given, Iterable) else list(given)
 
 
 def frozen_names(model: nn.Module, freeze: Any) -> dict[str, str]:
@@ -109,7 +112,7 @@ def protected(model: nn.Module, protect: Any) -> dict[str, str]:
     """
     pair = isinstance(protect, tuple | list) and len(protect) == 2
     if not pair or not all(type(n) is int and n >= 0 for n in protect):
-        raise PruneError(f"protect must be two counts, of first and of last blocks, not {protect!r}", fix="protect=(2, 1)")
+        raise PruneError(f"protect must be two counts, of first and of last blocks, not {shown(protect)}", fix="protect=(2, 1)")
     first, last = protect
     frozen: dict[str, str] = {}
     chains = list(block_chains(model)) if first or last else []

@@ -14,8 +14,9 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 from torch import Tensor, nn
 
-from fxprune.arguments import did_you_mean, is_number, number
+from fxprune.arguments import did_you_mean, is_number, number, shown
 from fxprune.criteria.base import Criterion
+from fxprune.criteria.branches import SCORES
 from fxprune.criteria.catalog import CriterionName, resolve
 from fxprune.criteria.defaults import choose_criterion
 from fxprune.passes.coupling.families import names_family
@@ -31,6 +32,7 @@ Scopes = Mapping[str, str | Sequence[str]]
 Freeze = Names
 Attention = Literal["heads", "dims"]
 Verify = bool | Literal["auto"]
+Depth = bool | Literal["only"]
 Ranking = Literal["local", "global", "isomorphic"]
 BudgetName = Literal["params", "macs", "memory", "latency"]
 
@@ -61,6 +63,7 @@ class Asked(TypedDict, total=False):
     release: str | Sequence[str]
     round_to: int
     attention: Attention
+    uniform: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,7 @@ class Options:
     Attributes:
         ratio: the share of units to remove, or shares by glob; not read where there is a budget.
         budget: what may stay, if it was asked for by cost.
-        criterion, ranking, scopes, floor, round_to, data, loss, verify: as for `prune`.
+        criterion, ranking, scopes, floor, round_to, data, loss, verify, depth, depth_criterion: as for `prune`.
         coupling: what the coupling has to know of them.
         spares: whether a residual stream through the whole model is taken after all else.
         weighs: whether units compete by their score for what they cost.
@@ -91,6 +94,8 @@ class Options:
     spares: bool = False
     weighs: bool = False
     chosen: tuple[str, ...] = ()
+    depth: Depth = False
+    depth_criterion: str | Callable[..., Any] | None = None
 
     @classmethod
     def parse(
@@ -109,6 +114,7 @@ class Options:
         ranking: Ranking | None = None,
         data: Iterable[Any] | None = None,
         loss: Callable[..., Tensor] | None = None,
+        uniform: bool = False,
         **others: Any,
     ) -> Options:
         """Options from the arguments of a public function; `others` are budgets and attributes. Raises PruneError."""
@@ -119,7 +125,9 @@ class Options:
             raise PruneError(f"ratio and {limit.kind} are both given", fix=list_arguments())
         frozen = outside(model, only) | protected(model, protect)
         frozen |= frozen_names(model, freeze) | frozen_outputs(model, freeze_outputs)
-        coupling = CouplingOptions(attention == "heads", frozen, released(release))
+        if not isinstance(uniform, bool):
+            raise PruneError(f"uniform must be True or False, not {shown(uniform)}", fix="uniform=True")
+        coupling = CouplingOptions(attention == "heads", frozen, released(release), uniform)
         for name in ("floor", "round_to"):
             others[name] = number(others.get(name, {"floor": None, "round_to": 1}[name]))
         options = cls(share, limit, coupling=coupling, data=data, loss=loss, **others)
@@ -191,7 +199,7 @@ def check_word(argument: str, value: Any, words: Sequence[str]) -> None:
     if not is_one_of(value, words):
         listed = f"one of {', '.join(words)}" if len(words) > 2 else " or ".join(map(repr, words))
         near = did_you_mean(value, words)
-        raise PruneError(f"{argument} must be {listed}, not {value!r}", fix=near.rstrip() or f"{argument}={words[0]!r}")
+        raise PruneError(f"{argument} must be {listed}, not {shown(value)}", fix=near.rstrip() or f"{argument}={words[0]!r}")
 
 
 REMOVES = "ratio=0.5 removes half of every family"
@@ -210,12 +218,12 @@ def parse_ratio(model: nn.Module, ratio: Any) -> float | dict[str, float]:
         raise PruneError(f"ratio is a {type(ratio).__name__}, not a share", fix="ratio={model.layer1: 0.5}")
     if not isinstance(ratio, Mapping):
         if share_of(ratio, "ratio") == 0:
-            raise PruneError(f"ratio={ratio!r} removes nothing", fix=REMOVES)
+            raise PruneError(f"ratio={shown(ratio)} removes nothing", fix=REMOVES)
         return float(ratio)
     named: dict[str, float] = {}
     for key, value in ratio.items():
         if not isinstance(key, str | nn.Module):
-            raise PruneError(f"ratio names {key!r}, which is no glob over module names", fix="ratio={'layer1': 0.5}")
+            raise PruneError(f"ratio names {shown(key)}, which is no glob over module names", fix="ratio={'layer1': 0.5}")
         globs = [key] if isinstance(key, str) else [globbing.escape(p) or "*" for p in paths_of(model, key, "ratio")]
         for glob in globs:
             named.setdefault(glob, share_of(number(value), f"ratio[{glob!r}]"))
@@ -230,7 +238,7 @@ def parse_ratio(model: nn.Module, ratio: Any) -> float | dict[str, float]:
 def share_of(value: Any, what: str) -> Any:
     """A share to remove; raises PruneError for what is none."""
     if not is_number(value) or not 0 <= value < 1:
-        raise PruneError(f"{what} must be a number in [0, 1), not {value!r}", fix=REMOVES)
+        raise PruneError(f"{what} must be a number in [0, 1), not {shown(value)}", fix=REMOVES)
     return value
 
 
@@ -238,19 +246,35 @@ def check_values(options: Options) -> None:
     """Raise PruneError for what means nothing, whatever the model."""
     round_to, floor, scopes = options.round_to, options.floor, options.scopes
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
-        raise PruneError(f"round_to must be a positive integer, not {round_to!r}", fix="round_to=8")
+        raise PruneError(f"round_to must be a positive integer, not {shown(round_to)}", fix="round_to=8")
     if not isinstance(options.verify, bool) and not is_one_of(options.verify, ("auto",)):
-        raise PruneError(f"verify must be True, False or 'auto', not {options.verify!r}", fix="verify='auto'")
+        raise PruneError(f"verify must be True, False or 'auto', not {shown(options.verify)}", fix="verify='auto'")
     check_word("ranking", options.ranking, RANKINGS)
+    check_depth(options)
     if floor is not None and (not is_number(floor) or not 0 <= floor <= 1):
-        raise PruneError(f"floor must be a number in [0, 1], not {floor!r}", fix="floor=0.1 keeps a tenth")
+        raise PruneError(f"floor must be a number in [0, 1], not {shown(floor)}", fix="floor=0.1 keeps a tenth")
     globs = list(scopes.values()) if isinstance(scopes, Mapping) else []
     lists = [[some] if isinstance(some, str) else some for some in globs]
     named = all(isinstance(some, list | tuple) and all(isinstance(glob, str) for glob in some) for some in lists)
     if scopes is not None and not (globs and named):
-        what = f"scopes must name globs, not {scopes!r}"
+        what = f"scopes must name globs, not {shown(scopes)}"
         raise PruneError(what, fix="scopes={'early': ['layer1', 'layer2']}")
     resolve(options.criterion)
+
+
+def check_depth(options: Options) -> None:
+    """Raise PruneError for what means nothing with residual branches."""
+    how = options.depth_criterion
+    if not isinstance(options.depth, bool) and not is_one_of(options.depth, ("only",)):
+        raise PruneError(f"depth must be True, False or 'only', not {options.depth!r}", fix="depth='only'")
+    if how is not None and not options.depth:
+        raise PruneError("depth_criterion is given without depth", fix="depth=True, or depth='only'")
+    if isinstance(how, str) or not (how is None or callable(how)):
+        check_word("depth_criterion", how, SCORES)
+    if how not in (None, "weights") and options.data is None:
+        raise PruneError(f"depth_criterion={how!r} looks at data", fix="data=[(images, labels), ...]")
+    if options.depth and options.measures_latency:
+        raise PruneError("a budget of latency knows no residual branches", fix="a budget of macs, or depth=False")
 
 
 def check_globs(model: nn.Module, options: Options) -> None:
@@ -268,7 +292,7 @@ def released(release: Any) -> tuple[str, ...]:
     """Globs over the names of outputs whose channels may go."""
     globs = [release] if isinstance(release, str) else release
     if not isinstance(globs, list | tuple) or not all(isinstance(glob, str) for glob in globs):
-        raise PruneError(f"release must be globs over names of outputs, not {release!r}", fix="release='hidden_states'")
+        raise PruneError(f"release must be globs over names of outputs, not {shown(release)}", fix="release='hidden_states'")
     return tuple(globs)
 
 

@@ -157,6 +157,14 @@ def allocate_by_latency(
     raise AssertionError("the last attempt returns or raises")
 
 
+def select_half(model: nn.Module, solution: Solution) -> tuple[Tensor, Slicer]:
+    """Which labels stay where each family loses half of its units, whichever they are."""
+    found = families(solution, set(named_parameters(model)))
+    free = [f for f in found if f.frozen is None and len(f.units) > 1]
+    allocator = Allocator(free, np.zeros(len(solution.unit_of)), solution, Options())
+    return allocator.apply(allocator.allocate_ratio())
+
+
 def select_least(model: nn.Module, solution: Solution, options: Options) -> tuple[Tensor, Slicer]:
     """Which labels stay where as much is removed as any budget could remove."""
     free, score = score_families(model, solution, options)
