@@ -37,12 +37,12 @@ example_inputs = torch.randn(1, 4)
 TABLE = """\
 Net: 2 prunable families of 18 units, 2 families kept whole
 
-prunable family   units   width   parameters   spans
+prunable family   role   units   width   parameters   spans
 ──────────────────────────────────────────────────────────────
-second      12       1          108   second:0, last:1
-first        6       1          102   first:0, second:1
+second  hidden layer   12       1          108   second:0, last:1
+first   hidden layer    6       1          102   first:0, second:1
 
-kept whole       units   width   parameters   because it
+kept whole    role    units   width   parameters   because it
 """
 
 
@@ -83,6 +83,7 @@ def test_json_and_nothing_else(file, capsys):
     by_name = {f["name"]: f for f in data["families"]}
     assert by_name["first"] == {
         "name": "first",
+        "role": "hidden layer",
         "units": 6,
         "width": 1,
         "parameters": 102,

@@ -261,7 +261,10 @@ def loss_terms(source: Source) -> Evidence:
     observer = observe_activations(
         source.model, source.parameters, source.captures, source.batches(), source.value, back=True, units=units
     )
-    return observer.by_parameter(observer.terms, observer.inputs.count > 0, source.parameters)
+    times = torch.zeros(observer.size, dtype=torch.int64)  # a channel of a group stands in as many rows as filters read it
+    for f in (f for labels in observer.own_leaves.values() for f in labels):
+        times += torch.from_numpy(f.flat).bincount(minlength=observer.size)
+    return observer.by_parameter(observer.terms / times.clamp(min=1), observer.inputs.count > 0, source.parameters)
 
 
 def filter_curvature(source: Source) -> Evidence:
