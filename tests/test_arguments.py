@@ -697,6 +697,8 @@ def test_names_are_those_of_the_tables():
         "model",
         "ratio",
         "example_inputs",
+        "depth",
+        "depth_criterion",
         "verify",
         "same_class",
     }
