@@ -78,6 +78,7 @@ class Report(Printable):
         capture: how the model was captured.
         verification: the comparison that `prune` made, if it made one.
         latency: what `prune` measured, if its budget was one of latency.
+        branches: the residual branches that were removed, by name.
     """
 
     model: str
@@ -87,6 +88,7 @@ class Report(Printable):
     capture: str
     verification: Verification | None
     latency: Latency | None = None
+    branches: tuple[str, ...] = ()
 
     @property
     def share(self) -> float:
@@ -138,6 +140,8 @@ class Report(Printable):
             yield f"{short(was)} multiply-accumulates, {short(now)} left ({now / max(was, 1):.0%})"
         families = f"{len(self.shrunk)} of {counted(len(self.changes), 'family')}"
         yield f"{families} shrank" + (f", to {self.usual:.0%} of their units in the median" if self.shrunk else "")
+        if self.branches:
+            yield f"without the residual branches of {', '.join(self.branches)}"
         held = self.held()
         if held:
             yield f"that leaves more than usual, because of {'these' if len(held) > 1 else 'this'}:"
@@ -198,6 +202,7 @@ def report(model: nn.Module, pruned: nn.Module, example_inputs: Any = None) -> R
             meta.get("capture", "unknown"),
             meta.get("verification"),
             meta.get("latency"),
+            meta.get("branches", ()),
         )
 
 
