@@ -4,34 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
 
-from fxprune.passes.ir.program import Built, TracedCall
+from fxprune.passes.ir.program import Built
 from fxprune.passes.rewrite.programs import Line, Name
 
 Steps = tuple[tuple[bool, Any], ...]  # how a part is read off a structure: by attribute or by item, and the key
-
-
-@dataclass(eq=False)
-class Call:
-    """A call of a module in a flat program, with its own lines and the calls in it, in order."""
-
-    call: TracedCall
-    body: list[Line | Call] = field(default_factory=list)
-    first: int = -1  # of the positions of all its lines
-    last: int = -1
-    touched: bool = False  # whether the rewrite changed a line of its own
-    emptied: bool = False  # whether all its lines are gone: it returns what it is given, and nobody calls it
-
-    def calls(self) -> Iterator[Call]:
-        return (item for item in self.body if isinstance(item, Call))
-
-
-def call_name(call: Call) -> str:
-    return f"{call.call.path} {call.call.begin}"
 
 
 def nodes_in(x: Any) -> Iterator[fx.Node]:
