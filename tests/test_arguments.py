@@ -698,6 +698,8 @@ def test_names_are_those_of_the_tables():
         "ratio",
         "example_inputs",
         "remove",
+        "depth",
+        "depth_criterion",
         "verify",
         "same_class",
     }

@@ -521,6 +521,7 @@ def test_plans():
     again = plan.apply(fresh)
     assert removed(again) == [0, 1] and again.layers[3].up.weight.shape == (6, 4)
     assert fxprune.verify(fresh, again, V).ok
+    assert "without the residual branches of layers.0, layers.1" in " ".join(str(fxprune.report(model, pruned, V)).split())
     assert fxprune.prune(model, 0.5, V).plan.to_dict()["format"] == "fxprune.plan/1"
     data = plan.to_dict()
     with pytest.raises(fxprune.PruneError, match="this is no plan"):

@@ -53,6 +53,7 @@ class Report(Printable):
         sensitivity: of the model's families, if it was given.
         chosen: what `prune` chose where nothing was asked for, and why.
         unused: the modules of tensors that a run on the example inputs does not use, which stay as they are.
+        branches: the residual branches that were removed, by name.
     """
 
     model: str
@@ -70,6 +71,7 @@ class Report(Printable):
     sensitivity: Sensitivity | None = None
     chosen: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    branches: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         """A few lines; `print` shows the tables, too."""
@@ -142,6 +144,8 @@ class Report(Printable):
             yield f"{short(was)} multiply-accumulates, {short(now)} left ({now / max(was, 1):.0%})"
         families = f"{len(self.shrunk)} of {counted(len(self.changes), 'family')}"
         yield f"{families} shrank" + (f", to {self.usual:.0%} of their units in the median" if self.shrunk else "")
+        if self.branches:
+            yield f"without the residual branches of {', '.join(self.branches)}"
         held = self.held()
         if held:
             yield f"that leaves more than usual, because of {'these' if len(held) > 1 else 'this'}:"

@@ -146,6 +146,7 @@ class Reporter:
             sensitivity,
             self.meta.get("chosen", ()),
             tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in self.meta.get("unused", ()))),
+            self.meta.get("branches", ()),
         )
 
     def other_ratios(self, ratios: Sequence[float], names: Sequence[str], total: float | None) -> tuple[RatioCosts, ...]:
