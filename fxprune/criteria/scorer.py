@@ -172,8 +172,8 @@ class Scorer:
     def score_elements(self, name: str, weight: Tensor, evidence: Tensor | None) -> Tensor:
         """The importance of each element of a parameter, or of some of its rows; raises PruneError for anything else."""
         if weight.is_complex():
-            parts = [None if t is None else torch.view_as_real(t.resolve_conj()) for t in (weight, evidence)]
-            return self.score_elements(name, parts[0], parts[1]).sum(-1)
+            given_parts = None if evidence is None else torch.view_as_real(evidence.resolve_conj())
+            return self.score_elements(name, torch.view_as_real(weight.resolve_conj()), given_parts).sum(-1)
         weight = weight.float() if weight.dtype in HALF_DTYPES else weight
         given = () if evidence is None else (evidence.to(weight.dtype),)
         try:
