@@ -304,6 +304,8 @@ class Pruner:
             self._gone, self._marked, self._move, self._spans = resumed.gone, resumed.marked, None, None
             cut = self._mask is None and len(self.history) > 0
             self._view = View(self.plan) if cut else self._whole
+            if cut and self._same_class:
+                self.model = self.shrink()
 
     @property
     def _asked(self) -> dict[str, str]:
