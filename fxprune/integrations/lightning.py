@@ -17,8 +17,8 @@ lightning = required("lightning.pytorch", "lightning")
 class PruningCallback(lightning.Callback):  # type: ignore[misc]
     """Prunes a module of a LightningModule in steps, remaps its optimizers, and goes on from a checkpoint.
 
-    `Trainer(callbacks=[PruningCallback("net", every=100, example_inputs=x, params=0.5, steps=4)])` replaces `self.net` after 100,
-    200, 300 and 400 optimizer steps; `trainer.fit(module, ckpt_path=...)` of a new LightningModule resumes where the
+    `Trainer(callbacks=[PruningCallback("net", every=100, example_inputs=x, params=0.5, steps=4)])` replaces `self.net` after
+    100, 200, 300 and 400 optimizer steps; `trainer.fit(module, ckpt_path=...)` of a new LightningModule resumes where the
     checkpoint was written.
 
     Arguments:

@@ -22,8 +22,8 @@ STATE, WEIGHTS = "pruner.pt", "model.safetensors"  # in a checkpoint
 class PruningCallback(transformers.TrainerCallback):  # type: ignore[misc]
     """Prunes the model of a Trainer in steps, in place, remaps its optimizer, and writes what resuming needs to checkpoints.
 
-    `Trainer(model, ..., callbacks=[PruningCallback(every=100, example_inputs=x, params=0.5, steps=4)])`. The loop holds the model
-    itself, so that it stays the object that it is, of its class, and what it holds is replaced. To resume, hand the
+    `Trainer(model, ..., callbacks=[PruningCallback(every=100, example_inputs=x, params=0.5, steps=4)])`. The loop holds the
+    model itself, so that it stays the object that it is, of its class, and what it holds is replaced. To resume, hand the
     callback of a new process the model and the checkpoint before the Trainer is made:
 
         callback.resume(model, "out/checkpoint-200")
@@ -46,7 +46,7 @@ class PruningCallback(transformers.TrainerCallback):  # type: ignore[misc]
         self.pruner: Pruner | None = None
 
     def resume(self, model: nn.Module, checkpoint: str | Path) -> None:
-        """Give a model of the original architecture the form, and the values, that the checkpoint's had; it is changed in place.
+        """Give a model of the original architecture, in place, the form and the values of the model of a checkpoint.
 
         Raises: PruneError where there is no state of pruning in the folder, or it is of another model or request.
         """
@@ -85,7 +85,10 @@ class PruningCallback(transformers.TrainerCallback):  # type: ignore[misc]
         held = self.pruner.model
         self.pruner.model = model  # which has trained on
         try:
-            state = {"pruner": self.pruner.state_dict(), "use_cache": getattr(getattr(model, "config", None), "use_cache", None)}
+            state = {
+                "pruner": self.pruner.state_dict(),
+                "use_cache": getattr(getattr(model, "config", None), "use_cache", None),
+            }
             torch.save(state, folder / STATE)
         finally:
             self.pruner.model = held
