@@ -11,10 +11,10 @@ from fxprune.integrations import check_alone, check_every, required
 from fxprune.iterative.pruner import Pruner
 from fxprune.passes.errors import PruneError
 
-lightning = required("lightning.pytorch", "lightning")
+Callback: Any = required("lightning.pytorch", "lightning").Callback
 
 
-class PruningCallback(lightning.Callback):  # type: ignore[misc]
+class PruningCallback(Callback):
     """Prunes a module of a LightningModule in steps, remaps its optimizers, and goes on from a checkpoint.
 
     `Trainer(callbacks=[PruningCallback("net", every=100, example_inputs=x, params=0.5, steps=4)])` replaces `self.net` after

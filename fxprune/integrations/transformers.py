@@ -15,11 +15,11 @@ from fxprune.iterative.pruner import Pruner
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors
 
-transformers = required("transformers", "hf")
+TrainerCallback: Any = required("transformers", "hf").TrainerCallback
 STATE, WEIGHTS = "pruner.pt", "model.safetensors"  # in a checkpoint
 
 
-class PruningCallback(transformers.TrainerCallback):  # type: ignore[misc]
+class PruningCallback(TrainerCallback):
     """Prunes the model of a Trainer in steps, in place, remaps its optimizer, and writes what resuming needs to checkpoints.
 
     `Trainer(model, ..., callbacks=[PruningCallback(every=100, example_inputs=x, params=0.5, steps=4)])`. The loop holds the

@@ -11,7 +11,7 @@ from fxprune.api import prune as pruned
 from fxprune.integrations import required
 from fxprune.passes.errors import PruneError
 
-ultralytics = required("ultralytics", "ultralytics")
+required("ultralytics", "ultralytics")
 SPLIT = "forward_split"  # of blocks: their forward, written otherwise, which the exporter puts in its place
 
 
