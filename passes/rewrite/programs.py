@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from fxprune.passes.ir.program import select_by_mode
+from fxprune.passes.ir.pytree import ATOMS
 
 ARITHMETIC = "getitem mul floordiv add sub truediv mod pow neg eq ne lt gt le ge".split()
 READS = frozenset(["size", "dim", "numel"])
@@ -154,20 +155,31 @@ def is_pure(line: Line) -> bool:
 
 def names_in(x: Any) -> list[str]:
     """The names of the lines that an argument, or a line, refers to."""
-    if type(x) is Name:
-        return [x.name]
-    if type(x) is Line:
-        return names_in(x.args) + (names_in(x.kwargs) if x.kwargs else [])
-    if isinstance(x, tuple | list):
-        return [n for v in x for n in names_in(v)]
-    if isinstance(x, dict):
-        return [n for v in x.values() for n in names_in(v)]
-    return names_in((x.start, x.stop, x.step)) if isinstance(x, slice) else []
+    found: list[str] = []
+    gather_names((x.args, x.kwargs) if type(x) is Line else (x,), found)
+    return found
+
+
+def gather_names(values: Iterable[Any], found: list[str]) -> None:
+    for x in values:
+        kind = type(x)
+        if kind is Name:
+            found.append(x.name)
+        elif kind in ATOMS:
+            continue
+        elif kind is tuple or kind is list or isinstance(x, tuple | list):
+            gather_names(x, found)
+        elif isinstance(x, dict):
+            gather_names(x.values(), found)
+        elif kind is slice:
+            gather_names((x.start, x.stop, x.step), found)
 
 
 def renamed(x: Any, read: Callable[[str], Name]) -> Any:
     if type(x) is Name:
         return read(x.name)
+    if type(x) in ATOMS:
+        return x
     if isinstance(x, tuple | list):
         return type(x)([renamed(v, read) for v in x])
     if isinstance(x, dict):

@@ -13,18 +13,10 @@ from torch.fx.graph import PythonCode
 
 from fxprune.passes.errors import GuardError, PruneError
 from fxprune.passes.ir.module_tree import Apart, fetch
-from fxprune.passes.rewrite.programs import OWN_MODEL, Forwards, Program
+from fxprune.passes.rewrite.programs import OWN_MODEL, Forwards, Program, alike, without_dead
 
-OWN = (
-    "_programs",
-    "_flat",
-    "_apart",
-    "_mode",
-    "_other",
-    "_sequence",
-    "_takes",
-    OWN_MODEL,
-)  # the attributes of a `PrunedModule` itself
+# the attributes of a `PrunedModule` itself
+OWN = ("_programs", "_flat", "_apart", "_mode", "_other", "_sequence", "_takes", OWN_MODEL)
 
 
 class Member:
@@ -37,6 +29,22 @@ class Member:
         return nn.Module.__getattr__(module, self.name)
 
 
+class Functions:
+    """The functions generated for programs: one for all that do the same, as those of repeated blocks do."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[Any, ...], list[tuple[Program, Any]]] = {}
+
+    def of(self, program: Program) -> Any:
+        candidates = self.known.setdefault(tuple([(line.op, line.target) for line in program.lines]), [])
+        for other, function in candidates:
+            if alike(other, program):
+                return function
+        code = program.graph().python_code("self")
+        candidates.append((program, fx.graph_module._forward_from_src(code.src, code.globals)))
+        return candidates[-1][1]
+
+
 class RewrittenForward:
     """The forward of one module of a pruned model: a program for each of its modes, in place of that of its class.
 
@@ -46,8 +54,15 @@ class RewrittenForward:
         ignored: keywords that its class takes, and that change nothing of what it computes, whether true or false.
     """
 
-    def __init__(self, module: nn.Module, programs: Mapping[bool, Program], ignored: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        programs: Mapping[bool, Program],
+        generated: Functions | None = None,
+        ignored: frozenset[str] = frozenset(),
+    ) -> None:
         self.module, self.programs, self.ignored = module, dict(programs), ignored
+        self.generated = generated or Functions()
         self.functions: dict[bool, Any] = {}
         self.takes: dict[bool, list[str]] = {}
         self.prepare(module.training)
@@ -55,10 +70,10 @@ class RewrittenForward:
     def prepare(self, mode: bool) -> Any:
         """The function of a mode, generated when it is first asked for."""
         if mode not in self.functions:
-            code = self.programs.get(mode, next(iter(self.programs.values()))).graph().python_code("self")
-            function = self.functions[mode] = fx.graph_module._forward_from_src(code.src, code.globals)
+            function = self.generated.of(self.programs.get(mode, next(iter(self.programs.values()))))
             _, *taken = inspect.signature(function).parameters.values()
             self.takes[mode] = [f"**{p.name}" if p.kind is p.VAR_KEYWORD else p.name for p in taken]
+            self.functions[mode] = function
         return self.functions[mode]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -74,7 +89,7 @@ class RewrittenForward:
         return inspect.signature(type(self.module).forward.__get__(self.module))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "functions": {}, "takes": {}}
+        return {**vars(self), "functions": {}, "takes": {}, "generated": Functions()}
 
 
 def check_keywords(module: str, given: Iterable[str], taken: Iterable[str]) -> None:
@@ -128,9 +143,10 @@ class PrunedModule(fx.GraphModule):
                 f"a member of the model is called {taken!r}, as is what a GraphModule keeps", where=name, fix="rename it"
             )
         held.update({k: v for k, v in vars(tree).items() if k not in own_attributes() and k not in METHODS})
+        generated = Functions()
         for path, found in forwards.items():
             module = fetch(tree, path)
-            vars(module)["forward"] = RewrittenForward(module, found)
+            vars(module)["forward"] = RewrittenForward(module, found, generated)
         held |= {"_programs": programs, "_flat": flat, "_apart": apart, "_mode": False, "_other": None, OWN_MODEL: own_model}
         held["_sequence"] = isinstance(tree, nn.Sequential)
         self._run(programs[False].graph())
@@ -181,7 +197,8 @@ class PrunedModule(fx.GraphModule):
         if self.own_model is not None:
             return self
         programs = vars(self)["_flat"]
-        return fx.GraphModule(self, programs.get(self.training, programs[False]).graph(), type(self).__name__)
+        lines = without_dead(programs.get(self.training, programs[False]).lines)
+        return fx.GraphModule(self, Program(tuple(lines)).graph(), type(self).__name__)
 
     def as_class(self, cls: type[nn.Module]) -> Any:
         """An object of another class with all that this module holds, and its programs as forward."""

@@ -16,7 +16,7 @@ from fxprune.passes.ir.program import CapturedProgram, Waiver
 from fxprune.passes.ir.pytree import ATOMS
 from fxprune.passes.ir.slices import Slicer, TensorSlice, apply_slices, cut_shape, in_format_of, major_to_minor
 from fxprune.passes.rewrite.nesting import Nesting
-from fxprune.passes.rewrite.programs import FlatProgram, Forwards, Program, alike, on_own_model, without_dead
+from fxprune.passes.rewrite.programs import FlatProgram, Forwards, Program, alike, on_own_model
 from fxprune.passes.rewrite.pruned_module import PrunedModule, RewrittenForward
 from fxprune.passes.rewrite.rewriter import Rewriter
 
@@ -84,7 +84,7 @@ def assemble(model: nn.Module, solution: Solution, tree: nn.Module, programs: Ma
     for path, names in shared.items():
         for name in names:
             fetch(tree, path).register_buffer(name, getattr(tree, name), persistent=False)
-    flat = {mode: Program(tuple(without_dead(program.program.lines))) for mode, program in programs.items()}
+    flat = {mode: program.program for mode, program in programs.items()}
     own_model, prefix = None, captures[0].prefix
     if prefix:  # the model is one node, a module of the tree: that one is the root of the result
         tree, own_model = (fetch(tree, prefix.removesuffix(".")),) * 2

@@ -43,11 +43,12 @@ class KeptLabels:
     Attributes:
         table: which labels are kept.
         late: whether a label turned out to be removed after it was made.
+        unknown: whether there are labels of which nothing is known.
     """
 
     def __init__(self, kept: Tensor, fates: Tensor | None = None) -> None:
         self.table, self.fates = kept, fates
-        self.late = False
+        self.late = self.unknown = False
         self.known = torch.ones(len(kept), dtype=torch.bool)
         self.ties: list[tuple[Tensor, Tensor]] = []  # of labels that are not all known
         self.row_labels: list[RowLabels] = []
@@ -56,6 +57,8 @@ class KeptLabels:
         """Settle what constraints say of unknown labels; there are `size` labels now."""
         if size > len(self.table):
             self.grow(size)
+        if not (self.unknown or constraints.frozen):
+            return
         for event in constraints.frozen:  # what a rule keeps is kept, whatever it is tied to later
             self.known[torch.from_numpy(event.flat)] = True
         sides = [tuple(map(torch.from_numpy, tie.sides())) for tie in constraints.ties]
@@ -67,12 +70,14 @@ class KeptLabels:
                 pass
             self.ties = [(a, b) for a, b in self.ties if not bool((self.known[a] & self.known[b]).all())]
             self.row_labels = [r for r in self.row_labels if not bool(self.known[r.labels].all())]
+            self.unknown = not bool(self.known.all())
 
     def grow(self, size: int) -> None:
         start, count = len(self.table), size - len(self.table)
         made = torch.ones(count, dtype=torch.bool) if self.fates is None else self.fates[start:size]
         self.table = torch.cat([self.table, made])
         self.known = torch.cat([self.known, torch.full((count,), self.fates is not None)])
+        self.unknown |= self.fates is None
 
     def spread(self) -> bool:
         """Settle what is tied to known labels; returns whether that was anything."""
@@ -172,13 +177,13 @@ class MaskedRun(Recorder):
         if isinstance(func, HigherOrderOperator):
             return by_ops(self, func, args, kwargs)
         before = len(self.op_trace.ops)
-        in_args, in_kwargs = map_tensors(args, self.ref), map_tensors(kwargs, self.ref)
-        refs = collect((in_args, in_kwargs), TensorRef)
+        refs = [self.ref(tensor) for tensor in collect((args, kwargs), Tensor)]
         form, draws = find(func).masked, is_random(func)
         self.draws |= draws
         if form is not None and not any(map(self.removed_from, refs)):
             form = None
         if form is not None or draws:
+            in_args, in_kwargs = map_tensors(args, self.ref), map_tensors(kwargs, self.ref)
             if form is None:
                 out = in_index_order(func, args, kwargs)
             else:
