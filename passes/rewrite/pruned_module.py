@@ -16,16 +16,8 @@ from fxprune.passes.ir.module_tree import Apart, fetch
 from fxprune.passes.rewrite.changes import tree_text
 from fxprune.passes.rewrite.programs import OWN_MODEL, Forwards, Program, alike, without_dead
 
-OWN = (
-    "_programs",
-    "_flat",
-    "_apart",
-    "_mode",
-    "_other",
-    "_sequence",
-    "_takes",
-    OWN_MODEL,
-)  # the attributes of a `PrunedModule` itself
+# the attributes of a `PrunedModule` itself
+OWN = ("_programs", "_flat", "_apart", "_mode", "_other", "_sequence", "_takes", OWN_MODEL)
 
 
 class Member:
@@ -79,9 +71,16 @@ class RewrittenForward:
     def prepare(self, mode: bool) -> Any:
         """The function of a mode, generated when it is first asked for."""
         if mode not in self.functions:
+<<<<<<< HEAD
             function = self.functions[mode] = self.generated.of(self.programs.get(mode, next(iter(self.programs.values()))))
             _, *taken = inspect.signature(function).parameters.values()
             self.takes[mode] = [f"**{p.name}" if p.kind is p.VAR_KEYWORD else p.name for p in taken]
+=======
+            function = self.generated.of(self.programs.get(mode, next(iter(self.programs.values()))))
+            _, *taken = inspect.signature(function).parameters.values()
+            self.takes[mode] = [f"**{p.name}" if p.kind is p.VAR_KEYWORD else p.name for p in taken]
+            self.functions[mode] = function
+>>>>>>> uniform
         return self.functions[mode]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
