@@ -71,16 +71,10 @@ class RewrittenForward:
     def prepare(self, mode: bool) -> Any:
         """The function of a mode, generated when it is first asked for."""
         if mode not in self.functions:
-<<<<<<< HEAD
-            function = self.functions[mode] = self.generated.of(self.programs.get(mode, next(iter(self.programs.values()))))
-            _, *taken = inspect.signature(function).parameters.values()
-            self.takes[mode] = [f"**{p.name}" if p.kind is p.VAR_KEYWORD else p.name for p in taken]
-=======
             function = self.generated.of(self.programs.get(mode, next(iter(self.programs.values()))))
             _, *taken = inspect.signature(function).parameters.values()
             self.takes[mode] = [f"**{p.name}" if p.kind is p.VAR_KEYWORD else p.name for p in taken]
             self.functions[mode] = function
->>>>>>> uniform
         return self.functions[mode]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
