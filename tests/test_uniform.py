@@ -87,7 +87,7 @@ def test_a_fresh_configuration_describes_the_model(kind, tmp_path):
 def test_a_width_that_the_class_computes_with_stays(name, arguments, inputs, release, width, tmp_path):
     model = built(name, arguments)
     with pytest.warns(fxprune.PruneWarning, match=f"is {width}, which {name} computes other numbers from"):
-        small = fxprune.prune(model, params=0.8, uniform=True, same_class=True, example_inputs=inputs, release=release)
+        small = fxprune.prune(model, 0.5, inputs, uniform=True, same_class=True, release=release)
     assert getattr(small.config, width) == 32
     assert small.meta["stale"] == ()
     small.save_pretrained(tmp_path)

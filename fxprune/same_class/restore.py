@@ -12,7 +12,7 @@ import contextlib
 import inspect
 import re
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from fxprune.same_class.configuration import Attributes, configure
 from fxprune.same_class.constants import widths_in_constants
 from fxprune.same_class.numbers import fit_numbers
 from fxprune.same_class.saving import SavePretrained
+from fxprune.same_class.silent import drop_removed, take_program
 from fxprune.verification import evaluating, restoring, tolerance_of
 
 
@@ -58,13 +59,15 @@ def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs)
             return difference(lambda: run(other), wanted)
 
         made, known = shrunk_copy(model, pruned, inputs)
-        configured = configure(model, made, known, error_of, tolerance)
+        gone = drop_removed(model, pruned, made, lambda: error_of(made) <= tolerance, run)
+        # no configuration says that a block has lost a branch
+        configured = (None, False)[hasattr(model, "config")] if gone else configure(model, made, known, error_of, tolerance)
         if error_of(made) > tolerance:
             with evaluating(made):
                 try_forwards(model, pruned, made, inputs, tolerance)
             ignore_keywords(model, made, lambda: run(model))
         stale = ["config"] if configured is False else []
-        held = {} if configured is not False else widths_in_constants(model, made, known, error_of, tolerance)
+        held = {} if configured is not False or gone else widths_in_constants(model, made, known, error_of, tolerance)
         if error_of(made) > tolerance and not fit_arguments(made, pruned, run, lambda: error_of(made) <= tolerance):
             take_program(made, pruned, vars(pruned)["_programs"])
         if error_of(made) > tolerance:
@@ -189,21 +192,6 @@ def flags_of(module: nn.Module) -> set[str]:
         return {name for name, hint in said.items() if "bool" in re.findall(r"\w+", hint)}
     except Exception:  # it says nothing of the kind
         return set()
-
-
-def take_program(module: nn.Module, source: nn.Module, programs: Any) -> None:
-    """Give a module the pruned program of its counterpart as its forward, with the constants that it refers to."""
-    vars(module)["forward"] = RewrittenForward(module, programs)
-    for name, tensor in constants_of(source):
-        if name not in module._buffers:
-            module.register_buffer(name, tensor.clone(), persistent=False)
-
-
-def constants_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that the programs of a module have made, by name."""
-    for name, tensor in module._buffers.items():
-        if tensor is not None and name.startswith(("_kept_index_", "_tensor_constant")):
-            yield name, tensor
 
 
 def difference(run: Callable[[], Any], wanted: list[Tensor]) -> float:

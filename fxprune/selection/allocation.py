@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from torch import Tensor
 
 from fxprune.passes.coupling.families import Family
 from fxprune.passes.coupling.solution import Solution
+from fxprune.passes.coupling.structure import find_roles
 from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ir.slices import Slicer
 from fxprune.selection.candidates import Candidates, Group, form_groups, list_candidates
@@ -40,6 +41,7 @@ class Allocator:
     Attributes:
         candidates: what each group can lose.
         rivals: positions in `candidates` of those that compete with one another.
+        late: positions of those that lose units only where all others have lost what they can.
     """
 
     def __init__(
@@ -68,6 +70,8 @@ class Allocator:
         if removed is not None:
             prefer_removed(self.candidates, removed)
         self.rivals = find_rivals(groups, free, solution, options)
+        crossing = [role.crosses for role in find_roles(solution, free)] if options.spares else [False] * len(free)
+        self.late = {i for i, group in enumerate(groups) if any(crossing[m] for m in group.families)}
 
     def allocate_ratio(self) -> list[int]:
         """The levels at which rivals together lose their ratio of units."""
@@ -84,7 +88,18 @@ class Allocator:
 
     def order_steps(self) -> list[int]:
         """The order of all steps: for each the position of the group that takes it."""
-        return merge_steps(self.rivals, self.candidates)
+        parts = [[[i for i in rivals if (i in self.late) == late] for rivals in self.rivals] for late in (False, True)]
+        return [i for part in parts for i in merge_steps([rivals for rivals in part if rivals], self.candidates)]
+
+    def weigh(self, cost: Callable[[Slicer], float]) -> None:
+        """Divide the importance of every step by what its units cost, as the mean of what all of its group's do."""
+        whole = cost(self.apply([0] * len(self.candidates))[1])
+        for i, found in enumerate(self.candidates):
+            if found.count[-1]:
+                levels = [len(found.count) - 1 if j == i else 0 for j in range(len(self.candidates))]
+                price = (whole - cost(self.apply(levels)[1])) / found.count[-1]
+                if price > 0:
+                    found.importance[:] = [value / price for value in found.importance]
 
     def removed_at(self, levels: Sequence[int]) -> np.ndarray:
         """For each unit whether an allocation removes it, shape (labels,)."""
@@ -131,7 +146,7 @@ def order_by_importance(candidates: Sequence[Candidates]) -> list[int]:
 
 
 def merge_steps(rivals: Sequence[Sequence[int]], candidates: Sequence[Candidates]) -> list[int]:
-    """One order for all steps, in which sets of rivals lose the same share of their units.
+    """One order for all steps, in which sets of rivals lose the same share of their units, the least important first.
 
     Arguments:
         rivals: positions in `candidates` of those that compete with one another.
@@ -144,7 +159,7 @@ def merge_steps(rivals: Sequence[Sequence[int]], candidates: Sequence[Candidates
         for position, i in enumerate(order_by_importance(mine)):
             removed += mine[i].count[levels[i] + 1] - mine[i].count[levels[i]]
             levels[i] += 1
-            keys.append((removed / total, which, position, members[i]))
+            keys.append((removed / total, mine[i].importance[levels[i]], which, position, members[i]))
     return [i for *_, i in sorted(keys)]
 
 

@@ -19,6 +19,7 @@ class Call:
     first: int = -1  # of the positions of all its lines
     last: int = -1
     touched: bool = False  # whether the rewrite changed a line of its own
+    emptied: bool = False  # whether all its lines are gone: it returns what it is given, and nobody calls it
 
     def calls(self) -> Iterator[Call]:
         return (item for item in self.body if isinstance(item, Call))
@@ -40,20 +41,25 @@ def call_tree(flat: FlatProgram, calls: Iterable[TracedCall]) -> Call:
     ordered = sorted(calls, key=lambda c: (c.begin, -c.end))
     pending, stack = iter(ordered), [top]
     upcoming = next(pending, None)
+    touched = sorted(flat.touched)
     for i, line in enumerate(flat.program.lines):
         number = flat.numbers[line.name]
-        while number >= stack[-1].call.end:
-            stack.pop().last = i - 1
         while upcoming is not None and upcoming.begin <= number:
+            while upcoming.begin >= stack[-1].call.end:
+                stack.pop().last = i - 1
             if number < upcoming.end:
                 stack.append(Call(upcoming, first=i))
                 stack[-2].body.append(stack[-1])
+            elif bisect_left(touched, upcoming.begin) < bisect_left(touched, upcoming.end):
+                stack[-1].body.append(Call(upcoming, emptied=True))
             upcoming = next(pending, None)
+        while number >= stack[-1].call.end:
+            stack.pop().last = i - 1
         if line.op != "get_attr":
             stack[-1].body.append(line)
     for call in stack:
         call.last = len(flat.program.lines) - 1
-    mark_touched(top, sorted(flat.touched))
+    mark_touched(top, touched)
     return top
 
 
@@ -77,3 +83,7 @@ def touched_paths(top: Call) -> set[str]:
         size = len(found)
         found |= {call.call.path for call in calls if any(inner.call.path in found for inner in call.calls())}
     return found
+
+
+def call_name(call: Call) -> str:
+    return f"{call.call.path} {call.call.begin}"

@@ -18,11 +18,12 @@ from typing import Any
 
 from torch import fx, nn
 
+from fxprune.passes.capture.modules import own_call
 from fxprune.passes.ir.module_tree import TreeNames
 from fxprune.passes.ir.program import UNKNOWN, Built, ModelTensor, TracedCall
 from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.rewrite.call_structures import Steps, constructed, nodes_in, parts_of, reading
-from fxprune.passes.rewrite.call_tree import Call, call_tree, touched_paths
+from fxprune.passes.rewrite.call_tree import Call, call_name, call_tree, touched_paths
 from fxprune.passes.rewrite.guards import given_as_captured
 from fxprune.passes.rewrite.programs import FlatProgram, Line, Name, Program, is_pure, names_in, renamed, without_dead
 
@@ -83,7 +84,7 @@ class Nesting:
 
     def note_handed(self, parent: Call) -> None:
         for call in parent.body:
-            if isinstance(call, Call):
+            if isinstance(call, Call) and not call.emptied:
                 for returned, x in ((False, (call.call.args, call.call.kwargs)), (True, call.call.out)):
                     for node in nodes_in(x):
                         named = self.flat.names.get(node)
@@ -110,7 +111,7 @@ class Nesting:
             try:
                 produced = self.results_read(item, inner)
                 program = self.program(item, inner)
-                lines += [*self.called(item, parent.call.path), *produced]
+                lines += [] if item.emptied else [*self.called(item, parent.call.path), *produced]
             except NotSeparable:
                 lines += inner
                 continue
@@ -181,6 +182,7 @@ class Nesting:
         reads: list[Line] = []
         given: dict[str, Name] = {}
         fixed: list[tuple[Name, Any]] = []
+        gone = self.flat.removed
         for parameter, (kind, default) in {p.name: (p.kind, p.default) for p in signature.parameters.values()}.items():
             plain = isinstance(default, PLAIN)
             if parameter not in bound and not plain:
@@ -198,7 +200,7 @@ class Nesting:
                     reads += reading(name, Name(key), steps)
                 if named is not None:
                     given.setdefault(named, Name(name))
-                if isinstance(leaf, ModelTensor) or isinstance(self.results.get(leaf), TensorRef):
+                if isinstance(leaf, ModelTensor) or (leaf not in gone and isinstance(self.results.get(leaf), TensorRef)):
                     fixed.append((Name(name), ...))
                 elif named is None and isinstance(leaf, PLAIN):
                     fixed.append((Name(name), leaf))
@@ -237,6 +239,8 @@ class Nesting:
             name = self.leaf_name(x)
             if name is not None:
                 return Name(name)
+            if x in self.flat.removed:
+                return None  # nothing uses it
             number = self.flat.names.get(x, self.results.get(x, UNKNOWN))
             if number is UNKNOWN or collect(number, TensorRef):
                 raise NotSeparable
@@ -301,9 +305,5 @@ class Nesting:
         return self.numbers[name]
 
 
-def call_name(call: Call) -> str:
-    return f"{call.call.path} {call.call.begin}"
-
-
 def signature_of(module: nn.Module) -> inspect.Signature:
-    return inspect.signature(module.forward)
+    return inspect.signature(module.forward if own_call(type(module)) is None else module)

@@ -17,6 +17,7 @@ from fxprune.passes.ir.pytree import ATOMS
 
 ARITHMETIC = "getitem mul floordiv add sub truediv mod pow neg eq ne lt gt le ge".split()
 READS = frozenset(["size", "dim", "numel"])
+PURE = frozenset([getattr, "clone"])
 COMPUTES = frozenset(getattr(operator, name) for name in ARITHMETIC)
 
 
@@ -111,12 +112,14 @@ class FlatProgram:
         numbers: for each line, by name, the number of the captured node that it comes of.
         names: what stands for a captured node, a `Name` or a literal; without an entry nothing does.
         touched: the numbers of captured nodes that the rewrite has changed.
+        removed: captured nodes that are gone with residual branches.
     """
 
     program: Program
     numbers: dict[str, int]
     names: dict[fx.Node, Any] = field(default_factory=dict)
     touched: frozenset[int] = frozenset()
+    removed: frozenset[fx.Node] = frozenset()
 
 
 def written(
@@ -150,7 +153,7 @@ def without_dead(lines: Sequence[Line], used: Iterable[str] = ()) -> list[Line]:
 
 
 def is_pure(line: Line) -> bool:
-    return line.op == "get_attr" or line.target is getattr or line.reads_size or line.target in COMPUTES
+    return line.op == "get_attr" or line.target in PURE or line.reads_size or line.target in COMPUTES
 
 
 def names_in(x: Any) -> list[str]:

@@ -15,8 +15,16 @@ from fxprune.passes.errors import GuardError, PruneError
 from fxprune.passes.ir.module_tree import Apart, fetch
 from fxprune.passes.rewrite.programs import OWN_MODEL, Forwards, Program, alike, without_dead
 
-# the attributes of a `PrunedModule` itself
-OWN = ("_programs", "_flat", "_apart", "_mode", "_other", "_sequence", "_takes", OWN_MODEL)
+OWN = (
+    "_programs",
+    "_flat",
+    "_apart",
+    "_mode",
+    "_other",
+    "_sequence",
+    "_takes",
+    OWN_MODEL,
+)  # the attributes of a `PrunedModule` itself
 
 
 class Member:
@@ -70,10 +78,9 @@ class RewrittenForward:
     def prepare(self, mode: bool) -> Any:
         """The function of a mode, generated when it is first asked for."""
         if mode not in self.functions:
-            function = self.generated.of(self.programs.get(mode, next(iter(self.programs.values()))))
+            function = self.functions[mode] = self.generated.of(self.programs.get(mode, next(iter(self.programs.values()))))
             _, *taken = inspect.signature(function).parameters.values()
             self.takes[mode] = [f"**{p.name}" if p.kind is p.VAR_KEYWORD else p.name for p in taken]
-            self.functions[mode] = function
         return self.functions[mode]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
