@@ -126,7 +126,8 @@ def give_back(slicer: Slicer, branches: Branches, budget: Budget, costs: Costs) 
 def free_branches(model: nn.Module, branches: Branches, options: Options) -> list[Branch]:
     """The branches that nothing freezes; raises PruneError where there are none."""
     frozen = {text.partition(":")[0].partition("#")[0] for text in options.coupling.frozen}
-    found = [b for b in branches.found if not frozen & b.tensors]
+    within = tuple(f"{text[:-1]}." for text in options.coupling.frozen if text.endswith("/"))
+    found = [b for b in branches.found if not frozen & b.tensors and not any(name.startswith(within) for name in b.tensors)]
     if found:
         return found
     opaque = branches.captures[0].opaque
