@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,8 +16,9 @@ from fxprune.entry_points import entry_point
 from fxprune.errors import PruneWarning
 from fxprune.inputs import ExampleInputs, device_of, random_inputs
 from fxprune.original_state import config_of, lost_contents, with_lazy_tensors
+from fxprune.passes.capture.programs import DRAW, DRAWN
 from fxprune.passes.coupling.couple import analyse, describe_capture
-from fxprune.passes.coupling.families import families, freeze_families
+from fxprune.passes.coupling.families import freeze_families
 from fxprune.passes.coupling.solution import CouplingOptions, Solution
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_parameters, named_tensors
@@ -28,13 +29,14 @@ from fxprune.passes.rewrite.pruned_module import PrunedModule
 from fxprune.passes.rewrite.rewrite import rewrite_program
 from fxprune.passes.verification.opaque_check import broken, opaque_sites
 from fxprune.plan import PlanData, derived_tensors, kept_labels, plan_between, shapes_of, sign
+from fxprune.same_class.configuration import conflict, followers
 from fxprune.same_class.restore import restore_class
-from fxprune.selection.allocation import Allocator
 from fxprune.selection.choice import Choice, removal_of, spent
 from fxprune.selection.depth import select_with_depth
 from fxprune.selection.latency import LatencyProbe
 from fxprune.selection.options import Options
-from fxprune.selection.select import select_units
+from fxprune.selection.select import select_half, select_units
+from fxprune.selection.structures import keep_uniform
 from fxprune.stage_checks import check_choice, check_coupling
 from fxprune.verification import compare, tolerance_of
 
@@ -100,6 +102,10 @@ class Compilation:
         """Move the example inputs to where the model is by now."""
         self.inputs = self.inputs.beside(self.model)
 
+    @functools.cached_property
+    def _followers(self) -> Mapping[str, set[tuple[str, int]]]:
+        return followers(self.model)
+
     # -- capture and couple -----------------------------------------------------------------------------------------------
 
     def couple(self) -> Solution:
@@ -108,6 +114,8 @@ class Compilation:
         named = {text: why for text, why in self.options.frozen.items() if text not in self.tensors}
         if named:
             freeze_families(solution, named, set(named_parameters(self.model)))
+        if self.options.uniform:
+            keep_uniform(solution, set(named_parameters(self.model)), self._followers)
         check_coupling(solution)
         return solution
 
@@ -116,15 +124,8 @@ class Compilation:
         solution = self.couple()
         if not solution.captures[0].unseen:
             return solution
-        choice = self.choose_by(self._half, solution)
+        choice = self.choose_by(lambda coupled: select_half(self.model, coupled), solution)
         return choice.solution if not spent(choice.solution) else self.couple()
-
-    def _half(self, solution: Solution) -> tuple[Tensor, Slicer]:
-        found = families(solution, set(named_parameters(self.model)))
-        free = [f for f in found if f.frozen is None and len(f.units) > 1]
-        score = np.zeros(len(solution.unit_of))
-        allocator = Allocator(free, score, solution, Options())
-        return allocator.apply(allocator.allocate_ratio())
 
     # -- score and select -------------------------------------------------------------------------------------------------
 
@@ -281,11 +282,10 @@ class Compilation:
                 fix="freeze= the module it names, or verify=False to get the model as it is",
             ) from error
         if not found.ok:
-            raise PruneError(
-                f"the pruned model is not exact: its relative error is {found.error:.1e}, and {found.tolerance:.0e} is allowed",
-                where=type(model).__name__,
-                fix="report it with the model; verify=False returns the model as it is",
-            )
+            what = f"its relative error is {found.error:.1e}, and {found.tolerance:.0e} is allowed"
+            draws = DRAWN in pruned.meta["capture"]
+            fix = DRAW if draws else "report it with the model; verify=False returns the model as it is"
+            raise PruneError(f"the pruned model is not exact: {what}", where=type(model).__name__, fix=fix)
         pruned.meta["verification"] = found
 
         def at(other: ExampleInputs) -> Recompiled:
@@ -308,6 +308,7 @@ class Compilation:
         with options.gc_paused():
             choice = self.choose(options)  # capture, couple, score, select
             pruned = self.emit(choice)  # rewrite, slice
+            pruned.meta["chosen"] = options.chosen
             verifies = options.verifies(self.model)
             if not verifies:
                 del choice  # most of it is freed now, before the collector looks through what is left
@@ -316,6 +317,8 @@ class Compilation:
         if not same_class:
             return pruned
         made, held = restore_class(self.model, pruned, self.inputs)
+        if not held and self.options.uniform and "config" in made.meta["stale"]:
+            warnings.warn(f"uniform=True, and {conflict(self.model, made)}", PruneWarning, stacklevel=2)
         if not held.keys() - self.options.frozen.keys():
             return made
         name, why = next(iter(held.items()))

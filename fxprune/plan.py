@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 TEXT = "the text that Plan.to_json() returned"
 ORIGINAL = "apply it to the original architecture"
+STEPS = "apply it to the original; meta['step'] of a model that was pruned in steps is the plan of the last one"
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,9 +149,12 @@ class PlanData:
             if name not in have:
                 raise PruneError(f"the plan is for another model: this one has no {name}", fix=ORIGINAL)
             if have[name] != shape:
+                known = getattr(model, "meta", {}).get("plan")
+                pruned = isinstance(known, PlanData) and known != self
                 raise PruneError(
                     f"the plan is for another model: {name} has shape {have[name]}, not {shape}",
-                    fix="apply it to the original, unpruned architecture",
+                    where=f"{type(model).__name__}, which was pruned already" if pruned else None,
+                    fix=STEPS if pruned else "apply it to the original, unpruned architecture",
                 )
         extra = sorted(have.keys() - self.shapes.keys() - derived)
         if extra:

@@ -83,3 +83,7 @@ def touched_paths(top: Call) -> set[str]:
         size = len(found)
         found |= {call.call.path for call in calls if any(inner.call.path in found for inner in call.calls())}
     return found
+
+
+def call_name(call: Call) -> str:
+    return f"{call.call.path} {call.call.begin}"

@@ -18,11 +18,12 @@ from typing import Any
 
 from torch import fx, nn
 
+from fxprune.passes.capture.modules import own_call
 from fxprune.passes.ir.module_tree import TreeNames
 from fxprune.passes.ir.program import UNKNOWN, Built, ModelTensor, TracedCall
 from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.rewrite.call_structures import Steps, constructed, nodes_in, parts_of, reading
-from fxprune.passes.rewrite.call_tree import Call, call_tree, touched_paths
+from fxprune.passes.rewrite.call_tree import Call, call_name, call_tree, touched_paths
 from fxprune.passes.rewrite.guards import given_as_captured
 from fxprune.passes.rewrite.programs import FlatProgram, Line, Name, Program, is_pure, names_in, renamed, without_dead
 
@@ -304,9 +305,5 @@ class Nesting:
         return self.numbers[name]
 
 
-def call_name(call: Call) -> str:
-    return f"{call.call.path} {call.call.begin}"
-
-
 def signature_of(module: nn.Module) -> inspect.Signature:
-    return inspect.signature(module.forward)
+    return inspect.signature(module.forward if own_call(type(module)) is None else module)

@@ -17,6 +17,7 @@ from fxprune.passes.ir.pytree import ATOMS
 
 ARITHMETIC = "getitem mul floordiv add sub truediv mod pow neg eq ne lt gt le ge".split()
 READS = frozenset(["size", "dim", "numel"])
+PURE = frozenset([getattr, "clone"])
 COMPUTES = frozenset(getattr(operator, name) for name in ARITHMETIC)
 
 
@@ -152,7 +153,7 @@ def without_dead(lines: Sequence[Line], used: Iterable[str] = ()) -> list[Line]:
 
 
 def is_pure(line: Line) -> bool:
-    return line.op == "get_attr" or line.target is getattr or line.reads_size or line.target in COMPUTES
+    return line.op == "get_attr" or line.target in PURE or line.reads_size or line.target in COMPUTES
 
 
 def names_in(x: Any) -> list[str]:

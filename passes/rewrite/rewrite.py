@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxprune.passes.capture.modules import own_call
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.ir.module_tree import Apart, TreeNames, apart_from, every_path, fetch, named_tensors, replace_tensors, walk
 from fxprune.passes.ir.program import CapturedProgram, Waiver
@@ -118,8 +119,7 @@ def nest(
         changed = {path for run in runs.values() for path in run.rewritten}
         changed |= {outer for run in runs.values() for path in changed for outer in run.around.get(path, ())}
         forwards: Forwards = {path: {} for path in changed if any(path in run.found for run in runs.values())}
-        # what hooks compute is among the lines of the program, and must not be computed again
-        several = {p for p in forwards if tree.modules[p]._forward_hooks or tree.modules[p]._forward_pre_hooks}
+        several = {path for path in forwards if does_more(tree.modules[path])}
         for mode, run in runs.items():
             for path in forwards:
                 for program in run.found.get(path, ()):
@@ -133,6 +133,11 @@ def nest(
                         shared.setdefault(path, set()).update(names)
             return roots, forwards, shared
         inline |= several
+
+
+def does_more(module: nn.Module) -> bool:
+    """Whether a call of a module computes what is among the lines of its program, but is none of its forward's."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or own_call(type(module)))
 
 
 def rewrite_graphs(

@@ -27,6 +27,7 @@ from fxprune.passes.ir.module_tree import copy_tree, named_tensors, set_mode
 from fxprune.passes.ir.op_trace import OpCall, written_by
 from fxprune.passes.ir.propagation_state import PropagationState
 from fxprune.passes.ir.pytree import TensorRef, collect, map_tensors
+from fxprune.passes.ir.quiet import random_state, set_random_state
 from fxprune.passes.ir.slices import Slicer
 from fxprune.passes.ops.call import OpView, RuleContext
 from fxprune.passes.ops.registry import find
@@ -245,7 +246,7 @@ class MaskedOriginal:
         fates: Tensor | None = None
         repeated = False
         while True:  # a label made on the way may learn its fate only after a statistic has seen it: then it runs once more
-            set_random_state(devices, drawn)
+            set_random_state(drawn, devices)
             reference = self.copied()
             names = {id(t): n for n, t in named_tensors(reference)}
             masker = MaskedRun(names, self.removal, fates)
@@ -316,18 +317,6 @@ class InIndexOrder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return in_index_order(func, args, kwargs or {}) if is_random(func) else func(*args, **(kwargs or {}))
-
-
-def random_state(devices: Sequence[int]) -> list[Tensor]:
-    """Of the processor and of some GPUs."""
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
-
-
-def set_random_state(devices: Sequence[int], state: Sequence[Tensor]) -> None:
-    """As `random_state` gave it."""
-    torch.set_rng_state(state[0])
-    for device, its in zip(devices, state[1:], strict=True):
-        torch.cuda.set_rng_state(its, device)
 
 
 def relative_error(reference: Tensor, result: Tensor) -> float:
