@@ -184,9 +184,7 @@ def test_models_of_ones_own(folder, capsys, argv, classes, shape):
 
 
 def test_models_of_libraries(capsys):
-    data = json.loads(
-        answer(capsys, "inspect", "torchvision:resnet18", "--num-classes", "6", "--input-size", "3x32x32", "--json")
-    )
+    data = json.loads(answer(capsys, "inspect", "torchvision:resnet18", "--num-classes", "6", "--input-size", "32", "--json"))
     assert next(f for f in data["families"] if f["name"] == "fc")["units"] == 6
     model, x = models.load("timm:test_vit", models.Wanted(input_size=(3, 96, 96), num_classes=4))
     assert x.shape == (1, 3, 96, 96) and model(x).shape == (1, 4)

@@ -20,7 +20,9 @@ LARGEST_SIZE = 1 << 24  # of one dimension of the example inputs
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the model")
-    group.add_argument("--input-size", metavar="CxHxW", type=sizes, help="shape of one sample, such as 3x224x224")
+    group.add_argument(
+        "--input-size", metavar="CxHxW", type=sizes, help="shape of one sample: 3x224x224, or 224 for images"
+    )
     group.add_argument("--batch-size", metavar="N", type=positive, help="of the example inputs (1 by default)")
     group.add_argument("--num-classes", metavar="N", type=positive, help="of a classifier that is built")
     group.add_argument("--weights", metavar="FILE", help="a state dict, .safetensors or .pt")

@@ -45,8 +45,10 @@ class Wanted:
     device: str = "cpu"
 
     def images(self, *size: int) -> Tensor:
-        """Random images: of a given size (channels first), unless another one is wanted."""
-        return torch.randn(self.batch_size or 1, *(self.input_size or size))
+        """Random images: of a given size (channels first), or one of which the height and width, or both alike, are wanted."""
+        given = self.input_size or ()
+        given = given * 2 if len(given) == 1 else given  # height and width
+        return torch.randn(self.batch_size or 1, *size[: len(size) - len(given)], *given)
 
 
 def load(source: str, wanted: Wanted | None = None) -> tuple[nn.Module, Any]:
@@ -147,6 +149,7 @@ def from_timm(name: str, wanted: Wanted) -> tuple[nn.Module, Any]:
         raise unknown("timm", name, timm.list_models())
     options: dict[str, Any] = {} if wanted.num_classes is None else {"num_classes": wanted.num_classes}
     size = wanted.input_size
+    size = size * 2 if size is not None and len(size) == 1 else size
     try:  # position embeddings are made for a size
         model = timm.create_model(name, pretrained=False, **({"img_size": size[-2:]} if size else {}), **options)
     except TypeError:
