@@ -106,7 +106,7 @@ def function_of(error: BaseException) -> types.FunctionType | None:
 
 def once_more(failed: ValueTracer, function: Any = None) -> ValueTracer:
     """A tracer of the same module tree: for it `function` is one node, or its program copies what it writes to."""
-    failed.stored.restore(failed.index, 0)
+    failed.stored.restore_all(failed.index)
     for kept in failed.kept:
         delattr(failed.root, failed.names[id(kept)])
     tracer = ValueTracer(failed.root, failed.example_args, failed.example_kwargs, retry=failed.retry)
@@ -120,7 +120,7 @@ def once_more(failed: ValueTracer, function: Any = None) -> ValueTracer:
 
 def as_one_module(failed: ValueTracer, reason: str) -> ValueTracer:
     """A tracer for which the whole model is one opaque node."""
-    failed.stored.restore(failed.index, 0)
+    failed.stored.restore_all(failed.index)
     root = failed.root
     wrapper = RootWrapper(root)
     wrapper.train(root.training)

@@ -169,7 +169,7 @@ def compared(
         wanted = MaskedOriginal(module, Removal(own, slicer.kept, heads))(args, kwargs, known)
         set_random_state(drawn)
         try:
-            got = (site.function or (pruned.own_model if whole else fetch(pruned, path)))(*few_args, **few_kwargs)
+            got = (site.function or private_copy(pruned.own_model if whole else fetch(pruned, path)))(*few_args, **few_kwargs)
         except Exception as error:
             return f"fails once it is cut ({type(error).__name__})"
     expected, found = collect(wanted, Tensor), collect(got, Tensor)
