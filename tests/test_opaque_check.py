@@ -73,20 +73,26 @@ def test_what_was_given_is_as_it_was_then():
 
 
 class Keeps(nn.Module):
-    """Scales its input by a state that each call changes: a buffer, assigned anew or written to in place, a count, a list."""
+    """Scales its input by a state that each call changes: a buffer, or a parameter, a count, a list."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
         self.how, self.calls, self.seen = how, 1, {"calls": [1]}
         self.register_buffer("held", torch.linspace(1, 2, 8))
+        self.scale = nn.Parameter(torch.linspace(2, 3, 8))
 
     def forward(self, x):
-        out = x * self.calls * len(self.seen["calls"])
+        out = x * self.scale * self.calls * len(self.seen["calls"])
         out = out if self.how == "unused" else out * self.held
         if self.how == "in place":
             self.held.mul_(0.5)
         elif self.how == "count":
             self.calls += 1
+        elif self.how == "parameter":
+            with torch.no_grad():
+                self.scale.mul_(0.5)
+        elif self.how == "parameter's data":
+            self.scale.data = self.scale.data * 0.5
         elif self.how == "list":
             self.seen["calls"].append(1)
         else:
@@ -117,17 +123,17 @@ class Around(nn.Module):
 
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize("whole", [True, False])
-@pytest.mark.parametrize("how", ["anew", "in place", "unused", "count", "list"])
+@pytest.mark.parametrize("how", ["anew", "in place", "unused", "parameter", "parameter's data", "count", "list"])
 def test_the_state_of_an_opaque_module_stays_what_it_was(how, whole, verify):
     """The result is, call after call, the original that has zeros for the removed columns of its last layer."""
     torch.manual_seed(0)
     model, x = Around(how, whole=whole).double().eval(), torch.randn(5, 4, dtype=torch.double)
-    held, before = model.keeps.held, model.keeps.held.clone()
+    held, before, scale = model.keeps.held, model.keeps.held.clone(), model.keeps.scale.detach().clone()
     pruned = fxprune.prune(model, 0.5, x, verify=verify)
     plan = fxprune.plan_of(pruned)
     kept = plan.slices["head.weight"][0].keep
     assert plan.kept_shape("keeps.held") == ((8,) if how == "unused" else (4,))
-    assert model.keeps.held is held and torch.equal(held, before)
+    assert model.keeps.held is held and torch.equal(held, before) and torch.equal(model.keeps.scale, scale)
     assert model.keeps.calls == 1 and model.keeps.seen == {"calls": [1]}
     with torch.no_grad():
         model.head.weight[:, ~kept] = 0

@@ -22,6 +22,7 @@ from fxprune.passes.capture.leftovers import remove_leftovers
 from fxprune.passes.capture.opaque import RootWrapper
 from fxprune.passes.capture.patches import not_a_models
 from fxprune.passes.capture.patching import Patches
+from fxprune.passes.capture.rollback import ParameterWrites
 from fxprune.passes.capture.tracer import ValueTracer, reason_of
 from fxprune.passes.errors import PruneError, WritesWhatItReads, surface
 from fxprune.passes.ir.program import CapturedProgram
@@ -85,9 +86,13 @@ def captured(
 
 def trace(tracer: ValueTracer) -> ValueTracer:
     """Run the tracer, with the recorder in place all the while; it writes only while a node is evaluated."""
-    tracer.recorder.active = False
-    with tracer.bar, Patches(tracer), torch.no_grad(), tracer.recorder:
-        tracer.run()
+    tracer.recorder.active, parameters = False, ParameterWrites(tracer.root)
+    tracer.recorder.before_write = parameters.before_write
+    try:
+        with tracer.bar, Patches(tracer), torch.no_grad(), tracer.recorder:
+            tracer.run()
+    finally:
+        parameters.put_back()
     tracer.check_writes()
     return tracer
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from fxprune.passes.capture.index_contents import storage_of
 from fxprune.passes.capture.proxy import PROXIES, TensorProxy
 from fxprune.passes.ir.module_tree import CONTAINERS, Contents, contents, refill
 from fxprune.passes.ir.op_trace import OpTrace, writes
@@ -71,6 +72,33 @@ class ModuleState:
                 if now[name] is before[name]:  # something was put into it
                     refill(held.get(name, ()))
                 now[name] = before[name]
+
+
+class ParameterWrites:
+    """Parameters, which the tree that is captured shares with the original, are put back as they were."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.held = [(p, p.detach()) for p in root.parameters() if not p.is_meta and not p.is_sparse]
+        self.saved: list[tuple[Tensor, Tensor]] = []
+        self.unwritten: dict[int, list[Tensor]] = {}  # by storage
+        for _, memory in self.held:
+            self.unwritten.setdefault(storage_of(memory), []).append(memory)
+
+    def before_write(self, tensor: Tensor) -> None:
+        """Note what parameters hold in the memory that is about to be written to."""
+        if self.unwritten and not tensor.is_meta and not tensor.is_sparse:
+            self.saved += [(memory, memory.clone()) for memory in self.unwritten.pop(storage_of(tensor), ())]
+
+    @property
+    def found(self) -> bool:
+        return bool(self.saved) or any(storage_of(p) != storage_of(memory) for p, memory in self.held)
+
+    def put_back(self) -> None:
+        for parameter, memory in self.held:
+            if storage_of(parameter) != storage_of(memory):
+                parameter.data = memory
+        for memory, before in self.saved:
+            memory.copy_(before)
 
 
 def written_in_place(capture: OpTrace, but_for: Collection[int]) -> set[str]:
