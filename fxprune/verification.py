@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.errors import GuardError
-from fxprune.passes.ir.module_tree import named_parameters, named_tensors, private_copy
+from fxprune.passes.ir.module_tree import contents, named_parameters, named_tensors, private_copy, refill
 from fxprune.passes.ir.pytree import collect, map_tensors
 from fxprune.passes.ir.quiet import own_random_state, random_state, set_random_state
 from fxprune.passes.ir.slices import Slicer
@@ -118,16 +118,15 @@ def quietly(pruned: nn.Module) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def restoring(model: nn.Module, *, parameters: bool = False) -> Iterator[None]:
-    """Restore what a forward writes to, or assigns anew: buffers, tensor attributes, and with `parameters` those too."""
+    """Restore what a forward writes to, or assigns anew: attributes, containers, buffers, and with `parameters` those too."""
     tensors = [t for _, t in named_tensors(model) if parameters or not isinstance(t, nn.Parameter)]
-    boxes = [box for module in model.modules() for box in (module._buffers, vars(module))]
-    held = [(box, {name: v for name, v in box.items() if isinstance(v, Tensor)}) for box in boxes]
+    held = [contents(vars(module)) for module in model.modules()]
     before = [t.detach().clone() for t in tensors]
     try:
         yield
     finally:
-        for box, attributes in held:
-            box.update(attributes)
+        for attributes in held:
+            refill(attributes)
         with torch.no_grad():
             for tensor, value in zip(tensors, before, strict=True):
                 tensor.copy_(value)

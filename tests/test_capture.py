@@ -10,10 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxprune
-from fxprune.inputs import ExampleInputs
 from fxprune.passes.capture import programs as capture_programs
 from fxprune.passes.coupling import couple
-from fxprune.reports.report import count_macs
 from fxprune.selection.costs import Costs
 from fxprune.selection.options import Options
 
@@ -644,7 +642,7 @@ def test_attention_couples_without_values_as_with_them(kind, attention, monkeypa
         patch.setattr(couple, "programs", with_values)
         assert fxprune.couple(model, x, attention=attention).to_dict() == found and len(ways) == 1
         solution = couple.analyse(model, (x,), {}, Options.parse(model, attention=attention).coupling)
-    assert Costs(solution, dict(model.named_parameters())).original("macs") == count_macs(model, ExampleInputs.parse(x))
+    assert Costs(solution, dict(model.named_parameters())).original("macs") == fxprune.count(model, x).macs
     if kind != "dropout":
         pruned = fxprune.prune(model, 0.5, example_inputs=x, attention=attention, verify=True)
         assert pruned.o.in_features == 16

@@ -581,5 +581,9 @@ def test_generation_and_caches():
             with pytest.raises(GuardError, match="cannot write to a DynamicCache: use_cache=False"):
                 tokens(pruned)
     pruned = fxprune.prune(model, 0.2, {"input_ids": IDS}, verify=True, **options)  # which returns a cache
-    assert pruned.verification.ok  # the keys and values of a removed attention are outputs: they stay
+    assert pruned.verification.ok  # the keys and values of a removed attention lie in what is returned: they are computed still
     assert pruned.plan.removed == {f"model.layers.0.self_attn.{m}_proj.weight" for m in "qo"}
+    narrow = fxprune.prune(model, 0.5, {"input_ids": IDS}, verify=True)  # a cache is no output: it follows the model's widths
+    for small, heads in ((pruned, 2), (narrow, 1)):
+        layers = small(input_ids=IDS).past_key_values.layers
+        assert {t.shape for layer in layers for t in (layer.keys, layer.values)} == {(len(IDS), heads, IDS.shape[1], 4)}

@@ -70,3 +70,72 @@ def test_what_was_given_is_as_it_was_then():
     assert len(found) == 2 and all(torch.allclose(a, b) for a, b in zip(found, seen[:2], strict=True))
     coupling = fxprune.couple(model, x)  # which lives on
     assert not any(capture.given for capture in coupling._solution.captures)
+
+
+class Keeps(nn.Module):
+    """Scales its input by a state that each call changes: a buffer, or a parameter, a count, a list."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.calls, self.seen = how, 1, {"calls": [1]}
+        self.register_buffer("held", torch.linspace(1, 2, 8))
+        self.scale = nn.Parameter(torch.linspace(2, 3, 8))
+
+    def forward(self, x):
+        out = x * self.scale * self.calls * len(self.seen["calls"])
+        out = out if self.how == "unused" else out * self.held
+        if self.how == "in place":
+            self.held.mul_(0.5)
+        elif self.how == "count":
+            self.calls += 1
+        elif self.how == "parameter":
+            with torch.no_grad():
+                self.scale.mul_(0.5)
+        elif self.how == "parameter's data":
+            self.scale.data = self.scale.data * 0.5
+        elif self.how == "list":
+            self.seen["calls"].append(1)
+        else:
+            self.held = self.held * 0.5
+        return out
+
+
+class OpaqueKeeps(Keeps):
+    def forward(self, x):
+        if x.max() > 1e9:
+            raise ValueError("the input has exploded")
+        return super().forward(x)
+
+
+class Around(nn.Module):
+    """Calls it, and reads a value itself where it is to be one node as a whole."""
+
+    def __init__(self, how: str, *, whole: bool) -> None:
+        super().__init__()
+        self.stem, self.keeps, self.head = nn.Linear(4, 8), (Keeps if whole else OpaqueKeeps)(how), nn.Linear(8, 2)
+        self.whole = whole
+
+    def forward(self, x):
+        if self.whole and x.max() > 1e9:
+            raise ValueError("the input has exploded")
+        return self.head(self.keeps(self.stem(x)))
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("how", ["anew", "in place", "unused", "parameter", "parameter's data", "count", "list"])
+def test_the_state_of_an_opaque_module_stays_what_it_was(how, whole, verify):
+    """The result is, call after call, the original that has zeros for the removed columns of its last layer."""
+    torch.manual_seed(0)
+    model, x = Around(how, whole=whole).double().eval(), torch.randn(5, 4, dtype=torch.double)
+    held, before, scale = model.keeps.held, model.keeps.held.clone(), model.keeps.scale.detach().clone()
+    pruned = fxprune.prune(model, 0.5, x, verify=verify)
+    plan = fxprune.plan_of(pruned)
+    kept = plan.slices["head.weight"][0].keep
+    assert plan.kept_shape("keeps.held") == ((8,) if how == "unused" else (4,))
+    assert model.keeps.held is held and torch.equal(held, before) and torch.equal(model.keeps.scale, scale)
+    assert model.keeps.calls == 1 and model.keeps.seen == {"calls": [1]}
+    with torch.no_grad():
+        model.head.weight[:, ~kept] = 0
+        for _ in range(3):
+            torch.testing.assert_close(pruned(x), model(x))

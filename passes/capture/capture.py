@@ -22,6 +22,7 @@ from fxprune.passes.capture.leftovers import remove_leftovers
 from fxprune.passes.capture.opaque import RootWrapper
 from fxprune.passes.capture.patches import not_a_models
 from fxprune.passes.capture.patching import Patches
+from fxprune.passes.capture.rollback import ParameterWrites
 from fxprune.passes.capture.tracer import ValueTracer, reason_of
 from fxprune.passes.errors import PruneError, WritesWhatItReads, surface
 from fxprune.passes.ir.program import CapturedProgram
@@ -85,9 +86,13 @@ def captured(
 
 def trace(tracer: ValueTracer) -> ValueTracer:
     """Run the tracer, with the recorder in place all the while; it writes only while a node is evaluated."""
-    tracer.recorder.active = False
-    with tracer.bar, Patches(tracer), torch.no_grad(), tracer.recorder:
-        tracer.run()
+    tracer.recorder.active, parameters = False, ParameterWrites(tracer.root)
+    tracer.recorder.before_write = parameters.before_write
+    try:
+        with tracer.bar, Patches(tracer), torch.no_grad(), tracer.recorder:
+            tracer.run()
+    finally:
+        parameters.put_back()
     tracer.check_writes()
     return tracer
 
@@ -106,7 +111,7 @@ def function_of(error: BaseException) -> types.FunctionType | None:
 
 def once_more(failed: ValueTracer, function: Any = None) -> ValueTracer:
     """A tracer of the same module tree: for it `function` is one node, or its program copies what it writes to."""
-    failed.stored.restore(failed.index, 0)
+    failed.stored.restore_all(failed.index)
     for kept in failed.kept:
         delattr(failed.root, failed.names[id(kept)])
     tracer = ValueTracer(failed.root, failed.example_args, failed.example_kwargs, retry=failed.retry)
@@ -120,7 +125,7 @@ def once_more(failed: ValueTracer, function: Any = None) -> ValueTracer:
 
 def as_one_module(failed: ValueTracer, reason: str) -> ValueTracer:
     """A tracer for which the whole model is one opaque node."""
-    failed.stored.restore(failed.index, 0)
+    failed.stored.restore_all(failed.index)
     root = failed.root
     wrapper = RootWrapper(root)
     wrapper.train(root.training)

@@ -265,9 +265,7 @@ class Patches:
                 raise AttributeError("training") from None
 
         for module in tracer.paths:  # what `__call__` calls instead of forward and the hooks, where it is there
-            vars(module)["_compiled_call_impl"] = call = functools.partial(called, module)
-            self.undo.append(functools.partial(vars(module).pop, "_compiled_call_impl", None))
-            tracer.stored.expect(module, "_compiled_call_impl", call)
+            self.undo.append(tracer.stored.put(module, "_compiled_call_impl", functools.partial(called, module)))
         self.patch(nn.Module, "__getattr__", read)
         self.patch(nn.Module, "training", property(training, lambda m, v: vars(m).__setitem__("training", v)))
 

@@ -33,6 +33,7 @@ class Recorder(TorchDispatchMode):
 
     Attributes:
         active: whether calls are recorded.
+        before_write: is called with each tensor before a call writes to it.
         tracing: whether code of the model's is being traced: then calls on its tensors are none that the graph knows of.
     """
 
@@ -45,6 +46,7 @@ class Recorder(TorchDispatchMode):
         self.held: dict[int, tuple[Tensor, TensorRef]] = {}  # the model's own, and tensors without contents
         self.imagination = MetaKernels()
         self.contents = IndexContents(self.op_trace)
+        self.before_write: Callable[[Tensor], None] = lambda _: None
         self.node = -1
         self.active = True
         self.tracing = False
@@ -161,6 +163,10 @@ class Recorder(TorchDispatchMode):
         in_kwargs = {k: self.refs(v) for k, v in kwargs.items()} if kwargs else {}
         if in_kwargs:
             gather_refs(in_kwargs, ins)
+        for at, name in written_by(func):
+            written = args[at] if at < len(args) else kwargs.get(name)
+            if isinstance(written, Tensor):
+                self.before_write(written)
         out = run(func, args, kwargs)
         from_input = True in [values[ref.id].from_input for ref in ins]
 

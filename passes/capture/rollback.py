@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import operator
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, fx, nn
 
+from fxprune.passes.capture.index_contents import storage_of
 from fxprune.passes.capture.proxy import PROXIES, TensorProxy
-from fxprune.passes.ir.module_tree import CONTAINERS
+from fxprune.passes.ir.module_tree import CONTAINERS, Contents, contents, refill
 from fxprune.passes.ir.op_trace import OpTrace, writes
 from fxprune.passes.ir.pytree import ATOMS, TensorRef, iterate
 from fxprune.passes.ops.registry import find
@@ -20,41 +20,49 @@ class ModuleState:
     """The attributes of modules, as they were before the capture."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self.before = {}
+        self.before: dict[nn.Module, tuple[dict[str, Any], dict[str, Contents]]] = {}
         for module in modules:
-            boxes = containers(module)
-            held = {k: copy.copy(v) for k, v in boxes.items() if v}
-            self.before[module] = dict(vars(module)), list(boxes.values()), held
+            held = {k: contents(v) for k, v in vars(module).items() if type(v) in CONTAINERS and k != "_modules"}
+            self.before[module] = dict(vars(module)), held
 
-    def expect(self, module: nn.Module, name: str, value: Any) -> None:
-        """An attribute that a module has from now on."""
-        if module in self.before:
-            self.before[module][0][name] = value
+    def put(self, module: nn.Module, name: str, value: Any) -> Callable[[], None]:
+        """Give a module an attribute that it did not have, and that stays until the function that is returned takes it away."""
+        boxes = [vars(module), *(self.before[module][:1] if module in self.before else ())]
+        for box in boxes:
+            box[name] = value
+
+        def take_away() -> None:
+            for box in boxes:
+                box.pop(name, None)
+
+        return take_away
 
     def assigned(self, module: nn.Module) -> Iterator[tuple[Tensor, Any]]:
         """The tensors of a module in whose place a forward has put others, and those."""
-        before, _, held = self.before.get(module, ({}, [], {}))
-        now = vars(module)
-        for old, new in ((held.get("_buffers", {}), module._buffers), (before, now)):
+        before, held = self.before.get(module, ({}, {}))
+        buffers = held["_buffers"][0][1] if held else {}
+        for old, new in ((buffers, module._buffers), (before, vars(module))):
             for name, tensor in old.items():
                 if isinstance(tensor, Tensor) and new.get(name) is not tensor and type(new.get(name)) is TensorProxy:
                     yield tensor, new[name]
 
-    def restore_tensors(self) -> None:
-        """Put back the tensors that code which is not captured has put others in the place of."""
-        for module, (before, _, held) in self.before.items():
-            module._buffers.update(held.get("_buffers", {}))
-            vars(module).update({name: value for name, value in before.items() if isinstance(value, Tensor)})
+    def restore_all(self, index: Mapping[fx.Node, int]) -> None:
+        """Put back every attribute that was there, and what containers held: also what code put there that is not captured."""
+        self.restore(index, 0)
+        for module, (before, held) in self.before.items():
+            vars(module).update(before)
+            for box in held.values():
+                refill(box)
 
     def restore(self, index: Mapping[fx.Node, int], begin: int) -> None:
         """Put back every attribute that stands for a node numbered `begin` or later.
 
         Arguments: `index`, the numbers of the nodes.
         """
-        for module, (before, boxes, held) in self.before.items():
+        for module, (before, held) in self.before.items():
             now = vars(module)
             same = len(now) == len(before) and all(map(operator.is_, now.values(), before.values()))
-            if same and not any(box and stands_for(box, index, begin) for box in boxes):
+            if same and not any(before[name] and stands_for(before[name], index, begin) for name in held):
                 continue
             stored = [(k, v) for k, v in now.items() if type(v) not in ATOMS and not (type(v) in CONTAINERS and not v)]
             for name in [k for k, v in stored if k != "_modules" and stands_for(v, index, begin)]:
@@ -62,8 +70,35 @@ class ModuleState:
                     del now[name]
                     continue
                 if now[name] is before[name]:  # something was put into it
-                    refill(now[name], held.get(name, ()))
+                    refill(held.get(name, ()))
                 now[name] = before[name]
+
+
+class ParameterWrites:
+    """Parameters, which the tree that is captured shares with the original, are put back as they were."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.held = [(p, p.detach()) for p in root.parameters() if not p.is_meta and not p.is_sparse]
+        self.saved: list[tuple[Tensor, Tensor]] = []
+        self.unwritten: dict[int, list[Tensor]] = {}  # by storage
+        for _, memory in self.held:
+            self.unwritten.setdefault(storage_of(memory), []).append(memory)
+
+    def before_write(self, tensor: Tensor) -> None:
+        """Note what parameters hold in the memory that is about to be written to."""
+        if self.unwritten and not tensor.is_meta and not tensor.is_sparse:
+            self.saved += [(memory, memory.clone()) for memory in self.unwritten.pop(storage_of(tensor), ())]
+
+    @property
+    def found(self) -> bool:
+        return bool(self.saved) or any(storage_of(p) != storage_of(memory) for p, memory in self.held)
+
+    def put_back(self) -> None:
+        for parameter, memory in self.held:
+            if storage_of(parameter) != storage_of(memory):
+                parameter.data = memory
+        for memory, before in self.saved:
+            memory.copy_(before)
 
 
 def written_in_place(capture: OpTrace, but_for: Collection[int]) -> set[str]:
@@ -84,17 +119,3 @@ def stands_for(stored: Any, index: Mapping[fx.Node, int], begin: int) -> bool:
     if type(stored) is dict and not any(type(v) in PROXIES or type(v) in CONTAINERS for v in stored.values()):
         return False
     return any(type(v) in PROXIES and index.get(v.node, begin) >= begin for v in iterate(stored))
-
-
-def containers(module: nn.Module) -> dict[str, Any]:
-    """The attributes of a module that a forward can put something into."""
-    return {k: v for k, v in vars(module).items() if type(v) in CONTAINERS and k != "_modules"}
-
-
-def refill(box: Any, held: Any) -> None:
-    """Have a container hold what it held; a tuple always does."""
-    if isinstance(box, list):
-        box[:] = held
-    elif isinstance(box, dict | set):
-        box.clear()
-        box.update(held)

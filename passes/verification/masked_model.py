@@ -19,6 +19,7 @@ from fxprune.passes.capture.index_contents import storage_of, version_of
 from fxprune.passes.capture.meta_kernels import VIEWS
 from fxprune.passes.capture.patches import visible
 from fxprune.passes.capture.recorder import Recorder, by_ops
+from fxprune.passes.capture.rollback import ParameterWrites
 from fxprune.passes.coupling.propagation import apply_rule
 from fxprune.passes.ir.branches import NOTHING, Removed
 from fxprune.passes.ir.constraints import ConstraintBuilder, Constraints, RowLabels
@@ -250,6 +251,8 @@ class MaskedOriginal:
             reference = self.copied()
             names = {id(t): n for n, t in named_tensors(reference)}
             masker = MaskedRun(names, self.removal, fates)
+            written = ParameterWrites(reference)
+            masker.before_write = written.before_write
             a, k = map_tensors((args, kwargs), torch.clone)
             with torch.no_grad(), visible():
                 refs = [masker.add(tensor, from_input=True) for tensor in collect((a, k), Tensor)]
@@ -258,7 +261,7 @@ class MaskedOriginal:
                     out = reference(*a, **k)
             self.dtypes |= masker.dtypes
             self.draws |= masker.draws
-            if any(version_of(p) for p in self.parameters.values()):
+            if written.found or any(version_of(p) for p in self.parameters.values()):
                 self.writes = True
                 self.parameters.clear()
             if fates is not None and len(masker.kept) != len(fates) and not repeated:

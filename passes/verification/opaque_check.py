@@ -114,6 +114,12 @@ class Applied(nn.Module):
         return self.function(*args, **kwargs)
 
 
+def as_own(tensor: Tensor) -> Tensor:
+    """A copy of a tensor of a module that may write to it."""
+    copied = tensor.detach().clone()
+    return nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
+
+
 def inside(name: str, path: str) -> bool:
     return name.startswith(f"{path}.")
 
@@ -122,7 +128,7 @@ def arguments(
     model: nn.Module, paths: set[str], prefix: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, list[tuple[Any, Any]]]:
     """What modules are called with in one run of the original, call by call."""
-    root = set_mode(private_copy(model), False)
+    root = set_mode(private_copy(model, as_own), False)
     given: dict[str, list[tuple[Any, Any]]] = {path: [] for path in paths}
     for path in paths:
         module = root if f"{path}." == prefix else fetch(root, path.removeprefix(prefix))
@@ -169,7 +175,8 @@ def compared(
         wanted = MaskedOriginal(module, Removal(own, slicer.kept, heads))(args, kwargs, known)
         set_random_state(drawn)
         try:
-            got = (site.function or (pruned.own_model if whole else fetch(pruned, path)))(*few_args, **few_kwargs)
+            tried = site.function or private_copy(pruned.own_model if whole else fetch(pruned, path), as_own)
+            got = tried(*few_args, **few_kwargs)
         except Exception as error:
             return f"fails once it is cut ({type(error).__name__})"
     expected, found = collect(wanted, Tensor), collect(got, Tensor)
