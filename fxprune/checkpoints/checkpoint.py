@@ -25,6 +25,7 @@ from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.quiet import without_modes
 from fxprune.plan import plan_of
+from fxprune.same_class.saving import SavePretrained
 
 SUFFIX = ".safetensors"
 WEIGHTS = f"pruned{SUFFIX}"  # in a folder
@@ -63,6 +64,9 @@ def store(module: nn.Module, target: Path) -> None:
     with folder_at(target) as folder:
         write_config(folder, module, config)
         write(folder / WEIGHTS, tensors, record)
+
+
+SavePretrained.save = staticmethod(save)
 
 
 @without_modes()

@@ -22,6 +22,7 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
 MOST_BYTES = 1 << 22  # of a configuration
 ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")  # other names are downloaded
 KEY = "fxprune_attention"
+WEIGHTS_KEY = "transformers_weights"  # a name of a file, which from_pretrained repeats where it is none
 FOLDER = "a folder that fxprune.save wrote, or load(path, model)"
 
 
@@ -34,6 +35,7 @@ def write_config(folder: Path, pruned: nn.Module, config: Any) -> None:
     """Write the original's configuration, and what the pruned model knows of generation, to a folder."""
     config = copy.deepcopy(config)
     setattr(config, KEY, getattr(config, "_attn_implementation", None))
+    setattr(config, WEIGHTS_KEY, "none, this folder is loaded by fxprune.load(folder)")
     with replacing(folder / CONFIG) as temporary:
         temporary.write_text(config.to_json_string())
     generation: Any = getattr(pruned, "generation_config", None)
@@ -61,7 +63,7 @@ def built_from(folder: Path, plan: PlanData) -> nn.Module:
     kind: Any = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) and kind.config_class is not None):
         raise fail(f"transformers has no model {str(name)[:40]!r}")
-    attention = data.pop(KEY, None)
+    attention, _ = data.pop(KEY, None), data.pop(WEIGHTS_KEY, None)
     if attention is not None and attention not in ATTENTION:
         raise fail(f"there is no attention {str(attention)[:40]!r}")
     try:

@@ -93,7 +93,7 @@ class Scorer:
             scored = [
                 ScoredParameter(name, parameter.detach(), places)
                 for name, parameter, places in found
-                if places and parameter.is_floating_point() and parameter.numel()
+                if places and self.can_score(parameter) and parameter.numel()
             ]
             together = self.score_together(scored) if evidence is None else {}
             for name, weight, places in scored:
@@ -110,6 +110,10 @@ class Scorer:
         if not parts:
             return np.zeros(0, np.int64), np.zeros(0), []
         return np.concatenate(units), concatenate(parts), [len(c) for c in units]
+
+    def can_score(self, parameter: Tensor) -> bool:
+        """Whether a parameter holds fractions; elements of complex ones count as two each."""
+        return parameter.is_floating_point() or (parameter.is_complex() and self.criterion.score_dims is None)
 
     def score_together(self, scored: Sequence[ScoredParameter]) -> dict[str, np.ndarray]:
         """The scores of the elements of small parameters, float64: one call for many of them.
@@ -166,6 +170,9 @@ class Scorer:
 
     def score_elements(self, name: str, weight: Tensor, evidence: Tensor | None) -> Tensor:
         """The importance of each element of a parameter, or of some of its rows; raises PruneError for anything else."""
+        if weight.is_complex():
+            parts = [None if t is None else torch.view_as_real(t.resolve_conj()) for t in (weight, evidence)]
+            return self.score_elements(name, parts[0], parts[1]).sum(-1)
         weight = weight.float() if weight.dtype in HALF_DTYPES else weight
         given = () if evidence is None else (evidence.to(weight.dtype),)
         try:

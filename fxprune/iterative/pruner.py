@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fxprune.arguments import checked_call
+from fxprune.arguments import checked_call, shown
 from fxprune.entry_points import entry_point, unwrapped
 from fxprune.inputs import ExampleInputs
 from fxprune.iterative.history import History, HistoryStep
@@ -83,7 +83,7 @@ class Pruner:
             options = Options.parse(model, ratio=ratio, verify=verify, **asked)
             self._shares, self._same_class, self._regularizer = shares(schedule, steps), same_class, find(regularizer)
             if mask is not None and not is_one_of(mask, ("hold", "soft")):
-                raise PruneError(f"mask must be 'hold', 'soft' or None, not {mask!r}", fix="mask='hold'")
+                raise PruneError(f"mask must be 'hold', 'soft' or None, not {shown(mask)}", fix="mask='hold'")
             inputs = ExampleInputs.parse(example_inputs, model).check(model)
             self._options, self._mask, self._original, self.model = options, mask, model, model
             self._compilation = Compilation(model, inputs, options.coupling)

@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 from torch import Tensor
 
-from fxprune.passes.coupling.families import Family, place_of, spells
+from fxprune.passes.coupling.families import Family, listed, place_of, spells
 from fxprune.passes.coupling.solution import Solution
+from fxprune.passes.coupling.structure import find_roles
 from fxprune.reports.formatting import Printable, counted, table
 from fxprune.selection.costs import elements
+from fxprune.selection.names import NOT_ALL_IN
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
 
-SHOWN, HELD = 4, 3
+SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class CoupledFamily:
         width: how many channels of its first member one unit takes up.
         members: (parameter or buffer, dimension) pairs it spans.
         frozen: the reason it is kept whole, or None.
+        role: what it is to the program: `residual stream`, `hidden layer`, `head`, `KV group` (a key head with the query heads
+            that share it), or "".
         parameters: how many parameter elements go with its units. A weight belongs to the family of its
             outputs and to that of its inputs, so the numbers of all families add up to more than the model's.
     """
@@ -42,11 +46,13 @@ class CoupledFamily:
     members: tuple[tuple[str, int], ...]
     frozen: str | None
     parameters: int
+    role: str = ""
 
     def __str__(self) -> str:
         units = f"{counted(self.units, 'unit')} of {counted(self.width, 'channel')}"
         why = f"; it {self.frozen}" if self.frozen else ""
-        return f"{self.name}: {units}, {counted(self.parameters, 'parameter')}{why}"
+        role = f" ({self.role})" if self.role else ""
+        return f"{self.name}{role}: {units}, {counted(self.parameters, 'parameter')}{why}"
 
     def spans(self, most: int | None = None) -> str:
         """Its members as `layer:dimension`, the first `most` of them."""
@@ -58,6 +64,7 @@ class CoupledFamily:
         """JSON-ready data."""
         return {
             "name": self.name,
+            "role": self.role,
             "units": self.units,
             "width": self.width,
             "parameters": self.parameters,
@@ -75,7 +82,7 @@ class Coupling(Printable):
     >>> found
     Coupling(Sequential: 1 prunable family of 6 units, 2 families kept whole)
     >>> print(found.families[0])
-    0: 6 units of 1 channel, 42 parameters
+    0 (hidden layer): 6 units of 1 channel, 42 parameters
     >>> found.families[0].members
     (('0.weight', 0), ('0.bias', 0), ('2.weight', 1))
 
@@ -93,8 +100,9 @@ class Coupling(Printable):
         frozen: Collection[str] = (),
     ) -> None:
         self.model = model
+        sizes, roles = elements(solution, found, tensors), find_roles(solution, found)
         self.families: tuple[CoupledFamily, ...] = tuple(
-            coupled_family(family, count, frozen) for family, count in zip(found, elements(solution, found, tensors))
+            coupled_family(family, count, frozen, role.name) for family, count, role in zip(found, sizes, roles, strict=True)
         )
         self._found = found
         self._solution = solution
@@ -148,21 +156,25 @@ class Coupling(Printable):
 
 def family_table(titles: tuple[str, str], found: Sequence[CoupledFamily], last: Sequence[str]) -> Table:
     """A row for each family: its name, its size, and what the last column says of it."""
-    rows = [(f.name, f"{f.units:,}", f"{f.width:,}", f"{f.parameters:,}", text) for f, text in zip(found, last, strict=True)]
-    return table((titles[0], "units", "width", "parameters", titles[1]), rows)
+    rows = [
+        (f.name, f.role, f"{f.units:,}", f"{f.width:,}", f"{f.parameters:,}", text) for f, text in zip(found, last, strict=True)
+    ]
+    return table((titles[0], "role", "units", "width", "parameters", titles[1]), rows)
 
 
-def coupled_family(family: Family, parameters: int, frozen: Collection[str] = ()) -> CoupledFamily:
+def coupled_family(family: Family, parameters: int, frozen: Collection[str] = (), role: str = "") -> CoupledFamily:
     """A family as a user reads it, without its labels; `frozen` are the tensors that stay by request."""
     why, texts = family.frozen, [text for text in frozen if ":" in text]
+    if why is not None and why.startswith(NOT_ALL_IN):
+        beyond = list(dict.fromkeys(f"{place_of(name)}:{dim}" for name, dim in family.members if name in frozen))
+        if len(beyond) < len({f"{place_of(name)}:{dim}" for name, dim in family.members}):
+            why += f": it holds {listed(beyond)} too"
     if why is not None and why.startswith("is frozen by "):
         named = lambda name, dim: name in frozen or any(spells(t, name, dim) for t in texts)  # noqa: E731
         others = [member for member in family.members if not named(*member)]
         if 0 < len(others) < len(family.members):
-            held = list(dict.fromkeys(f"{place_of(name)}:{dim}" for name, dim in others))
-            more = f" and {len(held) - HELD} more" if len(held) > HELD + 1 else ""
-            why += f", which holds {', '.join(held[:HELD] if more else held)}{more} too"
-    return CoupledFamily(family.name, len(family.units), family.width, family.members, why, parameters)
+            why += f", which holds {listed(list(dict.fromkeys(f'{place_of(name)}:{dim}' for name, dim in others)))} too"
+    return CoupledFamily(family.name, len(family.units), family.width, family.members, why, parameters, role)
 
 
 def largest_first(families: Iterator[CoupledFamily]) -> list[CoupledFamily]:

@@ -17,6 +17,7 @@ from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.capture.patches import visible
 from fxprune.passes.coupling.families import families
+from fxprune.passes.coupling.structure import find_roles
 from fxprune.passes.ir.module_tree import private_copy, set_mode
 from fxprune.passes.ir.quiet import unobserved, without_modes
 from fxprune.pipeline import Compilation
@@ -25,6 +26,7 @@ from fxprune.reports.coupling import CoupledFamily, coupled_family
 from fxprune.reports.formatting import Printable, counted, short, table
 from fxprune.selection.costs import elements
 from fxprune.selection.latency import FRIENDLY, Latency
+from fxprune.selection.options import STREAMS_LAST
 from fxprune.verification import Verification, evaluating
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-SHRUNK_SHOWN, WHOLE_SHOWN, HELD_SHOWN = 15, 10, 3
+SHRUNK_SHOWN, WHOLE_SHOWN, HELD_SHOWN, UNUSED_SHOWN = 15, 10, 3, 5
 # Where every family keeps half of its units a layer keeps a quarter of its weights; with the first and the
 # last layer, which keep more, about a third. Above that ratio of the two, something needs an explanation.
 UNREMARKABLE = 4 / 3
@@ -48,11 +50,13 @@ class FamilyChange:
         family: as it was.
         kept: how many of its units are left.
         left: how many elements of the pruned model's parameters would go with the rest.
+        last: whether it was to lose units only after all others.
     """
 
     family: CoupledFamily
     kept: int
     left: int
+    last: bool = False
 
     @property
     def reason(self) -> str:
@@ -61,6 +65,8 @@ class FamilyChange:
             return self.family.frozen
         if self.family.units == 1:
             return "has a single unit"
+        if self.kept == self.family.units and self.last:
+            return "is a residual stream through the whole model, which goes last"
         if self.kept == self.family.units:
             return "lost no unit: its ratio asks for fewer than can be removed at once; raise ratio or lower round_to"
         return f"keeps {self.kept:,} of {counted(self.family.units, 'unit')}"
@@ -78,6 +84,8 @@ class Report(Printable):
         capture: how the model was captured.
         verification: the comparison that `prune` made, if it made one.
         latency: what `prune` measured, if its budget was one of latency.
+        chosen: what `prune` chose where nothing was asked for, and why.
+        unused: the modules of tensors that a run on the example inputs does not use, which stay as they are.
     """
 
     model: str
@@ -87,6 +95,8 @@ class Report(Printable):
     capture: str
     verification: Verification | None
     latency: Latency | None = None
+    chosen: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
     @property
     def share(self) -> float:
@@ -142,7 +152,11 @@ class Report(Printable):
         if held:
             yield f"that leaves more than usual, because of {'these' if len(held) > 1 else 'this'}:"
             yield from (f"  {short(c.left)} left with {c.family.name}, which {c.reason}" for c in held)
+        if self.unused:
+            more = f" and {len(self.unused) - UNUSED_SHOWN} more" if len(self.unused) > UNUSED_SHOWN else ""
+            yield f"not used on the example inputs, and so left as they are: {', '.join(self.unused[:UNUSED_SHOWN])}{more}"
         yield from self.speed()
+        yield from (f"chosen: {text}" for text in self.chosen)
         yield f"captured: {self.capture}"
         unknown = "not compared with the original: prune(..., verify=True) or fxprune.verify does it"
         yield str(self.verification or unknown)
@@ -194,23 +208,29 @@ def report(model: nn.Module, pruned: nn.Module, example_inputs: Any = None) -> R
             type(model).__name__,
             (count_parameters(model), count_parameters(pruned)),
             macs,
-            changes(compilation, plan),
+            changes(compilation, plan, streams_last=STREAMS_LAST in meta.get("chosen", ())),
             meta.get("capture", "unknown"),
             meta.get("verification"),
             meta.get("latency"),
+            meta.get("chosen", ()),
+            tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in meta.get("unused", ()))),
         )
 
 
-def changes(compilation: Compilation, plan: PlanData) -> tuple[FamilyChange, ...]:
-    """What a plan makes of each family of a model."""
+def changes(compilation: Compilation, plan: PlanData, *, streams_last: bool = False) -> tuple[FamilyChange, ...]:
+    """What a plan makes of each family of a model; `streams_last`: a stream through all of it was to go after all else."""
     choice = compilation.choice_of(plan)
     solution, kept = choice.solution, choice.kept.numpy()
     found = families(solution, {name for name, _ in compilation.model.named_parameters()})
     before = elements(solution, found, compilation.tensors)
     after = elements(solution, found, compilation.tensors, kept)
+    shown = [
+        (coupled_family(family, size, compilation.options.frozen, role.name), role.crosses and streams_last)
+        for family, size, role in zip(found, before, find_roles(solution, found), strict=True)
+    ]
     made = [
-        FamilyChange(coupled_family(family, size, compilation.options.frozen), int(kept[family.units].sum()), left)
-        for family, size, left in zip(found, before, after)
+        FamilyChange(read, int(kept[family.units].sum()), left, last)
+        for (read, last), family, left in zip(shown, found, after, strict=True)
     ]
     return tuple(sorted(made, key=lambda c: -c.left))
 
@@ -229,17 +249,18 @@ def count_macs(model: nn.Module, inputs: ExampleInputs) -> int:
 
 def shrunk_table(shrunk: Sequence[FamilyChange]) -> Table:
     rows = [
-        (c.family.name, f"{c.family.units:,}", f"{c.kept:,}", short(c.left), c.family.spans(2)) for c in shrunk[:SHRUNK_SHOWN]
+        (c.family.name, c.family.role, f"{c.family.units:,}", f"{c.kept:,}", short(c.left), c.family.spans(2))
+        for c in shrunk[:SHRUNK_SHOWN]
     ]
     rest = shrunk[SHRUNK_SHOWN:]
     if rest:
         units, kept = sum(c.family.units for c in rest), sum(c.kept for c in rest)
-        rows.append((f"and {len(rest)} more", f"{units:,}", f"{kept:,}", "", ""))
-    return table(("shrank", "units", "left", "parameters left", "spans"), rows)
+        rows.append((f"and {len(rest)} more", "", f"{units:,}", f"{kept:,}", "", ""))
+    return table(("shrank", "role", "units", "left", "parameters left", "spans"), rows)
 
 
 def whole_table(whole: Sequence[FamilyChange]) -> Table:
-    rows = [(c.family.name, f"{c.family.units:,}", short(c.left), c.reason) for c in whole[:WHOLE_SHOWN]]
+    rows = [(c.family.name, c.family.role, f"{c.family.units:,}", short(c.left), c.reason) for c in whole[:WHOLE_SHOWN]]
     if len(whole) > WHOLE_SHOWN:
-        rows.append((f"and {len(whole) - WHOLE_SHOWN} more", "", "", ""))
-    return table(("stayed whole", "units", "parameters left", "because it"), rows)
+        rows.append((f"and {len(whole) - WHOLE_SHOWN} more", "", "", "", ""))
+    return table(("stayed whole", "role", "units", "parameters left", "because it"), rows)

@@ -14,7 +14,7 @@ from rich.text import Text
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fxprune.arguments import checked_call, is_number, number
+from fxprune.arguments import checked_call, is_number, number, shown
 from fxprune.criteria.base import Criterion
 from fxprune.criteria.catalog import CriterionName
 from fxprune.entry_points import entry_point
@@ -110,9 +110,10 @@ def sensitivity(
     evaluate: Callable[[nn.Module], Any] | None = None,
     *,
     ratios: Sequence[float] = TENTHS,
-    criterion: CriterionName | str | Criterion = "magnitude",
+    criterion: CriterionName | str | Criterion | None = None,
     data: Iterable[Any] | None = None,
     loss: Callable[..., Tensor] | None = None,
+    only: Freeze = (),
     freeze: Freeze = (),
     freeze_outputs: Freeze = (),
     release: str | Sequence[str] = (),
@@ -134,7 +135,7 @@ def sensitivity(
         example_inputs: as for `prune`.
         evaluate: a function of a pruned model, in evaluation mode, that returns a number: an accuracy, a loss.
         ratios: shares of units, each in (0, 1).
-        criterion, data, loss, freeze, freeze_outputs, release, round_to, attention: as for `prune`.
+        criterion, data, loss, only, freeze, freeze_outputs, release, round_to, attention: as for `prune`.
 
     Returns: a table that can be printed, `to_dict()`, and `plot(path)`.
 
@@ -148,6 +149,7 @@ def sensitivity(
                 criterion=criterion,
                 data=data,
                 loss=loss,
+                only=only,
                 freeze=freeze,
                 freeze_outputs=freeze_outputs,
                 release=release,
@@ -211,11 +213,11 @@ def value(compilation: Compilation, choice: Choice, evaluate: Any) -> float:
 def checked(ratios: Any, evaluate: Any) -> tuple[float, ...]:
     """The ratios in ascending order; raises PruneError for what means nothing."""
     if not callable(evaluate):
-        raise PruneError(f"evaluate must be a function, not {evaluate!r}", fix=EVALUATE)
+        raise PruneError(f"evaluate must be a function, not {shown(evaluate)}", fix=EVALUATE)
     listed = [number(r) for r in ratios] if isinstance(ratios, Iterable) and not isinstance(ratios, str) else [number(ratios)]
     for r in listed:
         if not is_number(r) or not 0 < r < 1:
-            raise PruneError(f"ratios must lie between 0 and 1, and {r!r} does not", fix="ratios=(0.25, 0.5, 0.75)")
+            raise PruneError(f"ratios must lie between 0 and 1, and {shown(r)} does not", fix="ratios=(0.25, 0.5, 0.75)")
     if not listed:
         raise PruneError("ratios holds none", fix="ratios=(0.25, 0.5, 0.75)")
     return tuple(sorted({float(r) for r in listed}))

@@ -98,9 +98,12 @@ class Costs:
     def of(self, slicer: Slicer, kind: str) -> int:
         """The `params`, `macs` or `memory` (bytes of parameters and buffers) that are left."""
         if kind == "macs":
-            return sum(self.macs(op, slicer) for op in self.products)
+            gone = {self.solution.captures[0].index.get(n) for n in slicer.removed.nodes}
+            return sum(self.macs(op, slicer) for op in self.products if op.node not in gone)
         total = 0
         for name, tensor in self.tensors.items():
+            if name in slicer.removed.tensors:
+                continue
             if kind == "memory" or isinstance(tensor, nn.Parameter):
                 shape = cut_shape(tensor.shape, slicer(self.solution.leaves.get(name, ()), tensor.shape))
                 total += math.prod(shape) * (tensor.element_size() if kind == "memory" else 1)
