@@ -1,4 +1,4 @@
-"""The tables of docs/from-torch-pruning.md: complete, and every row runs."""
+"""The tables of docs/from-torch-pruning.md and docs/from-others.md: the first is complete, and every row of both runs."""
 
 import copy
 import inspect
@@ -13,12 +13,14 @@ from clocks import counting_clock
 from fxprune.selection import latency
 from tests.test_readme import code_blocks
 
-PAGE = (Path(__file__).parents[1] / "docs" / "from-torch-pruning.md").read_text()
-ROW = re.compile(r"^\| (`[^|]*`) \| (`[^|]*)\|$", re.MULTILINE)
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = {"from-torch-pruning.md": "### Pruners", "from-others.md": "## NVIDIA ModelOpt"}  # and where the tables begin
+TEXTS = {page: (DOCS / page).read_text() for page in PAGES}
+TABLES = {page: TEXTS[page][TEXTS[page].index(start) :] for page, start in PAGES.items()}
+ROW = re.compile(r"^\| (?!-)([^|]+) \| (`[^|]*)\|$", re.MULTILINE)
 NAMES = re.compile(r"`([^`]+)`")
-TABLES = PAGE[PAGE.index("### Pruners") :]
-ROWS = [(NAMES.findall(theirs), NAMES.findall(ours)[0]) for theirs, ours in ROW.findall(TABLES)]
-LISTED = {name for names, _ in ROWS for name in names}
+ROWS = [(page, theirs, NAMES.findall(ours)[0]) for page, text in TABLES.items() for theirs, ours in ROW.findall(text)]
+LISTED = {name for page, theirs, _ in ROWS if page == "from-torch-pruning.md" for name in NAMES.findall(theirs)}
 
 
 def classes_and_functions(namespace, prefix=""):
@@ -56,27 +58,41 @@ def test_every_public_name_has_a_row():
 
 @pytest.fixture(scope="module")
 def names():
-    """What the block above the tables defines."""
-    found = {}
-    for block in code_blocks(PAGE):
-        exec(block.code, found)
+    """What the block above the tables of each page defines."""
+    found = {page: {} for page in PAGES}
+    for page, text in TEXTS.items():
+        for block in code_blocks(text):
+            exec(block.code, found[page])
     return found
 
 
-@pytest.mark.parametrize("code", [code for _, code in ROWS], ids=[names[0] for names, _ in ROWS])
-def test_row_runs(code, names, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def folders(names, tmp_path_factory):
+    """Where the rows of each page run; there is a file to load."""
+    found = {page: tmp_path_factory.mktemp("rows") for page in PAGES}
+    for page, folder in found.items():
+        given = names[page]
+        given["fxprune"].save(given["fxprune"].prune(given["model"], 0.5, given["x"]), folder / "small.safetensors")
+    return found
+
+
+@pytest.mark.parametrize(("page", "code"), [(p, code) for p, _, code in ROWS], ids=[f"{p}: {theirs}" for p, theirs, _ in ROWS])
+def test_row_runs(page, code, names, folders, monkeypatch):
+    monkeypatch.chdir(folders[page])
     monkeypatch.setattr(latency, "measure_seconds", counting_clock)
-    exec(code, dict(names, pruner=copy.deepcopy(names["pruner"])))
+    exec(code, dict(names[page]))
 
 
-def test_every_row_is_found():
-    assert len(ROWS) == sum(line.startswith("| `") for line in TABLES.splitlines())
+@pytest.mark.parametrize("page", PAGES)
+def test_every_row_is_found(page):
+    lines = [line for line in TABLES[page].splitlines() if line.startswith("|")]
+    heads = sum(line.startswith("|---") for line in lines)
+    assert sum(p == page for p, _, _ in ROWS) == len(lines) - 2 * heads > 0
 
 
 def test_ignored_layers_is_freeze_outputs(names):
-    """The same layer is left alone, so the same number of parameters stays."""
-    model, x, fxprune = names["model"], names["x"], names["fxprune"]
+    """The same layer is left alone, so the same shapes are left."""
+    model, x, fxprune = (names["from-torch-pruning.md"][name] for name in ("model", "x", "fxprune"))
     theirs = copy.deepcopy(model)
     importance = torch_pruning.importance.MagnitudeImportance(p=2)
     ignored = [theirs.fc, theirs.layer1[0].conv1]

@@ -56,7 +56,8 @@ NEEDING = [(name, block) for name in DOCUMENTS for block in blocks_of(name) if b
 
 
 def test_blocks_are_found_with_their_line_numbers():
-    text = "one\n```python\nx = 1\n```\n```python no-run\nskip\n```\n```sh\nls\n```\n<!-- needs: a, b -->\n```python\n1 / 0\n```\n"
+    text = "one\n```python\nx = 1\n```\n```python no-run\nskip\n```\n```sh\nls\n```\n"
+    text += "<!-- needs: a, b -->\n```python\n1 / 0\n```\n"
     assert [block.code.strip() for block in code_blocks(text)] == ["x = 1", "1 / 0"]
     assert [block.line for block in code_blocks(text)] == [3, 13]
     assert [block.needs for block in code_blocks(text)] == [(), ("a", "b")]
