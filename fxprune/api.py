@@ -19,7 +19,19 @@ from fxprune.passes.rewrite.pruned_module import PrunedModule
 from fxprune.pipeline import Compilation, Plan
 from fxprune.plan import plan_between
 from fxprune.reports.coupling import Coupling
-from fxprune.selection.options import Asked, Attention, BudgetName, Depth, Freeze, Options, Ranking, Ratio, Scopes, Verify
+from fxprune.selection.options import (
+    Asked,
+    Attention,
+    BudgetName,
+    Depth,
+    Freeze,
+    Options,
+    Ranking,
+    Ratio,
+    Remove,
+    Scopes,
+    Verify,
+)
 from fxprune.verification import Verification, compare
 
 if TYPE_CHECKING:
@@ -46,6 +58,7 @@ def prune(
     *,
     depth: Depth = False,
     depth_criterion: str | Callable[[Tensor, Tensor], Any] | None = None,
+    remove: Remove | None = None,
     verify: Verify = "auto",
     same_class: Literal[False] = False,
     **asked: Unpack[Asked],
@@ -60,6 +73,7 @@ def prune(
     *,
     depth: Depth = False,
     depth_criterion: str | Callable[[Tensor, Tensor], Any] | None = None,
+    remove: Remove | None = None,
     verify: Verify = "auto",
     same_class: Literal[True],
     **asked: Unpack[Asked],
@@ -94,6 +108,7 @@ def prune(
     depth: Depth = False,
     depth_criterion: str | Callable[[Tensor, Tensor], Any] | None = None,
     uniform: bool = False,
+    remove: Remove | None = None,
     verify: Verify = "auto",
     same_class: bool = False,
 ) -> Any:
@@ -160,6 +175,11 @@ def prune(
         uniform: families that play the same part keep the same share of their units, so that one number says how many there
             are in every layer: those of one structure and size, and of a model with a configuration those that one number of
             it counts. Where one of them stays whole all do, and `couple(..., uniform=True)` says why.
+        remove: exactly the channels that go, in place of a ratio or a budget: a mapping from layers to indices of their
+            outputs, such as `{"layer1.0.conv1": [2, 6, 9]}`. All that is coupled to them goes too
+            (`couple(...).group("layer1.0.conv1", [2, 6, 9])` shows it). In place of a layer: `layer:dim` or `tensor:dim` for
+            another dimension; a family of `couple`, or `layer#2`, for its units by number. Where other channels of the same
+            layer would go too, as in a head, it is an error that lists them.
         verify: compare the result to the masked original; `auto` does so where a forward is cheap.
         same_class: return a shrunk copy of the model, of its own class, with attributes and configuration brought up to date,
             instead of a GraphModule: its caches, losses, `generate` and `save_pretrained` are as before.
@@ -194,6 +214,7 @@ def prune(
             depth=depth,
             depth_criterion=depth_criterion,
             uniform=uniform,
+            remove=remove,
             verify=verify,
         )
         inputs = ExampleInputs.parse(example_inputs, model).check(model, weights=options.needs_weights or same_class)
@@ -240,7 +261,7 @@ def couple(
         found = families(solution, set(named_parameters(model)))
         for capture in solution.captures:
             capture.given.clear()  # nothing is tried any more
-        return Coupling(type(model).__name__, found, solution, compilation.tensors, options.coupling.frozen)
+        return Coupling(type(model).__name__, found, solution, compilation)
 
 
 @checked_call()

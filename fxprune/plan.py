@@ -240,10 +240,7 @@ def kept_labels(plan: PlanData, solution: Solution, trials: Collection[str] = ()
     removed = occurs & ~stays
     facts = np.array([not any(trial in reason for trial in trials) for reason in solution.reasons] + [False])  # -1: not frozen
     frozen = np.flatnonzero(removed & facts[solution.frozen])
-    if len(frozen):
-        why = solution.reasons[int(solution.frozen[frozen[0]])]
-        what = f"it removes channels of {occurring(solution, int(frozen[0]))}, of which one {why}"
-        raise PruneError(f"the plan does not fit the model: {what}", fix="apply it to the architecture it was made for")
+    removed[frozen] = False  # it may be that all its entries are removed with others that share their places
     kept = torch.from_numpy(~removed[unit])
     try:
         now = {name: found for name, found in tensor_cuts(solution, kept).items() if found and name in plan.shapes}
@@ -251,6 +248,10 @@ def kept_labels(plan: PlanData, solution: Solution, trials: Collection[str] = ()
         raise PruneError("the plan does not fit the model: rows would differ in length", fix="make a new plan") from error
     for name in sorted({*plan.slices, *now} - gone):
         if not same_slices(plan.slices.get(name, []), now.get(name, []), plan.shapes[name]):
+            if len(frozen):
+                why = solution.reasons[int(solution.frozen[frozen[0]])]
+                what = f"it removes channels of {occurring(solution, int(frozen[0]))}, of which one {why}"
+                raise PruneError(f"the plan does not fit the model: {what}", fix="apply it to the architecture it was made for")
             raise PruneError(
                 f"the plan does not fit the model: it cuts {name} in another way than the model's coupling allows",
                 where=name,

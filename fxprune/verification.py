@@ -268,13 +268,13 @@ class Comparison:
             return
         self.decide(name, inputs, got, masked, drawn)
 
-    def result(self, inputs: ExampleInputs, drawn: list[Tensor]) -> Any:
+    def result(self, inputs: ExampleInputs, drawn: list[Any]) -> Any:
         """What the pruned model returns."""
         set_random_state(drawn, self.devices)
         with restoring(self.pruned, parameters=self.masked.writes), self.drawing():
             return inputs.map(torch.clone).call(quietly(self.pruned))  # it may write to them
 
-    def decide(self, name: str, inputs: ExampleInputs, got: Any, masked: float, drawn: list[Tensor]) -> None:
+    def decide(self, name: str, inputs: ExampleInputs, got: Any, masked: float, drawn: list[Any]) -> None:
         """Note an error against the masked original, beside that against the zeroed one where it has a say."""
         zeroed = None
         if name == EXAMPLE or masked > self.tolerance:

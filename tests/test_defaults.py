@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from scored import scores
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -88,6 +89,22 @@ def test_the_places_of_an_image_are_one_sample():
     terms = (h.detach() * h.grad).sum((2, 3)).square().sum(0)
     rows = terms.topk(4).indices.sort().values
     assert torch.equal(small.get_submodule("first").weight, model.first.weight[rows])
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_scores_are_the_terms_themselves_in_groups_too(groups):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=groups), nn.Flatten(), nn.Linear(200, 2)]
+    model, x, y = nn.Sequential(*layers).double().eval(), torch.randn(5, 3, 9, 9).double(), torch.tensor([0, 1, 0, 1, 1])
+    found = scores(model, x, "token_taylor", [(x, y)], F.cross_entropy)
+    h = model[1](model[0](x)).detach().requires_grad_()
+    F.cross_entropy(model[4](model[3](model[2](h))), y).backward()
+    terms = (h.detach() * h.grad * 5).sum((2, 3)).square().sum(0)
+    if groups == 8:  # a depthwise layer hands its units on: the last layer reads them
+        z = model[2](h).detach().requires_grad_()
+        F.cross_entropy(model[4](model[3](z)), y).backward()
+        terms = (z.detach() * z.grad * 5).sum((2, 3)).square().sum(0)
+    torch.testing.assert_close(found["0"], terms)
 
 
 @pytest.mark.parametrize(

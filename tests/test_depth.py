@@ -521,6 +521,7 @@ def test_plans():
     again = plan.apply(fresh)
     assert removed(again) == [0, 1] and again.layers[3].up.weight.shape == (6, 4)
     assert fxprune.verify(fresh, again, V).ok
+    assert "without the residual branches of layers.0, layers.1" in " ".join(str(fxprune.report(model, pruned, V)).split())
     assert fxprune.prune(model, 0.5, V).plan.to_dict()["format"] == "fxprune.plan/1"
     data = plan.to_dict()
     with pytest.raises(fxprune.PruneError, match="this is no plan"):
@@ -579,5 +580,6 @@ def test_generation_and_caches():
         else:
             with pytest.raises(GuardError, match="cannot write to a DynamicCache: use_cache=False"):
                 tokens(pruned)
-    with pytest.raises(fxprune.PruneError, match="its program is not seen within the model"):
-        fxprune.prune(model, 0.2, {"input_ids": IDS}, **options)
+    pruned = fxprune.prune(model, 0.2, {"input_ids": IDS}, verify=True, **options)  # which returns a cache
+    assert pruned.verification.ok  # the keys and values of a removed attention are outputs: they stay
+    assert pruned.plan.removed == {f"model.layers.0.self_attn.{m}_proj.weight" for m in "qo"}

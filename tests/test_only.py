@@ -104,6 +104,13 @@ def test_first_and_last_blocks_are_protected(llama):
     assert shapes == {0: (16, 48), 1: (16, 48), 2: (16, 24), 3: (16, 48)}
 
 
+def test_branches_of_protected_blocks_stay(llama):
+    small = fxprune.prune(llama, 0.9, IDS, depth="only", protect=(2, 1))
+    left = {name.split(".")[2] for name, _ in small.named_parameters() if "down_proj" in name}
+    assert left >= {"0", "1", "3"}
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in llama.parameters())
+
+
 def test_what_lies_within_a_module_is_frozen_by_its_name_with_a_slash(llama):
     small = fxprune.prune(llama, 0.5, IDS, freeze="model.layers.1/")
     shapes = {i: small.get_parameter(f"model.layers.{i}.mlp.down_proj.weight").shape for i in range(4)}

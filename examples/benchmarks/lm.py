@@ -33,6 +33,7 @@ WINDOW, BATCH = 256, 4
 WHAT = {"FFN": ("*mlp*",), "FFN + heads": ("*mlp*", "*self_attn*")}
 CRITERIA = ("default", "taylor", "flap", "wanda", "magnitude")
 TEXTS = ("wikipedia", "news")
+SPLIT = "calibration spread over seven eighths of Wikipedia, evaluation on the ends of both texts"
 
 
 def folder_of(package: str) -> Path:
@@ -63,11 +64,14 @@ def load() -> tuple[Any, dict[str, Tensor]]:
     return model, {name: torch.tensor(tokenizer(text)["input_ids"]) for name, text in tokens.items()}
 
 
-def windows(tokens: Tensor, number: int, start: int) -> list[Tensor]:
-    """So many tokens from a place on, as batches of windows."""
-    if len(tokens) < start + number:
-        raise SystemExit(f"the text has {len(tokens):,} tokens, fewer than {start + number:,}")
-    return list(tokens[start : start + number // WINDOW * WINDOW].view(-1, WINDOW).split(BATCH))
+def split(tokens: Tensor, calibration: int, held: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Batches of windows: spread evenly over a text but for its last eighth, and the last ones of it."""
+    every = tokens[: len(tokens) // WINDOW * WINDOW].view(-1, WINDOW)
+    first, number = len(every) * 7 // 8, calibration // WINDOW
+    if first < number or len(every) - first < held // WINDOW:
+        raise SystemExit(f"the text has {len(tokens):,} tokens: too few")
+    spread = every[torch.linspace(0, first - 1, number).long()] if number else every[:0]
+    return list(spread.split(BATCH)), list(every[len(every) - held // WINDOW :].split(BATCH))
 
 
 @torch.no_grad()
@@ -84,20 +88,21 @@ def ours(model: Any, batches: list[Tensor], keep: float, criterion: str, what: s
 
 
 def experiments(model: Any, batches: list[Tensor], arguments: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Any]]:
-    """What is asked for, each with a function that makes the models: raw, and repaired where that is done."""
+    """What is asked for, each with a function that makes the models in turn: raw, and repaired where that is done."""
     for keep in arguments.budgets:
         for name in arguments.plain:
             method = PLAIN[name]
             row = {"keep": keep, "method": name, "what": "blocks" if name == "ShortGPT" else "FFN", "by": "plain"}
-            yield row, lambda m=method, k=keep: {"": m(model, batches, k)}
+            yield row, lambda m=method, k=keep: iter([("", m(model, batches, k))])
         for criterion in arguments.criteria:
             for what in arguments.what:
                 row = {"keep": keep, "method": criterion, "what": what, "by": "fxprune"}
 
-                def make(k: float = keep, c: str = criterion, w: str = what) -> dict[str, Any]:
+                def make(k: float = keep, c: str = criterion, w: str = what) -> Iterator[tuple[str, Any]]:
                     small = ours(model, batches, k, c, w)
+                    yield "", small
                     data = [{"input_ids": ids, "labels": ids} for ids in batches]
-                    return {"": small, "repaired": fxprune.repair(model, small, data, method="refit")}
+                    yield "repaired", fxprune.repair(model, small, data, method="refit")
 
                 yield row, make
 
@@ -113,12 +118,10 @@ def main() -> None:
     arguments = parser.parse_args()
     model, texts = load()
     model.config.use_cache = False
-    batches = windows(texts["wikipedia"], arguments.calibration, 0)
-    held = {
-        name: windows(texts[name], arguments.tokens, arguments.calibration if name == "wikipedia" else 2000) for name in TEXTS
-    }
+    batches, _ = split(texts["wikipedia"], arguments.calibration, arguments.tokens)
+    held = {name: split(texts[name], 0, arguments.tokens)[1] for name in TEXTS}
     rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
-    size = {"calibration": arguments.calibration, "tokens": arguments.tokens}
+    size = {"calibration": arguments.calibration, "tokens": arguments.tokens, "held": SPLIT}
 
     def done(row: dict[str, Any]) -> bool:
         return any({**row, **size}.items() <= other.items() for other in rows)
@@ -134,10 +137,15 @@ def main() -> None:
     dense = {"keep": 1.0, "method": "dense", "what": "", "by": ""}
     if not done(dense):
         note(dense, model, 0.0)
-    for row, make in tqdm([e for e in experiments(model, batches, arguments) if not done(e[0])], desc="models"):
+    last = {"fxprune": "repaired", "plain": ""}  # what ends a row
+    todo = [e for e in experiments(model, batches, arguments) if not done({**e[0], "repair": last[e[0]["by"]]})]
+    for row, make in tqdm(todo, desc="models"):
         start = time.perf_counter()
-        for kind, made in make().items():
-            note({**row, "repair": kind}, made, time.perf_counter() - start)
+        for kind, made in make():
+            seconds = time.perf_counter() - start
+            if not done({**row, "repair": kind}):
+                note({**row, "repair": kind}, made, seconds)
+            start = time.perf_counter()
     PAGE.write_text(page(rows))
 
 
@@ -149,12 +157,12 @@ def page(rows: list[dict[str, Any]]) -> str:
         "Perplexity of SmolLM2-135M-Instruct (30 layers, hidden size 576, 9 heads, 3 KV groups) after pruning,",
         f"without training, on windows of {WINDOW} tokens that calibration has not seen. `lm.py` writes this page from",
         "`lm.jsonl`; plain methods are those of `lm_plain.py`. Repaired is `fxprune.repair` by `refit` on the data of",
-        "calibration. Not all rows that the script can run were run.",
+        "calibration. Not all rows that the script can run were run. Seconds are those of a machine shared with other work.",
     ]
-    for size in sorted({(r["calibration"], r["tokens"]) for r in rows}):
-        mine = [r for r in rows if (r["calibration"], r["tokens"]) == size]
+    for size in sorted({(r["calibration"], r["tokens"], r["held"]) for r in rows}):
+        mine = [r for r in rows if (r["calibration"], r["tokens"], r["held"]) == size]
         whole = next((r for r in mine if r["method"] == "dense"), None)
-        lines += ["", f"## {size[0]:,} tokens of calibration, {size[1]:,} of each text", ""]
+        lines += ["", f"## {size[0]:,} tokens of calibration, {size[1]:,} of each text", "", f"The texts: {size[2]}.", ""]
         if whole is not None:
             lines += [f"Unpruned: {whole['wikipedia']:.1f} on Wikipedia, {whole['news']:.1f} on news.", ""]
         lines += ["| parameters | of | method | pruned | repaired | Wikipedia | times | news | times | s |"]

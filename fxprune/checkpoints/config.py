@@ -13,10 +13,11 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from fxprune.checkpoints.file import one_line, read_json, replacing
+from fxprune.checkpoints.file import read_json
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.plan import PlanData
+from fxprune.reports.files import one_line, replacing
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 MOST_BYTES = 1 << 22  # of a configuration

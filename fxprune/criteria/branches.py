@@ -30,7 +30,6 @@ from fxprune.passes.ir.module_tree import named_parameters
 
 SCORES = ("influence", "taylor", "loss", "weights")
 Influence = Callable[[Tensor, Tensor], Any]  # of the stream, and what is added to it
-Look = Callable[[Tensor, Tensor, Tensor], None]  # the stream, what is added, and the sum
 
 
 class BranchRun(fx.Interpreter):
@@ -53,7 +52,7 @@ class BranchRun(fx.Interpreter):
         self.arguments: Mapping[str, Any] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        given = inspect.signature(self.module.forward).bind(*args, **kwargs)  # type: ignore[arg-type]
+        given = inspect.signature(self.module.forward).bind(*args, **kwargs)
         given.apply_defaults()
         self.arguments = given.arguments
         return self.run()
@@ -109,7 +108,7 @@ def score_branches(
         held = {d for f in solution.values[0].get(ref.id, ()) for d in f.dims}
         dims.append(sorted(held) or [len(capture.op_trace.shape(ref)) - 1])
     label = how if isinstance(how, str) else getattr(how, "__name__", type(how).__name__)
-    with prepare_source(model, data, loss, label, solution.captures) as source:
+    with prepare_source(model, data, loss, label, solution) as source:
         run: Any = BranchRun(program(), places)
         source.model = run
         found = Scores(source, run, len(branches))
@@ -117,9 +116,9 @@ def score_branches(
             return found.by_loss()
         if how == "taylor":
             return found.by_gradient()
-        if how == "influence":
-            return found.by_function(lambda i, stream, out: influence(stream, out, dims[i]), summed=False)
-        return found.by_function(lambda i, stream, out: checked(how, stream, out - stream, label), summed=True)
+        if isinstance(how, str):
+            return found.by_function(lambda i, stream, added: influence(stream, stream + added, dims[i]))
+        return found.by_function(lambda i, stream, added: checked(how, stream, added, label))
 
 
 class Scores:
@@ -136,11 +135,11 @@ class Scores:
         self.samples += batch.size
         return batch
 
-    def by_function(self, function: Callable[[int, Tensor, Tensor], float], *, summed: bool) -> np.ndarray:
+    def by_function(self, function: Callable[[int, Tensor, Tensor], float]) -> np.ndarray:
         size = 0
 
         def look(i: int, stream: Tensor, branch: Tensor, out: Tensor) -> None:
-            self.total[i] += size * function(i, stream, stream + branch)
+            self.total[i] += size * function(i, stream, branch)
 
         self.run.looks = look
         with torch.no_grad():
@@ -176,7 +175,7 @@ class Scores:
         return self.mean()
 
 
-def influence(stream: Tensor, out: Tensor, dims: Sequence[int]) -> float:
+def influence(stream: Tensor, out: Tensor, dims: list[int]) -> float:
     """1 - the mean cosine between a stream before and after a branch, along the dimensions of channels.
 
     >>> round(influence(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[0.0, 3.0], [0.0, 1.0]]), [1]), 6)

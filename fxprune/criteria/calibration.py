@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fxprune.arguments import shown
 from fxprune.criteria.activation_stats import Moments, observe_activations, units_of_labels, wide
@@ -24,6 +23,7 @@ from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import copy_tree, named_tensors, set_mode
 from fxprune.passes.ir.program import CapturedProgram
+from fxprune.passes.ir.progress import progress_bar
 from fxprune.passes.ir.pytree import collect, map_tensors
 
 Evidence = dict[str, Tensor]
@@ -79,7 +79,7 @@ class Source:
             raise PruneError(f"the criterion {self.criterion} needs data", fix=BATCHES)
         device = next((p.device for p in self.parameters.values()), torch.device("cpu"))
         count = 0
-        for item in tqdm(self.data, desc=f"scoring by {self.criterion}", disable=None, leave=False):
+        for item in progress_bar(self.data, f"scoring by {self.criterion}", "batch"):
             batch = parse_batch(item).map(lambda t: t.to(device))
             count += batch.size
             yield from (batch.rows(slice(i, i + 1)) for i in range(batch.size)) if single and batch.size > 1 else [batch]
@@ -261,7 +261,10 @@ def loss_terms(source: Source) -> Evidence:
     observer = observe_activations(
         source.model, source.parameters, source.captures, source.batches(), source.value, back=True, units=units
     )
-    return observer.by_parameter(observer.terms, observer.inputs.count > 0, source.parameters)
+    times = torch.zeros(observer.size, dtype=torch.int64)  # a channel of a group stands in as many rows as filters read it
+    for f in (f for labels in observer.own_leaves.values() for f in labels):
+        times += torch.from_numpy(f.flat).bincount(minlength=observer.size)
+    return observer.by_parameter(observer.terms / times.clamp(min=1), observer.inputs.count > 0, source.parameters)
 
 
 def filter_curvature(source: Source) -> Evidence:

@@ -128,9 +128,10 @@ class TokenTaylor(CriterionOptions):
 
     def score_dims(self, weight: Tensor, evidence: Tensor | None, dims: Sequence[int]) -> Tensor | None:
         """The score of each channel that a layer reads; other dimensions have none."""
-        if evidence is None or any(evidence.shape[d] > 1 and d not in dims for d in range(weight.dim())):
+        if evidence is None:
             return None
-        return evidence
+        shape = [weight.shape[d] if d in dims else 1 for d in range(weight.dim())]
+        return evidence if list(evidence.shape) == shape else None
 
 
 CRITERIA: dict[str, Criterion] = {

@@ -15,6 +15,7 @@ from fxprune.criteria.base import CriterionSpec
 from fxprune.passes.coupling.families import Family
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.labels import Factor, Labels
+from fxprune.passes.ir.progress import progress_bar
 
 Places = Callable[[str, Factor], bool]
 HALF_DTYPES = (torch.float16, torch.bfloat16)
@@ -96,7 +97,7 @@ class Scorer:
                 if places and self.can_score(parameter) and parameter.numel()
             ]
             together = self.score_together(scored) if evidence is None else {}
-            for name, weight, places in scored:
+            for name, weight, places in progress_bar(scored, "scores", "parameter"):
                 sums: Sequence[Tensor | np.ndarray | None]
                 if name in together:
                     sums = [sum_over_others(together[name], f.dims) for f, _ in places]
@@ -171,8 +172,8 @@ class Scorer:
     def score_elements(self, name: str, weight: Tensor, evidence: Tensor | None) -> Tensor:
         """The importance of each element of a parameter, or of some of its rows; raises PruneError for anything else."""
         if weight.is_complex():
-            parts = [None if t is None else torch.view_as_real(t.resolve_conj()) for t in (weight, evidence)]
-            return self.score_elements(name, parts[0], parts[1]).sum(-1)
+            given_parts = None if evidence is None else torch.view_as_real(evidence.resolve_conj())
+            return self.score_elements(name, torch.view_as_real(weight.resolve_conj()), given_parts).sum(-1)
         weight = weight.float() if weight.dtype in HALF_DTYPES else weight
         given = () if evidence is None else (evidence.to(weight.dtype),)
         try:

@@ -281,8 +281,7 @@ class Pruner:
 
         Optimizers and averages have a state dict of their own: save it with this one, after they were remapped.
         """
-        cut = self._mask is None and len(self.history) > 0
-        model = PresentModel.of(self.model, self._original, cut)
+        model = PresentModel.of(self.model, self._original, cut=self._mask is None and len(self.history) > 0)
         units = (self._choice.kept, self._gone, self._marked)
         return PrunerState.of(self._asked, self.plan, units, self._calls, self.history, self._compilation, model).to_dict()
 
@@ -304,6 +303,7 @@ class Pruner:
             self._gone, self._marked, self._move, self._spans = resumed.gone, resumed.marked, None, None
             cut = self._mask is None and len(self.history) > 0
             self._view = View(self.plan) if cut else self._whole
+            self.model = self.shrink() if cut and self._same_class else resumed.model
 
     @property
     def _asked(self) -> dict[str, str]:

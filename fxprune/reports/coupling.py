@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
-from torch import Tensor
 
+from fxprune.entry_points import entry_point
 from fxprune.passes.coupling.families import Family, listed, place_of, spells
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.coupling.structure import find_roles
+from fxprune.pipeline import Compilation
 from fxprune.reports.formatting import Printable, counted, table
+from fxprune.reports.group import Chains, Group, group_of
 from fxprune.selection.costs import elements
+from fxprune.selection.indices import parse_indices
 from fxprune.selection.names import NOT_ALL_IN
+from fxprune.selection.options import Options, Verify
+from fxprune.selection.places import find_place
+from fxprune.selection.removal import check_indices
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -96,16 +104,17 @@ class Coupling(Printable):
         model: str,
         found: Sequence[Family],
         solution: Solution,
-        tensors: Mapping[str, Tensor],
-        frozen: Collection[str] = (),
+        compilation: Compilation,
     ) -> None:
         self.model = model
+        tensors, frozen = compilation.tensors, compilation.options.frozen
         sizes, roles = elements(solution, found, tensors), find_roles(solution, found)
         self.families: tuple[CoupledFamily, ...] = tuple(
             coupled_family(family, count, frozen, role.name) for family, count, role in zip(found, sizes, roles, strict=True)
         )
         self._found = found
         self._solution = solution
+        self._compilation = compilation
 
     @property
     def prunable(self) -> list[CoupledFamily]:
@@ -126,11 +135,48 @@ class Coupling(Printable):
 
         Nodes are (tensor, dimension, position in `families`), with the attributes `tensor`, `dim`, `family`
         (its name), `frozen` (the reason or None) and `indices`. Edges are what the rules tied, before anything
-        was solved.
+        was solved, with `op` (the class of a layer or the name of a function) and `module` (the path of the one
+        that calls it) of the first tie.
         """
         from fxprune.reports.coupling_graph import coupling_graph
 
         return coupling_graph(self._solution, self._found)
+
+    def group(self, layer: Any, indices: Sequence[int] | None = None) -> Group:
+        """All that goes with some channels, as a chain of links, each with the op that causes it.
+
+        >>> import torch, fxprune
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 2))
+        >>> found = fxprune.couple(net, torch.randn(1, 4)).group("0", [1, 4])
+        >>> for link in found:
+        ...     print(link)
+        0:0 [1, 4] as asked
+        0:0 [1, 4] with 0:0, by Linear 0
+        2:1 [1, 4] with 0:0, by Linear 2
+        >>> found.apply()[2].weight.shape
+        torch.Size([2, 4])
+
+        Arguments:
+            layer: as a key of `remove` in `prune`: a layer, `layer:dim`, `tensor:dim`, or a family.
+            indices: channels of it (of a family, units), each once; all of them by default.
+
+        Raises: PruneError for a layer or indices that there are none of.
+        """
+        with entry_point(self._compilation.model) as model:
+            place = find_place(model, self._solution, self._found, layer, "group")
+            chosen = range(place.size) if indices is None else parse_indices(indices, "group", layer)
+            check_indices(place, chosen)
+            return group_of(self._chains, place, chosen, self._prune)
+
+    @functools.cached_property
+    def _chains(self) -> Chains:
+        return Chains(self._solution)
+
+    def _prune(self, remove: Mapping[str, Sequence[int]], verify: Verify = "auto", same_class: bool = False) -> Any:
+        with entry_point(self._compilation.model) as model:
+            options = Options.parse(model, remove=remove, verify=verify)
+            options = dataclasses.replace(options, coupling=self._compilation.options)
+            return self._compilation.prune(options, same_class=same_class)
 
     def __repr__(self) -> str:
         return f"Coupling({self.headline()})"

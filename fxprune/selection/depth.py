@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.criteria.branches import score_branches
 from fxprune.passes.coupling.branches import Branches
+from fxprune.passes.coupling.families import Family
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.branches import Branch
@@ -38,14 +39,14 @@ class DepthAllocator(Allocator):
 
     def __init__(
         self,
-        free: Sequence[object],
+        free: Sequence[Family],
         score: np.ndarray,
         solution: Solution,
         options: Options,
         branches: Branches,
         groups: Sequence[tuple[list[Branch], np.ndarray, float]],
     ) -> None:
-        super().__init__(free, score, solution, options)  # type: ignore[arg-type]
+        super().__init__(free, score, solution, options)
         self.branches, self.lists = branches, [found for found, _, _ in groups]
         self.widths = len(self.candidates)
         floor = (FLOOR if options.competes else 0.0) if options.floor is None else options.floor
@@ -59,8 +60,10 @@ class DepthAllocator(Allocator):
             levels = list(range(most + 1))
             importance = [0.0, *(scores[:most] * scale).tolist()]
             self.candidates.append(Candidates(group, lambda level: np.zeros(0, np.int64), levels, importance))
-            competing = options.ranking == "global" and self.rivals and options.scopes is None
-            (self.rivals[0] if competing else self.rivals.append([]) or self.rivals[-1]).append(len(self.candidates) - 1)
+            if options.ranking == "global" and self.rivals and options.scopes is None and len(groups) == 1:
+                self.rivals[0].append(len(self.candidates) - 1)
+            else:
+                self.rivals.append([len(self.candidates) - 1])
 
     def apply(self, levels: Sequence[int]) -> tuple[Tensor, Slicer]:
         kept, slicer = super().apply(levels)
@@ -88,7 +91,7 @@ def select_with_depth(
         name = found[int(np.flatnonzero(~np.isfinite(scores))[0])].name
         raise PruneError("the score of a residual branch is not finite", where=name, fix="look for NaN among its parameters")
     if options.depth == "only":
-        free, score = [], np.zeros(len(solution.unit_of))
+        free, score = list[Family](), np.zeros(len(solution.unit_of))
     else:
         free, score = score_families(model, solution, options)
     allocator = DepthAllocator(free, score, solution, options, branches, grouped(found, scores, options))
@@ -123,7 +126,8 @@ def give_back(slicer: Slicer, branches: Branches, budget: Budget, costs: Costs) 
 def free_branches(model: nn.Module, branches: Branches, options: Options) -> list[Branch]:
     """The branches that nothing freezes; raises PruneError where there are none."""
     frozen = {text.partition(":")[0].partition("#")[0] for text in options.coupling.frozen}
-    found = [b for b in branches.found if not frozen & b.tensors]
+    within = tuple(f"{text[:-1]}." for text in options.coupling.frozen if text.endswith("/"))
+    found = [b for b in branches.found if not frozen & b.tensors and not any(name.startswith(within) for name in b.tensors)]
     if found:
         return found
     opaque = branches.captures[0].opaque

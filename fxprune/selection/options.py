@@ -25,9 +25,11 @@ from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_parameters, named_tensors
 from fxprune.passes.ir.quiet import gc_paused
 from fxprune.selection.budgets import KINDS, Budget, list_arguments, parse_budget
+from fxprune.selection.indices import parse_remove
 from fxprune.selection.names import Names, frozen_names, frozen_outputs, near_modules, outside, paths_of, protected
 
 Ratio = float | Mapping[Any, float]  # by globs and modules
+Remove = Mapping[Any, Sequence[int]]  # by layers, tensors and families
 Scopes = Mapping[str, str | Sequence[str]]
 Freeze = Names
 Attention = Literal["heads", "dims"]
@@ -73,7 +75,7 @@ class Options:
     Attributes:
         ratio: the share of units to remove, or shares by glob; not read where there is a budget.
         budget: what may stay, if it was asked for by cost.
-        criterion, ranking, scopes, floor, round_to, data, loss, verify, depth, depth_criterion: as for `prune`.
+        criterion, ranking, scopes, floor, round_to, data, loss, verify, depth, depth_criterion, remove: as for `prune`.
         coupling: what the coupling has to know of them.
         spares: whether a residual stream through the whole model is taken after all else.
         weighs: whether units compete by their score for what they cost.
@@ -96,6 +98,7 @@ class Options:
     chosen: tuple[str, ...] = ()
     depth: Depth = False
     depth_criterion: str | Callable[..., Any] | None = None
+    remove: Remove | None = None
 
     @classmethod
     def parse(
@@ -115,6 +118,7 @@ class Options:
         data: Iterable[Any] | None = None,
         loss: Callable[..., Tensor] | None = None,
         uniform: bool = False,
+        remove: Remove | None = None,
         **others: Any,
     ) -> Options:
         """Options from the arguments of a public function; `others` are budgets and attributes. Raises PruneError."""
@@ -123,6 +127,10 @@ class Options:
         limit = parse_budget({kind: others.pop(kind, None) for kind in KINDS if kind in Asked.__annotations__}, budget)
         if limit is not None and ratio is not None:
             raise PruneError(f"ratio and {limit.kind} are both given", fix=list_arguments())
+        given = parse_remove(remove)
+        if given is not None:
+            scored = {"criterion": criterion, "ranking": ranking, "data": data, "loss": loss, "uniform": uniform}
+            check_alone(ratio=ratio, **({limit.kind: limit} if limit else {}), **scored, **others)
         frozen = outside(model, only) | protected(model, protect)
         frozen |= frozen_names(model, freeze) | frozen_outputs(model, freeze_outputs)
         if not isinstance(uniform, bool):
@@ -130,7 +138,7 @@ class Options:
         coupling = CouplingOptions(attention == "heads", frozen, released(release), uniform)
         for name in ("floor", "round_to"):
             others[name] = number(others.get(name, {"floor": None, "round_to": 1}[name]))
-        options = cls(share, limit, coupling=coupling, data=data, loss=loss, **others)
+        options = cls(share, limit, coupling=coupling, data=data, loss=loss, remove=given, **others)
         options = options.with_defaults(model, criterion, ranking)
         check_values(options)
         check_globs(model, options)
@@ -139,6 +147,8 @@ class Options:
     def with_defaults(self, model: nn.Module, criterion: str | Criterion | None, ranking: Ranking | None) -> Options:
         """The same with a criterion and a ranking: those that are asked for, or the ones that do least harm."""
         data, weighs, chosen = self.data, False, []
+        if self.remove is not None:  # nothing is scored
+            return self
         if criterion is None:
             criterion, data, why = choose_criterion(model, data, self.loss)
             weighs = criterion == "token_taylor" and ranking is None and self.budget is not None
@@ -163,7 +173,7 @@ class Options:
     @property
     def reads_weights(self) -> bool:
         """Whether selection looks at the values of parameters."""
-        return resolve(self.criterion).score_units is None
+        return self.remove is None and resolve(self.criterion).score_units is None
 
     @property
     def measures_latency(self) -> bool:
@@ -188,6 +198,19 @@ class Options:
     def gc_paused(self) -> contextlib.AbstractContextManager[None]:
         """Pause the garbage collector during a selection, unless it runs the model."""
         return contextlib.nullcontext() if self.runs_the_model else gc_paused()
+
+
+def check_alone(**others: Any) -> None:
+    """Raise PruneError where something that says how much goes, or how it is ranked, is given beside `remove`."""
+    unused = {"round_to": 1, "depth": False, "uniform": False}
+    for name, value in others.items():
+        if name != "verify" and not (value is None or (name in unused and is_default(value, unused[name]))):
+            what = f"{name} is given with remove, which says exactly what goes"
+            raise PruneError(what, fix=f"leave {name} out, or prune twice: prune(prune(model, remove=...), {name}=...)")
+
+
+def is_default(value: Any, default: Any) -> bool:
+    return type(value) is type(default) and bool(value == default)
 
 
 def is_one_of(value: Any, words: Sequence[str]) -> bool:

@@ -25,6 +25,7 @@ from fxprune.selection.latency import FRIENDLY, LatencyProbe
 from fxprune.selection.latency_search import meet_latency
 from fxprune.selection.names import NOT_ALL_IN
 from fxprune.selection.options import Options
+from fxprune.selection.removal import select_given
 
 
 def select_units(
@@ -38,6 +39,8 @@ def select_units(
 
     Raises PruneError where nothing can be removed.
     """
+    if options.remove is not None:
+        return select_given(model, solution, options.remove)
     free, score = score_families(model, solution, options)
     costs = Costs(solution, tensors)
     kept, slicer = allocate(free, score, costs, options, probe)

@@ -26,6 +26,7 @@ from fxprune.passes.capture.rollback import ModuleState
 from fxprune.passes.errors import NeedsValues, ReadsValue
 from fxprune.passes.ir.module_tree import every_path, named_tensors
 from fxprune.passes.ir.program import Guard, TracedCall, select_by_mode
+from fxprune.passes.ir.progress import progress_bar
 from fxprune.passes.ir.pytree import ATOMS, attributes_of, like_dict, map_tensors, record
 
 HAS_NODES = ATOMS | PROXIES
@@ -85,6 +86,7 @@ class GraphBuilder(ProxyAttributes):
         self.module_calls: list[TracedCall] = []
         self.proxies: list[weakref.ref[Any]] = []
         self.index = {}
+        self.bar = progress_bar(None, "tracing", "op")
         self.depends = {}
         self.short: dict[Any, str] = {}  # names of nodes, by target
 
@@ -108,6 +110,7 @@ class GraphBuilder(ProxyAttributes):
             node.kwargs = kwargs
         node.meta["module"] = self.frames[-1].path
         self.index[node] = len(self.index)
+        self.bar.update()
         return node
 
     def name_of(self, op: str, target: Any) -> str | None:

@@ -86,7 +86,7 @@ def captured(
 def trace(tracer: ValueTracer) -> ValueTracer:
     """Run the tracer, with the recorder in place all the while; it writes only while a node is evaluated."""
     tracer.recorder.active = False
-    with Patches(tracer), torch.no_grad(), tracer.recorder:
+    with tracer.bar, Patches(tracer), torch.no_grad(), tracer.recorder:
         tracer.run()
     tracer.check_writes()
     return tracer

@@ -40,6 +40,12 @@ class ModuleState:
                 if isinstance(tensor, Tensor) and new.get(name) is not tensor and type(new.get(name)) is TensorProxy:
                     yield tensor, new[name]
 
+    def restore_tensors(self) -> None:
+        """Put back the tensors that code which is not captured has put others in the place of."""
+        for module, (before, _, held) in self.before.items():
+            module._buffers.update(held.get("_buffers", {}))
+            vars(module).update({name: value for name, value in before.items() if isinstance(value, Tensor)})
+
     def restore(self, index: Mapping[fx.Node, int], begin: int) -> None:
         """Put back every attribute that stands for a node numbered `begin` or later.
 

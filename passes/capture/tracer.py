@@ -243,6 +243,7 @@ class ValueTracer(GraphBuilder):
     def program(self, prefix: str) -> CapturedProgram:
         """What was captured; the tracer holds nothing of it afterwards."""
         self.stored.restore(self.index, 0)
+        self.stored.restore_tensors()
         output = next(n for n in reversed(self.graph.nodes) if n.op == "output")
         whole = next((n for n in self.graph.nodes if prefix and n.target == prefix.rstrip(".")), None)
         if whole is not None:  # what the model returns, however many values that is

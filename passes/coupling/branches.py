@@ -7,7 +7,8 @@ positions that later layers use, keys that a cache returns) stays, with what it 
 
 from __future__ import annotations
 
-import functools
+import math
+import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
@@ -148,12 +149,8 @@ class Branches:
 
     def name(self, parameters: frozenset[str], gone: Removed) -> str:
         """Of a branch, by its parameters and what goes with it."""
-        paths = [name.split(".")[:-1] for name in parameters]
-        common = list(paths[0])
-        for path in paths[1:]:
-            same = [a == b for a, b in zip(common, path, strict=False)]
-            common = common[: same.index(False) if False in same else len(same)]
-        place = ".".join(common)
+        place = os.path.commonpath(["/" + name.rpartition(".")[0].replace(".", "/") for name in parameters])
+        place = place.strip("/").replace("/", ".")
         others = {n for n in self.parameters if n.startswith(f"{place}." if place else "")} - parameters
         if not others:
             return place
@@ -162,7 +159,7 @@ class Branches:
         for path in gone.modules:
             for name in parameters:
                 if f"{self.captures[0].prefix}{name}".startswith(f"{path}."):
-                    sizes[path] += functools.reduce(lambda a, b: a * b, shapes[name], 1)
+                    sizes[path] += math.prod(shapes[name])
         return max(sorted(sizes), key=sizes.__getitem__) if sizes else min(parameters)
 
 

@@ -34,7 +34,7 @@ class Liveness:
         self.ops: dict[fx.Node, list[OpCall]] = defaultdict(list)
         for op in capture.op_trace.ops:
             node = capture.nodes.get(op.node)
-            if node in members:
+            if node is not None and node in members:
                 self.ops[node].append(op)
         self.memory = memory_of(capture)
         values = capture.op_trace.values

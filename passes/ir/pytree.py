@@ -53,7 +53,7 @@ def fields_of(kind: Any) -> tuple[str, ...] | None:
 @contextlib.contextmanager
 def attributes_of(x: Any) -> Iterator[dict[str, Any] | None]:
     """What a record holds, by name; None for what is none, or is being looked into already."""
-    slots, seen = fields_of(type(x)), vars(entered).setdefault("seen", set())
+    slots, seen = fields_of(type(x)), vars(entered).setdefault("seen", set())  # type: ignore[arg-type]
     if slots is None or id(x) in seen or not (slots or hasattr(x, "__dict__")):
         yield None
         return
@@ -70,6 +70,10 @@ def record(kind: type, attributes: dict[str, Any]) -> Any:
     for name, value in attributes.items():
         object.__setattr__(made, name, value)
     return made
+
+
+def is_record(x: Any) -> bool:
+    return fields_of(type(x)) is not None  # type: ignore[arg-type]  # a class is hashable, whatever mypy says
 
 
 def map_tensors(x: Any, fn: Callable[[Any], Any], kind: type | tuple[type, ...] = Tensor) -> Any:
@@ -113,7 +117,7 @@ def inside(x: Any) -> Iterable[Any]:
         return x.values()
     if type(x) is slice:
         return (x.start, x.stop, x.step)
-    return held_by(x) if fields_of(type(x)) is not None else ()
+    return held_by(x) if is_record(x) else ()
 
 
 def held_by(x: Any) -> Iterator[Any]:
@@ -153,7 +157,7 @@ def iterate(x: Any) -> Iterator[Any]:
             yield from iterate(v)
     elif isinstance(x, slice):
         yield from iterate((x.start, x.stop, x.step))
-    elif fields_of(type(x)) is not None:
+    elif is_record(x):
         for v in held_by(x):
             yield from iterate(v)
     else:

@@ -46,8 +46,7 @@ def set_random_state(state: Sequence[Any], devices: Sequence[int] = ()) -> None:
 
 def plain_random_state() -> list[Any]:
     """Of the generators that no program draws from: those of Python and NumPy, comparable."""
-    kind, keys, *rest = np.random.get_state(legacy=True)
-    return [random.getstate(), kind, keys.tobytes(), *rest]
+    return [random.getstate(), *[v.tobytes() if isinstance(v, np.ndarray) else v for v in np.random.get_state(legacy=True)]]
 
 
 @contextlib.contextmanager

@@ -13,18 +13,11 @@ from torch.fx.graph import PythonCode
 
 from fxprune.passes.errors import GuardError, PruneError
 from fxprune.passes.ir.module_tree import Apart, fetch
+from fxprune.passes.rewrite.changes import tree_text
 from fxprune.passes.rewrite.programs import OWN_MODEL, Forwards, Program, alike, without_dead
 
-OWN = (
-    "_programs",
-    "_flat",
-    "_apart",
-    "_mode",
-    "_other",
-    "_sequence",
-    "_takes",
-    OWN_MODEL,
-)  # the attributes of a `PrunedModule` itself
+# the attributes of a `PrunedModule` itself
+OWN = ("_programs", "_flat", "_apart", "_mode", "_other", "_sequence", "_takes", OWN_MODEL)
 
 
 class Member:
@@ -78,9 +71,10 @@ class RewrittenForward:
     def prepare(self, mode: bool) -> Any:
         """The function of a mode, generated when it is first asked for."""
         if mode not in self.functions:
-            function = self.functions[mode] = self.generated.of(self.programs.get(mode, next(iter(self.programs.values()))))
+            function = self.generated.of(self.programs.get(mode, next(iter(self.programs.values()))))
             _, *taken = inspect.signature(function).parameters.values()
             self.takes[mode] = [f"**{p.name}" if p.kind is p.VAR_KEYWORD else p.name for p in taken]
+            self.functions[mode] = function
         return self.functions[mode]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -127,7 +121,8 @@ class PrunedModule(fx.GraphModule):
     training runs another program than evaluation, `train()` and `eval()` switch; modules that they leave in the other mode in
     the original they leave so here.
 
-    `meta["plan"]` says what was removed, `meta["verification"]` how exact the result is. Copies, and what `torch.save` stores
+    It prints as its module tree, with what changed. `meta["plan"]` says what was removed, `meta["verification"]` how exact the
+    result is. Copies, and what `torch.save` stores
     of it, keep both programs and `meta`.
     """
 
@@ -228,6 +223,12 @@ class PrunedModule(fx.GraphModule):
     @property
     def verification(self) -> Any:
         return self.meta.get("verification")
+
+    def __repr__(self) -> str:
+        """The module tree with what pruning changed of it; `code` is the program."""
+        return tree_text(self, self.meta.get("before", {}))
+
+    __str__ = __repr__
 
     # -- copies ---------------------------------------------------------------------------------------------------------
 

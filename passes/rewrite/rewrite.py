@@ -16,6 +16,7 @@ from fxprune.passes.ir.module_tree import Apart, TreeNames, apart_from, every_pa
 from fxprune.passes.ir.program import CapturedProgram, Waiver
 from fxprune.passes.ir.pytree import ATOMS
 from fxprune.passes.ir.slices import Slicer, TensorSlice, apply_slices, cut_shape, in_format_of, major_to_minor
+from fxprune.passes.rewrite.changes import changed_descriptions
 from fxprune.passes.rewrite.nesting import Nesting
 from fxprune.passes.rewrite.programs import FlatProgram, Forwards, Program, alike, on_own_model
 from fxprune.passes.rewrite.pruned_module import PrunedModule, RewrittenForward
@@ -95,6 +96,7 @@ def assemble(model: nn.Module, solution: Solution, tree: nn.Module, programs: Ma
         apart = {mode: frozenset(path.removeprefix(prefix) for path in some) for mode, some in apart.items()}
     pruned = PrunedModule(tree, roots, flat, forwards, apart, type(model).__name__, own_model)
     pruned._choose(model.training)
+    pruned.meta["before"] = changed_descriptions(model, pruned)
     return pruned
 
 

@@ -33,14 +33,12 @@ class MaskedBranches:
         name = trace.values[ref.id].name
         return self.names & {name} if name is not None else self.read.get(ref.id, NO_NAMES)
 
-    def ends(self, func: Any, args: Sequence[Any], trace: OpTrace) -> bool:
-        """Whether a call adds what a branch ends in to something else."""
+    def ends(self, func: Any, refs: Sequence[TensorRef], trace: OpTrace) -> bool:
+        """Whether a call, of tensors with these references, adds what a branch ends in to something else."""
         self.zero.clear()
-        if getattr(func, "_schema", None) is None or name_of(func) not in ("aten::add", "aten::add_"):
-            return False
-        if len(args) == 2 and isinstance(args[0], TensorRef) and isinstance(args[1], TensorRef):
-            a, b = (self.of(ref, trace) for ref in args)
-            for ref, mine, others in ((args[0], a, b), (args[1], b, a)):
+        if self.names and len(refs) == 2 and name_of(func) in ("aten::add", "aten::add_"):
+            a, b = (self.of(ref, trace) for ref in refs)
+            for ref, mine, others in ((refs[0], a, b), (refs[1], b, a)):
                 if any(names <= mine and not names & others for names in self.branches):
                     self.zero.add(ref.id)
         return bool(self.zero)
@@ -52,6 +50,8 @@ class MaskedBranches:
 
     def follow(self, op: OpCall, trace: OpTrace) -> None:
         """Note what the results of a call are computed from."""
+        if not self.names:
+            return
         refs = [ref for ref in op.inputs if ref.id not in self.zero]
         found = NO_NAMES.union(*(self.of(ref, trace) for ref in refs))
         for ref in (*op.outputs, *writes(op)):

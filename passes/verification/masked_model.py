@@ -132,7 +132,7 @@ class MaskedRun(Recorder):
     def __init__(self, names: dict[int, str], removal: Removal, fates: Tensor | None = None) -> None:
         super().__init__(names)
         self.leaf_labels = removal.leaves
-        self.branches = MaskedBranches([b.parameters for b in removal.branches.branches]) if removal.branches else None
+        self.branches = MaskedBranches([b.parameters for b in removal.branches.branches])
         self.kept_labels, self.given = KeptLabels(removal.kept, fates), len(removal.kept)
         self.labels: dict[int, Labels] = {}
         self.zeroed: set[int] = set()  # the model's tensors, and views of them: zero where they are removed
@@ -188,8 +188,7 @@ class MaskedRun(Recorder):
         self.draws |= draws
         if form is not None and not any(map(self.removed_from, refs)):
             form = None
-        if self.branches is not None and self.branches.ends(func, map_tensors(args, self.ref), self.op_trace):
-            form = self.branches.sum_without
+        form = self.branches.sum_without if self.branches.ends(func, refs, self.op_trace) else form
         if form is not None or draws:
             in_args, in_kwargs = map_tensors(args, self.ref), map_tensors(kwargs, self.ref)
             if form is None:
@@ -203,8 +202,7 @@ class MaskedRun(Recorder):
         else:
             produced = super().__torch_dispatch__(func, types, args, kwargs)
         op = self.op_trace.ops[-1]
-        if self.branches is not None:
-            self.branches.follow(op, self.op_trace)
+        self.branches.follow(op, self.op_trace)
         if refs:
             self.dtypes.update(HALF_PRECISION.intersection([self.op_trace.values[ref.id].dtype for ref in op.outputs]))
         apply_rule(RuleContext(op, self.state))
