@@ -7,6 +7,7 @@ that cannot run in a test is fenced as `python no-run`.
 
 import importlib.util
 import re
+import shlex
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import pytest
 from clocks import counting_clock
 
+from fxprune.cli.main import main
 from fxprune.criteria.catalog import CRITERIA
 from fxprune.passes.capture.patching import PATCHES
 from fxprune.passes.ops import registry
@@ -101,6 +103,22 @@ def run(name, blocks):
     names = {"__name__": "__main__"}
     for block in blocks:
         exec(compile(block.code, str(ROOT / name), "exec"), names)
+
+
+SHELL = re.compile(r"^```sh[ \t]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def test_commands_run(tmp_path, monkeypatch, capsys):
+    """Every line of docs/command-line.md that a reader would type, after the block that writes the model."""
+    monkeypatch.chdir(tmp_path)
+    page = "docs/command-line.md"
+    run(page, blocks_of(page))
+    lines = [line for block in SHELL.findall((ROOT / page).read_text()) for line in block.splitlines()]
+    assert lines
+    for line in lines:
+        program, *arguments = shlex.split(line)
+        assert (program, main(arguments), capsys.readouterr().err) == ("fxprune", 0, ""), line
+    assert {path.name for path in tmp_path.iterdir()} >= {"small.safetensors", "report.html"}
 
 
 def test_few_blocks_need_a_package():
