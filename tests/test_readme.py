@@ -6,6 +6,7 @@ that cannot run in a test is fenced as `python no-run`.
 """
 
 import importlib.util
+import json
 import re
 import shlex
 import warnings
@@ -103,6 +104,16 @@ def run(name, blocks):
     names = {"__name__": "__main__"}
     for block in blocks:
         exec(compile(block.code, str(ROOT / name), "exec"), names)
+
+
+def test_notebook_runs(tmp_path, monkeypatch):
+    """The code of examples/first_model.ipynb, cell by cell; it holds no outputs."""
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((ROOT / "examples" / "first_model.ipynb").read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert len(code) > 5
+    assert not any(cell["outputs"] for cell in code)
+    run("examples/first_model.ipynb", [Block("".join(cell["source"])) for cell in code])
 
 
 SHELL = re.compile(r"^```sh[ \t]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
