@@ -1,6 +1,7 @@
 # make demo   prune a real model and see the report
 # make test   lint, types, tests: what CI runs
 # make lint   the first two of those alone
+# make docs   the documentation site, in build/site
 # make clean  everything that can be made again
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -14,7 +15,7 @@ DEMO   := $(VENV)/.installed-for-demo
 JOBS   ?= 2
 PYTEST ?= $(BIN)/python -m pytest
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint typed docs format clean
 .DELETE_ON_ERROR:
 
 $(STAMP): pyproject.toml
@@ -35,15 +36,23 @@ demo: $(DEMO)
 test: lint
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PYTEST) --numprocesses $(JOBS) --dist worksteal --durations 10 $(ARGS)
 
-# mypy cannot follow setuptools' package-dir, so the packages are laid out as they are installed before it looks.
-lint: $(STAMP)
+lint: $(STAMP) typed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/typed && mkdir -p build/typed
-	cp -Rp fxprune build/typed/fxprune
-	cp -Rp passes build/typed/fxprune/passes
 	cd build/typed && $(abspath $(BIN))/mypy -p fxprune \
 		--config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
+
+# mypy and mkdocstrings cannot follow setuptools' package-dir, so the packages are laid out as they are installed.
+typed:
+	rm -rf build/typed && mkdir -p build/typed
+	cp -Rp fxprune build/typed/fxprune
+	rm -rf build/typed/fxprune/passes
+	cp -Rp passes build/typed/fxprune/passes
+
+docs: typed
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import mkdocs, material, mkdocstrings" 2>/dev/null || $(BIN)/python -m pip install --quiet ".[docs]"
+	$(BIN)/python -m mkdocs build --strict
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

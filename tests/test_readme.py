@@ -1,55 +1,157 @@
-"""Every Python block of the documents a newcomer reads first runs as printed.
+"""Every Python block of the documentation runs as printed.
 
-The blocks of one document run in order and share their names, as a reader would type them. One that cannot
-run here (it needs a download, say) is fenced as `python no-run`.
+The blocks of one document run in order and share their names, as a reader would type them. One that needs a package
+which the suite does not have stands below a comment, `<!-- needs: PACKAGE -->`, and is skipped where that is missing; one
+that cannot run in a test is fenced as `python no-run`.
 """
 
+import importlib.util
+import json
 import re
+import shlex
+import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+from clocks import counting_clock
 
+from fxprune.cli.main import main
 from fxprune.criteria.catalog import CRITERIA
 from fxprune.passes.capture.patching import PATCHES
+from fxprune.passes.ops import registry
 from fxprune.repair.methods import METHODS
+from fxprune.selection import latency
 from fxprune.selection.budgets import KINDS
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md"]
-FENCE = re.compile(r"^```python[ \t]*\n(.*?)^```[ \t]*$", re.DOTALL | re.MULTILINE)
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *PAGES]
+FENCE = re.compile(r"^(?:<!-- needs: (.*?) -->\n+)?```python[ \t]*\n(.*?)^```[ \t]*$", re.DOTALL | re.MULTILINE)
+MOST_NEEDING = 8  # blocks that need packages which the suite does not have
+
+
+class Block(NamedTuple):
+    """A block, padded with the lines above it so that a traceback names the document's own line."""
+
+    code: str
+    needs: tuple[str, ...] = ()
+
+    @property
+    def line(self) -> int:
+        return len(self.code) - len(self.code.lstrip("\n")) + 1
+
+    def missing(self) -> list[str]:
+        return [name for name in self.needs if importlib.util.find_spec(name) is None]
 
 
 def code_blocks(text):
-    """Each block, padded with the lines above it so that a traceback names the document's own line."""
     for match in FENCE.finditer(text):
-        yield "\n" * text.count("\n", 0, match.start(1)) + match.group(1)
+        needs = tuple(name.strip() for name in (match[1] or "").split(",") if name.strip())
+        yield Block("\n" * text.count("\n", 0, match.start(2)) + match[2], needs)
+
+
+def blocks_of(name):
+    return list(code_blocks((ROOT / name).read_text()))
+
+
+NEEDING = [(name, block) for name in DOCUMENTS for block in blocks_of(name) if block.needs]
 
 
 def test_blocks_are_found_with_their_line_numbers():
-    text = "one\n```python\nx = 1\n```\n```python no-run\nskip\n```\n```sh\nls\n```\n```python\n1 / 0\n```\n"
-    assert [block.strip() for block in code_blocks(text)] == ["x = 1", "1 / 0"]
-    assert [block.count("\n") for block in code_blocks(text)] == [3, 12]
+    text = "one\n```python\nx = 1\n```\n```python no-run\nskip\n```\n```sh\nls\n```\n"
+    text += "<!-- needs: a, b -->\n```python\n1 / 0\n```\n"
+    assert [block.code.strip() for block in code_blocks(text)] == ["x = 1", "1 / 0"]
+    assert [block.line for block in code_blocks(text)] == [3, 13]
+    assert [block.needs for block in code_blocks(text)] == [(), ("a", "b")]
 
 
 @pytest.fixture
 def tables():
     """The tables that blocks add to, restored afterwards."""
-    before, patches = [(table, dict(table)) for table in (CRITERIA, KINDS, METHODS)], list(PATCHES)
+    touched = (CRITERIA, KINDS, METHODS, registry.SPECS, registry.FUNCTIONS)
+    before, patches = [(table, dict(table)) for table in touched], list(PATCHES)
     yield
     PATCHES[:] = patches
     for table, entries in before:
         table.clear()
         table.update(entries)
+    registry.forget()
 
 
 @pytest.mark.usefixtures("tables")
-@pytest.mark.parametrize("name", DOCUMENTS)
+@pytest.mark.parametrize("name", [name for name in DOCUMENTS if any(not b.needs for b in blocks_of(name))])
 def test_python_blocks_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # blocks may save files
+    monkeypatch.setattr(latency, "measure_seconds", counting_clock)  # to measure takes minutes on a busy machine
+    run(name, [block for block in blocks_of(name) if not block.needs])
+
+
+@pytest.mark.usefixtures("tables")
+@pytest.mark.parametrize(("name", "block"), NEEDING, ids=[f"{name}:{block.line}" for name, block in NEEDING])
+def test_blocks_that_need_a_package_run(name, block, tmp_path, monkeypatch):
+    """With all blocks before it that need nothing."""
+    if block.missing():
+        pytest.skip(f"{name}:{block.line} needs {', '.join(block.missing())}")
+    monkeypatch.chdir(tmp_path)
+    before = [other for other in blocks_of(name) if not other.needs and other.line < block.line]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # other packages' own
+        run(name, [*before, block])
+
+
+def run(name, blocks):
     names = {"__name__": "__main__"}
-    for block in code_blocks((ROOT / name).read_text()):
-        exec(compile(block, str(ROOT / name), "exec"), names)
+    for block in blocks:
+        exec(compile(block.code, str(ROOT / name), "exec"), names)
+
+
+def test_notebook_runs(tmp_path, monkeypatch):
+    """The code of examples/first_model.ipynb, cell by cell; it holds no outputs."""
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((ROOT / "examples" / "first_model.ipynb").read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert len(code) > 5
+    assert not any(cell["outputs"] for cell in code)
+    run("examples/first_model.ipynb", [Block("".join(cell["source"])) for cell in code])
+
+
+SHELL = re.compile(r"^```sh[ \t]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def test_commands_run(tmp_path, monkeypatch, capsys):
+    """Every line of docs/command-line.md that a reader would type, after the block that writes the model."""
+    monkeypatch.chdir(tmp_path)
+    page = "docs/command-line.md"
+    run(page, blocks_of(page))
+    lines = [line for block in SHELL.findall((ROOT / page).read_text()) for line in block.splitlines()]
+    assert lines
+    for line in lines:
+        program, *arguments = shlex.split(line)
+        assert (program, main(arguments), capsys.readouterr().err) == ("fxprune", 0, ""), line
+    assert {path.name for path in tmp_path.iterdir()} >= {"small.safetensors", "report.html"}
+
+
+def test_few_blocks_need_a_package():
+    assert len(NEEDING) <= MOST_NEEDING, [f"{name}:{block.line}" for name, block in NEEDING]
+
+
+LINK = re.compile(r"\]\((?!https?://)([^)#\s]*)(?:#[^)\s]*)?\)")
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_lead_to_files(name):
+    """Without mkdocs, which checks more in `make docs`; links of the README are no pages of the site."""
+    path = ROOT / name
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
+    assert [link for link in LINK.findall(text) if link and not (path.parent / link).exists()] == []
+
+
+def test_every_page_is_in_the_navigation():
+    """And every entry of it is a page."""
+    entries = re.findall(r"^ +- (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(f"docs/{entry}" for entry in entries) == PAGES
 
 
 def test_the_readme_shows_code():
-    assert list(code_blocks((ROOT / "README.md").read_text()))
+    assert blocks_of("README.md")

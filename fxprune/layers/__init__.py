@@ -58,8 +58,10 @@ def remove_inputs(layer: Layer, indices: Sequence[int], *, dim: int | None = Non
     >>> remove_inputs(nn.Linear(6, 2), [1, 2]).weight.shape
     torch.Size([2, 4])
 
-    Arguments: as for `remove_outputs`; the dimension of a parameter is 1 by default. Of a MultiheadAttention the channels of
-        the query go, and of keys and values where they are as wide. An embedding has no input channels.
+    Of a MultiheadAttention the channels of the query go, and of keys and values where they are as wide. An embedding has no
+    input channels.
+
+    Arguments: as for `remove_outputs`; the dimension of a parameter is 1 by default.
     """
     if isinstance(layer, nn.Parameter):
         return without(layer, indices, min(1, layer.dim() - 1) if dim is None else dim, inplace=inplace)
