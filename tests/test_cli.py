@@ -89,7 +89,7 @@ def test_inspect_has_the_totals(folder, capsys):
 
 def test_inspect_one_family_and_why(folder, capsys):
     out = answer(capsys, "inspect", "net.py", "--family", "conv1")
-    assert out.splitlines()[0].startswith("conv1: 8 units of 1 channel, ") and "  conv2.weight:1\n" in out
+    assert out.splitlines()[0].startswith("conv1 (hidden layer): 8 units of 1 channel, ") and "  conv2.weight:1\n" in out
     assert json.loads(answer(capsys, "inspect", "net.py", "--family", "conv1", "--json"))["units"] == 8
     out = answer(capsys, "inspect", "net.py", "--why", "conv1")
     assert re.search(r"conv2:1 +0-7 +conv1:0 +Conv2d conv2", out)

@@ -92,3 +92,15 @@ def test_a_language_model_prints_its_roles():
     assert "residual stream" in str(found)
     assert {f["name"]: f["role"] for f in found.to_dict()["families"]}["model.embed_tokens:1"] == "residual stream"
     assert "KV group" in str(fxprune.report(model, fxprune.prune(model, 0.5, ids)))
+
+
+def test_an_activation_function_is_no_residual_sum():
+    """GELU by its terms adds to an activation what is computed from it, but by no product of layers."""
+
+    class Cubic(nn.Module):
+        def forward(self, x):
+            return 0.5 * x * (1 + torch.tanh(0.8 * (x + 0.045 * x**3)))
+
+    net = nn.Sequential(nn.Linear(6, 8), Cubic(), nn.Linear(8, 3))
+    found = fxprune.couple(net, torch.randn(2, 6))
+    assert {f.name: f.role for f in found.families}["0"] == "hidden layer"

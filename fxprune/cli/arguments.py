@@ -20,9 +20,7 @@ LARGEST_SIZE = 1 << 24  # of one dimension of the example inputs
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the model")
-    group.add_argument(
-        "--input-size", metavar="CxHxW", type=sizes, help="shape of one sample: 3x224x224, or 224 for images"
-    )
+    group.add_argument("--input-size", metavar="CxHxW", type=sizes, help="shape of one sample: 3x224x224, or 224 for images")
     group.add_argument("--batch-size", metavar="N", type=positive, help="of the example inputs (1 by default)")
     group.add_argument("--num-classes", metavar="N", type=positive, help="of a classifier that is built")
     group.add_argument("--weights", metavar="FILE", help="a state dict, .safetensors or .pt")
@@ -67,7 +65,7 @@ def add_selection_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--round-to", metavar="N", type=positive, default=1, help="multiple of channels that stay")
     group.add_argument("--floor", metavar="R", type=float, help="least share of a family that stays")
     group = parser.add_argument_group("which go")
-    group.add_argument("--ranking", default="local", help="local, global or isomorphic")
+    group.add_argument("--ranking", help="local, global or isomorphic")
     group.add_argument("--data", metavar="FILE[:NAME]", help="batches, for criteria that look at data (NAME: data)")
     group.add_argument("--loss", metavar="FILE[:NAME]", help="a function of output and target (NAME: loss)")
 
@@ -84,8 +82,10 @@ def data_and_loss(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"data": data_of(arguments.data), "loss": function_of(arguments.loss, "loss", "loss")}
 
 
-def criterion_of(text: str) -> Any:
-    """A criterion by name, or an object of a user's."""
+def criterion_of(text: str | None) -> Any:
+    """A criterion by name, or an object of a user's; None where `prune` is to choose."""
+    if text is None:
+        return None
     return find_object(text, "criterion", "criterion")[0] if ":" in text or text.endswith(".py") else text
 
 

@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> Answer:
     methods = named_methods(names, **asked)
     for method in methods.values():
         resolve(method["criterion"])
-        check_word("ranking", method["ranking"], RANKINGS)
+        check_word("ranking", method["ranking"] or "local", RANKINGS)
     score = function_of(arguments.score, "score", "function")
     model, example_inputs = loaded(arguments)
     given: dict[str, Any] = data_and_loss(arguments)

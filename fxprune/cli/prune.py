@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-verify", action="store_true", help="do not compare the result with the original")
     add_model_arguments(parser)
     add_selection_arguments(parser)
-    parser.add_argument("--criterion", default="magnitude", help="a name, or FILE:NAME of your own (magnitude by default)")
+    parser.add_argument("--criterion", help="a name, or FILE:NAME of your own (magnitude without data)")
     parser.add_argument(
         "--remove", metavar="LAYER=I,J", action="append", default=[], help="exactly these channels, in place of a ratio"
     )

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fxprune.criteria.activation_stats import wide
 from fxprune.criteria.calibration import BATCHES, Batch
@@ -23,6 +22,7 @@ from fxprune.form_programs import FormPrograms, Names, slots
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.errors import GuardError, PruneError
 from fxprune.passes.ir.module_tree import named_tensors, private_copy, set_mode
+from fxprune.passes.ir.progress import progress_bar
 from fxprune.plan import PlanData
 from fxprune.repair.held_out import SHARES, Errors, Outcome
 from fxprune.repair.least_squares import NormalEquations, add_call, as_weight, count_inputs, fit, groups, run_product
@@ -191,7 +191,7 @@ class Refit:
         lost: dict[str, Lost] = {}
         skipped: dict[str, str] = {}
         masks = self.plan.masks(self.model)
-        for batch, held in tqdm(self.parts, desc="refit", unit="batch", disable=None, leave=False):
+        for batch, held in progress_bar(self.parts, "refit", "batch"):
             observer = LostObserver(names, owned, masks, lost, skipped, held=held)
             with observer:
                 call(self.whole, batch)

@@ -20,7 +20,7 @@ import numpy as np
 from fxprune.passes.coupling.families import Family
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.ir.labels import NONE, Factor
-from fxprune.passes.ir.op_trace import OpTrace, name_of
+from fxprune.passes.ir.op_trace import OpCall, OpTrace, name_of
 from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ops.call import OpView
 from fxprune.passes.ops.registry import find
@@ -114,15 +114,23 @@ class Trace:
         return found
 
     def depends(self, before: int, value: TensorRef, on: TensorRef) -> bool:
-        """Whether a value, made before some op, is computed from another one."""
+        """Whether a value, made before some op, is computed from another one by a product: `x + x**3` is an activation."""
         start = self.made_at.get(on.id, -1)
-        known: set[int] = {value.id}
+        known, behind = {value.id}, set[int]()  # what it is computed from; of those, by a product
         for op in reversed(self.op_trace.ops[start + 1 : before]):
-            if any(ref.id in known for ref in op.outputs):
-                known |= {ref.id for ref in op.inputs}
-                if on.id in known:
+            made = {ref.id for ref in op.outputs}
+            if known.isdisjoint(made):
+                continue
+            read = {ref.id for ref in op.inputs}
+            known |= read
+            if not behind.isdisjoint(made) or self.multiplies(op):
+                behind |= read
+                if on.id in behind:
                     return value.id != on.id
         return False
+
+    def multiplies(self, op: OpCall) -> bool:
+        return any(True for _ in find(op.func).products_of(OpView(op, self.op_trace))) or bool(find(op.func).heads)
 
 
 def find_roles(solution: Solution, found: Sequence[Family]) -> list[Role]:

@@ -7,11 +7,12 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fxprune.passes.ir.op_trace import name_of
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.pytree import TensorRef
+from fxprune.passes.ir.slices import apply_slices
 from fxprune.passes.rewrite.size_expressions import PrunedShapes
 
 
@@ -39,12 +40,17 @@ class LayerAttributes:
             return {}
         before, after = [self.shapes.before(r) for r in inputs], [self.shapes.after(r) for r in inputs]
         own = self.own_shapes(path)
+        computed = None
         if "weight" not in own and getattr(module, "weight", None) is not None:
-            own["weight"] = self.computed_weight(path.removeprefix(self.capture.prefix), tuple(module.weight.shape))
+            shape = tuple(module.weight.shape)
+            computed = self.computed_weight(path.removeprefix(self.capture.prefix), shape)
+            own["weight"] = shape if computed is None else self.shapes.after(computed)
         found = {k: v for k, v in table(module, before, after, own).items() if getattr(module, k) != v}
         if "num_channels" in found and isinstance(module.num_groups, int):  # whole groups may have been removed
             size = before[0][1] // module.num_groups
             found["num_groups"] = len(torch.unique(self.shapes.positions(inputs[0], 1) // size))
+        if computed is not None and isinstance(held := vars(module).get("weight"), Tensor):  # what a hook put there last
+            found["weight"] = apply_slices(self.shapes.cuts(computed), held.detach())
         return found
 
     def read_only(self, called: Collection[str]) -> dict[str, dict[str, Any]]:
@@ -68,8 +74,8 @@ class LayerAttributes:
             found |= {f"{inner[len(path) + 1 :]}.{n}": self.shapes.after(ref) for n, ref in self.owned[inner].items()}
         return found
 
-    def computed_weight(self, path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The pruned shape of a weight that hooks or a parametrization compute: the last of its shape from the layer's own.
+    def computed_weight(self, path: str, shape: tuple[int, ...]) -> TensorRef | None:
+        """A weight that hooks or a parametrization compute: the last of its shape from the layer's own.
 
         A transpose of one, which a linear layer takes of its weight, is none.
         """
@@ -82,7 +88,7 @@ class LayerAttributes:
                 found |= {r.id for r in op.outputs}
                 if name_of(op.func) not in TRANSPOSES or op.inputs[0] not in weights:
                     weights += [r for r in op.outputs if trace.shape(r) == shape]
-        return self.shapes.after(weights[-1]) if weights else shape
+        return weights[-1] if weights else None
 
 
 TRANSPOSES = ("aten::t", "aten::transpose", "aten::permute")
