@@ -46,6 +46,7 @@ def prune(
     *,
     verify: Verify = "auto",
     same_class: Literal[False] = False,
+    inplace: bool = False,
     **asked: Unpack[Asked],
 ) -> Pruned: ...
 
@@ -58,6 +59,7 @@ def prune(
     *,
     verify: Verify = "auto",
     same_class: Literal[True],
+    inplace: bool = False,
     **asked: Unpack[Asked],
 ) -> AnyModule: ...
 
@@ -87,6 +89,7 @@ def prune(
     attention: Attention = "heads",
     verify: Verify = "auto",
     same_class: bool = False,
+    inplace: bool = False,
 ) -> Any:
     """A physically smaller copy of a model, exactly equal to it with the removed channels masked.
 
@@ -97,8 +100,8 @@ def prune(
     torch.Size([4, 3, 3, 3])
 
     Arguments:
-        model: any module; it is not touched. On the meta device it is coupled and cut in form alone, by a criterion that looks
-            at no weights (`random`), unverified, and the plan can be applied to the model once it has some.
+        model: any module; it is not touched, unless `inplace`. On the meta device it is coupled and cut in form alone, by a
+            criterion that looks at no weights (`random`), unverified, and the plan applies to the model once it has some.
         ratio: the share of units removed from every prunable family, in (0, 1), or a mapping to shares from modules, globs
             over module names and names of families, the first match of which counts; what nothing matches stays whole. What
             has no effect is warned of (`PruneWarning`), and an error where nothing at all would go.
@@ -137,6 +140,9 @@ def prune(
         verify: compare the result to the masked original; `auto` does so where a forward is cheap.
         same_class: return a shrunk copy of the model, of its own class, with attributes and configuration brought up to date,
             instead of a GraphModule: its caches, losses, `generate` and `save_pretrained` are as before.
+        inplace: cut the model's own tensors, one at a time, so that memory is that of the weights and one layer where nothing
+            is verified (by default above 100 million parameters). The model itself is returned with `same_class`; else the
+            GraphModule has its tensors, and the model is of no more use. Make optimizers anew.
 
     Returns: a `torch.fx.GraphModule` (with `same_class` a module of the model's class) on the model's device and in its mode;
     `meta["plan"]` and `meta["verification"]`.
@@ -166,7 +172,7 @@ def prune(
             verify=verify,
         )
         inputs = ExampleInputs.parse(example_inputs, model).check(model, weights=options.needs_weights or same_class)
-        return Compilation(model, inputs, options.coupling).prune(options, same_class=same_class)
+        return Compilation(model, inputs, options.coupling).prune(options, same_class=same_class, inplace=inplace)
 
 
 @checked_call()

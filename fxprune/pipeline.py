@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,15 +23,16 @@ from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_parameters, named_tensors
 from fxprune.passes.ir.program import Waiver
 from fxprune.passes.ir.quiet import gc_paused, unobserved, without_modes
-from fxprune.passes.ir.slices import Slicer, TensorSlice
+from fxprune.passes.ir.slices import Slicer
 from fxprune.passes.rewrite.pruned_module import PrunedModule
-from fxprune.passes.rewrite.rewrite import rewrite_program, tensor_cuts
-from fxprune.passes.verification.masked_model import Removal
+from fxprune.passes.rewrite.rewrite import Cut, rewrite_program
 from fxprune.passes.verification.opaque_check import broken, opaque_sites
 from fxprune.plan import PlanData, derived_tensors, kept_labels, plan_between, shapes_of, sign
+from fxprune.same_class.in_place import consume, restore_in_place, whole, widths_held
 from fxprune.same_class.restore import restore_class
 from fxprune.selection.allocation import Allocator
-from fxprune.selection.latency import Latency, LatencyProbe
+from fxprune.selection.choice import Choice, spent
+from fxprune.selection.latency import LatencyProbe
 from fxprune.selection.options import Options
 from fxprune.selection.select import select_units
 from fxprune.stage_checks import check_choice, check_coupling
@@ -62,32 +61,6 @@ class Plan(PlanData):
             compilation = Compilation.of_plan(model, self, example_inputs)
             pruned = compilation.apply(self)
             return compilation.restore_class(pruned) if same_class else pruned
-
-
-@dataclass(frozen=True, eq=False)
-class Choice:
-    """Which labels of a coupling stay.
-
-    Attributes:
-        solution: the coupling.
-        kept: for each label whether it stays, shape (labels,).
-        slicer: what that leaves of a tensor with given labels.
-        latency: what was measured to make the choice, if its budget is one of latency.
-    """
-
-    solution: Solution
-    kept: Tensor
-    slicer: Slicer
-    latency: Latency | None = None
-
-    def removal(self, heads: bool) -> Removal:
-        """What it removes of the model; `heads` says whether heads go whole."""
-        return Removal(self.solution.leaves, self.kept, heads)
-
-    @functools.cached_property
-    def slices(self) -> dict[str, list[TensorSlice]]:
-        """The slices of every tensor, by name."""
-        return tensor_cuts(self.solution, self.kept, self.slicer)
 
 
 class Compilation:
@@ -238,13 +211,16 @@ class Compilation:
 
     # -- rewrite, slice and verify ----------------------------------------------------------------------------------------
 
-    def emit(self, choice: Choice, *, values: nn.Module | None = None, waiver: Waiver | None = None) -> PrunedModule:
+    def emit(
+        self, choice: Choice, *, values: nn.Module | None = None, waiver: Waiver | None = None, cut: Cut | None = None
+    ) -> PrunedModule:
         """The pruned module of a choice; if its captured program was used before, the model is captured again.
 
         Arguments:
             choice: what stays.
             values: a model of the same architecture to take tensors from instead of the original.
             waiver: guards of the program that need not hold everywhere.
+            cut: as for `rewrite_program`.
         """
         tried, self._tried = self._tried, None
         if tried is not None and tried[0] is choice and values is None and waiver is None:
@@ -260,6 +236,7 @@ class Compilation:
                     made=choice.slices,
                     values=self.tensors if values is None else None,
                     waiver=waiver,
+                    cut=cut,
                 )
             if values is not None:
                 pruned.to(device_of(values))  # constants of a program that was captured elsewhere
@@ -267,7 +244,7 @@ class Compilation:
         pruned.meta["capture"] = describe_capture(choice.solution)
         pruned.meta["frozen_modules"] = dict(self.frozen_modules)
         pruned.meta["unused"] = tuple(name for name in self.tensors if name not in choice.solution.leaves)
-        pruned.meta["contents"] = lost_contents(self.model, pruned)
+        pruned.meta["contents"] = lost_contents(self.model, pruned, choice.slices)
         if (config := config_of(self.model)) is not None:
             pruned.meta["config"] = config
         if choice.latency is not None:
@@ -319,31 +296,31 @@ class Compilation:
         model = values or self.model
         return restore_class(model, pruned, self.inputs.beside(model))[0]
 
-    def prune(self, options: Options, *, same_class: bool = False) -> Any:
+    def prune(self, options: Options, *, same_class: bool = False, inplace: bool = False) -> Any:
         """What `fxprune.prune` returns for these options."""
         if same_class and options.data is not None:  # which may be read again
             options = dataclasses.replace(options, data=list(options.data))
         with options.gc_paused():
             choice = self.choose(options)  # capture, couple, score, select
-            pruned = self.emit(choice)  # rewrite, slice
             verifies = options.verifies(self.model)
+            pruned = self.emit(choice, cut=whole if inplace and not verifies else None)  # rewrite, slice
             if not verifies:
                 del choice  # most of it is freed now, before the collector looks through what is left
         if verifies:
             pruned = self.verify(pruned, choice)
         if not same_class:
+            if inplace:
+                consume(self.model, pruned)
             return pruned
-        made, held = restore_class(self.model, pruned, self.inputs)
+        if inplace:
+            held = widths_held(self.model, plan_between(self.model, pruned))
+        else:
+            made, held = restore_class(self.model, pruned, self.inputs)
         if not held.keys() - self.options.frozen.keys():
-            return made
+            return restore_in_place(self.model, pruned, self.inputs) if inplace else made
         name, why = next(iter(held.items()))
         text = f"families stay whole, so that a configuration describes the model: {name} {why}"
         warnings.warn(text, PruneWarning, stacklevel=2)
         coupling = dataclasses.replace(self.options, frozen={**self.options.frozen, **held})
         again = Compilation(self.model, self.inputs, coupling, self.frozen_modules)
-        return again.prune(dataclasses.replace(options, coupling=coupling), same_class=True)
-
-
-def spent(solution: Solution) -> bool:
-    """Whether the captured program of a coupling was used up."""
-    return any(capture.consumed for capture in solution.captures)
+        return again.prune(dataclasses.replace(options, coupling=coupling), same_class=True, inplace=inplace)

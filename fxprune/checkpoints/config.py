@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from fxprune.checkpoints.file import one_line, read_json, replacing
+from fxprune.original_state import FOLDER, at_most
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.plan import PlanData
@@ -22,7 +19,6 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
 MOST_BYTES = 1 << 22  # of a configuration
 ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")  # other names are downloaded
 KEY = "fxprune_attention"
-FOLDER = "a folder that fxprune.save wrote, or load(path, model)"
 
 
 def config_of(pruned: nn.Module) -> Any:
@@ -82,26 +78,3 @@ def built_from(folder: Path, plan: PlanData) -> nn.Module:
     except Exception as error:  # whatever a class makes of a configuration that is none
         raise fail(f"{type(error).__name__}: {one_line(error)}") from error
     return model
-
-
-@contextlib.contextmanager
-def at_most(most: int, on_meta: bool = False) -> Iterator[None]:
-    """Refuse models with more parameters than that in this thread, and with `on_meta` let none of them keep its memory."""
-    thread, seen = threading.get_ident(), 0
-
-    def registered(module: nn.Module, name: str, parameter: Any) -> Any:
-        nonlocal seen
-        if threading.get_ident() != thread or parameter is None:
-            return None
-        seen += not (on_meta and parameter.is_meta)
-        if seen > 4 * most + 64:  # ties are set again
-            raise PruneError("the configuration builds a larger model than the plan is for", fix=FOLDER)
-        if not on_meta or parameter.is_meta:
-            return None
-        return nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
-
-    handle = register_module_parameter_registration_hook(registered)
-    try:
-        yield
-    finally:
-        handle.remove()

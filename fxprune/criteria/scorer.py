@@ -155,14 +155,18 @@ class Scorer:
         rows = len(weight)
         if weight.is_cpu and self.criterion.elementwise:
             rows = max(1, min(BLOCK, CACHED * torch.get_num_threads()) * rows // weight.numel())
-        sums: list[list[Tensor]] = [[] for _ in places]
+        wide = torch.float32 if weight.dtype in HALF_DTYPES else weight.dtype
+        shapes = [[n if d in f.dims else 1 for d, n in enumerate(weight.shape)] for f, _ in places]
+        # made before the blocks are: small tensors that stay between large ones leave holes in the heap
+        sums = [torch.empty(shape, dtype=wide, device=weight.device) for shape in shapes]
         for start in range(0, len(weight), rows):
             split = evidence is not None and len(evidence) == len(weight) > 1
             given = evidence[start : start + rows] if split and evidence is not None else evidence
             block = self.score_elements(name, weight[start : start + rows], given)
-            for found, (f, _) in zip(sums, places, strict=True):
-                add_block(found, block, f.dims)
-        return [torch.cat(found) if len(found) > 1 else found[0] for found in sums]
+            for i, (f, _) in enumerate(places):
+                sums[i] = sums[i] if sums[i].dtype == block.dtype else sums[i].to(block.dtype)
+                add_block(sums[i], block, f.dims, start)
+        return sums
 
     def score_elements(self, name: str, weight: Tensor, evidence: Tensor | None) -> Tensor:
         """The importance of each element of a parameter, or of some of its rows; raises PruneError for anything else."""
@@ -212,8 +216,8 @@ def sum_over_others(values: np.ndarray, dims: frozenset[int]) -> np.ndarray:
     return np.add.reduce(values, rest, keepdims=True) if rest else values
 
 
-def add_block(found: list[Tensor], block: Tensor, dims: frozenset[int]) -> None:
-    """Add the scores of a block of rows, summed over all but `dims`, to those of the blocks before it.
+def add_block(total: Tensor, block: Tensor, dims: frozenset[int], start: int) -> None:
+    """Add the scores of the block of rows from `start` on, summed over all but `dims`, to those of the blocks before it.
 
     Where rows are among `dims` each block has a sum of its own, else there is one sum.
     """
@@ -222,10 +226,10 @@ def add_block(found: list[Tensor], block: Tensor, dims: frozenset[int]) -> None:
         part = part.sum(0, keepdim=True)
     rest = [d for d in range(1, block.dim()) if d not in dims and block.shape[d] > 1]
     part = part.sum(rest, keepdim=True) if rest else part
-    if 0 in dims or not found:
-        found.append(part)
+    if 0 in dims:
+        total[start : start + len(block)] = part
     else:
-        found[0] = found[0] + part
+        total.copy_(part) if start == 0 else total.add_(part)
 
 
 def concatenate(parts: Sequence[Tensor | np.ndarray]) -> np.ndarray:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxprune.original_state import at_most
+
 Shapes = dict[str, tuple[int, ...]]
 Path = tuple[str, ...]
 Attributes = dict[tuple[str, str], Any]
@@ -58,12 +60,12 @@ def configure(
 
 
 def rebuilt(made: nn.Module, config: Any) -> Any:
-    """A model of the class as its library would load it: built from a configuration, with the weights of `made`."""
+    """A model of the class as its library would load it: built from a configuration, with the weights of `made` themselves."""
     first = next(made.parameters())
-    with torch.random.fork_rng(devices=[]):
-        fresh = type(made)(copy.deepcopy(config)).to(first.device, first.dtype)
-    fresh.load_state_dict(made.state_dict(), strict=False)
-    return fresh
+    with torch.random.fork_rng(devices=[]), at_most(len(shapes(made)), on_meta=True):
+        fresh = type(made)(copy.deepcopy(config))
+    fresh.load_state_dict(made.state_dict(), strict=False, assign=True)
+    return fresh.to(first.device, first.dtype)
 
 
 def shapes(model: nn.Module) -> Shapes:

@@ -12,19 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxprune.original_state import at_most
 from fxprune.same_class.configuration import Path, Shapes, build, changed, numbers, shapes
 
 
-def widths_in_constants(model: nn.Module, made: nn.Module) -> dict[str, str]:
+def widths_in_constants(model: nn.Module, target: Shapes) -> dict[str, str]:
     """The tensors along whose width a class computes other numbers, with the reason.
 
     Empty where the pruned model has no configuration's shapes, so that keeping a width would not help.
 
     Arguments:
         model: the original, of a class that is built from a configuration.
-        made: its shrunk copy.
+        target: the shapes of the pruned model.
     """
-    base, target = shapes(model), shapes(made)
+    base = shapes(model)
     values = dict(numbers(model.config))
     follow = {path: dimensions_of(model, path, value, base) for path, value in values.items()}
     found: dict[str, str] = {}
@@ -54,7 +55,7 @@ def differ_in_constants(model: nn.Module, path: Path, value: int) -> bool:
     """Whether models of two configurations, which differ in one number, differ in fractions that are not learned."""
     found = []
     for config in (model.config, changed(model.config, {path: value})):
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), at_most(len(shapes(model)), on_meta=True):
             try:
                 fresh = type(model)(config)
             except Exception:  # a number that does not go with the others
@@ -70,7 +71,7 @@ def constants(model: nn.Module) -> dict[tuple[str, str], Any]:
     for path, module in model.named_modules():
         found |= {(path, name): value for name, value in vars(module).items() if type(value) is float}
         found |= {(path, name): module._buffers[name] for name in module._non_persistent_buffers_set if name in module._buffers}
-    return found
+    return {key: value for key, value in found.items() if not (isinstance(value, Tensor) and value.is_meta)}
 
 
 def same_kind(a: Any, b: Any) -> bool:

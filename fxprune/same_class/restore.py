@@ -9,7 +9,7 @@ its forward: the innermost such module, since they are tried from the inside out
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,25 +20,36 @@ from fxprune.passes.capture.capture import capture_program
 from fxprune.passes.capture.opaque import OPERATORS
 from fxprune.passes.coupling.couple import couple_channels
 from fxprune.passes.errors import PruneError, surface
-from fxprune.passes.ir.module_tree import private_copy, set_mode
+from fxprune.passes.ir.module_tree import named_tensors, private_copy, set_mode
 from fxprune.passes.ir.pytree import collect, map_tensors
 from fxprune.passes.ir.quiet import unobserved
+from fxprune.passes.ir.slices import TensorSlice
 from fxprune.passes.rewrite.pruned_module import PrunedModule, RewrittenForward
-from fxprune.passes.rewrite.rewrite import rewrite_program
+from fxprune.passes.rewrite.rewrite import rewrite_program, slice_tensor
 from fxprune.passes.verification.masked_model import relative_error
 from fxprune.plan import kept_labels, plan_between
 from fxprune.same_class.attributes import update_attributes
-from fxprune.same_class.configuration import Attributes, configure
+from fxprune.same_class.configuration import Attributes, configure, shapes
 from fxprune.same_class.constants import widths_in_constants
 from fxprune.same_class.numbers import fit_numbers
 from fxprune.verification import evaluating, restoring, tolerance_of
 
+Shrunk = tuple[Any, Attributes]
 
-def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs) -> tuple[Any, dict[str, str]]:
+
+def restore_class(
+    model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs, shrunk: Shrunk | None = None
+) -> tuple[Any, dict[str, str]]:
     """The pruned model as an object of the original's class, and the tensors that had to stay whole for a configuration.
 
     `meta["stale"]` names attributes that may still say an original width: `path.name` each, and `config` where no configuration
     of the class describes the pruned model.
+
+    Arguments:
+        model: the original; in form alone, if `shrunk` is given.
+        pruned: made of it.
+        inputs: example inputs.
+        shrunk: what `shrunk_copy` returned for them.
     """
     with unobserved(model), evaluating(pruned), restoring(pruned), torch.no_grad():
         allowed = tolerance_of(pruned)
@@ -47,18 +58,19 @@ def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs)
 
         def run(other: nn.Module) -> Any:
             with evaluating(other), restoring(other):
-                return inputs.map(torch.clone).call(other)
+                return inputs.map(torch.clone).beside(other).call(other)
 
         def error_of(other: Any) -> float:
             return difference(lambda: run(other), wanted)
 
-        made, known = shrunk_copy(model, pruned, inputs)
+        made: Any
+        made, known = shrunk or shrunk_copy(model, pruned, inputs)
         configured = configure(model, made, known, error_of, tolerance)
         if error_of(made) > tolerance:
             with evaluating(made):
                 try_forwards(model, pruned, made, inputs, tolerance)
         stale = ["config"] if configured is False else []
-        held = {} if configured is not False else widths_in_constants(model, made)
+        held = {} if configured is not False else widths_in_constants(model, shapes(made))
         if error_of(made) > tolerance:
             take_program(made, pruned, vars(pruned)["_programs"])
         if error_of(made) > tolerance:
@@ -78,13 +90,17 @@ def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs)
     return made, held
 
 
-def shrunk_copy(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs) -> tuple[Any, Attributes]:
-    """A copy of the model with cut tensors and its own forwards, and the attributes that they use as sizes."""
-    plan = plan_between(model, pruned)
+def shrunk_copy(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs) -> Shrunk:
+    """A copy of the model with the tensors of `pruned` and its own forwards, and the attributes that they use as sizes."""
+    plan, held = plan_between(model, pruned), dict(named_tensors(pruned))
+
+    def taken(name: str, tensor: Tensor, slices: Sequence[TensorSlice]) -> Tensor:
+        return held[name] if name in held else slice_tensor(tensor, slices)
+
     try:
         whole = capture_program(set_mode(private_copy(model), False), inputs.args, inputs.kwargs, whole=True)
         solution = couple_channels([whole], plan.coupling_options)
-        made: Any = rewrite_program(model, solution, kept_labels(plan, solution)).own_model
+        made: Any = rewrite_program(model, solution, kept_labels(plan, solution), cut=taken).own_model
     except Exception as error:  # couplings that it has only as one module, such as through what its Python reads
         surface(error)
         return with_own_forwards(pruned, type(model)), {}

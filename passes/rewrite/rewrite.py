@@ -20,6 +20,8 @@ from fxprune.passes.rewrite.programs import FlatProgram, Forwards, Program, alik
 from fxprune.passes.rewrite.pruned_module import PrunedModule, RewrittenForward
 from fxprune.passes.rewrite.rewriter import Rewriter
 
+Cut = Callable[[str, Tensor, Sequence[TensorSlice]], Tensor]
+
 
 def tensor_cuts(solution: Solution, kept: Tensor, slicer: Slicer | None = None) -> dict[str, list[TensorSlice]]:
     """The slices of each of the model's tensors, by name; raises NotARectangle."""
@@ -36,8 +38,9 @@ def rewrite_program(
     made: Mapping[str, list[TensorSlice]] | None = None,
     values: Mapping[str, Tensor] | None = None,
     waiver: Waiver | None = None,
+    cut: Cut | None = None,
 ) -> PrunedModule:
-    """The pruned model: a new module that shares nothing with `model`.
+    """The pruned model: a new module that shares nothing with `model`, unless `cut` hands it tensors that do.
 
     The captured programs of the solution are consumed: using them a second time raises, before anything has changed.
 
@@ -49,6 +52,7 @@ def rewrite_program(
         made: the slices of the model's tensors, likewise.
         values: the model's tensors by name, likewise.
         waiver: guards that need not hold everywhere.
+        cut: what becomes of each of the model's tensors, in place of a new one.
     """
     slicer = slicer or Slicer(kept)
     made = tensor_cuts(solution, kept, slicer) if made is None else made
@@ -57,7 +61,7 @@ def rewrite_program(
     device = next((t.device for t in values.values()), torch.device("cpu"))
     constants: dict[str, Tensor] = {}
     programs, attributes = rewrite_graphs(solution, slicer, constants, device, waiver)
-    tree = slice_tensors(values, solution, made)
+    tree = slice_tensors(values, solution, made, cut or (lambda name, tensor, slices: slice_tensor(tensor, slices)))
     restore_state(model, tree, solution)
     for path, edits in attributes.items():
         module = captures[0].modules.get(path) or fetch(tree, path)
@@ -189,20 +193,21 @@ def modes_apart(model: nn.Module, solution: Solution, paths: Iterable[str]) -> A
     return {mode: some.intersection(paths) - {""} for mode, some in found.items()} if any(found.values()) else {}
 
 
-def slice_tensors(values: Mapping[str, Tensor], solution: Solution, made: Mapping[str, list[TensorSlice]]) -> Any:
+def slice_tensors(values: Mapping[str, Tensor], solution: Solution, made: Mapping[str, list[TensorSlice]], cut: Cut) -> Any:
     """The captured module tree with every tensor sliced, or cloned where all of it stays.
 
     Arguments:
         values: the model's tensors as they are now, by name.
         solution: whose captured tree becomes the result.
         made: the slices of each tensor, by name.
+        cut: from a name, a tensor and its slices to what is left of it.
     """
     capture = solution.captures[0]
     tree = capture.root
 
     def sliced(path: str, tensor: Tensor) -> Tensor:
         name = path.removeprefix(capture.prefix)
-        return slice_tensor(values.get(name, tensor), made.get(name, ()))
+        return cut(name, values[name], made.get(name, ())) if name in values else slice_tensor(tensor, made.get(name, ()))
 
     with torch.no_grad():
         replace_tensors(tree, sliced)
