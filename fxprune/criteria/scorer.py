@@ -17,6 +17,7 @@ from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.labels import Factor, Labels
 
 Places = Callable[[str, Factor], bool]
+Read = Callable[[str], Tensor]
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 BLOCK = 1 << 20  # elements scored at a time, at most, so that no second array of a parameter's size is made
 CACHED = 1 << 18  # elements per thread: their scores stay in its cache until they are summed
@@ -42,6 +43,7 @@ class Scorer:
         criterion: its description.
         families: those that may lose units; elements of no family are not scored. By default all are.
         counts: whether a parameter counts along one of its factors; by default all do.
+        read: finds the values of a parameter by its name, one at a time; by default they are those of `parameters`.
         seen: after a call, whether the criterion scored a unit, shape (labels,).
     """
 
@@ -51,6 +53,7 @@ class Scorer:
     criterion: CriterionSpec
     families: Sequence[Family] = ()
     counts: Places | None = None
+    read: Read | None = None
     seen: np.ndarray = field(init=False)
     free: np.ndarray | None = field(init=False, default=None)
 
@@ -75,6 +78,9 @@ class Scorer:
         if self.criterion.reduce == "sum" and self.criterion.finish_layer is None:
             return np.bincount(units, values, size)
         return REDUCE[self.criterion.reduce](self.split_layers(units, values, lengths), size)
+
+    def value(self, name: str, weight: Tensor) -> Tensor:
+        return weight if self.read is None else self.read(name).detach()
 
     def find_places(self, name: str) -> list[tuple[Factor, np.ndarray]]:
         """The factors of a parameter along which it counts, each with the units of its labels."""
@@ -101,7 +107,9 @@ class Scorer:
                 if name in together:
                     sums = [sum_over_others(together[name], f.dims) for f, _ in places]
                 else:
-                    sums = self.score_parameter(name, weight, None if evidence is None else evidence[name], places)
+                    sums = self.score_parameter(
+                        name, self.value(name, weight), None if evidence is None else evidence[name], places
+                    )
                 for (f, span), part in zip(places, sums, strict=True):
                     if part is not None:
                         mine, flat = match_labels(f, span, part)
@@ -127,7 +135,9 @@ class Scorer:
                     runs[-1].append(parameter)
         found: dict[str, np.ndarray] = {}
         for batch in (run for runs in batches.values() for run in runs):
-            scores = self.score_elements(batch[0].name, torch.cat([p.weight.reshape(-1) for p in batch]), None)
+            scores = self.score_elements(
+                batch[0].name, torch.cat([self.value(p.name, p.weight).reshape(-1) for p in batch]), None
+            )
             values = np.split(scores.double().cpu().numpy(), np.cumsum([p.weight.numel() for p in batch])[:-1])
             found.update({p.name: v.reshape(p.weight.shape) for p, v in zip(batch, values, strict=True)})
         return found

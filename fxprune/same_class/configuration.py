@@ -65,7 +65,13 @@ def rebuilt(made: nn.Module, config: Any) -> Any:
     with torch.random.fork_rng(devices=[]), at_most(len(shapes(made)), on_meta=True):
         fresh = type(made)(copy.deepcopy(config))
     fresh.load_state_dict(made.state_dict(), strict=False, assign=True)
-    return fresh.to(first.device, first.dtype)
+    fresh.to(first.device)
+    for path, module in fresh.named_modules():  # rotary tables stay in single precision, unless the whole model was converted
+        for name, buffer in module._buffers.items():
+            theirs = made.get_submodule(path)._buffers.get(name)
+            if buffer is not None and theirs is not None and buffer.is_floating_point():
+                module._buffers[name] = buffer.to(theirs.dtype)
+    return fresh
 
 
 def shapes(model: nn.Module) -> Shapes:
@@ -75,6 +81,8 @@ def shapes(model: nn.Module) -> Shapes:
 def build(model: nn.Module, config: Any) -> nn.Module | None:
     """A model of the class without contents; None where the class or the configuration does not allow it."""
     try:
+        if hasattr(config, "validate"):
+            config.validate()  # as it is when it is written to disk
         with torch.device("meta"):
             return type(model)(copy.deepcopy(config))
     except Exception:

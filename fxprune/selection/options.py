@@ -68,6 +68,7 @@ class Options:
         budget: what may stay, if it was asked for by cost.
         criterion, ranking, scopes, floor, round_to, data, loss, verify: as for `prune`.
         coupling: what the coupling has to know of them.
+        read: where scores find the values of a parameter, by its name, if not in the model.
     """
 
     ratio: float | Mapping[str, float] = DEFAULT_RATIO
@@ -81,6 +82,7 @@ class Options:
     loss: Callable[..., Tensor] | None = None
     coupling: CouplingOptions = field(default_factory=CouplingOptions)
     verify: Verify = "auto"
+    read: Callable[[str], Tensor] | None = None
 
     @classmethod
     def parse(
