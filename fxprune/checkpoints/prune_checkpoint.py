@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import inspect
 import json
 import math
 import shutil
@@ -86,12 +87,14 @@ def prune_checkpoint(
         raise PruneError(f"{target} is to hold one file", fix=f"out={str(target) + SUFFIX!r}")
     with entry_point(model) as module:
         pruning = CheckpointPruning(stored, module)
-        inputs = getattr(module, "dummy_inputs", None) if example_inputs is None else example_inputs
+        inputs = ExampleInputs.parse(module.dummy_inputs if from_folder and example_inputs is None else example_inputs, module)
+        if from_folder and "use_cache" in inspect.signature(module.forward).parameters:  # caches are not captured
+            inputs.kwargs.setdefault("use_cache", False)
         options = Options.parse(module, ratio=ratio, **asked)
         if resolve(options.criterion).needs or options.runs_the_model:
             what = "latency is measured" if options.measures_latency else f"the criterion {options.criterion} looks at data"
             raise PruneError(f"{what}, which takes the model in memory", fix="criterion='magnitude', or fxprune.prune")
-        pruned, configured = pruning.run(options, ExampleInputs.parse(inputs, module), from_folder)
+        pruned, configured = pruning.run(options, inputs, from_folder)
     if not from_folder:
         pruning.write_file(target, pruned)
     else:

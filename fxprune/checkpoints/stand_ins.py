@@ -38,7 +38,10 @@ class StandIns:
         if block is None or len(block) < count * tensor.element_size():
             numbers = torch.from_numpy(np.random.default_rng(0).standard_normal(PERIOD, np.float32))
             numbers = numbers * 2 ** (-kind / 2) if kind >= 0 else 1 + numbers.clamp(-3, 3) / 8
-            block = np.resize(numbers.to(tensor.dtype).view(torch.uint8).numpy(), count * tensor.element_size())
+            period = numbers.to(tensor.dtype).view(torch.uint8).numpy()
+            block = np.empty(count * tensor.element_size(), np.uint8)
+            for start in range(0, len(block), len(period)):
+                block[start : start + len(period)] = period[: len(block) - start]
             self.blocks[kind, tensor.dtype] = block
         # each has a storage of its own, over the same memory: nothing takes one for a view of another
         made = torch.from_numpy(block[: count * tensor.element_size()]).view(tensor.dtype).view(tuple(shape))

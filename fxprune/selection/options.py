@@ -69,6 +69,7 @@ class Options:
         criterion, ranking, scopes, floor, round_to, data, loss, verify: as for `prune`.
         coupling: what the coupling has to know of them.
         read: where scores find the values of a parameter, by its name, if not in the model.
+        combine: makes one score of each unit of those that several processes have, if there are several.
     """
 
     ratio: float | Mapping[str, float] = DEFAULT_RATIO
@@ -83,6 +84,7 @@ class Options:
     coupling: CouplingOptions = field(default_factory=CouplingOptions)
     verify: Verify = "auto"
     read: Callable[[str], Tensor] | None = None
+    combine: Callable[[np.ndarray], np.ndarray] | None = None
 
     @classmethod
     def parse(

@@ -228,7 +228,7 @@ def slice_tensor(source: Tensor, slices: Sequence[TensorSlice]) -> Tensor:
     data = source.data
     if not slices:
         new = data.clone()
-    elif len(slices) > 1 and slices[0].dims == (0,) and data.is_cpu and data.numel() > LARGE:
+    elif data.is_cpu and data.numel() > LARGE and (len(slices) > 1 or 0 not in slices[0].dims) and by_rows(slices):
         new = slice_in_blocks(data, slices)
     else:
         new = in_format_of(data, apply_slices(slices, data))
@@ -236,9 +236,19 @@ def slice_tensor(source: Tensor, slices: Sequence[TensorSlice]) -> Tensor:
 
 
 def slice_in_blocks(source: Tensor, slices: Sequence[TensorSlice]) -> Tensor:
-    """The same where the first slice is along the first dimension, without a second large tensor on the way."""
+    """The same without a second large tensor on the way, which `gather` makes of its index, too."""
     made = torch.empty_permuted(cut_shape(source.shape, slices), major_to_minor(source), dtype=source.dtype)
     rows_per_block = max(1, BLOCK * len(source) // source.numel())
-    for rows, place in zip(slices[0].keep.split(rows_per_block), made.split(rows_per_block), strict=True):
-        place.copy_(apply_slices(slices[1:], source.index_select(0, rows)))
+    places = made.split(rows_per_block)
+    if slices[0].dims == (0,):
+        for rows, place in zip(slices[0].keep.split(rows_per_block), places, strict=True):
+            place.copy_(apply_slices(slices[1:], source.index_select(0, rows)))
+    else:
+        for block, place in zip(source.split(rows_per_block), places, strict=True):
+            place.copy_(apply_slices(slices, block))
     return made
+
+
+def by_rows(slices: Sequence[TensorSlice]) -> bool:
+    """Whether rows can be sliced one by one: only the first slice may take some of them, and alone."""
+    return all(0 not in cut.dims for cut in slices[slices[0].dims == (0,) :])
