@@ -1,6 +1,6 @@
 """Structured pruning for PyTorch as a compiler pass."""
 
-from fxprune import criteria, masks, regularizers
+from fxprune import criteria, layers, masks, regularizers
 from fxprune.api import couple, prune, verify
 from fxprune.checkpoints.checkpoint import load, save
 from fxprune.checkpoints.prune_checkpoint import prune_checkpoint
@@ -8,16 +8,20 @@ from fxprune.criteria import Magnitude
 from fxprune.custom_ops import register_op
 from fxprune.errors import PruneError, PruneWarning
 from fxprune.iterative.pruner import Pruner
+from fxprune.passes.ir.progress import progress
 from fxprune.pipeline import Plan
 from fxprune.plan import plan_of
 from fxprune.repair import Repair, repair
+from fxprune.reports.count import Count, count
 from fxprune.reports.coupling import Coupling
 from fxprune.reports.feasibility import Feasibility, feasible
-from fxprune.reports.report import report
+from fxprune.reports.report import Report
+from fxprune.reports.reporter import report
 from fxprune.reports.sensitivity import Sensitivity, sensitivity
 from fxprune.verification import Verification
 
 __all__ = [
+    "Count",
     "Coupling",
     "Feasibility",
     "Magnitude",
@@ -26,14 +30,18 @@ __all__ = [
     "PruneWarning",
     "Pruner",
     "Repair",
+    "Report",
     "Sensitivity",
     "Verification",
+    "count",
     "couple",
     "criteria",
     "feasible",
+    "layers",
     "load",
     "masks",
     "plan_of",
+    "progress",
     "prune",
     "prune_checkpoint",
     "register_op",

@@ -21,7 +21,19 @@ from fxprune.passes.rewrite.pruned_module import PrunedModule
 from fxprune.pipeline import Compilation, Plan
 from fxprune.plan import plan_between, plan_of
 from fxprune.reports.coupling import Coupling
-from fxprune.selection.options import Asked, Attention, BudgetName, Freeze, Options, Ranking, Ratio, Scopes, Verify
+from fxprune.selection.options import (
+    Asked,
+    Attention,
+    BudgetName,
+    Depth,
+    Freeze,
+    Options,
+    Ranking,
+    Ratio,
+    Remove,
+    Scopes,
+    Verify,
+)
 from fxprune.verification import Verification, compare
 
 if TYPE_CHECKING:
@@ -46,6 +58,9 @@ def prune(
     ratio: Ratio | None = None,
     example_inputs: Any = None,
     *,
+    depth: Depth = False,
+    depth_criterion: str | Callable[[Tensor, Tensor], Any] | None = None,
+    remove: Remove | None = None,
     verify: Verify = "auto",
     same_class: Literal[False] = False,
     inplace: bool = False,
@@ -59,6 +74,9 @@ def prune(
     ratio: Ratio | None = None,
     example_inputs: Any = None,
     *,
+    depth: Depth = False,
+    depth_criterion: str | Callable[[Tensor, Tensor], Any] | None = None,
+    remove: Remove | None = None,
     verify: Verify = "auto",
     same_class: Literal[True],
     inplace: bool = False,
@@ -78,17 +96,23 @@ def prune(
     memory: float | str | None = None,
     latency: float | str | None = None,
     budget: Mapping[BudgetName, float | str] | Mapping[str, float | str] | None = None,
-    criterion: CriterionName | str | Criterion = "magnitude",
+    criterion: CriterionName | str | Criterion | None = None,
     data: Iterable[Any] | None = None,
     loss: Callable[..., Tensor] | None = None,
-    ranking: Ranking = "local",
+    ranking: Ranking | None = None,
     scopes: Scopes | None = None,
     floor: float | None = None,
+    only: Freeze = (),
     freeze: Freeze = (),
     freeze_outputs: Freeze = (),
+    protect: tuple[int, int] = (0, 0),
     release: str | Sequence[str] = (),
     round_to: int = 1,
     attention: Attention = "heads",
+    depth: Depth = False,
+    depth_criterion: str | Callable[[Tensor, Tensor], Any] | None = None,
+    uniform: bool = False,
+    remove: Remove | None = None,
     verify: Verify = "auto",
     same_class: bool = False,
     inplace: bool = False,
@@ -119,26 +143,48 @@ def prune(
             where that is enough. `meta["latency"]` says what was measured.
         budget: a budget of any kind in `fxprune.selection.budgets.KINDS`, as a mapping from its name to the amount.
         criterion: how units are ranked: a name in `fxprune.criteria.CRITERIA`, one of its classes with options of its own,
-            or a function of a parameter that gives the importance of each element. `magnitude` is the L2 norm over the whole
-            family.
+            or a function of a parameter that gives the importance of each element. By default it is `magnitude`, the L2 norm
+            over the whole family; with data `flap`; with data and a loss `token_taylor`. The report says what was chosen.
         data: for criteria that look at data: batches, each a pair of inputs (as `example_inputs`) and target, a dict of
             keyword arguments, or inputs alone. They are read once (twice for `grasp`), in evaluation mode.
         loss: for criteria that look at gradients: a function of the output and the target (of the output and the dict; of
-            the output alone) that returns a mean over the batch.
+            the output alone) that returns a mean over the batch. By default it is the `loss` that the model's output holds.
         ranking: who competes: with `local` every family loses the same share; with `global` all families lose their lowest
-            scored units together; with `isomorphic` (arXiv:2407.04616) those of one structure do.
+            scored units together; with `isomorphic` (arXiv:2407.04616) those of one structure do. By default it is `local`;
+            with a budget and data, where the criterion is left open too, `global`. Where it is left open with a budget, a
+            residual stream through the whole model goes last.
         scopes: a mapping from names to globs over module names, or names of families: families of one scope share a ratio
             and compete. `ratio` may name them.
         floor: the share of every family that stays where families compete or a budget is given, 0.1 by default; with
             `local` ratios none by default.
+        only: globs over module names, or modules: families all of whose parameters lie in them take part, nothing else does:
+            `only="*mlp*"` is the hidden layers of the blocks. (`ratio={"*mlp*": 0.5}` is not: a family that is written there
+            matches a glob, and so the residual stream does, which every block writes.)
         freeze: globs over module names, modules, or names of families as `couple` prints them. The parameters of a module
-            stay as they are, and so do the layers that it reads: `couple` and `report` say which.
+            stay as they are, and so do the layers that it reads: `couple` and `report` say which. With a slash behind its
+            name, as in `"model.layers.0/"`, it is the families that lie within a module, and nothing beyond it stays.
         freeze_outputs: globs or modules likewise, of whose layers the outputs alone stay; what they read may shrink.
+        protect: how many of the first and of the last blocks lose nothing within them, such as `(2, 1)`; a stream through all
+            blocks may shrink still. Blocks are modules of one class in a `ModuleList` or a `Sequential`.
         release: globs over the names of outputs, whose channels then may go too: the keys, fields and positions that lead to
             a tensor, such as `last_hidden_state`, `hidden_states.*` or `1`; a model's one tensor is `output`. By default
             every output keeps its shape.
         round_to: what is left of a family is a multiple of this; a family that cannot be stays whole.
         attention: remove whole `heads`, or `dims` within them.
+        depth: with True residual branches go too, with "only" nothing else: attention, an FFN, the convolutions of a block,
+            whatever is computed from a stream and added to it by parameters of its own. A `ratio` is also the share of
+            branches; a budget is one over both.
+        depth_criterion: how branches are ranked: `influence` (arXiv:2403.03853; by default with data), `taylor`, `loss`,
+            `weights` (the mean importance of a branch's weights by the criterion; by default without data), or a function of
+            the stream and what is added to it; see `fxprune.criteria.branches`.
+        uniform: families that play the same part keep the same share of their units, so that one number says how many there
+            are in every layer: those of one structure and size, and of a model with a configuration those that one number of
+            it counts. Where one of them stays whole all do, and `couple(..., uniform=True)` says why.
+        remove: exactly the channels that go, in place of a ratio or a budget: a mapping from layers to indices of their
+            outputs, such as `{"layer1.0.conv1": [2, 6, 9]}`. All that is coupled to them goes too
+            (`couple(...).group("layer1.0.conv1", [2, 6, 9])` shows it). In place of a layer: `layer:dim` or `tensor:dim` for
+            another dimension; a family of `couple`, or `layer#2`, for its units by number. Where other channels of the same
+            layer would go too, as in a head, it is an error that lists them.
         verify: compare the result to the masked original; `auto` does so where a forward is cheap.
         same_class: return a shrunk copy of the model, of its own class, with attributes and configuration brought up to date,
             instead of a GraphModule: its caches, losses, `generate` and `save_pretrained` are as before.
@@ -170,11 +216,17 @@ def prune(
             ranking=ranking,
             scopes=scopes,
             floor=floor,
+            only=only,
             freeze=freeze,
             freeze_outputs=freeze_outputs,
+            protect=protect,
             release=release,
             round_to=round_to,
             attention=attention,
+            depth=depth,
+            depth_criterion=depth_criterion,
+            uniform=uniform,
+            remove=remove,
             verify=verify,
         )
         inputs = ExampleInputs.parse(example_inputs, model).check(model, weights=options.needs_weights or same_class)
@@ -192,10 +244,13 @@ def couple(
     model: nn.Module,
     example_inputs: Any = None,
     *,
+    only: Freeze = (),
     freeze: Freeze = (),
     freeze_outputs: Freeze = (),
+    protect: tuple[int, int] = (0, 0),
     release: str | Sequence[str] = (),
     attention: Attention = "heads",
+    uniform: bool = False,
 ) -> Coupling:
     """Which channels of a model go together, and why the others stay.
 
@@ -207,14 +262,23 @@ def couple(
     Arguments: as for `prune`; the model may be on the meta device, however large it is. Raises: PruneError.
     """
     with entry_point(model) as model:
-        options = Options.parse(model, freeze=freeze, freeze_outputs=freeze_outputs, release=release, attention=attention)
+        options = Options.parse(
+            model,
+            only=only,
+            freeze=freeze,
+            freeze_outputs=freeze_outputs,
+            protect=protect,
+            release=release,
+            attention=attention,
+            uniform=uniform,
+        )
         inputs = ExampleInputs.parse(example_inputs, model).check(model, weights=False)
         compilation = Compilation(model, inputs, options.coupling)
         solution = compilation.couple_for_good()
         found = families(solution, set(named_parameters(model)))
         for capture in solution.captures:
             capture.given.clear()  # nothing is tried any more
-        return Coupling(type(model).__name__, found, solution, compilation.tensors, options.coupling.frozen)
+        return Coupling(type(model).__name__, found, solution, compilation)
 
 
 @checked_call()

@@ -6,11 +6,12 @@ import difflib
 import functools
 import inspect
 import numbers
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxprune.passes.errors import PruneError
 
@@ -105,6 +106,28 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}? " if close else ""
 
 
+class Shown(reprlib.Repr):
+    """How an argument is shown in a message: what is long is shortened, and tensors are told by their shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = 100
+        self.maxlong = 40
+
+    def repr1(self, x: Any, level: int) -> str:
+        if isinstance(x, Tensor | np.ndarray) and x.ndim:
+            return f"a {type(x).__name__} of shape {tuple(x.shape)}"
+        if isinstance(x, nn.Module):
+            return f"a {type(x).__name__}"
+        try:
+            return super().repr1(x, level)
+        except ValueError:  # Python writes down no integer of thousands of digits
+            return f"a {type(x).__name__} that is too long to show"
+
+
+shown = Shown().repr
+
+
 def number(value: Any) -> Any:
     """A number as Python's: those of NumPy, fractions, and tensors and arrays of no dimension too. All else is handed back.
 
@@ -115,11 +138,13 @@ def number(value: Any) -> Any:
     """
     if isinstance(value, Tensor | np.ndarray) and value.ndim == 0 and not getattr(value, "is_meta", False):
         value = value.item()
-    if type(value) in (bool, int, float):
+    if type(value) in (bool, float) or not isinstance(value, numbers.Real):
         return value
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    return float(value) if isinstance(value, numbers.Real) else value
+    try:
+        fraction = float(value)
+    except OverflowError:
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else fraction
 
 
 def is_number(value: Any) -> bool:

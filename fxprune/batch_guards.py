@@ -22,7 +22,7 @@ from fxprune.passes.rewrite.guards import guards_of, noting
 from fxprune.passes.rewrite.pruned_module import PrunedModule
 from fxprune.passes.verification.masked_model import Removal
 from fxprune.plan import PlanData
-from fxprune.verification import Verification, compare, evaluating, restoring
+from fxprune.verification import Verification, compare, evaluating, quietly, restoring
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ def tried_with_one(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs
     one, several = inputs.first_sample(), inputs.one_more() if alone else inputs
     tried = recompile(several).emit(None) if alone else pruned
     with noting() as failing, evaluating(tried), restoring(tried, parameters=True), torch.no_grad(), unobserved(model):
-        one.call(tried)
+        one.call(quietly(tried))
     if not failing and not alone:
         return None
     found = recompile(several)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from fxprune.arguments import shown
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.labels import Labels
 from fxprune.passes.ops.call import RuleContext
@@ -54,9 +55,10 @@ def register_op(
     """
     name = name_of(op)
     if kind is not None and kind not in ("movement", "pointwise", "frozen"):
-        raise PruneError(f"an op's kind is not {kind!r}", where=name, fix="kind='movement', 'pointwise' or 'frozen', or like=")
+        fix = "kind='movement', 'pointwise' or 'frozen', or like="
+        raise PruneError(f"an op's kind is not {shown(kind)}", where=name, fix=fix)
     if kind is not None and like is not None:
-        raise PruneError("an op has a kind or is like another, not both", where=name, fix=f"like={like!r} alone")
+        raise PruneError("an op has a kind or is like another, not both", where=name, fix=f"like={shown(like)} alone")
     known = [field.name for field in dataclasses.fields(OpSpec)]
     for field in fields:
         if field not in known:
@@ -86,14 +88,14 @@ def name_of(op: Any) -> str:
     """The name of an op, with its namespace."""
     name = op if isinstance(op, str) else getattr(op, "_qualname", None) or getattr(getattr(op, "_schema", None), "name", None)
     if not isinstance(name, str) or "::" not in name:
-        raise PruneError(f"{op!r} is neither an op nor the name of one", fix='"namespace::name"')
+        raise PruneError(f"{shown(op)} is neither an op nor the name of one", fix='"namespace::name"')
     return name
 
 
 def spec_like(name: str, like: str) -> OpSpec:
     found = named(like)
     if found.labels is None:
-        raise PruneError(f"there is no rule for {like!r} that {name} could have too", where=name, fix='like="aten::mean"')
+        raise PruneError(f"there is no rule for {shown(like)} that {name} could have too", where=name, fix='like="aten::mean"')
     return found
 
 

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import PLAIN_TENSORS, check_module, named_parameters, named_tensors, walk
+from fxprune.passes.ir.quiet import own_random_state
 
 # what Python and torch raise for what nobody foresaw; running out of memory is not among it
 FAULTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError, pickle.PickleError)
@@ -32,7 +33,7 @@ def entry_point(model: Any) -> Iterator[nn.Module]:
     Raises: PruneError for what cannot be pruned, and in place of any error that says nothing of what to do. Where
     `FXPRUNE_STRICT=1` is set, as it is in tests, such errors are let out as they are.
     """
-    with uncompiled():
+    with uncompiled(), own_random_state():
         try:
             yield unwrapped(model)
         except FAULTS as error:
@@ -112,6 +113,12 @@ def check_tensors(model: nn.Module) -> None:
                 f"{name} is not initialized: its layer is lazy",
                 where=f"{path} ({type(model.get_submodule(path)).__name__})",
                 fix="run the model once: model(*example_inputs)",
+            )
+        if is_a(tensor, "torch._subclasses.fake_tensor", "FakeTensor"):
+            raise PruneError(
+                f"{name} is a FakeTensor: it has no values",
+                where=type(model).__name__,
+                fix="make the model outside of FakeTensorMode, or on the meta device with criterion='random', verify=False",
             )
         packed: bool = is_traceable_wrapper_subclass(tensor)
         if packed:

@@ -81,17 +81,27 @@ class ExampleInputs:
         if self.batch is None:
             return
         yield "batch", self.one_more()
-        images = [t for t in self.tensors if t.dim() in (4, 5) and t.is_floating_point() and min(t.shape[-2:]) >= 8]
-        if images:
-            height, width = images[0].shape[-2:]
+        if self.image_size is not None:
+            yield "image size", self.with_images(larger)
 
-            def grown(t: Tensor) -> Tensor:
-                if t.dim() >= 4 and t.is_floating_point() and t.shape[-2:] == (height, width):
-                    t = torch.cat([t, t[..., : min(32, height), :]], -2)
-                    return torch.cat([t, t[..., : min(32, width)].flip(-1)], -1)
-                return t
+    def other_size(self) -> tuple[list[str], ExampleInputs] | None:
+        """The same inputs at another batch size, and a smaller image size if they are images: the names of what is other."""
+        if self.batch is None:
+            return None
+        if self.image_size is None or any(smaller_size(n) >= n for n in self.image_size):
+            return (["batch"], self.one_more()) if self.image_size is None else None
+        return ["batch", "image size"], self.one_more().with_images(smaller)
 
-            yield "image size", self.map(grown)
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """Height and width of the first tensor that may be images; None where there is none."""
+        images = (t for t in self.tensors if t.dim() in (4, 5) and t.is_floating_point() and min(t.shape[-2:]) >= 8)
+        return next(((t.shape[-2], t.shape[-1]) for t in images), None)
+
+    def with_images(self, change: Callable[[Tensor], Tensor]) -> ExampleInputs:
+        """The same with all tensors of the size of the images changed."""
+        size = self.image_size
+        return self.map(lambda t: change(t) if t.dim() >= 4 and t.is_floating_point() and t.shape[-2:] == size else t)
 
     def describe(self) -> Any:
         """JSON-ready description: structure, shapes, dtypes and the range of integers."""
@@ -132,6 +142,25 @@ class ExampleInputs:
                 fix=f"example_inputs.to({dtypes[0]})",
             )
         return self
+
+
+def larger(images: Tensor) -> Tensor:
+    """Images with up to 32 rows and columns more."""
+    height, width = images.shape[-2:]
+    images = torch.cat([images, images[..., : min(32, height), :]], -2)
+    return torch.cat([images, images[..., : min(32, width)].flip(-1)], -1)
+
+
+def smaller(images: Tensor) -> Tensor:
+    """The upper left of images, about half as high and as wide."""
+    height, width = images.shape[-2:]
+    return images[..., : smaller_size(height), : smaller_size(width)].clone()
+
+
+def smaller_size(size: int) -> int:
+    """About half of a size, a multiple of what models that are given images of this size divide it by."""
+    step = 32 if size > 64 else 8
+    return -(-size // (2 * step)) * step
 
 
 def takes_each(model: nn.Module, given: list[Any]) -> bool:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,25 +16,29 @@ from fxprune.entry_points import entry_point
 from fxprune.errors import PruneWarning
 from fxprune.inputs import ExampleInputs, device_of, random_inputs
 from fxprune.original_state import config_of, lost_contents, with_lazy_tensors
+from fxprune.passes.capture.programs import DRAW, DRAWN
 from fxprune.passes.coupling.couple import analyse, describe_capture
-from fxprune.passes.coupling.families import families, freeze_families
+from fxprune.passes.coupling.families import freeze_families
 from fxprune.passes.coupling.solution import CouplingOptions, Solution
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_parameters, named_tensors
 from fxprune.passes.ir.program import Waiver
 from fxprune.passes.ir.quiet import gc_paused, unobserved, without_modes
-from fxprune.passes.ir.slices import Slicer
+from fxprune.passes.ir.slices import Slicer, nothing_of
 from fxprune.passes.rewrite.pruned_module import PrunedModule
 from fxprune.passes.rewrite.rewrite import Cut, rewrite_program
 from fxprune.passes.verification.opaque_check import broken, opaque_sites
 from fxprune.plan import PlanData, derived_tensors, kept_labels, plan_between, shapes_of, sign
-from fxprune.same_class.in_place import consume, restore_in_place, whole, widths_held
+from fxprune.same_class.configuration import conflict, followers
+from fxprune.same_class.in_place import become, consume, whole
 from fxprune.same_class.restore import restore_class
-from fxprune.selection.allocation import Allocator
-from fxprune.selection.choice import Choice, spent
+from fxprune.same_class.stand_ins import StandIns
+from fxprune.selection.choice import Choice, removal_of, spent
+from fxprune.selection.depth import select_with_depth
 from fxprune.selection.latency import LatencyProbe
 from fxprune.selection.options import Options
-from fxprune.selection.select import select_units
+from fxprune.selection.select import select_half, select_units
+from fxprune.selection.structures import keep_uniform
 from fxprune.stage_checks import check_choice, check_coupling
 from fxprune.verification import compare, tolerance_of
 
@@ -100,6 +104,10 @@ class Compilation:
         """Move the example inputs to where the model is by now."""
         self.inputs = self.inputs.beside(self.model)
 
+    @functools.cached_property
+    def _followers(self) -> Mapping[str, set[tuple[str, int]]]:
+        return followers(self.model)
+
     # -- capture and couple -----------------------------------------------------------------------------------------------
 
     def couple(self) -> Solution:
@@ -108,6 +116,8 @@ class Compilation:
         named = {text: why for text, why in self.options.frozen.items() if text not in self.tensors}
         if named:
             freeze_families(solution, named, set(named_parameters(self.model)))
+        if self.options.uniform:
+            keep_uniform(solution, set(named_parameters(self.model)), self._followers)
         check_coupling(solution)
         return solution
 
@@ -116,15 +126,8 @@ class Compilation:
         solution = self.couple()
         if not solution.captures[0].unseen:
             return solution
-        choice = self.choose_by(self._half, solution)
+        choice = self.choose_by(lambda coupled: select_half(self.model, coupled), solution)
         return choice.solution if not spent(choice.solution) else self.couple()
-
-    def _half(self, solution: Solution) -> tuple[Tensor, Slicer]:
-        found = families(solution, set(named_parameters(self.model)))
-        free = [f for f in found if f.frozen is None and len(f.units) > 1]
-        score = np.zeros(len(solution.unit_of))
-        allocator = Allocator(free, score, solution, Options())
-        return allocator.apply(allocator.allocate_ratio())
 
     # -- score and select -------------------------------------------------------------------------------------------------
 
@@ -134,6 +137,11 @@ class Compilation:
             solution = self.couple()
             if solution.captures[0].unseen and options.data is not None:  # which may be read again
                 options = dataclasses.replace(options, data=list(options.data))
+            if options.depth:
+                flat = lambda: self.emit(self.unpruned()).eval().flat()  # noqa: E731
+                return self.choose_by(
+                    lambda coupled: select_with_depth(self.model, coupled, options, self.tensors, flat), solution
+                )
             return self.choose_by(lambda coupled: select_units(self.model, coupled, options, self.tensors), solution)
         solution = self.couple_for_good()  # what is timed must run
         probe = self.latency_probe()
@@ -180,9 +188,11 @@ class Compilation:
 
     def plan(self, choice: Choice) -> Plan:
         """A choice as plain data."""
+        found, gone = choice.slices, choice.slicer.removed.tensors
         return Plan(
             {name: tuple(t.shape) for name, t in self.tensors.items()},
-            {name: found for name, found in choice.slices.items() if found and name in self.tensors},
+            {n: found[n] for n in found if found[n] and n in self.tensors and n not in gone}
+            | {n: [nothing_of(t.shape)] for n, t in self.tensors.items() if n in gone},
             "heads" if self.options.heads else "dims",
             tuple(sorted(self.options.frozen)),
             self.inputs.describe(),
@@ -193,8 +203,9 @@ class Compilation:
     def choice_of(self, plan: PlanData) -> Choice:
         """What a plan chooses; raises PruneError where it does not fit the model."""
         solution = self.couple()
-        kept = kept_labels(plan.fitted(shapes_of(self.model)), solution, self.frozen_modules.values())
-        return Choice(solution, kept, Slicer(kept))
+        plan = plan.fitted(shapes_of(self.model))
+        kept = kept_labels(plan, solution, self.frozen_modules.values())
+        return Choice(solution, kept, Slicer(kept, removal_of(self.model, solution, plan.removed)))
 
     def unpruned(self) -> Choice:
         """The choice that keeps everything."""
@@ -202,12 +213,12 @@ class Compilation:
         kept = torch.ones(len(solution.unit_of), dtype=torch.bool)
         return Choice(solution, kept, Slicer(kept))
 
-    def keep(self, kept: Tensor) -> Choice:
-        """The choice of these labels, shape (labels,), from a coupling of its own."""
+    def keep(self, kept: Tensor, tensors: Collection[str] = ()) -> Choice:
+        """The choice of these labels, shape (labels,), from a coupling of its own; `tensors` go with residual branches."""
         solution = self.couple()
         if len(kept) != len(solution.unit_of):
             raise RuntimeError("the model is coupled otherwise than when the choice was made")
-        return Choice(solution, kept, Slicer(kept))
+        return Choice(solution, kept, Slicer(kept, removal_of(self.model, solution, tensors)))
 
     # -- rewrite, slice and verify ----------------------------------------------------------------------------------------
 
@@ -226,7 +237,7 @@ class Compilation:
         if tried is not None and tried[0] is choice and values is None and waiver is None:
             pruned = tried[1]
         else:
-            choice = self.keep(choice.kept) if spent(choice.solution) else choice
+            choice = self.keep(choice.kept, choice.slicer.removed.tensors) if spent(choice.solution) else choice
             with gc_paused():
                 pruned = rewrite_program(
                     values or self.model,
@@ -245,6 +256,7 @@ class Compilation:
         pruned.meta["frozen_modules"] = dict(self.frozen_modules)
         pruned.meta["unused"] = tuple(name for name in self.tensors if name not in choice.solution.leaves)
         pruned.meta["contents"] = lost_contents(self.model, pruned, choice.slices)
+        pruned.meta["branches"] = tuple(b.name for b in choice.slicer.removed.branches)
         if (config := config_of(self.model)) is not None:
             pruned.meta["config"] = config
         if choice.latency is not None:
@@ -276,11 +288,10 @@ class Compilation:
                 fix="freeze= the module it names, or verify=False to get the model as it is",
             ) from error
         if not found.ok:
-            raise PruneError(
-                f"the pruned model is not exact: its relative error is {found.error:.1e}, and {found.tolerance:.0e} is allowed",
-                where=type(model).__name__,
-                fix="report it with the model; verify=False returns the model as it is",
-            )
+            what = f"its relative error is {found.error:.1e}, and {found.tolerance:.0e} is allowed"
+            draws = DRAWN in pruned.meta["capture"]
+            fix = DRAW if draws else "report it with the model; verify=False returns the model as it is"
+            raise PruneError(f"the pruned model is not exact: {what}", where=type(model).__name__, fix=fix)
         pruned.meta["verification"] = found
 
         def at(other: ExampleInputs) -> Recompiled:
@@ -296,6 +307,18 @@ class Compilation:
         model = values or self.model
         return restore_class(model, pruned, self.inputs.beside(model))[0]
 
+    def in_class(self, pruned: PrunedModule) -> tuple[Any, CouplingOptions | None]:
+        """The pruned model in the original's own class, and where a configuration needs other tensors whole, what to ask."""
+        made, held = restore_class(self.model, pruned, self.inputs)
+        if not held and self.options.uniform and "config" in made.meta["stale"]:
+            warnings.warn(f"uniform=True, and {conflict(self.model, made)}", PruneWarning, stacklevel=3)
+        if not held.keys() - self.options.frozen.keys():
+            return made, None
+        name, why = next(iter(held.items()))
+        text = f"families stay whole, so that a configuration describes the model: {name} {why}"
+        warnings.warn(text, PruneWarning, stacklevel=3)
+        return made, dataclasses.replace(self.options, frozen={**self.options.frozen, **held})
+
     def prune(self, options: Options, *, same_class: bool = False, inplace: bool = False) -> Any:
         """What `fxprune.prune` returns for these options."""
         if same_class and options.data is not None:  # which may be read again
@@ -303,7 +326,9 @@ class Compilation:
         with options.gc_paused():
             choice = self.choose(options)  # capture, couple, score, select
             verifies = options.verifies(self.model)
-            pruned = self.emit(choice, cut=whole if inplace and not verifies else None)  # rewrite, slice
+            cut = (StandIns().cut if same_class else whole) if inplace and not verifies else None
+            pruned = self.emit(choice, cut=cut)  # rewrite, slice
+            pruned.meta["chosen"] = options.chosen
             if not verifies:
                 del choice  # most of it is freed now, before the collector looks through what is left
         if verifies:
@@ -312,15 +337,11 @@ class Compilation:
             if inplace:
                 consume(self.model, pruned)
             return pruned
-        if inplace:
-            held = widths_held(self.model, plan_between(self.model, pruned))
-        else:
-            made, held = restore_class(self.model, pruned, self.inputs)
-        if not held.keys() - self.options.frozen.keys():
-            return restore_in_place(self.model, pruned, self.inputs) if inplace else made
-        name, why = next(iter(held.items()))
-        text = f"families stay whole, so that a configuration describes the model: {name} {why}"
-        warnings.warn(text, PruneWarning, stacklevel=2)
-        coupling = dataclasses.replace(self.options, frozen={**self.options.frozen, **held})
-        again = Compilation(self.model, self.inputs, coupling, self.frozen_modules)
-        return again.prune(dataclasses.replace(options, coupling=coupling), same_class=True, inplace=inplace)
+        made, coupling = self.in_class(pruned)
+        if coupling is not None:
+            again = Compilation(self.model, self.inputs, coupling, self.frozen_modules)
+            return again.prune(dataclasses.replace(options, coupling=coupling), same_class=True, inplace=inplace)
+        if not inplace:
+            return made
+        consume(self.model, pruned, with_values=verifies)
+        return become(self.model, made)

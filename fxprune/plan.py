@@ -18,15 +18,16 @@ from fxprune.passes.errors import NotARectangle, PruneError
 from fxprune.passes.ir.module_tree import check_module, named_tensors, walk
 from fxprune.passes.ir.program import Waiver
 from fxprune.passes.ir.slice_algebra import compose_slices, same_slices
-from fxprune.passes.ir.slices import TensorSlice, cut_shape, mask_of
+from fxprune.passes.ir.slices import TensorSlice, cut_shape, keeps_nothing, mask_of
 from fxprune.passes.rewrite.rewrite import tensor_cuts
-from fxprune.plan_format import FORMAT, parse_plan
+from fxprune.plan_format import FORMATS, parse_plan
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 TEXT = "the text that Plan.to_json() returned"
 ORIGINAL = "apply it to the original architecture"
+STEPS = "apply it to the original; meta['step'] of a model that was pruned in steps is the plan of the last one"
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +36,8 @@ class PlanData:
 
     Attributes:
         shapes: the original shape of every tensor of the model, by name.
-        slices: for each tensor that shrinks, its slices: dimensions, kept indices (flattened over those), sizes.
+        slices: for each tensor that shrinks, its slices: dimensions, kept indices (flattened over those), sizes. Of a tensor
+            that goes with a residual branch one slice keeps nothing.
         attention: the granularity it was made with, `heads` or `dims`.
         freeze: names of tensors that were kept by request.
         inputs: what the example inputs looked like, so that the plan can be applied without them.
@@ -77,6 +79,11 @@ class PlanData:
         return self.slices
 
     @property
+    def removed(self) -> frozenset[str]:
+        """The tensors that go whole, with residual branches."""
+        return frozenset(name for name, found in self.slices.items() if keeps_nothing(found))
+
+    @property
     def coupling_options(self) -> CouplingOptions:
         """What it was asked of a coupling to make the plan."""
         return CouplingOptions(self.attention == "heads", dict.fromkeys(self.freeze, "is frozen by request"), self.release)
@@ -92,7 +99,7 @@ class PlanData:
             for name, found in self.slices.items()
         }
         return {
-            "format": FORMAT,
+            "format": FORMATS[bool(self.removed)],
             "attention": self.attention,
             "freeze": list(self.freeze),
             "release": list(self.release),
@@ -142,9 +149,12 @@ class PlanData:
             if name not in have:
                 raise PruneError(f"the plan is for another model: this one has no {name}", fix=ORIGINAL)
             if have[name] != shape:
+                known = getattr(model, "meta", {}).get("plan")
+                pruned = isinstance(known, PlanData) and known != self
                 raise PruneError(
                     f"the plan is for another model: {name} has shape {have[name]}, not {shape}",
-                    fix="apply it to the original, unpruned architecture",
+                    where=f"{type(model).__name__}, which was pruned already" if pruned else None,
+                    fix=STEPS if pruned else "apply it to the original, unpruned architecture",
                 )
         extra = sorted(have.keys() - self.shapes.keys() - derived)
         if extra:
@@ -213,8 +223,9 @@ def kept_labels(plan: PlanData, solution: Solution, trials: Collection[str] = ()
     """
     unit = solution.unit_of.numpy()
     occurs, stays = np.zeros(len(unit), bool), np.zeros(len(unit), bool)  # a unit that is left in any tensor stays
+    gone = plan.removed
     for name, labels in solution.leaves.items():
-        if name not in plan.shapes:  # a constant that the program makes
+        if name not in plan.shapes or name in gone:  # a constant that the program makes; what goes with a residual branch
             continue
         for f in labels:
             occurs[unit[f.compressed]] = True
@@ -229,17 +240,18 @@ def kept_labels(plan: PlanData, solution: Solution, trials: Collection[str] = ()
     removed = occurs & ~stays
     facts = np.array([not any(trial in reason for trial in trials) for reason in solution.reasons] + [False])  # -1: not frozen
     frozen = np.flatnonzero(removed & facts[solution.frozen])
-    if len(frozen):
-        why = solution.reasons[int(solution.frozen[frozen[0]])]
-        what = f"it removes channels of {occurring(solution, int(frozen[0]))}, of which one {why}"
-        raise PruneError(f"the plan does not fit the model: {what}", fix="apply it to the architecture it was made for")
+    removed[frozen] = False  # it may be that all its entries are removed with others that share their places
     kept = torch.from_numpy(~removed[unit])
     try:
         now = {name: found for name, found in tensor_cuts(solution, kept).items() if found and name in plan.shapes}
     except NotARectangle as error:
         raise PruneError("the plan does not fit the model: rows would differ in length", fix="make a new plan") from error
-    for name in sorted({*plan.slices, *now}):
+    for name in sorted({*plan.slices, *now} - gone):
         if not same_slices(plan.slices.get(name, []), now.get(name, []), plan.shapes[name]):
+            if len(frozen):
+                why = solution.reasons[int(solution.frozen[frozen[0]])]
+                what = f"it removes channels of {occurring(solution, int(frozen[0]))}, of which one {why}"
+                raise PruneError(f"the plan does not fit the model: {what}", fix="apply it to the architecture it was made for")
             raise PruneError(
                 f"the plan does not fit the model: it cuts {name} in another way than the model's coupling allows",
                 where=name,

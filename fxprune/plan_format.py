@@ -12,9 +12,9 @@ import torch
 from fxprune.passes.coupling.families import names_family
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.program import Waiver
-from fxprune.passes.ir.slices import TensorSlice
+from fxprune.passes.ir.slices import TensorSlice, nothing_of
 
-FORMAT = "fxprune.plan/1"
+FORMATS = ("fxprune.plan/1", "fxprune.plan/2")  # the second one may keep nothing of a tensor
 DICT = "what Plan.to_dict() returned"
 DTYPES = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
 MOST_DIMS = 64  # of a tensor
@@ -53,8 +53,8 @@ def restore_indices(data: Any, most: int) -> Any:
 def parse_plan(data: Any) -> dict[str, Any]:
     """The fields of a plan from plain data; raises PruneError for data that is none."""
     form = data.get("format") if isinstance(data, Mapping) else None
-    if form != FORMAT:
-        raise refused(f"its format is {form!r}", fix=f"a file of format {FORMAT}")
+    if form not in FORMATS:
+        raise refused(f"its format is {form!r}", fix=f"a file of format {' or '.join(FORMATS)}")
     for field in ("shapes", "keep", "attention", "freeze", "inputs"):
         if field not in data:
             raise refused(f"it has no {field!r}")
@@ -64,7 +64,11 @@ def parse_plan(data: Any) -> dict[str, Any]:
     for name, found in mapping(data["keep"], "keep").items():
         if name not in shapes:
             raise refused(f"it cuts {name}, of which it has no shape")
-        slices[name] = [parse_slice(part, name, shapes[name], known) for part in listed(found, f"what is kept of {name}")]
+        parts = listed(found, f"what is kept of {name}")
+        if form == FORMATS[1] and len(parts) == 1 and isinstance(parts[0], Mapping) and parts[0].get("keep") == []:
+            slices[name] = [nothing_of(shapes[name])]
+            continue
+        slices[name] = [parse_slice(part, name, shapes[name], known) for part in parts]
         dims = [d for part in slices[name] for d in part.dims]
         if len(set(dims)) != len(dims):
             raise refused(f"it cuts a dimension of {name} twice")

@@ -89,5 +89,5 @@ class NeedsValues(Exception):
     """The contents of a constant matter, but the run was without values."""
 
 
-class WritesConstants(Exception):
-    """The program writes in place to constants made on the way, so that each call has to start from copies."""
+class WritesWhatItReads(Exception):
+    """The program writes to constants made on the way, or to tensors that a forward assigns anew: it has to read copies."""

@@ -15,7 +15,7 @@ from torchvision.models import VisionTransformer
 
 import fxprune
 from fxprune import Plan
-from fxprune.reports import models
+from fxprune.cli import models
 from fxprune.reports.formatting import as_text
 
 

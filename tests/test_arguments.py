@@ -697,6 +697,9 @@ def test_names_are_those_of_the_tables():
         "model",
         "ratio",
         "example_inputs",
+        "remove",
+        "depth",
+        "depth_criterion",
         "verify",
         "same_class",
     }

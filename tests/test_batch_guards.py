@@ -138,3 +138,18 @@ def test_what_is_not_verified_keeps_its_guards():
     small = fxprune.prune(net, 0.5, example_inputs=torch.randn(1, 8), verify=False)
     with pytest.raises(GuardError):
         small(torch.randn(2, 8))
+
+
+def test_nothing_is_printed_where_a_program_fails_at_a_batch_of_one(capsys):
+    class Neighbour(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            h = self.first(x)
+            return self.last(h + h[1] if x.shape[0] > 1 else h)
+
+    pruned = fxprune.prune(Neighbour().eval(), 0.5, torch.randn(2, 4))
+    assert pruned.verification.ok
+    assert capsys.readouterr() == ("", "")

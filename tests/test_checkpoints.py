@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from refusals import refuses
 from torch import fx, nn
 
@@ -287,3 +289,44 @@ def test_repair_and_latency_come_back(tmp_path):
     again = fxprune.load(path, build())
     assert again.meta["repair"] == better.meta["repair"] and again.meta["latency"] == better.meta["latency"]
     assert again.meta["verification"] == better.meta["verification"]
+
+
+def uneven_llama():
+    """A pruned model whose layers have widths of their own, which no configuration says."""
+    torch.manual_seed(0)
+    widths = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 60}
+    config = transformers.LlamaConfig(**widths, num_key_value_heads=2, pad_token_id=0, eos_token_id=2, bos_token_id=1)
+    model = transformers.LlamaForCausalLM(config).eval()
+    return fxprune.prune(model, {"model.layers.0.mlp": 0.5}, torch.arange(3, 15)[None], same_class=True)
+
+
+def test_save_pretrained_of_what_no_configuration_describes_is_loaded_by_us(tmp_path):
+    small = uneven_llama()
+    with torch.no_grad():
+        small.lm_head.weight.add_(0.25)  # trained since
+    for model in (small, copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
+        model.save_pretrained(tmp_path / "folder")
+        again = fxprune.load(tmp_path / "folder", same_class=True)
+        ids = torch.arange(3, 15)[None]
+        with torch.no_grad():
+            assert torch.equal(again(ids).logits, small(ids).logits)
+        assert type(again) is type(small)
+        assert torch.equal(again.generate(ids, max_new_tokens=3), small.generate(ids, max_new_tokens=3))
+        again.save_pretrained(tmp_path / "once more")
+        assert fxprune.load(tmp_path / "once more").plan.slices.keys() == small.meta["plan"].slices.keys()
+        shutil.rmtree(tmp_path / "folder")
+
+
+def test_from_pretrained_of_such_a_folder_is_told_what_to_call(tmp_path):
+    uneven_llama().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"fxprune\.load\(folder\)"):
+        transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+
+
+def test_such_a_model_saves_its_own_values(tmp_path):
+    small = uneven_llama()
+    small.save_pretrained(tmp_path / "own", state_dict=small.state_dict(), safe_serialization=True)
+    small.save_pretrained(tmp_path / "other process", is_main_process=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
+    with pytest.raises(PruneError, match="with its own values"):
+        small.save_pretrained(tmp_path / "other", state_dict={n: t + 1 for n, t in small.state_dict().items()})

@@ -26,7 +26,7 @@ Steps = tuple[str | int, ...]
 TABLE: list[tuple[Steps, tuple[Any, ...]]] = [
     (("format",), (None, 1, "fxprune.checkpoint/2", "fxprune.plan/1")),
     (("plan",), (None, [], {}, "plan")),
-    (("plan", "format"), (None, "fxprune.plan/2")),
+    (("plan", "format"), (None, "fxprune.plan/3")),
     (("plan", "kept"), (None, {}, [], [3], [[HUGE]], [[3, 2, 1, 0]], [[-1, 0, 1, 2]], ["0123"])),
     (("plan", "keep", "0.weight", 0, "keep"), (None, -1, HUGE, "0", [0, 1, 2, 3])),
     (("plan", "shapes", "0.weight"), ([8, 5], [HUGE, 4], [])),

@@ -32,7 +32,7 @@ INPUT: Steps = ("inputs", "tensor")
 
 # what stands where in a plan, and what must not
 TABLE: list[tuple[Steps, tuple[Any, ...]]] = [
-    (("format",), (None, 1, "fxprune.plan/0", "fxprune.plan/2", [], {})),
+    (("format",), (None, 1, "fxprune.plan/0", "fxprune.plan/3", [], {})),
     (("shapes",), NOT_A_MAPPING),
     (("shapes", "0.weight"), (*NOT_A_LIST, [1] * 65)),
     (("shapes", "0.weight", 0), NOT_A_SIZE),

@@ -87,8 +87,12 @@ TEXT, DATA = "the text that Plan.to_json() returned", "what Plan.to_dict() retur
     [
         ("", "Expecting value: line 1 column 1 (char 0)", TEXT),
         ("[]", "not a JSON object", TEXT),
-        ("{}", "its format is None", "a file of format fxprune.plan/1"),
-        ('{"format": "fxprune.plan/2"}', "its format is 'fxprune.plan/2'", "a file of format fxprune.plan/1"),
+        ("{}", "its format is None", "a file of format fxprune.plan/1 or fxprune.plan/2"),
+        (
+            '{"format": "fxprune.plan/3"}',
+            "its format is 'fxprune.plan/3'",
+            "a file of format fxprune.plan/1 or fxprune.plan/2",
+        ),
         ('{"format": "fxprune.plan/1"}', "it has no 'shapes'", DATA),
     ],
 )
@@ -109,3 +113,26 @@ def test_plan_with_a_cut_that_makes_no_sense(plan, edit, why):
     data = json.loads(plan.to_json())
     data["keep"]["stem.bias"][0].update(edit)
     refuses(lambda: Plan.from_dict(data), what=f"this is no plan: {why}", fix=DATA)
+
+
+class Pairs(nn.Module):
+    """A layer reads magnitudes of pairs of copies: its inputs belong to rows that are kept, and to channels that go."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.scale = nn.Conv1d(4, 6, 1, bias=False), nn.Parameter(torch.rand(1, 6, 1))
+        self.read, self.last = nn.Linear(54, 2), nn.Conv1d(18, 2, 1)
+
+    def forward(self, x):
+        t = (self.first(x) * self.scale).repeat_interleave(3, dim=1).movedim(1, -1)
+        t = (torch.tanh(t @ t.mT) @ t).movedim(-1, 1)
+        pairs = (t.unflatten(1, (9, 2)).square().sum(2) + 1e-3).sqrt()
+        return self.read(pairs.flatten(1)), self.last(t)
+
+
+def test_entries_of_a_frozen_row_go_with_channels_that_share_their_places():
+    model, x = Pairs().double().eval(), torch.randn(2, 4, 6, dtype=torch.double)
+    pruned = fxprune.prune(model, 0.5, x, verify=False)
+    assert pruned.read.weight.shape[1] == 36
+    assert fxprune.verify(model, pruned, x).ok
+    torch.testing.assert_close(fxprune.plan_of(pruned).apply(model)(x), pruned(x))

@@ -203,7 +203,11 @@ def test_a_size_that_the_reference_alone_does_not_take_is_not_excused(monkeypatc
             raise RuntimeError("a defect of the reference")
         return masked(self, args, kwargs, *rest, **options)
 
+    def refuses_all(self, args, kwargs):
+        raise RuntimeError("no zeroed original")
+
     monkeypatch.setattr(MaskedOriginal, "__call__", fails_on_three)
+    monkeypatch.setattr(ZeroedOriginal, "__call__", refuses_all)  # which would do alone, where it agrees
     with pytest.raises(fxprune.PruneError, match="could not be verified: RuntimeError: a defect of the reference"):
         fxprune.prune(model, 0.5, example_inputs=x, verify=True)
 

@@ -1,7 +1,10 @@
 """A pruned model of the original's own class: what its own methods do, and what comes back from disk."""
 
+import copy
 import pickle
 import types
+import typing
+from typing import TypedDict
 
 import pytest
 import torch
@@ -289,3 +292,82 @@ def test_a_configuration_follows_the_family_that_was_pruned():
     model = Scaled(types.SimpleNamespace(width=12, hidden=12)).eval()
     small = fxprune.prune(model, {"up": 0.25}, torch.randn(2, 4), same_class=True)
     assert small.config.hidden == 9 and small.meta["stale"] == ()
+
+
+@pytest.mark.parametrize("kind", ["Bloom", "Mpt"])
+def test_layers_select_from_what_the_model_computes_for_all_heads(kind):
+    """ALiBi: the slopes of all of the original's heads; the heads that are left are not the first ones."""
+    torch.manual_seed(0)
+    if kind == "Bloom":
+        config = transformers.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=60)
+        model = transformers.BloomForCausalLM(config).eval()
+        weights = [block.self_attention.query_key_value.weight for block in model.transformer.h]
+    else:
+        config = transformers.MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=60, max_seq_len=40, use_cache=False)
+        model = transformers.MptForCausalLM(config).eval()
+        weights = [block.attn.Wqkv.weight for block in model.transformer.blocks]
+    with torch.no_grad():
+        for weight in weights:  # 3 by head, or head by 3
+            weight.view(4, 3, 8, 32)[0].mul_(1e-3) if kind == "Bloom" else weight.view(3, 4, 8, 32)[:, 0].mul_(1e-3)
+    ids = torch.randint(3, 60, (2, 12))
+    graph = fxprune.prune(model, 0.25, {"input_ids": ids, "use_cache": False})
+    small = fxprune.prune(model, 0.25, {"input_ids": ids, "use_cache": False}, same_class=True)
+    assert not any(isinstance(vars(m).get("forward"), RewrittenForward) for m in small.modules())
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    for model in (small, copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
+        with torch.no_grad():
+            found = model(ids, use_cache=False, output_hidden_states=True)
+            assert torch.allclose(found.logits, graph(input_ids=ids, use_cache=False)["logits"], atol=1e-5)
+            three = model(torch.cat([ids, ids[:1]]), use_cache=False).logits
+        assert torch.allclose(three[:2], found.logits, atol=1e-5), "a batch of another size selects for each of its inputs"
+        assert len(found.hidden_states) == 3
+        assert torch.equal(model.generate(ids, use_cache=True, **options), model.generate(ids, use_cache=False, **options))
+
+
+class Flags(TypedDict, total=False):
+    note: bool
+    negate: bool
+
+
+class Flagged(nn.Module):
+    """Its width is a literal, so that it gets a program; one of its flags changes what it computes."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x, **flags: typing.Unpack[Flags]):
+        y = self.outer(self.inner(x).reshape(-1, 8).relu())
+        return -y if flags.get("negate") else y
+
+
+class Flagging(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.part, self.last = Flagged(), nn.Linear(6, 2)
+
+    def forward(self, x, **flags):
+        return self.last(self.part(x, **flags))
+
+
+def test_a_program_takes_flags_that_change_nothing_and_refuses_others():
+    x = torch.randn(3, 6)
+    small = fxprune.prune(Flagging(), 0.5, x, same_class=True)
+    assert isinstance(vars(small.part)["forward"], RewrittenForward)
+    wanted = small(x)
+    assert torch.equal(small(x, note=True), wanted)
+    assert torch.equal(pickle.loads(pickle.dumps(small))(x, note=False), wanted)
+    with pytest.raises(GuardError, match="Flagged was not captured with negate, and takes x: prune with that in"):
+        small(x, negate=True)
+    with pytest.raises(GuardError, match="not captured with note"):
+        small(x, note="a text")
+
+
+def test_a_graph_says_which_keywords_it_takes():
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**DECODER)).eval()
+    ids = torch.randint(3, 60, (2, 12))
+    graph = fxprune.prune(model, 0.5, {"input_ids": ids})
+    with pytest.raises(
+        GuardError, match="LlamaForCausalLM was not captured with output_attentions, labels, and takes input_ids"
+    ):
+        graph(input_ids=ids, output_attentions=True, labels=ids)

@@ -196,7 +196,7 @@ def test_a_criterion_that_raises():
     assert isinstance(error.__cause__, ValueError)
 
 
-@pytest.mark.parametrize("criterion", [3, None, fxprune.Magnitude])
+@pytest.mark.parametrize("criterion", [3, fxprune.Magnitude])
 def test_what_is_no_criterion(criterion):
     model = net()
     what = f"criterion must be a name or a callable, not {criterion!r}"
@@ -228,17 +228,16 @@ def test_a_loader_of_nothing():
     )
 
 
-def test_progress_is_shown_where_there_is_a_terminal(monkeypatch):
+def test_progress_is_shown_of_each_pass_over_the_data(monkeypatch):
     bars = []
 
-    def bar(items, **options):
-        bars.append(options)
+    def bar(items, *said):
+        bars.append(said)
         return items
 
-    monkeypatch.setattr("fxprune.criteria.calibration.tqdm", bar)
+    monkeypatch.setattr("fxprune.criteria.calibration.progress_bar", bar)
     prune(net(), "grasp", data=[(IMAGES, LABELS)], loss=F.cross_entropy)()
-    options = {"desc": "scoring by GraSP", "disable": None, "leave": False}  # None: only for a terminal
-    assert bars == [options, options], "one for each pass over the data"
+    assert bars == [("scoring by GraSP", "batch")] * 2
 
 
 @pytest.mark.parametrize("data", [3, IMAGES, {"x": IMAGES}])
@@ -301,7 +300,8 @@ def test_data_that_the_model_does_not_take():
 
 def test_a_loss_that_is_missing():
     model = net()
-    what, fix = "the criterion Taylor needs a loss", "loss=torch.nn.functional.cross_entropy"
+    what = "the criterion Taylor needs a loss, and the output of the model holds none"
+    fix = "loss=torch.nn.functional.cross_entropy, or labels in the batches of a model that takes them"
     refuses(prune(model, "taylor", data=[(IMAGES, LABELS)]), model, what=what, fix=fix)
 
 

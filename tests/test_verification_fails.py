@@ -13,6 +13,8 @@ from oracle import run
 from torch import Tensor, fx, nn
 
 import fxprune
+from fxprune.passes.verification.masked_model import MaskedOriginal
+from fxprune.passes.verification.zeroed_model import ZeroedOriginal
 
 CAUGHT = 1e-3
 
@@ -175,3 +177,50 @@ def test_one_stale_index(name: str) -> None:
     for index in indices:
         index.copy_(index.flip(0))
     check_caught(model, pruned, inputs)
+
+
+def strided() -> tuple[nn.Module, Tensor]:
+    layers = {"a": conv(3, 12), "b": conv(12, 6), "head": linear(6, 5)}
+    forward = lambda self, x: self.head(self.b(self.a(x).relu()).relu().mean((2, 3)))  # noqa: E731
+    model = net(forward, **layers).double().eval()
+    randomise(model)
+    return model, torch.randn(1, 3, 24, 24, dtype=torch.double)
+
+
+@pytest.mark.parametrize("size", ["batch", "image size"])
+def test_what_is_wrong_at_another_size_alone(size: str) -> None:
+    """Batch and image size are tried in one run; what fails in it is then looked for in each."""
+    model, x = strided()
+    pruned = pruned_correctly(model, x)
+    dim = 0 if size == "batch" else -1
+
+    def off(module: nn.Module, given: tuple[Tensor], out: Tensor) -> Tensor:
+        return out if given[0].shape[dim] == x.shape[dim] else out * 1.5
+
+    pruned.register_forward_hook(off)
+    found = fxprune.verify(model, pruned, x)
+    assert not found.ok
+    assert found.compared == ("the example inputs", "another batch", "another image size")
+
+
+def test_sizes_are_tried_in_one_run_by_the_original_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The original is run under a dispatcher mode once, for the example inputs."""
+    model, x = strided()
+    pruned = pruned_correctly(model, x)
+    runs: list[tuple[str, torch.Size]] = []
+    for reference in (MaskedOriginal, ZeroedOriginal):
+        monkeypatch.setattr(reference, "__call__", noted(reference, runs))
+    found = fxprune.verify(model, pruned, x)
+    assert found.ok and found.compared == ("the example inputs", "another batch", "another image size")
+    example, other = torch.Size([1, 3, 24, 24]), torch.Size([2, 3, 16, 16])
+    assert runs == [("MaskedOriginal", example), ("ZeroedOriginal", example), ("ZeroedOriginal", other)]
+
+
+def noted(reference: type, runs: list[tuple[str, torch.Size]]) -> Callable[..., Any]:
+    run = reference.__call__
+
+    def call(self: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> Any:
+        runs.append((reference.__name__, args[0].shape))
+        return run(self, args, kwargs, *rest, **options)
+
+    return call

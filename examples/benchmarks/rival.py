@@ -10,8 +10,7 @@ import torch
 import torch_pruning
 from torch import Tensor, nn
 
-from fxprune.inputs import ExampleInputs
-from fxprune.reports.report import count_macs
+from fxprune import count
 
 IMPORTANCES: dict[str, Callable[[], Any]] = {
     "magnitude": torch_pruning.importance.MagnitudeImportance,
@@ -107,7 +106,7 @@ class Rival:
 
 def macs_of(model: nn.Module, example: Tensor) -> int:
     """Multiply-accumulates for an input."""
-    return count_macs(model, ExampleInputs.parse(example))
+    return count(model, example).macs or 0
 
 
 def with_fresh_norms(model: nn.Module, inputs: Tensor) -> nn.Module:

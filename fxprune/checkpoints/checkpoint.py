@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from fxprune.checkpoints.config import built_from, config_of, write_config
-from fxprune.checkpoints.file import check_digests, flush, one_line, opened, unwritable, write
+from fxprune.checkpoints.file import check_digests, opened, write
 from fxprune.checkpoints.rebuild import CONTENTS, other_names, rebuilt, split_contents
 from fxprune.checkpoints.record import Record
 from fxprune.entry_points import entry_point
@@ -25,6 +25,8 @@ from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.quiet import without_modes
 from fxprune.plan import plan_of
+from fxprune.reports.files import flush, one_line, unwritable
+from fxprune.same_class.saving import SavePretrained
 
 SUFFIX = ".safetensors"
 WEIGHTS = f"pruned{SUFFIX}"  # in a folder
@@ -63,6 +65,9 @@ def store(module: nn.Module, target: Path) -> None:
     with folder_at(target) as folder:
         write_config(folder, module, config)
         write(folder / WEIGHTS, tensors, record)
+
+
+SavePretrained.save = staticmethod(save)
 
 
 @without_modes()

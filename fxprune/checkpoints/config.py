@@ -9,16 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxprune.checkpoints.file import one_line, read_json, replacing
+from fxprune.checkpoints.file import read_json
 from fxprune.original_state import FOLDER, at_most
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.plan import PlanData
+from fxprune.reports.files import one_line, replacing
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 MOST_BYTES = 1 << 22  # of a configuration
 ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")  # other names are downloaded
 KEY = "fxprune_attention"
+WEIGHTS_KEY = "transformers_weights"  # a name of a file, which from_pretrained repeats where it is none
 
 
 def config_of(pruned: nn.Module) -> Any:
@@ -30,6 +32,7 @@ def write_config(folder: Path, pruned: nn.Module, config: Any) -> None:
     """Write the original's configuration, and what the pruned model knows of generation, to a folder."""
     config = copy.deepcopy(config)
     setattr(config, KEY, getattr(config, "_attn_implementation", None))
+    setattr(config, WEIGHTS_KEY, "none, this folder is loaded by fxprune.load(folder)")
     with replacing(folder / CONFIG) as temporary:
         temporary.write_text(config.to_json_string())
     generation: Any = getattr(pruned, "generation_config", None)
@@ -83,7 +86,7 @@ class Building:
         if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) and kind.config_class is not None):
             raise self.fail(f"transformers has no model {str(name)[:40]!r}")
         self.kind: Any = kind
-        self.attention = self.data.pop(KEY, None)
+        self.attention, _ = self.data.pop(KEY, None), self.data.pop(WEIGHTS_KEY, None)
         if self.attention is not None and self.attention not in ATTENTION:
             raise self.fail(f"there is no attention {str(self.attention)[:40]!r}")
         return self

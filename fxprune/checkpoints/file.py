@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import stat
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import PLAIN_TENSORS
+from fxprune.reports.files import one_line, replacing, unwritable
 
 KEY, DIGEST = "fxprune", "fxprune.sha256"  # of the record, in the metadata
 FORMAT = "fxprune.checkpoint/1"
@@ -31,70 +31,16 @@ SHARE = 40  # of a larger file's size, this part may be the header
 WHOLE = "the file that fxprune.save wrote, complete and unchanged"
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place, all at once and for good, when the block ends without an error.
-
-    Raises: PruneError where nothing can be written there; what was there before is left.
-    """
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent)
-        os.close(handle)
-    except OSError as error:
-        raise unwritable(path, error) from error
-    temporary = Path(name)
-    try:
-        yield temporary
-        os.chmod(temporary, 0o666 & ~current_umask())
-        flush(temporary)
-        os.replace(temporary, path)
-        flush(path.parent)
-    except (OSError, SafetensorError) as error:
-        raise unwritable(path, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def unwritable(path: Path, error: Exception) -> PruneError:
-    return PruneError(
-        f"{path} cannot be written: {one_line(error)}", fix="a path in a folder that exists and can be written to"
-    )
-
-
-def one_line(error: Exception) -> str:
-    said = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
-    return str(said)[:200]
-
-
-def current_umask() -> int:
-    """The permissions that new files do not get; asking for it is setting it."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
-
-
-def flush(path: Path) -> None:
-    """Have a file or a folder on the disk, where the system knows how."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError:  # folders cannot be opened everywhere
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        if path.is_file():
-            raise
-    finally:
-        os.close(handle)
-
-
 def write(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
     """Write tensors and a record, with a digest of each tensor, in the place of what is at `path`; raises PruneError."""
     stored = storable(tensors)
     digests = {name: digest(tensor) for name, tensor in stored.items()}
     text = json.dumps({"format": FORMAT, "digests": digests, **record})
     with replacing(path) as temporary:
-        save_file(stored, temporary, {"format": "pt", KEY: text, DIGEST: hashlib.sha256(text.encode()).hexdigest()})
+        try:
+            save_file(stored, temporary, {"format": "pt", KEY: text, DIGEST: hashlib.sha256(text.encode()).hexdigest()})
+        except SafetensorError as error:
+            raise unwritable(path, error) from error
         check_header(temporary)
 
 

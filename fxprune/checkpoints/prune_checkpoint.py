@@ -9,7 +9,6 @@ import inspect
 import json
 import math
 import shutil
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,14 +19,12 @@ from torch import Tensor, nn
 from fxprune.arguments import checked_call
 from fxprune.checkpoints.checkpoint import SUFFIX, WEIGHTS, Folder, as_path, folder_at
 from fxprune.checkpoints.config import CONFIG, architecture, write_config
-from fxprune.checkpoints.file import DIGEST, FORMAT, KEY, replacing
+from fxprune.checkpoints.file import DIGEST, FORMAT, KEY
 from fxprune.checkpoints.rebuild import CONTENTS
 from fxprune.checkpoints.record import Record
-from fxprune.checkpoints.stand_ins import StandIns
 from fxprune.checkpoints.stored import INDEX, Entry, Stored, write_one_by_one
 from fxprune.criteria.catalog import resolve
 from fxprune.entry_points import entry_point
-from fxprune.errors import PruneWarning
 from fxprune.inputs import ExampleInputs
 from fxprune.module_state import aliases
 from fxprune.passes.errors import PruneError
@@ -38,7 +35,8 @@ from fxprune.passes.rewrite.pruned_module import PrunedModule
 from fxprune.passes.rewrite.rewrite import slice_tensor
 from fxprune.pipeline import Compilation, Plan
 from fxprune.plan import derived_tensors, plan_of
-from fxprune.same_class.restore import restore_class
+from fxprune.reports.files import replacing
+from fxprune.same_class.stand_ins import StandIns
 from fxprune.selection.choice import Choice
 from fxprune.selection.options import ASKED, Asked, Options, Ratio
 
@@ -178,15 +176,12 @@ class CheckpointPruning:
             with options.gc_paused():
                 choice: Choice = compilation.choose(options)
                 pruned = compilation.emit(choice, cut=self.stand_ins.cut)
+                pruned.meta["chosen"] = options.chosen
             if not from_folder:
                 return pruned, None
-            made, held = restore_class(self.model, pruned, inputs)
-            if not held.keys() - options.coupling.frozen.keys():
+            made, coupling = compilation.in_class(pruned)
+            if coupling is None:
                 return pruned, None if "config" in made.meta["stale"] else made.config
-            name, why = next(iter(held.items()))
-            text = f"families stay whole, so that a configuration describes the model: {name} {why}"
-            warnings.warn(text, PruneWarning, stacklevel=2)
-            coupling = dataclasses.replace(options.coupling, frozen={**options.coupling.frozen, **held})
             options = dataclasses.replace(options, coupling=coupling)
 
     def entry(self, name: str, own: str, plan: Plan) -> Entry:

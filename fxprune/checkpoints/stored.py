@@ -13,8 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fxprune.checkpoints.file import check_header, digest, one_line, read_json, replacing
+from fxprune.checkpoints.file import check_header, digest, read_json
 from fxprune.passes.errors import PruneError
+from fxprune.reports.files import one_line, replacing
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 MOST_INDEX = 1 << 27  # bytes

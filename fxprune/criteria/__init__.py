@@ -33,7 +33,7 @@ Methods, in place of a score for each element:
 from fxprune.criteria.activation import FLAP, Wanda
 from fxprune.criteria.base import Criterion
 from fxprune.criteria.catalog import CRITERIA, find
-from fxprune.criteria.gradient import OBDC, SNIP, Fisher, GraSP, Hessian, Taylor
+from fxprune.criteria.gradient import OBDC, SNIP, Fisher, GraSP, Hessian, Taylor, TokenTaylor
 from fxprune.criteria.scorer import Scorer
 from fxprune.criteria.weight import FPGM, LAMP, BNScale, Magnitude, Random
 
@@ -53,6 +53,7 @@ __all__ = [
     "Random",
     "Scorer",
     "Taylor",
+    "TokenTaylor",
     "Wanda",
     "find",
 ]

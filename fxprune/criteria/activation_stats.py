@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fxprune.criteria.parameter_roles import Origins
 from fxprune.passes.capture.recorder import Recorder
 from fxprune.passes.coupling.leaf_labels import leaf_labels
+from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.pytree import collect
@@ -44,13 +45,23 @@ class ActivationObserver(Recorder):
         names: the model's tensors by identity.
         origins: labels that belong to one dimension of one parameter.
         differentiate: also follow gradients at the results of products.
+        units: for each label its unit, shape (labels,): follow first-order terms of the loss at what products read instead.
+
+    Attributes:
+        inputs, outputs: moments of what products read and make.
+        backward: by label the sum of squared gradients at results.
+        terms: by label the sum of squared terms, a unit's in equal parts.
     """
 
-    def __init__(self, names: dict[int, str], origins: Origins, *, differentiate: bool) -> None:
+    def __init__(
+        self, names: dict[int, str], origins: Origins, *, differentiate: bool = False, units: Tensor | None = None
+    ) -> None:
         super().__init__(names)
         self.own_leaves, self.size = origins.leaves, origins.size
         self.origins = origins
-        self.differentiate = differentiate
+        self.differentiate, self.units = differentiate and units is None, units
+        self.read: list[tuple[Tensor, Tensor, Tensor, int, bool]] = []
+        self.terms = torch.zeros(self.size, dtype=torch.float64)
         self.inputs, self.outputs = Moments(self.size), Moments(self.size)
         self.backward = torch.zeros(self.size, dtype=torch.float64)
         self.samples = 0
@@ -77,13 +88,20 @@ class ActivationObserver(Recorder):
             for found in find(call.op.func).products_of(call):
                 if self.op_trace.values[found.source.id].from_input and self.origins.known.get(found.weight.id):
                     tensors = {self.ref(t).id: t for t in collect((args, kwargs), Tensor)}
-                    self.look(found, tensors, call.shape(found.weight), out)
+                    self.look(found, tensors, call.shape(found.weight), out, is_image="dilation" in call.named)
         del self.op_trace.ops[before:]
         return out
 
-    def look(self, product: Product, tensors: Mapping[int, Tensor], shape: Sequence[int], out: Tensor) -> None:
+    def look(
+        self, product: Product, tensors: Mapping[int, Tensor], shape: Sequence[int], out: Tensor, *, is_image: bool
+    ) -> None:
         met = self.origins.vector(product, shape, product.summed)
-        if met is not None:
+        if met is not None and self.units is not None:
+            labels, source, index, dim = once(*met, tensors[product.source.id], product.along)
+            self.inputs.count[labels] += 1
+            if source.requires_grad:
+                self.read.append((source, labels, index, dim % source.dim(), is_image))
+        elif met is not None:
             self.inputs.add(*once(*met, tensors[product.source.id], product.along))
         made = self.origins.vector(product, shape, product.kept) if self.differentiate else None
         if made is not None:
@@ -100,6 +118,24 @@ class ActivationObserver(Recorder):
             if node is not None:
                 node.register_prehook(self.collector(labels, index, dim, self.weighted))
         self.pending.clear()
+
+    def differentiate_terms(self, loss: Tensor) -> None:
+        """Add the squared terms of a loss, a mean over the batch, at all that products have read."""
+        assert self.units is not None
+        gradients: Sequence[Tensor | None] = ()
+        if self.read:
+            gradients = torch.autograd.grad(loss, [x for x, *_ in self.read], allow_unused=True)
+        for (x, labels, index, dim, is_image), g in zip(self.read, gradients, strict=True):
+            if g is None:
+                continue
+            product = (wide(x) * wide(g) * self.weighted).movedim(dim, -1)
+            rows = product.flatten(1, -2).sum(1) if is_image and product.dim() > 2 else product.reshape(-1, product.shape[-1])
+            units, place = self.units[labels].unique(return_inverse=True)
+            place = place.to(rows.device)
+            sums = rows.new_zeros(len(rows), len(units)).index_add_(1, place, rows[:, index.to(rows.device)])
+            each = (sums.square().sum(0, dtype=torch.float64) / place.bincount()).cpu()
+            self.terms[labels] += each[place.cpu()]
+        self.read.clear()
 
     def collector(self, labels: Tensor, index: Tensor, dim: int, size: int) -> Callable[[Any], None]:
         def collect_gradient(gradients: Any) -> None:
@@ -145,6 +181,7 @@ def observe_activations(
     run: Callable[[Any], Any],
     *,
     back: bool = False,
+    units: Tensor | None = None,
 ) -> ActivationObserver:
     """Run the model on every batch under an observer.
 
@@ -154,14 +191,30 @@ def observe_activations(
         captures: the captured programs, for the labels.
         batches: what to run.
         run: from a batch to the model's output; with `back`, to a loss, whose gradients are observed too.
+        units: as for the observer.
     """
     names = {id(t): n for n, t in named_tensors(model)} | {id(p): n for n, p in parameters.items()}
-    observer = ActivationObserver(names, Origins(*leaf_labels(captures)), differentiate=back)
+    observer = ActivationObserver(names, Origins(*leaf_labels(captures)), differentiate=back, units=units)
     for batch in batches:
         observer.begin(batch)
         with observer:
             made = run(batch)
         observer.settle()
-        if back:
+        if units is not None:
+            observer.differentiate_terms(made)
+        elif back:
             torch.autograd.grad(made, list(parameters.values()), allow_unused=True)
     return observer
+
+
+def units_of_labels(solution: Solution) -> Tensor:
+    """For each label that one dimension of one parameter has before any constraint, its unit, or a number of its own."""
+    leaves, size = leaf_labels(solution.captures)
+    unit = solution.unit_of
+    found = len(unit) + torch.arange(size)
+    for name, labels in leaves.items():
+        for f in labels:
+            for g in solution.leaves.get(name, ()):
+                if g.dims == f.dims and len(g.flat) == len(f.flat):
+                    found[torch.from_numpy(f.flat)] = unit[torch.from_numpy(g.flat)]
+    return found

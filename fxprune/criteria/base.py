@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from fxprune.arguments import shown
 from fxprune.criteria.aggregation import NORMALISE, REDUCE
 from fxprune.passes.errors import PruneError
 
@@ -62,14 +63,14 @@ def describe(criterion: Any) -> CriterionSpec:
     for option, (value, known) in options.items():
         if value not in known:
             raise PruneError(
-                f"{option} must be one of {', '.join(known)}, not {value!r}",
+                f"{option} must be one of {', '.join(known)}, not {shown(value)}",
                 where=f"criterion {name}",
                 fix=f"{option}={known[0]!r}",
             )
     methods = {method: getattr(criterion, method, None) for method in ("score_dims", "score_units", "finish_layer")}
     for method, function in methods.items():
         if function is not None and not callable(function):
-            raise PruneError(f"{method} must be a method, not {function!r}", where=f"criterion {name}")
+            raise PruneError(f"{method} must be a method, not {shown(function)}", where=f"criterion {name}")
     places = getattr(criterion, "places", "all")
     check_name("places", places, PLACES, name)
     return CriterionSpec(
@@ -88,7 +89,7 @@ def check_name(attribute: str, value: object, known: tuple[str, ...], criterion:
     """Raise PruneError where an attribute of a criterion is not one of the known names."""
     if value not in known:
         listed = ", ".join(repr(k) for k in known if k)
-        raise PruneError(f"{attribute} must be one of {listed}, not {value!r}", where=f"criterion {criterion}")
+        raise PruneError(f"{attribute} must be one of {listed}, not {shown(value)}", where=f"criterion {criterion}")
 
 
 def label(criterion: object) -> str:

@@ -15,13 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from fxprune.criteria.activation_stats import Moments, observe_activations, wide
+from fxprune.arguments import shown
+from fxprune.criteria.activation_stats import Moments, observe_activations, units_of_labels, wide
 from fxprune.passes.capture.patches import visible
+from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import copy_tree, named_tensors, set_mode
 from fxprune.passes.ir.program import CapturedProgram
+from fxprune.passes.ir.progress import progress_bar
 from fxprune.passes.ir.pytree import collect, map_tensors
 
 Evidence = dict[str, Tensor]
@@ -57,7 +59,7 @@ class Source:
         data: batches: pairs of inputs and target, dicts of keyword arguments, or inputs alone.
         loss: a function of the output and, where a batch has one, its target, that returns a mean over the batch.
         criterion: its name, for messages.
-        captures: the captured programs of the model.
+        solution: the coupling; None where nothing is asked of it.
     """
 
     model: nn.Module
@@ -65,7 +67,11 @@ class Source:
     data: Iterable[Any] | None
     loss: Callable[..., Tensor] | None
     criterion: str
-    captures: list[CapturedProgram]
+    solution: Solution | None
+
+    @property
+    def captures(self) -> list[CapturedProgram]:
+        return [] if self.solution is None else self.solution.captures
 
     def batches(self, *, single: bool = False) -> Iterator[Batch]:
         """Every batch, on the model's device; with `single`, sample by sample."""
@@ -73,7 +79,7 @@ class Source:
             raise PruneError(f"the criterion {self.criterion} needs data", fix=BATCHES)
         device = next((p.device for p in self.parameters.values()), torch.device("cpu"))
         count = 0
-        for item in tqdm(self.data, desc=f"scoring by {self.criterion}", disable=None, leave=False):
+        for item in progress_bar(self.data, f"scoring by {self.criterion}", "batch"):
             batch = parse_batch(item).map(lambda t: t.to(device))
             count += batch.size
             yield from (batch.rows(slice(i, i + 1)) for i in range(batch.size)) if single and batch.size > 1 else [batch]
@@ -89,11 +95,14 @@ class Source:
 
     def value(self, batch: Batch) -> Tensor:
         """The loss of a batch."""
-        if self.loss is None:
-            raise PruneError(f"the criterion {self.criterion} needs a loss", fix="loss=torch.nn.functional.cross_entropy")
         out = self.run(batch)
+        if self.loss is None and loss_in(out) is None:
+            what = f"the criterion {self.criterion} needs a loss, and the output of the model holds none"
+            raise PruneError(
+                what, fix="loss=torch.nn.functional.cross_entropy, or labels in the batches of a model that takes them"
+            )
         try:
-            found = self.loss(out, *batch.extra)
+            found: Any = loss_in(out) if self.loss is None else self.loss(out, *batch.extra)
         except Exception as error:
             raise PruneError(
                 f"the loss raises {type(error).__name__}: {error}",
@@ -111,6 +120,12 @@ class Source:
         names = list(self.parameters)
         found = torch.autograd.grad(of, [self.parameters[n] for n in names], allow_unused=True, **options)
         return ((n, g) for n, g in zip(names, found, strict=True) if g is not None)
+
+
+def loss_in(out: Any) -> Tensor | None:
+    """The loss that the output of a model holds, under that name."""
+    found = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", None)
+    return found if isinstance(found, Tensor) and found.numel() == 1 else None
 
 
 def parse_batch(item: Any) -> Batch:
@@ -132,6 +147,14 @@ def parse_batch(item: Any) -> Batch:
     return Batch(args, kwargs, tuple(extra), tensors[0].shape[0] if tensors[0].dim() else 1)
 
 
+def check_source(data: Any, loss: Any) -> None:
+    """Raise PruneError for what cannot be batches, or a loss, whether or not a criterion needs them."""
+    if data is not None:
+        check_batches(data)
+    if loss is not None and not callable(loss):
+        raise PruneError(f"loss must be a function, not {shown(loss)}", fix="loss=torch.nn.functional.cross_entropy")
+
+
 def check_batches(data: Any) -> None:
     """Raise PruneError for what cannot be batches."""
     if not isinstance(data, Iterable) or isinstance(data, Tensor | Mapping | str):
@@ -139,12 +162,8 @@ def check_batches(data: Any) -> None:
 
 
 @contextlib.contextmanager
-def prepare_source(model: nn.Module, data: Any, loss: Any, criterion: str, captures: list[CapturedProgram]) -> Iterator[Source]:
+def prepare_source(model: nn.Module, data: Any, loss: Any, criterion: str, solution: Solution | None) -> Iterator[Source]:
     """A copy of the model that can be run, with random state and gradient mode restored afterwards."""
-    if data is not None:
-        check_batches(data)
-    if loss is not None and not callable(loss):
-        raise PruneError(f"loss must be a function, not {loss!r}", fix="loss=torch.nn.functional.cross_entropy")
     swap: dict[int, Tensor] = {}
     parameters: dict[str, Tensor] = {}
     for name, tensor in named_tensors(model):
@@ -157,7 +176,7 @@ def prepare_source(model: nn.Module, data: Any, loss: Any, criterion: str, captu
     copy = set_mode(copy_tree(model, swap), False)
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     with torch.random.fork_rng(devices=devices), torch.enable_grad(), visible():
-        yield Source(copy, learned, data, loss, criterion, captures)
+        yield Source(copy, learned, data, loss, criterion, solution)
 
 
 class Sums:
@@ -230,6 +249,24 @@ def inputs_of(source: Source, of: Callable[[Moments], Tensor]) -> Evidence:
     return observer.by_parameter(of(observer.inputs), observer.inputs.count > 0, source.parameters)
 
 
+def loss_terms(source: Source) -> Evidence:
+    """For each weight of a product and each unit that it reads, the sum over samples and positions of squared loss terms.
+
+    A term is the change of the loss, to first order, where the unit is set to zero there: the sum of activation times gradient
+    over its channels, over all places of an image, at each position of a sequence. Of a unit of several channels each holds an
+    equal part of the score.
+    """
+    assert source.solution is not None
+    units = units_of_labels(source.solution)
+    observer = observe_activations(
+        source.model, source.parameters, source.captures, source.batches(), source.value, back=True, units=units
+    )
+    times = torch.zeros(observer.size, dtype=torch.int64)  # a channel of a group stands in as many rows as filters read it
+    for f in (f for labels in observer.own_leaves.values() for f in labels):
+        times += torch.from_numpy(f.flat).bincount(minlength=observer.size)
+    return observer.by_parameter(observer.terms / times.clamp(min=1), observer.inputs.count > 0, source.parameters)
+
+
 def filter_curvature(source: Source) -> Evidence:
     """For each filter of a product's weight, half its second moment times that of the gradient at its result."""
     observer = observe_activations(source.model, source.parameters, source.captures, source.batches(), source.value, back=True)
@@ -246,6 +283,7 @@ GATHER: Mapping[str, Callable[[Source], Evidence]] = {
     "norm of inputs": norm_of_inputs,
     "variance of inputs": variance_of_inputs,
     "filter curvature": filter_curvature,
+    "loss terms": loss_terms,
 }
 SAMPLES = "gradients of samples"  # the score is the mean over samples of the square of what each gives
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fxprune.arguments import did_you_mean
+from fxprune.arguments import did_you_mean, shown
 from fxprune.criteria import activation, gradient, weight
 from fxprune.criteria.base import Criterion, CriterionSpec, check_name, describe
 from fxprune.criteria.calibration import GATHER, SAMPLES
@@ -17,6 +17,7 @@ CriterionName = Literal[
     "fpgm",
     "random",
     "taylor",
+    "token_taylor",
     "hessian",
     "obdc",
     "fisher",
@@ -41,10 +42,10 @@ def find(criterion: str | Criterion) -> Criterion:
         if criterion not in CRITERIA:
             other = OTHER_NAMES.get(criterion.lower())
             near = f"did you mean {other}? " if other else did_you_mean(criterion, CRITERIA)
-            raise PruneError(f"there is no criterion {criterion!r}", fix=f"{near}one of {', '.join(sorted(CRITERIA))}")
+            raise PruneError(f"there is no criterion {shown(criterion)}", fix=f"{near}one of {', '.join(sorted(CRITERIA))}")
         return CRITERIA[criterion]
     if isinstance(criterion, type) or not callable(criterion):
-        what = f"criterion must be a name or a callable, not {criterion!r}"
+        what = f"criterion must be a name or a callable, not {shown(criterion)}"
         raise PruneError(what, fix="criterion='magnitude', or a function of a parameter")
     return criterion
 

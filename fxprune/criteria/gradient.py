@@ -111,8 +111,32 @@ class OBDC(CriterionOptions):
         return evidence
 
 
+@dataclass(frozen=True, kw_only=True)
+class TokenTaylor(CriterionOptions):
+    """First-order change of the loss at each position: the sum over samples and positions of (sum of x dL/dx)^2 over a unit.
+
+    The sum within runs over the channels of the unit, where a layer reads them, and over all places of an image; the one
+    outside over samples and, in sequences, tokens. It is `fisher` with tokens as samples, from one backward pass for each
+    batch. All layers are on one scale: that of the squared loss.
+    """
+
+    needs: ClassVar[str] = "loss terms"
+    places: ClassVar[str] = "reads"
+
+    def __call__(self, weight: Tensor, evidence: Tensor) -> Tensor:
+        return evidence.expand_as(weight)
+
+    def score_dims(self, weight: Tensor, evidence: Tensor | None, dims: Sequence[int]) -> Tensor | None:
+        """The score of each channel that a layer reads; other dimensions have none."""
+        if evidence is None:
+            return None
+        shape = [weight.shape[d] if d in dims else 1 for d in range(weight.dim())]
+        return evidence if list(evidence.shape) == shape else None
+
+
 CRITERIA: dict[str, Criterion] = {
     "taylor": Taylor(),
+    "token_taylor": TokenTaylor(),
     "hessian": Hessian(),
     "obdc": OBDC(),
     "fisher": Fisher(),

@@ -15,6 +15,7 @@ from fxprune.criteria.base import CriterionSpec
 from fxprune.passes.coupling.families import Family
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.labels import Factor, Labels
+from fxprune.passes.ir.progress import progress_bar
 
 Places = Callable[[str, Factor], bool]
 Read = Callable[[str], Tensor]
@@ -99,10 +100,10 @@ class Scorer:
             scored = [
                 ScoredParameter(name, parameter.detach(), places)
                 for name, parameter, places in found
-                if places and parameter.is_floating_point() and parameter.numel()
+                if places and self.can_score(parameter) and parameter.numel()
             ]
             together = self.score_together(scored) if evidence is None else {}
-            for name, weight, places in scored:
+            for name, weight, places in progress_bar(scored, "scores", "parameter"):
                 sums: Sequence[Tensor | np.ndarray | None]
                 if name in together:
                     sums = [sum_over_others(together[name], f.dims) for f, _ in places]
@@ -118,6 +119,10 @@ class Scorer:
         if not parts:
             return np.zeros(0, np.int64), np.zeros(0), []
         return np.concatenate(units), concatenate(parts), [len(c) for c in units]
+
+    def can_score(self, parameter: Tensor) -> bool:
+        """Whether a parameter holds fractions; elements of complex ones count as two each."""
+        return parameter.is_floating_point() or (parameter.is_complex() and self.criterion.score_dims is None)
 
     def score_together(self, scored: Sequence[ScoredParameter]) -> dict[str, np.ndarray]:
         """The scores of the elements of small parameters, float64: one call for many of them.
@@ -180,6 +185,9 @@ class Scorer:
 
     def score_elements(self, name: str, weight: Tensor, evidence: Tensor | None) -> Tensor:
         """The importance of each element of a parameter, or of some of its rows; raises PruneError for anything else."""
+        if weight.is_complex():
+            given_parts = None if evidence is None else torch.view_as_real(evidence.resolve_conj())
+            return self.score_elements(name, torch.view_as_real(weight.resolve_conj()), given_parts).sum(-1)
         weight = weight.float() if weight.dtype in HALF_DTYPES else weight
         given = () if evidence is None else (evidence.to(weight.dtype),)
         try:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fxprune.criteria.aggregation import NORMALISE
 from fxprune.criteria.base import Criterion, CriterionSpec, describe
-from fxprune.criteria.calibration import GATHER, SAMPLES, prepare_source, sample_gradients
+from fxprune.criteria.calibration import GATHER, SAMPLES, check_source, prepare_source, sample_gradients
 from fxprune.criteria.catalog import resolve
 from fxprune.criteria.parameter_roles import roles
 from fxprune.criteria.scorer import Places, Read, Scorer
@@ -35,6 +35,7 @@ def score_units(
 
     Raises: PruneError where data or a loss is missing, or the criterion returns no scores, or scores no family.
     """
+    check_source(data, loss)
     spec = resolve(criterion)
     scorers = make_scorers(named_parameters(model), solution, families, spec, read)
     seen = np.zeros(len(scorers[0].unit_of), bool)
@@ -50,7 +51,7 @@ def score_units(
     if not spec.needs:
         total = score(None)
     else:
-        with prepare_source(model, data, loss, spec.name, solution.captures) as source:
+        with prepare_source(model, data, loss, spec.name, solution) as source:
             if spec.needs == SAMPLES:
                 total, count = np.zeros(len(seen)), 0
                 for evidence in sample_gradients(source):

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fxprune.arguments import checked_call
+from fxprune.arguments import checked_call, shown
 from fxprune.entry_points import entry_point, unwrapped
 from fxprune.inputs import ExampleInputs
 from fxprune.iterative.history import History, HistoryStep
@@ -84,7 +84,7 @@ class Pruner:
             options = Options.parse(model, ratio=ratio, verify=verify, **asked)
             self._shares, self._same_class, self._regularizer = shares(schedule, steps), same_class, find(regularizer)
             if mask is not None and not is_one_of(mask, ("hold", "soft")):
-                raise PruneError(f"mask must be 'hold', 'soft' or None, not {mask!r}", fix="mask='hold'")
+                raise PruneError(f"mask must be 'hold', 'soft' or None, not {shown(mask)}", fix="mask='hold'")
             inputs = ExampleInputs.parse(example_inputs, model).check(model)
             self._options, self._mask, self._original, self.model = options, mask, model, model
             self._compilation = Compilation(model, inputs, options.coupling)
@@ -282,8 +282,7 @@ class Pruner:
 
         Optimizers and averages have a state dict of their own: save it with this one, after they were remapped.
         """
-        cut = self._mask is None and len(self.history) > 0
-        model = PresentModel.of(self.model, self._original, cut)
+        model = PresentModel.of(self.model, self._original, cut=self._mask is None and len(self.history) > 0)
         units = (self._choice.kept, self._gone, self._marked)
         return PrunerState.of(self._asked, self.plan, units, self._calls, self.history, self._compilation, model).to_dict()
 
@@ -305,6 +304,7 @@ class Pruner:
             self._gone, self._marked, self._move, self._spans = resumed.gone, resumed.marked, None, None
             cut = self._mask is None and len(self.history) > 0
             self._view = View(self.plan) if cut else self._whole
+            self.model = self.shrink() if cut and self._same_class else resumed.model
 
     @property
     def _asked(self) -> dict[str, str]:

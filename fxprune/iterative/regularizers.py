@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxprune.arguments import did_you_mean
+from fxprune.arguments import did_you_mean, shown
 from fxprune.criteria.parameter_roles import roles
 from fxprune.criteria.scorer import HALF_DTYPES
 from fxprune.iterative.plan_mapping import narrow_labels
@@ -75,7 +75,7 @@ class Strength:
 def check_positive(of: object, **numbers: float) -> None:
     for name, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            raise PruneError(f"{name} must be a positive number, not {value!r}", where=f"regularizer {type(of).__name__}")
+            raise PruneError(f"{name} must be a positive number, not {shown(value)}", where=f"regularizer {type(of).__name__}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,10 +154,10 @@ def find(regularizer: str | Regularizer) -> Regularizer:
     if isinstance(regularizer, str):
         if regularizer not in REGULARIZERS:
             near = did_you_mean(regularizer, REGULARIZERS)
-            raise PruneError(f"there is no regularizer {regularizer!r}", fix=f"{near}one of {', '.join(REGULARIZERS)}")
+            raise PruneError(f"there is no regularizer {shown(regularizer)}", fix=f"{near}one of {', '.join(REGULARIZERS)}")
         return REGULARIZERS[regularizer]
     if isinstance(regularizer, type) or not callable(regularizer):
-        what = f"regularizer must be a name or a callable, not {regularizer!r}"
+        what = f"regularizer must be a name or a callable, not {shown(regularizer)}"
         raise PruneError(what, fix="regularizer='group_lasso', or a function of the units")
     return regularizer
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fxprune.arguments import did_you_mean, number
+from fxprune.arguments import did_you_mean, number, shown
 from fxprune.passes.errors import PruneError
 from fxprune.selection.budgets import Budget
 from fxprune.selection.options import Options
@@ -50,13 +50,13 @@ def shares(schedule: str | Schedule, steps: int) -> list[float]:
     """
     steps = number(steps)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise PruneError(f"steps must be a positive integer, not {steps!r}", fix="steps=10")
+        raise PruneError(f"steps must be a positive integer, not {shown(steps)}", fix="steps=10")
     if isinstance(schedule, str) and schedule not in SCHEDULES:
         near = did_you_mean(schedule, SCHEDULES)
-        raise PruneError(f"there is no schedule {schedule!r}", fix=f"{near}one of {', '.join(SCHEDULES)}, or a function")
+        raise PruneError(f"there is no schedule {shown(schedule)}", fix=f"{near}one of {', '.join(SCHEDULES)}, or a function")
     of: Any = SCHEDULES[schedule] if isinstance(schedule, str) else schedule
     if not callable(of):
-        raise PruneError(f"schedule must be a name or a function, not {schedule!r}", fix="schedule='linear'")
+        raise PruneError(f"schedule must be a name or a function, not {shown(schedule)}", fix="schedule='linear'")
     where = f"schedule {getattr(of, '__name__', type(of).__name__)}"
     found: list[float] = []
     for k in range(1, steps + 1):

@@ -13,6 +13,7 @@ import torch
 from rich.text import Text
 from torch import nn
 
+from fxprune.arguments import shown
 from fxprune.criteria.calibration import BATCHES, Batch, check_batches, parse_batch
 from fxprune.entry_points import entry_point
 from fxprune.inputs import device_of
@@ -20,9 +21,10 @@ from fxprune.passes.capture.patches import visible
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.quiet import unobserved, without_modes
-from fxprune.plan import plan_between
-from fxprune.repair.held_out import choose_share, split
+from fxprune.plan import PlanData, plan_between
+from fxprune.repair.held_out import Outcome, choose_share, split
 from fxprune.repair.methods import METHODS
+from fxprune.repair.refit import NAME, Refit
 from fxprune.repair.repairer import Repairer, RepairStep
 from fxprune.repair.side_by_side import Programs
 from fxprune.reports.formatting import Printable, counted, plain_data, table
@@ -138,7 +140,10 @@ def repair(
             inputs contributed in the mean);
             `fold`: what removed inputs contribute that are constant on all of the data, such as channels whose
             normalisation has scale 0, is added to the result: exactly, save at the border of a zero-padded convolution;
-            `recalibrate`: the running statistics of each normalisation become those of the data.
+            `recalibrate`: the running statistics of each normalisation become those of the data;
+            `refit`, by itself: each weight that lost inputs is fitted to what these contributed, by least squares on the
+            original's own activations. The original runs once, batch by batch; no layer follows the errors of another one.
+            It is the one for language models.
             Constants go into the product's bias; into the running mean of the normalisation behind it where there is no
             bias; and nowhere where there is neither. No parameter is added, so a saved plan still fits.
         ridge: of `reconstruct`, the penalty on the squared change of a weight, as a share of the mean square of its inputs;
@@ -157,6 +162,9 @@ def repair(
         given = batches_of(data, device_of(model))
         parts = split(given, held_out)
         made: Any = copy.deepcopy(pruned)
+        if methods == (NAME,):
+            with unobserved(model), visible(), torch.no_grad():
+                return refitted(model, pruned, made, plan, parts, ridge)
         with unobserved(model), visible():
             programs = Programs(model, made, plan, parts)
             samples = [sum(batch.size for batch, held in parts if held == part) for part in (False, True)]
@@ -165,30 +173,59 @@ def repair(
                 repairer.refusal = f"{counted(samples[0], 'sample')}: too few to hold some out; four are needed, or held_out=0"
             repairer.run([METHODS[name] for name in methods])
             result = choose_share(programs, dict(named_tensors(pruned)), dict(named_tensors(made)), check=bool(samples[1]))
-        undone = "on the samples held out the output of the model would be no closer to the original's"
-        steps = [replace(s, done=False, note=undone) if s.done and not result.share else s for s in repairer.steps]
-        made.train(pruned.training)
-        modes = {path: m.training for path, m in pruned.named_modules()}
-        for path, module in made.named_modules():
-            if path:
-                vars(module)["training"] = modes[path]
         computed = max(run.new.computed for run in programs.runs)
-        made.meta["repair"] = Repair(methods, result.errors, tuple(steps), computed, (samples[0], samples[1]), result.share)
-        return made
+        return finished(pruned, made, methods, result, repairer.steps, computed, (samples[0], samples[1]))
+
+
+def refitted(
+    model: nn.Module,
+    pruned: nn.Module,
+    made: nn.Module,
+    plan: PlanData,
+    parts: Sequence[tuple[Batch, bool]],
+    ridge: float | None,
+) -> Any:
+    """The copy by the method `refit`, which needs no programs side by side."""
+    samples = [sum(batch.size for batch, held in parts if held == part) for part in (False, True)]
+    steps, result = Refit(model, made, plan, parts).run(ridge)
+    return finished(pruned, made, (NAME,), result, steps, 0, (samples[0], samples[1]))
+
+
+def finished(
+    pruned: nn.Module,
+    made: Any,
+    methods: tuple[str, ...],
+    result: Outcome,
+    steps: Sequence[RepairStep],
+    computed: int,
+    samples: tuple[int, int],
+) -> Any:
+    """The copy in the modes of the pruned model, with a record of what was done."""
+    undone = "on the samples held out the output of the model would be no closer to the original's"
+    steps = [replace(s, done=False, note=undone) if s.done and not result.share else s for s in steps]
+    made.train(pruned.training)
+    modes = {path: m.training for path, m in pruned.named_modules()}
+    for path, module in made.named_modules():
+        if path:
+            vars(module)["training"] = modes[path]
+    made.meta["repair"] = Repair(methods, result.errors, tuple(steps), computed, samples, result.share)
+    return made
 
 
 def asked(method: Any, ridge: Any, held_out: Any) -> tuple[str, ...]:
     """The methods by name; raises PruneError for what there is not."""
     methods = (method,) if isinstance(method, str) else tuple(method) if isinstance(method, list | tuple) else ()
-    unknown = [m for m in methods if m not in METHODS]
+    if NAME in methods and len(methods) > 1:
+        raise PruneError(f"{NAME} goes with no other method", fix=f"method={NAME!r}")
+    unknown = [m for m in methods if m not in METHODS and m != NAME]
     if unknown or not methods:
         raise PruneError(
-            f"there is no method {(unknown[0] if unknown else method)!r}", fix=f"one or more of {', '.join(METHODS)}"
+            f"there is no method {(unknown[0] if unknown else method)!r}", fix=f"{NAME}, or one or more of {', '.join(METHODS)}"
         )
     if ridge is not None and not (is_number(ridge) and ridge >= 0):
-        raise PruneError(f"ridge must be a number of 0 or more, or None, not {ridge!r}", fix="ridge=0.01")
+        raise PruneError(f"ridge must be a number of 0 or more, or None, not {shown(ridge)}", fix="ridge=0.01")
     if not (is_number(held_out) and 0 <= held_out <= 0.5):
-        raise PruneError(f"held_out must be a share from 0 to 0.5, not {held_out!r}", fix="held_out=0.25")
+        raise PruneError(f"held_out must be a share from 0 to 0.5, not {shown(held_out)}", fix="held_out=0.25")
     return methods
 
 

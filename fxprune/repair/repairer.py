@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fxprune.criteria.activation_stats import wide
+from fxprune.passes.ir.progress import progress_bar
 from fxprune.repair.interpreter import ProgramRun
 from fxprune.repair.least_squares import groups, is_convolution
 from fxprune.repair.sites import Key, RepairSite, SiteCall
@@ -91,7 +92,8 @@ class Repairer:
 
     def run(self, methods: Sequence[RepairMethod]) -> None:
         """Repair every site in the order of the programs by each method in turn, then run what follows."""
-        for site in merged([[s for sites in run.new.sites.values() for s in sites] for run in self.runs]):
+        sites = merged([[s for sites in run.new.sites.values() for s in sites] for run in self.runs])
+        for site in progress_bar(sites, "repair", "layer"):
             for method in methods:
                 if site.norm == method.for_norms:
                     self.steps += self.apply(method, site)

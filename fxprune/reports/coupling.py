@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
-from torch import Tensor
 
-from fxprune.passes.coupling.families import Family, place_of, spells
+from fxprune.entry_points import entry_point
+from fxprune.passes.coupling.families import Family, listed, place_of, spells
 from fxprune.passes.coupling.solution import Solution
+from fxprune.passes.coupling.structure import find_roles
+from fxprune.pipeline import Compilation
 from fxprune.reports.formatting import Printable, counted, table
+from fxprune.reports.group import Chains, Group, group_of
 from fxprune.selection.costs import elements
+from fxprune.selection.indices import parse_indices
+from fxprune.selection.names import NOT_ALL_IN
+from fxprune.selection.options import Options, Verify
+from fxprune.selection.places import find_place
+from fxprune.selection.removal import check_indices
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
 
-SHOWN, HELD = 4, 3
+SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -32,6 +42,8 @@ class CoupledFamily:
         width: how many channels of its first member one unit takes up.
         members: (parameter or buffer, dimension) pairs it spans.
         frozen: the reason it is kept whole, or None.
+        role: what it is to the program: `residual stream`, `hidden layer`, `head`, `KV group` (a key head with the query heads
+            that share it), or "".
         parameters: how many parameter elements go with its units. A weight belongs to the family of its
             outputs and to that of its inputs, so the numbers of all families add up to more than the model's.
     """
@@ -42,11 +54,13 @@ class CoupledFamily:
     members: tuple[tuple[str, int], ...]
     frozen: str | None
     parameters: int
+    role: str = ""
 
     def __str__(self) -> str:
         units = f"{counted(self.units, 'unit')} of {counted(self.width, 'channel')}"
         why = f"; it {self.frozen}" if self.frozen else ""
-        return f"{self.name}: {units}, {counted(self.parameters, 'parameter')}{why}"
+        role = f" ({self.role})" if self.role else ""
+        return f"{self.name}{role}: {units}, {counted(self.parameters, 'parameter')}{why}"
 
     def spans(self, most: int | None = None) -> str:
         """Its members as `layer:dimension`, the first `most` of them."""
@@ -58,6 +72,7 @@ class CoupledFamily:
         """JSON-ready data."""
         return {
             "name": self.name,
+            "role": self.role,
             "units": self.units,
             "width": self.width,
             "parameters": self.parameters,
@@ -75,7 +90,7 @@ class Coupling(Printable):
     >>> found
     Coupling(Sequential: 1 prunable family of 6 units, 2 families kept whole)
     >>> print(found.families[0])
-    0: 6 units of 1 channel, 42 parameters
+    0 (hidden layer): 6 units of 1 channel, 42 parameters
     >>> found.families[0].members
     (('0.weight', 0), ('0.bias', 0), ('2.weight', 1))
 
@@ -89,15 +104,17 @@ class Coupling(Printable):
         model: str,
         found: Sequence[Family],
         solution: Solution,
-        tensors: Mapping[str, Tensor],
-        frozen: Collection[str] = (),
+        compilation: Compilation,
     ) -> None:
         self.model = model
+        tensors, frozen = compilation.tensors, compilation.options.frozen
+        sizes, roles = elements(solution, found, tensors), find_roles(solution, found)
         self.families: tuple[CoupledFamily, ...] = tuple(
-            coupled_family(family, count, frozen) for family, count in zip(found, elements(solution, found, tensors))
+            coupled_family(family, count, frozen, role.name) for family, count, role in zip(found, sizes, roles, strict=True)
         )
         self._found = found
         self._solution = solution
+        self._compilation = compilation
 
     @property
     def prunable(self) -> list[CoupledFamily]:
@@ -118,11 +135,48 @@ class Coupling(Printable):
 
         Nodes are (tensor, dimension, position in `families`), with the attributes `tensor`, `dim`, `family`
         (its name), `frozen` (the reason or None) and `indices`. Edges are what the rules tied, before anything
-        was solved.
+        was solved, with `op` (the class of a layer or the name of a function) and `module` (the path of the one
+        that calls it) of the first tie.
         """
         from fxprune.reports.coupling_graph import coupling_graph
 
         return coupling_graph(self._solution, self._found)
+
+    def group(self, layer: Any, indices: Sequence[int] | None = None) -> Group:
+        """All that goes with some channels, as a chain of links, each with the op that causes it.
+
+        >>> import torch, fxprune
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 2))
+        >>> found = fxprune.couple(net, torch.randn(1, 4)).group("0", [1, 4])
+        >>> for link in found:
+        ...     print(link)
+        0:0 [1, 4] as asked
+        0:0 [1, 4] with 0:0, by Linear 0
+        2:1 [1, 4] with 0:0, by Linear 2
+        >>> found.apply()[2].weight.shape
+        torch.Size([2, 4])
+
+        Arguments:
+            layer: as a key of `remove` in `prune`: a layer, `layer:dim`, `tensor:dim`, or a family.
+            indices: channels of it (of a family, units), each once; all of them by default.
+
+        Raises: PruneError for a layer or indices that there are none of.
+        """
+        with entry_point(self._compilation.model) as model:
+            place = find_place(model, self._solution, self._found, layer, "group")
+            chosen = range(place.size) if indices is None else parse_indices(indices, "group", layer)
+            check_indices(place, chosen)
+            return group_of(self._chains, place, chosen, self._prune)
+
+    @functools.cached_property
+    def _chains(self) -> Chains:
+        return Chains(self._solution)
+
+    def _prune(self, remove: Mapping[str, Sequence[int]], verify: Verify = "auto", same_class: bool = False) -> Any:
+        with entry_point(self._compilation.model) as model:
+            options = Options.parse(model, remove=remove, verify=verify)
+            options = dataclasses.replace(options, coupling=self._compilation.options)
+            return self._compilation.prune(options, same_class=same_class)
 
     def __repr__(self) -> str:
         return f"Coupling({self.headline()})"
@@ -148,21 +202,25 @@ class Coupling(Printable):
 
 def family_table(titles: tuple[str, str], found: Sequence[CoupledFamily], last: Sequence[str]) -> Table:
     """A row for each family: its name, its size, and what the last column says of it."""
-    rows = [(f.name, f"{f.units:,}", f"{f.width:,}", f"{f.parameters:,}", text) for f, text in zip(found, last, strict=True)]
-    return table((titles[0], "units", "width", "parameters", titles[1]), rows)
+    rows = [
+        (f.name, f.role, f"{f.units:,}", f"{f.width:,}", f"{f.parameters:,}", text) for f, text in zip(found, last, strict=True)
+    ]
+    return table((titles[0], "role", "units", "width", "parameters", titles[1]), rows)
 
 
-def coupled_family(family: Family, parameters: int, frozen: Collection[str] = ()) -> CoupledFamily:
+def coupled_family(family: Family, parameters: int, frozen: Collection[str] = (), role: str = "") -> CoupledFamily:
     """A family as a user reads it, without its labels; `frozen` are the tensors that stay by request."""
     why, texts = family.frozen, [text for text in frozen if ":" in text]
+    if why is not None and why.startswith(NOT_ALL_IN):
+        beyond = list(dict.fromkeys(f"{place_of(name)}:{dim}" for name, dim in family.members if name in frozen))
+        if len(beyond) < len({f"{place_of(name)}:{dim}" for name, dim in family.members}):
+            why += f": it holds {listed(beyond)} too"
     if why is not None and why.startswith("is frozen by "):
         named = lambda name, dim: name in frozen or any(spells(t, name, dim) for t in texts)  # noqa: E731
         others = [member for member in family.members if not named(*member)]
         if 0 < len(others) < len(family.members):
-            held = list(dict.fromkeys(f"{place_of(name)}:{dim}" for name, dim in others))
-            more = f" and {len(held) - HELD} more" if len(held) > HELD + 1 else ""
-            why += f", which holds {', '.join(held[:HELD] if more else held)}{more} too"
-    return CoupledFamily(family.name, len(family.units), family.width, family.members, why, parameters)
+            why += f", which holds {listed(list(dict.fromkeys(f'{place_of(name)}:{dim}' for name, dim in others)))} too"
+    return CoupledFamily(family.name, len(family.units), family.width, family.members, why, parameters, role)
 
 
 def largest_first(families: Iterator[CoupledFamily]) -> list[CoupledFamily]:

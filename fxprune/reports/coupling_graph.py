@@ -8,6 +8,7 @@ model.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import networkx as nx
@@ -15,12 +16,31 @@ import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from fxprune.passes.coupling.families import Family
+from fxprune.passes.coupling.families import Family, place_of
 from fxprune.passes.coupling.solution import Solution
-from fxprune.passes.ir.constraints import Tie
+from fxprune.passes.ir.constraints import SPAN, Tie
+from fxprune.passes.ops.rewriting import function_name
 from fxprune.selection.costs import family_of_labels
 
 Node = tuple[str, int, int]
+
+
+@dataclass(frozen=True)
+class Link:
+    """Two dimensions of layers that are pruned together, and what ties them.
+
+    Attributes:
+        a, b: as `layer:dim`, or `tensor:dim` for what is none of a layer's usual tensors.
+        family: the position of their family.
+        op: the class of the layer, or the name of the function, that ties them; `shared` where they do from the start.
+        module: the path of the module that calls it.
+    """
+
+    a: str
+    b: str
+    family: int
+    op: str
+    module: str
 
 
 def coupling_graph(solution: Solution, found: Sequence[Family]) -> nx.Graph:
@@ -34,9 +54,40 @@ def coupling_graph(solution: Solution, found: Sequence[Family]) -> nx.Graph:
     for (tensor, dim, family), count in zip(nodes, counts):
         kept = found[family]
         result.add_node((tensor, dim, family), tensor=tensor, dim=dim, family=kept.name, frozen=kept.frozen, indices=count)
-    edges = joined(solution.ties, len(solution.unit_of), labels, parts)
-    result.add_edges_from((nodes[a], nodes[b]) for a, b in edges.tolist())
+    for a, b, node in joined(solution.ties, len(solution.unit_of), labels, parts).tolist():
+        op, module = cause_of(solution, node)
+        result.add_edge(nodes[a], nodes[b], op=op, module=module)
     return result
+
+
+def links_of(solution: Solution, found: Sequence[Family], order: Sequence[str]) -> tuple[Link, ...]:
+    """What ties the layers of each family; `order` are the families' names in the order in which they are numbered."""
+    position = {name: i for i, name in enumerate(order)}
+    graph = coupling_graph(solution, found)
+    links: dict[tuple[str, str, int], Link] = {}
+    for (one, dim, family), (other, other_dim, _), data in graph.edges(data=True):
+        a, b = f"{place_of(one)}:{dim}", f"{place_of(other)}:{other_dim}"
+        number = position[found[family].name]
+        known = links.get((a, b, number)) or links.get((b, a, number))
+        if a != b and (known is None or known.op == "shared"):  # an op tells more than labels that are equal from the start
+            links[(known.a, known.b, number) if known else (a, b, number)] = Link(a, b, number, data["op"], data["module"])
+    return tuple(links.values())
+
+
+def cause_of(solution: Solution, node: int) -> tuple[str, str]:
+    """What a tie comes from: the class of a layer or the name of a function, and the path of the module that calls it.
+
+    Arguments:
+        solution: the coupling.
+        node: the number of the node among those of all captures; -1 where two parts share labels from the start.
+    """
+    capture = solution.captures[max(node, 0) // SPAN]
+    found = capture.node_at(node % SPAN) if node >= 0 else None
+    if found is None:
+        return "shared", ""
+    if found.op == "call_module":
+        return type(capture.modules[str(found.target)]).__name__, str(found.target).removeprefix(capture.prefix)
+    return function_name(found) or found.op, f"{found.meta.get('module') or ''}.".removeprefix(capture.prefix).removesuffix(".")
 
 
 def parts_of(solution: Solution, found: Sequence[Family]) -> tuple[list[Node], list[int], np.ndarray, np.ndarray]:
@@ -62,7 +113,7 @@ def parts_of(solution: Solution, found: Sequence[Family]) -> tuple[list[Node], l
 
 
 def joined(pairs: Sequence[Tie], size: int, labels: np.ndarray, parts: np.ndarray) -> np.ndarray:
-    """Which parts the ties join, each once; shape (edges, 2).
+    """Which parts the ties join, each pair once, and the node of the first tie that does; shape (edges, 3).
 
     Arguments:
         pairs: the ties.
@@ -71,7 +122,7 @@ def joined(pairs: Sequence[Tie], size: int, labels: np.ndarray, parts: np.ndarra
     """
     home = np.full(size, -1, np.int64)
     home[labels] = parts
-    left, right = ends(pairs)
+    left, right, node = ends(pairs)
     # labels of padding, of expanded copies and of constants lie in no part, but tie others together
     free = (home[left] < 0) & (home[right] < 0)
     loose = coo_matrix((np.ones(int(free.sum()), np.int8), (left[free], right[free])), shape=(size, size))
@@ -80,27 +131,37 @@ def joined(pairs: Sequence[Tie], size: int, labels: np.ndarray, parts: np.ndarra
     to_left, to_right = (home[left] < 0) & ~free, (home[right] < 0) & ~free
     hubs = np.concatenate([hub[labels], hub[left[to_left]], hub[right[to_right]]])
     spokes = np.concatenate([parts, home[right[to_left]], home[left[to_right]]])
-    edges = np.concatenate([np.stack([home[left[both]], home[right[both]]], 1), stars(hubs, spokes)])
-    return np.unique(np.sort(edges[edges[:, 0] != edges[:, 1]], 1), axis=0)
+    by = np.concatenate([np.full(len(parts), -1), node[to_left], node[to_right]])
+    edges = np.concatenate([np.stack([home[left[both]], home[right[both]], node[both]], 1), stars(hubs, spokes, by)])
+    edges = edges[edges[:, 0] != edges[:, 1]]
+    edges = np.concatenate([np.sort(edges[:, :2], 1), edges[:, 2:]], 1)
+    edges = edges[np.lexsort((np.where(edges[:, 2] < 0, np.iinfo(np.int64).max, edges[:, 2]), edges[:, 1], edges[:, 0]))]
+    return edges[np.r_[True, (edges[1:, :2] != edges[:-1, :2]).any(1)]] if len(edges) else edges
 
 
-def ends(pairs: Sequence[Tie]) -> tuple[np.ndarray, np.ndarray]:
-    """Both ends of every tie between two labels. A tie with label 0 freezes: it joins nothing."""
-    left, right = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+def ends(pairs: Sequence[Tie]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Both ends of every tie between two labels, and its node. A tie with label 0 freezes: it joins nothing."""
+    found = [np.zeros((3, 0), np.int64)]
     for pair in pairs:
         a, b = pair.sides()
-        constraints = (a != b) & (a != 0) & (b != 0)
-        left.append(a[constraints])
-        right.append(b[constraints])
-    return np.concatenate(left), np.concatenate(right)
+        some = (a != b) & (a != 0) & (b != 0)
+        found.append(np.stack([a[some], b[some], np.full(int(some.sum()), pair.node)]))
+    left, right, node = np.concatenate(found, 1)
+    return left, right, node
 
 
-def stars(hubs: np.ndarray, spokes: np.ndarray) -> np.ndarray:
-    """For everything that meets at one hub, edges from its first spoke to the others; shape (edges, 2)."""
-    met = np.unique(np.stack([hubs, spokes], 1), axis=0)
-    first = np.r_[True, met[1:, 0] != met[:-1, 0]] if len(met) else np.zeros(0, bool)
-    centre = met[np.flatnonzero(first)[np.cumsum(first) - 1], 1] if len(met) else met[:, 1]
-    return np.stack([centre, met[:, 1]], 1)
+def stars(hubs: np.ndarray, spokes: np.ndarray, by: np.ndarray) -> np.ndarray:
+    """For everything that meets at one hub, edges from its first spoke to the others, with the nodes that tie those to the hub;
+    shape (edges, 3)."""
+    order = np.lexsort((by, spokes, hubs))
+    met = np.stack([hubs, spokes, by], 1)[order]
+    if not len(met):
+        return met
+    met = met[np.r_[True, (met[1:, :2] != met[:-1, :2]).any(1)]]
+    first = np.r_[True, met[1:, 0] != met[:-1, 0]]
+    start = np.flatnonzero(first)[np.cumsum(first) - 1]
+    node = np.where(met[:, 2] < 0, met[start, 2], met[:, 2])  # a label that is the hub itself is tied by nothing
+    return np.stack([met[start, 1], met[:, 1], node], 1)
 
 
 def to_dot(graph: nx.Graph, name: str) -> str:

@@ -5,65 +5,32 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
-from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from fxprune.arguments import checked_call
-from fxprune.entry_points import entry_point
-from fxprune.inputs import ExampleInputs
-from fxprune.passes.capture.patches import visible
-from fxprune.passes.coupling.families import families
-from fxprune.passes.ir.module_tree import private_copy, set_mode
-from fxprune.passes.ir.quiet import unobserved, without_modes
-from fxprune.pipeline import Compilation
-from fxprune.plan import PlanData, plan_between
-from fxprune.reports.coupling import CoupledFamily, coupled_family
-from fxprune.reports.formatting import Printable, counted, short, table
-from fxprune.selection.costs import elements
+from fxprune.reports.changes import FamilyChange, ModuleChange
+from fxprune.reports.coupling_graph import Link
+from fxprune.reports.files import replacing
+from fxprune.reports.formatting import Printable, counted, plain_data, short, table
+from fxprune.reports.page import in_frame, render
+from fxprune.reports.ratios import RatioCosts
+from fxprune.reports.sensitivity import Sensitivity
 from fxprune.selection.latency import FRIENDLY, Latency
-from fxprune.verification import Verification, evaluating
+from fxprune.verification import Verification
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
 
-SHRUNK_SHOWN, WHOLE_SHOWN, HELD_SHOWN = 15, 10, 3
+SHRUNK_SHOWN, WHOLE_SHOWN, HELD_SHOWN, UNUSED_SHOWN = 15, 10, 3, 5
 # Where every family keeps half of its units a layer keeps a quarter of its weights; with the first and the
 # last layer, which keep more, about a third. Above that ratio of the two, something needs an explanation.
 UNREMARKABLE = 4 / 3
 WORTH_NAMING = 0.02
 UNEVEN = 0.25  # of the parameters that are left
-
-
-@dataclass(frozen=True)
-class FamilyChange:
-    """What became of one family.
-
-    Attributes:
-        family: as it was.
-        kept: how many of its units are left.
-        left: how many elements of the pruned model's parameters would go with the rest.
-    """
-
-    family: CoupledFamily
-    kept: int
-    left: int
-
-    @property
-    def reason(self) -> str:
-        """Why none or fewer than usual of its units went."""
-        if self.family.frozen is not None:
-            return self.family.frozen
-        if self.family.units == 1:
-            return "has a single unit"
-        if self.kept == self.family.units:
-            return "lost no unit: its ratio asks for fewer than can be removed at once; raise ratio or lower round_to"
-        return f"keeps {self.kept:,} of {counted(self.family.units, 'unit')}"
 
 
 @dataclass(frozen=True)
@@ -77,7 +44,16 @@ class Report(Printable):
         changes: what became of each family, the one with most parameters left first.
         capture: how the model was captured.
         verification: the comparison that `prune` made, if it made one.
-        latency: what `prune` measured, if its budget was one of latency.
+        latency: what was measured: by `prune`, if its budget was one of latency, or for the report.
+        bytes: of parameters and buffers, before and after.
+        modules: what became of every module, the model itself first.
+        ratios: what `prune` would leave at other ratios.
+        call: the call of `prune` that does, with `{ratio}` in place of one.
+        links: what ties the layers of a family to one another.
+        sensitivity: of the model's families, if it was given.
+        chosen: what `prune` chose where nothing was asked for, and why.
+        unused: the modules of tensors that a run on the example inputs does not use, which stay as they are.
+        branches: the residual branches that were removed, by name.
     """
 
     model: str
@@ -87,6 +63,36 @@ class Report(Printable):
     capture: str
     verification: Verification | None
     latency: Latency | None = None
+    bytes: tuple[int, int] = (0, 0)
+    modules: tuple[ModuleChange, ...] = ()
+    ratios: tuple[RatioCosts, ...] = ()
+    call: str = ""
+    links: tuple[Link, ...] = ()
+    sensitivity: Sensitivity | None = None
+    chosen: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+    branches: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        """A few lines; `print` shows the tables, too."""
+        return "\n".join(self.sentences())
+
+    def _repr_html_(self) -> str:
+        """The page, in a frame of its own, for notebooks."""
+        return in_frame(self)
+
+    def to_html(self, path: str | Path) -> None:
+        """Write one HTML page that needs nothing else: no network, no other file.
+
+        Raises: PruneError where it cannot be written; what was there before is still there then.
+        """
+        with replacing(Path(path)) as unfinished:
+            unfinished.write_text(render(self), encoding="utf-8")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready data: all attributes, and for each family why it shrank no further."""
+        changes = [{**plain_data(c), "reason": c.reason} for c in self.changes]
+        return {**plain_data(self), "changes": changes}
 
     @property
     def share(self) -> float:
@@ -138,11 +144,17 @@ class Report(Printable):
             yield f"{short(was)} multiply-accumulates, {short(now)} left ({now / max(was, 1):.0%})"
         families = f"{len(self.shrunk)} of {counted(len(self.changes), 'family')}"
         yield f"{families} shrank" + (f", to {self.usual:.0%} of their units in the median" if self.shrunk else "")
+        if self.branches:
+            yield f"without the residual branches of {', '.join(self.branches)}"
         held = self.held()
         if held:
             yield f"that leaves more than usual, because of {'these' if len(held) > 1 else 'this'}:"
             yield from (f"  {short(c.left)} left with {c.family.name}, which {c.reason}" for c in held)
+        if self.unused:
+            more = f" and {len(self.unused) - UNUSED_SHOWN} more" if len(self.unused) > UNUSED_SHOWN else ""
+            yield f"not used on the example inputs, and so left as they are: {', '.join(self.unused[:UNUSED_SHOWN])}{more}"
         yield from self.speed()
+        yield from (f"chosen: {text}" for text in self.chosen)
         yield f"captured: {self.capture}"
         unknown = "not compared with the original: prune(..., verify=True) or fxprune.verify does it"
         yield str(self.verification or unknown)
@@ -158,88 +170,20 @@ class Report(Printable):
             yield whole_table(self.whole)
 
 
-@checked_call()
-@without_modes()
-def report(model: nn.Module, pruned: nn.Module, example_inputs: Any = None) -> Report:
-    """What pruning took from a model and what it left, family by family, and why some stayed whole.
-
-    >>> import torch, fxprune
-    >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
-    >>> small = fxprune.prune(net, 0.5, example_inputs=torch.randn(1, 4))
-    >>> found = report(net, small)
-    >>> found.parameters
-    (44, 23)
-    >>> [(c.family.name, c.family.units, c.kept) for c in found.shrunk]
-    [('0', 6, 3)]
-    >>> [(c.family.name, c.reason) for c in found.whole][-1]
-    ('2', 'is an output of the model')
-
-    Arguments:
-        model: the original.
-        pruned: what `prune` or `Plan.apply` made of it.
-        example_inputs: as for `prune`; multiply-accumulates are counted if they are given.
-
-    Raises: PruneError if the two do not belong together.
-    """
-    with entry_point(model) as model:
-        plan = plan_between(model, pruned)
-        meta: dict[str, Any] = getattr(pruned, "meta", {})
-        compilation = Compilation.of_plan(model, plan, example_inputs, meta.get("frozen_modules"))
-        macs: tuple[int, int] | None = None
-        if example_inputs is not None:
-            inputs = ExampleInputs.parse(example_inputs, model)
-            with evaluating(pruned):
-                macs = (count_macs(set_mode(private_copy(model), False), inputs), count_macs(pruned, inputs))
-        return Report(
-            type(model).__name__,
-            (count_parameters(model), count_parameters(pruned)),
-            macs,
-            changes(compilation, plan),
-            meta.get("capture", "unknown"),
-            meta.get("verification"),
-            meta.get("latency"),
-        )
-
-
-def changes(compilation: Compilation, plan: PlanData) -> tuple[FamilyChange, ...]:
-    """What a plan makes of each family of a model."""
-    choice = compilation.choice_of(plan)
-    solution, kept = choice.solution, choice.kept.numpy()
-    found = families(solution, {name for name, _ in compilation.model.named_parameters()})
-    before = elements(solution, found, compilation.tensors)
-    after = elements(solution, found, compilation.tensors, kept)
-    made = [
-        FamilyChange(coupled_family(family, size, compilation.options.frozen), int(kept[family.units].sum()), left)
-        for family, size, left in zip(found, before, after)
-    ]
-    return tuple(sorted(made, key=lambda c: -c.left))
-
-
-def count_parameters(model: nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
-
-
-def count_macs(model: nn.Module, inputs: ExampleInputs) -> int:
-    """Multiply-accumulates of one forward; the counter counts both operations of each."""
-    # a fused kernel hides its products from the counter; the planner counts them
-    with unobserved(model), visible(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        inputs.call(model)
-    return int(counter.get_total_flops()) // 2
-
-
 def shrunk_table(shrunk: Sequence[FamilyChange]) -> Table:
     rows = [
-        (c.family.name, f"{c.family.units:,}", f"{c.kept:,}", short(c.left), c.family.spans(2)) for c in shrunk[:SHRUNK_SHOWN]
+        (c.family.name, c.family.role, f"{c.family.units:,}", f"{c.kept:,}", short(c.left), c.family.spans(2))
+        for c in shrunk[:SHRUNK_SHOWN]
     ]
     rest = shrunk[SHRUNK_SHOWN:]
     if rest:
         units, kept = sum(c.family.units for c in rest), sum(c.kept for c in rest)
-        rows.append((f"and {len(rest)} more", f"{units:,}", f"{kept:,}", "", ""))
-    return table(("shrank", "units", "left", "parameters left", "spans"), rows)
+        rows.append((f"and {len(rest)} more", "", f"{units:,}", f"{kept:,}", "", ""))
+    return table(("shrank", "role", "units", "left", "parameters left", "spans"), rows)
 
 
 def whole_table(whole: Sequence[FamilyChange]) -> Table:
-    rows = [(c.family.name, f"{c.family.units:,}", short(c.left), c.reason) for c in whole[:WHOLE_SHOWN]]
+    rows = [(c.family.name, c.family.role, f"{c.family.units:,}", short(c.left), c.reason) for c in whole[:WHOLE_SHOWN]]
     if len(whole) > WHOLE_SHOWN:
-        rows.append((f"and {len(whole) - WHOLE_SHOWN} more", "", "", ""))
-    return table(("stayed whole", "units", "parameters left", "because it"), rows)
+        rows.append((f"and {len(whole) - WHOLE_SHOWN} more", "", "", "", ""))
+    return table(("stayed whole", "role", "units", "parameters left", "because it"), rows)

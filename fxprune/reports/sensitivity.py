@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.text import Text
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from fxprune.arguments import checked_call, is_number, number
+from fxprune.arguments import checked_call, is_number, number, shown
 from fxprune.criteria.base import Criterion
 from fxprune.criteria.catalog import CriterionName
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.coupling.families import Family, place_of
 from fxprune.passes.errors import PruneError
+from fxprune.passes.ir.progress import progress_bar
 from fxprune.passes.ir.quiet import unobserved, without_modes
 from fxprune.pipeline import Compilation
 from fxprune.reports.formatting import Printable, as_text, plain_data, table
@@ -111,9 +111,10 @@ def sensitivity(
     evaluate: Callable[[nn.Module], Any] | None = None,
     *,
     ratios: Sequence[float] = TENTHS,
-    criterion: CriterionName | str | Criterion = "magnitude",
+    criterion: CriterionName | str | Criterion | None = None,
     data: Iterable[Any] | None = None,
     loss: Callable[..., Tensor] | None = None,
+    only: Freeze = (),
     freeze: Freeze = (),
     freeze_outputs: Freeze = (),
     release: str | Sequence[str] = (),
@@ -135,7 +136,7 @@ def sensitivity(
         example_inputs: as for `prune`.
         evaluate: a function of a pruned model, in evaluation mode, that returns a number: an accuracy, a loss.
         ratios: shares of units, each in (0, 1).
-        criterion, data, loss, freeze, freeze_outputs, release, round_to, attention: as for `prune`.
+        criterion, data, loss, only, freeze, freeze_outputs, release, round_to, attention: as for `prune`.
 
     Returns: a table that can be printed, `to_dict()`, and `plot(path)`.
 
@@ -149,6 +150,7 @@ def sensitivity(
                 criterion=criterion,
                 data=data,
                 loss=loss,
+                only=only,
                 freeze=freeze,
                 freeze_outputs=freeze_outputs,
                 release=release,
@@ -170,7 +172,7 @@ def measured(compilation: Compilation, options: Options, shares: tuple[float, ..
     groups = form_groups([f.units for f in free], [1.0] * len(free), solution.equal_rows, len(score))
     whole = value(compilation, compilation.unpruned(), evaluate)
     curves = []
-    for group in tqdm(groups, desc="sensitivity", unit="family", disable=None, leave=False):
+    for group in progress_bar(groups, "sensitivity", "family"):
         removed, values = [], []
         for share in shares:
             gone = np.zeros(len(score), bool)
@@ -212,13 +214,19 @@ def value(compilation: Compilation, choice: Choice, evaluate: Any) -> float:
 def checked(ratios: Any, evaluate: Any) -> tuple[float, ...]:
     """The ratios in ascending order; raises PruneError for what means nothing."""
     if not callable(evaluate):
-        raise PruneError(f"evaluate must be a function, not {evaluate!r}", fix=EVALUATE)
+        raise PruneError(f"evaluate must be a function, not {shown(evaluate)}", fix=EVALUATE)
+    found = checked_ratios(ratios)
+    if not found:
+        raise PruneError("ratios holds none", fix="ratios=(0.25, 0.5, 0.75)")
+    return found
+
+
+def checked_ratios(ratios: Any) -> tuple[float, ...]:
+    """Shares of units in ascending order; raises PruneError for what is none."""
     listed = [number(r) for r in ratios] if isinstance(ratios, Iterable) and not isinstance(ratios, str) else [number(ratios)]
     for r in listed:
         if not is_number(r) or not 0 < r < 1:
-            raise PruneError(f"ratios must lie between 0 and 1, and {r!r} does not", fix="ratios=(0.25, 0.5, 0.75)")
-    if not listed:
-        raise PruneError("ratios holds none", fix="ratios=(0.25, 0.5, 0.75)")
+            raise PruneError(f"ratios must lie between 0 and 1, and {shown(r)} does not", fix="ratios=(0.25, 0.5, 0.75)")
     return tuple(sorted({float(r) for r in listed}))
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -21,6 +22,7 @@ from fxprune.original_state import at_most
 
 Shapes = dict[str, tuple[int, ...]]
 Path = tuple[str, ...]
+Knob = tuple[Path, ...]  # numbers of a configuration that change together
 Attributes = dict[tuple[str, str], Any]
 Place = tuple[str, str]  # a tensor and one of its dimensions, or a module and one of its attributes
 MOST_TRIED = 64  # configurations, where several fit
@@ -81,31 +83,113 @@ def shapes(model: nn.Module) -> Shapes:
 def build(model: nn.Module, config: Any) -> nn.Module | None:
     """A model of the class without contents; None where the class or the configuration does not allow it."""
     try:
-        if hasattr(config, "validate"):
-            config.validate()  # as it is when it is written to disk
+        if hasattr(config, "to_dict") and hasattr(type(config), "from_dict"):
+            type(config).from_dict(config.to_dict())  # as it is read from a file, which some check
         with torch.device("meta"):
             return type(model)(copy.deepcopy(config))
     except Exception:
         return None
 
 
-def numbers(config: Any, path: Path = ()) -> Iterator[tuple[Path, int]]:
-    """Every whole number above 1 in a configuration and in those inside it."""
+def numbers(config: Any, path: Path = (), least: int = 2) -> Iterator[tuple[Path, int]]:
+    """Every whole number from `least` on in a configuration, in its lists and in the configurations inside it."""
     for name, value in vars(config).items():
-        if type(value) is int and value > 1 and not name.startswith("_"):
+        if name.startswith("_"):
+            continue
+        if type(value) is int and value >= least:
             yield (*path, name), value
+        elif type(value) in (list, tuple) and all(type(n) is int for n in value):
+            yield from (((*path, name, str(i)), n) for i, n in enumerate(value) if n >= least)
         elif hasattr(value, "to_dict") and hasattr(value, "__dict__"):
-            yield from numbers(value, (*path, name))
+            yield from numbers(value, (*path, name), least)
 
 
 def changed(config: Any, values: dict[Path, int]) -> Any:
     config = copy.deepcopy(config)
     for path, value in values.items():
         owner = config
-        for name in path[:-1]:
-            owner = getattr(owner, name)
-        setattr(owner, path[-1], value)
+        *holders, name = path
+        for holder in holders:
+            holding, owner = owner, getattr(owner, holder)
+        if isinstance(owner, list | tuple):
+            setattr(holding, holders[-1], type(owner)(value if str(i) == name else n for i, n in enumerate(owner)))
+        else:
+            setattr(owner, name, value)
     return config
+
+
+def growths(model: nn.Module) -> Iterator[tuple[Knob, nn.Module]]:
+    """For each number of a configuration the class built with twice that, where it has the same tensors then.
+
+    Numbers of one value that cannot be doubled alone (two widths without a layer between them) are doubled together.
+    """
+    values, base = dict(numbers(model.config)), shapes(model).keys()
+
+    def grown(knob: Knob) -> nn.Module | None:
+        made = build(model, changed(model.config, {path: 2 * values[path] for path in knob}))
+        return made if made is not None and shapes(made).keys() == base else None
+
+    alone = {path: grown((path,)) for path in values}
+    yield from (((path,), made) for path, made in alone.items() if made is not None)
+    stuck = [path for path, made in alone.items() if made is None]
+    for a, b in itertools.combinations(stuck, 2):
+        if values[a] == values[b] and (made := grown((a, b))) is not None:
+            yield (a, b), made
+
+
+def followers(model: nn.Module) -> dict[str, set[tuple[str, int]]]:
+    """For each number of a model's configuration the dimensions of tensors that follow it; empty where none builds it.
+
+    Numbers that may only change in step, such as a width and the number of heads that must divide it, stand together.
+    """
+    config = getattr(model, "config", None)
+    plain = None if config is None else build(model, config)
+    if plain is None:
+        return {}
+    found = {knob: places for knob, made in growths(model) if (places := differing_dimensions(plain, made))}
+    joined = dict.fromkeys(found, frozenset[Knob]())
+    for a, b in in_step(model, list(found)):
+        both = joined[a] | joined[b] | {a, b}
+        joined |= dict.fromkeys(both, both)
+    sets = dict.fromkeys(some or frozenset({knob}) for knob, some in joined.items())
+    named = [sorted(some, key=list(found).index) for some in sets]
+    return {
+        " and ".join(".".join(path) for knob in some for path in knob): set().union(*(found[knob] for knob in some))
+        for some in named
+    }
+
+
+def conflict(model: nn.Module, made: nn.Module) -> str:
+    """Why no configuration describes a shrunk copy."""
+    before, after = dimensions(shapes(model)), dimensions(shapes(made))
+    for name, places in followers(model).items():
+        sizes = {Fraction(after[n, str(d)], before[n, str(d)]): f"{n}:{d}" for n, d in sorted(places) if (n, str(d)) in after}
+        if len(sizes) > 1:
+            said = " and ".join(f"{float(share):.3g} of itself at {place}" for share, place in list(sizes.items())[:2])
+            return f"no configuration describes the pruned model: {name} would have to be {said}"
+    return "no configuration describes the pruned model: one that has its shapes computes something else"
+
+
+def in_step(model: nn.Module, knobs: Sequence[Knob]) -> Iterator[tuple[Knob, Knob]]:
+    """Pairs of numbers that no configuration has smaller by one, each for itself, and that may be scaled together."""
+    values = dict(numbers(model.config))
+
+    def fits(*lower: tuple[Knob, int]) -> bool:
+        chosen = {path: values[path] - less for knob, less in lower for path in knob}
+        return build(model, changed(model.config, chosen)) is not None
+
+    bound = [knob for knob in knobs if not fits((knob, 1))]
+    for a, b in itertools.combinations(bound, 2):
+        one, other = values[a[0]], values[b[0]]
+        steps = math.gcd(one, other)
+        if steps > 1 and fits((a, one // steps), (b, other // steps)):
+            yield a, b
+
+
+def differing_dimensions(a: nn.Module, b: nn.Module) -> set[tuple[str, int]]:
+    """The dimensions of tensors, by name and position, that two models of one class have otherwise."""
+    there = dimensions(shapes(b))
+    return {(name, int(d)) for (name, d), size in dimensions(shapes(a)).items() if there.get((name, d)) != size}
 
 
 def candidates(model: nn.Module, target: Shapes, known: Attributes) -> Iterator[Any]:
@@ -113,35 +197,33 @@ def candidates(model: nn.Module, target: Shapes, known: Attributes) -> Iterator[
 
     Each number is doubled in turn: the dimensions and attributes that change are those that follow it. Where one of these
     follows no other number, it says what the number is now; where two of them say different things, no configuration
-    describes the model. Of other numbers every scale is tried that occurs.
+    describes the model. Other numbers stay, and if that does not do every scale is tried that occurs.
     """
     plain = build(model, model.config)
     assert plain is not None
     before, after = places(plain, known), {**dimensions(target), **known}
     values = dict(numbers(model.config))
-    follow: dict[Path, set[Place]] = {}
-    for path, value in values.items():
-        grown = build(model, changed(model.config, {path: 2 * value}))
-        there = places(grown, known) if grown is not None else {}
-        if there.keys() != before.keys():  # a number of layers, or one that must not be this
-            continue
-        follow[path] = {place for place, size in there.items() if size != before[place]}
-        if not follow[path] and not differing(plain, grown):
-            del follow[path]
+    follow: dict[Knob, set[Place]] = {}
+    for knob, grown in growths(model):
+        there = places(grown, known)
+        moved = {place for place, size in there.items() if size != before.get(place)}
+        if there.keys() == before.keys() and (moved or differing(plain, grown)):
+            follow[knob] = moved
     scale = {place: Fraction(after[place], size) for place, size in before.items() if size and place in after}
     followers = Counter(place for found in follow.values() for place in found)
-    options: list[list[tuple[Path, int]]] = []
-    for path, found in follow.items():
+    options: list[list[dict[Path, int]]] = []
+    for knob, found in follow.items():
         certain = {scale[place] for place in found if followers[place] == 1}
         if len(certain) > 1:
             return
         tried = certain or {Fraction(1), *scale.values()}
-        fitting = sorted({values[path] * s for s in tried if (values[path] * s).denominator == 1})
+        value = values[knob[0]]
+        fitting = sorted({value * s for s in tried if (value * s).denominator == 1}, key=lambda size: (size != value, size))
         if not fitting:
             return
-        options.append([(path, int(size)) for size in fitting])
+        options.append([dict.fromkeys(knob, int(size)) for size in fitting])
     for chosen in itertools.islice(itertools.product(*options), MOST_TRIED):
-        yield changed(model.config, dict(chosen))
+        yield changed(model.config, {path: size for some in chosen for path, size in some.items()})
 
 
 def dimensions(shapes: Shapes) -> dict[Place, int]:
@@ -173,23 +255,20 @@ def adopt(made: nn.Module, fresh: nn.Module, config: Any) -> list[tuple[Any, str
         module = made.get_submodule(path)
         before.append((module, name, getattr(module, name)))
         object.__setattr__(module, name, getattr(fresh.get_submodule(path), name))
-    configs = {id(m.config): m.config for m in made.modules() if hasattr(m, "config")}
-    replaced = {id(old): match(old, made.config, config) for old in configs.values()}
-    for module in made.modules():
+    fresh_modules, replaced = dict(fresh.named_modules()), {id(made.config): config}
+    for path, module in made.named_modules():
         if hasattr(module, "config"):
             before.append((module, "config", module.config))
-            object.__setattr__(module, "config", replaced[id(module.config)])
+            theirs = getattr(fresh_modules[path], "config", None)
+            ours = replaced.setdefault(id(module.config), with_numbers(module.config, theirs))
+            object.__setattr__(module, "config", ours)
     return before
 
 
-def match(old: Any, root: Any, new: Any) -> Any:
-    """The part of a new configuration that stands where `old` stands in the present one."""
-    if old is root or type(old) is type(root):
-        return new
-    for name, value in vars(root).items():
-        if type(value) is type(old):
-            return getattr(new, name)
-    return old
+def with_numbers(config: Any, other: Any) -> Any:
+    """A copy of a configuration with the numbers of another one."""
+    theirs = dict(numbers(other, least=1)) if other is not None else {}
+    return changed(config, {path: theirs[path] for path, _ in numbers(config) if path in theirs})
 
 
 def restore(before: list[tuple[Any, str, Any]]) -> None:

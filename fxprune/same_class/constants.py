@@ -1,82 +1,112 @@
-"""Numbers that a class computes from its configuration and that are no sizes, such as the scale of Gemma's embeddings.
+"""Numbers that a class computes from a width of its configuration and uses beside the shapes, such as a scale of embeddings.
 
-A pruned model keeps them as they were. A configuration with a smaller width would change them, so that none describes the
-pruned model, although its shapes are those of one. Where that is so, the widths that they are computed from have to stay.
+The masked original computes with what the original's width gave; a configuration with a smaller width would change them, so
+that none describes the pruned model, although its shapes are those of one. Where that is so, the widths that they are computed
+from have to stay.
 """
 
 from __future__ import annotations
 
-from fractions import Fraction
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fxprune.original_state import at_most
-from fxprune.same_class.configuration import Path, Shapes, build, changed, numbers, shapes
+from fxprune.same_class.configuration import (
+    Attributes,
+    build,
+    candidates,
+    changed,
+    differing_dimensions,
+    numbers,
+    rebuilt,
+    shapes,
+)
+
+Setting = tuple[Any, str, Any]  # an object, an attribute of it, and a value
 
 
-def widths_in_constants(model: nn.Module, target: Shapes) -> dict[str, str]:
+def widths_in_constants(
+    model: nn.Module, made: nn.Module, known: Attributes, error_of: Callable[[Any], float], tolerance: float
+) -> dict[str, str]:
     """The tensors along whose width a class computes other numbers, with the reason.
 
-    Empty where the pruned model has no configuration's shapes, so that keeping a width would not help.
+    Of a model that is built from a configuration of the right shapes the numbers that follow a width of it are put back, those
+    of one name together: the width has to stay where the model is right only with them. Empty where no configuration has
+    the shapes, so that keeping a width would not help.
 
-    Arguments:
-        model: the original, of a class that is built from a configuration.
-        target: the shapes of the pruned model.
+    Arguments: as for `configure`.
     """
-    base = shapes(model)
-    values = dict(numbers(model.config))
-    follow = {path: dimensions_of(model, path, value, base) for path, value in values.items()}
-    found: dict[str, str] = {}
-    for path, places in follow.items():
-        others = {place for other, more in follow.items() if other != path for place in more}
-        ratios = {Fraction(target[n][d], base[n][d]) for n, d in places - others}  # of dimensions that are this number alone
-        if len(ratios) > 1:
-            return {}
-        if ratios - {1} and differ_in_constants(model, path, int(values[path] * ratios.pop())):
-            field = ".".join(path)
-            why = f"is {field}, which {type(model).__name__} computes other numbers from that no configuration keeps"
-            vectors = {n for n, _ in places if len(base[n]) == 1}
-            found |= dict.fromkeys(sorted(vectors or {n for n, _ in places}), why)
+    target, plain = shapes(made), build(model, model.config)
+    found = ((config, build(model, config)) for config in candidates(model, target, known))
+    config = next((config for config, fresh in found if fresh is not None and shapes(fresh) == target), None)
+    if config is None or plain is None:
+        return {}
+    now = dict(numbers(config, least=1))
+    other = rebuilt(made, config)
+    back: dict[tuple[str, ...], list[Setting]] = {}
+    for path, value in numbers(model.config):
+        if now[path] != value:
+            apart = settings(other, built(model, changed(config, {path: value})))
+            back[path] = [s for some in apart.values() if error_with(other, some, error_of) < math.inf for s in some]
+    if error_with(other, [s for some in back.values() for s in some], error_of) > tolerance:
+        return {}
+    kept: dict[str, str] = {}
+    for path in back:
+        if error_with(other, [s for p, some in back.items() if p != path for s in some], error_of) > tolerance:
+            why = f"is {'.'.join(path)}, which {type(model).__name__} computes other numbers from that no configuration keeps"
+            grown = build(model, changed(model.config, {path: 2 * dict(numbers(model.config))[path]}))
+            places = differing_dimensions(plain, grown) if grown is not None else set()
+            vectors = {name for name, _ in places if len(target[name]) == 1}
+            kept |= dict.fromkeys(sorted(vectors or {name for name, _ in places}), why)
+    return kept
+
+
+def built(model: nn.Module, config: Any) -> Any:
+    """A model of the class by a configuration, parameters without contents; None where it does not fit."""
+    with torch.random.fork_rng(devices=[]), at_most(len(shapes(model)), on_meta=True):
+        try:
+            return type(model)(config)
+        except Exception:  # a number that does not go with the others
+            return None
+
+
+def settings(model: nn.Module, other: nn.Module | None) -> dict[str, list[Setting]]:
+    """By name, what modules of `other` hold otherwise than those of `model`: numbers, buffers not saved, configurations."""
+    theirs = dict(other.named_modules()) if other is not None else {}
+    found: dict[str, list[Setting]] = {}
+    for path, module in model.named_modules():
+        there = theirs.get(path)
+        if there is None:
+            continue
+        for name, value in vars(module).items():
+            if type(value) in (int, float, tuple) and vars(there).get(name, value) != value:
+                found.setdefault(name, []).append((module, name, vars(there)[name]))
+        for name in module._non_persistent_buffers_set & there._non_persistent_buffers_set:
+            mine, buffer = module._buffers[name], there._buffers[name]
+            if mine is None or buffer is None or mine.shape != buffer.shape or buffer.is_meta:
+                continue
+            if torch.equal(mine, buffer.to(mine)):
+                continue
+            found.setdefault(name, []).append((module, name, buffer.to(mine)))
+        if hasattr(module, "config") and hasattr(there, "config"):
+            lost = {p: n for p, n in numbers(there.config) if dict(numbers(module.config, least=1)).get(p, n) != n}
+            if lost:
+                found.setdefault("config", []).append((module, "config", changed(module.config, lost)))
     return found
 
 
-def dimensions_of(model: nn.Module, path: Path, value: int, base: Shapes) -> set[tuple[str, int]]:
-    """The dimensions of tensors that follow a number of the configuration, by name and position."""
-    grown = build(model, changed(model.config, {path: 2 * value}))
-    there = shapes(grown) if grown is not None else {}
-    if there.keys() != base.keys():  # a number of layers, or one that must not be this
-        return set()
-    return {(n, d) for n in base for d in range(len(base[n])) if there[n][d] != base[n][d]}
-
-
-def differ_in_constants(model: nn.Module, path: Path, value: int) -> bool:
-    """Whether models of two configurations, which differ in one number, differ in fractions that are not learned."""
-    found = []
-    for config in (model.config, changed(model.config, {path: value})):
-        with torch.random.fork_rng(devices=[]), at_most(len(shapes(model)), on_meta=True):
-            try:
-                fresh = type(model)(config)
-            except Exception:  # a number that does not go with the others
-                return False
-        found.append(constants(fresh))
-    a, b = found
-    return any(key in b and same_kind(a[key], b[key]) and not equal(a[key], b[key]) for key in a)
-
-
-def constants(model: nn.Module) -> dict[tuple[str, str], Any]:
-    """The fractions that modules hold as attributes, and the buffers that are not saved, by module path and name."""
-    found: dict[tuple[str, str], Any] = {}
-    for path, module in model.named_modules():
-        found |= {(path, name): value for name, value in vars(module).items() if type(value) is float}
-        found |= {(path, name): module._buffers[name] for name in module._non_persistent_buffers_set if name in module._buffers}
-    return {key: value for key, value in found.items() if not (isinstance(value, Tensor) and value.is_meta)}
-
-
-def same_kind(a: Any, b: Any) -> bool:
-    return type(a) is type(b) and (not isinstance(a, Tensor) or (a.shape == b.shape and a.is_floating_point()))
-
-
-def equal(a: Any, b: Any) -> bool:
-    return torch.equal(a, b) if isinstance(a, Tensor) else bool(a == b)
+def error_with(model: nn.Module, some: Iterable[Setting], error_of: Callable[[Any], float]) -> float:
+    """The error of a model with other settings, which it does not keep."""
+    some = list(some)
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in some]
+    try:
+        for owner, name, value in some:
+            setattr(owner, name, value)
+        return error_of(model)
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)

@@ -1,7 +1,7 @@
 """Cut a model's own tensors, one at a time, so that two copies of its weights are never there.
 
 Everything that can fail is done while the tensors are whole: the pruned module is put together around the original's tensor
-objects, which then lose their data one after the other.
+objects, or around stand-ins, and then each tensor loses its data, one after the other.
 """
 
 from __future__ import annotations
@@ -11,15 +11,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fxprune.inputs import ExampleInputs
-from fxprune.passes.ir.module_tree import ATOMS, CHILDREN, CONTAINERS, HOOKS, named_tensors, on_meta, private_copy, walk
+from fxprune.passes.ir.module_tree import ATOMS, CHILDREN, CONTAINERS, HOOKS, named_tensors, walk
 from fxprune.passes.ir.slices import TensorSlice
-from fxprune.passes.rewrite.pruned_module import PrunedModule, RewrittenForward
-from fxprune.passes.rewrite.rewrite import slice_tensor
-from fxprune.plan import PlanData, plan_between
-from fxprune.same_class.configuration import build, shapes
-from fxprune.same_class.constants import widths_in_constants
-from fxprune.same_class.restore import restore_class, shrunk_copy
+from fxprune.passes.rewrite.pruned_module import RewrittenForward
+from fxprune.passes.rewrite.rewrite import drop, slice_tensor
+from fxprune.plan import plan_between
+from fxprune.same_class.arguments import SelectingForward
+from fxprune.same_class.saving import SavePretrained
+from fxprune.same_class.silent import Silent
 
 
 def whole(name: str, tensor: Tensor, slices: Sequence[TensorSlice]) -> Tensor:
@@ -27,55 +26,64 @@ def whole(name: str, tensor: Tensor, slices: Sequence[TensorSlice]) -> Tensor:
     return tensor
 
 
-def consume(model: nn.Module, pruned: nn.Module) -> None:
+def consume(model: nn.Module, pruned: nn.Module, *, with_values: bool = True) -> None:
     """Make each tensor of a model what is left of it, one at a time; tensor objects stay, gradients go.
 
     Arguments:
         model: the original.
-        pruned: made of it, with its tensors themselves (see `whole`), or with tensors that were cut already.
+        pruned: made of it, with its tensors themselves (see `whole`), with tensors that were cut already, or with stand-ins.
+        with_values: whether the tensors of `pruned` have the values that are left, so that they need not be cut again.
     """
     slices: Mapping[str, Sequence[TensorSlice]] = plan_between(model, pruned).slices
-    own = {id(tensor): (name, tensor) for name, tensor in named_tensors(model)}
-    given = dict(own.values())
-    for name, tensor in list(named_tensors(pruned)):
-        if id(tensor) in own:
-            tensor.grad = None
-            cut = slices.get(own[id(tensor)][0], ())
-            if cut:
-                tensor.data = slice_tensor(tensor.detach(), cut)
-        elif name in given:
-            given[name].grad = None
-            given[name].data = tensor.data
-
-
-def restore_in_place(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs) -> nn.Module:
-    """The model itself as its pruned one, in its own class; `pruned` as for `consume`."""
-    shrunk = shrunk_copy(model, pruned, inputs)
-    form = private_copy(model, on_meta)
-    consume(model, pruned)
-    made, _ = restore_class(form, pruned, inputs, shrunk)
-    return become(model, made)
+    made = dict(named_tensors(pruned)) if with_values else {}
+    for name, tensor in list(named_tensors(model)):
+        tensor.grad = None
+        if made.get(name, tensor) is not tensor:
+            tensor.data = made[name].data
+        elif slices.get(name):
+            tensor.data = slice_tensor(tensor.detach(), slices[name])
 
 
 def become(model: nn.Module, made: nn.Module) -> nn.Module:
-    """Give the modules of a model the tensors, numbers, configurations and forwards of those of its shrunk copy."""
+    """Give the modules of a model the numbers, configurations, forwards and new tensors of those of its shrunk copy.
+
+    Arguments:
+        model: the original, whose tensors are cut.
+        made: its shrunk copy, with the same tensors or stand-ins for its parameters; it is of no more use.
+    """
+    removed = plan_between(model, made).removed
     own = {path: module for module, path in walk(model).items()}
-    for module, path in walk(made).items():
-        if path not in own:
+    theirs = walk(made)
+    if removed:
+        kept = [path for module, path in theirs.items() if not isinstance(module, Silent)]
+        drop(model, own.keys() - kept, removed & dict(named_tensors(model)).keys())
+    counterpart = {id(module): module if isinstance(module, Silent) else own.get(path) for module, path in theirs.items()}
+    for module in theirs:
+        mine = counterpart[id(module)]
+        if mine is None or mine is module:
             continue
-        held = vars(own[path])
+        held = vars(mine)
         for key, value in vars(module).items():
-            if key in ("_parameters", "_buffers"):
-                mine = held[key]
-                mine.update({k: t for k, t in value.items() if t is None or mine.get(k) is None or mine[k].shape != t.shape})
-            elif isinstance(value, RewrittenForward):
-                value.module = own[path]
-                held[key] = value
-            elif key not in HOOKS and key not in CHILDREN and is_plain(value):
+            if key == "_modules":
+                held[key].update({k: counterpart[id(m)] for k, m in value.items() if counterpart.get(id(m)) is not None})
+            elif key in CHILDREN:
+                old = held[key]
+                old.update({k: t for k, t in value.items() if t is None or old.get(k) is None or old[k].shape != t.shape})
+            elif isinstance(value, RewrittenForward | SelectingForward | SavePretrained):
+                held[key] = rebound(value, mine)
+            elif key not in HOOKS and is_plain(value):
                 held[key] = value
     for key in ("meta", "verification"):
         vars(model)[key] = vars(made)[key]
     return model
+
+
+def rebound(value: Any, module: nn.Module) -> Any:
+    """What stands for a method of a module of the copy, as that of the module itself."""
+    value.module = module
+    if isinstance(value, SelectingForward) and isinstance(value.own, RewrittenForward):
+        value.own.module = module
+    return value
 
 
 def is_plain(value: Any) -> bool:
@@ -83,11 +91,3 @@ def is_plain(value: Any) -> bool:
     if type(value) in CONTAINERS:
         return all(map(is_plain, [*value.values(), *value] if isinstance(value, dict) else value))
     return type(value) in ATOMS or isinstance(value, Tensor) or hasattr(value, "to_json_string")
-
-
-def widths_held(model: nn.Module, plan: PlanData) -> dict[str, str]:
-    """The tensors of a model that have to stay whole for a configuration (see `widths_in_constants`), before any is cut."""
-    config: Any = getattr(model, "config", None)
-    if config is None or build(model, config) is None:
-        return {}
-    return widths_in_constants(model, {name: plan.kept_shape(name) for name in shapes(model) if name in plan.shapes})

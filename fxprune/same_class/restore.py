@@ -9,7 +9,10 @@ its forward: the innermost such module, since they are tried from the inside out
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+import re
+import typing
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,28 +31,21 @@ from fxprune.passes.rewrite.pruned_module import PrunedModule, RewrittenForward
 from fxprune.passes.rewrite.rewrite import rewrite_program, slice_tensor
 from fxprune.passes.verification.masked_model import relative_error
 from fxprune.plan import kept_labels, plan_between
+from fxprune.same_class.arguments import fit_arguments
 from fxprune.same_class.attributes import update_attributes
-from fxprune.same_class.configuration import Attributes, configure, shapes
+from fxprune.same_class.configuration import Attributes, configure
 from fxprune.same_class.constants import widths_in_constants
 from fxprune.same_class.numbers import fit_numbers
+from fxprune.same_class.saving import SavePretrained
+from fxprune.same_class.silent import drop_removed, take_program
 from fxprune.verification import evaluating, restoring, tolerance_of
 
-Shrunk = tuple[Any, Attributes]
 
-
-def restore_class(
-    model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs, shrunk: Shrunk | None = None
-) -> tuple[Any, dict[str, str]]:
+def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs) -> tuple[Any, dict[str, str]]:
     """The pruned model as an object of the original's class, and the tensors that had to stay whole for a configuration.
 
     `meta["stale"]` names attributes that may still say an original width: `path.name` each, and `config` where no configuration
     of the class describes the pruned model.
-
-    Arguments:
-        model: the original; in form alone, if `shrunk` is given.
-        pruned: made of it.
-        inputs: example inputs.
-        shrunk: what `shrunk_copy` returned for them.
     """
     with unobserved(model), evaluating(pruned), restoring(pruned), torch.no_grad():
         allowed = tolerance_of(pruned)
@@ -58,20 +54,22 @@ def restore_class(
 
         def run(other: nn.Module) -> Any:
             with evaluating(other), restoring(other):
-                return inputs.map(torch.clone).beside(other).call(other)
+                return inputs.map(torch.clone).call(other)
 
         def error_of(other: Any) -> float:
             return difference(lambda: run(other), wanted)
 
-        made: Any
-        made, known = shrunk or shrunk_copy(model, pruned, inputs)
-        configured = configure(model, made, known, error_of, tolerance)
+        made, known = shrunk_copy(model, pruned, inputs)
+        gone = drop_removed(model, pruned, made, lambda: error_of(made) <= tolerance, run)
+        # no configuration says that a block has lost a branch
+        configured = (None, False)[hasattr(model, "config")] if gone else configure(model, made, known, error_of, tolerance)
         if error_of(made) > tolerance:
             with evaluating(made):
                 try_forwards(model, pruned, made, inputs, tolerance)
+            ignore_keywords(model, made, lambda: run(model))
         stale = ["config"] if configured is False else []
-        held = {} if configured is not False else widths_in_constants(model, shapes(made))
-        if error_of(made) > tolerance:
+        held = {} if configured is not False or gone else widths_in_constants(model, made, known, error_of, tolerance)
+        if error_of(made) > tolerance and not fit_arguments(made, pruned, run, lambda: error_of(made) <= tolerance):
             take_program(made, pruned, vars(pruned)["_programs"])
         if error_of(made) > tolerance:
             made = pruned.as_class(type(model))
@@ -87,10 +85,12 @@ def restore_class(
         module.training = modes.get(path, model.training)
     vars(made)["meta"] = {**pruned.meta, "stale": tuple(stale)}
     vars(made)["verification"] = pruned.meta.get("verification")
+    if "config" in stale and hasattr(made, "save_pretrained"):
+        vars(made)["save_pretrained"] = SavePretrained(made)
     return made, held
 
 
-def shrunk_copy(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs) -> Shrunk:
+def shrunk_copy(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs) -> tuple[Any, Attributes]:
     """A copy of the model with the tensors of `pruned` and its own forwards, and the attributes that they use as sizes."""
     plan, held = plan_between(model, pruned), dict(named_tensors(pruned))
 
@@ -122,7 +122,7 @@ def with_own_forwards(pruned: PrunedModule, kind: type[nn.Module]) -> Any:
 def try_forwards(model: nn.Module, pruned: PrunedModule, made: nn.Module, inputs: ExampleInputs, tolerance: float) -> None:
     """Run the pruned model; a module of `made` that computes something else than its counterpart there gets its program.
 
-    Before that, other numbers are tried in its own forward.
+    Before that, other numbers are tried in its own forward, and parts of what it hands to the modules inside.
     """
     given: dict[str, list[Any]] = {}
 
@@ -134,11 +134,16 @@ def try_forwards(model: nn.Module, pruned: PrunedModule, made: nn.Module, inputs
             args, kwargs = given[path].pop()
             candidate, wanted = made.get_submodule(path), collect(out, Tensor)
 
-            def is_right() -> bool:
+            def call(either: nn.Module) -> Any:
                 a, k = map_tensors((args, kwargs), torch.clone)
-                return difference(lambda: candidate(*a, **k), wanted) <= tolerance
+                return either.forward(*a, **k)
 
-            if not is_right() and not fit_numbers(model.get_submodule(path), candidate, is_right):
+            def is_right() -> bool:
+                return difference(lambda: call(candidate), wanted) <= tolerance
+
+            if is_right() or fit_numbers(model.get_submodule(path), candidate, is_right):
+                return
+            if not fit_arguments(candidate, module, call, is_right):
                 take_program(candidate, module, programs)
 
         return compared
@@ -155,19 +160,43 @@ def try_forwards(model: nn.Module, pruned: PrunedModule, made: nn.Module, inputs
         inputs.map(torch.clone).call(pruned)
 
 
-def take_program(module: nn.Module, source: nn.Module, programs: Any) -> None:
-    """Give a module the pruned program of its counterpart as its forward, with the constants that it refers to."""
-    vars(module)["forward"] = RewrittenForward(module, programs)
-    for name, tensor in constants_of(source):
-        if name not in module._buffers:
-            module.register_buffer(name, tensor.clone(), persistent=False)
+def ignore_keywords(model: nn.Module, made: nn.Module, run: Callable[[], Any]) -> None:
+    """Have programs that stand for a forward take the flags that its class takes and that change nothing there.
+
+    Callers hand them on to all modules, such as `output_hidden_states`. What they change is seen in the original.
+
+    Arguments:
+        model: the original; `run` calls it on the example inputs.
+        made: the pruned model of its class.
+    """
+
+    def tried(forward: RewrittenForward) -> Callable[..., None]:
+        def compare(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+            wanted = collect(out, Tensor)
+            for name in flags_of(module).difference(kwargs):
+                if difference(lambda: module.forward(*args, **kwargs, **{name: True}), wanted) == 0:  # noqa: B023
+                    forward.ignored |= {name}
+
+        return compare
+
+    with contextlib.ExitStack() as stack:
+        for path, module in made.named_modules():
+            forward = vars(module).get("forward")
+            if isinstance(forward, RewrittenForward) and flags_of(module):
+                stack.callback(model.get_submodule(path).register_forward_hook(tried(forward), with_kwargs=True).remove)
+        run()
 
 
-def constants_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that the programs of a module have made, by name."""
-    for name, tensor in module._buffers.items():
-        if tensor is not None and name.startswith(("_kept_index_", "_tensor_constant")):
-            yield name, tensor
+def flags_of(module: nn.Module) -> set[str]:
+    """The truth values among the keywords that a forward takes as `**kwargs: Unpack[...]`."""
+    try:
+        hints = typing.get_type_hints(type(module).forward)
+        more = [p.name for p in inspect.signature(type(module).forward).parameters.values() if p.kind is p.VAR_KEYWORD]
+        (named,) = typing.get_args(hints[more[0]])
+        said = {name: getattr(hint, "__forward_arg__", str(hint)) for name, hint in named.__annotations__.items()}
+        return {name for name, hint in said.items() if "bool" in re.findall(r"\w+", hint)}
+    except Exception:  # it says nothing of the kind
+        return set()
 
 
 def difference(run: Callable[[], Any], wanted: list[Tensor]) -> float:

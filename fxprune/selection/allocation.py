@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 from torch import Tensor
 
 from fxprune.passes.coupling.families import Family
 from fxprune.passes.coupling.solution import Solution
+from fxprune.passes.coupling.structure import find_roles
 from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ir.slices import Slicer
 from fxprune.selection.candidates import Candidates, Group, form_groups, list_candidates
 from fxprune.selection.options import Options, Scopes
 from fxprune.selection.rectangles import find_nonempty_sets, restore_rectangles
+from fxprune.selection.structures import describe_structures
 
 FLOOR = 0.1  # the share of every family that stays where families compete, unless told otherwise
 
@@ -39,6 +41,7 @@ class Allocator:
     Attributes:
         candidates: what each group can lose.
         rivals: positions in `candidates` of those that compete with one another.
+        late: positions of those that lose units only where all others have lost what they can.
     """
 
     def __init__(
@@ -67,6 +70,8 @@ class Allocator:
         if removed is not None:
             prefer_removed(self.candidates, removed)
         self.rivals = find_rivals(groups, free, solution, options)
+        crossing = [role.crosses for role in find_roles(solution, free)] if options.spares else [False] * len(free)
+        self.late = {i for i, group in enumerate(groups) if any(crossing[m] for m in group.families)}
 
     def allocate_ratio(self) -> list[int]:
         """The levels at which rivals together lose their ratio of units."""
@@ -83,7 +88,18 @@ class Allocator:
 
     def order_steps(self) -> list[int]:
         """The order of all steps: for each the position of the group that takes it."""
-        return merge_steps(self.rivals, self.candidates)
+        parts = [[[i for i in rivals if (i in self.late) == late] for rivals in self.rivals] for late in (False, True)]
+        return [i for part in parts for i in merge_steps([rivals for rivals in part if rivals], self.candidates)]
+
+    def weigh(self, cost: Callable[[Slicer], float]) -> None:
+        """Divide the importance of every step by what its units cost, as the mean of what all of its group's do."""
+        whole = cost(self.apply([0] * len(self.candidates))[1])
+        for i, found in enumerate(self.candidates):
+            if found.count[-1]:
+                levels = [len(found.count) - 1 if j == i else 0 for j in range(len(self.candidates))]
+                price = (whole - cost(self.apply(levels)[1])) / found.count[-1]
+                if price > 0:
+                    found.importance[:] = [value / price for value in found.importance]
 
     def removed_at(self, levels: Sequence[int]) -> np.ndarray:
         """For each unit whether an allocation removes it, shape (labels,)."""
@@ -130,7 +146,7 @@ def order_by_importance(candidates: Sequence[Candidates]) -> list[int]:
 
 
 def merge_steps(rivals: Sequence[Sequence[int]], candidates: Sequence[Candidates]) -> list[int]:
-    """One order for all steps, in which sets of rivals lose the same share of their units.
+    """One order for all steps, in which sets of rivals lose the same share of their units, the least important first.
 
     Arguments:
         rivals: positions in `candidates` of those that compete with one another.
@@ -143,7 +159,7 @@ def merge_steps(rivals: Sequence[Sequence[int]], candidates: Sequence[Candidates
         for position, i in enumerate(order_by_importance(mine)):
             removed += mine[i].count[levels[i] + 1] - mine[i].count[levels[i]]
             levels[i] += 1
-            keys.append((removed / total, which, position, members[i]))
+            keys.append((removed / total, mine[i].importance[levels[i]], which, position, members[i]))
     return [i for *_, i in sorted(keys)]
 
 
@@ -181,34 +197,6 @@ def allocate_share(candidates: Sequence[Candidates], share: float) -> list[int]:
         room -= taken
         levels[i] += 1
     return levels
-
-
-def describe_structures(free: Sequence[Family], solution: Solution) -> list[tuple[object, ...]]:
-    """The structure of each family, whatever its size: the ops that read each layer, as which argument, and the dimension.
-
-    Families of one structure are isomorphic (Fang et al., arXiv:2407.04616).
-    """
-    uses: dict[str, list[str]] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for capture in solution.captures[:1]:
-        made_of = {i: v.name for i, v in enumerate(capture.op_trace.values) if v.name is not None}
-        shapes.update({v.name: v.shape for v in capture.op_trace.values if v.name is not None})
-        for op in capture.op_trace.ops:
-            refs = collect((op.args, op.kwargs), TensorRef)
-            mine = [(k, made_of[r.id]) for k, r in enumerate(refs) if r.id in made_of]
-            if mine and not any(capture.op_trace.values[r.id].from_input for r in refs):
-                for ref in collect(op.outs, TensorRef):
-                    made_of.setdefault(ref.id, mine[0][1])  # a view, or a cast, of a parameter
-            for k, name in mine:
-                uses.setdefault(name, []).append(f"{op.func._schema.name}:{k}")
-    found: list[tuple[object, ...]] = []
-    for family in free:
-        lines = sorted(
-            (tuple(sorted(set(uses.get(name, [])))), dim, tuple(n > 1 for n in shapes.get(name, ())))
-            for name, dim in family.members
-        )
-        found.append(tuple(lines))
-    return found
 
 
 Shares = float | Mapping[str, float]

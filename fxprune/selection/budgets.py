@@ -10,13 +10,14 @@ from typing import Any, ClassVar
 
 import torch
 
-from fxprune.arguments import did_you_mean, is_number, number
+from fxprune.arguments import did_you_mean, is_number, number, shown
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.slices import Slicer
 from fxprune.selection.costs import Costs
 
 COUNTS = {"k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 BYTES = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30}
+LARGEST = 1e300  # of all numbers that an amount can be
 SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
 
 
@@ -45,11 +46,11 @@ class BudgetKind:
             return found
         if isinstance(found, str):
             fix = f"{self.name}=0.5 keeps half of the original; an absolute text ends in {', '.join(self.units)}"
-            what = f"{self.name} must be a positive number, or one with a unit, not {amount!r}"
+            what = f"{self.name} must be a positive number, or one with a unit, not {shown(amount)}"
             raise PruneError(what, fix=fix)
-        if not is_number(found) or not 0 < found < math.inf:
+        if not is_number(found) or not 0 < found < LARGEST:
             raise PruneError(
-                f"{self.name} must be a positive number, not {amount!r}",
+                f"{self.name} must be a positive number, not {shown(amount)}",
                 fix=f"{self.name}=0.5 keeps half of the original; a number above 1 is absolute",
             )
         return found
@@ -109,13 +110,13 @@ class LatencyKind(BudgetKind):
     def check(self, amount: Any) -> float | str:
         found = number(amount)
         timed = isinstance(found, str) and parse_amount(found, SECONDS) is not None
-        if timed or (isinstance(found, float) and 0 < found <= 1):
+        if timed or (isinstance(found, float) and 1e-9 <= found <= 1):
             return found
-        if is_number(found) and 1 <= found < math.inf:
-            what = f"latency={amount!r} has no unit"
+        if is_number(found) and 1 <= found < LARGEST:
+            what = f"latency={shown(amount)} has no unit"
             raise PruneError(what, fix=f"latency='{found:g}ms' or '{found:g}s'; a share is a float up to 1")
         raise PruneError(
-            f"latency must be a share up to 1, or a time, not {amount!r}",
+            f"latency must be a share up to 1, or a time, not {shown(amount)}",
             fix="latency=0.5 keeps half of the original's; latency='20ms' is absolute",
         )
 
@@ -219,12 +220,13 @@ def parse_budget(given: Mapping[str, float | str | None], named: Mapping[str, fl
     Raises: PruneError for several budgets, and for what is no kind or no amount.
     """
     if named is not None and not isinstance(named, Mapping):
-        raise PruneError(f"budget must be a mapping from a kind to an amount, not {named!r}", fix="budget={'params': 0.5}")
+        raise PruneError(f"budget must be a mapping from a kind to an amount, not {shown(named)}", fix="budget={'params': 0.5}")
     asked = [(kind, amount) for kind, amount in given.items() if amount is not None] + list((named or {}).items())
     if len(asked) > 1:
         raise PruneError(f"{' and '.join(kind for kind, _ in asked)} are both given", fix=list_arguments())
     for kind, amount in asked:
         if kind not in KINDS:
-            raise PruneError(f"there is no budget of {kind!r}", fix=f"{did_you_mean(kind, KINDS)}one of {', '.join(KINDS)}")
+            fix = f"{did_you_mean(kind, KINDS)}one of {', '.join(KINDS)}"
+            raise PruneError(f"there is no budget of {shown(kind)}", fix=fix)
         return Budget(kind, KINDS[kind].check(amount))
     return None

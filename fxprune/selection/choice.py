@@ -1,13 +1,18 @@
-"""A choice of labels, from which plans and pruned modules are made."""
+"""What is chosen to stay of a coupling."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Collection
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from fxprune.passes.coupling.branches import Branches
 from fxprune.passes.coupling.solution import Solution
+from fxprune.passes.errors import PruneError
+from fxprune.passes.ir.branches import NOTHING, Removed
+from fxprune.passes.ir.module_tree import named_parameters
 from fxprune.passes.ir.slices import Slicer, TensorSlice
 from fxprune.passes.rewrite.rewrite import tensor_cuts
 from fxprune.passes.verification.masked_model import Removal
@@ -32,12 +37,28 @@ class Choice:
 
     def removal(self, heads: bool) -> Removal:
         """What it removes of the model; `heads` says whether heads go whole."""
-        return Removal(self.solution.leaves, self.kept, heads)
+        return Removal(self.solution.leaves, self.kept, heads, self.slicer.removed)
 
     @functools.cached_property
     def slices(self) -> dict[str, list[TensorSlice]]:
         """The slices of every tensor, by name."""
         return tensor_cuts(self.solution, self.kept, self.slicer)
+
+
+def removal_of(model: nn.Module, solution: Solution, tensors: Collection[str]) -> Removed:
+    """The residual branches whose tensors these are; raises PruneError where they are not those of branches."""
+    if not tensors:
+        return NOTHING
+    branches = Branches(solution.captures, set(named_parameters(model)))
+    found = branches.remove(b for b in branches.found if b.tensors <= set(tensors))
+    odd = sorted(found.tensors.symmetric_difference(tensors))
+    if odd:
+        raise PruneError(
+            "the plan does not fit the model: it removes what is no residual branch there",
+            where=odd[0],
+            fix="apply it to the architecture it was made for, unchanged",
+        )
+    return found
 
 
 def spent(solution: Solution) -> bool:

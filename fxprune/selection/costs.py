@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -13,7 +13,8 @@ from torch.utils.flop_counter import flop_registry
 from fxprune.passes.coupling.families import Family
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.ir.labels import Factor
-from fxprune.passes.ir.op_trace import OpCall, TensorInfo
+from fxprune.passes.ir.op_trace import OpCall, OpTrace, TensorInfo
+from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.pytree import TensorRef, map_tensors
 from fxprune.passes.ir.slices import Slicer, clusters, cut_shape
 from fxprune.passes.ops.call import OpView
@@ -86,9 +87,7 @@ class Costs:
     def __init__(self, solution: Solution, tensors: Mapping[str, Tensor]) -> None:
         self.solution = solution
         self.tensors = tensors
-        capture = solution.captures[0]
-        training = {capture.index[n] for n, mode in capture.only.items() if mode is not False}
-        self.ops = [op for op in capture.op_trace.ops if op.node not in training]
+        self.ops = evaluation_calls(solution.captures[0])
         self.products = [op for op in self.ops if counts(op)]
 
     def original(self, kind: str) -> int:
@@ -98,9 +97,12 @@ class Costs:
     def of(self, slicer: Slicer, kind: str) -> int:
         """The `params`, `macs` or `memory` (bytes of parameters and buffers) that are left."""
         if kind == "macs":
-            return sum(self.macs(op, slicer) for op in self.products)
+            gone = {self.solution.captures[0].index.get(n) for n in slicer.removed.nodes}
+            return sum(self.macs(op, slicer) for op in self.products if op.node not in gone)
         total = 0
         for name, tensor in self.tensors.items():
+            if name in slicer.removed.tensors:
+                continue
             if kind == "memory" or isinstance(tensor, nn.Parameter):
                 shape = cut_shape(tensor.shape, slicer(self.solution.leaves.get(name, ()), tensor.shape))
                 total += math.prod(shape) * (tensor.element_size() if kind == "memory" else 1)
@@ -108,12 +110,7 @@ class Costs:
 
     def macs(self, op: OpCall, slicer: Slicer) -> int:
         """Multiply-accumulates of one call at the shapes that are left."""
-        shape = lambda ref: self.shape(ref, slicer)  # noqa: E731
-        count = find(op.func).macs
-        if count is not None:
-            return count(OpView(op, self.solution.captures[0].op_trace, shape))
-        args, kwargs, out = (map_tensors(x, shape, TensorRef) for x in (op.args, op.kwargs, op.outs))
-        return int(flop_registry[op.func._overloadpacket](*args, **kwargs, out_val=out)) // 2
+        return macs_of(op, self.solution.captures[0].op_trace, lambda ref: self.shape(ref, slicer))
 
     def shape(self, ref: TensorRef, slicer: Slicer) -> tuple[int, ...]:
         """The shape that is left of a value of the program."""
@@ -128,3 +125,18 @@ class Costs:
 def counts(op: OpCall) -> bool:
     """Whether an op has multiply-accumulates: by its specification, or by a formula registered with torch."""
     return find(op.func).macs is not None or getattr(op.func, "_overloadpacket", None) in flop_registry
+
+
+def evaluation_calls(capture: CapturedProgram) -> list[OpCall]:
+    """The dispatcher calls of a program that run in evaluation mode."""
+    training = {capture.index[n] for n, mode in capture.only.items() if mode is not False}
+    return [op for op in capture.op_trace.ops if op.node not in training]
+
+
+def macs_of(op: OpCall, op_trace: OpTrace, shape: Callable[[TensorRef], tuple[int, ...]]) -> int:
+    """Multiply-accumulates of one call, with tensors of the shapes that `shape` says."""
+    count = find(op.func).macs
+    if count is not None:
+        return count(OpView(op, op_trace, shape))
+    args, kwargs, out = (map_tensors(x, shape, TensorRef) for x in (op.args, op.kwargs, op.outs))
+    return int(flop_registry[op.func._overloadpacket](*args, **kwargs, out_val=out)) // 2

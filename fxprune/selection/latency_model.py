@@ -17,6 +17,7 @@ import torch
 
 from fxprune.passes.errors import NotARectangle
 from fxprune.passes.ir.op_trace import OpCall
+from fxprune.passes.ir.progress import progress_bar
 from fxprune.passes.ir.pytree import TensorRef, collect, map_tensors
 from fxprune.passes.ir.slices import Slicer
 from fxprune.selection.candidates import Candidates
@@ -56,7 +57,7 @@ class LatencyModel:
     def __init__(
         self, candidates: Sequence[Candidates], costs: Costs, device: torch.device, seconds: Seconds, total: float
     ) -> None:
-        self.candidates, self.costs, self.device, self.seconds = candidates, costs, device, seconds
+        self.candidates, self.costs, self.device, self.seconds, self.total = candidates, costs, device, seconds, total
         self.known: dict[str, float] = {}
         self.products = {id(op) for op in costs.products if self.runs(op)}
         self.calls = [op for op in costs.ops if self.computes(op)]
@@ -79,6 +80,28 @@ class LatencyModel:
             if level:
                 times = times * interpolate(found.count[level], [found.count[k] for k in at], factors)
         return float(times.sum())
+
+    def of_each(self, slicers: Sequence[Slicer], clock: Callable[..., list[list[float]]]) -> list[float]:
+        """Seconds of one forward with what each of some choices leaves.
+
+        A call's time is that in the original, by what it takes at the shapes that are left over what it takes at its own. Both
+        are timed in turns by `clock` (see `measure_seconds`), since a machine is not as fast at one time as at another.
+        """
+        found = np.zeros(len(slicers))
+        known: dict[tuple[str, ...], list[float]] = {}
+        calls = list(zip(self.calls, self.base, self.whole, strict=True))
+        for op, base, whole in progress_bar(calls, "timing", "op"):
+            if id(op) not in self.products:
+                found += base * np.array([self.work(op, slicer) for slicer in slicers]) / max(whole, 1e-12)
+                continue
+            runs = [self.call(op, slicer) for slicer in (None, *slicers)]
+            keys = tuple(key for key, _ in runs)
+            if keys not in known:
+                times = clock(list(dict(runs).values()), self.device, least=5, seconds=0.01)
+                least = dict(zip(dict(runs), map(min, times), strict=True))  # whatever disturbs a run makes it longer
+                known[keys] = [least[key] / max(least[keys[0]], 1e-12) for key in keys[1:]]
+            found += base * np.array(known[keys])
+        return [float(seconds) for seconds in found * (self.total / max(self.base.sum(), 1e-12))]
 
     def alone(self, group: int) -> tuple[tuple[int, float], ...]:
         """How many units of a group are left at each timed level, and the seconds with nothing else removed."""
@@ -149,16 +172,26 @@ class LatencyModel:
 
     def time(self, op: OpCall, slicer: Slicer | None) -> float:
         """Seconds of a product by itself at the shapes that are left; what the op raises where it cannot run so."""
+        key, run = self.call(op, slicer)
+        if key not in self.known:
+            self.known[key] = self.seconds(run)
+        return self.known[key]
+
+    def call(self, op: OpCall, slicer: Slicer | None) -> tuple[str, Callable[[], object]]:
+        """A product by itself at the shapes that are left, and a name that it shares with others that are the same call."""
         args, kwargs, out = (self.forms(x, slicer) for x in (op.args, op.kwargs, op.outs))
         if op.func is torch.ops.aten.convolution.default:  # the one product with a count among its arguments
             (x, weight), transposed = (form.shape for form in args[:2]), args[6]
             args = (*args[:8], out.shape[1] // weight[1] if transposed else x[1] // weight[1])
-        key = repr((op.func, args, kwargs))
-        if key not in self.known:
-            made = lambda form: torch.ones(form.shape, dtype=form.dtype, device=self.device)  # noqa: E731
-            given, named = map_tensors((args, kwargs), made, TensorForm)
-            self.known[key] = self.seconds(lambda: op.func(*given, **named))
-        return self.known[key]
+        given: list[Any] = []
+
+        def run() -> object:
+            if not given:  # tensors take memory: they are made when it is run
+                made = lambda form: torch.ones(form.shape, dtype=form.dtype, device=self.device)  # noqa: E731
+                given.append(map_tensors((args, kwargs), made, TensorForm))
+            return op.func(*given[0][0], **given[0][1])
+
+        return repr((op.func, args, kwargs)), run
 
 
 def timed_levels(candidates: Candidates) -> list[int]:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from fxprune.passes.ir.progress import progress_bar
 from fxprune.passes.ir.slices import Slicer
 from fxprune.selection.allocation import Allocator, levels_after
 from fxprune.selection.budgets import Budget
@@ -104,7 +105,7 @@ def bracket_budget(
         at = interpolate(over, within or Point(steps, 0.0, 0.0), goal) * whole
         return min(1 + bisect_left(range(1, steps + 1), True, key=lambda k: predict(k) <= at), steps)
 
-    for turn in range(ROUNDS):
+    for turn in progress_bar(range(ROUNDS), "latency search", "window"):
         if within is None:
             least = min(over.steps + 1, steps)
             proposals = {max(fewest((1 - MARGIN) * (1 + SPREAD * i)), least) for i in (1, 0, -1)}

@@ -3,37 +3,43 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import fnmatch
 import glob as globbing
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypedDict
 
 import numpy as np
 from torch import Tensor, nn
 
-from fxprune.arguments import did_you_mean, is_number, number
+from fxprune.arguments import did_you_mean, is_number, number, shown
 from fxprune.criteria.base import Criterion
+from fxprune.criteria.branches import SCORES
 from fxprune.criteria.catalog import CriterionName, resolve
+from fxprune.criteria.defaults import choose_criterion
 from fxprune.passes.coupling.families import names_family
 from fxprune.passes.coupling.solution import CouplingOptions
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_parameters, named_tensors
 from fxprune.passes.ir.quiet import gc_paused
 from fxprune.selection.budgets import KINDS, Budget, list_arguments, parse_budget
+from fxprune.selection.indices import parse_remove
+from fxprune.selection.names import Names, frozen_names, frozen_outputs, near_modules, outside, paths_of, protected
 
 Ratio = float | Mapping[Any, float]  # by globs and modules
+Remove = Mapping[Any, Sequence[int]]  # by layers, tensors and families
 Scopes = Mapping[str, str | Sequence[str]]
-Freeze = str | nn.Module | Sequence[str | nn.Module]
+Freeze = Names
 Attention = Literal["heads", "dims"]
 Verify = bool | Literal["auto"]
+Depth = bool | Literal["only"]
 Ranking = Literal["local", "global", "isomorphic"]
 BudgetName = Literal["params", "macs", "memory", "latency"]
 
 DEFAULT_RATIO = 0.5
+STREAMS_LAST = "a residual stream through the whole model goes after all else"
 RANKINGS: tuple[Ranking, ...] = ("local", "global", "isomorphic")
 CHEAP = 100_000_000  # parameters up to which a few forwards take little time
 
@@ -46,17 +52,20 @@ class Asked(TypedDict, total=False):
     memory: float | str | None
     latency: float | str | None
     budget: Mapping[BudgetName, float | str] | Mapping[str, float | str] | None
-    criterion: CriterionName | str | Criterion
+    criterion: CriterionName | str | Criterion | None
     data: Iterable[Any] | None
     loss: Callable[..., Tensor] | None
-    ranking: Ranking
+    ranking: Ranking | None
     scopes: Scopes | None
     floor: float | None
+    only: Freeze
     freeze: Freeze
     freeze_outputs: Freeze
+    protect: tuple[int, int]
     release: str | Sequence[str]
     round_to: int
     attention: Attention
+    uniform: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +75,13 @@ class Options:
     Attributes:
         ratio: the share of units to remove, or shares by glob; not read where there is a budget.
         budget: what may stay, if it was asked for by cost.
-        criterion, ranking, scopes, floor, round_to, data, loss, verify: as for `prune`.
+        criterion, ranking, scopes, floor, round_to, data, loss, verify, depth, depth_criterion, remove: as for `prune`.
         coupling: what the coupling has to know of them.
         read: where scores find the values of a parameter, by its name, if not in the model.
         combine: makes one score of each unit of those that several processes have, if there are several.
+        spares: whether a residual stream through the whole model is taken after all else.
+        weighs: whether units compete by their score for what they cost.
+        chosen: sentences on what was chosen where nothing was asked for.
     """
 
     ratio: float | Mapping[str, float] = DEFAULT_RATIO
@@ -85,6 +97,12 @@ class Options:
     verify: Verify = "auto"
     read: Callable[[str], Tensor] | None = None
     combine: Callable[[np.ndarray], np.ndarray] | None = None
+    spares: bool = False
+    weighs: bool = False
+    chosen: tuple[str, ...] = ()
+    depth: Depth = False
+    depth_criterion: str | Callable[..., Any] | None = None
+    remove: Remove | None = None
 
     @classmethod
     def parse(
@@ -93,10 +111,18 @@ class Options:
         *,
         ratio: Ratio | None = None,
         budget: Mapping[Any, float | str] | None = None,
+        only: Freeze = (),
         freeze: Freeze = (),
         freeze_outputs: Freeze = (),
+        protect: tuple[int, int] = (0, 0),
         release: str | Sequence[str] = (),
         attention: Attention = "heads",
+        criterion: str | Criterion | None = None,
+        ranking: Ranking | None = None,
+        data: Iterable[Any] | None = None,
+        loss: Callable[..., Tensor] | None = None,
+        uniform: bool = False,
+        remove: Remove | None = None,
         **others: Any,
     ) -> Options:
         """Options from the arguments of a public function; `others` are budgets and attributes. Raises PruneError."""
@@ -105,14 +131,43 @@ class Options:
         limit = parse_budget({kind: others.pop(kind, None) for kind in KINDS if kind in Asked.__annotations__}, budget)
         if limit is not None and ratio is not None:
             raise PruneError(f"ratio and {limit.kind} are both given", fix=list_arguments())
-        frozen = frozen_names(model, freeze) | frozen_outputs(model, freeze_outputs)
-        coupling = CouplingOptions(attention == "heads", frozen, released(release))
+        given = parse_remove(remove)
+        if given is not None:
+            scored = {"criterion": criterion, "ranking": ranking, "data": data, "loss": loss, "uniform": uniform}
+            check_alone(ratio=ratio, **({limit.kind: limit} if limit else {}), **scored, **others)
+        frozen = outside(model, only) | protected(model, protect)
+        frozen |= frozen_names(model, freeze) | frozen_outputs(model, freeze_outputs)
+        if not isinstance(uniform, bool):
+            raise PruneError(f"uniform must be True or False, not {shown(uniform)}", fix="uniform=True")
+        coupling = CouplingOptions(attention == "heads", frozen, released(release), uniform)
         for name in ("floor", "round_to"):
             others[name] = number(others.get(name, {"floor": None, "round_to": 1}[name]))
-        options = cls(share, limit, coupling=coupling, **others)
+        options = cls(share, limit, coupling=coupling, data=data, loss=loss, remove=given, **others)
+        options = options.with_defaults(model, criterion, ranking)
         check_values(options)
         check_globs(model, options)
         return options
+
+    def with_defaults(self, model: nn.Module, criterion: str | Criterion | None, ranking: Ranking | None) -> Options:
+        """The same with a criterion and a ranking: those that are asked for, or the ones that do least harm."""
+        data, weighs, chosen = self.data, False, []
+        if self.remove is not None:  # nothing is scored
+            return self
+        if criterion is None:
+            criterion, data, why = choose_criterion(model, data, self.loss)
+            weighs = criterion == "token_taylor" and ranking is None and self.budget is not None
+            chosen.append(f"criterion={criterion!r}, since {why}")
+        looks = bool(chosen) and data is not None
+        if ranking is None and self.budget is not None:
+            how = "score for what it costs" if weighs else "normalised score"
+            chosen.append(f"units of all layers compete by their {how}" if looks else "all families lose the same share")
+        spares = ranking is None and self.budget is not None and self.scopes is None
+        chosen += [STREAMS_LAST] if spares else []
+        if ranking is None:
+            ranking = "global" if looks and self.budget is not None else "local"
+        return replace(
+            self, criterion=criterion, ranking=ranking, data=data, spares=spares, weighs=weighs, chosen=tuple(chosen)
+        )
 
     @property
     def competes(self) -> bool:
@@ -122,7 +177,7 @@ class Options:
     @property
     def reads_weights(self) -> bool:
         """Whether selection looks at the values of parameters."""
-        return resolve(self.criterion).score_units is None
+        return self.remove is None and resolve(self.criterion).score_units is None
 
     @property
     def measures_latency(self) -> bool:
@@ -149,6 +204,19 @@ class Options:
         return contextlib.nullcontext() if self.runs_the_model else gc_paused()
 
 
+def check_alone(**others: Any) -> None:
+    """Raise PruneError where something that says how much goes, or how it is ranked, is given beside `remove`."""
+    unused = {"round_to": 1, "depth": False, "uniform": False}
+    for name, value in others.items():
+        if name != "verify" and not (value is None or (name in unused and is_default(value, unused[name]))):
+            what = f"{name} is given with remove, which says exactly what goes"
+            raise PruneError(what, fix=f"leave {name} out, or prune twice: prune(prune(model, remove=...), {name}=...)")
+
+
+def is_default(value: Any, default: Any) -> bool:
+    return type(value) is type(default) and bool(value == default)
+
+
 def is_one_of(value: Any, words: Sequence[str]) -> bool:
     return isinstance(value, str) and value in words
 
@@ -158,7 +226,7 @@ def check_word(argument: str, value: Any, words: Sequence[str]) -> None:
     if not is_one_of(value, words):
         listed = f"one of {', '.join(words)}" if len(words) > 2 else " or ".join(map(repr, words))
         near = did_you_mean(value, words)
-        raise PruneError(f"{argument} must be {listed}, not {value!r}", fix=near.rstrip() or f"{argument}={words[0]!r}")
+        raise PruneError(f"{argument} must be {listed}, not {shown(value)}", fix=near.rstrip() or f"{argument}={words[0]!r}")
 
 
 REMOVES = "ratio=0.5 removes half of every family"
@@ -177,12 +245,12 @@ def parse_ratio(model: nn.Module, ratio: Any) -> float | dict[str, float]:
         raise PruneError(f"ratio is a {type(ratio).__name__}, not a share", fix="ratio={model.layer1: 0.5}")
     if not isinstance(ratio, Mapping):
         if share_of(ratio, "ratio") == 0:
-            raise PruneError(f"ratio={ratio!r} removes nothing", fix=REMOVES)
+            raise PruneError(f"ratio={shown(ratio)} removes nothing", fix=REMOVES)
         return float(ratio)
     named: dict[str, float] = {}
     for key, value in ratio.items():
         if not isinstance(key, str | nn.Module):
-            raise PruneError(f"ratio names {key!r}, which is no glob over module names", fix="ratio={'layer1': 0.5}")
+            raise PruneError(f"ratio names {shown(key)}, which is no glob over module names", fix="ratio={'layer1': 0.5}")
         globs = [key] if isinstance(key, str) else [globbing.escape(p) or "*" for p in paths_of(model, key, "ratio")]
         for glob in globs:
             named.setdefault(glob, share_of(number(value), f"ratio[{glob!r}]"))
@@ -197,7 +265,7 @@ def parse_ratio(model: nn.Module, ratio: Any) -> float | dict[str, float]:
 def share_of(value: Any, what: str) -> Any:
     """A share to remove; raises PruneError for what is none."""
     if not is_number(value) or not 0 <= value < 1:
-        raise PruneError(f"{what} must be a number in [0, 1), not {value!r}", fix=REMOVES)
+        raise PruneError(f"{what} must be a number in [0, 1), not {shown(value)}", fix=REMOVES)
     return value
 
 
@@ -205,19 +273,35 @@ def check_values(options: Options) -> None:
     """Raise PruneError for what means nothing, whatever the model."""
     round_to, floor, scopes = options.round_to, options.floor, options.scopes
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
-        raise PruneError(f"round_to must be a positive integer, not {round_to!r}", fix="round_to=8")
+        raise PruneError(f"round_to must be a positive integer, not {shown(round_to)}", fix="round_to=8")
     if not isinstance(options.verify, bool) and not is_one_of(options.verify, ("auto",)):
-        raise PruneError(f"verify must be True, False or 'auto', not {options.verify!r}", fix="verify='auto'")
+        raise PruneError(f"verify must be True, False or 'auto', not {shown(options.verify)}", fix="verify='auto'")
     check_word("ranking", options.ranking, RANKINGS)
+    check_depth(options)
     if floor is not None and (not is_number(floor) or not 0 <= floor <= 1):
-        raise PruneError(f"floor must be a number in [0, 1], not {floor!r}", fix="floor=0.1 keeps a tenth")
+        raise PruneError(f"floor must be a number in [0, 1], not {shown(floor)}", fix="floor=0.1 keeps a tenth")
     globs = list(scopes.values()) if isinstance(scopes, Mapping) else []
     lists = [[some] if isinstance(some, str) else some for some in globs]
     named = all(isinstance(some, list | tuple) and all(isinstance(glob, str) for glob in some) for some in lists)
     if scopes is not None and not (globs and named):
-        what = f"scopes must name globs, not {scopes!r}"
+        what = f"scopes must name globs, not {shown(scopes)}"
         raise PruneError(what, fix="scopes={'early': ['layer1', 'layer2']}")
     resolve(options.criterion)
+
+
+def check_depth(options: Options) -> None:
+    """Raise PruneError for what means nothing with residual branches."""
+    how = options.depth_criterion
+    if not isinstance(options.depth, bool) and not is_one_of(options.depth, ("only",)):
+        raise PruneError(f"depth must be True, False or 'only', not {options.depth!r}", fix="depth='only'")
+    if how is not None and not options.depth:
+        raise PruneError("depth_criterion is given without depth", fix="depth=True, or depth='only'")
+    if isinstance(how, str) or not (how is None or callable(how)):
+        check_word("depth_criterion", how, SCORES)
+    if how not in (None, "weights") and options.data is None:
+        raise PruneError(f"depth_criterion={how!r} looks at data", fix="data=[(images, labels), ...]")
+    if options.depth and options.measures_latency:
+        raise PruneError("a budget of latency knows no residual branches", fix="a budget of macs, or depth=False")
 
 
 def check_globs(model: nn.Module, options: Options) -> None:
@@ -231,86 +315,18 @@ def check_globs(model: nn.Module, options: Options) -> None:
             raise PruneError(f"the glob {glob!r} in {argument} matches no module", fix=near_modules(glob, modules))
 
 
-def near_modules(glob: str, modules: Sequence[str]) -> str:
-    close = difflib.get_close_matches(glob, [m for m in modules if m], n=3, cutoff=0.4)
-    return f"one of the names of model.named_modules(){', such as ' + ', '.join(close) if close else ''}"
-
-
 def released(release: Any) -> tuple[str, ...]:
     """Globs over the names of outputs whose channels may go."""
     globs = [release] if isinstance(release, str) else release
     if not isinstance(globs, list | tuple) or not all(isinstance(glob, str) for glob in globs):
-        raise PruneError(f"release must be globs over names of outputs, not {release!r}", fix="release='hidden_states'")
+        raise PruneError(f"release must be globs over names of outputs, not {shown(release)}", fix="release='hidden_states'")
     return tuple(globs)
-
-
-def paths_of(model: nn.Module, item: Any, argument: str) -> list[str]:
-    """The names of a module, or of those that a glob matches; raises PruneError where there are none."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    if isinstance(item, str):
-        paths = [path for path in modules if fnmatch.fnmatchcase(path, item)]
-        if not paths:
-            raise PruneError(f"the glob {item!r} in {argument} matches no module", fix=near_modules(item, list(modules)))
-        return paths
-    if not isinstance(item, nn.Module):
-        raise PruneError(
-            f"{argument} names {item!r}, which is neither a glob nor a module", fix=f"{argument}='layer1', or model.layer1"
-        )
-    paths = [path for path, module in modules.items() if module is item]
-    if not paths:
-        raise PruneError(f"{argument} names a {type(item).__name__} that is not part of the model", fix="model.layer1")
-    return paths
-
-
-def each_item(given: Any) -> list[Any]:
-    return [given] if isinstance(given, str | nn.Module) or not isinstance(given, Iterable) else list(given)
-
-
-def frozen_names(model: nn.Module, freeze: Any) -> dict[str, str]:
-    """Names of the tensors that stay by request, and texts that name families, with the reason."""
-    frozen: dict[str, str] = {}
-    for item in each_item(freeze):
-        if isinstance(item, str) and names_family(item, {name: t.shape for name, t in named_tensors(model)}):
-            frozen[item] = f"is frozen by freeze={item!r}"
-            continue
-        paths = paths_of(model, item, "freeze")
-        why = (
-            f"is frozen by freeze={item!r}"
-            if isinstance(item, str)
-            else f"is frozen by freeze={type(item).__name__} ({paths[0]})"
-        )
-        for path in paths:
-            inside = {id(t) for _, t in named_tensors(model.get_submodule(path))}
-            frozen.update({name: why for name, t in named_tensors(model) if id(t) in inside})
-    return frozen
-
-
-# layers whose weights have their outputs in the second dimension
-OUTPUTS_SECOND = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Embedding, nn.EmbeddingBag)
-
-
-def frozen_outputs(model: nn.Module, layers: Any) -> dict[str, str]:
-    """The output dimensions of the tensors of some layers, as texts that name the families there, with the reason."""
-    frozen: dict[str, str] = {}
-    names = {id(t): name for name, t in named_tensors(model)}
-    for item in each_item(layers):
-        found: dict[str, str] = {}
-        for path in paths_of(model, item, "freeze_outputs"):
-            for inner, module in model.get_submodule(path).named_modules(prefix=path):
-                for tensor in module.parameters(recurse=False):
-                    dim = int(isinstance(module, OUTPUTS_SECOND) and tensor.dim() > 1)
-                    found[f"{names[id(tensor)]}:{dim}"] = f"is frozen by freeze_outputs={inner!r}"
-        if not found:
-            what = f"freeze_outputs names {item if isinstance(item, str) else type(item).__name__!r}, which has no parameters"
-            raise PruneError(what, fix="freeze_outputs=[model.fc], a layer with a weight")
-        frozen.update(found)
-    return frozen
 
 
 def asked_parameters() -> dict[str, inspect.Parameter]:
     """What `Asked` stands for in a signature, with the values by default."""
-    known = {p.name: p.default for p in inspect.signature(Options.parse).parameters.values()}
-    known |= {f.name: f.default for f in fields(Options) if f.name in Asked.__annotations__}
+    known = {f.name: f.default for f in fields(Options) if f.name in Asked.__annotations__}
+    known |= {p.name: p.default for p in inspect.signature(Options.parse).parameters.values()}
     keyword = inspect.Parameter.KEYWORD_ONLY
     said = {name: getattr(a, "__forward_arg__", a) for name, a in Asked.__annotations__.items()}
     return {n: inspect.Parameter(n, keyword, default=known.get(n), annotation=a) for n, a in said.items()}

@@ -13,7 +13,7 @@ from fxprune.criteria.catalog import find
 from fxprune.criteria.unit_scores import normalise_scores, score_units
 from fxprune.entry_points import why_unprunable
 from fxprune.errors import PruneWarning
-from fxprune.passes.coupling.families import Family, families
+from fxprune.passes.coupling.families import Family, families, listed, place_of
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_parameters
@@ -23,7 +23,9 @@ from fxprune.selection.budgets import Budget
 from fxprune.selection.costs import Costs
 from fxprune.selection.latency import FRIENDLY, LatencyProbe
 from fxprune.selection.latency_search import meet_latency
+from fxprune.selection.names import NOT_ALL_IN
 from fxprune.selection.options import Options
+from fxprune.selection.removal import select_given
 
 
 def select_units(
@@ -37,6 +39,8 @@ def select_units(
 
     Raises PruneError where nothing can be removed.
     """
+    if options.remove is not None:
+        return select_given(model, solution, options.remove)
     free, score = score_families(model, solution, options)
     costs = Costs(solution, tensors)
     kept, slicer = allocate(free, score, costs, options, probe)
@@ -127,7 +131,10 @@ def allocate(
     allocator = Allocator(free, score, costs.solution, options, removed=removed)
     if options.budget is None:
         return allocator.apply(allocator.allocate_ratio())
-    return meet_budget(options.budget, allocator, costs)
+    budget = options.budget
+    if options.weighs:
+        allocator.weigh(lambda left: budget.cost(costs, left))
+    return meet_budget(budget, allocator, costs)
 
 
 def allocate_by_latency(
@@ -153,6 +160,14 @@ def allocate_by_latency(
     raise AssertionError("the last attempt returns or raises")
 
 
+def select_half(model: nn.Module, solution: Solution) -> tuple[Tensor, Slicer]:
+    """Which labels stay where each family loses half of its units, whichever they are."""
+    found = families(solution, set(named_parameters(model)))
+    free = [f for f in found if f.frozen is None and len(f.units) > 1]
+    allocator = Allocator(free, np.zeros(len(solution.unit_of)), solution, Options())
+    return allocator.apply(allocator.allocate_ratio())
+
+
 def select_least(model: nn.Module, solution: Solution, options: Options) -> tuple[Tensor, Slicer]:
     """Which labels stay where as much is removed as any budget could remove."""
     free, score = score_families(model, solution, options)
@@ -176,6 +191,8 @@ def find_free_families(model: nn.Module, solution: Solution, options: Options) -
     free = [f for f in found if f.frozen is None and len(f.units) > 1]
     if not free:
         reasons = sorted({f.frozen for f in found if f.frozen})
+        if text := next((why for why in reasons if why.startswith(NOT_ALL_IN)), None):
+            raise too_narrow(model, found, options, text.removeprefix(NOT_ALL_IN))
         raise why_unprunable(model) or PruneError(
             "nothing in the model can be pruned" + (f": every family {', or '.join(reasons[:3])}" if reasons else ""),
             where=type(model).__name__,
@@ -188,6 +205,22 @@ def find_free_families(model: nn.Module, solution: Solution, options: Options) -
             fix=f"round_to<={largest}",
         )
     return free
+
+
+def too_narrow(model: nn.Module, found: Sequence[Family], options: Options, said: str) -> PruneError:
+    """The error for modules of which no family is a part as a whole: what those that reach in have outside."""
+    beyond = options.coupling.frozen
+    held = [f for f in found if f.frozen is not None and f.frozen.startswith(NOT_ALL_IN)]
+    missing = [list(dict.fromkeys(place_of(name) for name, _ in f.members if name in beyond)) for f in held]
+    near = [(f, m) for f, m in zip(held, missing, strict=True) if any(name not in beyond for name, _ in f.members)]
+    if not near:
+        return PruneError(f"nothing in only={said} can be pruned", where=type(model).__name__, fix="other modules")
+    family, places = min(near, key=lambda pair: len(pair[1]))
+    return PruneError(
+        f"nothing lies wholly in only={said}: {family.name} also holds {listed(places)}",
+        where=type(model).__name__,
+        fix="name these too, or a module around all of them",
+    )
 
 
 CLOSE = 0.995  # the share of its budget that an allocation has to use to be left as it is

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import operator
 import weakref
@@ -24,10 +23,11 @@ from fxprune.passes.capture.proxy import PROXIES, Items, TensorProxy, proxy_for,
 from fxprune.passes.capture.proxy_attributes import NUMBERS, ProxyAttributes, internal
 from fxprune.passes.capture.recorder import Recorder
 from fxprune.passes.capture.rollback import ModuleState
-from fxprune.passes.errors import NeedsValues, ReadsValue, WritesConstants
+from fxprune.passes.errors import NeedsValues, ReadsValue
 from fxprune.passes.ir.module_tree import every_path, named_tensors
 from fxprune.passes.ir.program import Guard, TracedCall, select_by_mode
-from fxprune.passes.ir.pytree import ATOMS, like_dict, map_tensors
+from fxprune.passes.ir.progress import progress_bar
+from fxprune.passes.ir.pytree import ATOMS, attributes_of, like_dict, map_tensors, record
 
 HAS_NODES = ATOMS | PROXIES
 PLAIN = ATOMS | {complex, torch.layout, torch.memory_format}
@@ -58,6 +58,8 @@ class GraphBuilder(ProxyAttributes):
         guards: values that Python took out of the graph.
         attributes: proxies for the model's tensors, by name.
         writes_constants: whether the program is to start from copies of its constants.
+        read_as_copies: the names of tensors of which each read is a copy, since the forward assigns them anew.
+        assigned: the names of tensors that the forward has assigned anew, with what for.
         frames: the module calls that are being traced through.
         module_calls: those that were, in order of their ends.
     """
@@ -78,10 +80,13 @@ class GraphBuilder(ProxyAttributes):
         self.constants: dict[int, Constant] = {}  # by the identity of the tensor
         self.kept: list[Tensor] = []  # their copies in the program
         self.writes_constants = self.calls_opaque = False
+        self.read_as_copies: frozenset[str] = frozenset()
+        self.assigned: dict[str, Any] = {}
         self.frames = [Frame("", root)]
         self.module_calls: list[TracedCall] = []
         self.proxies: list[weakref.ref[Any]] = []
         self.index = {}
+        self.bar = progress_bar(None, "tracing", "op")
         self.depends = {}
         self.short: dict[Any, str] = {}  # names of nodes, by target
 
@@ -105,6 +110,7 @@ class GraphBuilder(ProxyAttributes):
             node.kwargs = kwargs
         node.meta["module"] = self.frames[-1].path
         self.index[node] = len(self.index)
+        self.bar.update()
         return node
 
     def name_of(self, op: str, target: Any) -> str | None:
@@ -173,7 +179,10 @@ class GraphBuilder(ProxyAttributes):
             return Items.of(node, value, [self.item(node, i, v) for i, v in enumerate(value)])
         if isinstance(value, dict):
             return like_dict(value, {k: self.item(node, k, v) for k, v in value.items()})
-        return self.proxy(node, value)
+        with attributes_of(value) as held:
+            if held is None:
+                return self.proxy(node, value)
+            return record(type(value), {k: self.item(node, k, v, getattr) for k, v in held.items()})
 
     def keep_length(self, node: fx.Node, value: list[Any]) -> None:
         """How many values code that is not captured has put into a list is decided here."""
@@ -191,8 +200,8 @@ class GraphBuilder(ProxyAttributes):
         self.proxies.append(weakref.ref(made))
         return made
 
-    def item(self, node: fx.Node, key: Any, value: Any) -> Any:
-        return self.bind(self.create_node("call_function", operator.getitem, (node, key), {}), value)
+    def item(self, node: fx.Node, key: Any, value: Any, read: Any = operator.getitem) -> Any:
+        return self.bind(self.create_node("call_function", read, (node, key), {}), value)
 
     # -- arguments --------------------------------------------------------------------------------------------------
 
@@ -217,16 +226,14 @@ class GraphBuilder(ProxyAttributes):
             return node
         if isinstance(a, dict) and type(a) is not dict and all(isinstance(k, str) for k in a):
             return self.create_object(type(a), dict(a))
-        if dataclasses.is_dataclass(a) and not isinstance(a, type | dict):
-            given = {f.name: getattr(a, f.name) for f in dataclasses.fields(a) if hasattr(a, f.name)}
-            return self.create_object(creating(type(a)), given)
         if type(a) is tuple or isinstance(a, torch.Size):
             return tuple(self.create_arg(v) for v in a)
         if type(a) is list:
             return [self.create_arg(v) for v in a]
         if type(a) is dict:
             return {k: self.create_arg(v) for k, v in a.items()}
-        return super().create_arg(a)
+        with attributes_of(a) as held:
+            return super().create_arg(a) if held is None else self.create_object(creating(type(a)), held)
 
     def module_argument(self, module: nn.Module) -> fx.Node:
         """A module that another one is given, which is opaque; a function would call it unseen by the graph."""
@@ -248,7 +255,8 @@ class GraphBuilder(ProxyAttributes):
         """The proxy for a tensor of the model."""
         if name not in self.attributes:
             self.attributes[name] = self.create_proxy("get_attr", name, (), {})
-        return self.attributes[name]
+        found = self.attributes[name]
+        return self.create_proxy("call_method", "clone", (found,), {}) if name in self.read_as_copies else found
 
     def constant(self, tensor: Tensor) -> Any:
         """The proxy for a tensor created outside of the graph, as it is now: the forward may write to it afterwards."""
@@ -267,11 +275,6 @@ class GraphBuilder(ProxyAttributes):
             proxy = self.create_proxy("call_method", "clone", (proxy,), {}) if self.writes_constants else proxy
             found = self.constants[id(tensor)] = Constant(tensor, version, proxy)
         return found.proxy
-
-    def check_constants(self) -> None:
-        """Raises WritesConstants where the program would find what it wrote to a constant in the last call."""
-        if not self.writes_constants and any(version_of(kept) for kept in self.kept):
-            raise WritesConstants
 
     def read_tensor(self, tensor: Tensor) -> Any:
         """What a forward gets when it reads a tensor of a module."""
@@ -310,6 +313,7 @@ class GraphBuilder(ProxyAttributes):
         for key in gone:
             del self.attributes[key]
         self.constants = {i: c for i, c in self.constants.items() if self.index[c.proxy.node] < begin}
+        self.assigned = {name: v for name, v in self.assigned.items() if self.index.get(v.node, begin) < begin}
 
     def discard(self) -> None:
         """Hold nothing more: proxies refer to the tracer, and go now if there is no cycle, not when the collector comes."""

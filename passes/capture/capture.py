@@ -23,7 +23,7 @@ from fxprune.passes.capture.opaque import RootWrapper
 from fxprune.passes.capture.patches import not_a_models
 from fxprune.passes.capture.patching import Patches
 from fxprune.passes.capture.tracer import ValueTracer, reason_of
-from fxprune.passes.errors import PruneError, WritesConstants, surface
+from fxprune.passes.errors import PruneError, WritesWhatItReads, surface
 from fxprune.passes.ir.program import CapturedProgram
 
 
@@ -62,8 +62,8 @@ def captured(
         while True:
             try:
                 return trace(tracer).program("")
-            except WritesConstants:
-                tracer = once_more(tracer, writes_constants=True)
+            except WritesWhatItReads:
+                tracer = once_more(tracer)
             except Exception as error:
                 function = None if isinstance(error, PruneError) or not retry else function_of(error)
                 if function is None or function in tracer.evaluator.functions:
@@ -86,9 +86,9 @@ def captured(
 def trace(tracer: ValueTracer) -> ValueTracer:
     """Run the tracer, with the recorder in place all the while; it writes only while a node is evaluated."""
     tracer.recorder.active = False
-    with Patches(tracer), torch.no_grad(), tracer.recorder:
+    with tracer.bar, Patches(tracer), torch.no_grad(), tracer.recorder:
         tracer.run()
-    tracer.check_constants()
+    tracer.check_writes()
     return tracer
 
 
@@ -104,15 +104,16 @@ def function_of(error: BaseException) -> types.FunctionType | None:
     return found
 
 
-def once_more(failed: ValueTracer, function: Any = None, *, writes_constants: bool = False) -> ValueTracer:
-    """A tracer of the same module tree: for it `function` is one node, or its program copies constants that it writes to."""
+def once_more(failed: ValueTracer, function: Any = None) -> ValueTracer:
+    """A tracer of the same module tree: for it `function` is one node, or its program copies what it writes to."""
     failed.stored.restore(failed.index, 0)
     for kept in failed.kept:
         delattr(failed.root, failed.names[id(kept)])
     tracer = ValueTracer(failed.root, failed.example_args, failed.example_kwargs, retry=failed.retry)
     tracer.evaluator.find_home, tracer.evaluator.opaque = failed.evaluator.find_home, dict(failed.evaluator.opaque)
     tracer.evaluator.functions = failed.evaluator.functions | ({function} if function is not None else set())
-    tracer.writes_constants = writes_constants or failed.writes_constants
+    tracer.writes_constants = failed.writes_constants or failed.wrote_constants
+    tracer.read_as_copies = failed.read_as_copies | failed.assigned_alone
     failed.discard()
     return tracer
 

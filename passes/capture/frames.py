@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from fxprune.passes.capture.patches import creating
 from fxprune.passes.capture.proxy import PROXIES, Items
 from fxprune.passes.ir.program import UNKNOWN, Built, ModelTensor, TracedCall
-from fxprune.passes.ir.pytree import ATOMS, copy_containers
+from fxprune.passes.ir.pytree import ATOMS, attributes_of, copy_containers
 
 
 @dataclass(slots=True, eq=False)
@@ -73,7 +72,7 @@ def structure(x: Any, names: Mapping[int, str]) -> Any:
         if kind is dict or not all(isinstance(k, str) for k in parts):
             return parts if kind is dict else UNKNOWN
         return Built(kind, parts)
-    if dataclasses.is_dataclass(x) and not isinstance(x, type):
-        given = {f.name: structure(getattr(x, f.name), names) for f in dataclasses.fields(x) if hasattr(x, f.name)}
-        return Built(creating(kind), given, by_attribute=True)
-    return UNKNOWN
+    with attributes_of(x) as held:
+        if held is None:
+            return UNKNOWN
+        return Built(creating(kind), {k: structure(v, names) for k, v in held.items()}, by_attribute=True)

@@ -55,6 +55,32 @@ def by_position(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     return args, left
 
 
+def own_call(kind: type) -> type | None:
+    """The class of a model's that says for a class what a call of its modules does; None where `nn.Module` does."""
+    owner = next(k for k in kind.__mro__ if "__call__" in vars(k))
+    return None if owner.__module__.startswith("torch.") else owner
+
+
+def see_own_calls(patches: Any) -> None:
+    """A call of a module whose class has a `__call__` of its own is that one call, and what it calls of `nn.Module` a part."""
+    tracer = patches.tracer
+
+    def seen(plain: Any) -> Any:
+        def called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if not patches.tracing() or module in tracer.entered:
+                return plain(module, *args, **kwargs)
+            tracer.entered.add(module)
+            try:
+                return tracer.call_module(module, functools.partial(plain, module), args, kwargs)
+            finally:
+                tracer.entered.discard(module)
+
+        return called
+
+    for owner in {own_call(type(module)) for module in tracer.paths} - {None}:
+        patches.patch(owner, "__call__", seen(vars(owner)["__call__"]))
+
+
 def is_own(hook: Any) -> bool:
     """Whether a hook is of the model's, and not one of torch's, such as weight normalisation."""
     while isinstance(hook, functools.partial):

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.overrides import BaseTorchFunctionMode
 
+from fxprune.passes.ir.pytree import record
+
 LOCK = threading.RLock()  # what is replaced belongs to the process: one thread at a time
 CACHED = type(functools.lru_cache(len))
 NOT_MODELS = frozenset(["torch", "fxprune", *sys.stdlib_module_names])  # packages that hold no code of a model's
@@ -165,13 +167,7 @@ def named_apply(cls: type) -> NamedFunction:
 def creating(cls: type) -> NamedFunction:
     """A function that creates an object of a class from the values of its attributes."""
 
-    def created(**attributes: Any) -> Any:
-        made: Any = object.__new__(cls)
-        for name, value in attributes.items():
-            object.__setattr__(made, name, value)
-        return made
-
-    return NamedFunction(creating, cls, f"new_{cls.__name__}", created)
+    return NamedFunction(creating, cls, f"new_{cls.__name__}", lambda **attributes: record(cls, attributes))
 
 
 def outside_torch(cls: type) -> str:

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fxprune.passes.capture.evaluation import plain_call
 from fxprune.passes.capture.leftovers import restore_functions
+from fxprune.passes.capture.modules import see_own_calls
 from fxprune.passes.capture.patches import (
     CACHED,
     CALLABLE,
@@ -44,16 +46,14 @@ class Patches:
     """
 
     def __init__(self, tracer: ValueTracer) -> None:
-        self.tracer = tracer
-        self.thread = threading.get_ident()
+        self.tracer, self.thread = tracer, threading.get_ident()
         self.undo: list[Callable[[], None]] = []
         self.replaced: list[tuple[Callable[..., Any], Callable[..., Any]]] = []
         self.active = True
         self.imported = len(sys.modules)
         self.maths = {id(f): f for name, f in vars(math).items() if callable(f) and not name.startswith("_")}
         self.nodes = self.maths | {id(f): f for f in tracer.evaluator.functions}
-        self.seen: set[object] = set()
-        self.owners: set[type] = set()
+        self.seen, self.owners = set[object](), set[type]()
 
     def __enter__(self) -> None:
         LOCK.acquire()
@@ -74,9 +74,9 @@ class Patches:
         finally:
             self.active = False
             LOCK.release()
+        del self.tracer
         if len(sys.modules) != self.imported:
             restore_functions(self.replaced)
-        del self.tracer
 
     # -- how a function is replaced ---------------------------------------------------------------------------------
 
@@ -240,7 +240,7 @@ class Patches:
     def modules(self) -> None:
         """Calls of the model's modules, and reads of their tensors, modes and numbers, go to the tracer."""
         tracer = self.tracer
-        plain_call, plain_getattr = nn.Module._call_impl, nn.Module.__getattr__
+        plain_getattr = nn.Module.__getattr__
 
         def called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if type(module) not in self.seen or "forward" in vars(module):
@@ -346,4 +346,5 @@ PATCHES: list[Callable[[Patches], None]] = [
     Patches.attention,
     Patches.modules,
     Patches.fx_flag,
+    see_own_calls,
 ]

@@ -16,6 +16,7 @@ from torch import fx, nn
 
 from fxprune.passes.capture.builder import GraphBuilder
 from fxprune.passes.capture.frames import Frame
+from fxprune.passes.capture.modules import own_call
 from fxprune.passes.capture.proxy import TensorProxy
 from fxprune.passes.capture.train_eval import Modes
 from fxprune.passes.ir.program import select_by_mode
@@ -35,7 +36,7 @@ class PlainModules:
         own = type(module)
         if own.__getattr__ is not nn.Module.__getattr__ or own.__getattribute__ is not object.__getattribute__:
             return None  # `watching` would not be told
-        if kwargs or module._forward_hooks or module._forward_pre_hooks:
+        if kwargs or module._forward_hooks or module._forward_pre_hooks or own_call(own) is not None:
             return None
         inner = [(name, m) for name, m in module._modules.items() if m is not None]
         if any(m._modules or m._parameters or m._buffers for _, m in inner):

@@ -16,7 +16,10 @@ from fxprune.passes.errors import PruneError, surface
 from fxprune.passes.ir.module_tree import named_tensors, private_copy, set_mode, walk
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.pytree import collect, map_tensors
+from fxprune.passes.ir.quiet import plain_random_state
 
+DRAW = "torch.rand in place of random and numpy.random"
+DRAWN = "numbers that forward draws from Python's or NumPy's generator are those of the capture, in every call"
 Home = Callable[[], torch.device | None]
 
 
@@ -94,8 +97,12 @@ def only_device(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 def captured(
     root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, final: bool, home: Home = lambda: None
 ) -> CapturedProgram:
+    numbers = plain_random_state()
     try:
-        return capture_program(root, args, kwargs, retry=final, find_home=home)
+        made = capture_program(root, args, kwargs, retry=final, find_home=home)
+        if not made.opaque and plain_random_state() != numbers:
+            made.note = DRAWN
+        return made
     except PruneError:
         raise
     except Exception as error:

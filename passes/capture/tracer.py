@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -10,13 +11,17 @@ from typing import Any
 from torch import nn
 
 from fxprune.passes.capture.builder import GraphBuilder, is_layer
+from fxprune.passes.capture.evaluation import plain_call
 from fxprune.passes.capture.frames import Frame
-from fxprune.passes.capture.modules import by_position, drop_own_hooks, has_own_hooks, without_own_hooks
+from fxprune.passes.capture.index_contents import version_of
+from fxprune.passes.capture.modules import by_position, drop_own_hooks, has_own_hooks, own_call, without_own_hooks
 from fxprune.passes.capture.plain_modules import PlainModules, is_plain
+from fxprune.passes.capture.proxy_attributes import internal
+from fxprune.passes.capture.rollback import written_in_place
 from fxprune.passes.capture.train_eval import Modes, captured_in_both
-from fxprune.passes.errors import PruneError, ReadsValue, surface
+from fxprune.passes.errors import PruneError, ReadsValue, WritesWhatItReads, surface
 from fxprune.passes.ir.module_tree import walk
-from fxprune.passes.ir.program import CapturedProgram, named_outputs
+from fxprune.passes.ir.program import CapturedProgram, assigned, named_outputs
 from fxprune.passes.ir.pytree import TensorRef, tensors
 
 UNWATCHED: contextlib.nullcontext[dict[str, int]] = contextlib.nullcontext({})
@@ -40,6 +45,7 @@ class ValueTracer(GraphBuilder):
         self.modes = Modes.of(root)
         self.inputs: list[TensorRef] = []
         self.hooked: dict[str, nn.Module] = {}  # layers whose hooks are steps of the program
+        self.entered: set[nn.Module] = set()  # modules whose own `__call__` is running
 
     def run(self) -> None:
         """Trace; `Patches` must be in force."""
@@ -47,10 +53,20 @@ class ValueTracer(GraphBuilder):
         with self.interception:
             self.recorder.tracing = True
             try:
-                returned = self.root.forward(*args, **kwargs)
+                returned = self.root_call(*args, **kwargs)
+                for module in self.paths:
+                    self.note_assigned(module)
             finally:
                 self.recorder.tracing = False
         self.create_node("output", "output", (self.create_arg(returned),), {})
+
+    @property
+    def root_call(self) -> Callable[..., Any]:
+        """The root's forward; where a call of it does more, that."""
+        if own_call(type(self.root)) is None:
+            return self.root.forward
+        self.entered.add(self.root)
+        return self.root
 
     def placeholders(self) -> tuple[list[Any], dict[str, Any]]:
         """Placeholders for exactly the arguments that were given, by the names that forward gives them."""
@@ -82,6 +98,8 @@ class ValueTracer(GraphBuilder):
 
     def call_module(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         path = self.paths.get(module)
+        if module in self.entered and getattr(forward, "func", None) is plain_call:
+            return forward(*args, **kwargs)
         if self.evaluator.running is not None:
             return self.evaluator.inner_call(path, forward, args, kwargs)
         if path is None:  # created inside forward: it has no name in the tree
@@ -107,13 +125,14 @@ class ValueTracer(GraphBuilder):
         """Trace through a module; where that cannot be done, or is not worth it, it becomes a node after all."""
         frame = Frame(path, module, args, kwargs, len(self.index), len(self.recorder.op_trace.ops), kind is not None)
         stored = dict(vars(module)) if kind is not None else {}
+        run = functools.partial(self.run_frame, module, forward)
         reason, where = "", None
         self.frames.append(frame)
         try:
             with self.plain.watching(module) if kind is not None else UNWATCHED as unread:
-                out = forward(*args, **kwargs)
+                out = run(*args, **kwargs)
                 if frame.asked:
-                    out = captured_in_both(self, self.modes, frame, forward, out)
+                    out = captured_in_both(self, self.modes, frame, run, out)
             with self.paused():
                 if kind is None or not frame.asked or not is_plain(self, self.modes, frame, stored):
                     self.module_calls.append(frame.finished(out, len(self.index), self.names))
@@ -131,6 +150,12 @@ class ValueTracer(GraphBuilder):
         self.abandon(frame)
         self.plain.add(module, args, unread)
         return self.create_proxy("call_module", path, frame.args, frame.kwargs)
+
+    def run_frame(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What a forward returns, traced, with what it assigns to the module's tensors."""
+        out = forward(*args, **kwargs)
+        self.note_assigned(module)
+        return out
 
     def hooked_call(self, path: str, module: nn.Module, forward: Any, args: Any, kwargs: Any) -> tuple[Any] | None:
         """Trace the hooks of a layer, which is a node without them; None where that cannot be done: they are part of it."""
@@ -179,11 +204,46 @@ class ValueTracer(GraphBuilder):
         finally:
             self.calls_opaque = False
 
+    # -- tensors that are assigned anew ------------------------------------------------------------------------------
+
+    @internal
+    def note_assigned(self, module: nn.Module) -> None:
+        """Lines that write what a forward has put in the place of a module's tensors into these."""
+        for tensor, value in self.stored.assigned(module):
+            name, form = self.names.get(id(tensor)), (value.value.shape, value.value.dtype)
+            if name is None or self.assigned.get(name) is value or form != (tensor.shape, tensor.dtype):
+                continue
+            held = self.attributes[name] if name in self.attributes else self.create_proxy("get_attr", name, (), {})
+            self.attributes[name], self.assigned[name] = held, value
+            if self.results[held.node] is not self.results[value.node]:  # it was moved to where it is, say
+                self.create_proxy("call_function", assigned, (held, value), {})
+
+    @property
+    def assigned_alone(self) -> frozenset[str]:
+        """The names of tensors that the forward assigns anew and does not write to in place."""
+        if not self.assigned:
+            return frozenset()
+        mine = {self.index[node] for node in self.graph.nodes if node.target is assigned}
+        return frozenset(self.assigned) - written_in_place(self.recorder.op_trace, mine)
+
+    @property
+    def wrote_constants(self) -> bool:
+        return any(map(version_of, self.kept))
+
+    def check_writes(self) -> None:
+        """Raises WritesWhatItReads where the program would find what it wrote to a constant in the last call.
+
+        Also where it would write to what it has read of a tensor that is assigned anew: what was read stays as it was.
+        """
+        if (self.wrote_constants and not self.writes_constants) or self.assigned_alone - self.read_as_copies:
+            raise WritesWhatItReads
+
     # -- the result -------------------------------------------------------------------------------------------------
 
     def program(self, prefix: str) -> CapturedProgram:
         """What was captured; the tracer holds nothing of it afterwards."""
         self.stored.restore(self.index, 0)
+        self.stored.restore_tensors()
         output = next(n for n in reversed(self.graph.nodes) if n.op == "output")
         whole = next((n for n in self.graph.nodes if prefix and n.target == prefix.rstrip(".")), None)
         if whole is not None:  # what the model returns, however many values that is

@@ -23,7 +23,7 @@ from fxprune.passes.capture.proxy import PROXIES, Items, TensorProxy
 from fxprune.passes.errors import ReadsMissing
 from fxprune.passes.ir.module_tree import Apart, modes_in_training, walk
 from fxprune.passes.ir.program import select_by_mode
-from fxprune.passes.ir.pytree import ATOMS, TensorRef, iterate, like_dict
+from fxprune.passes.ir.pytree import ATOMS, TensorRef, attributes_of, iterate, like_dict, record
 
 COMPARED = ATOMS | {complex, torch.Size, torch.layout, torch.memory_format}
 # Functions that are told the mode, or a fraction that depends on it, and couple the same channels in either.
@@ -218,7 +218,8 @@ def leaves(x: Any) -> list[Any]:
         return [type(x), *(v for item in x for v in leaves(item))]
     if isinstance(x, dict):  # also one of a class of its own, which transformers' outputs are
         return [type(x), *(v for k, item in x.items() for v in (k, *leaves(item)))]
-    return [x]
+    with attributes_of(x) as held:
+        return [x] if held is None else [type(x), *leaves(held)]
 
 
 def interchangeable(builder: GraphBuilder, a: Any, b: Any) -> bool:
@@ -244,7 +245,10 @@ def select(builder: GraphBuilder, a: Any, b: Any) -> Any:
         return Items.of(a.node, a.value, items) if isinstance(a.value, tuple) and hasattr(a.value, "_fields") else tuple(items)
     if type(a) in (tuple, list):
         return type(a)([select(builder, x, y) for x, y in zip(a, b, strict=True)])
-    return like_dict(a, {k: select(builder, v, b[k]) for k, v in a.items()}) if isinstance(a, dict) else a
+    if isinstance(a, dict):
+        return like_dict(a, {k: select(builder, v, b[k]) for k, v in a.items()})
+    with attributes_of(a) as now, attributes_of(b) as then:
+        return a if now is None or then is None else record(type(a), select(builder, now, then))
 
 
 def told_apart(

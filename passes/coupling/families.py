@@ -17,6 +17,7 @@ from fxprune.passes.errors import PruneError
 OWN = frozenset({"weight", "bias", "running_mean", "running_var"})
 KERNEL = "is a kernel's spatial dimension"
 WORD = 1 << 64
+NAMED = 3  # places in a sentence
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,10 @@ class Family:
             return (text, 0) in self.members
         return fnmatch.fnmatchcase(self.name, text) or any(spells(text, name, dim) for name, dim in self.members)
 
+    def lies_in(self, path: str, parameters: set[str]) -> bool:
+        """Whether all parameters that it spans are those of one module."""
+        return all(name.startswith(f"{path}.") for name, _ in self.members if name in parameters)
+
 
 def spells(text: str, tensor: str, dim: int) -> bool:
     """Whether a glob matches a dimension of a tensor, as `tensor:dim` or `layer:dim`."""
@@ -54,7 +59,9 @@ def spells(text: str, tensor: str, dim: int) -> bool:
 
 
 def names_family(text: str, shapes: Mapping[str, Sequence[int]]) -> bool:
-    """Whether a text may name a family of a model with tensors of these shapes: a tensor, `layer:dim`, or `layer#2`."""
+    """Whether a text may name families of a model with these shapes: a tensor, `layer:dim`, `layer#2`, or `module/`."""
+    if text.endswith("/"):
+        return any(name.startswith(f"{text[:-1]}.") for name in shapes)
     bare = re.sub(r"#\d+$", "", text)
     if bare == text and ":" not in text:
         return text in shapes
@@ -68,14 +75,21 @@ def place_of(tensor: str) -> str:
     return layer if layer and name in OWN else tensor
 
 
+def listed(places: Sequence[str]) -> str:
+    """The first few of some places, and how many more there are."""
+    more = f" and {len(places) - NAMED} more" if len(places) > NAMED + 1 else ""
+    return f"{', '.join(places[:NAMED] if more else places)}{more}"
+
+
 def freeze_families(solution: Solution, wanted: Mapping[str, str], parameters: set[str]) -> None:
-    """Freeze the families that some texts name, for the reasons that go with them.
+    """Freeze the families that some texts name, for the reasons that go with them; `module/` names those within the module.
 
     Raises: PruneError for a family by number of which there is none.
     """
     found = families(solution, parameters) if wanted else []
     for text, why in wanted.items():
-        held = [family for family in found if family.answers(text)]
+        within = text.removesuffix("/")
+        held = [f for f in found if (f.answers(text) if within == text else f.lies_in(within, parameters))]
         if not held and "#" in text:
             near = [f.name for f in found if f.name.partition("#")[0] == text.partition("#")[0]]
             fix = f"one of {', '.join(near)}" if near else "a name that print(fxprune.couple(model, example_inputs)) shows"

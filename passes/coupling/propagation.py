@@ -18,6 +18,7 @@ from fxprune.passes.ir.constraints import SPAN, ConstraintBuilder
 from fxprune.passes.ir.labels import NONE, Labels
 from fxprune.passes.ir.op_trace import OpCall
 from fxprune.passes.ir.program import ONLY_OUTPUT, CapturedProgram, sizes_read
+from fxprune.passes.ir.progress import progress_bar
 from fxprune.passes.ir.propagation_state import LeafDim, PropagationState
 from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ops.autograd_probe import probe
@@ -112,7 +113,7 @@ def propagate_through(program: Program, state: PropagationState, owned: int) -> 
     sized = counts = (
         False  # whether sizes of the inputs are among the node's arguments: contents that it makes then vary with them
     )
-    for op in [*capture.op_trace.ops, end]:
+    for op in progress_bar([*capture.op_trace.ops, end], "coupling", "op"):
         while hidden and hidden[0] < op.node:
             constraints.node = program.node(hidden[0])
             apply_untracked(capture, capture.nodes[hidden.pop(0)], state)

@@ -23,11 +23,13 @@ class CouplingOptions:
         heads: whether heads of attention go whole (else the dimensions within them).
         frozen: names of tensors that stay as they are, with the reason.
         release: globs over the names of outputs whose channels may go.
+        uniform: whether families that play the same part keep the same share.
     """
 
     heads: bool = True
     frozen: Mapping[str, str] = field(default_factory=dict)
     release: tuple[str, ...] = ()
+    uniform: bool = False
 
     def releases(self, name: str) -> bool:
         """Whether an output, or what it lies in, is released."""

@@ -38,8 +38,9 @@ class DataSizes:
 
     def update(self) -> None:
         ops = self.op_trace.ops
-        if len(self.read) > len(ops) or (self.read and ops[len(self.read) - 1] is not self.read[-1]):  # an attempt was given up
-            self.read, self.dims = [], {}
+        while self.read and (len(self.read) > len(ops) or ops[len(self.read) - 1] is not self.read[-1]):  # it was given up
+            for ref in self.read.pop().outputs:
+                self.dims.pop(ref.id, None)
         for op in ops[len(self.read) :]:
             self.read.append(op)
             for ref in op.outputs:

@@ -208,8 +208,12 @@ def keeps_all(labels: Iterable[Factor], table: np.ndarray) -> bool:
 
 def fill_removed(tensor: Tensor, labels: Labels, table: Tensor, value: float) -> Tensor:
     """A tensor with one value at the elements that a boolean table over labels removes; the same tensor if it keeps all."""
-    stays = [table[f.labels] for f in labels]
-    stays = [s.to(tensor.device) for s in stays if not bool(s.all())]
+    return fill_outside(tensor, [table[f.labels] for f in labels], value)
+
+
+def fill_outside(tensor: Tensor, masks: Iterable[Tensor], value: float) -> Tensor:
+    """A tensor with one value where any mask that can be broadcast to it is False; the same tensor if none is anywhere."""
+    stays = [mask.to(tensor.device) for mask in masks if not bool(mask.all())]
     if not stays:
         return tensor
     if value == 0.0:  # a product takes a quarter of the time, but infinity times zero is not zero

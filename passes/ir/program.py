@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
 from fxprune.passes.ir.module_tree import Apart
 from fxprune.passes.ir.op_trace import OpTrace
-from fxprune.passes.ir.pytree import TensorRef, collect
+from fxprune.passes.ir.pytree import TensorRef, attributes_of, collect
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +212,13 @@ def select_by_mode(evaluated: Any, trained: Any) -> Any:
     raise AssertionError(f"a node that selects between {evaluated} and {trained} is in no emitted program")
 
 
+def assigned(held: Tensor, value: Tensor) -> None:
+    """In a program, what `module.tensor = value` leaves: the module's tensor holds the value, where it has its shape."""
+    if held.shape == value.shape:
+        with torch.no_grad():
+            held.copy_(value)
+
+
 @dataclass(frozen=True, slots=True)
 class Waiver:
     """Guards that need not hold where the first dimension of an input is of one size.
@@ -240,6 +248,14 @@ class SizeUse:
 ONLY_OUTPUT = "output"  # the name of the one tensor that a model returns
 
 
+def is_state(kind: Any) -> bool:
+    """Whether objects of a class that lie in a result, such as caches, are state of the model's, and follow its widths.
+
+    Objects by which nothing but values is handed on are dataclasses, or the result itself.
+    """
+    return isinstance(kind, type) and not is_dataclass(kind) and not issubclass(kind, dict | tuple)
+
+
 def named_outputs(returned: Any, results: Mapping[fx.Node, Any], path: str = "") -> Iterator[tuple[str, TensorRef]]:
     """Every tensor that a program returns, by where it stands: keys, fields and positions, with dots in between.
 
@@ -252,16 +268,21 @@ def named_outputs(returned: Any, results: Mapping[fx.Node, Any], path: str = "")
         yield path or ONLY_OUTPUT, returned
         return
     if isinstance(returned, fx.Node):
-        fields = getattr(returned.target, "_fields", None) if returned.op == "call_function" else None
+        target = returned.target
+        fields = getattr(target, "_fields", None) if returned.op == "call_function" else None
         inner = dict(zip(fields, returned.args, strict=True)) if fields else results[returned]
-        yield from named_outputs(inner, results, path)
+        if not (path and is_state(getattr(target, "cls", None))):
+            yield from named_outputs(inner, results, path)
         return
     if isinstance(returned, dict):
         items = [(str(key), value) for key, value in returned.items()]
     elif isinstance(returned, tuple | list):
         names = getattr(returned, "_fields", range(len(returned)))
         items = [(str(name), value) for name, value in zip(names, returned, strict=True)]
-    else:
+    elif path and is_state(type(returned)):
         return
+    else:
+        with attributes_of(returned) as held:
+            items = list((held or {}).items())
     for name, value in items:
         yield from named_outputs(value, results, f"{path}.{name}" if path else name)

@@ -1,12 +1,21 @@
-"""Nested tuples, lists, dicts and slices, traversed, mapped and copied; and the references to tensors in them."""
+"""Nested tuples, lists, dicts, slices and records, traversed, mapped and copied; and the references to tensors in them.
+
+A *record* is an object of a class of a model's own, such as a dataclass, by its attributes.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import enum
+import functools
+import sys
+import threading
+import types
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class TensorRef:
@@ -24,8 +33,51 @@ class TensorRef:
 ATOMS = frozenset([int, float, bool, str, type(None), torch.dtype, torch.device])
 
 
+NO_RECORDS = (nn.Module, Tensor, type, enum.Enum, BaseException, str, bytes, int, float, tuple, list, dict, types.FunctionType)
+LIBRARIES = frozenset(["torch", "numpy", "fxprune", *sys.stdlib_module_names]) - {"__main__"}
+entered = threading.local()  # which records are being looked into: one may hold itself
+
+
+@functools.lru_cache(maxsize=4096)
+def fields_of(kind: Any) -> tuple[str, ...] | None:
+    """The slots of the objects of a class, if they are records; None where they are not."""
+    if kind.__module__.partition(".")[0] in LIBRARIES or issubclass(kind, NO_RECORDS):
+        return None
+    found: list[str] = []
+    for base in kind.__mro__:
+        slots = vars(base).get("__slots__", ())
+        found += [slots] if isinstance(slots, str) else slots
+    return tuple(name for name in found if not name.startswith("__"))
+
+
+@contextlib.contextmanager
+def attributes_of(x: Any) -> Iterator[dict[str, Any] | None]:
+    """What a record holds, by name; None for what is none, or is being looked into already."""
+    slots, seen = fields_of(type(x)), vars(entered).setdefault("seen", set())  # type: ignore[arg-type]
+    if slots is None or id(x) in seen or not (slots or hasattr(x, "__dict__")):
+        yield None
+        return
+    seen.add(id(x))
+    try:
+        yield {name: getattr(x, name) for name in slots if hasattr(x, name)} | getattr(x, "__dict__", {})
+    finally:
+        seen.discard(id(x))
+
+
+def record(kind: type, attributes: dict[str, Any]) -> Any:
+    """A record of a class with these attributes, made without its constructor, which may check or compute things."""
+    made: Any = object.__new__(kind)
+    for name, value in attributes.items():
+        object.__setattr__(made, name, value)
+    return made
+
+
+def is_record(x: Any) -> bool:
+    return fields_of(type(x)) is not None  # type: ignore[arg-type]  # a class is hashable, whatever mypy says
+
+
 def map_tensors(x: Any, fn: Callable[[Any], Any], kind: type | tuple[type, ...] = Tensor) -> Any:
-    """Replace every instance of `kind` inside nested tuples, lists, dicts and slices."""
+    """Replace every instance of `kind` inside a nested structure; a record without one is handed back."""
     if isinstance(x, kind):  # (atoms are among what may be replaced: a device is)
         return fn(x)
     if type(x) in ATOMS:
@@ -39,6 +91,9 @@ def map_tensors(x: Any, fn: Callable[[Any], Any], kind: type | tuple[type, ...] 
         return {k: map_tensors(v, fn, kind) for k, v in x.items()}
     if isinstance(x, slice):
         return slice(*(map_tensors(v, fn, kind) for v in (x.start, x.stop, x.step)))
+    with attributes_of(x) as held:
+        if held and any(collect(v, kind) for v in held.values()):
+            return record(type(x), {name: map_tensors(v, fn, kind) for name, v in held.items()})
     return x
 
 
@@ -60,7 +115,14 @@ def inside(x: Any) -> Iterable[Any]:
         return x
     if isinstance(x, dict):
         return x.values()
-    return (x.start, x.stop, x.step) if type(x) is slice else ()
+    if type(x) is slice:
+        return (x.start, x.stop, x.step)
+    return held_by(x) if is_record(x) else ()
+
+
+def held_by(x: Any) -> Iterator[Any]:
+    with attributes_of(x) as held:
+        yield from (held or {}).values()
 
 
 def gather(x: Any, kind: type | tuple[type, ...], found: list[Any]) -> None:
@@ -84,7 +146,7 @@ SEQUENCES = (tuple, list)
 
 
 def iterate(x: Any) -> Iterator[Any]:
-    """The leaves of nested tuples, lists, dicts and slices."""
+    """The leaves of a nested structure."""
     if type(x) in ATOMS:
         yield x
     elif isinstance(x, tuple | list):
@@ -95,6 +157,9 @@ def iterate(x: Any) -> Iterator[Any]:
             yield from iterate(v)
     elif isinstance(x, slice):
         yield from iterate((x.start, x.stop, x.step))
+    elif is_record(x):
+        for v in held_by(x):
+            yield from iterate(v)
     else:
         yield x
 
@@ -125,4 +190,7 @@ def copy_containers(x: Any) -> Any:
         return [copy_containers(v) for v in x]
     if type(x) is tuple:
         return tuple([copy_containers(v) for v in x])
-    return {k: copy_containers(v) for k, v in x.items()} if type(x) is dict else x
+    if type(x) is dict:
+        return {k: copy_containers(v) for k, v in x.items()}
+    with attributes_of(x) as held:
+        return record(type(x), {name: copy_containers(v) for name, v in held.items()}) if held else x

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
@@ -24,6 +27,37 @@ def gc_paused() -> Iterator[None]:
     finally:
         if was:
             gc.enable()
+
+
+def random_state(devices: Sequence[int] = ()) -> list[Any]:
+    """Of all that a model may draw from: Python's, NumPy's and torch's generators, on the processor and some GPUs."""
+    numbers = [random.getstate(), np.random.get_state()]
+    return [*numbers, torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
+
+
+def set_random_state(state: Sequence[Any], devices: Sequence[int] = ()) -> None:
+    """As `random_state` gave it."""
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    torch.set_rng_state(state[2])
+    for device, its in zip(devices, state[3:], strict=True):
+        torch.cuda.set_rng_state(its, device)
+
+
+def plain_random_state() -> list[Any]:
+    """Of the generators that no program draws from: those of Python and NumPy, comparable."""
+    return [random.getstate(), *[v.tobytes() if isinstance(v, np.ndarray) else v for v in np.random.get_state(legacy=True)]]
+
+
+@contextlib.contextmanager
+def own_random_state() -> Iterator[None]:
+    """Leave the state of Python's and NumPy's generators as it is."""
+    numbers = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(numbers[0])
+        np.random.set_state(numbers[1])
 
 
 @contextlib.contextmanager

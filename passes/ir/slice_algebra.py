@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.slices import TensorSlice, apply_slices
+from fxprune.passes.ir.slices import TensorSlice, apply_slices, keeps_nothing, nothing_of
 
 Slices = Sequence[TensorSlice]
 
@@ -48,6 +48,8 @@ def compose_slices(first: Slices, second: Slices, shape: Sequence[int]) -> list[
     >>> compose_slices(a, b, (6, 2))[0].keep.tolist()
     [1, 4]
     """
+    if keeps_nothing(second):
+        return [nothing_of(shape)]
     made = []
     for cluster in clusters([*first, *second]):
         for dims in itertools.permutations(cluster):  # one of which has them in ascending order

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fxprune.passes.errors import NotARectangle
+from fxprune.passes.ir.branches import NOTHING, Removed
 from fxprune.passes.ir.labels import Factor, Labels
 
 
@@ -82,10 +83,11 @@ class Slicer:
 
     Arguments:
         kept: which labels are kept, shape (labels,).
+        removed: what goes with residual branches, whatever its labels.
     """
 
-    def __init__(self, kept: Tensor) -> None:
-        self.kept = kept
+    def __init__(self, kept: Tensor, removed: Removed = NOTHING) -> None:
+        self.kept, self.removed = kept, removed
         self.table = kept.numpy()
         self.keeps_all = bool(self.table.all())
         self.found: dict[tuple[int, ...], tuple[Labels, list[TensorSlice]]] = {}
@@ -173,6 +175,16 @@ def rectangle(mask: np.ndarray) -> tuple[int, ...] | None:
             return None
         sizes.append(int(some[0]))
     return tuple(sizes[::-1])
+
+
+def nothing_of(shape: Sequence[int]) -> TensorSlice:
+    """The slice that keeps nothing of a tensor of a given shape."""
+    return TensorSlice(tuple(range(len(shape))), torch.zeros(0, dtype=torch.int64), (0,) * len(shape))
+
+
+def keeps_nothing(slices: Sequence[TensorSlice]) -> bool:
+    """Whether slices leave nothing of their tensor."""
+    return any(not len(cut.keep) for cut in slices)
 
 
 def cut_shape(shape: Sequence[int], slices: Sequence[TensorSlice]) -> tuple[int, ...]:

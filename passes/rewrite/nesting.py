@@ -6,23 +6,24 @@ them goes out by its result, its lines become a program of their own, and one li
 the module was called.
 
 A module in whose lines nothing was rewritten, those of modules that it calls included, keeps its own forward: on the pruned
-tensors, it does what its lines say.
+tensors, it does what its lines say. Its program is not written down.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import fx, nn
 
+from fxprune.passes.capture.modules import own_call
 from fxprune.passes.ir.module_tree import TreeNames
 from fxprune.passes.ir.program import UNKNOWN, Built, ModelTensor, TracedCall
 from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.rewrite.call_structures import Steps, constructed, nodes_in, parts_of, reading
+from fxprune.passes.rewrite.call_tree import Call, call_name, call_tree, touched_paths
 from fxprune.passes.rewrite.guards import given_as_captured
 from fxprune.passes.rewrite.programs import FlatProgram, Line, Name, Program, is_pure, names_in, renamed, without_dead
 
@@ -31,20 +32,6 @@ PLAIN = (bool, int, float, str, type(None))
 
 class NotSeparable(Exception):
     """The lines of a module cannot be told apart from those around them."""
-
-
-@dataclass(eq=False)
-class Call:
-    """A call of a module in a flat program, with its own lines and the calls in it, in order."""
-
-    call: TracedCall
-    body: list[Line | Call] = field(default_factory=list)
-    first: int = -1  # of the positions of all its lines
-    last: int = -1
-    touched: bool = False  # whether the rewrite changed a line of its own
-
-    def calls(self) -> Iterator[Call]:
-        return (item for item in self.body if isinstance(item, Call))
 
 
 class Nesting:
@@ -81,7 +68,8 @@ class Nesting:
         self.around: dict[str, set[str]] = {}
         self.shared: dict[str, set[str]] = {}
         self.numbers: dict[str, bool] = {}
-        self.top = self.grouped(calls)
+        self.top = call_tree(flat, calls)
+        self.touched = touched_paths(self.top)
         self.users: dict[str, list[int]] = {}
         for i, line in enumerate(flat.program.lines):
             for name in names_in(line):
@@ -94,44 +82,9 @@ class Nesting:
         lines = self.emitted(self.top)
         return Program(tuple(without_dead(self.with_reads(lines, "", {}))))
 
-    # -- which line belongs to which call -------------------------------------------------------------------------------
-
-    def grouped(self, calls: Iterable[TracedCall]) -> Call:
-        """The calls as a tree, with the lines of each. Lines that read tensors of the model are in none."""
-        top = Call(TracedCall("", (), {}, None, -1, max(self.flat.numbers.values(), default=0) + 1))
-        ordered = sorted(calls, key=lambda c: (c.begin, -c.end))
-        pending, stack = iter(ordered), [top]
-        upcoming = next(pending, None)
-        for i, line in enumerate(self.flat.program.lines):
-            number = self.flat.numbers[line.name]
-            while number >= stack[-1].call.end:
-                stack.pop()
-            while upcoming is not None and upcoming.begin <= number:
-                if number < upcoming.end:
-                    stack.append(Call(upcoming, first=i))
-                    stack[-2].body.append(stack[-1])
-                upcoming = next(pending, None)
-            if line.op == "get_attr":
-                continue
-            for call in stack:
-                call.last = i
-            stack[-1].body.append(line)
-        self.mark_touched(top, sorted(self.flat.touched))
-        return top
-
-    def mark_touched(self, parent: Call, numbers: list[int]) -> None:
-        """Mark the innermost calls that touched nodes, by their numbers in order, belong to."""
-        left = 0
-        for call in parent.calls():
-            first, end = bisect_left(numbers, call.call.begin), bisect_left(numbers, call.call.end)
-            parent.touched |= left < first
-            self.mark_touched(call, numbers[first:end])
-            left = end
-        parent.touched |= left < len(numbers)
-
     def note_handed(self, parent: Call) -> None:
         for call in parent.body:
-            if isinstance(call, Call):
+            if isinstance(call, Call) and not call.emptied:
                 for returned, x in ((False, (call.call.args, call.call.kwargs)), (True, call.call.out)):
                     for node in nodes_in(x):
                         named = self.flat.names.get(node)
@@ -149,10 +102,16 @@ class Nesting:
                 lines.append(item)
                 continue
             path = item.call.path
+            if path not in self.touched:
+                with contextlib.suppress(NotSeparable):
+                    produced = self.results_read(item, [*item.all_lines()])
+                    lines += [*self.called(item, parent.call.path), *produced]
+                    continue
             inner = self.emitted(item, (*above, path))
             try:
-                program, produced = self.separate(item, inner)
-                lines += [*self.called(item, parent.call.path), *produced]
+                produced = self.results_read(item, inner)
+                program = self.program(item, inner)
+                lines += [] if item.emptied else [*self.called(item, parent.call.path), *produced]
             except NotSeparable:
                 lines += inner
                 continue
@@ -167,25 +126,28 @@ class Nesting:
         """Whether the rewrite changed a line of a call, but for those of modules in it that are called again."""
         return call.touched or any(self.is_touched(inner) for inner in call.calls() if inner not in self.separated)
 
-    def separate(self, call: Call, lines: list[Line]) -> tuple[Program, list[Line]]:
-        """The program of a call, and the lines by which others read its result; raises NotSeparable."""
-        path = call.call.path
-        module = self.tree.modules.get(path)
-        if module is None or path in self.inline:
+    def results_read(self, call: Call, lines: list[Line]) -> list[Line]:
+        """The lines by which others read a call's result; raises NotSeparable where they use more than that."""
+        if call.call.path not in self.tree.modules or call.call.path in self.inline:
             raise NotSeparable
-        arguments, given = self.arguments(call, module)
-        out = self.value(call.call.out)
-        inner = {line.name for line in lines}
+        inner = dict.fromkeys(line.name for line in lines)
         produced: list[Line] = []
         wanted = [n for n in inner if n in self.position and self.used_outside(n, call)]
-        ways = {n: steps for n, steps in reversed(list(self.leaves(call.call.out))) if n in inner}
+        ways = {n: steps for n, steps in reversed(list(self.leaves(call.call.out))) if n in inner} if wanted else {}
         for name in wanted:
             if name in ways:
                 produced += reading(name, Name(call_name(call)), ways[name])
             elif not self.is_known_outside(name, inner):
                 raise NotSeparable
+        return produced
+
+    def program(self, call: Call, lines: list[Line]) -> Program:
+        """The program of a call; raises NotSeparable where it uses what is not its own, nor given to it."""
+        path = call.call.path
+        arguments, given = self.arguments(call, self.tree.modules[path])
+        out = self.value(call.call.out)
         body = self.with_reads([*arguments, *lines, *constructed(out, Line("output", "output", "output"))], path, given)
-        return Program(tuple(without_dead(body))), produced
+        return Program(tuple(without_dead(body)))
 
     def used_outside(self, name: str, call: Call) -> bool:
         if any(not call.first <= i <= call.last for i in self.users.get(name, ())):
@@ -196,7 +158,7 @@ class Nesting:
                 return True
         return False
 
-    def is_known_outside(self, name: str, inner: set[str]) -> bool:
+    def is_known_outside(self, name: str, inner: Collection[str]) -> bool:
         """Whether a line of a call is a number that can be written down outside of it."""
         if not self.is_number(name):
             return False
@@ -220,6 +182,7 @@ class Nesting:
         reads: list[Line] = []
         given: dict[str, Name] = {}
         fixed: list[tuple[Name, Any]] = []
+        gone = self.flat.removed
         for parameter, (kind, default) in {p.name: (p.kind, p.default) for p in signature.parameters.values()}.items():
             plain = isinstance(default, PLAIN)
             if parameter not in bound and not plain:
@@ -237,7 +200,7 @@ class Nesting:
                     reads += reading(name, Name(key), steps)
                 if named is not None:
                     given.setdefault(named, Name(name))
-                if isinstance(leaf, ModelTensor) or isinstance(self.results.get(leaf), TensorRef):
+                if isinstance(leaf, ModelTensor) or (leaf not in gone and isinstance(self.results.get(leaf), TensorRef)):
                     fixed.append((Name(name), ...))
                 elif named is None and isinstance(leaf, PLAIN):
                     fixed.append((Name(name), leaf))
@@ -276,6 +239,8 @@ class Nesting:
             name = self.leaf_name(x)
             if name is not None:
                 return Name(name)
+            if x in self.flat.removed:
+                return None  # nothing uses it
             number = self.flat.names.get(x, self.results.get(x, UNKNOWN))
             if number is UNKNOWN or collect(number, TensorRef):
                 raise NotSeparable
@@ -340,9 +305,5 @@ class Nesting:
         return self.numbers[name]
 
 
-def call_name(call: Call) -> str:
-    return f"{call.call.path} {call.call.begin}"
-
-
 def signature_of(module: nn.Module) -> inspect.Signature:
-    return inspect.signature(module.forward)
+    return inspect.signature(module.forward if own_call(type(module)) is None else module)

@@ -13,9 +13,11 @@ import torch
 from torch import fx
 
 from fxprune.passes.ir.program import select_by_mode
+from fxprune.passes.ir.pytree import ATOMS
 
 ARITHMETIC = "getitem mul floordiv add sub truediv mod pow neg eq ne lt gt le ge".split()
 READS = frozenset(["size", "dim", "numel"])
+PURE = frozenset([getattr, "clone"])
 COMPUTES = frozenset(getattr(operator, name) for name in ARITHMETIC)
 
 
@@ -110,12 +112,14 @@ class FlatProgram:
         numbers: for each line, by name, the number of the captured node that it comes of.
         names: what stands for a captured node, a `Name` or a literal; without an entry nothing does.
         touched: the numbers of captured nodes that the rewrite has changed.
+        removed: captured nodes that are gone with residual branches.
     """
 
     program: Program
     numbers: dict[str, int]
     names: dict[fx.Node, Any] = field(default_factory=dict)
     touched: frozenset[int] = frozenset()
+    removed: frozenset[fx.Node] = frozenset()
 
 
 def written(
@@ -149,25 +153,36 @@ def without_dead(lines: Sequence[Line], used: Iterable[str] = ()) -> list[Line]:
 
 
 def is_pure(line: Line) -> bool:
-    return line.op == "get_attr" or line.target is getattr or line.reads_size or line.target in COMPUTES
+    return line.op == "get_attr" or line.target in PURE or line.reads_size or line.target in COMPUTES
 
 
 def names_in(x: Any) -> list[str]:
     """The names of the lines that an argument, or a line, refers to."""
-    if type(x) is Name:
-        return [x.name]
-    if type(x) is Line:
-        return names_in(x.args) + (names_in(x.kwargs) if x.kwargs else [])
-    if isinstance(x, tuple | list):
-        return [n for v in x for n in names_in(v)]
-    if isinstance(x, dict):
-        return [n for v in x.values() for n in names_in(v)]
-    return names_in((x.start, x.stop, x.step)) if isinstance(x, slice) else []
+    found: list[str] = []
+    gather_names((x.args, x.kwargs) if type(x) is Line else (x,), found)
+    return found
+
+
+def gather_names(values: Iterable[Any], found: list[str]) -> None:
+    for x in values:
+        kind = type(x)
+        if kind is Name:
+            found.append(x.name)
+        elif kind in ATOMS:
+            continue
+        elif kind is tuple or kind is list or isinstance(x, tuple | list):
+            gather_names(x, found)
+        elif isinstance(x, dict):
+            gather_names(x.values(), found)
+        elif kind is slice:
+            gather_names((x.start, x.stop, x.step), found)
 
 
 def renamed(x: Any, read: Callable[[str], Name]) -> Any:
     if type(x) is Name:
         return read(x.name)
+    if type(x) in ATOMS:
+        return x
     if isinstance(x, tuple | list):
         return type(x)([renamed(v, read) for v in x])
     if isinstance(x, dict):

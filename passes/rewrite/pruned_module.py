@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import fx, nn
 from torch.fx.graph import PythonCode
 
-from fxprune.passes.errors import PruneError
+from fxprune.passes.errors import GuardError, PruneError
 from fxprune.passes.ir.module_tree import Apart, fetch
-from fxprune.passes.rewrite.programs import OWN_MODEL, Forwards, Program
+from fxprune.passes.rewrite.changes import tree_text
+from fxprune.passes.rewrite.programs import OWN_MODEL, Forwards, Program, alike, without_dead
 
-OWN = ("_programs", "_flat", "_apart", "_mode", "_other", "_sequence", OWN_MODEL)  # the attributes of a `PrunedModule` itself
+# the attributes of a `PrunedModule` itself
+OWN = ("_programs", "_flat", "_apart", "_mode", "_other", "_sequence", "_takes", OWN_MODEL)
 
 
 class Member:
@@ -28,29 +30,59 @@ class Member:
         return nn.Module.__getattr__(module, self.name)
 
 
+class Functions:
+    """The functions generated for programs: one for all that do the same, as those of repeated blocks do."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[Any, ...], list[tuple[Program, Any]]] = {}
+
+    def of(self, program: Program) -> Any:
+        candidates = self.known.setdefault(tuple([(line.op, line.target) for line in program.lines]), [])
+        for other, function in candidates:
+            if alike(other, program):
+                return function
+        code = program.graph().python_code("self")
+        candidates.append((program, fx.graph_module._forward_from_src(code.src, code.globals)))
+        return candidates[-1][1]
+
+
 class RewrittenForward:
     """The forward of one module of a pruned model: a program for each of its modes, in place of that of its class.
 
     Attributes:
         module: the module.
         programs: by whether it is in training; one alone where both modes have the same.
+        ignored: keywords that its class takes, and that change nothing of what it computes, whether true or false.
     """
 
-    def __init__(self, module: nn.Module, programs: Mapping[bool, Program]) -> None:
-        self.module, self.programs = module, dict(programs)
+    def __init__(
+        self,
+        module: nn.Module,
+        programs: Mapping[bool, Program],
+        generated: Functions | None = None,
+        ignored: frozenset[str] = frozenset(),
+    ) -> None:
+        self.module, self.programs, self.ignored = module, dict(programs), ignored
+        self.generated = generated or Functions()
         self.functions: dict[bool, Any] = {}
+        self.takes: dict[bool, list[str]] = {}
         self.prepare(module.training)
 
     def prepare(self, mode: bool) -> Any:
         """The function of a mode, generated when it is first asked for."""
         if mode not in self.functions:
-            code = self.programs.get(mode, next(iter(self.programs.values()))).graph().python_code("self")
-            self.functions[mode] = fx.graph_module._forward_from_src(code.src, code.globals)
+            function = self.generated.of(self.programs.get(mode, next(iter(self.programs.values()))))
+            _, *taken = inspect.signature(function).parameters.values()
+            self.takes[mode] = [f"**{p.name}" if p.kind is p.VAR_KEYWORD else p.name for p in taken]
+            self.functions[mode] = function
         return self.functions[mode]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         mode = self.module.training
         function = self.functions[mode] if mode in self.functions else self.prepare(mode)
+        if kwargs:
+            kwargs = {name: v for name, v in kwargs.items() if name not in self.ignored or not isinstance(v, bool | None)}
+            check_keywords(type(self.module).__name__, kwargs, self.takes[mode])
         return function(self.module, *args, **kwargs)
 
     @property
@@ -58,7 +90,17 @@ class RewrittenForward:
         return inspect.signature(type(self.module).forward.__get__(self.module))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"module": self.module, "programs": self.programs, "functions": {}}
+        return {**vars(self), "functions": {}, "takes": {}, "generated": Functions()}
+
+
+def check_keywords(module: str, given: Iterable[str], taken: Iterable[str]) -> None:
+    """Raise GuardError for a keyword that a program was not captured with."""
+    unknown = [name for name in given if name not in taken]
+    if unknown and not any(name.startswith("**") for name in taken):
+        raise GuardError(
+            f"{module} was not captured with {', '.join(unknown)}, and takes {', '.join(taken) or 'nothing'}: "
+            "prune with that in example_inputs, or with same_class=True"
+        )
 
 
 def layers_at(module: nn.Module, index: int | slice) -> nn.Module:
@@ -79,9 +121,12 @@ class PrunedModule(fx.GraphModule):
     training runs another program than evaluation, `train()` and `eval()` switch; modules that they leave in the other mode in
     the original they leave so here.
 
-    `meta["plan"]` says what was removed, `meta["verification"]` how exact the result is. Copies, and what `torch.save` stores
+    It prints as its module tree, with what changed. `meta["plan"]` says what was removed, `meta["verification"]` how exact the
+    result is. Copies, and what `torch.save` stores
     of it, keep both programs and `meta`.
     """
+
+    _takes: list[str]  # names of the program's inputs
 
     def __init__(
         self,
@@ -100,9 +145,10 @@ class PrunedModule(fx.GraphModule):
                 f"a member of the model is called {taken!r}, as is what a GraphModule keeps", where=name, fix="rename it"
             )
         held.update({k: v for k, v in vars(tree).items() if k not in own_attributes() and k not in METHODS})
+        generated = Functions()
         for path, found in forwards.items():
             module = fetch(tree, path)
-            vars(module)["forward"] = RewrittenForward(module, found)
+            vars(module)["forward"] = RewrittenForward(module, found, generated)
         held |= {"_programs": programs, "_flat": flat, "_apart": apart, "_mode": False, "_other": None, OWN_MODEL: own_model}
         held["_sequence"] = isinstance(tree, nn.Sequential)
         self._run(programs[False].graph())
@@ -110,6 +156,7 @@ class PrunedModule(fx.GraphModule):
     def recompile(self) -> PythonCode:
         if not len(self._graph.nodes):  # the empty one that `__init__` starts with
             return PythonCode("", {}, None)
+        vars(self)["_takes"] = [str(node.target) for node in self._graph.nodes if node.op == "placeholder"]
         return super().recompile()
 
     def train(self, mode: bool = True) -> PrunedModule:
@@ -134,6 +181,11 @@ class PrunedModule(fx.GraphModule):
         for name, method in SEQUENCE.items() if vars(self)["_sequence"] else ():
             setattr(type(self), name, method)  # the class is this object's alone
 
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs:
+            check_keywords(type(self).__name__, kwargs, self._takes)
+        return super()._call_impl(*args, **kwargs)
+
     def _choose(self, mode: bool) -> None:
         """Switch to the program of a mode."""
         held = vars(self)
@@ -147,7 +199,8 @@ class PrunedModule(fx.GraphModule):
         if self.own_model is not None:
             return self
         programs = vars(self)["_flat"]
-        return fx.GraphModule(self, programs.get(self.training, programs[False]).graph(), type(self).__name__)
+        lines = without_dead(programs.get(self.training, programs[False]).lines)
+        return fx.GraphModule(self, Program(tuple(lines)).graph(), type(self).__name__)
 
     def as_class(self, cls: type[nn.Module]) -> Any:
         """An object of another class with all that this module holds, and its programs as forward."""
@@ -170,6 +223,12 @@ class PrunedModule(fx.GraphModule):
     @property
     def verification(self) -> Any:
         return self.meta.get("verification")
+
+    def __repr__(self) -> str:
+        """The module tree with what pruning changed of it; `code` is the program."""
+        return tree_text(self, self.meta.get("before", {}))
+
+    __str__ = __repr__
 
     # -- copies ---------------------------------------------------------------------------------------------------------
 

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxprune.passes.capture.modules import own_call
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.ir.module_tree import Apart, TreeNames, apart_from, every_path, fetch, named_tensors, replace_tensors, walk
 from fxprune.passes.ir.program import CapturedProgram, Waiver
 from fxprune.passes.ir.pytree import ATOMS
 from fxprune.passes.ir.slices import Slicer, TensorSlice, apply_slices, cut_shape, in_format_of, major_to_minor
+from fxprune.passes.rewrite.changes import changed_descriptions
 from fxprune.passes.rewrite.nesting import Nesting
-from fxprune.passes.rewrite.programs import FlatProgram, Forwards, Program, alike, on_own_model, without_dead
+from fxprune.passes.rewrite.programs import FlatProgram, Forwards, Program, alike, on_own_model
 from fxprune.passes.rewrite.pruned_module import PrunedModule, RewrittenForward
 from fxprune.passes.rewrite.rewriter import Rewriter
 
@@ -48,7 +50,7 @@ def rewrite_program(
         model: the original.
         solution: its coupling.
         kept: which labels are kept, shape (labels,).
-        slicer: the slices for `kept`, if they have been computed before.
+        slicer: the slices for `kept`, if they have been computed before, with the residual branches that go.
         made: the slices of the model's tensors, likewise.
         values: the model's tensors by name, likewise.
         waiver: guards that need not hold everywhere.
@@ -61,6 +63,8 @@ def rewrite_program(
     device = next((t.device for t in values.values()), torch.device("cpu"))
     constants: dict[str, Tensor] = {}
     programs, attributes = rewrite_graphs(solution, slicer, constants, device, waiver)
+    if slicer.removed:
+        drop(captures[0].root, slicer.removed.modules, [captures[0].prefix + name for name in slicer.removed.tensors])
     tree = slice_tensors(values, solution, made, cut or (lambda name, tensor, slices: slice_tensor(tensor, slices)))
     restore_state(model, tree, solution)
     for path, edits in attributes.items():
@@ -88,7 +92,7 @@ def assemble(model: nn.Module, solution: Solution, tree: nn.Module, programs: Ma
     for path, names in shared.items():
         for name in names:
             fetch(tree, path).register_buffer(name, getattr(tree, name), persistent=False)
-    flat = {mode: Program(tuple(without_dead(program.program.lines))) for mode, program in programs.items()}
+    flat = {mode: program.program for mode, program in programs.items()}
     own_model, prefix = None, captures[0].prefix
     if prefix:  # the model is one node, a module of the tree: that one is the root of the result
         tree, own_model = (fetch(tree, prefix.removesuffix(".")),) * 2
@@ -96,6 +100,7 @@ def assemble(model: nn.Module, solution: Solution, tree: nn.Module, programs: Ma
         apart = {mode: frozenset(path.removeprefix(prefix) for path in some) for mode, some in apart.items()}
     pruned = PrunedModule(tree, roots, flat, forwards, apart, type(model).__name__, own_model)
     pruned._choose(model.training)
+    pruned.meta["before"] = changed_descriptions(model, pruned)
     return pruned
 
 
@@ -120,8 +125,7 @@ def nest(
         changed = {path for run in runs.values() for path in run.rewritten}
         changed |= {outer for run in runs.values() for path in changed for outer in run.around.get(path, ())}
         forwards: Forwards = {path: {} for path in changed if any(path in run.found for run in runs.values())}
-        # what hooks compute is among the lines of the program, and must not be computed again
-        several = {p for p in forwards if tree.modules[p]._forward_hooks or tree.modules[p]._forward_pre_hooks}
+        several = {path for path in forwards if does_more(tree.modules[path])}
         for mode, run in runs.items():
             for path in forwards:
                 for program in run.found.get(path, ()):
@@ -135,6 +139,11 @@ def nest(
                         shared.setdefault(path, set()).update(names)
             return roots, forwards, shared
         inline |= several
+
+
+def does_more(module: nn.Module) -> bool:
+    """Whether a call of a module computes what is among the lines of its program, but is none of its forward's."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or own_call(type(module)))
 
 
 def rewrite_graphs(
@@ -169,6 +178,15 @@ def check_programs(pruned: PrunedModule) -> None:
         graph = program.graph()
         graph.owning_module = module  # type: ignore[assignment]  # where the targets of its nodes are looked up
         graph.lint()
+
+
+def drop(root: nn.Module, modules: Iterable[str], tensors: Iterable[str]) -> None:
+    """Delete modules, by their paths, and tensors, by name, from a tree, under all names that they have there."""
+    gone = {id(fetch(root, path)) for path in modules} | {id(fetch(root, name)) for name in tensors}
+    for module in walk(root):
+        for held in (module._modules, module._parameters, module._buffers, vars(module)):
+            for name in [name for name, value in held.items() if id(value) in gone]:
+                del held[name]
 
 
 def restore_state(model: nn.Module, tree: nn.Module, solution: Solution) -> None:

@@ -59,6 +59,7 @@ class Rewriter:
         waiver: Waiver | None = None,
     ) -> None:
         self.capture: CapturedProgram = solution.captures[which]
+        self.removed = slicer.removed
         self.constants, self.device, self.waiver = constants, device, waiver
         labels, unit_of, may_go = solution.values[which], solution.unit_of.numpy(), solution.frozen < 0
         self.regions = solution.regions[which]
@@ -130,7 +131,11 @@ class Rewriter:
         for node in nodes:
             self.editor.visit(node)
             end = self.regions.get(node)
-            if end is None or not self.is_pruned(end):
+            if node in self.removed.nodes:
+                inner.add(node)
+            elif node in self.removed.streams:
+                self.editor.replace(node, self.stream(*self.removed.streams[node]))
+            elif end is None or not self.is_pruned(end):
                 self.editor.replace(node, self.carry(node))
                 if node.op == "placeholder" and (parts := parts_of_input(self.capture.results.get(node))):
                     self.editor.move_past()
@@ -147,7 +152,7 @@ class Rewriter:
         called = {str(n.target) for n in nodes if n.op == "call_module"}
         self.attributes |= self.layers.read_only(called)
         index = self.capture.index
-        decided = [n for n, guard in self.guards.items() if self.sizes.value(n) != guard.value]
+        decided = [n for n, guard in self.guards.items() if n not in inner and self.sizes.value(n) != guard.value]
         touched = frozenset([index[n] for n in (*self.editor.touched(inner), *decided)])
         origin = self.editor.origin
         self.graph.inserting_before(self.graph._root)  # at its end
@@ -160,7 +165,7 @@ class Rewriter:
             names |= {node: names[made] for node, made in self.editor.new.items() if made in names}
             handed = [names.get(n) for call in self.capture.module_calls for n in nodes_in((call.args, call.kwargs, call.out))]
             lines = without_dead(lines, names_in(handed))  # a module may be given what its lines do not use
-            programs[mode] = FlatProgram(Program(tuple(lines)), numbers, names, touched)
+            programs[mode] = FlatProgram(Program(tuple(lines)), numbers, names, touched, self.removed.nodes)
         return programs
 
     def carry(self, node: fx.Node) -> fx.Node:
@@ -184,6 +189,10 @@ class Rewriter:
         if self.has_plain_arguments(node) and self.capture.index[node] not in self.copying:
             return node
         return self.as_copy(node, self.emit(node, self.argument(tuple(node.args)), self.argument(dict(node.kwargs))))
+
+    def stream(self, node: fx.Node, copied: bool) -> fx.Node:
+        """What stands for an addition to `node` whose other operand is gone; `copied` where it is written to later."""
+        return self.graph.call_method("clone", (self.new[node],)) if copied else self.new[node]
 
     def is_pruned(self, node: fx.Node) -> bool:
         """Whether anything is removed from a node's result."""

@@ -20,15 +20,18 @@ from fxprune.passes.capture.meta_kernels import VIEWS
 from fxprune.passes.capture.patches import visible
 from fxprune.passes.capture.recorder import Recorder, by_ops
 from fxprune.passes.coupling.propagation import apply_rule
+from fxprune.passes.ir.branches import NOTHING, Removed
 from fxprune.passes.ir.constraints import ConstraintBuilder, Constraints, RowLabels
 from fxprune.passes.ir.labels import Labels, fill_removed, keeps_all, kept_mask
 from fxprune.passes.ir.module_tree import copy_tree, named_tensors, set_mode
 from fxprune.passes.ir.op_trace import OpCall, written_by
 from fxprune.passes.ir.propagation_state import PropagationState
 from fxprune.passes.ir.pytree import TensorRef, collect, map_tensors
+from fxprune.passes.ir.quiet import random_state, set_random_state
 from fxprune.passes.ir.slices import Slicer
 from fxprune.passes.ops.call import OpView, RuleContext
 from fxprune.passes.ops.registry import find
+from fxprune.passes.verification.masked_branches import MaskedBranches
 
 
 class KeptLabels:
@@ -43,11 +46,12 @@ class KeptLabels:
     Attributes:
         table: which labels are kept.
         late: whether a label turned out to be removed after it was made.
+        unknown: whether there are labels of which nothing is known.
     """
 
     def __init__(self, kept: Tensor, fates: Tensor | None = None) -> None:
         self.table, self.fates = kept, fates
-        self.late = False
+        self.late = self.unknown = False
         self.known = torch.ones(len(kept), dtype=torch.bool)
         self.ties: list[tuple[Tensor, Tensor]] = []  # of labels that are not all known
         self.row_labels: list[RowLabels] = []
@@ -56,6 +60,8 @@ class KeptLabels:
         """Settle what constraints say of unknown labels; there are `size` labels now."""
         if size > len(self.table):
             self.grow(size)
+        if not (self.unknown or constraints.frozen):
+            return
         for event in constraints.frozen:  # what a rule keeps is kept, whatever it is tied to later
             self.known[torch.from_numpy(event.flat)] = True
         sides = [tuple(map(torch.from_numpy, tie.sides())) for tie in constraints.ties]
@@ -67,12 +73,14 @@ class KeptLabels:
                 pass
             self.ties = [(a, b) for a, b in self.ties if not bool((self.known[a] & self.known[b]).all())]
             self.row_labels = [r for r in self.row_labels if not bool(self.known[r.labels].all())]
+            self.unknown = not bool(self.known.all())
 
     def grow(self, size: int) -> None:
         start, count = len(self.table), size - len(self.table)
         made = torch.ones(count, dtype=torch.bool) if self.fates is None else self.fates[start:size]
         self.table = torch.cat([self.table, made])
         self.known = torch.cat([self.known, torch.full((count,), self.fates is not None)])
+        self.unknown |= self.fates is None
 
     def spread(self) -> bool:
         """Settle what is tied to known labels; returns whether that was anything."""
@@ -103,11 +111,13 @@ class Removal:
         leaves: the labels of its tensors, by name.
         kept: which labels are kept, shape (labels,).
         heads: whether batch dimensions of products are heads, as in coupling.
+        branches: residual branches, with all that goes with them.
     """
 
     leaves: Mapping[str, Labels]
     kept: Tensor
     heads: bool
+    branches: Removed = NOTHING
 
 
 class MaskedRun(Recorder):
@@ -122,6 +132,7 @@ class MaskedRun(Recorder):
     def __init__(self, names: dict[int, str], removal: Removal, fates: Tensor | None = None) -> None:
         super().__init__(names)
         self.leaf_labels = removal.leaves
+        self.branches = MaskedBranches([b.parameters for b in removal.branches.branches])
         self.kept_labels, self.given = KeptLabels(removal.kept, fates), len(removal.kept)
         self.labels: dict[int, Labels] = {}
         self.zeroed: set[int] = set()  # the model's tensors, and views of them: zero where they are removed
@@ -172,13 +183,14 @@ class MaskedRun(Recorder):
         if isinstance(func, HigherOrderOperator):
             return by_ops(self, func, args, kwargs)
         before = len(self.op_trace.ops)
-        in_args, in_kwargs = map_tensors(args, self.ref), map_tensors(kwargs, self.ref)
-        refs = collect((in_args, in_kwargs), TensorRef)
+        refs = [self.ref(tensor) for tensor in collect((args, kwargs), Tensor)]
         form, draws = find(func).masked, is_random(func)
         self.draws |= draws
         if form is not None and not any(map(self.removed_from, refs)):
             form = None
+        form = self.branches.sum_without if self.branches.ends(func, refs, self.op_trace) else form
         if form is not None or draws:
+            in_args, in_kwargs = map_tensors(args, self.ref), map_tensors(kwargs, self.ref)
             if form is None:
                 out = in_index_order(func, args, kwargs)
             else:
@@ -190,6 +202,7 @@ class MaskedRun(Recorder):
         else:
             produced = super().__torch_dispatch__(func, types, args, kwargs)
         op = self.op_trace.ops[-1]
+        self.branches.follow(op, self.op_trace)
         if refs:
             self.dtypes.update(HALF_PRECISION.intersection([self.op_trace.values[ref.id].dtype for ref in op.outputs]))
         apply_rule(RuleContext(op, self.state))
@@ -233,7 +246,7 @@ class MaskedOriginal:
         fates: Tensor | None = None
         repeated = False
         while True:  # a label made on the way may learn its fate only after a statistic has seen it: then it runs once more
-            set_random_state(devices, drawn)
+            set_random_state(drawn, devices)
             reference = self.copied()
             names = {id(t): n for n, t in named_tensors(reference)}
             masker = MaskedRun(names, self.removal, fates)
@@ -304,18 +317,6 @@ class InIndexOrder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return in_index_order(func, args, kwargs or {}) if is_random(func) else func(*args, **(kwargs or {}))
-
-
-def random_state(devices: Sequence[int]) -> list[Tensor]:
-    """Of the processor and of some GPUs."""
-    return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
-
-
-def set_random_state(devices: Sequence[int], state: Sequence[Tensor]) -> None:
-    """As `random_state` gave it."""
-    torch.set_rng_state(state[0])
-    for device, its in zip(devices, state[1:], strict=True):
-        torch.cuda.set_rng_state(its, device)
 
 
 def relative_error(reference: Tensor, result: Tensor) -> float:

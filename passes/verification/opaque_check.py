@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.ir.module_tree import fetch, named_tensors, private_copy, set_mode
 from fxprune.passes.ir.pytree import TensorRef, collect, map_tensors
+from fxprune.passes.ir.quiet import own_random_state, random_state, set_random_state
 from fxprune.passes.ir.slices import Slicer
 from fxprune.passes.verification.masked_model import MaskedOriginal, Removal, relative_error
 
@@ -40,7 +41,7 @@ def opaque_sites(solution: Solution, slicer: Slicer) -> list[OpaqueSite]:
     capture = solution.captures[0]
     found: list[OpaqueSite] = []
     for node, path in capture.unseen.items():
-        if capture.only.get(node) is not True:
+        if capture.only.get(node) is not True and node not in slicer.removed.nodes:
             refs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: capture.results[n])
             function = node.target if node.op == "call_function" else None
             given = capture.given.get(node) if function is None else refs
@@ -161,11 +162,12 @@ def compared(
         return ""  # some of them are the model's own, which the program does not hand over
     cut = {id(t): slicer.take(labels.get(r.id, ()), t) for t, r in zip(tensors, site.ins, strict=True)}
     few_args, few_kwargs = map_tensors((args, kwargs), lambda t: cut[id(t)].clone())
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), own_random_state():
         torch.manual_seed(0)
+        drawn = random_state()
         known = [labels.get(r.id, ()) for r in site.ins]
         wanted = MaskedOriginal(module, Removal(own, slicer.kept, heads))(args, kwargs, known)
-        torch.manual_seed(0)
+        set_random_state(drawn)
         try:
             got = (site.function or (pruned.own_model if whole else fetch(pruned, path)))(*few_args, **few_kwargs)
         except Exception as error:

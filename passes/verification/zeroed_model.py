@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxprune.passes.capture.patches import visible
 from fxprune.passes.capture.recorder import by_ops
+from fxprune.passes.ir.labels import fill_outside
 from fxprune.passes.ir.module_tree import copy_tree, named_tensors
 from fxprune.passes.ir.op_trace import written_by
 from fxprune.passes.ir.pytree import collect, map_tensors
@@ -42,9 +43,10 @@ def zeroed_copy(model: nn.Module, masks: Mapping[str, Sequence[Tensor]]) -> tupl
     swap: dict[int, Tensor] = {}
     made: dict[str, Tensor] = {}
     for name, tensor in named_tensors(model):
-        new = tensor.detach().clone()
-        for mask in masks.get(name, ()) if new.is_floating_point() or new.is_complex() else ():
-            new.masked_fill_(~mask.to(new.device), 0)
+        own = tensor.detach()
+        fractions = own.is_floating_point() or own.is_complex()
+        new = fill_outside(own, masks.get(name, ()) if fractions else (), 0.0)
+        new = own.clone() if new is own else new
         made[name] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
         swap[id(tensor)] = made[name]
     return copy_tree(model, swap), made
@@ -62,10 +64,10 @@ class ZeroedOriginal:
         self.model.eval()
         self.slices = slices
 
-    def removed(self) -> list[tuple[Tensor, Tensor]]:
-        """Its tensors that are zeroed in part, each with where that is."""
+    def cut(self) -> list[tuple[Tensor, Sequence[TensorSlice]]]:
+        """Its tensors that are zeroed in part, each with the slices that stay."""
         numbers = [(name, t) for name, t in self.tensors.items() if t.is_floating_point() or t.is_complex()]
-        return [(t, ~mask_of(self.slices[name], t.shape).to(t.device)) for name, t in numbers if self.slices.get(name)]
+        return [(t, self.slices[name]) for name, t in numbers if self.slices.get(name) and t.layout is torch.strided]
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with torch.no_grad(), visible():
@@ -109,8 +111,9 @@ class ZeroFlow(TorchDispatchMode):
         self.reason = ""
         self.constants: list[Tensor] = []
         self.notes: dict[int, tuple[StorageWeakRef, Tensor]] = {}
-        for tensor, gone in zeroed.removed():
-            self.note(tensor, gone)
+        self.unread: dict[int, list[tuple[Tensor, Sequence[TensorSlice]]]] = {}  # of the model's own tensors, by storage
+        for tensor, slices in zeroed.cut():
+            self.unread.setdefault(tensor.untyped_storage()._cdata, []).append((tensor, slices))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -150,6 +153,8 @@ class ZeroFlow(TorchDispatchMode):
         if tensor.layout is not torch.strided or not tensor.numel():
             return None
         storage = tensor.untyped_storage()
+        for own, slices in self.unread.pop(storage._cdata, ()):
+            self.note(own, ~mask_of(slices, own.shape).to(own.device))
         reference, flat = self.notes.get(storage._cdata, (None, None))
         if reference is None or flat is None or reference.expired():
             return None

@@ -17,7 +17,7 @@ def by_keyword(w: Writer, x: Value, *, how: str) -> str:
     return f"{w.layer(layer)}(input={x})"
 
 
-@op(ANY, weight=1.5, how=one_of("memo", "count"))
+@op(ANY, weight=1.5, how=one_of("memo", "count", "script"))
 def called(w: Writer, x: Value, *, how: str) -> str:
     """A function of TorchScript's, or one that remembers what it computed for a size."""
     if how == "script":
@@ -27,11 +27,18 @@ def called(w: Writer, x: Value, *, how: str) -> str:
     return f"{x} + remembered_ramp({x}.shape[0]).view(-1{', 1' * (x.rank - 1)})"
 
 
-@op(ANY, weight=1, how=one_of("dataclass", "tuple"))
+@op(ANY, weight=1, how=one_of("dataclass", "tuple", "record", "read"))
 def handed_on(w: Writer, x: Value, *, how: str) -> str:
     """Two values that a module returns in a container of its own."""
     w.line(f"t = {w.layer(f'Returns({how!r})')}({x})")
-    return "t.first + t.second" if how == "dataclass" else "t[0] + t[1]"
+    return "t[0] + t[1]" if how == "tuple" else "t.first + t.second"
+
+
+@op(ANY, weight=1, how=one_of("read", "after", "training"))
+def remembered(w: Writer, x: Value, *, how: str) -> str:
+    """A buffer that the forward of its module assigns anew."""
+    shape = [x.c if d == x.axis else 1 for d in range(x.rank)]
+    return f"{w.layer(f'Remembers({shape}, {how!r})')}({x})"
 
 
 @op(ANY, weight=2, times=one_of(2, 3), how=one_of("interleave", "expand", "tile", "stack"))

@@ -88,12 +88,37 @@ class Two:
     second: Tensor
 
 
+class Record:
+    """Two values as attributes of an object of a class of one's own."""
+
+    def __init__(self, first: Tensor, second: Tensor) -> None:
+        self.first, self.second = first, second
+
+
+class Remembers(nn.Module):
+    """Assigns a buffer anew, before it reads it, after it has, or only in training."""
+
+    def __init__(self, shape: list[int], how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.register_buffer("held", torch.linspace(1, 2, max(shape)).view(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x * self.held
+        if self.how != "training" or self.training:
+            self.held = self.held * 0.5
+        return x * self.held if self.how == "read" else out
+
+
 class Returns(nn.Module):
-    """Returns two values together."""
+    """Returns two values together; where it is told to read one, it is no part of the program."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
         self.how = how
 
     def forward(self, x: Tensor) -> Any:
-        return Two(x, x.tanh()) if self.how == "dataclass" else [x, x.tanh()]
+        if self.how == "read" and float(x.detach().abs().sum()) < 0:
+            x = -x
+        kind = {"dataclass": Two, "tuple": lambda *both: list(both)}.get(self.how, Record)
+        return kind(x, x.tanh())

@@ -20,7 +20,7 @@ from . import parts
 
 # What the lines of a program may name.
 PARTS: dict[str, Any] = {
-    kind.__name__: kind for kind in (parts.Chosen, parts.Either, parts.Reads, parts.Regroups, parts.Returns)
+    kind.__name__: kind for kind in (parts.Chosen, parts.Either, parts.Reads, parts.Regroups, parts.Remembers, parts.Returns)
 } | {name: getattr(parts, name) for name in ("scripted_swish", "remembered_slope", "remembered_ramp")}
 SCOPE: dict[str, Any] = {"torch": torch, "nn": nn, "F": F, "math": math, **PARTS}
 

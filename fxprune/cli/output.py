@@ -1,0 +1,44 @@
+"""What the command line prints: tables as wide as the terminal, 80 columns where there is none."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from fxprune.reports.formatting import as_text
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+def show(found: RenderableType) -> None:
+    if sys.stdout.isatty():
+        Console(highlight=False, markup=False, emoji=False).print(found)
+    else:
+        print(as_text(found, width=shutil.get_terminal_size((80, 24)).columns))
+
+
+def show_json(data: Any) -> None:
+    print(json.dumps(data, indent=2))
+
+
+def one_line(text: str) -> str:
+    """A text without line breaks.
+
+    >>> one_line("there\\n  is none")
+    'there is none'
+    """
+    return " ".join(text.split())
+
+
+def share(now: float, before: float) -> str:
+    """What is left, in per cent.
+
+    >>> share(1, 4), share(1, 0)
+    ('25%', '')
+    """
+    return f"{now / before:.0%}" if before else ""

@@ -1,0 +1,231 @@
+"""Scores of residual branches: by what they do to their stream, by a loss, or by their parameters.
+
+- `influence`: 1 - the mean cosine between the stream before and after, along the dimensions of channels, over all samples and
+  positions (block influence: Men et al., ShortGPT, arXiv:2403.03853);
+- `taylor`: the magnitude of the sum over the branch's output of activation times gradient, the first-order change of the loss;
+- `loss`: the change of the loss without the branch, one forward for each branch and batch;
+- a function of the stream and what is added to it that returns a number, of which the mean over samples counts;
+- `weights`: the mean over all elements of the branch's parameters of the importance that the criterion gives them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune.arguments import is_number, number
+from fxprune.criteria.activation_stats import wide
+from fxprune.criteria.base import Criterion, CriterionSpec
+from fxprune.criteria.calibration import Batch, Source, prepare_source
+from fxprune.criteria.catalog import resolve
+from fxprune.passes.coupling.solution import Solution
+from fxprune.passes.errors import PruneError
+from fxprune.passes.ir.branches import Branch
+from fxprune.passes.ir.module_tree import named_parameters
+
+SCORES = ("influence", "taylor", "loss", "weights")
+Influence = Callable[[Tensor, Tensor], Any]  # of the stream, and what is added to it
+
+
+class BranchRun(fx.Interpreter):
+    """Runs the program of an original in evaluation mode, and looks at what is added to its streams.
+
+    Arguments:
+        program: flat, with the original's tensors.
+        places: for each branch the node of its addition by name, and which of its operands the branch is.
+
+    Attributes:
+        looks: what is called at an addition, by branch.
+        without: a branch to leave out.
+    """
+
+    def __init__(self, program: fx.GraphModule, places: Sequence[tuple[str, int]]) -> None:
+        super().__init__(program)
+        self.at = {name: (i, which) for i, (name, which) in enumerate(places)}
+        self.looks: Callable[[int, Tensor, Tensor, Tensor], None] | None = None
+        self.without: int | None = None
+        self.arguments: Mapping[str, Any] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(self.module.forward).bind(*args, **kwargs)
+        given.apply_defaults()
+        self.arguments = given.arguments
+        return self.run()
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self.arguments[str(target).lstrip("*")]
+
+    def run_node(self, node: fx.Node) -> Any:
+        if node.name not in self.at:
+            return super().run_node(node)
+        i, which = self.at[node.name]
+        operands = [self.env[n] for n in node.all_input_nodes]
+        branch, stream = operands[which], operands[1 - which]
+        out = stream.clone() if self.without == i else stream + branch
+        if self.looks is not None:
+            self.looks(i, stream, branch, out)
+        return out
+
+
+def score_branches(
+    model: nn.Module,
+    solution: Solution,
+    branches: Sequence[Branch],
+    how: str | Influence,
+    criterion: str | Criterion,
+    data: Any,
+    loss: Any,
+    program: Callable[[], fx.GraphModule],
+) -> np.ndarray:
+    """The score of each branch, lowest where it matters least, shape (branches,).
+
+    Arguments:
+        model: the original.
+        solution: its coupling.
+        branches: what to score.
+        how: one of `SCORES`, or a function of the stream and what is added to it, shapes as in the model.
+        criterion: of elements, for `weights`.
+        data, loss: as for `fxprune.prune`.
+        program: makes the flat program of the original, in evaluation mode.
+
+    Raises: PruneError where data or a loss is missing, and for scores that are no numbers.
+    """
+    if how == "weights":
+        return by_weights(model, branches, criterion)
+    capture = solution.captures[0]
+    places: list[tuple[str, int]] = []
+    dims: list[list[int]] = []
+    for branch in branches:
+        add, stream = next((a, s) for a, s in branch.cuts.items() if capture.only.get(a, False) is False)
+        nodes = add.all_input_nodes
+        places.append((add.name, 1 - nodes.index(stream)))
+        ref = capture.results[stream]
+        held = {d for f in solution.values[0].get(ref.id, ()) for d in f.dims}
+        dims.append(sorted(held) or [len(capture.op_trace.shape(ref)) - 1])
+    label = how if isinstance(how, str) else getattr(how, "__name__", type(how).__name__)
+    with prepare_source(model, data, loss, label, solution) as source:
+        run: Any = BranchRun(program(), places)
+        source.model = run
+        found = Scores(source, run, len(branches))
+        if how == "loss":
+            return found.by_loss()
+        if how == "taylor":
+            return found.by_gradient()
+        if isinstance(how, str):
+            return found.by_function(lambda i, stream, added: influence(stream, stream + added, dims[i]))
+        return found.by_function(lambda i, stream, added: checked(how, stream, added, label))
+
+
+class Scores:
+    """Scores of the branches of one program by data, batch by batch."""
+
+    def __init__(self, source: Source, run: BranchRun, count: int) -> None:
+        self.source, self.run = source, run
+        self.total, self.samples = np.zeros(count), 0
+
+    def mean(self) -> np.ndarray:
+        return self.total / self.samples
+
+    def each(self, batch: Batch) -> Batch:
+        self.samples += batch.size
+        return batch
+
+    def by_function(self, function: Callable[[int, Tensor, Tensor], float]) -> np.ndarray:
+        size = 0
+
+        def look(i: int, stream: Tensor, branch: Tensor, out: Tensor) -> None:
+            self.total[i] += size * function(i, stream, branch)
+
+        self.run.looks = look
+        with torch.no_grad():
+            for batch in self.source.batches():
+                size = batch.size
+                self.source.run(self.each(batch))
+        return self.mean()
+
+    def by_gradient(self) -> np.ndarray:
+        seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def look(i: int, stream: Tensor, branch: Tensor, out: Tensor) -> None:
+            seen[i] = branch.detach(), out
+
+        self.run.looks = look
+        for batch in self.source.batches():
+            seen.clear()
+            value = self.source.value(self.each(batch))
+            learned = {i: pair for i, pair in seen.items() if pair[1].requires_grad}
+            found = torch.autograd.grad(value, [out for _, out in learned.values()], allow_unused=True)
+            for (i, (branch, _)), gradient in zip(learned.items(), found, strict=True):
+                if gradient is not None:
+                    self.total[i] += batch.size * float((gradient.double() * branch.double()).sum())
+        return np.abs(self.mean())
+
+    def by_loss(self) -> np.ndarray:
+        for batch in self.source.batches():
+            whole = float(self.source.value(self.each(batch)).detach())
+            for i in range(len(self.total)):
+                self.run.without = i
+                self.total[i] += batch.size * (float(self.source.value(batch).detach()) - whole)
+            self.run.without = None
+        return self.mean()
+
+
+def influence(stream: Tensor, out: Tensor, dims: list[int]) -> float:
+    """1 - the mean cosine between a stream before and after a branch, along the dimensions of channels.
+
+    >>> round(influence(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[0.0, 3.0], [0.0, 1.0]]), [1]), 6)
+    0.5
+    """
+    a, b = stream.double(), out.double()
+    product = (a * b).sum(dims)
+    norms = a.square().sum(dims).sqrt() * b.square().sum(dims).sqrt()
+    same = torch.where(norms > 0, product / norms.clamp(min=1e-300), torch.ones_like(norms))
+    return 1 - float(same.mean())
+
+
+def checked(function: Influence, stream: Tensor, added: Tensor, label: str) -> float:
+    """What a function of the user's gives, as a number; raises PruneError for anything else."""
+    try:
+        found = number(function(stream, added))
+    except Exception as error:
+        raise PruneError(
+            f"depth_criterion {label} raises {type(error).__name__}: {error}",
+            fix="a function of the stream and what is added to it that returns a number",
+        ) from error
+    if not is_number(found):
+        raise PruneError(f"depth_criterion {label} returns {found!r}, which is no number", fix="float(score)")
+    return float(found)
+
+
+def by_weights(model: nn.Module, branches: Sequence[Branch], criterion: str | Criterion) -> np.ndarray:
+    """The mean importance of the elements of each branch's parameters."""
+    spec = resolve(criterion)
+    if spec.score_units is not None:
+        return np.asarray(spec.score_units(len(branches)), np.float64)
+    if spec.needs:
+        what = f"the criterion {spec.name} gives branches no score by their weights alone"
+        raise PruneError(what, fix="data=batches, or criterion='magnitude'")
+    parameters, found = named_parameters(model), np.zeros(len(branches))
+    with torch.no_grad():
+        for i, branch in enumerate(branches):
+            weights = [w for name in sorted(branch.parameters) if (w := parameters[name].detach()).is_floating_point()]
+            found[i] = sum(importance(spec, wide(w)) for w in weights) / max(1, sum(w.numel() for w in weights))
+    return found
+
+
+def importance(spec: CriterionSpec, weight: Tensor) -> float:
+    """The sum of what a criterion gives the elements of a parameter; raises PruneError where it gives no tensor."""
+    try:
+        return float(spec.score_elements(weight).double().sum())
+    except PruneError:
+        raise
+    except Exception as error:
+        raise PruneError(
+            f"the criterion {spec.name} raises {type(error).__name__}: {error}",
+            fix="return the importance of each element, as a tensor of the parameter's shape",
+        ) from error

@@ -1,0 +1,177 @@
+"""Select residual branches, alone or with the units of families, within one ratio or budget.
+
+A model's branches are one more group of candidates, lowest scores first. By a local ranking it loses the share that every
+family loses; by a global one branches compete with units, by scores that are scaled to the mean of theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from fxprune.criteria.branches import score_branches
+from fxprune.passes.coupling.branches import Branches
+from fxprune.passes.coupling.families import Family
+from fxprune.passes.coupling.solution import Solution
+from fxprune.passes.errors import PruneError
+from fxprune.passes.ir.branches import Branch
+from fxprune.passes.ir.module_tree import named_parameters
+from fxprune.passes.ir.slices import Slicer
+from fxprune.selection.allocation import FLOOR, Allocator, matches
+from fxprune.selection.budgets import Budget
+from fxprune.selection.candidates import Candidates, Group
+from fxprune.selection.costs import Costs
+from fxprune.selection.options import Options
+from fxprune.selection.select import check_effect, meet_budget, score_families
+
+
+class DepthAllocator(Allocator):
+    """An allocator that also removes branches: the candidates behind those of the families.
+
+    Arguments:
+        free, score, solution, options: as for `Allocator`.
+        branches: of the model.
+        groups: branches that lose the same share, lowest scores first, with their scores and the share.
+    """
+
+    def __init__(
+        self,
+        free: Sequence[Family],
+        score: np.ndarray,
+        solution: Solution,
+        options: Options,
+        branches: Branches,
+        groups: Sequence[tuple[list[Branch], np.ndarray, float]],
+    ) -> None:
+        super().__init__(free, score, solution, options)
+        self.branches, self.lists = branches, [found for found, _, _ in groups]
+        self.widths = len(self.candidates)
+        floor = (FLOOR if options.competes else 0.0) if options.floor is None else options.floor
+        steps = [i for c in self.candidates for i in c.importance[1:]]
+        for found, scores, share in groups:
+            most = min(len(found), int((1 - floor) * len(found) + 1e-9))
+            scale = 1.0
+            if options.ranking == "global" and steps and float(np.abs(scores).mean()) > 0:
+                scale = float(np.mean(steps)) / float(np.abs(scores).mean())
+            group = Group([(-1, np.arange(len(found)))], share)
+            levels = list(range(most + 1))
+            importance = [0.0, *(scores[:most] * scale).tolist()]
+            self.candidates.append(Candidates(group, lambda level: np.zeros(0, np.int64), levels, importance))
+            if options.ranking == "global" and self.rivals and options.scopes is None and len(groups) == 1:
+                self.rivals[0].append(len(self.candidates) - 1)
+            else:
+                self.rivals.append([len(self.candidates) - 1])
+
+    def apply(self, levels: Sequence[int]) -> tuple[Tensor, Slicer]:
+        kept, slicer = super().apply(levels)
+        gone = [b for found, level in zip(self.lists, levels[self.widths :], strict=True) for b in found[:level]]
+        slicer.removed = self.branches.remove(gone)
+        return kept, slicer
+
+
+def select_with_depth(
+    model: nn.Module,
+    solution: Solution,
+    options: Options,
+    tensors: Mapping[str, Tensor],
+    program: Callable[[], fx.GraphModule],
+) -> tuple[Tensor, Slicer]:
+    """Which labels and branches stay; arguments as for `select_units` and `score_branches`.
+
+    Raises PruneError where nothing can be removed.
+    """
+    branches = Branches(solution.captures, set(named_parameters(model)))
+    found = free_branches(model, branches, options)
+    how = options.depth_criterion or ("weights" if options.data is None else "influence")
+    scores = score_branches(model, solution, found, how, options.criterion, options.data, options.loss, program)
+    scores = scores if options.combine is None else options.combine(scores)
+    if not np.isfinite(scores).all():
+        name = found[int(np.flatnonzero(~np.isfinite(scores))[0])].name
+        raise PruneError("the score of a residual branch is not finite", where=name, fix="look for NaN among its parameters")
+    if options.depth == "only":
+        free, score = list[Family](), np.zeros(len(solution.unit_of))
+    else:
+        free, score = score_families(model, solution, options)
+    allocator = DepthAllocator(free, score, solution, options, branches, grouped(found, scores, options))
+    if options.budget is None:
+        slicer = allocator.apply(allocator.allocate_ratio())[1]
+    else:
+        costs = Costs(solution, tensors)
+        slicer = give_back(meet_budget(options.budget, allocator, costs)[1], branches, options.budget, costs)
+    if not slicer.removed and options.depth == "only" and options.budget is None:
+        raise PruneError(
+            f"no residual branch can be removed by so little: the model has {len(found)}",
+            where=type(model).__name__,
+            fix=f"ratio={1 / len(found):.2g} or more" if options.floor is None else "a larger ratio, or a lower floor",
+        )
+    if not slicer.removed and options.depth != "only":
+        check_effect(model, free, score, solution, options, slicer.kept)
+    kept = without_idle(solution, slicer)
+    return kept, Slicer(kept, slicer.removed)
+
+
+def give_back(slicer: Slicer, branches: Branches, budget: Budget, costs: Costs) -> Slicer:
+    """The same with those branches back that need not go for the budget, the most important first."""
+    gone, limit = list(slicer.removed.branches), budget.limit(budget.cost(costs))
+    for branch in reversed(slicer.removed.branches):
+        fewer = [b for b in gone if b is not branch]
+        tried = Slicer(slicer.kept, branches.remove(fewer))
+        if budget.cost(costs, tried) <= limit:
+            gone, slicer = fewer, tried
+    return slicer
+
+
+def free_branches(model: nn.Module, branches: Branches, options: Options) -> list[Branch]:
+    """The branches that nothing freezes; raises PruneError where there are none."""
+    frozen = {text.partition(":")[0].partition("#")[0] for text in options.coupling.frozen}
+    within = tuple(f"{text[:-1]}." for text in options.coupling.frozen if text.endswith("/"))
+    found = [b for b in branches.found if not frozen & b.tensors and not any(name.startswith(within) for name in b.tensors)]
+    if found:
+        return found
+    opaque = branches.captures[0].opaque
+    if branches.found:
+        why, fix = "every residual branch holds a tensor that is frozen", "freeze less"
+    elif opaque:
+        place, reason = next(iter(opaque.items()))
+        why = f"its program is not seen within {place if place in dict(model.named_modules()) else 'the model'} ({reason})"
+        fix = "inputs without a cache (use_cache=False), or code that reads no contents of tensors"
+    else:
+        why = "no addition has an operand that is computed from the other one by parameters that nothing else uses"
+        fix = "depth=False"
+    raise PruneError(f"nothing can be removed by depth: {why}", where=type(model).__name__, fix=fix)
+
+
+def grouped(found: Sequence[Branch], scores: np.ndarray, options: Options) -> list[tuple[list[Branch], np.ndarray, float]]:
+    """The branches by the share that goes of them, lowest scores first."""
+    shares: dict[object, list[int]] = {}
+    for i, branch in enumerate(found):
+        if options.budget is not None or not isinstance(options.ratio, Mapping):
+            key: object = None
+        else:
+            key = next((glob for glob in options.ratio if matches(branch.name, glob)), "")
+        shares.setdefault(key, []).append(i)
+    groups = []
+    for key, mine in shares.items():
+        ordered = sorted(mine, key=lambda i: float(scores[i]))
+        if options.budget is not None:
+            share = 1.0
+        else:
+            share = options.ratio.get(str(key), 0.0) if isinstance(options.ratio, Mapping) else options.ratio
+        if share > 0:
+            groups.append(([found[i] for i in ordered], scores[ordered], float(share)))
+    return groups
+
+
+def without_idle(solution: Solution, slicer: Slicer) -> Tensor:
+    """Which labels are kept where those stay that occur in nothing but what goes with branches, shape (labels,)."""
+    unit = solution.unit_of.numpy()
+    used = np.zeros(len(unit), bool)
+    lost = np.zeros(len(unit), bool)
+    for name, labels in solution.leaves.items():
+        mask = lost if name in slicer.removed.tensors else used
+        for f in labels:
+            mask[unit[f.compressed]] = True
+    return slicer.kept | torch.from_numpy((lost & ~used)[unit])

@@ -1,0 +1,190 @@
+"""Residual branches: what is computed from a stream and added to it can be left out, as a unit like any other.
+
+Where the branch of `y = x + f(x)` is removed, `x` stands for the sum, and whatever ran for the sake of `f(x)` alone goes. The
+rest of the program computes what the original does where `f(x)` is multiplied by zero. What others read of a branch (a table of
+positions that later layers use, keys that a cache returns) stays, with what it is computed from.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+
+from torch import fx
+
+from fxprune.passes.coupling.liveness import Cuts, Liveness
+from fxprune.passes.ir.branches import Branch, Removed
+from fxprune.passes.ir.op_trace import OpCall, name_of
+from fxprune.passes.ir.program import CapturedProgram
+from fxprune.passes.ir.pytree import TensorRef, collect
+
+ADDITIONS = ("aten::add", "aten::add_")
+
+
+class Branches:
+    """The residual branches of a model.
+
+    Arguments:
+        captures: its captured programs.
+        parameters: the names of what is learned.
+
+    Attributes:
+        found: the branches, in the order in which they run.
+        ever: the nodes that are wanted with all branches.
+    """
+
+    def __init__(self, captures: Sequence[CapturedProgram], parameters: Collection[str]) -> None:
+        self.captures, self.parameters = captures, parameters
+        self.views = [Liveness(c, mode) for i, c in enumerate(captures) for mode in ((False, True) if c.only else (bool(i),))]
+        self.whole = [view.live({}) for view in self.views]
+        self.read = [view.tensors(live) for view, live in zip(self.views, self.whole, strict=True)]
+        self.ever = set[fx.Node]().union(*self.whole)
+        self.sums: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}  # of two branches: where it is added, and to what
+        self.found = self.find()
+
+    def find(self) -> list[Branch]:
+        by_view = [self.candidates(i) for i in range(len(self.views))]
+        cuts: dict[frozenset[str], dict[fx.Node, fx.Node]] = {}
+        for found in by_view:
+            for tensors, cut in found.items():
+                cuts.setdefault(tensors, {}).update(cut)
+        complete = [
+            tensors
+            for tensors in cuts
+            if all(tensors in found or not tensors & read for found, read in zip(by_view, self.read, strict=True))
+        ]
+        removed = {tensors: self.remove([Branch("", tensors, cuts[tensors], tensors)]) for tensors in complete}
+        return [Branch(self.name(tensors, gone), gone.tensors, cuts[tensors], tensors) for tensors, gone in removed.items()]
+
+    def candidates(self, which: int) -> dict[frozenset[str], dict[fx.Node, fx.Node]]:
+        """The additions of one mode of a program with the stream of each, by the parameters that run for the other operand."""
+        view, whole, read = self.views[which], self.whole[which], self.read[which]
+        before = view.ancestors()
+        found: dict[frozenset[str], dict[fx.Node, fx.Node]] = {}
+        sums = {node: op for node in view.nodes if node in whole and (op := addition(view, node)) is not None}
+        place = {node: 1 << i for i, node in enumerate(view.nodes)}
+
+        def exclusive(add: fx.Node, stream: fx.Node) -> frozenset[str]:
+            left = view.tensors(view.live({add: stream}))
+            return frozenset(name for name in read - left if name in self.parameters)
+
+        def note(add: fx.Node, stream: fx.Node, branch: fx.Node) -> None:
+            tensors = exclusive(add, stream)
+            if not tensors:
+                return
+            if branch in sums:  # a sum of several: each of them is a branch
+                parts = list(operands(view, branch, sums[branch]))
+                each = [(other, mine) for other, mine in parts if before[mine] & place[stream] and exclusive(branch, other)]
+                if len(each) == 2 and all(before[stream] & place[mine] == 0 for _, mine in parts):
+                    independent = not any(before[a] & place[b] for a, b in parts)
+                    if independent:
+                        self.sums[branch] = add, stream
+                        for other, mine in each:
+                            note(branch, other, mine)
+                        return
+            found.setdefault(tensors, {add: stream})
+
+        for add, op in sums.items():
+            for stream, branch in operands(view, add, op):
+                if before[branch] & place[stream]:
+                    note(add, stream, branch)
+        return found
+
+    def remove(self, branches: Iterable[Branch]) -> Removed:
+        """What goes with some of the branches."""
+        branches = tuple(branches)
+        cuts = self.together(branches)
+        if not cuts:
+            return Removed()
+        live = [view.live(cuts) for view in self.views]
+        wanted, dead = set[fx.Node]().union(*live), set[fx.Node]()
+        gone = set[str]().union(*self.read) - {
+            name for v, nodes in zip(self.views, live, strict=True) for name in v.tensors(nodes)
+        }
+        for view in self.views:
+            for node in view.nodes:
+                idle = node in self.ever or not gone.isdisjoint(view.names[node]) or any(n in dead for n in view.inputs(node))
+                if idle and node not in wanted:
+                    dead.add(node)
+        streams = {
+            add: (stream, any(v.writes_after(add) for v in self.views if add in v.ops))
+            for add, stream in cuts.items()
+            if add not in dead
+        }
+        left = {name for view in self.views for name in view.tensors(n for n in view.nodes if n not in dead)}
+        modules = self.modules(dead, streams, left)
+        for capture in self.captures[:1]:
+            inside = [f"{path}." for path in modules]
+            gone |= {n for n in capture.tensor_names if f"{capture.prefix}{n}".startswith(tuple(inside))}
+        return Removed(branches, frozenset(gone), modules, frozenset(dead), streams)
+
+    def together(self, branches: Iterable[Branch]) -> Cuts:
+        """The additions of several branches; a sum of which both operands go is an operand that goes itself."""
+        cuts: dict[fx.Node, fx.Node] = {}
+        pending = [item for branch in branches for item in branch.cuts.items()]
+        for add, stream in pending:
+            if cuts.setdefault(add, stream) is not stream and add in self.sums:
+                pending.append(self.sums[add])  # (appended to while it is read)
+        return cuts
+
+    def modules(self, dead: Collection[fx.Node], streams: Collection[fx.Node], left: Collection[str]) -> tuple[str, ...]:
+        """The outermost modules of which everything that ran is dead, and no tensor is left."""
+        busy, idle = set[str](), set[str]()
+        for capture in self.captures:
+            nodes = list(capture.graph.nodes)  # (the index has nodes that were erased)
+            for node in nodes:
+                if node.op == "call_module":
+                    (idle if node in dead else busy).add(str(node.target))
+            tensors = [n for n in nodes if n in dead or n in self.ever if collect(capture.results.get(n), TensorRef)]
+            for call in capture.module_calls:
+                inner = [n for n in tensors if call.begin <= capture.index[n] < call.end]
+                if inner:
+                    (idle if all(n in dead for n in inner) else busy).add(call.path)
+        held = {f"{c.prefix}{name}" for c in self.captures for name in left}
+        stays = {path for start in busy | held for path in parents(start)}
+        found = {p for path in idle for p in parents(path) if p and p not in stays}
+        return tuple(sorted(p for p in found if not any(outer in found for outer in parents(p.rpartition(".")[0]) if outer)))
+
+    def name(self, parameters: frozenset[str], gone: Removed) -> str:
+        """Of a branch, by its parameters and what goes with it."""
+        place = os.path.commonpath(["/" + name.rpartition(".")[0].replace(".", "/") for name in parameters])
+        place = place.strip("/").replace("/", ".")
+        others = {n for n in self.parameters if n.startswith(f"{place}." if place else "")} - parameters
+        if not others:
+            return place
+        sizes = Counter[str]()
+        shapes = {v.name: v.shape for c in self.captures for v in c.op_trace.values if v.name is not None}
+        for path in gone.modules:
+            for name in parameters:
+                if f"{self.captures[0].prefix}{name}".startswith(f"{path}."):
+                    sizes[path] += math.prod(shapes[name])
+        return max(sorted(sizes), key=sizes.__getitem__) if sizes else min(parameters)
+
+
+def addition(view: Liveness, node: fx.Node) -> OpCall | None:
+    """The addition of two tensors that a node is; None where it is anything else."""
+    ops = view.ops.get(node, [])
+    if len(ops) != 1 or name_of(ops[0].func) not in ADDITIONS or len(view.inputs(node)) != 2:
+        return None
+    return ops[0] if len(ops[0].inputs) == 2 and type(ops[0].outs) is TensorRef else None
+
+
+def operands(view: Liveness, add: fx.Node, op: OpCall) -> Iterator[tuple[fx.Node, fx.Node]]:
+    """Both operands of an addition as (stream, branch), where the stream has the form of the result."""
+    results, values = view.capture.results, view.capture.op_trace.values
+    a, b = add.all_input_nodes
+    out = values[op.outs.id]
+    for stream, branch in ((a, b), (b, a)):
+        ref, other = results.get(stream), results.get(branch)
+        if type(ref) is TensorRef and type(other) is TensorRef and ref is not other:
+            have = values[ref.id]
+            if (have.shape, have.dtype) == (out.shape, out.dtype):
+                yield stream, branch
+
+
+def parents(path: str) -> list[str]:
+    """A path and those of what it is in, but for the root."""
+    parts = path.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]

@@ -1,0 +1,323 @@
+"""The command line: each command from a model to an answer, and fifty requests that it refuses in one line."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import fxprune
+from fxprune.cli import models
+from fxprune.cli.main import main
+
+FILE = """
+import torch
+from torch import nn
+
+print("a file may print")
+
+
+class Net(nn.Module):
+    def __init__(self, num_classes=5):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 16, 3, padding=1)
+        self.head = nn.Linear(16, num_classes)
+
+    def forward(self, x):
+        return self.head(self.conv2(self.conv1(x).relu()).relu().mean((2, 3)))
+
+
+torch.manual_seed(3)
+model = Net().eval()
+example_inputs = torch.randn(2, 3, 12, 12)
+data = [(torch.randn(4, 3, 12, 12), torch.arange(4))]
+number = 3
+
+
+def batches():
+    return iter(data)
+
+
+def loss(out, target):
+    return nn.functional.cross_entropy(out, target)
+
+
+def score(net):
+    return (net(data[0][0]).argmax(1) == data[0][1]).float().mean()
+
+
+def built(num_classes=3):
+    return Net(num_classes), torch.randn(1, 3, 8, 8)
+
+
+def fails():
+    raise ValueError("no\\nluck")
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "net.py").write_text(FILE)
+    (tmp_path / "broken.py").write_text("x = 1 / 0\n")
+    (tmp_path / "empty.py").write_text("")
+    (tmp_path / "weights.pt").write_text("no weights")
+    torch.save({"head.weight": torch.zeros(2, 2)}, tmp_path / "other.pt")
+    (tmp_path / "bad.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
+    (tmp_path / "taken").mkdir()
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+    sys.modules.pop("net", None)
+
+
+def answer(capsys, *argv):
+    """What a command prints to standard output."""
+    assert main(list(argv)) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def test_inspect_has_the_totals(folder, capsys):
+    out = answer(capsys, "inspect", "net.py")
+    assert out.startswith("Net: 2 prunable families of 24 units, ")
+    macs = 2 * 12 * 12 * (8 * 3 * 9 + 16 * 8 * 9) + 2 * 16 * 5
+    assert out.endswith(f"\n1,477 parameters, {macs / 1000:.0f} k multiply-accumulates a forward\n".replace("1,477", "1.48 k"))
+    data = json.loads(answer(capsys, "inspect", "net.py", "--json"))
+    assert (data["parameters"], data["macs"]) == (1477, macs)
+
+
+def test_inspect_one_family_and_why(folder, capsys):
+    out = answer(capsys, "inspect", "net.py", "--family", "conv1")
+    assert out.splitlines()[0].startswith("conv1: 8 units of 1 channel, ") and "  conv2.weight:1\n" in out
+    assert json.loads(answer(capsys, "inspect", "net.py", "--family", "conv1", "--json"))["units"] == 8
+    out = answer(capsys, "inspect", "net.py", "--why", "conv1")
+    assert re.search(r"conv2:1 +0-7 +conv1:0 +Conv2d conv2", out)
+    out = answer(capsys, "inspect", "net.py", "--why", "head")
+    assert "None of it can go: it is an output of the model" in out
+    links = json.loads(answer(capsys, "inspect", "net.py", "--why", "conv1", "--json"))["links"]
+    assert links == json.loads(json.dumps(fxprune_group("conv1").to_dict()))["links"]
+
+
+def fxprune_group(layer):
+    model, example_inputs = models.load("net.py")
+    return fxprune.couple(model, example_inputs).group(layer)
+
+
+@pytest.mark.parametrize("command", ["inspect", "profile", "prune", "benchmark"])
+def test_no_line_is_wider_than_80(folder, capsys, command):
+    more = {"prune": ["--dry-run"], "benchmark": ["--methods", "magnitude,random"]}.get(command, [])
+    model = ["timm:test_resnet", "--input-size", "3x64x64"] if command == "inspect" else ["net.py"]
+    out = answer(capsys, command, *model, *more)
+    assert max(map(len, out.splitlines())) <= 80
+    assert "\x1b" not in out
+
+
+def test_a_whole_job(folder, capsys):
+    out = answer(capsys, "prune", "net.py", "--ratio", "0.5", "-o", "small.safetensors")
+    assert "written to small.safetensors" in out and "exact: largest relative error" in out
+    model, example_inputs = models.load("net.py")
+    small = fxprune.load("small.safetensors", model)
+    wanted = fxprune.prune(model, 0.5, example_inputs)
+    assert torch.equal(small(example_inputs), wanted(example_inputs))
+    capsys.readouterr()
+    report = answer(capsys, "report", "net.py", "small.safetensors")
+    assert report.splitlines()[0] == out.splitlines()[0]
+    out = answer(capsys, "profile", "net.py", "small.safetensors")
+    assert re.search(r"conv2 +\d+\.\d+ → \d+\.\d+ +332 k → 82\.9 k +1\.17 k → 296", out)
+    profiled = json.loads(answer(capsys, "profile", "net.py", "small.safetensors", "--json"))
+    assert profiled["after"]["parameters"] == sum(p.numel() for p in small.parameters())
+    assert profiled["memory"][1] < profiled["memory"][0]
+
+
+def test_dry_run_writes_nothing(folder, capsys):
+    before = set(folder.iterdir())
+    for more in ([], ["-o", "small.safetensors"]):
+        assert answer(capsys, "prune", "net.py", "--macs", "0.5", "--dry-run", *more).endswith("nothing was written\n")
+    assert set(folder.iterdir()) - before <= {folder / "__pycache__"}
+
+
+def test_what_is_asked_for_is_done(folder, capsys):
+    def pruned(*argv):
+        answer(capsys, "prune", "net.py", "-o", "small.safetensors", *argv)
+        model, _ = models.load("net.py")
+        return model, fxprune.load("small.safetensors", model)
+
+    model, small = pruned("--remove", "conv1=0-2,7")
+    assert torch.equal(small.conv1.weight, model.conv1.weight[3:7])
+    _, small = pruned("--ratio", "conv1=0.25", "--ratio", "conv2=0.5")
+    assert (small.conv1.out_channels, small.conv2.out_channels) == (6, 8)
+    _, small = pruned("--criterion", "taylor", "--data", "net.py:batches", "--loss", "net.py", "--params", "0.5")
+    assert sum(p.numel() for p in small.parameters()) <= 1477 / 2
+    _, small = pruned("--freeze-outputs", "conv1", "--round-to", "4", "--ranking", "global")
+    assert small.conv1.out_channels == 8 and small.conv2.out_channels % 4 == 0
+    model, small = pruned("--same-class", "--no-verify")
+    assert type(small) is not type(model)  # until it is loaded as such
+    assert type(fxprune.load("small.safetensors", model, same_class=True)) is type(model)
+
+
+def test_benchmark_sets_methods_side_by_side(folder, capsys):
+    argv = ["benchmark", "net.py", "--methods", "magnitude,taylor/global", "--data", "net.py", "--score", "net.py", "--json"]
+    argv += ["--loss", "net.py"]
+    rows = json.loads(answer(capsys, *argv))["rows"]
+    assert [row["method"] for row in rows] == ["original", "magnitude", "taylor/global"]
+    assert rows[0]["parameters"] == 1477 and rows[1]["parameters"] < 800
+    assert all(0 <= row["score"] <= 1 and row["seconds"] > 0 for row in rows)
+    out = answer(capsys, "benchmark", "net.py", "--methods", "magnitude,taylor")
+    assert "taylor failed: " in out  # without data
+
+
+@pytest.mark.parametrize(
+    "argv, classes, shape",
+    [
+        (["net.py:built", "--num-classes", "7"], 7, (1, 3, 8, 8)),
+        (["net:Net", "--num-classes", "4", "--input-size", "3,10,10", "--batch-size", "3"], 4, (3, 3, 10, 10)),
+        (["net.py:model"], 5, (2, 3, 12, 12)),
+    ],
+)
+def test_models_of_ones_own(folder, capsys, argv, classes, shape):
+    data = json.loads(answer(capsys, "inspect", *argv, "--json"))
+    assert next(f for f in data["families"] if f["name"] == "head")["units"] == classes
+    wanted = models.Wanted(num_classes=None)
+    if len(argv) == 1:
+        assert tuple(models.load(argv[0], wanted)[1].shape) == shape
+
+
+def test_models_of_libraries(capsys):
+    data = json.loads(
+        answer(capsys, "inspect", "torchvision:resnet18", "--num-classes", "6", "--input-size", "3x32x32", "--json")
+    )
+    assert next(f for f in data["families"] if f["name"] == "fc")["units"] == 6
+    model, x = models.load("timm:test_vit", models.Wanted(input_size=(3, 96, 96), num_classes=4))
+    assert x.shape == (1, 3, 96, 96) and model(x).shape == (1, 4)
+
+
+def test_models_of_transformers(folder, capsys):
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained("llama")
+    loaded, inputs = models.load("hf:llama")
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight) and inputs["input_ids"].shape == (1, 16)
+    drawn, _ = models.load("hf:llama/config.json")
+    assert type(drawn) is LlamaForCausalLM and not torch.equal(drawn.lm_head.weight, model.lm_head.weight)
+    answer(capsys, "prune", "hf:llama", "--ratio", "0.5", "-o", "small")
+    assert fxprune.load("small").model.layers[0].mlp.gate_proj.out_features == 12
+
+
+def test_weights_are_loaded(folder):
+    model, _ = models.load("net.py")
+    torch.save({k: v + 1 for k, v in model.state_dict().items()}, "plus.pt")
+    other, _ = models.load("net.py", models.Wanted(weights="plus.pt"))
+    assert torch.equal(other.head.bias, model.head.bias + 1)
+
+
+REFUSED = [
+    ("", "the following arguments are required: COMMAND"),
+    ("frobnicate net.py", "invalid choice: 'frobnicate'"),
+    ("inspect", "the following arguments are required: MODEL"),
+    ("inspect nowhere.py", "there is no file nowhere.py"),
+    ("inspect nowhere", "there is no file nowhere"),
+    ("inspect taken", "there is no file taken"),
+    ("inspect weights.pt", "the file is no Python source"),
+    ("inspect broken.py", "the file raises ZeroDivisionError: division by zero"),
+    ("inspect empty.py", "the file defines no `model`"),
+    ("inspect net.py:nothing", "the file defines no `nothing`"),
+    ("inspect net.py:number", "`number` is of type int, not a torch.nn.Module"),
+    ("inspect net.py:fails", "net.py:fails raises ValueError: no luck"),
+    ("inspect nomodule.at.all:net", "nomodule.at.all cannot be imported: No module named 'nomodule'"),
+    ("inspect net:Nett", "the module defines no `Nett`"),
+    ("inspect a-b:c", "'a-b:c' names no model"),
+    ("inspect torchvision:resnet51", "torchvision has no model called 'resnet51'"),
+    ("inspect timm:test_vitt", "timm has no model called 'test_vitt'"),
+    ("inspect hf:taken", "there is no taken/config.json"),
+    ("inspect net.py --num-classes 3", "--num-classes is for models that are built here"),
+    ("inspect net.py --num-classes many", "'many' is no positive integer"),
+    ("inspect net.py --batch-size 2", "--batch-size is for example inputs that are made up"),
+    ("inspect net.py --input-size 3x", "'3x' is no shape"),
+    ("inspect net.py --input-size 0x3", "'0x3' is no shape"),
+    ("inspect net.py --input-size 4x12x12", "Given groups=1, weight of size"),
+    ("inspect net.py --weights nowhere.pt", "there is no file nowhere.pt"),
+    ("inspect net.py --weights weights.pt", "the weights cannot be read"),
+    ("inspect net.py --weights other.pt", "the weights do not fit the model"),
+    ("inspect net.py --device tpu9", "the model cannot be put on tpu9"),
+    ("inspect net.py --why conv3", "'conv3' in group names no layer and no tensor of the model"),
+    ("inspect net.py --family conv3", "'conv3' names no family of the model"),
+    ("inspect net.py --why conv1 --family conv1", "not allowed with argument"),
+    ("inspect net.py --freeze frist", "the glob 'frist' in freeze matches no module"),
+    ("inspect net.py --dot nowhere/net.dot", "the graph cannot be written: there is no folder"),
+    ("inspect net.py --attention tails", "invalid choice: 'tails'"),
+    ("inspect net.py extra", "unrecognized arguments: extra"),
+    ("prune net.py --ratio 0.5", "nothing says where to write the result"),
+    ("prune net.py --ratio 1.5 --dry-run", "ratio must be a number in [0, 1), not 1.5"),
+    ("prune net.py --ratio half --dry-run", "--ratio half: 'half' is no number"),
+    ("prune net.py --ratio 0.5 --ratio conv1=0.1 --dry-run", "--ratio 0.5 is given beside another one"),
+    ("prune net.py --ratio 0.5 --macs 0.5 --dry-run", "ratio and macs are both given"),
+    ("prune net.py --macs 2Q --dry-run", "macs must be a positive number, or one with a unit, not '2Q'"),
+    ("prune net.py --latency 20 --dry-run", "latency"),
+    ("prune net.py --criterion magnitud --dry-run", "did you mean 'magnitude'?"),
+    ("prune net.py --criterion taylor --dry-run", "data"),
+    ("prune net.py --criterion taylor --data net.py:number --dry-run", "net.py:number is a int, not batches of data"),
+    ("prune net.py --loss net.py:number --dry-run", "net.py:number is a int, not a function"),
+    ("prune net.py --ranking worldwide --dry-run", "ranking must be one of local, global, isomorphic"),
+    ("prune net.py --round-to 0 --dry-run", "'0' is no positive integer"),
+    ("prune net.py --remove conv1 --dry-run", "--remove conv1 is not LAYER=INDICES"),
+    ("prune net.py --remove conv1=99 --dry-run", "channel 99 of conv1 is none: it has 8"),
+    ("prune net.py --remove head=1 --dry-run", "channel 1 of head cannot go: it is an output of the model"),
+    ("prune net.py -o small.pt", "-o small.pt ends in .pt"),
+    ("prune net.py -o nowhere/small.safetensors", "the result cannot be written: there is no folder"),
+    ("prune net.py -o folder", "a Net has no configuration to be saved to a folder with"),
+    ("report net.py", "the following arguments are required: PRUNED"),
+    ("report net.py nowhere.safetensors", "nowhere.safetensors"),
+    ("report net.py bad.safetensors", "bad.safetensors"),
+    ("profile net.py weights.pt", "weights.pt"),
+    ("benchmark net.py --methods magnitude,magnitude", "--methods names one method twice"),
+    ("benchmark net.py --methods magnitude/most", "ranking must be one of"),
+    ("benchmark net.py --methods luck", "luck"),
+    ("benchmark net.py --score net.py:nothing", "the file defines no `nothing`"),
+    ("benchmark net.py --score net.py:fails", "net.py:fails raises TypeError"),
+]
+
+
+@pytest.mark.parametrize("line, what", REFUSED, ids=[line or "nothing" for line, _ in REFUSED])
+def test_refused_in_one_line(folder, capsys, line, what):
+    before = {p: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    assert main(line.split()) == 2
+    out, err = capsys.readouterr()
+    lines = [text for text in err.splitlines() if text != "a file may print"]
+    assert not out and len(lines) == 1 and "Traceback" not in err
+    assert re.match(r"fxprune( \w+)?: error: ", lines[0]) and what in lines[0]
+    assert {p: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before
+
+
+def test_as_a_module(tmp_path):
+    (tmp_path / "net.py").write_text(FILE)
+    command = [sys.executable, "-m", "fxprune", "prune", str(tmp_path / "net.py"), "--ratio", "2", "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "a file may print\nfxprune prune: error: ratio must be a number in [0, 1), not 2.0; fix: ratio=0.5 removes half of"
+        " every family\n"
+    )
+
+
+def test_the_reader_may_go(tmp_path):
+    """`fxprune inspect model | head -1` is no error that anybody sees."""
+    (tmp_path / "net.py").write_text(FILE)
+    command = f"{sys.executable} -m fxprune inspect {tmp_path / 'net.py'} --json | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False, timeout=120)
+    assert done.stdout == "{\n" and "Traceback" not in done.stderr
+
+
+def test_help(capsys):
+    out = answer(capsys, "--help")
+    assert all(f"\n    {command} " in out or f"\n    {command}\n" in out for command in "inspect prune report profile".split())
+    for command in "inspect prune report profile benchmark".split():
+        assert max(map(len, answer(capsys, command, "--help").splitlines())) <= 80
+
+
+def test_warnings_are_a_line(folder, capsys):
+    assert main(["prune", "net.py", "--ratio", "conv1=0.5", "--ratio", "head=0.5", "--dry-run"]) == 0
+    err = capsys.readouterr().err.splitlines()
+    assert err[-1].startswith("fxprune prune: warning: 'head' in ratio changes nothing: ") and len(err) == 2
