@@ -27,6 +27,26 @@ def convs(**more):
     return net.eval(), torch.randn(2, 3, 8, 8)
 
 
+class Residual(nn.Module):
+    """Two branches of a stream that goes to the output; each normalisation counts in a tensor without dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.branches = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 8)) for _ in range(2)
+        )
+
+    def forward(self, x):
+        for branch in self.branches:
+            x = x + branch(x)
+        return x
+
+
+def residual():
+    torch.manual_seed(0)
+    return Residual().eval(), torch.randn(4, 8)
+
+
 def called(model, inputs):
     with torch.no_grad():
         found = model(**inputs) if isinstance(inputs, dict) else model(inputs)
@@ -49,6 +69,33 @@ def test_as_pruning_a_copy(build, same_class, verify):
     for name, parameter in small.named_parameters():
         assert parameters[name].data_ptr() == parameter.data_ptr()
     assert any(p.shape != wanted.get_parameter(n).shape for n, p in build()[0].named_parameters())
+
+
+@pytest.mark.parametrize("verify", ["auto", False])
+@pytest.mark.parametrize("same_class", [False, True])
+@pytest.mark.parametrize("build", [residual, llama])
+def test_residual_branches_go_in_place(build, same_class, verify):
+    model, inputs = build()
+    asked = {"depth": "only", "same_class": same_class, "verify": verify}
+    inputs = inputs | {"use_cache": False} if isinstance(inputs, dict) else inputs
+    wanted = fxprune.prune(copy.deepcopy(model), 0.5, inputs, **asked)
+    before = sum(p.numel() for p in model.parameters())
+    small = fxprune.prune(model, 0.5, inputs, inplace=True, **asked)
+    mine, theirs = small.state_dict(), wanted.state_dict()
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert torch.equal(called(small, inputs), called(wanted, inputs))
+    assert [(n, m._get_name()) for n, m in small.named_modules()] == [(n, m._get_name()) for n, m in wanted.named_modules()]
+    left = sum(p.numel() for p in wanted.parameters())
+    assert left == sum(p.numel() for p in model.parameters()) < before  # nothing is held for what is gone
+
+
+def test_a_saved_in_place_result_without_a_configuration_is_that_model(tmp_path):
+    model, inputs = llama()
+    fxprune.prune(model, {"*layers.0.mlp*": 0.5}, inputs, same_class=True, verify=False, inplace=True)
+    assert "config" in model.meta["stale"]
+    model.lm_head.weight.data += 1  # as training does
+    model.save_pretrained(tmp_path)
+    assert torch.equal(called(fxprune.load(tmp_path, same_class=True).eval(), inputs), called(model, inputs))
 
 
 def test_the_model_keeps_its_parameters_hooks_and_ties():

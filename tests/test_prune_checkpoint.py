@@ -45,6 +45,8 @@ ASKED = {
     "budget": {"params": 0.7},
     "fpgm": {"ratio": 0.5, "criterion": "fpgm"},
     "lamp": {"params": 0.6, "ranking": "global", "criterion": "lamp", "round_to": 2},
+    "uniform": {"params": 0.6, "ranking": "global", "uniform": True},
+    "only": {"ratio": 0.5, "only": "*mlp*"},
 }
 
 
@@ -55,7 +57,11 @@ def test_as_pruning_in_memory(asked, tied, tmp_path):
     plan = fxprune.prune_checkpoint(tmp_path / "model", tmp_path / "small", example_inputs=IDS, **ASKED[asked])
     assert plan == fxprune.plan_of(wanted)
     described = "config" not in wanted.meta["stale"]
-    assert described == (tmp_path / "small/model.safetensors.index.json").exists() == (asked in ("half", "fpgm"))
+    assert (
+        described
+        == (tmp_path / "small/model.safetensors.index.json").exists()
+        == (asked in ("half", "fpgm", "uniform", "only"))
+    )
     if described:
         again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "small").eval()
         assert again.dtype == torch.bfloat16
@@ -179,8 +185,9 @@ def test_what_runs_the_model_and_what_is_there_is_refused(tmp_path):
         fxprune.prune_checkpoint(tmp_path / "model", tmp_path / "small", latency=0.5)
     with refuses("exists"):
         fxprune.prune_checkpoint(tmp_path / "model", tmp_path / "model", 0.5)
-    with refuses("no argument 'verify'"):
-        fxprune.prune_checkpoint(tmp_path / "model", tmp_path / "small", 0.5, verify=True)
+    for name, value in {"verify": True, "depth": True, "remove": {"model.layers.0.mlp.up_proj": [0]}}.items():
+        with refuses(f"no argument {name!r}"):
+            fxprune.prune_checkpoint(tmp_path / "model", tmp_path / "small", **{name: value})
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 

@@ -68,7 +68,7 @@ def prune_checkpoint(
             `fxprune.load(out, model)` reads.
         ratio, example_inputs: as for `prune`; the inputs may be left out where the class of the model has some of its own.
         model: the architecture of the weights, with its parameters on the meta device or not; they are not read.
-        asked: as for `prune`, but for `data`, `loss` and `latency`, which run the model.
+        asked: as for `prune`, but for `data`, `loss` and `latency`, which run the model; there is no `depth` and no `remove`.
 
     Returns: the plan. Nothing is verified; `fxprune.verify` does it for what can be loaded.
 

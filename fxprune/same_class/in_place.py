@@ -6,7 +6,7 @@ objects, or around stand-ins, and then each tensor loses its data, one after the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from fxprune.passes.ir.module_tree import ATOMS, CHILDREN, CONTAINERS, HOOKS, na
 from fxprune.passes.ir.slices import TensorSlice
 from fxprune.passes.rewrite.pruned_module import RewrittenForward
 from fxprune.passes.rewrite.rewrite import drop, slice_tensor
-from fxprune.plan import plan_between
+from fxprune.plan import PlanData, plan_between
 from fxprune.same_class.arguments import SelectingForward
 from fxprune.same_class.saving import SavePretrained
 from fxprune.same_class.silent import Silent
@@ -34,14 +34,17 @@ def consume(model: nn.Module, pruned: nn.Module, *, with_values: bool = True) ->
         pruned: made of it, with its tensors themselves (see `whole`), with tensors that were cut already, or with stand-ins.
         with_values: whether the tensors of `pruned` have the values that are left, so that they need not be cut again.
     """
-    slices: Mapping[str, Sequence[TensorSlice]] = plan_between(model, pruned).slices
+    plan: PlanData = plan_between(model, pruned)
+    removed = plan.removed
     made = dict(named_tensors(pruned)) if with_values else {}
     for name, tensor in list(named_tensors(model)):
         tensor.grad = None
         if made.get(name, tensor) is not tensor:
             tensor.data = made[name].data
-        elif slices.get(name):
-            tensor.data = slice_tensor(tensor.detach(), slices[name])
+        elif name in removed:
+            tensor.data = tensor.data.new_empty(0)
+        elif plan.slices.get(name):
+            tensor.data = slice_tensor(tensor.detach(), plan.slices[name])
 
 
 def become(model: nn.Module, made: nn.Module) -> nn.Module:
