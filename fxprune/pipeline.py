@@ -341,7 +341,4 @@ class Compilation:
         if coupling is not None:
             again = Compilation(self.model, self.inputs, coupling, self.frozen_modules)
             return again.prune(dataclasses.replace(options, coupling=coupling), same_class=True, inplace=inplace)
-        if not inplace:
-            return made
-        consume(self.model, pruned, with_values=verifies)
-        return become(self.model, made)
+        return become(self.model, made, with_values=verifies) if inplace else made

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fxprune.passes.ir.module_tree import ATOMS, CHILDREN, CONTAINERS, HOOKS, named_tensors, walk
+from fxprune.passes.ir.module_tree import ATOMS, CHILDREN, CONTAINERS, HOOKS, named_parameters, named_tensors, walk
 from fxprune.passes.ir.slices import TensorSlice
 from fxprune.passes.rewrite.pruned_module import RewrittenForward
 from fxprune.passes.rewrite.rewrite import drop, slice_tensor
@@ -47,14 +47,22 @@ def consume(model: nn.Module, pruned: nn.Module, *, with_values: bool = True) ->
             tensor.data = slice_tensor(tensor.detach(), plan.slices[name])
 
 
-def become(model: nn.Module, made: nn.Module) -> nn.Module:
-    """Give the modules of a model the numbers, configurations, forwards and new tensors of those of its shrunk copy.
+def become(model: nn.Module, made: nn.Module, *, with_values: bool) -> nn.Module:
+    """Cut a model, and give its modules the numbers, configurations, forwards and new buffers of those of its shrunk copy.
 
     Arguments:
-        model: the original, whose tensors are cut.
-        made: its shrunk copy, with the same tensors or stand-ins for its parameters; it is of no more use.
+        model: the original.
+        made: its shrunk copy; it is of no more use.
+        with_values: as for `consume`.
+
+    Raises: RuntimeError, before anything is cut, for a copy with other parameters than what is left of the model's.
     """
-    removed = plan_between(model, made).removed
+    plan: PlanData = plan_between(model, made)
+    removed, held = plan.removed, named_parameters(model)
+    for name, parameter in named_parameters(made).items():
+        if name not in held or plan.kept_shape(name) != parameter.shape:
+            raise RuntimeError(f"{name} is {tuple(parameter.shape)} in the copy of the class")
+    consume(model, made, with_values=with_values)
     own = {path: module for module, path in walk(model).items()}
     theirs = walk(made)
     if removed:
@@ -65,17 +73,17 @@ def become(model: nn.Module, made: nn.Module) -> nn.Module:
         mine = counterpart[id(module)]
         if mine is None or mine is module:
             continue
-        held = vars(mine)
+        state = vars(mine)
         for key, value in vars(module).items():
             if key == "_modules":
-                held[key].update({k: counterpart[id(m)] for k, m in value.items() if counterpart.get(id(m)) is not None})
+                state[key].update({k: counterpart[id(m)] for k, m in value.items() if counterpart.get(id(m)) is not None})
             elif key in CHILDREN:
-                old = held[key]
+                old = state[key]
                 old.update({k: t for k, t in value.items() if t is None or old.get(k) is None or old[k].shape != t.shape})
             elif isinstance(value, RewrittenForward | SelectingForward | SavePretrained):
-                held[key] = rebound(value, mine)
+                state[key] = rebound(value, mine)
             elif key not in HOOKS and is_plain(value):
-                held[key] = value
+                state[key] = value
     for key in ("meta", "verification"):
         vars(model)[key] = vars(made)[key]
     return model
