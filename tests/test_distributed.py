@@ -39,6 +39,26 @@ def by_data(rank, model):
     return fxprune.prune(model, params=0.5, example_inputs=X, criterion="taylor", data=batches(rank), loss=cross_entropy)
 
 
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Sequential(nn.Linear(6, 3), nn.ReLU(), nn.Linear(3, 6)) for _ in range(8))
+
+    def forward(self, x):
+        for branch in self.branches:
+            x = x + branch(x)
+        return x
+
+
+def residual():
+    torch.manual_seed(0)
+    return Residual().eval()
+
+
+def by_depth(rank, model):
+    return fxprune.prune(model, 0.125, X, depth="only", data=batches(rank))
+
+
 def one_fails(rank, model):
     data = batches(rank) if rank != 1 else [(torch.full((8, 6), float("nan")), torch.zeros(8, dtype=torch.long))]
     return fxprune.prune(model, 0.5, X, criterion="taylor", data=data, loss=cross_entropy)
@@ -59,7 +79,11 @@ def other_weights(rank, model):
     return fxprune.prune(model, 0.5, X)
 
 
-TASKS = {f.__name__: f for f in (magnitude, by_data, other_weights, one_fails, one_asks_otherwise, one_cannot)}
+TASKS = {f.__name__: f for f in (magnitude, by_data, by_depth, other_weights, one_fails, one_asks_otherwise, one_cannot)}
+
+
+def model_for(task):
+    return residual() if task == "by_depth" else net()
 
 
 def work(rank, world, port, names, folder):
@@ -69,7 +93,7 @@ def work(rank, world, port, names, folder):
     results = {}
     for name in names:
         try:
-            small = TASKS[name](rank, DistributedDataParallel(net()))
+            small = TASKS[name](rank, DistributedDataParallel(model_for(name)))
             results[name] = fxprune.plan_of(small).to_json(), {n: t.tolist() for n, t in small.state_dict().items()}
         except PruneError as error:
             results[name] = str(error)
@@ -104,10 +128,10 @@ def test_the_result_of_four_is_that_of_one(tmp_path):
     assert [found["magnitude"] for found in in_processes(4, ["magnitude"], tmp_path)] == [alone()] * 4
 
 
-@pytest.mark.parametrize("task", [by_data, other_weights])
+@pytest.mark.parametrize("task", [by_data, by_depth, other_weights])
 def test_one_plan_from_the_data_of_all(task, two):
     plans = {found[task.__name__][0] for found in two}
-    apart = {fxprune.plan_of(task(rank, net())).to_json() for rank in range(2)}
+    apart = {fxprune.plan_of(task(rank, model_for(task.__name__))).to_json() for rank in range(2)}
     assert len(plans) == 1 and len(apart) == 2
 
 
