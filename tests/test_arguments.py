@@ -680,7 +680,7 @@ def test_dir_is_what_is_public():
     assert all(hasattr(fxprune, name) for name in fxprune.__all__)
 
 
-@pytest.mark.parametrize("function", [fxprune.Pruner, fxprune.feasible])
+@pytest.mark.parametrize("function", [fxprune.Pruner, fxprune.feasible, fxprune.prune_checkpoint])
 def test_shared_arguments_are_listed(function):
     """By the names, kinds and defaults that they have in `prune`."""
     listed, own = inspect.signature(function).parameters, inspect.signature(fxprune.prune).parameters
@@ -702,6 +702,7 @@ def test_names_are_those_of_the_tables():
         "depth_criterion",
         "verify",
         "same_class",
+        "inplace",
     }
 
 
