@@ -3,6 +3,7 @@
 from fxprune import criteria, layers, masks, regularizers
 from fxprune.api import couple, prune, verify
 from fxprune.checkpoints.checkpoint import load, save
+from fxprune.checkpoints.prune_checkpoint import prune_checkpoint
 from fxprune.criteria import Magnitude
 from fxprune.custom_ops import register_op
 from fxprune.errors import PruneError, PruneWarning
@@ -42,6 +43,7 @@ __all__ = [
     "plan_of",
     "progress",
     "prune",
+    "prune_checkpoint",
     "register_op",
     "regularizers",
     "repair",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
@@ -10,6 +11,7 @@ from torch import Tensor, fx, nn
 from fxprune.arguments import checked_call
 from fxprune.criteria.base import Criterion
 from fxprune.criteria.catalog import CriterionName
+from fxprune.distributed.ranks import ranks_of
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.coupling.families import families
@@ -17,7 +19,7 @@ from fxprune.passes.ir.module_tree import named_parameters
 from fxprune.passes.ir.quiet import without_modes
 from fxprune.passes.rewrite.pruned_module import PrunedModule
 from fxprune.pipeline import Compilation, Plan
-from fxprune.plan import plan_between
+from fxprune.plan import plan_between, plan_of
 from fxprune.reports.coupling import Coupling
 from fxprune.selection.options import (
     Asked,
@@ -61,6 +63,7 @@ def prune(
     remove: Remove | None = None,
     verify: Verify = "auto",
     same_class: Literal[False] = False,
+    inplace: bool = False,
     **asked: Unpack[Asked],
 ) -> Pruned: ...
 
@@ -76,6 +79,7 @@ def prune(
     remove: Remove | None = None,
     verify: Verify = "auto",
     same_class: Literal[True],
+    inplace: bool = False,
     **asked: Unpack[Asked],
 ) -> AnyModule: ...
 
@@ -111,6 +115,7 @@ def prune(
     remove: Remove | None = None,
     verify: Verify = "auto",
     same_class: bool = False,
+    inplace: bool = False,
 ) -> Any:
     """A physically smaller copy of a model, exactly equal to it with the removed channels masked.
 
@@ -121,8 +126,8 @@ def prune(
     torch.Size([4, 3, 3, 3])
 
     Arguments:
-        model: any module; it is not touched. On the meta device it is coupled and cut in form alone, by a criterion that looks
-            at no weights (`random`), unverified, and the plan can be applied to the model once it has some.
+        model: any module; it is not touched, unless `inplace`. On the meta device it is coupled and cut in form alone, by a
+            criterion that looks at no weights (`random`), unverified, and the plan applies to the model once it has some.
         ratio: the share of units removed from every prunable family, in (0, 1), or a mapping to shares from modules, globs
             over module names and names of families, the first match of which counts; what nothing matches stays whole. What
             has no effect is warned of (`PruneWarning`), and an error where nothing at all would go.
@@ -183,13 +188,20 @@ def prune(
         verify: compare the result to the masked original; `auto` does so where a forward is cheap.
         same_class: return a shrunk copy of the model, of its own class, with attributes and configuration brought up to date,
             instead of a GraphModule: its caches, losses, `generate` and `save_pretrained` are as before.
+        inplace: cut the model's own tensors, one at a time, so that memory is that of the weights and one layer where nothing
+            is verified (by default above 100 million parameters) or tried (give language models `use_cache=False`). The model
+            itself is returned with `same_class`; else the GraphModule has its tensors, and the model is of no more use. Make
+            optimizers anew.
+
+    A model in `DistributedDataParallel` is pruned by all its processes together, which all have to call `prune`: scores are
+    the mean over them, each with its own data, and an error in one is raised in all.
 
     Returns: a `torch.fx.GraphModule` (with `same_class` a module of the model's class) on the model's device and in its mode;
     `meta["plan"]` and `meta["verification"]`.
 
     Raises: PruneError for anything that cannot be done; nothing has changed then.
     """
-    with entry_point(model) as model:
+    with ranks_of(model) as ranks, entry_point(model) as model:
         options = Options.parse(
             model,
             ratio=ratio,
@@ -218,7 +230,12 @@ def prune(
             verify=verify,
         )
         inputs = ExampleInputs.parse(example_inputs, model).check(model, weights=options.needs_weights or same_class)
-        return Compilation(model, inputs, options.coupling).prune(options, same_class=same_class)
+        if ranks is not None:
+            options = dataclasses.replace(options, combine=ranks.mean)
+        pruned = Compilation(model, inputs, options.coupling).prune(options, same_class=same_class, inplace=inplace)
+        if ranks is not None:
+            ranks.check_same(plan_of(pruned).to_json())
+        return pruned
 
 
 @checked_call()

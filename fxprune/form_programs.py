@@ -23,8 +23,9 @@ from fxprune.passes.ir.pytree import map_tensors
 from fxprune.passes.ir.quiet import unobserved, without_modes
 from fxprune.passes.ir.slices import Slicer
 from fxprune.passes.rewrite.pruned_module import PrunedModule
-from fxprune.pipeline import Choice, Compilation
+from fxprune.pipeline import Compilation
 from fxprune.plan import PlanData, kept_labels
+from fxprune.selection.choice import Choice
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from fxprune.inputs import ExampleInputs
+from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import fetch, named_tensors, private_copy, set_mode
 from fxprune.passes.ir.quiet import unobserved
 from fxprune.plan import PlanData, shapes_of
+
+FOLDER = "a folder that fxprune.save wrote, or load(path, model)"
 
 
 def config_of(model: nn.Module) -> Any:
@@ -27,10 +33,11 @@ def config_of(model: nn.Module) -> Any:
     return made
 
 
-def lost_contents(model: nn.Module, pruned: nn.Module) -> dict[str, Tensor]:
+def lost_contents(model: nn.Module, pruned: nn.Module, cut: Mapping[str, Any]) -> dict[str, Tensor]:
     """Copies of a model's tensors that hold no fractions (indices, masks), where its pruned module has less than all.
 
     Without them an architecture that has no values cannot be captured. What a model that was pruned before knows is handed on.
+    `cut` has the slices of each tensor.
     """
     meta: Any = getattr(model, "meta", {})
     known = meta.get("contents", {}) if isinstance(model, fx.GraphModule) else {}
@@ -39,10 +46,11 @@ def lost_contents(model: nn.Module, pruned: nn.Module) -> dict[str, Tensor]:
         if tensor.is_floating_point() or tensor.is_complex() or tensor.is_meta or name in known:
             continue
         try:
-            whole = fetch(pruned, name).shape == tensor.shape
+            fetch(pruned, name)
+            lost = bool(cut.get(name))
         except AttributeError:
-            whole = False
-        if not whole:
+            lost = True
+        if lost:
             found[name] = tensor.detach().clone()
     return found
 
@@ -81,3 +89,26 @@ def with_tensors(model: nn.Module, tensors: Mapping[str, Tensor | None]) -> nn.M
         held: dict[str, Any] = owner._buffers if attribute in owner._buffers else vars(owner)
         held[attribute] = None if tensor is None else tensor.detach().clone()
     return changed
+
+
+@contextlib.contextmanager
+def at_most(most: int, on_meta: bool = False) -> Iterator[None]:
+    """Refuse models with more parameters than that in this thread, and with `on_meta` let none of them keep its memory."""
+    thread, seen = threading.get_ident(), 0
+
+    def registered(module: nn.Module, name: str, parameter: Any) -> Any:
+        nonlocal seen
+        if threading.get_ident() != thread or parameter is None:
+            return None
+        seen += not (on_meta and parameter.is_meta)
+        if seen > 4 * most + 64:  # ties are set again
+            raise PruneError("the configuration builds a larger model than the plan is for", fix=FOLDER)
+        if not on_meta or parameter.is_meta:
+            return None
+        return nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(registered)
+    try:
+        yield
+    finally:
+        handle.remove()

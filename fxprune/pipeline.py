@@ -26,11 +26,13 @@ from fxprune.passes.ir.program import Waiver
 from fxprune.passes.ir.quiet import gc_paused, unobserved, without_modes
 from fxprune.passes.ir.slices import Slicer, nothing_of
 from fxprune.passes.rewrite.pruned_module import PrunedModule
-from fxprune.passes.rewrite.rewrite import rewrite_program
+from fxprune.passes.rewrite.rewrite import Cut, rewrite_program
 from fxprune.passes.verification.opaque_check import broken, opaque_sites
 from fxprune.plan import PlanData, derived_tensors, kept_labels, plan_between, shapes_of, sign
 from fxprune.same_class.configuration import conflict, followers
+from fxprune.same_class.in_place import become, consume, whole
 from fxprune.same_class.restore import restore_class
+from fxprune.same_class.stand_ins import StandIns
 from fxprune.selection.choice import Choice, removal_of, spent
 from fxprune.selection.depth import select_with_depth
 from fxprune.selection.latency import LatencyProbe
@@ -220,13 +222,16 @@ class Compilation:
 
     # -- rewrite, slice and verify ----------------------------------------------------------------------------------------
 
-    def emit(self, choice: Choice, *, values: nn.Module | None = None, waiver: Waiver | None = None) -> PrunedModule:
+    def emit(
+        self, choice: Choice, *, values: nn.Module | None = None, waiver: Waiver | None = None, cut: Cut | None = None
+    ) -> PrunedModule:
         """The pruned module of a choice; if its captured program was used before, the model is captured again.
 
         Arguments:
             choice: what stays.
             values: a model of the same architecture to take tensors from instead of the original.
             waiver: guards of the program that need not hold everywhere.
+            cut: as for `rewrite_program`.
         """
         tried, self._tried = self._tried, None
         if tried is not None and tried[0] is choice and values is None and waiver is None:
@@ -242,6 +247,7 @@ class Compilation:
                     made=choice.slices,
                     values=self.tensors if values is None else None,
                     waiver=waiver,
+                    cut=cut,
                 )
             if values is not None:
                 pruned.to(device_of(values))  # constants of a program that was captured elsewhere
@@ -249,7 +255,7 @@ class Compilation:
         pruned.meta["capture"] = describe_capture(choice.solution)
         pruned.meta["frozen_modules"] = dict(self.frozen_modules)
         pruned.meta["unused"] = tuple(name for name in self.tensors if name not in choice.solution.leaves)
-        pruned.meta["contents"] = lost_contents(self.model, pruned)
+        pruned.meta["contents"] = lost_contents(self.model, pruned, choice.slices)
         pruned.meta["branches"] = tuple(b.name for b in choice.slicer.removed.branches)
         if (config := config_of(self.model)) is not None:
             pruned.meta["config"] = config
@@ -301,29 +307,41 @@ class Compilation:
         model = values or self.model
         return restore_class(model, pruned, self.inputs.beside(model))[0]
 
-    def prune(self, options: Options, *, same_class: bool = False) -> Any:
+    def in_class(self, pruned: PrunedModule) -> tuple[Any, CouplingOptions | None]:
+        """The pruned model in the original's own class, and where a configuration needs other tensors whole, what to ask."""
+        made, held = restore_class(self.model, pruned, self.inputs)
+        if not held and self.options.uniform and "config" in made.meta["stale"]:
+            warnings.warn(f"uniform=True, and {conflict(self.model, made)}", PruneWarning, stacklevel=3)
+        if not held.keys() - self.options.frozen.keys():
+            return made, None
+        name, why = next(iter(held.items()))
+        text = f"families stay whole, so that a configuration describes the model: {name} {why}"
+        warnings.warn(text, PruneWarning, stacklevel=3)
+        return made, dataclasses.replace(self.options, frozen={**self.options.frozen, **held})
+
+    def prune(self, options: Options, *, same_class: bool = False, inplace: bool = False) -> Any:
         """What `fxprune.prune` returns for these options."""
         if same_class and options.data is not None:  # which may be read again
             options = dataclasses.replace(options, data=list(options.data))
         with options.gc_paused():
             choice = self.choose(options)  # capture, couple, score, select
-            pruned = self.emit(choice)  # rewrite, slice
-            pruned.meta["chosen"] = options.chosen
             verifies = options.verifies(self.model)
+            cut = (StandIns().cut if same_class else whole) if inplace and not verifies else None
+            pruned = self.emit(choice, cut=cut)  # rewrite, slice
+            pruned.meta["chosen"] = options.chosen
             if not verifies:
                 del choice  # most of it is freed now, before the collector looks through what is left
         if verifies:
             pruned = self.verify(pruned, choice)
         if not same_class:
+            if inplace:
+                consume(self.model, pruned)
             return pruned
-        made, held = restore_class(self.model, pruned, self.inputs)
-        if not held and self.options.uniform and "config" in made.meta["stale"]:
-            warnings.warn(f"uniform=True, and {conflict(self.model, made)}", PruneWarning, stacklevel=2)
-        if not held.keys() - self.options.frozen.keys():
+        made, coupling = self.in_class(pruned)
+        if coupling is not None:
+            again = Compilation(self.model, self.inputs, coupling, self.frozen_modules)
+            return again.prune(dataclasses.replace(options, coupling=coupling), same_class=True, inplace=inplace)
+        if not inplace:
             return made
-        name, why = next(iter(held.items()))
-        text = f"families stay whole, so that a configuration describes the model: {name} {why}"
-        warnings.warn(text, PruneWarning, stacklevel=2)
-        coupling = dataclasses.replace(self.options, frozen={**self.options.frozen, **held})
-        again = Compilation(self.model, self.inputs, coupling, self.frozen_modules)
-        return again.prune(dataclasses.replace(options, coupling=coupling), same_class=True)
+        consume(self.model, pruned, with_values=verifies)
+        return become(self.model, made)

@@ -32,7 +32,8 @@ from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ops.registry import UNKNOWN, find
 from fxprune.passes.ops.rewriting import function_name
 from fxprune.passes.verification.masked_model import MaskedOriginal
-from fxprune.pipeline import Choice, Compilation
+from fxprune.pipeline import Compilation
+from fxprune.selection.choice import Choice
 from fxprune.selection.options import Options
 from fxprune.stage_checks import StageFault
 

@@ -31,6 +31,8 @@ def test_two_dimensions_of_a_tensor(shape, dtype, large, monkeypatch):
     rows, columns = half(shape[0], 0, 0), half(shape[1], 1, 1)
     found = slice_tensor(source, [rows, columns])
     assert torch.equal(found, source[rows.keep][:, columns.keep]) and found.is_contiguous()
+    found = slice_tensor(source, [columns])
+    assert torch.equal(found, source[:, columns.keep]) and found.is_contiguous()
 
 
 @pytest.mark.parametrize("large", [1 << 22, 1])

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from fxprune.checkpoints.file import read_json
+from fxprune.original_state import FOLDER, at_most
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.plan import PlanData
@@ -24,7 +21,6 @@ MOST_BYTES = 1 << 22  # of a configuration
 ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")  # other names are downloaded
 KEY = "fxprune_attention"
 WEIGHTS_KEY = "transformers_weights"  # a name of a file, which from_pretrained repeats where it is none
-FOLDER = "a folder that fxprune.save wrote, or load(path, model)"
 
 
 def config_of(pruned: nn.Module) -> Any:
@@ -50,61 +46,67 @@ def built_from(folder: Path, plan: PlanData) -> nn.Module:
 
     Raises: PruneError where there is none, or it builds a model that the plan is not for; before memory is spent.
     """
-
-    def fail(why: str) -> PruneError:
-        return PruneError(f"no model can be built from {folder / CONFIG}: {why}", fix=FOLDER)
-
-    data = read_json(folder / CONFIG, MOST_BYTES, fail)
-    try:
-        import transformers
-    except ImportError as error:
-        raise PruneError("the folder holds a model of transformers, which is not installed", fix="fxprune[hf]") from error
-    names = data.get("architectures") if isinstance(data, dict) else None
-    name = names[0] if isinstance(names, list) and len(names) == 1 else None
-    kind: Any = getattr(transformers, name, None) if isinstance(name, str) else None
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) and kind.config_class is not None):
-        raise fail(f"transformers has no model {str(name)[:40]!r}")
-    attention, _ = data.pop(KEY, None), data.pop(WEIGHTS_KEY, None)
-    if attention is not None and attention not in ATTENTION:
-        raise fail(f"there is no attention {str(attention)[:40]!r}")
-    try:
-        config = kind.config_class.from_dict(data)
-        if attention is not None:
-            config._attn_implementation = attention
+    with Building(folder) as building:
         with at_most(len(plan.shapes)), torch.device("meta"):
-            model: nn.Module = kind(copy.deepcopy(config))
+            model = building.build()
         plan.check(model)
         if any(not (t.is_floating_point() or t.is_complex()) for _, t in named_tensors(model)):
-            with at_most(len(plan.shapes), on_meta=True):
-                model = kind(copy.deepcopy(config))
-        if (folder / GENERATION).exists() and hasattr(model, "generation_config"):
-            generation = read_json(folder / GENERATION, MOST_BYTES, fail)
-            vars(model)["generation_config"] = transformers.GenerationConfig.from_dict(generation)
-    except PruneError:
-        raise
-    except Exception as error:  # whatever a class makes of a configuration that is none
-        raise fail(f"{type(error).__name__}: {one_line(error)}") from error
+            model = building.without_memory(len(plan.shapes))
+        building.add_generation(model)
     return model
 
 
-@contextlib.contextmanager
-def at_most(most: int, on_meta: bool = False) -> Iterator[None]:
-    """Refuse models with more parameters than that in this thread, and with `on_meta` let none of them keep its memory."""
-    thread, seen = threading.get_ident(), 0
+def architecture(folder: Path, most: int) -> nn.Module:
+    """The same for a checkpoint of transformers' with at most so many tensors."""
+    with Building(folder) as building:
+        model = building.without_memory(most)
+        building.add_generation(model)
+    return model.eval()
 
-    def registered(module: nn.Module, name: str, parameter: Any) -> Any:
-        nonlocal seen
-        if threading.get_ident() != thread or parameter is None:
-            return None
-        seen += not (on_meta and parameter.is_meta)
-        if seen > 4 * most + 64:  # ties are set again
-            raise PruneError("the configuration builds a larger model than the plan is for", fix=FOLDER)
-        if not on_meta or parameter.is_meta:
-            return None
-        return nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
 
-    handle = register_module_parameter_registration_hook(registered)
-    try:
-        yield
-    finally:
-        handle.remove()
+class Building:
+    """The class and the configuration in a folder; whatever goes wrong with them is a PruneError."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def fail(self, why: str) -> PruneError:
+        return PruneError(f"no model can be built from {self.folder / CONFIG}: {why}", fix=FOLDER)
+
+    def __enter__(self) -> Building:
+        self.data = read_json(self.folder / CONFIG, MOST_BYTES, self.fail)
+        try:
+            import transformers
+        except ImportError as error:
+            raise PruneError("the folder holds a model of transformers, which is not installed", fix="fxprune[hf]") from error
+        self.transformers: Any = transformers
+        names = self.data.get("architectures") if isinstance(self.data, dict) else None
+        name = names[0] if isinstance(names, list) and len(names) == 1 else None
+        kind: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+        if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel) and kind.config_class is not None):
+            raise self.fail(f"transformers has no model {str(name)[:40]!r}")
+        self.kind: Any = kind
+        self.attention, _ = self.data.pop(KEY, None), self.data.pop(WEIGHTS_KEY, None)
+        if self.attention is not None and self.attention not in ATTENTION:
+            raise self.fail(f"there is no attention {str(self.attention)[:40]!r}")
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if isinstance(error, Exception) and not isinstance(error, PruneError):  # whatever a class makes of what is none
+            raise self.fail(f"{type(error).__name__}: {one_line(error)}") from error
+
+    def build(self) -> nn.Module:
+        config = self.kind.config_class.from_dict(copy.deepcopy(self.data))
+        if self.attention is not None:
+            config._attn_implementation = self.attention
+        made: nn.Module = self.kind(config)
+        return made
+
+    def without_memory(self, most: int) -> nn.Module:
+        with at_most(most, on_meta=True):
+            return self.build()
+
+    def add_generation(self, model: nn.Module) -> None:
+        if (self.folder / GENERATION).exists() and hasattr(model, "generation_config"):
+            generation = read_json(self.folder / GENERATION, MOST_BYTES, self.fail)
+            vars(model)["generation_config"] = self.transformers.GenerationConfig.from_dict(generation)

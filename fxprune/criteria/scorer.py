@@ -18,6 +18,7 @@ from fxprune.passes.ir.labels import Factor, Labels
 from fxprune.passes.ir.progress import progress_bar
 
 Places = Callable[[str, Factor], bool]
+Read = Callable[[str], Tensor]
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 BLOCK = 1 << 20  # elements scored at a time, at most, so that no second array of a parameter's size is made
 CACHED = 1 << 18  # elements per thread: their scores stay in its cache until they are summed
@@ -43,6 +44,7 @@ class Scorer:
         criterion: its description.
         families: those that may lose units; elements of no family are not scored. By default all are.
         counts: whether a parameter counts along one of its factors; by default all do.
+        read: finds the values of a parameter by its name, one at a time; by default they are those of `parameters`.
         seen: after a call, whether the criterion scored a unit, shape (labels,).
     """
 
@@ -52,6 +54,7 @@ class Scorer:
     criterion: CriterionSpec
     families: Sequence[Family] = ()
     counts: Places | None = None
+    read: Read | None = None
     seen: np.ndarray = field(init=False)
     free: np.ndarray | None = field(init=False, default=None)
 
@@ -76,6 +79,9 @@ class Scorer:
         if self.criterion.reduce == "sum" and self.criterion.finish_layer is None:
             return np.bincount(units, values, size)
         return REDUCE[self.criterion.reduce](self.split_layers(units, values, lengths), size)
+
+    def value(self, name: str, weight: Tensor) -> Tensor:
+        return weight if self.read is None else self.read(name).detach()
 
     def find_places(self, name: str) -> list[tuple[Factor, np.ndarray]]:
         """The factors of a parameter along which it counts, each with the units of its labels."""
@@ -102,7 +108,9 @@ class Scorer:
                 if name in together:
                     sums = [sum_over_others(together[name], f.dims) for f, _ in places]
                 else:
-                    sums = self.score_parameter(name, weight, None if evidence is None else evidence[name], places)
+                    sums = self.score_parameter(
+                        name, self.value(name, weight), None if evidence is None else evidence[name], places
+                    )
                 for (f, span), part in zip(places, sums, strict=True):
                     if part is not None:
                         mine, flat = match_labels(f, span, part)
@@ -132,7 +140,9 @@ class Scorer:
                     runs[-1].append(parameter)
         found: dict[str, np.ndarray] = {}
         for batch in (run for runs in batches.values() for run in runs):
-            scores = self.score_elements(batch[0].name, torch.cat([p.weight.reshape(-1) for p in batch]), None)
+            scores = self.score_elements(
+                batch[0].name, torch.cat([self.value(p.name, p.weight).reshape(-1) for p in batch]), None
+            )
             values = np.split(scores.double().cpu().numpy(), np.cumsum([p.weight.numel() for p in batch])[:-1])
             found.update({p.name: v.reshape(p.weight.shape) for p, v in zip(batch, values, strict=True)})
         return found
@@ -160,14 +170,18 @@ class Scorer:
         rows = len(weight)
         if weight.is_cpu and self.criterion.elementwise:
             rows = max(1, min(BLOCK, CACHED * torch.get_num_threads()) * rows // weight.numel())
-        sums: list[list[Tensor]] = [[] for _ in places]
+        wide = torch.float32 if weight.dtype in HALF_DTYPES else weight.dtype
+        shapes = [[n if d in f.dims else 1 for d, n in enumerate(weight.shape)] for f, _ in places]
+        # made before the blocks are: small tensors that stay between large ones leave holes in the heap
+        sums = [torch.empty(shape, dtype=wide, device=weight.device) for shape in shapes]
         for start in range(0, len(weight), rows):
             split = evidence is not None and len(evidence) == len(weight) > 1
             given = evidence[start : start + rows] if split and evidence is not None else evidence
             block = self.score_elements(name, weight[start : start + rows], given)
-            for found, (f, _) in zip(sums, places, strict=True):
-                add_block(found, block, f.dims)
-        return [torch.cat(found) if len(found) > 1 else found[0] for found in sums]
+            for i, (f, _) in enumerate(places):
+                sums[i] = sums[i] if sums[i].dtype == block.dtype else sums[i].to(block.dtype)
+                add_block(sums[i], block, f.dims, start)
+        return sums
 
     def score_elements(self, name: str, weight: Tensor, evidence: Tensor | None) -> Tensor:
         """The importance of each element of a parameter, or of some of its rows; raises PruneError for anything else."""
@@ -220,8 +234,8 @@ def sum_over_others(values: np.ndarray, dims: frozenset[int]) -> np.ndarray:
     return np.add.reduce(values, rest, keepdims=True) if rest else values
 
 
-def add_block(found: list[Tensor], block: Tensor, dims: frozenset[int]) -> None:
-    """Add the scores of a block of rows, summed over all but `dims`, to those of the blocks before it.
+def add_block(total: Tensor, block: Tensor, dims: frozenset[int], start: int) -> None:
+    """Add the scores of the block of rows from `start` on, summed over all but `dims`, to those of the blocks before it.
 
     Where rows are among `dims` each block has a sum of its own, else there is one sum.
     """
@@ -230,10 +244,10 @@ def add_block(found: list[Tensor], block: Tensor, dims: frozenset[int]) -> None:
         part = part.sum(0, keepdim=True)
     rest = [d for d in range(1, block.dim()) if d not in dims and block.shape[d] > 1]
     part = part.sum(rest, keepdim=True) if rest else part
-    if 0 in dims or not found:
-        found.append(part)
+    if 0 in dims:
+        total[start : start + len(block)] = part
     else:
-        found[0] = found[0] + part
+        total.copy_(part) if start == 0 else total.add_(part)
 
 
 def concatenate(parts: Sequence[Tensor | np.ndarray]) -> np.ndarray:

@@ -13,7 +13,7 @@ from fxprune.criteria.base import Criterion, CriterionSpec, describe
 from fxprune.criteria.calibration import GATHER, SAMPLES, check_source, prepare_source, sample_gradients
 from fxprune.criteria.catalog import resolve
 from fxprune.criteria.parameter_roles import roles
-from fxprune.criteria.scorer import Places, Scorer
+from fxprune.criteria.scorer import Places, Read, Scorer
 from fxprune.passes.coupling.families import Family
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError
@@ -27,14 +27,17 @@ def score_units(
     criterion: str | Criterion,
     data: Any = None,
     loss: Any = None,
+    read: Read | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The score of each unit, and whether the criterion scored it; both indexed by unit, shape (labels,).
+
+    `read` finds the values of a parameter by its name, if they are not those in the model.
 
     Raises: PruneError where data or a loss is missing, or the criterion returns no scores, or scores no family.
     """
     check_source(data, loss)
     spec = resolve(criterion)
-    scorers = make_scorers(named_parameters(model), solution, families, spec)
+    scorers = make_scorers(named_parameters(model), solution, families, spec, read)
     seen = np.zeros(len(scorers[0].unit_of), bool)
 
     def score(evidence: Mapping[str, Tensor] | None) -> np.ndarray:
@@ -66,7 +69,11 @@ def score_units(
 
 
 def make_scorers(
-    parameters: Mapping[str, Tensor], solution: Solution, families: Sequence[Family], criterion: CriterionSpec
+    parameters: Mapping[str, Tensor],
+    solution: Solution,
+    families: Sequence[Family],
+    criterion: CriterionSpec,
+    read: Read | None = None,
 ) -> list[Scorer]:
     """A scorer of the places where the criterion looks; with `reads` a second one, for units that no product reads."""
     unit = solution.unit_of.numpy()
@@ -77,9 +84,9 @@ def make_scorers(
             counts = lambda name, f: (name, f.major_to_minor[-1]) in found.reads  # noqa: E731
         else:
             counts = lambda name, f: name in found.scales  # noqa: E731
-    scorers = [Scorer(parameters, solution.leaves, unit, criterion, families, counts)]
+    scorers = [Scorer(parameters, solution.leaves, unit, criterion, families, counts, read)]
     if criterion.places == "reads":
-        scorers.append(Scorer(parameters, solution.leaves, unit, criterion, families))
+        scorers.append(Scorer(parameters, solution.leaves, unit, criterion, families, None, read))
     return scorers
 
 

@@ -22,8 +22,9 @@ from fxprune.iterative.pruner_state import PresentModel, PrunerState
 from fxprune.iterative.regularizers import Regularizer, Spans, find, spans_of
 from fxprune.iterative.schedules import Schedule, describe_request, part_of, shares
 from fxprune.passes.errors import PruneError
-from fxprune.pipeline import Choice, Compilation
+from fxprune.pipeline import Compilation
 from fxprune.plan import PlanData
+from fxprune.selection.choice import Choice
 from fxprune.selection.options import ASKED, Asked, Options, Ratio, Verify, is_one_of
 
 if TYPE_CHECKING:

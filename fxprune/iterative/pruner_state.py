@@ -17,9 +17,10 @@ from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import copy_tree, named_tensors
 from fxprune.passes.ir.slice_algebra import same_slices
 from fxprune.passes.ir.slices import Slicer
-from fxprune.pipeline import Choice, Compilation, Plan
+from fxprune.pipeline import Compilation, Plan
 from fxprune.plan import PlanData, plan_between
 from fxprune.records import parse_record, plain_record
+from fxprune.selection.choice import Choice
 from fxprune.selection.options import Options
 from fxprune.verification import Verification
 

@@ -14,9 +14,10 @@ from fxprune.arguments import checked_call
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.ir.quiet import without_modes
-from fxprune.pipeline import Compilation, spent
+from fxprune.pipeline import Compilation
 from fxprune.reports.formatting import Printable, short, table
 from fxprune.selection.budgets import KINDS, format_cost
+from fxprune.selection.choice import spent
 from fxprune.selection.costs import Costs
 from fxprune.selection.latency import Latency
 from fxprune.selection.options import ASKED, Asked, Options, Ratio

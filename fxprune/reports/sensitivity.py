@@ -22,9 +22,10 @@ from fxprune.passes.coupling.families import Family, place_of
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.progress import progress_bar
 from fxprune.passes.ir.quiet import unobserved, without_modes
-from fxprune.pipeline import Choice, Compilation
+from fxprune.pipeline import Compilation
 from fxprune.reports.formatting import Printable, as_text, plain_data, table
 from fxprune.selection.candidates import form_groups, remove_share
+from fxprune.selection.choice import Choice
 from fxprune.selection.options import Attention, Freeze, Options
 from fxprune.selection.rectangles import find_nonempty_sets, restore_rectangles
 from fxprune.selection.select import score_families

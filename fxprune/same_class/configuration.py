@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxprune.original_state import at_most
+
 Shapes = dict[str, tuple[int, ...]]
 Path = tuple[str, ...]
 Knob = tuple[Path, ...]  # numbers of a configuration that change together
@@ -60,11 +62,17 @@ def configure(
 
 
 def rebuilt(made: nn.Module, config: Any) -> Any:
-    """A model of the class as its library would load it: built from a configuration, with the weights of `made`."""
+    """A model of the class as its library would load it: built from a configuration, with the weights of `made` themselves."""
     first = next(made.parameters())
-    with torch.random.fork_rng(devices=[]):
-        fresh = type(made)(copy.deepcopy(config)).to(first.device, first.dtype)
-    fresh.load_state_dict(made.state_dict(), strict=False)
+    with torch.random.fork_rng(devices=[]), at_most(len(shapes(made)), on_meta=True):
+        fresh = type(made)(copy.deepcopy(config))
+    fresh.load_state_dict(made.state_dict(), strict=False, assign=True)
+    fresh.to(first.device)
+    for path, module in fresh.named_modules():  # rotary tables stay in single precision, unless the whole model was converted
+        for name, buffer in module._buffers.items():
+            theirs = made.get_submodule(path)._buffers.get(name)
+            if buffer is not None and theirs is not None and buffer.is_floating_point():
+                module._buffers[name] = buffer.to(theirs.dtype)
     return fresh
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxprune.original_state import at_most
 from fxprune.same_class.configuration import (
     Attributes,
     build,
@@ -65,8 +66,8 @@ def widths_in_constants(
 
 
 def built(model: nn.Module, config: Any) -> Any:
-    """A model of the class by a configuration, with contents; None where it does not fit."""
-    with torch.random.fork_rng(devices=[]):
+    """A model of the class by a configuration, parameters without contents; None where it does not fit."""
+    with torch.random.fork_rng(devices=[]), at_most(len(shapes(model)), on_meta=True):
         try:
             return type(model)(config)
         except Exception:  # a number that does not go with the others
@@ -86,7 +87,9 @@ def settings(model: nn.Module, other: nn.Module | None) -> dict[str, list[Settin
                 found.setdefault(name, []).append((module, name, vars(there)[name]))
         for name in module._non_persistent_buffers_set & there._non_persistent_buffers_set:
             mine, buffer = module._buffers[name], there._buffers[name]
-            if mine is None or buffer is None or mine.shape != buffer.shape or torch.equal(mine, buffer.to(mine)):
+            if mine is None or buffer is None or mine.shape != buffer.shape or buffer.is_meta:
+                continue
+            if torch.equal(mine, buffer.to(mine)):
                 continue
             found.setdefault(name, []).append((module, name, buffer.to(mine)))
         if hasattr(module, "config") and hasattr(there, "config"):

@@ -12,7 +12,7 @@ import contextlib
 import inspect
 import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,11 +23,12 @@ from fxprune.passes.capture.capture import capture_program
 from fxprune.passes.capture.opaque import OPERATORS
 from fxprune.passes.coupling.couple import couple_channels
 from fxprune.passes.errors import PruneError, surface
-from fxprune.passes.ir.module_tree import private_copy, set_mode
+from fxprune.passes.ir.module_tree import named_tensors, private_copy, set_mode
 from fxprune.passes.ir.pytree import collect, map_tensors
 from fxprune.passes.ir.quiet import unobserved
+from fxprune.passes.ir.slices import TensorSlice
 from fxprune.passes.rewrite.pruned_module import PrunedModule, RewrittenForward
-from fxprune.passes.rewrite.rewrite import rewrite_program
+from fxprune.passes.rewrite.rewrite import rewrite_program, slice_tensor
 from fxprune.passes.verification.masked_model import relative_error
 from fxprune.plan import kept_labels, plan_between
 from fxprune.same_class.arguments import fit_arguments
@@ -90,12 +91,16 @@ def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs)
 
 
 def shrunk_copy(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs) -> tuple[Any, Attributes]:
-    """A copy of the model with cut tensors and its own forwards, and the attributes that they use as sizes."""
-    plan = plan_between(model, pruned)
+    """A copy of the model with the tensors of `pruned` and its own forwards, and the attributes that they use as sizes."""
+    plan, held = plan_between(model, pruned), dict(named_tensors(pruned))
+
+    def taken(name: str, tensor: Tensor, slices: Sequence[TensorSlice]) -> Tensor:
+        return held[name] if name in held else slice_tensor(tensor, slices)
+
     try:
         whole = capture_program(set_mode(private_copy(model), False), inputs.args, inputs.kwargs, whole=True)
         solution = couple_channels([whole], plan.coupling_options)
-        made: Any = rewrite_program(model, solution, kept_labels(plan, solution)).own_model
+        made: Any = rewrite_program(model, solution, kept_labels(plan, solution), cut=taken).own_model
     except Exception as error:  # couplings that it has only as one module, such as through what its Python reads
         surface(error)
         return with_own_forwards(pruned, type(model)), {}

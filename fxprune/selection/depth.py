@@ -87,6 +87,7 @@ def select_with_depth(
     found = free_branches(model, branches, options)
     how = options.depth_criterion or ("weights" if options.data is None else "influence")
     scores = score_branches(model, solution, found, how, options.criterion, options.data, options.loss, program)
+    scores = scores if options.combine is None else options.combine(scores)
     if not np.isfinite(scores).all():
         name = found[int(np.flatnonzero(~np.isfinite(scores))[0])].name
         raise PruneError("the score of a residual branch is not finite", where=name, fix="look for NaN among its parameters")

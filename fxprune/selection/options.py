@@ -77,6 +77,8 @@ class Options:
         budget: what may stay, if it was asked for by cost.
         criterion, ranking, scopes, floor, round_to, data, loss, verify, depth, depth_criterion, remove: as for `prune`.
         coupling: what the coupling has to know of them.
+        read: where scores find the values of a parameter, by its name, if not in the model.
+        combine: makes one score of each unit of those that several processes have, if there are several.
         spares: whether a residual stream through the whole model is taken after all else.
         weighs: whether units compete by their score for what they cost.
         chosen: sentences on what was chosen where nothing was asked for.
@@ -93,6 +95,8 @@ class Options:
     loss: Callable[..., Tensor] | None = None
     coupling: CouplingOptions = field(default_factory=CouplingOptions)
     verify: Verify = "auto"
+    read: Callable[[str], Tensor] | None = None
+    combine: Callable[[np.ndarray], np.ndarray] | None = None
     spares: bool = False
     weighs: bool = False
     chosen: tuple[str, ...] = ()

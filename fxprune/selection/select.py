@@ -179,7 +179,8 @@ def score_families(model: nn.Module, solution: Solution, options: Options) -> tu
     """The families that may lose units, and the score of every unit, comparable between families where they compete."""
     free = find_free_families(model, solution, options)
     criterion = find(options.criterion)
-    score, seen = score_units(model, solution, free, criterion, options.data, options.loss)
+    score, seen = score_units(model, solution, free, criterion, options.data, options.loss, options.read)
+    score = score if options.combine is None else options.combine(score)
     free = [f for f in free if seen[f.units].any()]
     return free, normalise_scores(score, free, criterion) if options.competes else score
 

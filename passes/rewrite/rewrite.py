@@ -22,6 +22,8 @@ from fxprune.passes.rewrite.programs import FlatProgram, Forwards, Program, alik
 from fxprune.passes.rewrite.pruned_module import PrunedModule, RewrittenForward
 from fxprune.passes.rewrite.rewriter import Rewriter
 
+Cut = Callable[[str, Tensor, Sequence[TensorSlice]], Tensor]
+
 
 def tensor_cuts(solution: Solution, kept: Tensor, slicer: Slicer | None = None) -> dict[str, list[TensorSlice]]:
     """The slices of each of the model's tensors, by name; raises NotARectangle."""
@@ -38,8 +40,9 @@ def rewrite_program(
     made: Mapping[str, list[TensorSlice]] | None = None,
     values: Mapping[str, Tensor] | None = None,
     waiver: Waiver | None = None,
+    cut: Cut | None = None,
 ) -> PrunedModule:
-    """The pruned model: a new module that shares nothing with `model`.
+    """The pruned model: a new module that shares nothing with `model`, unless `cut` hands it tensors that do.
 
     The captured programs of the solution are consumed: using them a second time raises, before anything has changed.
 
@@ -51,6 +54,7 @@ def rewrite_program(
         made: the slices of the model's tensors, likewise.
         values: the model's tensors by name, likewise.
         waiver: guards that need not hold everywhere.
+        cut: what becomes of each of the model's tensors, in place of a new one.
     """
     slicer = slicer or Slicer(kept)
     made = tensor_cuts(solution, kept, slicer) if made is None else made
@@ -61,7 +65,7 @@ def rewrite_program(
     programs, attributes = rewrite_graphs(solution, slicer, constants, device, waiver)
     if slicer.removed:
         drop(captures[0].root, slicer.removed.modules, [captures[0].prefix + name for name in slicer.removed.tensors])
-    tree = slice_tensors(values, solution, made)
+    tree = slice_tensors(values, solution, made, cut or (lambda name, tensor, slices: slice_tensor(tensor, slices)))
     restore_state(model, tree, solution)
     for path, edits in attributes.items():
         module = captures[0].modules.get(path) or fetch(tree, path)
@@ -207,20 +211,21 @@ def modes_apart(model: nn.Module, solution: Solution, paths: Iterable[str]) -> A
     return {mode: some.intersection(paths) - {""} for mode, some in found.items()} if any(found.values()) else {}
 
 
-def slice_tensors(values: Mapping[str, Tensor], solution: Solution, made: Mapping[str, list[TensorSlice]]) -> Any:
+def slice_tensors(values: Mapping[str, Tensor], solution: Solution, made: Mapping[str, list[TensorSlice]], cut: Cut) -> Any:
     """The captured module tree with every tensor sliced, or cloned where all of it stays.
 
     Arguments:
         values: the model's tensors as they are now, by name.
         solution: whose captured tree becomes the result.
         made: the slices of each tensor, by name.
+        cut: from a name, a tensor and its slices to what is left of it.
     """
     capture = solution.captures[0]
     tree = capture.root
 
     def sliced(path: str, tensor: Tensor) -> Tensor:
         name = path.removeprefix(capture.prefix)
-        return slice_tensor(values.get(name, tensor), made.get(name, ()))
+        return cut(name, values[name], made.get(name, ())) if name in values else slice_tensor(tensor, made.get(name, ()))
 
     with torch.no_grad():
         replace_tensors(tree, sliced)
@@ -241,7 +246,7 @@ def slice_tensor(source: Tensor, slices: Sequence[TensorSlice]) -> Tensor:
     data = source.data
     if not slices:
         new = data.clone()
-    elif len(slices) > 1 and slices[0].dims == (0,) and data.is_cpu and data.numel() > LARGE:
+    elif data.is_cpu and data.numel() > LARGE and (len(slices) > 1 or 0 not in slices[0].dims) and by_rows(slices):
         new = slice_in_blocks(data, slices)
     else:
         new = in_format_of(data, apply_slices(slices, data))
@@ -249,9 +254,19 @@ def slice_tensor(source: Tensor, slices: Sequence[TensorSlice]) -> Tensor:
 
 
 def slice_in_blocks(source: Tensor, slices: Sequence[TensorSlice]) -> Tensor:
-    """The same where the first slice is along the first dimension, without a second large tensor on the way."""
+    """The same without a second large tensor on the way, which `gather` makes of its index, too."""
     made = torch.empty_permuted(cut_shape(source.shape, slices), major_to_minor(source), dtype=source.dtype)
     rows_per_block = max(1, BLOCK * len(source) // source.numel())
-    for rows, place in zip(slices[0].keep.split(rows_per_block), made.split(rows_per_block), strict=True):
-        place.copy_(apply_slices(slices[1:], source.index_select(0, rows)))
+    places = made.split(rows_per_block)
+    if slices[0].dims == (0,):
+        for rows, place in zip(slices[0].keep.split(rows_per_block), places, strict=True):
+            place.copy_(apply_slices(slices[1:], source.index_select(0, rows)))
+    else:
+        for block, place in zip(source.split(rows_per_block), places, strict=True):
+            place.copy_(apply_slices(slices, block))
     return made
+
+
+def by_rows(slices: Sequence[TensorSlice]) -> bool:
+    """Whether rows can be sliced one by one: only the first slice may take some of them, and alone."""
+    return all(0 not in cut.dims for cut in slices[slices[0].dims == (0,) :])

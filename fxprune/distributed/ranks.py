@@ -1,0 +1,76 @@
+"""The processes of a `DistributedDataParallel` model, which make one plan and fail together.
+
+Every exchange carries what went wrong, if anything did: a process that fails takes part in the one that the others are waiting
+in, so that none of them waits for ever, and all raise the same error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from torch import nn
+
+from fxprune.entry_points import WRAPPERS, is_a
+from fxprune.passes.errors import PruneError
+
+
+class Ranks:
+    """The processes of a group. Each calls the same methods in the same order, until one of them fails."""
+
+    def __init__(self, group: Any) -> None:
+        self.group, self.failed = group, False
+
+    def exchange(self, kind: str, value: Any, error: str = "") -> list[Any]:
+        """The values of all processes, by rank; raises PruneError on each of them if one failed or does something else."""
+        found: list[Any] = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(found, (kind, value, error), group=self.group)
+        failed = [(rank, text) for rank, (_, _, text) in enumerate(found) if text]
+        if failed or {name for name, _, _ in found} != {kind}:
+            self.failed = True
+            what = [f"rank {rank}: {text}" for rank, text in failed[:1]] or [
+                "the processes are not at the same point of pruning"
+            ]
+            if not error:  # a process that failed raises its own
+                raise PruneError(what[0], fix="the same model and arguments in every process; data may differ")
+        return [value for _, value, _ in found]
+
+    def mean(self, scores: np.ndarray) -> np.ndarray:
+        """The mean over processes, the same to the last bit in each."""
+        found = self.exchange("scores", scores)
+        if len({some.shape for some in found}) > 1:
+            raise PruneError("the processes prune models of different architectures", fix="the same model in every process")
+        return np.asarray(sum(found[1:], found[0]) / len(found))
+
+    def check_same(self, text: str) -> None:
+        """Raise PruneError on all processes where one of them has another text."""
+        found = self.exchange("plan", hashlib.sha256(text.encode()).hexdigest())
+        if len(set(found)) > 1:
+            other = next(rank for rank, digest in enumerate(found) if digest != found[0])
+            what = f"rank {other} makes another plan than rank 0"
+            raise PruneError(what, fix="the same model and arguments in every process, and no budget of latency")
+
+
+@contextlib.contextmanager
+def ranks_of(model: Any) -> Iterator[Ranks | None]:
+    """The processes of a model that is wrapped in `DistributedDataParallel`, if they are several; they fail together."""
+    while isinstance(model, nn.Module) and not is_a(model, "torch.nn.parallel", "DistributedDataParallel"):
+        held = next((attribute for module, name, attribute in WRAPPERS if is_a(model, module, name)), None)
+        if held is None:
+            break
+        model = getattr(model, held)
+    group = getattr(model, "process_group", None) if is_a(model, "torch.nn.parallel", "DistributedDataParallel") else None
+    if group is None or dist.get_world_size(group) == 1:
+        yield None
+        return
+    ranks = Ranks(group)
+    try:
+        yield ranks
+    except Exception as error:
+        if not ranks.failed:
+            ranks.exchange("failure", None, f"{error}" or type(error).__name__)
+        raise
