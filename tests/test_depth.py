@@ -587,3 +587,22 @@ def test_generation_and_caches():
     for small, heads in ((pruned, 2), (narrow, 1)):
         layers = small(input_ids=IDS).past_key_values.layers
         assert {t.shape for layer in layers for t in (layer.keys, layer.values)} == {(len(IDS), heads, IDS.shape[1], 4)}
+
+
+def test_batches_with_other_arguments_are_refused_in_one_error():
+    """Branches are scored in the program of the example inputs, which takes those arguments alone."""
+
+    class Labelled(Stack):
+        def forward(self, x, labels=None):
+            return super().forward(x)
+
+    data = [{"x": V, "labels": torch.zeros(6)}]
+    with pytest.raises(fxprune.PruneError, match="^a batch of data holds other arguments than the example inputs"):
+        fxprune.prune(Labelled().eval(), 0.5, V, depth="only", data=data, depth_criterion="influence")
+
+
+def test_the_report_says_that_nothing_but_branches_was_removed():
+    model = Stack(4, Layer).eval()
+    found = fxprune.report(model, fxprune.prune(model, 0.5, V, depth="only"), ratios=())
+    assert found.branches and not found.shrunk
+    assert {c.reason for c in found.whole if c.family.frozen is None} == {"stays, as nothing but residual branches was removed"}

@@ -510,6 +510,8 @@ def test_a_sequential_has_a_length_and_its_layers_by_index():
     for again in (small, copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
         assert len(again) == 3 and again[0].out_features == 4 and again[-1].in_features == 4
         assert torch.equal(again[1:](again[0](x)), small(x)) and [type(m) for m in again] == [type(m) for m in model]
+    twice = fxprune.prune(small, 0.5, x)
+    assert len(twice) == 3 and twice[0].out_features == 2
     with pytest.raises(TypeError):
         len(fxprune.prune(Net().eval(), 0.5, X))
 

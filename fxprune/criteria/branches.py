@@ -52,7 +52,13 @@ class BranchRun(fx.Interpreter):
         self.arguments: Mapping[str, Any] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        given = inspect.signature(self.module.forward).bind(*args, **kwargs)
+        try:
+            given = inspect.signature(self.module.forward).bind(*args, **kwargs)
+        except TypeError as error:
+            raise PruneError(
+                f"a batch of data holds other arguments than the example inputs, by which branches are captured: {error}",
+                fix="example_inputs with the keywords of the batches, or depth_criterion='weights'",
+            ) from error
         given.apply_defaults()
         self.arguments = given.arguments
         return self.run()

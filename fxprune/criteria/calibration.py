@@ -90,6 +90,8 @@ class Source:
         """What the model returns for a batch."""
         try:
             return self.model(*batch.args, **batch.kwargs)
+        except PruneError:
+            raise
         except Exception as error:
             raise PruneError(f"the model raises {type(error).__name__} on a batch of data: {error}", fix=BATCHES) from error
 

@@ -19,6 +19,8 @@ from fxprune.selection.choice import Choice
 from fxprune.selection.costs import elements
 
 Pair = tuple[int, int]
+STREAM = "is a residual stream through the whole model, which goes last"
+BRANCHES = "stays, as nothing but residual branches was removed"
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,13 @@ class FamilyChange:
         family: as it was.
         kept: how many of its units are left.
         left: how many elements of the pruned model's parameters would go with the rest.
-        last: whether it was to lose units only after all others.
+        spared: why it was to lose no unit, or only after all others; empty where it was not spared.
     """
 
     family: CoupledFamily
     kept: int
     left: int
-    last: bool = False
+    spared: str = ""
 
     @property
     def reason(self) -> str:
@@ -44,8 +46,8 @@ class FamilyChange:
             return self.family.frozen
         if self.family.units == 1:
             return "has a single unit"
-        if self.kept == self.family.units and self.last:
-            return "is a residual stream through the whole model, which goes last"
+        if self.kept == self.family.units and self.spared:
+            return self.spared
         if self.kept == self.family.units:
             return "lost no unit: its ratio asks for fewer than can be removed at once; raise ratio or lower round_to"
         return f"keeps {self.kept:,} of {counted(self.family.units, 'unit')}"
@@ -87,11 +89,14 @@ class ModuleChange:
 
 
 def family_changes(
-    compilation: Compilation, choice: Choice, found: list[Family], *, streams_last: bool = False
+    compilation: Compilation, choice: Choice, found: list[Family], *, streams_last: bool = False, branches: bool = False
 ) -> tuple[FamilyChange, ...]:
     """What a choice makes of each family of a model, the one with most parameters left first.
 
-    `streams_last`: a residual stream through the whole model was to go after all else.
+    Arguments:
+        compilation, choice, found: of the model; its families.
+        streams_last: whether a residual stream through the whole model was to go after all else.
+        branches: whether residual branches were removed.
     """
     solution, kept = choice.solution, choice.kept.numpy()
     before = elements(solution, found, compilation.tensors)
@@ -99,7 +104,8 @@ def family_changes(
     made = []
     for family, size, left, role in zip(found, before, after, find_roles(solution, found), strict=True):
         read = coupled_family(family, size, compilation.options.frozen, role.name)
-        made.append(FamilyChange(read, int(kept[family.units].sum()), left, role.crosses and streams_last))
+        spared = STREAM if role.crosses and streams_last else BRANCHES if branches and bool(kept.all()) else ""
+        made.append(FamilyChange(read, int(kept[family.units].sum()), left, spared))
     return tuple(sorted(made, key=lambda c: -c.left))
 
 

@@ -126,7 +126,7 @@ class Reporter:
         choice = compilation.choice_of(self.plan)
         found = families_of(compilation, choice)
         last = STREAMS_LAST in self.meta.get("chosen", ())
-        changes = family_changes(compilation, choice, found, streams_last=last)
+        changes = family_changes(compilation, choice, found, streams_last=last, branches=bool(self.meta.get("branches")))
         before, after = counted_model(self.model, self.inputs), counted_model(self.pruned, self.inputs)
         latency, times = self.measured() if measure else (self.meta.get("latency"), {})
         names = [change.family.name for change in changes]
