@@ -597,7 +597,7 @@ def test_batches_with_other_arguments_are_refused_in_one_error():
             return super().forward(x)
 
     data = [{"x": V, "labels": torch.zeros(6)}]
-    with pytest.raises(fxprune.PruneError, match="^a batch of data holds other arguments than the example inputs"):
+    with pytest.raises(fxprune.PruneError, match=r"^a batch of data holds other arguments than the example inputs"):
         fxprune.prune(Labelled().eval(), 0.5, V, depth="only", data=data, depth_criterion="influence")
 
 

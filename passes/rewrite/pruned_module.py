@@ -150,9 +150,8 @@ class PrunedModule(fx.GraphModule):
             module = fetch(tree, path)
             vars(module)["forward"] = RewrittenForward(module, found, generated)
         held |= {"_programs": programs, "_flat": flat, "_apart": apart, "_mode": False, "_other": None, OWN_MODEL: own_model}
-        held["_sequence"] = isinstance(tree, nn.Sequential) or bool(
-            vars(tree).get("_sequence")
-        )  # or one that was pruned before
+        before = bool(vars(tree).get("_sequence"))  # of one that was pruned before
+        held["_sequence"] = isinstance(tree, nn.Sequential) or before
         self._run(programs[False].graph())
 
     def recompile(self) -> PythonCode:
