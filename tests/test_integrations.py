@@ -157,7 +157,8 @@ def test_yolo_predicts_and_exports_what_it_computes(yolo, asked):
 
 
 def test_yolo_trains_with_the_architecture_that_is_left(yolo, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True)  # which torch.testing takes from all tests
+    known = torch.backends.flags_frozen.__globals__
+    monkeypatch.setitem(known, "__allow_nonbracketed_mutation_flag", True)  # which torch.testing takes from all tests
     from PIL import Image
 
     from fxprune.integrations import ultralytics

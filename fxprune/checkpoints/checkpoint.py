@@ -107,7 +107,7 @@ def load(path: Folder, model: nn.Module | None = None, *, same_class: bool = Fal
         with entry_point(model) as original:
             made = rebuilt(original, record, tensors, contents, same_class, example_inputs)
             if same_class != record.graph:
-                record.state.fill(made, tensors)
+                record.state.fill(made, tensors, free=record.plan.derived)  # what a forward makes may not be there yet
             else:  # the other kind of module may hold a tied tensor under another name, and lack what its forward does not use
                 names = other_names(original, record.plan, tensors, made)
                 renamed = {names.get(name, name): t for name, t in tensors.items()}

@@ -50,7 +50,8 @@ def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs)
     with unobserved(model), evaluating(pruned), restoring(pruned), torch.no_grad():
         allowed = tolerance_of(pruned)
         tolerance = allowed / 100  # the weights are the same, and so nearly is the order of additions
-        wanted = collect(inputs.map(torch.clone).call(pruned), Tensor)
+        with restoring(pruned):  # whose tensors the copy shares
+            wanted = [t.clone() for t in collect(inputs.map(torch.clone).call(pruned), Tensor)]
 
         def run(other: nn.Module) -> Any:
             with evaluating(other), restoring(other):
@@ -157,7 +158,8 @@ def try_forwards(model: nn.Module, pruned: PrunedModule, made: nn.Module, inputs
                     module.register_forward_hook(after(path, forward.programs), with_kwargs=True),
                 ):
                     stack.callback(handle.remove)
-        inputs.map(torch.clone).call(pruned)
+        with restoring(pruned):
+            inputs.map(torch.clone).call(pruned)
 
 
 def ignore_keywords(model: nn.Module, made: nn.Module, run: Callable[[], Any]) -> None:

@@ -47,9 +47,14 @@ class ModuleState:
                     yield tensor, new[name]
 
     def restore_all(self, index: Mapping[fx.Node, int]) -> None:
-        """Put back every attribute that was there, and what containers held: also what code put there that is not captured."""
+        """Put back every attribute that was there, and what containers held: also what code put there that is not captured.
+
+        What a forward has set for the first time is no attribute of the model: it sets it again.
+        """
         self.restore(index, 0)
         for module, (before, held) in self.before.items():
+            for name in [k for k in vars(module) if k not in before and not k.startswith("_tensor_constant")]:
+                del vars(module)[name]  # (a constant is the program's)
             vars(module).update(before)
             for box in held.values():
                 refill(box)

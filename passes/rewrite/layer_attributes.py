@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fxprune.passes.ir.op_trace import name_of
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.pytree import TensorRef
-from fxprune.passes.ir.slices import apply_slices
+from fxprune.passes.ir.slices import TensorSlice
 from fxprune.passes.rewrite.size_expressions import PrunedShapes
 
 
@@ -21,6 +21,7 @@ class LayerAttributes:
 
     def __init__(self, capture: CapturedProgram, shapes: PrunedShapes) -> None:
         self.capture, self.shapes = capture, shapes
+        self.computed: dict[str, list[TensorSlice]] = {}  # of weights that hooks compute, by name
         self.owned: dict[str, dict[str, TensorRef]] = {}  # by module path: its own tensors
         self.inside: dict[str, list[str]] = {}  # by module path: the modules below it that own tensors
         for i, v in enumerate(capture.op_trace.values):
@@ -49,8 +50,8 @@ class LayerAttributes:
         if "num_channels" in found and isinstance(module.num_groups, int):  # whole groups may have been removed
             size = before[0][1] // module.num_groups
             found["num_groups"] = len(torch.unique(self.shapes.positions(inputs[0], 1) // size))
-        if computed is not None and isinstance(held := vars(module).get("weight"), Tensor):  # what a hook put there last
-            found["weight"] = apply_slices(self.shapes.cuts(computed), held.detach())
+        if computed is not None and isinstance(vars(module).get("weight"), Tensor):  # what a hook put there last
+            self.computed[f"{path.removeprefix(self.capture.prefix)}.weight"] = self.shapes.cuts(computed)
         return found
 
     def read_only(self, called: Collection[str]) -> dict[str, dict[str, Any]]:

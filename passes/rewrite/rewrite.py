@@ -62,10 +62,12 @@ def rewrite_program(
     values = dict(named_tensors(model)) if values is None else values
     device = next((t.device for t in values.values()), torch.device("cpu"))
     constants: dict[str, Tensor] = {}
-    programs, attributes = rewrite_graphs(solution, slicer, constants, device, waiver)
+    programs, attributes, computed = rewrite_graphs(solution, slicer, constants, device, waiver)
     if slicer.removed:
         drop(captures[0].root, slicer.removed.modules, [captures[0].prefix + name for name in slicer.removed.tensors])
-    tree = slice_tensors(values, solution, made, cut or (lambda name, tensor, slices: slice_tensor(tensor, slices)))
+    tree = slice_tensors(
+        values, solution, {**made, **computed}, cut or (lambda name, tensor, slices: slice_tensor(tensor, slices))
+    )
     restore_state(model, tree, solution)
     for path, edits in attributes.items():
         module = captures[0].modules.get(path) or fetch(tree, path)
@@ -148,20 +150,23 @@ def does_more(module: nn.Module) -> bool:
 
 def rewrite_graphs(
     solution: Solution, slicer: Slicer, constants: dict[str, Tensor], device: torch.device, waiver: Waiver | None
-) -> tuple[dict[bool, FlatProgram], dict[str, dict[str, Any]]]:
-    """The pruned programs, by whether they are for training, and the attributes that change, by module path.
+) -> tuple[dict[bool, FlatProgram], dict[str, dict[str, Any]], dict[str, list[TensorSlice]]]:
+    """The pruned programs, by whether they are for training; the attributes that change, by module path; and the slices of
+    weights that hooks compute, by name.
 
     Index tensors that the programs refer to are added to `constants`.
     """
     programs: dict[bool, FlatProgram] = {}
     attributes: dict[str, dict[str, Any]] = {}
+    computed: dict[str, list[TensorSlice]] = {}
     for which in range(len(solution.captures)):
         rewriter = Rewriter(solution, which, slicer, constants, device, waiver)
         found = rewriter.run()
         programs |= {True: found[False]} if which else found
         for path, edits in rewriter.attributes.items():
             attributes.setdefault(path, {}).update(edits)
-    return programs, attributes
+        computed |= rewriter.layers.computed
+    return programs, attributes, computed
 
 
 def check_programs(pruned: PrunedModule) -> None:
