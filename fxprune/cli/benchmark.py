@@ -20,7 +20,8 @@ from fxprune.cli.output import show, show_json
 from fxprune.criteria.catalog import resolve
 from fxprune.passes.errors import PruneError
 from fxprune.reports.comparison import compare_methods, named_methods
-from fxprune.selection.options import RANKINGS, check_word
+from fxprune.selection.argument_checks import check_word
+from fxprune.selection.options import RANKINGS
 
 HELP = "Prune a model by several methods, with size, latency and score side by side."
 EPILOG = """

@@ -24,8 +24,9 @@ from fxprune.iterative.schedules import Schedule, describe_request, part_of, sha
 from fxprune.passes.errors import PruneError
 from fxprune.pipeline import Compilation
 from fxprune.plan import PlanData
+from fxprune.selection.argument_checks import is_one_of
 from fxprune.selection.choice import Choice
-from fxprune.selection.options import ASKED, Asked, Options, Ratio, Verify, is_one_of
+from fxprune.selection.options import ASKED, Asked, Options, Ratio, Verify
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

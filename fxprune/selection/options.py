@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
-import glob as globbing
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 from torch import Tensor, nn
 
-from fxprune.arguments import did_you_mean, is_number, number, shown
+from fxprune.arguments import is_number, number, shown
 from fxprune.criteria.base import Criterion
 from fxprune.criteria.branches import SCORES
 from fxprune.criteria.catalog import CriterionName, resolve
@@ -24,9 +23,10 @@ from fxprune.passes.coupling.solution import CouplingOptions
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_parameters, named_tensors
 from fxprune.passes.ir.quiet import gc_paused
+from fxprune.selection.argument_checks import check_alone, check_word, is_one_of, parse_ratio, released
 from fxprune.selection.budgets import KINDS, Budget, list_arguments, parse_budget
 from fxprune.selection.indices import parse_remove
-from fxprune.selection.names import Names, frozen_names, frozen_outputs, near_modules, outside, paths_of, protected
+from fxprune.selection.names import Names, frozen_names, frozen_outputs, near_modules, outside, protected
 
 Ratio = float | Mapping[Any, float]  # by globs and modules
 Remove = Mapping[Any, Sequence[int]]  # by layers, tensors and families
@@ -204,71 +204,6 @@ class Options:
         return contextlib.nullcontext() if self.runs_the_model else gc_paused()
 
 
-def check_alone(**others: Any) -> None:
-    """Raise PruneError where something that says how much goes, or how it is ranked, is given beside `remove`."""
-    unused = {"round_to": 1, "depth": False, "uniform": False}
-    for name, value in others.items():
-        if name != "verify" and not (value is None or (name in unused and is_default(value, unused[name]))):
-            what = f"{name} is given with remove, which says exactly what goes"
-            raise PruneError(what, fix=f"leave {name} out, or prune twice: prune(prune(model, remove=...), {name}=...)")
-
-
-def is_default(value: Any, default: Any) -> bool:
-    return type(value) is type(default) and bool(value == default)
-
-
-def is_one_of(value: Any, words: Sequence[str]) -> bool:
-    return isinstance(value, str) and value in words
-
-
-def check_word(argument: str, value: Any, words: Sequence[str]) -> None:
-    """Raise PruneError where an argument is none of the words that it may be."""
-    if not is_one_of(value, words):
-        listed = f"one of {', '.join(words)}" if len(words) > 2 else " or ".join(map(repr, words))
-        near = did_you_mean(value, words)
-        raise PruneError(f"{argument} must be {listed}, not {shown(value)}", fix=near.rstrip() or f"{argument}={words[0]!r}")
-
-
-REMOVES = "ratio=0.5 removes half of every family"
-
-
-def parse_ratio(model: nn.Module, ratio: Any) -> float | dict[str, float]:
-    """The share to remove, or shares by glob in the order given, modules by their names."""
-    ratio = number(ratio)
-    listed = list(ratio.values()) if isinstance(ratio, Mapping) else ratio if isinstance(ratio, list | tuple) else [ratio]
-    if any(isinstance(v, Tensor | np.ndarray) and v.ndim > 0 for v in listed):
-        raise PruneError(
-            f"ratio is a {type(ratio).__name__}: example inputs come after it",
-            fix="prune(model, 0.5, x), or example_inputs=x with a budget such as macs=0.5",
-        )
-    if isinstance(ratio, nn.Module):
-        raise PruneError(f"ratio is a {type(ratio).__name__}, not a share", fix="ratio={model.layer1: 0.5}")
-    if not isinstance(ratio, Mapping):
-        if share_of(ratio, "ratio") == 0:
-            raise PruneError(f"ratio={shown(ratio)} removes nothing", fix=REMOVES)
-        return float(ratio)
-    named: dict[str, float] = {}
-    for key, value in ratio.items():
-        if not isinstance(key, str | nn.Module):
-            raise PruneError(f"ratio names {shown(key)}, which is no glob over module names", fix="ratio={'layer1': 0.5}")
-        globs = [key] if isinstance(key, str) else [globbing.escape(p) or "*" for p in paths_of(model, key, "ratio")]
-        for glob in globs:
-            named.setdefault(glob, share_of(number(value), f"ratio[{glob!r}]"))
-    if not any(named.values()):
-        what = (
-            "every share in ratio is 0, which removes nothing" if named else "ratio is an empty mapping, which removes nothing"
-        )
-        raise PruneError(what, fix="ratio={'layer1': 0.5}, or ratio=0.5")
-    return named
-
-
-def share_of(value: Any, what: str) -> Any:
-    """A share to remove; raises PruneError for what is none."""
-    if not is_number(value) or not 0 <= value < 1:
-        raise PruneError(f"{what} must be a number in [0, 1), not {shown(value)}", fix=REMOVES)
-    return value
-
-
 def check_values(options: Options) -> None:
     """Raise PruneError for what means nothing, whatever the model."""
     round_to, floor, scopes = options.round_to, options.floor, options.scopes
@@ -313,14 +248,6 @@ def check_globs(model: nn.Module, options: Options) -> None:
     for argument, glob in globs:
         if not any(fnmatch.fnmatchcase(name, glob) for name in modules) and not names_family(glob, shapes):
             raise PruneError(f"the glob {glob!r} in {argument} matches no module", fix=near_modules(glob, modules))
-
-
-def released(release: Any) -> tuple[str, ...]:
-    """Globs over the names of outputs whose channels may go."""
-    globs = [release] if isinstance(release, str) else release
-    if not isinstance(globs, list | tuple) or not all(isinstance(glob, str) for glob in globs):
-        raise PruneError(f"release must be globs over names of outputs, not {shown(release)}", fix="release='hidden_states'")
-    return tuple(globs)
 
 
 def asked_parameters() -> dict[str, inspect.Parameter]:
