@@ -62,9 +62,12 @@ class Plan(PlanData):
         Raises: PruneError if the plan does not fit the model.
         """
         with entry_point(model) as model:
-            compilation = Compilation.of_plan(model, self, example_inputs)
-            pruned = compilation.apply(self)
-            return compilation.restore_class(pruned) if same_class else pruned
+            rotated, plan = self.in_basis(model)
+            compilation = Compilation.of_plan(rotated, plan, example_inputs)
+            pruned = compilation.apply(plan)
+            made = compilation.restore_class(pruned) if same_class else pruned
+            sign(made, self, model)
+            return made
 
 
 class Compilation:
@@ -319,12 +322,12 @@ class Compilation:
         warnings.warn(text, PruneWarning, stacklevel=3)
         return made, dataclasses.replace(self.options, frozen={**self.options.frozen, **held})
 
-    def prune(self, options: Options, *, same_class: bool = False, inplace: bool = False) -> Any:
-        """What `fxprune.prune` returns for these options."""
+    def prune(self, options: Options, *, same_class: bool = False, inplace: bool = False, choice: Choice | None = None) -> Any:
+        """What `fxprune.prune` returns for these options, or for a choice that was made by them."""
         if same_class and options.data is not None:  # which may be read again
             options = dataclasses.replace(options, data=list(options.data))
         with options.gc_paused():
-            choice = self.choose(options)  # capture, couple, score, select
+            choice = choice or self.choose(options)  # capture, couple, score, select
             verifies = options.verifies(self.model)
             cut = (StandIns().cut if same_class else whole) if inplace and not verifies else None
             pruned = self.emit(choice, cut=cut)  # rewrite, slice

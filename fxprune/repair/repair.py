@@ -157,7 +157,7 @@ def repair(
     """
     with entry_point(model) as model:
         methods = asked(method, ridge, held_out)
-        plan = plan_between(model, pruned)
+        model, plan = plan_between(model, pruned).in_basis(model, whole=True)
         plan.check(model)
         given = batches_of(data, device_of(model))
         parts = split(given, held_out)
