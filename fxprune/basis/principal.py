@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fxprune.basis.change import Basis, Step, all_tensors, bias_of, out_of
 from fxprune.criteria.calibration import prepare_source
 from fxprune.passes.capture.recorder import Recorder
 from fxprune.passes.coupling.families import families
@@ -21,6 +20,7 @@ from fxprune.passes.ir.module_tree import named_parameters
 from fxprune.passes.ir.pytree import collect
 from fxprune.passes.ops.call import OpView
 from fxprune.passes.ops.registry import find
+from fxprune.passes.rewrite.basis import Basis, Step, all_tensors, bias_of, out_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fxprune.basis.change import Basis
 from fxprune.basis.principal import Rotatable, find_rotatable, principal_axes, rotated_basis
 from fxprune.errors import PruneWarning
 from fxprune.inputs import ExampleInputs
@@ -21,6 +20,7 @@ from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors, private_copy
 from fxprune.passes.ir.pytree import collect
 from fxprune.passes.ir.quiet import unobserved
+from fxprune.passes.rewrite.basis import Basis
 from fxprune.passes.verification.masked_model import relative_error
 from fxprune.pipeline import Compilation
 from fxprune.selection.choice import Choice
