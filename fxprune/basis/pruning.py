@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -113,7 +114,11 @@ def find_exact(
     found, reasons = find_rotatable(model, solution)
 
     def error_of(some: Sequence[Rotatable]) -> float:
-        return distance(model, rotated_basis(some, [random_rotation(f.linear.size) for f in some]).apply(model), inputs)
+        rotated = rotated_basis(some, [random_rotation(f.linear.size) for f in some]).apply(model)
+        try:
+            return distance(model, rotated, inputs)
+        except Exception:  # what it is made of is not what it seems: then it is not rotated
+            return math.inf
 
     if found and error_of(found) > limit_of(model):
         for f in list(found):
