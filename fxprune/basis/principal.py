@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -74,6 +74,7 @@ def find_rotatable(model: nn.Module, solution: Solution) -> tuple[list[Rotatable
     made = []
     for family in linear:
         try:
+            family = with_biases(model, family)
             made.append(Rotatable(family, tuple(folding(model, family))))
         except NotLinear as error:
             reasons[family.family.name] = str(error)
@@ -100,6 +101,25 @@ def is_plain_norm(module: nn.Module) -> bool:
     return isinstance(made, Tensor) and made.shape == wanted.shape and torch.allclose(made, wanted, atol=1e-5)
 
 
+def with_biases(model: nn.Module, linear: LinearFamily) -> LinearFamily:
+    """The family with a bias for each layer that a batch norm goes into; raises NotLinear where there is no place for it."""
+    members = list(linear.members)
+    for scale in linear.scales:
+        if scale.kind != "batch norm":
+            continue
+        path = scale.name.rpartition(".")[0]
+        if not isinstance(model.get_submodule(path), nn.modules.batchnorm._BatchNorm):
+            raise NotLinear(f"is scaled by {path}, which is no layer of torch's")
+        writers = [m for m in members if not m.reads and m.scales[:1] == (scale,) and m.name.endswith("weight")]
+        if len(writers) > 1 or (not writers and not any(m.reads and scale in m.scales for m in members)):
+            raise NotLinear(f"is scaled by {path}, which normalises what several layers write")
+        for m in writers:
+            if not any(other.name == bias_of(m.name) for other in members):
+                with_bias(model, m, out_of=m.dim)
+                members.append(replace(m, name=bias_of(m.name), dim=0))
+    return replace(linear, members=tuple(members))
+
+
 def folding(model: nn.Module, linear: LinearFamily) -> list[Step]:
     """The steps that put scales, shifts and centring into the layers; raises NotLinear where a shift has no place to go."""
     tensors = dict(all_tensors(model))
@@ -109,34 +129,37 @@ def folding(model: nn.Module, linear: LinearFamily) -> list[Step]:
     into: list[Step] = []
     shifted: dict[str, Step] = {}
     for member in linear.members:
+        if member.name not in tensors and member.name not in linear.untied:
+            weight = next(m for m in linear.members if bias_of(m.name) == member.name)
+            shifted[member.name] = with_bias(model, weight, out_of=weight.dim)
         for scale in member.scales:
             bias = scale.tensors.get("bias")
             if bias is not None and member.reads:
                 if tensors[member.name].shape[2:].numel() > 1:
                     raise NotLinear(f"is shifted by a norm in front of {member.name}, whose padding knows no shift")
                 if bias_of(member.name) not in tensors:
-                    shifted.setdefault(bias_of(member.name), with_bias(model, member))
+                    shifted.setdefault(bias_of(member.name), with_bias(model, member, out_of(member.dim)))
                 into.append(Step("shift", member.name, member.dim, bias))
             if "weight" in scale.tensors:
                 into.append(Step("scale", member.name, member.dim, scale.tensors["weight"]))
-    rotated = {member.name for member in linear.members}
-    last: dict[Step, None] = {}
+            if scale.kind == "batch norm" and not member.reads and member.name.endswith("bias"):
+                into.append(Step("add", member.name, other=scale.tensors["bias"]))
+    last: dict[Step, None] = {Step("identity", path): None for path in batch_norms}
     for scale in linear.scales:
-        for role, name in scale.tensors.items():
-            if role == "weight" or (role == "bias" and name not in rotated):
-                last[Step("fill", name, number=1.0 if role == "weight" else 0.0)] = None
+        if "weight" in scale.tensors and scale.kind != "batch norm":
+            last[Step("fill", scale.tensors["weight"], number=1.0)] = None
     last |= {Step("norm by square", s.module): None for s in linear.scales if s.kind == "centred norm"}
     last |= {Step("centre", m.name, m.dim): None for m in linear.members if m.centred}
     return [*first, *shifted.values(), *into, *last]
 
 
-def with_bias(model: nn.Module, member: Member) -> Step:
+def with_bias(model: nn.Module, member: Member, out_of: int) -> Step:
     """The step that gives the layer of a weight a bias; raises NotLinear where it has no place for one."""
     name = bias_of(member.name)
     path, _, own = name.rpartition(".")
     if name == member.name or model.get_submodule(path)._parameters.get(own, member) is not None:
-        raise NotLinear(f"is shifted by a norm, and the layer of {member.name}, which reads it, can have no bias")
-    return Step("add bias", name, out_of(member.dim), member.name)
+        raise NotLinear(f"is shifted by a norm, and the layer of {member.name} can have no bias")
+    return Step("add bias", name, out_of, member.name)
 
 
 def names_of(model: nn.Module, members: Iterable[str]) -> dict[int, str]:

@@ -123,9 +123,6 @@ class Folding:
                 name = str(self.walk.trace.values[key[0]].name)
                 for dim in self.walk.dims[key[0]]:
                     uses.setdefault(name, []).append((key, Member(name, dim, scales, centred, sign < 0)))
-            for scale in some.into:
-                if scale.kind == "batch norm" and self.gone(scale) == "up":  # its shift stays where it is
-                    uses[scale.tensors["bias"]] = [(scale.result, Member(scale.tensors["bias"], 0, scales, centred, False))]
         members: dict[tuple[str, int], Member] = {}
         untied: list[str] = []
         for name, found in uses.items():

@@ -137,6 +137,19 @@ class Change:
         path, _, own = name.rpartition(".")
         return self.model.get_submodule(path), own
 
+    def replace_module(self, name: str, made: nn.Module) -> None:
+        """Put another module in the place of one; what it does not hold is gone."""
+        old = self.model.get_submodule(name)
+        held = {own for own, _ in all_tensors(made)}
+        made.train(old.training)
+        for path, module in list(every_path(self.model)):
+            for own, child in module._modules.items():
+                if child is old:
+                    module._modules[own] = made
+                    start = f"{path}.{own}" if path else own
+                    for gone in {n for n, _ in all_tensors(old)} - held:
+                        self.first.pop(f"{start}.{gone}", None)
+
     def finished(self) -> nn.Module:
         """The model with its new tensors, rounded to what they were."""
         made: dict[str, Tensor] = {}
@@ -214,6 +227,20 @@ def fill(change: Change, step: Step) -> None:
     change[step.name] = torch.full_like(change[step.name], step.number)
 
 
+@step_of("add")
+def add(change: Change, step: Step) -> None:
+    """Another tensor is added to a bias."""
+    change[step.name] = change[step.name] + change.vector(step.other, change[step.name], 0)
+
+
+@step_of("identity")
+def identity(change: Change, step: Step) -> None:
+    """A batch norm that went into the layers around it becomes the identity, in training too."""
+    if not isinstance(change.model.get_submodule(step.name), nn.modules.batchnorm._BatchNorm):
+        raise change.misfit(step.name)
+    change.replace_module(step.name, nn.Identity())
+
+
 @step_of("norm by square")
 def norm_by_square(change: Change, step: Step) -> None:
     """A LayerNorm, whose inputs have mean zero by now, becomes an RMSNorm with the same eps and weight."""
@@ -221,16 +248,9 @@ def norm_by_square(change: Change, step: Step) -> None:
     if not isinstance(old, nn.LayerNorm):
         raise change.misfit(step.name)
     made = nn.RMSNorm(list(old.normalized_shape), old.eps, elementwise_affine=False)
-    made.train(old.training)
     made.elementwise_affine = old.elementwise_affine
     made.weight = old.weight
-    for path, module in list(every_path(change.model)):
-        for own, child in module._modules.items():
-            if child is old:
-                module._modules[own] = made
-                start = f"{path}." if path else ""
-                change.first.pop(f"{start}{own}.bias", None)
-                change.old.pop(f"{start}{own}.bias", None)
+    change.replace_module(step.name, made)
 
 
 @step_of("centre")
