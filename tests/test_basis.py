@@ -206,6 +206,26 @@ def test_what_does_not_commute_is_not_rotated(name):
         assert said in reasons["stem"]
 
 
+def test_double_precision_and_layouts_that_are_looked_at():
+    """Rotations are orthogonal to double precision, and what they make is laid out as the original."""
+
+    class Complex(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, WIDTH), nn.Parameter(torch.randn(4, WIDTH, 2))
+
+        def forward(self, x):
+            return torch.view_as_real(self.first(x).to(torch.complex128) @ torch.view_as_complex(self.second).T)
+
+    for model in (Stream(), Complex()):
+        stirred(model).double()
+        found, _ = found_in(model, X.double())
+        rotated = rotated_basis(found, [random_rotation(f.linear.size) for f in found]).apply(model)
+        wanted = output_of(model, X.double())
+        assert (output_of(rotated, X.double()) - wanted).abs().max() < 1e-12 * wanted.abs().max()
+    assert "first" not in [f.name for f in found] or rotated.second.is_contiguous()
+
+
 class MovedNorm(nn.LayerNorm):
     """A LayerNorm over the second dimension."""
 
@@ -266,7 +286,7 @@ def test_norms_that_lead_to_the_stream_are_not_rotated():
 
 def projected(model, norms, axes):
     """The original in which every norm sees its input on some axes only."""
-    kept = axes.double() @ axes.double().T
+    kept = axes @ axes.T
 
     def project(module, args):
         x = args[0].double()
@@ -301,7 +321,9 @@ def test_a_bottleneck_is_the_original_without_the_removed_axes(tmp_path):
     stirred(model)
     pruned = fxprune.prune(model, {"a.0": 0.5}, x, data=[x], basis="principal")
     axes = pruned.plan.basis.rotations[0][:, : WIDTH // 2]
-    hook = model.expand.register_forward_pre_hook(lambda m, args: torch.einsum("nchw,cd->ndhw", args[0], axes @ axes.T))
+    hook = model.expand.register_forward_pre_hook(
+        lambda m, args: torch.einsum("nchw,cd->ndhw", args[0], (axes @ axes.T).float())
+    )
     wanted = output_of(model, x)
     hook.remove()
     assert (output_of(pruned, x) - wanted).abs().max() < 1e-5 * wanted.abs().max()
@@ -339,7 +361,7 @@ def test_axes_are_those_of_what_the_norms_read():
     rows = [x.reshape(-1, WIDTH) for x in normed[:3]] + [normed[3].mean(1)]  # the head reads a mean over positions
     moment = sum(r.T @ r / len(r) for r in rows)
     values, vectors = torch.linalg.eigh(moment)
-    axes = pruned.plan.basis.rotations[0].double()
+    axes = pruned.plan.basis.rotations[0]
     assert ((axes.T @ vectors.flip(1)).abs().diagonal() > 1 - 1e-4).all()
     assert abs(pruned.meta["basis"].families[0].energy - float(values.flip(0)[:6].sum() / values.sum())) < 1e-5
 

@@ -64,8 +64,8 @@ def measure(model: nn.Module, inputs: Any) -> list[str]:
     rotated = rotated_basis(found, [random_rotation(f.linear.size) for f in found]).apply(model)
     error = distance(model, rotated, given)
     touched = {member.name for f in found for member in f.linear.members}
-    sizes = {n: p.numel() for n, p in model.named_parameters(remove_duplicate=False)}
-    share = sum(sizes.get(n, 0) for n in touched) / sum(p.numel() for p in model.parameters())
+    sizes = {n: p.numel() for n, p in rotated.named_parameters()}
+    share = sum(sizes.get(n, 0) for n in touched) / sum(sizes.values())
     why = Counter(kind_of(reason) for reason in reasons.values())
     names = ", ".join(f"{f.name} ({f.linear.size})" for f in found) or "none"
     return [names, f"{share:.0%}", f"{error:.0e}" if found else "", "; ".join(f"{n} {w}" for w, n in why.most_common(MOST))]

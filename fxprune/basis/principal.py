@@ -87,17 +87,16 @@ def is_plain_norm(module: nn.Module) -> bool:
         return False
     if type(module).forward is nn.LayerNorm.forward:
         return True
-    x = torch.linspace(-1, 1, 2 * math.prod(module.normalized_shape)).reshape(2, *module.normalized_shape)
-    parts = [None if p is None else torch.linspace(0.5, 1, p.numel()).reshape(p.shape) for p in (module.weight, module.bias)]
-    stand_in = copy_tree(
-        module, {id(p): nn.Parameter(v) for p, v in zip((module.weight, module.bias), parts, strict=True) if v is not None}
-    )
+    shape = list(module.normalized_shape)
+    x = torch.linspace(-1, 1, 2 * math.prod(shape)).reshape(2, *shape)
+    held = {name: torch.linspace(0.5, 1, p.numel()).reshape(p.shape) for name, p in module.named_parameters(recurse=False)}
+    swap: dict[int, Tensor] = {id(module.get_parameter(name)): nn.Parameter(value) for name, value in held.items()}
     try:
         with torch.no_grad():
-            made = stand_in(x)
+            made = copy_tree(module, swap)(x)
     except Exception:  # it takes inputs of another shape
         return False
-    wanted = F.layer_norm(x, module.normalized_shape, *parts, eps=module.eps)
+    wanted = F.layer_norm(x, shape, held.get("weight"), held.get("bias"), module.eps)
     return isinstance(made, Tensor) and made.shape == wanted.shape and torch.allclose(made, wanted, atol=1e-5)
 
 
@@ -238,7 +237,7 @@ def principal_axes(
             moment = torch.from_numpy(combine(moment.numpy()))
         values, vectors = torch.linalg.eigh(moment)
         energy = values.flip(0).clamp(min=0)
-        axes.append(vectors.flip(1).float())
+        axes.append(vectors.flip(1).contiguous())
         energies.append(energy / energy.sum().clamp(min=torch.finfo(torch.float64).tiny))
     return tuple(axes), tuple(energies)
 

@@ -132,14 +132,14 @@ def axes_of(model: nn.Module, found: Sequence[Rotatable], options: Options) -> t
     """The principal axes of each family, and their shares of the energy."""
     if not found:
         return (), ()
-    folded = rotated_basis(found, [torch.eye(f.linear.size) for f in found]).apply(model)
+    folded = rotated_basis(found, [torch.eye(f.linear.size, dtype=torch.float64) for f in found]).apply(model)
     assert options.data is not None
     return principal_axes(folded, found, options.data, options.combine)
 
 
 def random_rotation(size: int) -> Tensor:
     random = torch.Generator().manual_seed(0)
-    return torch.linalg.qr(torch.randn(size, size, generator=random, dtype=torch.float64))[0].float()
+    return torch.linalg.qr(torch.randn(size, size, generator=random, dtype=torch.float64))[0]
 
 
 def limit_of(model: nn.Module) -> float:

@@ -43,7 +43,7 @@ class Basis:
 
     Attributes:
         steps: in their order.
-        rotations: orthogonal matrices, single precision, shape (old axes, new axes).
+        rotations: orthogonal matrices, double precision, shape (old axes, new axes).
     """
 
     steps: tuple[Step, ...] = ()
@@ -158,7 +158,7 @@ class Change:
                 continue
             old = self.old[first]
             if first not in made:
-                value = self.new[first].to(old.dtype) if first in self.new else old.detach()
+                value = self.new[first].to(old.dtype).contiguous() if first in self.new else old.detach()
                 made[first] = nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
             module, own = self.owner(name)
             held: Any = module._parameters if own in module._parameters else module._buffers
@@ -305,22 +305,22 @@ def out_of(dim: int) -> int:
 
 
 def text_of(rotation: Tensor) -> str:
-    """A matrix in single precision as text."""
-    return base64.b64encode(rotation.cpu().numpy().astype("<f4").tobytes()).decode()
+    """A matrix in double precision as text."""
+    return base64.b64encode(rotation.cpu().numpy().astype("<f8").tobytes()).decode()
 
 
 def matrix_of(data: Any) -> Tensor:
     """What `text_of` was given, or that itself; raises PruneError for what is no square matrix."""
     if isinstance(data, str):
         try:
-            entries = np.frombuffer(base64.b64decode(data, validate=True), "<f4").astype(np.float32)
+            entries = np.frombuffer(base64.b64decode(data, validate=True), "<f8").astype(np.float64)
         except ValueError as error:
             raise wrong("a rotation is no matrix") from error
         size = math.isqrt(len(entries))
         data = torch.from_numpy(entries.reshape(size, size)) if size * size == len(entries) else None
-    square = isinstance(data, Tensor) and data.dim() == 2 and data.shape[0] == data.shape[1] and data.dtype == torch.float32
+    square = isinstance(data, Tensor) and data.dim() == 2 and data.shape[0] == data.shape[1] and data.dtype == torch.float64
     if not square or not bool(data.isfinite().all()):
-        raise wrong("a rotation is no square matrix in single precision")
+        raise wrong("a rotation is no square matrix in double precision")
     return data.clone()
 
 
