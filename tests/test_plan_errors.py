@@ -87,11 +87,11 @@ TEXT, DATA = "the text that Plan.to_json() returned", "what Plan.to_dict() retur
     [
         ("", "Expecting value: line 1 column 1 (char 0)", TEXT),
         ("[]", "not a JSON object", TEXT),
-        ("{}", "its format is None", "a file of format fxprune.plan/1 or fxprune.plan/2"),
+        ("{}", "its format is None", "a file of format fxprune.plan/1 or fxprune.plan/2 or fxprune.plan/3"),
         (
-            '{"format": "fxprune.plan/3"}',
-            "its format is 'fxprune.plan/3'",
-            "a file of format fxprune.plan/1 or fxprune.plan/2",
+            '{"format": "fxprune.plan/4"}',
+            "its format is 'fxprune.plan/4'",
+            "a file of format fxprune.plan/1 or fxprune.plan/2 or fxprune.plan/3",
         ),
         ('{"format": "fxprune.plan/1"}', "it has no 'shapes'", DATA),
     ],

@@ -99,9 +99,9 @@ def load(path: Folder, model: nn.Module | None = None, *, same_class: bool = Fal
     source = as_path(path)
     folder = source if source.is_dir() else None
     with opened(source / WEIGHTS if folder else source) as (found, data, size):
-        check_digests(source, found, data.get("digests"))
         record = Record.from_dict(data, size, rotations_in(found))
         tensors, contents = split_contents(record.plan, found)
+        check_digests(source, found, data.get("digests"))
         if model is None:
             if folder is None:
                 raise PruneError(f"{source} has no configuration to build the model from", fix="load(path, model)")
