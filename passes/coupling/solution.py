@@ -24,12 +24,14 @@ class CouplingOptions:
         frozen: names of tensors that stay as they are, with the reason.
         release: globs over the names of outputs whose channels may go.
         uniform: whether families that play the same part keep the same share.
+        choices: whether what is chosen by value, as experts are, may go.
     """
 
     heads: bool = True
     frozen: Mapping[str, str] = field(default_factory=dict)
     release: tuple[str, ...] = ()
     uniform: bool = False
+    choices: bool = False
 
     def releases(self, name: str) -> bool:
         """Whether an output, or what it lies in, is released."""
@@ -65,6 +67,8 @@ class Solution:
         ties: those that were solved, as the rules reported them.
         shapes: of the model's own tensors, by name.
         some_stay: units of which one at least must stay.
+        at_least: units, each as often as it has entries, with how many of these must stay.
+        picks: for each capture the values that are numbers of chosen entries, with the labels of what is chosen from.
     """
 
     captures: list[CapturedProgram]
@@ -78,3 +82,5 @@ class Solution:
     ties: list[Tie]
     shapes: dict[str, tuple[int, ...]]
     some_stay: list[np.ndarray]
+    at_least: list[tuple[np.ndarray, int]] = field(default_factory=list)
+    picks: list[dict[int, np.ndarray]] = field(default_factory=list)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from fxprune.passes.ir.constraints import ConstraintBuilder
@@ -29,6 +30,9 @@ class PropagationState:
         pinned: views that are written into, which cannot become copies.
         uniform: values whose entries are all equal, with the one they are views of; `read_before`: those that a call has read.
         seeking_heads: whether this pass only looks for heads.
+        choices: whether entries that are chosen by value may go, those that are never chosen.
+        picks: values that are numbers of chosen entries, each with the labels that they are numbers of.
+        number: one of them that Python has just read.
         leaf_dims: dimensions of the model's own tensors that may be composed, by first label: tensor, dimension, size.
         composed: those found to belong to several labels at once (an outer product), by first label, with the labels.
         rewrite: what the current node becomes in the pruned program (see `OpSpec`).
@@ -47,6 +51,9 @@ class PropagationState:
     uniform: dict[int, int] = field(default_factory=dict)
     read_before: set[int] = field(default_factory=set)
     seeking_heads: bool = False
+    choices: bool = False
+    picks: dict[int, np.ndarray] = field(default_factory=dict)
+    number: tuple[Any, np.ndarray] | None = None
     leaf_dims: dict[int, LeafDim] = field(default_factory=dict)
     composed: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
     rewrite: Callable[..., Any] | None = None

@@ -140,7 +140,7 @@ class MaskedRun(Recorder):
         self.memory: set[int] = set()  # where the model's tensors lie
         self.dtypes: set[torch.dtype] = set()  # of half precision that results were computed in
         self.draws = False  # whether it draws random numbers
-        self.state = PropagationState(self.op_trace, self.labels, ConstraintBuilder(self.given), removal.heads)
+        self.state = PropagationState(self.op_trace, self.labels, ConstraintBuilder(self.given), removal.heads, choices=True)
 
     @property
     def kept(self) -> Tensor:
