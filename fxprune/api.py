@@ -26,6 +26,7 @@ from fxprune.selection.options import (
     Attention,
     BudgetName,
     Depth,
+    Experts,
     Freeze,
     Options,
     Ranking,
@@ -109,6 +110,7 @@ def prune(
     release: str | Sequence[str] = (),
     round_to: int = 1,
     attention: Attention = "heads",
+    experts: Experts = False,
     depth: Depth = False,
     depth_criterion: str | Callable[[Tensor, Tensor], Any] | None = None,
     uniform: bool = False,
@@ -171,6 +173,9 @@ def prune(
             every output keeps its shape.
         round_to: what is left of a family is a multiple of this; a family that cannot be stays whole.
         attention: remove whole `heads`, or `dims` within them.
+        experts: with True whole experts go too, with their rows of the router, with "only" nothing else does: whatever is
+            chosen by `topk` or `argmax` among scores and indexes parameters. What is left is what the original computes with
+            the scores of the others at minus infinity; at least as many stay as are chosen.
         depth: with True residual branches go too, with "only" nothing else: attention, an FFN, the convolutions of a block,
             whatever is computed from a stream and added to it by parameters of its own. A `ratio` is also the share of
             branches; a budget is one over both.
@@ -223,6 +228,7 @@ def prune(
             release=release,
             round_to=round_to,
             attention=attention,
+            experts=experts,
             depth=depth,
             depth_criterion=depth_criterion,
             uniform=uniform,
@@ -250,6 +256,7 @@ def couple(
     protect: tuple[int, int] = (0, 0),
     release: str | Sequence[str] = (),
     attention: Attention = "heads",
+    experts: Experts = False,
     uniform: bool = False,
 ) -> Coupling:
     """Which channels of a model go together, and why the others stay.
@@ -270,6 +277,7 @@ def couple(
             protect=protect,
             release=release,
             attention=attention,
+            experts=experts,
             uniform=uniform,
         )
         inputs = ExampleInputs.parse(example_inputs, model).check(model, weights=False)

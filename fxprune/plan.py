@@ -86,7 +86,8 @@ class PlanData:
     @property
     def coupling_options(self) -> CouplingOptions:
         """What it was asked of a coupling to make the plan."""
-        return CouplingOptions(self.attention == "heads", dict.fromkeys(self.freeze, "is frozen by request"), self.release)
+        frozen = dict.fromkeys(self.freeze, "is frozen by request")
+        return CouplingOptions(self.attention == "heads", frozen, self.release, choices=True)
 
     def kept_shape(self, name: str) -> tuple[int, ...]:
         """What is left of a tensor's shape."""

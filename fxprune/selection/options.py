@@ -23,7 +23,7 @@ from fxprune.passes.coupling.solution import CouplingOptions
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_parameters, named_tensors
 from fxprune.passes.ir.quiet import gc_paused
-from fxprune.selection.argument_checks import check_alone, check_word, is_one_of, parse_ratio, released
+from fxprune.selection.argument_checks import check_alone, check_experts, check_word, is_one_of, parse_ratio, released
 from fxprune.selection.budgets import KINDS, Budget, list_arguments, parse_budget
 from fxprune.selection.indices import parse_remove
 from fxprune.selection.names import Names, frozen_names, frozen_outputs, near_modules, outside, protected
@@ -35,6 +35,7 @@ Freeze = Names
 Attention = Literal["heads", "dims"]
 Verify = bool | Literal["auto"]
 Depth = bool | Literal["only"]
+Experts = bool | Literal["only"]
 Ranking = Literal["local", "global", "isomorphic"]
 BudgetName = Literal["params", "macs", "memory", "latency"]
 
@@ -65,6 +66,7 @@ class Asked(TypedDict, total=False):
     release: str | Sequence[str]
     round_to: int
     attention: Attention
+    experts: Experts
     uniform: bool
 
 
@@ -117,6 +119,7 @@ class Options:
         protect: tuple[int, int] = (0, 0),
         release: str | Sequence[str] = (),
         attention: Attention = "heads",
+        experts: Experts = False,
         criterion: str | Criterion | None = None,
         ranking: Ranking | None = None,
         data: Iterable[Any] | None = None,
@@ -139,7 +142,9 @@ class Options:
         frozen |= frozen_names(model, freeze) | frozen_outputs(model, freeze_outputs)
         if not isinstance(uniform, bool):
             raise PruneError(f"uniform must be True or False, not {shown(uniform)}", fix="uniform=True")
-        coupling = CouplingOptions(attention == "heads", frozen, released(release), uniform)
+        check_experts(experts)
+        choices = experts or given is not None  # what is named by index is asked for
+        coupling = CouplingOptions(attention == "heads", frozen, released(release), uniform, choices)
         for name in ("floor", "round_to"):
             others[name] = number(others.get(name, {"floor": None, "round_to": 1}[name]))
         options = cls(share, limit, coupling=coupling, data=data, loss=loss, remove=given, **others)
@@ -147,6 +152,10 @@ class Options:
         check_values(options)
         check_globs(model, options)
         return options
+
+    @property
+    def experts(self) -> Experts:
+        return False if self.remove is not None else self.coupling.choices
 
     def with_defaults(self, model: nn.Module, criterion: str | Criterion | None, ranking: Ranking | None) -> Options:
         """The same with a criterion and a ranking: those that are asked for, or the ones that do least harm."""

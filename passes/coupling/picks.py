@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from fxprune.passes.coupling.solution import Solution
+from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.labels import NONE, Factor, Labels
 from fxprune.passes.ir.op_trace import name_of
 from fxprune.passes.ir.propagation_state import PropagationState
@@ -63,6 +65,33 @@ def refuse(call: RuleContext, picked: np.ndarray) -> None:
 def mark(call: RuleContext, refs: Sequence[TensorRef], picked: np.ndarray) -> None:
     for ref in refs:
         call.state.picks[ref.id] = picked
+
+
+def chosen_units(solution: Solution) -> np.ndarray:
+    """The units of all that is chosen by value and that is the model's own: of its experts."""
+    owned = max((f.largest for labels in solution.leaves.values() for f in labels), default=0)
+    found = {id(labels): labels for picks in solution.picks for labels in picks.values()}
+    units = solution.unit_of.numpy()
+    chosen = [units[labels[(labels > 0) & (labels <= owned)]] for labels in found.values()]
+    return np.unique(np.concatenate([*chosen, np.zeros(0, np.int64)]))
+
+
+def keep_the_rest(solution: Solution) -> None:
+    """Freeze all but what is chosen by value."""
+    rest = np.setdiff1d(np.flatnonzero(solution.frozen < 0), chosen_units(solution))
+    solution.frozen[rest] = len(solution.reasons)
+    solution.reasons.append("is no expert, and nothing else may go by experts='only'")
+
+
+def require_experts(solution: Solution, where: str) -> None:
+    """Raise PruneError where a model has no experts that could go."""
+    units = chosen_units(solution)
+    if not len(units):
+        what = "experts are asked for, and the model has none: nothing is chosen by value and indexes parameters"
+        raise PruneError(what, where=where, fix="experts=False")
+    if (solution.frozen[units] >= 0).all():
+        why = solution.reasons[int(solution.frozen[units[0]])]
+        raise PruneError(f"no expert of the model can go: the first one {why}", where=where, fix="experts=False")
 
 
 # -- what makes picks ----------------------------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ def propagate(
             seeking_heads=seeking_heads,
             leaf_dims=leaf_dims or {},
             composed=composed,
-            choices=options.choices,
+            choices=bool(options.choices),
         )
         propagate_through(program, state, leaves.size)
         constraints.node = program.node(program.capture.index[program.capture.output])

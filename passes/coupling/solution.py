@@ -24,14 +24,14 @@ class CouplingOptions:
         frozen: names of tensors that stay as they are, with the reason.
         release: globs over the names of outputs whose channels may go.
         uniform: whether families that play the same part keep the same share.
-        choices: whether what is chosen by value, as experts are, may go.
+        choices: whether what is chosen by value, as experts are, may go; `only`: and nothing else.
     """
 
     heads: bool = True
     frozen: Mapping[str, str] = field(default_factory=dict)
     release: tuple[str, ...] = ()
     uniform: bool = False
-    choices: bool = False
+    choices: bool | str = False
 
     def releases(self, name: str) -> bool:
         """Whether an output, or what it lies in, is released."""
