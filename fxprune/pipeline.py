@@ -198,7 +198,7 @@ class Compilation:
             {name: tuple(t.shape) for name, t in self.tensors.items()},
             {n: found[n] for n in found if found[n] and n in self.tensors and n not in gone}
             | {n: [nothing_of(t.shape)] for n, t in self.tensors.items() if n in gone},
-            "heads" if self.options.heads else "dims",
+            self.options.attention,
             tuple(sorted(self.options.frozen)),
             self.inputs.describe(),
             self.options.release,

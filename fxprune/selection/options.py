@@ -32,7 +32,7 @@ Ratio = float | Mapping[Any, float]  # by globs and modules
 Remove = Mapping[Any, Sequence[int]]  # by layers, tensors and families
 Scopes = Mapping[str, str | Sequence[str]]
 Freeze = Names
-Attention = Literal["heads", "dims"]
+Attention = Literal["heads", "queries", "dims"]
 Verify = bool | Literal["auto"]
 Depth = bool | Literal["only"]
 Experts = bool | Literal["only"]
@@ -130,7 +130,7 @@ class Options:
     ) -> Options:
         """Options from the arguments of a public function; `others` are budgets and attributes. Raises PruneError."""
         share = parse_ratio(model, DEFAULT_RATIO if ratio is None else ratio)
-        check_word("attention", attention, ("heads", "dims"))
+        check_word("attention", attention, ("heads", "queries", "dims"))
         limit = parse_budget({kind: others.pop(kind, None) for kind in KINDS if kind in Asked.__annotations__}, budget)
         if limit is not None and ratio is not None:
             raise PruneError(f"ratio and {limit.kind} are both given", fix=list_arguments())
@@ -144,7 +144,7 @@ class Options:
             raise PruneError(f"uniform must be True or False, not {shown(uniform)}", fix="uniform=True")
         check_experts(experts)
         choices = experts or given is not None  # what is named by index is asked for
-        coupling = CouplingOptions(attention == "heads", frozen, released(release), uniform, choices)
+        coupling = CouplingOptions(CouplingOptions.heads_of(attention), frozen, released(release), uniform, choices)
         for name in ("floor", "round_to"):
             others[name] = number(others.get(name, {"floor": None, "round_to": 1}[name]))
         options = cls(share, limit, coupling=coupling, data=data, loss=loss, remove=given, **others)

@@ -103,7 +103,7 @@ def best(call: RuleContext) -> Handled:
     ndim = len(call.shape(x))
     if len(call.inputs) > 1 or not ndim or call.get("dim", -1) is None:
         return None
-    dim, values = call.dim(call.get("dim", -1), ndim), call.outputs[:-1]
+    dim = call.dim(call.get("dim", -1), ndim)
     if name_of(call.op.func) in ("aten::max", "aten::min", "aten::argmax", "aten::argmin") and "dim" not in call.named:
         return None
     along = [f for f in call.labels(x) if dim in f.dims]
@@ -116,8 +116,11 @@ def best(call: RuleContext) -> Handled:
     if read and len(along[0].major_to_minor) == 1:
         mark(call, places, along[0].flat)
     reduced = len(call.shape(call.outputs[0])) < ndim
-    passed = tuple(f.without(dim) if reduced else f for f in call.labels(x) if dim not in f.dims)
-    return [passed] * len(values) + [passed]
+    left = tuple(f.without(dim) if reduced else f for f in call.labels(x) if dim not in f.dims)
+    if len(along[0].major_to_minor) > 1:
+        rows = call.constraints.new_row_labels(along[0], along[0].major_to_minor[:-1], whole=False)
+        left += (rows.without(dim) if reduced else rows,)
+    return [left] * len(call.outputs)
 
 
 def where_true(call: RuleContext) -> Handled:
@@ -221,6 +224,9 @@ def scattered(call: RuleContext) -> Handled:
     if left is None:
         return None
     along = tuple(f for f in labels if dim in f.dims)
+    if size == len(picked):
+        along = (Factor.vector(picked, dim, ndim),)
+        labels = left + along
     call.known[x.id] = left
     rule = find(call.op.func).labels
     made = rule(call) if rule is not None else left

@@ -20,18 +20,28 @@ class CouplingOptions:
     """What may go and what may not.
 
     Attributes:
-        heads: whether heads of attention go whole (else the dimensions within them).
+        heads: whether heads of attention go whole (else the dimensions within them); `queries`: and no KV heads.
         frozen: names of tensors that stay as they are, with the reason.
         release: globs over the names of outputs whose channels may go.
         uniform: whether families that play the same part keep the same share.
         choices: whether what is chosen by value, as experts are, may go; `only`: and nothing else.
     """
 
-    heads: bool = True
+    heads: bool | str = True
     frozen: Mapping[str, str] = field(default_factory=dict)
     release: tuple[str, ...] = ()
     uniform: bool = False
     choices: bool | str = False
+
+    @property
+    def attention(self) -> str:
+        """What goes of attention, in a word."""
+        return "queries" if self.heads == "queries" else "heads" if self.heads else "dims"
+
+    @classmethod
+    def heads_of(cls, attention: str) -> bool | str:
+        """The same as `heads`."""
+        return attention == "heads" or (attention == "queries" and attention)
 
     def releases(self, name: str) -> bool:
         """Whether an output, or what it lies in, is released."""

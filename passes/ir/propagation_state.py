@@ -24,7 +24,7 @@ class PropagationState:
         op_trace: the program's calls.
         labels: of every value so far, by number.
         constraints: where rules report.
-        heads: whether batch dimensions of products of activations are heads.
+        heads: whether batch dimensions of products of activations are heads; `queries`: those of KV heads stay.
         uses: values that a later call reads; empty where that is not known.
         varying: values whose contents change with the sizes of the inputs.
         pinned: views that are written into, which cannot become copies.
@@ -44,7 +44,7 @@ class PropagationState:
     op_trace: OpTrace
     labels: dict[int, Labels]
     constraints: ConstraintBuilder
-    heads: bool = False
+    heads: bool | str = False
     uses: set[int] = field(default_factory=set)
     varying: set[int] = field(default_factory=set)
     pinned: set[int] = field(default_factory=set)

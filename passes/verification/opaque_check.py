@@ -68,7 +68,7 @@ def broken(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     *,
-    heads: bool,
+    heads: bool | str,
     tolerance: float,
 ) -> dict[str, str]:
     """Paths of the modules that do not compute, once cut, what they compute masked, with a reason that completes "it ..."."""
@@ -167,7 +167,7 @@ def compared(
     args: Any,
     kwargs: Any,
     *,
-    heads: bool,
+    heads: bool | str,
     tolerance: float,
 ) -> str:
     """What is wrong with a cut module on these arguments: nothing, or a clause."""
