@@ -19,6 +19,7 @@ from fxprune.passes.ir.op_trace import name_of
 from fxprune.passes.ir.propagation_state import PropagationState
 from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ops.call import RuleContext
+from fxprune.passes.ops.creation import SHARED
 from fxprune.passes.ops.registry import find
 
 ELSEWHERE = "is chosen by value, and more is done with the choice than to index"
@@ -81,6 +82,13 @@ def keep_the_rest(solution: Solution) -> None:
     rest = np.setdiff1d(np.flatnonzero(solution.frozen < 0), chosen_units(solution))
     solution.frozen[rest] = len(solution.reasons)
     solution.reasons.append("is no expert, and nothing else may go by experts='only'")
+
+
+def require_shared_heads(solution: Solution, where: str) -> None:
+    """Raise PruneError where no query heads share keys and values."""
+    if not any(reason.startswith(SHARED) for reason in solution.reasons):
+        what = "attention='queries' removes query heads that share keys and values, and each has its own"
+        raise PruneError(what, where=where, fix="attention='heads' removes whole heads, attention='dims' dimensions within them")
 
 
 def require_experts(solution: Solution, where: str) -> None:

@@ -15,7 +15,7 @@ from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ops.call import OpView, RuleContext
 from fxprune.passes.ops.creation import copies_of_rows, freeze_shared
 from fxprune.passes.ops.masking import MaskContext, as_returned, with_value
-from fxprune.passes.ops.matmul import contract
+from fxprune.passes.ops.matmul import contract, keep_own_heads
 from fxprune.passes.ops.registry import OpSpec, register
 from fxprune.passes.ops.rewriting import RewriteContext, argument, with_argument
 from fxprune.passes.ops.unify import unify
@@ -41,6 +41,9 @@ def attention(call: RuleContext) -> list[Labels]:
             call.freeze_dims(call.labels(ref), [n], "is a token of causal attention")
     k_labels, k_shape = grouped(call, k, call.shape(q))
     v_labels, v_shape = grouped(call, v, call.shape(q))
+    if call.heads == "queries":
+        for shared in (k_labels, v_labels):
+            keep_own_heads(call, shared, n)
     batch = list(range(n))
     # index space: batch, L, S, E
     weights = contract(

@@ -79,6 +79,12 @@ def contract(
     return tuple(result)
 
 
+def keep_own_heads(call: RuleContext, labels: Labels, behind: int) -> None:
+    """Freeze heads of keys or values that no others share, where query heads alone may go: one would leave a group of none."""
+    own = [f for f in labels if f.major_to_minor[0] < behind and call.constraints.undetermined(f) is None]
+    call.freeze(tuple(own), "has keys and values of its own, and attention='queries' removes those that share them")
+
+
 def copies(call: RuleContext, ref: TensorRef, places: Sequence[int]) -> list[int]:
     """Where a tensor that no input goes into repeats itself: dimension i of it is places[i]."""
     if call.op_trace.values[ref.id].from_input:
@@ -142,6 +148,8 @@ def multiplied(
 ) -> Labels:
     """Labels of a product, whose second operand has labels and shape as given, and of what is added to it."""
     vector = len(b_shape) == 1
+    if call.heads == "queries" and call.op_trace.values[a.id].from_input and call.op_trace.values[b.id].from_input:
+        keep_own_heads(call, b_labels, len(b_shape) - 2)
     if vector:
         b_labels, b_shape = tuple(Factor(f.labels.unsqueeze(-1), f.major_to_minor) for f in b_labels), (*b_shape, 1)
     a_shape = call.shape(a)
