@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
@@ -12,6 +13,7 @@ from fxprune.arguments import checked_call
 from fxprune.criteria.base import Criterion
 from fxprune.criteria.catalog import CriterionName
 from fxprune.distributed.ranks import ranks_of
+from fxprune.distributed.sharded import sharding_of
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.coupling.families import families
@@ -198,17 +200,23 @@ def prune(
             itself is returned with `same_class`; else the GraphModule has its tensors, and the model is of no more use. Make
             optimizers anew.
 
-    A model in `DistributedDataParallel` is pruned by all its processes together, which all have to call `prune`: scores are
-    the mean over them, each with its own data, and an error in one is raised in all.
+    A model of several processes is pruned by all of them together, which all have to call `prune`; an error in one is raised in
+    all. In `DistributedDataParallel` scores are the mean over them, each with its own data. A model that `fully_shard` (FSDP2)
+    or tensor parallelism spread over them stays so, in its own class; one parameter at a time is gathered. Nothing is verified
+    then; criteria that look at data, latency and `depth` take the plain model. `inplace` empties the original as it goes.
 
     Returns: a `torch.fx.GraphModule` (with `same_class` a module of the model's class) on the model's device and in its mode;
     `meta["plan"]` and `meta["verification"]`.
 
     Raises: PruneError for anything that cannot be done; nothing has changed then.
     """
-    with ranks_of(model) as ranks, entry_point(model) as model:
+    with (
+        ranks_of(model) as ranks,
+        contextlib.nullcontext(sharding_of(model)) as sharded,
+        entry_point(model if sharded is None else sharded.form) as model,
+    ):
         options = Options.parse(
-            model,
+            model if sharded is None else sharded.model,
             ratio=ratio,
             params=params,
             macs=macs,
@@ -236,6 +244,8 @@ def prune(
             verify=verify,
         )
         inputs = ExampleInputs.parse(example_inputs, model).check(model, weights=options.needs_weights or same_class)
+        if sharded is not None and ranks is not None:
+            return sharded.prune(options, inputs, ranks, inplace=inplace)
         if ranks is not None:
             options = dataclasses.replace(options, combine=ranks.mean)
         pruned = Compilation(model, inputs, options.coupling).prune(options, same_class=same_class, inplace=inplace)
