@@ -34,6 +34,7 @@ class Recorder(TorchDispatchMode):
     Attributes:
         active: whether calls are recorded.
         before_write: is called with each tensor before a call writes to it.
+        leaks: tensors whose contents Python has taken in the module that is running.
         tracing: whether code of the model's is being traced: then calls on its tensors are none that the graph knows of.
     """
 
@@ -50,6 +51,7 @@ class Recorder(TorchDispatchMode):
         self.node = -1
         self.active = True
         self.tracing = False
+        self.leaks: list[TensorRef] = []
 
     supports_higher_order_operators = True
 
@@ -62,10 +64,13 @@ class Recorder(TorchDispatchMode):
         return held[1] if held is not None else self.known.get(tensor) if self.any_known else None
 
     def ref(self, tensor: Tensor) -> TensorRef:
-        """The number of a tensor; one never seen is a leaf: the model's own, or a constant."""
+        """The number of a tensor; one never seen is a leaf: the model's own, or a constant, or what became of leaks."""
         ref = self.find(tensor)
         if ref is None:
-            ref = self.add(tensor, from_input=False, name=self.names.get(id(tensor)))
+            name = self.names.get(id(tensor))
+            ref = self.add(tensor, from_input=name is None and bool(self.leaks), name=name)
+            if self.op_trace.values[ref.id].from_input:
+                return ref
             if not tensor.dtype.is_floating_point and tensor.numel() <= LARGEST_INDEX and not tensor.is_meta:
                 self.contents.keep(tensor, ref)
         return ref
