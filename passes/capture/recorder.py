@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from fxprune.passes.capture.index_contents import IndexContents
 from fxprune.passes.capture.meta_kernels import RESHAPING, MetaKernels
 from fxprune.passes.capture.proxy import TensorProxy
-from fxprune.passes.errors import ReadsValue
+from fxprune.passes.errors import PruneError, ReadsValue
 from fxprune.passes.ir.module_tree import PLAIN_TENSORS, like
 from fxprune.passes.ir.op_trace import OpCall, OpTrace, TensorInfo, written_by
 from fxprune.passes.ir.pytree import ATOMS, TensorRef, gather_refs, map_tensors, tensors
@@ -87,6 +87,12 @@ class Recorder(TorchDispatchMode):
         return map_tensors(argument, self.ref)
 
     def add(self, tensor: Tensor, *, from_input: bool, name: str | None = None) -> TensorRef:
+        if tensor.is_nested:
+            raise PruneError(
+                "the forward works on a nested tensor, each entry of which has sizes of its own",
+                where=name or "",
+                fix="a padded tensor in its place, or prune the modules before and behind on their own",
+            )
         values, on_meta = self.op_trace.values, tensor.is_meta
         ref = TensorRef(len(values))
         values.append(TensorInfo(tuple(tensor.shape), tensor.dtype, from_input, name, None, on_meta))

@@ -25,7 +25,6 @@ from fxprune.passes.ops.autograd_probe import probe
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.registry import find, find_node
 
-
 TAKEN = "is a tensor whose contents Python takes"
 
 
