@@ -265,6 +265,7 @@ class ValueTracer(GraphBuilder):
             functions=frozenset(evaluator.functions),
             calls=evaluator.calls,
             sizes=evaluator.sizes,
+            leaks=evaluator.leaks,
             inputs=self.inputs,
             tensor_names=list(self.names.values()),
             outputs=list(named_outputs(output.args[0], self.results)),
