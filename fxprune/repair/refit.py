@@ -2,12 +2,13 @@
 
 The original runs on the data once; the pruned model does not run for it. What a weight lost, x_gone W_gone, is fitted by the
 inputs that are left, x_kept: the moments of both are those of the original, so that no layer is fitted to the errors of those
-before it, and nothing is held but a matrix for each layer. (`reconstruct` instead fits what the pruned model computes, layer
-after layer: with little data such fits follow one another's noise.)
+before it, and nothing is held but a matrix for each layer of one block, and what goes into that block. (`reconstruct` instead
+fits what the pruned model computes, layer after layer: with little data such fits follow one another's noise.)
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,18 +19,22 @@ from torch import Tensor, nn
 
 from fxprune.criteria.activation_stats import wide
 from fxprune.criteria.calibration import BATCHES, Batch
+from fxprune.criteria.lockstep import Lockstep, stopping, without_cache
 from fxprune.form_programs import FormPrograms, Names, slots
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.errors import GuardError, PruneError
 from fxprune.passes.ir.module_tree import named_tensors, private_copy, set_mode
 from fxprune.passes.ir.progress import progress_bar
-from fxprune.plan import PlanData
+from fxprune.passes.ir.slices import mask_of
+from fxprune.plan import PlanData, shapes_of
 from fxprune.repair.held_out import SHARES, Errors, Outcome
 from fxprune.repair.least_squares import NormalEquations, add_call, as_weight, count_inputs, fit, groups, run_product
 from fxprune.repair.repairer import NOT_FINITE, WORSE, RepairStep, relative
 from fxprune.repair.sites import SiteCall, SiteObserver, count_overlaps
+from fxprune.selection.names import block_chains
 
 NAME = "refit"
+USED_AGAIN = "it is used more than once"
 TOO_WIDE = 8192  # inputs of a product whose normal equations are not formed
 
 
@@ -61,7 +66,7 @@ class LostObserver(SiteObserver):
 
     Arguments:
         names, owned: as for `SiteObserver`.
-        masks: for each tensor of the original, which elements are kept.
+        mask: of a tensor of the original, which elements are kept; None where all are.
         lost: what is known so far, by parameter; grows.
         skipped: parameters that cannot be fitted, with the reason; grows.
         held: whether the batch is held out.
@@ -71,14 +76,14 @@ class LostObserver(SiteObserver):
         self,
         names: dict[int, str],
         owned: Mapping[str, Tensor],
-        masks: Mapping[str, Tensor],
+        mask: Callable[[str], Tensor | None],
         lost: dict[str, Lost],
         skipped: dict[str, str],
         *,
         held: bool,
     ) -> None:
         super().__init__(names, {int(t.untyped_storage().data_ptr()): name for name, t in owned.items() if t.numel()})
-        self.tensors, self.masks, self.lost, self.skipped, self.held_out = owned, masks, lost, skipped, held
+        self.tensors, self.mask, self.lost, self.skipped, self.held_out = owned, mask, lost, skipped, held
         self.spans: dict[str, Any] = {}
 
     def record(self, call: Any, tensors: dict[int, Tensor], func: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -87,8 +92,8 @@ class LostObserver(SiteObserver):
             self.look(self.calls.pop())
 
     def look(self, call: SiteCall) -> None:
-        mask = self.masks.get(call.name)
-        if call.product is None or call.name in self.skipped or mask is None or bool(mask.all()):
+        mask = None if call.product is None or call.name in self.skipped else self.mask(call.name)
+        if call.product is None or mask is None:
             return
         weight, whole = call.weight, self.tensors[call.name]
         turned = weight.shape == whole.mT.shape and weight.stride() == whole.mT.stride() if whole.dim() == 2 else False
@@ -132,12 +137,9 @@ class LostObserver(SiteObserver):
             return "its product is scaled"
         return f"it has more than {TOO_WIDE:,} inputs" if count_inputs(call) > TOO_WIDE else ""
 
-    def finish(self) -> None:
-        """Give up what is used more than once."""
-        for name, span in self.spans.items():
-            if count_overlaps(span, self.uses) > 1:
-                self.lost.pop(name, None)
-                self.skipped[name] = "it is used more than once"
+    def used_again(self) -> list[str]:
+        """Weights that lost inputs and are used more than once."""
+        return [name for name, span in self.spans.items() if count_overlaps(span, self.uses) > 1]
 
 
 def kept_along(mask: Tensor, dim: int | None) -> Tensor:
@@ -176,27 +178,55 @@ class Refit:
 
     def run(self, ridge: float | None) -> tuple[list[RepairStep], Outcome]:
         """Fit every weight that lost inputs, then go as far as the output on the samples held out comes closer."""
-        lost, skipped = self.watch()
-        start = {name: tensor.detach().clone() for name, tensor in self.own.items() if name in lost or name in biases(lost)}
-        steps = [self.fit(name, found, ridge) for name, found in lost.items()]
-        steps += [RepairStep(name, NAME, None, False, why) for name, why in skipped.items()]
-        return steps, self.choose_share(start)
+        start: dict[str, Tensor] = {}
+        steps: dict[str, RepairStep] = {}
+        for lost in self.watch(start, steps):
+            for name, found in lost.items():
+                start |= {n: self.own[n].detach().clone() for n in (name, found.bias) if n is not None and n in self.own}
+                steps[name] = self.fit(name, found, ridge)
+        return list(steps.values()), self.choose_share(start)
 
-    def watch(self) -> tuple[dict[str, Lost], dict[str, str]]:
-        """Run the original on all batches; what each weight lost, and which are left as they are."""
+    def watch(self, start: dict[str, Tensor], steps: dict[str, RepairStep]) -> Iterator[dict[str, Lost]]:
+        """Run the original on all batches, block by block, and yield what the weights of each lost.
+
+        Arguments:
+            start: the values of weights that were fitted: those of a weight that is used again are put back.
+            steps: what was done, by weight; those that are left as they are are added.
+        """
         tensors = dict(named_tensors(self.whole))
         first = {id(t): name for name, t in named_tensors(self.model)}
         names = {id(t): first.get(id(t), name) for name, t in tensors.items()}
         owned = {names[id(t)]: t for t in tensors.values() if isinstance(t, nn.Parameter) and t.is_floating_point()}
-        lost: dict[str, Lost] = {}
-        skipped: dict[str, str] = {}
-        masks = self.plan.masks(self.model)
-        for batch, held in progress_bar(self.parts, "refit", "batch"):
-            observer = LostObserver(names, owned, masks, lost, skipped, held=held)
-            with observer:
-                call(self.whole, batch)
-            observer.finish()
-        return {name: found for name, found in lost.items() if name in self.own}, skipped
+        cuts, lost, skipped = self.plan.fitted(shapes_of(self.model)).slices, dict[str, Lost](), dict[str, str]()
+
+        @functools.cache
+        def mask(name: str) -> Tensor | None:
+            return mask_of(cuts[name], owned[name].shape) if cuts.get(name) and name not in start else None
+
+        observers = [LostObserver(names, owned, mask, lost, skipped, held=held) for _, held in self.parts]
+
+        def ready() -> dict[str, Lost]:
+            skipped.update((name, USED_AGAIN) for observer in observers for name in observer.used_again())
+            found = {name: each for name, each in lost.items() if name in self.own and name not in skipped}
+            lost.clear()
+            mask.cache_clear()
+            return found
+
+        paths = [path for chain in block_chains(self.whole) for path in chain]
+        works = [functools.partial(observed, o, self.whole, batch) for o, (batch, _) in zip(observers, self.parts, strict=True)]
+        with stopping(self.whole, paths), Lockstep(paths, works) as lockstep:
+            for _, at in progress_bar(lockstep.stages(), "refit", "block", len(paths)):
+                answers = []
+                for i in at:
+                    with observers[i]:
+                        answers.append(lockstep.call(i).run())
+                yield ready()
+                for i, answer in zip(at, answers, strict=True):
+                    lockstep.answer(i, answer)
+            yield ready()
+        for name in skipped.keys() & steps.keys():
+            self.own[name].data.copy_(start[name])
+        steps |= {name: RepairStep(name, NAME, None, False, why) for name, why in skipped.items()}
 
     def fit(self, name: str, found: Lost, ridge: float | None) -> RepairStep:
         """Fit one weight, and keep the fit where what is lost grows smaller on the data held out."""
@@ -221,19 +251,21 @@ class Refit:
         """As `held_out.choose_share`, batch by batch: no output is held."""
         judged = [batch for batch, held in self.parts if held] or [batch for batch, _ in self.parts]
         checks = any(held for _, held in self.parts)
-        made = {name: self.own[name].detach().clone() for name in start}
 
-        def errors(share: float) -> Errors:
-            for name, tensor in start.items():
-                self.own[name].data.copy_(tensor.lerp(made[name], share))
+        def errors() -> Errors:
             return sum_of(Errors.of([call(self.whole, b)], [self.output(b)], [b]) for b in judged)
 
-        before = errors(0.0)
+        swap(self.own, start)
+        before = errors()
+        swap(self.own, start)
         for share in SHARES if checks else (1.0,):
-            after = errors(share)
+            after = errors()
             if not checks or after.surely_less_than(before):
                 return Outcome(share, (before.relative, after.relative))
-        errors(0.0)
+            for name, tensor in start.items():
+                self.own[name].data.copy_(tensor.lerp(self.own[name], 0.5))
+        for name, tensor in start.items():
+            self.own[name].data.copy_(tensor)
         return Outcome(0.0, (before.relative, before.relative))
 
     def output(self, batch: Batch) -> Any:
@@ -254,11 +286,20 @@ class Refit:
         return inputs.map(torch.clone).call(form.pruned)
 
 
-def biases(lost: Mapping[str, Lost]) -> set[str]:
-    return {found.bias for found in lost.values() if found.bias is not None}
+def swap(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:
+    """Exchange the values of tensors with those of others of the same names, one at a time."""
+    for name, other in others.items():
+        own = tensors[name].detach().clone()
+        tensors[name].data.copy_(other)
+        other.copy_(own)
 
 
-def call(model: Callable[..., Any], batch: Batch) -> Any:
+def observed(observer: LostObserver, model: nn.Module, batch: Batch) -> None:
+    with observer:
+        call(model, replace(batch, kwargs=without_cache(model, batch.kwargs)))
+
+
+def call(model: nn.Module, batch: Batch) -> Any:
     """What a model returns for a batch."""
     try:
         return ExampleInputs(batch.args, batch.kwargs).map(torch.clone).call(model)
