@@ -174,11 +174,14 @@ class Refit:
         self.own = {name(path): tensor for path, tensor, _, _ in slots(made)}
         self.name, self.forms, self.shared = name, FormPrograms(model, plan, self.own), set[int]()
 
-    def run(self, ridge: float | None) -> tuple[list[RepairStep], Outcome]:
-        """Fit every weight that lost inputs, then go as far as the output on the samples held out comes closer."""
+    def run(self, ridge: float | None, refused: str = "") -> tuple[list[RepairStep], Outcome]:
+        """Fit every weight that lost inputs, then go as far as the output on the samples held out comes closer.
+
+        Where it is `refused`, with a reason, nothing is fitted.
+        """
         lost, skipped = self.watch()
         start = {name: tensor.detach().clone() for name, tensor in self.own.items() if name in lost or name in biases(lost)}
-        steps = [self.fit(name, found, ridge) for name, found in lost.items()]
+        steps = [RepairStep(n, NAME, None, False, refused) if refused else self.fit(n, f, ridge) for n, f in lost.items()]
         steps += [RepairStep(name, NAME, None, False, why) for name, why in skipped.items()]
         return steps, self.choose_share(start)
 

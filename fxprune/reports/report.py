@@ -54,6 +54,7 @@ class Report(Printable):
         chosen: what `prune` chose where nothing was asked for, and why.
         unused: the modules of tensors that a run on the example inputs does not use, which stay as they are.
         branches: the residual branches that were removed, by name.
+        repaired: what repair came to, if there was one.
     """
 
     model: str
@@ -72,6 +73,7 @@ class Report(Printable):
     chosen: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     branches: tuple[str, ...] = ()
+    repaired: str = ""
 
     def __repr__(self) -> str:
         """A few lines; `print` shows the tables, too."""
@@ -158,6 +160,8 @@ class Report(Printable):
         yield f"captured: {self.capture}"
         unknown = "not compared with the original: prune(..., verify=True) or fxprune.verify does it"
         yield str(self.verification or unknown)
+        if self.repaired:
+            yield self.repaired
 
     def tables(self) -> Iterator[RenderableType]:
         """The sentences, the families that shrank and those that did not, as rich renders them."""

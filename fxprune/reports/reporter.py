@@ -147,6 +147,7 @@ class Reporter:
             self.meta.get("chosen", ()),
             tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in self.meta.get("unused", ()))),
             self.meta.get("branches", ()),
+            next(self.meta["repair"].sentences()) if "repair" in self.meta else "",
         )
 
     def other_ratios(self, ratios: Sequence[float], names: Sequence[str], total: float | None) -> tuple[RatioCosts, ...]:
