@@ -20,6 +20,7 @@ from fxprune.inputs import device_of
 from fxprune.passes.capture.patches import visible
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors
+from fxprune.passes.ir.pytree import collect
 from fxprune.passes.ir.quiet import unobserved, without_modes
 from fxprune.plan import PlanData, plan_between
 from fxprune.repair.held_out import Outcome, choose_share, split
@@ -133,8 +134,8 @@ def repair(
         data: batches as for `prune`, held in memory together with what both models make of them; a few hundred samples do.
             Keywords and sizes may be others than those of the example inputs, and differ from batch to batch: both models
             are then captured for each form.
-        method: one of these, or several, which are applied in turn at each layer; by default `reconstruct` and `recalibrate`
-            for a model that keeps running statistics, and `refit` for any other:
+        method: one of these, or several, which are applied in turn at each layer; by default `refit` where
+            all inputs are integers, as tokens are, and else `reconstruct` with `recalibrate`:
             `reconstruct`: the weight is moved to the one whose result is closest to the original's, by least squares on the
             inputs that are left (as in ThiNet, arXiv:1707.06342, and OBSPA, arXiv:2403.18955);
             `compensate`: a constant makes the mean of each result the original's (FLAP, arXiv:2312.11983: what the removed
@@ -157,10 +158,11 @@ def repair(
     Raises: PruneError where the two models or the data do not fit together, or a method does not exist.
     """
     with entry_point(model) as model:
-        methods = asked(default_methods(model)[0] if method is None else method, ridge, held_out)
+        methods = asked(NAME if method is None else method, ridge, held_out)
         plan = plan_between(model, pruned)
         plan.check(model)
         given = batches_of(data, device_of(model))
+        methods = default_methods(given[0])[0] if method is None else methods
         parts = split(given, held_out)
         made: Any = copy.deepcopy(pruned)
         if methods == (NAME,):
@@ -242,11 +244,12 @@ def asked(method: Any, ridge: Any, held_out: Any) -> tuple[str, ...]:
     return methods
 
 
-def default_methods(model: nn.Module) -> tuple[tuple[str, ...], str]:
-    """The methods where none is asked for, and the reason."""
-    if any(isinstance(getattr(m, "running_mean", None), Tensor) for m in model.modules()):
-        return ("reconstruct", "recalibrate"), "normalisations keep statistics, which are those of the original"
-    return (NAME,), "no normalisation keeps statistics"
+def default_methods(first: Batch) -> tuple[tuple[str, ...], str]:
+    """The methods where none is asked for, by a batch of the data, and the reason."""
+    tensors = [t for t in collect((first.args, first.kwargs), Tensor) if t.dtype != torch.bool]
+    if tensors and not any(t.is_floating_point() or t.is_complex() for t in tensors):
+        return (NAME,), "the inputs are tokens"
+    return ("reconstruct", "recalibrate"), "the inputs are no tokens"
 
 
 def is_number(value: Any) -> bool:

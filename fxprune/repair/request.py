@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from fxprune.arguments import called_here, shown
-from fxprune.criteria.calibration import BATCHES, check_batches
+from fxprune.criteria.calibration import BATCHES, check_batches, parse_batch
 from fxprune.passes.errors import PruneError
 from fxprune.repair.refit import NAME
 from fxprune.repair.repair import asked, default_methods, repair
@@ -52,7 +52,7 @@ class RepairRequest:
         """The repaired copy, with what was chosen for it in `meta`."""
         made = repair(model, pruned, self.data, **self.arguments)
         if self.arguments.get("method") is None:
-            methods, why = default_methods(model)
+            methods, why = default_methods(parse_batch(next(iter(self.data))))
             made.meta["chosen"] = (*made.meta.get("chosen", ()), f"repair by {' and '.join(methods)}, since {why}")
         return made
 
