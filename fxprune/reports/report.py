@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from fxprune.reports.formatting import Printable, counted, plain_data, short, ta
 from fxprune.reports.page import in_frame, render
 from fxprune.reports.ratios import RatioCosts
 from fxprune.reports.sensitivity import Sensitivity
+from fxprune.reports.sweep import Sweep
 from fxprune.selection.latency import FRIENDLY, Latency
 from fxprune.verification import Verification
 
@@ -55,6 +56,7 @@ class Report(Printable):
         unused: the modules of tensors that a run on the example inputs does not use, which stay as they are.
         branches: the residual branches that were removed, by name.
         repaired: what repair came to, if there was one.
+        sweep: of the model, if it was given.
     """
 
     model: str
@@ -74,6 +76,7 @@ class Report(Printable):
     unused: tuple[str, ...] = ()
     branches: tuple[str, ...] = ()
     repaired: str = ""
+    sweep: Sweep | None = None
 
     def __repr__(self) -> str:
         """A few lines; `print` shows the tables, too."""
@@ -94,7 +97,8 @@ class Report(Printable):
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready data: all attributes, and for each family why it shrank no further."""
         changes = [{**plain_data(c), "reason": c.reason} for c in self.changes]
-        return {**plain_data(self), "changes": changes}
+        sweep = None if self.sweep is None else self.sweep.to_dict()
+        return {**plain_data(replace(self, sweep=None)), "changes": changes, "sweep": sweep}
 
     @property
     def share(self) -> float:

@@ -30,6 +30,11 @@ from fxprune.selection.select import check_effect, meet_budget, score_families
 BRANCHES = "residual branches"  # the name of their group among those of families
 
 
+def speed_name(branch: Branch) -> str:
+    """What stands for a branch among the speeds of families."""
+    return f"branch {branch.name}"
+
+
 class DepthAllocator(Allocator):
     """An allocator that also removes branches: the candidates behind those of the families.
 
@@ -161,7 +166,7 @@ def grouped(found: Sequence[Branch], scores: np.ndarray, options: Options) -> li
     for key, mine in shares.items():
         ordered = sorted(mine, key=lambda i: float(scores[i]))
         if options.speeds is not None:
-            place = {i: (k + 1) / options.speeds.get(found[i].name, 1.0) for k, i in enumerate(ordered)}
+            place = {i: (k + 1) / options.speeds.get(speed_name(found[i]), 1.0) for k, i in enumerate(ordered)}
             ordered.sort(key=place.__getitem__)
         if options.budget is not None:
             share = 1.0
