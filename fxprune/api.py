@@ -22,6 +22,7 @@ from fxprune.passes.ir.quiet import without_modes
 from fxprune.passes.rewrite.pruned_module import PrunedModule
 from fxprune.pipeline import Compilation, Plan
 from fxprune.plan import plan_between, plan_of
+from fxprune.repair.request import RepairRequest, Repairs
 from fxprune.reports.coupling import Coupling
 from fxprune.selection.options import (
     Asked,
@@ -64,6 +65,7 @@ def prune(
     depth: Depth = False,
     depth_criterion: str | Callable[[Tensor, Tensor], Any] | None = None,
     remove: Remove | None = None,
+    repair: Repairs = False,
     verify: Verify = "auto",
     same_class: Literal[False] = False,
     inplace: bool = False,
@@ -80,6 +82,7 @@ def prune(
     depth: Depth = False,
     depth_criterion: str | Callable[[Tensor, Tensor], Any] | None = None,
     remove: Remove | None = None,
+    repair: Repairs = False,
     verify: Verify = "auto",
     same_class: Literal[True],
     inplace: bool = False,
@@ -117,6 +120,7 @@ def prune(
     depth_criterion: str | Callable[[Tensor, Tensor], Any] | None = None,
     uniform: bool = False,
     remove: Remove | None = None,
+    repair: Repairs = False,
     verify: Verify = "auto",
     same_class: bool = False,
     inplace: bool = False,
@@ -150,7 +154,7 @@ def prune(
             or a function of a parameter that gives the importance of each element. By default it is `magnitude`, the L2 norm
             over the whole family; with data `flap`; with data and a loss `token_taylor`. The report says what was chosen.
         data: for criteria that look at data: batches, each a pair of inputs (as `example_inputs`) and target, a dict of
-            keyword arguments, or inputs alone. They are read once (twice for `grasp`), in evaluation mode.
+            keyword arguments, or inputs alone. They are read once, in evaluation mode (again for `grasp` and `repair`).
         loss: for criteria that look at gradients: a function of the output and the target (of the output and the dict; of
             the output alone) that returns a mean over the batch. By default it is the `loss` that the model's output holds.
         ranking: who competes: with `local` every family loses the same share; with `global` all families lose their lowest
@@ -192,6 +196,8 @@ def prune(
             (`couple(...).group("layer1.0.conv1", [2, 6, 9])` shows it). In place of a layer: `layer:dim` or `tensor:dim` for
             another dimension; a family of `couple`, or `layer#2`, for its units by number. Where other channels of the same
             layer would go too, as in a head, it is an error that lists them.
+        repair: put right on `data` what the cut does to the output, after all else: True, a method's name, or a dict of
+            arguments of `fxprune.repair`. The verification is that of the cut alone; `meta["repair"]` says what was gained.
         verify: compare the result to the masked original; `auto` does so where a forward is cheap.
         same_class: return a shrunk copy of the model, of its own class, with attributes and configuration brought up to date,
             instead of a GraphModule: its caches, losses, `generate` and `save_pretrained` are as before.
@@ -215,6 +221,10 @@ def prune(
         contextlib.nullcontext(sharding_of(model)) as sharded,
         entry_point(model if sharded is None else sharded.form) as model,
     ):
+        alone = ranks is None and sharded is None
+        mending = RepairRequest.parse(repair, data, inplace=inplace, alone=alone)
+        if mending is not None:
+            data = None if remove is not None else mending.data
         options = Options.parse(
             model if sharded is None else sharded.model,
             ratio=ratio,
@@ -243,7 +253,8 @@ def prune(
             remove=remove,
             verify=verify,
         )
-        inputs = ExampleInputs.parse(example_inputs, model).check(model, weights=options.needs_weights or same_class)
+        weights = options.needs_weights or same_class or mending is not None
+        inputs = ExampleInputs.parse(example_inputs, model).check(model, weights=weights)
         if sharded is not None and ranks is not None:
             return sharded.prune(options, inputs, ranks, inplace=inplace)
         if ranks is not None:
@@ -251,7 +262,7 @@ def prune(
         pruned = Compilation(model, inputs, options.coupling).prune(options, same_class=same_class, inplace=inplace)
         if ranks is not None:
             ranks.check_same(plan_of(pruned).to_json())
-        return pruned
+        return pruned if mending is None else mending.apply(model, pruned)
 
 
 @checked_call()

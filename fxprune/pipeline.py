@@ -136,10 +136,10 @@ class Compilation:
 
     # -- score and select -------------------------------------------------------------------------------------------------
 
-    def choose(self, options: Options) -> Choice:
-        """Score and select what options ask for."""
+    def choose(self, options: Options, solution: Solution | None = None) -> Choice:
+        """Score and select what options ask for, of a coupling that was made before, if one is given."""
         if not options.measures_latency:
-            solution = self.couple()
+            solution = solution or self.couple()
             if options.experts:
                 require_experts(solution, type(self.model).__name__)
             if solution.captures[0].unseen and options.data is not None:  # which may be read again
@@ -150,7 +150,7 @@ class Compilation:
                     lambda coupled: select_with_depth(self.model, coupled, options, self.tensors, flat), solution
                 )
             return self.choose_by(lambda coupled: select_units(self.model, coupled, options, self.tensors), solution)
-        solution = self.couple_for_good()  # what is timed must run
+        solution = solution or self.couple_for_good()  # what is timed must run
         probe = self.latency_probe()
         choice = self.choose_by(lambda coupled: select_units(self.model, coupled, options, self.tensors, probe), solution)
         return dataclasses.replace(choice, latency=probe.found)
@@ -326,12 +326,12 @@ class Compilation:
         warnings.warn(text, PruneWarning, stacklevel=3)
         return made, dataclasses.replace(self.options, frozen={**self.options.frozen, **held})
 
-    def prune(self, options: Options, *, same_class: bool = False, inplace: bool = False) -> Any:
-        """What `fxprune.prune` returns for these options."""
+    def prune(self, options: Options, *, same_class: bool = False, inplace: bool = False, choice: Choice | None = None) -> Any:
+        """What `fxprune.prune` returns for these options, or for what was chosen by them."""
         if same_class and options.data is not None:  # which may be read again
             options = dataclasses.replace(options, data=list(options.data))
         with options.gc_paused():
-            choice = self.choose(options)  # capture, couple, score, select
+            choice = choice or self.choose(options)  # capture, couple, score, select
             verifies = options.verifies(self.model)
             cut = (StandIns().cut if same_class else whole) if inplace and not verifies else None
             pruned = self.emit(choice, cut=cut)  # rewrite, slice

@@ -176,12 +176,18 @@ class Refit:
         self.own = {name(path): tensor for path, tensor, _, _ in slots(made)}
         self.name, self.forms, self.shared = name, FormPrograms(model, plan, self.own), set[int]()
 
-    def run(self, ridge: float | None) -> tuple[list[RepairStep], Outcome]:
-        """Fit every weight that lost inputs, then go as far as the output on the samples held out comes closer."""
+    def run(self, ridge: float | None, refused: str = "") -> tuple[list[RepairStep], Outcome]:
+        """Fit every weight that lost inputs, then go as far as the output on the samples held out comes closer.
+
+        Where it is `refused`, with a reason, nothing is fitted.
+        """
         start: dict[str, Tensor] = {}
         steps: dict[str, RepairStep] = {}
         for lost in self.watch(start, steps):
             for name, found in lost.items():
+                if refused:
+                    steps[name] = RepairStep(name, NAME, None, False, refused)
+                    continue
                 start |= {n: self.own[n].detach().clone() for n in (name, found.bias) if n is not None and n in self.own}
                 steps[name] = self.fit(name, found, ridge)
         return list(steps.values()), self.choose_share(start)

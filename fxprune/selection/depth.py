@@ -27,6 +27,13 @@ from fxprune.selection.costs import Costs
 from fxprune.selection.options import Options
 from fxprune.selection.select import check_effect, meet_budget, score_families
 
+BRANCHES = "residual branches"  # the name of their group among those of families
+
+
+def speed_name(branch: Branch) -> str:
+    """What stands for a branch among the speeds of families."""
+    return f"branch {branch.name}"
+
 
 class DepthAllocator(Allocator):
     """An allocator that also removes branches: the candidates behind those of the families.
@@ -48,6 +55,7 @@ class DepthAllocator(Allocator):
     ) -> None:
         super().__init__(free, score, solution, options)
         self.branches, self.lists = branches, [found for found, _, _ in groups]
+        self.names += [BRANCHES] * len(groups)
         self.widths = len(self.candidates)
         floor = (FLOOR if options.competes else 0.0) if options.floor is None else options.floor
         steps = [i for c in self.candidates for i in c.importance[1:]]
@@ -86,7 +94,8 @@ def select_with_depth(
     branches = Branches(solution.captures, set(named_parameters(model)))
     found = free_branches(model, branches, options)
     how = options.depth_criterion or ("weights" if options.data is None else "influence")
-    scores = score_branches(model, solution, found, how, options.criterion, options.data, options.loss, program)
+    evidence = options.criterion, options.data, options.loss, program
+    scores = options.scored(solution, "branches", lambda: score_branches(model, solution, found, how, *evidence))
     scores = scores if options.combine is None else options.combine(scores)
     if not np.isfinite(scores).all():
         name = found[int(np.flatnonzero(~np.isfinite(scores))[0])].name
@@ -156,6 +165,9 @@ def grouped(found: Sequence[Branch], scores: np.ndarray, options: Options) -> li
     groups = []
     for key, mine in shares.items():
         ordered = sorted(mine, key=lambda i: float(scores[i]))
+        if options.speeds is not None:
+            place = {i: (k + 1) / options.speeds.get(speed_name(found[i]), 1.0) for k, i in enumerate(ordered)}
+            ordered.sort(key=place.__getitem__)
         if options.budget is not None:
             share = 1.0
         else:

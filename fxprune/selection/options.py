@@ -6,7 +6,7 @@ import contextlib
 import fnmatch
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypedDict
 
@@ -19,7 +19,7 @@ from fxprune.criteria.branches import SCORES
 from fxprune.criteria.catalog import CriterionName, resolve
 from fxprune.criteria.defaults import choose_criterion
 from fxprune.passes.coupling.families import names_family
-from fxprune.passes.coupling.solution import CouplingOptions
+from fxprune.passes.coupling.solution import CouplingOptions, Solution
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_parameters, named_tensors
 from fxprune.passes.ir.quiet import gc_paused
@@ -70,6 +70,21 @@ class Asked(TypedDict, total=False):
     uniform: bool
 
 
+class Memo:
+    """What was scored of a coupling, for the next choice of it."""
+
+    def __init__(self) -> None:
+        self.solution: Solution | None = None
+        self.found: dict[Any, Any] = {}
+
+    def __call__(self, solution: Solution, key: Hashable, score: Callable[[], Any]) -> Any:
+        if self.solution is not solution:
+            self.solution, self.found = solution, {}
+        if key not in self.found:
+            self.found[key] = score()
+        return self.found[key]
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
     """What to remove and what to keep, as the arguments of `prune` say it.
@@ -84,6 +99,8 @@ class Options:
         spares: whether a residual stream through the whole model is taken after all else.
         weighs: whether units compete by their score for what they cost.
         chosen: sentences on what was chosen where nothing was asked for.
+        memo: what was scored, for choices that share it.
+        speeds: how fast families and residual branches, by name, lose units for a budget; by default their scores decide.
     """
 
     ratio: float | Mapping[str, float] = DEFAULT_RATIO
@@ -105,6 +122,8 @@ class Options:
     depth: Depth = False
     depth_criterion: str | Callable[..., Any] | None = None
     remove: Remove | None = None
+    memo: Memo | None = None
+    speeds: Mapping[str, float] | None = None
 
     @classmethod
     def parse(
@@ -177,6 +196,11 @@ class Options:
         return replace(
             self, criterion=criterion, ranking=ranking, data=data, spares=spares, weighs=weighs, chosen=tuple(chosen)
         )
+
+    def scored(self, solution: Solution, what: str, score: Callable[[], Any]) -> Any:
+        """What `score` returns, or returned for another choice of the same coupling by the same criterion."""
+        which = self.criterion if isinstance(self.criterion, str) else id(self.criterion)
+        return score() if self.memo is None else self.memo(solution, (what, which, self.depth_criterion), score)
 
     @property
     def competes(self) -> bool:

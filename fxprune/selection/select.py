@@ -132,7 +132,7 @@ def allocate(
     if options.budget is None:
         return allocator.apply(allocator.allocate_ratio())
     budget = options.budget
-    if options.weighs:
+    if options.weighs and options.speeds is None:
         allocator.weigh(lambda left: budget.cost(costs, left))
     return meet_budget(budget, allocator, costs)
 
@@ -150,10 +150,9 @@ def allocate_by_latency(
     tried = [options.round_to] if options.round_to > 1 else [FRIENDLY, 1]
     for round_to in tried:
         allocator = Allocator(free, score, costs.solution, options, round_to=round_to, removed=removed)
-        names = [free[c.group.families[0]].name for c in allocator.candidates]
         try:
             with probe.restore_random_state():
-                return meet_latency(options.budget, allocator, costs, probe, names)
+                return meet_latency(options.budget, allocator, costs, probe)
         except PruneError:
             if round_to == tried[-1]:
                 raise
@@ -179,7 +178,8 @@ def score_families(model: nn.Module, solution: Solution, options: Options) -> tu
     """The families that may lose units, and the score of every unit, comparable between families where they compete."""
     free = find_free_families(model, solution, options)
     criterion = find(options.criterion)
-    score, seen = score_units(model, solution, free, criterion, options.data, options.loss, options.read)
+    evidence = options.data, options.loss, options.read
+    score, seen = options.scored(solution, "units", lambda: score_units(model, solution, free, criterion, *evidence))
     score = score if options.combine is None else options.combine(score)
     free = [f for f in free if seen[f.units].any()]
     return free, normalise_scores(score, free, criterion) if options.competes else score
