@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 from torch import Tensor, fx, nn
 
 from fxprune.arguments import checked_call
+from fxprune.basis.pruning import prune_in_basis
 from fxprune.criteria.base import Criterion
 from fxprune.criteria.catalog import CriterionName
 from fxprune.distributed.ranks import ranks_of
@@ -64,6 +65,7 @@ def prune(
     *,
     depth: Depth = False,
     depth_criterion: str | Callable[[Tensor, Tensor], Any] | None = None,
+    basis: Literal["principal"] | None = None,
     remove: Remove | None = None,
     repair: Repairs = False,
     verify: Verify = "auto",
@@ -81,6 +83,7 @@ def prune(
     *,
     depth: Depth = False,
     depth_criterion: str | Callable[[Tensor, Tensor], Any] | None = None,
+    basis: Literal["principal"] | None = None,
     remove: Remove | None = None,
     repair: Repairs = False,
     verify: Verify = "auto",
@@ -119,6 +122,7 @@ def prune(
     depth: Depth = False,
     depth_criterion: str | Callable[[Tensor, Tensor], Any] | None = None,
     uniform: bool = False,
+    basis: Literal["principal"] | None = None,
     remove: Remove | None = None,
     repair: Repairs = False,
     verify: Verify = "auto",
@@ -191,6 +195,10 @@ def prune(
         uniform: families that play the same part keep the same share of their units, so that one number says how many there
             are in every layer: those of one structure and size, and of a model with a configuration those that one number of
             it counts. Where one of them stays whole all do, and `couple(..., uniform=True)` says why.
+        basis: with `principal` families that only linear maps, sums and norms touch (residual streams behind norms, bottlenecks
+            with folded batch norm) are rotated to the principal axes of what is read of them on `data`, and lose the axes of
+            least energy. Elsewhere, and where nothing is rotated, channels are chosen as before; `meta["basis"]` says where and
+            why. The result equals the original with the other axes set to zero, and `plan` holds the rotations.
         remove: exactly the channels that go, in place of a ratio or a budget: a mapping from layers to indices of their
             outputs, such as `{"layer1.0.conv1": [2, 6, 9]}`. All that is coupled to them goes too
             (`couple(...).group("layer1.0.conv1", [2, 6, 9])` shows it). In place of a layer: `layer:dim` or `tensor:dim` for
@@ -216,6 +224,9 @@ def prune(
 
     Raises: PruneError for anything that cannot be done; nothing has changed then.
     """
+    asked = dict(locals())
+    for own in ("model", "example_inputs", "same_class", "inplace", "repair"):
+        del asked[own]
     with (
         ranks_of(model) as ranks,
         contextlib.nullcontext(sharding_of(model)) as sharded,
@@ -224,42 +235,18 @@ def prune(
         alone = ranks is None and sharded is None
         mending = RepairRequest.parse(repair, data, inplace=inplace, alone=alone)
         if mending is not None:
-            data = None if remove is not None else mending.data
-        options = Options.parse(
-            model if sharded is None else sharded.model,
-            ratio=ratio,
-            params=params,
-            macs=macs,
-            memory=memory,
-            latency=latency,
-            budget=budget,
-            criterion=criterion,
-            data=data,
-            loss=loss,
-            ranking=ranking,
-            scopes=scopes,
-            floor=floor,
-            only=only,
-            freeze=freeze,
-            freeze_outputs=freeze_outputs,
-            protect=protect,
-            release=release,
-            round_to=round_to,
-            attention=attention,
-            experts=experts,
-            depth=depth,
-            depth_criterion=depth_criterion,
-            uniform=uniform,
-            remove=remove,
-            verify=verify,
-        )
+            asked["data"] = None if remove is not None else mending.data
+        options = Options.parse(model if sharded is None else sharded.model, **asked)
         weights = options.needs_weights or same_class or mending is not None
         inputs = ExampleInputs.parse(example_inputs, model).check(model, weights=weights)
         if sharded is not None and ranks is not None:
             return sharded.prune(options, inputs, ranks, inplace=inplace)
         if ranks is not None:
             options = dataclasses.replace(options, combine=ranks.mean)
-        pruned = Compilation(model, inputs, options.coupling).prune(options, same_class=same_class, inplace=inplace)
+        if options.basis is not None:
+            pruned = prune_in_basis(model, inputs, options, same_class=same_class, inplace=inplace)
+        else:
+            pruned = Compilation(model, inputs, options.coupling).prune(options, same_class=same_class, inplace=inplace)
         if ranks is not None:
             ranks.check_same(plan_of(pruned).to_json())
         return pruned if mending is None else mending.apply(model, pruned)
@@ -324,7 +311,7 @@ def verify(model: nn.Module, pruned: fx.GraphModule, example_inputs: Any, *, siz
     Returns: the largest relative error and what was compared.
     """
     with entry_point(model) as model:
-        plan = plan_between(model, pruned)
+        model, plan = plan_between(model, pruned).in_basis(model)
         compilation = Compilation.of_plan(model, plan, example_inputs)
         removal = compilation.choice_of(plan).removal(plan.coupling_options.heads)
         return compare(model, pruned, removal, ExampleInputs.parse(example_inputs, model), sizes=sizes)

@@ -159,7 +159,7 @@ def repair(
     """
     with entry_point(model) as model:
         methods = asked(NAME if method is None else method, ridge, held_out)
-        plan = plan_between(model, pruned)
+        model, plan = plan_between(model, pruned).in_basis(model, whole=True)
         plan.check(model)
         given = batches_of(data, device_of(model))
         methods = default_methods(given[0])[0] if method is None else methods

@@ -92,12 +92,14 @@ class Options:
     Attributes:
         ratio: the share of units to remove, or shares by glob; not read where there is a budget.
         budget: what may stay, if it was asked for by cost.
-        criterion, ranking, scopes, floor, round_to, data, loss, verify, depth, depth_criterion, remove: as for `prune`.
+        criterion, ranking, scopes, floor, round_to, data, loss, verify, depth, depth_criterion, remove, basis: as for
+            `prune`.
         coupling: what the coupling has to know of them.
         read: where scores find the values of a parameter, by its name, if not in the model.
         combine: makes one score of each unit of those that several processes have, if there are several.
         spares: whether a residual stream through the whole model is taken after all else.
         weighs: whether units compete by their score for what they cost.
+        rescore: makes scores of those of the criterion, for a coupling, if anything else is known of its units.
         chosen: sentences on what was chosen where nothing was asked for.
         memo: what was scored, for choices that share it.
         speeds: how fast families and residual branches, by name, lose units for a budget; by default their scores decide.
@@ -116,6 +118,7 @@ class Options:
     verify: Verify = "auto"
     read: Callable[[str], Tensor] | None = None
     combine: Callable[[np.ndarray], np.ndarray] | None = None
+    rescore: Callable[[Solution, np.ndarray], np.ndarray] | None = None
     spares: bool = False
     weighs: bool = False
     chosen: tuple[str, ...] = ()
@@ -124,6 +127,7 @@ class Options:
     remove: Remove | None = None
     memo: Memo | None = None
     speeds: Mapping[str, float] | None = None
+    basis: str | None = None
 
     @classmethod
     def parse(
@@ -189,7 +193,7 @@ class Options:
         if ranking is None and self.budget is not None:
             how = "score for what it costs" if weighs else "normalised score"
             chosen.append(f"units of all layers compete by their {how}" if looks else "all families lose the same share")
-        spares = ranking is None and self.budget is not None and self.scopes is None
+        spares = ranking is None and self.budget is not None and self.scopes is None and self.basis is None
         chosen += [STREAMS_LAST] if spares else []
         if ranking is None:
             ranking = "global" if looks and self.budget is not None else "local"
@@ -245,6 +249,10 @@ def check_values(options: Options) -> None:
     if not isinstance(options.verify, bool) and not is_one_of(options.verify, ("auto",)):
         raise PruneError(f"verify must be True, False or 'auto', not {shown(options.verify)}", fix="verify='auto'")
     check_word("ranking", options.ranking, RANKINGS)
+    if options.basis is not None:
+        check_word("basis", options.basis, ("principal",))
+        if options.data is None:
+            raise PruneError("basis='principal' looks at data", fix="data=[(images, labels), ...]; labels are not needed")
     check_depth(options)
     if floor is not None and (not is_number(floor) or not 0 <= floor <= 1):
         raise PruneError(f"floor must be a number in [0, 1], not {shown(floor)}", fix="floor=0.1 keeps a tenth")

@@ -181,6 +181,7 @@ def score_families(model: nn.Module, solution: Solution, options: Options) -> tu
     evidence = options.data, options.loss, options.read
     score, seen = options.scored(solution, "units", lambda: score_units(model, solution, free, criterion, *evidence))
     score = score if options.combine is None else options.combine(score)
+    score = score if options.rescore is None else options.rescore(solution, score)
     free = [f for f in free if seen[f.units].any()]
     return free, normalise_scores(score, free, criterion) if options.competes else score
 

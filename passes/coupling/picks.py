@@ -23,7 +23,9 @@ from fxprune.passes.ops.creation import SHARED
 from fxprune.passes.ops.registry import find
 
 ELSEWHERE = "is chosen by value, and more is done with the choice than to index"
-CONVERSIONS = frozenset(f"aten::{n}" for n in "_to_copy clone detach alias contiguous lift_fresh view_copy index_select".split())
+CONVERSIONS = frozenset(
+    f"aten::{n}" for n in "_to_copy clone detach alias contiguous lift_fresh view_copy index_select".split()
+)
 SHAPE_ALONE = frozenset(f"aten::{n}" for n in "zeros_like ones_like empty_like full_like new_zeros new_empty new_ones".split())
 COMPARISONS = frozenset(["aten::eq", "aten::ne"])
 
@@ -53,7 +55,7 @@ def follow_picks(call: RuleContext) -> Handled:
 
 
 def finish_picks(state: PropagationState, refs: Sequence[TensorRef], why: str = ELSEWHERE) -> None:
-    """Freeze what was chosen where the numbers themselves are seen: among a model's outputs, or by code that is not followed."""
+    """Freeze what was chosen where the numbers themselves are seen: among outputs, or by code that is not followed."""
     for ref in refs:
         if ref.id in state.picks:
             state.constraints.freeze(state.picks[ref.id], why)
@@ -88,7 +90,9 @@ def require_shared_heads(solution: Solution, where: str) -> None:
     """Raise PruneError where no query heads share keys and values."""
     if not any(reason.startswith(SHARED) for reason in solution.reasons):
         what = "attention='queries' removes query heads that share keys and values, and each has its own"
-        raise PruneError(what, where=where, fix="attention='heads' removes whole heads, attention='dims' dimensions within them")
+        raise PruneError(
+            what, where=where, fix="attention='heads' removes whole heads, attention='dims' dimensions within them"
+        )
 
 
 def require_experts(solution: Solution, where: str) -> None:
@@ -151,7 +155,7 @@ def runs(call: RuleContext) -> Handled:
 
 
 def tie(call: RuleContext, labels: Labels, dim: int, picked: np.ndarray) -> Labels | None:
-    """Tie the entries of one dimension to what was picked; returns the labels without that dimension's, None if it stays whole."""
+    """Tie the entries of one dimension to what was picked; returns the other labels, None if it stays whole."""
     along = [f for f in labels if dim in f.dims]
     if len(along) != 1 or len(along[0].major_to_minor) > 1:
         refuse(call, picked)
@@ -287,7 +291,7 @@ def read_by_python(call: RuleContext) -> Handled:
 
 
 def ranged(call: RuleContext) -> Handled:
-    """The least and the greatest, which `one_hot` compares to the number of classes; opaque modules are tried after they are cut."""
+    """The least and the greatest, which `one_hot` compares to the number of classes; opaque modules are tried once cut."""
     if not call.state.opaque:
         refuse(call, call.state.picks[call.first.id])
     return None
