@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fxprune.basis.change import Basis
 from fxprune.passes.coupling.solution import CouplingOptions, Solution
 from fxprune.passes.errors import NotARectangle, PruneError
 from fxprune.passes.ir.module_tree import check_module, named_tensors, walk
 from fxprune.passes.ir.program import Waiver
 from fxprune.passes.ir.slice_algebra import compose_slices, same_slices
 from fxprune.passes.ir.slices import TensorSlice, cut_shape, keeps_nothing, mask_of
+from fxprune.passes.rewrite.basis import Basis
 from fxprune.passes.rewrite.rewrite import tensor_cuts
 from fxprune.plan_format import FORMATS, parse_plan
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from fxprune.basis.change import Basis
 from fxprune.passes.coupling.families import names_family
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.program import Waiver
 from fxprune.passes.ir.slices import TensorSlice, nothing_of
+from fxprune.passes.rewrite.basis import Basis
 
 FORMATS = ("fxprune.plan/1", "fxprune.plan/2", "fxprune.plan/3")  # from 2 on it may keep nothing of a tensor; 3: see `Basis`
 DICT = "what Plan.to_dict() returned"

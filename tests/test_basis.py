@@ -206,6 +206,46 @@ def test_what_does_not_commute_is_not_rotated(name):
         assert said in reasons["stem"]
 
 
+class MovedNorm(nn.LayerNorm):
+    """A LayerNorm over the second dimension."""
+
+    def forward(self, x):
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+class NamedNorm(nn.LayerNorm):
+    """A LayerNorm with a forward of its own."""
+
+    def forward(self, x):
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+@pytest.mark.parametrize("norm", [MovedNorm, NamedNorm])
+@pytest.mark.parametrize("padding", [0, 1])
+def test_norms_in_front_of_convolutions(norm, padding):
+    """A shift passes a kernel of one entry only, and only a norm that does nothing else can be replaced."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.norm = nn.Conv1d(6, WIDTH, 1), norm(WIDTH)
+            self.read = nn.Conv1d(WIDTH, 4, 1 + 2 * padding, padding=padding)
+
+        def forward(self, x):
+            x = self.stem(x.transpose(1, 2))
+            x = self.norm(x) if norm is MovedNorm else self.norm(x.transpose(1, 2)).transpose(1, 2)
+            return self.read(x).relu()
+
+    model = stirred(Net())
+    found, reasons = found_in(model, X)
+    assert [f.name for f in found] == (["stem"] if norm is NamedNorm and not padding else [])
+    if found:
+        rotated = rotated_basis(found, [random_rotation(WIDTH)]).apply(model)
+        assert (output_of(rotated, X) - output_of(model, X)).abs().max() < 1e-5
+    elif norm is NamedNorm:
+        assert "padding" in reasons["stem"]
+
+
 def test_norms_of_two_kinds_on_one_stream_are_not_rotated():
     model = Stream()
     model.blocks[1].norm = nn.RMSNorm(WIDTH)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,18 +10,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from fxprune.basis.change import Basis, Step, all_tensors, bias_of, out_of
 from fxprune.criteria.calibration import prepare_source
 from fxprune.passes.capture.recorder import Recorder
 from fxprune.passes.coupling.families import families
 from fxprune.passes.coupling.linear_families import linear_families
 from fxprune.passes.coupling.linear_family import LinearFamily, Member, NotLinear
 from fxprune.passes.coupling.solution import Solution
-from fxprune.passes.ir.module_tree import named_parameters
+from fxprune.passes.ir.module_tree import copy_tree, named_parameters
 from fxprune.passes.ir.pytree import collect
 from fxprune.passes.ops.call import OpView
 from fxprune.passes.ops.registry import find
+from fxprune.passes.rewrite.basis import Basis, Step, all_tensors, bias_of, out_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +68,7 @@ def find_rotatable(model: nn.Module, solution: Solution) -> tuple[list[Rotatable
     for name, tensor in all_tensors(model):
         if tensor.is_floating_point():
             aliases.setdefault(names.setdefault(id(tensor), name), []).append(name)
-    norms = frozenset(path for path, module in model.named_modules() if isinstance(module, nn.LayerNorm))
+    norms = frozenset(path for path, module in model.named_modules() if is_plain_norm(module))
     found = families(solution, set(named_parameters(model)))
     linear, reasons = linear_families(solution, found, aliases, norms)
     made = []
@@ -76,6 +78,26 @@ def find_rotatable(model: nn.Module, solution: Solution) -> tuple[list[Rotatable
         except NotLinear as error:
             reasons[family.family.name] = str(error)
     return made, reasons
+
+
+def is_plain_norm(module: nn.Module) -> bool:
+    """Whether a module is a LayerNorm over the last dimensions, and its class does nothing else, such as moving them there."""
+    if not isinstance(module, nn.LayerNorm):
+        return False
+    if type(module).forward is nn.LayerNorm.forward:
+        return True
+    x = torch.linspace(-1, 1, 2 * math.prod(module.normalized_shape)).reshape(2, *module.normalized_shape)
+    parts = [None if p is None else torch.linspace(0.5, 1, p.numel()).reshape(p.shape) for p in (module.weight, module.bias)]
+    stand_in = copy_tree(
+        module, {id(p): nn.Parameter(v) for p, v in zip((module.weight, module.bias), parts, strict=True) if v is not None}
+    )
+    try:
+        with torch.no_grad():
+            made = stand_in(x)
+    except Exception:  # it takes inputs of another shape
+        return False
+    wanted = F.layer_norm(x, module.normalized_shape, *parts, eps=module.eps)
+    return isinstance(made, Tensor) and made.shape == wanted.shape and torch.allclose(made, wanted, atol=1e-5)
 
 
 def folding(model: nn.Module, linear: LinearFamily) -> list[Step]:
@@ -90,6 +112,8 @@ def folding(model: nn.Module, linear: LinearFamily) -> list[Step]:
         for scale in member.scales:
             bias = scale.tensors.get("bias")
             if bias is not None and member.reads:
+                if tensors[member.name].shape[2:].numel() > 1:
+                    raise NotLinear(f"is shifted by a norm in front of {member.name}, whose padding knows no shift")
                 if bias_of(member.name) not in tensors:
                     shifted.setdefault(bias_of(member.name), with_bias(model, member))
                 into.append(Step("shift", member.name, member.dim, bias))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fxprune.basis.change import Basis
 from fxprune.basis.principal import Rotatable, find_rotatable, principal_axes, rotated_basis
 from fxprune.errors import PruneWarning
 from fxprune.inputs import ExampleInputs
@@ -21,6 +21,7 @@ from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors, private_copy
 from fxprune.passes.ir.pytree import collect
 from fxprune.passes.ir.quiet import unobserved
+from fxprune.passes.rewrite.basis import Basis
 from fxprune.passes.verification.masked_model import relative_error
 from fxprune.pipeline import Compilation
 from fxprune.selection.choice import Choice
@@ -113,7 +114,11 @@ def find_exact(
     found, reasons = find_rotatable(model, solution)
 
     def error_of(some: Sequence[Rotatable]) -> float:
-        return distance(model, rotated_basis(some, [random_rotation(f.linear.size) for f in some]).apply(model), inputs)
+        rotated = rotated_basis(some, [random_rotation(f.linear.size) for f in some]).apply(model)
+        try:
+            return distance(model, rotated, inputs)
+        except Exception:  # what it is made of is not what it seems: then it is not rotated
+            return math.inf
 
     if found and error_of(found) > limit_of(model):
         for f in list(found):

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxprune.basis.change import Basis
 from fxprune.checkpoints.file import WHOLE
 from fxprune.checkpoints.record import Record
 from fxprune.inputs import device_of, random_inputs
@@ -17,6 +16,7 @@ from fxprune.module_state import aliases
 from fxprune.original_state import with_tensors
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import copy_tree, named_tensors
+from fxprune.passes.rewrite.basis import Basis
 from fxprune.pipeline import Compilation
 from fxprune.plan import PlanData, derived_tensors, sign
 from fxprune.plan_format import byte_size
