@@ -132,22 +132,19 @@ class Compilation:
 
     def choose(self, options: Options, solution: Solution | None = None) -> Choice:
         """Score and select what options ask for, of a coupling that was made before, if one is given."""
-        if not options.measures_latency:
-            solution = solution or self.couple()
-            if options.experts:
-                require_experts(solution, type(self.model).__name__)
-            if solution.captures[0].unseen and options.data is not None:  # which may be read again
-                options = dataclasses.replace(options, data=list(options.data))
-            if options.depth:
-                flat = lambda: self.emit(self.unpruned()).eval().flat()  # noqa: E731
-                return self.choose_by(
-                    lambda coupled: select_with_depth(self.model, coupled, options, self.tensors, flat), solution
-                )
-            return self.choose_by(lambda coupled: select_units(self.model, coupled, options, self.tensors), solution)
-        solution = solution or self.couple_for_good()  # what is timed must run
-        probe = self.latency_probe()
-        choice = self.choose_by(lambda coupled: select_units(self.model, coupled, options, self.tensors, probe), solution)
-        return dataclasses.replace(choice, latency=probe.found)
+        probe = self.latency_probe() if options.measures_latency else None
+        solution = solution or (self.couple() if probe is None else self.couple_for_good())  # what is timed must run
+        if options.experts:
+            require_experts(solution, type(self.model).__name__)
+        if solution.captures[0].unseen and options.data is not None:  # which may be read again
+            options = dataclasses.replace(options, data=list(options.data))
+        how = options, self.tensors
+        if options.depth:
+            flat = lambda: self.emit(self.unpruned()).eval().flat()  # noqa: E731
+            choice = self.choose_by(lambda coupled: select_with_depth(self.model, coupled, *how, flat, probe), solution)
+        else:
+            choice = self.choose_by(lambda coupled: select_units(self.model, coupled, *how, probe), solution)
+        return choice if probe is None else dataclasses.replace(choice, latency=probe.found)
 
     def choose_by(self, select: Select, solution: Solution | None = None) -> Choice:
         """Couple and select, and again with those modules frozen that are not captured and fail once they are cut."""
@@ -183,7 +180,8 @@ class Compilation:
         return bool(found)
 
     def latency_probe(self) -> LatencyProbe:
-        return LatencyProbe(self.model, self.inputs.args, self.inputs.kwargs, self.couple)
+        emit = lambda slicer: self.emit(self.keep(slicer.kept, slicer.removed.tensors))  # noqa: E731
+        return LatencyProbe(self.model, self.inputs.args, self.inputs.kwargs, emit)
 
     # -- plans ------------------------------------------------------------------------------------------------------------
 

@@ -155,6 +155,17 @@ def test_a_budget_of_latency_is_met_by_every_point(monkeypatch):
     assert all(p.latency <= 0.5 for p in found.done) and len(found.done) > 2
 
 
+def test_channels_and_branches_meet_a_latency_together(monkeypatch):
+    """Channels alone lose a third of each block; with blocks, the idle one goes first."""
+    monkeypatch.setattr(latency, "measure_seconds", counting_clock)
+    torch.manual_seed(0)
+    model = Blocks().eval()
+    how = {"macs": None, "latency": 0.67, "criterion": "magnitude", "steps": 8}
+    narrow, both = searched(model, **how), searched(model, depth=True, **how)
+    assert both.best.value > narrow.best.value + 0.05
+    assert all(p.latency <= 0.67 for p in (*narrow.done, *both.done)) and len(both.done) > 3
+
+
 def test_it_prints():
     found = searched(uneven(), steps=2)
     lines = repr(found).splitlines()

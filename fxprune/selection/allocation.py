@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, fx
 
 from fxprune.passes.coupling.families import Family
 from fxprune.passes.coupling.solution import Solution
@@ -110,6 +110,10 @@ class Allocator:
     def removed_at(self, levels: Sequence[int]) -> np.ndarray:
         """For each unit whether an allocation removes it, shape (labels,)."""
         return removed_at(self.candidates, levels, len(self.score))
+
+    def lost(self, group: int, level: int) -> Collection[fx.Node]:
+        """The nodes of the captured programs that go with a group at a level."""
+        return ()
 
     def apply(self, levels: Sequence[int]) -> tuple[Tensor, Slicer]:
         """What an allocation keeps, with every tensor a rectangle."""

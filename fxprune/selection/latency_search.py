@@ -51,13 +51,13 @@ def meet_latency(budget: Budget, allocator: Allocator, costs: Costs, probe: Late
             del pruned[steps]
         for steps in [steps for steps in proposals if steps not in pruned]:
             kept[steps] = allocator.apply(levels_after(allocator.candidates, order[:steps]))
-            pruned[steps] = probe.prune(kept[steps][0], costs.solution.unit_of)
+            pruned[steps] = probe.prune(kept[steps][1])
         return probe.measure([pruned[steps] for steps in proposals], budget)
 
     if share >= 1:
         probe.found = measure([0])[0]
         return kept[0]
-    model = LatencyModel(allocator.candidates, costs, probe.device, probe.seconds, total)
+    model = LatencyModel(allocator.candidates, costs, probe.device, probe.seconds, total, allocator.lost)
     predict = lambda steps: model(levels_after(allocator.candidates, order[:steps]))  # noqa: E731
     steps, found = bracket_budget(budget, share, len(order), predict, measure)
     probe.found = replace(found, table=tuple((name, model.alone(i)) for i, name in enumerate(allocator.names)))

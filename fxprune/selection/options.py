@@ -276,8 +276,6 @@ def check_depth(options: Options) -> None:
         check_word("depth_criterion", how, SCORES)
     if how not in (None, "weights") and options.data is None:
         raise PruneError(f"depth_criterion={how!r} looks at data", fix="data=[(images, labels), ...]")
-    if options.depth and options.measures_latency:
-        raise PruneError("a budget of latency knows no residual branches", fix="a budget of macs, or depth=False")
 
 
 def check_globs(model: nn.Module, options: Options) -> None:

@@ -127,7 +127,8 @@ def allocate(
     """
     if options.budget is not None and options.budget.measured:
         assert probe is not None
-        return allocate_by_latency(free, score, costs, options, probe, removed)
+        make = lambda n: Allocator(free, score, costs.solution, options, round_to=n, removed=removed)  # noqa: E731
+        return allocate_by_latency(make, costs, options, probe)
     allocator = Allocator(free, score, costs.solution, options, removed=removed)
     if options.budget is None:
         return allocator.apply(allocator.allocate_ratio())
@@ -138,21 +139,18 @@ def allocate(
 
 
 def allocate_by_latency(
-    free: Sequence[Family],
-    score: np.ndarray,
-    costs: Costs,
-    options: Options,
-    probe: LatencyProbe,
-    removed: np.ndarray | None = None,
+    make: Callable[[int], Allocator], costs: Costs, options: Options, probe: LatencyProbe
 ) -> tuple[Tensor, Slicer]:
-    """Which labels stay by a budget of latency: with channel counts that kernels are written for, where that is enough."""
+    """Which labels stay by a budget of latency: with channel counts that kernels are written for, where that is enough.
+
+    `make` returns the allocator by which counts of channels that stay are multiples of a number.
+    """
     assert options.budget is not None
     tried = [options.round_to] if options.round_to > 1 else [FRIENDLY, 1]
     for round_to in tried:
-        allocator = Allocator(free, score, costs.solution, options, round_to=round_to, removed=removed)
         try:
             with probe.restore_random_state():
-                return meet_latency(options.budget, allocator, costs, probe)
+                return meet_latency(options.budget, make(round_to), costs, probe)
         except PruneError:
             if round_to == tried[-1]:
                 raise

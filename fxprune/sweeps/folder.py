@@ -27,7 +27,7 @@ class SweepFolder:
     """Where the points of a sweep are kept, so that it can be stopped and continued.
 
     Arguments:
-        path: of the folder; it is made if it is not there.
+        path: of the folder; it is made with the first point, if it is not there.
         request: all that the points depend on, but for data and `evaluate`.
 
     Raises: PruneError where it holds another sweep, or something else, or cannot be written.
@@ -35,19 +35,16 @@ class SweepFolder:
 
     def __init__(self, path: Any, request: Mapping[str, Any]) -> None:
         self.path = as_path(path)
-        request = json.loads(json.dumps({"format": FORMAT, **request}))
+        self.request = json.loads(json.dumps({"format": FORMAT, **request}))
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            there = [p.name for p in self.path.iterdir() if not p.name.startswith(".")]
+            there = [p.name for p in self.path.iterdir() if not p.name.startswith(".")] if self.path.exists() else []
         except OSError as error:
             raise unwritable(self.path, error) from error
         if REQUEST in there:
-            if said := difference(self.read(REQUEST), request):
+            if said := difference(self.read(REQUEST), self.request):
                 raise PruneError(f"{self.path} holds another sweep: {said}", fix="another folder, or remove this one")
         elif there:
             raise PruneError(f"{self.path} holds no sweep, but {sorted(there)[0]}", fix="a new or empty folder")
-        else:
-            self.write(REQUEST, request)
 
     def read(self, name: str) -> Any:
         """What a file holds; None where it is none of JSON's."""
@@ -61,7 +58,13 @@ class SweepFolder:
             unfinished.write_text(json.dumps(data, indent=1, allow_nan=False), encoding="utf-8")
 
     def save(self, point: Point) -> None:
-        """Keep a point: the plan first, so that a point which is there has its plan."""
+        """Keep a point: the request and the plan first, so that a point which is there has both."""
+        if not (self.path / REQUEST).exists():
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise unwritable(self.path, error) from error
+            self.write(REQUEST, self.request)
         if point.plan is not None:
             self.write(plan_name(point.number), point.plan.to_dict())
         self.write(point_name(point.number), point.to_dict())
