@@ -163,7 +163,10 @@ class Options:
         if self.remove is not None:  # nothing is scored
             return self
         if criterion is None:
-            criterion, data, why = choose_criterion(model, data, self.loss)
+            if self.experts == "only" and data is not None:
+                criterion, why = "reap", "there are data, and experts alone may go"
+            else:
+                criterion, data, why = choose_criterion(model, data, self.loss)
             weighs = criterion == "token_taylor" and ranking is None and self.budget is not None
             chosen.append(f"criterion={criterion!r}, since {why}")
         looks = bool(chosen) and data is not None

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fxprune.passes.coupling.families import Family
+from fxprune.passes.coupling.picks import chosen_units
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.ir.labels import NONE, Factor
 from fxprune.passes.ir.op_trace import OpCall, OpTrace, name_of
@@ -34,7 +35,7 @@ class Role:
     """What a family is to the program.
 
     Attributes:
-        name: `residual stream`, `hidden layer`, `head`, `KV group`, `head dimension`, or "" where none of them fits.
+        name: `residual stream`, `hidden layer`, `head`, `KV group`, `head dimension`, `expert`, or "" where none of them fits.
         share: the share of the model's layer products that make or read its channels.
     """
 
@@ -141,6 +142,7 @@ def find_roles(solution: Solution, found: Sequence[Family]) -> list[Role]:
     label = of_unit[solution.unit_of.numpy()]
     reads, makes, touches, total = Counter[int](), Counter[int](), Counter[int](), 0
     streams, heads, groups, dims = set[int](), set[int](), set[int](), set[int]()
+    experts = {int(i) for i in of_unit[chosen_units(solution)] if i >= 0}
     for number in range(len(solution.captures)):
         trace = Trace(solution, number, label)
         for read, made in trace.products():
@@ -153,7 +155,9 @@ def find_roles(solution: Solution, found: Sequence[Family]) -> list[Role]:
         heads, groups, dims = heads | batch, groups | several, dims | rest
     names = []
     for i in range(len(found)):
-        if i in heads:
+        if i in experts:
+            names.append("expert")
+        elif i in heads:
             names.append("KV group" if i in groups else "head")
         elif i in streams:
             names.append("residual stream")
