@@ -19,7 +19,7 @@ from fxprune.original_state import config_of, lost_contents, with_lazy_tensors
 from fxprune.passes.capture.programs import DRAW, DRAWN
 from fxprune.passes.coupling.couple import analyse, describe_capture
 from fxprune.passes.coupling.families import freeze_families
-from fxprune.passes.coupling.picks import keep_the_rest, require_experts, require_shared_heads
+from fxprune.passes.coupling.picks import check_choices, require_experts
 from fxprune.passes.coupling.solution import CouplingOptions, Solution
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_parameters, named_tensors
@@ -119,10 +119,7 @@ class Compilation:
             freeze_families(solution, named, set(named_parameters(self.model)))
         if self.options.uniform:
             keep_uniform(solution, set(named_parameters(self.model)), self._followers)
-        if self.options.heads == "queries":
-            require_shared_heads(solution, type(self.model).__name__)
-        if self.options.choices == "only":
-            keep_the_rest(solution)
+        check_choices(solution, self.options, type(self.model).__name__)
         check_coupling(solution)
         return solution
 

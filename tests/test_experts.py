@@ -38,7 +38,7 @@ TOKENS = torch.arange(14).reshape(2, 7) + 3
 
 
 def made(name, kernel="eager"):
-    """A small model, all of whose values matter, and one call of it; routers compute in single precision whatever the model does."""
+    """A small model, all of whose values matter, in the precision in which all routers compute, and one call of it."""
     torch.manual_seed(0)
     config = getattr(hf, f"{name}Config")(**MODELS[name][0])
     config._experts_implementation = kernel
@@ -106,8 +106,7 @@ def test_exact(name, same_class):
         assert getattr(small.config, number) == getattr(model.config, number) // 2
 
 
-@pytest.mark.parametrize("kernel", ["grouped_mm", "batched_mm"])
-@pytest.mark.parametrize("name", ["Mixtral", "GptOss", "DeepseekV3"])
+@pytest.mark.parametrize(("name", "kernel"), [("Mixtral", "grouped_mm"), ("GptOss", "grouped_mm"), ("Qwen3Moe", "batched_mm")])
 def test_kernels(name, kernel):
     model, call = made(name, kernel)
     small = fxprune.prune(model, 0.5, call, experts="only")
@@ -133,7 +132,7 @@ def test_as_many_stay_as_are_chosen():
     model, call = made("Mixtral")
     small = fxprune.prune(model, 0.9, call, experts="only")
     assert all(router.weight.shape == (2, 16) for router in routers(small).values())
-    with pytest.raises(fxprune.PruneError, match="2 of .* are chosen at a time, and 1 would be left"):
+    with pytest.raises(fxprune.PruneError, match="chosen at a time, and 1 would be left"):
         fxprune.prune(model, example_inputs=call, remove={"model.layers.0.mlp.gate": [0, 1, 2, 3, 5]})
 
 

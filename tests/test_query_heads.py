@@ -20,7 +20,12 @@ class Grouped(nn.Module):
     def __init__(self, how, shared=2):
         super().__init__()
         self.how, self.shared = how, shared
-        self.q, self.k, self.v, self.o = nn.Linear(10, 24), nn.Linear(10, 4 * shared), nn.Linear(10, 4 * shared), nn.Linear(24, 10)
+        self.q, self.k, self.v, self.o = (
+            nn.Linear(10, 24),
+            nn.Linear(10, 4 * shared),
+            nn.Linear(10, 4 * shared),
+            nn.Linear(24, 10),
+        )
 
     def forward(self, x):
         heads = [layer(x).unflatten(-1, (-1, 4)).transpose(1, 2) for layer in (self.q, self.k, self.v)]

@@ -155,7 +155,9 @@ class Options:
 
     @property
     def experts(self) -> Experts:
-        return False if self.remove is not None else self.coupling.choices
+        """Whether experts are asked for, other than by index."""
+        choices = self.coupling.choices if self.remove is None else False
+        return "only" if choices == "only" else bool(choices)
 
     def with_defaults(self, model: nn.Module, criterion: str | Criterion | None, ranking: Ranking | None) -> Options:
         """The same with a criterion and a ranking: those that are asked for, or the ones that do least harm."""

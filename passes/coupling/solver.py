@@ -49,7 +49,19 @@ def solve(
     unit_of = torch.from_numpy(units.unit_of)
     at_least = [(units.unit_of[labels], count) for labels, count in constraints.at_least]
     return Solution(
-        captures, leaves, values, unit_of, reason_of, reasons, equal_rows, regions, units.ties, shapes, some_stay, at_least, picks
+        captures,
+        leaves,
+        values,
+        unit_of,
+        reason_of,
+        reasons,
+        equal_rows,
+        regions,
+        units.ties,
+        shapes,
+        some_stay,
+        at_least,
+        picks,
     )
 
 

@@ -4,6 +4,7 @@ No name is looked at. Let a *layer product* be a product of an activation with a
 
 - *head*: its units are along a batch dimension of a product of two activations, as attention's are. It is a *KV group* where
   rows in succession are one unit there: query heads that share a key head.
+- *expert*: its units are chosen among by value, and the numbers of the chosen ones index parameters.
 - *head dimension*: its units are along one of the other two dimensions of such a product.
 - *residual stream*: its channels are in a sum of two activations, one of which is computed from the other one.
 - *hidden layer*: layer products make its channels, and others read them.
