@@ -71,8 +71,8 @@ def common_path(names: Iterable[str]) -> str:
 class Contributions:
     """For each expert the sum of the norms of what it adds to the result of its layer, and of how many tokens.
 
-    A layer runs again for each expert, without that one's parameters: what its result loses is gate times output. Where the layer
-    is given the choice as whole numbers, it does so on the tokens of the expert alone.
+    A layer runs again for each expert, without that one's parameters: what its result loses is gate times output. Where the
+    layer is given the choice as whole numbers, it does so on the tokens of the expert alone.
     """
 
     def __init__(self, module: nn.Module, layer: ExpertLayer, parameters: dict[str, Tensor]) -> None:

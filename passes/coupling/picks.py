@@ -55,7 +55,7 @@ def follow_picks(call: RuleContext) -> Handled:
 
 
 def finish_picks(state: PropagationState, refs: Sequence[TensorRef], why: str = ELSEWHERE) -> None:
-    """Freeze what was chosen where the numbers themselves are seen: among a model's outputs, or by code that is not followed."""
+    """Freeze what was chosen where the numbers themselves are seen: among a model's outputs, or by unknown code."""
     for ref in refs:
         if ref.id in state.picks:
             state.constraints.freeze(state.picks[ref.id], why)
@@ -157,7 +157,7 @@ def runs(call: RuleContext) -> Handled:
 
 
 def tie(call: RuleContext, labels: Labels, dim: int, picked: np.ndarray) -> Labels | None:
-    """Tie the entries of one dimension to what was picked; returns the labels without that dimension's, None if it stays whole."""
+    """Tie the entries of a dimension to what was picked; returns the labels without them, None if the dimension stays."""
     along = [f for f in labels if dim in f.dims]
     if len(along) != 1 or len(along[0].major_to_minor) > 1:
         refuse(call, picked)
