@@ -25,6 +25,7 @@ CriterionName = Literal[
     "grasp",
     "wanda",
     "flap",
+    "reap",
 ]
 CRITERIA: dict[str, Criterion] = {**weight.CRITERIA, **gradient.CRITERIA, **activation.CRITERIA}
 OTHER_NAMES = {  # what the field calls some of them

@@ -178,7 +178,9 @@ class Options:
 
     @property
     def experts(self) -> Experts:
-        return False if self.remove is not None else self.coupling.choices
+        """Whether experts are asked for, other than by index."""
+        choices = self.coupling.choices if self.remove is None else False
+        return "only" if choices == "only" else bool(choices)
 
     def with_defaults(self, model: nn.Module, criterion: str | Criterion | None, ranking: Ranking | None) -> Options:
         """The same with a criterion and a ranking: those that are asked for, or the ones that do least harm."""
@@ -186,7 +188,10 @@ class Options:
         if self.remove is not None:  # nothing is scored
             return self
         if criterion is None:
-            criterion, data, why = choose_criterion(model, data, self.loss)
+            if self.experts == "only" and data is not None:
+                criterion, why = "reap", "there are data, and experts alone may go"
+            else:
+                criterion, data, why = choose_criterion(model, data, self.loss)
             weighs = criterion == "token_taylor" and ranking is None and self.budget is not None
             chosen.append(f"criterion={criterion!r}, since {why}")
         looks = bool(chosen) and data is not None

@@ -10,7 +10,7 @@ from torch import nn
 
 from fxprune.passes.coupling.components import smallest_connected
 from fxprune.passes.coupling.families import Family, families, freeze_families
-from fxprune.passes.coupling.picks import keep_the_rest, require_shared_heads
+from fxprune.passes.coupling.picks import check_choices
 from fxprune.passes.coupling.solution import CouplingOptions, Solution
 from fxprune.passes.ir.module_tree import named_parameters, named_tensors
 from fxprune.passes.ir.pytree import TensorRef, collect
@@ -55,10 +55,7 @@ def narrow(solution: Solution, options: CouplingOptions, model: nn.Module, follo
         freeze_families(solution, named, parameters)
     if options.uniform:
         keep_uniform(solution, parameters, followers())
-    if options.heads == "queries":
-        require_shared_heads(solution, type(model).__name__)
-    if options.choices == "only":
-        keep_the_rest(solution)
+    check_choices(solution, options, type(model).__name__)
 
 
 def keep_uniform(solution: Solution, parameters: set[str], followers: Followers) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from fxprune.passes.coupling.solution import Solution
+from fxprune.passes.coupling.solution import CouplingOptions, Solution
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.labels import NONE, Factor, Labels
 from fxprune.passes.ir.op_trace import name_of
@@ -20,7 +20,7 @@ from fxprune.passes.ir.propagation_state import PropagationState
 from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.creation import SHARED
-from fxprune.passes.ops.registry import find
+from fxprune.passes.ops.registry import FUNCTIONS, find
 
 ELSEWHERE = "is chosen by value, and more is done with the choice than to index"
 CONVERSIONS = frozenset(
@@ -55,7 +55,7 @@ def follow_picks(call: RuleContext) -> Handled:
 
 
 def finish_picks(state: PropagationState, refs: Sequence[TensorRef], why: str = ELSEWHERE) -> None:
-    """Freeze what was chosen where the numbers themselves are seen: among outputs, or by code that is not followed."""
+    """Freeze what was chosen where the numbers themselves are seen: among a model's outputs, or by unknown code."""
     for ref in refs:
         if ref.id in state.picks:
             state.constraints.freeze(state.picks[ref.id], why)
@@ -86,9 +86,11 @@ def keep_the_rest(solution: Solution) -> None:
     solution.reasons.append("is no expert, and nothing else may go by experts='only'")
 
 
-def require_shared_heads(solution: Solution, where: str) -> None:
-    """Raise PruneError where no query heads share keys and values."""
-    if not any(reason.startswith(SHARED) for reason in solution.reasons):
+def check_choices(solution: Solution, options: CouplingOptions, where: str) -> None:
+    """Keep all but experts where they alone may go; raise PruneError where query heads are to go, and none share keys."""
+    if options.choices == "only":
+        keep_the_rest(solution)
+    if options.heads == "queries" and not any(reason.startswith(SHARED) for reason in solution.reasons):
         what = "attention='queries' removes query heads that share keys and values, and each has its own"
         raise PruneError(
             what, where=where, fix="attention='heads' removes whole heads, attention='dims' dimensions within them"
@@ -155,7 +157,7 @@ def runs(call: RuleContext) -> Handled:
 
 
 def tie(call: RuleContext, labels: Labels, dim: int, picked: np.ndarray) -> Labels | None:
-    """Tie the entries of one dimension to what was picked; returns the other labels, None if it stays whole."""
+    """Tie the entries of a dimension to what was picked; returns the labels without them, None if the dimension stays."""
     along = [f for f in labels if dim in f.dims]
     if len(along) != 1 or len(along[0].major_to_minor) > 1:
         refuse(call, picked)
@@ -177,7 +179,7 @@ def index_by(call: RuleContext, x: TensorRef, dim: int, picked: np.ndarray) -> H
         return None
     call.known[x.id] = left
     try:
-        return rule(call)  # type: ignore[no-any-return]
+        return rule(call)
     finally:
         call.known[x.id] = labels
 
@@ -291,8 +293,8 @@ def read_by_python(call: RuleContext) -> Handled:
 
 
 def ranged(call: RuleContext) -> Handled:
-    """The least and the greatest, which `one_hot` compares to the number of classes; opaque modules are tried once cut."""
-    if not call.state.opaque:
+    """The least and the greatest, which `one_hot` compares to the number of classes."""
+    if not call.state.opaque and call.state.rewrite is not FUNCTIONS["one_hot"].rewrite:  # opaque modules are tried once cut
         refuse(call, call.state.picks[call.first.id])
     return None
 

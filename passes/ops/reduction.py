@@ -50,7 +50,7 @@ def row_by_row(call: RuleContext, f: Factor, dims: Sequence[int]) -> Labels:
     if not rest:
         return NONE
     if f.major_to_minor[-1] not in rest:
-        return (call.constraints.new_row_labels(f, rest, whole=call.heads),)
+        return (call.constraints.new_row_labels(f, rest, whole=bool(call.heads)),)
     return call.collapse(f, touched)
 
 
