@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import transformers as hf
+from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,16 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.criteria.activation_stats import wide
-from fxprune.criteria.calibration import BATCHES, Batch
-from fxprune.criteria.lockstep import Lockstep, stopping, without_cache
-from fxprune.form_programs import FormPrograms, Names, slots
-from fxprune.inputs import ExampleInputs
-from fxprune.passes.errors import GuardError, PruneError
-from fxprune.passes.ir.module_tree import named_tensors, private_copy, set_mode
+from fxprune.criteria.calibration import Batch
+from fxprune.criteria.lockstep import Lockstep, stopping
+from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.progress import progress_bar
 from fxprune.passes.ir.slices import mask_of
-from fxprune.plan import PlanData, shapes_of
-from fxprune.repair.held_out import SHARES, Errors, Outcome
+from fxprune.plan import shapes_of
+from fxprune.repair.both_models import BothModels, call, uncached
+from fxprune.repair.held_out import Outcome
 from fxprune.repair.least_squares import NormalEquations, add_call, as_weight, count_inputs, fit, groups, run_product
 from fxprune.repair.repairer import NOT_FINITE, WORSE, RepairStep, relative
 from fxprune.repair.sites import SiteCall, SiteObserver, count_overlaps
@@ -159,38 +157,23 @@ def cut(weight: Tensor, mask: Tensor) -> Tensor:
 
 
 class Refit:
-    """Both models, and the data.
+    """Fits the weights of the pruned model that lost inputs; `both` are the models and the data."""
 
-    Arguments:
-        model: the original.
-        made: the pruned model, which is changed.
-        plan: what it was made by.
-        parts: the batches, each with whether it is held out.
-    """
+    def __init__(self, both: BothModels) -> None:
+        self.both, self.own = both, both.own
 
-    def __init__(self, model: nn.Module, made: nn.Module, plan: PlanData, parts: Sequence[tuple[Batch, bool]]) -> None:
-        self.model, self.made, self.plan, self.parts = model, made, plan, parts
-        self.whole = set_mode(private_copy(model), False)
-        made.eval()
-        name = Names(model)
-        self.own = {name(path): tensor for path, tensor, _, _ in slots(made)}
-        self.name, self.forms, self.shared = name, FormPrograms(model, plan, self.own), set[int]()
-
-    def run(self, ridge: float | None, refused: str = "") -> tuple[list[RepairStep], Outcome]:
-        """Fit every weight that lost inputs, then go as far as the output on the samples held out comes closer.
-
-        Where it is `refused`, with a reason, nothing is fitted.
-        """
+    def run(self, ridge: float | None) -> tuple[list[RepairStep], Outcome]:
+        """Fit every weight that lost inputs, then go as far as the output on the samples held out comes closer."""
         start: dict[str, Tensor] = {}
         steps: dict[str, RepairStep] = {}
         for lost in self.watch(start, steps):
             for name, found in lost.items():
-                if refused:
-                    steps[name] = RepairStep(name, NAME, None, False, refused)
+                if self.both.refused:
+                    steps[name] = RepairStep(name, NAME, None, False, self.both.refused)
                     continue
                 start |= {n: self.own[n].detach().clone() for n in (name, found.bias) if n is not None and n in self.own}
                 steps[name] = self.fit(name, found, ridge)
-        return list(steps.values()), self.choose_share(start)
+        return list(steps.values()), self.both.choose_share(start)
 
     def watch(self, start: dict[str, Tensor], steps: dict[str, RepairStep]) -> Iterator[dict[str, Lost]]:
         """Run the original on all batches, block by block, and yield what the weights of each lost.
@@ -199,17 +182,18 @@ class Refit:
             start: the values of weights that were fitted: those of a weight that is used again are put back.
             steps: what was done, by weight; those that are left as they are are added.
         """
-        tensors = dict(named_tensors(self.whole))
-        first = {id(t): name for name, t in named_tensors(self.model)}
+        whole, model, parts = self.both.whole, self.both.model, self.both.parts
+        tensors = dict(named_tensors(whole))
+        first = {id(t): name for name, t in named_tensors(model)}
         names = {id(t): first.get(id(t), name) for name, t in tensors.items()}
         owned = {names[id(t)]: t for t in tensors.values() if isinstance(t, nn.Parameter) and t.is_floating_point()}
-        cuts, lost, skipped = self.plan.fitted(shapes_of(self.model)).slices, dict[str, Lost](), dict[str, str]()
+        cuts, lost, skipped = self.both.plan.fitted(shapes_of(model)).slices, dict[str, Lost](), dict[str, str]()
 
         @functools.cache
         def mask(name: str) -> Tensor | None:
             return mask_of(cuts[name], owned[name].shape) if cuts.get(name) and name not in start else None
 
-        observers = [LostObserver(names, owned, mask, lost, skipped, held=held) for _, held in self.parts]
+        observers = [LostObserver(names, owned, mask, lost, skipped, held=held) for _, held in parts]
 
         def ready() -> dict[str, Lost]:
             skipped.update((name, USED_AGAIN) for observer in observers for name in observer.used_again())
@@ -218,9 +202,9 @@ class Refit:
             mask.cache_clear()
             return found
 
-        paths = [path for chain in block_chains(self.whole) for path in chain]
-        works = [functools.partial(observed, o, self.whole, batch) for o, (batch, _) in zip(observers, self.parts, strict=True)]
-        with stopping(self.whole, paths), Lockstep(paths, works) as lockstep:
+        paths = [path for chain in block_chains(whole) for path in chain]
+        works = [functools.partial(observed, o, whole, batch) for o, (batch, _) in zip(observers, parts, strict=True)]
+        with stopping(whole, paths), Lockstep(paths, works) as lockstep:
             for _, at in progress_bar(lockstep.stages(), "refit", "block", len(paths)):
                 answers = []
                 for i in at:
@@ -253,66 +237,7 @@ class Refit:
             self.own[found.bias].data.add_(shift.reshape(-1).to(self.own[found.bias].dtype))
         return replace(step, error=error, done=True)
 
-    def choose_share(self, start: Mapping[str, Tensor]) -> Outcome:
-        """As `held_out.choose_share`, batch by batch: no output is held."""
-        judged = [batch for batch, held in self.parts if held] or [batch for batch, _ in self.parts]
-        checks = any(held for _, held in self.parts)
-
-        def errors() -> Errors:
-            return sum_of(Errors.of([call(self.whole, b)], [self.output(b)], [b]) for b in judged)
-
-        swap(self.own, start)
-        before = errors()
-        swap(self.own, start)
-        for share in SHARES if checks else (1.0,):
-            after = errors()
-            if not checks or after.surely_less_than(before):
-                return Outcome(share, (before.relative, after.relative))
-            for name, tensor in start.items():
-                self.own[name].data.copy_(tensor.lerp(self.own[name], 0.5))
-        for name, tensor in start.items():
-            self.own[name].data.copy_(tensor)
-        return Outcome(0.0, (before.relative, before.relative))
-
-    def output(self, batch: Batch) -> Any:
-        """What the pruned model returns: its own program's result, or that of one captured for such a batch."""
-        inputs = ExampleInputs(batch.args, batch.kwargs)
-        try:
-            return inputs.map(torch.clone).call(self.made)
-        except (GuardError, PruneError, TypeError):
-            return self.forms.run(inputs, lambda form: self.captured(form, inputs))[1]
-
-    def captured(self, form: Any, inputs: ExampleInputs) -> Any:
-        if id(form) not in self.shared:
-            self.shared.add(id(form))
-            form.pruned.eval()
-            for path, tensor, _, _ in slots(form.pruned):
-                if (own := self.own.get(self.name(path))) is not None:
-                    tensor.data = own.data
-        return inputs.map(torch.clone).call(form.pruned)
-
-
-def swap(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:
-    """Exchange the values of tensors with those of others of the same names, one at a time."""
-    for name, other in others.items():
-        own = tensors[name].detach().clone()
-        tensors[name].data.copy_(other)
-        other.copy_(own)
-
 
 def observed(observer: LostObserver, model: nn.Module, batch: Batch) -> None:
     with observer:
-        call(model, replace(batch, kwargs=without_cache(model, batch.kwargs)))
-
-
-def call(model: nn.Module, batch: Batch) -> Any:
-    """What a model returns for a batch."""
-    try:
-        return ExampleInputs(batch.args, batch.kwargs).map(torch.clone).call(model)
-    except Exception as error:
-        raise PruneError(f"the model raises {type(error).__name__} on a batch of data: {error}", fix=BATCHES) from error
-
-
-def sum_of(parts: Iterator[Errors]) -> Errors:
-    found = list(parts)
-    return Errors([square for part in found for square in part.squares], sum(part.size for part in found))
+        call(model, uncached(model, batch))
