@@ -89,6 +89,7 @@ class CapturedProgram:
         functions: functions of the model's that are one node for each call.
         calls: calls made inside opaque modules.
         sizes: attributes of opaque modules that were used as sizes.
+        followed: sizes of tensors that opaque modules used as sizes of others.
         leaks: tensors in opaque modules whose contents Python took, by path.
         inputs: references of the example inputs' tensors.
         tensor_names: the names of the model's tensors, in its order, and of constants after those.
@@ -115,6 +116,7 @@ class CapturedProgram:
     opaque: dict[str, str]
     calls: dict[str, list[ModuleCall]]
     sizes: dict[str, list[SizeUse]]
+    followed: list[SizeUse]
     leaks: dict[str, list[TensorRef]]
     inputs: list[TensorRef]
     tensor_names: list[str]
@@ -257,6 +259,17 @@ class SizeUse:
     tree: Any
     ref: TensorRef
     dim: int
+
+    @property
+    def attributes(self) -> set[tuple[str, str]]:
+        return attributes_of_size(self.tree)
+
+
+def attributes_of_size(tree: Any) -> set[tuple[str, str]]:
+    """The attributes that a number was computed from; see `SizeUse`."""
+    if isinstance(tree, int | TensorSize):
+        return set()
+    return attributes_of_size(tree[1]) | attributes_of_size(tree[2]) if len(tree) > 2 else {tree}
 
 
 ONLY_OUTPUT = "output"  # the name of the one tensor that a model returns

@@ -12,6 +12,7 @@ from torch import Tensor
 from fxprune.passes.ir.constraints import ConstraintBuilder
 from fxprune.passes.ir.labels import Labels
 from fxprune.passes.ir.op_trace import OpTrace
+from fxprune.passes.ir.program import TensorSize
 
 LeafDim = tuple[str, int, int]
 
@@ -38,7 +39,7 @@ class PropagationState:
         composed: those found to belong to several labels at once (an outer product), by first label, with the labels.
         rewrite: what the current node becomes in the pruned program (see `OpSpec`).
         opaque: whether the current node is an opaque module, in which no written-out size can be changed.
-        sizes: of the values that are made in opaque modules, those that can, by value and dimension (see `SizeUse`).
+        sizes: sizes in opaque modules that are those of other tensors, by value and dimension.
         literals: integers among the current node's arguments that no rewrite can change.
         input_dims: finds the dimensions of the current node's result that it gives sizes of the inputs.
     """
@@ -61,6 +62,6 @@ class PropagationState:
     composed: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
     rewrite: Callable[..., Any] | None = None
     opaque: bool = False
-    sizes: dict[int, dict[int, Any]] = field(default_factory=dict)
+    sizes: dict[int, dict[int, TensorSize]] = field(default_factory=dict)
     literals: frozenset[int] = frozenset()
     input_dims: Callable[[], frozenset[int]] = frozenset

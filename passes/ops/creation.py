@@ -12,7 +12,6 @@ from torch import Tensor, fx
 
 from fxprune.passes.ir.labels import NONE, Factor, Labels, align, factor
 from fxprune.passes.ir.op_trace import name_of
-from fxprune.passes.ir.program import TensorSize
 from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.pointwise import same
@@ -43,8 +42,8 @@ def sized_alike(call: RuleContext, ndim: int) -> Labels:
     """In an opaque module no size can be written anew; one that is read from a tensor follows that tensor."""
     sizes = call.state.sizes.get(call.outputs[0].id, {})
     result: Labels = NONE
-    for ref in dict.fromkeys(tree.ref for tree in sizes.values() if isinstance(tree, TensorSize)):
-        to = {tree.dim: dim for dim, tree in sizes.items() if isinstance(tree, TensorSize) and tree.ref == ref}
+    for ref in dict.fromkeys(size.ref for size in sizes.values()):
+        to = {size.dim: dim for dim, size in sizes.items() if size.ref is ref}
         for f in call.labels(ref):
             if f.dims <= to.keys():
                 order = [to[d] for d in f.major_to_minor]

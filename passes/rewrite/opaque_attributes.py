@@ -12,7 +12,7 @@ from typing import Any
 
 from fxprune.passes.capture.opaque import OPERATORS
 from fxprune.passes.ir.module_tree import fetch
-from fxprune.passes.ir.program import CapturedProgram, SizeUse, TensorSize
+from fxprune.passes.ir.program import CapturedProgram, SizeUse, TensorSize, attributes_of_size
 from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.rewrite.layer_attributes import LayerAttributes
 from fxprune.passes.rewrite.size_expressions import PrunedShapes
@@ -37,13 +37,11 @@ def solve_attributes(capture: CapturedProgram, shapes: PrunedShapes, uses: Seque
     computed: list[tuple[Any, int]] = []
     for use in uses:
         wanted = shapes.after(use.ref)[use.dim]
-        if isinstance(use.tree, TensorSize):
-            continue
         if is_computed(use.tree):
             computed.append((use.tree, wanted))
         elif use.tree not in known or wanted != shapes.before(use.ref)[use.dim]:
             known[use.tree] = wanted
-    for tree, wanted in sorted(computed, key=lambda item: len(attributes_of(item[0]))):
+    for tree, wanted in sorted(computed, key=lambda item: len(attributes_of_size(item[0]))):
         for name, value in solve_for(capture, shapes, tree, wanted, known).items():
             known.setdefault(name, value)
     return {name: value for name, value in known.items() if value != original_value(capture, name)}
@@ -52,12 +50,6 @@ def solve_attributes(capture: CapturedProgram, shapes: PrunedShapes, uses: Seque
 def original_value(capture: CapturedProgram, attribute: tuple[str, str]) -> int:
     path, name = attribute
     return int(getattr(fetch(capture.root, path) if path else capture.root, name))
-
-
-def attributes_of(tree: Any) -> set[tuple[str, str]]:
-    if isinstance(tree, int | TensorSize):
-        return set()
-    return attributes_of(tree[1]) | attributes_of(tree[2]) if is_computed(tree) else {tree}
 
 
 def is_computed(tree: Any) -> bool:
@@ -89,7 +81,7 @@ def solve_for(
     if not is_computed(tree):
         return {} if tree in known else {tree: wanted}
     name, a, b = tree
-    free = [side for side in (a, b) if attributes_of(side) - known.keys()]
+    free = [side for side in (a, b) if attributes_of_size(side) - known.keys()]
     if len(free) != 1:
         return {}
     other = value_of(capture, shapes, b if free[0] is a else a, known)
