@@ -37,6 +37,11 @@ def score_units(
     """
     check_source(data, loss)
     spec = resolve(criterion)
+    if spec.score_families is not None:
+        with prepare_source(model, data, loss, spec.name, solution) as source:
+            total, seen = spec.score_families(source, families)
+        check_finite(total, families, spec)
+        return total, seen
     scorers = make_scorers(named_parameters(model), solution, families, spec, read)
     seen = np.zeros(len(scorers[0].unit_of), bool)
 

@@ -129,10 +129,12 @@ def allocate(
         assert probe is not None
         return allocate_by_latency(free, score, costs, options, probe, removed)
     allocator = Allocator(free, score, costs.solution, options, removed=removed)
-    if options.budget is None:
-        return allocator.apply(allocator.allocate_ratio())
     budget = options.budget
-    if options.weighs:
+    if options.by_loss:
+        allocator.grow()
+    if budget is None:
+        return allocator.apply(allocator.allocate_ratio())
+    if options.by_loss or options.weighs:
         allocator.weigh(lambda left: budget.cost(costs, left))
     return meet_budget(budget, allocator, costs)
 
@@ -150,6 +152,8 @@ def allocate_by_latency(
     tried = [options.round_to] if options.round_to > 1 else [FRIENDLY, 1]
     for round_to in tried:
         allocator = Allocator(free, score, costs.solution, options, round_to=round_to, removed=removed)
+        if options.by_loss:
+            allocator.grow()
         names = [free[c.group.families[0]].name for c in allocator.candidates]
         try:
             with probe.restore_random_state():
