@@ -35,6 +35,7 @@ Methods, in place of a score for each element:
 from fxprune.criteria.activation import FLAP, Wanda
 from fxprune.criteria.base import Criterion
 from fxprune.criteria.catalog import CRITERIA, find
+from fxprune.criteria.gates import Gates
 from fxprune.criteria.gradient import OBDC, SNIP, Fisher, GraSP, Hessian, Taylor, TokenTaylor
 from fxprune.criteria.osscar import OSSCAR
 from fxprune.criteria.scorer import Scorer
@@ -51,6 +52,7 @@ __all__ = [
     "BNScale",
     "Criterion",
     "Fisher",
+    "Gates",
     "GraSP",
     "Hessian",
     "Magnitude",

@@ -194,7 +194,7 @@ class InputObserver(ActivationObserver):
         if made is not None:
             squares = wide(out).double().square().sum([d for d in range(out.dim()) if d != product.out % out.dim()]).cpu()
             self.written.index_add_(0, made[0], squares[made[1]])
-        if met is None or len(shape) > 3 and "dilation" not in call.named:
+        if met is None or (len(shape) > 3 and "dilation" not in call.named):
             return
         source, weight = wide(tensors[product.source.id]), wide(tensors[product.weight.id]).double()
         channels = source.shape[product.along]

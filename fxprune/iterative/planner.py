@@ -12,6 +12,7 @@ import dataclasses
 import numpy as np
 from torch import Tensor, nn
 
+from fxprune.criteria.calibration import Target
 from fxprune.criteria.catalog import find, resolve
 from fxprune.criteria.parameter_roles import roles
 from fxprune.criteria.unit_scores import normalise_scores, score_units
@@ -134,7 +135,8 @@ class Planner:
         runs = resolve(criterion).runs
         with evaluating(present) if runs else contextlib.nullcontext():  # a copy in another mode would share its program
             looked_at = dataclasses.replace(self.solution, leaves=leaves, captures=self.captures(present, view))
-            score, seen = score_units(present, looked_at, alive, criterion, self.options.data, self.options.loss)
+            target = Target(self.options.coupling.heads)
+            score, seen = score_units(present, looked_at, alive, criterion, self.options.data, self.options.loss, target=target)
         told = [i for i, f in enumerate(alive) if seen[f.units].any()]
         free, alive = [self.free[i] for i in told], [alive[i] for i in told]
         if self.options.competes:

@@ -94,9 +94,9 @@ class Allocator:
     def grow(self) -> None:
         """Have steps count for more the less of their group is left.
 
-        Scores are changes of the loss, each as if its unit went alone. Where a group has lost the part g of its sum t, what its
-        readers miss is g of the t - g that they still get. So all that it has lost counts t g / (t - g): g at first, and without
-        bound where nothing would be left. The importance of a step is the mean of that increase over its units.
+        Scores are changes of the loss, each as if its unit went alone. Where a group has lost the part g of its sum t, what
+        its readers miss is g, beside the t - g that they still get. So all that it has lost counts t g / (t - g): g at first,
+        and without bound where nothing would be left. The importance of a step is the mean of that increase over its units.
         """
         score = np.maximum(self.score, 0)  # what an earlier step removed is below zero
         for found in self.candidates:

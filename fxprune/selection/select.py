@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor, nn
 
+from fxprune.criteria.calibration import Target
 from fxprune.criteria.catalog import find
 from fxprune.criteria.unit_scores import normalise_scores, score_units
 from fxprune.entry_points import why_unprunable
@@ -16,11 +17,12 @@ from fxprune.errors import PruneWarning
 from fxprune.passes.coupling.families import Family, families, listed, place_of
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import named_parameters
+from fxprune.passes.ir.module_tree import named_parameters, named_tensors
 from fxprune.passes.ir.slices import Slicer
 from fxprune.selection.allocation import Allocator, levels_after, match_globs, match_ratios, match_scopes
 from fxprune.selection.budgets import Budget
 from fxprune.selection.costs import Costs
+from fxprune.selection.expected_cost import expected_use
 from fxprune.selection.latency import FRIENDLY, LatencyProbe
 from fxprune.selection.latency_search import meet_latency
 from fxprune.selection.names import NOT_ALL_IN
@@ -183,7 +185,9 @@ def score_families(model: nn.Module, solution: Solution, options: Options) -> tu
     """The families that may lose units, and the score of every unit, comparable between families where they compete."""
     free = find_free_families(model, solution, options)
     criterion = find(options.criterion)
-    score, seen = score_units(model, solution, free, criterion, options.data, options.loss, options.read)
+    named = dict(named_tensors(model))
+    target = Target(options.coupling.heads, lambda: expected_use(solution, options, free, named))
+    score, seen = score_units(model, solution, free, criterion, options.data, options.loss, options.read, target)
     score = score if options.combine is None else options.combine(score)
     free = [f for f in free if seen[f.units].any()]
     return free, normalise_scores(score, free, criterion) if options.competes else score
