@@ -38,8 +38,9 @@ class Gates(CriterionOptions):
     """The log-odds of a gate on each unit, after training the gates alone; comparable over all families.
 
     What is trained on is the loss, or without one the squared distance to the original's outputs, in units of what it rises by
-    where every second gate is closed; and a Lagrangian of the expected cost, which falls to what the budget (or the ratio) allows within the first half of the
-    steps (as CoFi has it, arXiv:2204.00408). Parameters are as they were, and so are the gates for the same data and seed.
+    where every second gate is closed; and a Lagrangian of the expected cost, which falls to what the budget (or the ratio)
+    allows within the first half of the steps (as CoFi has it, arXiv:2204.00408). Parameters stay as they were, and gates are
+    the same for the same data and seed.
 
     Arguments:
         steps: batches to train on; the data are read once, held, and used over and over.
