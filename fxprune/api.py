@@ -158,7 +158,8 @@ def prune(
             or a function of a parameter that gives the importance of each element. By default it is `magnitude`, the L2 norm
             over the whole family; with data `flap`; with data and a loss `token_taylor`. The report says what was chosen.
         data: for criteria that look at data: batches, each a pair of inputs (as `example_inputs`) and target, a dict of
-            keyword arguments, or inputs alone. They are read once, in evaluation mode (again for `grasp` and `repair`).
+            keyword arguments, or inputs alone. They are read once, in evaluation mode (again for `grasp` and `repair`; `gates`
+            holds them).
         loss: for criteria that look at gradients: a function of the output and the target (of the output and the dict; of
             the output alone) that returns a mean over the batch. By default it is the `loss` that the model's output holds.
         ranking: who competes: with `local` every family loses the same share; with `global` all families lose their lowest

@@ -45,11 +45,15 @@ def render(report: Any) -> str:
 
 def render_sweep(sweep: Any) -> str:
     """The page of a sweep (see `Sweep`), whole."""
+    from markupsafe import Markup
+
     return environment().get_template(TEMPLATES[1]).render(sweep=sweep_data(sweep), styles=Markup(part("page.css")))
 
 
 def sweep_data(sweep: Any) -> dict[str, Any]:
     """What the template shows of a sweep."""
+    from markupsafe import Markup
+
     fronts = {row["number"]: row["front"] for row in sweep.rows()}
     points = [sweep.original, *sweep.done]
     cells = lambda p: (str(p.number or ""), "unpruned" if not p.number else p.label, *sweep.cells(p))  # noqa: E731

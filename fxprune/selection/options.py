@@ -14,10 +14,12 @@ import numpy as np
 from torch import Tensor, nn
 
 from fxprune.arguments import is_number, number, shown
+from fxprune.criteria.aggregation import LOSS
 from fxprune.criteria.base import Criterion
 from fxprune.criteria.branches import SCORES
 from fxprune.criteria.catalog import CriterionName, resolve
 from fxprune.criteria.defaults import choose_criterion
+from fxprune.criteria.gradient import TokenTaylor
 from fxprune.passes.coupling.families import names_family
 from fxprune.passes.coupling.solution import CouplingOptions, Solution
 from fxprune.passes.errors import PruneError
@@ -98,7 +100,7 @@ class Options:
         read: where scores find the values of a parameter, by its name, if not in the model.
         combine: makes one score of each unit of those that several processes have, if there are several.
         spares: whether a residual stream through the whole model is taken after all else.
-        weighs: whether units compete by their score for what they cost.
+        weighs: whether units compete by their score for what they cost, though it is not one of `LOSS`.
         rescore: makes scores of those of the criterion, for a coupling, if anything else is known of its units.
         chosen: sentences on what was chosen where nothing was asked for.
         memo: what was scored, for choices that share it.
@@ -192,8 +194,9 @@ class Options:
                 criterion, why = "reap", "there are data, and experts alone may go"
             else:
                 criterion, data, why = choose_criterion(model, data, self.loss)
-            weighs = criterion == "token_taylor" and ranking is None and self.budget is not None
             chosen.append(f"criterion={criterion!r}, since {why}")
+            weighs = criterion == "token_taylor" and ranking is None and self.budget is not None
+            criterion = TokenTaylor(normalise="none") if weighs else criterion  # as it was measured on language models
         looks = bool(chosen) and data is not None
         if ranking is None and self.budget is not None:
             how = "score for what it costs" if weighs else "normalised score"
@@ -208,13 +211,21 @@ class Options:
 
     def scored(self, solution: Solution, what: str, score: Callable[[], Any]) -> Any:
         """What `score` returns, or returned for another choice of the same coupling by the same criterion."""
+        if self.memo is None:
+            return score()
         which = self.criterion if isinstance(self.criterion, str) else id(self.criterion)
-        return score() if self.memo is None else self.memo(solution, (what, which, self.depth_criterion), score)
+        aim = None if resolve(self.criterion).score_families is None else (self.budget, repr(self.ratio))  # see `Target.use`
+        return self.memo(solution, (what, which, self.depth_criterion, aim), score)
 
     @property
     def competes(self) -> bool:
         """Whether families compete for what stays."""
         return self.ranking != "local" or self.scopes is not None or self.budget is not None
+
+    @property
+    def by_loss(self) -> bool:
+        """Whether units compete by the change of the loss for what they cost: by scores that estimate it."""
+        return (self.ranking != "local" or self.scopes is not None) and resolve(self.criterion).normalise in LOSS
 
     @property
     def reads_weights(self) -> bool:
