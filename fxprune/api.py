@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
@@ -13,6 +14,7 @@ from fxprune.basis.pruning import prune_in_basis
 from fxprune.criteria.base import Criterion
 from fxprune.criteria.catalog import CriterionName
 from fxprune.distributed.ranks import ranks_of
+from fxprune.distributed.sharded import sharding_of
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.coupling.families import families
@@ -21,12 +23,14 @@ from fxprune.passes.ir.quiet import without_modes
 from fxprune.passes.rewrite.pruned_module import PrunedModule
 from fxprune.pipeline import Compilation, Plan
 from fxprune.plan import plan_between, plan_of
+from fxprune.repair.request import RepairRequest, Repairs
 from fxprune.reports.coupling import Coupling
 from fxprune.selection.options import (
     Asked,
     Attention,
     BudgetName,
     Depth,
+    Experts,
     Freeze,
     Options,
     Ranking,
@@ -63,6 +67,7 @@ def prune(
     depth_criterion: str | Callable[[Tensor, Tensor], Any] | None = None,
     basis: Literal["principal"] | None = None,
     remove: Remove | None = None,
+    repair: Repairs = False,
     verify: Verify = "auto",
     same_class: Literal[False] = False,
     inplace: bool = False,
@@ -80,6 +85,7 @@ def prune(
     depth_criterion: str | Callable[[Tensor, Tensor], Any] | None = None,
     basis: Literal["principal"] | None = None,
     remove: Remove | None = None,
+    repair: Repairs = False,
     verify: Verify = "auto",
     same_class: Literal[True],
     inplace: bool = False,
@@ -112,11 +118,13 @@ def prune(
     release: str | Sequence[str] = (),
     round_to: int = 1,
     attention: Attention = "heads",
+    experts: Experts = False,
     depth: Depth = False,
     depth_criterion: str | Callable[[Tensor, Tensor], Any] | None = None,
     uniform: bool = False,
     basis: Literal["principal"] | None = None,
     remove: Remove | None = None,
+    repair: Repairs = False,
     verify: Verify = "auto",
     same_class: bool = False,
     inplace: bool = False,
@@ -150,7 +158,8 @@ def prune(
             or a function of a parameter that gives the importance of each element. By default it is `magnitude`, the L2 norm
             over the whole family; with data `flap`; with data and a loss `token_taylor`. The report says what was chosen.
         data: for criteria that look at data: batches, each a pair of inputs (as `example_inputs`) and target, a dict of
-            keyword arguments, or inputs alone. They are read once (twice for `grasp`), in evaluation mode.
+            keyword arguments, or inputs alone. They are read once, in evaluation mode (again for `grasp` and `repair`; `gates`
+            holds them).
         loss: for criteria that look at gradients: a function of the output and the target (of the output and the dict; of
             the output alone) that returns a mean over the batch. By default it is the `loss` that the model's output holds.
         ranking: who competes: with `local` every family loses the same share; with `global` all families lose their lowest
@@ -175,6 +184,9 @@ def prune(
             every output keeps its shape.
         round_to: what is left of a family is a multiple of this; a family that cannot be stays whole.
         attention: remove whole `heads`, or `dims` within them.
+        experts: with True whole experts go too, with their rows of the router, with "only" nothing else does: whatever is
+            chosen by `topk` or `argmax` among scores and indexes parameters. What is left is what the original computes with
+            the scores of the others at minus infinity; at least as many stay as are chosen.
         depth: with True residual branches go too, with "only" nothing else: attention, an FFN, the convolutions of a block,
             whatever is computed from a stream and added to it by parameters of its own. A `ratio` is also the share of
             branches; a budget is one over both.
@@ -193,6 +205,8 @@ def prune(
             (`couple(...).group("layer1.0.conv1", [2, 6, 9])` shows it). In place of a layer: `layer:dim` or `tensor:dim` for
             another dimension; a family of `couple`, or `layer#2`, for its units by number. Where other channels of the same
             layer would go too, as in a head, it is an error that lists them.
+        repair: put right on `data` what the cut does to the output, after all else: True, a method's name, or a dict of
+            arguments of `fxprune.repair`. The verification is that of the cut alone; `meta["repair"]` says what was gained.
         verify: compare the result to the masked original; `auto` does so where a forward is cheap.
         same_class: return a shrunk copy of the model, of its own class, with attributes and configuration brought up to date,
             instead of a GraphModule: its caches, losses, `generate` and `save_pretrained` are as before.
@@ -201,44 +215,33 @@ def prune(
             itself is returned with `same_class`; else the GraphModule has its tensors, and the model is of no more use. Make
             optimizers anew.
 
-    A model in `DistributedDataParallel` is pruned by all its processes together, which all have to call `prune`: scores are
-    the mean over them, each with its own data, and an error in one is raised in all.
+    A model of several processes is pruned by all of them together, which all have to call `prune`; an error in one is raised in
+    all. In `DistributedDataParallel` scores are the mean over them, each with its own data. A model that `fully_shard` (FSDP2)
+    or tensor parallelism spread over them stays so, in its own class; one parameter at a time is gathered. Nothing is verified
+    then; criteria that look at data, latency and `depth` take the plain model. `inplace` empties the original as it goes.
 
     Returns: a `torch.fx.GraphModule` (with `same_class` a module of the model's class) on the model's device and in its mode;
     `meta["plan"]` and `meta["verification"]`.
 
     Raises: PruneError for anything that cannot be done; nothing has changed then.
     """
-    with ranks_of(model) as ranks, entry_point(model) as model:
-        options = Options.parse(
-            model,
-            ratio=ratio,
-            params=params,
-            macs=macs,
-            memory=memory,
-            latency=latency,
-            budget=budget,
-            criterion=criterion,
-            data=data,
-            loss=loss,
-            ranking=ranking,
-            scopes=scopes,
-            floor=floor,
-            only=only,
-            freeze=freeze,
-            freeze_outputs=freeze_outputs,
-            protect=protect,
-            release=release,
-            round_to=round_to,
-            attention=attention,
-            depth=depth,
-            depth_criterion=depth_criterion,
-            uniform=uniform,
-            basis=basis,
-            remove=remove,
-            verify=verify,
-        )
-        inputs = ExampleInputs.parse(example_inputs, model).check(model, weights=options.needs_weights or same_class)
+    asked = dict(locals())
+    for own in ("model", "example_inputs", "same_class", "inplace", "repair"):
+        del asked[own]
+    with (
+        ranks_of(model) as ranks,
+        contextlib.nullcontext(sharding_of(model)) as sharded,
+        entry_point(model if sharded is None else sharded.form) as model,
+    ):
+        alone = ranks is None and sharded is None
+        mending = RepairRequest.parse(repair, data, inplace=inplace, alone=alone)
+        if mending is not None:
+            asked["data"] = None if remove is not None else mending.data
+        options = Options.parse(model if sharded is None else sharded.model, **asked)
+        weights = options.needs_weights or same_class or mending is not None
+        inputs = ExampleInputs.parse(example_inputs, model).check(model, weights=weights)
+        if sharded is not None and ranks is not None:
+            return sharded.prune(options, inputs, ranks, inplace=inplace)
         if ranks is not None:
             options = dataclasses.replace(options, combine=ranks.mean)
         if options.basis is not None:
@@ -247,7 +250,7 @@ def prune(
             pruned = Compilation(model, inputs, options.coupling).prune(options, same_class=same_class, inplace=inplace)
         if ranks is not None:
             ranks.check_same(plan_of(pruned).to_json())
-        return pruned
+        return pruned if mending is None else mending.apply(model, pruned)
 
 
 @checked_call()
@@ -262,6 +265,7 @@ def couple(
     protect: tuple[int, int] = (0, 0),
     release: str | Sequence[str] = (),
     attention: Attention = "heads",
+    experts: Experts = False,
     uniform: bool = False,
 ) -> Coupling:
     """Which channels of a model go together, and why the others stay.
@@ -282,6 +286,7 @@ def couple(
             protect=protect,
             release=release,
             attention=attention,
+            experts=experts,
             uniform=uniform,
         )
         inputs = ExampleInputs.parse(example_inputs, model).check(model, weights=False)

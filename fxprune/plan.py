@@ -39,7 +39,7 @@ class PlanData:
         shapes: the original shape of every tensor of the model, by name.
         slices: for each tensor that shrinks, its slices: dimensions, kept indices (flattened over those), sizes. Of a tensor
             that goes with a residual branch one slice keeps nothing.
-        attention: the granularity it was made with, `heads` or `dims`.
+        attention: the granularity it was made with, `heads`, `queries` or `dims`.
         freeze: names of tensors that were kept by request.
         inputs: what the example inputs looked like, so that the plan can be applied without them.
         release: globs over names of outputs that were allowed to shrink.
@@ -89,7 +89,8 @@ class PlanData:
     @property
     def coupling_options(self) -> CouplingOptions:
         """What it was asked of a coupling to make the plan."""
-        return CouplingOptions(self.attention == "heads", dict.fromkeys(self.freeze, "is frozen by request"), self.release)
+        frozen = dict.fromkeys(self.freeze, "is frozen by request")
+        return CouplingOptions(CouplingOptions.heads_of(self.attention), frozen, self.release, choices=True)
 
     def kept_shape(self, name: str) -> tuple[int, ...]:
         """What is left of a tensor's shape."""
@@ -210,7 +211,7 @@ class PlanData:
         return replace(
             self,
             slices=slices,
-            attention="heads" if self.attention == later.attention == "heads" else "dims",
+            attention=self.attention if self.attention == later.attention else "dims",
             freeze=tuple(name for name in self.freeze if name in later.freeze),
             release=tuple(dict.fromkeys([*self.release, *later.release])),
             inputs=later.inputs if self.inputs is None else self.inputs,

@@ -73,8 +73,8 @@ def parse_plan(data: Any) -> dict[str, Any]:
         dims = [d for part in slices[name] for d in part.dims]
         if len(set(dims)) != len(dims):
             raise refused(f"it cuts a dimension of {name} twice")
-    if data["attention"] not in ("heads", "dims"):
-        raise refused(f"attention is {data['attention']!r}, neither 'heads' nor 'dims'")
+    if data["attention"] not in ("heads", "queries", "dims"):
+        raise refused(f"attention is {data['attention']!r}, none of 'heads', 'queries' and 'dims'")
     freeze = texts(data["freeze"], "freeze")
     unknown = next((text for text in freeze if not names_family(text, shapes)), None)
     if unknown is not None:
