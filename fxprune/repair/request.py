@@ -12,7 +12,7 @@ from torch import nn
 from fxprune.arguments import called_here, shown
 from fxprune.criteria.calibration import BATCHES, check_batches, parse_batch
 from fxprune.passes.errors import PruneError
-from fxprune.repair.refit import NAME
+from fxprune.repair.refit import NAME as REFIT
 from fxprune.repair.repair import asked, default_methods, repair
 
 Repairs = bool | str | Sequence[str] | Mapping[str, Any]
@@ -73,5 +73,5 @@ def arguments_of(given: Any) -> dict[str, Any]:
         if name not in known:
             raise PruneError(f"repair has no argument {shown(name)}", fix=called_here(str(name), known))
     values = {**known, **arguments}
-    asked(NAME if values["method"] is None else values["method"], values["ridge"], values["held_out"])
+    asked(REFIT if values["method"] is None else values["method"], values["ridge"], values["held_out"])
     return arguments

@@ -8,10 +8,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
-from typing import Any
-
-from jinja2 import DictLoader, Environment, StrictUndefined
-from markupsafe import Markup
+from typing import TYPE_CHECKING, Any
 
 from fxprune.passes.coupling.families import place_of
 from fxprune.reports.formatting import short
@@ -19,6 +16,9 @@ from fxprune.reports.scatter import HEIGHT as SVG_HEIGHT
 from fxprune.reports.scatter import WIDTH as SVG_WIDTH
 from fxprune.reports.scatter import draw
 from fxprune.selection.budgets import format_cost
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 TEMPLATES = ("page.html.j2", "sweep.html.j2", "points.html.j2")
 GOLDEN_ANGLE = 137.508  # degrees: hues that lie this far apart stay distinct, however many there are
@@ -28,6 +28,8 @@ FRAME = '<iframe title="{title}" srcdoc="{page}" style="width:100%;height:80vh;b
 
 def render(report: Any) -> str:
     """The page of a report (see `Report`), whole: it refers to nothing outside of it."""
+    from markupsafe import Markup
+
     data = page_data(report)
     return (
         environment()
@@ -43,11 +45,15 @@ def render(report: Any) -> str:
 
 def render_sweep(sweep: Any) -> str:
     """The page of a sweep (see `Sweep`), whole."""
+    from markupsafe import Markup
+
     return environment().get_template(TEMPLATES[1]).render(sweep=sweep_data(sweep), styles=Markup(part("page.css")))
 
 
 def sweep_data(sweep: Any) -> dict[str, Any]:
     """What the template shows of a sweep."""
+    from markupsafe import Markup
+
     fronts = {row["number"]: row["front"] for row in sweep.rows()}
     points = [sweep.original, *sweep.done]
     cells = lambda p: (str(p.number or ""), "unpruned" if not p.number else p.label, *sweep.cells(p))  # noqa: E731
@@ -83,6 +89,8 @@ def part(name: str) -> str:
 
 @functools.cache
 def environment() -> Environment:
+    from jinja2 import DictLoader, Environment, StrictUndefined
+
     return Environment(
         loader=DictLoader({name: part(name) for name in TEMPLATES}),
         autoescape=True,

@@ -122,7 +122,7 @@ class Reporter:
         self, model: nn.Module, pruned: nn.Module, inputs: ExampleInputs | None, options: Options, said: dict[str, Any]
     ) -> None:
         self.pruned, self.inputs, self.options, self.said = pruned, inputs, options, said
-        self.plan = plan_between(model, pruned)
+        model, self.plan = plan_between(model, pruned).in_basis(model)
         self.meta: dict[str, Any] = getattr(pruned, "meta", {})
         given = None if inputs is None else inputs.kwargs or inputs.args
         self.compilation = Compilation.of_plan(model, self.plan, given, self.meta.get("frozen_modules"))

@@ -97,6 +97,22 @@ class Allocator:
         parts = [[[i for i in rivals if (i in self.late) == late] for rivals in self.rivals] for late in (False, True)]
         return [i for part in parts for i in merge_steps([rivals for rivals in part if rivals], self.candidates)]
 
+    def grow(self) -> None:
+        """Have steps count for more the less of their group is left.
+
+        Scores are changes of the loss, each as if its unit went alone. Where a group has lost the part g of its sum t, what
+        its readers miss is g, beside the t - g that they still get. So all that it has lost counts t g / (t - g): g at first,
+        and without bound where nothing would be left. The importance of a step is the mean of that increase over its units.
+        """
+        score = np.maximum(self.score, 0)  # what an earlier step removed is below zero
+        for found in self.candidates:
+            steps, taken = np.array(found.importance[1:]), np.diff(found.count)
+            whole = float(score[np.concatenate([units for _, units in found.group.strata])].sum())
+            if len(steps) and whole > 0:
+                lost = np.r_[0.0, np.cumsum(np.maximum(steps, 0) * taken)]
+                grown = whole**2 * np.diff(1 / np.maximum(whole - lost, 1e-9 * whole)) / taken
+                found.importance[1:] = np.where(steps < 0, steps, np.maximum.accumulate(grown)).tolist()
+
     def weigh(self, cost: Callable[[Slicer], float]) -> None:
         """Divide the importance of every step by what its units cost, as the mean of what all of its group's do."""
         whole = cost(self.apply([0] * len(self.candidates))[1])
