@@ -698,6 +698,7 @@ def test_names_are_those_of_the_tables():
         "ratio",
         "example_inputs",
         "remove",
+        "repair",
         "depth",
         "depth_criterion",
         "verify",

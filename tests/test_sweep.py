@@ -103,6 +103,29 @@ def test_depth_and_attention_are_varied():
         assert point.plan == alone.meta["plan"], point
 
 
+class Stream(nn.Module):
+    """A residual stream behind norms."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 24), nn.Linear(24, 16)
+
+    def forward(self, x):
+        return x + self.down(self.up(self.norm(x)).relu())
+
+
+def test_bases_are_varied():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 16), Stream(), Stream(), nn.LayerNorm(16), nn.Linear(16, 3)).eval()
+    found = swept(model, budgets={"params": 0.5}, basis=[None, "principal"])
+    for point, basis in zip(found.points, (None, "principal"), strict=True):
+        alone = fxprune.prune(model, example_inputs=DATA[:1], params=0.5, basis=basis, data=[DATA], repair=True)
+        assert point.plan == alone.meta["plan"] and (point.plan.basis is None) == (basis is None)
+        assert point.value == size(alone) and size(point.model()) == pytest.approx(point.value, rel=1e-6)
+    with pytest.raises(PruneError, match="search moves channels as they are, and basis rotates them"):
+        fxprune.search(model, DATA[:1], size, start=found[2], data=[DATA])
+
+
 class Shy(nn.Module):
     """Reads the contents of a tensor, so that its module stays one node."""
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from fxprune.basis.pruning import prune_in_basis
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import private_copy, set_mode
@@ -101,6 +102,9 @@ class Evaluator:
         options = dataclasses.replace(request.options, speeds=speeds)
 
         def make() -> Any:
+            if options.basis is not None:  # the rotated model is one of its own
+                how = {"same_class": self.same_class, "inplace": False}
+                return self.repaired(prune_in_basis(self.model, self.inputs, options, **how))
             compilation, choice = self.chooser(options).choose(options)
             return self.made(compilation, choice, options) if wanted is None or wanted(choice) else None
 

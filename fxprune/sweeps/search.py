@@ -109,6 +109,8 @@ def search(
             request = request_of(model, how, evidence)
             if request.options.budget is None:
                 raise PruneError("a ratio is no budget: it leaves nothing to move between families", fix="macs=0.5")
+            if request.options.basis is not None:
+                raise PruneError("search moves channels as they are, and basis rotates them", fix="a start without basis")
             original = evaluator.original()
             found = Searcher(evaluator, request, steps, seed).run(start, within=not limit)
             return Search(type(model).__name__, original, tuple(found))

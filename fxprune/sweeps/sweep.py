@@ -71,7 +71,7 @@ def sweep(
         same_class: as for `prune`: what `evaluate` is given is then of the model's class.
         folder: where to keep each point once it is done, with its plan. A sweep that was stopped goes on from there if it is
             asked for again; points that failed are tried again. Data and `evaluate` are taken to be the same.
-        asked: other arguments of `prune`, the same for all points; `depth` and `attention` may be lists of alternatives.
+        asked: other arguments of `prune`, the same for all points; `depth`, `attention` and `basis` may be lists.
 
     Returns: the points, printable; a point that cannot be made or evaluated has the reason in place of figures.
 
