@@ -32,7 +32,7 @@ Methods, in place of a score for each element:
     finish_layer(scores): the scores of the units of one layer, computed from the sums over its elements.
 """
 
-from fxprune.criteria.activation import FLAP, Wanda
+from fxprune.criteria.activation import FLAP, REAP, Wanda
 from fxprune.criteria.base import Criterion
 from fxprune.criteria.catalog import CRITERIA, find
 from fxprune.criteria.gates import Gates
@@ -48,6 +48,7 @@ __all__ = [
     "LAMP",
     "OBDC",
     "OSSCAR",
+    "REAP",
     "SNIP",
     "BNScale",
     "Criterion",

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fxprune.arguments import shown
 from fxprune.criteria.activation_stats import Moments, observe_activations, units_of_labels, wide
+from fxprune.criteria.experts import contributions
 from fxprune.passes.capture.patches import visible
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError
@@ -302,6 +303,7 @@ GATHER: Mapping[str, Callable[[Source], Evidence]] = {
     "variance of inputs": variance_of_inputs,
     "filter curvature": filter_curvature,
     "loss terms": loss_terms,
+    "contributions of experts": contributions,
 }
 SAMPLES = "gradients of samples"  # the score is the mean over samples of the square of what each gives
 

@@ -27,6 +27,7 @@ CriterionName = Literal[
     "grasp",
     "wanda",
     "flap",
+    "reap",
     "osscar",
     "gates",
 ]

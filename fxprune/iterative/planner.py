@@ -86,7 +86,7 @@ class Planner:
             kept, slicer = allocator.apply(allocator.allocate_all())
             if self.probe is not None:
                 with self.probe.restore_random_state():
-                    [found] = self.probe.measure([self.probe.prune(kept, self.solution.unit_of)], budget)
+                    [found] = self.probe.measure([self.probe.prune(slicer)], budget)
                 if used_share(budget, found) > 1:
                     raise too_slow(budget, found)
             elif (least := budget.cost(self.costs, slicer)) > limit:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, fx
 
 from fxprune.passes.coupling.families import Family
 from fxprune.passes.coupling.solution import Solution
@@ -40,6 +40,8 @@ class Allocator:
 
     Attributes:
         candidates: what each group can lose.
+        names: of each group the name of its first family.
+        speeds: how fast groups lose their units, by name; None where scores decide.
         rivals: positions in `candidates` of those that compete with one another.
         late: positions of those that lose units only where all others have lost what they can.
     """
@@ -69,6 +71,8 @@ class Allocator:
         ]
         if removed is not None:
             prefer_removed(self.candidates, removed)
+        self.names = [free[group.families[0]].name for group in groups]
+        self.speeds = options.speeds
         self.rivals = find_rivals(groups, free, solution, options)
         crossing = [role.crosses for role in find_roles(solution, free)] if options.spares else [False] * len(free)
         self.late = {i for i, group in enumerate(groups) if any(crossing[m] for m in group.families)}
@@ -88,6 +92,8 @@ class Allocator:
 
     def order_steps(self) -> list[int]:
         """The order of all steps: for each the position of the group that takes it."""
+        if self.speeds is not None:
+            return order_by_speed(self.candidates, [self.speeds.get(name, 1.0) for name in self.names])
         parts = [[[i for i in rivals if (i in self.late) == late] for rivals in self.rivals] for late in (False, True)]
         return [i for part in parts for i in merge_steps([rivals for rivals in part if rivals], self.candidates)]
 
@@ -120,6 +126,10 @@ class Allocator:
     def removed_at(self, levels: Sequence[int]) -> np.ndarray:
         """For each unit whether an allocation removes it, shape (labels,)."""
         return removed_at(self.candidates, levels, len(self.score))
+
+    def lost(self, group: int, level: int) -> Collection[fx.Node]:
+        """The nodes of the captured programs that go with a group at a level."""
+        return ()
 
     def apply(self, levels: Sequence[int]) -> tuple[Tensor, Slicer]:
         """What an allocation keeps, with every tensor a rectangle."""
@@ -159,6 +169,16 @@ def order_by_importance(candidates: Sequence[Candidates]) -> list[int]:
     """The order in which rivals take their steps, the least important first; ties go to the one that stands first."""
     keys = [(found.importance[level], i, level) for i, found in enumerate(candidates) for level in range(1, len(found.count))]
     return [i for _, i, _ in sorted(keys)]
+
+
+def order_by_speed(candidates: Sequence[Candidates], speeds: Sequence[float]) -> list[int]:
+    """The order of all steps where every group loses its units at a speed of its own: shares stay in one proportion."""
+    keys = [
+        (found.count[level] / found.total / speed, i)
+        for i, (found, speed) in enumerate(zip(candidates, speeds, strict=True))
+        for level in range(1, len(found.count))
+    ]
+    return [i for _, i in sorted(keys)]
 
 
 def merge_steps(rivals: Sequence[Sequence[int]], candidates: Sequence[Candidates]) -> list[int]:
