@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -174,9 +174,6 @@ def lifted(bias: Tensor, ndim: int, dim: int) -> Tensor:
     return bias.reshape([-1 if d == dim else 1 for d in range(ndim)]) if bias.dim() == 1 else bias
 
 
-Observer = TypeVar("Observer", bound=ActivationObserver)
-
-
 def observe_activations(
     model: nn.Module,
     parameters: Mapping[str, Tensor],
@@ -186,8 +183,8 @@ def observe_activations(
     *,
     back: bool = False,
     units: Tensor | None = None,
-    by: type[Observer] = ActivationObserver,  # type: ignore[assignment]
-) -> Observer:
+    by: type[ActivationObserver] = ActivationObserver,
+) -> ActivationObserver:
     """Run the model on every batch under an observer.
 
     Arguments:

@@ -68,6 +68,7 @@ class OSSCAR(CriterionOptions):
             observer = observe_activations(
                 source.model, source.parameters, source.captures, source.batches(), source.run, by=InputObserver
             )
+        assert isinstance(observer, InputObserver)
         size = len(source.solution.unit_of)
         score, seen = np.zeros(size), np.zeros(size, bool)
         written = np.bincount(units.clamp(max=size).numpy(), observer.written.numpy(), size + 1)[:size]
