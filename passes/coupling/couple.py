@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from fxprune.passes.capture.programs import programs
+from fxprune.passes.capture.programs import NOT_FOLLOWED, REPORT, programs
 from fxprune.passes.coupling.leaf_labels import LeafLabels
 from fxprune.passes.coupling.propagation import Program, Propagated, propagate
 from fxprune.passes.coupling.shuffles import gather_regions
@@ -127,9 +127,9 @@ def analyse(
         except Exception as error:
             surface(error, ours=True)
             raise PruneError(
-                f"the model's program cannot be followed: {type(error).__name__}: {error}",
+                f"{NOT_FOLLOWED} {type(error).__name__}: {error}",
                 where=type(model).__name__,
-                fix="report it with the model; what it does to tensors there is beyond the compiler",
+                fix=REPORT,
             ) from error
 
 

@@ -18,13 +18,15 @@ from fxprune.passes.coupling.solution import CouplingOptions
 from fxprune.passes.ir.constraints import SPAN, ConstraintBuilder
 from fxprune.passes.ir.labels import NONE, Labels
 from fxprune.passes.ir.op_trace import OpCall
-from fxprune.passes.ir.program import ONLY_OUTPUT, CapturedProgram, sizes_read
+from fxprune.passes.ir.program import ONLY_OUTPUT, CapturedProgram, TensorSize, sizes_read
 from fxprune.passes.ir.progress import progress_bar
 from fxprune.passes.ir.propagation_state import LeafDim, PropagationState
 from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ops.autograd_probe import probe
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.registry import find, find_node
+
+TAKEN = "is a tensor whose contents Python takes"
 
 
 class Program:
@@ -33,10 +35,11 @@ class Program:
     Attributes:
         number: of the capture among those of the model.
         uses: values that a later call, the result or an untracked node reads.
-        leaking: opaque modules whose Python takes the contents of tensors; `hidden`: the indices of other untracked nodes.
+        whole: calls of functions of the model's that are one node; `hidden`: the indices of untracked nodes.
         pinned: views that are written into, which cannot become copies.
         named: the names of the model's own tensors among the values.
         rewrites: for each node `rewrite`, `opaque` and `literals` of the state there, and whether it `counts` (see `OpSpec`).
+        inside: sizes in opaque modules that are those of other tensors, by value and dimension.
         sizes: for each node the sizes among its arguments that may be those of the inputs (see `sizes_given`).
     """
 
@@ -45,13 +48,15 @@ class Program:
         op_trace, untracked = capture.op_trace, capture.untracked
         self.uses = {r.id for op in op_trace.ops for r in op.inputs} | {r.id for _, r in capture.outputs}
         self.uses |= {r.id for n in untracked for r in collect([capture.results[m] for m in n.all_input_nodes], TensorRef)}
-        self.leaking = [n for n in untracked if n.op == "call_module" and str(n.target) in capture.opaque]
-        self.hidden = sorted(capture.index[n] for n in untracked if n not in self.leaking)
-        if capture.functions:
-            self.leaking += [n for n in capture.graph.nodes if n.op == "call_function" and n.target in capture.functions]
+        self.hidden = sorted(capture.index[n] for n in untracked)
+        nodes = capture.graph.nodes if capture.functions else ()
+        self.whole = [n for n in nodes if n.op == "call_function" and n.target in capture.functions]
         self.pinned = written_through(op_trace)
         self.named = {i: v.name for i, v in enumerate(op_trace.values) if v.name is not None}
         nodes = {op.node for op in op_trace.ops}
+        self.inside: dict[int, dict[int, TensorSize]] = {}
+        for use in capture.followed:
+            self.inside.setdefault(use.ref.id, {})[use.dim] = use.tree
         self.rewrites = {i: rewrite_of(capture, i) for i in nodes}
         self.sizes = {i: sizes_given(capture, i) for i in nodes}
 
@@ -98,6 +103,7 @@ def propagate(
             options.heads,
             program.uses,
             pinned=program.pinned,
+            sizes=program.inside,
             seeking_heads=seeking_heads,
             leaf_dims=leaf_dims or {},
             composed=composed,
@@ -137,9 +143,15 @@ def propagate_through(program: Program, state: PropagationState, owned: int) -> 
             state.varying.update(r.id for r in call.outputs)
         if not counts:
             apply_rule(call)
-    for node in program.leaking:
+    for node in program.whole:
         constraints.node = program.node(capture.index[node])
-        freeze_inside(capture, node, state)
+        freeze_around(capture, node, state)
+    for path, leaks in capture.leaks.items():
+        calls = [index for node, index in capture.index.items() if node.op == "call_module" and str(node.target) == path]
+        constraints.node = program.node(min(calls, default=end.node))
+        finish_picks(state, leaks)
+        for f in (f for ref in leaks for f in state.labels.get(ref.id, NONE)):
+            constraints.freeze(f.labels, TAKEN)
 
 
 def freeze_outputs(capture: CapturedProgram, state: PropagationState, options: CouplingOptions) -> None:
@@ -227,6 +239,8 @@ def apply_rule(call: RuleContext) -> None:
                 for g in labels:
                     if g.major_to_minor == f.major_to_minor and g.base is not f.base:
                         call.constraints.note_written(f, g)
+    for ref in call.inputs:
+        call.state.unread.pop(ref.id, None)
     if shared:
         call.known.update(shared)
     if met:
@@ -266,19 +280,13 @@ def freeze_arguments(capture: CapturedProgram, index: int, state: PropagationSta
             state.constraints.freeze(f.labels, "goes through a function that computes with its size")
 
 
-def freeze_inside(capture: CapturedProgram, node: fx.Node, state: PropagationState) -> None:
-    """Freeze what an opaque module holds and is given, whose Python takes contents where no rule sees them.
-
-    Of a function that is one node, what it returns is frozen too: sizes may be written out in it.
-    """
-    given = collect([capture.results[n] for n in node.all_input_nodes], TensorRef)
-    if node.op == "call_function":
-        given += collect(capture.results[node], TensorRef)
+def freeze_around(capture: CapturedProgram, node: fx.Node, state: PropagationState) -> None:
+    """Freeze what a function that is one node is given and returns: sizes may be written out in it."""
+    given = collect([*(capture.results[n] for n in node.all_input_nodes), capture.results[node]], TensorRef)
     finish_picks(state, given)
-    held = [TensorRef(i) for i, v in enumerate(capture.op_trace.values) if v.name and v.name.startswith(f"{node.target}.")]
-    for ref in [*given, *held]:
+    for ref in given:
         for f in state.labels.get(ref.id, NONE):
-            state.constraints.freeze(f.labels, "is in a module whose Python takes the contents of tensors")
+            state.constraints.freeze(f.labels, TAKEN)
 
 
 def as_op(capture: CapturedProgram, node: fx.Node) -> OpCall:

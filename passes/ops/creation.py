@@ -31,9 +31,28 @@ def uniform(call: RuleContext) -> Labels:
     """Entries that are all alike: any number of them may go."""
     shape = call.shape(call.outputs[0])
     if call.state.opaque:
-        return NONE  # its size is written where it cannot be changed
+        return sized_alike(call, len(shape))
     call.state.uniform[call.outputs[0].id] = call.outputs[0].id
-    return tuple(call.fresh(n, d, len(shape)) for d, n in enumerate(shape) if n > 1 and n not in call.state.literals)
+    made = tuple(call.fresh(n, d, len(shape)) for d, n in enumerate(shape) if n > 1 and n not in call.state.literals)
+    call.state.unread[call.outputs[0].id] = frozenset(f.major_to_minor[0] for f in made)
+    return made
+
+
+def sized_alike(call: RuleContext, ndim: int) -> Labels:
+    """In an opaque module no size can be written anew; one that is read from a tensor follows that tensor."""
+    sizes = call.state.sizes.get(call.outputs[0].id, {})
+    result: Labels = NONE
+    for ref in dict.fromkeys(size.ref for size in sizes.values()):
+        to = {size.dim: dim for dim, size in sizes.items() if size.ref is ref}
+        for f in call.labels(ref):
+            if f.dims <= to.keys():
+                order = [to[d] for d in f.major_to_minor]
+                apart = f.labels.permute([*f.major_to_minor, *(d for d in range(f.ndim) if d not in f.dims)])
+                shape = [f.labels.shape[d] for d in f.major_to_minor] + [1] * (ndim - len(order))
+                places = [*order, *(d for d in range(ndim) if d not in order)]
+                moved = apart.reshape(shape).permute([places.index(d) for d in range(ndim)])
+                result += (Factor(moved.contiguous(), tuple(order)),)
+    return result
 
 
 def ramp(call: RuleContext) -> Labels:
@@ -113,6 +132,7 @@ def copies_of_rows(call: RuleContext, d: int, shape: Sequence[int]) -> Factor:
 
 def copies(call: RuleContext, made: list[Factor]) -> Labels:
     """New labels of copies of the first argument."""
+    call.state.unread[call.outputs[0].id] = frozenset(f.major_to_minor[0] for f in made)
     if call.op_trace.values[call.first.id].from_input:
         for f in made:
             call.constraints.copies.update(f.flat.tolist())

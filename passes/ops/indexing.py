@@ -16,7 +16,7 @@ from fxprune.passes.ops.masking import with_zeros
 from fxprune.passes.ops.movement import slice_
 from fxprune.passes.ops.registry import OpSpec, register
 from fxprune.passes.ops.rewriting import RewriteContext, SizeArguments, argument, known, place, run_of
-from fxprune.passes.ops.unify import unify
+from fxprune.passes.ops.unify import unify, vary_alike
 
 
 def index(call: RuleContext) -> Labels:
@@ -141,6 +141,7 @@ def put_at_constants(call: RuleContext, x: TensorRef, indices: list[TensorRef | 
 
 
 def scatter(call: RuleContext) -> Labels:
+    vary_alike(call)
     x = call["self"]
     shape = call.shape(x)
     dim = call.dim(call["dim"], len(shape))
@@ -155,6 +156,7 @@ def scatter(call: RuleContext) -> Labels:
 
 
 def index_add(call: RuleContext) -> Labels:
+    vary_alike(call)
     x, source = call["self"], call["source"]
     shape = call.shape(x)
     dim = call.dim(call["dim"], len(shape))
