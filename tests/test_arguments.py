@@ -194,7 +194,7 @@ ODD = {
         "ranking must be one of local, global, isomorphic, not 'globl'",
         "did you mean 'global'?",
     ),
-    "head": (prune(attention="head"), "attention must be 'heads' or 'dims', not 'head'", "did you mean 'heads'?"),
+    "head": (prune(attention="head"), "attention must be one of heads, queries, dims, not 'head'", "did you mean 'heads'?"),
     "a penalty": (
         lambda m: fxprune.Pruner(m, 0.5, IMAGES, regularizer="grouplasso"),
         "there is no regularizer 'grouplasso'",

@@ -75,7 +75,7 @@ def test_freeze_that_names_nothing(freeze):
 
 def test_attention_that_couple_does_not_know():
     model = net()
-    what = "attention must be 'heads' or 'dims', not 'y'"
+    what = "attention must be one of heads, queries, dims, not 'y'"
     refuses(lambda: fxprune.couple(model, IMAGES, attention="y"), model, what=what, fix="attention='heads'")
 
 
@@ -279,7 +279,7 @@ def test_attention_of_another_kind():
     refuses(
         lambda: fxprune.prune(model, example_inputs=IMAGES, attention="x"),
         model,
-        what="attention must be 'heads' or 'dims', not 'x'",
+        what="attention must be one of heads, queries, dims, not 'x'",
         fix="attention='heads'",
     )
 

@@ -25,7 +25,7 @@ def solve(
     constraints: Constraints,
     size: int,
     regions: list[dict[fx.Node, fx.Node]],
-    picks: list[dict[int, np.ndarray]],
+    picks: Sequence[dict[int, np.ndarray]] = (),
 ) -> Solution:
     """The units of `size` labels, and which of them something freezes.
 
@@ -61,7 +61,7 @@ def solve(
         shapes,
         some_stay,
         at_least,
-        picks,
+        list(picks),
     )
 
 
