@@ -5,6 +5,7 @@ from fxprune.api import couple, prune, verify
 from fxprune.checkpoints.checkpoint import load, save
 from fxprune.checkpoints.prune_checkpoint import prune_checkpoint
 from fxprune.criteria import Magnitude
+from fxprune.criteria.calibrated import Calibration
 from fxprune.custom_ops import register_op
 from fxprune.errors import PruneError, PruneWarning
 from fxprune.iterative.pruner import Pruner
@@ -18,9 +19,11 @@ from fxprune.reports.feasibility import Feasibility, feasible
 from fxprune.reports.report import Report
 from fxprune.reports.reporter import report
 from fxprune.reports.sensitivity import Sensitivity, sensitivity
+from fxprune.selection.calibrate import calibrate
 from fxprune.verification import Verification
 
 __all__ = [
+    "Calibration",
     "Count",
     "Coupling",
     "Feasibility",
@@ -33,6 +36,7 @@ __all__ = [
     "Report",
     "Sensitivity",
     "Verification",
+    "calibrate",
     "count",
     "couple",
     "criteria",
