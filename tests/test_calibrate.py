@@ -91,7 +91,7 @@ def test_one_block_is_in_memory_at_a_time(tmp_path, monkeypatch):
 def test_what_cannot_be_done(tmp_path):
     model = llama(tmp_path / "model", torch.float32)
     ask = lambda **more: fxprune.prune_checkpoint(tmp_path / "model", tmp_path / "small", 0.5, IDS, **more)  # noqa: E731
-    with refuses("the criterion taylor takes gradients"):
+    with refuses("the criterion taylor looks at more than activations"):
         ask(criterion="taylor", data=labelled(words(2)))
     with refuses("the criterion FLAP needs data"):
         ask(criterion="flap")

@@ -95,8 +95,13 @@ def prune_checkpoint(
         if asked.get("data") is not None and asked.get("criterion") is None:
             asked["criterion"] = "flap"  # gradients would take the model in memory
         options = Options.parse(module, ratio=ratio, **asked)
-        if options.measures_latency or resolve(options.criterion).needs not in ("", *EVIDENCE_OF_INPUTS):
-            what = "latency is measured" if options.measures_latency else f"the criterion {options.criterion} takes gradients"
+        spec = resolve(options.criterion)
+        if options.measures_latency or spec.score_families is not None or spec.needs not in ("", *EVIDENCE_OF_INPUTS):
+            what = (
+                "latency is measured"
+                if options.measures_latency
+                else f"the criterion {options.criterion} looks at more than activations"
+            )
             raise PruneError(f"{what}, which takes the model in memory", fix="criterion='flap' with data, or fxprune.prune")
         pruned, configured = pruning.run(options, inputs, from_folder)
     if not from_folder:

@@ -153,7 +153,9 @@ class BlockTuning:
         start: dict[str, Tensor],
     ) -> RepairStep:
         """Tune one block, and keep what comes of it where its error on the data held out falls."""
-        step = RepairStep(path, NAME, None, False)
+        step = RepairStep(path, NAME, None, False, self.both.refused)
+        if step.note:
+            return step
         samples: list[Sample] = []
         for i, block in blocks.items():
             wanted = self.cut(targets[i], given[i].run(), path)

@@ -30,6 +30,7 @@ class BothModels:
         plan: what it was made by.
         parts: the batches, each with whether it is held out.
         loss: as for `repair`.
+        refused: why nothing is to be changed, if so.
 
     Attributes:
         whole: a copy of the original to run.
@@ -37,8 +38,15 @@ class BothModels:
     """
 
     def __init__(
-        self, model: nn.Module, made: nn.Module, plan: PlanData, parts: Sequence[tuple[Batch, bool]], loss: Loss | None = None
+        self,
+        model: nn.Module,
+        made: nn.Module,
+        plan: PlanData,
+        parts: Sequence[tuple[Batch, bool]],
+        loss: Loss | None = None,
+        refused: str = "",
     ) -> None:
+        self.refused = refused
         self.model, self.made, self.plan, self.parts, self.loss = model, made, plan, parts, loss
         self.whole: nn.Module = set_mode(private_copy(model), False)
         made.eval()

@@ -168,6 +168,9 @@ class Refit:
         steps: dict[str, RepairStep] = {}
         for lost in self.watch(start, steps):
             for name, found in lost.items():
+                if self.both.refused:
+                    steps[name] = RepairStep(name, NAME, None, False, self.both.refused)
+                    continue
                 start |= {n: self.own[n].detach().clone() for n in (name, found.bias) if n is not None and n in self.own}
                 steps[name] = self.fit(name, found, ridge)
         return list(steps.values()), self.both.choose_share(start)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.text import Text
-from torch import nn
+from torch import Tensor, nn
 
 from fxprune.arguments import shown
 from fxprune.criteria.calibration import BATCHES, Batch, check_batches, check_source, parse_batch
@@ -20,6 +20,7 @@ from fxprune.inputs import device_of
 from fxprune.passes.capture.patches import visible
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors
+from fxprune.passes.ir.pytree import collect
 from fxprune.passes.ir.quiet import unobserved, without_modes
 from fxprune.plan import plan_between
 from fxprune.repair.block_tuning import NAME as BLOCK
@@ -109,7 +110,7 @@ def repair(
     pruned: nn.Module,
     data: Iterable[Any],
     *,
-    method: str | Sequence[str] = ("reconstruct", "recalibrate"),
+    method: str | Sequence[str] | None = None,
     ridge: float | None = None,
     held_out: float = 0.25,
     loss: Loss | None = None,
@@ -143,7 +144,8 @@ def repair(
         data: batches as for `prune`, held in memory together with what both models make of them; a few hundred samples do.
             Keywords and sizes may be others than those of the example inputs, and differ from batch to batch: both models
             are then captured for each form.
-        method: one of these, or several, which are applied in turn at each layer:
+        method: one of these, or several, which are applied in turn at each layer; by default `refit` where
+            all inputs are integers, as tokens are, and else `reconstruct` with `recalibrate`:
             `reconstruct`: the weight is moved to the one whose result is closest to the original's, by least squares on the
             inputs that are left (as in ThiNet, arXiv:1707.06342, and OBSPA, arXiv:2403.18955);
             `compensate`: a constant makes the mean of each result the original's (FLAP, arXiv:2312.11983: what the removed
@@ -175,16 +177,18 @@ def repair(
     Raises: PruneError where the two models or the data do not fit together, or a method does not exist.
     """
     with entry_point(model) as model:
-        methods = asked(method, ridge, held_out)
-        check_tuning(methods, loss, steps, block_inputs, seed)
-        plan = plan_between(model, pruned)
+        methods = asked(REFIT if method is None else method, ridge, held_out)
+        model, plan = plan_between(model, pruned).in_basis(model, whole=True)
         plan.check(model)
         given = batches_of(data, device_of(model))
+        methods = default_methods(given[0])[0] if method is None else methods
+        check_tuning(methods, loss, steps, block_inputs, seed)
         parts = split(given, held_out)
         made: Any = copy.deepcopy(pruned)
+        refused = refusal(parts, held_out)
         if methods[0] in ALONE:
             with unobserved(model), visible():
-                both = BothModels(model, made, plan, parts, loss)
+                both = BothModels(model, made, plan, parts, loss, refused)
                 if methods == (REFIT,):
                     done, result = Refit(both).run(ridge)
                 else:
@@ -194,8 +198,7 @@ def repair(
             programs = Programs(model, made, plan, parts)
             samples = count_samples(parts)
             repairer = Repairer(programs.runs, plan.masks(model), None if ridge is None else float(ridge))
-            if held_out and not samples[1]:
-                repairer.refusal = f"{counted(samples[0], 'sample')}: too few to hold some out; four are needed, or held_out=0"
+            repairer.refusal = refused
             repairer.run([METHODS[name] for name in methods])
             result = choose_share(programs, dict(named_tensors(pruned)), dict(named_tensors(made)), check=bool(samples[1]))
         computed = max(run.new.computed for run in programs.runs)
@@ -206,6 +209,14 @@ def count_samples(parts: Sequence[tuple[Batch, bool]]) -> tuple[int, int]:
     """How many are fitted, and how many held out."""
     fitted, held = (sum(batch.size for batch, other in parts if other == part) for part in (False, True))
     return fitted, held
+
+
+def refusal(parts: Sequence[tuple[Batch, bool]], held_out: float) -> str:
+    """Why nothing is changed, where some are to be held out and there are too few; else ""."""
+    fitted, held = count_samples(parts)
+    if held or not held_out:
+        return ""
+    return f"{counted(fitted, 'sample')}: too few to hold some out; four are needed, or held_out=0"
 
 
 def finished(
@@ -244,6 +255,14 @@ def asked(method: Any, ridge: Any, held_out: Any) -> tuple[str, ...]:
     if not (is_number(held_out) and 0 <= held_out <= 0.5):
         raise PruneError(f"held_out must be a share from 0 to 0.5, not {shown(held_out)}", fix="held_out=0.25")
     return methods
+
+
+def default_methods(first: Batch) -> tuple[tuple[str, ...], str]:
+    """The methods where none is asked for, by a batch of the data, and the reason."""
+    tensors = [t for t in collect((first.args, first.kwargs), Tensor) if t.dtype != torch.bool]
+    if tensors and not any(t.is_floating_point() or t.is_complex() for t in tensors):
+        return (REFIT,), "the inputs are tokens"
+    return ("reconstruct", "recalibrate"), "the inputs are no tokens"
 
 
 def check_tuning(methods: Sequence[str], loss: Any, steps: Any, block_inputs: Any, seed: Any) -> None:

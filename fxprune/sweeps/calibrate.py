@@ -54,8 +54,8 @@ def calibrate(
     with entry_point(model) as module:
         check_source(data, loss)
         spec = resolve(criterion)
-        if spec.needs not in GATHER:
-            known = "nothing that could be kept" if spec.needs else "no data"
+        if spec.needs not in GATHER or spec.score_families is not None:
+            known = "nothing that could be kept" if spec.runs else "no data"
             raise PruneError(f"the criterion {spec.name} gathers {known}", fix="criterion='wanda', 'flap' or 'token_taylor'")
         inputs = ExampleInputs.parse(example_inputs, module).check(module)
         options = Options.parse(module, attention=attention)
