@@ -5,6 +5,7 @@ from fxprune.api import couple, prune, verify
 from fxprune.checkpoints.checkpoint import load, save
 from fxprune.checkpoints.prune_checkpoint import prune_checkpoint
 from fxprune.criteria import Magnitude
+from fxprune.criteria.calibrated import Calibration
 from fxprune.custom_ops import register_op
 from fxprune.errors import PruneError, PruneWarning
 from fxprune.iterative.pruner import Pruner
@@ -19,11 +20,13 @@ from fxprune.reports.report import Report
 from fxprune.reports.reporter import report
 from fxprune.reports.sensitivity import Sensitivity, sensitivity
 from fxprune.reports.sweep import Point, Search, Sweep
+from fxprune.sweeps.calibrate import calibrate
 from fxprune.sweeps.search import search
 from fxprune.sweeps.sweep import sweep
 from fxprune.verification import Verification
 
 __all__ = [
+    "Calibration",
     "Count",
     "Coupling",
     "Feasibility",
@@ -39,6 +42,7 @@ __all__ = [
     "Sensitivity",
     "Sweep",
     "Verification",
+    "calibrate",
     "count",
     "couple",
     "criteria",

@@ -179,8 +179,8 @@ def test_damaged_folders_are_refused(damage, tmp_path):
 
 def test_what_runs_the_model_and_what_is_there_is_refused(tmp_path):
     llama(tmp_path / "model")
-    with refuses("looks at data"):
-        fxprune.prune_checkpoint(tmp_path / "model", tmp_path / "small", 0.5, criterion="wanda", data=[IDS])
+    with refuses("the criterion taylor looks at more than activations"):
+        fxprune.prune_checkpoint(tmp_path / "model", tmp_path / "small", 0.5, criterion="taylor", data=[IDS])
     with refuses("latency is measured"):
         fxprune.prune_checkpoint(tmp_path / "model", tmp_path / "small", latency=0.5)
     with refuses("exists"):

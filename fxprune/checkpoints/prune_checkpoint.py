@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.arguments import checked_call
+from fxprune.checkpoints.by_blocks import calibrate_by_blocks
 from fxprune.checkpoints.checkpoint import SUFFIX, WEIGHTS, Folder, as_path, folder_at
 from fxprune.checkpoints.config import CONFIG, architecture, write_config
 from fxprune.checkpoints.file import DIGEST, FORMAT, KEY
 from fxprune.checkpoints.rebuild import CONTENTS
 from fxprune.checkpoints.record import Record
 from fxprune.checkpoints.stored import INDEX, Entry, Stored, write_one_by_one
+from fxprune.criteria.calibration import EVIDENCE_OF_INPUTS
 from fxprune.criteria.catalog import resolve
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
@@ -68,7 +70,9 @@ def prune_checkpoint(
             `fxprune.load(out, model)` reads.
         ratio, example_inputs: as for `prune`; the inputs may be left out where the class of the model has some of its own.
         model: the architecture of the weights, with its parameters on the meta device or not; they are not read.
-        asked: as for `prune`, but for `data`, `loss` and `latency`, which run the model; there is no `depth` and no `remove`.
+        asked: as for `prune`, but for `latency` and criteria that take gradients, which need the model in memory (a
+            `Calibration` of one may be given); there is no `depth` and no `remove`. With `data` and `wanda` or `flap` (the
+            default then), the blocks are read and run one after the other, each on all batches.
 
     Returns: the plan. Nothing is verified; `fxprune.verify` does it for what can be loaded.
 
@@ -88,10 +92,17 @@ def prune_checkpoint(
         inputs = ExampleInputs.parse(module.dummy_inputs if from_folder and example_inputs is None else example_inputs, module)
         if from_folder and "use_cache" in inspect.signature(module.forward).parameters:  # caches are not captured
             inputs.kwargs.setdefault("use_cache", False)
+        if asked.get("data") is not None and asked.get("criterion") is None:
+            asked["criterion"] = "flap"  # gradients would take the model in memory
         options = Options.parse(module, ratio=ratio, **asked)
-        if resolve(options.criterion).runs or options.runs_the_model:
-            what = "latency is measured" if options.measures_latency else f"the criterion {options.criterion} looks at data"
-            raise PruneError(f"{what}, which takes the model in memory", fix="criterion='magnitude', or fxprune.prune")
+        spec = resolve(options.criterion)
+        if options.measures_latency or spec.score_families is not None or spec.needs not in ("", *EVIDENCE_OF_INPUTS):
+            what = (
+                "latency is measured"
+                if options.measures_latency
+                else f"the criterion {options.criterion} looks at more than activations"
+            )
+            raise PruneError(f"{what}, which takes the model in memory", fix="criterion='flap' with data, or fxprune.prune")
         pruned, configured = pruning.run(options, inputs, from_folder)
     if not from_folder:
         pruning.write_file(target, pruned)
@@ -173,6 +184,9 @@ class CheckpointPruning:
         options = dataclasses.replace(options, read=self.value)
         while True:
             compilation = Compilation(self.model, inputs, options.coupling)
+            if resolve(options.criterion).needs:
+                seen = calibrate_by_blocks(self.model, self.value, compilation.couple(), options.criterion, options.data)
+                options = dataclasses.replace(options, criterion=seen, data=None)
             with options.gc_paused():
                 choice: Choice = compilation.choose(options)
                 pruned = compilation.emit(choice, cut=self.stand_ins.cut)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from fxprune.arguments import shown
 from fxprune.criteria.activation_stats import Moments, observe_activations, units_of_labels, wide
 from fxprune.criteria.experts import contributions
+from fxprune.criteria.lockstep import without_cache
 from fxprune.passes.capture.patches import visible
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError
@@ -106,7 +108,7 @@ class Source:
     def run(self, batch: Batch) -> Any:
         """What the model returns for a batch."""
         try:
-            return self.model(*batch.args, **batch.kwargs)
+            return self.model(*batch.args, **without_cache(self.model, batch.kwargs))
         except PruneError:
             raise
         except Exception as error:
@@ -252,20 +254,18 @@ def curvature(source: Source) -> Evidence:
     return sums.mean()
 
 
-def norm_of_inputs(source: Source) -> Evidence:
-    """For each weight of a product, the L2 norm of every activation it multiplies, over all samples and positions."""
-    return inputs_of(source, lambda m: (m.spread + m.count * m.mean.square()).sqrt())
+EVIDENCE_OF_INPUTS: Mapping[str, Callable[[Moments], Tensor]] = {  # of every activation that a weight multiplies
+    "norm of inputs": lambda m: (m.spread + m.count * m.mean.square()).sqrt(),  # L2, over all samples and positions
+    "variance of inputs": lambda m: m.spread / (m.count - 1).clamp(min=1),  # of the sample
+}
 
 
-def variance_of_inputs(source: Source) -> Evidence:
-    """For each weight of a product, the sample variance of every activation it multiplies."""
-    return inputs_of(source, lambda m: m.spread / (m.count - 1).clamp(min=1))
-
-
-def inputs_of(source: Source, of: Callable[[Moments], Tensor]) -> Evidence:
+def inputs_of(source: Source, needs: str) -> Evidence:
+    """For each weight of a product a statistic of every activation that it multiplies."""
     with torch.no_grad():
         observer = observe_activations(source.model, source.parameters, source.captures, source.batches(), source.run)
-    return observer.by_parameter(of(observer.inputs), observer.inputs.count > 0, source.parameters)
+    values = EVIDENCE_OF_INPUTS[needs](observer.inputs)
+    return observer.by_parameter(values, observer.inputs.count > 0, source.parameters)
 
 
 def loss_terms(source: Source) -> Evidence:
@@ -299,8 +299,7 @@ GATHER: Mapping[str, Callable[[Source], Evidence]] = {
     "gradient": gradient,
     "squared gradient": squared_gradient,
     "curvature": curvature,
-    "norm of inputs": norm_of_inputs,
-    "variance of inputs": variance_of_inputs,
+    **{needs: functools.partial(inputs_of, needs=needs) for needs in EVIDENCE_OF_INPUTS},
     "filter curvature": filter_curvature,
     "loss terms": loss_terms,
     "contributions of experts": contributions,

@@ -177,7 +177,8 @@ class Lockstep:
 
 def without_cache(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Keywords for a model that can keep what attention has computed, for later tokens: here there are none."""
-    return {**kwargs, "use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else kwargs
+    takes = inspect.signature(getattr(model, "forward", model)).parameters
+    return {**kwargs, "use_cache": False} if "use_cache" in takes else kwargs
 
 
 def no_blocks(model: nn.Module, what: str, fix: str) -> PruneError:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fxprune.criteria.aggregation import NORMALISE
 from fxprune.criteria.base import Criterion, CriterionSpec, describe
+from fxprune.criteria.calibrated import Calibration
 from fxprune.criteria.calibration import GATHER, SAMPLES, Target, check_source, prepare_source, sample_gradients
 from fxprune.criteria.catalog import resolve
 from fxprune.criteria.parameter_roles import roles
@@ -55,7 +56,11 @@ def score_units(
             seen[scorer.seen] = True
         return total
 
-    if not spec.needs:
+    if isinstance(criterion, Calibration):
+        parameters = named_parameters(model)
+        criterion.check({name: p.shape for name, p in parameters.items()})
+        total = score({name: t.to(parameters[name].device) for name, t in criterion.evidence.items()})
+    elif not spec.needs:
         total = score(None)
     else:
         with prepare_source(model, data, loss, spec.name, solution) as source:

@@ -195,12 +195,10 @@ class BlockTuning:
         dtypes = {key: self.both.own[name].dtype for key, name in names.items()}
         squares = [(m.detach().square().sum(), m.numel()) for m in masters.values()]
         mean = math.sqrt(sum(float(s) for s, _ in squares) / max(sum(n for _, n in squares), 1))
-        groups = [
-            {"params": [m], "lr": RATE * (math.sqrt(float(s) / max(n, 1)) or mean)}
-            for m, (s, n) in zip(masters.values(), squares, strict=True)
-        ]
-        if not all(math.isfinite(group["lr"]) for group in groups):
+        if not math.isfinite(mean):
             return (math.nan, math.nan), None
+        rates = [RATE * (math.sqrt(float(s) / max(n, 1)) or mean) for s, n in squares]
+        groups: list[dict[str, Any]] = [{"params": [m], "lr": r} for m, r in zip(masters.values(), rates, strict=True)]
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
         steps = self.asked.steps
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.5 * (1 + math.cos(math.pi * t / steps)))

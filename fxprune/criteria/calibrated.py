@@ -1,0 +1,81 @@
+"""A criterion with what it has seen of data, to score by at any budget, in another process, or without the model in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fxprune.criteria.base import Criterion, describe
+from fxprune.criteria.catalog import CRITERIA, find, resolve
+from fxprune.passes.errors import PruneError
+
+KEY, FORMAT = "fxprune", "fxprune.calibration/1"
+FIX = "a file that Calibration.save wrote"
+
+
+class Calibration:
+    """What a criterion gathered from data, as a criterion that needs none: `fxprune.calibrate` returns it.
+
+    Attributes:
+        criterion: the one that was calibrated.
+        evidence: what it needs for each parameter, by name, broadcastable to the parameter: norms of the activations that a
+            weight multiplies, a gradient, and so on.
+    """
+
+    needs = ""
+
+    def __init__(self, criterion: str | Criterion, evidence: Mapping[str, Tensor]) -> None:
+        inner: Any = find(criterion)
+        spec = describe(inner)
+        self.criterion, self.evidence = criterion, dict(evidence)
+        self.elementwise, self.places, self.reduce, self.normalise = spec.elementwise, spec.places, spec.reduce, spec.normalise
+        self.inner: Callable[..., Any] = inner
+        for method in ("score_dims", "finish_layer"):
+            setattr(self, method, getattr(inner, method, None))
+        self.__name__ = spec.name
+
+    def __call__(self, weight: Tensor, evidence: Tensor) -> Any:
+        return self.inner(weight, evidence)
+
+    def __repr__(self) -> str:
+        return f"Calibration({self.criterion!r}, {len(self.evidence)} parameters)"
+
+    def save(self, path: os.PathLike[str] | str) -> None:
+        """Write it to a `.safetensors` file. Raises PruneError for a criterion without a name, which nothing could load."""
+        if not isinstance(self.criterion, str):
+            raise PruneError(f"{self.__name__} has no name to be saved under", fix=f"one of {', '.join(sorted(CRITERIA))}")
+        text = json.dumps({"format": FORMAT, "criterion": self.criterion})
+        try:
+            save_file({n: t.detach().cpu().contiguous() for n, t in self.evidence.items()}, str(path), {KEY: text})
+        except (SafetensorError, OSError) as error:
+            raise PruneError(f"{path} cannot be written: {error}", fix="a path in a folder that is there") from error
+
+    @classmethod
+    def load(cls, path: os.PathLike[str] | str) -> Calibration:
+        """Read what `save` wrote; raises PruneError for anything else."""
+        try:
+            with safe_open(str(path), "pt") as file:
+                text = (file.metadata() or {}).get(KEY, "{}")
+                evidence = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            data = json.loads(text)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise PruneError(f"{path} cannot be read: {error}", fix=FIX) from error
+        if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("criterion"), str):
+            raise PruneError(f"{path} is no calibration", fix=FIX)
+        resolve(data["criterion"])
+        return cls(data["criterion"], evidence)
+
+    def check(self, shapes: Mapping[str, torch.Size]) -> None:
+        """Raise PruneError unless it was gathered from a model with parameters of these shapes."""
+        for name, tensor in self.evidence.items():
+            whole = shapes.get(name)
+            if whole is None or len(whole) < tensor.dim() or torch.broadcast_shapes(whole, tensor.shape) != whole:
+                what = f"the calibration is of another model: {name} has evidence of shape {tuple(tensor.shape)}"
+                raise PruneError(what, where=name, fix="fxprune.calibrate with this model")

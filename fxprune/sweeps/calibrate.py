@@ -1,0 +1,65 @@
+"""calibrate(): what a criterion sees in data, once, for any number of budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from fxprune.criteria.base import Criterion
+from fxprune.criteria.calibrated import Calibration
+from fxprune.criteria.calibration import GATHER, check_source, prepare_source
+from fxprune.criteria.catalog import CriterionName, resolve
+from fxprune.entry_points import entry_point
+from fxprune.inputs import ExampleInputs
+from fxprune.passes.errors import PruneError
+from fxprune.passes.ir.quiet import without_modes
+from fxprune.pipeline import Compilation
+from fxprune.selection.options import Attention, Options
+
+
+@without_modes()
+def calibrate(
+    model: nn.Module,
+    data: Iterable[Any],
+    criterion: CriterionName | str | Criterion = "token_taylor",
+    example_inputs: Any = None,
+    *,
+    loss: Callable[..., Tensor] | None = None,
+    attention: Attention = "heads",
+) -> Calibration:
+    """What a criterion gathers from data, as a criterion that needs none any more.
+
+    >>> import torch, fxprune
+    >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    >>> x = torch.randn(8, 4)
+    >>> seen = calibrate(net, [x], "flap", x)
+    >>> sizes = [fxprune.prune(net, ratio, x, criterion=seen).get_submodule("0").out_features for ratio in (0.5, 0.7)]
+    >>> sizes
+    [3, 2]
+
+    Arguments:
+        model: the original; it is not touched.
+        data, loss: as for `prune`; batches are read once (twice for `grasp`), and no output is held.
+        criterion: a name, or one of the classes, of a criterion that looks at data; not `fisher`, which needs a score of each
+            sample.
+        example_inputs: as for `prune`; by default those of the first batch.
+        attention: as for `prune`, where it is to be given the same.
+
+    Returns: a `Calibration`, for the `criterion` of `prune`, `prune_checkpoint` and others; `save` and `Calibration.load`.
+
+    Raises: PruneError where the data or the loss cannot be used, or the criterion looks at none.
+    """
+    with entry_point(model) as module:
+        check_source(data, loss)
+        spec = resolve(criterion)
+        if spec.needs not in GATHER or spec.score_families is not None:
+            known = "nothing that could be kept" if spec.runs else "no data"
+            raise PruneError(f"the criterion {spec.name} gathers {known}", fix="criterion='wanda', 'flap' or 'token_taylor'")
+        inputs = ExampleInputs.parse(example_inputs, module).check(module)
+        options = Options.parse(module, attention=attention)
+        solution = Compilation(module, inputs, options.coupling).couple()
+        with prepare_source(module, data, loss, spec.name, solution) as source:
+            found = GATHER[spec.needs](source)
+        return Calibration(criterion, {name: tensor.detach() for name, tensor in found.items()})

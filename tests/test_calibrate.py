@@ -1,0 +1,125 @@
+"""`calibrate`: what criteria see in data, kept and used again; and calibration of checkpoints, block by block."""
+
+import re
+
+import pytest
+import torch
+import transformers
+from refusals import untouched
+from test_prune_checkpoint import IDS, llama, refuses
+
+import fxprune
+from fxprune.checkpoints import by_blocks
+
+NO_CACHE = {"use_cache": False}
+
+
+def words(*sizes):
+    generator = torch.Generator().manual_seed(0)
+    return [{"input_ids": torch.randint(0, 60, (n, 8), generator=generator)} for n in sizes]
+
+
+def labelled(batches):
+    return [b | {"labels": b["input_ids"], "attention_mask": torch.ones_like(b["input_ids"])} for b in batches]
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "taylor", "token_taylor"])
+def test_one_calibration_serves_every_budget(criterion, tmp_path):
+    model, data = llama(tmp_path / "model", torch.float32), labelled(words(2, 3))
+    with untouched(model):
+        seen = fxprune.calibrate(model, data, criterion, IDS | NO_CACHE)
+    seen.save(tmp_path / "seen.safetensors")
+    again = fxprune.Calibration.load(tmp_path / "seen.safetensors")
+    for asked in ({"ratio": 0.5}, {"params": 0.7, "ranking": "global"}):
+        asked |= {"example_inputs": IDS | NO_CACHE, "verify": False}
+        wanted = fxprune.plan_of(fxprune.prune(model, criterion=criterion, data=data, **asked))
+        for found in (seen, again):
+            assert fxprune.plan_of(fxprune.prune(model, criterion=found, **asked)) == wanted
+
+
+ASKED = {
+    "wanda": {"ratio": 0.5},
+    "flap": {"params": 0.7, "ranking": "global"},
+    None: {"ratio": 0.5, "only": "*mlp*"},
+}
+
+
+@pytest.mark.parametrize("criterion", ASKED)
+def test_a_checkpoint_is_pruned_as_its_model_in_memory(criterion, tmp_path):
+    asked = ASKED[criterion]
+    tied = "only" in asked
+    model, data = llama(tmp_path / "model", tie_word_embeddings=tied), words(2, 3, 1)
+    given = {} if criterion is None else {"criterion": criterion}
+    plan = fxprune.prune_checkpoint(tmp_path / "model", tmp_path / "small", example_inputs=IDS, data=data, **given, **asked)
+    wanted = fxprune.prune(
+        model,
+        example_inputs=IDS | NO_CACHE,
+        criterion=criterion or "flap",
+        data=data,
+        same_class=True,
+        verify=False,
+        **asked,
+    )
+    assert plan == fxprune.plan_of(wanted)
+    loaded = fxprune.load if "params" in asked else transformers.LlamaForCausalLM.from_pretrained
+    state = loaded(tmp_path / "small").state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in wanted.state_dict().items())
+
+
+def test_one_block_is_in_memory_at_a_time(tmp_path, monkeypatch):
+    model, stages = llama(tmp_path / "model"), []
+    load = by_blocks.BlockRun.load
+
+    def watched(run, path):
+        load(run, path)
+        own = {name: p for name, p in model.named_parameters() if ".layers." in name}
+        there = {
+            name for name, p in run.model.named_parameters() if name in own and not p.is_meta and torch.equal(p, own[name])
+        }
+        held = {name for o in run.observers for name in (run.names.get(i) for i in o.held) if name in own}
+        stages.append((path, there, held))
+
+    monkeypatch.setattr(by_blocks.BlockRun, "load", watched)
+    fxprune.prune_checkpoint(tmp_path / "model", tmp_path / "small", 0.5, IDS, criterion="wanda", data=words(2, 3))
+    norms = {name for name, p in model.named_parameters() if "norm" in name}  # all ones, as many others are
+    for path, there, held in stages[1:]:
+        assert there - norms and all(name.startswith(f"{path}.") for name in there - norms)
+        assert not held
+    assert [path for path, _, _ in stages] == ["", "model.layers.0", "model.layers.1"]
+
+
+def test_what_cannot_be_done(tmp_path):
+    model = llama(tmp_path / "model", torch.float32)
+    ask = lambda **more: fxprune.prune_checkpoint(tmp_path / "model", tmp_path / "small", 0.5, IDS, **more)  # noqa: E731
+    with refuses("the criterion taylor looks at more than activations"):
+        ask(criterion="taylor", data=labelled(words(2)))
+    with refuses("the criterion FLAP needs data"):
+        ask(criterion="flap")
+    with refuses("on a batch of data"):
+        ask(criterion="flap", data=[{"input_ids": torch.full((2, 3), 99)}])
+    assert not (tmp_path / "small").exists()
+    with refuses("gathers no data"):
+        fxprune.calibrate(model, words(2), "magnitude", IDS)
+    with refuses("gathers nothing that could be kept"):
+        fxprune.calibrate(model, words(2), "fisher", IDS)
+    (tmp_path / "model/model.safetensors").write_text("none")
+    for path in (tmp_path / "model/model.safetensors", next((tmp_path / "model").glob("model-00001*"))):
+        with pytest.raises(fxprune.PruneError, match=re.escape(str(path))):
+            fxprune.Calibration.load(path)
+    seen = fxprune.calibrate(model, words(2), "flap", IDS | NO_CACHE)
+    with refuses("the calibration is of another model"):
+        fxprune.prune(torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Linear(8, 2)), 0.5, torch.randn(2, 3), criterion=seen)
+    with refuses("cannot be written"):
+        seen.save(tmp_path / "nowhere/seen.safetensors")
+
+
+def test_calibration_keeps_no_caches(tmp_path, monkeypatch):
+    model, given = llama(tmp_path / "model", torch.float32), []
+    forward = transformers.LlamaForCausalLM.forward
+    monkeypatch.setattr(
+        transformers.LlamaForCausalLM,
+        "forward",
+        lambda self, *a, use_cache=None, **k: given.append(use_cache) or forward(self, *a, use_cache=use_cache, **k),
+    )
+    fxprune.calibrate(model, words(2, 3), "wanda", IDS | NO_CACHE)
+    assert len(given) > 2 and not any(given)
