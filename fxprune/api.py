@@ -244,7 +244,7 @@ def prune(
             options = dataclasses.replace(options, combine=ranks.mean)
         pruned = Compilation(model, inputs, options.coupling).prune(options, same_class=same_class, inplace=inplace)
         if ranks is not None:
-            ranks.check_same(plan_of(pruned).to_json())
+            ranks.check_same(plan_of(pruned).to_json().encode())
         return pruned
 
 

@@ -21,6 +21,7 @@ from fxprune.checkpoints.file import check_digests, opened, write
 from fxprune.checkpoints.rebuild import CONTENTS, other_names, rebuilt, split_contents
 from fxprune.checkpoints.record import Record
 from fxprune.entry_points import entry_point
+from fxprune.module_state import aliases
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.quiet import without_modes
@@ -110,8 +111,10 @@ def load(path: Folder, model: nn.Module | None = None, *, same_class: bool = Fal
                 record.state.fill(made, tensors, free=record.plan.derived)  # what a forward makes may not be there yet
             else:  # the other kind of module may hold a tied tensor under another name, and lack what its forward does not use
                 names = other_names(original, record.plan, tensors, made)
-                renamed = {names.get(name, name): t for name, t in tensors.items()}
-                record.state.renamed(names).fill(made, renamed, free=record.plan.shapes.keys())
+                first = aliases(original)
+                own = {names[name]: t for name, t in tensors.items() if first.get(name, name) in record.plan.shapes}
+                constants = [name for name, _ in named_tensors(made) if name not in own]  # its programs have made their own
+                record.state.renamed(names).fill(made, own, free=[*record.plan.shapes, *constants])
         made.meta.update(record.meta)
         made.meta["contents"] = {name: tensor.clone() for name, tensor in contents.items()}
         return made
