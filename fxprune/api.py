@@ -249,7 +249,7 @@ def prune(
         else:
             pruned = Compilation(model, inputs, options.coupling).prune(options, same_class=same_class, inplace=inplace)
         if ranks is not None:
-            ranks.check_same(plan_of(pruned).to_json())
+            ranks.check_same(plan_of(pruned).to_json().encode())
         return pruned if mending is None else mending.apply(model, pruned)
 
 

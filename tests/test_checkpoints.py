@@ -194,6 +194,36 @@ def test_the_other_kind_of_module_can_be_loaded(everything):
             assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(outputs(again, inputs)[:1], wanted[:1]))
 
 
+class Clock(nn.Module):
+    """Sines of an input, in other order: what is left of them is selected by an index of the program's own."""
+
+    def forward(self, t):
+        angles = t[:, None] * torch.exp(-torch.arange(8, dtype=torch.float32, device=t.device) / 8)
+        return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+class Timed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.clock, self.inner, self.head = Clock(), nn.Linear(16, 12), nn.Linear(12, 3)
+
+    def forward(self, t):
+        return self.head(self.inner(self.clock(t)).relu())
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_constants_of_programs_are_made_anew_in_the_other_kind_of_module(saved, tmp_path):
+    torch.manual_seed(0)
+    model, times = Timed().eval(), torch.arange(4.0)
+    small = fxprune.prune(model, 0.5, times, same_class=saved)
+    own = {name for name, _ in named_tensors(small)} - {name for name, _ in named_tensors(model)}
+    assert own == {"clock._kept_index_0" if saved else "_kept_index_0"}
+    fxprune.save(small, tmp_path / "small.safetensors")
+    for same_class in (False, True):
+        loaded = fxprune.load(tmp_path / "small.safetensors", model, same_class=same_class)
+        assert torch.equal(loaded(times), small(times))
+
+
 def test_nothing_is_left_of_a_failed_write(tmp_path, monkeypatch):
     small = fxprune.prune(CASES["half"][0](), 0.5, example_inputs=X)
     path = tmp_path / "small.safetensors"

@@ -93,7 +93,7 @@ class Pruned:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """What each of two processes gets; they start once, since importing torch takes most of the time."""
-    return in_processes(2, [Pruned(f) for f in TASKS], tmp_path_factory.mktemp("two"))
+    return in_processes(2, [*map(Pruned, TASKS), steps_together, steps_fail_together], tmp_path_factory.mktemp("two"))
 
 
 def alone():
@@ -126,3 +126,36 @@ def test_one_plan_from_the_data_of_all(task, two):
 )
 def test_all_fail_together(task, said, two):
     assert all(isinstance(found[task], str) and said in found[task] for found in two)
+
+
+def in_steps(rank, model):
+    """The plans after each of two steps, by data of this process, and after a step of a bare model; and whether all fail."""
+    asked = {"criterion": "taylor", "data": batches(rank), "loss": cross_entropy}
+    pruner = fxprune.Pruner(model, 0.5, X, steps=3, **asked)
+    plans = []
+    small = pruner.step(model)
+    plans.append(pruner.plan.to_json())
+    pruner.step(DistributedDataParallel(small) if isinstance(model, DistributedDataParallel) else small)
+    plans.append(pruner.plan.to_json())
+    pruner.step()
+    return [*plans, pruner.plan.to_json()]
+
+
+def one_step_fails(rank, model):
+    nan = [(torch.full((8, 6), float("nan")), torch.zeros(8, dtype=torch.long))]
+    return fxprune.Pruner(model, 0.5, X, criterion="taylor", data=nan if rank else batches(0), loss=cross_entropy).step()
+
+
+def steps_together(rank):
+    return in_steps(rank, DistributedDataParallel(net()))
+
+
+def steps_fail_together(rank):
+    return one_step_fails(rank, DistributedDataParallel(net()))
+
+
+def test_steps_are_taken_together(two):
+    plans = [found["steps_together"] for found in two]
+    assert plans[0] == plans[1] and len(set(plans[0])) == 3
+    assert in_steps(0, net()) != in_steps(1, net())
+    assert all(isinstance(found["steps_fail_together"], str) and "gives NaN" in found["steps_fail_together"] for found in two)

@@ -127,6 +127,8 @@ def test_states_of_other_pruners_are_refused():
     assert loaded(state, steps=4).startswith("the state is of a Pruner with shares [0.333")
     assert loaded(state, mask="hold") == "the state is of a Pruner with mask None, and this one has 'hold'"
     assert loaded(state, ratio=0.4) == "the state is of a Pruner with request ratio=0.5, and this one has ratio=0.4"
+    said = "the state is of a Pruner with request ratio=0.5, and this one has ratio=0.5, uniform=True"
+    assert loaded(state, uniform=True) == said
     assert "the plan is for another model" in loaded(state, model=vit())
     wider = residual()
     wider.head = nn.Linear(20, 6).double()

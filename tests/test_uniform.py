@@ -135,6 +135,21 @@ class Blocks(nn.Module):
         return self.last(x)
 
 
+@pytest.mark.parametrize("ranking", ["local", "global"])
+def test_a_number_that_goes_in_large_steps_is_left_where_others_meet_the_budget(ranking):
+    """The hidden size and the heads that divide it lose a half or nothing; the intermediate size alone is enough here."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=128, num_hidden_layers=2, use_cache=False, **sizes)
+    model = transformers.LlamaForCausalLM(config).eval()
+    inputs = {"input_ids": torch.arange(8).view(1, 8)}
+    small = fxprune.prune(model, params=0.7, example_inputs=inputs, uniform=True, ranking=ranking)
+    share = sum(p.numel() for p in small.parameters()) / sum(p.numel() for p in model.parameters())
+    assert 0.69 < share <= 0.7
+    for layer in small.model.layers:
+        assert layer.self_attn.q_proj.weight.shape == (32, 32) and layer.mlp.up_proj.weight.shape[0] < 64
+
+
 def test_a_pruner_keeps_equal_counts_at_every_step():
     torch.manual_seed(0)
     pruner = fxprune.Pruner(

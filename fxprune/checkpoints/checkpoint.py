@@ -22,6 +22,7 @@ from fxprune.checkpoints.file import check_digests, opened, write
 from fxprune.checkpoints.rebuild import CONTENTS, other_names, rebuilt, rotations_apart, rotations_in, split_contents
 from fxprune.checkpoints.record import Record
 from fxprune.entry_points import entry_point
+from fxprune.module_state import aliases
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.quiet import without_modes
@@ -114,8 +115,10 @@ def load(path: Folder, model: nn.Module | None = None, *, same_class: bool = Fal
                 record.state.fill(made, tensors, free=record.plan.derived)  # what a forward makes may not be there yet
             else:  # the other kind of module may hold a tied tensor under another name, and lack what its forward does not use
                 names = other_names(original, record.plan, tensors, made)
-                renamed = {names.get(name, name): t for name, t in tensors.items()}
-                record.state.renamed(names).fill(made, renamed, free=record.plan.shapes.keys())
+                first = aliases(original)
+                own = {names[name]: t for name, t in tensors.items() if first.get(name, name) in record.plan.shapes}
+                constants = [name for name, _ in named_tensors(made) if name not in own]  # its programs have made their own
+                record.state.renamed(names).fill(made, own, free=[*record.plan.shapes, *constants])
         made.meta.update(record.meta)
         if signed.basis is not None:
             made.meta["plan"] = signed

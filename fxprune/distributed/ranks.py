@@ -47,9 +47,9 @@ class Ranks:
             raise PruneError("the processes prune models of different architectures", fix="the same model in every process")
         return np.asarray(sum(found[1:], found[0]) / len(found))
 
-    def check_same(self, text: str) -> None:
-        """Raise PruneError on all processes where one of them has another text."""
-        found = self.exchange("plan", hashlib.sha256(text.encode()).hexdigest())
+    def check_same(self, plan: bytes) -> None:
+        """Raise PruneError on all processes where one of them has another plan."""
+        found = self.exchange("plan", hashlib.sha256(plan).hexdigest())
         if len(set(found)) > 1:
             other = next(rank for rank, digest in enumerate(found) if digest != found[0])
             what = f"rank {other} makes another plan than rank 0"
@@ -88,13 +88,18 @@ def group_of(model: nn.Module) -> Any:
 
 
 @contextlib.contextmanager
-def ranks_of(model: Any) -> Iterator[Ranks | None]:
-    """The processes of a model, if they are several that hold it or copies of it; they fail together."""
+def ranks_of(model: Any, before: Ranks | None = None) -> Iterator[Ranks | None]:
+    """The processes of a model, if they are several that hold it or copies of it; they fail together.
+
+    Arguments:
+        model: wrapped or sharded, or a plain one.
+        before: those of the model that a plain one was made of.
+    """
     group = group_of(taken_off(model)) if isinstance(model, nn.Module) and dist.is_available() else None
-    if group is None:
+    if group is None and before is None:
         yield None
         return
-    ranks = Ranks(group)
+    ranks = Ranks(before.group if group is None and before is not None else group)
     try:
         yield ranks
     except Exception as error:

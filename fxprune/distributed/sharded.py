@@ -73,7 +73,7 @@ class Sharded:
             options = dataclasses.replace(options, coupling=coupling)
         plan: PlanData = plan_between(self.form, pruned)
         self.check_even(plan)
-        ranks.check_same(plan.to_json())
+        ranks.check_same(plan.to_json().encode())
         return self.cut(made, plan, inplace=inplace)
 
     def check_even(self, plan: PlanData) -> None:

@@ -16,6 +16,7 @@ from fxprune.criteria.calibration import Target
 from fxprune.criteria.catalog import find, resolve
 from fxprune.criteria.parameter_roles import roles
 from fxprune.criteria.unit_scores import normalise_scores, score_units
+from fxprune.distributed.ranks import Ranks
 from fxprune.iterative.plan_mapping import narrow_labels, tensors_of
 from fxprune.iterative.proposal import StepChoice
 from fxprune.iterative.schedules import part_of
@@ -95,7 +96,7 @@ class Planner:
             kept, _ = allocate(self.free, score, self.costs, self.options)
             check_effect(self.model, self.free, score, self.solution, self.options, kept)
 
-    def choose(self, present: nn.Module, view: View, gone: np.ndarray, share: float) -> StepChoice:
+    def choose(self, present: nn.Module, view: View, gone: np.ndarray, share: float, ranks: Ranks | None = None) -> StepChoice:
         """What is removed when a share of what is asked for is done.
 
         Arguments:
@@ -103,11 +104,15 @@ class Planner:
             view: where its tensors stand in the original.
             gone: units that are removed already, shape (labels,), and stay so.
             share: in [0, 1].
+            ranks: the processes that choose together, if there are several.
         """
-        free, score = self.scores(present, view, gone)
+        free, score = self.scores(present, view, gone, ranks)
         options = part_of(self.options, share, self.original)
         kept, _ = allocate(free, score, self.costs, options, self.probe, gone)
-        return StepChoice(gone, self.removed(kept), score, lambda more, held: self.settle(more, score, held))
+        wanted = self.removed(kept)
+        if ranks is not None:
+            ranks.check_same(wanted.tobytes())
+        return StepChoice(gone, wanted, score, lambda more, held: self.settle(more, score, held))
 
     def removed(self, kept: Tensor) -> np.ndarray:
         """The units that go where these labels stay, shape (labels,)."""
@@ -118,7 +123,9 @@ class Planner:
     def settle(self, removed: np.ndarray, score: np.ndarray, held: np.ndarray) -> tuple[Tensor, Slicer]:
         return restore_rectangles(self.solution, removed, score, self.guards, held)
 
-    def scores(self, present: nn.Module, view: View, gone: np.ndarray) -> tuple[list[Family], np.ndarray]:
+    def scores(
+        self, present: nn.Module, view: View, gone: np.ndarray, ranks: Ranks | None = None
+    ) -> tuple[list[Family], np.ndarray]:
         """The families that may lose units, and the score of every unit by the values and the outputs of a present model.
 
         What is gone scores lower than all else of its family.
@@ -137,6 +144,7 @@ class Planner:
             looked_at = dataclasses.replace(self.solution, leaves=leaves, captures=self.captures(present, view))
             target = Target(self.options.coupling.heads)
             score, seen = score_units(present, looked_at, alive, criterion, self.options.data, self.options.loss, target=target)
+        score = score if ranks is None else ranks.mean(score)
         told = [i for i, f in enumerate(alive) if seen[f.units].any()]
         free, alive = [self.free[i] for i in told], [alive[i] for i in told]
         if self.options.competes:

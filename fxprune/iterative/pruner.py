@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxprune.arguments import checked_call, shown
+from fxprune.distributed.ranks import ranks_of
 from fxprune.entry_points import entry_point, unwrapped
 from fxprune.inputs import ExampleInputs
 from fxprune.iterative.history import History, HistoryStep
@@ -18,7 +19,7 @@ from fxprune.iterative.optimizer_state import Move, remap, remap_module, remap_s
 from fxprune.iterative.plan_mapping import tensors_of, widened
 from fxprune.iterative.planner import Planner, View
 from fxprune.iterative.proposal import Proposal, StepChoice
-from fxprune.iterative.pruner_state import PresentModel, PrunerState
+from fxprune.iterative.pruner_state import PresentModel, PrunerState, asked_of
 from fxprune.iterative.regularizers import Regularizer, Spans, find, spans_of
 from fxprune.iterative.schedules import Schedule, describe_request, part_of, shares
 from fxprune.passes.errors import PruneError
@@ -47,7 +48,7 @@ class Pruner:
     4
 
     Arguments:
-        model: any module; it is not changed.
+        model: any module; it is not changed. In `DistributedDataParallel` all processes step together, as with `prune`.
         ratio, params, macs, memory, latency: as for `prune`, after the last step. A ratio is a share of the original's units.
         example_inputs, same_class and others: as for `prune`. `data` is read in every step.
         steps, schedule: the number of steps, and what is done after each: `linear`, `cubic` (arXiv:1710.01878), or a
@@ -81,7 +82,7 @@ class Pruner:
         same_class: bool = False,
         **asked: Unpack[Asked],
     ) -> None:
-        with entry_point(model) as model:
+        with ranks_of(model) as self._ranks, entry_point(model) as model:
             options = Options.parse(model, ratio=ratio, verify=verify, **asked)
             self._shares, self._same_class, self._regularizer = shares(schedule, steps), same_class, find(regularizer)
             if mask is not None and not is_one_of(mask, ("hold", "soft")):
@@ -146,14 +147,14 @@ class Pruner:
                     raise PruneError(what, where=path, fix="a new proposal: pruner.step(interactive=True)")
                 return self._take(present, choice)
 
-        with entry_point(self.model if model is None else model) as present:
+        with ranks_of(model, self._ranks) as self._ranks, entry_point(self.model if model is None else model) as present:
             chosen = self._chosen(present, number)
             while not interactive and self._fails(self._settled(chosen.wanted, chosen.score)):
                 chosen = self._chosen(present, number)
             return Proposal(chosen, self._planner.groups(), take) if interactive else take(chosen.wanted)
 
     def _chosen(self, present: nn.Module, number: int) -> StepChoice:
-        return self._planner.choose(*self._looked_at(present), self._stuck, self._shares[number])
+        return self._planner.choose(*self._looked_at(present), self._stuck, self._shares[number], self._ranks)
 
     def _settled(self, removed: np.ndarray, score: np.ndarray) -> Choice:
         return Choice(self._planner.solution, *self._planner.settle(removed, score, self._stuck))
@@ -309,7 +310,7 @@ class Pruner:
 
     @property
     def _asked(self) -> dict[str, str]:
-        return {"shares": str(self._shares), "mask": repr(self._mask), "request": describe_request(self._options)}
+        return asked_of(self._shares, self._mask, self._options)
 
     # -- sparse training --------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.iterative.history import History, HistoryStep
 from fxprune.iterative.planner import Planner
+from fxprune.iterative.schedules import describe_request
 from fxprune.module_state import ModuleState
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import copy_tree, named_tensors
@@ -27,6 +28,12 @@ from fxprune.verification import Verification
 FORMAT = "fxprune.pruner/1"
 ORIGINAL = "the architecture that it was saved from"
 STATE = "what Pruner.state_dict() returned"
+
+
+def asked_of(shares: Sequence[float], mask: str | None, options: Options) -> dict[str, str]:
+    """What a pruner was asked for, in words."""
+    request = describe_request(options) + ", uniform=True" * options.coupling.uniform
+    return {"shares": str(shares), "mask": repr(mask), "request": request}
 
 
 @dataclass(frozen=True)

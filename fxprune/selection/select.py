@@ -260,21 +260,34 @@ def meet_budget(budget: Budget, allocator: Allocator, costs: Costs) -> tuple[Ten
     start = attempt([0] * len(allocator.candidates))
     if start.cost <= limit:
         return start.kept, start.slicer
+
+    def met_by(steps: Sequence[int], low: int) -> tuple[int, Attempt] | None:
+        """How many steps, more than `low`, meet the budget, and what comes of them; None where all do not."""
+        high = len(steps)  # over the budget after `low` steps, within it after `high`
+        found = attempt(levels_after(allocator.candidates, steps))
+        if high <= low or found.cost > limit:
+            return None
+        while high - low > 1:
+            middle = (low + high) // 2
+            tried = attempt(levels_after(allocator.candidates, steps[:middle]))
+            if tried.cost <= limit:
+                high, found = middle, tried
+            else:
+                low = middle
+        if found.cost < CLOSE * limit:
+            found = return_surplus(levels_after(allocator.candidates, steps[:high]), steps[:high], found, attempt, limit)
+        return high, found
+
     steps = allocator.order_steps()
-    levels = lambda n: levels_after(allocator.candidates, steps[:n])  # noqa: E731
-    low, high = 0, len(steps)  # over the budget after `low` steps, within it after `high`
-    found = attempt(levels(high))
-    if found.cost > limit:
-        raise budget.unreachable(found.cost, original)
-    while high - low > 1:
-        middle = (low + high) // 2
-        tried = attempt(levels(middle))
-        if tried.cost <= limit:
-            high, found = middle, tried
-        else:
-            low = middle
-    if found.cost < CLOSE * limit:
-        found = return_surplus(levels(high), steps[:high], found, attempt, limit)
+    met = met_by(steps, 0)
+    if met is None:
+        raise budget.unreachable(attempt(allocator.allocate_all()).cost, original)
+    count, found = met
+    if found.cost < CLOSE * limit:  # the last step was a large one, which smaller ones of others may save
+        last = steps[count - 1]
+        met = met_by([*steps[: count - 1], *[i for i in steps[count:] if i != last]], count - 1)
+        if met is not None and met[1].cost > found.cost:
+            found = met[1]
     return found.kept, found.slicer
 
 
