@@ -55,7 +55,7 @@ def couple_channels(
     inside = {p.node(p.capture.index[node]) for p, region in zip(programs, regions, strict=True) for node in region}
     constraints.same_columns = [e for e in constraints.same_columns if e.node not in inside]
     constraints.equal_rows = [e for e in constraints.equal_rows if e.node not in inside]
-    return solve(list(captures), leaves.of, values, constraints, found.constraints.size, regions)  # (3)
+    return solve(list(captures), leaves.of, values, constraints, found.constraints.size, regions, found.picks)  # (3)
 
 
 def label_heads(programs: Sequence[Program], leaves: LeafLabels, options: CouplingOptions) -> LeafLabels:

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from fxprune.passes.coupling.aliasing import follow, read_apart, written_through
 from fxprune.passes.coupling.leaf_labels import LeafLabels
+from fxprune.passes.coupling.picks import finish_picks, follow_picks
 from fxprune.passes.coupling.solution import CouplingOptions
 from fxprune.passes.ir.constraints import SPAN, ConstraintBuilder
 from fxprune.passes.ir.labels import NONE, Labels
@@ -66,10 +67,12 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class Propagated:
-    """What came of one propagation: constraints, labels of the values of each program, and dimensions found to be composed."""
+    """What came of one propagation: constraints, labels and picks of the values of each program, and dimensions found to
+    be composed."""
 
     constraints: ConstraintBuilder
     values: list[dict[int, Labels]]
+    picks: list[dict[int, np.ndarray]]
     composed: dict[int, tuple[Tensor, ...]]
 
 
@@ -90,6 +93,7 @@ def propagate(
     """
     constraints = ConstraintBuilder(leaves.size, leaves.first_constant, leaves.composed_labels())
     values: list[dict[int, Labels]] = []
+    picks: list[dict[int, np.ndarray]] = []
     composed: dict[int, tuple[Tensor, ...]] = {}
     for program in programs:
         state = PropagationState(
@@ -103,12 +107,14 @@ def propagate(
             seeking_heads=seeking_heads,
             leaf_dims=leaf_dims or {},
             composed=composed,
+            choices=bool(options.choices),
         )
         propagate_through(program, state, leaves.size)
         constraints.node = program.node(program.capture.index[program.capture.output])
         freeze_outputs(program.capture, state, options)
         values.append(state.labels)
-    return Propagated(constraints, values, composed)
+        picks.append(state.picks)
+    return Propagated(constraints, values, picks, composed)
 
 
 def propagate_through(program: Program, state: PropagationState, owned: int) -> None:
@@ -143,11 +149,13 @@ def propagate_through(program: Program, state: PropagationState, owned: int) -> 
     for path, leaks in capture.leaks.items():
         calls = [index for node, index in capture.index.items() if node.op == "call_module" and str(node.target) == path]
         constraints.node = program.node(min(calls, default=end.node))
+        finish_picks(state, leaks)
         for f in (f for ref in leaks for f in state.labels.get(ref.id, NONE)):
             constraints.freeze(f.labels, TAKEN)
 
 
 def freeze_outputs(capture: CapturedProgram, state: PropagationState, options: CouplingOptions) -> None:
+    finish_picks(state, [ref for _, ref in capture.outputs], "is chosen by value, and an output of the model says how")
     for name, ref in capture.outputs:
         if not options.releases(name):
             why = "is an output of the model" + (f", {name}" if name != ONLY_OUTPUT else "")
@@ -207,13 +215,16 @@ def is_input_size(found: tuple[TensorRef, int | None], labels: dict[int, Labels]
 
 def apply_rule(call: RuleContext) -> None:
     """Store the labels of an op's results; an op without a rule is probed through autograd, else frozen."""
+    handled = follow_picks(call) if call.state.choices else None
     if not call.outputs:
         return
     uniform = call.state.uniform
     met = bool(uniform) and any(r.id in uniform for r in call.inputs)
     shared = read_apart(call) if met else {}
     rule = find(call.op.func).labels
-    if rule is not None:
+    if handled is not None:
+        result = handled
+    elif rule is not None:
         result = rule(call)
     elif not any(call.labels(r) for r in call.inputs):
         return
@@ -254,6 +265,7 @@ def rewrite_of(capture: CapturedProgram, index: int) -> tuple[Any, bool, frozens
 
 def apply_untracked(capture: CapturedProgram, node: fx.Node, state: PropagationState) -> None:
     """The labels of a node whose results did not come out of the dispatcher, by autograd; else its arguments are frozen."""
+    finish_picks(state, collect([capture.results[n] for n in node.all_input_nodes], TensorRef))
     call = RuleContext(as_op(capture, node), PropagationState(state.op_trace, state.labels, state.constraints))
     for ref, found in zip(call.outputs, probe(call), strict=True):
         state.labels[ref.id] = found
@@ -261,14 +273,18 @@ def apply_untracked(capture: CapturedProgram, node: fx.Node, state: PropagationS
 
 def freeze_arguments(capture: CapturedProgram, index: int, state: PropagationState) -> None:
     """Freeze what a function is given that computes with its size."""
-    for ref in collect([capture.results[n] for n in capture.nodes[index].all_input_nodes], TensorRef):
+    given = collect([capture.results[n] for n in capture.nodes[index].all_input_nodes], TensorRef)
+    finish_picks(state, given)
+    for ref in given:
         for f in state.labels.get(ref.id, NONE):
             state.constraints.freeze(f.labels, "goes through a function that computes with its size")
 
 
 def freeze_around(capture: CapturedProgram, node: fx.Node, state: PropagationState) -> None:
     """Freeze what a function that is one node is given and returns: sizes may be written out in it."""
-    for ref in collect([*(capture.results[n] for n in node.all_input_nodes), capture.results[node]], TensorRef):
+    given = collect([*(capture.results[n] for n in node.all_input_nodes), capture.results[node]], TensorRef)
+    finish_picks(state, given)
+    for ref in given:
         for f in state.labels.get(ref.id, NONE):
             state.constraints.freeze(f.labels, TAKEN)
 
