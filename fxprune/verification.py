@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.errors import GuardError
-from fxprune.passes.ir.module_tree import contents, named_parameters, named_tensors, private_copy, refill
+from fxprune.passes.ir.contents import contents, refill
+from fxprune.passes.ir.module_tree import named_parameters, named_tensors, private_copy
 from fxprune.passes.ir.pytree import collect, map_tensors
 from fxprune.passes.ir.quiet import own_random_state, random_state, set_random_state
 from fxprune.passes.ir.slices import Slicer
@@ -120,7 +121,8 @@ def quietly(pruned: nn.Module) -> Callable[..., Any]:
 def restoring(model: nn.Module, *, parameters: bool = False) -> Iterator[None]:
     """Restore what a forward writes to, or assigns anew: attributes, containers, buffers, and with `parameters` those too."""
     tensors = [t for _, t in named_tensors(model) if parameters or not isinstance(t, nn.Parameter)]
-    held = [contents(vars(module)) for module in model.modules()]
+    seen: set[int] = set()
+    held = [contents(vars(module), seen) for module in model.modules()]
     before = [t.detach().clone() for t in tensors]
     try:
         yield

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fxprune.passes.ir.module_tree import ATOMS, CHILDREN, CONTAINERS, HOOKS, named_parameters, named_tensors, walk
+from fxprune.passes.ir.contents import CONTAINERS
+from fxprune.passes.ir.module_tree import ATOMS, CHILDREN, HOOKS, named_parameters, named_tensors, walk
 from fxprune.passes.ir.slices import TensorSlice
 from fxprune.passes.rewrite.pruned_module import RewrittenForward
 from fxprune.passes.rewrite.rewrite import drop, slice_tensor

@@ -27,7 +27,7 @@ from fxprune.passes.errors import NeedsValues, ReadsValue
 from fxprune.passes.ir.module_tree import every_path, named_tensors
 from fxprune.passes.ir.program import Guard, TracedCall, select_by_mode
 from fxprune.passes.ir.progress import progress_bar
-from fxprune.passes.ir.pytree import ATOMS, attributes_of, like_dict, map_tensors, record
+from fxprune.passes.ir.pytree import ATOMS, attributes_of, is_record, like_dict, map_tensors, record
 
 HAS_NODES = ATOMS | PROXIES
 PLAIN = ATOMS | {complex, torch.layout, torch.memory_format}
@@ -233,6 +233,8 @@ class GraphBuilder(ProxyAttributes):
         if type(a) is dict:
             return {k: self.create_arg(v) for k, v in a.items()}
         with attributes_of(a) as held:
+            if held is None and is_record(a) and hasattr(a, "__dict__"):
+                raise ReadsValue(f"a {type(a).__name__} that holds itself")  # no expression makes one
             return super().create_arg(a) if held is None else self.create_object(creating(type(a)), held)
 
     def module_argument(self, module: nn.Module) -> fx.Node:

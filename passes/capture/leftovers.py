@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fxprune.passes.capture.patches import CACHED
 from fxprune.passes.capture.proxy import PROXIES
+from fxprune.passes.ir.pytree import fields_of
 
 DEPTH = 8  # containers in containers
 NESTED = (tuple, list, set, frozenset)
@@ -92,27 +93,45 @@ def restore_functions(replaced: list[tuple[Callable[..., Any], Callable[..., Any
 
     Arguments: `replaced`, pairs of a function and what stood in its place; it is empty afterwards.
     """
+    held: list[Any] = []
+    functions: list[Any] = []
     while replaced:
         function, wrapper = replaced.pop()
         if sys.getrefcount(wrapper) > 2:  # that of this frame and that of the argument
-            substitute(wrapper, function)
+            held.append(wrapper)
+            functions.append(function)
+    substitute(held, functions)
 
 
-def substitute(old: Any, new: Any, depth: int = DEPTH) -> None:
-    """Put one object in the place of another, in all containers that hold that; a tuple that does is itself replaced."""
-    instead = lambda v: new if v is old else v  # noqa: E731
-    for holder in gc.get_referrers(old):
+def substitute(old: list[Any], new: list[Any], depth: int = DEPTH) -> None:
+    """Put objects in the places of others, in all containers that hold those; a tuple that does is itself replaced.
+
+    The containers are asked for all at once, since that goes through everything there is.
+    """
+    by_id = dict(zip(map(id, old), new, strict=True))
+    instead = lambda v: by_id.get(id(v), v)  # noqa: E731
+    fixed: list[Any] = []
+    copies: list[Any] = []
+    for holder in gc.get_referrers(*old) if old else ():
         kind = type(holder)
-        if kind is dict and any(k is old for k in holder):
+        if holder is old:
+            continue
+        if kind is dict and any(id(k) in by_id for k in holder):
             items = [(instead(k), instead(v)) for k, v in holder.items()]
             holder.clear()
             holder.update(items)
         elif kind is dict:
-            holder.update([(k, new) for k, v in holder.items() if v is old])
+            holder.update([(k, instead(v)) for k, v in holder.items() if id(v) in by_id])
         elif kind is list:
             holder[:] = map(instead, holder)
         elif kind is set:
-            holder.remove(old)
-            holder.add(new)
+            items = list(map(instead, holder))
+            holder.clear()
+            holder.update(items)
         elif kind in (tuple, frozenset) and depth:
-            substitute(holder, kind(map(instead, holder)), depth - 1)
+            fixed.append(holder)
+            copies.append(kind(map(instead, holder)))
+        elif fields_of(kind) is not None and hasattr(holder, "__dict__"):  # an object whose attributes have no dict yet
+            vars(holder).update([(k, instead(v)) for k, v in vars(holder).items() if id(v) in by_id])
+    if fixed:
+        substitute(fixed, copies, depth - 1)

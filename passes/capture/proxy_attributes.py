@@ -189,8 +189,10 @@ class ProxyAttributes(fx.Tracer):
 
     def torch_function(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What a function of torch returns that the model's code calls: a proxy, if its arguments have to do with the graph."""
-        if not self.recorder.tracing or not any(self.in_graph(v) for v in iterate((args, kwargs))):
+        if not self.recorder.tracing:
             return method(*args, **kwargs)
+        if not any(self.in_graph(v) for v in iterate((args, kwargs))):
+            return self.drawn(method, args, kwargs) if draws(method) else method(*args, **kwargs)
         if method in INLINED:
             self.inlining = True  # its check for overridden arguments, which led here, does not find them the next time
             with self.interception:
@@ -208,6 +210,14 @@ class ProxyAttributes(fx.Tracer):
         if type(args[0]) is not TensorProxy and name.startswith("__") and any(name in vars(k) for k in (TensorProxy, Proxy)):
             return getattr(TensorProxy, name)(self.as_proxy(args[0]), *args[1:], **kwargs)
         return self.create_proxy("call_method", name, args, kwargs)
+
+    def drawn(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Random numbers that no tensor of the graph goes into are drawn anew in each call: a node."""
+        name = getattr(method, "__name__", "")
+        if name.endswith("_") or any(isinstance(v, torch.Generator) for v in iterate((args, kwargs))):
+            raise ReadsValue(f"random numbers by {name}()")  # what it writes to, or draws from, is outside of the graph
+        own = bool(args) and isinstance(args[0], Tensor) and belongs_to_tensors(method)
+        return self.create_proxy(*(("call_method", name) if own else ("call_function", method)), args, kwargs)
 
     def in_graph(self, x: Any) -> bool:
         """Whether an argument stands for a node, or is a tensor of the model."""
@@ -269,3 +279,11 @@ class Interception(TorchFunctionMode):
 def belongs_to_tensors(method: Callable[..., Any]) -> bool:
     """Whether torch knows a function as a method of tensors (its own answer takes longer than making a node does)."""
     return bool(torch.overrides.is_tensor_method_or_property(method))
+
+
+@functools.lru_cache(maxsize=4096)
+def draws(method: Callable[..., Any]) -> bool:
+    """Whether a function of torch draws from a generator."""
+    op = getattr(torch.ops.aten, getattr(method, "__name__", ""), None)
+    found = op.overloads() if isinstance(op, torch._ops.OpOverloadPacket) else ()
+    return any(torch.Tag.nondeterministic_seeded in getattr(op, name).tags for name in found)

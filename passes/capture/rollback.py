@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.passes.capture.index_contents import storage_of
 from fxprune.passes.capture.proxy import PROXIES, TensorProxy
-from fxprune.passes.ir.module_tree import CONTAINERS, Contents, contents, refill
+from fxprune.passes.ir.contents import CONTAINERS, Contents, changeable, contents, refill
 from fxprune.passes.ir.op_trace import OpTrace, writes
 from fxprune.passes.ir.pytree import ATOMS, TensorRef, iterate
 from fxprune.passes.ops.registry import find
@@ -21,9 +21,11 @@ class ModuleState:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.before: dict[nn.Module, tuple[dict[str, Any], dict[str, Contents]]] = {}
+        self.buffers: dict[nn.Module, dict[str, Any]] = {}
+        seen: set[int] = set()
         for module in modules:
-            held = {k: contents(v) for k, v in vars(module).items() if type(v) in CONTAINERS and k != "_modules"}
-            self.before[module] = dict(vars(module)), held
+            held = {k: contents(v, seen) for k, v in vars(module).items() if k != "_modules" and changeable(v)}
+            self.before[module], self.buffers[module] = (dict(vars(module)), held), dict(module._buffers)
 
     def put(self, module: nn.Module, name: str, value: Any) -> Callable[[], None]:
         """Give a module an attribute that it did not have, and that stays until the function that is returned takes it away."""
@@ -39,8 +41,7 @@ class ModuleState:
 
     def assigned(self, module: nn.Module) -> Iterator[tuple[Tensor, Any]]:
         """The tensors of a module in whose place a forward has put others, and those."""
-        before, held = self.before.get(module, ({}, {}))
-        buffers = held["_buffers"][0][1] if held else {}
+        before, buffers = self.before.get(module, ({},))[0], self.buffers.get(module, {})
         for old, new in ((buffers, module._buffers), (before, vars(module))):
             for name, tensor in old.items():
                 if isinstance(tensor, Tensor) and new.get(name) is not tensor and type(new.get(name)) is TensorProxy:
@@ -52,10 +53,11 @@ class ModuleState:
         What a forward has set for the first time is no attribute of the model: it sets it again.
         """
         self.restore(index, 0)
-        for module, (before, held) in self.before.items():
+        for module, (before, _) in self.before.items():
             for name in [k for k in vars(module) if k not in before and not k.startswith("_tensor_constant")]:
                 del vars(module)[name]  # (a constant is the program's)
             vars(module).update(before)
+        for held in [held for _, held in self.before.values()]:
             for box in held.values():
                 refill(box)
 
@@ -67,7 +69,7 @@ class ModuleState:
         for module, (before, held) in self.before.items():
             now = vars(module)
             same = len(now) == len(before) and all(map(operator.is_, now.values(), before.values()))
-            if same and not any(before[name] and stands_for(before[name], index, begin) for name in held):
+            if same and not any(stands_for(before[name], index, begin) for name in held):
                 continue
             stored = [(k, v) for k, v in now.items() if type(v) not in ATOMS and not (type(v) in CONTAINERS and not v)]
             for name in [k for k, v in stored if k != "_modules" and stands_for(v, index, begin)]:

@@ -196,6 +196,9 @@ class ValueTracer(GraphBuilder):
         self.calls_opaque = True
         try:
             return self.create_proxy("call_module", frame.path, frame.args, frame.kwargs)
+        except ReadsValue:  # not as one node either: what is around becomes one
+            del self.evaluator.opaque[frame.path]
+            raise
         except Exception as plain:  # an error of the model's own, which what is around may expect
             del self.evaluator.opaque[frame.path]
             plain.fxprune_plain = True  # type: ignore[attr-defined]

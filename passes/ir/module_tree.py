@@ -6,7 +6,7 @@ import copy
 import functools
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fxprune.passes.errors import PruneError
+from fxprune.passes.ir.contents import CONTAINERS
 from fxprune.passes.ir.pytree import collect
 
 empty, empty_strided = torch.empty, torch.empty_strided  # the originals: a capture replaces factories of torch
@@ -31,32 +32,9 @@ def like(tensor: Tensor) -> Tensor:
 SHARED: tuple[type, ...] = (bool, int, float, complex, str, bytes, type(None), type)
 SHARED += (types.FunctionType, types.BuiltinFunctionType, torch.dtype, torch.device, torch.Size, torch.memory_format)
 ATOMS = frozenset(SHARED)
-CONTAINERS = frozenset([dict, OrderedDict, set, list, tuple])
 PLAIN = ATOMS | CONTAINERS
 HOOKS = frozenset(["_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"])
 CHILDREN = frozenset(["_parameters", "_buffers", "_modules"])
-
-
-Contents = Sequence[tuple[Any, Any]]  # containers, each with a copy of it as it was
-
-
-def contents(box: Any) -> Contents:
-    """What a container and the containers in it hold, for `refill`."""
-    if not box:
-        return [(box, type(box)())]
-    inner = box.values() if isinstance(box, dict) else box
-    held = [] if type(box) is tuple else [(box, copy.copy(box))]
-    return held + [pair for v in inner if type(v) in CONTAINERS for pair in contents(v)]
-
-
-def refill(held: Contents) -> None:
-    """Have containers hold what they held; a tuple always does."""
-    for box, before in held:
-        if isinstance(box, list):
-            box[:] = before
-        elif isinstance(box, dict | set):
-            box.clear()
-            box.update(before)
 
 
 def check_module(model: Any) -> None:

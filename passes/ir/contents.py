@@ -1,0 +1,113 @@
+"""What a forward can change in place: containers, records, random generators; as they were, and put back."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fxprune.passes.ir.pytree import attributes_of, is_record
+
+CONTAINERS = frozenset([dict, OrderedDict, set, list, tuple])
+GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
+
+Contents = Sequence[Callable[[], None]]  # functions that each put one object back
+
+
+def changeable(value: Any) -> bool:
+    """Whether something is no tensor and no module, and can be changed in place."""
+    return type(value) in CONTAINERS or isinstance(value, GENERATORS) or is_record(value)
+
+
+def contents(box: Any, seen: set[int] | None = None, *, tensors: bool = False) -> Contents:
+    """What an object and the ones in it hold, for `refill`.
+
+    Arguments: `seen`, objects that were looked into already; `tensors`, whether those are written back too, as in a record.
+    """
+    seen = set() if seen is None else seen
+    if isinstance(box, GENERATORS):
+        return [rewound(box)]
+    if isinstance(box, Tensor):
+        return [written_back(box)] if tensors and not box.is_meta and not isinstance(box, nn.Parameter) else []
+    if id(box) in seen:
+        return []
+    seen.add(id(box))
+    if type(box) in CONTAINERS:
+        inner = list(box.values() if isinstance(box, dict) else box)
+        held = [] if type(box) is tuple else [filled_as_now(box)]
+    else:
+        with attributes_of(box) as attributes:
+            if attributes is None:
+                return []
+            inner, held, tensors = list(attributes.values()), [attributes_as_now(box, attributes)], True
+    return held + [
+        pair
+        for v in inner
+        if (tensors and isinstance(v, Tensor)) or changeable(v)
+        for pair in contents(v, seen, tensors=tensors)
+    ]
+
+
+def refill(held: Contents) -> None:
+    """Have objects hold what they held."""
+    for put_back in held:
+        put_back()
+
+
+def filled_as_now(box: Any) -> Callable[[], None]:
+    before = copy.copy(box) if box else type(box)()
+
+    def put_back() -> None:
+        if isinstance(box, list):
+            box[:] = before
+        else:
+            box.clear()
+            box.update(before)
+
+    return put_back
+
+
+def attributes_as_now(box: Any, before: dict[str, Any]) -> Callable[[], None]:
+    def put_back() -> None:
+        for name in [n for n in getattr(box, "__dict__", ()) if n not in before]:
+            object.__delattr__(box, name)
+        for name, value in before.items():
+            if getattr(box, name, None) is not value:
+                object.__setattr__(box, name, value)
+
+    return put_back
+
+
+def written_back(tensor: Tensor) -> Callable[[], None]:
+    before = tensor.detach().clone()
+
+    def put_back() -> None:
+        with torch.no_grad():
+            tensor.copy_(before)
+
+    return put_back
+
+
+def rewound(generator: Any) -> Callable[[], None]:
+    """Have a generator draw again what it would draw now."""
+    if isinstance(generator, torch.Generator):
+        state = generator.get_state()
+        return lambda: generator.set_state(state) and None
+    if isinstance(generator, random.Random):
+        numbers = generator.getstate()
+        return lambda: generator.setstate(numbers)
+    if isinstance(generator, np.random.RandomState):
+        old = generator.get_state()
+        return lambda: generator.set_state(old)
+    bits, drawn = generator.bit_generator, copy.deepcopy(generator.bit_generator.state)
+
+    def put_back() -> None:
+        bits.state = drawn
+
+    return put_back

@@ -1,0 +1,234 @@
+"""What models of others do that no graph of this suite does: state in objects, random numbers, what Python reads."""
+
+from __future__ import annotations
+
+import gc
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fxprune
+from fxprune import PruneError
+from fxprune.passes.capture import leftovers
+
+X = torch.linspace(-1, 1, 40).view(4, 10)
+
+
+class Net(nn.Module):
+    """Two linear layers, with what a subclass does in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(10, 16), nn.Linear(16, 3)
+        self.prepare()
+
+    def prepare(self) -> None: ...
+
+
+def pruned(kind):
+    model = kind().eval()
+    return model, fxprune.prune(model, 0.5, example_inputs=X)
+
+
+def zeroed(model, result):
+    """The original whose removed parameters are zero."""
+    with torch.no_grad():
+        for name, mask in fxprune.plan_of(result).masks(model).items():
+            model.get_parameter(name).mul_(mask)
+    return model
+
+
+# -- state in objects of the model's own classes ---------------------------------------------------------------------
+
+
+class Notes:
+    def __init__(self) -> None:
+        self.calls, self.seen, self.table, self.sum = 0, [], {"last": None}, torch.zeros(3)
+
+
+class Noting(Net):
+    """Reads a value, so that it is one opaque node, and notes things in an object."""
+
+    def prepare(self) -> None:
+        self.notes = Notes()
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        notes = self.notes
+        notes.calls += 1
+        notes.seen.append(float(x.detach().mean()))
+        notes.table["last"] = notes.calls
+        notes.sum.add_(1)
+        return self.b(x) + notes.sum
+
+
+class Symbolic(Noting):
+    def forward(self, x):
+        self.notes.calls += 1
+        self.notes.seen.append(1.0)
+        self.notes.table["last"] = self.notes.calls
+        return self.b(self.a(x).relu())
+
+
+@pytest.mark.parametrize("kind", [Noting, Symbolic])
+def test_what_a_forward_notes_in_an_object_is_not_there_before_the_first_call(kind):
+    model, result = pruned(kind)
+    for notes in (model.notes, result.notes):
+        assert (notes.calls, notes.seen, notes.table, notes.sum.tolist()) == (0, [], {"last": None}, [0.0] * 3)
+    assert result.notes is not model.notes
+    expected = [zeroed(model, result)(X) for _ in range(2)]
+    for wanted in expected:
+        torch.testing.assert_close(result(X), wanted)
+    assert kind is Symbolic or result.notes.calls == 2
+
+
+class Linked:
+    """An object that holds itself."""
+
+    def __init__(self, value) -> None:
+        self.value, self.me, self.all = value, self, [self]
+
+
+class Relinks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(16, 16)
+
+    def forward(self, linked):
+        return Linked(self.lin(linked.me.value).relu()) if float(linked.value.detach().sum()) < 1e9 else linked
+
+
+class HandsOn(Net):
+    def prepare(self) -> None:
+        self.inner = Relinks()
+
+    def forward(self, x):
+        return self.b(self.inner(Linked(self.a(x).relu())).me.value)
+
+
+def test_an_object_that_holds_itself_is_handed_to_a_module_that_reads_values():
+    model, result = pruned(HandsOn)
+    torch.testing.assert_close(result(X), zeroed(model, result)(X))
+    assert result.inner.lin.weight.numel() < 256
+
+
+# -- random numbers --------------------------------------------------------------------------------------------------
+
+
+class Seeded(Net):
+    def prepare(self) -> None:
+        self.torch, self.python, self.numpy = torch.Generator().manual_seed(3), random.Random(3), np.random.default_rng(3)
+
+    def forward(self, x):
+        x = self.b(self.a(x).relu()) + torch.rand(3, generator=self.torch)
+        return x * self.python.random() + self.numpy.random()
+
+
+def test_generators_of_a_model_draw_in_the_result_as_in_the_model():
+    model, result = pruned(Seeded)
+    first, second = (zeroed(model, result)(X) for _ in range(2))
+    assert not torch.equal(first, second)
+    torch.testing.assert_close(result(X), first)
+    torch.testing.assert_close(result(X), second)
+
+
+DRAWS = {
+    "rand": lambda x: torch.rand(3),
+    "bernoulli": lambda x: torch.bernoulli(torch.full((3,), 0.5)),
+    "normal": lambda x: torch.distributions.Normal(0.0, 1.0).sample((3,)),
+    "in place": lambda x: torch.empty(3).normal_(),
+    "dropout": lambda x: nn.functional.dropout(torch.ones(3), 0.5, True),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS.keys())
+def test_numbers_of_a_fixed_shape_are_drawn_in_every_call(draw):
+    class Noisy(Net):
+        def forward(self, x):
+            return self.b(self.a(x).relu()) + draw(x)
+
+    model, result = pruned(Noisy)
+    model = zeroed(model, result)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        wanted = model(X)
+        torch.manual_seed(seed)
+        torch.testing.assert_close(result(X), wanted)
+
+
+# -- modules that cannot be followed, in part ------------------------------------------------------------------------
+
+
+class Functional(Net):
+    def prepare(self) -> None:
+        self.net, self.scale = nn.Sequential(nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 3)), nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x):
+        weights = {name: p * self.scale for name, p in self.net.named_parameters()}
+        return torch.func.functional_call(self.net, weights, (x,))
+
+
+def test_functional_call_with_computed_weights():
+    model, result = pruned(Functional)
+    assert result.net[0].weight.shape == (8, 10)
+    torch.testing.assert_close(result(X), zeroed(model, result)(X))
+
+
+class ByNumPy(Net):
+    """What Python reads of the first layer stays whole; the second one does not."""
+
+    def prepare(self) -> None:
+        self.c = nn.Linear(16, 12)
+        self.d = nn.Linear(12, 3)
+
+    def forward(self, x):
+        x = torch.from_numpy(self.a(x).detach().numpy() * 2)
+        return self.d(self.c(x).relu())
+
+
+def test_what_python_reads_stays_whole_and_nothing_else():
+    model, result = pruned(ByNumPy)
+    assert (tuple(result.a.weight.shape), tuple(result.c.weight.shape)) == ((16, 10), (6, 16))
+    torch.testing.assert_close(result(X), zeroed(model, result)(X))
+
+
+class Nested(Net):
+    def forward(self, x):
+        parts = torch.nested.nested_tensor([x[:1], x[1:]])
+        return torch.nested.to_padded_tensor(self.b(self.a(parts).relu()), 0.0)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_refused_as_such():
+    with torch.no_grad():
+        Nested()(X)
+    with pytest.raises(PruneError, match="works on a nested tensor"):
+        pruned(Nested)
+
+
+# -- what stood in the place of functions ----------------------------------------------------------------------------
+
+
+class Holder:
+    pass
+
+
+def test_functions_are_put_back_wherever_they_are_held(monkeypatch):
+    functions = [lambda i=i: i for i in range(40)]
+    stand_ins = [lambda i=i: -i for i in range(40)]
+    holder, table, keys = Holder(), {"a": stand_ins[1]}, {stand_ins[2]: 1}
+    holder.attribute = stand_ins[0]
+    rest = [stand_ins[3], [(1, (stand_ins[4], 2))], {stand_ins[5]}, [frozenset([stand_ins[6]])]]
+    searches = []
+    search = gc.get_referrers
+    monkeypatch.setattr(gc, "get_referrers", lambda *of: searches.append(len(of)) or search(*of))
+    replaced = list(zip(functions, stand_ins, strict=True))
+    stand_ins.clear()
+    leftovers.restore_functions(replaced)
+    assert (holder.attribute, table["a"], list(keys)) == (functions[0], functions[1], [functions[2]])
+    assert rest == [functions[3], [(1, (functions[4], 2))], {functions[5]}, [frozenset([functions[6]])]]
+    assert not replaced
+    assert len(searches) < 12  # and not one for each function
