@@ -1,20 +1,13 @@
 """Several processes that hold one model make one plan, and fail together."""
 
-import datetime
-import json
-import os
-import socket
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import in_processes
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 import fxprune
-from fxprune import PruneError
 
 
 def net():
@@ -79,40 +72,28 @@ def other_weights(rank, model):
     return fxprune.prune(model, 0.5, X)
 
 
-TASKS = {f.__name__: f for f in (magnitude, by_data, by_depth, other_weights, one_fails, one_asks_otherwise, one_cannot)}
+TASKS = (magnitude, by_data, by_depth, other_weights, one_fails, one_asks_otherwise, one_cannot)
 
 
 def model_for(task):
     return residual() if task == "by_depth" else net()
 
 
-def work(rank, world, port, names, folder):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=datetime.timedelta(seconds=120))
-    results = {}
-    for name in names:
-        try:
-            small = TASKS[name](rank, DistributedDataParallel(model_for(name)))
-            results[name] = fxprune.plan_of(small).to_json(), {n: t.tolist() for n, t in small.state_dict().items()}
-        except PruneError as error:
-            results[name] = str(error)
-    (folder / f"{rank}.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
+class Pruned:
+    """A task of a process: the plan and the tensors of what a function makes of the model in DistributedDataParallel."""
 
+    def __init__(self, prune):
+        self.prune, self.__name__ = prune, prune.__name__
 
-def in_processes(world, names, folder):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(work, (world, port, names, folder), nprocs=world)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
+    def __call__(self, rank):
+        small = self.prune(rank, DistributedDataParallel(model_for(self.__name__)))
+        return fxprune.plan_of(small).to_json(), {n: t.tolist() for n, t in small.state_dict().items()}
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """What each of two processes gets; they start once, since importing torch takes most of the time."""
-    return in_processes(2, list(TASKS), tmp_path_factory.mktemp("two"))
+    return in_processes(2, [Pruned(f) for f in TASKS], tmp_path_factory.mktemp("two"))
 
 
 def alone():
@@ -125,7 +106,7 @@ def test_the_result_of_two_is_that_of_one(two):
 
 
 def test_the_result_of_four_is_that_of_one(tmp_path):
-    assert [found["magnitude"] for found in in_processes(4, ["magnitude"], tmp_path)] == [alone()] * 4
+    assert [found["magnitude"] for found in in_processes(4, [Pruned(magnitude)], tmp_path)] == [alone()] * 4
 
 
 @pytest.mark.parametrize("task", [by_data, by_depth, other_weights])

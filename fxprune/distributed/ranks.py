@@ -1,4 +1,4 @@
-"""The processes of a `DistributedDataParallel` model, which make one plan and fail together.
+"""The processes of a model that is wrapped in `DistributedDataParallel` or sharded, which make one plan and fail together.
 
 Every exchange carries what went wrong, if anything did: a process that fails takes part in the one that the others are waiting
 in, so that none of them waits for ever, and all raise the same error.
@@ -17,6 +17,7 @@ from torch import nn
 
 from fxprune.entry_points import WRAPPERS, is_a
 from fxprune.passes.errors import PruneError
+from fxprune.passes.ir.module_tree import named_tensors
 
 
 class Ranks:
@@ -55,16 +56,42 @@ class Ranks:
             raise PruneError(what, fix="the same model and arguments in every process, and no budget of latency")
 
 
-@contextlib.contextmanager
-def ranks_of(model: Any) -> Iterator[Ranks | None]:
-    """The processes of a model that is wrapped in `DistributedDataParallel`, if they are several; they fail together."""
-    while isinstance(model, nn.Module) and not is_a(model, "torch.nn.parallel", "DistributedDataParallel"):
+def is_dtensor(value: Any) -> bool:
+    return is_a(value, "torch.distributed.tensor", "DTensor")
+
+
+def taken_off(model: nn.Module) -> nn.Module:
+    """What wrappers hold, but for `DistributedDataParallel`, which knows its processes."""
+    while not is_a(model, "torch.nn.parallel", "DistributedDataParallel"):
         held = next((attribute for module, name, attribute in WRAPPERS if is_a(model, module, name)), None)
         if held is None:
             break
         model = getattr(model, held)
-    group = getattr(model, "process_group", None) if is_a(model, "torch.nn.parallel", "DistributedDataParallel") else None
-    if group is None or dist.get_world_size(group) == 1:
+    return model
+
+
+def group_of(model: nn.Module) -> Any:
+    """The group of the processes that hold a model together; None for a model of one process."""
+    if is_a(model, "torch.nn.parallel", "DistributedDataParallel"):
+        group: Any = model.process_group
+        return group if dist.get_world_size(group) > 1 else None
+    meshes: list[Any] = [t.device_mesh for _, t in named_tensors(model) if is_dtensor(t)]  # type: ignore[attr-defined]
+    if not meshes:
+        return None
+    mesh = max(meshes, key=lambda m: m.size())
+    if mesh.size() == dist.get_world_size():
+        return dist.group.WORLD
+    if mesh.ndim > 1:
+        what = f"the model is sharded over {mesh.size()} of {dist.get_world_size()} processes, in {mesh.ndim} dimensions"
+        raise PruneError(what, fix="a mesh of all processes, or prune the plain model before it is sharded")
+    return mesh.get_group()
+
+
+@contextlib.contextmanager
+def ranks_of(model: Any) -> Iterator[Ranks | None]:
+    """The processes of a model, if they are several that hold it or copies of it; they fail together."""
+    group = group_of(taken_off(model)) if isinstance(model, nn.Module) and dist.is_available() else None
+    if group is None:
         yield None
         return
     ranks = Ranks(group)

@@ -1,0 +1,286 @@
+"""Models that FSDP2 and tensor parallelism spread over processes: what is left of them is what one process leaves."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from processes import in_processes
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+
+import fxprune
+from fxprune.distributed import sharded
+
+TOKENS = torch.arange(10).view(2, 5)
+
+
+class Block(nn.Module):
+    def __init__(self, width, heads, hidden):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.head_dim = width // heads
+
+    def forward(self, x):
+        y = self.norm(x)
+        q, k, v = (layer(y).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        x = x + self.out(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.down(self.up(x).relu())
+
+
+class Decoder(nn.Module):
+    """Blocks between an embedding and a head that share one matrix."""
+
+    def __init__(self, blocks=2, width=12, heads=4, hidden=21):
+        super().__init__()
+        self.embed = nn.Embedding(10, width)
+        self.blocks = nn.ModuleList(Block(width, heads, hidden) for _ in range(blocks))
+        self.head = nn.Linear(width, 10, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("scale", torch.linspace(1, 2, width))
+
+    def forward(self, tokens):
+        x = self.embed(tokens) * self.scale
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+    def features(self, tokens):
+        return self(tokens).mean(1)
+
+
+def decoder(**sizes):
+    torch.manual_seed(0)
+    return Decoder(**sizes).eval()
+
+
+def in_fsdp(mesh, **sizes):
+    model = decoder(**sizes)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, reshard_after_forward=False)
+    return fully_shard(model, mesh=mesh)
+
+
+PLAN = {"q": ColwiseParallel(), "k": ColwiseParallel(), "v": ColwiseParallel(), "out": RowwiseParallel()}
+PLAN |= {"up": ColwiseParallel(), "down": RowwiseParallel()}
+
+
+def in_parallel(mesh, **sizes):
+    model = decoder(**sizes)
+    for block in model.blocks:
+        parallelize_module(block, mesh, PLAN)
+    return model
+
+
+def mesh_of(*shape, names=None):
+    return init_device_mesh("cpu", shape, mesh_dim_names=names)
+
+
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def described(small):
+    """Plan, values, outputs and the values after a step, as JSON."""
+    values = {name: whole(t).tolist() for name, t in small.state_dict().items()}
+    optimizer = torch.optim.SGD(small.parameters(), lr=0.1)
+    loss = cross_entropy(small(TOKENS).flatten(0, 1), TOKENS.flatten())
+    loss.backward()
+    optimizer.step()
+    trained = {name: whole(t).tolist() for name, t in small.state_dict().items()}
+    return {"plan": fxprune.plan_of(small).to_json(), "values": values, "loss": loss.item(), "trained": trained}
+
+
+def by_ratio(model):
+    return fxprune.prune(model, 0.5, TOKENS, same_class=True, verify=False)
+
+
+def by_budget(model):
+    return fxprune.prune(model, params=0.6, example_inputs=TOKENS, ranking="global", same_class=True, verify=False)
+
+
+# -- tasks of each process ------------------------------------------------------------------------------------------------
+
+
+def fsdp(rank):
+    return described(by_ratio(in_fsdp(None)))
+
+
+def fsdp_after_forward(rank):
+    model = in_fsdp(None)
+    model(TOKENS)
+    return described(by_budget(model))
+
+
+def fsdp_again(rank):
+    return described(by_ratio(by_budget(in_fsdp(None))))
+
+
+def fsdp_in_place(rank):
+    """How many gathered parameters are there at once, how large the original is then, and the result."""
+    alive, most, gather = [0], [0], sharded.whole
+
+    def counted(tensor):
+        found = gather(tensor)
+        if found is not tensor:
+            alive[0] += 1
+            weakref.finalize(found, lambda: alive.__setitem__(0, alive[0] - 1))
+            most[0] = max(most[0], alive[0])
+        return found
+
+    model = in_fsdp(None)
+    sharded.whole = counted
+    try:
+        small = fxprune.prune(model, 0.5, TOKENS, inplace=True)
+    finally:
+        sharded.whole = gather
+    gc.collect()
+    return most[0], sum(p.numel() for p in model.parameters()), described(small)
+
+
+def fsdp_settings(rank):
+    model = decoder()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32)
+    for block in model.blocks:
+        fully_shard(block, mp_policy=policy, reshard_after_forward=False)
+    fully_shard([model.embed, model.head])
+    fully_shard(model)
+    register_fsdp_forward_method(model, "features")
+    model.set_requires_gradient_sync(False)
+    small = by_ratio(model)
+    states = [small.blocks[0]._get_fsdp_state(), small.head._get_fsdp_state()]
+    group = states[0]._fsdp_param_groups[0]
+    return {
+        "class": type(small).__name__,
+        "policy": states[0]._mp_policy == policy,
+        "reshard": group.post_forward_mesh_info is None,
+        "sync": group.reduce_grads,
+        "together": states[1] is small.embed._get_fsdp_state(),
+        "features": list(small.features(TOKENS).shape),
+    }
+
+
+def tensor_parallel(rank):
+    return described(fxprune.prune(in_parallel(mesh_of(2), hidden=24), 0.5, TOKENS))
+
+
+def tensor_parallel_uneven(rank):
+    return described(fxprune.prune(in_parallel(mesh_of(2), hidden=24), {"blocks.0.up": 0.21}, TOKENS))
+
+
+def both(rank):
+    mesh = mesh_of(2, 2, names=("data", "tensor"))
+    model = in_parallel(mesh["tensor"], hidden=24)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh["data"])
+    return described(by_ratio(fully_shard(model, mesh=mesh["data"])))
+
+
+def hybrid(rank):
+    return described(by_ratio(in_fsdp(mesh_of(2, 2, names=("copies", "shards")))))
+
+
+def one_cannot(rank):
+    return by_ratio(in_fsdp(None)) if rank else fxprune.prune(in_fsdp(None), 1.5, TOKENS)
+
+
+def one_fails_in_between(rank):
+    def score(weight):
+        if rank == 1:
+            raise ValueError("out of luck")
+        return weight.square()
+
+    return fxprune.prune(in_fsdp(None), 0.5, TOKENS, criterion=score)
+
+
+def one_asks_otherwise(rank):
+    return fxprune.prune(in_fsdp(None), 0.5 if rank else 0.25, TOKENS)
+
+
+def by_data(rank):
+    return fxprune.prune(in_fsdp(None), 0.5, TOKENS, criterion="taylor", data=[(TOKENS, TOKENS)], loss=cross_entropy)
+
+
+def verified(rank):
+    return fxprune.prune(in_fsdp(None), 0.5, TOKENS, verify=True)
+
+
+TASKS = [fsdp, fsdp_after_forward, fsdp_again, fsdp_in_place, fsdp_settings, tensor_parallel, tensor_parallel_uneven]
+TASKS += [one_cannot, one_fails_in_between, one_asks_otherwise, by_data, verified]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What each of two processes gets; they start once, since importing torch takes most of the time."""
+    return in_processes(2, TASKS, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    return in_processes(4, [fsdp, both, hybrid], tmp_path_factory.mktemp("four"))
+
+
+def assert_like(found, wanted, step=1e-6):
+    """Plan and values to the last bit; what a step makes of them to rounding, since gradients are added in another order."""
+    assert found["plan"] == wanted["plan"] and found["values"] == wanted["values"]
+    assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-6)
+    for name, values in wanted["trained"].items():
+        torch.testing.assert_close(torch.tensor(found["trained"][name]), torch.tensor(values), rtol=step, atol=step)
+
+
+@pytest.mark.parametrize(
+    ("task", "prune"),
+    [(fsdp, by_ratio), (fsdp_after_forward, by_budget), (fsdp_again, lambda model: by_ratio(by_budget(model)))],
+)
+def test_two_processes_leave_what_one_leaves(task, prune, two):
+    wanted = described(prune(decoder()))
+    for found in two:
+        assert_like(found[task.__name__], wanted)
+
+
+def test_four_processes_leave_what_one_leaves(four):
+    for found in four:
+        assert_like(found["fsdp"], described(by_ratio(decoder())))
+        assert_like(found["hybrid"], described(by_ratio(decoder())))
+        assert_like(found["both"], described(by_ratio(decoder(hidden=24))), 1e-5)
+
+
+def test_tensor_parallelism(two):
+    for found in two:
+        assert_like(found["tensor_parallel"], described(by_ratio(decoder(hidden=24))), 1e-5)
+
+
+def test_layers_in_tensor_parallel_share_evenly(two):
+    said = "19 of 24 would be left of blocks.0.up.weight in dimension 0, which 2 processes share"
+    assert all(said in found["tensor_parallel_uneven"] and "round_to=2" in found["tensor_parallel_uneven"] for found in two)
+
+
+def test_in_place_one_parameter_is_whole_at_a_time(two):
+    for found in two:
+        most, left, small = found["fsdp_in_place"]
+        assert most == 1 and left == 0
+        assert_like(small, described(by_ratio(decoder())))
+
+
+def test_what_fully_shard_was_told_stays(two):
+    wanted = {"class": "FSDPDecoder", "policy": True, "reshard": True, "sync": False, "together": True, "features": [2, 10]}
+    assert [found["fsdp_settings"] for found in two] == [wanted] * 2
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        ("one_cannot", "must be a number in [0, 1)"),
+        ("one_fails_in_between", "out of luck"),
+        ("one_asks_otherwise", "another plan than rank 0"),
+        ("by_data", "the criterion taylor looks at data, which takes the model in one process"),
+        ("verified", "the result is compared with the original, which takes the model in one process"),
+    ],
+)
+def test_all_fail_together(task, said, two):
+    assert all(isinstance(found[task], str) and said in found[task] for found in two)
