@@ -297,11 +297,8 @@ def draws_numbers(func: Any, args: Any, kwargs: Any) -> bool:
     """Whether a call draws random numbers; attention that drops nothing is said to, and draws none."""
     if torch.Tag.nondeterministic_seeded not in getattr(func, "tags", ()):
         return False
-    names = [argument.name for argument in func._schema.arguments]
-    if "dropout_p" not in names:
-        return True
-    at = names.index("dropout_p")
-    return bool(args[at] if at < len(args) else kwargs.get("dropout_p", 0.0))
+    at = next((i for i, argument in enumerate(func._schema.arguments) if argument.name == "dropout_p"), None)
+    return at is None or bool(args[at] if at < len(args) else kwargs.get("dropout_p", 0.0))
 
 
 def in_index_order(func: Any, args: Any, kwargs: Any) -> Any:
