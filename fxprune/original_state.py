@@ -33,8 +33,10 @@ def config_of(model: nn.Module) -> Any:
     return made
 
 
-def lost_contents(model: nn.Module, pruned: nn.Module, cut: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Copies of a model's tensors that hold no fractions (indices, masks), where its pruned module has less than all.
+def lost_contents(
+    model: nn.Module, tensors: Mapping[str, Tensor], pruned: nn.Module, cut: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Copies of a model's tensors, by name, that hold no fractions (indices, masks), where its pruned module has less than all.
 
     Without them an architecture that has no values cannot be captured. What a model that was pruned before knows is handed on.
     `cut` has the slices of each tensor.
@@ -42,7 +44,7 @@ def lost_contents(model: nn.Module, pruned: nn.Module, cut: Mapping[str, Any]) -
     meta: Any = getattr(model, "meta", {})
     known = meta.get("contents", {}) if isinstance(model, fx.GraphModule) else {}
     found = dict(known)
-    for name, tensor in named_tensors(model):
+    for name, tensor in tensors.items():
         if tensor.is_floating_point() or tensor.is_complex() or tensor.is_meta or name in known:
             continue
         try:

@@ -196,7 +196,7 @@ class Compilation:
             tuple(sorted(self.options.frozen)),
             self.inputs.describe(),
             self.options.release,
-            derived=derived_tensors(self.model),
+            derived=derived_tensors(self.model, self.tensors),
         )
 
     def choice_of(self, plan: PlanData) -> Choice:
@@ -254,7 +254,7 @@ class Compilation:
         pruned.meta["capture"] = describe_capture(choice.solution)
         pruned.meta["frozen_modules"] = dict(self.frozen_modules)
         pruned.meta["unused"] = tuple(name for name in self.tensors if name not in choice.solution.leaves)
-        pruned.meta["contents"] = lost_contents(self.model, pruned, choice.slices)
+        pruned.meta["contents"] = lost_contents(self.model, self.tensors, pruned, choice.slices)
         pruned.meta["branches"] = tuple(b.name for b in choice.slicer.removed.branches)
         if (config := config_of(self.model)) is not None:
             pruned.meta["config"] = config

@@ -224,8 +224,8 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(t.shape) for name, t in named_tensors(model)}
 
 
-def derived_tensors(model: nn.Module) -> tuple[str, ...]:
-    """Names of a model's tensors that are neither parameters nor in its state dict."""
+def derived_tensors(model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> tuple[str, ...]:
+    """Names of a model's tensors (`tensors`, where they are at hand) that are neither parameters nor in its state dict."""
     saved = {
         id(tensor)
         for module in walk(model)
@@ -233,7 +233,8 @@ def derived_tensors(model: nn.Module) -> tuple[str, ...]:
         for name, tensor in held.items()
         if name not in module._non_persistent_buffers_set
     }
-    return tuple(name for name, tensor in named_tensors(model) if id(tensor) not in saved)
+    named = named_tensors(model) if tensors is None else tensors.items()
+    return tuple(name for name, tensor in named if id(tensor) not in saved)
 
 
 def kept_labels(plan: PlanData, solution: Solution, trials: Collection[str] = ()) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import fxprune
 from fxprune.passes.ir.labels import along, fill_removed
 from fxprune.passes.ops import masking
-from fxprune.passes.verification.masked_model import InIndexOrder, MaskedOriginal
+from fxprune.passes.verification.masked_model import InIndexOrder, MaskedOriginal, draws_numbers
 
 
 def test_what_is_removed_is_zero_whatever_it_was() -> None:
@@ -143,3 +143,16 @@ def test_random_numbers_are_drawn_in_the_order_of_indices(draw):
     with torch.random.fork_rng():
         torch.manual_seed(3)
         assert torch.equal(found[0], draw(plain))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_attention_draws_numbers_where_it_drops_some(dropout: float) -> None:
+    q = torch.randn(1, 2, 5, 4)
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    before = torch.get_rng_state()
+    for args, kwargs in (((q, q, q, dropout), {}), ((q, q, q), {"dropout_p": dropout})):
+        assert draws_numbers(attention, args, kwargs) == (dropout > 0)
+    F.scaled_dot_product_attention(q, q, q, dropout_p=dropout)
+    assert torch.equal(before, torch.get_rng_state()) == (dropout == 0)
+    assert draws_numbers(torch.ops.aten.bernoulli.p, (q, 0.5), {})
+    assert not draws_numbers(torch.ops.aten.relu.default, (q,), {})

@@ -73,8 +73,8 @@ OUTPUTS_SECOND = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn
 def frozen_outputs(model: nn.Module, layers: Any) -> dict[str, str]:
     """The output dimensions of the tensors of some layers, as texts that name the families there, with the reason."""
     frozen: dict[str, str] = {}
-    names = {id(t): name for name, t in named_tensors(model)}
     for item in each_item(layers):
+        names = {id(t): name for name, t in named_tensors(model)}
         found: dict[str, str] = {}
         for path in paths_of(model, item, "freeze_outputs"):
             for inner, module in model.get_submodule(path).named_modules(prefix=path):

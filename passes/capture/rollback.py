@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from fxprune.passes.capture.index_contents import storage_of
 from fxprune.passes.capture.proxy import PROXIES, TensorProxy
 from fxprune.passes.ir.contents import CONTAINERS, Contents, changeable, contents, refill
+from fxprune.passes.ir.module_tree import named_parameters
 from fxprune.passes.ir.op_trace import OpTrace, writes
 from fxprune.passes.ir.pytree import ATOMS, TensorRef, iterate
 from fxprune.passes.ops.registry import find
@@ -44,7 +45,7 @@ class ModuleState:
         before, buffers = self.before.get(module, ({},))[0], self.buffers.get(module, {})
         for old, new in ((buffers, module._buffers), (before, vars(module))):
             for name, tensor in old.items():
-                if isinstance(tensor, Tensor) and new.get(name) is not tensor and type(new.get(name)) is TensorProxy:
+                if new.get(name) is not tensor and type(new.get(name)) is TensorProxy and isinstance(tensor, Tensor):
                     yield tensor, new[name]
 
     def restore_all(self, index: Mapping[fx.Node, int]) -> None:
@@ -85,7 +86,7 @@ class ParameterWrites:
     """Parameters, which the tree that is captured shares with the original, are put back as they were."""
 
     def __init__(self, root: nn.Module) -> None:
-        self.held = [(p, p.detach()) for p in root.parameters() if not p.is_meta and not p.is_sparse]
+        self.held = [(p, p.detach()) for p in named_parameters(root).values() if not p.is_meta and not p.is_sparse]
         self.saved: list[tuple[Tensor, Tensor]] = []
         self.unwritten: dict[int, list[Tensor]] = {}  # by storage
         for _, memory in self.held:

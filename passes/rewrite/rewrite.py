@@ -202,7 +202,7 @@ def restore_state(model: nn.Module, tree: nn.Module, solution: Solution) -> None
         own, original = vars(module), modules.get(path.removeprefix(prefix))
         own["training"] = model.training if original is None else original.training
         was = {} if original is None else vars(original)
-        for name in [k for k, v in own.items() if type(v) in ATOMS and k in was and v is not was[k]]:
+        for name in [k for k, v in own.items() if was.get(k, v) is not v and type(v) in ATOMS]:
             if type(was[name]) in ATOMS:
                 own[name] = was[name]
 

@@ -187,7 +187,7 @@ class MaskedRun(Recorder):
             return by_ops(self, func, args, kwargs)
         before = len(self.op_trace.ops)
         refs = [self.ref(tensor) for tensor in collect((args, kwargs), Tensor)]
-        form, draws = find(func).masked, is_random(func)
+        form, draws = find(func).masked, draws_numbers(func, args, kwargs)
         self.draws |= draws
         if form is not None and not any(map(self.removed_from, refs)):
             form = None
@@ -293,9 +293,12 @@ class MaskedOriginal:
         return made.clone() if made is given else made
 
 
-def is_random(func: Any) -> bool:
-    """Whether an operator draws random numbers."""
-    return torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+def draws_numbers(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether a call draws random numbers; attention that drops nothing is said to, and draws none."""
+    if torch.Tag.nondeterministic_seeded not in getattr(func, "tags", ()):
+        return False
+    at = next((i for i, argument in enumerate(func._schema.arguments) if argument.name == "dropout_p"), None)
+    return at is None or bool(args[at] if at < len(args) else kwargs.get("dropout_p", 0.0))
 
 
 def in_index_order(func: Any, args: Any, kwargs: Any) -> Any:
@@ -321,7 +324,8 @@ class InIndexOrder(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return in_index_order(func, args, kwargs or {}) if is_random(func) else func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        return in_index_order(func, args, kwargs) if draws_numbers(func, args, kwargs) else func(*args, **kwargs)
 
 
 def relative_error(reference: Tensor, result: Tensor) -> float:
