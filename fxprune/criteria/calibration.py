@@ -63,7 +63,7 @@ class Target:
             what is allowed; None where nothing is known of it.
     """
 
-    heads: bool = True
+    heads: bool | str = True
     use: Callable[[], Callable[[Tensor], Tensor]] | None = None
 
 
