@@ -18,6 +18,9 @@ from fxprune.reports.feasibility import Feasibility, feasible
 from fxprune.reports.report import Report
 from fxprune.reports.reporter import report
 from fxprune.reports.sensitivity import Sensitivity, sensitivity
+from fxprune.reports.sweep import Point, Search, Sweep
+from fxprune.sweeps.search import search
+from fxprune.sweeps.sweep import sweep
 from fxprune.verification import Verification
 
 __all__ = [
@@ -26,12 +29,15 @@ __all__ = [
     "Feasibility",
     "Magnitude",
     "Plan",
+    "Point",
     "PruneError",
     "PruneWarning",
     "Pruner",
     "Repair",
     "Report",
+    "Search",
     "Sensitivity",
+    "Sweep",
     "Verification",
     "count",
     "couple",
@@ -49,7 +55,9 @@ __all__ = [
     "repair",
     "report",
     "save",
+    "search",
     "sensitivity",
+    "sweep",
     "verify",
 ]
 __version__ = "0.1.0"

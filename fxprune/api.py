@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 from torch import Tensor, fx, nn
 
 from fxprune.arguments import checked_call
+from fxprune.basis.pruning import prune_in_basis
 from fxprune.criteria.base import Criterion
 from fxprune.criteria.catalog import CriterionName
 from fxprune.distributed.ranks import ranks_of
@@ -22,12 +23,14 @@ from fxprune.passes.ir.quiet import without_modes
 from fxprune.passes.rewrite.pruned_module import PrunedModule
 from fxprune.pipeline import Compilation, Plan
 from fxprune.plan import plan_between, plan_of
+from fxprune.repair.request import RepairRequest, Repairs
 from fxprune.reports.coupling import Coupling
 from fxprune.selection.options import (
     Asked,
     Attention,
     BudgetName,
     Depth,
+    Experts,
     Freeze,
     Options,
     Ranking,
@@ -62,7 +65,9 @@ def prune(
     *,
     depth: Depth = False,
     depth_criterion: str | Callable[[Tensor, Tensor], Any] | None = None,
+    basis: Literal["principal"] | None = None,
     remove: Remove | None = None,
+    repair: Repairs = False,
     verify: Verify = "auto",
     same_class: Literal[False] = False,
     inplace: bool = False,
@@ -78,7 +83,9 @@ def prune(
     *,
     depth: Depth = False,
     depth_criterion: str | Callable[[Tensor, Tensor], Any] | None = None,
+    basis: Literal["principal"] | None = None,
     remove: Remove | None = None,
+    repair: Repairs = False,
     verify: Verify = "auto",
     same_class: Literal[True],
     inplace: bool = False,
@@ -111,10 +118,13 @@ def prune(
     release: str | Sequence[str] = (),
     round_to: int = 1,
     attention: Attention = "heads",
+    experts: Experts = False,
     depth: Depth = False,
     depth_criterion: str | Callable[[Tensor, Tensor], Any] | None = None,
     uniform: bool = False,
+    basis: Literal["principal"] | None = None,
     remove: Remove | None = None,
+    repair: Repairs = False,
     verify: Verify = "auto",
     same_class: bool = False,
     inplace: bool = False,
@@ -148,7 +158,8 @@ def prune(
             or a function of a parameter that gives the importance of each element. By default it is `magnitude`, the L2 norm
             over the whole family; with data `flap`; with data and a loss `token_taylor`. The report says what was chosen.
         data: for criteria that look at data: batches, each a pair of inputs (as `example_inputs`) and target, a dict of
-            keyword arguments, or inputs alone. They are read once (twice for `grasp`), in evaluation mode.
+            keyword arguments, or inputs alone. They are read once, in evaluation mode (again for `grasp` and `repair`; `gates`
+            holds them).
         loss: for criteria that look at gradients: a function of the output and the target (of the output and the dict; of
             the output alone) that returns a mean over the batch. By default it is the `loss` that the model's output holds.
         ranking: who competes: with `local` every family loses the same share; with `global` all families lose their lowest
@@ -173,6 +184,9 @@ def prune(
             every output keeps its shape.
         round_to: what is left of a family is a multiple of this; a family that cannot be stays whole.
         attention: remove whole `heads`, or `dims` within them.
+        experts: with True whole experts go too, with their rows of the router, with "only" nothing else does: whatever is
+            chosen by `topk` or `argmax` among scores and indexes parameters. What is left is what the original computes with
+            the scores of the others at minus infinity; at least as many stay as are chosen.
         depth: with True residual branches go too, with "only" nothing else: attention, an FFN, the convolutions of a block,
             whatever is computed from a stream and added to it by parameters of its own. A `ratio` is also the share of
             branches; a budget is one over both.
@@ -182,11 +196,17 @@ def prune(
         uniform: families that play the same part keep the same share of their units, so that one number says how many there
             are in every layer: those of one structure and size, and of a model with a configuration those that one number of
             it counts. Where one of them stays whole all do, and `couple(..., uniform=True)` says why.
+        basis: with `principal` families that only linear maps, sums and norms touch (residual streams behind norms, bottlenecks
+            with folded batch norm) are rotated to the principal axes of what is read of them on `data`, and lose the axes of
+            least energy. Elsewhere, and where nothing is rotated, channels are chosen as before; `meta["basis"]` says where and
+            why. The result equals the original with the other axes set to zero, and `plan` holds the rotations.
         remove: exactly the channels that go, in place of a ratio or a budget: a mapping from layers to indices of their
             outputs, such as `{"layer1.0.conv1": [2, 6, 9]}`. All that is coupled to them goes too
             (`couple(...).group("layer1.0.conv1", [2, 6, 9])` shows it). In place of a layer: `layer:dim` or `tensor:dim` for
             another dimension; a family of `couple`, or `layer#2`, for its units by number. Where other channels of the same
             layer would go too, as in a head, it is an error that lists them.
+        repair: put right on `data` what the cut does to the output, after all else: True, a method's name, or a dict of
+            arguments of `fxprune.repair`. The verification is that of the cut alone; `meta["repair"]` says what was gained.
         verify: compare the result to the masked original; `auto` does so where a forward is cheap.
         same_class: return a shrunk copy of the model, of its own class, with attributes and configuration brought up to date,
             instead of a GraphModule: its caches, losses, `generate` and `save_pretrained` are as before.
@@ -205,47 +225,32 @@ def prune(
 
     Raises: PruneError for anything that cannot be done; nothing has changed then.
     """
+    asked = dict(locals())
+    for own in ("model", "example_inputs", "same_class", "inplace", "repair"):
+        del asked[own]
     with (
         ranks_of(model) as ranks,
         contextlib.nullcontext(sharding_of(model)) as sharded,
         entry_point(model if sharded is None else sharded.form) as model,
     ):
-        options = Options.parse(
-            model if sharded is None else sharded.model,
-            ratio=ratio,
-            params=params,
-            macs=macs,
-            memory=memory,
-            latency=latency,
-            budget=budget,
-            criterion=criterion,
-            data=data,
-            loss=loss,
-            ranking=ranking,
-            scopes=scopes,
-            floor=floor,
-            only=only,
-            freeze=freeze,
-            freeze_outputs=freeze_outputs,
-            protect=protect,
-            release=release,
-            round_to=round_to,
-            attention=attention,
-            depth=depth,
-            depth_criterion=depth_criterion,
-            uniform=uniform,
-            remove=remove,
-            verify=verify,
-        )
-        inputs = ExampleInputs.parse(example_inputs, model).check(model, weights=options.needs_weights or same_class)
+        alone = ranks is None and sharded is None
+        mending = RepairRequest.parse(repair, data, inplace=inplace, alone=alone)
+        if mending is not None:
+            asked["data"] = None if remove is not None else mending.data
+        options = Options.parse(model if sharded is None else sharded.model, **asked)
+        weights = options.needs_weights or same_class or mending is not None
+        inputs = ExampleInputs.parse(example_inputs, model).check(model, weights=weights)
         if sharded is not None and ranks is not None:
             return sharded.prune(options, inputs, ranks, inplace=inplace)
         if ranks is not None:
             options = dataclasses.replace(options, combine=ranks.mean)
-        pruned = Compilation(model, inputs, options.coupling).prune(options, same_class=same_class, inplace=inplace)
+        if options.basis is not None:
+            pruned = prune_in_basis(model, inputs, options, same_class=same_class, inplace=inplace)
+        else:
+            pruned = Compilation(model, inputs, options.coupling).prune(options, same_class=same_class, inplace=inplace)
         if ranks is not None:
             ranks.check_same(plan_of(pruned).to_json().encode())
-        return pruned
+        return pruned if mending is None else mending.apply(model, pruned)
 
 
 @checked_call()
@@ -260,6 +265,7 @@ def couple(
     protect: tuple[int, int] = (0, 0),
     release: str | Sequence[str] = (),
     attention: Attention = "heads",
+    experts: Experts = False,
     uniform: bool = False,
 ) -> Coupling:
     """Which channels of a model go together, and why the others stay.
@@ -280,6 +286,7 @@ def couple(
             protect=protect,
             release=release,
             attention=attention,
+            experts=experts,
             uniform=uniform,
         )
         inputs = ExampleInputs.parse(example_inputs, model).check(model, weights=False)
@@ -305,7 +312,7 @@ def verify(model: nn.Module, pruned: fx.GraphModule, example_inputs: Any, *, siz
     Returns: the largest relative error and what was compared.
     """
     with entry_point(model) as model:
-        plan = plan_between(model, pruned)
+        model, plan = plan_between(model, pruned).in_basis(model)
         compilation = Compilation.of_plan(model, plan, example_inputs)
         removal = compilation.choice_of(plan).removal(plan.coupling_options.heads)
         return compare(model, pruned, removal, ExampleInputs.parse(example_inputs, model), sizes=sizes)

@@ -18,10 +18,10 @@ from fxprune.inputs import ExampleInputs, device_of, random_inputs
 from fxprune.original_state import config_of, lost_contents, with_lazy_tensors
 from fxprune.passes.capture.programs import DRAW, DRAWN
 from fxprune.passes.coupling.couple import analyse, describe_capture
-from fxprune.passes.coupling.families import freeze_families
+from fxprune.passes.coupling.picks import require_experts
 from fxprune.passes.coupling.solution import CouplingOptions, Solution
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import named_parameters, named_tensors
+from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.program import Waiver
 from fxprune.passes.ir.quiet import gc_paused, unobserved, without_modes
 from fxprune.passes.ir.slices import Slicer, nothing_of
@@ -38,7 +38,7 @@ from fxprune.selection.depth import select_with_depth
 from fxprune.selection.latency import LatencyProbe
 from fxprune.selection.options import Options
 from fxprune.selection.select import select_half, select_units
-from fxprune.selection.structures import keep_uniform
+from fxprune.selection.structures import narrow
 from fxprune.stage_checks import check_choice, check_coupling
 from fxprune.verification import compare, tolerance_of
 
@@ -62,9 +62,12 @@ class Plan(PlanData):
         Raises: PruneError if the plan does not fit the model.
         """
         with entry_point(model) as model:
-            compilation = Compilation.of_plan(model, self, example_inputs)
-            pruned = compilation.apply(self)
-            return compilation.restore_class(pruned) if same_class else pruned
+            rotated, plan = self.in_basis(model)
+            compilation = Compilation.of_plan(rotated, plan, example_inputs)
+            pruned = compilation.apply(plan)
+            made = compilation.restore_class(pruned) if same_class else pruned
+            sign(made, self, model)
+            return made
 
 
 class Compilation:
@@ -113,11 +116,7 @@ class Compilation:
     def couple(self) -> Solution:
         """Capture the model and couple its channels; each call returns a coupling of its own, which one `emit` uses up."""
         solution = analyse(self.model, self.inputs.args, self.inputs.kwargs, self.options, self.frozen_modules)
-        named = {text: why for text, why in self.options.frozen.items() if text not in self.tensors}
-        if named:
-            freeze_families(solution, named, set(named_parameters(self.model)))
-        if self.options.uniform:
-            keep_uniform(solution, set(named_parameters(self.model)), self._followers)
+        narrow(solution, self.options, self.model, lambda: self._followers)
         check_coupling(solution)
         return solution
 
@@ -131,22 +130,21 @@ class Compilation:
 
     # -- score and select -------------------------------------------------------------------------------------------------
 
-    def choose(self, options: Options) -> Choice:
-        """Score and select what options ask for."""
-        if not options.measures_latency:
-            solution = self.couple()
-            if solution.captures[0].unseen and options.data is not None:  # which may be read again
-                options = dataclasses.replace(options, data=list(options.data))
-            if options.depth:
-                flat = lambda: self.emit(self.unpruned()).eval().flat()  # noqa: E731
-                return self.choose_by(
-                    lambda coupled: select_with_depth(self.model, coupled, options, self.tensors, flat), solution
-                )
-            return self.choose_by(lambda coupled: select_units(self.model, coupled, options, self.tensors), solution)
-        solution = self.couple_for_good()  # what is timed must run
-        probe = self.latency_probe()
-        choice = self.choose_by(lambda coupled: select_units(self.model, coupled, options, self.tensors, probe), solution)
-        return dataclasses.replace(choice, latency=probe.found)
+    def choose(self, options: Options, solution: Solution | None = None) -> Choice:
+        """Score and select what options ask for, of a coupling that was made before, if one is given."""
+        probe = self.latency_probe() if options.measures_latency else None
+        solution = solution or (self.couple() if probe is None else self.couple_for_good())  # what is timed must run
+        if options.experts:
+            require_experts(solution, type(self.model).__name__)
+        if solution.captures[0].unseen and options.data is not None:  # which may be read again
+            options = dataclasses.replace(options, data=list(options.data))
+        how = options, self.tensors
+        if options.depth:
+            flat = lambda: self.emit(self.unpruned()).eval().flat()  # noqa: E731
+            choice = self.choose_by(lambda coupled: select_with_depth(self.model, coupled, *how, flat, probe), solution)
+        else:
+            choice = self.choose_by(lambda coupled: select_units(self.model, coupled, *how, probe), solution)
+        return choice if probe is None else dataclasses.replace(choice, latency=probe.found)
 
     def choose_by(self, select: Select, solution: Solution | None = None) -> Choice:
         """Couple and select, and again with those modules frozen that are not captured and fail once they are cut."""
@@ -182,7 +180,8 @@ class Compilation:
         return bool(found)
 
     def latency_probe(self) -> LatencyProbe:
-        return LatencyProbe(self.model, self.inputs.args, self.inputs.kwargs, self.couple)
+        emit = lambda slicer: self.emit(self.keep(slicer.kept, slicer.removed.tensors))  # noqa: E731
+        return LatencyProbe(self.model, self.inputs.args, self.inputs.kwargs, emit)
 
     # -- plans ------------------------------------------------------------------------------------------------------------
 
@@ -193,7 +192,7 @@ class Compilation:
             {name: tuple(t.shape) for name, t in self.tensors.items()},
             {n: found[n] for n in found if found[n] and n in self.tensors and n not in gone}
             | {n: [nothing_of(t.shape)] for n, t in self.tensors.items() if n in gone},
-            "heads" if self.options.heads else "dims",
+            self.options.attention,
             tuple(sorted(self.options.frozen)),
             self.inputs.describe(),
             self.options.release,
@@ -319,12 +318,12 @@ class Compilation:
         warnings.warn(text, PruneWarning, stacklevel=3)
         return made, dataclasses.replace(self.options, frozen={**self.options.frozen, **held})
 
-    def prune(self, options: Options, *, same_class: bool = False, inplace: bool = False) -> Any:
-        """What `fxprune.prune` returns for these options."""
+    def prune(self, options: Options, *, same_class: bool = False, inplace: bool = False, choice: Choice | None = None) -> Any:
+        """What `fxprune.prune` returns for these options, or for a choice that was made by them."""
         if same_class and options.data is not None:  # which may be read again
             options = dataclasses.replace(options, data=list(options.data))
         with options.gc_paused():
-            choice = self.choose(options)  # capture, couple, score, select
+            choice = choice or self.choose(options)  # capture, couple, score, select
             verifies = options.verifies(self.model)
             cut = (StandIns().cut if same_class else whole) if inplace and not verifies else None
             pruned = self.emit(choice, cut=cut)  # rewrite, slice

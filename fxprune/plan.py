@@ -19,6 +19,7 @@ from fxprune.passes.ir.module_tree import check_module, named_tensors, walk
 from fxprune.passes.ir.program import Waiver
 from fxprune.passes.ir.slice_algebra import compose_slices, same_slices
 from fxprune.passes.ir.slices import TensorSlice, cut_shape, keeps_nothing, mask_of
+from fxprune.passes.rewrite.basis import Basis
 from fxprune.passes.rewrite.rewrite import tensor_cuts
 from fxprune.plan_format import FORMATS, parse_plan
 
@@ -38,13 +39,14 @@ class PlanData:
         shapes: the original shape of every tensor of the model, by name.
         slices: for each tensor that shrinks, its slices: dimensions, kept indices (flattened over those), sizes. Of a tensor
             that goes with a residual branch one slice keeps nothing.
-        attention: the granularity it was made with, `heads` or `dims`.
+        attention: the granularity it was made with, `heads`, `queries` or `dims`.
         freeze: names of tensors that were kept by request.
         inputs: what the example inputs looked like, so that the plan can be applied without them.
         release: globs over names of outputs that were allowed to shrink.
         waiver: guards of the pruned program that were tried at another batch than that of `inputs`, where they do not hold.
         derived: names of tensors that are neither parameters nor in the state dict. The model's code makes them, perhaps in its
             first forward; so a model that the plan is for may lack them, or have them in another shape.
+        basis: the change of basis that comes first; all else is then said of the rotated model.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -55,6 +57,7 @@ class PlanData:
     release: tuple[str, ...] = ()
     waiver: Waiver | None = None
     derived: tuple[str, ...] = ()
+    basis: Basis | None = None
 
     def __repr__(self) -> str:
         elements = sum(math.prod(shape) for shape in self.shapes.values())
@@ -86,7 +89,8 @@ class PlanData:
     @property
     def coupling_options(self) -> CouplingOptions:
         """What it was asked of a coupling to make the plan."""
-        return CouplingOptions(self.attention == "heads", dict.fromkeys(self.freeze, "is frozen by request"), self.release)
+        frozen = dict.fromkeys(self.freeze, "is frozen by request")
+        return CouplingOptions(CouplingOptions.heads_of(self.attention), frozen, self.release, choices=True)
 
     def kept_shape(self, name: str) -> tuple[int, ...]:
         """What is left of a tensor's shape."""
@@ -99,7 +103,7 @@ class PlanData:
             for name, found in self.slices.items()
         }
         return {
-            "format": FORMATS[bool(self.removed)],
+            "format": FORMATS[bool(self.removed) if self.basis is None else 2],
             "attention": self.attention,
             "freeze": list(self.freeze),
             "release": list(self.release),
@@ -108,6 +112,7 @@ class PlanData:
             "derived": list(self.derived),
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "keep": cuts,
+            **({} if self.basis is None else {"basis": self.basis.to_dict()}),
         }
 
     def to_json(self) -> str:
@@ -132,16 +137,30 @@ class PlanData:
         return cls.from_dict(data)
 
     def masks(self, model: nn.Module) -> dict[str, Tensor]:
-        """For every parameter and buffer a boolean tensor of its shape, True where it is kept."""
+        """For every parameter and buffer a boolean tensor of its shape, True where it is kept.
+
+        Of a plan with a change of basis they are those of the rotated model: `model, plan = plan.in_basis(model)`.
+        """
         self.check(model)
         plan = self.fitted(shapes_of(model))
         names = {id(t): name for name, t in named_tensors(model)}  # of a tied tensor, the name it has in the plan
         every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         return {name: mask_of(plan.slices.get(names.get(id(t), name), ()), t.shape) for name, t in every}
 
+    def in_basis(self, model: Any, *, whole: bool = False) -> tuple[Any, Self]:
+        """The model and the plan after the change of basis, if there is one; raises PruneError where it does not fit.
+
+        `whole`: as for `Basis.apply`.
+        """
+        check_module(model)
+        return (model, self) if self.basis is None else (self.basis.apply(model, whole=whole), replace(self, basis=None))
+
     def check(self, model: Any) -> None:
         """Raise PruneError unless the model's tensors have the names and shapes the plan was made for."""
         check_module(model)
+        if self.basis is not None:
+            what = "the plan begins with a change of basis, and its indices are those of the rotated model"
+            raise PruneError(what, fix="model, plan = plan.in_basis(model), or plan.apply(model)")
         have, derived = shapes_of(model), set(derived_tensors(model))
         for name, shape in self.shapes.items():
             if name in self.derived and (name not in have or name in derived):
@@ -172,8 +191,12 @@ class PlanData:
     def compose(self, later: PlanData) -> Self:
         """One plan of the original that does what this plan does and then another one, of the model that this one leaves.
 
-        `prune` does so when it is given a pruned model. Raises: PruneError where the other plan is of another model.
+        `prune` does so when it is given a pruned model. Raises: PruneError where the other plan is of another model, or begins
+        with a change of basis.
         """
+        if later.basis is not None:
+            what = "the plans cannot be composed: the second one begins with a change of basis"
+            raise PruneError(what, fix="apply one after the other")
         for name, shape in later.shapes.items():
             if name in self.shapes and shape != self.kept_shape(name) and name not in later.derived:
                 what = f"{name} has shape {shape} there, and {self.kept_shape(name)} is left of it here"
@@ -188,7 +211,7 @@ class PlanData:
         return replace(
             self,
             slices=slices,
-            attention="heads" if self.attention == later.attention == "heads" else "dims",
+            attention=self.attention if self.attention == later.attention else "dims",
             freeze=tuple(name for name in self.freeze if name in later.freeze),
             release=tuple(dict.fromkeys([*self.release, *later.release])),
             inputs=later.inputs if self.inputs is None else self.inputs,

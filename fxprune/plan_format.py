@@ -13,8 +13,9 @@ from fxprune.passes.coupling.families import names_family
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.program import Waiver
 from fxprune.passes.ir.slices import TensorSlice, nothing_of
+from fxprune.passes.rewrite.basis import Basis
 
-FORMATS = ("fxprune.plan/1", "fxprune.plan/2")  # the second one may keep nothing of a tensor
+FORMATS = ("fxprune.plan/1", "fxprune.plan/2", "fxprune.plan/3")  # from 2 on it may keep nothing of a tensor; 3: see `Basis`
 DICT = "what Plan.to_dict() returned"
 DTYPES = {str(d).removeprefix("torch."): d for d in vars(torch).values() if isinstance(d, torch.dtype)}
 MOST_DIMS = 64  # of a tensor
@@ -65,15 +66,15 @@ def parse_plan(data: Any) -> dict[str, Any]:
         if name not in shapes:
             raise refused(f"it cuts {name}, of which it has no shape")
         parts = listed(found, f"what is kept of {name}")
-        if form == FORMATS[1] and len(parts) == 1 and isinstance(parts[0], Mapping) and parts[0].get("keep") == []:
+        if form != FORMATS[0] and len(parts) == 1 and isinstance(parts[0], Mapping) and parts[0].get("keep") == []:
             slices[name] = [nothing_of(shapes[name])]
             continue
         slices[name] = [parse_slice(part, name, shapes[name], known) for part in parts]
         dims = [d for part in slices[name] for d in part.dims]
         if len(set(dims)) != len(dims):
             raise refused(f"it cuts a dimension of {name} twice")
-    if data["attention"] not in ("heads", "dims"):
-        raise refused(f"attention is {data['attention']!r}, neither 'heads' nor 'dims'")
+    if data["attention"] not in ("heads", "queries", "dims"):
+        raise refused(f"attention is {data['attention']!r}, none of 'heads', 'queries' and 'dims'")
     freeze = texts(data["freeze"], "freeze")
     unknown = next((text for text in freeze if not names_family(text, shapes)), None)
     if unknown is not None:
@@ -92,6 +93,7 @@ def parse_plan(data: Any) -> dict[str, Any]:
         "release": texts(data.get("release", []), "release"),  # older plans have none
         "waiver": parse_waiver(data.get("waiver")),
         "derived": derived,
+        "basis": Basis.from_dict(data.get("basis")) if form == FORMATS[2] else None,
     }
 
 

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 STAGES = ["errors", "ir", "ops", "capture", "coupling", "rewrite", "verification"]  # each imports those before it
 LARGEST = {"file": 350, "class": 300, "function": 80}  # lines; a function's docstring is not counted
 MOST_FILES = 20  # in one folder
+SLOW_TO_IMPORT = ("scipy", "networkx", "jinja2", "torch.utils.flop_counter", "torch._dynamo", "transformers", "torchvision")
 INTERPRETER = [("sys", "_getframe"), ("dis", None), (None, "__code__")]  # which another release of CPython may change
 
 
@@ -63,6 +64,17 @@ def test_imports_are_found() -> None:
     """The tests below would hold of a graph without edges."""
     assert imports().has_edge("fxprune.passes.ir.slices", "fxprune.passes.errors")
     assert imports().number_of_edges() > len(sources())
+
+
+def test_what_takes_long_to_import_is_imported_where_it_is_used() -> None:
+    """`import fxprune` is paid by every process, and few of them need these; imports for type checkers alone cost nothing."""
+    eager = []
+    for name, (_, tree) in sources().items():
+        for node in tree.body:
+            found = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            found += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            eager += [(name, said) for said in found if said.startswith(SLOW_TO_IMPORT)]
+    assert not eager
 
 
 def test_no_imports_go_in_a_circle() -> None:

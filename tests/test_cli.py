@@ -104,9 +104,10 @@ def fxprune_group(layer):
     return fxprune.couple(model, example_inputs).group(layer)
 
 
-@pytest.mark.parametrize("command", ["inspect", "profile", "prune", "benchmark"])
+@pytest.mark.parametrize("command", ["inspect", "profile", "prune", "benchmark", "sweep"])
 def test_no_line_is_wider_than_80(folder, capsys, command):
     more = {"prune": ["--dry-run"], "benchmark": ["--methods", "magnitude,random"]}.get(command, [])
+    more += ["--macs", "0.6", "0.01", "--evaluate", "net.py:score", "--attention", "dims"] if command == "sweep" else []
     model = ["timm:test_resnet", "--input-size", "3x64x64"] if command == "inspect" else ["net.py"]
     out = answer(capsys, command, *model, *more)
     assert max(map(len, out.splitlines())) <= 80
@@ -154,6 +155,35 @@ def test_what_is_asked_for_is_done(folder, capsys):
     model, small = pruned("--same-class", "--no-verify")
     assert type(small) is not type(model)  # until it is loaded as such
     assert type(fxprune.load("small.safetensors", model, same_class=True)) is type(model)
+
+
+def test_sweep_keeps_its_points_and_goes_on(folder, capsys):
+    argv = [
+        "sweep",
+        "net.py",
+        "--macs",
+        "0.6",
+        "0.3",
+        "--criterion",
+        "flap",
+        "magnitude",
+        "--ranking",
+        "global",
+        "--data",
+        "net.py",
+    ]
+    argv += ["--evaluate", "net.py:score", "-o", "points", "--html", "page.html", "--no-measure"]
+    out = answer(capsys, *argv)
+    assert out.startswith("Net: 4 points") and "macs=0.3 flap/global" in out
+    kept = {path.name: path.stat().st_mtime_ns for path in (folder / "points").iterdir()}
+    assert len(kept) == 10
+    found = json.loads(answer(capsys, *argv, "--json"))
+    assert {path.name: path.stat().st_mtime_ns for path in (folder / "points").iterdir()} == kept
+    assert [p["asked"]["criterion"] for p in found["points"]] == ["flap", "flap", "magnitude", "magnitude"]
+    assert all(p["error"] is not None and p["seconds"] is None for p in found["points"])  # repaired, not timed
+    assert "<svg" in (folder / "page.html").read_text()
+    assert main([*argv, "--no-repair"]) == 2
+    assert "points holds another sweep: repair is {} there and null here" in capsys.readouterr().err
 
 
 def test_benchmark_sets_methods_side_by_side(folder, capsys):
@@ -275,6 +305,20 @@ REFUSED = [
     ("benchmark net.py --methods luck", "luck"),
     ("benchmark net.py --score net.py:nothing", "the file defines no `nothing`"),
     ("benchmark net.py --score net.py:fails", "net.py:fails raises TypeError"),
+    ("sweep net.py --macs 0.5", "nothing says what a result is worth"),
+    ("sweep net.py --evaluate net.py:score", "nothing says how much goes"),
+    ("sweep net.py --macs --evaluate net.py:score", "argument --macs: expected at least one argument"),
+    ("sweep net.py --macs 0.5 2Q --evaluate net.py:score", "macs must be a positive number, or one with a unit, not '2Q'"),
+    ("sweep net.py --latency 20 --evaluate net.py:score", "latency"),
+    ("sweep net.py --macs 0.5 --evaluate net.py:number", "net.py:number is a int, not a function"),
+    ("sweep net.py --macs 0.5 --evaluate net.py:fails -o here", "net.py:fails raises TypeError"),
+    ("sweep net.py --macs 0.5 --evaluate net.py", "the file defines no `evaluate`"),
+    ("sweep net.py --macs 0.5 --evaluate net.py:score --criterion flap", "data"),
+    ("sweep net.py --macs 0.5 --evaluate net.py:score --ranking best", "ranking must be one of"),
+    ("sweep net.py --macs 0.5 --evaluate net.py:score --depth maybe", "invalid choice: 'maybe'"),
+    ("sweep net.py --macs 0.5 --evaluate net.py:score -o nowhere/sweep", "the sweep cannot be written: there is no folder"),
+    ("sweep net.py --macs 0.5 --evaluate net.py:score -o .", "holds no sweep, but bad.safetensors"),
+    ("sweep net.py --macs 0.5 --evaluate net.py:score --html taken", "the page cannot be written"),
 ]
 
 
@@ -284,7 +328,7 @@ def test_refused_in_one_line(folder, capsys, line, what):
     assert main(line.split()) == 2
     out, err = capsys.readouterr()
     lines = [text for text in err.splitlines() if text != "a file may print"]
-    assert not out and len(lines) == 1 and "Traceback" not in err
+    assert not out and len(lines) == 1 and "Traceback" not in err and not (folder / "here").exists()
     assert re.match(r"fxprune( \w+)?: error: ", lines[0]) and what in lines[0]
     assert {p: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before
 

@@ -499,7 +499,6 @@ def test_what_is_no_branch():
         ({"depth": True, "depth_criterion": lambda s, a: "much", "data": [V]}, "which is no number"),
         ({"depth": True, "criterion": "taylor"}, "gives branches no score by their weights alone"),
         ({"depth": "only", "ratio": 0.1}, "no residual branch can be removed by so little"),
-        ({"depth": True, "latency": 0.5}, "a budget of latency knows no residual branches"),
     ],
 )
 def test_what_is_refused(options, said):

@@ -14,6 +14,8 @@ import fxprune
 from fxprune.passes.coupling.couple import analyse
 from fxprune.passes.coupling.families import families
 from fxprune.passes.coupling.solution import CouplingOptions
+from fxprune.passes.ir.slices import Slicer
+from fxprune.passes.rewrite.rewrite import rewrite_program
 from fxprune.selection import latency
 from fxprune.selection.budgets import Budget
 from fxprune.selection.candidates import Group, list_candidates
@@ -297,9 +299,9 @@ def test_what_is_near_the_budget_is_timed_until_it_can_be_told(amount, patience,
     monkeypatch.setattr(latency, "PATIENCE", patience)
     model, x = linears()
     coupled = lambda: analyse(model, (x,), {}, CouplingOptions())  # noqa: E731
-    trial = latency.LatencyProbe(model, (x,), {}, coupled, noisy_clock(0, 0.1))
-    solution = coupled()
-    whole = trial.prune(torch.ones(len(solution.unit_of), dtype=torch.bool), solution.unit_of)
+    emit = lambda slicer: rewrite_program(model, coupled(), slicer.kept)  # noqa: E731
+    trial = latency.LatencyProbe(model, (x,), {}, emit, noisy_clock(0, 0.1))
+    whole = trial.prune(Slicer(torch.ones(len(coupled().unit_of), dtype=torch.bool)))
     [found] = trial.measure([whole], Budget("latency", amount))
     if runs is None:
         assert found.runs > 40 and found.error <= PRECISE
@@ -321,6 +323,53 @@ def test_the_error_of_a_share_is_that_of_medians():
 def test_what_was_measured_reads_well():
     found = Latency(0.0412, 0.0198, 0.481, 14, 0.03, "cuda:0")
     assert str(found) == "41.2 ms before, 19.8 ms now (48%) on cuda:0: medians of 14 runs in turns, half of them within 3%"
+
+
+class Blocks(nn.Module):
+    """Four residual blocks; the second and the third one add nothing, though their weights are the largest."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.ModuleList(nn.Linear(16, 64) for _ in range(4))
+        self.down = nn.ModuleList(nn.Linear(64, 16) for _ in range(4))
+        with torch.no_grad():
+            for k in (1, 2):
+                self.up[k].weight.mul_(30)
+                self.up[k].bias.sub_(1e3)
+                self.down[k].bias.zero_()
+
+    def forward(self, x):
+        for up, down in zip(self.up, self.down):
+            x = x + down(up(x).relu())
+        return x
+
+
+@pytest.mark.parametrize(("how", "gone"), [(True, {1, 2}), ("only", {1, 2})])
+def test_residual_branches_go_for_latency(how, gone):
+    """Those that add nothing, by their influence; the time is that of the model that was measured."""
+    torch.manual_seed(0)
+    model, x = Blocks().eval(), torch.randn(32, 16)
+    small = prune(
+        model, 0.55, x, depth=how, data=[x], criterion="magnitude", depth_criterion="influence", ranking="local", verify=True
+    )
+    found = small.meta["latency"]
+    assert found.share <= 0.55 and small.meta["verification"].ok
+    assert found.share == pytest.approx(macs(small, x) / macs(model, x))
+    out = {k for k in range(4) if f"up.{k}.weight" in small.meta["plan"].removed}
+    assert out and out <= gone
+    if how == "only":
+        assert out == gone and torch.equal(small(x), model(x))
+    assert "residual branches" in [name for name, _ in found.table]
+
+
+def test_a_block_costs_no_time_once_it_is_gone():
+    """The table of predicted seconds: each residual branch that goes takes its products with it."""
+    torch.manual_seed(0)
+    model, x = Blocks().eval(), torch.randn(32, 16)
+    table = dict(prune(model, 0.55, x, depth="only", criterion="magnitude").meta["latency"].table)["residual branches"]
+    whole = table[0][1]
+    assert [left for left, _ in table] == [4, 3, 2, 1]
+    assert [seconds for _, seconds in table] == pytest.approx([whole * left / 4 for left in (4, 3, 2, 1)], rel=0.06)
 
 
 # -- in steps -------------------------------------------------------------------------------------------------------------

@@ -57,6 +57,42 @@ def test_global_takes_the_lowest_scored_units_of_all():
     assert sum(wanted) == 30 and wanted != [5, 10, 15]
 
 
+def as_loss(weight: torch.Tensor) -> torch.Tensor:
+    """A criterion whose scores are changes of the loss."""
+    return weight.abs()
+
+
+as_loss.normalise = "loss"
+
+
+@pytest.mark.parametrize("budget", [{"ratio": 0.5}, {"params": 0.5}])
+def test_a_change_of_the_loss_competes_by_what_is_left_and_for_what_it_costs(budget):
+    """Against sorting by hand: what a family has lost, g of t, counts t g / (t - g); a unit costs what all of them do."""
+    widths, model = (4, 10, 20, 30, 3), chain(4, 10, 20, 30, 3, scale=(1, 2, 1, 2))
+    linear = [m.weight.detach().abs().double() for m in model if isinstance(m, nn.Linear)]
+    steps = []
+    for i, (a, b) in enumerate(pairwise(linear)):
+        each = (a.sum(1) + b.sum(0)).sort().values
+        lost = torch.cat([torch.zeros(1).double(), each[:-1].cumsum(0)])
+        counts = each.sum() * lost / (each.sum() - lost)
+        cost = widths[i] + widths[i + 2] if "params" in budget else 1
+        steps += [(float(c), i) for c in counts.diff().cummax(0).values / cost]
+    left, taken = [10, 20, 30], []
+
+    def fits(left):
+        cost = sum(a * b for a, b in pairwise([4, *left, 3])) if "params" in budget else sum(left)
+        return cost <= (sum(w.numel() for w in linear) if "params" in budget else 60) / 2
+
+    for _, i in sorted(steps):
+        if not fits(left):
+            left[i] -= 1
+            taken.append(i)
+    for i in reversed(taken):  # what the last steps left of the budget is used
+        left[i] += fits([*left[:i], left[i] + 1, *left[i + 1 :]])
+    assert kept(model, ranking="global", criterion=as_loss, floor=0, **budget) == left
+    assert kept(model, ranking="global", criterion=torch.abs, floor=0, **budget) != left
+
+
 @pytest.mark.parametrize("ratio", [0.1, 0.25, 0.5, 0.75])
 def test_ties_do_not_over_prune(ratio):
     """All scores are equal: a threshold would take all or nothing. A share is a share."""

@@ -106,7 +106,7 @@ def prune_here(
         example_inputs=images[:1],
         criterion=criterion,
         ranking=ranking,
-        data=[(images[:SCORING], labels[:SCORING])],
+        data=list(zip(images[:SCORING].split(BATCH), labels[:SCORING].split(BATCH))),
         loss=F.cross_entropy,
         attention="dims",
     )

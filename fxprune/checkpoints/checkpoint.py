@@ -7,6 +7,7 @@ alone, and fills in the tensors; nothing that stands in a file is executed.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shutil
 import tempfile
@@ -18,7 +19,7 @@ from torch import nn
 
 from fxprune.checkpoints.config import built_from, config_of, write_config
 from fxprune.checkpoints.file import check_digests, opened, write
-from fxprune.checkpoints.rebuild import CONTENTS, other_names, rebuilt, split_contents
+from fxprune.checkpoints.rebuild import CONTENTS, other_names, rebuilt, rotations_apart, rotations_in, split_contents
 from fxprune.checkpoints.record import Record
 from fxprune.entry_points import entry_point
 from fxprune.module_state import aliases
@@ -54,6 +55,7 @@ def save(pruned: nn.Module, path: Folder) -> None:
 def store(module: nn.Module, target: Path) -> None:
     plan = plan_of(module)
     tensors, record = dict(named_tensors(module)), Record.of(module, plan).to_dict()
+    tensors |= rotations_apart(record["plan"], plan.basis)
     contents: Any = module.meta
     tensors |= {CONTENTS + name: t for name, t in contents.get("contents", {}).items() if name in plan.shapes}
     if target.suffix == SUFFIX:
@@ -98,14 +100,16 @@ def load(path: Folder, model: nn.Module | None = None, *, same_class: bool = Fal
     source = as_path(path)
     folder = source if source.is_dir() else None
     with opened(source / WEIGHTS if folder else source) as (found, data, size):
-        record = Record.from_dict(data, size)
-        tensors, contents = split_contents(record.plan, found)
         check_digests(source, found, data.get("digests"))
+        record = Record.from_dict(data, size, rotations_in(found))
+        tensors, contents = split_contents(record.plan, found)
         if model is None:
             if folder is None:
                 raise PruneError(f"{source} has no configuration to build the model from", fix="load(path, model)")
             model = built_from(folder, record.plan)
-        with entry_point(model) as original:
+        with entry_point(model) as unrotated:
+            original, plan = record.plan.in_basis(unrotated)
+            signed, record = record.plan, dataclasses.replace(record, plan=plan)
             made = rebuilt(original, record, tensors, contents, same_class, example_inputs)
             if same_class != record.graph:
                 record.state.fill(made, tensors, free=record.plan.derived)  # what a forward makes may not be there yet
@@ -116,6 +120,8 @@ def load(path: Folder, model: nn.Module | None = None, *, same_class: bool = Fal
                 constants = [name for name, _ in named_tensors(made) if name not in own]  # its programs have made their own
                 record.state.renamed(names).fill(made, own, free=[*record.plan.shapes, *constants])
         made.meta.update(record.meta)
+        if signed.basis is not None:
+            made.meta["plan"] = signed
         made.meta["contents"] = {name: tensor.clone() for name, tensor in contents.items()}
         return made
 

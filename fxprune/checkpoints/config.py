@@ -46,12 +46,14 @@ def built_from(folder: Path, plan: PlanData) -> nn.Module:
 
     Raises: PruneError where there is none, or it builds a model that the plan is not for; before memory is spent.
     """
+    most = len(plan.shapes) + (len(plan.basis.steps) if plan.basis is not None else 0)  # which a rotated model may lack
     with Building(folder) as building:
-        with at_most(len(plan.shapes)), torch.device("meta"):
+        with at_most(most), torch.device("meta"):
             model = building.build()
-        plan.check(model)
+        rotated, there = plan.in_basis(model)
+        there.check(rotated)
         if any(not (t.is_floating_point() or t.is_complex()) for _, t in named_tensors(model)):
-            model = building.without_memory(len(plan.shapes))
+            model = building.without_memory(most)
         building.add_generation(model)
     return model
 

@@ -89,7 +89,7 @@ def prune_checkpoint(
         if from_folder and "use_cache" in inspect.signature(module.forward).parameters:  # caches are not captured
             inputs.kwargs.setdefault("use_cache", False)
         options = Options.parse(module, ratio=ratio, **asked)
-        if resolve(options.criterion).needs or options.runs_the_model:
+        if resolve(options.criterion).runs or options.runs_the_model:
             what = "latency is measured" if options.measures_latency else f"the criterion {options.criterion} looks at data"
             raise PruneError(f"{what}, which takes the model in memory", fix="criterion='magnitude', or fxprune.prune")
         pruned, configured = pruning.run(options, inputs, from_folder)

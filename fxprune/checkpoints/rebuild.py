@@ -16,11 +16,13 @@ from fxprune.module_state import aliases
 from fxprune.original_state import with_tensors
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import copy_tree, named_tensors
+from fxprune.passes.rewrite.basis import Basis
 from fxprune.pipeline import Compilation
 from fxprune.plan import PlanData, derived_tensors, sign
 from fxprune.plan_format import byte_size
 
 CONTENTS = "original:"  # begins the names of tensors of the original
+ROTATION = "rotation:"  # and this those of the rotations of a plan
 MOST_BYTES = 1 << 27  # of example inputs that are made up
 
 
@@ -41,10 +43,26 @@ def other_names(original: nn.Module, plan: PlanData, tensors: Mapping[str, Tenso
     return {name: held.get(original_name(name, plan, first), name) for name in tensors}
 
 
+def rotations_apart(plan: dict[str, Any], basis: Basis | None) -> dict[str, Tensor]:
+    """The rotations of a plan as tensors by name, taken out of its plain data."""
+    if basis is None:
+        return {}
+    plan["basis"]["rotations"] = []
+    return {f"{ROTATION}{number}": rotation for number, rotation in enumerate(basis.rotations)}
+
+
+def rotations_in(found: Mapping[str, Tensor]) -> list[Tensor]:
+    """The rotations among the tensors of a file, in order."""
+    names = [f"{ROTATION}{number}" for number in range(sum(name.startswith(ROTATION) for name in found))]
+    if not found.keys() >= set(names):
+        raise PruneError("this is no checkpoint: its rotations have no numbers", fix=WHOLE)
+    return [found[name] for name in names]
+
+
 def split_contents(plan: PlanData, found: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The tensors of the saved module and those of the original; raises PruneError where their shapes are not by the plan."""
     contents = {name.removeprefix(CONTENTS): t for name, t in found.items() if name.startswith(CONTENTS)}
-    tensors = {name: t for name, t in found.items() if not name.startswith(CONTENTS)}
+    tensors = {name: t for name, t in found.items() if not name.startswith((CONTENTS, ROTATION))}
     for name, tensor in contents.items():
         if plan.shapes.get(name) != tuple(tensor.shape) or has_fractions(tensor):
             raise PruneError(f"the contents of {name} are not those of a tensor of the original", where=name, fix=WHOLE)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
+from fxprune.basis.pruning import Rotation
 from fxprune.checkpoints.file import WHOLE
 from fxprune.module_state import ModuleState
 from fxprune.passes.errors import PruneError
@@ -21,7 +22,7 @@ from fxprune.repair import Repair
 from fxprune.selection.latency import Latency
 from fxprune.verification import Verification
 
-META = {"verification": Verification, "latency": Latency, "repair": Repair}
+META = {"verification": Verification, "latency": Latency, "repair": Repair, "basis": Rotation}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +70,8 @@ class Record:
         }
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], size: int) -> Record:
-        """The record of a file of that many bytes; raises PruneError for anything else."""
+    def from_dict(cls, data: Mapping[str, Any], size: int, rotations: Sequence[Tensor] = ()) -> Record:
+        """The record of a file of that many bytes, with the rotations of its plan; raises PruneError for anything else."""
         for name, kind in (("graph", bool), ("capture", str), ("frozen_modules", dict), ("meta", dict)):
             if not isinstance(data.get(name), kind):
                 raise PruneError(f"this is no checkpoint: {name} is no {kind.__name__}", fix=WHOLE)
@@ -78,7 +79,10 @@ class Record:
             raise PruneError("this is no checkpoint: frozen_modules are reasons by name", fix=WHOLE)
         if not data["meta"].keys() <= META.keys():
             raise PruneError("this is no checkpoint: its meta holds what fxprune does not save", fix=WHOLE)
-        plan = Plan.from_dict(restore_indices(data.get("plan"), size + (1 << 20)))
+        said = restore_indices(data.get("plan"), size + (1 << 20))
+        if isinstance(said.get("basis"), Mapping):
+            said["basis"] = {**said["basis"], "rotations": list(rotations)}
+        plan = Plan.from_dict(said)
         if data.get("fingerprint") != fingerprint(plan):
             raise PruneError("this is no checkpoint: its plan was changed, by its fingerprint", fix=WHOLE)
         meta = {name: parse_record(META[name], found) for name, found in data["meta"].items()}

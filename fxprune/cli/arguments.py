@@ -29,7 +29,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_coupling_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what may go")
-    group.add_argument("--attention", choices=("heads", "dims"), default="heads", help="what goes of attention")
+    group.add_argument("--attention", choices=("heads", "queries", "dims"), default="heads", help="what goes of attention")
     for name, what in (
         ("--freeze", "modules that stay as they are"),
         ("--freeze-outputs", "layers whose outputs stay"),

@@ -12,12 +12,19 @@ from typing import Any, NoReturn
 
 import torch
 
-from fxprune.cli import benchmark, inspect, profile, prune, report
+from fxprune.cli import benchmark, inspect, profile, prune, report, sweep
 from fxprune.cli.output import one_line
 from fxprune.errors import PruneWarning
 from fxprune.passes.errors import PruneError
 
-COMMANDS = {"inspect": inspect, "prune": prune, "report": report, "profile": profile, "benchmark": benchmark}
+COMMANDS = {
+    "inspect": inspect,
+    "prune": prune,
+    "report": report,
+    "profile": profile,
+    "benchmark": benchmark,
+    "sweep": sweep,
+}
 BAD_USE, FAILED, STOPPED = 2, 1, 130
 
 EPILOG = """

@@ -27,13 +27,17 @@ Methods, in place of a score for each element:
     score_dims(weight, evidence, dims): the score of each index along some dimensions, of size 1 along the others; None where
         the parameter has no score along these. `evidence` is None where the criterion needs nothing.
     score_units(count): a float64 array of `count` scores, one for each unit; no parameter is read.
+    score_families(source, families): the scores of all units, float64, and whether each has one, both of shape (labels,): for a
+        criterion that scores units by which others go. `source` is a `fxprune.criteria.calibration.Source`.
     finish_layer(scores): the scores of the units of one layer, computed from the sums over its elements.
 """
 
-from fxprune.criteria.activation import FLAP, Wanda
+from fxprune.criteria.activation import FLAP, REAP, Wanda
 from fxprune.criteria.base import Criterion
 from fxprune.criteria.catalog import CRITERIA, find
+from fxprune.criteria.gates import Gates
 from fxprune.criteria.gradient import OBDC, SNIP, Fisher, GraSP, Hessian, Taylor, TokenTaylor
+from fxprune.criteria.osscar import OSSCAR
 from fxprune.criteria.scorer import Scorer
 from fxprune.criteria.weight import FPGM, LAMP, BNScale, Magnitude, Random
 
@@ -43,10 +47,13 @@ __all__ = [
     "FPGM",
     "LAMP",
     "OBDC",
+    "OSSCAR",
+    "REAP",
     "SNIP",
     "BNScale",
     "Criterion",
     "Fisher",
+    "Gates",
     "GraSP",
     "Hessian",
     "Magnitude",

@@ -40,4 +40,18 @@ class FLAP(CriterionOptions):
         return weight.square() * variance
 
 
-CRITERIA: dict[str, Criterion] = {"wanda": Wanda(), "flap": FLAP()}
+@dataclass(frozen=True, kw_only=True)
+class REAP(CriterionOptions):
+    """The mean over an expert's tokens of its gate times the norm of its output (Lasby et al., arXiv:2510.13999).
+
+    It scores experts, and nothing else. An expert that no token chose has the score 0.
+    """
+
+    normalise: str = "mean"
+    needs: ClassVar[str] = "contributions of experts"
+
+    def __call__(self, weight: Tensor, contribution: Tensor) -> Tensor:
+        return (contribution / weight[0].numel()).expand_as(weight)
+
+
+CRITERIA: dict[str, Criterion] = {"wanda": Wanda(), "flap": FLAP(), "reap": REAP()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.pytree import collect
+from fxprune.passes.ops.call import OpView
 from fxprune.passes.ops.registry import Product, find
 
 
@@ -88,13 +89,13 @@ class ActivationObserver(Recorder):
             for found in find(call.op.func).products_of(call):
                 if self.op_trace.values[found.source.id].from_input and self.origins.known.get(found.weight.id):
                     tensors = {self.ref(t).id: t for t in collect((args, kwargs), Tensor)}
-                    self.look(found, tensors, call.shape(found.weight), out, is_image="dilation" in call.named)
+                    self.look(found, tensors, call, out)
         del self.op_trace.ops[before:]
         return out
 
-    def look(
-        self, product: Product, tensors: Mapping[int, Tensor], shape: Sequence[int], out: Tensor, *, is_image: bool
-    ) -> None:
+    def look(self, product: Product, tensors: Mapping[int, Tensor], call: OpView, out: Tensor) -> None:
+        """Look at one product of a call; `tensors` are those of the call, by the numbers of their references."""
+        shape, is_image = call.shape(product.weight), "dilation" in call.named
         met = self.origins.vector(product, shape, product.summed)
         if met is not None and self.units is not None:
             labels, source, index, dim = once(*met, tensors[product.source.id], product.along)
@@ -173,6 +174,9 @@ def lifted(bias: Tensor, ndim: int, dim: int) -> Tensor:
     return bias.reshape([-1 if d == dim else 1 for d in range(ndim)]) if bias.dim() == 1 else bias
 
 
+Observer = TypeVar("Observer", bound=ActivationObserver)
+
+
 def observe_activations(
     model: nn.Module,
     parameters: Mapping[str, Tensor],
@@ -182,7 +186,8 @@ def observe_activations(
     *,
     back: bool = False,
     units: Tensor | None = None,
-) -> ActivationObserver:
+    by: type[Observer] = ActivationObserver,  # type: ignore[assignment]
+) -> Observer:
     """Run the model on every batch under an observer.
 
     Arguments:
@@ -192,9 +197,10 @@ def observe_activations(
         batches: what to run.
         run: from a batch to the model's output; with `back`, to a loss, whose gradients are observed too.
         units: as for the observer.
+        by: the class of the observer.
     """
     names = {id(t): n for n, t in named_tensors(model)} | {id(p): n for n, p in parameters.items()}
-    observer = ActivationObserver(names, Origins(*leaf_labels(captures)), differentiate=back, units=units)
+    observer = by(names, Origins(*leaf_labels(captures)), differentiate=back, units=units)
     for batch in batches:
         observer.begin(batch)
         with observer:

@@ -87,8 +87,11 @@ def lamp(values: np.ndarray) -> np.ndarray:
     return made
 
 
+LOSS = ("loss", "squared loss")  # scores that estimate by how much the loss changes: one scale for all families
 NORMALISE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "none": lambda values: values,
+    "loss": np.abs,
+    "squared loss": lambda values: np.sqrt(np.abs(values)),
     "mean": lambda values: scaled(values, float(np.abs(values).mean())),
     "max": lambda values: scaled(values, float(np.abs(values).max())),
     "sum": lambda values: scaled(values, float(np.abs(values).sum())),

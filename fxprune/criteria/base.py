@@ -11,6 +11,7 @@ from fxprune.criteria.aggregation import NORMALISE, REDUCE
 from fxprune.passes.errors import PruneError
 
 Criterion = Callable[..., Any]
+METHODS = ("score_dims", "score_units", "score_families", "finish_layer")
 PLACES = ("all", "reads", "scales")
 
 
@@ -42,12 +43,18 @@ class CriterionSpec:
     score_elements: Criterion
     score_dims: Callable[..., Any] | None
     score_units: Callable[[int], Any] | None
+    score_families: Callable[..., Any] | None
     finish_layer: Callable[..., Any] | None
     elementwise: bool
     needs: str
     places: str
     reduce: str
     normalise: str
+
+    @property
+    def runs(self) -> bool:
+        """Whether it may look at the model as it runs."""
+        return bool(self.needs) or self.score_families is not None
 
 
 def describe(criterion: Any) -> CriterionSpec:
@@ -67,7 +74,7 @@ def describe(criterion: Any) -> CriterionSpec:
                 where=f"criterion {name}",
                 fix=f"{option}={known[0]!r}",
             )
-    methods = {method: getattr(criterion, method, None) for method in ("score_dims", "score_units", "finish_layer")}
+    methods = {method: getattr(criterion, method, None) for method in METHODS}
     for method, function in methods.items():
         if function is not None and not callable(function):
             raise PruneError(f"{method} must be a method, not {shown(function)}", where=f"criterion {name}")

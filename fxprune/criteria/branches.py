@@ -213,7 +213,7 @@ def by_weights(model: nn.Module, branches: Sequence[Branch], criterion: str | Cr
     spec = resolve(criterion)
     if spec.score_units is not None:
         return np.asarray(spec.score_units(len(branches)), np.float64)
-    if spec.needs:
+    if spec.runs:
         what = f"the criterion {spec.name} gives branches no score by their weights alone"
         raise PruneError(what, fix="data=batches, or criterion='magnitude'")
     parameters, found = named_parameters(model), np.zeros(len(branches))

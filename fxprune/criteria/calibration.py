@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fxprune.arguments import shown
 from fxprune.criteria.activation_stats import Moments, observe_activations, units_of_labels, wide
+from fxprune.criteria.experts import contributions
 from fxprune.passes.capture.patches import visible
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError
@@ -50,6 +51,20 @@ class Batch:
         return dataclasses.replace(part, size=len(range(self.size)[keep] if isinstance(keep, slice) else keep))
 
 
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What scores are for.
+
+    Attributes:
+        heads: whether heads of attention go whole, as in coupling.
+        use: makes a function from the probability that each unit stays, shape (labels,), to the expected cost as a share of
+            what is allowed; None where nothing is known of it.
+    """
+
+    heads: bool = True
+    use: Callable[[], Callable[[Tensor], Tensor]] | None = None
+
+
 @dataclass
 class Source:
     """A model, the data to run it on, and the loss.
@@ -60,6 +75,7 @@ class Source:
         loss: a function of the output and, where a batch has one, its target, that returns a mean over the batch.
         criterion: its name, for messages.
         solution: the coupling; None where nothing is asked of it.
+        target: what scores are for.
     """
 
     model: nn.Module
@@ -68,6 +84,7 @@ class Source:
     loss: Callable[..., Tensor] | None
     criterion: str
     solution: Solution | None
+    target: Target = Target()
 
     @property
     def captures(self) -> list[CapturedProgram]:
@@ -286,6 +303,7 @@ GATHER: Mapping[str, Callable[[Source], Evidence]] = {
     "variance of inputs": variance_of_inputs,
     "filter curvature": filter_curvature,
     "loss terms": loss_terms,
+    "contributions of experts": contributions,
 }
 SAMPLES = "gradients of samples"  # the score is the mean over samples of the square of what each gives
 

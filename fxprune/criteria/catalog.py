@@ -8,6 +8,8 @@ from fxprune.arguments import did_you_mean, shown
 from fxprune.criteria import activation, gradient, weight
 from fxprune.criteria.base import Criterion, CriterionSpec, check_name, describe
 from fxprune.criteria.calibration import GATHER, SAMPLES
+from fxprune.criteria.gates import Gates
+from fxprune.criteria.osscar import OSSCAR
 from fxprune.passes.errors import PruneError
 
 CriterionName = Literal[
@@ -25,8 +27,17 @@ CriterionName = Literal[
     "grasp",
     "wanda",
     "flap",
+    "reap",
+    "osscar",
+    "gates",
 ]
-CRITERIA: dict[str, Criterion] = {**weight.CRITERIA, **gradient.CRITERIA, **activation.CRITERIA}
+CRITERIA: dict[str, Criterion] = {
+    **weight.CRITERIA,
+    **gradient.CRITERIA,
+    **activation.CRITERIA,
+    "osscar": OSSCAR(),
+    "gates": Gates(),
+}
 OTHER_NAMES = {  # what the field calls some of them
     **dict.fromkeys(["l1", "l1_norm", "l1norm"], "fxprune.Magnitude(p=1)"),
     **dict.fromkeys(["l2", "l2_norm", "l2norm", "norm", "weight", "lp", "group_norm", "groupnorm"], "'magnitude'"),

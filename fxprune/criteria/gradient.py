@@ -1,9 +1,13 @@
-"""Criteria that read gradients of a loss over data."""
+"""Criteria that read gradients of a loss over data.
+
+Most of them add up squares of first-order terms of the loss, g w: over the elements of a unit, or over samples. Where families
+compete, the root is taken, which is a change of the loss.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -24,6 +28,8 @@ class Taylor(CriterionOptions):
     """
 
     joint: bool = False
+    _: KW_ONLY
+    normalise: str = "squared loss"
     needs: ClassVar[str] = "gradient"
 
     def __call__(self, weight: Tensor, gradient: Tensor) -> Tensor:
@@ -42,6 +48,7 @@ class SNIP(CriterionOptions):
     Made for a network at initialisation. The paper's division by the total changes no order.
     """
 
+    normalise: str = "loss"
     needs: ClassVar[str] = "gradient"
 
     def __call__(self, weight: Tensor, gradient: Tensor) -> Tensor:
@@ -55,6 +62,7 @@ class Hessian(CriterionOptions):
     The diagonal is that of the empirical Fisher matrix, the mean of squared gradients of single samples.
     """
 
+    normalise: str = "squared loss"
     needs: ClassVar[str] = "squared gradient"
 
     def __call__(self, weight: Tensor, curvature: Tensor) -> Tensor:
@@ -83,6 +91,7 @@ class Fisher(CriterionOptions):
     is squared.
     """
 
+    normalise: str = "squared loss"
     needs: ClassVar[str] = "gradients of samples"
     places: ClassVar[str] = "reads"
 
@@ -99,6 +108,7 @@ class OBDC(CriterionOptions):
     summed in A and averaged in S, as KFC does.
     """
 
+    normalise: str = "squared loss"
     needs: ClassVar[str] = "filter curvature"
 
     def __call__(self, weight: Tensor, evidence: Tensor) -> Tensor:
@@ -120,6 +130,7 @@ class TokenTaylor(CriterionOptions):
     batch. All layers are on one scale: that of the squared loss.
     """
 
+    normalise: str = "squared loss"
     needs: ClassVar[str] = "loss terms"
     places: ClassVar[str] = "reads"
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fxprune.criteria.aggregation import NORMALISE
 from fxprune.criteria.base import Criterion, CriterionSpec, describe
-from fxprune.criteria.calibration import GATHER, SAMPLES, check_source, prepare_source, sample_gradients
+from fxprune.criteria.calibration import GATHER, SAMPLES, Target, check_source, prepare_source, sample_gradients
 from fxprune.criteria.catalog import resolve
 from fxprune.criteria.parameter_roles import roles
 from fxprune.criteria.scorer import Places, Read, Scorer
@@ -28,15 +28,22 @@ def score_units(
     data: Any = None,
     loss: Any = None,
     read: Read | None = None,
+    target: Target = Target(),  # noqa: B008 - it is frozen
 ) -> tuple[np.ndarray, np.ndarray]:
     """The score of each unit, and whether the criterion scored it; both indexed by unit, shape (labels,).
 
-    `read` finds the values of a parameter by its name, if they are not those in the model.
+    `read` finds the values of a parameter by its name, if they are not those in the model; `target` is what scores are for.
 
     Raises: PruneError where data or a loss is missing, or the criterion returns no scores, or scores no family.
     """
     check_source(data, loss)
     spec = resolve(criterion)
+    if spec.score_families is not None:
+        with prepare_source(model, data, loss, spec.name, solution) as source:
+            source.target = target
+            total, seen = spec.score_families(source, families)
+        check_finite(total, families, spec)
+        return total, seen
     scorers = make_scorers(named_parameters(model), solution, families, spec, read)
     seen = np.zeros(len(scorers[0].unit_of), bool)
 

@@ -12,6 +12,7 @@ import dataclasses
 import numpy as np
 from torch import Tensor, nn
 
+from fxprune.criteria.calibration import Target
 from fxprune.criteria.catalog import find, resolve
 from fxprune.criteria.parameter_roles import roles
 from fxprune.criteria.unit_scores import normalise_scores, score_units
@@ -86,7 +87,7 @@ class Planner:
             kept, slicer = allocator.apply(allocator.allocate_all())
             if self.probe is not None:
                 with self.probe.restore_random_state():
-                    [found] = self.probe.measure([self.probe.prune(kept, self.solution.unit_of)], budget)
+                    [found] = self.probe.measure([self.probe.prune(slicer)], budget)
                 if used_share(budget, found) > 1:
                     raise too_slow(budget, found)
             elif (least := budget.cost(self.costs, slicer)) > limit:
@@ -138,10 +139,11 @@ class Planner:
             if name in tensors  # constants are none of the model's, index buffers were rewritten
         }
         alive = [dataclasses.replace(f, units=f.units[~gone[f.units]]) for f in self.free]
-        runs = bool(resolve(criterion).needs)
+        runs = resolve(criterion).runs
         with evaluating(present) if runs else contextlib.nullcontext():  # a copy in another mode would share its program
             looked_at = dataclasses.replace(self.solution, leaves=leaves, captures=self.captures(present, view))
-            score, seen = score_units(present, looked_at, alive, criterion, self.options.data, self.options.loss)
+            target = Target(self.options.coupling.heads)
+            score, seen = score_units(present, looked_at, alive, criterion, self.options.data, self.options.loss, target=target)
         score = score if ranks is None else ranks.mean(score)
         told = [i for i, f in enumerate(alive) if seen[f.units].any()]
         free, alive = [self.free[i] for i in told], [alive[i] for i in told]
@@ -154,8 +156,7 @@ class Planner:
 
     def captures(self, present: nn.Module, view: View) -> list[CapturedProgram]:
         """The captured programs of a present model, for criteria that watch it run; else those of the original will do."""
-        needs = resolve(self.options.criterion).needs
-        if not (view.plan.slices and needs):
+        if not (view.plan.slices and resolve(self.options.criterion).runs):
             return self.solution.captures
         inputs = self.compilation.inputs.beside(present)
         with unobserved(present):

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from fxprune.criteria.calibration import Batch
-from fxprune.passes.ir.pytree import collect
+from fxprune.passes.ir.program import named_outputs
+from fxprune.passes.ir.pytree import TensorRef, map_tensors
 from fxprune.repair.repairer import relative
 from fxprune.repair.side_by_side import Programs
 
@@ -95,12 +96,16 @@ class Errors:
 
     @classmethod
     def of(cls, wanted: Sequence[Any], found: Sequence[Any], batches: Sequence[Batch]) -> Errors:
-        """Over all floating tensors; a batch whose outputs do not come by samples counts as one."""
+        """Over all floating outputs but those that have lost channels, which are no worse for it; caches are no outputs.
+
+        A batch whose outputs do not come by samples counts as one sample.
+        """
         squares: list[float] = []
         size = 0.0
         for one, other, batch in zip(wanted, found, batches, strict=True):
-            pairs = list(zip(collect([one], Tensor), collect([other], Tensor), strict=True))
-            pairs = [(a.double(), b.double()) for a, b in pairs if a.is_floating_point()]
+            mine, its = tensors_returned(one), tensors_returned(other)
+            both = [(mine[name], its[name]) for name in mine if name in its and mine[name].shape == its[name].shape]
+            pairs = [(a.double(), b.double()) for a, b in both if a.is_floating_point()]
             by_sample = all(a.dim() and len(a) == batch.size for a, _ in pairs)
             rows = [0.0] * (batch.size if by_sample else 1)
             for a, b in pairs:
@@ -126,6 +131,17 @@ class Errors:
             return False
         spread = sum((f - mean) ** 2 for f in falls) / (len(falls) - 1)
         return mean > t_quantile(len(falls) - 1) * math.sqrt(spread / len(falls))
+
+
+def tensors_returned(output: Any) -> dict[str, Tensor]:
+    """The tensors in what a model returned, by where they stand."""
+    found: list[Tensor] = []
+
+    def number(tensor: Tensor) -> TensorRef:
+        found.append(tensor)
+        return TensorRef(len(found) - 1)
+
+    return {name: found[ref.id] for name, ref in named_outputs(map_tensors(output, number), {})}
 
 
 def t_quantile(degrees: int) -> float:

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fxprune.criteria.activation_stats import wide
+from fxprune.criteria.windows import windows
 from fxprune.passes.ir.pytree import map_tensors
 from fxprune.repair.sites import SiteCall
 
@@ -114,7 +114,7 @@ def add_call(normal: NormalEquations, call: SiteCall, residual: Tensor) -> None:
         window = call.weight[:, 0].numel() if call.op.get("transposed") else call.weight[0].numel() * groups(call)
         step = max(1, LARGEST // max(residual.shape[2:].numel() * window, 1))
         for source, r in zip(call.source.split(step), residual.split(step), strict=True):
-            normal.add(windows(call, wide(source)), by_group(call, wide(r)))
+            normal.add(windows(call.op, call.weight.shape[2:], wide(source)), by_group(call, wide(r)))
         return
     normal.add(flat(call, call.source, call.product.along), flat(call, residual, call.product.out))  # type: ignore[union-attr]
 
@@ -138,35 +138,6 @@ def by_group(call: SiteCall, r: Tensor) -> Tensor:
     """Results of a convolution, (samples, channels, ...), as (groups, samples and positions, channels of a group)."""
     n, g = len(r), groups(call)
     return r.reshape(n, g, r.shape[1] // g, -1).permute(1, 0, 3, 2).reshape(g, -1, r.shape[1] // g)
-
-
-def windows(call: SiteCall, x: Tensor) -> Tensor:
-    """What each result of a convolution is a sum over: (groups, samples and positions, channels of a group and window)."""
-    spatial, g = x.dim() - 2, groups(call)
-    sizes = call.weight.shape[2:]
-    stride, padding, dilation = (spread(call.op[name], spatial) for name in ("stride", "padding", "dilation"))
-    if call.op.get("transposed"):  # the same as a convolution of what is spread out by the stride
-        extra = spread(call.op["output_padding"], spatial)
-        grown = x.new_zeros(*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)))
-        every = [slice(None), slice(None), *(slice(None, None, s) for s in stride)]
-        grown[tuple(every)] = x
-        around = [d * (k - 1) - p for d, k, p in zip(dilation, sizes, padding, strict=True)]
-        x = F.pad(grown, [n for a, e in reversed(list(zip(around, extra, strict=True))) for n in (a, a + e)])
-        stride = [1] * spatial
-    else:
-        x = F.pad(x, [p for p in reversed(padding) for _ in range(2)])
-    for i, (k, s, d) in enumerate(zip(sizes, stride, dilation, strict=True)):
-        x = x.unfold(2 + i, d * (k - 1) + 1, s)[..., ::d]
-    n, channels = x.shape[:2]
-    positions = x.shape[2 : 2 + spatial].numel()
-    x = x.reshape(n, g, channels // g, positions, -1)
-    return x.permute(1, 0, 3, 2, 4).reshape(g, n * positions, -1)
-
-
-def spread(value: object, spatial: int) -> list[int]:
-    """A setting of a convolution, one number for each dimension."""
-    numbers = [int(v) for v in value] if isinstance(value, list | tuple) else [int(value)]  # type: ignore[call-overload]
-    return numbers * spatial if len(numbers) == 1 else numbers
 
 
 def as_weight(call: SiteCall, change: Tensor) -> Tensor:

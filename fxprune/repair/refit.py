@@ -2,14 +2,15 @@
 
 The original runs on the data once; the pruned model does not run for it. What a weight lost, x_gone W_gone, is fitted by the
 inputs that are left, x_kept: the moments of both are those of the original, so that no layer is fitted to the errors of those
-before it, and nothing is held but a matrix for each layer. (`reconstruct` instead fits what the pruned model computes, layer
-after layer: with little data such fits follow one another's noise.)
+before it, and nothing is held but a matrix for each layer of one block, and what goes into that block. (`reconstruct` instead
+fits what the pruned model computes, layer after layer: with little data such fits follow one another's noise.)
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,19 +18,21 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.criteria.activation_stats import wide
-from fxprune.criteria.calibration import BATCHES, Batch
-from fxprune.form_programs import FormPrograms, Names, slots
-from fxprune.inputs import ExampleInputs
-from fxprune.passes.errors import GuardError, PruneError
-from fxprune.passes.ir.module_tree import named_tensors, private_copy, set_mode
+from fxprune.criteria.calibration import Batch
+from fxprune.criteria.lockstep import Lockstep, stopping
+from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.progress import progress_bar
-from fxprune.plan import PlanData
-from fxprune.repair.held_out import SHARES, Errors, Outcome
+from fxprune.passes.ir.slices import mask_of
+from fxprune.plan import shapes_of
+from fxprune.repair.both_models import BothModels, call, uncached
+from fxprune.repair.held_out import Outcome
 from fxprune.repair.least_squares import NormalEquations, add_call, as_weight, count_inputs, fit, groups, run_product
 from fxprune.repair.repairer import NOT_FINITE, WORSE, RepairStep, relative
 from fxprune.repair.sites import SiteCall, SiteObserver, count_overlaps
+from fxprune.selection.names import block_chains
 
 NAME = "refit"
+USED_AGAIN = "it is used more than once"
 TOO_WIDE = 8192  # inputs of a product whose normal equations are not formed
 
 
@@ -61,7 +64,7 @@ class LostObserver(SiteObserver):
 
     Arguments:
         names, owned: as for `SiteObserver`.
-        masks: for each tensor of the original, which elements are kept.
+        mask: of a tensor of the original, which elements are kept; None where all are.
         lost: what is known so far, by parameter; grows.
         skipped: parameters that cannot be fitted, with the reason; grows.
         held: whether the batch is held out.
@@ -71,14 +74,14 @@ class LostObserver(SiteObserver):
         self,
         names: dict[int, str],
         owned: Mapping[str, Tensor],
-        masks: Mapping[str, Tensor],
+        mask: Callable[[str], Tensor | None],
         lost: dict[str, Lost],
         skipped: dict[str, str],
         *,
         held: bool,
     ) -> None:
         super().__init__(names, {int(t.untyped_storage().data_ptr()): name for name, t in owned.items() if t.numel()})
-        self.tensors, self.masks, self.lost, self.skipped, self.held_out = owned, masks, lost, skipped, held
+        self.tensors, self.mask, self.lost, self.skipped, self.held_out = owned, mask, lost, skipped, held
         self.spans: dict[str, Any] = {}
 
     def record(self, call: Any, tensors: dict[int, Tensor], func: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -87,8 +90,8 @@ class LostObserver(SiteObserver):
             self.look(self.calls.pop())
 
     def look(self, call: SiteCall) -> None:
-        mask = self.masks.get(call.name)
-        if call.product is None or call.name in self.skipped or mask is None or bool(mask.all()):
+        mask = None if call.product is None or call.name in self.skipped else self.mask(call.name)
+        if call.product is None or mask is None:
             return
         weight, whole = call.weight, self.tensors[call.name]
         turned = weight.shape == whole.mT.shape and weight.stride() == whole.mT.stride() if whole.dim() == 2 else False
@@ -132,12 +135,9 @@ class LostObserver(SiteObserver):
             return "its product is scaled"
         return f"it has more than {TOO_WIDE:,} inputs" if count_inputs(call) > TOO_WIDE else ""
 
-    def finish(self) -> None:
-        """Give up what is used more than once."""
-        for name, span in self.spans.items():
-            if count_overlaps(span, self.uses) > 1:
-                self.lost.pop(name, None)
-                self.skipped[name] = "it is used more than once"
+    def used_again(self) -> list[str]:
+        """Weights that lost inputs and are used more than once."""
+        return [name for name, span in self.spans.items() if count_overlaps(span, self.uses) > 1]
 
 
 def kept_along(mask: Tensor, dim: int | None) -> Tensor:
@@ -157,46 +157,66 @@ def cut(weight: Tensor, mask: Tensor) -> Tensor:
 
 
 class Refit:
-    """Both models, and the data.
+    """Fits the weights of the pruned model that lost inputs; `both` are the models and the data."""
 
-    Arguments:
-        model: the original.
-        made: the pruned model, which is changed.
-        plan: what it was made by.
-        parts: the batches, each with whether it is held out.
-    """
-
-    def __init__(self, model: nn.Module, made: nn.Module, plan: PlanData, parts: Sequence[tuple[Batch, bool]]) -> None:
-        self.model, self.made, self.plan, self.parts = model, made, plan, parts
-        self.whole = set_mode(private_copy(model), False)
-        made.eval()
-        name = Names(model)
-        self.own = {name(path): tensor for path, tensor, _, _ in slots(made)}
-        self.name, self.forms, self.shared = name, FormPrograms(model, plan, self.own), set[int]()
+    def __init__(self, both: BothModels) -> None:
+        self.both, self.own = both, both.own
 
     def run(self, ridge: float | None) -> tuple[list[RepairStep], Outcome]:
         """Fit every weight that lost inputs, then go as far as the output on the samples held out comes closer."""
-        lost, skipped = self.watch()
-        start = {name: tensor.detach().clone() for name, tensor in self.own.items() if name in lost or name in biases(lost)}
-        steps = [self.fit(name, found, ridge) for name, found in lost.items()]
-        steps += [RepairStep(name, NAME, None, False, why) for name, why in skipped.items()]
-        return steps, self.choose_share(start)
+        start: dict[str, Tensor] = {}
+        steps: dict[str, RepairStep] = {}
+        for lost in self.watch(start, steps):
+            for name, found in lost.items():
+                if self.both.refused:
+                    steps[name] = RepairStep(name, NAME, None, False, self.both.refused)
+                    continue
+                start |= {n: self.own[n].detach().clone() for n in (name, found.bias) if n is not None and n in self.own}
+                steps[name] = self.fit(name, found, ridge)
+        return list(steps.values()), self.both.choose_share(start)
 
-    def watch(self) -> tuple[dict[str, Lost], dict[str, str]]:
-        """Run the original on all batches; what each weight lost, and which are left as they are."""
-        tensors = dict(named_tensors(self.whole))
-        first = {id(t): name for name, t in named_tensors(self.model)}
+    def watch(self, start: dict[str, Tensor], steps: dict[str, RepairStep]) -> Iterator[dict[str, Lost]]:
+        """Run the original on all batches, block by block, and yield what the weights of each lost.
+
+        Arguments:
+            start: the values of weights that were fitted: those of a weight that is used again are put back.
+            steps: what was done, by weight; those that are left as they are are added.
+        """
+        whole, model, parts = self.both.whole, self.both.model, self.both.parts
+        tensors = dict(named_tensors(whole))
+        first = {id(t): name for name, t in named_tensors(model)}
         names = {id(t): first.get(id(t), name) for name, t in tensors.items()}
         owned = {names[id(t)]: t for t in tensors.values() if isinstance(t, nn.Parameter) and t.is_floating_point()}
-        lost: dict[str, Lost] = {}
-        skipped: dict[str, str] = {}
-        masks = self.plan.masks(self.model)
-        for batch, held in progress_bar(self.parts, "refit", "batch"):
-            observer = LostObserver(names, owned, masks, lost, skipped, held=held)
-            with observer:
-                call(self.whole, batch)
-            observer.finish()
-        return {name: found for name, found in lost.items() if name in self.own}, skipped
+        cuts, lost, skipped = self.both.plan.fitted(shapes_of(model)).slices, dict[str, Lost](), dict[str, str]()
+
+        @functools.cache
+        def mask(name: str) -> Tensor | None:
+            return mask_of(cuts[name], owned[name].shape) if cuts.get(name) and name not in start else None
+
+        observers = [LostObserver(names, owned, mask, lost, skipped, held=held) for _, held in parts]
+
+        def ready() -> dict[str, Lost]:
+            skipped.update((name, USED_AGAIN) for observer in observers for name in observer.used_again())
+            found = {name: each for name, each in lost.items() if name in self.own and name not in skipped}
+            lost.clear()
+            mask.cache_clear()
+            return found
+
+        paths = [path for chain in block_chains(whole) for path in chain]
+        works = [functools.partial(observed, o, whole, batch) for o, (batch, _) in zip(observers, parts, strict=True)]
+        with stopping(whole, paths), Lockstep(paths, works) as lockstep:
+            for _, at in progress_bar(lockstep.stages(), "refit", "block", len(paths)):
+                answers = []
+                for i in at:
+                    with observers[i]:
+                        answers.append(lockstep.call(i).run())
+                yield ready()
+                for i, answer in zip(at, answers, strict=True):
+                    lockstep.answer(i, answer)
+            yield ready()
+        for name in skipped.keys() & steps.keys():
+            self.own[name].data.copy_(start[name])
+        steps |= {name: RepairStep(name, NAME, None, False, why) for name, why in skipped.items()}
 
     def fit(self, name: str, found: Lost, ridge: float | None) -> RepairStep:
         """Fit one weight, and keep the fit where what is lost grows smaller on the data held out."""
@@ -217,55 +237,7 @@ class Refit:
             self.own[found.bias].data.add_(shift.reshape(-1).to(self.own[found.bias].dtype))
         return replace(step, error=error, done=True)
 
-    def choose_share(self, start: Mapping[str, Tensor]) -> Outcome:
-        """As `held_out.choose_share`, batch by batch: no output is held."""
-        judged = [batch for batch, held in self.parts if held] or [batch for batch, _ in self.parts]
-        checks = any(held for _, held in self.parts)
-        made = {name: self.own[name].detach().clone() for name in start}
 
-        def errors(share: float) -> Errors:
-            for name, tensor in start.items():
-                self.own[name].data.copy_(tensor.lerp(made[name], share))
-            return sum_of(Errors.of([call(self.whole, b)], [self.output(b)], [b]) for b in judged)
-
-        before = errors(0.0)
-        for share in SHARES if checks else (1.0,):
-            after = errors(share)
-            if not checks or after.surely_less_than(before):
-                return Outcome(share, (before.relative, after.relative))
-        errors(0.0)
-        return Outcome(0.0, (before.relative, before.relative))
-
-    def output(self, batch: Batch) -> Any:
-        """What the pruned model returns: its own program's result, or that of one captured for such a batch."""
-        inputs = ExampleInputs(batch.args, batch.kwargs)
-        try:
-            return inputs.map(torch.clone).call(self.made)
-        except (GuardError, PruneError, TypeError):
-            return self.forms.run(inputs, lambda form: self.captured(form, inputs))[1]
-
-    def captured(self, form: Any, inputs: ExampleInputs) -> Any:
-        if id(form) not in self.shared:
-            self.shared.add(id(form))
-            form.pruned.eval()
-            for path, tensor, _, _ in slots(form.pruned):
-                if (own := self.own.get(self.name(path))) is not None:
-                    tensor.data = own.data
-        return inputs.map(torch.clone).call(form.pruned)
-
-
-def biases(lost: Mapping[str, Lost]) -> set[str]:
-    return {found.bias for found in lost.values() if found.bias is not None}
-
-
-def call(model: Callable[..., Any], batch: Batch) -> Any:
-    """What a model returns for a batch."""
-    try:
-        return ExampleInputs(batch.args, batch.kwargs).map(torch.clone).call(model)
-    except Exception as error:
-        raise PruneError(f"the model raises {type(error).__name__} on a batch of data: {error}", fix=BATCHES) from error
-
-
-def sum_of(parts: Iterator[Errors]) -> Errors:
-    found = list(parts)
-    return Errors([square for part in found for square in part.squares], sum(part.size for part in found))
+def observed(observer: LostObserver, model: nn.Module, batch: Batch) -> None:
+    with observer:
+        call(model, uncached(model, batch))

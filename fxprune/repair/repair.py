@@ -11,29 +11,36 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.text import Text
-from torch import nn
+from torch import Tensor, nn
 
 from fxprune.arguments import shown
-from fxprune.criteria.calibration import BATCHES, Batch, check_batches, parse_batch
+from fxprune.criteria.calibration import BATCHES, Batch, check_batches, check_source, parse_batch
 from fxprune.entry_points import entry_point
 from fxprune.inputs import device_of
 from fxprune.passes.capture.patches import visible
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors
+from fxprune.passes.ir.pytree import collect
 from fxprune.passes.ir.quiet import unobserved, without_modes
-from fxprune.plan import PlanData, plan_between
+from fxprune.plan import plan_between
+from fxprune.repair.block_tuning import NAME as BLOCK
+from fxprune.repair.block_tuning import BlockInputs, BlockTuning, Tuning
+from fxprune.repair.both_models import BothModels, Loss
 from fxprune.repair.held_out import Outcome, choose_share, split
 from fxprune.repair.methods import METHODS
-from fxprune.repair.refit import NAME, Refit
+from fxprune.repair.refit import NAME as REFIT
+from fxprune.repair.refit import Refit
 from fxprune.repair.repairer import Repairer, RepairStep
 from fxprune.repair.side_by_side import Programs
 from fxprune.reports.formatting import Printable, counted, plain_data, table
+from fxprune.selection.argument_checks import check_word
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
 SHOWN = 30
+ALONE = (REFIT, BLOCK)  # methods that go with no other
 
 
 @dataclass(frozen=True)
@@ -103,9 +110,13 @@ def repair(
     pruned: nn.Module,
     data: Iterable[Any],
     *,
-    method: str | Sequence[str] = ("reconstruct", "recalibrate"),
+    method: str | Sequence[str] | None = None,
     ridge: float | None = None,
     held_out: float = 0.25,
+    loss: Loss | None = None,
+    steps: int = 200,
+    block_inputs: BlockInputs = "pruned",
+    seed: int = 0,
 ) -> Any:
     """A copy of a pruned model, closer to the original on some data, without training.
 
@@ -133,7 +144,8 @@ def repair(
         data: batches as for `prune`, held in memory together with what both models make of them; a few hundred samples do.
             Keywords and sizes may be others than those of the example inputs, and differ from batch to batch: both models
             are then captured for each form.
-        method: one of these, or several, which are applied in turn at each layer:
+        method: one of these, or several, which are applied in turn at each layer; by default `refit` where
+            all inputs are integers, as tokens are, and else `reconstruct` with `recalibrate`:
             `reconstruct`: the weight is moved to the one whose result is closest to the original's, by least squares on the
             inputs that are left (as in ThiNet, arXiv:1707.06342, and OBSPA, arXiv:2403.18955);
             `compensate`: a constant makes the mean of each result the original's (FLAP, arXiv:2312.11983: what the removed
@@ -144,51 +156,67 @@ def repair(
             `refit`, by itself: each weight that lost inputs is fitted to what these contributed, by least squares on the
             original's own activations. The original runs once, batch by batch; no layer follows the errors of another one.
             It is the one for language models.
+            `block`, by itself: each block (modules of one class in a `ModuleList` or a `Sequential`) is trained to return what
+            the original's does, one block in memory at a time, without labels (arXiv:2510.14444). It takes longest, and comes
+            closest; repair by `refit` first.
             Constants go into the product's bias; into the running mean of the normalisation behind it where there is no
             bias; and nowhere where there is neither. No parameter is added, so a saved plan still fits.
         ridge: of `reconstruct`, the penalty on the squared change of a weight, as a share of the mean square of its inputs;
             0 for plain least squares. By default each layer's is chosen by its error on the samples held out.
         held_out: the share of the samples that is held out, two of them at least: rows of each batch, or whole batches where
             there are eight or more. With fewer than four samples nothing is changed. 0: all are fitted, nothing is checked.
+        loss: of `refit` and `block`: a function of the output and the target, as for `prune`; by default the `loss` that the
+            output holds, if it does. The changes are undone where it rises on the samples held out.
+        steps: of `block`, how many steps each block is trained for, of one batch each.
+        block_inputs: of `block`, what each block is trained on: what the pruned blocks before it make (`pruned`), or what goes
+            into it in the original (`dense`).
+        seed: of the order of the batches of `block`.
 
     Returns: the copy, in the mode and of the class of `pruned`, with `meta["repair"]`.
 
     Raises: PruneError where the two models or the data do not fit together, or a method does not exist.
     """
     with entry_point(model) as model:
-        methods = asked(method, ridge, held_out)
-        plan = plan_between(model, pruned)
+        methods = asked(REFIT if method is None else method, ridge, held_out)
+        model, plan = plan_between(model, pruned).in_basis(model, whole=True)
         plan.check(model)
         given = batches_of(data, device_of(model))
+        methods = default_methods(given[0])[0] if method is None else methods
+        check_tuning(methods, loss, steps, block_inputs, seed)
         parts = split(given, held_out)
         made: Any = copy.deepcopy(pruned)
-        if methods == (NAME,):
-            with unobserved(model), visible(), torch.no_grad():
-                return refitted(model, pruned, made, plan, parts, ridge)
+        refused = refusal(parts, held_out)
+        if methods[0] in ALONE:
+            with unobserved(model), visible():
+                both = BothModels(model, made, plan, parts, loss, refused)
+                if methods == (REFIT,):
+                    done, result = Refit(both).run(ridge)
+                else:
+                    done, result = BlockTuning(both, Tuning(steps, block_inputs, seed)).run()
+                return finished(pruned, made, methods, result, done, 0, count_samples(parts))
         with unobserved(model), visible():
             programs = Programs(model, made, plan, parts)
-            samples = [sum(batch.size for batch, held in parts if held == part) for part in (False, True)]
+            samples = count_samples(parts)
             repairer = Repairer(programs.runs, plan.masks(model), None if ridge is None else float(ridge))
-            if held_out and not samples[1]:
-                repairer.refusal = f"{counted(samples[0], 'sample')}: too few to hold some out; four are needed, or held_out=0"
+            repairer.refusal = refused
             repairer.run([METHODS[name] for name in methods])
             result = choose_share(programs, dict(named_tensors(pruned)), dict(named_tensors(made)), check=bool(samples[1]))
         computed = max(run.new.computed for run in programs.runs)
-        return finished(pruned, made, methods, result, repairer.steps, computed, (samples[0], samples[1]))
+        return finished(pruned, made, methods, result, repairer.steps, computed, samples)
 
 
-def refitted(
-    model: nn.Module,
-    pruned: nn.Module,
-    made: nn.Module,
-    plan: PlanData,
-    parts: Sequence[tuple[Batch, bool]],
-    ridge: float | None,
-) -> Any:
-    """The copy by the method `refit`, which needs no programs side by side."""
-    samples = [sum(batch.size for batch, held in parts if held == part) for part in (False, True)]
-    steps, result = Refit(model, made, plan, parts).run(ridge)
-    return finished(pruned, made, (NAME,), result, steps, 0, (samples[0], samples[1]))
+def count_samples(parts: Sequence[tuple[Batch, bool]]) -> tuple[int, int]:
+    """How many are fitted, and how many held out."""
+    fitted, held = (sum(batch.size for batch, other in parts if other == part) for part in (False, True))
+    return fitted, held
+
+
+def refusal(parts: Sequence[tuple[Batch, bool]], held_out: float) -> str:
+    """Why nothing is changed, where some are to be held out and there are too few; else ""."""
+    fitted, held = count_samples(parts)
+    if held or not held_out:
+        return ""
+    return f"{counted(fitted, 'sample')}: too few to hold some out; four are needed, or held_out=0"
 
 
 def finished(
@@ -215,18 +243,38 @@ def finished(
 def asked(method: Any, ridge: Any, held_out: Any) -> tuple[str, ...]:
     """The methods by name; raises PruneError for what there is not."""
     methods = (method,) if isinstance(method, str) else tuple(method) if isinstance(method, list | tuple) else ()
-    if NAME in methods and len(methods) > 1:
-        raise PruneError(f"{NAME} goes with no other method", fix=f"method={NAME!r}")
-    unknown = [m for m in methods if m not in METHODS and m != NAME]
+    alone = [m for m in methods if m in ALONE]
+    if alone and len(methods) > 1:
+        raise PruneError(f"{alone[0]} goes with no other method", fix=f"method={alone[0]!r}, on what another repair returned")
+    unknown = [m for m in methods if m not in METHODS and m not in ALONE]
     if unknown or not methods:
-        raise PruneError(
-            f"there is no method {(unknown[0] if unknown else method)!r}", fix=f"{NAME}, or one or more of {', '.join(METHODS)}"
-        )
+        fix = f"{', '.join(ALONE)}, or one or more of {', '.join(METHODS)}"
+        raise PruneError(f"there is no method {(unknown[0] if unknown else method)!r}", fix=fix)
     if ridge is not None and not (is_number(ridge) and ridge >= 0):
         raise PruneError(f"ridge must be a number of 0 or more, or None, not {shown(ridge)}", fix="ridge=0.01")
     if not (is_number(held_out) and 0 <= held_out <= 0.5):
         raise PruneError(f"held_out must be a share from 0 to 0.5, not {shown(held_out)}", fix="held_out=0.25")
     return methods
+
+
+def default_methods(first: Batch) -> tuple[tuple[str, ...], str]:
+    """The methods where none is asked for, by a batch of the data, and the reason."""
+    tensors = [t for t in collect((first.args, first.kwargs), Tensor) if t.dtype != torch.bool]
+    if tensors and not any(t.is_floating_point() or t.is_complex() for t in tensors):
+        return (REFIT,), "the inputs are tokens"
+    return ("reconstruct", "recalibrate"), "the inputs are no tokens"
+
+
+def check_tuning(methods: Sequence[str], loss: Any, steps: Any, block_inputs: Any, seed: Any) -> None:
+    """Raise PruneError for what means nothing, or nothing to these methods."""
+    if not (type(steps) is int and steps > 0):
+        raise PruneError(f"steps must be a positive integer, not {shown(steps)}", fix="steps=200")
+    if type(seed) is not int:
+        raise PruneError(f"seed must be an integer, not {shown(seed)}", fix="seed=0")
+    check_word("block_inputs", block_inputs, ("pruned", "dense"))
+    check_source(None, loss)
+    if loss is not None and methods[0] not in ALONE:
+        raise PruneError("loss is given to a method that does not look at it", fix=f"method={REFIT!r}, or {BLOCK!r}")
 
 
 def is_number(value: Any) -> bool:

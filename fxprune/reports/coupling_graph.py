@@ -9,18 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import networkx as nx
 import numpy as np
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
 from fxprune.passes.coupling.families import Family, place_of
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.ir.constraints import SPAN, Tie
 from fxprune.passes.ops.rewriting import function_name
 from fxprune.selection.costs import family_of_labels
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 Node = tuple[str, int, int]
 
@@ -49,6 +49,8 @@ def coupling_graph(solution: Solution, found: Sequence[Family]) -> nx.Graph:
     Nodes are (tensor, dimension, position of the family), with the attributes `tensor`, `dim`, `family` (its
     name), `frozen` (the reason or None) and `indices` (how many of the dimension, in its longest row).
     """
+    import networkx as nx  # here, as it takes long to import
+
     nodes, counts, labels, parts = parts_of(solution, found)
     result = nx.Graph()
     for (tensor, dim, family), count in zip(nodes, counts):
@@ -120,6 +122,9 @@ def joined(pairs: Sequence[Tie], size: int, labels: np.ndarray, parts: np.ndarra
         size: number of labels.
         labels, parts: which label lies in which part.
     """
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
     home = np.full(size, -1, np.int64)
     home[labels] = parts
     left, right, node = ends(pairs)
@@ -167,6 +172,7 @@ def stars(hubs: np.ndarray, spokes: np.ndarray, by: np.ndarray) -> np.ndarray:
 def to_dot(graph: nx.Graph, name: str) -> str:
     """The graph in the language of Graphviz; parts of families that are kept whole are dashed.
 
+    >>> import networkx as nx
     >>> print(to_dot(nx.Graph([("a", "b")]), "tiny"), end="")
     graph "tiny" {
       node [shape=box];

@@ -8,16 +8,19 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
-from typing import Any
-
-from jinja2 import DictLoader, Environment, StrictUndefined
-from markupsafe import Markup
+from typing import TYPE_CHECKING, Any
 
 from fxprune.passes.coupling.families import place_of
 from fxprune.reports.formatting import short
+from fxprune.reports.scatter import HEIGHT as SVG_HEIGHT
+from fxprune.reports.scatter import WIDTH as SVG_WIDTH
+from fxprune.reports.scatter import draw
 from fxprune.selection.budgets import format_cost
 
-FILES = ("page.html.j2", "page.css", "page.js")
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+TEMPLATES = ("page.html.j2", "sweep.html.j2", "points.html.j2")
 GOLDEN_ANGLE = 137.508  # degrees: hues that lie this far apart stay distinct, however many there are
 SHIFTS = (0, 11, -11)  # of lightness, in per cent
 FRAME = '<iframe title="{title}" srcdoc="{page}" style="width:100%;height:80vh;border:1px solid #8884"></iframe>'
@@ -25,16 +28,52 @@ FRAME = '<iframe title="{title}" srcdoc="{page}" style="width:100%;height:80vh;b
 
 def render(report: Any) -> str:
     """The page of a report (see `Report`), whole: it refers to nothing outside of it."""
+    from markupsafe import Markup
+
     data = page_data(report)
     return (
         environment()
-        .get_template("page.html.j2")
+        .get_template(TEMPLATES[0])
         .render(
             **data,
             styles=Markup(part("page.css")),
             script=Markup(part("page.js")),
             data=Markup(embedded({name: data[name] for name in ("families", "places", "links", "ratios", "curves")})),
         )
+    )
+
+
+def render_sweep(sweep: Any) -> str:
+    """The page of a sweep (see `Sweep`), whole."""
+    from markupsafe import Markup
+
+    return environment().get_template(TEMPLATES[1]).render(sweep=sweep_data(sweep), styles=Markup(part("page.css")))
+
+
+def sweep_data(sweep: Any) -> dict[str, Any]:
+    """What the template shows of a sweep."""
+    from markupsafe import Markup
+
+    fronts = {row["number"]: row["front"] for row in sweep.rows()}
+    points = [sweep.original, *sweep.done]
+    cells = lambda p: (str(p.number or ""), "unpruned" if not p.number else p.label, *sweep.cells(p))  # noqa: E731
+    return {
+        "model": sweep.model,
+        "plots": [Markup(draw(scatter)) for scatter in sweep.scatters()],
+        "rows": [(*cells(p), " ".join({"macs": "MACs"}.get(by, by) for by in fronts.get(p.number, ()))) for p in points],
+        "failed": [f"{p.number} {p.label}: {p.failed}" for p in sweep.points if p.failed],
+    }
+
+
+def embedded_svg(drawn: Sequence[str]) -> str:
+    """Drawings below one another as an SVG document of its own, light or dark as its reader is."""
+    moved = [
+        text.replace("<svg ", f'<svg x="0" y="{SVG_HEIGHT * i}" width="{SVG_WIDTH}" height="{SVG_HEIGHT}" ', 1)
+        for i, text in enumerate(drawn)
+    ]
+    size = f'viewBox="0 0 {SVG_WIDTH} {SVG_HEIGHT * len(drawn)}"'
+    return "\n".join(
+        [f'<svg xmlns="http://www.w3.org/2000/svg" {size}>', f"<style>{part('plot.css')}</style>", *moved, "</svg>", ""]
     )
 
 
@@ -50,8 +89,10 @@ def part(name: str) -> str:
 
 @functools.cache
 def environment() -> Environment:
+    from jinja2 import DictLoader, Environment, StrictUndefined
+
     return Environment(
-        loader=DictLoader({FILES[0]: part(FILES[0])}),
+        loader=DictLoader({name: part(name) for name in TEMPLATES}),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -78,6 +119,7 @@ def page_data(report: Any) -> dict[str, Any]:
         "links": [[link.a, link.b, link.family, link.op, link.module] for link in report.links],
         "ratios": [ratio_data(report, r) for r in report.ratios],
         "curves": curves(report),
+        "sweep": None if report.sweep is None else sweep_data(report.sweep),
         "exact": exactness(report.verification),
     }
 

@@ -15,7 +15,6 @@ from rich.text import Text
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fxprune.entry_points import entry_point
@@ -162,6 +161,8 @@ def held(module: nn.Module) -> int:
 
 def macs_by_module(model: nn.Module, inputs: ExampleInputs) -> dict[str, int]:
     """Multiply-accumulates of one forward by the path of the module; "" is the whole model."""
+    from torch.utils.flop_counter import FlopCounterMode  # here, as it imports triton
+
     with visible(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         inputs.call(model)
     found = {"": int(counter.get_total_flops()) // 2}

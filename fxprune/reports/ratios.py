@@ -12,7 +12,6 @@ import torch
 
 from fxprune.errors import PruneWarning
 from fxprune.passes.coupling.families import families
-from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_parameters
 from fxprune.passes.ir.progress import progress_bar
@@ -21,8 +20,7 @@ from fxprune.pipeline import Choice, Compilation
 from fxprune.selection.costs import Costs
 from fxprune.selection.latency import measure_seconds
 from fxprune.selection.latency_model import LatencyModel
-from fxprune.selection.options import Options
-from fxprune.selection.select import allocate, check_effect, score_families
+from fxprune.selection.options import Memo, Options
 
 RATIOS = tuple(i / 20 for i in range(1, 20))
 
@@ -50,6 +48,22 @@ class RatioCosts:
     refused: str = ""
 
 
+class Chooser:
+    """Chooses from one coupling again and again, each time as `prune` does; what is scored is scored once."""
+
+    def __init__(self, compilation: Compilation) -> None:
+        self.compilation, self.solution, self.memo = compilation, compilation.couple(), Memo()
+
+    def choose(self, options: Options) -> tuple[Compilation, Choice]:
+        """What stays, and the compilation that can emit it; raises PruneError as `prune` does."""
+        compilation, options = self.compilation, dataclasses.replace(options, memo=self.memo)
+        if not self.solution.captures[0].unseen:
+            return compilation, compilation.choose(options, self.solution)
+        # which modules fail once they are cut depends on the choice: each starts from what is known of none
+        fresh = Compilation(compilation.model, compilation.inputs, compilation.options)
+        return fresh, fresh.choose(options)
+
+
 class RatioSweep:
     """Chooses units as `prune` does, ratio by ratio; they are scored once.
 
@@ -61,27 +75,7 @@ class RatioSweep:
     def __init__(self, compilation: Compilation, options: Options) -> None:
         if options.data is not None:
             options = dataclasses.replace(options, data=list(options.data))  # which may be read again
-        self.compilation, self.options = compilation, options
-        self.solution = compilation.couple()
-        self.scored: tuple[Solution, Any, Any] | None = None
-
-    def choose(self, ratio: float) -> Choice:
-        """What stays at a ratio; raises PruneError as `prune` does."""
-        compilation = self.compilation
-        if not self.solution.captures[0].unseen:
-            return compilation.choose_by(lambda coupled: self.select(coupled, ratio), self.solution)
-        # which modules fail once they are cut depends on the ratio: each starts from what is known of none
-        fresh = Compilation(compilation.model, compilation.inputs, compilation.options)
-        return fresh.choose_by(lambda coupled: self.select(coupled, ratio))
-
-    def select(self, coupled: Solution, ratio: float) -> Any:
-        model, options = self.compilation.model, dataclasses.replace(self.options, ratio=ratio)
-        if self.scored is None or self.scored[0] is not coupled:
-            self.scored = coupled, *score_families(model, coupled, options)
-        free, score = self.scored[1:]
-        kept, slicer = allocate(free, score, Costs(coupled, self.compilation.tensors), options)
-        check_effect(model, free, score, coupled, options, kept)
-        return kept, slicer
+        self.compilation, self.options, self.chooser = compilation, options, Chooser(compilation)
 
     def costs(
         self, ratios: Sequence[float], names: Sequence[str], *, macs: bool, seconds: float | None = None
@@ -111,7 +105,7 @@ class RatioSweep:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", PruneWarning)  # `prune` says it, where it is asked
-                return self.choose(ratio), ""
+                return self.chooser.choose(dataclasses.replace(self.options, ratio=ratio))[1], ""
         except PruneError as error:
             return self.compilation.unpruned(), error.what
 
@@ -120,5 +114,5 @@ class RatioSweep:
         compilation = self.compilation
         probe = compilation.latency_probe()
         with probe.restore_random_state(), torch.no_grad():
-            model = LatencyModel([], Costs(self.solution, compilation.tensors), probe.device, probe.seconds, total)
+            model = LatencyModel([], Costs(self.chooser.solution, compilation.tensors), probe.device, probe.seconds, total)
             return model.of_each(slicers, measure_seconds)

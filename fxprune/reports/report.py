@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from fxprune.reports.formatting import Printable, counted, plain_data, short, ta
 from fxprune.reports.page import in_frame, render
 from fxprune.reports.ratios import RatioCosts
 from fxprune.reports.sensitivity import Sensitivity
+from fxprune.reports.sweep import Sweep
 from fxprune.selection.latency import FRIENDLY, Latency
 from fxprune.verification import Verification
 
@@ -54,6 +55,8 @@ class Report(Printable):
         chosen: what `prune` chose where nothing was asked for, and why.
         unused: the modules of tensors that a run on the example inputs does not use, which stay as they are.
         branches: the residual branches that were removed, by name.
+        repaired: what repair came to, if there was one.
+        sweep: of the model, if it was given.
     """
 
     model: str
@@ -72,6 +75,8 @@ class Report(Printable):
     chosen: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     branches: tuple[str, ...] = ()
+    repaired: str = ""
+    sweep: Sweep | None = None
 
     def __repr__(self) -> str:
         """A few lines; `print` shows the tables, too."""
@@ -92,7 +97,8 @@ class Report(Printable):
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready data: all attributes, and for each family why it shrank no further."""
         changes = [{**plain_data(c), "reason": c.reason} for c in self.changes]
-        return {**plain_data(self), "changes": changes}
+        sweep = None if self.sweep is None else self.sweep.to_dict()
+        return {**plain_data(replace(self, sweep=None)), "changes": changes, "sweep": sweep}
 
     @property
     def share(self) -> float:
@@ -158,6 +164,8 @@ class Report(Printable):
         yield f"captured: {self.capture}"
         unknown = "not compared with the original: prune(..., verify=True) or fxprune.verify does it"
         yield str(self.verification or unknown)
+        if self.repaired:
+            yield self.repaired
 
     def tables(self) -> Iterator[RenderableType]:
         """The sentences, the families that shrank and those that did not, as rich renders them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from fxprune.reports.module_times import measure_models, measure_modules
 from fxprune.reports.ratios import RATIOS, RatioCosts, RatioSweep
 from fxprune.reports.report import Report
 from fxprune.reports.sensitivity import Sensitivity, checked_ratios
+from fxprune.reports.sweep import Sweep
 from fxprune.selection.latency import Latency
 from fxprune.selection.options import STREAMS_LAST, Options, Ranking, Scopes
 from fxprune.verification import evaluating
@@ -42,6 +44,7 @@ def report(
     ratios: Sequence[float] = RATIOS,
     measure: bool = False,
     sensitivity: Sensitivity | None = None,
+    sweep: Sweep | None = None,
     criterion: CriterionName | str | Criterion = "magnitude",
     data: Iterable[Any] | None = None,
     loss: Callable[..., Tensor] | None = None,
@@ -72,12 +75,12 @@ def report(
         ratios: shares of units for which the report says what `prune` would leave, with the options below and the coupling
             that the model was pruned with.
         measure: whether to time both models, their modules, and for other ratios the products of the program one by one.
-        sensitivity: what `fxprune.sensitivity` returned, to be shown beside.
+        sensitivity, sweep: what `fxprune.sensitivity` and `fxprune.sweep` (or `search`) returned, to be shown beside.
         criterion, data, loss, ranking, scopes, floor, round_to: how `prune` chooses at these ratios.
 
     Raises: PruneError if the two do not belong together.
     """
-    check_extras(example_inputs, sensitivity, measure=measure)
+    check_extras(example_inputs, sensitivity, sweep, measure=measure)
     with entry_point(model) as model:
         how: dict[str, Any] = {
             "criterion": criterion,
@@ -90,16 +93,20 @@ def report(
         inputs = None if example_inputs is None else ExampleInputs.parse(example_inputs, model).check(model)
         shares = checked_ratios(ratios)
         said = {name: value for name, value in how.items() if value != getattr(DEFAULTS, name)}
-        return Reporter(model, pruned, inputs, options, said).report(shares, sensitivity, measure=measure)
+        found = Reporter(model, pruned, inputs, options, said).report(shares, sensitivity, measure=measure)
+        return found if sweep is None else dataclasses.replace(found, sweep=sweep)
 
 
-def check_extras(example_inputs: Any, sensitivity: Any, *, measure: bool) -> None:
-    """Raise PruneError where there is nothing to run the models on, or the sensitivity is none."""
+def check_extras(example_inputs: Any, sensitivity: Any, sweep: Any, *, measure: bool) -> None:
+    """Raise PruneError where there is nothing to run the models on, or what is to be shown beside is something else."""
     if measure and example_inputs is None:
         raise PruneError("measure=True runs both models, and there are no example inputs", fix="report(model, pruned, x)")
     if sensitivity is not None and not isinstance(sensitivity, Sensitivity):
         what = f"sensitivity must be what fxprune.sensitivity returned, not a {type(sensitivity).__name__}"
         raise PruneError(what, fix="fxprune.sensitivity(model, example_inputs, evaluate)")
+    if sweep is not None and not isinstance(sweep, Sweep):
+        what = f"sweep must be what fxprune.sweep or fxprune.search returned, not a {type(sweep).__name__}"
+        raise PruneError(what, fix="fxprune.sweep(model, example_inputs, evaluate, budgets={'macs': [0.5, 0.25]})")
 
 
 class Reporter:
@@ -115,7 +122,7 @@ class Reporter:
         self, model: nn.Module, pruned: nn.Module, inputs: ExampleInputs | None, options: Options, said: dict[str, Any]
     ) -> None:
         self.pruned, self.inputs, self.options, self.said = pruned, inputs, options, said
-        self.plan = plan_between(model, pruned)
+        model, self.plan = plan_between(model, pruned).in_basis(model)
         self.meta: dict[str, Any] = getattr(pruned, "meta", {})
         given = None if inputs is None else inputs.kwargs or inputs.args
         self.compilation = Compilation.of_plan(model, self.plan, given, self.meta.get("frozen_modules"))
@@ -147,6 +154,7 @@ class Reporter:
             self.meta.get("chosen", ()),
             tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in self.meta.get("unused", ()))),
             self.meta.get("branches", ()),
+            next(self.meta["repair"].sentences()) if "repair" in self.meta else "",
         )
 
     def other_ratios(self, ratios: Sequence[float], names: Sequence[str], total: float | None) -> tuple[RatioCosts, ...]:

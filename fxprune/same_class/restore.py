@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.capture.capture import capture_program
-from fxprune.passes.capture.opaque import OPERATORS
 from fxprune.passes.coupling.couple import couple_channels
 from fxprune.passes.errors import PruneError, surface
 from fxprune.passes.ir.module_tree import named_tensors, private_copy, set_mode
@@ -106,7 +105,7 @@ def shrunk_copy(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs) -
         surface(error)
         return with_own_forwards(pruned, type(model)), {}
     trees = [use.tree for found in solution.captures[0].sizes.values() for use in found]
-    uses = [tree for tree in trees if tree[0] not in OPERATORS]
+    uses = [tree for tree in trees if len(tree) == 2]  # an attribute itself
     paths = [module.removeprefix("whole").removeprefix(".") for module, _ in uses]
     return made, {(path, name): getattr(made.get_submodule(path), name) for path, (_, name) in zip(paths, uses, strict=True)}
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, fx
 
 from fxprune.passes.coupling.families import Family
 from fxprune.passes.coupling.solution import Solution
@@ -40,6 +40,8 @@ class Allocator:
 
     Attributes:
         candidates: what each group can lose.
+        names: of each group the name of its first family.
+        speeds: how fast groups lose their units, by name; None where scores decide.
         rivals: positions in `candidates` of those that compete with one another.
         late: positions of those that lose units only where all others have lost what they can.
     """
@@ -69,6 +71,8 @@ class Allocator:
         ]
         if removed is not None:
             prefer_removed(self.candidates, removed)
+        self.names = [free[group.families[0]].name for group in groups]
+        self.speeds = options.speeds
         self.rivals = find_rivals(groups, free, solution, options)
         crossing = [role.crosses for role in find_roles(solution, free)] if options.spares else [False] * len(free)
         self.late = {i for i, group in enumerate(groups) if any(crossing[m] for m in group.families)}
@@ -88,8 +92,26 @@ class Allocator:
 
     def order_steps(self) -> list[int]:
         """The order of all steps: for each the position of the group that takes it."""
+        if self.speeds is not None:
+            return order_by_speed(self.candidates, [self.speeds.get(name, 1.0) for name in self.names])
         parts = [[[i for i in rivals if (i in self.late) == late] for rivals in self.rivals] for late in (False, True)]
         return [i for part in parts for i in merge_steps([rivals for rivals in part if rivals], self.candidates)]
+
+    def grow(self) -> None:
+        """Have steps count for more the less of their group is left.
+
+        Scores are changes of the loss, each as if its unit went alone. Where a group has lost the part g of its sum t, what
+        its readers miss is g, beside the t - g that they still get. So all that it has lost counts t g / (t - g): g at first,
+        and without bound where nothing would be left. The importance of a step is the mean of that increase over its units.
+        """
+        score = np.maximum(self.score, 0)  # what an earlier step removed is below zero
+        for found in self.candidates:
+            steps, taken = np.array(found.importance[1:]), np.diff(found.count)
+            whole = float(score[np.concatenate([units for _, units in found.group.strata])].sum())
+            if len(steps) and whole > 0:
+                lost = np.r_[0.0, np.cumsum(np.maximum(steps, 0) * taken)]
+                grown = whole**2 * np.diff(1 / np.maximum(whole - lost, 1e-9 * whole)) / taken
+                found.importance[1:] = np.where(steps < 0, steps, np.maximum.accumulate(grown)).tolist()
 
     def weigh(self, cost: Callable[[Slicer], float]) -> None:
         """Divide the importance of every step by what its units cost, as the mean of what all of its group's do."""
@@ -104,6 +126,10 @@ class Allocator:
     def removed_at(self, levels: Sequence[int]) -> np.ndarray:
         """For each unit whether an allocation removes it, shape (labels,)."""
         return removed_at(self.candidates, levels, len(self.score))
+
+    def lost(self, group: int, level: int) -> Collection[fx.Node]:
+        """The nodes of the captured programs that go with a group at a level."""
+        return ()
 
     def apply(self, levels: Sequence[int]) -> tuple[Tensor, Slicer]:
         """What an allocation keeps, with every tensor a rectangle."""
@@ -143,6 +169,16 @@ def order_by_importance(candidates: Sequence[Candidates]) -> list[int]:
     """The order in which rivals take their steps, the least important first; ties go to the one that stands first."""
     keys = [(found.importance[level], i, level) for i, found in enumerate(candidates) for level in range(1, len(found.count))]
     return [i for _, i, _ in sorted(keys)]
+
+
+def order_by_speed(candidates: Sequence[Candidates], speeds: Sequence[float]) -> list[int]:
+    """The order of all steps where every group loses its units at a speed of its own: shares stay in one proportion."""
+    keys = [
+        (found.count[level] / found.total / speed, i)
+        for i, (found, speed) in enumerate(zip(candidates, speeds, strict=True))
+        for level in range(1, len(found.count))
+    ]
+    return [i for _, i in sorted(keys)]
 
 
 def merge_steps(rivals: Sequence[Sequence[int]], candidates: Sequence[Candidates]) -> list[int]:

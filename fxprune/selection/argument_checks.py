@@ -41,6 +41,12 @@ def check_word(argument: str, value: Any, words: Sequence[str]) -> None:
         raise PruneError(f"{argument} must be {listed}, not {shown(value)}", fix=near.rstrip() or f"{argument}={words[0]!r}")
 
 
+def check_experts(experts: Any) -> None:
+    """Raise PruneError for what means nothing as `experts`."""
+    if not isinstance(experts, bool) and not is_one_of(experts, ("only",)):
+        raise PruneError(f"experts must be True, False or 'only', not {shown(experts)}", fix="experts='only'")
+
+
 def parse_ratio(model: nn.Module, ratio: Any) -> float | dict[str, float]:
     """The share to remove, or shares by glob in the order given, modules by their names."""
     ratio = number(ratio)

@@ -16,8 +16,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_matrix
 
 from fxprune.passes.coupling.components import smallest_connected
 
@@ -132,6 +130,9 @@ def solve_shared_rows(group: Group, score: np.ndarray, share: float, wanted: int
     units as possible go (at most `wanted` of a row), and of those the lowest scored. Units that were removed before stay
     removed. Empty where no solution is found in time.
     """
+    from scipy.optimize import Bounds, LinearConstraint, milp  # it takes half a second, and few models need it
+    from scipy.sparse import csr_matrix
+
     units = np.unique(np.concatenate([units for _, units in group.strata]))
     column = {int(u): i for i, u in enumerate(units)}
     n, extra = len(units), len(group.equal)  # a variable for each unit, and one for what each constraint's rows lose

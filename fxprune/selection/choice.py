@@ -35,9 +35,9 @@ class Choice:
     slicer: Slicer
     latency: Latency | None = None
 
-    def removal(self, heads: bool) -> Removal:
+    def removal(self, heads: bool | str) -> Removal:
         """What it removes of the model; `heads` says whether heads go whole."""
-        return Removal(self.solution.leaves, self.kept, heads, self.slicer.removed)
+        return Removal(self.solution.leaves, self.kept, heads, any(self.solution.picks), self.slicer.removed)
 
     @functools.cached_property
     def slices(self) -> dict[str, list[TensorSlice]]:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import flop_registry
 
 from fxprune.passes.coupling.families import Family
 from fxprune.passes.coupling.solution import Solution
@@ -124,7 +123,11 @@ class Costs:
 
 def counts(op: OpCall) -> bool:
     """Whether an op has multiply-accumulates: by its specification, or by a formula registered with torch."""
-    return find(op.func).macs is not None or getattr(op.func, "_overloadpacket", None) in flop_registry
+    if find(op.func).macs is not None:
+        return True
+    from torch.utils.flop_counter import flop_registry  # here, as it imports triton
+
+    return getattr(op.func, "_overloadpacket", None) in flop_registry
 
 
 def evaluation_calls(capture: CapturedProgram) -> list[OpCall]:
@@ -138,5 +141,7 @@ def macs_of(op: OpCall, op_trace: OpTrace, shape: Callable[[TensorRef], tuple[in
     count = find(op.func).macs
     if count is not None:
         return count(OpView(op, op_trace, shape))
+    from torch.utils.flop_counter import flop_registry
+
     args, kwargs, out = (map_tensors(x, shape, TensorRef) for x in (op.args, op.kwargs, op.outs))
     return int(flop_registry[op.func._overloadpacket](*args, **kwargs, out_val=out)) // 2

@@ -6,7 +6,7 @@ family loses; by a global one branches compete with units, by scores that are sc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -24,8 +24,16 @@ from fxprune.selection.allocation import FLOOR, Allocator, matches
 from fxprune.selection.budgets import Budget
 from fxprune.selection.candidates import Candidates, Group
 from fxprune.selection.costs import Costs
+from fxprune.selection.latency import LatencyProbe
 from fxprune.selection.options import Options
-from fxprune.selection.select import check_effect, meet_budget, score_families
+from fxprune.selection.select import allocate_by_latency, check_effect, meet_budget, score_families
+
+BRANCHES = "residual branches"  # the name of their group among those of families
+
+
+def speed_name(branch: Branch) -> str:
+    """What stands for a branch among the speeds of families."""
+    return f"branch {branch.name}"
 
 
 class DepthAllocator(Allocator):
@@ -35,6 +43,7 @@ class DepthAllocator(Allocator):
         free, score, solution, options: as for `Allocator`.
         branches: of the model.
         groups: branches that lose the same share, lowest scores first, with their scores and the share.
+        round_to: in place of that of `options`.
     """
 
     def __init__(
@@ -45,9 +54,11 @@ class DepthAllocator(Allocator):
         options: Options,
         branches: Branches,
         groups: Sequence[tuple[list[Branch], np.ndarray, float]],
+        round_to: int | None = None,
     ) -> None:
-        super().__init__(free, score, solution, options)
+        super().__init__(free, score, solution, options, round_to=round_to)
         self.branches, self.lists = branches, [found for found, _, _ in groups]
+        self.names += [BRANCHES] * len(groups)
         self.widths = len(self.candidates)
         floor = (FLOOR if options.competes else 0.0) if options.floor is None else options.floor
         steps = [i for c in self.candidates for i in c.importance[1:]]
@@ -65,6 +76,9 @@ class DepthAllocator(Allocator):
             else:
                 self.rivals.append([len(self.candidates) - 1])
 
+    def lost(self, group: int, level: int) -> Collection[fx.Node]:
+        return self.branches.remove(self.lists[group - self.widths][:level]).nodes if group >= self.widths else ()
+
     def apply(self, levels: Sequence[int]) -> tuple[Tensor, Slicer]:
         kept, slicer = super().apply(levels)
         gone = [b for found, level in zip(self.lists, levels[self.widths :], strict=True) for b in found[:level]]
@@ -78,6 +92,7 @@ def select_with_depth(
     options: Options,
     tensors: Mapping[str, Tensor],
     program: Callable[[], fx.GraphModule],
+    probe: LatencyProbe | None = None,
 ) -> tuple[Tensor, Slicer]:
     """Which labels and branches stay; arguments as for `select_units` and `score_branches`.
 
@@ -86,7 +101,8 @@ def select_with_depth(
     branches = Branches(solution.captures, set(named_parameters(model)))
     found = free_branches(model, branches, options)
     how = options.depth_criterion or ("weights" if options.data is None else "influence")
-    scores = score_branches(model, solution, found, how, options.criterion, options.data, options.loss, program)
+    evidence = options.criterion, options.data, options.loss, program
+    scores = options.scored(solution, "branches", lambda: score_branches(model, solution, found, how, *evidence))
     scores = scores if options.combine is None else options.combine(scores)
     if not np.isfinite(scores).all():
         name = found[int(np.flatnonzero(~np.isfinite(scores))[0])].name
@@ -95,11 +111,14 @@ def select_with_depth(
         free, score = list[Family](), np.zeros(len(solution.unit_of))
     else:
         free, score = score_families(model, solution, options)
-    allocator = DepthAllocator(free, score, solution, options, branches, grouped(found, scores, options))
+    groups = grouped(found, scores, options)
+    make = lambda n=None: DepthAllocator(free, score, solution, options, branches, groups, n)  # noqa: E731
+    costs, allocator = Costs(solution, tensors), make()
     if options.budget is None:
         slicer = allocator.apply(allocator.allocate_ratio())[1]
+    elif probe is not None:
+        slicer = allocate_by_latency(make, costs, options, probe)[1]
     else:
-        costs = Costs(solution, tensors)
         slicer = give_back(meet_budget(options.budget, allocator, costs)[1], branches, options.budget, costs)
     if not slicer.removed and options.depth == "only" and options.budget is None:
         raise PruneError(
@@ -156,6 +175,9 @@ def grouped(found: Sequence[Branch], scores: np.ndarray, options: Options) -> li
     groups = []
     for key, mine in shares.items():
         ordered = sorted(mine, key=lambda i: float(scores[i]))
+        if options.speeds is not None:
+            place = {i: (k + 1) / options.speeds.get(speed_name(found[i]), 1.0) for k, i in enumerate(ordered)}
+            ordered.sort(key=place.__getitem__)
         if options.budget is not None:
             share = 1.0
         else:

@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors, private_copy, set_mode
-from fxprune.passes.rewrite.rewrite import rewrite_program
+from fxprune.passes.ir.slices import Slicer
 from fxprune.selection.budgets import Budget, format_cost
 
 FRIENDLY = 8  # kernels are written for multiples of this many channels; preferred where `round_to` is not given
@@ -93,7 +92,7 @@ class LatencyProbe:
     Arguments:
         model: the original.
         args, kwargs: the example inputs.
-        coupled: captures and couples the model; a captured program can be rewritten only once.
+        emit: from what a choice leaves to the pruned model.
         clock: times functions; see `measure_seconds`.
     """
 
@@ -102,10 +101,10 @@ class LatencyProbe:
         model: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        coupled: Callable[[], Solution],
+        emit: Callable[[Slicer], nn.Module],
         clock: Stopwatch | None = None,
     ) -> None:
-        self.model, self.args, self.kwargs, self.coupled = model, args, kwargs, coupled
+        self.model, self.args, self.kwargs, self.emit = model, args, kwargs, emit
         self.clock = clock or measure_seconds
         self.device = next((t.device for _, t in named_tensors(model)), torch.device("cpu"))
         self.original = set_mode(private_copy(model), False)
@@ -131,11 +130,9 @@ class LatencyProbe:
         """The time of the original."""
         return statistics.median(self.clock([self.run(self.original)], self.device)[0])
 
-    def prune(self, kept: Tensor, unit_of: Tensor) -> nn.Module:
-        """The pruned model that keeps some labels; `unit_of` is the unit of each label when they were chosen."""
-        solution = self.coupled()
-        assert torch.equal(solution.unit_of, unit_of), "a model is coupled in the same way each time"
-        return rewrite_program(self.model, solution, kept).eval()
+    def prune(self, slicer: Slicer) -> nn.Module:
+        """The pruned model of a choice."""
+        return self.emit(slicer).eval()
 
     def measure(self, models: Sequence[nn.Module], budget: Budget) -> list[Latency]:
         """Time models and the original in turns; one that is within the budget is timed at least twice as often.

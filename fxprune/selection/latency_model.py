@@ -8,12 +8,13 @@ would leave; everything else is taken to need time by the size of its results.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import fx
 
 from fxprune.passes.errors import NotARectangle
 from fxprune.passes.ir.op_trace import OpCall
@@ -47,6 +48,7 @@ class LatencyModel:
         device: where products are timed.
         seconds: how long a function takes.
         total: seconds of the whole original; what products do not need of it is shared by all other calls.
+        lost: from a group and a level to the nodes of the program that go with residual branches.
 
     Attributes:
         at: for each group the levels that were timed, from 0 on.
@@ -55,10 +57,16 @@ class LatencyModel:
     """
 
     def __init__(
-        self, candidates: Sequence[Candidates], costs: Costs, device: torch.device, seconds: Seconds, total: float
+        self,
+        candidates: Sequence[Candidates],
+        costs: Costs,
+        device: torch.device,
+        seconds: Seconds,
+        total: float,
+        lost: Callable[[int, int], Collection[fx.Node]] = lambda group, level: (),
     ) -> None:
         self.candidates, self.costs, self.device, self.seconds, self.total = candidates, costs, device, seconds, total
-        self.known: dict[str, float] = {}
+        self.known, self.lost = dict[str, float](), lost
         self.products = {id(op) for op in costs.products if self.runs(op)}
         self.calls = [op for op in costs.ops if self.computes(op)]
         self.whole = np.array([self.work(op, None) for op in self.calls])
@@ -70,7 +78,7 @@ class LatencyModel:
         self.at = [timed_levels(found) for found in candidates]
         self.factors = [
             np.stack([np.ones(len(self.calls)), *(self.row(group, level, mine) for level in levels[1:])])
-            for group, levels, mine in zip(candidates, self.at, reached, strict=True)
+            for group, (levels, mine) in enumerate(zip(self.at, reached, strict=True))
         ]
 
     def __call__(self, levels: Sequence[int]) -> float:
@@ -115,8 +123,9 @@ class LatencyModel:
         unit = solution.unit_of.numpy()
         owner = np.full(len(unit), -1, np.int64)
         for i, candidates in enumerate(self.candidates):
-            for _, units in candidates.group.strata:
-                owner[units] = i
+            for family, units in candidates.group.strata:
+                if family >= 0:  # residual branches are no units
+                    owner[units] = i
         owners: dict[int, set[int]] = {}
         found: list[list[int]] = [[] for _ in self.candidates]
         for at, op in enumerate(self.calls):
@@ -131,13 +140,15 @@ class LatencyModel:
                 found[i].append(at)
         return found
 
-    def row(self, candidates: Candidates, level: int, calls: Sequence[int]) -> np.ndarray:
-        """The factor of every call with one group at a level, of those that it reaches."""
+    def row(self, group: int, level: int, calls: Sequence[int]) -> np.ndarray:
+        """The factor of every call with one group at a level; `calls` are those that it reaches."""
+        candidates = self.candidates[group]
         unit = self.costs.solution.unit_of.numpy()
         removed = np.zeros(len(unit), bool)
         removed[candidates.removed(level)] = True
         slicer = Slicer(torch.from_numpy(~removed[unit]))
-        factors = np.ones(len(self.calls))
+        gone = {self.costs.solution.captures[0].index.get(node) for node in self.lost(group, level)}
+        factors = np.array([0.0 if op.node in gone else 1.0 for op in self.calls])
         for at in calls:
             try:
                 factors[at] = self.work(self.calls[at], slicer) / max(self.whole[at], 1e-12)

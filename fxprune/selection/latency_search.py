@@ -29,14 +29,12 @@ ABREAST = 3  # proposals that are timed in one window
 ROUNDS = 8
 
 
-def meet_latency(
-    budget: Budget, allocator: Allocator, costs: Costs, probe: LatencyProbe, names: Sequence[str]
-) -> tuple[Tensor, Slicer]:
+def meet_latency(budget: Budget, allocator: Allocator, costs: Costs, probe: LatencyProbe) -> tuple[Tensor, Slicer]:
     """What is kept after few steps whose measured latency is within the budget; `probe.found` is what was measured.
 
     Arguments:
         budget: what may stay.
-        allocator: what every group can lose; `names` are the groups' names.
+        allocator: what every group can lose.
         costs: knows the program's calls.
         probe: measures pruned models.
 
@@ -53,16 +51,16 @@ def meet_latency(
             del pruned[steps]
         for steps in [steps for steps in proposals if steps not in pruned]:
             kept[steps] = allocator.apply(levels_after(allocator.candidates, order[:steps]))
-            pruned[steps] = probe.prune(kept[steps][0], costs.solution.unit_of)
+            pruned[steps] = probe.prune(kept[steps][1])
         return probe.measure([pruned[steps] for steps in proposals], budget)
 
     if share >= 1:
         probe.found = measure([0])[0]
         return kept[0]
-    model = LatencyModel(allocator.candidates, costs, probe.device, probe.seconds, total)
+    model = LatencyModel(allocator.candidates, costs, probe.device, probe.seconds, total, allocator.lost)
     predict = lambda steps: model(levels_after(allocator.candidates, order[:steps]))  # noqa: E731
     steps, found = bracket_budget(budget, share, len(order), predict, measure)
-    probe.found = replace(found, table=tuple((name, model.alone(i)) for i, name in enumerate(names)))
+    probe.found = replace(found, table=tuple((name, model.alone(i)) for i, name in enumerate(allocator.names)))
     return kept[steps]
 
 

@@ -143,7 +143,7 @@ def block_chains(model: nn.Module, prefix: str = "") -> Iterator[list[str]]:
         elif any(blocks_of(c) for c in inside):  # stages
             chain += [p for found in block_chains(child, f"{path}.") for p in found]
         else:
-            chain += [f"{path}.{i}" for i in blocks_of(child)]
+            chain += [f"{path}.{block}" for block in blocks_of(child)]
     if chain:
         yield chain
 
@@ -151,8 +151,8 @@ def block_chains(model: nn.Module, prefix: str = "") -> Iterator[list[str]]:
 LISTS = (nn.ModuleList, nn.Sequential)
 
 
-def blocks_of(container: nn.Module) -> list[int]:
-    """Positions in a list of the modules with layers of their own that share their class with another one."""
-    children = list(container.children())
-    kinds = [type(c) if any(True for _ in c.children()) and not isinstance(c, LISTS) else None for c in children]
-    return [i for i, kind in enumerate(kinds) if kind is not None and kinds.count(kind) > 1]
+def blocks_of(container: nn.Module) -> list[str]:
+    """Names in a list of the modules with layers of their own that share their class with another one."""
+    children = dict(container.named_children())
+    kinds = [type(c) if any(True for _ in c.children()) and not isinstance(c, LISTS) else None for c in children.values()]
+    return [name for name, kind in zip(children, kinds, strict=True) if kind is not None and kinds.count(kind) > 1]

@@ -6,7 +6,7 @@ import contextlib
 import fnmatch
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypedDict
 
@@ -14,16 +14,18 @@ import numpy as np
 from torch import Tensor, nn
 
 from fxprune.arguments import is_number, number, shown
+from fxprune.criteria.aggregation import LOSS
 from fxprune.criteria.base import Criterion
 from fxprune.criteria.branches import SCORES
 from fxprune.criteria.catalog import CriterionName, resolve
 from fxprune.criteria.defaults import choose_criterion
+from fxprune.criteria.gradient import TokenTaylor
 from fxprune.passes.coupling.families import names_family
-from fxprune.passes.coupling.solution import CouplingOptions
+from fxprune.passes.coupling.solution import CouplingOptions, Solution
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_parameters, named_tensors
 from fxprune.passes.ir.quiet import gc_paused
-from fxprune.selection.argument_checks import check_alone, check_word, is_one_of, parse_ratio, released
+from fxprune.selection.argument_checks import check_alone, check_experts, check_word, is_one_of, parse_ratio, released
 from fxprune.selection.budgets import KINDS, Budget, list_arguments, parse_budget
 from fxprune.selection.indices import parse_remove
 from fxprune.selection.names import Names, frozen_names, frozen_outputs, near_modules, outside, protected
@@ -32,9 +34,10 @@ Ratio = float | Mapping[Any, float]  # by globs and modules
 Remove = Mapping[Any, Sequence[int]]  # by layers, tensors and families
 Scopes = Mapping[str, str | Sequence[str]]
 Freeze = Names
-Attention = Literal["heads", "dims"]
+Attention = Literal["heads", "queries", "dims"]
 Verify = bool | Literal["auto"]
 Depth = bool | Literal["only"]
+Experts = bool | Literal["only"]
 Ranking = Literal["local", "global", "isomorphic"]
 BudgetName = Literal["params", "macs", "memory", "latency"]
 
@@ -65,7 +68,23 @@ class Asked(TypedDict, total=False):
     release: str | Sequence[str]
     round_to: int
     attention: Attention
+    experts: Experts
     uniform: bool
+
+
+class Memo:
+    """What was scored of a coupling, for the next choice of it."""
+
+    def __init__(self) -> None:
+        self.solution: Solution | None = None
+        self.found: dict[Any, Any] = {}
+
+    def __call__(self, solution: Solution, key: Hashable, score: Callable[[], Any]) -> Any:
+        if self.solution is not solution:
+            self.solution, self.found = solution, {}
+        if key not in self.found:
+            self.found[key] = score()
+        return self.found[key]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +94,17 @@ class Options:
     Attributes:
         ratio: the share of units to remove, or shares by glob; not read where there is a budget.
         budget: what may stay, if it was asked for by cost.
-        criterion, ranking, scopes, floor, round_to, data, loss, verify, depth, depth_criterion, remove: as for `prune`.
+        criterion, ranking, scopes, floor, round_to, data, loss, verify, depth, depth_criterion, remove, basis: as for
+            `prune`.
         coupling: what the coupling has to know of them.
         read: where scores find the values of a parameter, by its name, if not in the model.
         combine: makes one score of each unit of those that several processes have, if there are several.
         spares: whether a residual stream through the whole model is taken after all else.
-        weighs: whether units compete by their score for what they cost.
+        weighs: whether units compete by their score for what they cost, though it is not one of `LOSS`.
+        rescore: makes scores of those of the criterion, for a coupling, if anything else is known of its units.
         chosen: sentences on what was chosen where nothing was asked for.
+        memo: what was scored, for choices that share it.
+        speeds: how fast families and residual branches, by name, lose units for a budget; by default their scores decide.
     """
 
     ratio: float | Mapping[str, float] = DEFAULT_RATIO
@@ -97,12 +120,16 @@ class Options:
     verify: Verify = "auto"
     read: Callable[[str], Tensor] | None = None
     combine: Callable[[np.ndarray], np.ndarray] | None = None
+    rescore: Callable[[Solution, np.ndarray], np.ndarray] | None = None
     spares: bool = False
     weighs: bool = False
     chosen: tuple[str, ...] = ()
     depth: Depth = False
     depth_criterion: str | Callable[..., Any] | None = None
     remove: Remove | None = None
+    memo: Memo | None = None
+    speeds: Mapping[str, float] | None = None
+    basis: str | None = None
 
     @classmethod
     def parse(
@@ -117,6 +144,7 @@ class Options:
         protect: tuple[int, int] = (0, 0),
         release: str | Sequence[str] = (),
         attention: Attention = "heads",
+        experts: Experts = False,
         criterion: str | Criterion | None = None,
         ranking: Ranking | None = None,
         data: Iterable[Any] | None = None,
@@ -127,7 +155,7 @@ class Options:
     ) -> Options:
         """Options from the arguments of a public function; `others` are budgets and attributes. Raises PruneError."""
         share = parse_ratio(model, DEFAULT_RATIO if ratio is None else ratio)
-        check_word("attention", attention, ("heads", "dims"))
+        check_word("attention", attention, ("heads", "queries", "dims"))
         limit = parse_budget({kind: others.pop(kind, None) for kind in KINDS if kind in Asked.__annotations__}, budget)
         if limit is not None and ratio is not None:
             raise PruneError(f"ratio and {limit.kind} are both given", fix=list_arguments())
@@ -139,7 +167,9 @@ class Options:
         frozen |= frozen_names(model, freeze) | frozen_outputs(model, freeze_outputs)
         if not isinstance(uniform, bool):
             raise PruneError(f"uniform must be True or False, not {shown(uniform)}", fix="uniform=True")
-        coupling = CouplingOptions(attention == "heads", frozen, released(release), uniform)
+        check_experts(experts)
+        choices = experts or given is not None  # what is named by index is asked for
+        coupling = CouplingOptions(CouplingOptions.heads_of(attention), frozen, released(release), uniform, choices)
         for name in ("floor", "round_to"):
             others[name] = number(others.get(name, {"floor": None, "round_to": 1}[name]))
         options = cls(share, limit, coupling=coupling, data=data, loss=loss, remove=given, **others)
@@ -148,20 +178,30 @@ class Options:
         check_globs(model, options)
         return options
 
+    @property
+    def experts(self) -> Experts:
+        """Whether experts are asked for, other than by index."""
+        choices = self.coupling.choices if self.remove is None else False
+        return "only" if choices == "only" else bool(choices)
+
     def with_defaults(self, model: nn.Module, criterion: str | Criterion | None, ranking: Ranking | None) -> Options:
         """The same with a criterion and a ranking: those that are asked for, or the ones that do least harm."""
         data, weighs, chosen = self.data, False, []
         if self.remove is not None:  # nothing is scored
             return self
         if criterion is None:
-            criterion, data, why = choose_criterion(model, data, self.loss)
-            weighs = criterion == "token_taylor" and ranking is None and self.budget is not None
+            if self.experts == "only" and data is not None:
+                criterion, why = "reap", "there are data, and experts alone may go"
+            else:
+                criterion, data, why = choose_criterion(model, data, self.loss)
             chosen.append(f"criterion={criterion!r}, since {why}")
+            weighs = criterion == "token_taylor" and ranking is None and self.budget is not None
+            criterion = TokenTaylor(normalise="none") if weighs else criterion  # as it was measured on language models
         looks = bool(chosen) and data is not None
         if ranking is None and self.budget is not None:
             how = "score for what it costs" if weighs else "normalised score"
             chosen.append(f"units of all layers compete by their {how}" if looks else "all families lose the same share")
-        spares = ranking is None and self.budget is not None and self.scopes is None
+        spares = ranking is None and self.budget is not None and self.scopes is None and self.basis is None
         chosen += [STREAMS_LAST] if spares else []
         if ranking is None:
             ranking = "global" if looks and self.budget is not None else "local"
@@ -169,10 +209,23 @@ class Options:
             self, criterion=criterion, ranking=ranking, data=data, spares=spares, weighs=weighs, chosen=tuple(chosen)
         )
 
+    def scored(self, solution: Solution, what: str, score: Callable[[], Any]) -> Any:
+        """What `score` returns, or returned for another choice of the same coupling by the same criterion."""
+        if self.memo is None:
+            return score()
+        which = self.criterion if isinstance(self.criterion, str) else id(self.criterion)
+        aim = None if resolve(self.criterion).score_families is None else (self.budget, repr(self.ratio))  # see `Target.use`
+        return self.memo(solution, (what, which, self.depth_criterion, aim), score)
+
     @property
     def competes(self) -> bool:
         """Whether families compete for what stays."""
         return self.ranking != "local" or self.scopes is not None or self.budget is not None
+
+    @property
+    def by_loss(self) -> bool:
+        """Whether units compete by the change of the loss for what they cost: by scores that estimate it."""
+        return (self.ranking != "local" or self.scopes is not None) and resolve(self.criterion).normalise in LOSS
 
     @property
     def reads_weights(self) -> bool:
@@ -212,6 +265,10 @@ def check_values(options: Options) -> None:
     if not isinstance(options.verify, bool) and not is_one_of(options.verify, ("auto",)):
         raise PruneError(f"verify must be True, False or 'auto', not {shown(options.verify)}", fix="verify='auto'")
     check_word("ranking", options.ranking, RANKINGS)
+    if options.basis is not None:
+        check_word("basis", options.basis, ("principal",))
+        if options.data is None:
+            raise PruneError("basis='principal' looks at data", fix="data=[(images, labels), ...]; labels are not needed")
     check_depth(options)
     if floor is not None and (not is_number(floor) or not 0 <= floor <= 1):
         raise PruneError(f"floor must be a number in [0, 1], not {shown(floor)}", fix="floor=0.1 keeps a tenth")
@@ -235,8 +292,6 @@ def check_depth(options: Options) -> None:
         check_word("depth_criterion", how, SCORES)
     if how not in (None, "weights") and options.data is None:
         raise PruneError(f"depth_criterion={how!r} looks at data", fix="data=[(images, labels), ...]")
-    if options.depth and options.measures_latency:
-        raise PruneError("a budget of latency knows no residual branches", fix="a budget of macs, or depth=False")
 
 
 def check_globs(model: nn.Module, options: Options) -> None:

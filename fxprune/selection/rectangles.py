@@ -39,6 +39,7 @@ def restore_rectangles(
                 mine = some[i] if before is None else some[i][~before[some[i]]]
                 removed[mine[np.argmax(score[mine])]] = False
     for _ in range(len(removed) + 1):
+        restore_enough(solution, removed, score, before)
         restore_even_rows(solution, removed, score)
         try:
             kept = torch.from_numpy(~removed[unit])
@@ -77,6 +78,16 @@ def restore_even_rows(solution: Solution, removed: np.ndarray, score: np.ndarray
                 mine = row[removed[row]]
                 if len(mine):  # another row may have restored them
                     removed[mine[np.argmax(score[mine])]] = False
+
+
+def restore_enough(solution: Solution, removed: np.ndarray, score: np.ndarray, before: np.ndarray | None) -> None:
+    """Restore units, the most important first, until as many entries stay as some call chooses."""
+    for units, count in solution.at_least:
+        while (~removed[units]).sum() < count:
+            mine = units[removed[units] if before is None else removed[units] & ~before[units]]
+            if not len(mine):
+                break
+            removed[mine[np.argmax(score[mine])]] = False
 
 
 def find_nonempty_sets(solution: Solution) -> list[np.ndarray]:

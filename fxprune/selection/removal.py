@@ -78,6 +78,11 @@ def kept_without(solution: Solution, removed: np.ndarray) -> tuple[Tensor, Slice
     for units in find_nonempty_sets(solution):
         if removed[units].all():
             raise PruneError(f"nothing would be left of {where_units_are(solution, units)}", fix="leave one of these at least")
+    for units, count in solution.at_least:
+        left = int((~removed[units]).sum())
+        if left < count:
+            what = f"{count} of {where_units_are(solution, units)} are chosen at a time, and {left} would be left"
+            raise PruneError(what, fix=f"leave {count} of these at least")
     why = why_uneven(solution, removed)
     if why is not None:
         raise why

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor, nn
 
+from fxprune.criteria.calibration import Target
 from fxprune.criteria.catalog import find
 from fxprune.criteria.unit_scores import normalise_scores, score_units
 from fxprune.entry_points import why_unprunable
@@ -16,11 +17,12 @@ from fxprune.errors import PruneWarning
 from fxprune.passes.coupling.families import Family, families, listed, place_of
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import named_parameters
+from fxprune.passes.ir.module_tree import named_parameters, named_tensors
 from fxprune.passes.ir.slices import Slicer
 from fxprune.selection.allocation import Allocator, levels_after, match_globs, match_ratios, match_scopes
 from fxprune.selection.budgets import Budget
 from fxprune.selection.costs import Costs
+from fxprune.selection.expected_cost import expected_use
 from fxprune.selection.latency import FRIENDLY, LatencyProbe
 from fxprune.selection.latency_search import meet_latency
 from fxprune.selection.names import NOT_ALL_IN
@@ -127,33 +129,38 @@ def allocate(
     """
     if options.budget is not None and options.budget.measured:
         assert probe is not None
-        return allocate_by_latency(free, score, costs, options, probe, removed)
+
+        def make(round_to: int) -> Allocator:
+            allocator = Allocator(free, score, costs.solution, options, round_to=round_to, removed=removed)
+            if options.by_loss and options.speeds is None:
+                allocator.grow()
+            return allocator
+
+        return allocate_by_latency(make, costs, options, probe)
     allocator = Allocator(free, score, costs.solution, options, removed=removed)
-    if options.budget is None:
-        return allocator.apply(allocator.allocate_ratio())
     budget = options.budget
-    if options.weighs:
+    if options.by_loss and options.speeds is None:
+        allocator.grow()
+    if budget is None:
+        return allocator.apply(allocator.allocate_ratio())
+    if (options.by_loss or options.weighs) and options.speeds is None:
         allocator.weigh(lambda left: budget.cost(costs, left))
     return meet_budget(budget, allocator, costs)
 
 
 def allocate_by_latency(
-    free: Sequence[Family],
-    score: np.ndarray,
-    costs: Costs,
-    options: Options,
-    probe: LatencyProbe,
-    removed: np.ndarray | None = None,
+    make: Callable[[int], Allocator], costs: Costs, options: Options, probe: LatencyProbe
 ) -> tuple[Tensor, Slicer]:
-    """Which labels stay by a budget of latency: with channel counts that kernels are written for, where that is enough."""
+    """Which labels stay by a budget of latency: with channel counts that kernels are written for, where that is enough.
+
+    `make` returns the allocator by which counts of channels that stay are multiples of a number.
+    """
     assert options.budget is not None
     tried = [options.round_to] if options.round_to > 1 else [FRIENDLY, 1]
     for round_to in tried:
-        allocator = Allocator(free, score, costs.solution, options, round_to=round_to, removed=removed)
-        names = [free[c.group.families[0]].name for c in allocator.candidates]
         try:
             with probe.restore_random_state():
-                return meet_latency(options.budget, allocator, costs, probe, names)
+                return meet_latency(options.budget, make(round_to), costs, probe)
         except PruneError:
             if round_to == tried[-1]:
                 raise
@@ -179,8 +186,12 @@ def score_families(model: nn.Module, solution: Solution, options: Options) -> tu
     """The families that may lose units, and the score of every unit, comparable between families where they compete."""
     free = find_free_families(model, solution, options)
     criterion = find(options.criterion)
-    score, seen = score_units(model, solution, free, criterion, options.data, options.loss, options.read)
+    named = dict(named_tensors(model))
+    target = Target(options.coupling.heads, lambda: expected_use(solution, options, free, named))
+    evidence = options.data, options.loss, options.read, target
+    score, seen = options.scored(solution, "units", lambda: score_units(model, solution, free, criterion, *evidence))
     score = score if options.combine is None else options.combine(score)
+    score = score if options.rescore is None else options.rescore(solution, score)
     free = [f for f in free if seen[f.units].any()]
     return free, normalise_scores(score, free, criterion) if options.competes else score
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
+from torch import nn
 
 from fxprune.passes.coupling.components import smallest_connected
-from fxprune.passes.coupling.families import Family, families
-from fxprune.passes.coupling.solution import Solution
+from fxprune.passes.coupling.families import Family, families, freeze_families
+from fxprune.passes.coupling.picks import check_choices
+from fxprune.passes.coupling.solution import CouplingOptions, Solution
+from fxprune.passes.ir.module_tree import named_parameters, named_tensors
 from fxprune.passes.ir.pytree import TensorRef, collect
 
 Followers = Mapping[str, Collection[tuple[str, int]]]
@@ -41,6 +44,18 @@ def describe_structures(found: Sequence[Family], solution: Solution) -> list[tup
         )
         structures.append(tuple(lines))
     return structures
+
+
+def narrow(solution: Solution, options: CouplingOptions, model: nn.Module, followers: Callable[[], Followers]) -> None:
+    """Freeze what options say of families rather than of tensors; raises PruneError where they ask for what is not there."""
+    parameters = set(named_parameters(model))
+    tensors = {name for name, _ in named_tensors(model)}
+    named = {text: why for text, why in options.frozen.items() if text not in tensors}
+    if named:
+        freeze_families(solution, named, parameters)
+    if options.uniform:
+        keep_uniform(solution, parameters, followers())
+    check_choices(solution, options, type(model).__name__)
 
 
 def keep_uniform(solution: Solution, parameters: set[str], followers: Followers) -> None:

@@ -39,6 +39,7 @@ class Evaluator:
         calls: calls made inside opaque modules, by path.
         sizes: attributes of opaque modules that were used as sizes, by path.
         given: what opaque modules were given, by node.
+        leaks: tensors in opaque modules whose contents Python took, by path.
         untracked: nodes whose results did not come out of the dispatcher.
         find_home: for a run without values, finds the device that all tensors of the model and its inputs are on.
     """
@@ -51,7 +52,7 @@ class Evaluator:
         self.calls: dict[str, list[ModuleCall]] = {}
         self.sizes: dict[str, list[SizeUse]] = {}
         self.given: dict[fx.Node, tuple[Any, Any]] = {}
-        self.leaks: dict[str, set[str]] = {}
+        self.leaks: dict[str, list[TensorRef]] = {}
         self.untracked: set[fx.Node] = set()
         self.find_home: Callable[[], torch.device | None] = lambda: None
 
@@ -85,7 +86,7 @@ class Evaluator:
                 error.fxprune_where = f"%{node.name} ({module_path})"  # type: ignore[attr-defined]
             raise
         finally:
-            self.running = outer
+            recorder.leaks, self.running = [], outer
             recorder.active = False
         if given and self.made_outside(node, value, first):
             self.untracked.add(node)
@@ -147,8 +148,8 @@ class Evaluator:
         """Follow the integer attributes of an opaque module into sizes."""
         if path not in self.opaque:
             return contextlib.nullcontext()
-        found, leaks = self.sizes.setdefault(path, []), self.leaks.setdefault(path, set())
-        return watched(module, path, self.recorder.ref, found, leaks)
+        found, self.recorder.leaks = self.sizes.setdefault(path, []), self.leaks.setdefault(path, [])
+        return watched(module, path, self.recorder.ref, found, self.recorder.leaks)
 
     def made_outside(self, node: fx.Node, value: Any, first: int) -> bool:
         """Whether a result did not come out of the dispatcher (NumPy, another library), or only by way of a new constant.
@@ -157,7 +158,7 @@ class Evaluator:
         """
         recorder, values = self.recorder, self.recorder.op_trace.values
         if node.op == "call_module" and str(node.target) in self.opaque:
-            return bool(self.leaks[str(node.target)])
+            return False
         held = recorder.held.get(id(value))
         if held is not None and values[held[1].id].from_input:  # the common case
             return False

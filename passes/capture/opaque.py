@@ -1,8 +1,8 @@
 """Opaque modules: one node of the graph, run under the recorder, rewritten by changing what their forward reads.
 
 The tensors inside are cut like any others. Sizes in their Python code come from integer attributes: while the module runs,
-each attribute is an integer that remembers where it came from, and where one turns up as a size of a tensor, the pruned
-size of that tensor is what the attribute must become. Standard layers inside have the table of attributes.
+each attribute is an integer that remembers where it came from, as is each size of a tensor, and where one turns up as a size of
+a tensor, the pruned size of that tensor is what the attribute must become. Standard layers inside have the table of attributes.
 """
 
 from __future__ import annotations
@@ -12,25 +12,25 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fxprune.passes.ir.program import SizeUse
-from fxprune.passes.ir.pytree import TensorRef
+from fxprune.passes.ir.program import SizeUse, TensorSize
+from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ops.registry import FUNCTIONS
 
 
 class TracedInt(int):
-    """An integer that remembers the attribute it is, or the attributes and numbers it was computed from.
+    """An integer that remembers the attribute or the size of a tensor it is, or the numbers it was computed from.
 
     Attributes:
-        tree: the path of a module and the name of an attribute, or an operator and its two sides.
+        tree: see `SizeUse`.
     """
 
-    tree: tuple[Any, ...]
+    tree: Any
 
     @classmethod
-    def of(cls, value: int, tree: tuple[Any, ...]) -> TracedInt:
+    def of(cls, value: int, tree: Any) -> TracedInt:
         made = cls(value)
         made.tree = tree
         return made
@@ -64,18 +64,20 @@ LEAKS = frozenset(["tolist", "numpy", "__array__", "data_ptr", "__dlpack__", "un
 class SizeObserver(TorchFunctionMode):
     """Sees the sizes that Python code hands to torch, with the attributes they came from.
 
-    `leaks` names the methods by which contents left a tensor: what comes back of them is no longer known.
+    `leaks` collects tensors whose contents are taken: what comes back of them is no longer known.
     """
 
-    def __init__(self, number: Callable[[Tensor], TensorRef], found: list[SizeUse], leaks: set[str]) -> None:
+    def __init__(self, number: Callable[[Tensor], TensorRef], found: list[SizeUse], leaks: list[TensorRef]) -> None:
         super().__init__()
         self.number, self.found, self.leaks = number, found, leaks
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
+        if name == "size" or getattr(func, "__self__", None) is Tensor.shape:
+            return self.sizes(args[0], out, args[1:] or tuple((kwargs or {}).values()))
         if name in LEAKS:
-            self.leaks.add(name)
+            self.leaks += [self.number(t) for t in collect(args, Tensor)]
         sizes = FUNCTIONS[name].sizes if name in FUNCTIONS else None
         if sizes is not None and isinstance(out, Tensor):
             self.note(sizes.numbered(args, kwargs or {}, out.dim()), out)
@@ -84,6 +86,13 @@ class SizeObserver(TorchFunctionMode):
             for size, part in zip(args[1] if isinstance(args[1], tuple | list) else [args[1]], out, strict=False):
                 self.note([(size, dim)], part)
         return out
+
+    def sizes(self, tensor: Tensor, found: Any, dims: tuple[Any, ...]) -> Any:
+        """The shape of a tensor, or its size along a dimension, as numbers that remember it."""
+        ref = self.number(tensor)
+        if isinstance(found, int):
+            return TracedInt.of(found, TensorSize(ref, dims[0] % tensor.dim()))
+        return Size([TracedInt.of(n, TensorSize(ref, dim)) for dim, n in enumerate(found)])
 
     def note(self, sizes: Sequence[tuple[Any, int]], out: Tensor) -> None:
         """Sizes of a result, each with its dimension."""
@@ -94,7 +103,7 @@ class SizeObserver(TorchFunctionMode):
 
 @contextlib.contextmanager
 def watched(
-    module: nn.Module, path: str, number: Callable[[Tensor], TensorRef], found: list[SizeUse], leaks: set[str]
+    module: nn.Module, path: str, number: Callable[[Tensor], TensorRef], found: list[SizeUse], leaks: list[TensorRef]
 ) -> Iterator[None]:
     """Run a module with integer attributes that remember their origin."""
     changed: list[tuple[nn.Module, str, int]] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import sys
 import threading
@@ -16,6 +17,7 @@ from torch.overrides import BaseTorchFunctionMode
 
 from fxprune.passes.ir.pytree import record
 
+VISIBLE = contextvars.ContextVar("visible", default=False)  # which a thread may take over from another one
 LOCK = threading.RLock()  # what is replaced belongs to the process: one thread at a time
 CACHED = type(functools.lru_cache(len))
 NOT_MODELS = frozenset(["torch", "fxprune", *sys.stdlib_module_names])  # packages that hold no code of a model's
@@ -177,20 +179,20 @@ def outside_torch(cls: type) -> str:
 
 @contextlib.contextmanager
 def visible() -> Iterator[None]:
-    """Run attention and recurrent layers by ops that the dispatcher shows, instead of fused kernels, in this thread.
+    """Run attention and recurrent layers by ops that the dispatcher shows, instead of fused kernels, in this context.
 
     Layers of attention take no fused path while functions of torch are overridden, as they are by any mode.
     """
-    thread = threading.get_ident()
 
     def called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() != thread:
+        if not VISIBLE.get():
             return nn.Module.__call__(module, *args, **kwargs)
         with plain_rnn(module):
             return nn.Module.__call__(module, *args, **kwargs)
 
     with LOCK, BaseTorchFunctionMode():
         before = {kind: vars(kind).get("__call__") for kind in (nn.RNNBase, nn.RNNCellBase)}
+        token = VISIBLE.set(True)
         try:
             for kind in before:
                 kind.__call__ = called  # type: ignore[method-assign]
@@ -201,3 +203,4 @@ def visible() -> Iterator[None]:
                     del kind.__call__  # back to that of nn.Module
                 else:
                     kind.__call__ = call  # type: ignore[method-assign]
+            VISIBLE.reset(token)

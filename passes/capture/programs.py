@@ -16,10 +16,13 @@ from fxprune.passes.errors import PruneError, surface
 from fxprune.passes.ir.module_tree import named_tensors, private_copy, set_mode, walk
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.pytree import collect, map_tensors
-from fxprune.passes.ir.quiet import plain_random_state
+from fxprune.passes.ir.quiet import own_random_state, plain_random_state
 
 DRAW = "torch.rand in place of random and numpy.random"
 DRAWN = "numbers that forward draws from Python's or NumPy's generator are those of the capture, in every call"
+OWN = "the model's own forward raises"
+NOT_FOLLOWED = "the model's program cannot be followed:"
+REPORT = "report it with the model; what it does to tensors there is beyond the compiler"
 Home = Callable[[], torch.device | None]
 
 
@@ -59,7 +62,9 @@ def modes_captured(
         swap = lambda t: stand_in(t) if t.is_floating_point() else t  # noqa: E731
         home = functools.partial(only_device, model, args, kwargs)
         args, kwargs = map_tensors((args, kwargs), swap)
-    found = [captured(set_mode(private_copy(model, stand_in), False), args, kwargs, final=stand_in is None, home=home)]
+    copied = set_mode(private_copy(model, stand_in), False)
+    possible = functools.partial(runs, model, *given) if stand_in is None else lambda: False
+    found = [captured(copied, args, kwargs, final=stand_in is None, home=home, possible=possible)]
     if not found[0].reads_training:
         return found
     other = None
@@ -95,8 +100,15 @@ def only_device(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def captured(
-    root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, final: bool, home: Home = lambda: None
+    root: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    final: bool,
+    home: Home = lambda: None,
+    possible: Callable[[], bool] = lambda: False,
 ) -> CapturedProgram:
+    """The program of a private copy; `possible` says, where that raises, whether the model itself runs."""
     numbers = plain_random_state()
     try:
         made = capture_program(root, args, kwargs, retry=final, find_home=home)
@@ -107,11 +119,22 @@ def captured(
         raise
     except Exception as error:
         surface(error)
+        own = not possible()
         raise PruneError(
-            f"the model's own forward raises {type(error).__name__}: {error}",
+            f"{OWN if own else NOT_FOLLOWED} {type(error).__name__}: {error}",
             where=getattr(error, "fxprune_where", type(root).__name__),
-            fix="example_inputs on which model(*example_inputs) runs",
+            fix="example_inputs on which model(*example_inputs) runs" if own else REPORT,
         ) from error
+
+
+def runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a model runs on these inputs in evaluation mode."""
+    try:
+        with torch.no_grad(), own_random_state():
+            set_mode(private_copy(model), False)(*map_tensors(args, torch.clone), **map_tensors(kwargs, torch.clone))
+    except Exception:
+        return False
+    return True
 
 
 def code(capture: CapturedProgram) -> list[Any]:

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from fxprune.passes.capture.index_contents import IndexContents
 from fxprune.passes.capture.meta_kernels import RESHAPING, MetaKernels
 from fxprune.passes.capture.proxy import TensorProxy
-from fxprune.passes.errors import ReadsValue
+from fxprune.passes.errors import PruneError, ReadsValue
 from fxprune.passes.ir.module_tree import PLAIN_TENSORS, like
 from fxprune.passes.ir.op_trace import OpCall, OpTrace, TensorInfo, written_by
 from fxprune.passes.ir.pytree import ATOMS, TensorRef, gather_refs, map_tensors, tensors
@@ -34,6 +34,7 @@ class Recorder(TorchDispatchMode):
     Attributes:
         active: whether calls are recorded.
         before_write: is called with each tensor before a call writes to it.
+        leaks: tensors whose contents Python has taken in the module that is running.
         tracing: whether code of the model's is being traced: then calls on its tensors are none that the graph knows of.
     """
 
@@ -50,6 +51,7 @@ class Recorder(TorchDispatchMode):
         self.node = -1
         self.active = True
         self.tracing = False
+        self.leaks: list[TensorRef] = []
 
     supports_higher_order_operators = True
 
@@ -62,10 +64,13 @@ class Recorder(TorchDispatchMode):
         return held[1] if held is not None else self.known.get(tensor) if self.any_known else None
 
     def ref(self, tensor: Tensor) -> TensorRef:
-        """The number of a tensor; one never seen is a leaf: the model's own, or a constant."""
+        """The number of a tensor; one never seen is a leaf: the model's own, or a constant, or what became of leaks."""
         ref = self.find(tensor)
         if ref is None:
-            ref = self.add(tensor, from_input=False, name=self.names.get(id(tensor)))
+            name = self.names.get(id(tensor))
+            ref = self.add(tensor, from_input=name is None and bool(self.leaks), name=name)
+            if self.op_trace.values[ref.id].from_input:
+                return ref
             if not tensor.dtype.is_floating_point and tensor.numel() <= LARGEST_INDEX and not tensor.is_meta:
                 self.contents.keep(tensor, ref)
         return ref
@@ -82,6 +87,12 @@ class Recorder(TorchDispatchMode):
         return map_tensors(argument, self.ref)
 
     def add(self, tensor: Tensor, *, from_input: bool, name: str | None = None) -> TensorRef:
+        if tensor.is_nested:
+            raise PruneError(
+                "the forward works on a nested tensor, each entry of which has sizes of its own",
+                where=name or "",
+                fix="a padded tensor in its place, or prune the modules before and behind on their own",
+            )
         values, on_meta = self.op_trace.values, tensor.is_meta
         ref = TensorRef(len(values))
         values.append(TensorInfo(tuple(tensor.shape), tensor.dtype, from_input, name, None, on_meta))

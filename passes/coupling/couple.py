@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from fxprune.passes.capture.programs import programs
+from fxprune.passes.capture.programs import NOT_FOLLOWED, REPORT, programs
 from fxprune.passes.coupling.leaf_labels import LeafLabels
 from fxprune.passes.coupling.propagation import Program, Propagated, propagate
 from fxprune.passes.coupling.shuffles import gather_regions
@@ -55,7 +55,7 @@ def couple_channels(
     inside = {p.node(p.capture.index[node]) for p, region in zip(programs, regions, strict=True) for node in region}
     constraints.same_columns = [e for e in constraints.same_columns if e.node not in inside]
     constraints.equal_rows = [e for e in constraints.equal_rows if e.node not in inside]
-    return solve(list(captures), leaves.of, values, constraints, found.constraints.size, regions)  # (3)
+    return solve(list(captures), leaves.of, values, constraints, found.constraints.size, regions, found.picks)  # (3)
 
 
 def label_heads(programs: Sequence[Program], leaves: LeafLabels, options: CouplingOptions) -> LeafLabels:
@@ -127,9 +127,9 @@ def analyse(
         except Exception as error:
             surface(error, ours=True)
             raise PruneError(
-                f"the model's program cannot be followed: {type(error).__name__}: {error}",
+                f"{NOT_FOLLOWED} {type(error).__name__}: {error}",
                 where=type(model).__name__,
-                fix="report it with the model; what it does to tensors there is beyond the compiler",
+                fix=REPORT,
             ) from error
 
 

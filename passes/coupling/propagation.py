@@ -13,17 +13,20 @@ from torch import Tensor, fx
 
 from fxprune.passes.coupling.aliasing import follow, read_apart, written_through
 from fxprune.passes.coupling.leaf_labels import LeafLabels
+from fxprune.passes.coupling.picks import finish_picks, follow_picks
 from fxprune.passes.coupling.solution import CouplingOptions
 from fxprune.passes.ir.constraints import SPAN, ConstraintBuilder
 from fxprune.passes.ir.labels import NONE, Labels
 from fxprune.passes.ir.op_trace import OpCall
-from fxprune.passes.ir.program import ONLY_OUTPUT, CapturedProgram, sizes_read
+from fxprune.passes.ir.program import ONLY_OUTPUT, CapturedProgram, TensorSize, sizes_read
 from fxprune.passes.ir.progress import progress_bar
 from fxprune.passes.ir.propagation_state import LeafDim, PropagationState
 from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ops.autograd_probe import probe
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.registry import find, find_node
+
+TAKEN = "is a tensor whose contents Python takes"
 
 
 class Program:
@@ -32,10 +35,11 @@ class Program:
     Attributes:
         number: of the capture among those of the model.
         uses: values that a later call, the result or an untracked node reads.
-        leaking: opaque modules whose Python takes the contents of tensors; `hidden`: the indices of other untracked nodes.
+        whole: calls of functions of the model's that are one node; `hidden`: the indices of untracked nodes.
         pinned: views that are written into, which cannot become copies.
         named: the names of the model's own tensors among the values.
         rewrites: for each node `rewrite`, `opaque` and `literals` of the state there, and whether it `counts` (see `OpSpec`).
+        inside: sizes in opaque modules that are those of other tensors, by value and dimension.
         sizes: for each node the sizes among its arguments that may be those of the inputs (see `sizes_given`).
     """
 
@@ -44,13 +48,15 @@ class Program:
         op_trace, untracked = capture.op_trace, capture.untracked
         self.uses = {r.id for op in op_trace.ops for r in op.inputs} | {r.id for _, r in capture.outputs}
         self.uses |= {r.id for n in untracked for r in collect([capture.results[m] for m in n.all_input_nodes], TensorRef)}
-        self.leaking = [n for n in untracked if n.op == "call_module" and str(n.target) in capture.opaque]
-        self.hidden = sorted(capture.index[n] for n in untracked if n not in self.leaking)
-        if capture.functions:
-            self.leaking += [n for n in capture.graph.nodes if n.op == "call_function" and n.target in capture.functions]
+        self.hidden = sorted(capture.index[n] for n in untracked)
+        nodes = capture.graph.nodes if capture.functions else ()
+        self.whole = [n for n in nodes if n.op == "call_function" and n.target in capture.functions]
         self.pinned = written_through(op_trace)
         self.named = {i: v.name for i, v in enumerate(op_trace.values) if v.name is not None}
         nodes = {op.node for op in op_trace.ops}
+        self.inside: dict[int, dict[int, TensorSize]] = {}
+        for use in capture.followed:
+            self.inside.setdefault(use.ref.id, {})[use.dim] = use.tree
         self.rewrites = {i: rewrite_of(capture, i) for i in nodes}
         self.sizes = {i: sizes_given(capture, i) for i in nodes}
 
@@ -61,10 +67,12 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class Propagated:
-    """What came of one propagation: constraints, labels of the values of each program, and dimensions found to be composed."""
+    """What came of one propagation: constraints, labels and picks of the values of each program, and dimensions found to
+    be composed."""
 
     constraints: ConstraintBuilder
     values: list[dict[int, Labels]]
+    picks: list[dict[int, np.ndarray]]
     composed: dict[int, tuple[Tensor, ...]]
 
 
@@ -85,6 +93,7 @@ def propagate(
     """
     constraints = ConstraintBuilder(leaves.size, leaves.first_constant, leaves.composed_labels())
     values: list[dict[int, Labels]] = []
+    picks: list[dict[int, np.ndarray]] = []
     composed: dict[int, tuple[Tensor, ...]] = {}
     for program in programs:
         state = PropagationState(
@@ -94,15 +103,18 @@ def propagate(
             options.heads,
             program.uses,
             pinned=program.pinned,
+            sizes=program.inside,
             seeking_heads=seeking_heads,
             leaf_dims=leaf_dims or {},
             composed=composed,
+            choices=bool(options.choices),
         )
         propagate_through(program, state, leaves.size)
         constraints.node = program.node(program.capture.index[program.capture.output])
         freeze_outputs(program.capture, state, options)
         values.append(state.labels)
-    return Propagated(constraints, values, composed)
+        picks.append(state.picks)
+    return Propagated(constraints, values, picks, composed)
 
 
 def propagate_through(program: Program, state: PropagationState, owned: int) -> None:
@@ -131,12 +143,19 @@ def propagate_through(program: Program, state: PropagationState, owned: int) -> 
             state.varying.update(r.id for r in call.outputs)
         if not counts:
             apply_rule(call)
-    for node in program.leaking:
+    for node in program.whole:
         constraints.node = program.node(capture.index[node])
-        freeze_inside(capture, node, state)
+        freeze_around(capture, node, state)
+    for path, leaks in capture.leaks.items():
+        calls = [index for node, index in capture.index.items() if node.op == "call_module" and str(node.target) == path]
+        constraints.node = program.node(min(calls, default=end.node))
+        finish_picks(state, leaks)
+        for f in (f for ref in leaks for f in state.labels.get(ref.id, NONE)):
+            constraints.freeze(f.labels, TAKEN)
 
 
 def freeze_outputs(capture: CapturedProgram, state: PropagationState, options: CouplingOptions) -> None:
+    finish_picks(state, [ref for _, ref in capture.outputs], "is chosen by value, and an output of the model says how")
     for name, ref in capture.outputs:
         if not options.releases(name):
             why = "is an output of the model" + (f", {name}" if name != ONLY_OUTPUT else "")
@@ -196,13 +215,16 @@ def is_input_size(found: tuple[TensorRef, int | None], labels: dict[int, Labels]
 
 def apply_rule(call: RuleContext) -> None:
     """Store the labels of an op's results; an op without a rule is probed through autograd, else frozen."""
+    handled = follow_picks(call) if call.state.choices else None
     if not call.outputs:
         return
     uniform = call.state.uniform
     met = bool(uniform) and any(r.id in uniform for r in call.inputs)
     shared = read_apart(call) if met else {}
     rule = find(call.op.func).labels
-    if rule is not None:
+    if handled is not None:
+        result = handled
+    elif rule is not None:
         result = rule(call)
     elif not any(call.labels(r) for r in call.inputs):
         return
@@ -217,6 +239,8 @@ def apply_rule(call: RuleContext) -> None:
                 for g in labels:
                     if g.major_to_minor == f.major_to_minor and g.base is not f.base:
                         call.constraints.note_written(f, g)
+    for ref in call.inputs:
+        call.state.unread.pop(ref.id, None)
     if shared:
         call.known.update(shared)
     if met:
@@ -241,6 +265,7 @@ def rewrite_of(capture: CapturedProgram, index: int) -> tuple[Any, bool, frozens
 
 def apply_untracked(capture: CapturedProgram, node: fx.Node, state: PropagationState) -> None:
     """The labels of a node whose results did not come out of the dispatcher, by autograd; else its arguments are frozen."""
+    finish_picks(state, collect([capture.results[n] for n in node.all_input_nodes], TensorRef))
     call = RuleContext(as_op(capture, node), PropagationState(state.op_trace, state.labels, state.constraints))
     for ref, found in zip(call.outputs, probe(call), strict=True):
         state.labels[ref.id] = found
@@ -248,23 +273,20 @@ def apply_untracked(capture: CapturedProgram, node: fx.Node, state: PropagationS
 
 def freeze_arguments(capture: CapturedProgram, index: int, state: PropagationState) -> None:
     """Freeze what a function is given that computes with its size."""
-    for ref in collect([capture.results[n] for n in capture.nodes[index].all_input_nodes], TensorRef):
+    given = collect([capture.results[n] for n in capture.nodes[index].all_input_nodes], TensorRef)
+    finish_picks(state, given)
+    for ref in given:
         for f in state.labels.get(ref.id, NONE):
             state.constraints.freeze(f.labels, "goes through a function that computes with its size")
 
 
-def freeze_inside(capture: CapturedProgram, node: fx.Node, state: PropagationState) -> None:
-    """Freeze what an opaque module holds and is given, whose Python takes contents where no rule sees them.
-
-    Of a function that is one node, what it returns is frozen too: sizes may be written out in it.
-    """
-    given = collect([capture.results[n] for n in node.all_input_nodes], TensorRef)
-    if node.op == "call_function":
-        given += collect(capture.results[node], TensorRef)
-    held = [TensorRef(i) for i, v in enumerate(capture.op_trace.values) if v.name and v.name.startswith(f"{node.target}.")]
-    for ref in [*given, *held]:
+def freeze_around(capture: CapturedProgram, node: fx.Node, state: PropagationState) -> None:
+    """Freeze what a function that is one node is given and returns: sizes may be written out in it."""
+    given = collect([*(capture.results[n] for n in node.all_input_nodes), capture.results[node]], TensorRef)
+    finish_picks(state, given)
+    for ref in given:
         for f in state.labels.get(ref.id, NONE):
-            state.constraints.freeze(f.labels, "is in a module whose Python takes the contents of tensors")
+            state.constraints.freeze(f.labels, TAKEN)
 
 
 def as_op(capture: CapturedProgram, node: fx.Node) -> OpCall:

@@ -20,16 +20,28 @@ class CouplingOptions:
     """What may go and what may not.
 
     Attributes:
-        heads: whether heads of attention go whole (else the dimensions within them).
+        heads: whether heads of attention go whole (else the dimensions within them); `queries`: and no KV heads.
         frozen: names of tensors that stay as they are, with the reason.
         release: globs over the names of outputs whose channels may go.
         uniform: whether families that play the same part keep the same share.
+        choices: whether what is chosen by value, as experts are, may go; `only`: and nothing else.
     """
 
-    heads: bool = True
+    heads: bool | str = True
     frozen: Mapping[str, str] = field(default_factory=dict)
     release: tuple[str, ...] = ()
     uniform: bool = False
+    choices: bool | str = False
+
+    @property
+    def attention(self) -> str:
+        """What goes of attention, in a word."""
+        return "queries" if self.heads == "queries" else "heads" if self.heads else "dims"
+
+    @classmethod
+    def heads_of(cls, attention: str) -> bool | str:
+        """The same as `heads`."""
+        return attention == "heads" or (attention == "queries" and attention)
 
     def releases(self, name: str) -> bool:
         """Whether an output, or what it lies in, is released."""
@@ -65,6 +77,8 @@ class Solution:
         ties: those that were solved, as the rules reported them.
         shapes: of the model's own tensors, by name.
         some_stay: units of which one at least must stay.
+        at_least: units, each as often as it has entries, with how many of these must stay.
+        picks: for each capture the values that are numbers of chosen entries, with the labels of what is chosen from.
     """
 
     captures: list[CapturedProgram]
@@ -78,3 +92,5 @@ class Solution:
     ties: list[Tie]
     shapes: dict[str, tuple[int, ...]]
     some_stay: list[np.ndarray]
+    at_least: list[tuple[np.ndarray, int]] = field(default_factory=list)
+    picks: list[dict[int, np.ndarray]] = field(default_factory=list)

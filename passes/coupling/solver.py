@@ -25,6 +25,7 @@ def solve(
     constraints: Constraints,
     size: int,
     regions: list[dict[fx.Node, fx.Node]],
+    picks: list[dict[int, np.ndarray]],
 ) -> Solution:
     """The units of `size` labels, and which of them something freezes.
 
@@ -46,7 +47,22 @@ def solve(
     shapes = {v.name: v.shape for capture in captures for v in capture.op_trace.values if v.name is not None}
     some_stay = [units.unit_of[labels] for labels in some_stay]
     unit_of = torch.from_numpy(units.unit_of)
-    return Solution(captures, leaves, values, unit_of, reason_of, reasons, equal_rows, regions, units.ties, shapes, some_stay)
+    at_least = [(units.unit_of[labels], count) for labels, count in constraints.at_least]
+    return Solution(
+        captures,
+        leaves,
+        values,
+        unit_of,
+        reason_of,
+        reasons,
+        equal_rows,
+        regions,
+        units.ties,
+        shapes,
+        some_stay,
+        at_least,
+        picks,
+    )
 
 
 def numbered_reasons(

@@ -4,6 +4,7 @@ No name is looked at. Let a *layer product* be a product of an activation with a
 
 - *head*: its units are along a batch dimension of a product of two activations, as attention's are. It is a *KV group* where
   rows in succession are one unit there: query heads that share a key head.
+- *expert*: its units are chosen among by value, and the numbers of the chosen ones index parameters.
 - *head dimension*: its units are along one of the other two dimensions of such a product.
 - *residual stream*: its channels are in a sum of two activations, one of which is computed from the other one.
 - *hidden layer*: layer products make its channels, and others read them.
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fxprune.passes.coupling.families import Family
+from fxprune.passes.coupling.picks import chosen_units
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.ir.labels import NONE, Factor
 from fxprune.passes.ir.op_trace import OpCall, OpTrace, name_of
@@ -34,7 +36,7 @@ class Role:
     """What a family is to the program.
 
     Attributes:
-        name: `residual stream`, `hidden layer`, `head`, `KV group`, `head dimension`, or "" where none of them fits.
+        name: `residual stream`, `hidden layer`, `head`, `KV group`, `head dimension`, `expert`, or "" where none of them fits.
         share: the share of the model's layer products that make or read its channels.
     """
 
@@ -141,6 +143,7 @@ def find_roles(solution: Solution, found: Sequence[Family]) -> list[Role]:
     label = of_unit[solution.unit_of.numpy()]
     reads, makes, touches, total = Counter[int](), Counter[int](), Counter[int](), 0
     streams, heads, groups, dims = set[int](), set[int](), set[int](), set[int]()
+    experts = {int(i) for i in of_unit[chosen_units(solution)] if i >= 0}
     for number in range(len(solution.captures)):
         trace = Trace(solution, number, label)
         for read, made in trace.products():
@@ -153,7 +156,9 @@ def find_roles(solution: Solution, found: Sequence[Family]) -> list[Role]:
         heads, groups, dims = heads | batch, groups | several, dims | rest
     names = []
     for i in range(len(found)):
-        if i in heads:
+        if i in experts:
+            names.append("expert")
+        elif i in heads:
             names.append("KV group" if i in groups else "head")
         elif i in streams:
             names.append("residual stream")

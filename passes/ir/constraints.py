@@ -94,6 +94,7 @@ class Constraints:
         equal_rows: matrices of labels whose rows keep equally many entries.
         same_columns: matrices of labels whose rows keep the same columns, unless they go whole.
         some_stay: vectors of labels of which at least one stays.
+        at_least: vectors of labels with how many of them stay.
         row_labels: labels that each stand for a row of others.
     """
 
@@ -103,6 +104,7 @@ class Constraints:
     equal_rows: list[LabelArray] = field(default_factory=list)
     same_columns: list[LabelArray] = field(default_factory=list)
     some_stay: list[np.ndarray] = field(default_factory=list)
+    at_least: list[tuple[np.ndarray, int]] = field(default_factory=list)
     row_labels: list[RowLabels] = field(default_factory=list)
 
 
@@ -153,6 +155,9 @@ class ConstraintBuilder:
             self.collected.some_stay += [
                 line for i in range(n) for line in torch.cat([rows[:, :i], rows[:, i + 1 :]], 1).numpy()
             ]
+
+    def keep_at_least(self, labels: np.ndarray, count: int) -> None:
+        self.collected.at_least.append((labels, count))
 
     def new_row_labels(self, f: Factor, rest: Sequence[int], *, whole: bool) -> Factor:
         """New labels over the dimensions `rest` of a factor, of what was reduced along the others."""

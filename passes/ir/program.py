@@ -89,6 +89,8 @@ class CapturedProgram:
         functions: functions of the model's that are one node for each call.
         calls: calls made inside opaque modules.
         sizes: attributes of opaque modules that were used as sizes.
+        followed: sizes of tensors that opaque modules used as sizes of others.
+        leaks: tensors in opaque modules whose contents Python took, by path.
         inputs: references of the example inputs' tensors.
         tensor_names: the names of the model's tensors, in its order, and of constants after those.
         outputs: the tensors returned, by name (see `named_outputs`) and reference.
@@ -114,6 +116,8 @@ class CapturedProgram:
     opaque: dict[str, str]
     calls: dict[str, list[ModuleCall]]
     sizes: dict[str, list[SizeUse]]
+    followed: list[SizeUse]
+    leaks: dict[str, list[TensorRef]]
     inputs: list[TensorRef]
     tensor_names: list[str]
     outputs: list[tuple[str, TensorRef]]
@@ -237,12 +241,35 @@ class Waiver:
 
 
 @dataclass(frozen=True, slots=True)
-class SizeUse:
-    """A number that came from attributes, found as the size of a dimension of a tensor."""
+class TensorSize:
+    """The size of a dimension of a tensor, read while an opaque module ran."""
 
-    tree: tuple[Any, ...]
     ref: TensorRef
     dim: int
+
+
+@dataclass(frozen=True, slots=True)
+class SizeUse:
+    """A number that came from attributes or sizes of tensors, found as the size of a dimension of a tensor.
+
+    Attributes:
+        tree: the path of a module and the name of an attribute, a `TensorSize`, or an operator and its two sides.
+    """
+
+    tree: Any
+    ref: TensorRef
+    dim: int
+
+    @property
+    def attributes(self) -> set[tuple[str, str]]:
+        return attributes_of_size(self.tree)
+
+
+def attributes_of_size(tree: Any) -> set[tuple[str, str]]:
+    """The attributes that a number was computed from; see `SizeUse`."""
+    if isinstance(tree, int | TensorSize):
+        return set()
+    return attributes_of_size(tree[1]) | attributes_of_size(tree[2]) if len(tree) > 2 else {tree}
 
 
 ONLY_OUTPUT = "output"  # the name of the one tensor that a model returns

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from fxprune.passes.ir.constraints import ConstraintBuilder
 from fxprune.passes.ir.labels import Labels
 from fxprune.passes.ir.op_trace import OpTrace
+from fxprune.passes.ir.program import TensorSize
 
 LeafDim = tuple[str, int, int]
 
@@ -23,16 +25,21 @@ class PropagationState:
         op_trace: the program's calls.
         labels: of every value so far, by number.
         constraints: where rules report.
-        heads: whether batch dimensions of products of activations are heads.
+        heads: whether batch dimensions of products of activations are heads; `queries`: those of KV heads stay.
         uses: values that a later call reads; empty where that is not known.
         varying: values whose contents change with the sizes of the inputs.
         pinned: views that are written into, which cannot become copies.
         uniform: values whose entries are all equal, with the one they are views of; `read_before`: those that a call has read.
+        unread: copies and constants that no call has read yet, with the dimensions along which their labels are new.
         seeking_heads: whether this pass only looks for heads.
+        choices: whether entries that are chosen by value may go, those that are never chosen.
+        picks: values that are numbers of chosen entries, each with the labels that they are numbers of.
+        number: one of them that Python has just read.
         leaf_dims: dimensions of the model's own tensors that may be composed, by first label: tensor, dimension, size.
         composed: those found to belong to several labels at once (an outer product), by first label, with the labels.
         rewrite: what the current node becomes in the pruned program (see `OpSpec`).
         opaque: whether the current node is an opaque module, in which no written-out size can be changed.
+        sizes: sizes in opaque modules that are those of other tensors, by value and dimension.
         literals: integers among the current node's arguments that no rewrite can change.
         input_dims: finds the dimensions of the current node's result that it gives sizes of the inputs.
     """
@@ -40,16 +47,21 @@ class PropagationState:
     op_trace: OpTrace
     labels: dict[int, Labels]
     constraints: ConstraintBuilder
-    heads: bool = False
+    heads: bool | str = False
     uses: set[int] = field(default_factory=set)
     varying: set[int] = field(default_factory=set)
     pinned: set[int] = field(default_factory=set)
     uniform: dict[int, int] = field(default_factory=dict)
     read_before: set[int] = field(default_factory=set)
+    unread: dict[int, frozenset[int]] = field(default_factory=dict)
     seeking_heads: bool = False
+    choices: bool = False
+    picks: dict[int, np.ndarray] = field(default_factory=dict)
+    number: tuple[Any, np.ndarray] | None = None
     leaf_dims: dict[int, LeafDim] = field(default_factory=dict)
     composed: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
     rewrite: Callable[..., Any] | None = None
     opaque: bool = False
+    sizes: dict[int, dict[int, TensorSize]] = field(default_factory=dict)
     literals: frozenset[int] = frozenset()
     input_dims: Callable[[], frozenset[int]] = frozenset

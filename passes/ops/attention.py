@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxprune.passes.ir.labels import NONE, Labels, align, factor
+from fxprune.passes.ir.labels import NONE, Factor, Labels, align, factor
 from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ops.call import OpView, RuleContext
+from fxprune.passes.ops.creation import copies_of_rows, freeze_shared
 from fxprune.passes.ops.masking import MaskContext, as_returned, with_value
-from fxprune.passes.ops.matmul import contract
+from fxprune.passes.ops.matmul import contract, keep_own_heads
 from fxprune.passes.ops.registry import OpSpec, register
 from fxprune.passes.ops.rewriting import RewriteContext, argument, with_argument
 from fxprune.passes.ops.unify import unify
@@ -40,6 +41,9 @@ def attention(call: RuleContext) -> list[Labels]:
             call.freeze_dims(call.labels(ref), [n], "is a token of causal attention")
     k_labels, k_shape = grouped(call, k, call.shape(q))
     v_labels, v_shape = grouped(call, v, call.shape(q))
+    if call.heads == "queries":
+        for shared in (k_labels, v_labels):
+            keep_own_heads(call, shared, n)
     batch = list(range(n))
     # index space: batch, L, S, E
     weights = contract(
@@ -61,6 +65,13 @@ def grouped(call: RuleContext, ref: TensorRef, q_shape: Sequence[int]) -> tuple[
     if d < 0 or shape[d] == q_shape[d] or shape[d] == 1:
         return labels, shape
     times = q_shape[d] // shape[d]
+    along = [f for f in labels if d in f.dims]
+    if call.heads == "queries" and along:  # each serves query heads of its own, and stays
+        freeze_shared(call, along)
+        made = copies_of_rows(call, 1, (shape[d], times)).flat
+        call.constraints.copies.update(made.tolist())
+        grown = (*(f for f in labels if f not in along), Factor.vector(made, d, len(shape)))
+        return grown, (*shape[:d], q_shape[d], *shape[d + 1 :])
     grown = tuple(factor(f.labels.repeat_interleave(times, d) if d in f.dims else f.labels, f.major_to_minor) for f in labels)
     return grown, (*shape[:d], q_shape[d], *shape[d + 1 :])
 

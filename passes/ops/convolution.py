@@ -143,7 +143,7 @@ def grouped_convolution(
         array = array.transpose(1, 2) if transposed else array
         w_part.append(factor(array.unsqueeze(0)))
     w_size = [1, groups, per_out, per_in]
-    if groups > 1 and (per_in == 1 or per_out == 1):
+    if groups > 1 and (per_in == 1 or per_out == 1) and any(f.dims & {1, 3} for f in x_part):
         return whole_groups(call, x_part, w_part, w_size)
     x_size = [x_shape[0], groups, 1, per_in]
     for f in [*x_part, *w_part]:
@@ -176,8 +176,6 @@ def whole_groups(call: RuleContext, x: list[Factor], w: list[Factor], size: Sequ
     lead = arrays[0][:, :1]
     for array in arrays:
         call.constraints.tie(array, lead.expand_as(array))
-    if not any(1 in f.dims or 3 in f.dims for f in x):
-        call.constraints.freeze(lead, "is a group of a convolution whose inputs are all kept")
     outs = next((f for f in w if f.dims & {1, 2}), None)
     labels = outs.labels.expand(1, groups, size[2], -1)[..., 0] if outs is not None else lead.expand(groups, size[2])
     return (factor(labels.reshape(-1)),)

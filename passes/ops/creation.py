@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fxprune.passes.ir.labels import NONE, Factor, Labels, align, factor
+from fxprune.passes.ir.op_trace import name_of
 from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.pointwise import same
-from fxprune.passes.ops.registry import OpSpec, register
+from fxprune.passes.ops.registry import OpSpec, find, register
 from fxprune.passes.ops.rewriting import (
     RewriteContext,
     SizeArguments,
@@ -29,9 +31,28 @@ def uniform(call: RuleContext) -> Labels:
     """Entries that are all alike: any number of them may go."""
     shape = call.shape(call.outputs[0])
     if call.state.opaque:
-        return NONE  # its size is written where it cannot be changed
+        return sized_alike(call, len(shape))
     call.state.uniform[call.outputs[0].id] = call.outputs[0].id
-    return tuple(call.fresh(n, d, len(shape)) for d, n in enumerate(shape) if n > 1 and n not in call.state.literals)
+    made = tuple(call.fresh(n, d, len(shape)) for d, n in enumerate(shape) if n > 1 and n not in call.state.literals)
+    call.state.unread[call.outputs[0].id] = frozenset(f.major_to_minor[0] for f in made)
+    return made
+
+
+def sized_alike(call: RuleContext, ndim: int) -> Labels:
+    """In an opaque module no size can be written anew; one that is read from a tensor follows that tensor."""
+    sizes = call.state.sizes.get(call.outputs[0].id, {})
+    result: Labels = NONE
+    for ref in dict.fromkeys(size.ref for size in sizes.values()):
+        to = {size.dim: dim for dim, size in sizes.items() if size.ref is ref}
+        for f in call.labels(ref):
+            if f.dims <= to.keys():
+                order = [to[d] for d in f.major_to_minor]
+                apart = f.labels.permute([*f.major_to_minor, *(d for d in range(f.ndim) if d not in f.dims)])
+                shape = [f.labels.shape[d] for d in f.major_to_minor] + [1] * (ndim - len(order))
+                places = [*order, *(d for d in range(ndim) if d not in order)]
+                moved = apart.reshape(shape).permute([places.index(d) for d in range(ndim)])
+                result += (Factor(moved.contiguous(), tuple(order)),)
+    return result
 
 
 def ramp(call: RuleContext) -> Labels:
@@ -58,11 +79,60 @@ def expand(call: RuleContext) -> Labels:
     after = call.shape(call.outputs[0])
     labels, before = align(call.labels(call.first), call.shape(call.first), len(after))
     grown = [d for d, (a, b) in enumerate(zip(before, after, strict=True)) if a == 1 and b > 1]
+    rows = [f for f in labels if len(grown) == 1 and grown[0] - 1 in f.dims]
+    if rows and (call.heads == "queries" or all(map(call.constraints.are_row_labels, rows))):
+        return labels_of_shared(call, labels, rows, grown[0], after)
     return labels + copies(call, [call.fresh(after[d], d, len(after)) for d in grown])
+
+
+def labels_of_shared(call: RuleContext, labels: Labels, rows: list[Factor], d: int, shape: Sequence[int]) -> Labels:
+    """Labels where each entry of the dimension before has copies of its own, as a KV head has for its query heads.
+
+    What is copied stays. While a masked model runs that is known, and nothing else may be said of it.
+    """
+    if call.heads == "queries" and call.uses and not call.constraints.are_row_labels(rows[0]) and not meets_heads(call):
+        return labels + copies(call, [call.fresh(shape[d], d, len(shape))])
+    if call.uses or call.constraints.are_row_labels(rows[0]):
+        freeze_shared(call, rows)
+        labels = tuple(f for f in labels if f not in rows)
+    return labels + copies(call, [copies_of_rows(call, d, shape)])
+
+
+def freeze_shared(call: RuleContext, rows: list[Factor]) -> None:
+    """Freeze what is copied; heads, all the same, are told apart, so that what they share does not tie them."""
+    for f in rows:
+        if call.state.seeking_heads and len(f.major_to_minor) > 1:
+            call.constraints.add_head_rows(f.rows())
+    call.freeze(tuple(rows), SHARED)
+
+
+def meets_heads(call: RuleContext) -> bool:
+    """Whether what is made of a call's result by moving entries is an operand of attention."""
+    known = {ref.id for ref in call.outputs}
+    for op in call.op_trace.ops:
+        if any(ref.id in known for ref in op.inputs):
+            spec = find(op.func)
+            if spec.heads:
+                return True
+            if spec.moves or spec.views or name_of(op.func) in ("aten::clone", "aten::_to_copy"):
+                known |= {ref.id for ref in op.outputs}
+    return False
+
+
+SHARED = "is shared by others of which each keeps some"
+
+
+def copies_of_rows(call: RuleContext, d: int, shape: Sequence[int]) -> Factor:
+    """New labels of copies along a dimension, other ones for each entry of the dimension before; each keeps equally many."""
+    sizes = [n if i in (d - 1, d) else 1 for i, n in enumerate(shape)]
+    made = Factor(call.constraints.fresh(shape[d - 1] * shape[d]).reshape(sizes), (d - 1, d))
+    call.constraints.keep_rows_equal(made)
+    return made
 
 
 def copies(call: RuleContext, made: list[Factor]) -> Labels:
     """New labels of copies of the first argument."""
+    call.state.unread[call.outputs[0].id] = frozenset(f.major_to_minor[0] for f in made)
     if call.op_trace.values[call.first.id].from_input:
         for f in made:
             call.constraints.copies.update(f.flat.tolist())

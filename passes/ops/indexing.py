@@ -12,10 +12,11 @@ from fxprune.passes.ir.labels import NONE, Labels, align, along, expand_along, f
 from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.index_maps import COMPUTED, PARTLY, one_by_one
+from fxprune.passes.ops.masking import with_zeros
 from fxprune.passes.ops.movement import slice_
 from fxprune.passes.ops.registry import OpSpec, register
-from fxprune.passes.ops.rewriting import RewriteContext, argument, known, place, run_of
-from fxprune.passes.ops.unify import unify
+from fxprune.passes.ops.rewriting import RewriteContext, SizeArguments, argument, known, place, run_of
+from fxprune.passes.ops.unify import unify, vary_alike
 
 
 def index(call: RuleContext) -> Labels:
@@ -140,6 +141,7 @@ def put_at_constants(call: RuleContext, x: TensorRef, indices: list[TensorRef | 
 
 
 def scatter(call: RuleContext) -> Labels:
+    vary_alike(call)
     x = call["self"]
     shape = call.shape(x)
     dim = call.dim(call["dim"], len(shape))
@@ -154,6 +156,7 @@ def scatter(call: RuleContext) -> Labels:
 
 
 def index_add(call: RuleContext) -> Labels:
+    vary_alike(call)
     x, source = call["self"], call["source"]
     shape = call.shape(x)
     dim = call.dim(call["dim"], len(shape))
@@ -266,7 +269,8 @@ def mapped(r: RewriteContext, source: TensorRef, target: TensorRef | None, dim: 
         value = i if isinstance(i, int) else r.capture.results[i]
         return int(table[value % size])
     data = torch.as_tensor(i) if isinstance(i, list) else r.capture.op_trace.values[r.result(i).id].data
-    assert data is not None, "a computed index along a labelled dimension is frozen by its rule"
+    if data is None:  # the numbers of what is chosen by value are those of kept entries by themselves
+        return r.argument(i)
     data = data.cpu()
     if data.dtype in (torch.bool, torch.uint8):
         data = data.nonzero().flatten()
@@ -285,6 +289,8 @@ register("scatter scatter_add scatter_reduce", OpSpec(scatter))
 register("diagonal_scatter", OpSpec(onto_diagonal))
 register("index_add index_copy", OpSpec(index_add))
 register(
-    "index_fill masked_scatter masked_select nonzero _unique2 unique_dim bucketize searchsorted one_hot bincount",
+    "index_fill masked_scatter masked_select _unique2 unique_dim bucketize searchsorted bincount",
     OpSpec(by_value),
 )
+register("nonzero", OpSpec(by_value, masked=with_zeros))
+register("one_hot", OpSpec(by_value, sizes=SizeArguments(1, ("num_classes",), lambda args, kwargs, ndim, count: ndim - 1)))

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from fxprune.passes.ir.labels import NONE, Factor, Labels, align, factor
 from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ops.call import OpView, RuleContext
-from fxprune.passes.ops.masking import with_zeros
+from fxprune.passes.ops.masking import MaskContext, with_value, with_zeros
 from fxprune.passes.ops.registry import OpSpec, Product, register
 from fxprune.passes.ops.rewriting import RewriteContext, argument, with_argument
 from fxprune.passes.ops.unify import unify
@@ -77,6 +77,12 @@ def contract(
     if heads:
         result += [h for h in heads if not any(h.dims <= f.dims for f in result)][:1]
     return tuple(result)
+
+
+def keep_own_heads(call: RuleContext, labels: Labels, behind: int) -> None:
+    """Freeze heads of keys or values that no others share, where query heads alone may go: one would leave a group of none."""
+    own = [f for f in labels if f.major_to_minor[0] < behind and call.constraints.undetermined(f) is None]
+    call.freeze(tuple(own), "has keys and values of its own, and attention='queries' removes those that share them")
 
 
 def copies(call: RuleContext, ref: TensorRef, places: Sequence[int]) -> list[int]:
@@ -142,6 +148,8 @@ def multiplied(
 ) -> Labels:
     """Labels of a product, whose second operand has labels and shape as given, and of what is added to it."""
     vector = len(b_shape) == 1
+    if call.heads == "queries" and call.op_trace.values[a.id].from_input and call.op_trace.values[b.id].from_input:
+        keep_own_heads(call, b_labels, len(b_shape) - 2)
     if vector:
         b_labels, b_shape = tuple(Factor(f.labels.unsqueeze(-1), f.major_to_minor) for f in b_labels), (*b_shape, 1)
     a_shape = call.shape(a)
@@ -273,6 +281,12 @@ def padded_grouped_product(r: RewriteContext, node: fx.Node) -> fx.Node | None:
     return r.graph.call_function(in_whole_lines, r.argument(tuple(node.args)), r.argument(dict(node.kwargs)))
 
 
+def masked_grouped_product(run: MaskContext, call: OpView, args: Any, kwargs: Any) -> Any:
+    """The ends of runs are no values: those of what is removed stay, so that its runs are empty."""
+    operands, _ = with_value(run, args[:2], {}, 0.0)
+    return call.op.func(*operands, *args[2:], **kwargs)
+
+
 LINE = 16  # bytes
 
 
@@ -295,7 +309,7 @@ register("mm addmm _addmm_activation", MATMUL)
 register("bmm baddbmm matmul", dataclasses.replace(MATMUL, heads=True))
 register("mv addmv dot vdot inner", dataclasses.replace(MATMUL, macs=None))  # which torch does not count
 register("linear", OpSpec(linear, masked=with_zeros, products=linear_products, macs=linear_macs))
-register("_grouped_mm", OpSpec(grouped_product, padded_grouped_product, masked=with_zeros), functions="grouped_mm")
+register("_grouped_mm", OpSpec(grouped_product, padded_grouped_product, masked=masked_grouped_product), functions="grouped_mm")
 register("addbmm", OpSpec(addbmm, masked=with_zeros))
 register("addr", OpSpec(addr))
 register("linalg_cross", OpSpec(cross))

@@ -8,7 +8,7 @@ from fxprune.passes.ir.labels import NONE, Labels, align, factor
 from fxprune.passes.ir.op_trace import name_of
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.registry import TAGGED, OpSpec, register
-from fxprune.passes.ops.unify import unify
+from fxprune.passes.ops.unify import unify, vary_alike
 
 ADDING = frozenset(["aten::add", "aten::sub", "aten::rsub"])
 
@@ -22,6 +22,7 @@ def pointwise(call: RuleContext) -> list[Labels]:
     merged: Labels = NONE
     shape: tuple[int, ...] = (1,) * ndim
     adds = name_of(call.op.func).rstrip("_") in ADDING
+    vary_alike(call)
     for ref in call.inputs:
         labels, size = align(call.labels(ref), call.shape(ref), ndim)
         merged = unify(call, merged, shape, labels, size, adds=adds)

@@ -50,7 +50,7 @@ def row_by_row(call: RuleContext, f: Factor, dims: Sequence[int]) -> Labels:
     if not rest:
         return NONE
     if f.major_to_minor[-1] not in rest:
-        return (call.constraints.new_row_labels(f, rest, whole=call.heads),)
+        return (call.constraints.new_row_labels(f, rest, whole=bool(call.heads)),)
     return call.collapse(f, touched)
 
 
@@ -124,6 +124,10 @@ def normalise(call: RuleContext) -> Labels:
     return call.labels(x)
 
 
+def by_value(call: RuleContext) -> list[Labels]:
+    return call.freeze_inputs("is counted by value")
+
+
 def ranked(call: RuleContext) -> list[Labels]:
     dims = call.dims(call.get("dim", -1), len(call.shape(call.first)))
     passed = call.freeze_dims(call.labels(call.first), dims, "is ranked by value")
@@ -187,6 +191,20 @@ def differences(r: RewriteContext, node: fx.Node) -> fx.Node | None:
 
 
 with_least, with_greatest, with_ones = filled_with(-math.inf), filled_with(math.inf), filled_with(1.0)
+
+
+def masked_topk(run: MaskContext, call: OpView, args: Any, kwargs: Any) -> Any:
+    """What is removed is never chosen."""
+    return (with_least if call.get("largest", True) else with_greatest)(run, call, args, kwargs)
+
+
+def histogram(r: RewriteContext, node: fx.Node) -> fx.Node | None:
+    """As many bins as entries are left that numbers can say, the last of which is then the greatest number."""
+    ref = r.result(node)
+    if not isinstance(ref, TensorRef) or r.after(ref) == r.before(ref):
+        return None
+    (left,) = r.after(ref)
+    return r.graph.call_function(torch.histc, (r.argument(node.args[0]),), {"bins": left, "min": 0, "max": left - 1})
 
 
 def masked_norm(run: MaskContext, call: OpView, args: Any, kwargs: Any) -> Any:
@@ -260,7 +278,9 @@ register("logcumsumexp", OpSpec(normalise, masked=with_least))
 register("cumsum", OpSpec(normalise, masked=with_zeros))
 register("renorm", OpSpec(renormalise, masked=with_zeros))
 register("cumprod", OpSpec(normalise, masked=with_ones))
-register("topk sort argsort msort", OpSpec(ranked))
+register("topk", OpSpec(ranked, masked=masked_topk))
+register("sort argsort msort", OpSpec(ranked))
+register("histc", OpSpec(by_value, histogram))
 register("glu", OpSpec(glu))
 register("_fft_r2c _fft_c2c _fft_c2r", OpSpec(fft))
 register("_cdist_forward", OpSpec(distance, masked=with_zeros))

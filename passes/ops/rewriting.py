@@ -112,7 +112,7 @@ class SizeArguments:
         """The sizes, and how they are given: by which keyword, as a `sequence`, or `spread`."""
         for name in self.keywords:
             if name in kwargs:
-                return list(kwargs[name]), name
+                return (list(kwargs[name]) if isinstance(kwargs[name], tuple | list) else [kwargs[name]]), name
         if len(args) > self.at and isinstance(args[self.at], tuple | list):
             return list(args[self.at]), "sequence"
         return list(args[self.at :]), "spread"
@@ -141,7 +141,7 @@ def resize_result(sizes: SizeArguments) -> Callable[[RewriteContext, fx.Node], f
         elif how == "sequence":
             args[sizes.at] = tuple(new)
         else:
-            kwargs[how] = tuple(new)
+            kwargs[how] = tuple(new) if isinstance(node.kwargs[how], tuple | list) else new[0]
         return r.emit(node, args, kwargs)
 
     return rewrite

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from torch import Tensor
 
-from fxprune.passes.ir.labels import NONE, Factor, Labels, factor
+from fxprune.passes.ir.labels import NONE, Factor, Labels, align, factor
 from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ops.call import RuleContext
 
@@ -77,6 +77,34 @@ def unify(
             if other is not g:
                 call.constraints.freeze(other.labels, kept_whole(call))
     return tuple(f for f in result if f.major_to_minor)
+
+
+def vary_alike(call: RuleContext) -> None:
+    """Copies and constants that no call has read yet vary jointly along the dimensions along which another operand does.
+
+    What is alike everywhere can lose any of its entries, and so the same ones as what it meets. Dimensions correspond from the
+    right.
+    """
+    for ref in call.inputs:
+        new = call.state.unread.get(ref.id, frozenset())
+        for f in [f for other in call.inputs if other is not ref for f in joint_in(call, ref, other)] if len(new) > 1 else ():
+            if f.dims <= new and all(f.labels.shape[d] == call.shape(ref)[d] for d in f.dims):
+                apart = [g for g in call.labels(ref) if g.dims.isdisjoint(f.dims)]
+                made = Factor(call.constraints.fresh(f.labels.numel()).reshape(f.labels.shape), f.major_to_minor)
+                if any(int(g.flat[0]) in call.constraints.copies for g in call.labels(ref) if g.dims & f.dims):
+                    call.constraints.copies.update(made.flat.tolist())
+                call.known[ref.id] = (*apart, made)
+                new -= f.dims
+
+
+def joint_in(call: RuleContext, ref: TensorRef, other: TensorRef) -> list[Factor]:
+    """The factors of one operand that vary along several dimensions, all of which another one has, as that one numbers them."""
+    ndim = len(call.shape(ref))
+    extra = ndim - len(call.shape(other))
+    joint = [f for f in call.labels(other) if len(f.major_to_minor) > 1 and min(f.dims) + extra >= 0]
+    if extra >= 0:
+        return list(align(tuple(joint), call.shape(other), ndim)[0])
+    return [factor(f.labels.reshape(f.labels.shape[-extra:]), tuple(d + extra for d in f.major_to_minor)) for f in joint]
 
 
 def lines(

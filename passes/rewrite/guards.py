@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.passes.errors import GuardError
+from fxprune.passes.rewrite.programs import Line, Name, Program
 
 NOTES: ContextVar[list[str] | None] = ContextVar("NOTES", default=None)
 
@@ -95,6 +96,22 @@ def describe(node: fx.Node) -> str:
 def guards_of(pruned: Any) -> list[Any]:
     """The lines of a pruned module's programs that are guards."""
     return [line for program in vars(pruned)["_flat"].values() for line in program.lines if line.target is holds]
+
+
+GUARDS = frozenset([holds, given_as_captured, has_parts])  # the third argument is what they say
+
+
+def with_texts_as_arguments(program: Program) -> tuple[Program, tuple[str, ...]]:
+    """A program that is given what its guards say before its other arguments, and these texts."""
+    lines: list[Line] = []
+    texts: list[str] = []
+    for line in program.lines:
+        if line.target in GUARDS:
+            texts.append(line.args[2])
+            line = line._replace(args=(*line.args[:2], Name(f"guard_text_{len(texts)}"), *line.args[3:]))
+        lines.append(line)
+    given = [Line(f"guard_text_{i + 1}", "placeholder", f"guard_text_{i + 1}") for i in range(len(texts))]
+    return Program((*given, *lines)), tuple(texts)
 
 
 @contextmanager

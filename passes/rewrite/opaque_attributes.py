@@ -12,7 +12,7 @@ from typing import Any
 
 from fxprune.passes.capture.opaque import OPERATORS
 from fxprune.passes.ir.module_tree import fetch
-from fxprune.passes.ir.program import CapturedProgram, SizeUse
+from fxprune.passes.ir.program import CapturedProgram, SizeUse, TensorSize, attributes_of_size
 from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.rewrite.layer_attributes import LayerAttributes
 from fxprune.passes.rewrite.size_expressions import PrunedShapes
@@ -37,12 +37,12 @@ def solve_attributes(capture: CapturedProgram, shapes: PrunedShapes, uses: Seque
     computed: list[tuple[Any, int]] = []
     for use in uses:
         wanted = shapes.after(use.ref)[use.dim]
-        if use.tree[0] in OPERATORS:
+        if is_computed(use.tree):
             computed.append((use.tree, wanted))
         elif use.tree not in known or wanted != shapes.before(use.ref)[use.dim]:
             known[use.tree] = wanted
-    for tree, wanted in sorted(computed, key=lambda item: len(attributes_of(item[0]))):
-        for name, value in solve_for(capture, tree, wanted, known).items():
+    for tree, wanted in sorted(computed, key=lambda item: len(attributes_of_size(item[0]))):
+        for name, value in solve_for(capture, shapes, tree, wanted, known).items():
             known.setdefault(name, value)
     return {name: value for name, value in known.items() if value != original_value(capture, name)}
 
@@ -52,38 +52,39 @@ def original_value(capture: CapturedProgram, attribute: tuple[str, str]) -> int:
     return int(getattr(fetch(capture.root, path) if path else capture.root, name))
 
 
-def attributes_of(tree: Any) -> set[tuple[str, str]]:
-    if isinstance(tree, int):
-        return set()
-    return {tree} if tree[0] not in OPERATORS else attributes_of(tree[1]) | attributes_of(tree[2])
+def is_computed(tree: Any) -> bool:
+    """Whether a number is that of an operator and its two sides, rather than an attribute, which is a path and a name."""
+    return isinstance(tree, tuple) and len(tree) > 2
 
 
-def value_of(capture: CapturedProgram, tree: Any, known: Mapping[tuple[str, str], int]) -> int:
-    """The value of an expression over attributes; one that is not known has its original value."""
+def value_of(capture: CapturedProgram, shapes: PrunedShapes, tree: Any, known: Mapping[tuple[str, str], int]) -> int:
+    """The value of an expression over attributes and sizes; an attribute that is not known has its original value."""
     if isinstance(tree, int):
         return tree
-    if tree[0] not in OPERATORS:
+    if isinstance(tree, TensorSize):
+        return shapes.after(tree.ref)[tree.dim]
+    if not is_computed(tree):
         return known[tree] if tree in known else original_value(capture, tree)
-    a, b = value_of(capture, tree[1], known), value_of(capture, tree[2], known)
+    a, b = (value_of(capture, shapes, side, known) for side in tree[1:])
     return OPERATORS[tree[0]](a, b) if b or tree[0] != "floordiv" else 0
 
 
 def solve_for(
-    capture: CapturedProgram, tree: Any, wanted: int, known: Mapping[tuple[str, str], int]
+    capture: CapturedProgram, shapes: PrunedShapes, tree: Any, wanted: int, known: Mapping[tuple[str, str], int]
 ) -> dict[tuple[str, str], int]:
     """The value of the one unknown attribute for which an expression comes to `wanted`.
 
     Empty where it does so already, or where no value does.
     """
-    if isinstance(tree, int) or value_of(capture, tree, known) == wanted:
+    if isinstance(tree, int | TensorSize) or value_of(capture, shapes, tree, known) == wanted:
         return {}
-    if tree[0] not in OPERATORS:
+    if not is_computed(tree):
         return {} if tree in known else {tree: wanted}
     name, a, b = tree
-    free = [side for side in (a, b) if attributes_of(side) - known.keys()]
+    free = [side for side in (a, b) if attributes_of_size(side) - known.keys()]
     if len(free) != 1:
         return {}
-    other = value_of(capture, b if free[0] is a else a, known)
+    other = value_of(capture, shapes, b if free[0] is a else a, known)
     if name == "add":
         needed = wanted - other
     elif name == "sub":
@@ -92,4 +93,4 @@ def solve_for(
         needed = wanted // other if other and wanted % other == 0 else 0
     else:
         needed = wanted * other if free[0] is a else (other // wanted if wanted else 0)
-    return solve_for(capture, free[0], needed, known) if needed > 0 else {}
+    return solve_for(capture, shapes, free[0], needed, known) if needed > 0 else {}

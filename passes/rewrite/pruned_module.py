@@ -14,7 +14,8 @@ from torch.fx.graph import PythonCode
 from fxprune.passes.errors import GuardError, PruneError
 from fxprune.passes.ir.module_tree import Apart, fetch
 from fxprune.passes.rewrite.changes import tree_text
-from fxprune.passes.rewrite.programs import OWN_MODEL, Forwards, Program, alike, without_dead
+from fxprune.passes.rewrite.guards import with_texts_as_arguments
+from fxprune.passes.rewrite.programs import OWN_MODEL, Forwards, Program, numbered, without_dead
 
 # the attributes of a `PrunedModule` itself
 OWN = ("_programs", "_flat", "_apart", "_mode", "_other", "_sequence", "_takes", OWN_MODEL)
@@ -31,19 +32,28 @@ class Member:
 
 
 class Functions:
-    """The functions generated for programs: one for all that do the same, as those of repeated blocks do."""
+    """The functions generated for programs: one for all that do the same, as those of repeated blocks do.
+
+    Guards of such blocks differ in what they say, which names the block: these texts are the first arguments of a function.
+    """
 
     def __init__(self) -> None:
-        self.known: dict[tuple[Any, ...], list[tuple[Program, Any]]] = {}
+        self.known: dict[tuple[Any, ...], list[tuple[list[Any], tuple[Any, list[str]]]]] = {}
 
-    def of(self, program: Program) -> Any:
+    def of(self, program: Program) -> tuple[Any, list[str], tuple[str, ...]]:
+        """The function of a program, the names of its arguments, and the texts that it is given before these."""
+        program, texts = with_texts_as_arguments(program)
+        form, found = numbered(program), None
         candidates = self.known.setdefault(tuple([(line.op, line.target) for line in program.lines]), [])
-        for other, function in candidates:
-            if alike(other, program):
-                return function
-        code = program.graph().python_code("self")
-        candidates.append((program, fx.graph_module._forward_from_src(code.src, code.globals)))
-        return candidates[-1][1]
+        for other, generated in candidates:
+            found = generated if other == form else found
+        if found is None:
+            code = program.graph().python_code("self")
+            function = fx.graph_module._forward_from_src(code.src, code.globals)
+            taken = [*inspect.signature(function).parameters.values()][1 + len(texts) :]
+            found = function, [f"**{p.name}" if p.kind is p.VAR_KEYWORD else p.name for p in taken]
+            candidates.append((form, found))
+        return *found, texts
 
 
 class RewrittenForward:
@@ -64,33 +74,29 @@ class RewrittenForward:
     ) -> None:
         self.module, self.programs, self.ignored = module, dict(programs), ignored
         self.generated = generated or Functions()
-        self.functions: dict[bool, Any] = {}
-        self.takes: dict[bool, list[str]] = {}
+        self.functions: dict[bool, tuple[Any, list[str], tuple[str, ...]]] = {}
         self.prepare(module.training)
 
     def prepare(self, mode: bool) -> Any:
         """The function of a mode, generated when it is first asked for."""
         if mode not in self.functions:
-            function = self.generated.of(self.programs.get(mode, next(iter(self.programs.values()))))
-            _, *taken = inspect.signature(function).parameters.values()
-            self.takes[mode] = [f"**{p.name}" if p.kind is p.VAR_KEYWORD else p.name for p in taken]
-            self.functions[mode] = function
+            self.functions[mode] = self.generated.of(self.programs.get(mode, next(iter(self.programs.values()))))
         return self.functions[mode]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         mode = self.module.training
-        function = self.functions[mode] if mode in self.functions else self.prepare(mode)
+        function, taken, texts = self.functions[mode] if mode in self.functions else self.prepare(mode)
         if kwargs:
             kwargs = {name: v for name, v in kwargs.items() if name not in self.ignored or not isinstance(v, bool | None)}
-            check_keywords(type(self.module).__name__, kwargs, self.takes[mode])
-        return function(self.module, *args, **kwargs)
+            check_keywords(type(self.module).__name__, kwargs, taken)
+        return function(self.module, *texts, *args, **kwargs)
 
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(type(self.module).forward.__get__(self.module))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "functions": {}, "takes": {}, "generated": Functions()}
+        return {**vars(self), "functions": {}, "generated": Functions()}
 
 
 def check_keywords(module: str, given: Iterable[str], taken: Iterable[str]) -> None:

@@ -111,13 +111,14 @@ class Removal:
     Attributes:
         leaves: the labels of its tensors, by name.
         kept: which labels are kept, shape (labels,).
-        heads: whether batch dimensions of products are heads, as in coupling.
+        heads: whether batch dimensions of products are heads, as in coupling; `choices` likewise.
         branches: residual branches, with all that goes with them.
     """
 
     leaves: Mapping[str, Labels]
     kept: Tensor
-    heads: bool
+    heads: bool | str
+    choices: bool = False
     branches: Removed = NOTHING
 
 
@@ -140,7 +141,8 @@ class MaskedRun(Recorder):
         self.memory: set[int] = set()  # where the model's tensors lie
         self.dtypes: set[torch.dtype] = set()  # of half precision that results were computed in
         self.draws = False  # whether it draws random numbers
-        self.state = PropagationState(self.op_trace, self.labels, ConstraintBuilder(self.given), removal.heads)
+        made = ConstraintBuilder(self.given)
+        self.state = PropagationState(self.op_trace, self.labels, made, removal.heads, choices=removal.choices)
 
     @property
     def kept(self) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -67,7 +68,7 @@ def broken(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     *,
-    heads: bool,
+    heads: bool | str,
     tolerance: float,
 ) -> dict[str, str]:
     """Paths of the modules that do not compute, once cut, what they compute masked, with a reason that completes "it ..."."""
@@ -120,6 +121,21 @@ def as_own(tensor: Tensor) -> Tensor:
     return nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
 
 
+def kept_choice(numbers: Tensor, picked: np.ndarray, slicer: Slicer) -> Tensor:
+    """Numbers of chosen entries with kept ones in place of those that are removed, which a pruned model does not choose."""
+    stays = np.flatnonzero(slicer.table[picked])
+    table = np.arange(len(picked))
+    gone = np.setdiff1d(table, stays)
+    table[gone] = stays[gone % len(stays)]
+    return torch.from_numpy(table).to(numbers.device)[numbers.long()].to(numbers.dtype)
+
+
+def renumbered(numbers: Tensor, picked: np.ndarray, slicer: Slicer) -> Tensor:
+    """The same as numbers among the kept ones."""
+    place = np.cumsum(slicer.table[picked]) - 1
+    return torch.from_numpy(place).to(numbers.device)[numbers.long()].to(numbers.dtype)
+
+
 def inside(name: str, path: str) -> bool:
     return name.startswith(f"{path}.")
 
@@ -151,7 +167,7 @@ def compared(
     args: Any,
     kwargs: Any,
     *,
-    heads: bool,
+    heads: bool | str,
     tolerance: float,
 ) -> str:
     """What is wrong with a cut module on these arguments: nothing, or a clause."""
@@ -166,7 +182,14 @@ def compared(
     tensors = collect((args, kwargs), Tensor)
     if len(site.ins) != len(tensors):
         return ""  # some of them are the model's own, which the program does not hand over
-    cut = {id(t): slicer.take(labels.get(r.id, ()), t) for t, r in zip(tensors, site.ins, strict=True)}
+    picks = [solution.picks[0].get(r.id) for r in site.ins]
+    chosen = {id(t): kept_choice(t, p, slicer) for t, p in zip(tensors, picks, strict=True) if p is not None}
+    args, kwargs = map_tensors((args, kwargs), lambda t: chosen.get(id(t), t))
+    tensors = collect((args, kwargs), Tensor)
+    cut = {
+        id(t): slicer.take(labels.get(r.id, ()), t) if p is None else renumbered(t, p, slicer)
+        for t, r, p in zip(tensors, site.ins, picks, strict=True)
+    }
     few_args, few_kwargs = map_tensors((args, kwargs), lambda t: cut[id(t)].clone())
     with torch.no_grad(), torch.random.fork_rng(devices=[]), own_random_state():
         torch.manual_seed(0)
@@ -182,6 +205,9 @@ def compared(
     expected, found = collect(wanted, Tensor), collect(got, Tensor)
     if not len(site.outs) == len(expected) == len(found):
         return "returns something else once it is cut"
-    least = [slicer.take(labels.get(r.id, ()), t) for t, r in zip(expected, site.outs, strict=True)]
+    least = [
+        slicer.take(labels.get(r.id, ()), t) if (p := solution.picks[0].get(r.id)) is None else renumbered(t, p, slicer)
+        for t, r in zip(expected, site.outs, strict=True)
+    ]
     errors = [relative_error(a, b) for a, b in zip(least, found, strict=True)]
     return "" if max(errors, default=0.0) <= tolerance else "computes something else once it is cut"

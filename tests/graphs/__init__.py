@@ -25,6 +25,7 @@ for _family in (
     "writing",
     "programs",
     "opaque",
+    "segments",
     "topologies",
     "spatial",
     "constants",

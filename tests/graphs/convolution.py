@@ -262,3 +262,14 @@ def each_group_one_unit(middle):
     a = conv(3, 12 if isinstance(middle, nn.Conv2d) else 18)
     layers = {"a": a, "b": middle, "c": conv(18, 20), "head": linear(20, 5), "other": linear(6, 5)}
     return net(forward, **layers), image()
+
+
+@graph(targets=("a.weight", "b.weight", "head.weight"), min_removed=0.3)
+def groups_of_several_outputs_over_the_image():
+    """Each channel of the image has a group of its own, of which some outputs go."""
+
+    def forward(self, x):
+        x = self.b(self.a(x).relu()).relu()
+        return self.head(pool(x))
+
+    return net(forward, a=conv(3, 18, groups=3), b=conv(18, 18, groups=18), head=linear(18, 5)), image()

@@ -1,0 +1,106 @@
+"""A front of methods by `fxprune.sweep`, and what `fxprune.search` adds to its best point, on the networks of `accuracy.py`.
+
+Methods and steps are compared on images of the training set that nothing was trained on; what is reported is the accuracy on
+the test set, which neither has seen. Without labels but those of the comparison: criteria and repair see images alone.
+
+    .venv/bin/python examples/benchmarks/fronts.py --networks vit resnet20 --times 4 8 --steps 20
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from data import fashion
+from sweep import Row, machine, read_rows, write_rows
+from training import SCRATCH, TEST, TRAIN, accuracy, base
+
+import fxprune
+
+HERE = Path(__file__).parent
+ROWS, PAGE = HERE / "fronts.jsonl", HERE / "FRONTS.md"
+CALIBRATION, COMPARED, BATCH = 256, 2_000, 64
+CRITERIA, RANKINGS = ("flap", "wanda", "magnitude", "fpgm"), ("local", "global")
+METHODS = [f"{criterion}/{ranking}" for criterion in CRITERIA for ranking in RANKINGS]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=["vit", "resnet20"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--times", nargs="+", type=int, default=[4, 8], help="how many times fewer multiply-accumulates")
+    parser.add_argument("--steps", type=int, default=20)
+    arguments = parser.parse_args()
+    rows = read_rows(ROWS)
+    for name in arguments.networks:
+        for seed in arguments.seeds:
+            made = measure(name, seed, arguments.times, arguments.steps)
+            mine = {(row["network"], row["seed"], row["times"]) for row in made}
+            rows = [row for row in rows if (row["network"], row["seed"], row["times"]) not in mine] + made
+            write_rows(ROWS, sorted(rows, key=lambda row: (row["network"], row["times"], row["seed"])))
+            PAGE.write_text(page(read_rows(ROWS)))
+
+
+def measure(name: str, seed: int, times: list[int], steps: int) -> list[Row]:
+    """A row for each budget."""
+    network = base(name, seed)
+    images, labels = fashion("train", TRAIN + COMPARED)
+    unseen, test = (images[TRAIN:], labels[TRAIN:]), fashion("t10k", TEST)
+    how: dict[str, Any] = {"data": list(images[:CALIBRATION].split(BATCH)), "measure": False}
+
+    def evaluate(module: Any) -> float:
+        return accuracy(module, *unseen)
+
+    budgets = {"macs": [1 / n for n in times]}
+    folder = SCRATCH / f"front-{name}-{seed}-{'-'.join(map(str, times))}"
+    swept = fxprune.sweep(
+        network, images[:1], evaluate, budgets=budgets, criteria=CRITERIA, rankings=RANKINGS, folder=folder, **how
+    )
+    rows = []
+    for n in times:
+        points = [p for p in swept.done if p.asked["macs"] == 1 / n]
+        best = max(points, key=lambda p: p.value or 0.0)
+        default = next(p for p in points if p.label.endswith("flap/global"))
+        started = time.process_time()
+        found = fxprune.search(network, images[:1], evaluate, start=best, steps=steps, seed=seed, **how)
+        seconds = time.process_time() - started
+        rows.append(
+            {
+                "network": name,
+                "seed": seed,
+                "times": n,
+                "method": best.label.split()[-1],
+                "steps": len(found.points) - 1,
+                "seconds": seconds,
+                "macs": [p.macs / swept.original.macs for p in (default, best, found.best)],
+                "compared": [swept.original.value, default.value, best.value, found.best.value],
+                "test": [accuracy(m, *test) for m in (network, default.model(), best.model(), found.best.model())],
+                "machine": machine(),
+            }
+        )
+        print(rows[-1], flush=True)
+    return rows
+
+
+def page(rows: list[Row]) -> str:
+    lines = [
+        "# Fronts on Fashion-MNIST: methods swept, and the best one searched",
+        "",
+        f"Written by `fronts.py` from `fronts.jsonl`. {len(METHODS)} methods at each budget: {', '.join(CRITERIA)},",
+        f"by rankings {' and '.join(RANKINGS)}, repaired on {CALIBRATION} images without labels. Methods, and steps of the",
+        f"search, are compared on {COMPARED:,} images that nothing was trained on. Per cent of {TEST:,} test images that",
+        "are classified rightly, and in brackets of those that were compared on. *prune* is",
+        f"`prune(macs=..., data=..., repair=True)`. {rows[0]['machine']}.",
+        "",
+        "| network | seed | MACs, times fewer | unpruned | prune | best of the sweep | | after the search | steps | CPU s |",
+        "|---|---:|---:|---:|---:|---:|---|---:|---:|---:|",
+    ]
+    for row in rows:
+        whole, default, best, found = (f"{100 * t:.1f} ({100 * c:.1f})" for t, c in zip(row["test"], row["compared"]))
+        start = f"| {row['network']} | {row['seed']} | {row['times']} | {whole} | {default} | {best} | {row['method']} "
+        lines.append(f"{start}| {found} | {row['steps']} | {row['seconds']:.0f} |")
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""The original and the pruned model on one batch after the other: no output is held."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fxprune.criteria.calibration import BATCHES, Batch, loss_in
+from fxprune.criteria.lockstep import without_cache
+from fxprune.form_programs import FormPrograms, Names, slots
+from fxprune.inputs import ExampleInputs
+from fxprune.passes.errors import GuardError, PruneError
+from fxprune.passes.ir.module_tree import private_copy, set_mode
+from fxprune.plan import PlanData
+from fxprune.repair.held_out import SHARES, Errors, Outcome
+
+Loss = Callable[..., Tensor]
+
+
+class BothModels:
+    """Both models, and the data.
+
+    Arguments:
+        model: the original.
+        made: the pruned model, which is changed.
+        plan: what it was made by.
+        parts: the batches, each with whether it is held out.
+        loss: as for `repair`.
+        refused: why nothing is to be changed, if so.
+
+    Attributes:
+        whole: a copy of the original to run.
+        own: the tensors of the pruned model, by their names in the original.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        made: nn.Module,
+        plan: PlanData,
+        parts: Sequence[tuple[Batch, bool]],
+        loss: Loss | None = None,
+        refused: str = "",
+    ) -> None:
+        self.refused = refused
+        self.model, self.made, self.plan, self.parts, self.loss = model, made, plan, parts, loss
+        self.whole: nn.Module = set_mode(private_copy(model), False)
+        made.eval()
+        self.name = Names(model)
+        self.own = {self.name(path): tensor for path, tensor, _, _ in slots(made)}
+        self.forms, self.shared = FormPrograms(model, plan, self.own), set[int]()
+
+    def run(self, batch: Batch) -> tuple[nn.Module, Any]:
+        """The pruned model, or its program that takes a batch, and what it returns."""
+        inputs = ExampleInputs(batch.args, batch.kwargs)
+        try:
+            return self.made, inputs.map(torch.clone).call(self.made)
+        except (GuardError, PruneError, TypeError):
+            form, found = self.forms.run(inputs, lambda form: self.captured(form, inputs))
+            return form.pruned, found
+        except Exception as error:
+            raise refused(error) from error
+
+    def captured(self, form: Any, inputs: ExampleInputs) -> Any:
+        if id(form) not in self.shared:
+            self.shared.add(id(form))
+            form.pruned.eval()
+            for path, tensor, _, _ in slots(form.pruned):
+                if (own := self.own.get(self.name(path))) is not None:
+                    tensor.data = own.data
+        return inputs.map(torch.clone).call(form.pruned)
+
+    def choose_share(self, start: Mapping[str, Tensor]) -> Outcome:
+        """As `held_out.choose_share`, batch by batch; nor may the loss on the samples held out rise, if there is one."""
+        judged = [batch for batch, held in self.parts if held] or [batch for batch, _ in self.parts]
+        checks = any(held for _, held in self.parts)
+        swap(self.own, start)
+        before, loss = self.judge(judged)
+        swap(self.own, start)
+        for share in SHARES if checks else (1.0,):
+            after, now = self.judge(judged)
+            if not checks or (after.surely_less_than(before) and not now > loss):
+                return Outcome(share, (before.relative, after.relative))
+            for name, tensor in start.items():
+                self.own[name].data.copy_(tensor.lerp(self.own[name], 0.5))
+        for name, tensor in start.items():
+            self.own[name].data.copy_(tensor)
+        return Outcome(0.0, (before.relative, before.relative))
+
+    def judge(self, batches: Sequence[Batch]) -> tuple[Errors, float]:
+        """The errors of the pruned model's outputs, and the sum of its losses over samples."""
+        squares: list[float] = []
+        size = total = 0.0
+        for batch in batches:
+            out = self.run(batch)[1]
+            errors = Errors.of([call(self.whole, batch)], [out], [batch])
+            squares += errors.squares
+            size += errors.size
+            total += batch.size * self.value(out, batch)
+        return Errors(squares, size), total
+
+    def value(self, out: Any, batch: Batch) -> float:
+        held = loss_in(out)
+        if self.loss is None:
+            return 0.0 if held is None else float(held)
+        try:
+            return float(self.loss(out, *batch.extra))
+        except Exception as error:
+            text = f"the loss raises {type(error).__name__}: {error}"
+            raise PruneError(text, fix="a function of the output and the target of a batch that returns a scalar") from error
+
+
+def swap(tensors: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:
+    """Exchange the values of tensors with those of others of the same names, one at a time."""
+    for name, other in others.items():
+        own = tensors[name].detach().clone()
+        tensors[name].data.copy_(other)
+        other.copy_(own)
+
+
+def call(model: nn.Module, batch: Batch) -> Any:
+    """What a model returns for a batch."""
+    try:
+        return ExampleInputs(batch.args, batch.kwargs).map(torch.clone).call(model)
+    except Exception as error:
+        raise refused(error) from error
+
+
+def refused(error: Exception) -> PruneError:
+    return PruneError(f"the model raises {type(error).__name__} on a batch of data: {error}", fix=BATCHES)
+
+
+def uncached(model: nn.Module, batch: Batch) -> Batch:
+    """The batch with keywords by which a model keeps nothing for later tokens."""
+    return replace(batch, kwargs=without_cache(model, batch.kwargs))
