@@ -195,7 +195,7 @@ def check_options(options: Options) -> None:
         what = "latency is measured"
     elif options.depth:
         what = "residual branches are removed"
-    elif options.remove is None and (resolve(options.criterion).needs or options.data is not None):
+    elif options.remove is None and (resolve(options.criterion).runs or options.data is not None):
         what, fix = f"the criterion {options.criterion} looks at data", f"criterion='magnitude', or {fix}"
     elif options.verify is True:
         what, fix = "the result is compared with the original", "verify=False, or " + fix
