@@ -109,7 +109,10 @@ def substitute(old: list[Any], new: list[Any], depth: int = DEPTH) -> None:
     The containers are asked for all at once, since that goes through everything there is.
     """
     by_id = dict(zip(map(id, old), new, strict=True))
-    instead = lambda v: by_id.get(id(v), v)  # noqa: E731
+
+    def instead(value: Any) -> Any:
+        return by_id.get(id(value), value)
+
     fixed: list[Any] = []
     copies: list[Any] = []
     for holder in gc.get_referrers(*old) if old else ():

@@ -217,7 +217,7 @@ class ProxyAttributes(fx.Tracer):
         if name.endswith("_") or any(isinstance(v, torch.Generator) for v in iterate((args, kwargs))):
             raise ReadsValue(f"random numbers by {name}()")  # what it writes to, or draws from, is outside of the graph
         own = bool(args) and isinstance(args[0], Tensor) and belongs_to_tensors(method)
-        return self.create_proxy(*(("call_method", name) if own else ("call_function", method)), args, kwargs)
+        return self.create_proxy("call_method" if own else "call_function", name if own else method, args, kwargs)
 
     def in_graph(self, x: Any) -> bool:
         """Whether an argument stands for a node, or is a tensor of the model."""

@@ -49,8 +49,8 @@ class Program:
         self.uses = {r.id for op in op_trace.ops for r in op.inputs} | {r.id for _, r in capture.outputs}
         self.uses |= {r.id for n in untracked for r in collect([capture.results[m] for m in n.all_input_nodes], TensorRef)}
         self.hidden = sorted(capture.index[n] for n in untracked)
-        nodes = capture.graph.nodes if capture.functions else ()
-        self.whole = [n for n in nodes if n.op == "call_function" and n.target in capture.functions]
+        every = capture.graph.nodes if capture.functions else ()
+        self.whole = [n for n in every if n.op == "call_function" and n.target in capture.functions]
         self.pinned = written_through(op_trace)
         self.named = {i: v.name for i, v in enumerate(op_trace.values) if v.name is not None}
         nodes = {op.node for op in op_trace.ops}

@@ -94,17 +94,12 @@ def written_back(tensor: Tensor) -> Callable[[], None]:
     return put_back
 
 
-def rewound(generator: Any) -> Callable[[], None]:
+def rewound(generator: Any) -> Callable[[], object]:
     """Have a generator draw again what it would draw now."""
-    if isinstance(generator, torch.Generator):
-        state = generator.get_state()
-        return lambda: generator.set_state(state) and None
     if isinstance(generator, random.Random):
-        numbers = generator.getstate()
-        return lambda: generator.setstate(numbers)
-    if isinstance(generator, np.random.RandomState):
-        old = generator.get_state()
-        return lambda: generator.set_state(old)
+        return functools.partial(generator.setstate, generator.getstate())
+    if isinstance(generator, torch.Generator | np.random.RandomState):
+        return functools.partial(generator.set_state, generator.get_state())
     bits, drawn = generator.bit_generator, copy.deepcopy(generator.bit_generator.state)
 
     def put_back() -> None:
