@@ -116,7 +116,7 @@ def substitute(old: list[Any], new: list[Any], depth: int = DEPTH) -> None:
     fixed: list[Any] = []
     copies: list[Any] = []
     for holder in gc.get_referrers(*old) if old else ():
-        kind = type(holder)
+        kind: Any = type(holder)
         if holder is old:
             continue
         if kind is dict and any(id(k) in by_id for k in holder):

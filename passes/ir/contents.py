@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import random
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -17,7 +18,7 @@ from fxprune.passes.ir.pytree import attributes_of, is_record
 CONTAINERS = frozenset([dict, OrderedDict, set, list, tuple])
 GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 
-Contents = Sequence[Callable[[], None]]  # functions that each put one object back
+Contents = Sequence[Callable[[], object]]  # functions that each put one object back
 
 
 def changeable(value: Any) -> bool:
