@@ -99,7 +99,9 @@ def rewound(generator: Any) -> Callable[[], object]:
     """Have a generator draw again what it would draw now."""
     if isinstance(generator, random.Random):
         return functools.partial(generator.setstate, generator.getstate())
-    if isinstance(generator, torch.Generator | np.random.RandomState):
+    if isinstance(generator, torch.Generator):
+        return functools.partial(generator.set_state, generator.get_state())
+    if isinstance(generator, np.random.RandomState):
         return functools.partial(generator.set_state, generator.get_state())
     bits, drawn = generator.bit_generator, copy.deepcopy(generator.bit_generator.state)
 
