@@ -237,6 +237,12 @@ def derived_tensors(model: nn.Module, tensors: Mapping[str, Tensor] | None = Non
     return tuple(name for name, tensor in named if id(tensor) not in saved)
 
 
+def left_by_forward(module: nn.Module, plan: PlanData) -> set[str]:
+    """Names of tensors that a forward has put on a pruned module: neither the original's nor constants of its program."""
+    known = {*plan.shapes, *dict(module.named_buffers())}
+    return {n for n in derived_tensors(module) if n not in known and not n.rpartition(".")[2].startswith("_tensor_constant")}
+
+
 def kept_labels(plan: PlanData, solution: Solution, trials: Collection[str] = ()) -> Tensor:
     """Which labels a plan keeps, shape (labels,); raises PruneError where it does not fit the model's coupling.
 
