@@ -43,6 +43,7 @@ from fxprune.stage_checks import check_choice, check_coupling
 from fxprune.verification import compare, tolerance_of
 
 Select = Callable[[Solution], tuple[Tensor, Slicer]]
+TRIED = "belongs to a module that is not captured and fails once it is cut"
 
 
 class Plan(PlanData):
@@ -101,7 +102,8 @@ class Compilation:
         inputs = (given or random_inputs(plan.inputs, device_of(model))).check(model)
         if plan.waiver is not None and inputs.batch == plan.waiver.size:
             inputs = inputs.one_more()  # the program was captured with a larger batch
-        return cls(with_lazy_tensors(model, plan, inputs), inputs, plan.coupling_options, frozen_modules)
+        frozen = {**dict.fromkeys(plan.frozen_modules, TRIED), **(frozen_modules or {})}
+        return cls(with_lazy_tensors(model, plan, inputs), inputs, plan.coupling_options, frozen)
 
     def follow(self) -> None:
         """Move the example inputs to where the model is by now."""
@@ -197,6 +199,7 @@ class Compilation:
             self.inputs.describe(),
             self.options.release,
             derived=derived_tensors(self.model, self.tensors),
+            frozen_modules=tuple(self.frozen_modules),
         )
 
     def choice_of(self, plan: PlanData) -> Choice:
@@ -266,7 +269,7 @@ class Compilation:
         """The pruned module of a plan; raises PruneError where it does not fit, or cuts a module that fails then."""
         choice = self.choice_of(plan)
         if self.freeze_broken(choice):
-            path, why = next(iter(self.frozen_modules.items()))
+            path, why = next(reversed(self.frozen_modules.items()))
             raise PruneError(
                 f"the plan cuts {path}, which {why}", where=path, fix="prune the model again, for a plan of its own"
             )

@@ -47,6 +47,7 @@ class PlanData:
         derived: names of tensors that are neither parameters nor in the state dict. The model's code makes them, perhaps in its
             first forward; so a model that the plan is for may lack them, or have them in another shape.
         basis: the change of basis that comes first; all else is then said of the rotated model.
+        frozen_modules: paths of modules that were found to fail once they are cut: where they stay whole, they tie less.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -58,6 +59,7 @@ class PlanData:
     waiver: Waiver | None = None
     derived: tuple[str, ...] = ()
     basis: Basis | None = None
+    frozen_modules: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         elements = sum(math.prod(shape) for shape in self.shapes.values())
@@ -113,6 +115,7 @@ class PlanData:
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "keep": cuts,
             **({} if self.basis is None else {"basis": self.basis.to_dict()}),
+            **({"frozen_modules": list(self.frozen_modules)} if self.frozen_modules else {}),
         }
 
     def to_json(self) -> str:
@@ -216,6 +219,7 @@ class PlanData:
             release=tuple(dict.fromkeys([*self.release, *later.release])),
             inputs=later.inputs if self.inputs is None else self.inputs,
             waiver=later.waiver or self.waiver,
+            frozen_modules=tuple(dict.fromkeys([*self.frozen_modules, *later.frozen_modules])),
         )
 
 
@@ -235,6 +239,12 @@ def derived_tensors(model: nn.Module, tensors: Mapping[str, Tensor] | None = Non
     }
     named = named_tensors(model) if tensors is None else tensors.items()
     return tuple(name for name, tensor in named if id(tensor) not in saved)
+
+
+def left_by_forward(module: nn.Module, plan: PlanData) -> set[str]:
+    """Names of tensors that a forward has put on a pruned module: neither the original's nor constants of its program."""
+    known = {*plan.shapes, *dict(module.named_buffers())}
+    return {n for n in derived_tensors(module) if n not in known and not n.rpartition(".")[2].startswith("_tensor_constant")}
 
 
 def kept_labels(plan: PlanData, solution: Solution, trials: Collection[str] = ()) -> Tensor:

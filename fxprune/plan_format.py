@@ -94,6 +94,7 @@ def parse_plan(data: Any) -> dict[str, Any]:
         "waiver": parse_waiver(data.get("waiver")),
         "derived": derived,
         "basis": Basis.from_dict(data.get("basis")) if form == FORMATS[2] else None,
+        "frozen_modules": texts(data.get("frozen_modules", []), "frozen_modules"),
     }
 
 

@@ -136,3 +136,82 @@ def test_of_a_size_that_varies_is_kept_where_it_fits():
     assert torch.equal(pruned.seen, x)
     pruned(torch.randn(7, 4))
     assert torch.equal(pruned.seen, x)
+
+
+class Reversible(nn.Module):
+    """Reversible instance norm: one call stores the statistics that another one of the same forward reads."""
+
+    def __init__(self, channels, reads=False):
+        super().__init__()
+        self.scale, self.reads = nn.Parameter(torch.rand(channels) + 0.5), reads
+
+    def forward(self, x, mode):
+        if self.reads and float(x.detach().abs().max()) > 1e30:
+            raise ValueError("the input has exploded")
+        if mode == "norm":
+            self.mean = x.mean(1, keepdim=True)
+            self.std = (x.var(1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+            return (x - self.mean) / self.std * self.scale
+        return x / self.scale * self.std + self.mean
+
+
+class Forecast(nn.Module):
+    def __init__(self, reads=False):
+        super().__init__()
+        self.up, self.down = nn.Linear(3, 16), nn.Linear(16, 3)
+        self.norm = Reversible(16, reads)
+        self.mix, self.back = nn.Linear(12, 20), nn.Linear(20, 12)
+
+    def forward(self, x):
+        x = self.norm(self.up(x), "norm")
+        x = x + self.back(self.mix(x.transpose(1, 2)).relu()).transpose(1, 2)
+        return self.down(self.norm(x, "denorm"))
+
+
+@pytest.mark.parametrize("same_class", [False, True])
+@pytest.mark.parametrize("reads", [False, True])
+def test_what_one_call_stores_and_another_one_reads(reads, same_class, tmp_path):
+    torch.manual_seed(0)
+    model, x = Forecast(reads).double(), torch.randn(2, 12, 3).double()
+    pruned = fxprune.prune(model, 0.5, x, same_class=same_class)
+    assert not {"mean", "std"} & vars(model.norm).keys()
+    assert pruned.mix.weight.shape[0] == 10 and pruned.up.weight.shape[0] == (16 if reads else 8)
+    wanted = pruned(x)
+    assert fxprune.verify(model, fxprune.plan_of(pruned).apply(model, x), x).ok
+    again = fxprune.prune(pruned, 0.5, x, same_class=same_class)
+    assert again.mix.weight.shape[0] == 5 and again(x).shape == x.shape
+    fxprune.save(pruned, tmp_path / "a.safetensors")  # after calls that have stored something
+    ran = Forecast(reads).double()
+    ran(x)
+    for original, form in ((Forecast(reads).double(), same_class), (ran, same_class), (ran, not same_class)):
+        loaded = fxprune.load(tmp_path / "a.safetensors", original, same_class=form)
+        torch.testing.assert_close(loaded(x), wanted)
+
+
+class StoredBefore(nn.Module):
+    """A parent puts a tensor into a module before each call, under a name of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.inner = nn.Linear(3, 16), nn.Linear(16, 3), Weighted()
+
+    def forward(self, x):
+        x = self.a(x)
+        self.inner._gate = x.mean(-1, keepdim=True)
+        return self.b(self.inner(x))
+
+
+class Weighted(nn.Module):
+    def forward(self, x):
+        return x * self._gate
+
+
+def test_what_a_parent_stores_on_a_module():
+    torch.manual_seed(0)
+    model, x = StoredBefore().double(), torch.randn(2, 5, 3).double()
+    pruned = fxprune.prune(model, 0.5, x)
+    assert pruned.meta["verification"].ok and pruned.a.weight.shape[0] == 8
+    other = torch.randn(4, 7, 3).double()
+    with torch.no_grad():
+        x = nn.functional.linear(other, pruned.a.weight, pruned.a.bias)
+        torch.testing.assert_close(pruned(other), pruned.b(x * x.mean(-1, keepdim=True)))

@@ -276,6 +276,8 @@ REFUSED = [
     ("inspect net.py --freeze frist", "the glob 'frist' in freeze matches no module"),
     ("inspect net.py --dot nowhere/net.dot", "the graph cannot be written: there is no folder"),
     ("inspect net.py --attention tails", "invalid choice: 'tails'"),
+    ("inspect net.py --experts some", "invalid choice: 'some'"),
+    ("prune net.py --experts only --dry-run", "experts are asked for, and the model has none"),
     ("inspect net.py extra", "unrecognized arguments: extra"),
     ("prune net.py --ratio 0.5", "nothing says where to write the result"),
     ("prune net.py --ratio 1.5 --dry-run", "ratio must be a number in [0, 1), not 1.5"),

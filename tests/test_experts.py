@@ -310,6 +310,25 @@ def test_what_cannot_be_followed_stays(kind, why):
         fxprune.prune(kind(), 0.5, x, experts="only")
 
 
+def test_sensitivity_of_experts():
+    model, x = Switch(), torch.randn(2, 5, 8)
+    found = fxprune.sensitivity(model, x, lambda m: m.gate.weight.shape[0], ratios=(0.5,), experts="only")
+    assert [(c.units, c.removed, c.values) for c in found.curves] == [(6, (3,), (3.0,))]
+    with pytest.raises(fxprune.PruneError, match="expert"):
+        fxprune.sensitivity(nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2)), torch.randn(1, 4), len, experts=True)
+
+
+def test_experts_that_are_zero():
+    model, x = Switch(), torch.randn(2, 5, 8)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            assert parameter.shape[0] == 6, name
+            parameter[[1, 4]] = 0
+    small = fxprune.masks.prune_zeros(model, x, experts="only", verify=False)
+    (cut,) = fxprune.plan_of(small).slices["gate.weight"]
+    assert cut.keep.tolist() == [0, 2, 3, 5]
+
+
 def test_bad_arguments():
     x = torch.randn(2, 4)
     with pytest.raises(fxprune.PruneError, match="the model has none") as error:

@@ -124,6 +124,14 @@ def test_stages_are_one_chain_of_blocks():
     assert inner == {"layer1.0": 64, "layer1.1": 32, "layer4.0": 256, "layer4.1": 512}
 
 
+def test_blocks_with_names_of_their_own():
+    """The blocks of torchvision's transformers are in a `Sequential` that names them."""
+    torch.manual_seed(0)
+    model = torchvision.models.VisionTransformer(16, 8, 4, 2, 16, 24, num_classes=3).eval()
+    small = fxprune.prune(model, 0.5, torch.randn(1, 3, 16, 16), protect=(1, 2), only="*mlp*")
+    assert [small.get_submodule(f"encoder.layers.encoder_layer_{i}.mlp.0").out_features for i in range(4)] == [24, 12, 24, 24]
+
+
 @pytest.mark.parametrize("protect", [1, (1,), (1, -1), (1.0, 1), "first", (3, 1)])
 def test_what_cannot_be_protected(llama, protect):
     with pytest.raises(PruneError, match="fix: "):

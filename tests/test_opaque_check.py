@@ -139,3 +139,40 @@ def test_the_state_of_an_opaque_module_stays_what_it_was(how, whole, verify):
         model.head.weight[:, ~kept] = 0
         for _ in range(3):
             torch.testing.assert_close(pruned(x), model(x))
+
+
+class Regroups(nn.Module):
+    """Writes the number of its groups down where no attribute shows it, so that it fails once it is cut."""
+
+    def forward(self, x):
+        if float(x.detach().abs().max()) > 1e30:
+            raise ValueError("the input has exploded")
+        return x.view(len(x), 1, 7).transpose(1, 2).reshape(len(x), 7)
+
+
+class Maxout(nn.Module):
+    """Pairs of channels: each of the two can go, unless what reads the pairs is cut."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.regroups, self.last = nn.Linear(5, 14), Regroups(), nn.Linear(7, 2)
+
+    def forward(self, x):
+        x = self.first(x).unflatten(1, (7, 2)).amax(2)
+        self.regroups(x)
+        return self.last(x)
+
+
+def test_a_plan_knows_the_modules_that_stay_whole():
+    torch.manual_seed(0)
+    model, x = Maxout().double(), torch.randn(3, 5).double()
+    pruned = fxprune.prune(model, 0.5, x)
+    plan = fxprune.plan_of(pruned)
+    assert plan.frozen_modules == ("regroups",) and pruned.first.out_features == 7
+    for same in (plan, fxprune.Plan.from_json(plan.to_json())):
+        assert same == plan
+        torch.testing.assert_close(same.apply(model)(x), pruned(x))
+    assert fxprune.verify(model, pruned, x).ok
+    assert "frozen_modules" not in fxprune.plan_of(fxprune.prune(model.last, 0.5, x[:, :1].repeat(1, 7), release="*")).to_dict()
+    with pytest.raises(fxprune.PruneError, match="frozen_modules"):
+        fxprune.Plan.from_dict(plan.to_dict() | {"frozen_modules": [3]})

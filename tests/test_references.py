@@ -226,6 +226,22 @@ def test_the_tolerance_follows_the_arithmetic():
     assert fxprune.verify(*pruned_relu()).tolerance == 1e-3
 
 
+def test_the_tolerance_is_that_of_the_narrowest_sum():
+    """What is computed in float32 counts where it depends on sums over kept channels, and not in a table of positions."""
+
+    def forward(self, x):
+        y = self.a(x).relu()
+        table = torch.arange(6, dtype=torch.float32).cos().double()
+        return F.linear(y.float(), self.b.weight.float()).double() if self.narrow else self.b(y) * table[:4]
+
+    x = torch.randn(4, 6).double()
+    for narrow, tolerance in ((True, 1e-3), (False, 1e-8)):
+        model = net(forward, a=linear(6, 8), b=linear(8, 4)).double()
+        model.narrow = narrow
+        found = fxprune.prune(model, 0.5, example_inputs=x).verification
+        assert found.tolerance == tolerance and found.error < 1e-6
+
+
 class Flexible(nn.Module):
     """Attention by an operator that takes a function: its ops are seen by way of the kernel that it comes to."""
 

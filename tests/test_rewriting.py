@@ -1,5 +1,7 @@
 """Rewriting a captured program: where new nodes stand, what is checked of the result, and that a program is used once."""
 
+import copy
+
 import pytest
 import torch
 from torch import fx, nn
@@ -154,3 +156,45 @@ def test_layers_whose_weight_is_computed_say_their_widths(wrap):
     for layer in layers:
         assert (layer.out_features, layer.in_features) == tuple(layer.weight.shape)
     assert layers[-1].in_features == 4
+
+
+def each_group(moved):
+    return lambda x: moved(x.unflatten(1, (3, 3))).flatten(1, 2)
+
+
+MOVES = {
+    "roll": (each_group(lambda x: x.roll(1, 2)), [0, 1, 5, 8]),
+    "flip": (each_group(lambda x: x.flip(2)), [0, 2, 3, 5, 6, 8]),
+    "swap": (each_group(lambda x: x[:, :, [1, 0, 2]]), [0, 3, 6]),
+    "shuffle": (lambda x: nn.functional.channel_shuffle(x, 3), [1, 2, 3, 5, 6, 7]),
+}
+
+
+@pytest.mark.parametrize("written", ["what is moved", "the result"])
+@pytest.mark.parametrize("move", MOVES)
+def test_what_moves_channels_still_copies_where_those_that_are_left_stay_in_place(move, written):
+    """One of the two is written to, and the other one is read afterwards."""
+    moved, gone = MOVES[move]
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 9, 1, bias=False), nn.Conv2d(9, 2, 1)
+
+        def forward(self, x):
+            x = self.a(x)
+            y = moved(x)
+            first, then = (x, y) if written == "what is moved" else (y, x)
+            first.mul_(3)
+            return self.b(then)
+
+    torch.manual_seed(0)
+    model, x = Net().double(), torch.randn(2, 3, 4, 4).double()
+    pruned = fxprune.prune(model, remove={"a": gone}, example_inputs=x, verify=False)
+    whole = torch.arange(9).view(1, 9, 1, 1).double()
+    kept = [int(i) for i in moved(whole).flatten() if int(i) not in gone]
+    assert kept == sorted(kept) and pruned.a.weight.shape[0] == len(kept)  # none of them changes places
+    masked = copy.deepcopy(model)
+    with torch.no_grad():
+        masked.a.weight[gone] = 0
+    torch.testing.assert_close(pruned(x), masked(x))

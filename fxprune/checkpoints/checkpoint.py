@@ -26,7 +26,7 @@ from fxprune.module_state import aliases
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.quiet import without_modes
-from fxprune.plan import plan_of
+from fxprune.plan import left_by_forward, plan_of
 from fxprune.reports.files import flush, one_line, unwritable
 from fxprune.same_class.saving import SavePretrained
 
@@ -54,7 +54,8 @@ def save(pruned: nn.Module, path: Folder) -> None:
 
 def store(module: nn.Module, target: Path) -> None:
     plan = plan_of(module)
-    tensors, record = dict(named_tensors(module)), Record.of(module, plan).to_dict()
+    record, left = Record.of(module, plan).to_dict(), left_by_forward(module, plan)
+    tensors = {name: tensor for name, tensor in named_tensors(module) if name not in left}
     tensors |= rotations_apart(record["plan"], plan.basis)
     contents: Any = module.meta
     tensors |= {CONTENTS + name: t for name, t in contents.get("contents", {}).items() if name in plan.shapes}
@@ -112,7 +113,8 @@ def load(path: Folder, model: nn.Module | None = None, *, same_class: bool = Fal
             signed, record = record.plan, dataclasses.replace(record, plan=plan)
             made = rebuilt(original, record, tensors, contents, same_class, example_inputs)
             if same_class != record.graph:
-                record.state.fill(made, tensors, free=record.plan.derived)  # what a forward makes may not be there yet
+                free = {*record.plan.derived, *left_by_forward(made, record.plan)}  # what a forward makes may not be there yet
+                record.state.fill(made, tensors, free=free)
             else:  # the other kind of module may hold a tied tensor under another name, and lack what its forward does not use
                 names = other_names(original, record.plan, tensors, made)
                 first = aliases(original)

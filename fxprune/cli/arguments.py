@@ -30,6 +30,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def add_coupling_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what may go")
     group.add_argument("--attention", choices=("heads", "queries", "dims"), default="heads", help="what goes of attention")
+    group.add_argument("--experts", choices=("also", "only"), help="whole experts go beside all else, or alone")
     for name, what in (
         ("--freeze", "modules that stay as they are"),
         ("--freeze-outputs", "layers whose outputs stay"),
@@ -52,7 +53,8 @@ BUILT = ("torchvision", "timm", "hf")
 def coupling(arguments: argparse.Namespace) -> dict[str, Any]:
     """What `add_coupling_arguments` added, as keyword arguments of `prune` and `couple`."""
     names = ("attention", "freeze", "freeze_outputs", "release")
-    return {name: getattr(arguments, name) for name in names}
+    experts = {None: False, "also": True}.get(arguments.experts, arguments.experts)
+    return {name: getattr(arguments, name) for name in names} | {"experts": experts}
 
 
 def add_selection_arguments(parser: argparse.ArgumentParser) -> None:

@@ -29,7 +29,7 @@ from fxprune.passes.ir.slices import Slicer
 from fxprune.passes.verification.zeroed_model import zeroed_copy
 from fxprune.pipeline import Compilation
 from fxprune.plan import PlanData
-from fxprune.selection.options import Attention, Freeze, Options, Verify
+from fxprune.selection.options import Attention, Experts, Freeze, Options, Verify
 from fxprune.selection.rectangles import find_nonempty_sets, restore_rectangles
 
 
@@ -172,6 +172,7 @@ def prune_zeros(
     freeze: Freeze = (),
     release: str | Sequence[str] = (),
     attention: Attention = "heads",
+    experts: Experts = False,
     verify: Verify = "auto",
 ) -> fx.GraphModule:
     """The pruned model of one with masks: units go whose every parameter element is zero.
@@ -189,7 +190,7 @@ def prune_zeros(
     Arguments: as for `prune`. Raises: PruneError where no unit is zero.
     """
     with entry_point(model) as model:
-        options = Options.parse(model, freeze=freeze, release=release, attention=attention, verify=verify)
+        options = Options.parse(model, freeze=freeze, release=release, attention=attention, experts=experts, verify=verify)
         compilation = Compilation(model, ExampleInputs.parse(example_inputs, model).check(model), options.coupling)
         choice = compilation.choose_by(lambda solution: zero_units(model, solution))
         pruned = compilation.emit(choice)

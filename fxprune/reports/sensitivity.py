@@ -19,6 +19,7 @@ from fxprune.criteria.catalog import CriterionName
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.coupling.families import Family, place_of
+from fxprune.passes.coupling.picks import require_experts
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.progress import progress_bar
 from fxprune.passes.ir.quiet import unobserved, without_modes
@@ -26,7 +27,7 @@ from fxprune.pipeline import Compilation
 from fxprune.reports.formatting import Printable, as_text, plain_data, table
 from fxprune.selection.candidates import form_groups, remove_share
 from fxprune.selection.choice import Choice
-from fxprune.selection.options import Attention, Freeze, Options
+from fxprune.selection.options import Attention, Experts, Freeze, Options
 from fxprune.selection.rectangles import find_nonempty_sets, restore_rectangles
 from fxprune.selection.select import score_families
 
@@ -120,6 +121,7 @@ def sensitivity(
     release: str | Sequence[str] = (),
     round_to: int = 1,
     attention: Attention = "heads",
+    experts: Experts = False,
 ) -> Sensitivity:
     """What becomes of a model when each family in turn loses a share of its units, lowest scores first, and no other does.
 
@@ -136,7 +138,7 @@ def sensitivity(
         example_inputs: as for `prune`.
         evaluate: a function of a pruned model, in evaluation mode, that returns a number: an accuracy, a loss.
         ratios: shares of units, each in (0, 1).
-        criterion, data, loss, only, freeze, freeze_outputs, release, round_to, attention: as for `prune`.
+        criterion, data, loss, only, freeze, freeze_outputs, release, round_to, attention, experts: as for `prune`.
 
     Returns: a table that can be printed, `to_dict()`, and `plot(path)`.
 
@@ -156,6 +158,7 @@ def sensitivity(
                 release=release,
                 round_to=round_to,
                 attention=attention,
+                experts=experts,
             )
             compilation = Compilation(model, ExampleInputs.parse(example_inputs, model).check(model), options.coupling)
             return measured(compilation, options, shares, evaluate)
@@ -167,6 +170,8 @@ def measured(compilation: Compilation, options: Options, shares: tuple[float, ..
     """What `evaluate` says of each family at each share."""
     model, round_to = compilation.model, options.round_to
     solution = compilation.couple_for_good()
+    if options.experts:
+        require_experts(solution, type(model).__name__)
     free, score = score_families(model, solution, options)
     spans = find_nonempty_sets(solution)
     groups = form_groups([f.units for f in free], [1.0] * len(free), solution.equal_rows, len(score))

@@ -51,8 +51,8 @@ class PlainModules:
             for name, value in vars(each).items():
                 if type(value) in ATOMS:
                     held.append((path, name, None if name in unread else value))
-                elif name[0] != "_":
-                    return None  # a container, or something that cannot be compared
+                elif name[0] != "_" or type(value) is TensorProxy:
+                    return None  # a container, something that cannot be compared, or what another call has stored
             held.append((path, type(each)))
         return (tuple(given), tuple(held))
 

@@ -104,7 +104,8 @@ class Nesting:
             path = item.call.path
             if path not in self.touched:
                 with contextlib.suppress(NotSeparable):
-                    produced = self.results_read(item, [*item.all_lines()])
+                    produced = self.results_read(item, own := [*item.all_lines()])
+                    self.check_sources(item, own)
                     lines += [*self.called(item, parent.call.path), *produced]
                     continue
             inner = self.emitted(item, (*above, path))
@@ -140,6 +141,15 @@ class Nesting:
             elif not self.is_known_outside(name, inner):
                 raise NotSeparable
         return produced
+
+    def check_sources(self, call: Call, lines: list[Line]) -> None:
+        """Raise NotSeparable where a forward computes with what another call has stored on a module, and may not store now."""
+        known = {line.name for line in lines}
+        known.update(name for name, _ in self.leaves((call.call.args, call.call.kwargs)))
+        for name in {name for line in lines for name in names_in(line)} - known:
+            line = self.line_of.get(name)
+            if line is not None and line.op != "get_attr" and not self.is_number(name):
+                raise NotSeparable
 
     def program(self, call: Call, lines: list[Line]) -> Program:
         """The program of a call; raises NotSeparable where it uses what is not its own, nor given to it."""

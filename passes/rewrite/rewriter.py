@@ -21,7 +21,7 @@ from fxprune.passes.ir.program import CapturedProgram, Guard, Waiver, select_by_
 from fxprune.passes.ir.pytree import TensorRef, collect, map_tensors
 from fxprune.passes.ir.slices import Slicer
 from fxprune.passes.ops.convolution import slid, sliding
-from fxprune.passes.ops.registry import find_node
+from fxprune.passes.ops.registry import find, find_node
 from fxprune.passes.ops.rewriting import picked
 from fxprune.passes.rewrite.call_structures import nodes_in
 from fxprune.passes.rewrite.graph_editor import GraphEditor
@@ -82,6 +82,7 @@ class Rewriter:
         self.pruned: dict[fx.Node, bool] = {}
         self.guards = {g.node: g for g in sorted(self.capture.guards, key=lambda g: g.how != "bool")}  # the strictest of a node
         self.copying = {op.node for op in trace.ops if name_of(op.func) in ("aten::clone", "aten::_unsafe_view")}
+        self.making = {op.node for op in trace.ops if not find(op.func).views}  # memory of its own, whatever is left to move
         self.sliding = sliding(trace)
 
     # -- what handlers ask for ----------------------------------------------------------------------------------------
@@ -246,7 +247,7 @@ class Rewriter:
         order = channel_order(self.capture, chain, dim)
         assert order is not None
         made = self.permuted(source, self.result(source), end, dim, order)
-        if made is self.new[source] and any(self.capture.index[n] in self.copying for n in chain):
+        if made is self.new[source] and any(self.capture.index[n] in self.making for n in chain):
             return self.graph.call_method("clone", (made,))  # what is left needs no permuting, but may be written to
         return made
 

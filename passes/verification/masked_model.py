@@ -101,7 +101,7 @@ class KeptLabels:
         return found
 
 
-HALF_PRECISION = frozenset([torch.bfloat16, torch.float16])
+FLOATING = frozenset([torch.bfloat16, torch.float16, torch.float32])
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +139,8 @@ class MaskedRun(Recorder):
         self.labels: dict[int, Labels] = {}
         self.zeroed: set[int] = set()  # the model's tensors, and views of them: zero where they are removed
         self.memory: set[int] = set()  # where the model's tensors lie
-        self.dtypes: set[torch.dtype] = set()  # of half precision that results were computed in
+        self.dtypes: set[torch.dtype] = set()  # see `MaskedOriginal`
+        self.summed: set[int] = set()  # what depends on sums over what is kept: in another order in a pruned model
         self.draws = False  # whether it draws random numbers
         made = ConstraintBuilder(self.given)
         self.state = PropagationState(self.op_trace, self.labels, made, removal.heads, choices=removal.choices)
@@ -206,8 +207,9 @@ class MaskedRun(Recorder):
             produced = super().__torch_dispatch__(func, types, args, kwargs)
         op = self.op_trace.ops[-1]
         self.branches.follow(op, self.op_trace)
-        if refs:
-            self.dtypes.update(HALF_PRECISION.intersection([self.op_trace.values[ref.id].dtype for ref in op.outputs]))
+        if form is not None or not self.summed.isdisjoint(ref.id for ref in refs):
+            self.summed.update(ref.id for ref in op.outputs)
+            self.dtypes.update(FLOATING.intersection([self.op_trace.values[ref.id].dtype for ref in op.outputs]))
         apply_rule(RuleContext(op, self.state))
         constraints = self.state.constraints
         self.kept_labels.add(constraints.clear(), constraints.size)
@@ -232,7 +234,7 @@ class MaskedOriginal:
         self.model, self.removal = model, removal
         self.parameters: dict[int, nn.Parameter] = {}  # zero where removed, by the identity of the original's
         self.writes = False  # whether a forward writes to parameters
-        self.dtypes: set[torch.dtype] = set()  # of half precision that results were computed in
+        self.dtypes: set[torch.dtype] = set()  # narrower than double, of results that depend on sums over what is kept
         self.draws = False  # whether it draws random numbers
 
     def __call__(

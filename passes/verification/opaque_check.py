@@ -195,7 +195,10 @@ def compared(
         torch.manual_seed(0)
         drawn = random_state()
         known = [labels.get(r.id, ()) for r in site.ins]
-        wanted = MaskedOriginal(module, Removal(own, slicer.kept, heads))(args, kwargs, known)
+        try:
+            wanted = MaskedOriginal(module, Removal(own, slicer.kept, heads))(args, kwargs, known)
+        except Exception as error:  # it reads what another call stored on it
+            return f"cannot be tried alone ({type(error).__name__})"
         set_random_state(drawn)
         try:
             tried = site.function or private_copy(pruned.own_model if whole else fetch(pruned, path), as_own)
