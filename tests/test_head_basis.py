@@ -250,3 +250,27 @@ def test_complex_products_are_tried_with_numbers():
 
     found, reasons = found_in(stirred(Complex()), X)
     assert not found and "pow" in reasons["first"]
+
+
+def test_dropout_that_drops_is_not_rotated():
+    """Attention with a dropout of zero is, whose op has the tag of those that draw numbers."""
+
+    class Dropping(Attention):
+        def forward(self, x):
+            return self.out(F.dropout(self.v(x), 0.5, training=True))
+
+    found, reasons = within_heads(stirred(nn.Sequential(nn.Linear(6, 12), Dropping())), X)
+    assert [f.name for f in found] == ["0"]
+    assert "dropout" in reasons["1.v"]
+
+
+def test_repair_and_same_class():
+    model, x = gpt2()
+    stirred(model)
+    options = {"data": [x], "basis": "principal", "attention": "dims"}
+    pruned = fxprune.prune(model, 0.5, x, **options)
+    wanted = output_of(model, x)
+    repaired = fxprune.repair(model, pruned, [x], held_out=0)
+    assert (output_of(repaired, x) - wanted).square().mean() < 0.5 * (output_of(pruned, x) - wanted).square().mean()
+    made = fxprune.prune(model, 0.5, x, **options, same_class=True)
+    assert type(made) is type(model) and torch.equal(output_of(made, x), output_of(pruned, x))
