@@ -197,9 +197,10 @@ def prune(
             are in every layer: those of one structure and size, and of a model with a configuration those that one number of
             it counts. Where one of them stays whole all do, and `couple(..., uniform=True)` says why.
         basis: with `principal` families that only linear maps, sums and norms touch (residual streams behind norms, bottlenecks
-            with folded batch norm) are rotated to the principal axes of what is read of them on `data`, and lose the axes of
-            least energy. Elsewhere, and where nothing is rotated, channels are chosen as before; `meta["basis"]` says where and
-            why. The result equals the original with the other axes set to zero, and `plan` holds the rotations.
+            with folded batch norm, with `attention="dims"` the values of each KV head) are rotated to the principal axes of
+            what is read of them on `data`, and lose the axes of least energy. Elsewhere, and where nothing is rotated,
+            channels are chosen as before; `meta["basis"]` says where and why. The result equals the original with the other
+            axes set to zero, and `plan` holds the rotations.
         remove: exactly the channels that go, in place of a ratio or a budget: a mapping from layers to indices of their
             outputs, such as `{"layer1.0.conv1": [2, 6, 9]}`. All that is coupled to them goes too
             (`couple(...).group("layer1.0.conv1", [2, 6, 9])` shows it). In place of a layer: `layer:dim` or `tensor:dim` for

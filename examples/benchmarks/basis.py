@@ -61,13 +61,13 @@ def measure(model: nn.Module, inputs: Any) -> list[str]:
     randomise(model, inputs)
     given = ExampleInputs.parse(inputs, model).check(model)
     found, reasons = find_rotatable(model, Compilation(model, given, CouplingOptions()).couple())
-    rotated = rotated_basis(found, [random_rotation(f.linear.size) for f in found]).apply(model)
+    rotated = rotated_basis(found, [random_rotation(f.linear.size, f.linear.rows) for f in found]).apply(model)
     error = distance(model, rotated, given)
     touched = {member.name for f in found for member in f.linear.members}
     sizes = {n: p.numel() for n, p in rotated.named_parameters()}
     share = sum(sizes.get(n, 0) for n in touched) / sum(sizes.values())
     why = Counter(kind_of(reason) for reason in reasons.values())
-    names = ", ".join(f"{f.name} ({f.linear.size})" for f in found) or "none"
+    names = ", ".join(f"{f.name} ({f.linear.rows * f.linear.size})" for f in found) or "none"
     return [names, f"{share:.0%}", f"{error:.0e}" if found else "", "; ".join(f"{n} {w}" for w, n in why.most_common(MOST))]
 
 

@@ -42,7 +42,11 @@ class Rotatable:
         return self.linear.family.name
 
     def rotated_by(self, number: int) -> list[Step]:
-        return [Step("rotate", m.name, m.dim, number=number) for m in self.linear.members]
+        """The steps that rotate it, where the rotations of its rows have numbers from `number` on."""
+        if self.linear.whole:
+            return [Step("rotate", m.name, m.dim, number=number) for m in self.linear.members]
+        runs = [(m, start, row) for m in self.linear.members for start, row in m.runs]
+        return [Step("rotate run", m.name, m.dim, number=number + row, start=start) for m, start, row in runs]
 
     def narrowed_to(self, kept: int) -> list[Step]:
         """The steps by which norms over what is kept become those over all of it, with zeros for the rest.
@@ -173,13 +177,13 @@ class MomentObserver(Recorder):
     Each value that is read counts once, however many weights read it one after another, by its mean over positions.
 
     Arguments:
-        dims: by the address of a weight's memory: the number of its family, and how many channels that has.
-        moments: to add to, one for each family: float64, shape (channels, channels).
+        readers: by the address of a weight's memory: the numbers of families that it reads, each with where these are.
+        moments: to add to, one for each family: float64, shape (rows, channels, channels).
     """
 
-    def __init__(self, dims: Mapping[int, tuple[int, int]], moments: Sequence[Tensor]) -> None:
+    def __init__(self, readers: Mapping[int, Sequence[tuple[int, Member, int]]], moments: Sequence[Tensor]) -> None:
         super().__init__({})
-        self.dims, self.moments = dims, moments
+        self.readers, self.moments = readers, moments
         self.last: dict[int, Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -191,19 +195,22 @@ class MomentObserver(Recorder):
             for found in find(op.func).products_of(call):
                 weight, source = tensors.get(found.weight.id), tensors.get(found.source.id)
                 if weight is not None and source is not None and weight.numel():
-                    known = self.dims.get(weight.untyped_storage().data_ptr())
-                    if known is not None and source.shape[found.along] == known[1]:
-                        self.add_moment(known[0], source.detach(), found.along)
+                    for number, member, length in self.readers.get(weight.untyped_storage().data_ptr(), ()):
+                        if source.shape[found.along] == length:
+                            self.add_moment(number, member, source.detach(), found.along)
         del self.op_trace.ops[before:]
         return out
 
-    def add_moment(self, number: int, source: Tensor, along: int) -> None:
+    def add_moment(self, number: int, member: Member, source: Tensor, along: int) -> None:
         last = self.last.get(number)
         if last is not None and last.data_ptr() == source.data_ptr() and last.numel() == source.numel():
             return
         self.last[number] = source
-        rows = source.movedim(along, -1).reshape(-1, source.shape[along]).double()
-        self.moments[number].add_((rows.T @ rows).cpu(), alpha=1 / max(1, len(rows)))
+        read = source.movedim(along, -1).reshape(-1, source.shape[along]).double()
+        size = self.moments[number].shape[-1]
+        for start, row in member.runs:
+            run = read[:, start : start + size]
+            self.moments[number][row].add_((run.T @ run).cpu(), alpha=1 / max(1, len(read)))
 
 
 def principal_axes(
@@ -214,20 +221,24 @@ def principal_axes(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """For each family the axes of what is read of it, by falling energy, as columns, and the share of the energy of each.
 
+    Shapes: (rows, channels, channels) and (rows, channels), with one row except for families within heads and the like.
+
     Arguments:
         folded: the model after the steps that come before the rotation.
         found: the families.
         data: batches, as for `prune`.
         combine: makes one of what several processes have.
     """
-    moments = [torch.zeros(f.linear.size, f.linear.size, dtype=torch.float64) for f in found]
+    moments = [torch.zeros(f.linear.rows, f.linear.size, f.linear.size, dtype=torch.float64) for f in found]
     with prepare_source(folded, data, None, "basis", None) as source, torch.no_grad():
         tensors = dict(all_tensors(source.model))
-        readers: dict[int, tuple[int, int]] = {}
+        readers: dict[int, list[tuple[int, Member, int]]] = {}
         for number, f in enumerate(found):
             for member in f.linear.members:
                 if member.reads:
-                    readers[tensors[member.name].untyped_storage().data_ptr()] = (number, f.linear.size)
+                    weight = tensors[member.name]
+                    known = readers.setdefault(weight.untyped_storage().data_ptr(), [])
+                    known.append((number, member, weight.shape[member.dim]))
         for batch in source.batches():
             with MomentObserver(readers, moments):
                 source.run(batch)
@@ -236,15 +247,21 @@ def principal_axes(
         if combine is not None:
             moment = torch.from_numpy(combine(moment.numpy()))
         values, vectors = torch.linalg.eigh(moment)
-        energy = values.flip(0).clamp(min=0)
-        axes.append(vectors.flip(1).contiguous())
+        energy = values.flip(-1).clamp(min=0)
+        axes.append(vectors.flip(-1).contiguous())
         energies.append(energy / energy.sum().clamp(min=torch.finfo(torch.float64).tiny))
     return tuple(axes), tuple(energies)
 
 
 def rotated_basis(found: Sequence[Rotatable], axes: Sequence[Tensor], kept: Mapping[str, int] | None = None) -> Basis:
-    """The change to these axes, for models in which so many of each family, by name, are kept (by default all)."""
+    """The change to these axes, for models in which so many of each family, by name, are kept (by default all).
+
+    Axes are one matrix for each row of a family, or one for all of its rows.
+    """
     steps = [step for f in found for step in f.before]
-    steps += [step for number, f in enumerate(found) for step in f.rotated_by(number)]
+    rotations: list[Tensor] = []
+    for f, own in zip(found, axes, strict=True):
+        steps += f.rotated_by(len(rotations))
+        rotations += own.expand(f.linear.rows, -1, -1)
     steps += [step for f in found for step in f.narrowed_to((kept or {}).get(f.name, f.linear.size))]
-    return Basis(tuple(steps), tuple(axes))
+    return Basis(tuple(steps), tuple(rotations))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ EXACT = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.f
 
 @dataclasses.dataclass(frozen=True)
 class RotatedFamily:
-    """A family that was rotated: how many axes it has, how many are kept, and the share of the energy that these have."""
+    """A family that was rotated: how many axes it has in all rows, how many are kept, and the share of the energy of these."""
 
     name: str
     axes: int
@@ -84,13 +84,14 @@ def prune_in_basis(model: nn.Module, inputs: ExampleInputs, options: Options, *,
     options = dataclasses.replace(options, coupling=coupling, rescore=rescore)
     compilation = Compilation(rotated, inputs, coupling)
     choice = compilation.choose(options)
-    kept = {f.name: int(choice.kept[rescore.labels(choice.solution, f)].sum()) for f in found}
+    stay = [choice.kept[rescore.labels(choice.solution, f)] for f in found]
+    kept = {f.name: int(some.sum()) for f, some in zip(found, stay, strict=True)}
     basis = rotated_basis(found, axes, kept)
     pruned = pruned_by(basis, model, inputs, options, choice, same_class=same_class)
     pruned.meta["plan"] = dataclasses.replace(pruned.meta["plan"], basis=basis)
     families = tuple(
-        RotatedFamily(f.name, f.linear.size, kept[f.name], float(e[: kept[f.name]].sum()))
-        for f, e in zip(found, energies, strict=True)
+        RotatedFamily(f.name, some.numel(), kept[f.name], float(e.numpy()[some].sum()))
+        for f, e, some in zip(found, energies, stay, strict=True)
     )
     pruned.meta["basis"] = Rotation(families, tuple(reasons.items()), error)
     pruned.meta["chosen"] = (*pruned.meta.get("chosen", ()), *map(str, families))
@@ -114,7 +115,7 @@ def find_exact(
     found, reasons = find_rotatable(model, solution)
 
     def error_of(some: Sequence[Rotatable]) -> float:
-        rotated = rotated_basis(some, [random_rotation(f.linear.size) for f in some]).apply(model)
+        rotated = rotated_basis(some, [random_rotation(f.linear.size, f.linear.rows) for f in some]).apply(model)
         try:
             return distance(model, rotated, inputs)
         except Exception:  # what it is made of is not what it seems: then it is not rotated
@@ -137,9 +138,9 @@ def axes_of(model: nn.Module, found: Sequence[Rotatable], options: Options) -> t
     return principal_axes(folded, found, options.data, options.combine)
 
 
-def random_rotation(size: int) -> Tensor:
+def random_rotation(size: int, rows: int = 1) -> Tensor:
     random = torch.Generator().manual_seed(0)
-    return torch.linalg.qr(torch.randn(size, size, generator=random, dtype=torch.float64))[0]
+    return torch.linalg.qr(torch.randn(rows, size, size, generator=random, dtype=torch.float64))[0]
 
 
 def limit_of(model: nn.Module) -> float:
@@ -180,17 +181,17 @@ class Energies:
         unit = solution.unit_of.numpy()
         for f, energy in zip(self.found, self.energies, strict=True):
             units = unit[self.labels(solution, f)]
-            order = np.sort(energy.numpy())[::-1]
-            score[units] = order * float(score[units].sum())
+            score[units] = energy.numpy() * float(score[units].sum())
         return score
 
     def labels(self, solution: Solution, f: Rotatable) -> np.ndarray:
-        """The label of each axis, in a coupling of the rotated model."""
-        member = f.linear.members[0]
-        found: Mapping[str, Any] = solution.leaves
-        for name in (member.name, *(m.name for m in f.linear.members)):
-            for factor in found.get(name, ()):
-                dim = next(m.dim for m in f.linear.members if m.name == name)
-                if factor.major_to_minor == (dim,) and len(factor.flat) == f.linear.size:
-                    return np.asarray(factor.flat)
+        """The label of each axis, shape (rows, axes of a row), in a coupling of the rotated model."""
+        for member in f.linear.members:
+            start = {row: start for start, row in reversed(member.runs)}
+            if len(start) < f.linear.rows:
+                continue
+            places = np.array([start[row] for row in range(f.linear.rows)])[:, None] + np.arange(f.linear.size)
+            for factor in solution.leaves.get(member.name, ()):
+                if factor.major_to_minor == (member.dim,) and factor.flat[places].all():
+                    return np.asarray(factor.flat[places])
         raise RuntimeError(f"the rotated model has no channels of {f.name}")

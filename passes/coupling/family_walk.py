@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch
 
-from fxprune.passes.coupling.equivariance import Trial
+from fxprune.passes.coupling.equivariance import Carrier, Runs, Trial
 from fxprune.passes.coupling.families import Family
 from fxprune.passes.coupling.leaf_labels import is_constant
 from fxprune.passes.coupling.linear_family import Key, NotLinear, Scale, Spaces
@@ -58,39 +58,68 @@ class FamilyWalk:
         self.program, self.family = program, family
         self.trace = program.trace
         self.size = len(family.units)
-        self.order: np.ndarray | None = None
-        mine = np.zeros(len(program.unit), bool)
-        mine[family.units] = True
-        self.dims = self.carriers(mine)
+        self.rows = np.zeros((0, 0), np.int64)  # the units of each row, in their order
+        self.whole = True  # whether the family is one row, and there is nothing else in any of its dimensions
+        self.dims = self.carriers()
         self.spaces, self.scales = Spaces(), list[Scale]()
         self.gains: set[Key] = set()
         self.exits: list[tuple[Key, str, bool]] = []
         self.norms = False  # whether any call is not linear along the family
 
-    def carriers(self, mine: np.ndarray) -> dict[int, tuple[int, ...]]:
-        """The dimensions along which values carry the family, all of it and in one order."""
-        found: dict[int, tuple[int, ...]] = {}
+    def carriers(self) -> dict[int, tuple[Carrier, ...]]:
+        """Where values carry the family: all of it, or whole rows of it, in one order."""
+        mine = np.zeros(len(self.program.unit), bool)
+        mine[self.family.units] = True
+        held: list[tuple[int, tuple[int, ...], np.ndarray]] = []
         for i, labels in self.program.labels.items():
             for f in labels:
-                units = f.lookup(self.program.unit)
-                if not mine[units].any():
-                    continue
-                dim, units = self.one_dimension(f)
-                if self.order is None and len(units) == self.size:
-                    self.order = np.array(units)
-                if self.order is None or not np.array_equal(units, self.order) or len(np.unique(units)) != self.size:
-                    raise NotLinear("stands beside others in one dimension, or in another order")
-                found[i] = (*found.get(i, ()), dim)
+                if mine[f.lookup(self.program.unit)].any():
+                    dims, units = self.units_of(f)
+                    held.append((i, dims, np.where(mine[units], units, -1)))
+        self.rows = self.find_rows(held)
+        row_of = np.full(len(mine), -1)
+        row_of[self.rows] = np.arange(len(self.rows))[:, None]
+        found: dict[int, tuple[Carrier, ...]] = {}
+        for i, dims, units in held:
+            carrier = Carrier(dims, self.runs(units.reshape(-1), row_of))
+            self.whole &= units.shape == (1, self.size) and len(self.rows) == 1
+            found[i] = (*found.get(i, ()), carrier)
         return found
 
-    def one_dimension(self, f: Factor) -> tuple[int, np.ndarray]:
-        """The dimension that a factor varies along, and the units there; raises NotLinear where there are several."""
-        if len(f.major_to_minor) == 1:
-            return f.major_to_minor[0], f.lookup(self.program.unit)
-        made = factor(torch.from_numpy(self.program.unit)[f.labels], f.major_to_minor)  # labels may differ where units do not
-        if len(made.major_to_minor) != 1:
-            raise NotLinear("is taken apart into rows, as heads are")
-        return made.major_to_minor[0], made.flat
+    def units_of(self, f: Factor) -> tuple[tuple[int, ...], np.ndarray]:
+        """The dimensions that the units of a factor vary along, and these units, a row for each index of the major ones."""
+        if len(f.major_to_minor) > 1:  # labels may differ where units do not
+            f = factor(torch.from_numpy(self.program.unit)[f.labels], f.major_to_minor)
+            return f.major_to_minor, f.rows().numpy()
+        return f.major_to_minor, f.lookup(self.program.unit)[None]
+
+    def find_rows(self, held: Sequence[tuple[int, tuple[int, ...], np.ndarray]]) -> np.ndarray:
+        """The rows that the family is taken apart into, each with its units in order: no value takes one of them apart."""
+        row: dict[int, tuple[int, ...]] = dict.fromkeys(self.family.units.tolist(), ())
+        order: dict[int, None] = {}
+        for number, units in enumerate({(u.shape, u.tobytes()): u for _, _, u in held}.values()):
+            for some in np.unique(units, axis=0) if len(units) > 1 else units:
+                mine = dict.fromkeys(some[some >= 0].tolist())
+                order |= mine
+                for u in mine if len(mine) < self.size else ():
+                    row[u] = (*row[u], number, next(iter(mine)))
+        rows: dict[tuple[int, ...], list[int]] = {}
+        for u in order:
+            rows.setdefault(row[u], []).append(u)
+        if len({len(some) for some in rows.values()}) != 1 or min(map(len, rows.values())) < 2:
+            raise NotLinear("is taken apart into rows that differ in size, or have one channel each")
+        return np.array(list(rows.values()))
+
+    def runs(self, units: np.ndarray, row_of: np.ndarray) -> Runs:
+        """Where rows of the family are among some units."""
+        places = np.flatnonzero(units >= 0)
+        length = self.rows.shape[1]
+        starts = places[::length]
+        wanted = self.rows[row_of[units[starts]]].reshape(-1)
+        run = (starts[:, None] + np.arange(length)).reshape(-1)
+        if not np.array_equal(run, places) or not np.array_equal(units[places], wanted):
+            raise NotLinear("is split up, or in another order in one place than in another")
+        return tuple((int(start), int(row_of[units[start]])) for start in starts)
 
     # -- what each call does ----------------------------------------------------------------------------------------------
 
@@ -101,6 +130,12 @@ class FamilyWalk:
         for number, op in enumerate(self.trace.ops):
             if number not in done and any(r.id in self.dims for r in (*op.inputs, *op.outputs)):
                 done |= self.follow(number)
+        if self.whole:
+            return
+        if met := [where for _, where, by_weight in self.exits if not by_weight]:
+            raise NotLinear(f"is read by {met[0]}, and of channels in rows or beside others only layers may do that")
+        if self.norms or self.scales:
+            raise NotLinear("is normalised or scaled, and has rows, or others beside it: there only linear maps may be")
 
     def check_places(self) -> None:
         program, capture = self.program, self.program.capture
@@ -147,7 +182,7 @@ class FamilyWalk:
     def trial(self, numbers: Sequence[int]) -> Trial:
         ops = [self.trace.ops[n] for n in numbers]
         used = {r.id for op in ops for r in op.outputs if self.used(r.id, numbers)}
-        return Trial(ops, self.trace, self.dims, self.size, used)
+        return Trial(ops, self.trace, self.dims, (len(self.rows), self.rows.shape[1]), used)
 
     def used(self, value: int, numbers: Sequence[int]) -> bool:
         readers = self.program.readers.get(value, ())
@@ -166,7 +201,7 @@ class FamilyWalk:
     def form(self, numbers: Sequence[int]) -> object:
         """What some calls do, and where the family is in it, for comparison."""
         local: dict[int, int] = {}
-        parts: list[object] = [self.size]
+        parts: list[object] = [self.rows.shape]
         for n in numbers:
             op = self.trace.ops[n]
             parts.append((str(op.func), repr([self.mapped(a, local) for a in (*op.args, *sorted(op.kwargs.items()))])))
@@ -190,7 +225,7 @@ class FamilyWalk:
         inputs = [at[i] for i in trial.given if i in self.dims]
         outputs = [(i, -1) for i in trial.results if i in self.dims]
         where = self.program.place(numbers[0])
-        if not inputs and not outputs:
+        if not outputs and self.once(("ignores", self.form(numbers)), trial.ignores):  # it takes out what is beside the family
             return
         first, *rest = [*inputs, *outputs]
         inverse = {} if outputs else {key[0]: True for key in rest}

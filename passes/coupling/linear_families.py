@@ -121,8 +121,11 @@ class Folding:
             scales, centred = self.chain(some), self.centred(some)
             for key, sign in some.leaves:
                 name = str(self.walk.trace.values[key[0]].name)
-                for dim in self.walk.dims[key[0]]:
-                    uses.setdefault(name, []).append((key, Member(name, dim, scales, centred, sign < 0)))
+                for carrier in self.walk.dims[key[0]]:
+                    if len(carrier.dims) > 1:
+                        raise NotLinear(f"is in several dimensions of {name}")
+                    member = Member(name, carrier.dims[0], scales, centred, sign < 0, carrier.runs)
+                    uses.setdefault(name, []).append((key, member))
         members: dict[tuple[str, int], Member] = {}
         untied: list[str] = []
         for name, found in uses.items():
@@ -133,16 +136,15 @@ class Folding:
                 made = replace(member, name=own)
                 if treatment(members.setdefault((own, member.dim), made)) != treatment(made):
                     raise NotLinear(f"is in {name}, which is used several times in different places")
-        assert self.walk.order is not None
         normed = self.walk.norms or any(scale.norms for scale in self.walk.scales)
         return LinearFamily(
             self.walk.family,
-            self.walk.size,
+            *self.walk.rows.shape,
+            self.walk.whole,
             tuple(members.values()),
             tuple(self.walk.scales),
             normed,
             tuple(untied),
-            self.walk.order,
         )
 
     def own_name(self, name: str, key: Key) -> str:
@@ -157,7 +159,13 @@ class Folding:
 
 def treatment(member: Member) -> object:
     """What is done to a member, for comparison."""
-    return member.dim, tuple(tuple(scale.tensors.values()) for scale in member.scales), member.centred, member.reads
+    return (
+        member.dim,
+        tuple(tuple(scale.tensors.values()) for scale in member.scales),
+        member.centred,
+        member.reads,
+        member.runs,
+    )
 
 
 def linear_families(

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import numpy as np
-
+from fxprune.passes.coupling.equivariance import Runs
 from fxprune.passes.coupling.families import Family
 
 Key = tuple[int, int]  # a value, and for the model's own tensors the number of the call that reads it, else -1
@@ -57,6 +56,7 @@ class Member:
         scales: those that go into it, from the one nearest to it.
         centred: whether what it adds to a stream has to be centred.
         reads: whether it is a weight that the family is contracted with, so that shifts go to its bias.
+        runs: where rows of the family start along the dimension, and which.
     """
 
     name: str
@@ -64,6 +64,7 @@ class Member:
     scales: tuple[Scale, ...]
     centred: bool
     reads: bool
+    runs: Runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,21 +73,23 @@ class LinearFamily:
 
     Attributes:
         family: of the coupling.
-        size: how many channels it has.
+        rows: how many rows it consists of, each with a rotation of its own, as heads are of the dimensions within them.
+        size: how many channels a row has.
+        whole: whether it is one row, and there is nothing else in any of its dimensions.
         members: dimensions to rotate.
         scales: what has to be put out of the way.
         normed: whether it is normalised anywhere.
         untied: names of parameters that need values of their own, apart from what they are tied to.
-        units: the unit at each position of the rotated dimensions.
     """
 
     family: Family
+    rows: int
     size: int
+    whole: bool
     members: tuple[Member, ...]
     scales: tuple[Scale, ...]
     normed: bool
     untied: tuple[str, ...]
-    units: np.ndarray
 
 
 class Spaces:

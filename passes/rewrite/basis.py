@@ -28,6 +28,7 @@ class Step:
         dim: a dimension of it.
         other: the name of a tensor or module that is read.
         number: of the rotation, or a factor.
+        start: where along the dimension the change starts.
     """
 
     kind: str
@@ -35,6 +36,7 @@ class Step:
     dim: int = 0
     other: str = ""
     number: float = 0
+    start: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +59,7 @@ class Basis:
 
         It is computed in double precision and rounded once. On the meta device it is made in form.
         """
-        change = Change(copy_tree(model, shared_tensors(model)), self.rotations)
+        change = Change(copy_tree(model, {id(t): t for _, t in all_tensors(model)}), self.rotations)
         for step in self.steps:
             if step.kind in ONLY_WHOLE and not whole:
                 continue
@@ -82,10 +84,6 @@ class Basis:
             raise wrong("it has no steps, or no rotations")
         matrices = tuple(matrix_of(rotation) for rotation in rotations)
         return cls(tuple(parse_step(step, len(matrices)) for step in steps), matrices)
-
-
-def shared_tensors(model: nn.Module) -> dict[int, Tensor]:
-    return {id(t): t for _, t in all_tensors(model)}
 
 
 def all_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -124,9 +122,8 @@ class Change:
         return found.reshape([-1 if d == dim else 1 for d in range(like.dim())])
 
     def misfit(self, name: str) -> PruneError:
-        return PruneError(
-            f"the change of basis is for another model: {name} has another shape", fix="the original architecture"
-        )
+        what = f"the change of basis is for another model: {name} has another shape"
+        return PruneError(what, fix="the original architecture")
 
     def hold(self, name: str, tensor: Tensor) -> None:
         """Give a name a tensor of its own."""
@@ -262,10 +259,20 @@ def centre(change: Change, step: Step) -> None:
 @step_of("rotate")
 def rotate(change: Change, step: Step) -> None:
     """A dimension of a tensor goes over to the axes of a rotation."""
-    rotation = change.rotations[int(step.number)].to(change[step.name])
-    if rotation.shape[0] != change[step.name].shape[step.dim]:
+    if len(change.rotations[int(step.number)]) != change[step.name].shape[step.dim]:
         raise change.misfit(step.name)
-    change[step.name] = (change[step.name].movedim(step.dim, -1) @ rotation).movedim(-1, step.dim)
+    rotate_run(change, step)
+
+
+@step_of("rotate run")
+def rotate_run(change: Change, step: Step) -> None:
+    """Some entries along a dimension of a tensor, from `start` on, go over to the axes of a rotation."""
+    rotation, made = change.rotations[int(step.number)].to(change[step.name]), change[step.name].clone()
+    if step.start + len(rotation) > made.shape[step.dim]:
+        raise change.misfit(step.name)
+    run = made.movedim(step.dim, -1)[..., step.start : step.start + len(rotation)]
+    run.copy_(run @ rotation)
+    change[step.name] = made
 
 
 @step_of("multiply")
@@ -326,13 +333,13 @@ def matrix_of(data: Any) -> Tensor:
 
 def parse_step(data: Any, rotations: int) -> Step:
     """A step from plain data; raises PruneError for what is none."""
-    if not isinstance(data, list) or [type(entry) for entry in data[:4]] != [str, str, int, str] or len(data) != 5:
+    if not isinstance(data, list) or [type(entry) for entry in data[:4]] != [str, str, int, str] or len(data) not in (5, 6):
         raise wrong("a step is none")
     step = Step(*data)
     finite = type(step.number) in (int, float) and math.isfinite(step.number)
-    if step.kind not in KINDS or not finite or not 0 <= step.dim < 8:
+    if step.kind not in KINDS or not finite or not 0 <= step.dim < 8 or type(step.start) is not int or step.start < 0:
         raise wrong(f"there is no such step as {str(data)[:80]}")
-    if step.kind == "rotate" and step.number not in range(rotations):
+    if step.kind in ("rotate", "rotate run") and step.number not in range(rotations):
         raise wrong(f"it has no rotation {step.number}")
     return step
 
