@@ -35,10 +35,10 @@ class ConvNet(nn.Module):
 class Block(nn.Module):
     """A block of a ViT whose queries, keys and values are one layer."""
 
-    def __init__(self, width=12, heads=4, bias=True):
+    def __init__(self, width=12, heads=4):
         super().__init__()
         self.heads = heads
-        self.norm, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width, bias), nn.Linear(width, width)
+        self.norm, self.qkv, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.norm2, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 24), nn.Linear(24, width)
 
     def forward(self, x):
@@ -51,10 +51,11 @@ class Block(nn.Module):
 class ViT(nn.Module):
     def __init__(self):
         super().__init__()
-        self.patch, self.block, self.head = nn.Conv2d(3, 12, 4, stride=4), Block(), nn.Linear(12, 5)
+        self.patch, self.block = nn.Conv2d(3, 12, 4, stride=4), Block()
+        self.norm, self.head = nn.LayerNorm(12), nn.Linear(12, 5)
 
     def forward(self, x):
-        return self.head(self.block(self.patch(x).flatten(2).transpose(1, 2)).mean(1))
+        return self.head(self.norm(self.block(self.patch(x).flatten(2).transpose(1, 2))).mean(1))
 
 
 class MLP(nn.Module):
@@ -217,6 +218,27 @@ def test_dimensions_within_heads_are_left_and_other_families_merge():
     found = fxprune.repair(model, small, method="merge").meta["repair"]
     assert [s.layer for s in found.done] == ["block.up"]
     assert len(found.skipped) >= 2
+
+
+class Rounded(nn.Module):
+    """Computes a part in single precision, whatever its inputs are in."""
+
+    def forward(self, x):
+        return F.silu(x.float()).to(x.dtype)
+
+
+def test_a_part_in_single_precision_is_no_reason_to_leave_it():
+    model, x = random_model((lambda: MLP(Rounded()), (5,)))
+    small = fxprune.prune(model, 0.5, x, criterion="folding", repair="merge")
+    assert [s.layer for s in small.meta["repair"].done] == ["one"]
+
+
+def test_what_is_not_rotated_merges_behind_a_change_of_basis():
+    model, x = random_model("attention")
+    small = fxprune.prune(model, 0.5, x, criterion="folding", data=[x], basis="principal")
+    assert [f.name for f in small.meta["basis"].families] == ["patch"]
+    found = fxprune.repair(model, small, method="merge").meta["repair"]
+    assert [s.layer for s in found.done] == ["block.qkv", "block.up"]
 
 
 def test_gains_that_are_zero_hide_nothing():

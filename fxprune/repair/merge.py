@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -36,7 +37,7 @@ from fxprune.passes.ops.call import OpView
 from fxprune.passes.ops.registry import find
 from fxprune.passes.verification.masked_model import MaskedOriginal
 from fxprune.pipeline import Compilation
-from fxprune.plan import PlanData, shapes_of
+from fxprune.plan import PlanData, plan_between, shapes_of
 from fxprune.repair.repairer import RepairStep
 from fxprune.verification import difference
 
@@ -146,14 +147,14 @@ class Merging:
     Arguments:
         model: the original.
         made: the pruned model, which is changed.
-        plan: what it was made by.
 
     Raises: PruneError where the values of the pruned model are not those that were left of the original.
     """
 
-    def __init__(self, model: nn.Module, made: nn.Module, plan: PlanData) -> None:
+    def __init__(self, model: nn.Module, made: nn.Module) -> None:
+        model, plan = plan_between(model, made).in_basis(model)
         self.model, self.made = model, made
-        self.plan = plan.fitted(shapes_of(model))
+        self.plan: PlanData = plan.fitted(shapes_of(model))
         self.compilation = Compilation.of_plan(model, plan)
         self.choice = self.compilation.choice_of(plan)
         self.tensors = {n: t for n, t in named_tensors(model) if t.is_floating_point() or t.is_complex()}
@@ -224,15 +225,10 @@ class Merging:
         """Whether merges change nothing where the units that merge are equal: tried on inputs like those of the plan."""
         if not merges:
             return True
-        for dtype, close in CLOSE.items():
-            try:
-                return self.error(merges, dtype) <= close
-            except Exception:  # the model insists on another precision, or is not run by known ops
-                continue
-        return False
+        return any(self.error(merges, dtype) <= close for dtype, close in CLOSE.items())
 
     def error(self, merges: Sequence[Merge], dtype: torch.dtype) -> float:
-        """The largest relative error of an output, in this precision.
+        """The largest relative error of an output, in this precision; infinite where the model insists on another one.
 
         The reference is the original with equal units, all of them, and without what goes of other families.
         """
@@ -255,8 +251,11 @@ class Merging:
         back = torch.isin(self.choice.solution.unit_of, torch.cat([torch.from_numpy(m.family.units) for m in merges]))
         reference = MaskedOriginal(whole, dataclasses.replace(removal, kept=removal.kept | back))
         inputs: ExampleInputs = self.compilation.inputs.map(lambda t: t.to(dtype) if t.is_floating_point() else t)
-        with torch.no_grad(), own_random_state():
-            return difference(reference(inputs.args, inputs.kwargs, whole=False), inputs.map(torch.clone).call(small))
+        try:
+            with torch.no_grad(), own_random_state():
+                return difference(reference(inputs.args, inputs.kwargs, whole=False), inputs.map(torch.clone).call(small))
+        except Exception:
+            return math.inf
 
 
 def nonzero(tensor: Tensor) -> Tensor:

@@ -186,13 +186,14 @@ def repair(
     """
     with entry_point(model) as model:
         methods = asked(REFIT if method is None else method, ridge, held_out)
-        model, plan = plan_between(model, pruned).in_basis(model, whole=True)
+        original, plan = model, plan_between(model, pruned)
+        model, plan = plan.in_basis(model, whole=True)
         plan.check(model)
         made: Any = copy.deepcopy(pruned)
         if data is None and loss is None and methods == (MERGE,):
             check_tuning(methods, loss, steps, block_inputs, seed)
             with unobserved(model), visible():
-                done, _ = Merging(model, made, plan).run()
+                done, _ = Merging(original, made).run()
             return finished(pruned, made, methods, Outcome(1.0, None), done, 0, (0, 0))
         given = batches_of(data, device_of(model))
         methods = default_methods(given[0])[0] if method is None else methods
@@ -205,7 +206,7 @@ def repair(
                 if methods == (REFIT,):
                     done, result = Refit(both).run(ridge)
                 elif methods == (MERGE,):
-                    done, start = Merging(model, made, plan).run(refused)
+                    done, start = Merging(original, made).run(refused)
                     result = both.choose_share(start)
                 else:
                     done, result = BlockTuning(both, Tuning(steps, block_inputs, seed)).run()
