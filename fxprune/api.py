@@ -207,7 +207,8 @@ def prune(
             another dimension; a family of `couple`, or `layer#2`, for its units by number. Where other channels of the same
             layer would go too, as in a head, it is an error that lists them.
         repair: put right on `data` what the cut does to the output, after all else: True, a method's name, or a dict of
-            arguments of `fxprune.repair`. The verification is that of the cut alone; `meta["repair"]` says what was gained.
+            arguments of `fxprune.repair`; `merge` needs no data. The verification is that of the cut alone; `meta["repair"]`
+            says what was gained.
         verify: compare the result to the masked original; `auto` does so where a forward is cheap.
         same_class: return a shrunk copy of the model, of its own class, with attributes and configuration brought up to date,
             instead of a GraphModule: its caches, losses, `generate` and `save_pretrained` are as before.

@@ -39,7 +39,7 @@ from fxprune.criteria.gates import Gates
 from fxprune.criteria.gradient import OBDC, SNIP, Fisher, GraSP, Hessian, Taylor, TokenTaylor
 from fxprune.criteria.osscar import OSSCAR
 from fxprune.criteria.scorer import Scorer
-from fxprune.criteria.weight import FPGM, LAMP, BNScale, Magnitude, Random
+from fxprune.criteria.weight import FPGM, LAMP, BNScale, Folding, Magnitude, Random
 
 __all__ = [
     "CRITERIA",
@@ -53,6 +53,7 @@ __all__ = [
     "BNScale",
     "Criterion",
     "Fisher",
+    "Folding",
     "Gates",
     "GraSP",
     "Hessian",

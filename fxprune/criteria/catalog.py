@@ -17,6 +17,7 @@ CriterionName = Literal[
     "bn_scale",
     "lamp",
     "fpgm",
+    "folding",
     "random",
     "taylor",
     "token_taylor",

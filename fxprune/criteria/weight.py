@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from fxprune.criteria.base import Criterion, CriterionOptions
+from fxprune.criteria.calibration import Source
+from fxprune.criteria.parameter_roles import roles
+from fxprune.folding.clusters import merge_errors
+from fxprune.folding.places import NotAlike, places_of, signatures
+from fxprune.passes.coupling.families import Family
 from fxprune.passes.errors import PruneError
+from fxprune.passes.ir.module_tree import named_tensors
+from fxprune.passes.ir.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -138,10 +145,43 @@ class Random(CriterionOptions):
         return np.random.default_rng(self.seed).random(count)
 
 
+@dataclass(frozen=True)
+class Folding(CriterionOptions):
+    """The error of merging a unit with those that are most like it (model folding: Wang et al., arXiv:2502.10216).
+
+    Units are compared by everything that writes them: rows of weights, biases, parameters and statistics of norms, each tensor
+    over its root mean square. A cluster's error is the sum of squared distances to its mean, what the paper's k-means makes
+    small; here clusters are nested (Ward), so that one order serves every budget. The score is what the merge in which a unit
+    goes adds, as a share of the sum of squares of its family. `fxprune.repair(..., method="merge")` then merges.
+
+    A square matrix of the units of a family is held at a time, in double precision.
+    """
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        raise PruneError("Folding scores the units of a family together, and no parameter alone", fix="criterion='magnitude'")
+
+    def score_families(self, source: Source, families: Sequence[Family]) -> tuple[np.ndarray, np.ndarray]:
+        """The score of each unit of some families, and whether it has one; shape (labels,)."""
+        assert source.solution is not None
+        reads, tensors = roles(source.captures).reads, dict(named_tensors(source.model))
+        score = np.zeros(len(source.solution.unit_of))
+        seen = np.zeros(len(score), bool)
+        for family in progress_bar(families, "folding", "family"):
+            try:
+                rows = signatures(places_of(source.solution, family, reads, holds_only=True), tensors)
+            except NotAlike:
+                continue
+            score[family.units], seen[family.units] = merge_errors(rows), True
+        if not seen.any():
+            raise PruneError("the criterion Folding scores nothing in this model", fix="criterion='magnitude'")
+        return score, seen
+
+
 CRITERIA: dict[str, Criterion] = {
     "magnitude": Magnitude(),
     "bn_scale": BNScale(),
     "lamp": LAMP(),
     "fpgm": FPGM(),
+    "folding": Folding(),
     "random": Random(),
 }

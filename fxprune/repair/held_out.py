@@ -50,11 +50,11 @@ class Outcome:
 
     Attributes:
         share: how much of the way from the values that there were to the repaired ones was gone.
-        errors: the relative errors of the output before and after.
+        errors: the relative errors of the output before and after; None where there are no data.
     """
 
     share: float
-    errors: tuple[float, float]
+    errors: tuple[float, float] | None
 
 
 def choose_share(programs: Programs, start: Mapping[str, Tensor], made: Mapping[str, Tensor], *, check: bool) -> Outcome:

@@ -27,6 +27,8 @@ from fxprune.repair.block_tuning import NAME as BLOCK
 from fxprune.repair.block_tuning import BlockInputs, BlockTuning, Tuning
 from fxprune.repair.both_models import BothModels, Loss
 from fxprune.repair.held_out import Outcome, choose_share, split
+from fxprune.repair.merge import NAME as MERGE
+from fxprune.repair.merge import Merging
 from fxprune.repair.methods import METHODS
 from fxprune.repair.refit import NAME as REFIT
 from fxprune.repair.refit import Refit
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 
 
 SHOWN = 30
-ALONE = (REFIT, BLOCK)  # methods that go with no other
+ALONE = (REFIT, BLOCK, MERGE)  # methods that go with no other
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Repair(Printable):
     Attributes:
         methods: in the order in which they were applied at each layer.
         error: the relative error of the model's output, before and after: the root of the mean square of the differences from
-            the original's, over that of the original's; on the samples held out, if any are.
+            the original's, over that of the original's; on the samples held out, if any are. None without data.
         steps: what each method did at each layer, in the order of the program.
         computed: how many products have a weight that is computed from parameters: those are left as they are.
         samples: how many were fitted, and how many were held out.
@@ -59,7 +61,7 @@ class Repair(Printable):
     """
 
     methods: tuple[str, ...]
-    error: tuple[float, float]
+    error: tuple[float, float] | None
     steps: tuple[RepairStep, ...]
     computed: int
     samples: tuple[int, int]
@@ -78,10 +80,12 @@ class Repair(Printable):
         return plain_data(self)
 
     def sentences(self) -> Iterator[str]:
-        before, after = self.error
         held = self.samples[1]
         data = f"{counted(held, 'sample')} held out" if held else "the data"
-        yield f"repaired by {', '.join(self.methods)}: the error of the output on {data} was {before:.1%}, is {after:.1%}"
+        gain = "no data, so no error is known"
+        if self.error is not None:
+            gain = f"the error of the output on {data} was {self.error[0]:.1%}, is {self.error[1]:.1%}"
+        yield f"repaired by {', '.join(self.methods)}: {gain}"
         if 0 < self.share < 1:
             yield f"the changes were gone {self.share:.1%} of the way: farther on, that error was not surely smaller"
         yield f"{counted(len(self.done), 'change')}; {counted(len(self.skipped), 'site')} not changed"
@@ -108,7 +112,7 @@ class Repair(Printable):
 def repair(
     model: nn.Module,
     pruned: nn.Module,
-    data: Iterable[Any],
+    data: Iterable[Any] | None = None,
     *,
     method: str | Sequence[str] | None = None,
     ridge: float | None = None,
@@ -143,7 +147,7 @@ def repair(
         pruned: what `prune` or `Plan.apply` made of it, trained since or not; it is not touched either.
         data: batches as for `prune`, held in memory together with what both models make of them; a few hundred samples do.
             Keywords and sizes may be others than those of the example inputs, and differ from batch to batch: both models
-            are then captured for each form.
+            are then captured for each form. `merge` needs none.
         method: one of these, or several, which are applied in turn at each layer; by default `refit` where
             all inputs are integers, as tokens are, and else `reconstruct` with `recalibrate`:
             `reconstruct`: the weight is moved to the one whose result is closest to the original's, by least squares on the
@@ -159,6 +163,10 @@ def repair(
             `block`, by itself: each block (modules of one class in a `ModuleList` or a `Sequential`) is trained to return what
             the original's does, one block in memory at a time, without labels (arXiv:2510.14444). It takes longest, and comes
             closest; repair by `refit` first.
+            `merge`, by itself, and without data: each unit that went becomes part of the kept one whose weights are nearest.
+            The mean of their weights writes it, the sum of what read them reads it, and running variances become those of
+            the mean (model folding, arXiv:2502.10216). Units that meet one another before a weight reads them, as in a
+            LayerNorm, are left. Prune by `criterion="folding"` before. Where data are given, they judge it.
             Constants go into the product's bias; into the running mean of the normalisation behind it where there is no
             bias; and nowhere where there is neither. No parameter is added, so a saved plan still fits.
         ridge: of `reconstruct`, the penalty on the squared change of a weight, as a share of the mean square of its inputs;
@@ -178,19 +186,28 @@ def repair(
     """
     with entry_point(model) as model:
         methods = asked(REFIT if method is None else method, ridge, held_out)
-        model, plan = plan_between(model, pruned).in_basis(model, whole=True)
+        original, plan = model, plan_between(model, pruned)
+        model, plan = plan.in_basis(model, whole=True)
         plan.check(model)
+        made: Any = copy.deepcopy(pruned)
+        if data is None and loss is None and methods == (MERGE,):
+            check_tuning(methods, loss, steps, block_inputs, seed)
+            with unobserved(model), visible():
+                done, _ = Merging(original, made).run()
+            return finished(pruned, made, methods, Outcome(1.0, None), done, 0, (0, 0))
         given = batches_of(data, device_of(model))
         methods = default_methods(given[0])[0] if method is None else methods
         check_tuning(methods, loss, steps, block_inputs, seed)
         parts = split(given, held_out)
-        made: Any = copy.deepcopy(pruned)
         refused = refusal(parts, held_out)
         if methods[0] in ALONE:
             with unobserved(model), visible():
                 both = BothModels(model, made, plan, parts, loss, refused)
                 if methods == (REFIT,):
                     done, result = Refit(both).run(ridge)
+                elif methods == (MERGE,):
+                    done, start = Merging(original, made).run(refused)
+                    result = both.choose_share(start)
                 else:
                     done, result = BlockTuning(both, Tuning(steps, block_inputs, seed)).run()
                 return finished(pruned, made, methods, result, done, 0, count_samples(parts))
@@ -283,6 +300,8 @@ def is_number(value: Any) -> bool:
 
 def batches_of(data: Any, device: torch.device) -> list[Batch]:
     """All batches, on the model's device."""
+    if data is None:
+        raise PruneError("repair looks at data, and there are none", fix=f"{BATCHES}; method={MERGE!r} does without")
     check_batches(data)
     batches = [parse_batch(item).map(lambda t: t.to(device)) for item in data]
     if not batches:

@@ -28,7 +28,8 @@ class RepairStep:
     """What one method did at one site.
 
     Attributes:
-        layer: the parameter that names the site: a weight, or the running mean of a normalisation.
+        layer: the parameter that names the site: a weight, or the running mean of a normalisation; of `merge`, the
+            name of the family.
         method: its name.
         error: the relative error of the site's result before and after (root mean square, against the original's), where it
             was measured: on the data held out, if any is.

@@ -12,6 +12,7 @@ from torch import nn
 from fxprune.arguments import called_here, shown
 from fxprune.criteria.calibration import BATCHES, check_batches, parse_batch
 from fxprune.passes.errors import PruneError
+from fxprune.repair.merge import NAME as MERGE
 from fxprune.repair.refit import NAME as REFIT
 from fxprune.repair.repair import asked, default_methods, repair
 
@@ -25,11 +26,11 @@ class RepairRequest:
 
     Attributes:
         arguments: of `fxprune.repair`.
-        data: batches that can be read again and again.
+        data: batches that can be read again and again; None for a method that looks at none.
     """
 
     arguments: Mapping[str, Any]
-    data: Iterable[Any]
+    data: Iterable[Any] | None
 
     @classmethod
     def parse(cls, given: Any, data: Any, *, inplace: bool = False, alone: bool = True) -> RepairRequest | None:
@@ -37,21 +38,23 @@ class RepairRequest:
         if given is False or given is None:
             return None
         arguments = arguments_of(given)
-        if data is None:
-            raise PruneError("repair looks at data, and there are none", fix=BATCHES)
+        if data is None and arguments.get("method") not in (MERGE, (MERGE,), [MERGE]):
+            raise PruneError("repair looks at data, and there are none", fix=f"{BATCHES}; repair={MERGE!r} does without")
         if inplace:
             what = "repair compares the result with the original, which inplace=True uses up"
             raise PruneError(what, fix="inplace=False, or repair=False")
         if not alone:
             what = "repair in several processes would leave each with a model of its own"
             raise PruneError(what, fix="prune, then fxprune.repair in one process, and hand its parameters to the others")
+        if data is None:
+            return cls(arguments, None)
         check_batches(data)
         return cls(arguments, list(data) if iter(data) is data else data)
 
     def apply(self, model: nn.Module, pruned: nn.Module) -> Any:
         """The repaired copy, with what was chosen for it in `meta`."""
         made = repair(model, pruned, self.data, **self.arguments)
-        if self.arguments.get("method") is None:
+        if self.arguments.get("method") is None and self.data is not None:
             methods, why = default_methods(parse_batch(next(iter(self.data))))
             made.meta["chosen"] = (*made.meta.get("chosen", ()), f"repair by {' and '.join(methods)}, since {why}")
         return made

@@ -162,7 +162,7 @@ class Evaluator:
             bytes=count.bytes,
             seconds=None if latency is None else latency.pruned,
             latency=None if latency is None else latency.share,
-            error=None if repair is None else repair.error[1],
+            error=None if repair is None or repair.error is None else repair.error[1],
             plan=plan_of(made),
             make=self.again,
         )
