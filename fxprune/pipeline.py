@@ -204,7 +204,7 @@ class Compilation:
         solution = self.couple()
         plan = plan.fitted(shapes_of(self.model))
         kept = kept_labels(plan, solution, self.frozen_modules.values())
-        return Choice(solution, kept, Slicer(kept, removal_of(self.model, solution, plan.removed)))
+        return Choice(solution, kept, Slicer(kept, removal_of(self.model, solution, kept, plan.removed)))
 
     def unpruned(self) -> Choice:
         """The choice that keeps everything."""
@@ -217,7 +217,7 @@ class Compilation:
         solution = self.couple()
         if len(kept) != len(solution.unit_of):
             raise RuntimeError("the model is coupled otherwise than when the choice was made")
-        return Choice(solution, kept, Slicer(kept, removal_of(self.model, solution, tensors)))
+        return Choice(solution, kept, Slicer(kept, removal_of(self.model, solution, kept, tensors)))
 
     # -- rewrite, slice and verify ----------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from fxprune.passes.coupling.listed_experts import Asked, ListedExperts
 from fxprune.passes.coupling.solution import CouplingOptions, Solution
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.labels import NONE, Factor, Labels
@@ -77,6 +78,14 @@ def chosen_units(solution: Solution) -> np.ndarray:
     units = solution.unit_of.numpy()
     chosen = [units[labels[(labels > 0) & (labels <= owned)]] for labels in found.values()]
     return np.unique(np.concatenate([*chosen, np.zeros(0, np.int64)]))
+
+
+def find_experts(solution: Solution, asked: Sequence[Asked]) -> None:
+    """Note what goes with single numbers of a choice, and freeze those of which more is made."""
+    solution.experts = ListedExperts(solution.captures, asked, solution.unit_of.numpy())
+    unclear = np.array(sorted(solution.experts.unclear), np.int64)
+    solution.frozen[unclear[solution.frozen[unclear] < 0]] = len(solution.reasons)
+    solution.reasons.append(ELSEWHERE)
 
 
 def keep_the_rest(solution: Solution) -> None:
@@ -282,7 +291,10 @@ def compared(call: RuleContext) -> Handled:
     assert picked is not None
     number = call["other"]
     beyond = isinstance(number, int) and (number >= len(picked) or (call.state.opaque and number >= 0 and picked[number] == 0))
-    if not beyond:
+    equal = name_of(call.op.func) == "aten::eq" and type(number) is int and 0 <= number < len(picked)
+    if equal and not call.state.opaque:
+        call.state.asked[call.op.outs.id] = picked, number
+    elif not beyond:
         refuse(call, picked)
     return None
 
