@@ -17,8 +17,8 @@ from fxprune.errors import PruneWarning
 from fxprune.inputs import ExampleInputs, device_of, random_inputs
 from fxprune.original_state import config_of, lost_contents, with_lazy_tensors
 from fxprune.passes.capture.programs import DRAW, DRAWN
+from fxprune.passes.coupling.choices import require_experts
 from fxprune.passes.coupling.couple import analyse, describe_capture
-from fxprune.passes.coupling.picks import require_experts
 from fxprune.passes.coupling.solution import CouplingOptions, Solution
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors

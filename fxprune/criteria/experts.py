@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fxprune.passes.coupling.choices import chosen_units
 from fxprune.passes.coupling.families import families
-from fxprune.passes.coupling.picks import chosen_units
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.ir.module_tree import fetch
 from fxprune.passes.ir.op_trace import OpTrace

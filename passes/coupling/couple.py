@@ -15,8 +15,8 @@ from typing import Any
 from torch import nn
 
 from fxprune.passes.capture.programs import NOT_FOLLOWED, REPORT, programs
+from fxprune.passes.coupling.choices import find_experts
 from fxprune.passes.coupling.leaf_labels import LeafLabels
-from fxprune.passes.coupling.picks import find_experts
 from fxprune.passes.coupling.propagation import Program, Propagated, propagate
 from fxprune.passes.coupling.shuffles import gather_regions
 from fxprune.passes.coupling.solution import CouplingOptions, Solution

@@ -1,8 +1,8 @@
 """Experts that are modules of their own: what runs for the sake of one number of a choice.
 
-`index == i` is false everywhere if entry `i` is never chosen. What is computed from it is false, zero, or a list of no positions;
-to write to no positions, or to add zeros, changes nothing. Where all that such a number is for ends in that, it goes with the
-entry, as a residual branch does, and the numbers of the others become their places among what is kept.
+`index == i` is false everywhere if entry `i` is never chosen. What is computed from it is false, zero, or a list of no
+positions; to write to no positions, or to add zeros, changes nothing. Where all that such a number is for ends in that, it goes
+with the entry, as a residual branch does, and the numbers of the others become their places among what is kept.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ class ListedExperts:
             makers = {ref.id: op for op in capture.op_trace.ops for ref in op.outputs if ref.id in mine}
             for value, (picked, number) in mine.items():
                 node = capture.nodes[makers[value].node]
+                if name_of(makers[value].func) != "aten::eq":  # it indexes, and is rewritten as any index
+                    continue
                 if is_written_out(capture, node, number):
                     self.numbers[node] = picked, number
                 else:
@@ -66,7 +68,7 @@ class ListedExperts:
                 cuts.setdefault(unit, {})[node] = stream
         for unit in {unit for found in null.values() for unit, _ in found.values()} - {0, *self.unclear}:
             ends = cuts.get(unit, {})
-            if any(reads(view, view.live(ends), unit, null[id(view.capture)]) for view in self.branches.views):
+            if any(reads(view, view.live(ends) - ends.keys(), unit, null[id(view.capture)]) for view in self.branches.views):
                 self.unclear.add(unit)
             elif ends:
                 gone = self.branches.remove([Branch("", frozenset(), ends, frozenset())])
