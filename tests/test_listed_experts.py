@@ -176,6 +176,25 @@ def test_named_and_budget():
     torch.testing.assert_close(small(X), never_picking(model, gone_from(small))(X))
 
 
+@pytest.mark.parametrize("kind", [Where, Gates, OneHot])
+def test_reap(kind):
+    """The mean over an expert's tokens of gate times the norm of its output, computed token by token."""
+    model, batches, expected = kind(), [X, X.flip(1)], {i: [] for i in range(6)}
+    with torch.no_grad():
+        for x in batches:
+            w, index = model.gate(x).softmax(-1).topk(2, -1)
+            for token in range(len(x)):
+                for slot in range(2):
+                    e = int(index[token, slot])
+                    expected[e].append(float(w[token, slot] * model.experts[e](x[token]).norm()))
+    score = [sum(found) / len(found) if found else 0.0 for found in expected.values()]
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    small = fxprune.prune(model, 0.5, X, experts="only", data=batches)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert gone_from(small) == sorted(sorted(range(6), key=score.__getitem__)[:3])
+    assert gone_from(small) != gone_from(fxprune.prune(model, 0.5, X, experts="only", criterion="magnitude"))
+
+
 class Block(nn.Module):
     def __init__(self, kind):
         super().__init__()
