@@ -255,7 +255,7 @@ class Compilation:
         pruned.meta["frozen_modules"] = dict(self.frozen_modules)
         pruned.meta["unused"] = tuple(name for name in self.tensors if name not in choice.solution.leaves)
         pruned.meta["contents"] = lost_contents(self.model, self.tensors, pruned, choice.slices)
-        pruned.meta["branches"] = tuple(b.name for b in choice.slicer.removed.branches)
+        pruned.meta["branches"] = tuple(b.name for b in choice.slicer.removed.branches if b.name)
         if (config := config_of(self.model)) is not None:
             pruned.meta["config"] = config
         if choice.latency is not None:

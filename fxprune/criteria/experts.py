@@ -48,8 +48,8 @@ def expert_layers(solution: Solution, parameters: set[str]) -> Iterator[ExpertLa
         if not routers:
             continue
         rows = next((unit_of[f.flat] for f in solution.leaves[routers[0]] if f.major_to_minor == (0,)), ())
-        alone = {} if solution.experts is None else solution.experts.found
-        own = [sorted(alone[unit].tensors & parameters) if unit in alone else [] for unit in map(int, rows)]
+        alone = solution.experts
+        own = [[] if alone is None else sorted(alone.tensors(unit) & parameters) for unit in map(int, rows)]
         parts = [[*((name, e) for name in stacks), *((name, None) for name in names)] for e, names in enumerate(own)]
         if any(parts):
             path = common_path([*stacks, *(name for names in own for name in names)])

@@ -66,14 +66,18 @@ class ListedExperts:
             null[id(capture)] = {}
             for unit, node, stream in without_effect(capture, units, null[id(capture)], self.unclear):
                 cuts.setdefault(unit, {})[node] = stream
+        views = self.branches.views
+        readers = [readers_of(view, null[id(view.capture)]) for view in views]
         for unit in {unit for found in null.values() for unit, _ in found.values()} - {0, *self.unclear}:
             ends = cuts.get(unit, {})
-            if any(reads(view, view.live(ends) - ends.keys(), unit, null[id(view.capture)]) for view in self.branches.views):
+            if any(reaches(view, ends, unit, of) for view, of in zip(views, readers, strict=True)):
                 self.unclear.add(unit)
             elif ends:
-                gone = self.branches.remove([Branch("", frozenset(), ends, frozenset())])
-                name = min(gone.modules, default=min(gone.tensors, default=""))
-                self.found[unit] = Branch(name, gone.tensors, ends, frozenset())
+                self.found[unit] = Branch("", frozenset(), ends, frozenset())
+
+    def tensors(self, unit: int) -> frozenset[str]:
+        """The names of the model's tensors that go with a unit."""
+        return self.branches.remove([self.found[unit]]).tensors if unit in self.found else frozenset()
 
     def go_with(self, slicer: Slicer, units: np.ndarray) -> None:
         """Add to what is removed what goes with the labels that are not kept; `units` has the unit of each, shape (labels,)."""
@@ -150,12 +154,35 @@ def kept_operand(op: OpCall, name: str, zero: set[int], nowhere: set[int]) -> Te
     return None
 
 
-def reads(view: Liveness, live: set[fx.Node], unit: int, null: Null) -> bool:
-    """Whether any of some nodes depends on what is zero, or empty, where a unit is never chosen."""
+def readers_of(view: Liveness, null: Null) -> dict[int, set[fx.Node]]:
+    """By unit the nodes that read what is zero, or empty, where it is never chosen."""
     results = view.capture.results
-    for node in live:
+    found: dict[int, set[fx.Node]] = {}
+    for node in view.nodes:
         refs = [r for op in view.ops.get(node, ()) for r in op.inputs]
-        refs += collect([results.get(n) for n in view.inputs(node)], TensorRef)
-        if any(null.get(r.id, (0, False))[0] == unit for r in refs):
+        for ref in [*refs, *collect([results.get(n) for n in view.inputs(node)], TensorRef)]:
+            if ref.id in null:
+                found.setdefault(null[ref.id][0], set()).add(node)
+    return found
+
+
+def reaches(view: Liveness, ends: Mapping[fx.Node, fx.Node], unit: int, readers: Mapping[int, set[fx.Node]]) -> bool:
+    """Whether a program's results, or what it writes, depend on a unit other than by nodes that change nothing without it."""
+    members, roots = set(view.nodes), set(view.roots)
+    pending = [node for node in readers.get(unit, ()) if node not in ends]
+    found: set[fx.Node] = set()
+    while pending:
+        node = pending.pop()
+        if node in found:
+            continue
+        found.add(node)
+        if node in roots:
             return True
+        after = {n for n in node.users if n in members}
+        written = {view.memory.get(r.id, r.id) for op in view.ops.get(node, ()) for r in writes(op)}
+        if written:
+            after |= {n for n in view.nodes if view.index[n] > view.index[node] and view.touched[n] & written}
+        if any(ends.get(n) is node for n in after):
+            return True
+        pending += [n for n in after if n not in ends]
     return False
