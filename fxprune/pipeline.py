@@ -17,8 +17,8 @@ from fxprune.errors import PruneWarning
 from fxprune.inputs import ExampleInputs, device_of, random_inputs
 from fxprune.original_state import config_of, lost_contents, with_lazy_tensors
 from fxprune.passes.capture.programs import DRAW, DRAWN
+from fxprune.passes.coupling.choices import require_experts
 from fxprune.passes.coupling.couple import analyse, describe_capture
-from fxprune.passes.coupling.picks import require_experts
 from fxprune.passes.coupling.solution import CouplingOptions, Solution
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors
@@ -207,7 +207,7 @@ class Compilation:
         solution = self.couple()
         plan = plan.fitted(shapes_of(self.model))
         kept = kept_labels(plan, solution, self.frozen_modules.values())
-        return Choice(solution, kept, Slicer(kept, removal_of(self.model, solution, plan.removed)))
+        return Choice(solution, kept, Slicer(kept, removal_of(self.model, solution, kept, plan.removed)))
 
     def unpruned(self) -> Choice:
         """The choice that keeps everything."""
@@ -220,7 +220,7 @@ class Compilation:
         solution = self.couple()
         if len(kept) != len(solution.unit_of):
             raise RuntimeError("the model is coupled otherwise than when the choice was made")
-        return Choice(solution, kept, Slicer(kept, removal_of(self.model, solution, tensors)))
+        return Choice(solution, kept, Slicer(kept, removal_of(self.model, solution, kept, tensors)))
 
     # -- rewrite, slice and verify ----------------------------------------------------------------------------------------
 
@@ -258,7 +258,7 @@ class Compilation:
         pruned.meta["frozen_modules"] = dict(self.frozen_modules)
         pruned.meta["unused"] = tuple(name for name in self.tensors if name not in choice.solution.leaves)
         pruned.meta["contents"] = lost_contents(self.model, self.tensors, pruned, choice.slices)
-        pruned.meta["branches"] = tuple(b.name for b in choice.slicer.removed.branches)
+        pruned.meta["branches"] = tuple(b.name for b in choice.slicer.removed.branches if b.name)
         if (config := config_of(self.model)) is not None:
             pruned.meta["config"] = config
         if choice.latency is not None:

@@ -133,7 +133,8 @@ class Allocator:
 
     def apply(self, levels: Sequence[int]) -> tuple[Tensor, Slicer]:
         """What an allocation keeps, with every tensor a rectangle."""
-        return restore_rectangles(self.solution, self.removed_at(levels), self.score, self.nonempty, self.removed)
+        kept, slicer = restore_rectangles(self.solution, self.removed_at(levels), self.score, self.nonempty, self.removed)
+        return kept, self.solution.complete(slicer)
 
 
 def find_rivals(groups: Sequence[Group], free: Sequence[Family], solution: Solution, options: Options) -> list[list[int]]:

@@ -35,6 +35,9 @@ class Choice:
     slicer: Slicer
     latency: Latency | None = None
 
+    def __post_init__(self) -> None:
+        self.solution.complete(self.slicer)
+
     def removal(self, heads: bool | str) -> Removal:
         """What it removes of the model; `heads` says whether heads go whole."""
         return Removal(self.solution.leaves, self.kept, heads, any(self.solution.picks), self.slicer.removed)
@@ -45,12 +48,15 @@ class Choice:
         return tensor_cuts(self.solution, self.kept, self.slicer)
 
 
-def removal_of(model: nn.Module, solution: Solution, tensors: Collection[str]) -> Removed:
-    """The residual branches whose tensors these are; raises PruneError where they are not those of branches."""
+def removal_of(model: nn.Module, solution: Solution, kept: Tensor, tensors: Collection[str]) -> Removed:
+    """The residual branches whose tensors these are, but for those that go with labels that are not kept; raises PruneError
+    where they are not those of branches.
+    """
+    tensors = set(tensors) - solution.complete(Slicer(kept)).removed.tensors
     if not tensors:
         return NOTHING
     branches = Branches(solution.captures, set(named_parameters(model)))
-    found = branches.remove(b for b in branches.found if b.tensors <= set(tensors))
+    found = branches.remove(b for b in branches.found if b.tensors <= tensors)
     odd = sorted(found.tensors.symmetric_difference(tensors))
     if odd:
         raise PruneError(

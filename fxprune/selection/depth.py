@@ -83,7 +83,7 @@ class DepthAllocator(Allocator):
         kept, slicer = super().apply(levels)
         gone = [b for found, level in zip(self.lists, levels[self.widths :], strict=True) for b in found[:level]]
         slicer.removed = self.branches.remove(gone)
-        return kept, slicer
+        return kept, self.solution.complete(slicer)
 
 
 def select_with_depth(
@@ -134,10 +134,10 @@ def select_with_depth(
 
 def give_back(slicer: Slicer, branches: Branches, budget: Budget, costs: Costs) -> Slicer:
     """The same with those branches back that need not go for the budget, the most important first."""
-    gone, limit = list(slicer.removed.branches), budget.limit(budget.cost(costs))
-    for branch in reversed(slicer.removed.branches):
+    gone, limit = [b for b in slicer.removed.branches if b.parameters], budget.limit(budget.cost(costs))
+    for branch in reversed(gone.copy()):
         fewer = [b for b in gone if b is not branch]
-        tried = Slicer(slicer.kept, branches.remove(fewer))
+        tried = costs.solution.complete(Slicer(slicer.kept, branches.remove(fewer)))
         if budget.cost(costs, tried) <= limit:
             gone, slicer = fewer, tried
     return slicer

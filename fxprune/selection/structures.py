@@ -8,9 +8,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import numpy as np
 from torch import nn
 
+from fxprune.passes.coupling.choices import check_choices
 from fxprune.passes.coupling.components import smallest_connected
 from fxprune.passes.coupling.families import Family, families, freeze_families
-from fxprune.passes.coupling.picks import check_choices
 from fxprune.passes.coupling.solution import CouplingOptions, Solution
 from fxprune.passes.ir.module_tree import named_parameters, named_tensors
 from fxprune.passes.ir.pytree import TensorRef, collect

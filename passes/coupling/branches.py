@@ -7,6 +7,7 @@ positions that later layers use, keys that a cache returns) stays, with what it 
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections import Counter
@@ -42,9 +43,9 @@ class Branches:
         self.read = [view.tensors(live) for view, live in zip(self.views, self.whole, strict=True)]
         self.ever = set[fx.Node]().union(*self.whole)
         self.sums: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}  # of two branches: where it is added, and to what
-        self.found = self.find()
 
-    def find(self) -> list[Branch]:
+    @functools.cached_property
+    def found(self) -> list[Branch]:
         by_view = [self.candidates(i) for i in range(len(self.views))]
         cuts: dict[frozenset[str], dict[fx.Node, fx.Node]] = {}
         for found in by_view:
@@ -109,7 +110,7 @@ class Branches:
                 if idle and node not in wanted:
                     dead.add(node)
         streams = {
-            add: (stream, any(v.writes_after(add) for v in self.views if add in v.ops))
+            add: (stream, any(v.writes_after(add) and not v.shares(add, stream) for v in self.views if add in v.ops))
             for add, stream in cuts.items()
             if add not in dead
         }
@@ -125,7 +126,7 @@ class Branches:
         cuts: dict[fx.Node, fx.Node] = {}
         pending = [item for branch in branches for item in branch.cuts.items()]
         for add, stream in pending:
-            if cuts.setdefault(add, stream) is not stream and add in self.sums:
+            if cuts.setdefault(add, stream) is not stream and self.found and add in self.sums:  # (which finding them fills)
                 pending.append(self.sums[add])  # (appended to while it is read)
         return cuts
 

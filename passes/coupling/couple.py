@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from fxprune.passes.capture.programs import NOT_FOLLOWED, REPORT, programs
+from fxprune.passes.coupling.choices import find_experts
 from fxprune.passes.coupling.leaf_labels import LeafLabels
 from fxprune.passes.coupling.propagation import Program, Propagated, propagate
 from fxprune.passes.coupling.shuffles import gather_regions
@@ -55,7 +56,10 @@ def couple_channels(
     inside = {p.node(p.capture.index[node]) for p, region in zip(programs, regions, strict=True) for node in region}
     constraints.same_columns = [e for e in constraints.same_columns if e.node not in inside]
     constraints.equal_rows = [e for e in constraints.equal_rows if e.node not in inside]
-    return solve(list(captures), leaves.of, values, constraints, found.constraints.size, regions, found.picks)  # (3)
+    solution = solve(list(captures), leaves.of, values, constraints, found.constraints.size, regions, found.picks)  # (3)
+    if any(found.asked):
+        find_experts(solution, found.asked)
+    return solution
 
 
 def label_heads(programs: Sequence[Program], leaves: LeafLabels, options: CouplingOptions) -> LeafLabels:

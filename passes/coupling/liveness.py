@@ -68,6 +68,8 @@ class Liveness:
         for add in cuts:
             for op in self.ops.get(add, ()):
                 for ref in writes(op):
+                    if self.shares(add, cuts[add]):
+                        continue
                     ends[self.memory.get(ref.id, ref.id)].append(self.index[add])
         era = lambda place, node: sum(self.index[node] > end for end in ends.get(place, ()))  # noqa: E731
         found: set[fx.Node] = set()
@@ -98,6 +100,11 @@ class Liveness:
                 bits |= found.get(n, 0)
             found[node] = bits
         return found
+
+    def shares(self, node: fx.Node, other: fx.Node) -> bool:
+        """Whether what a node writes to is the memory of another one's result."""
+        held = {self.memory.get(r.id, r.id) for r in collect(self.capture.results.get(other), TensorRef)}
+        return any(self.memory.get(r.id, r.id) in held for op in self.ops.get(node, ()) for r in writes(op))
 
     def writes_after(self, add: fx.Node) -> bool:
         """Whether the memory of a node's result is written to later."""

@@ -7,19 +7,18 @@ entries of dimensions that lose the same: those are tied to the scores. What els
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
-from fxprune.passes.coupling.solution import CouplingOptions, Solution
-from fxprune.passes.errors import PruneError
+from fxprune.passes.coupling.listed_experts import OF_ZEROS, PRODUCTS
 from fxprune.passes.ir.labels import NONE, Factor, Labels
-from fxprune.passes.ir.op_trace import name_of
+from fxprune.passes.ir.op_trace import name_of, writes
 from fxprune.passes.ir.propagation_state import PropagationState
 from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ops.call import RuleContext
-from fxprune.passes.ops.creation import SHARED
 from fxprune.passes.ops.registry import FUNCTIONS, find
 
 ELSEWHERE = "is chosen by value, and more is done with the choice than to index"
@@ -27,6 +26,7 @@ CONVERSIONS = frozenset(
     f"aten::{n}" for n in "_to_copy clone detach alias contiguous lift_fresh view_copy index_select".split()
 )
 SHAPE_ALONE = frozenset(f"aten::{n}" for n in "zeros_like ones_like empty_like full_like new_zeros new_empty new_ones".split())
+ZEROS = frozenset(["aten::zeros", "aten::zeros_like", "aten::new_zeros"])
 COMPARISONS = frozenset(["aten::eq", "aten::ne"])
 
 Handled = list[Labels] | Labels | None
@@ -42,6 +42,8 @@ def follow_picks(call: RuleContext) -> Handled:
             return index_by(call, call.first, call.dim(call["dim"], len(call.shape(call.first))), picked)
         refuse(call, picked)
     read = [ref for ref in call.inputs if ref.id in state.picks]
+    if state.marked and not read and (handled := follow_marks(call, name)) is not None:
+        return handled
     if not read:
         return MAKERS[name](call) if name in MAKERS else None
     if name in READERS:
@@ -51,6 +53,27 @@ def follow_picks(call: RuleContext) -> Handled:
     elif name not in SHAPE_ALONE:
         for ref in read:
             refuse(call, state.picks[ref.id])
+    return None
+
+
+def follow_marks(call: RuleContext, name: str) -> Handled:
+    """What is zero at entries that are not chosen: the labels of one entry of it, None where the op's own rule says them."""
+    marked, labels = call.state.marked, call.labels(call.first) if call.inputs else NONE
+    if not any(ref.id in marked for ref in call.inputs):
+        return None
+    if any(ref.id in marked for ref in writes(call.op)):
+        marked.clear()
+        return None
+    if call.first.id in marked and name in ("aten::select", "aten::slice") and not call.state.opaque:
+        dim = call.dim(call["dim"], len(call.shape(call.first)))
+        along = [f for f in labels if dim in f.dims]
+        number = call["index"] if name == "aten::select" else call.get("start") or 0
+        single = name == "aten::select" or call.shape(call.outputs[0])[dim] == 1
+        if single and len(along) == 1 and len(along[0].major_to_minor) == 1:
+            call.state.asked[call.outputs[0].id] = along[0].flat, number % len(along[0].flat)
+            return by_rule(call, call.first, tuple(f for f in labels if f is not along[0]))
+    if name in PRODUCTS or (call.first.id in marked and (find(call.op.func).moves or name in OF_ZEROS)):
+        marked.update(ref.id for ref in call.outputs)
     return None
 
 
@@ -68,44 +91,6 @@ def refuse(call: RuleContext, picked: np.ndarray) -> None:
 def mark(call: RuleContext, refs: Sequence[TensorRef], picked: np.ndarray) -> None:
     for ref in refs:
         call.state.picks[ref.id] = picked
-
-
-def chosen_units(solution: Solution) -> np.ndarray:
-    """The units of all that is chosen by value and that is the model's own: of its experts."""
-    owned = max((f.largest for labels in solution.leaves.values() for f in labels), default=0)
-    found = {id(labels): labels for picks in solution.picks for labels in picks.values()}
-    units = solution.unit_of.numpy()
-    chosen = [units[labels[(labels > 0) & (labels <= owned)]] for labels in found.values()]
-    return np.unique(np.concatenate([*chosen, np.zeros(0, np.int64)]))
-
-
-def keep_the_rest(solution: Solution) -> None:
-    """Freeze all but what is chosen by value."""
-    rest = np.setdiff1d(np.flatnonzero(solution.frozen < 0), chosen_units(solution))
-    solution.frozen[rest] = len(solution.reasons)
-    solution.reasons.append("is no expert, and nothing else may go by experts='only'")
-
-
-def check_choices(solution: Solution, options: CouplingOptions, where: str) -> None:
-    """Keep all but experts where they alone may go; raise PruneError where query heads are to go, and none share keys."""
-    if options.choices == "only":
-        keep_the_rest(solution)
-    if options.heads == "queries" and not any(reason.startswith(SHARED) for reason in solution.reasons):
-        what = "attention='queries' removes query heads that share keys and values, and each has its own"
-        raise PruneError(
-            what, where=where, fix="attention='heads' removes whole heads, attention='dims' dimensions within them"
-        )
-
-
-def require_experts(solution: Solution, where: str) -> None:
-    """Raise PruneError where a model has no experts that could go."""
-    units = chosen_units(solution)
-    if not len(units):
-        what = "experts are asked for, and the model has none: nothing is chosen by value and indexes parameters"
-        raise PruneError(what, where=where, fix="experts=False")
-    if (solution.frozen[units] >= 0).all():
-        why = solution.reasons[int(solution.frozen[units[0]])]
-        raise PruneError(f"no expert of the model can go: the first one {why}", where=where, fix="experts=False")
 
 
 # -- what makes picks ----------------------------------------------------------------------------------------------------
@@ -174,8 +159,13 @@ def index_by(call: RuleContext, x: TensorRef, dim: int, picked: np.ndarray) -> H
     """Entries of a dimension of `x` by their numbers: the op's own rule says what becomes of the other dimensions."""
     labels = call.labels(x)
     left = tie(call, labels, dim, picked)
-    rule = find(call.op.func).labels
-    if left is None or rule is None:
+    return None if left is None else by_rule(call, x, left)
+
+
+def by_rule(call: RuleContext, x: TensorRef, left: Labels) -> Handled:
+    """What the op's own rule says where `x` has other labels."""
+    labels, rule = call.labels(x), find(call.op.func).labels
+    if rule is None:
         return None
     call.known[x.id] = left
     try:
@@ -238,6 +228,8 @@ def scattered(call: RuleContext) -> Handled:
     if left is None:
         return None
     along = tuple(f for f in labels if dim in f.dims)
+    if x.id in call.state.marked or is_fresh_zero(call, x):
+        call.state.marked.add(call.outputs[0].id)
     if size == len(picked):
         along = (Factor.vector(picked, dim, ndim),)
         labels = left + along
@@ -246,6 +238,19 @@ def scattered(call: RuleContext) -> Handled:
     made = rule(call) if rule is not None else left
     call.known[x.id] = labels
     return (*made, *along)
+
+
+def is_fresh_zero(call: RuleContext, x: TensorRef) -> bool:
+    """Whether a value is zeros that nothing else has been done with yet."""
+    chain = {x.id}
+    maker = call.op_trace.maker(x.id)
+    while maker is not None and name_of(maker.func) in CONVERSIONS and maker.inputs and maker.inputs[0].id not in chain:
+        chain.add(maker.inputs[0].id)
+        maker = call.op_trace.maker(maker.inputs[0].id)
+    before = itertools.takewhile(lambda op: op is not call.op, call.op_trace.ops)
+    seen = [op for op in before if any(ref.id in chain for ref in op.inputs)]
+    made = maker is not None and name_of(maker.func) in ZEROS
+    return made and all(len(op.outputs) == 1 and op.outputs[0].id in chain and name_of(op.func) in CONVERSIONS for op in seen)
 
 
 def counted(call: RuleContext) -> Handled:
@@ -276,13 +281,17 @@ def compared(call: RuleContext) -> Handled:
         numbers = maker is not None and name_of(maker.func) == "aten::arange" and maker.args[0] == len(along and along[0].flat)
         if picked is not None and others[0].id not in picks and numbers and call.shape(first)[-1:] == (1,):
             tie(call, tuple(along), ndim - 1 - extra, picked)
+            call.state.marked.add(call.op.outs.id)
             return (along[0].at(ndim - 1, ndim),)
         finish_picks(call.state, call.inputs)
         return None
     assert picked is not None
     number = call["other"]
     beyond = isinstance(number, int) and (number >= len(picked) or (call.state.opaque and number >= 0 and picked[number] == 0))
-    if not beyond:
+    equal = name_of(call.op.func) == "aten::eq" and type(number) is int and 0 <= number < len(picked)
+    if equal and not call.state.opaque:
+        call.state.asked[call.op.outs.id] = picked, number
+    elif not beyond:
         refuse(call, picked)
     return None
 

@@ -67,12 +67,13 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class Propagated:
-    """What came of one propagation: constraints, labels and picks of the values of each program, and dimensions found to
-    be composed."""
+    """What came of one propagation: constraints, labels, picks and questions about picks among the values of each
+    program, and dimensions found to be composed."""
 
     constraints: ConstraintBuilder
     values: list[dict[int, Labels]]
     picks: list[dict[int, np.ndarray]]
+    asked: list[dict[int, tuple[np.ndarray, int]]]
     composed: dict[int, tuple[Tensor, ...]]
 
 
@@ -94,6 +95,7 @@ def propagate(
     constraints = ConstraintBuilder(leaves.size, leaves.first_constant, leaves.composed_labels())
     values: list[dict[int, Labels]] = []
     picks: list[dict[int, np.ndarray]] = []
+    asked: list[dict[int, tuple[np.ndarray, int]]] = []
     composed: dict[int, tuple[Tensor, ...]] = {}
     for program in programs:
         state = PropagationState(
@@ -114,7 +116,8 @@ def propagate(
         freeze_outputs(program.capture, state, options)
         values.append(state.labels)
         picks.append(state.picks)
-    return Propagated(constraints, values, picks, composed)
+        asked.append(state.asked)
+    return Propagated(constraints, values, picks, asked, composed)
 
 
 def propagate_through(program: Program, state: PropagationState, owned: int) -> None:

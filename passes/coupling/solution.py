@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import Tensor, fx
 
+from fxprune.passes.coupling.listed_experts import ListedExperts
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.constraints import Tie
 from fxprune.passes.ir.labels import Labels
 from fxprune.passes.ir.program import CapturedProgram
+from fxprune.passes.ir.slices import Slicer
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Solution:
         shapes: of the model's own tensors, by name.
         some_stay: units of which one at least must stay.
         at_least: units, each as often as it has entries, with how many of these must stay.
+        experts: what goes with entries that are chosen by value, where numbers of a choice are looked for one by one.
         picks: for each capture the values that are numbers of chosen entries, with the labels of what is chosen from.
     """
 
@@ -94,3 +97,10 @@ class Solution:
     some_stay: list[np.ndarray]
     at_least: list[tuple[np.ndarray, int]] = field(default_factory=list)
     picks: list[dict[int, np.ndarray]] = field(default_factory=list)
+    experts: ListedExperts | None = None
+
+    def complete(self, slicer: Slicer) -> Slicer:
+        """The same, with whole modules removed that go with labels that it does not keep."""
+        if self.experts is not None:
+            self.experts.go_with(slicer, self.unit_of.numpy())
+        return slicer

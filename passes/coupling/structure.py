@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fxprune.passes.coupling.choices import chosen_units
 from fxprune.passes.coupling.families import Family
-from fxprune.passes.coupling.picks import chosen_units
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.ir.labels import NONE, Factor
 from fxprune.passes.ir.op_trace import OpCall, OpTrace, name_of

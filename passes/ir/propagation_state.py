@@ -35,6 +35,8 @@ class PropagationState:
         choices: whether entries that are chosen by value may go, those that are never chosen.
         picks: values that are numbers of chosen entries, each with the labels that they are numbers of.
         number: one of them that Python has just read.
+        marked: values that are zero at entries that are not chosen.
+        asked: values that are zero if a certain number is never chosen, with the labels of what is chosen from and the number.
         leaf_dims: dimensions of the model's own tensors that may be composed, by first label: tensor, dimension, size.
         composed: those found to belong to several labels at once (an outer product), by first label, with the labels.
         rewrite: what the current node becomes in the pruned program (see `OpSpec`).
@@ -58,6 +60,8 @@ class PropagationState:
     choices: bool = False
     picks: dict[int, np.ndarray] = field(default_factory=dict)
     number: tuple[Any, np.ndarray] | None = None
+    asked: dict[int, tuple[np.ndarray, int]] = field(default_factory=dict)
+    marked: set[int] = field(default_factory=set)
     leaf_dims: dict[int, LeafDim] = field(default_factory=dict)
     composed: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
     rewrite: Callable[..., Any] | None = None

@@ -63,6 +63,7 @@ class Rewriter:
         self.constants, self.device, self.waiver = constants, device, waiver
         labels, unit_of, may_go = solution.values[which], solution.unit_of.numpy(), solution.frozen < 0
         self.regions = solution.regions[which]
+        self.numbers = {} if solution.experts is None else solution.experts.numbers
         trace = self.capture.op_trace
         self.shapes = PrunedShapes(trace, labels, slicer)
         self.cuts, self.before, self.after = self.shapes.cuts, self.shapes.before, self.shapes.after
@@ -173,6 +174,11 @@ class Rewriter:
         """What stands for a node in the new graph: itself, with new arguments where it needs any, or another node."""
         if node.op in ("placeholder", "get_attr") or node.target is select_by_mode:
             return node
+        if node in self.numbers:
+            picked, number = self.numbers[node]
+            place = int(self.shapes.slicer.table[picked[:number]].sum())
+            if place != number:
+                return self.emit(node, (*self.argument(node.args[:1]), place), {})
         changed = self.is_pruned(node) or any(self.is_pruned(n) for n in node.all_input_nodes)
         if node.op == "call_module" and (changed or str(node.target) in self.capture.opaque):
             self.change_attributes(node)

@@ -24,7 +24,7 @@ class MaskedBranches:
     """
 
     def __init__(self, branches: Sequence[frozenset[str]]) -> None:
-        self.branches = branches
+        self.branches = [parameters for parameters in branches if parameters]
         self.names = NO_NAMES.union(*branches)
         self.read: dict[int, frozenset[str]] = {}  # by value
         self.zero: set[int] = set()  # values that end a branch in the present addition
