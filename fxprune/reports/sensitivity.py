@@ -18,8 +18,8 @@ from fxprune.criteria.base import Criterion
 from fxprune.criteria.catalog import CriterionName
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
+from fxprune.passes.coupling.choices import require_experts
 from fxprune.passes.coupling.families import Family, place_of
-from fxprune.passes.coupling.picks import require_experts
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.progress import progress_bar
 from fxprune.passes.ir.quiet import unobserved, without_modes
