@@ -701,6 +701,7 @@ def test_names_are_those_of_the_tables():
         "repair",
         "depth",
         "depth_criterion",
+        "basis",
         "verify",
         "same_class",
         "inplace",

@@ -653,7 +653,7 @@ def test_bad_input():
     def refused(data=(IMAGES,), what="", fix=BATCHES, where=None, of=pruned, **options):
         refuses(lambda: fxprune.repair(model, of, data, **options), model, pruned, what=what, fix=fix, where=where)
 
-    methods = "refit, or one or more of fold, reconstruct, compensate, recalibrate"
+    methods = "refit, block, merge, or one or more of fold, reconstruct, compensate, recalibrate"
     refused(method="magic", what="there is no method 'magic'", fix=methods)
     refused(method=("fold", "magic"), what="there is no method 'magic'", fix=methods)
     refused(method=(), what="there is no method ()", fix=methods)

@@ -12,6 +12,7 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Size, Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -89,6 +90,8 @@ class SizeObserver(TorchFunctionMode):
 
     def sizes(self, tensor: Tensor, found: Any, dims: tuple[Any, ...]) -> Any:
         """The shape of a tensor, or its size along a dimension, as numbers that remember it."""
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            return found  # under vmap, whose operators are seen at once and not one by one
         ref = self.number(tensor)
         if isinstance(found, int):
             return TracedInt.of(found, TensorSize(ref, dims[0] % tensor.dim()))
