@@ -74,6 +74,8 @@ class SizeObserver(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return out  # under vmap tensors have no memory of their own, and operators see them later
         name = getattr(func, "__name__", "")
         if name == "size" or getattr(func, "__self__", None) is Tensor.shape:
             return self.sizes(args[0], out, args[1:] or tuple((kwargs or {}).values()))
@@ -90,8 +92,6 @@ class SizeObserver(TorchFunctionMode):
 
     def sizes(self, tensor: Tensor, found: Any, dims: tuple[Any, ...]) -> Any:
         """The shape of a tensor, or its size along a dimension, as numbers that remember it."""
-        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-            return found  # under vmap, whose operators are seen at once and not one by one
         ref = self.number(tensor)
         if isinstance(found, int):
             return TracedInt.of(found, TensorSize(ref, dims[0] % tensor.dim()))
