@@ -200,6 +200,7 @@ class Compilation:
             self.options.release,
             derived=derived_tensors(self.model, self.tensors),
             frozen_modules=tuple(self.frozen_modules),
+            experts=bool(self.options.choices),
         )
 
     def choice_of(self, plan: PlanData) -> Choice:

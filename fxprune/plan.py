@@ -48,6 +48,7 @@ class PlanData:
             first forward; so a model that the plan is for may lack them, or have them in another shape.
         basis: the change of basis that comes first; all else is then said of the rotated model.
         frozen_modules: paths of modules that were found to fail once they are cut: where they stay whole, they tie less.
+        experts: whether what is chosen by value, as experts are, might go, or was named by index.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -60,6 +61,7 @@ class PlanData:
     derived: tuple[str, ...] = ()
     basis: Basis | None = None
     frozen_modules: tuple[str, ...] = ()
+    experts: bool = False
 
     def __repr__(self) -> str:
         elements = sum(math.prod(shape) for shape in self.shapes.values())
@@ -92,7 +94,7 @@ class PlanData:
     def coupling_options(self) -> CouplingOptions:
         """What it was asked of a coupling to make the plan."""
         frozen = dict.fromkeys(self.freeze, "is frozen by request")
-        return CouplingOptions(CouplingOptions.heads_of(self.attention), frozen, self.release, choices=True)
+        return CouplingOptions(CouplingOptions.heads_of(self.attention), frozen, self.release, choices=self.experts)
 
     def kept_shape(self, name: str) -> tuple[int, ...]:
         """What is left of a tensor's shape."""
@@ -116,6 +118,7 @@ class PlanData:
             "keep": cuts,
             **({} if self.basis is None else {"basis": self.basis.to_dict()}),
             **({"frozen_modules": list(self.frozen_modules)} if self.frozen_modules else {}),
+            **({"experts": True} if self.experts else {}),
         }
 
     def to_json(self) -> str:
@@ -220,6 +223,7 @@ class PlanData:
             inputs=later.inputs if self.inputs is None else self.inputs,
             waiver=later.waiver or self.waiver,
             frozen_modules=tuple(dict.fromkeys([*self.frozen_modules, *later.frozen_modules])),
+            experts=self.experts or later.experts,
         )
 
 

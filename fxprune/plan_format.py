@@ -95,6 +95,7 @@ def parse_plan(data: Any) -> dict[str, Any]:
         "derived": derived,
         "basis": Basis.from_dict(data.get("basis")) if form == FORMATS[2] else None,
         "frozen_modules": texts(data.get("frozen_modules", []), "frozen_modules"),
+        "experts": data.get("experts") is True,
     }
 
 

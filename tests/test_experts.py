@@ -328,3 +328,24 @@ def test_role():
     coupling = fxprune.couple(Switch(), torch.randn(2, 5, 8), experts=True)
     (family,) = [f for f in coupling.families if f.name == "gate"]
     assert family.frozen is None and "expert" in str(coupling)
+
+
+def test_an_extreme_whose_place_nobody_reads_is_a_reduction():
+    """The plan couples as `prune` did, and units go by index whether or not something is chosen among others."""
+
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.side, self.out = nn.Linear(8, 10, bias=False), nn.Linear(5, 2), nn.Linear(10, 2)
+
+        def forward(self, x):
+            hidden = self.up(x)
+            return self.out(hidden), self.side(hidden.unflatten(1, (5, 2)).max(2).values)
+
+    torch.manual_seed(0)
+    model, x = Pooled().double().eval(), torch.randn(3, 8, dtype=torch.float64)
+    small = fxprune.prune(model, 0.4, x)
+    again = fxprune.plan_of(small).apply(model)
+    assert all(torch.equal(a, b) for a, b in zip(small(x), again(x), strict=True))
+    pair = fxprune.prune(model, example_inputs=x, remove={"up": [2, 3]})
+    assert pair.side.in_features == 4 and fxprune.plan_of(pair).apply(model).out.in_features == 8

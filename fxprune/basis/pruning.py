@@ -24,7 +24,9 @@ from fxprune.passes.ir.quiet import unobserved
 from fxprune.passes.rewrite.basis import Basis
 from fxprune.passes.verification.masked_model import relative_error
 from fxprune.pipeline import Compilation
+from fxprune.selection.budgets import Budget
 from fxprune.selection.choice import Choice
+from fxprune.selection.costs import Costs
 from fxprune.selection.options import Options
 
 # how far a rotated model may be from the original, by precision: rounding of its parameters, and of sums in another order
@@ -71,7 +73,11 @@ def prune_in_basis(model: nn.Module, inputs: ExampleInputs, options: Options, *,
     assert options.data is not None
     options = dataclasses.replace(options, data=list(options.data))
     first = Compilation(model, inputs, options.coupling)
-    found, reasons = find_exact(model, inputs, first.couple(), options.coupling)
+    solution, budget = first.couple(), options.budget
+    if budget is not None and budget.relative and not budget.measured:  # a share of the original, not of what is rotated
+        allowed = budget.of(budget.cost(Costs(solution, first.tensors)))
+        options = dataclasses.replace(options, budget=Budget(budget.kind, allowed))
+    found, reasons = find_exact(model, inputs, solution, options.coupling)
     if not found:
         why = next((f": {name} {why}" for name, why in reasons.items()), "")
         warnings.warn(f"no family can be rotated{why}; channels are cut as they are", PruneWarning, stacklevel=4)

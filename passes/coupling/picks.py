@@ -107,6 +107,8 @@ def best(call: RuleContext) -> Handled:
         return None
     along = [f for f in call.labels(x) if dim in f.dims]
     read = call.used(places[0]) or not call.uses
+    if not read and name_of(call.op.func) != "aten::topk":
+        return None  # the extreme itself is a reduction like others
     if len(along) != 1 or (len(along[0].major_to_minor) > 1 and (call.used(places[0]) or along[0].major_to_minor[-1] != dim)):
         return None
     call.constraints.keep_copies(along)
