@@ -12,7 +12,7 @@ from fxprune.iterative.pruner import Pruner
 from fxprune.passes.ir.progress import progress
 from fxprune.pipeline import Plan
 from fxprune.plan import plan_of
-from fxprune.repair import Repair, repair
+from fxprune.repairs import Repair, repair
 from fxprune.reports.count import Count, count
 from fxprune.reports.coupling import Coupling
 from fxprune.reports.feasibility import Feasibility, feasible

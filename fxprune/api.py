@@ -23,7 +23,7 @@ from fxprune.passes.ir.quiet import without_modes
 from fxprune.passes.rewrite.pruned_module import PrunedModule
 from fxprune.pipeline import Compilation, Plan
 from fxprune.plan import plan_between, plan_of
-from fxprune.repair.request import RepairRequest, Repairs
+from fxprune.repairs.request import RepairRequest, Repairs
 from fxprune.reports.coupling import Coupling
 from fxprune.selection.options import (
     Asked,

@@ -1,5 +1,7 @@
 """What a user asks for and gets: plans, couplings, and every option of prune."""
 
+import importlib.util
+import inspect
 import io
 import json
 
@@ -254,3 +256,8 @@ def test_a_glob_names_the_layer_that_writes_and_not_the_one_that_reads():
     now = shapes(small)
     assert now["0.weight"] == (8, 4)
     assert now["2.weight"] == (3, 8)
+
+
+def test_functions_hide_no_packages():
+    functions = [name for name in fxprune.__all__ if not inspect.ismodule(getattr(fxprune, name))]
+    assert [name for name in functions if importlib.util.find_spec(f"fxprune.{name}") is not None] == []

@@ -14,7 +14,7 @@ import fxprune
 from fxprune import PruneError
 from fxprune.criteria import Folding
 from fxprune.folding.clusters import merge_errors
-from fxprune.repair.merge import NOT_BY_UNIT, correlations, variance_of_mean
+from fxprune.repairs.merge import NOT_BY_UNIT, correlations, variance_of_mean
 
 
 class ConvNet(nn.Module):

@@ -20,7 +20,7 @@ from fxprune.cli.main import main
 from fxprune.criteria.catalog import CRITERIA
 from fxprune.passes.capture.patching import PATCHES
 from fxprune.passes.ops import registry
-from fxprune.repair.methods import METHODS
+from fxprune.repairs.methods import METHODS
 from fxprune.selection import latency
 from fxprune.selection.budgets import KINDS
 

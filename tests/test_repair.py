@@ -9,7 +9,7 @@ from refusals import IMAGES, net, refuses, untouched
 from torch import nn
 
 import fxprune
-from fxprune.repair import least_squares
+from fxprune.repairs import least_squares
 
 DOUBLE = torch.float64
 

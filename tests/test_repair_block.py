@@ -13,8 +13,8 @@ from torchvision.models.resnet import BasicBlock
 
 import fxprune
 from fxprune import PruneError
-from fxprune.repair import refit
-from fxprune.repair.least_squares import NormalEquations
+from fxprune.repairs import refit
+from fxprune.repairs.least_squares import NormalEquations
 
 DOUBLE = torch.float64
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64}

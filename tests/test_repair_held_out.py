@@ -10,8 +10,8 @@ from torch import nn
 
 import fxprune
 from fxprune.criteria.calibration import Batch
-from fxprune.repair.held_out import split, t_quantile
-from fxprune.repair.least_squares import RIDGES, NormalEquations, fit
+from fxprune.repairs.held_out import split, t_quantile
+from fxprune.repairs.least_squares import RIDGES, NormalEquations, fit
 
 DOUBLE = torch.float64
 

@@ -18,7 +18,7 @@ from fxprune.pipeline import Plan
 from fxprune.plan import PlanData
 from fxprune.plan_format import restore_indices, share_indices
 from fxprune.records import parse_record, plain_record
-from fxprune.repair import Repair
+from fxprune.repairs import Repair
 from fxprune.selection.latency import Latency
 from fxprune.verification import Verification
 

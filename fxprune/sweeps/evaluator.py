@@ -18,7 +18,7 @@ from fxprune.passes.ir.module_tree import private_copy, set_mode
 from fxprune.passes.ir.quiet import own_random_state, unobserved
 from fxprune.pipeline import Choice, Compilation
 from fxprune.plan import plan_of
-from fxprune.repair.request import RepairRequest
+from fxprune.repairs.request import RepairRequest
 from fxprune.reports.count import counted_model
 from fxprune.reports.module_times import measure_models
 from fxprune.reports.ratios import Chooser

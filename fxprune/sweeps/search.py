@@ -20,7 +20,7 @@ from fxprune.passes.ir.module_tree import named_parameters
 from fxprune.passes.ir.progress import progress_bar
 from fxprune.passes.ir.quiet import without_modes
 from fxprune.plan import PlanData
-from fxprune.repair.request import Repairs
+from fxprune.repairs.request import Repairs
 from fxprune.reports.sensitivity import Raised
 from fxprune.reports.sweep import Point, Search
 from fxprune.selection.allocation import Allocator

@@ -17,7 +17,7 @@ from fxprune.inputs import ExampleInputs
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.progress import progress_bar
 from fxprune.passes.ir.quiet import without_modes
-from fxprune.repair.request import RepairRequest, Repairs
+from fxprune.repairs.request import RepairRequest, Repairs
 from fxprune.reports.sensitivity import EVALUATE, Raised
 from fxprune.reports.sweep import Sweep
 from fxprune.selection.options import Ranking

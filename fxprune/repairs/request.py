@@ -12,9 +12,9 @@ from torch import nn
 from fxprune.arguments import called_here, shown
 from fxprune.criteria.calibration import BATCHES, check_batches, parse_batch
 from fxprune.passes.errors import PruneError
-from fxprune.repair.merge import NAME as MERGE
-from fxprune.repair.refit import NAME as REFIT
-from fxprune.repair.repair import asked, default_methods, repair
+from fxprune.repairs.merge import NAME as MERGE
+from fxprune.repairs.refit import NAME as REFIT
+from fxprune.repairs.repair import asked, default_methods, repair
 
 Repairs = bool | str | Sequence[str] | Mapping[str, Any]
 WAYS = "repair=True, the name of a method, or arguments of fxprune.repair such as {'method': 'refit', 'held_out': 0.2}"

@@ -26,9 +26,9 @@ from fxprune.passes.ir.pytree import TensorRef, collect, map_tensors
 from fxprune.passes.ir.slices import TensorSlice, apply_slices
 from fxprune.pipeline import Compilation
 from fxprune.plan import PlanData
-from fxprune.repair.both_models import BothModels, call, uncached
-from fxprune.repair.held_out import Outcome
-from fxprune.repair.repairer import NOT_FINITE, WORSE, RepairStep, relative
+from fxprune.repairs.both_models import BothModels, call, uncached
+from fxprune.repairs.held_out import Outcome
+from fxprune.repairs.repairer import NOT_FINITE, WORSE, RepairStep, relative
 from fxprune.selection.names import block_chains
 
 NAME = "block"

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fxprune.criteria.activation_stats import wide
 from fxprune.passes.ir.progress import progress_bar
-from fxprune.repair.interpreter import ProgramRun
-from fxprune.repair.least_squares import groups, is_convolution
-from fxprune.repair.sites import Key, RepairSite, SiteCall
+from fxprune.repairs.interpreter import ProgramRun
+from fxprune.repairs.least_squares import groups, is_convolution
+from fxprune.repairs.sites import Key, RepairSite, SiteCall
 
 NO_PRODUCT = "the original has no such product"
 NOT_FINITE = "its inputs or its result are not finite"

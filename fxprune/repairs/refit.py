@@ -24,11 +24,11 @@ from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.progress import progress_bar
 from fxprune.passes.ir.slices import mask_of
 from fxprune.plan import shapes_of
-from fxprune.repair.both_models import BothModels, call, uncached
-from fxprune.repair.held_out import Outcome
-from fxprune.repair.least_squares import NormalEquations, add_call, as_weight, count_inputs, fit, groups, run_product
-from fxprune.repair.repairer import NOT_FINITE, WORSE, RepairStep, relative
-from fxprune.repair.sites import SiteCall, SiteObserver, count_overlaps
+from fxprune.repairs.both_models import BothModels, call, uncached
+from fxprune.repairs.held_out import Outcome
+from fxprune.repairs.least_squares import NormalEquations, add_call, as_weight, count_inputs, fit, groups, run_product
+from fxprune.repairs.repairer import NOT_FINITE, WORSE, RepairStep, relative
+from fxprune.repairs.sites import SiteCall, SiteObserver, count_overlaps
 from fxprune.selection.names import block_chains
 
 NAME = "refit"

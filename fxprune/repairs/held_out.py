@@ -12,8 +12,8 @@ from torch import Tensor
 from fxprune.criteria.calibration import Batch
 from fxprune.passes.ir.program import named_outputs
 from fxprune.passes.ir.pytree import TensorRef, map_tensors
-from fxprune.repair.repairer import relative
-from fxprune.repair.side_by_side import Programs
+from fxprune.repairs.repairer import relative
+from fxprune.repairs.side_by_side import Programs
 
 FEWEST = 2  # samples held out: of one alone the spread is not known
 MANY = 8  # batches, of which some are held out whole

@@ -20,7 +20,7 @@ from torch import Tensor
 from fxprune.criteria.activation_stats import wide
 from fxprune.criteria.windows import windows
 from fxprune.passes.ir.pytree import map_tensors
-from fxprune.repair.sites import SiteCall
+from fxprune.repairs.sites import SiteCall
 
 RIDGES = (0.01, 0.1, 1.0, 10.0, 0.001, 0.0001)  # to choose from; the first one where nothing is there to choose by
 LARGEST = 1 << 24  # elements of a matrix of inputs: windows are taken from a part of the samples at a time

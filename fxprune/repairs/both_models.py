@@ -16,7 +16,7 @@ from fxprune.inputs import ExampleInputs
 from fxprune.passes.errors import GuardError, PruneError
 from fxprune.passes.ir.module_tree import private_copy, set_mode
 from fxprune.plan import PlanData
-from fxprune.repair.held_out import SHARES, Errors, Outcome
+from fxprune.repairs.held_out import SHARES, Errors, Outcome
 
 Loss = Callable[..., Tensor]
 

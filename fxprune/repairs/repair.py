@@ -23,17 +23,17 @@ from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.pytree import collect
 from fxprune.passes.ir.quiet import unobserved, without_modes
 from fxprune.plan import plan_between
-from fxprune.repair.block_tuning import NAME as BLOCK
-from fxprune.repair.block_tuning import BlockInputs, BlockTuning, Tuning
-from fxprune.repair.both_models import BothModels, Loss
-from fxprune.repair.held_out import Outcome, choose_share, split
-from fxprune.repair.merge import NAME as MERGE
-from fxprune.repair.merge import Merging
-from fxprune.repair.methods import METHODS
-from fxprune.repair.refit import NAME as REFIT
-from fxprune.repair.refit import Refit
-from fxprune.repair.repairer import Repairer, RepairStep
-from fxprune.repair.side_by_side import Programs
+from fxprune.repairs.block_tuning import NAME as BLOCK
+from fxprune.repairs.block_tuning import BlockInputs, BlockTuning, Tuning
+from fxprune.repairs.both_models import BothModels, Loss
+from fxprune.repairs.held_out import Outcome, choose_share, split
+from fxprune.repairs.merge import NAME as MERGE
+from fxprune.repairs.merge import Merging
+from fxprune.repairs.methods import METHODS
+from fxprune.repairs.refit import NAME as REFIT
+from fxprune.repairs.refit import Refit
+from fxprune.repairs.repairer import Repairer, RepairStep
+from fxprune.repairs.side_by_side import Programs
 from fxprune.reports.formatting import Printable, counted, plain_data, table
 from fxprune.selection.argument_checks import check_word
 

@@ -1,5 +1,5 @@
 """Repair: least squares on a little data without labels, instead of training."""
 
-from fxprune.repair.repair import Repair, repair
+from fxprune.repairs.repair import Repair, repair
 
 __all__ = ["Repair", "repair"]

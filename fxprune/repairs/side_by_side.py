@@ -14,8 +14,8 @@ from fxprune.form_programs import FormProgram, FormPrograms, Names, slots
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.errors import GuardError, PruneError
 from fxprune.plan import PlanData
-from fxprune.repair.interpreter import ProgramRun
-from fxprune.repair.repairer import SideBySide
+from fxprune.repairs.interpreter import ProgramRun
+from fxprune.repairs.repairer import SideBySide
 
 
 class Programs:

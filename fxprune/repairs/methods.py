@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fxprune.criteria.activation_stats import Moments
 from fxprune.passes.ir.pytree import map_tensors
-from fxprune.repair import least_squares
-from fxprune.repair.least_squares import NormalEquations, add_call, as_weight, count_inputs, fit_gradually, is_convolution
-from fxprune.repair.repairer import NO_PRODUCT, NOT_FINITE, Change, Repairer, RepairMethod, Skip, relative
-from fxprune.repair.sites import RepairSite, SiteCall
+from fxprune.repairs import least_squares
+from fxprune.repairs.least_squares import NormalEquations, add_call, as_weight, count_inputs, fit_gradually, is_convolution
+from fxprune.repairs.repairer import NO_PRODUCT, NOT_FINITE, Change, Repairer, RepairMethod, Skip, relative
+from fxprune.repairs.sites import RepairSite, SiteCall
 
 NO_PLACE = "it has no bias, and no normalisation with running statistics behind it"
 

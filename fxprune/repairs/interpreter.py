@@ -15,7 +15,16 @@ from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.pytree import collect, map_tensors
 from fxprune.passes.rewrite.pruned_module import PrunedModule
-from fxprune.repair.sites import Key, RepairSite, SiteCall, SiteObserver, count_overlaps, drop_activations, find_call, why_fixed
+from fxprune.repairs.sites import (
+    Key,
+    RepairSite,
+    SiteCall,
+    SiteObserver,
+    count_overlaps,
+    drop_activations,
+    find_call,
+    why_fixed,
+)
 
 
 class BatchInterpreter(fx.Interpreter):

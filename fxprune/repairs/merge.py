@@ -38,7 +38,7 @@ from fxprune.passes.ops.registry import find
 from fxprune.passes.verification.masked_model import MaskedOriginal
 from fxprune.pipeline import Compilation
 from fxprune.plan import PlanData, plan_between, shapes_of
-from fxprune.repair.repairer import RepairStep
+from fxprune.repairs.repairer import RepairStep
 from fxprune.verification import difference
 
 NAME = "merge"
