@@ -53,7 +53,8 @@ def scores(model, x, criterion, data=None, loss=None):
     """What each family's units score, in the order of their channels."""
     solution = analyse(model, (x,), {}, CouplingOptions())
     found = [f for f in families(solution, {n for n, _ in model.named_parameters()}) if f.frozen is None]
-    total, _ = score_units(model, solution, found, criteria.find(criterion), data, loss)
+    rule = criteria.Gates(steps=30) if criterion == "gates" else criteria.find(criterion)  # enough to tell orders
+    total, _ = score_units(model, solution, found, rule, data, loss)
     return {f.name: torch.from_numpy(total[f.units]) for f in found}
 
 
