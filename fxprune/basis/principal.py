@@ -21,7 +21,7 @@ from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.ir.module_tree import copy_tree, named_parameters
 from fxprune.passes.ir.pytree import collect
 from fxprune.passes.ops.call import OpView
-from fxprune.passes.ops.registry import find
+from fxprune.passes.ops.registry import spec_of
 from fxprune.passes.rewrite.basis import Basis, Step, all_tensors, bias_of, out_of
 
 
@@ -192,7 +192,7 @@ class MomentObserver(Recorder):
         for op in self.op_trace.ops[before:]:
             call = OpView(op, self.op_trace)
             tensors = {self.ref(t).id: t for t in collect((args, kwargs or {}), Tensor)}
-            for found in find(op.func).products_of(call):
+            for found in spec_of(op).products_of(call):
                 weight, source = tensors.get(found.weight.id), tensors.get(found.source.id)
                 if weight is not None and source is not None and weight.numel():
                     for number, member, length in self.readers.get(weight.untyped_storage().data_ptr(), ()):

@@ -16,7 +16,7 @@ from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.pytree import collect
 from fxprune.passes.ops.call import OpView
-from fxprune.passes.ops.registry import Product, find
+from fxprune.passes.ops.registry import Product, spec_of
 
 
 class Moments:
@@ -86,7 +86,7 @@ class ActivationObserver(Recorder):
         for op in self.op_trace.ops[before:]:
             self.origins.follow(op, self.op_trace)
             call = self.origins.call(op, self.op_trace)
-            for found in find(call.op.func).products_of(call):
+            for found in spec_of(call.op).products_of(call):
                 if self.op_trace.values[found.source.id].from_input and self.origins.known.get(found.weight.id):
                     tensors = {self.ref(t).id: t for t in collect((args, kwargs), Tensor)}
                     self.look(found, tensors, call, out)

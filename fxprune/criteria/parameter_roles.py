@@ -21,7 +21,7 @@ from fxprune.passes.ir.propagation_state import PropagationState
 from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ops.call import OpView, RuleContext
 from fxprune.passes.ops.pointwise import same
-from fxprune.passes.ops.registry import Product, find
+from fxprune.passes.ops.registry import Product, spec_of
 
 
 class Origins:
@@ -102,7 +102,7 @@ def roles(captures: Sequence[CapturedProgram]) -> Roles:
         for op in capture.op_trace.ops:
             origins.follow(op, capture.op_trace)
             call = origins.call(op, capture.op_trace)
-            for product in find(op.func).products_of(call):
+            for product in spec_of(op).products_of(call):
                 if not capture.op_trace.values[product.source.id].from_input:
                     continue
                 met = origins.vector(product, call.shape(product.weight), product.summed)
@@ -128,7 +128,7 @@ def scaling(call: OpView, normalised: set[int]) -> TensorRef | None:
     """
     if not call.outputs or not call.inputs:
         return None
-    spec, name = find(call.op.func), call.op.func._schema.name.rpartition("::")[2].rstrip("_")
+    spec, name = spec_of(call.op), call.op.func._schema.name.rpartition("::")[2].rstrip("_")
     out, values = call.outputs[0].id, call.op_trace.values
     if spec.normalizes:
         normalised.add(out)

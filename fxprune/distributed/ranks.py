@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import nn
 
 from fxprune.entry_points import WRAPPERS, is_a
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import named_tensors
+from fxprune.passes.ir.module_tree import PLAIN_TENSORS, named_tensors
 
 
 class Ranks:
@@ -60,6 +61,13 @@ def is_dtensor(value: Any) -> bool:
     return is_a(value, "torch.distributed.tensor", "DTensor")
 
 
+def dtensors(model: nn.Module) -> list[Any]:
+    """The sharded tensors of a model."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return []
+    return [t for _, t in named_tensors(model) if type(t) not in PLAIN_TENSORS and is_dtensor(t)]
+
+
 def taken_off(model: nn.Module) -> nn.Module:
     """What wrappers hold, but for `DistributedDataParallel`, which knows its processes."""
     while not is_a(model, "torch.nn.parallel", "DistributedDataParallel"):
@@ -75,7 +83,7 @@ def group_of(model: nn.Module) -> Any:
     if is_a(model, "torch.nn.parallel", "DistributedDataParallel"):
         group: Any = model.process_group
         return group if dist.get_world_size(group) > 1 else None
-    meshes: list[Any] = [t.device_mesh for _, t in named_tensors(model) if is_dtensor(t)]  # type: ignore[attr-defined]
+    meshes = [t.device_mesh for t in dtensors(model)]
     if not meshes:
         return None
     mesh = max(meshes, key=lambda m: m.size())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.criteria.catalog import resolve
-from fxprune.distributed.ranks import Ranks, is_dtensor, taken_off
+from fxprune.distributed.ranks import Ranks, dtensors, is_dtensor, taken_off
 from fxprune.distributed.units import UNSHARDED, give_hooks, give_methods, is_unit, let_go, plain_tree, shard_again, units_of
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.errors import PruneError
@@ -30,7 +30,7 @@ from fxprune.selection.options import Options
 def sharding_of(model: Any) -> Sharded | None:
     """What is needed to prune a model that is sharded; None for any other one."""
     inner = taken_off(model) if isinstance(model, nn.Module) else None
-    return Sharded(inner) if inner is not None and any(is_dtensor(t) for _, t in named_tensors(inner)) else None
+    return Sharded(inner) if inner is not None and dtensors(inner) else None
 
 
 class Sharded:

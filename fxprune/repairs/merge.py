@@ -34,7 +34,7 @@ from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.quiet import own_random_state
 from fxprune.passes.ir.slices import apply_slices
 from fxprune.passes.ops.call import OpView
-from fxprune.passes.ops.registry import find
+from fxprune.passes.ops.registry import spec_of
 from fxprune.passes.verification.masked_model import MaskedOriginal
 from fxprune.pipeline import Compilation
 from fxprune.plan import PlanData, plan_between, shapes_of
@@ -136,7 +136,7 @@ def writers_of_statistics(captures: Sequence[CapturedProgram]) -> dict[str, str]
             if statistic is None or (name := trace.values[statistic.id].name) is None:
                 continue
             maker = trace.maker(call.first.id)
-            products = [] if maker is None else find(maker.func).products_of(OpView(maker, trace))
+            products = [] if maker is None else spec_of(maker).products_of(OpView(maker, trace))
             found[name] = next((trace.values[p.weight.id].name or "" for p in products), "")
     return found
 

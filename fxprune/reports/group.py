@@ -12,7 +12,7 @@ from rich.text import Text
 from fxprune.passes.coupling.families import place_of
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.ir.constraints import SPAN
-from fxprune.passes.ops.registry import find
+from fxprune.passes.ops.registry import spec_of
 from fxprune.reports.coupling_graph import ends
 from fxprune.reports.formatting import Printable, counted, table
 from fxprune.selection.indices import spelled
@@ -214,7 +214,7 @@ class Chains:
 def head_nodes(solution: Solution) -> set[int]:
     """The nodes of the calls whose rows are heads."""
     every = enumerate(solution.captures)
-    return {SPAN * i + op.node for i, capture in every for op in capture.op_trace.ops if find(op.func).heads}
+    return {SPAN * i + op.node for i, capture in every for op in capture.op_trace.ops if spec_of(op).heads}
 
 
 def op_at(solution: Solution, number: int) -> str:

@@ -233,9 +233,14 @@ def list_even_shares(group: Group, score: np.ndarray, width: Sequence[int], roun
     strata = [units for _, units in group.strata]
     # strata of one length are sorted together; equal scores keep the order of the units
     matrices = [np.stack(strata)] if len(lengths) == 1 else [units[None] for units in strata]
-    order = [np.take_along_axis(m, np.argsort(score[m], axis=1, kind="stable"), 1) for m in matrices]
+    order = [
+        m[:, np.argsort(score[m[0]], kind="stable")]
+        if len(m) == 1
+        else np.take_along_axis(m, np.argsort(score[m], axis=1, kind="stable"), 1)
+        for m in matrices
+    ]
     levels = np.arange(highest + 1)
-    for family, n in group.sizes.items():
+    for family, n in group.sizes.items() if round_to > 1 else ():
         levels = levels[(n // step * (step - levels) * width[family] % round_to == 0) | (levels == 0)]
     sums = sum(score[m].reshape(len(m), step, -1).sum(2).sum(0) for m in order)
     each = sum(group.sizes.values()) // step

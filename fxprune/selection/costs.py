@@ -17,7 +17,7 @@ from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.pytree import TensorRef, map_tensors
 from fxprune.passes.ir.slices import Slicer, clusters, cut_shape
 from fxprune.passes.ops.call import OpView
-from fxprune.passes.ops.registry import find
+from fxprune.passes.ops.registry import spec_of
 
 Shares = tuple[float, dict[int, float]]
 
@@ -123,7 +123,7 @@ class Costs:
 
 def counts(op: OpCall) -> bool:
     """Whether an op has multiply-accumulates: by its specification, or by a formula registered with torch."""
-    if find(op.func).macs is not None:
+    if spec_of(op).macs is not None:
         return True
     from torch.utils.flop_counter import flop_registry  # here, as it imports triton
 
@@ -138,7 +138,7 @@ def evaluation_calls(capture: CapturedProgram) -> list[OpCall]:
 
 def macs_of(op: OpCall, op_trace: OpTrace, shape: Callable[[TensorRef], tuple[int, ...]]) -> int:
     """Multiply-accumulates of one call, with tensors of the shapes that `shape` says."""
-    count = find(op.func).macs
+    count = spec_of(op).macs
     if count is not None:
         return count(OpView(op, op_trace, shape))
     from torch.utils.flop_counter import flop_registry

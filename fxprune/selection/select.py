@@ -186,8 +186,8 @@ def score_families(model: nn.Module, solution: Solution, options: Options) -> tu
     """The families that may lose units, and the score of every unit, comparable between families where they compete."""
     free = find_free_families(model, solution, options)
     criterion = find(options.criterion)
-    named = dict(named_tensors(model))
-    target = Target(options.coupling.heads, lambda: expected_use(solution, options, free, named))
+    use = lambda: expected_use(solution, options, free, dict(named_tensors(model)))  # noqa: E731
+    target = Target(options.coupling.heads, use)
     evidence = options.data, options.loss, options.read, target
     score, seen = options.scored(solution, "units", lambda: score_units(model, solution, free, criterion, *evidence))
     score = score if options.combine is None else options.combine(score)

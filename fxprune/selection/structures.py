@@ -48,13 +48,12 @@ def describe_structures(found: Sequence[Family], solution: Solution) -> list[tup
 
 def narrow(solution: Solution, options: CouplingOptions, model: nn.Module, followers: Callable[[], Followers]) -> None:
     """Freeze what options say of families rather than of tensors; raises PruneError where they ask for what is not there."""
-    parameters = set(named_parameters(model))
-    tensors = {name for name, _ in named_tensors(model)}
+    tensors = {name for name, _ in named_tensors(model)} if options.frozen else set()
     named = {text: why for text, why in options.frozen.items() if text not in tensors}
     if named:
-        freeze_families(solution, named, parameters)
+        freeze_families(solution, named, set(named_parameters(model)))
     if options.uniform:
-        keep_uniform(solution, parameters, followers())
+        keep_uniform(solution, set(named_parameters(model)), followers())
     check_choices(solution, options, type(model).__name__)
 
 

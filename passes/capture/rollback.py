@@ -14,7 +14,7 @@ from fxprune.passes.ir.contents import CONTAINERS, Contents, changeable, content
 from fxprune.passes.ir.module_tree import named_parameters
 from fxprune.passes.ir.op_trace import OpTrace, writes
 from fxprune.passes.ir.pytree import ATOMS, TensorRef, iterate
-from fxprune.passes.ops.registry import find
+from fxprune.passes.ops.registry import spec_of
 
 
 class ModuleState:
@@ -25,7 +25,8 @@ class ModuleState:
         self.buffers: dict[nn.Module, dict[str, Any]] = {}
         seen: set[int] = set()
         for module in modules:
-            held = {k: contents(v, seen) for k, v in vars(module).items() if k != "_modules" and changeable(v)}
+            boxes = [(k, v) for k, v in vars(module).items() if type(v) not in ATOMS and k != "_modules" and changeable(v)]
+            held = {k: contents(v, seen) if is_filled(v) else [] if type(v) is tuple else [v.clear] for k, v in boxes}
             self.before[module], self.buffers[module] = (dict(vars(module)), held), dict(module._buffers)
 
     def put(self, module: nn.Module, name: str, value: Any) -> Callable[[], None]:
@@ -114,7 +115,7 @@ def written_in_place(capture: OpTrace, but_for: Collection[int]) -> set[str]:
     found: set[str] = set()
     shown: dict[int, TensorRef] = {}  # by a view, the tensor that it shows
     for op in capture.ops:
-        if find(op.func).views and op.inputs:
+        if spec_of(op).views and op.inputs:
             shown.update({ref.id: shown.get(op.inputs[0].id, op.inputs[0]) for ref in op.outputs})
         for ref in writes(op) if op.node not in but_for else ():
             name = capture.values[shown.get(ref.id, ref).id].name
@@ -122,8 +123,14 @@ def written_in_place(capture: OpTrace, but_for: Collection[int]) -> set[str]:
     return found
 
 
+def is_filled(value: Any) -> bool:
+    return type(value) not in CONTAINERS or bool(value)
+
+
 def stands_for(stored: Any, index: Mapping[fx.Node, int], begin: int) -> bool:
     """Whether something is, or holds, a proxy for a node that is as new as that."""
+    if not is_filled(stored):
+        return False
     if type(stored) is dict and not any(type(v) in PROXIES or type(v) in CONTAINERS for v in stored.values()):
         return False
     return any(type(v) in PROXIES and index.get(v.node, begin) >= begin for v in iterate(stored))

@@ -15,12 +15,12 @@ from fxprune.passes.ir.labels import Factor, Labels
 from fxprune.passes.ir.op_trace import OpCall, OpTrace, writes
 from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ops.call import RuleContext
-from fxprune.passes.ops.registry import find
+from fxprune.passes.ops.registry import spec_of
 
 
 def read_apart(call: RuleContext) -> dict[int, Labels]:
     """Give constants that an earlier call has read other labels for this call; returns the labels they had, to be put back."""
-    if find(call.op.func).views:
+    if spec_of(call.op).views:
         return {}
     shared: dict[int, Labels] = {}
     written = {call.state.uniform.get(r.id) for r in writes(call.op)}
@@ -49,7 +49,7 @@ def follow(call: RuleContext) -> None:
     if written:
         for i in [i for i, base in alike.items() if base in written]:
             del alike[i]
-    if find(call.op.func).views and call.inputs and call.first.id in alike:
+    if spec_of(call.op).views and call.inputs and call.first.id in alike:
         alike.update({r.id: alike[call.first.id] for r in call.outputs})
 
 
@@ -60,7 +60,7 @@ def written_through(op_trace: OpTrace) -> set[int]:
     """
     if not any(strided(op) for op in op_trace.ops):
         return set()
-    maker = {ref.id: op for op in op_trace.ops for ref in collect(op.outs, TensorRef) if find(op.func).views}
+    maker = {ref.id: op for op in op_trace.ops for ref in collect(op.outs, TensorRef) if spec_of(op).views}
 
     def chain(value: int) -> list[int]:
         found = [value]

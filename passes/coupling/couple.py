@@ -28,7 +28,7 @@ from fxprune.passes.ir.module_tree import on_meta
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ir.quiet import gc_paused, unobserved
-from fxprune.passes.ops.registry import find
+from fxprune.passes.ops.registry import spec_of
 
 MOST_COMPOSED = 1000  # dimensions, after which no others are composed
 
@@ -64,7 +64,7 @@ def couple_channels(
 
 def label_heads(programs: Sequence[Program], leaves: LeafLabels, options: CouplingOptions) -> LeafLabels:
     """Leaf labels with one label for each row of a head, if heads go whole and there are any."""
-    if not options.heads or not any(find(op.func).heads for p in programs for op in p.capture.op_trace.ops):
+    if not options.heads or not any(spec_of(op).heads for p in programs for op in p.capture.op_trace.ops):
         return leaves
     found = propagate(programs, leaves, options, seeking_heads=True).constraints
     return leaves.by_head(found) if any(len(e.labels[0]) > 1 for e in found.collected.head_rows) else leaves

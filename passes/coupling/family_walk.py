@@ -17,7 +17,7 @@ from fxprune.passes.ir.op_trace import name_of, writes
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ops.call import OpView
-from fxprune.passes.ops.registry import find
+from fxprune.passes.ops.registry import spec_of
 
 LONGEST = 6  # calls that are tried as one function
 MOVES = frozenset("view _unsafe_view reshape unsqueeze squeeze expand alias detach clone _to_copy contiguous".split())
@@ -249,7 +249,7 @@ class FamilyWalk:
         if len(live) != 1 or result.id not in self.dims or self.dims[live[0].id] != self.dims[result.id]:
             return None
         tensors: dict[str, str] = {}
-        normalizes = find(op.func).normalizes
+        normalizes = spec_of(op).normalizes
         for ref in own:
             name = self.plain_name(ref)
             role = next((n for n, v in view.named.items() if v is ref), "") if normalizes else "weight"

@@ -17,7 +17,7 @@ from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.propagation_state import LeafDim
 from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ops.call import OpView
-from fxprune.passes.ops.registry import find
+from fxprune.passes.ops.registry import spec_of
 
 
 def is_constant(name: str) -> bool:
@@ -73,7 +73,7 @@ def grouped_weights(capture: CapturedProgram) -> dict[str, int]:
     """Parameters that reach a grouped convolution's weight through ops that keep their first two dimensions."""
     found: dict[str, int] = {}
     for op in capture.op_trace.ops:
-        groups_of = find(op.func).groups
+        groups_of = spec_of(op).groups
         if groups_of is None:
             continue
         weight, groups = groups_of(OpView(op, capture.op_trace))

@@ -20,7 +20,7 @@ from fxprune.passes.ir.op_trace import OpCall, name_of, writes
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ir.slices import Slicer
-from fxprune.passes.ops.registry import find
+from fxprune.passes.ops.registry import spec_of
 
 Asked = Mapping[int, tuple[np.ndarray, int]]  # by value: the labels of what is chosen from, and the number compared with
 Null = dict[int, tuple[int, bool]]  # by value: the unit without which it is zero, or (True) an empty list of positions
@@ -129,11 +129,11 @@ def without_effect(
             others = [other for other in by_node[op.node] if other is not op]
             given = [(n, capture.results.get(n)) for n in node.all_input_nodes]
             streams = [n for n, ref in given if type(ref) is TensorRef and place(ref) == place(stays)]
-            if node.op in ("call_function", "call_method") and streams and all(find(o.func).moves for o in others):
+            if node.op in ("call_function", "call_method") and streams and all(spec_of(o).moves for o in others):
                 yield unit, node, streams[0]
             continue
         first = isinstance(op.args[0], TensorRef) and op.args[0].id in null
-        if first and find(op.func).moves:
+        if first and spec_of(op).moves:
             null.update({ref.id: (unit, null[op.args[0].id][1]) for ref in outs})
         elif first and name == "aten::nonzero":
             null[outs[0].id] = unit, True

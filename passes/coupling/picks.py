@@ -19,7 +19,7 @@ from fxprune.passes.ir.op_trace import name_of, writes
 from fxprune.passes.ir.propagation_state import PropagationState
 from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ops.call import RuleContext
-from fxprune.passes.ops.registry import FUNCTIONS, find
+from fxprune.passes.ops.registry import FUNCTIONS, spec_of
 
 ELSEWHERE = "is chosen by value, and more is done with the choice than to index"
 CONVERSIONS = frozenset(
@@ -48,7 +48,7 @@ def follow_picks(call: RuleContext) -> Handled:
         return MAKERS[name](call) if name in MAKERS else None
     if name in READERS:
         return READERS[name](call)
-    if read == call.inputs[:1] and (find(call.op.func).moves or name in CONVERSIONS):
+    if read == call.inputs[:1] and (spec_of(call.op).moves or name in CONVERSIONS):
         mark(call, call.outputs, state.picks[read[0].id])
     elif name not in SHAPE_ALONE:
         for ref in read:
@@ -72,7 +72,7 @@ def follow_marks(call: RuleContext, name: str) -> Handled:
         if single and len(along) == 1 and len(along[0].major_to_minor) == 1:
             call.state.asked[call.outputs[0].id] = along[0].flat, number % len(along[0].flat)
             return by_rule(call, call.first, tuple(f for f in labels if f is not along[0]))
-    if name in PRODUCTS or (call.first.id in marked and (find(call.op.func).moves or name in OF_ZEROS)):
+    if name in PRODUCTS or (call.first.id in marked and (spec_of(call.op).moves or name in OF_ZEROS)):
         marked.update(ref.id for ref in call.outputs)
     return None
 
@@ -166,7 +166,7 @@ def index_by(call: RuleContext, x: TensorRef, dim: int, picked: np.ndarray) -> H
 
 def by_rule(call: RuleContext, x: TensorRef, left: Labels) -> Handled:
     """What the op's own rule says where `x` has other labels."""
-    labels, rule = call.labels(x), find(call.op.func).labels
+    labels, rule = call.labels(x), spec_of(call.op).labels
     if rule is None:
         return None
     call.known[x.id] = left
@@ -236,7 +236,7 @@ def scattered(call: RuleContext) -> Handled:
         along = (Factor.vector(picked, dim, ndim),)
         labels = left + along
     call.known[x.id] = left
-    rule = find(call.op.func).labels
+    rule = spec_of(call.op).labels
     made = rule(call) if rule is not None else left
     call.known[x.id] = labels
     return (*made, *along)

@@ -24,7 +24,7 @@ from fxprune.passes.ir.propagation_state import LeafDim, PropagationState
 from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ops.autograd_probe import probe
 from fxprune.passes.ops.call import RuleContext
-from fxprune.passes.ops.registry import find, find_node
+from fxprune.passes.ops.registry import find_node, spec_of
 
 TAKEN = "is a tensor whose contents Python takes"
 
@@ -224,7 +224,7 @@ def apply_rule(call: RuleContext) -> None:
     uniform = call.state.uniform
     met = bool(uniform) and any(r.id in uniform for r in call.inputs)
     shared = read_apart(call) if met else {}
-    rule = find(call.op.func).labels
+    rule = spec_of(call.op).labels
     if handled is not None:
         result = handled
     elif rule is not None:

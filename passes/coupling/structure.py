@@ -25,7 +25,7 @@ from fxprune.passes.ir.labels import NONE, Factor
 from fxprune.passes.ir.op_trace import OpCall, OpTrace, name_of
 from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ops.call import OpView
-from fxprune.passes.ops.registry import find
+from fxprune.passes.ops.registry import spec_of
 
 ADDITIONS = frozenset({"aten::add", "aten::add_", "aten::sub", "aten::sub_"})
 WHOLE = 0.5  # of the layer products: a stream that more of them touch crosses the whole model
@@ -83,7 +83,7 @@ class Trace:
     def products(self) -> Iterator[tuple[set[int], set[int]]]:
         """For each layer product the families that it reads and those that it makes."""
         for op in self.op_trace.ops:
-            for product in find(op.func).products_of(OpView(op, self.op_trace)):
+            for product in spec_of(op).products_of(OpView(op, self.op_trace)):
                 if self.from_input(product.source) and not self.from_input(product.weight):
                     made = set() if product.kept is None else self.families(op.outputs[0], product.out)
                     yield self.families(product.source, product.along), made
@@ -93,7 +93,7 @@ class Trace:
         succession to a unit; and the families along the other dimensions."""
         batch, grouped, rest = set[int](), set[int](), set[int]()
         for op in self.op_trace.ops:
-            operands = op.inputs[:3] if find(op.func).heads else []
+            operands = op.inputs[:3] if spec_of(op).heads else []
             if len(operands) > 1 and all(self.from_input(ref) and len(self.op_trace.shape(ref)) > 2 for ref in operands[:2]):
                 for ref in filter(self.from_input, operands):
                     rank = len(self.op_trace.shape(ref))
@@ -132,7 +132,7 @@ class Trace:
         return False
 
     def multiplies(self, op: OpCall) -> bool:
-        return any(True for _ in find(op.func).products_of(OpView(op, self.op_trace))) or bool(find(op.func).heads)
+        return any(True for _ in spec_of(op).products_of(OpView(op, self.op_trace))) or bool(spec_of(op).heads)
 
 
 def find_roles(solution: Solution, found: Sequence[Family]) -> list[Role]:

@@ -36,7 +36,7 @@ class TensorInfo:
 
 @dataclass(slots=True)
 class OpCall:
-    """One dispatcher call; `node` is the index of the graph node it belongs to."""
+    """One dispatcher call; `node` is the index of the graph node it belongs to, `spec` what `spec_of` has found."""
 
     func: Any
     args: tuple[Any, ...]
@@ -45,6 +45,7 @@ class OpCall:
     node: int
     ins: list[TensorRef] | None = None
     results: list[TensorRef] | None = None
+    spec: Any = None
 
     @property
     def inputs(self) -> list[TensorRef]:

@@ -63,7 +63,8 @@ def own_random_state() -> Iterator[None]:
 @contextlib.contextmanager
 def unobserved(model: nn.Module) -> Iterator[None]:
     """Leave random state and gradient mode as they are."""
-    devices = sorted({t.device.index or 0 for t in named_parameters(model).values() if t.is_cuda})
+    on_gpu = named_parameters(model).values() if torch.cuda.is_initialized() else ()
+    devices = sorted({t.device.index or 0 for t in on_gpu if t.is_cuda})
     with torch.random.fork_rng(devices=devices), torch.no_grad():
         yield
 

@@ -54,7 +54,7 @@ class TensorSlice:
 WIDE = 1 << 17  # elements from which on several threads are faster than one
 
 
-def fast_index_select(tensor: Tensor, dim: int, keep: Tensor) -> Tensor:
+def fast_index_select(tensor: Tensor, dim: int, keep: Tensor, out: Tensor | None = None) -> Tensor:
     """`index_select`, or `gather` where that is faster.
 
     Along the last dimension `index_select` uses one thread and copies elements of two bytes one by one (torch 2.14, on a CPU).
@@ -62,8 +62,8 @@ def fast_index_select(tensor: Tensor, dim: int, keep: Tensor) -> Tensor:
     if tensor.is_cpu and dim == tensor.dim() - 1 > 0:
         large = torch.get_num_threads() > 1 and tensor.numel() >= WIDE
         if large or tensor.dtype in (torch.bfloat16, torch.float16):
-            return torch.gather(tensor, dim, keep.expand(*tensor.shape[:-1], -1))
-    return torch.index_select(tensor, dim, keep)
+            return torch.gather(tensor, dim, keep.expand(*tensor.shape[:-1], -1), out=out)
+    return torch.index_select(tensor, dim, keep, out=out)
 
 
 def clusters(labels: Labels) -> list[list[Factor]]:

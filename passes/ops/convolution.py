@@ -14,7 +14,7 @@ from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ops.call import OpView, RuleContext
 from fxprune.passes.ops.masking import with_zeros
 from fxprune.passes.ops.matmul import contract
-from fxprune.passes.ops.registry import OpSpec, Product, find, find_node, register
+from fxprune.passes.ops.registry import OpSpec, Product, find_node, register, spec_of
 from fxprune.passes.ops.rewriting import RewriteContext, argument, groups_left, spread_out, with_argument
 from fxprune.passes.ops.unify import unify
 
@@ -219,7 +219,7 @@ def sliding(op_trace: OpTrace) -> dict[int, int]:
     """The nodes that convolve with a kernel of more than one entry, and over how many dimensions they slide."""
     found = {}
     for op in op_trace.ops:
-        if find(op.func) is CONVOLUTION:
+        if spec_of(op) is CONVOLUTION:
             kernel = op_trace.shape(op.args[1])[2:]
             if set(kernel) != {1}:
                 found[op.node] = len(kernel)

@@ -15,7 +15,7 @@ from fxprune.passes.ir.op_trace import name_of
 from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.pointwise import same
-from fxprune.passes.ops.registry import OpSpec, find, register
+from fxprune.passes.ops.registry import OpSpec, register, spec_of
 from fxprune.passes.ops.rewriting import (
     RewriteContext,
     SizeArguments,
@@ -111,7 +111,7 @@ def meets_heads(call: RuleContext) -> bool:
     known = {ref.id for ref in call.outputs}
     for op in call.op_trace.ops:
         if any(ref.id in known for ref in op.inputs):
-            spec = find(op.func)
+            spec = spec_of(op)
             if spec.heads:
                 return True
             if spec.moves or spec.views or name_of(op.func) in ("aten::clone", "aten::_to_copy"):

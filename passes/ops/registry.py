@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxprune.passes.ir.op_trace import OpCall
 from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ops.call import OpView, RuleContext
 from fxprune.passes.ops.masking import MaskContext
@@ -127,6 +128,14 @@ def find(func: Any) -> OpSpec:
     found = UNKNOWN if schema is None else named(schema.name)
     if found is UNKNOWN:
         found = next((TAGGED[tag] for tag in getattr(func, "tags", ()) if tag in TAGGED), UNKNOWN)
+    return found
+
+
+def spec_of(op: OpCall) -> OpSpec:
+    """The specification of what a call calls, looked up once."""
+    found: OpSpec | None = op.spec
+    if found is None:
+        found = op.spec = find(op.func)
     return found
 
 

@@ -22,9 +22,16 @@ def describe(module: nn.Module) -> str:
 
 def changed_descriptions(before: nn.Module, after: nn.Module) -> dict[str, str]:
     """How modules describe themselves before, by path, where they do otherwise after."""
-    now = {path: describe(module) for path, module in every_path(after) if path}
+    now = {path: module for path, module in every_path(after) if path and says_something(module)}
     found = {path: describe(module) for path, module in every_path(before) if path in now}
-    return {path: text for path, text in found.items() if text != now[path]}
+    return {path: text for path, text in found.items() if text != describe(now[path])}
+
+
+def says_something(module: nn.Module) -> bool:
+    """Whether a module may describe itself otherwise once it is pruned."""
+    kind = type(module)
+    plain = kind.extra_repr is nn.Module.extra_repr and kind._get_name is nn.Module._get_name
+    return not plain or "extra_repr" in vars(module)
 
 
 def with_changes(before: str, after: str) -> str:

@@ -49,6 +49,7 @@ class Nesting:
         rewritten: paths of modules in which something was rewritten, but for modules in them that are called.
         around: for each path those of the modules that call it, and of those around them.
         shared: for each path the tensors of the root that its programs refer to.
+        reads: for each line the names of those that it refers to.
     """
 
     def __init__(
@@ -71,8 +72,9 @@ class Nesting:
         self.top = call_tree(flat, calls)
         self.touched = touched_paths(self.top)
         self.users: dict[str, list[int]] = {}
-        for i, line in enumerate(flat.program.lines):
-            for name in names_in(line):
+        self.reads = {line.name: names_in(line) for line in flat.program.lines}
+        for i, names in enumerate(self.reads.values()):
+            for name in names:
                 self.users.setdefault(name, []).append(i)
         self.handed: dict[str, list[tuple[Call, bool]]] = {}  # the calls that are given a line's value, or return it (True)
 
@@ -146,7 +148,7 @@ class Nesting:
         """Raise NotSeparable where a forward computes with what another call has stored on a module, and may not store now."""
         known = {line.name for line in lines}
         known.update(name for name, _ in self.leaves((call.call.args, call.call.kwargs)))
-        for name in {name for line in lines for name in names_in(line)} - known:
+        for name in {name for line in lines for name in self.reads[line.name]} - known:
             line = self.line_of.get(name)
             if line is not None and line.op != "get_attr" and not self.is_number(name):
                 raise NotSeparable
@@ -172,7 +174,7 @@ class Nesting:
         """Whether a line of a call is a number that can be written down outside of it."""
         if not self.is_number(name):
             return False
-        return all(n not in inner or self.is_known_outside(n, inner) for n in names_in(self.line_of[name]))
+        return all(n not in inner or self.is_known_outside(n, inner) for n in self.reads[name])
 
     def called(self, call: Call, parent: str) -> list[Line]:
         """The line that calls a module, after those that make its arguments."""

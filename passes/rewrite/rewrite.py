@@ -15,7 +15,15 @@ from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.ir.module_tree import Apart, TreeNames, apart_from, every_path, fetch, named_tensors, replace_tensors, walk
 from fxprune.passes.ir.program import CapturedProgram, Waiver
 from fxprune.passes.ir.pytree import ATOMS
-from fxprune.passes.ir.slices import Slicer, TensorSlice, apply_slices, cut_shape, in_format_of, major_to_minor
+from fxprune.passes.ir.slices import (
+    Slicer,
+    TensorSlice,
+    apply_slices,
+    cut_shape,
+    fast_index_select,
+    in_format_of,
+    major_to_minor,
+)
 from fxprune.passes.rewrite.changes import changed_descriptions
 from fxprune.passes.rewrite.nesting import Nesting
 from fxprune.passes.rewrite.programs import FlatProgram, Forwards, Program, alike, on_own_model
@@ -202,7 +210,7 @@ def restore_state(model: nn.Module, tree: nn.Module, solution: Solution) -> None
         own, original = vars(module), modules.get(path.removeprefix(prefix))
         own["training"] = model.training if original is None else original.training
         was = {} if original is None else vars(original)
-        for name in [k for k, v in own.items() if was.get(k, v) is not v and type(v) in ATOMS]:
+        for name in [k for k, v in own.items() if type(v) in ATOMS and was.get(k, v) is not v]:
             if type(was[name]) in ATOMS:
                 own[name] = was[name]
 
@@ -242,8 +250,8 @@ def slice_tensors(values: Mapping[str, Tensor], solution: Solution, made: Mappin
     return tree
 
 
-LARGE = 1 << 22  # elements of a tensor from which on it is sliced a block of rows at a time
-BLOCK = 1 << 20  # elements of such a block, so that the next slice finds it in the cache
+LARGE = 1 << 18  # elements of a tensor from which on it is sliced a block of rows at a time
+BLOCK = 1 << 17  # elements a thread of such a block, so that the next slice finds it in the cache
 
 
 def slice_tensor(source: Tensor, slices: Sequence[TensorSlice]) -> Tensor:
@@ -261,14 +269,16 @@ def slice_tensor(source: Tensor, slices: Sequence[TensorSlice]) -> Tensor:
 def slice_in_blocks(source: Tensor, slices: Sequence[TensorSlice]) -> Tensor:
     """The same without a second large tensor on the way, which `gather` makes of its index, too."""
     made = torch.empty_permuted(cut_shape(source.shape, slices), major_to_minor(source), dtype=source.dtype)
-    rows_per_block = max(1, BLOCK * len(source) // source.numel())
-    places = made.split(rows_per_block)
-    if slices[0].dims == (0,):
-        for rows, place in zip(slices[0].keep.split(rows_per_block), places, strict=True):
-            place.copy_(apply_slices(slices[1:], source.index_select(0, rows)))
-    else:
-        for block, place in zip(source.split(rows_per_block), places, strict=True):
-            place.copy_(apply_slices(slices, block))
+    rows_per_block = max(1, BLOCK * torch.get_num_threads() * len(source) // source.numel())
+    first = slices[0].dims == (0,)
+    blocks = slices[0].keep.split(rows_per_block) if first else source.split(rows_per_block)
+    *others, last = slices[first:]
+    for block, place in zip(blocks, made.split(rows_per_block), strict=True):
+        part = source.index_select(0, block) if first else block
+        if len(last.dims) == 1 and place.is_contiguous():
+            fast_index_select(apply_slices(others, part), last.dims[0], last.keep, place)
+        else:
+            place.copy_(apply_slices(slices[first:], part))
     return made
 
 

@@ -21,7 +21,7 @@ from fxprune.passes.ir.program import CapturedProgram, Guard, Waiver, select_by_
 from fxprune.passes.ir.pytree import TensorRef, collect, map_tensors
 from fxprune.passes.ir.slices import Slicer
 from fxprune.passes.ops.convolution import slid, sliding
-from fxprune.passes.ops.registry import find, find_node
+from fxprune.passes.ops.registry import find_node, spec_of
 from fxprune.passes.ops.rewriting import picked
 from fxprune.passes.rewrite.call_structures import nodes_in
 from fxprune.passes.rewrite.graph_editor import GraphEditor
@@ -83,7 +83,7 @@ class Rewriter:
         self.pruned: dict[fx.Node, bool] = {}
         self.guards = {g.node: g for g in sorted(self.capture.guards, key=lambda g: g.how != "bool")}  # the strictest of a node
         self.copying = {op.node for op in trace.ops if name_of(op.func) in ("aten::clone", "aten::_unsafe_view")}
-        self.making = {op.node for op in trace.ops if not find(op.func).views}  # memory of its own, whatever is left to move
+        self.making = {op.node for op in trace.ops if not spec_of(op).views}  # memory of its own, whatever is left to move
         self.sliding = sliding(trace)
 
     # -- what handlers ask for ----------------------------------------------------------------------------------------
