@@ -35,8 +35,10 @@ def gather_regions(capture: CapturedProgram, labels: dict[int, Labels]) -> dict[
 
 def is_step(capture: CapturedProgram, node: fx.Node) -> bool:
     """Whether a node only moves the elements of its first argument, the only tensor it is given."""
+    if node.op == "call_module" or not find_node(node).moves:
+        return False
     tensors = [n for n in node.all_input_nodes if isinstance(capture.results.get(n), TensorRef)]
-    return find_node(node).moves and len(tensors) == 1 and node.args[:1] == (tensors[0],)
+    return len(tensors) == 1 and node.args[:1] == (tensors[0],)
 
 
 def follow(capture: CapturedProgram, node: fx.Node) -> list[fx.Node]:

@@ -134,12 +134,12 @@ def resize_result(sizes: SizeArguments) -> Callable[[RewriteContext, fx.Node], f
         after = r.after(collect(r.result(node), TensorRef)[0])
         numbered = sizes.numbered(node.args, node.kwargs, len(after))
         new = [r.size(size, after[dim]) for size, dim in numbered]
-        args = [r.argument(a) for a in node.args]
+        args = [r.argument(a) for a in (node.args[: sizes.at] if how in ("spread", "sequence") else node.args)]
         kwargs = {k: r.argument(v) for k, v in node.kwargs.items() if k != how}
         if how == "spread":
-            args[sizes.at :] = new
+            args += new
         elif how == "sequence":
-            args[sizes.at] = tuple(new)
+            args += [tuple(new), *[r.argument(a) for a in node.args[sizes.at + 1 :]]]
         else:
             kwargs[how] = tuple(new) if isinstance(node.kwargs[how], tuple | list) else new[0]
         return r.emit(node, args, kwargs)

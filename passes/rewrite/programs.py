@@ -159,7 +159,9 @@ def is_pure(line: Line) -> bool:
 def names_in(x: Any) -> list[str]:
     """The names of the lines that an argument, or a line, refers to."""
     found: list[str] = []
-    gather_names((x.args, x.kwargs) if type(x) is Line else (x,), found)
+    gather_names(x.args if type(x) is Line else (x,), found)
+    if type(x) is Line and x.kwargs:
+        gather_names(x.kwargs.values(), found)
     return found
 
 
@@ -184,7 +186,7 @@ def renamed(x: Any, read: Callable[[str], Name]) -> Any:
     if type(x) in ATOMS:
         return x
     if isinstance(x, tuple | list):
-        return type(x)([renamed(v, read) for v in x])
+        return type(x)([read(v.name) if type(v) is Name else v if type(v) in ATOMS else renamed(v, read) for v in x])
     if isinstance(x, dict):
         return {k: renamed(v, read) for k, v in x.items()}
     return slice(*(renamed(v, read) for v in (x.start, x.stop, x.step))) if isinstance(x, slice) else x

@@ -206,8 +206,9 @@ class Rewriter:
         found = self.pruned.get(node)
         if found is None:
             result = self.capture.results.get(node)
-            refs = (result,) if type(result) is TensorRef else collect(result, TensorRef)
-            found = self.pruned[node] = any(self.cuts(ref) for ref in refs)
+            single = type(result) is TensorRef
+            found = bool(self.cuts(result)) if single else any(map(self.cuts, collect(result, TensorRef)))
+            self.pruned[node] = found
         return found
 
     def has_plain_arguments(self, node: fx.Node) -> bool:
