@@ -1,8 +1,11 @@
 """Evaluation and training in one capture: what follows a branch, and branches that do nothing but look something up."""
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
-from fuzz_steps.parts import Chosen
+from fuzz_steps.parts import Chosen, Either, scripted_swish
 from torch import Tensor, nn
 
 import fxprune
@@ -83,3 +86,91 @@ def test_a_branch_may_hold_nothing_but_a_tensor(tensors: tuple[Tensor, Tensor], 
         hidden = model.one(x) * mask
         wanted = model.two(torch.relu(hidden[:, tensor.long()] if index else hidden * tensor))
         torch.testing.assert_close(pruned(x), wanted)
+
+
+class ReadsMode(nn.Module):
+    """Stays one node, since it looks at values, and computes by another layer in training."""
+
+    def __init__(self, width: int | None = None) -> None:
+        super().__init__()
+        self.width = str(width) if width else ""
+        self.evaluated, self.trained, self.out = nn.Linear(4, 12), nn.Linear(4, 12), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.trained(x) if self.training else self.evaluated(x)
+        if x.abs().max() > 1e6:
+            return self.out(hidden) * 2
+        return self.out(hidden.reshape(-1, int(self.width)) if self.training and self.width else hidden)
+
+
+class Learns(ReadsMode):
+    """Has nothing to compute with in training unless it is told what is right."""
+
+    def forward(self, x: Tensor, right: Tensor | None = None) -> Tensor:
+        if self.training and right is None:
+            raise ValueError("nothing to learn from")
+        return super().forward(x)
+
+
+class Whole(nn.Module):
+    """A model that stays one node, since it calls compiled code."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part, self.last = part, nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(scripted_swish(self.part(x)))
+
+
+def as_masked(model: nn.Module, pruned: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What the result and the original with its removed channels at zero compute in training; a swish of zero is zero."""
+    masked = copy.deepcopy(model)
+    for name, slices in pruned.plan.slices.items():
+        for cut in slices:
+            assert len(cut.dims) == 1
+            gone = torch.ones(model.get_parameter(name).shape[cut.dims[0]], dtype=torch.bool)
+            gone[cut.keep] = False
+            masked.get_parameter(name).data.index_fill_(cut.dims[0], gone.nonzero().flatten(), 0.0)
+    return pruned.train()(x), masked.train()(x)
+
+
+@pytest.mark.parametrize(
+    "model", [nn.Sequential(ReadsMode(), nn.ReLU(), nn.Linear(12, 3)), Whole(Either(nn.Linear(4, 12), nn.Linear(4, 12)))]
+)
+def test_what_a_part_that_is_one_node_does_in_training_is_coupled(model: nn.Module) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 4)
+    pruned = fxprune.prune(model.eval(), ratio=0.5, example_inputs=x)
+    part = "0" if isinstance(model, nn.Sequential) else "part"
+    assert (
+        pruned.get_parameter(f"{part}.evaluated.weight").shape == pruned.get_parameter(f"{part}.trained.weight").shape == (6, 4)
+    )
+    torch.testing.assert_close(*as_masked(model, pruned, x))
+    assert fxprune.verify(model.eval(), pruned.eval(), x).ok
+
+
+def test_what_fails_in_training_once_it_is_cut_is_frozen() -> None:
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(ReadsMode(width=12), nn.ReLU(), nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 3)).eval(),
+        torch.randn(5, 4),
+    )
+    pruned = fxprune.prune(model, ratio=0.5, example_inputs=x)
+    assert pruned.get_parameter("0.trained.weight").shape == (12, 4) and pruned.get_parameter("2.weight").shape[0] < 24
+    assert "in training" in pruned.meta["frozen_modules"]["0"]
+    torch.testing.assert_close(*as_masked(model, pruned, x))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("copied", [lambda net: net, copy.deepcopy])
+def test_a_part_of_which_nobody_knows_what_it_does_in_training_evaluates(
+    inside: bool, copied: Callable[[nn.Module], nn.Module]
+) -> None:
+    torch.manual_seed(0)
+    model, x = (nn.Sequential(Learns(), nn.ReLU(), nn.Linear(12, 3)) if inside else Whole(Learns())).train(), torch.randn(5, 4)
+    pruned = copied(fxprune.prune(model, ratio=0.5, example_inputs=x))
+    assert "training mode is as evaluation" in pruned.meta["capture"]
+    wanted = pruned.eval()(x)
+    torch.testing.assert_close(pruned.train()(x), wanted)
+    assert pruned.training

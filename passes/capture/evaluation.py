@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fxprune.passes.capture.modules import is_standard
 from fxprune.passes.capture.opaque import watched
 from fxprune.passes.capture.patches import FACTORIES, plain_rnn
 from fxprune.passes.capture.recorder import Recorder
@@ -40,6 +41,7 @@ class Evaluator:
         sizes: attributes of opaque modules that were used as sizes, by path.
         given: what opaque modules were given, by node.
         leaks: tensors in opaque modules whose contents Python took, by path.
+        asking: the paths of opaque modules in which Python asks for the mode.
         untracked: nodes whose results did not come out of the dispatcher.
         find_home: for a run without values, finds the device that all tensors of the model and its inputs are on.
     """
@@ -53,6 +55,7 @@ class Evaluator:
         self.sizes: dict[str, list[SizeUse]] = {}
         self.given: dict[fx.Node, tuple[Any, Any]] = {}
         self.leaks: dict[str, list[TensorRef]] = {}
+        self.asking: set[str] = set()
         self.untracked: set[fx.Node] = set()
         self.find_home: Callable[[], torch.device | None] = lambda: None
 
@@ -112,6 +115,11 @@ class Evaluator:
             self.hold(node, args, kwargs)
         with plain_rnn(module), self.watching(module, path):
             return module(*args, **kwargs)
+
+    def note_mode_read(self, module: nn.Module) -> None:
+        """A module asks for its mode while a node runs; a layer of torch's own couples the same in either."""
+        if self.running in self.opaque and not is_standard(type(module)):
+            self.asking.add(str(self.running))
 
     def inner_call(self, path: str | None, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call a module inside of a node that is being evaluated."""

@@ -259,6 +259,8 @@ class Patches:
         def training(module: nn.Module) -> bool:
             if self.tracing():
                 tracer.frames[-1].asked = True
+            elif threading.get_ident() == self.thread:
+                tracer.evaluator.note_mode_read(module)
             try:
                 return bool(vars(module)["training"])
             except KeyError:

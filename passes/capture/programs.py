@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fxprune.passes.capture.capture import capture_program
 from fxprune.passes.capture.leftovers import remove_leftovers
+from fxprune.passes.capture.train_eval import inner_ops
 from fxprune.passes.errors import PruneError, surface
 from fxprune.passes.ir.module_tree import named_tensors, private_copy, set_mode, walk
 from fxprune.passes.ir.program import CapturedProgram
@@ -75,13 +76,20 @@ def modes_captured(
         if other is None:
             other = captured(trained(private_copy(model)), *given, final=True)
     except PruneError as error:  # a model may need targets to train: then it is captured for evaluation
-        found[0].note = f"training mode is as evaluation: {error.what}"
+        stay_in_evaluation(found[0], error.what)
         return found
     if other.prefix != found[0].prefix:
-        found[0].note = f"training mode is as evaluation: {', '.join(other.opaque.values())}"
+        stay_in_evaluation(found[0], ", ".join(other.opaque.values()))
     elif code(other) != code(found[0]):
         found.append(other)
     return found
+
+
+def stay_in_evaluation(capture: CapturedProgram, why: str) -> None:
+    """Have training be as evaluation; opaque modules that would do what nobody has seen are kept in that mode."""
+    capture.note = f"training mode is as evaluation: {why}"
+    paths = [f"{path}." for path in capture.asking]
+    capture.evaluating = frozenset(path for path in capture.modules if any(f"{path}.".startswith(p) for p in paths))
 
 
 def trained(root: nn.Module) -> Any:
@@ -139,4 +147,6 @@ def runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> boo
 
 def code(capture: CapturedProgram) -> list[Any]:
     """What a captured program does, for comparison."""
-    return [(n.op, n.name, str(n.target), str(n.args), str(n.kwargs)) for n in capture.graph.nodes]
+    lines: list[Any] = [(n.op, n.name, str(n.target), str(n.args), str(n.kwargs)) for n in capture.graph.nodes]
+    asking = [node for node, path in capture.unseen.items() if path in capture.asking]
+    return lines + [inner_ops(node, capture.results, capture.op_trace, capture.index[node]) for node in asking]

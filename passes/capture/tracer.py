@@ -15,6 +15,7 @@ from fxprune.passes.capture.evaluation import plain_call
 from fxprune.passes.capture.frames import Frame
 from fxprune.passes.capture.index_contents import version_of
 from fxprune.passes.capture.modules import by_position, drop_own_hooks, has_own_hooks, own_call, without_own_hooks
+from fxprune.passes.capture.opaque import RootWrapper
 from fxprune.passes.capture.plain_modules import PlainModules, is_plain
 from fxprune.passes.capture.proxy_attributes import internal
 from fxprune.passes.capture.rollback import written_in_place
@@ -119,6 +120,8 @@ class ValueTracer(GraphBuilder):
                 self.resume(state)
             if kind is None or kind not in self.plain.kinds:
                 return self.traced_call(path, module, forward, kind, args, kwargs)
+        else:
+            return self.opaque_node(Frame(path, module, args, kwargs, len(self.index), len(self.recorder.op_trace.ops)))
         return self.create_proxy("call_module", path, args, kwargs)
 
     def traced_call(self, path: str, module: nn.Module, forward: Any, kind: Any, args: Any, kwargs: Any) -> Any:
@@ -193,9 +196,8 @@ class ValueTracer(GraphBuilder):
     def opaque_call(self, frame: Frame, reason: str, where: str | None) -> Any:
         """Call a module that cannot be traced through as one node."""
         self.evaluator.opaque[frame.path] = reason
-        self.calls_opaque = True
         try:
-            return self.create_proxy("call_module", frame.path, frame.args, frame.kwargs)
+            return self.opaque_node(frame)
         except ReadsValue:  # not as one node either: what is around becomes one
             del self.evaluator.opaque[frame.path]
             raise
@@ -204,8 +206,24 @@ class ValueTracer(GraphBuilder):
             plain.fxprune_plain = True  # type: ignore[attr-defined]
             plain.fxprune_where = where or getattr(plain, "fxprune_where", frame.path)  # type: ignore[attr-defined]
             raise
-        finally:
-            self.calls_opaque = False
+
+    def opaque_node(self, frame: Frame) -> Any:
+        """One node for a module that is not traced through; where its Python asks for the mode, one for each mode."""
+
+        def node(*args: Any, **kwargs: Any) -> Any:
+            self.calls_opaque = True
+            try:
+                return self.create_proxy("call_module", frame.path, args, kwargs)
+            finally:
+                self.calls_opaque = False
+
+        out = node(*frame.args, **frame.kwargs)
+        if frame.path not in self.evaluator.asking:
+            return out
+        if isinstance(self.root, RootWrapper):  # whose program is this one node
+            self.frames[0].asked = True
+            return out
+        return captured_in_both(self, self.modes, frame, node, out)
 
     # -- tensors that are assigned anew ------------------------------------------------------------------------------
 
@@ -265,6 +283,7 @@ class ValueTracer(GraphBuilder):
             results=self.results,
             guards=self.guards,
             opaque=evaluator.opaque,
+            asking=evaluator.asking,
             functions=frozenset(evaluator.functions),
             calls=evaluator.calls,
             sizes={path: [use for use in uses if use.attributes] for path, uses in evaluator.sizes.items()},

@@ -22,8 +22,9 @@ from fxprune.passes.capture.frames import Frame
 from fxprune.passes.capture.proxy import PROXIES, Items, TensorProxy
 from fxprune.passes.errors import ReadsMissing
 from fxprune.passes.ir.module_tree import Apart, modes_in_training, walk
+from fxprune.passes.ir.op_trace import OpTrace
 from fxprune.passes.ir.program import select_by_mode
-from fxprune.passes.ir.pytree import ATOMS, TensorRef, attributes_of, iterate, like_dict, record
+from fxprune.passes.ir.pytree import ATOMS, TensorRef, attributes_of, iterate, like_dict, map_tensors, record
 
 COMPARED = ATOMS | {complex, torch.Size, torch.layout, torch.memory_format}
 # Functions that are told the mode, or a fraction that depends on it, and couple the same channels in either.
@@ -306,8 +307,19 @@ def code(builder: GraphBuilder, first: int, end: int, out: Any, *, loosely: bool
         names[node] = f"%{len(lines)}"
         given = (node.args, dict(node.kwargs))
         said = fx.node.map_aggregate(given, masked) if loosely else fx.node.map_arg(given, name)
-        lines.append((node.op, node.target, str(said)))
+        asks = node.op == "call_module" and node.target in builder.evaluator.asking
+        inner = inner_ops(node, builder.results, builder.recorder.op_trace, builder.index[node]) if asks else []
+        lines.append((node.op, node.target, str(said), *inner))
     return [*lines, [name(v.node) if type(v) in PROXIES else str(v) for v in leaves(out)]]
+
+
+def inner_ops(node: fx.Node, results: Mapping[fx.Node, Any], trace: OpTrace, number: int) -> list[str]:
+    """The dispatcher calls in an opaque module, which has this number: tensors that it is given and makes by their order."""
+    places: dict[int, int] = {}
+    place = lambda ref: trace.values[ref.id].name or f"%{places.setdefault(ref.id, len(places))}"  # noqa: E731
+    map_tensors([results[n] for n in node.all_input_nodes], place, TensorRef)
+    mine = [op for op in trace.ops if op.node == number]
+    return [f"{op.func}{map_tensors((op.args, op.kwargs, op.outs), place, TensorRef)}" for op in mine]
 
 
 def is_number(builder: GraphBuilder, node: fx.Node) -> bool:

@@ -87,6 +87,8 @@ class CapturedProgram:
         results: for every node, its value with tensors replaced by references into the op trace.
         opaque: modules kept as one node, with the reason.
         functions: functions of the model's that are one node for each call.
+        asking: the opaque modules in which Python asks for the mode.
+        evaluating: modules that are to stay in evaluation, since it is not known what they do in training.
         calls: calls made inside opaque modules.
         sizes: attributes of opaque modules that were used as sizes.
         followed: sizes of tensors that opaque modules used as sizes of others.
@@ -132,6 +134,8 @@ class CapturedProgram:
     trains_on_values: bool = False
     functions: frozenset[Any] = frozenset()
     module_calls: list[TracedCall] = field(default_factory=list)
+    asking: set[str] = field(default_factory=set)
+    evaluating: frozenset[str] = frozenset()
     note: str = ""
     consumed: bool = False
 

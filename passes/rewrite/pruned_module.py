@@ -168,11 +168,11 @@ class PrunedModule(fx.GraphModule):
 
     def train(self, mode: bool = True) -> PrunedModule:
         super().train(mode)
+        apart = vars(self)["_apart"].get(mode, frozenset())
         if self.own_model is not None:
-            vars(self.own_model)["training"] = mode
-        apart = vars(self)["_apart"].get(mode)
+            vars(self.own_model)["training"] = mode != ("" in apart)
         for path, module in self.named_modules():
-            if apart:
+            if apart and path:
                 module.training = mode != (path in apart)
             forward = vars(module).get("forward")
             if isinstance(forward, RewrittenForward):

@@ -107,7 +107,7 @@ def assemble(model: nn.Module, solution: Solution, tree: nn.Module, programs: Ma
     if prefix:  # the model is one node, a module of the tree: that one is the root of the result
         tree, own_model = (fetch(tree, prefix.removesuffix(".")),) * 2
         roots, flat = ({m: on_own_model(p, prefix.removesuffix(".")) for m, p in some.items()} for some in (roots, flat))
-        apart = {mode: frozenset(path.removeprefix(prefix) for path in some) for mode, some in apart.items()}
+        apart = {mode: frozenset(f"{path}.".removeprefix(prefix)[:-1] for path in some) for mode, some in apart.items()}
     pruned = PrunedModule(tree, roots, flat, forwards, apart, type(model).__name__, own_model)
     pruned._choose(model.training)
     pruned.meta["before"] = changed_descriptions(model, pruned)
@@ -208,11 +208,12 @@ def restore_state(model: nn.Module, tree: nn.Module, solution: Solution) -> None
     modules = dict(every_path(model))
     for module, path in walk(tree).items():
         own, original = vars(module), modules.get(path.removeprefix(prefix))
-        own["training"] = model.training if original is None else original.training
         was = {} if original is None else vars(original)
         for name in [k for k, v in own.items() if type(v) in ATOMS and was.get(k, v) is not v]:
             if type(was[name]) in ATOMS:
                 own[name] = was[name]
+        evaluates = path in solution.captures[0].evaluating
+        own["training"] = not evaluates and (model if original is None else original).training
 
 
 def modes_apart(model: nn.Module, solution: Solution, paths: Iterable[str]) -> Apart:
@@ -221,6 +222,7 @@ def modes_apart(model: nn.Module, solution: Solution, paths: Iterable[str]) -> A
     found = capture.apart
     if found is None:
         found = {m: frozenset(capture.prefix + path for path in some) for m, some in apart_from(model).items()}
+    found = {mode: some | capture.evaluating if mode else some for mode, some in found.items()}
     return {mode: some.intersection(paths) - {""} for mode, some in found.items()} if any(found.values()) else {}
 
 

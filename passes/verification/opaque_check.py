@@ -158,6 +158,15 @@ def arguments(
     return given
 
 
+def raises(module: nn.Module, args: Any, kwargs: Any) -> bool:
+    """Whether a copy of a module raises in training."""
+    try:
+        set_mode(private_copy(module, as_own), True)(*map_tensors(args, torch.clone), **map_tensors(kwargs, torch.clone))
+    except Exception:
+        return True
+    return False
+
+
 def compared(
     model: nn.Module,
     pruned: Any,
@@ -203,6 +212,9 @@ def compared(
         try:
             tried = site.function or private_copy(pruned.own_model if whole else fetch(pruned, path), as_own)
             got = tried(*few_args, **few_kwargs)
+            asks = path in capture.asking and path not in capture.evaluating
+            if asks and raises(tried, few_args, few_kwargs) and not raises(module, args, kwargs):
+                return "fails in training once it is cut"
         except Exception as error:
             return f"fails once it is cut ({type(error).__name__})"
     expected, found = collect(wanted, Tensor), collect(got, Tensor)
