@@ -242,8 +242,9 @@ def prune(
         options = Options.parse(model if sharded is None else sharded.model, **asked)
         weights = options.needs_weights or same_class or mending is not None
         inputs = ExampleInputs.parse(example_inputs, model).check(model, weights=weights)
-        if sharded is not None and ranks is not None:
-            return sharded.prune(options, inputs, ranks, inplace=inplace)
+        if sharded is not None:
+            sharded.ranks, beside = ranks, inputs.beside(model)
+            return sharded.prune(options, lambda coupling: Compilation(model, beside, coupling), inplace=inplace)
         if ranks is not None:
             options = dataclasses.replace(options, combine=ranks.mean)
         if options.basis is not None:
@@ -277,11 +278,12 @@ def couple(
     >>> [f.name for f in couple(net, torch.randn(1, 4)).families if f.frozen is None]
     ['0']
 
-    Arguments: as for `prune`; the model may be on the meta device, however large it is. Raises: PruneError.
+    Arguments: as for `prune`; the model may be on the meta device, however large it is, or sharded, of which any process may
+    ask alone. Raises: PruneError.
     """
-    with entry_point(model) as model:
+    with contextlib.nullcontext(sharding_of(model)) as sharded, entry_point(sharded.form if sharded else model) as model:
         options = Options.parse(
-            model,
+            sharded.model if sharded else model,
             only=only,
             freeze=freeze,
             freeze_outputs=freeze_outputs,
@@ -292,12 +294,13 @@ def couple(
             uniform=uniform,
         )
         inputs = ExampleInputs.parse(example_inputs, model).check(model, weights=False)
+        inputs = inputs.beside(model) if sharded else inputs
         compilation = Compilation(model, inputs, options.coupling)
         solution = compilation.couple_for_good()
         found = families(solution, set(named_parameters(model)))
         for capture in solution.captures:
             capture.given.clear()  # nothing is tried any more
-        return Coupling(type(model).__name__, found, solution, compilation)
+        return Coupling(type(model).__name__, found, solution, compilation, in_form=sharded is not None)
 
 
 @checked_call()

@@ -122,10 +122,11 @@ def check_tensors(model: nn.Module) -> None:
             )
         packed: bool = is_traceable_wrapper_subclass(tensor)
         if packed:
+            spread = is_a(tensor, "torch.distributed.tensor", "DTensor")
             raise PruneError(
                 f"{name} is a {type(tensor).__name__} that is sharded or packed, not a plain tensor",
                 where=type(model).__name__,
-                fix=sharded,
+                fix=f"prune(), couple() and Plan.apply() take it as it is; else {sharded}" if spread else sharded,
             )
 
 

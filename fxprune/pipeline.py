@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.batch_guards import Recompiled, for_any_batch
+from fxprune.distributed.sharded import in_shards
 from fxprune.entry_points import entry_point
 from fxprune.errors import PruneWarning
 from fxprune.inputs import ExampleInputs, device_of, random_inputs
@@ -56,19 +57,20 @@ class Plan(PlanData):
         """Prune a fresh copy of the architecture by this plan, with the values the copy holds.
 
         Arguments:
-            model: a model whose tensors have the names and shapes the plan was made for; it is not touched.
+            model: a model whose tensors have the names and shapes the plan was made for; it is not touched. One that is
+                sharded stays so, as with `prune`.
             example_inputs: as for `prune`; by default random ones like those the plan was made with.
             same_class: as for `prune`.
 
         Raises: PruneError if the plan does not fit the model.
         """
-        with entry_point(model) as model:
-            rotated, plan = self.in_basis(model)
+        with in_shards(model) as sharded, entry_point(model if sharded is None else sharded.form) as model:
+            rotated, plan = self.in_basis(model) if sharded is None else (model, sharded.taking(self))
             compilation = Compilation.of_plan(rotated, plan, example_inputs)
-            pruned = compilation.apply(plan)
-            made = compilation.restore_class(pruned) if same_class else pruned
+            pruned = compilation.apply(plan, cut=None if sharded is None else sharded.stand_ins.cut)
+            made = compilation.restore_class(pruned) if same_class or sharded is not None else pruned
             sign(made, self, model)
-            return made
+            return made if sharded is None else sharded.cut(made, self)
 
 
 class Compilation:
@@ -266,7 +268,7 @@ class Compilation:
             pruned.meta["latency"] = choice.latency
         return pruned
 
-    def apply(self, plan: PlanData) -> PrunedModule:
+    def apply(self, plan: PlanData, cut: Cut | None = None) -> PrunedModule:
         """The pruned module of a plan; raises PruneError where it does not fit, or cuts a module that fails then."""
         choice = self.choice_of(plan)
         if self.freeze_broken(choice):
@@ -274,7 +276,7 @@ class Compilation:
             raise PruneError(
                 f"the plan cuts {path}, which {why}", where=path, fix="prune the model again, for a plan of its own"
             )
-        pruned = self.emit(choice, waiver=plan.waiver)
+        pruned = self.emit(choice, waiver=plan.waiver, cut=cut)
         sign(pruned, plan, self.model)
         return pruned
 

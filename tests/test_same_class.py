@@ -131,6 +131,23 @@ def test_attributes_that_nothing_reads_follow_or_are_said_to_be_stale():
     assert small.doubtful == 16 and small.meta["stale"] == ("doubtful",), "12 of the stem, 8 before the head"
 
 
+class Numbered(nn.Module):
+    """Holds a width that no forward reads, and two numbers of that size which one reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.index, self.width, self.factor = 12, 12, 12
+        self.inner, self.outer = nn.Linear(4, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        return self.outer(self.inner(x)) * self.factor + self.index
+
+
+def test_a_number_that_is_no_width_does_not_keep_a_width_from_following():
+    small = fxprune.prune(Numbered(), 0.5, example_inputs=torch.randn(2, 4), same_class=True)
+    assert (small.index, small.width, small.factor) == (12, 6, 12) and small.inner.out_features == 6
+
+
 class Gate(nn.Module):
     """Takes a mask or none, and has a size in its code."""
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from processes import in_processes
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -210,8 +211,44 @@ def verified(rank):
     return fxprune.prune(in_fsdp(None), 0.5, TOKENS, verify=True)
 
 
+def of_plan(rank):
+    return described(fxprune.prune(decoder(), 0.5, TOKENS, verify=False).plan.apply(in_fsdp(None)))
+
+
+def of_plan_without_values(rank):
+    """Shards on the meta device, which get the values of a pruned model afterwards."""
+    pruned = by_ratio(decoder())
+    with torch.device("meta"):
+        model = Decoder().eval()
+    for block in model.blocks:
+        fully_shard(block)
+    small = fxprune.plan_of(pruned).apply(fully_shard(model)).to_empty(device="cpu")
+    set_model_state_dict(small, pruned.state_dict(), options=StateDictOptions(full_state_dict=True))
+    return {name: whole(t).tolist() for name, t in small.state_dict().items()}
+
+
+def of_another_plan(rank):
+    return fxprune.prune(decoder(), 0.25 if rank else 0.5, TOKENS).plan.apply(in_fsdp(None))
+
+
+def coupled(rank):
+    """Both models are made by all; one process alone asks."""
+    models = in_fsdp(None), in_parallel(mesh_of(2), hidden=24)
+    if rank:
+        return None
+    found = [fxprune.couple(model, TOKENS) for model in models]
+    with pytest.raises(fxprune.PruneError, match="a group has none of its values"):
+        found[0].group("blocks.0.up", [0]).apply()
+    return [coupling.to_dict()["families"] for coupling in found]
+
+
+def in_steps(rank):
+    return fxprune.Pruner(in_fsdp(None), 0.5, TOKENS, steps=2)
+
+
 TASKS = [fsdp, fsdp_after_forward, fsdp_again, fsdp_in_place, fsdp_settings, tensor_parallel, tensor_parallel_uneven]
 TASKS += [one_cannot, one_fails_in_between, one_asks_otherwise, by_data, verified]
+TASKS += [of_plan, of_plan_without_values, of_another_plan, coupled, in_steps]
 
 
 @pytest.fixture(scope="module")
@@ -235,12 +272,27 @@ def assert_like(found, wanted, step=1e-6):
 
 @pytest.mark.parametrize(
     ("task", "prune"),
-    [(fsdp, by_ratio), (fsdp_after_forward, by_budget), (fsdp_again, lambda model: by_ratio(by_budget(model)))],
+    [
+        (fsdp, by_ratio),
+        (of_plan, by_ratio),
+        (fsdp_after_forward, by_budget),
+        (fsdp_again, lambda model: by_ratio(by_budget(model))),
+    ],
 )
 def test_two_processes_leave_what_one_leaves(task, prune, two):
     wanted = described(prune(decoder()))
     for found in two:
         assert_like(found[task.__name__], wanted)
+
+
+def test_a_plan_cuts_shards_on_the_meta_device(two):
+    wanted = {name: t.tolist() for name, t in by_ratio(decoder()).state_dict().items()}
+    assert [found["of_plan_without_values"] for found in two] == [wanted] * 2
+
+
+def test_one_process_couples_what_all_hold(two):
+    wanted = [fxprune.couple(decoder(**sizes), TOKENS).to_dict()["families"] for sizes in ({}, {"hidden": 24})]
+    assert two[0]["coupled"] == wanted
 
 
 def test_four_processes_leave_what_one_leaves(four):
@@ -278,6 +330,8 @@ def test_what_fully_shard_was_told_stays(two):
         ("one_cannot", "must be a number in [0, 1)"),
         ("one_fails_in_between", "out of luck"),
         ("one_asks_otherwise", "another plan than rank 0"),
+        ("of_another_plan", "another plan than rank 0"),
+        ("in_steps", "prune(), couple() and Plan.apply() take it as it is"),
         ("by_data", "the criterion taylor looks at data, which takes the model in one process"),
         ("verified", "the result is compared with the original, which takes the model in one process"),
     ],

@@ -133,7 +133,9 @@ def shrunk(config: Any, widths: bool) -> Any:
             setattr(config, name, 3)
         elif name == "use_cache":
             config.use_cache = False
-    if getattr(config, "layer_types", None):
+    if widths and {"expand", "num_heads", "head_dim"} <= vars(config).keys():  # the heads of a state space share its width
+        config.num_heads = config.expand * config.hidden_size // config.head_dim
+    if vars(config).get("layer_types"):  # where it is a property, it follows from other numbers
         config.layer_types = list(config.layer_types)[: config.num_hidden_layers]
     return config
 

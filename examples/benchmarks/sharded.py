@@ -1,6 +1,6 @@
 """Memory of each process while a model that is sharded over several is pruned.
 
-    python examples/benchmarks/sharded.py                 a table for 1, 2 and 4 processes
+    python examples/benchmarks/sharded.py                 a table for 1, 2 and 4 processes, in SHARDED.md
     python examples/benchmarks/sharded.py --width 2048    a larger model
 
 A decoder of `--blocks` blocks is made shard by shard (no process has it whole), sharded with FSDP2 over gloo, and pruned by
@@ -16,17 +16,29 @@ import hashlib
 import os
 import resource
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from sweep import machine
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 import fxprune
 
 MB = 1e6
+TABLE = Path(__file__).parent / "SHARDED.md"
+COLUMNS = (
+    "processes",
+    "shards of each, MB",
+    "largest parameter, MB",
+    "at most, MB",
+    "left of the shards, MB",
+    "CPU, s",
+    "plan and values",
+)
 
 
 class Block(nn.Module):
@@ -103,10 +115,17 @@ def work(rank: int, world: int, port: int, width: int, blocks: int) -> None:
     found: list[tuple[float, ...]] = [()] * world
     dist.all_gather_object(found, (shards, largest, most, left, seconds))
     if rank == 0:
-        shards, largest, most, left, seconds = (max(column) for column in zip(*found, strict=True))
-        sizes = [f"{size / MB:.0f}" for size in (shards, largest, most, left)]
-        print(f"| {' | '.join([str(world), *sizes, f'{seconds:.1f}', digest.hexdigest()[:12]])} |", flush=True)
+        shards, largest, _, left, seconds = (max(column) for column in zip(*found, strict=True))
+        sizes = [f"{size / MB:.0f}" for size in (shards, largest, left)]
+        sizes.insert(2, ", ".join(f"{size / MB:.0f}" for _, _, size, *_ in found))
+        write([str(world), *sizes, f"{seconds:.1f}", digest.hexdigest()[:12]])
     dist.destroy_process_group()
+
+
+def write(cells: Sequence[str]) -> None:
+    """Add a row to the table."""
+    with TABLE.open("a") as file:
+        file.write(f"| {' | '.join(cells)} |\n")
 
 
 def main() -> None:
@@ -116,14 +135,18 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="*", default=[1, 2, 4])
     asked = parser.parse_args()
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
-    columns = ["processes", "shards of each, MB", "largest parameter, MB", "at most, MB", "left of the shards, MB", "CPU, s"]
-    print(f"| {' | '.join([*columns, 'plan and values'])} |")
-    print("|" + "---:|" * 7, flush=True)
+    about = (
+        f"{asked.blocks} blocks of width {asked.width}, pruned by half in place; what the columns mean is said in `sharded.py`"
+    )
+    TABLE.write_text(f"# Sharded models\n\nMade by `sharded.py`: {about}. {machine()}.\n\n")
+    write(COLUMNS)
+    write(["---:"] * len(COLUMNS))
     for world in asked.processes:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         mp.spawn(work, (world, port, asked.width, asked.blocks), nprocs=world)
+    print(TABLE.read_text())
 
 
 if __name__ == "__main__":

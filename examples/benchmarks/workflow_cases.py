@@ -26,6 +26,9 @@ ORIGINAL, GRAPH, CLASS, TORCH_PRUNING, MODELOPT = "original", "graph", "same cla
 FORMS = (ORIGINAL, GRAPH, CLASS, TORCH_PRUNING, MODELOPT)
 Built = tuple[nn.Module, Any]
 ROUNDING = 0.3
+# what fxprune is asked besides: the outputs of an encoder stay as wide as they are, and no number of its configuration says
+# which heads are left of that width
+ASKED = {"BERT, encoder": {"uniform": True}}
 
 
 class Wrong(Exception):
@@ -139,12 +142,12 @@ def build(model: str, seed: int = 0) -> Built:
     return network, inputs
 
 
-def prune(network: nn.Module, inputs: Any, form: str) -> nn.Module:
-    """The model in a form. Torch-Pruning and modelopt are told what `prunability.py` tells them."""
+def prune(network: nn.Module, inputs: Any, form: str, **asked: Any) -> nn.Module:
+    """The model in a form. Torch-Pruning and modelopt are told what `prunability.py` tells them, fxprune what is `asked`."""
     if form == ORIGINAL:
         return network
     if form in (GRAPH, CLASS):
-        return fxprune.prune(network, RATIO, example_inputs=inputs, same_class=form == CLASS)
+        return fxprune.prune(network, RATIO, example_inputs=inputs, same_class=form == CLASS, **asked)
     from prunability import OTHERS
 
     return OTHERS[form](network, inputs)
@@ -177,7 +180,7 @@ class Case:
         """Raises what pruning raises, and `Wrong` where it removes nothing."""
         network, inputs = build(name)
         before = count_parameters(network)
-        pruned = prune(network, fresh(inputs), form).eval()
+        pruned = prune(network, fresh(inputs), form, **ASKED.get(name, {})).eval()
         check(form == ORIGINAL or count_parameters(pruned) < before, "nothing was removed")
         return cls(name, form, pruned, inputs, folder, process)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from workflow_cases import Case, check, count_parameters, images, outputs, same, train, workflow
+from workflow_cases import CLASS, Case, check, count_parameters, images, outputs, same, train, workflow
 
 VISION, TIMM, DETECT, YOLO = "modules", "timm", "detection and segmentation", "ultralytics"
 
@@ -208,17 +208,31 @@ def grad_checkpointing(case: Case) -> None:
 # -- detection and segmentation ---------------------------------------------------------------------------------------------
 
 
-@workflow(DETECT, "detect in images of other sizes and numbers", "Faster R-CNN", "SSDlite")
+@workflow(DETECT, "detect in images of other sizes", "Faster R-CNN", "SSDlite")
 def detect(case: Case) -> None:
+    """Of the two the second is the wider one, as among the example inputs: a GraphModule has the path that these took."""
+    one, two = photographs((120, 136), (96, 112))
+    same([detected(case, [one, two.flip(-1)])[0]["scores"]], [detected(case, [one, two])[0]["scores"]], 1e-3)
+
+
+@workflow(DETECT, "detect in another number of images", "Faster R-CNN", "SSDlite", graph=False)
+def detect_more(case: Case) -> None:
+    given = photographs((128, 144), (96, 160), (112, 112))
+    found = detected(case, given)
+    same([detected(case, given[:1])[0]["scores"]], [found[0]["scores"]], 1e-3)
+
+
+def photographs(*sizes: tuple[int, int]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
-    given = [torch.rand(3, *size, generator=generator) for size in ((128, 144), (96, 160), (112, 112))]
+    return [torch.rand(3, *size, generator=generator) for size in sizes]
+
+
+def detected(case: Case, given: list[Tensor]) -> list[dict[str, Tensor]]:
     with torch.no_grad():
         found = case.model(given)
-    check(len(found) == 3 and all(set(f) == {"boxes", "labels", "scores"} for f in found), "results are missing")
+    check(len(found) == len(given) and all(set(f) == {"boxes", "labels", "scores"} for f in found), "results are missing")
     check(sum(len(f["boxes"]) for f in found) > 0, "there are no boxes")
-    with torch.no_grad():
-        alone = case.model(given[:1])
-    same([alone[0]["scores"]], [found[0]["scores"]], 1e-3)
+    return found
 
 
 @workflow(DETECT, "train with targets", "Faster R-CNN", graph=False)
@@ -308,10 +322,12 @@ def export(case: Case) -> None:
 
 @workflow(YOLO, "train keeps the architecture, save and load", "YOLO11n", graph=False, needs=["ultralytics"])
 def train_yolo(case: Case) -> None:
-    trained(case, None)
+    from fxprune.integrations.ultralytics import trainer
+
+    trained(case, trainer(as_yolo(case)) if case.form == CLASS else None)
 
 
-@workflow(YOLO, "the same by a trainer that takes the model as it is", "YOLO11n", graph=False, needs=["ultralytics"])
+@workflow(YOLO, "the same by a trainer of one's own", "YOLO11n", graph=False, needs=["ultralytics"])
 def train_as_it_is(case: Case) -> None:
     from ultralytics.models.yolo.detect import DetectionTrainer
 

@@ -7,21 +7,21 @@ process finds.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fxprune.criteria.catalog import resolve
-from fxprune.distributed.ranks import Ranks, dtensors, is_dtensor, taken_off
+from fxprune.distributed.ranks import Ranks, dtensors, is_dtensor, ranks_of, taken_off
 from fxprune.distributed.units import UNSHARDED, give_hooks, give_methods, is_unit, let_go, plain_tree, shard_again, units_of
-from fxprune.inputs import ExampleInputs
+from fxprune.passes.coupling.solution import CouplingOptions
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_parameters, named_tensors, replace_tensors, walk
 from fxprune.passes.rewrite.rewrite import slice_tensor
-from fxprune.pipeline import Compilation
 from fxprune.plan import PlanData, plan_between
 from fxprune.same_class.stand_ins import StandIns
 from fxprune.selection.options import Options
@@ -33,6 +33,19 @@ def sharding_of(model: Any) -> Sharded | None:
     return Sharded(inner) if inner is not None and dtensors(inner) else None
 
 
+@contextlib.contextmanager
+def in_shards(model: Any) -> Iterator[Sharded | None]:
+    """A sharded model, while the processes that hold it fail together; None for any other one."""
+    if isinstance(model, nn.Module) and dtensors(taken_off(model)):
+        with ranks_of(model) as ranks:
+            sharded = sharding_of(model)
+            assert sharded is not None
+            sharded.ranks = ranks
+            yield sharded
+    else:
+        yield None
+
+
 class Sharded:
     """A sharded model on its way to a smaller one.
 
@@ -41,7 +54,10 @@ class Sharded:
         units: what `fully_shard` was told.
         tensors: its tensors by name.
         form: a copy for this process alone, with stand-ins in place of what is sharded.
+        ranks: the processes that prune it together; None where nothing is gathered.
     """
+
+    ranks: Ranks | None = None
 
     def __init__(self, model: nn.Module) -> None:
         for module in walk(model):
@@ -52,18 +68,27 @@ class Sharded:
         self.stand_ins = StandIns()
         self.form: nn.Module = self.stand_ins.fill(plain_tree(model, {id(t): in_form(t) for t in self.tensors.values()}), {})
 
-    def prune(self, options: Options, inputs: ExampleInputs, ranks: Ranks, *, inplace: bool) -> Any:
-        """The pruned model, of the same class and sharded as this one is; all processes call it together."""
+    def prune(self, options: Options, compiled: Callable[[CouplingOptions], Any], *, inplace: bool) -> Any:
+        """The pruned model, of the same class and sharded as this one is; all processes call it together.
+
+        Arguments:
+            options: what to remove.
+            compiled: gives a `Compilation` of the form.
+            inplace: as for `cut`.
+        """
         check_options(options)
 
         def gathered(name: str) -> Tensor:
-            ranks.exchange(f"values of {name}", None)  # where others learn of one that has failed
+            if self.ranks is not None:
+                self.ranks.exchange(f"values of {name}", None)  # where others learn of one that has failed
+            if self.tensors[name].is_meta:
+                fix = "to_empty() and load the weights first; Plan.apply, and criterion='random', need none"
+                raise PruneError(f"the criterion looks at {name}, whose shards are on the meta device", where=name, fix=fix)
             return whole(self.tensors[name])
 
-        inputs = inputs.beside(self.form)
         options = dataclasses.replace(options, read=gathered)
         while True:
-            compilation = Compilation(self.form, inputs, options.coupling)
+            compilation = compiled(options.coupling)
             with options.gc_paused():
                 pruned = compilation.emit(compilation.choose(options), cut=self.stand_ins.cut)
             pruned.meta["chosen"] = options.chosen
@@ -71,10 +96,14 @@ class Sharded:
             if coupling is None:
                 break
             options = dataclasses.replace(options, coupling=coupling)
-        plan: PlanData = plan_between(self.form, pruned)
-        self.check_even(plan)
-        ranks.check_same(plan.to_json().encode())
-        return self.cut(made, plan, inplace=inplace)
+        return self.cut(made, plan_between(self.form, pruned), inplace=inplace)
+
+    def taking(self, plan: PlanData) -> PlanData:
+        """A plan that can be applied in form; raises PruneError for one that begins with a change of basis."""
+        if plan.basis is not None:
+            what = "the plan begins with a change of basis, which takes the model in one process, and it is sharded"
+            raise PruneError(what, fix="apply it to the plain model, before fully_shard() or parallelize_module()")
+        return plan
 
     def check_even(self, plan: PlanData) -> None:
         """Raise PruneError where what is left of a parameter cannot be shared as it has to be.
@@ -111,8 +140,15 @@ class Sharded:
             found |= unit.inner
         return found
 
-    def cut(self, made: nn.Module, plan: PlanData, *, inplace: bool) -> nn.Module:
-        """Give a pruned copy of the form the values that are left, spread as they were; `inplace` empties the original."""
+    def cut(self, made: nn.Module, plan: PlanData, *, inplace: bool = False) -> nn.Module:
+        """Give a pruned copy of the form the values that are left, spread as they were; `inplace` empties the original.
+
+        Where the shards are on the meta device, so are those that are left. All processes call it together, and raise
+        PruneError where their plans differ, or where what is left cannot be shared.
+        """
+        self.check_even(plan)
+        if self.ranks is not None:
+            self.ranks.check_same(plan.to_json().encode())
         inner = self.inner
 
         def spread(name: str, tensor: Tensor) -> Tensor:
@@ -131,7 +167,7 @@ class Sharded:
         places = places_of(made)
         for name, parameter in named_parameters(made).items():
             source = self.tensors[name]
-            if is_dtensor(source):
+            if is_dtensor(source) and not source.is_meta:
                 with torch.no_grad():
                     left = slice_tensor(whole(source).detach(), plan.slices.get(name, ()))
                     shard: Any = distributed(left, parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]
@@ -149,7 +185,7 @@ def in_form(tensor: Tensor) -> Tensor:
     """What stands for a tensor in form: of a sharded one, one of its shape without values; of others, their values."""
     if is_dtensor(tensor):
         empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-    elif tensor.is_cpu:
+    elif tensor.is_cpu or tensor.is_meta:
         return tensor if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
     else:
         empty = tensor.detach().cpu()

@@ -14,6 +14,7 @@ from fxprune.entry_points import entry_point
 from fxprune.passes.coupling.families import Family, listed, place_of, spells
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.coupling.structure import find_roles
+from fxprune.passes.errors import PruneError
 from fxprune.pipeline import Compilation
 from fxprune.reports.formatting import Printable, counted, table
 from fxprune.reports.group import Chains, Group, group_of
@@ -105,8 +106,9 @@ class Coupling(Printable):
         found: Sequence[Family],
         solution: Solution,
         compilation: Compilation,
+        in_form: bool = False,
     ) -> None:
-        self.model = model
+        self.model, self._in_form = model, in_form
         tensors, frozen = compilation.tensors, compilation.options.frozen
         sizes, roles = elements(solution, found, tensors), find_roles(solution, found)
         self.families: tuple[CoupledFamily, ...] = tuple(
@@ -173,6 +175,8 @@ class Coupling(Printable):
         return Chains(self._solution)
 
     def _prune(self, remove: Mapping[str, Sequence[int]], verify: Verify = "auto", same_class: bool = False) -> Any:
+        if self._in_form:
+            raise PruneError("the model is sharded, and a group has none of its values", fix="prune(model, remove=...)")
         with entry_point(self._compilation.model) as model:
             options = Options.parse(model, remove=remove, verify=verify)
             options = dataclasses.replace(options, coupling=self._compilation.options)

@@ -53,10 +53,9 @@ def numbers_left(model: nn.Module, made: nn.Module, is_exact: Callable[[], bool]
                 stale.append(joined(path, name))
             elif sizes - {value}:
                 changed[name] = (value, sizes.pop())
-        if changed:
-            assign(counterpart, {name: now for name, (_, now) in changed.items()})
-            if not is_exact():
-                assign(counterpart, {name: was for name, (was, _) in changed.items()})
+        if changed and not assigned(counterpart, changed, is_exact) and len(changed) > 1:
+            for name, pair in changed.items():  # one of them is no width
+                assigned(counterpart, {name: pair}, is_exact)
     return stale
 
 
@@ -64,6 +63,15 @@ def shape_pairs(model: nn.Module, made: nn.Module) -> dict[str, tuple[Shape, Sha
     """The shapes of every tensor that both models hold, in the one and in the other."""
     shapes = {name: tuple(t.shape) for name, t in named_tensors(model)}
     return {name: (shapes[name], tuple(t.shape)) for name, t in named_tensors(made) if name in shapes}
+
+
+def assigned(module: nn.Module, changed: dict[str, tuple[int, int]], is_exact: Callable[[], bool]) -> bool:
+    """Give attributes the second of two values; the first again, and False, where the model is not exact with them."""
+    assign(module, {name: now for name, (_, now) in changed.items()})
+    exact = is_exact()
+    if not exact:
+        assign(module, {name: was for name, (was, _) in changed.items()})
+    return exact
 
 
 def assign(module: nn.Module, values: dict[str, Any]) -> None:

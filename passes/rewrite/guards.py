@@ -82,7 +82,8 @@ def has_parts(value: Any, parts: Any, why: str) -> None:
         value.tracer.create_proxy("call_function", has_parts, (value, parts, why), {})
         return
     if len(value) != len(parts):
-        raise GuardError(f"{why} has {len(parts)} parts, and here it has {len(value)}: prune with example inputs of this form")
+        what = f"{why} has {len(parts)} parts, and here it has {len(value)}"
+        raise GuardError(f"{what}: prune with example inputs of this form, or same_class=True")
     for key, inner in parts.items() if isinstance(parts, dict) else enumerate(parts):
         if inner is not None:
             has_parts(value[key], inner, why)
