@@ -1,7 +1,8 @@
 """Plain methods for pruning a Llama, from their papers, in as few lines as they take: what fxprune is held against.
 
-Each takes a model, batches of tokens and the share of the parameters that may stay, and returns a smaller copy. All but
-ShortGPT cut hidden layers of the FFN alone, in the Hugging Face modules, whose widths then differ.
+Each takes a model, batches of tokens and the share of the parameters that may stay, and returns a smaller copy. ShortGPT
+removes blocks, SliceGPT cuts the residual stream; the others cut hidden layers of the FFN alone, in the Hugging Face modules,
+whose widths then differ. Torch-Pruning is beside them, told to do the same.
 """
 
 from __future__ import annotations
@@ -145,4 +146,124 @@ def shortgpt(model: Any, batches: Batches, keep: float) -> Any:
     return small
 
 
-PLAIN = {"FLAP": flap, "Wanda-sp": wanda_sp, "ShortGPT": shortgpt, "loss terms, refitted": loss_terms}
+class Sliced(nn.Module):
+    """A block of SliceGPT: its layers in the bases of their own inputs, and matrices from one basis to the next.
+
+    Arguments:
+        layer: the block, whose layers have been rotated and cut.
+        first, second: what takes the stream over attention, and over the FFN, shape (channels, channels).
+    """
+
+    def __init__(self, layer: Any, first: Tensor, second: Tensor) -> None:
+        super().__init__()
+        self.attention, self.mlp = layer.self_attn, layer.mlp
+        self.first, self.second = nn.Parameter(first), nn.Parameter(second)
+
+    def forward(self, x: Tensor, **others: Any) -> Tensor:
+        x = x @ self.first + self.attention(hidden_states=unit_rms(x), **others)[0]
+        return x @ self.second + self.mlp(unit_rms(x))
+
+
+WIDTH = 576  # of the stream before it is cut: what a mean of squares is over
+
+
+def unit_rms(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) / WIDTH + 1e-5)
+
+
+class Final(nn.Module):
+    """The norm before the head, in the basis of the embeddings, which the head shares.
+
+    Arguments:
+        back: from the basis of the last block's result to that of the embeddings, with the norm's scale between.
+    """
+
+    def __init__(self, back: Tensor) -> None:
+        super().__init__()
+        self.back = nn.Parameter(back)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return unit_rms(x) @ self.back
+
+
+def slicegpt(model: Any, batches: Batches, keep: float) -> Any:
+    """SliceGPT (arXiv:2401.15024): principal components of what each norm reads, the smallest of which go."""
+    norms = [n for layer in model.model.layers for n in (layer.input_layernorm, layer.post_attention_layernorm)]
+    norms.append(model.model.norm)
+    moment = torch.zeros(len(norms), WIDTH, WIDTH, dtype=torch.float64)
+
+    def look(i: int) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any) -> None:
+            x = unit_rms(args[0]).flatten(0, 1)
+            moment[i] += (x.mT @ x).double()
+
+        return hook
+
+    hooks = [norm.register_forward_pre_hook(look(i)) for i, norm in enumerate(norms)]
+    with torch.no_grad():
+        for ids in batches:
+            model(input_ids=ids, use_cache=False)
+    for h in hooks:
+        h.remove()
+    bases = torch.linalg.eigh(moment).eigenvectors.flip(-1).float()
+    low, high = 8, WIDTH
+    while high - low > 8:
+        middle = (low + high) // 16 * 8
+        low, high = (low, middle) if count(sliced(model, bases[:, :, :middle])) > keep * count(model) else (middle, high)
+    return sliced(model, bases[:, :, :low])
+
+
+@torch.no_grad()
+def sliced(model: Any, bases: Tensor) -> Any:
+    """The model with the stream cut to some directions of each norm's input, shape (norms, channels, directions)."""
+    small = copy.deepcopy(model)
+    for i, layer in enumerate(small.model.layers):
+        here, middle, there = bases[2 * i : 2 * i + 3]
+        for norm, parts, basis in (
+            (layer.input_layernorm, (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj), here),
+            (layer.post_attention_layernorm, (layer.mlp.gate_proj, layer.mlp.up_proj), middle),
+        ):
+            for part in parts:
+                part.weight = nn.Parameter(part.weight * norm.weight @ basis)
+        for part, basis in ((layer.self_attn.o_proj, middle), (layer.mlp.down_proj, there)):
+            part.weight = nn.Parameter(basis.mT @ part.weight)
+        small.model.layers[i] = Sliced(layer, here.mT @ middle, middle.mT @ there)
+    small.model.norm = Final(bases[-1].mT @ (small.model.norm.weight.unsqueeze(1) * bases[0]))
+    small.model.embed_tokens.weight = nn.Parameter(small.model.embed_tokens.weight @ bases[0])
+    small.lm_head.weight = small.model.embed_tokens.weight
+    return small
+
+
+def torch_pruning_taylor(model: Any, batches: Batches, keep: float) -> Any:
+    """Torch-Pruning 1.6 by its Taylor importance, one threshold, on the hidden layers of the FFN alone."""
+    import torch_pruning
+
+    small = copy.deepcopy(model)
+    for ids in batches:
+        (small(input_ids=ids, labels=ids).loss / len(batches)).backward()
+    hidden = {part for layer in small.model.layers for part in (layer.mlp.gate_proj, layer.mlp.up_proj)}
+    others = [m for m in small.modules() if isinstance(m, nn.Linear | nn.Embedding) and m not in hidden]
+    within = sum(count(layer.mlp) for layer in small.model.layers)
+    torch_pruning.pruner.BasePruner(
+        small,
+        {"input_ids": batches[0][:1]},
+        importance=torch_pruning.importance.TaylorImportance(),
+        global_pruning=True,
+        pruning_ratio=(1 - keep) * count(model) / within,
+        max_pruning_ratio=0.99,
+        ignored_layers=others,
+        root_module_types=[nn.Linear],
+        forward_fn=lambda m, inputs: m(**inputs).logits,
+    ).step()
+    small.zero_grad()
+    return small
+
+
+PLAIN = {
+    "FLAP": flap,
+    "Wanda-sp": wanda_sp,
+    "ShortGPT": shortgpt,
+    "SliceGPT": slicegpt,
+    "Torch-Pruning, Taylor": torch_pruning_taylor,
+    "loss terms, refitted": loss_terms,
+}
