@@ -22,6 +22,20 @@ def count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def once(look: Callable[[Any, Batches], Any]) -> Callable[[Any, Batches], Any]:
+    """A function of a model and batches that looks at the same ones once, whatever the budget."""
+    seen: list[tuple[Any, Batches, Any]] = []
+
+    def remembered(model: Any, batches: Batches) -> Any:
+        for other, those, found in seen:
+            if other is model and those is batches:
+                return found
+        seen.append((model, batches, look(model, batches)))
+        return seen[-1][2]
+
+    return remembered
+
+
 def watch(model: Any, batches: Batches, look: Callable[[int, Tensor], None], *, backward: bool = False) -> None:
     """Run a model and show what each `down_proj` reads, with the layer's number."""
     hooks = [
@@ -55,6 +69,7 @@ def lowest(model: Any, scores: Tensor, keep: float) -> list[Tensor]:
     return [(row >= threshold).nonzero().flatten() for row in scores]
 
 
+@once
 def moments(model: Any, batches: Batches) -> tuple[Tensor, Tensor, int]:
     """Of each hidden channel the sum and the sum of squares, (layers, channels), and the number of tokens."""
     layers, width = len(model.model.layers), model.config.intermediate_size
@@ -91,8 +106,9 @@ def wanda_sp(model: Any, batches: Batches, keep: float) -> Any:
     return cut_hidden(model, lowest(model, ranks, keep))
 
 
-def loss_terms(model: Any, batches: Batches, keep: float) -> Any:
-    """Squared first-order loss terms of each token, one threshold, and `down_proj` refitted from the original's moments."""
+@once
+def terms_and_grams(model: Any, batches: Batches) -> tuple[Tensor, Tensor]:
+    """Of each hidden channel the sum of squared loss terms, (layers, channels), and the moments of all pairs in a layer."""
     layers, width = len(model.model.layers), model.config.intermediate_size
     scores, grams = torch.zeros(layers, width, dtype=torch.float64), torch.zeros(layers, width, width)
 
@@ -101,14 +117,21 @@ def loss_terms(model: Any, batches: Batches, keep: float) -> Any:
         grams[i] += flat.mT @ flat
 
         def add(g: Tensor) -> None:
-            scores[i] += (x.detach() * g).double().square().sum((0, 1))
+            scores[i] += (flat * g.flatten(0, 1)).square().sum(0)
 
         x.register_hook(add)
 
     watch(model, batches, look, backward=True)
+    return scores, grams
+
+
+def loss_terms(model: Any, batches: Batches, keep: float) -> Any:
+    """Squared first-order loss terms of each token, one threshold, and `down_proj` refitted from the original's moments."""
+    scores, grams = terms_and_grams(model, batches)
     kept = lowest(model, scores, keep)
     small = cut_hidden(model, kept)
-    for layer, old, gram, rows in zip(small.model.layers, model.model.layers, grams.double(), kept, strict=True):
+    for layer, old, single, rows in zip(small.model.layers, model.model.layers, grams, kept, strict=True):
+        gram = single.double()
         weight = old.mlp.down_proj.weight.detach().double()
         inner = gram[rows][:, rows]
         lost = weight @ gram[:, rows] - weight[:, rows] @ inner
@@ -117,8 +140,9 @@ def loss_terms(model: Any, batches: Batches, keep: float) -> Any:
     return small
 
 
-def shortgpt(model: Any, batches: Batches, keep: float) -> Any:
-    """ShortGPT (arXiv:2403.03853): the blocks go whose inputs and outputs are most alike by cosine."""
+@once
+def likeness(model: Any, batches: Batches) -> Tensor:
+    """For each block the sum over tokens of the cosine between its input and its output, (blocks,)."""
     alike = torch.zeros(len(model.model.layers), dtype=torch.float64)
 
     def look(i: int) -> Callable[..., None]:
@@ -135,6 +159,12 @@ def shortgpt(model: Any, batches: Batches, keep: float) -> Any:
             model(input_ids=ids, use_cache=False)
     for hook in hooks:
         hook.remove()
+    return alike
+
+
+def shortgpt(model: Any, batches: Batches, keep: float) -> Any:
+    """ShortGPT (arXiv:2403.03853): the blocks go whose inputs and outputs are most alike by cosine."""
+    alike = likeness(model, batches)
     small = copy.deepcopy(model)
     limit = keep * count(model)
     block = count(model.model.layers[0])
@@ -186,8 +216,9 @@ class Final(nn.Module):
         return unit_rms(x) @ self.back
 
 
-def slicegpt(model: Any, batches: Batches, keep: float) -> Any:
-    """SliceGPT (arXiv:2401.15024): principal components of what each norm reads, the smallest of which go."""
+@once
+def stream_bases(model: Any, batches: Batches) -> Tensor:
+    """Principal directions of what each norm reads, the largest first, shape (norms, channels, directions)."""
     norms = [n for layer in model.model.layers for n in (layer.input_layernorm, layer.post_attention_layernorm)]
     norms.append(model.model.norm)
     moment = torch.zeros(len(norms), WIDTH, WIDTH, dtype=torch.float64)
@@ -205,7 +236,12 @@ def slicegpt(model: Any, batches: Batches, keep: float) -> Any:
             model(input_ids=ids, use_cache=False)
     for h in hooks:
         h.remove()
-    bases = torch.linalg.eigh(moment).eigenvectors.flip(-1).float()
+    return torch.linalg.eigh(moment).eigenvectors.flip(-1).float()
+
+
+def slicegpt(model: Any, batches: Batches, keep: float) -> Any:
+    """SliceGPT (arXiv:2401.15024): principal components of what each norm reads, the smallest of which go."""
+    bases = stream_bases(model, batches)
     low, high = 8, WIDTH
     while high - low > 8:
         middle = (low + high) // 16 * 8
@@ -234,13 +270,23 @@ def sliced(model: Any, bases: Tensor) -> Any:
     return small
 
 
+@once
+def with_gradients(model: Any, batches: Batches) -> Any:
+    """A copy whose parameters hold the gradients of the mean loss."""
+    copied = copy.deepcopy(model)
+    for ids in batches:
+        (copied(input_ids=ids, labels=ids).loss / len(batches)).backward()
+    return copied
+
+
 def torch_pruning_taylor(model: Any, batches: Batches, keep: float) -> Any:
     """Torch-Pruning 1.6 by its Taylor importance, one threshold, on the hidden layers of the FFN alone."""
     import torch_pruning
 
+    seen = with_gradients(model, batches)
     small = copy.deepcopy(model)
-    for ids in batches:
-        (small(input_ids=ids, labels=ids).loss / len(batches)).backward()
+    for p, q in zip(small.parameters(), seen.parameters(), strict=True):
+        p.grad = q.grad.clone()
     hidden = {part for layer in small.model.layers for part in (layer.mlp.gate_proj, layer.mlp.up_proj)}
     others = [m for m in small.modules() if isinstance(m, nn.Linear | nn.Embedding) and m not in hidden]
     within = sum(count(layer.mlp) for layer in small.model.layers)
