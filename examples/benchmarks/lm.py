@@ -33,7 +33,8 @@ WINDOW, BATCH = 256, 4
 WHAT = {"FFN": ("*mlp*",), "FFN + heads": ("*mlp*", "*self_attn*")}
 CRITERIA = ("default", "taylor", "flap", "wanda", "magnitude")
 TEXTS = ("wikipedia", "news")
-SPLIT = "calibration spread over seven eighths of Wikipedia, evaluation on the ends of both texts"
+SPLIT = "calibration spread over seven eighths of Wikipedia, evaluation on the ends of both texts; products in bfloat16"
+CUT = {"ShortGPT": "blocks", "SliceGPT": "stream"}  # what plain methods prune that do not prune the FFN
 
 
 def folder_of(package: str) -> Path:
@@ -92,7 +93,7 @@ def experiments(model: Any, batches: list[Tensor], arguments: argparse.Namespace
     for keep in arguments.budgets:
         for name in arguments.plain:
             method = PLAIN[name]
-            row = {"keep": keep, "method": name, "what": "blocks" if name == "ShortGPT" else "FFN", "by": "plain"}
+            row = {"keep": keep, "method": name, "what": CUT.get(name, "FFN"), "by": "plain"}
             yield row, lambda m=method, k=keep: iter([("", m(model, batches, k))])
         for criterion in arguments.criteria:
             for what in arguments.what:
@@ -120,6 +121,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=32768, help="tokens")
     parser.add_argument("--tokens", type=int, default=8192, help="of each text that is evaluated")
     arguments = parser.parse_args()
+    torch.set_float32_matmul_precision("medium")  # of what is summed in single precision
     model, texts = load()
     model.config.use_cache = False
     batches, _ = split(texts["wikipedia"], arguments.calibration, arguments.tokens)

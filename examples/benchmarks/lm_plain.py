@@ -1,7 +1,8 @@
 """Plain methods for pruning a Llama, from their papers, in as few lines as they take: what fxprune is held against.
 
-Each takes a model, batches of tokens and the share of the parameters that may stay, and returns a smaller copy. All but
-ShortGPT cut hidden layers of the FFN alone, in the Hugging Face modules, whose widths then differ.
+Each takes a model, batches of tokens and the share of the parameters that may stay, and returns a smaller copy. ShortGPT
+removes blocks, SliceGPT cuts the residual stream; the others cut hidden layers of the FFN alone, in the Hugging Face modules,
+whose widths then differ. Torch-Pruning is beside them, told to do the same.
 """
 
 from __future__ import annotations
@@ -19,6 +20,20 @@ Batches = Sequence[Tensor]
 
 def count(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
+
+
+def once(look: Callable[[Any, Batches], Any]) -> Callable[[Any, Batches], Any]:
+    """A function of a model and batches that looks at the same ones once, whatever the budget."""
+    seen: list[tuple[Any, Batches, Any]] = []
+
+    def remembered(model: Any, batches: Batches) -> Any:
+        for other, those, found in seen:
+            if other is model and those is batches:
+                return found
+        seen.append((model, batches, look(model, batches)))
+        return seen[-1][2]
+
+    return remembered
 
 
 def watch(model: Any, batches: Batches, look: Callable[[int, Tensor], None], *, backward: bool = False) -> None:
@@ -54,6 +69,7 @@ def lowest(model: Any, scores: Tensor, keep: float) -> list[Tensor]:
     return [(row >= threshold).nonzero().flatten() for row in scores]
 
 
+@once
 def moments(model: Any, batches: Batches) -> tuple[Tensor, Tensor, int]:
     """Of each hidden channel the sum and the sum of squares, (layers, channels), and the number of tokens."""
     layers, width = len(model.model.layers), model.config.intermediate_size
@@ -90,8 +106,9 @@ def wanda_sp(model: Any, batches: Batches, keep: float) -> Any:
     return cut_hidden(model, lowest(model, ranks, keep))
 
 
-def loss_terms(model: Any, batches: Batches, keep: float) -> Any:
-    """Squared first-order loss terms of each token, one threshold, and `down_proj` refitted from the original's moments."""
+@once
+def terms_and_grams(model: Any, batches: Batches) -> tuple[Tensor, Tensor]:
+    """Of each hidden channel the sum of squared loss terms, (layers, channels), and the moments of all pairs in a layer."""
     layers, width = len(model.model.layers), model.config.intermediate_size
     scores, grams = torch.zeros(layers, width, dtype=torch.float64), torch.zeros(layers, width, width)
 
@@ -100,14 +117,21 @@ def loss_terms(model: Any, batches: Batches, keep: float) -> Any:
         grams[i] += flat.mT @ flat
 
         def add(g: Tensor) -> None:
-            scores[i] += (x.detach() * g).double().square().sum((0, 1))
+            scores[i] += (flat * g.flatten(0, 1)).square().sum(0)
 
         x.register_hook(add)
 
     watch(model, batches, look, backward=True)
+    return scores, grams
+
+
+def loss_terms(model: Any, batches: Batches, keep: float) -> Any:
+    """Squared first-order loss terms of each token, one threshold, and `down_proj` refitted from the original's moments."""
+    scores, grams = terms_and_grams(model, batches)
     kept = lowest(model, scores, keep)
     small = cut_hidden(model, kept)
-    for layer, old, gram, rows in zip(small.model.layers, model.model.layers, grams.double(), kept, strict=True):
+    for layer, old, single, rows in zip(small.model.layers, model.model.layers, grams, kept, strict=True):
+        gram = single.double()
         weight = old.mlp.down_proj.weight.detach().double()
         inner = gram[rows][:, rows]
         lost = weight @ gram[:, rows] - weight[:, rows] @ inner
@@ -116,8 +140,9 @@ def loss_terms(model: Any, batches: Batches, keep: float) -> Any:
     return small
 
 
-def shortgpt(model: Any, batches: Batches, keep: float) -> Any:
-    """ShortGPT (arXiv:2403.03853): the blocks go whose inputs and outputs are most alike by cosine."""
+@once
+def likeness(model: Any, batches: Batches) -> Tensor:
+    """For each block the sum over tokens of the cosine between its input and its output, (blocks,)."""
     alike = torch.zeros(len(model.model.layers), dtype=torch.float64)
 
     def look(i: int) -> Callable[..., None]:
@@ -134,6 +159,12 @@ def shortgpt(model: Any, batches: Batches, keep: float) -> Any:
             model(input_ids=ids, use_cache=False)
     for hook in hooks:
         hook.remove()
+    return alike
+
+
+def shortgpt(model: Any, batches: Batches, keep: float) -> Any:
+    """ShortGPT (arXiv:2403.03853): the blocks go whose inputs and outputs are most alike by cosine."""
+    alike = likeness(model, batches)
     small = copy.deepcopy(model)
     limit = keep * count(model)
     block = count(model.model.layers[0])
@@ -145,4 +176,140 @@ def shortgpt(model: Any, batches: Batches, keep: float) -> Any:
     return small
 
 
-PLAIN = {"FLAP": flap, "Wanda-sp": wanda_sp, "ShortGPT": shortgpt, "loss terms, refitted": loss_terms}
+class Sliced(nn.Module):
+    """A block of SliceGPT: its layers in the bases of their own inputs, and matrices from one basis to the next.
+
+    Arguments:
+        layer: the block, whose layers have been rotated and cut.
+        first, second: what takes the stream over attention, and over the FFN, shape (channels, channels).
+    """
+
+    def __init__(self, layer: Any, first: Tensor, second: Tensor) -> None:
+        super().__init__()
+        self.attention, self.mlp = layer.self_attn, layer.mlp
+        self.first, self.second = nn.Parameter(first), nn.Parameter(second)
+
+    def forward(self, x: Tensor, **others: Any) -> Tensor:
+        x = x @ self.first + self.attention(hidden_states=unit_rms(x), **others)[0]
+        return x @ self.second + self.mlp(unit_rms(x))
+
+
+WIDTH = 576  # of the stream before it is cut: what a mean of squares is over
+
+
+def unit_rms(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) / WIDTH + 1e-5)
+
+
+class Final(nn.Module):
+    """The norm before the head, in the basis of the embeddings, which the head shares.
+
+    Arguments:
+        back: from the basis of the last block's result to that of the embeddings, with the norm's scale between.
+    """
+
+    def __init__(self, back: Tensor) -> None:
+        super().__init__()
+        self.back = nn.Parameter(back)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return unit_rms(x) @ self.back
+
+
+@once
+def stream_bases(model: Any, batches: Batches) -> Tensor:
+    """Principal directions of what each norm reads, the largest first, shape (norms, channels, directions)."""
+    norms = [n for layer in model.model.layers for n in (layer.input_layernorm, layer.post_attention_layernorm)]
+    norms.append(model.model.norm)
+    moment = torch.zeros(len(norms), WIDTH, WIDTH, dtype=torch.float64)
+
+    def look(i: int) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any) -> None:
+            x = unit_rms(args[0]).flatten(0, 1)
+            moment[i] += (x.mT @ x).double()
+
+        return hook
+
+    hooks = [norm.register_forward_pre_hook(look(i)) for i, norm in enumerate(norms)]
+    with torch.no_grad():
+        for ids in batches:
+            model(input_ids=ids, use_cache=False)
+    for h in hooks:
+        h.remove()
+    return torch.linalg.eigh(moment).eigenvectors.flip(-1).float()
+
+
+def slicegpt(model: Any, batches: Batches, keep: float) -> Any:
+    """SliceGPT (arXiv:2401.15024): principal components of what each norm reads, the smallest of which go."""
+    bases = stream_bases(model, batches)
+    low, high = 8, WIDTH
+    while high - low > 8:
+        middle = (low + high) // 16 * 8
+        low, high = (low, middle) if count(sliced(model, bases[:, :, :middle])) > keep * count(model) else (middle, high)
+    return sliced(model, bases[:, :, :low])
+
+
+@torch.no_grad()
+def sliced(model: Any, bases: Tensor) -> Any:
+    """The model with the stream cut to some directions of each norm's input, shape (norms, channels, directions)."""
+    small = copy.deepcopy(model)
+    for i, layer in enumerate(small.model.layers):
+        here, middle, there = bases[2 * i : 2 * i + 3]
+        for norm, parts, basis in (
+            (layer.input_layernorm, (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj), here),
+            (layer.post_attention_layernorm, (layer.mlp.gate_proj, layer.mlp.up_proj), middle),
+        ):
+            for part in parts:
+                part.weight = nn.Parameter(part.weight * norm.weight @ basis)
+        for part, basis in ((layer.self_attn.o_proj, middle), (layer.mlp.down_proj, there)):
+            part.weight = nn.Parameter(basis.mT @ part.weight)
+        small.model.layers[i] = Sliced(layer, here.mT @ middle, middle.mT @ there)
+    small.model.norm = Final(bases[-1].mT @ (small.model.norm.weight.unsqueeze(1) * bases[0]))
+    small.model.embed_tokens.weight = nn.Parameter(small.model.embed_tokens.weight @ bases[0])
+    small.lm_head.weight = small.model.embed_tokens.weight
+    return small
+
+
+@once
+def with_gradients(model: Any, batches: Batches) -> Any:
+    """A copy whose parameters hold the gradients of the mean loss."""
+    copied = copy.deepcopy(model)
+    for ids in batches:
+        (copied(input_ids=ids, labels=ids).loss / len(batches)).backward()
+    return copied
+
+
+def torch_pruning_taylor(model: Any, batches: Batches, keep: float) -> Any:
+    """Torch-Pruning 1.6 by its Taylor importance, one threshold, on the hidden layers of the FFN alone."""
+    import torch_pruning
+
+    seen = with_gradients(model, batches)
+    small = copy.deepcopy(model)
+    for p, q in zip(small.parameters(), seen.parameters(), strict=True):
+        p.grad = q.grad.clone()
+    hidden = {part for layer in small.model.layers for part in (layer.mlp.gate_proj, layer.mlp.up_proj)}
+    others = [m for m in small.modules() if isinstance(m, nn.Linear | nn.Embedding) and m not in hidden]
+    within = sum(count(layer.mlp) for layer in small.model.layers)
+    torch_pruning.pruner.BasePruner(
+        small,
+        {"input_ids": batches[0][:1]},
+        importance=torch_pruning.importance.TaylorImportance(),
+        global_pruning=True,
+        pruning_ratio=(1 - keep) * count(model) / within,
+        max_pruning_ratio=0.99,
+        ignored_layers=others,
+        root_module_types=[nn.Linear],
+        forward_fn=lambda m, inputs: m(**inputs).logits,
+    ).step()
+    small.zero_grad()
+    return small
+
+
+PLAIN = {
+    "FLAP": flap,
+    "Wanda-sp": wanda_sp,
+    "ShortGPT": shortgpt,
+    "SliceGPT": slicegpt,
+    "Torch-Pruning, Taylor": torch_pruning_taylor,
+    "loss terms, refitted": loss_terms,
+}
