@@ -206,8 +206,8 @@ class Rewriter:
         found = self.pruned.get(node)
         if found is None:
             result = self.capture.results.get(node)
-            single = type(result) is TensorRef
-            found = bool(self.cuts(result)) if single else any(map(self.cuts, collect(result, TensorRef)))
+            refs = [result] if type(result) is TensorRef else collect(result, TensorRef)
+            found = any(map(self.cuts, refs))
             self.pruned[node] = found
         return found
 
