@@ -44,6 +44,16 @@ def reported(name):
     return model, x, small, fxprune.report(model, small, x, ratios=RATIOS, sensitivity=sensitivity)
 
 
+@functools.cache
+def swept():
+    """Two budgets and two criteria of a small net, without timing."""
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3)).eval(), torch.randn(4, 8)
+    evaluate = lambda m: -float((m(x) - model(x)).detach().square().mean())  # noqa: E731
+    asked = {"budgets": {"macs": [0.5, 0.25]}, "criteria": ["magnitude", "random"], "rankings": "local", "measure": False}
+    return fxprune.sweep(model, x, evaluate, **asked)
+
+
 VOID = frozenset("area base br col embed hr img input link meta source track wbr".split())
 
 

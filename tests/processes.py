@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import multiprocessing
 import os
 import socket
 
@@ -10,6 +11,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from fxprune import PruneError
+
+# Importing these takes longer than most tasks, so one process does it and the others are forked from that one. fxprune is not
+# among them: each process imports that of the path which pytest has set.
+IMPORTED = ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "torch._dynamo", "safetensors.torch"]
+multiprocessing.set_forkserver_preload([*IMPORTED, "networkx", "scipy.sparse", "rich", "pytest"])
 
 
 def work(rank, world, port, tasks, folder):
@@ -32,5 +38,5 @@ def in_processes(world, tasks, folder):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(work, (world, port, tasks, folder), nprocs=world)
+    mp.start_processes(work, (world, port, tasks, folder), nprocs=world, start_method="forkserver")
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]

@@ -6,7 +6,7 @@ Chromium is that of the system, driven by playwright; without either the tests a
 import shutil
 
 import pytest
-from pages import MODELS, RATIOS, reported
+from pages import MODELS, RATIOS, reported, swept
 
 import fxprune
 
@@ -35,6 +35,7 @@ def pages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
     for name in MODELS:
         reported(name)[-1].to_html(folder / f"{name}.html")
+    swept().to_html(folder / "sweep.html")
     return folder
 
 
@@ -71,6 +72,22 @@ def test_it_fits_at_every_width_in_light_and_dark(visit, name):
             assert page.evaluate(TOO_WIDE) == []
             grounds.add((scheme, page.evaluate("getComputedStyle(document.body).backgroundColor")))
     assert len(grounds) == 2, "one ground for light, another one for dark"
+
+
+def test_the_page_of_a_sweep_fits_and_has_every_point(visit):
+    grounds = set()
+    for width in WIDTHS:
+        for scheme in ("light", "dark"):
+            page = visit("sweep", width, scheme)
+            assert page.evaluate("document.documentElement.scrollWidth") == width
+            assert page.evaluate(TOO_WIDE) == []
+            grounds.add((scheme, page.evaluate("getComputedStyle(document.body).backgroundColor")))
+    assert len(grounds) == 2, "one ground for light, another one for dark"
+    plots = page.locator("svg[role=img]")
+    assert plots.count() > 0
+    for plot in plots.all():
+        assert plot.locator("circle:not(.whole)").count() == len(swept().points) == 4
+        assert plot.bounding_box()["width"] > 200
 
 
 @every_model

@@ -152,10 +152,16 @@ class Reporter:
             links_of(choice.solution, found, names),
             sensitivity,
             self.meta.get("chosen", ()),
-            tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in self.meta.get("unused", ()))),
+            self.unused(),
             self.meta.get("branches", ()),
             next(self.meta["repair"].sentences()) if "repair" in self.meta else "",
         )
+
+    def unused(self) -> tuple[str, ...]:
+        """The modules of tensors that the example does not use, but for single numbers, such as a norm's count of batches."""
+        tensors = self.compilation.tensors
+        names = (name for name in self.meta.get("unused", ()) if tensors[name].dim())
+        return tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
 
     def other_ratios(self, ratios: Sequence[float], names: Sequence[str], total: float | None) -> tuple[RatioCosts, ...]:
         """What other ratios leave; `total` are the measured seconds of the original, where times are to be estimated."""
