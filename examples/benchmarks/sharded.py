@@ -34,7 +34,7 @@ COLUMNS = (
     "processes",
     "shards of each, MB",
     "largest parameter, MB",
-    "at most, MB",
+    "at most, of each, MB",
     "left of the shards, MB",
     "CPU, s",
     "plan and values",
