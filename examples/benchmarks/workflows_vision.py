@@ -210,7 +210,7 @@ def grad_checkpointing(case: Case) -> None:
 
 @workflow(DETECT, "detect in images of other sizes", "Faster R-CNN", "SSDlite")
 def detect(case: Case) -> None:
-    """Of the two the second is the wider one, as among the example inputs: a GraphModule has the path that these took."""
+    """Of the two the second is the wider one, as among the example inputs: another path is not the GraphModule's."""
     one, two = photographs((120, 136), (96, 112))
     same([detected(case, [one, two.flip(-1)])[0]["scores"]], [detected(case, [one, two])[0]["scores"]], 1e-3)
 
