@@ -85,7 +85,7 @@ class GraphBuilder(ProxyAttributes):
         self.frames = [Frame("", root)]
         self.module_calls: list[TracedCall] = []
         self.proxies: list[weakref.ref[Any]] = []
-        self.index = {}
+        self.index, self.grad_modes = {}, []
         self.bar = progress_bar(None, "tracing", "op")
         self.depends = {}
         self.short: dict[Any, str] = {}  # names of nodes, by target
@@ -310,6 +310,7 @@ class GraphBuilder(ProxyAttributes):
         while self.module_calls and self.module_calls[-1].end > begin:
             self.module_calls.pop()
         self.guards = [g for g in self.guards if self.index[g.node] < begin]
+        self.grad_modes = [(number, mode) for number, mode in self.grad_modes if number < begin]
         self.stored.restore(self.index, begin)
         gone = [k for k, p in self.attributes.items() if self.index[p.node] >= begin]
         for key in gone:

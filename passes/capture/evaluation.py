@@ -118,7 +118,7 @@ class Evaluator:
 
     def note_mode_read(self, module: nn.Module) -> None:
         """A module asks for its mode while a node runs; a layer of torch's own couples the same in either."""
-        if self.running in self.opaque and not is_standard(type(module)):  # type: ignore[arg-type]  # a class is hashable, whatever mypy says
+        if self.running in self.opaque and not is_standard(type(module)):  # type: ignore[arg-type]  # as in `is_layer`
             self.asking.add(str(self.running))
 
     def inner_call(self, path: str | None, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.overrides import BaseTorchFunctionMode
 
+from fxprune.passes.ir.program import IS_GRAD_ENABLED, SET_GRAD_ENABLED
 from fxprune.passes.ir.pytree import record
 
 VISIBLE = contextvars.ContextVar("visible", default=False)  # which a thread may take over from another one
@@ -113,6 +114,44 @@ STAND_INS |= {id(kind): vars(STANDS_FOR_TORCH)[name] for name, kind in LEGACY.it
 def not_a_models(names: dict[str, Any]) -> bool:
     """Whether the variables of a file are those of a package that holds no code of a model's."""
     return str(names.get("__name__", "")).partition(".")[0] in NOT_MODELS
+
+
+def see_grad_modes(patches: Any) -> None:
+    """Regions with and without gradients (`no_grad`, `enable_grad`, `set_grad_enabled`) are nodes that read and set the mode.
+
+    To leave out what gradients need, and to forbid them, are one for the gradients of what is outside: an `inference_mode`
+    is a region without them.
+    """
+    kind = torch.inference_mode
+    enter, leave = kind.__enter__, kind.__exit__
+
+    def is_grad_enabled() -> Any:
+        return patches.tracer.read_grad_mode() if patches.tracing() else IS_GRAD_ENABLED()
+
+    def set_grad_enabled(mode: Any) -> None:
+        if patches.tracing():
+            patches.tracer.set_grad_mode(mode)
+        else:
+            SET_GRAD_ENABLED(mode)
+
+    def entered(region: Any) -> None:
+        if patches.tracing():
+            region._inference_mode_context = is_grad_enabled()
+            set_grad_enabled(not region.mode)
+        else:
+            enter(region)
+
+    def left(region: Any, *error: Any) -> None:
+        if patches.tracing():
+            set_grad_enabled(vars(region).pop("_inference_mode_context"))
+        else:
+            leave(region, *error)
+
+    patches.replaced += [(IS_GRAD_ENABLED, is_grad_enabled), (SET_GRAD_ENABLED, set_grad_enabled)]
+    patches.patch(torch, "is_grad_enabled", is_grad_enabled)
+    patches.patch(torch._C, "_set_grad_enabled", set_grad_enabled)
+    patches.patch(kind, "__enter__", entered)
+    patches.patch(kind, "__exit__", left)
 
 
 @contextlib.contextmanager

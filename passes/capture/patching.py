@@ -29,6 +29,7 @@ from fxprune.passes.capture.patches import (
     legacy,
     named_apply,
     not_a_models,
+    see_grad_modes,
     vectorised,
 )
 from fxprune.passes.capture.proxy import PROXIES, unwrap
@@ -201,8 +202,7 @@ class Patches:
         self.patch(torch._functorch.apis, "vmap_impl", vmap_impl)
 
     def batch_statistics(self) -> None:
-        """One example may be too few for batch statistics, but shapes are all that matters here; and the dispatcher would
-        show the room for what a GPU's training kernel saves as one more call."""
+        """One example may be too few for batch statistics; and what a GPU's kernel saves would be one more call."""
         functional: Any = F
         plain, verify = torch.batch_norm, functional._verify_batch_size
 
@@ -217,8 +217,7 @@ class Patches:
 
     def attention(self) -> None:
         """A function that is traced through has to run on after its check for overridden arguments, which led to the tracer."""
-        functional: Any = F
-        check = functional.has_torch_function
+        check = vars(F)["has_torch_function"]
 
         def has_torch_function(args: Any) -> bool:
             if not self.tracing():
@@ -347,4 +346,5 @@ PATCHES: list[Callable[[Patches], None]] = [
     Patches.modules,
     Patches.fx_flag,
     see_own_calls,
+    see_grad_modes,
 ]

@@ -18,7 +18,7 @@ from fxprune.passes.capture.proxy import PROXIES, Proxy, TensorProxy, unwrap
 from fxprune.passes.capture.recorder import Recorder
 from fxprune.passes.errors import NeedsValues, ReadsMissing, ReadsValue
 from fxprune.passes.ir.data_sizes import DataSizes
-from fxprune.passes.ir.program import Guard, tensors_read
+from fxprune.passes.ir.program import IS_GRAD_ENABLED, SET_GRAD_ENABLED, Guard, tensors_read
 from fxprune.passes.ir.pytree import TensorRef, iterate
 
 # Tensor attributes and methods that are facts of the program rather than values that flow through it.
@@ -62,6 +62,7 @@ class ProxyAttributes(fx.Tracer):
         evaluator: of the nodes.
         recorder: of the dispatcher calls.
         names: the names of the model's tensors, by identity.
+        grad_modes: whether gradients are on after each node that says so, by its number; the run itself has none.
         inlining: whether the next check for overridden arguments in `torch.nn.functional` is to find none.
     """
 
@@ -73,6 +74,7 @@ class ProxyAttributes(fx.Tracer):
     recorder: Recorder
     names: dict[int, str]
     results: dict[fx.Node, Any]
+    grad_modes: list[tuple[int, bool]]
     inlining: bool = False
     reads_numbers: bool = False  # whether any number of the graph is read from a tensor
 
@@ -171,8 +173,20 @@ class ProxyAttributes(fx.Tracer):
         self.reads_numbers = True
         return self.create_proxy("call_method", how, (proxy,), {})
 
+    def read_grad_mode(self) -> Any:
+        """Whether gradients are on at this point of the program, which nobody knows before it runs."""
+        node = self.create_node("call_function", IS_GRAD_ENABLED, (), {})
+        return self.bind(node, self.grad_modes[-1][1] if self.grad_modes else False)
+
+    def set_grad_mode(self, mode: Any) -> None:
+        node = self.create_node("call_function", SET_GRAD_ENABLED, (self.create_arg(mode),), {})
+        self.results[node], self.depends[node] = None, False
+        self.grad_modes.append((self.index[node], bool(unwrap(mode))))
+
     @internal
     def concretise(self, proxy: Any, how: str) -> Any:
+        if proxy.node.target is IS_GRAD_ENABLED:
+            return proxy.value
         if isinstance(proxy.value, Tensor):
             if self.is_made_of_sizes(proxy.node) and proxy.value.numel() == 1:
                 return self.concretise(self.read_numbers(proxy, "item"), how)

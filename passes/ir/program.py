@@ -220,6 +220,9 @@ def select_by_mode(evaluated: Any, trained: Any) -> Any:
     raise AssertionError(f"a node that selects between {evaluated} and {trained} is in no emitted program")
 
 
+IS_GRAD_ENABLED, SET_GRAD_ENABLED = torch.is_grad_enabled, torch._C._set_grad_enabled  # by which regions are lines of a program
+
+
 def assigned(held: Tensor, value: Tensor) -> None:
     """In a program, what `module.tensor = value` leaves: the module's tensor holds the value, where it has its shape."""
     if held.shape == value.shape:

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from fxprune.passes.ir.program import select_by_mode
+from fxprune.passes.ir.program import IS_GRAD_ENABLED, select_by_mode
 from fxprune.passes.ir.pytree import ATOMS
 
 ARITHMETIC = "getitem mul floordiv add sub truediv mod pow neg eq ne lt gt le ge".split()
 READS = frozenset(["size", "dim", "numel"])
-PURE = frozenset([getattr, "clone"])
+PURE = frozenset([getattr, "clone", IS_GRAD_ENABLED])
 COMPUTES = frozenset(getattr(operator, name) for name in ARITHMETIC)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import fx, nn
@@ -13,6 +13,7 @@ from torch.fx.graph import PythonCode
 
 from fxprune.passes.errors import GuardError, PruneError
 from fxprune.passes.ir.module_tree import Apart, fetch
+from fxprune.passes.ir.program import IS_GRAD_ENABLED, SET_GRAD_ENABLED
 from fxprune.passes.rewrite.changes import tree_text
 from fxprune.passes.rewrite.guards import with_texts_as_arguments
 from fxprune.passes.rewrite.programs import OWN_MODEL, Forwards, Program, numbered, without_dead
@@ -29,6 +30,21 @@ class Member:
 
     def __get__(self, module: nn.Module, kind: type | None = None) -> Any:
         return nn.Module.__getattr__(module, self.name)
+
+
+def restoring(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that leaves gradients on or off as they were where it raises: a program has no `finally`."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        before = IS_GRAD_ENABLED()
+        try:
+            return function(*args, **kwargs)
+        except BaseException:
+            SET_GRAD_ENABLED(before)
+            raise
+
+    return run
 
 
 class Functions:
@@ -50,6 +66,7 @@ class Functions:
         if found is None:
             code = program.graph().python_code("self")
             function = fx.graph_module._forward_from_src(code.src, code.globals)
+            function = restoring(function) if any(line.target is SET_GRAD_ENABLED for line in program.lines) else function
             taken = [*inspect.signature(function).parameters.values()][1 + len(texts) :]
             found = function, [f"**{p.name}" if p.kind is p.VAR_KEYWORD else p.name for p in taken]
             candidates.append((form, found))
@@ -164,7 +181,10 @@ class PrunedModule(fx.GraphModule):
         if not len(self._graph.nodes):  # the empty one that `__init__` starts with
             return PythonCode("", {}, None)
         vars(self)["_takes"] = [str(node.target) for node in self._graph.nodes if node.op == "placeholder"]
-        return super().recompile()
+        code = super().recompile()
+        if any(node.target is SET_GRAD_ENABLED for node in self._graph.nodes):
+            type(self).forward = restoring(type(self).forward)  # type: ignore[method-assign]
+        return code
 
     def train(self, mode: bool = True) -> PrunedModule:
         super().train(mode)
