@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.arguments import checked_call
 from fxprune.basis.pruning import prune_in_basis
+from fxprune.comparisons.compare import compare
 from fxprune.criteria.base import Criterion
 from fxprune.criteria.catalog import CriterionName
 from fxprune.distributed.ranks import ranks_of
@@ -39,7 +40,7 @@ from fxprune.selection.options import (
     Scopes,
     Verify,
 )
-from fxprune.verification import Verification, compare
+from fxprune.verification import Verification
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from fxprune.comparisons.compare import compare
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import surface
@@ -22,7 +23,7 @@ from fxprune.passes.rewrite.guards import guards_of, noting
 from fxprune.passes.rewrite.pruned_module import PrunedModule
 from fxprune.passes.verification.masked_model import Removal
 from fxprune.plan import PlanData
-from fxprune.verification import Verification, compare, evaluating, quietly, restoring
+from fxprune.verification import Verification, evaluating, quietly, restoring
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,8 @@ from fxprune.passes.ir.module_tree import named_parameters, named_tensors
 from fxprune.passes.ir.pytree import collect, map_tensors
 from fxprune.plan_format import DTYPES, elements
 
+EXAMPLE = "the example inputs"
+
 
 @dataclass(frozen=True, slots=True)
 class ExampleInputs:
@@ -92,6 +94,21 @@ class ExampleInputs:
             return (["batch"], self.one_more()) if self.image_size is None else None
         return ["batch", "image size"], self.one_more().with_images(smaller)
 
+    def fewer(self) -> Iterator[tuple[list[str], ExampleInputs]]:
+        """Two samples, or one more than there is; smaller images come first. With sentences on what is other."""
+        if self.batch is None:
+            return
+        one_more = self.one_more()
+        batches = [(["another batch"], self.map(lambda t: t[:2] if t.dim() and t.shape[0] == self.batch else t))]
+        batches = [*(batches if self.batch > 2 else []), ([EXAMPLE, "another batch"], one_more)]
+        if self.image_size is not None:
+            few = batches[0][1]
+            for change in (smallest, smaller):
+                images = few.with_images(change)
+                if all(n < own for n, own in zip(images.image_size or (0, 0), self.image_size, strict=True)):
+                    yield ["another batch", "another image size"], images
+        yield from batches
+
     @property
     def image_size(self) -> tuple[int, int] | None:
         """Height and width of the first tensor that may be images; None where there is none."""
@@ -155,6 +172,12 @@ def smaller(images: Tensor) -> Tensor:
     """The upper left of images, about half as high and as wide."""
     height, width = images.shape[-2:]
     return images[..., : smaller_size(height), : smaller_size(width)].clone()
+
+
+def smallest(images: Tensor) -> Tensor:
+    """The upper left of large images: 64 rows and columns, which at a stride of 32 leave more than one place."""
+    height, width = images.shape[-2:]
+    return images[..., : min(64, smaller_size(height)), : min(64, smaller_size(width))].clone()
 
 
 def smaller_size(size: int) -> int:

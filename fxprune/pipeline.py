@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.batch_guards import Recompiled, for_any_batch
+from fxprune.comparisons.compare import compare
 from fxprune.distributed.sharded import in_shards
 from fxprune.entry_points import entry_point
 from fxprune.errors import PruneWarning
@@ -29,6 +30,7 @@ from fxprune.passes.ir.slices import Slicer, nothing_of
 from fxprune.passes.rewrite.pruned_module import PrunedModule
 from fxprune.passes.rewrite.rewrite import Cut, rewrite_program
 from fxprune.passes.verification.opaque_check import broken, opaque_sites
+from fxprune.passes.verification.outlook import outlook
 from fxprune.plan import PlanData, derived_tensors, kept_labels, plan_between, shapes_of, sign
 from fxprune.same_class.configuration import conflict, followers
 from fxprune.same_class.in_place import become, consume, whole
@@ -41,7 +43,7 @@ from fxprune.selection.options import Options
 from fxprune.selection.select import select_half, select_units
 from fxprune.selection.structures import narrow
 from fxprune.stage_checks import check_choice, check_coupling
-from fxprune.verification import compare, tolerance_of
+from fxprune.verification import tolerance_of
 
 Select = Callable[[Solution], tuple[Tensor, Slicer]]
 TRIED = "belongs to a module that is not captured and fails once it is cut"
@@ -285,7 +287,8 @@ class Compilation:
         model = values or self.model
         inputs = self.inputs if values is None else self.inputs.beside(values)
         try:
-            found = compare(model, pruned, choice.removal(self.options.heads), inputs, sizes=True)
+            expected = outlook(choice.solution, choice.kept.numpy(), self.tensors)
+            found = compare(model, pruned, choice.removal(self.options.heads), inputs, sizes=True, outlook=expected)
         except Exception as error:
             raise PruneError(
                 f"the pruned model could not be verified: {type(error).__name__}: {error}",

@@ -13,8 +13,12 @@ from oracle import run
 from torch import Tensor, fx, nn
 
 import fxprune
+from fxprune.comparisons.compare import compare
 from fxprune.passes.verification.masked_model import MaskedOriginal
+from fxprune.passes.verification.outlook import outlook
 from fxprune.passes.verification.zeroed_model import ZeroedOriginal
+from fxprune.pipeline import Compilation
+from fxprune.plan import plan_between
 
 CAUGHT = 1e-3
 
@@ -33,14 +37,25 @@ def conv_norm_conv_flatten() -> tuple[nn.Module, Tensor]:
 def pruned_correctly(model: nn.Module, inputs: Any) -> fx.GraphModule:
     """The pruned model, which is right to begin with: otherwise nothing here would be worth anything."""
     pruned = fxprune.prune(model, 0.5, example_inputs=inputs, verify=False)
-    assert fxprune.verify(model, pruned, inputs).ok
+    assert fxprune.verify(model, pruned, inputs).ok and as_prune_verifies(model, pruned, inputs).ok
     return pruned
 
 
+def as_prune_verifies(model: nn.Module, pruned: fx.GraphModule, inputs: Any) -> fxprune.Verification:
+    """What `prune` finds by default, which runs less than `verify` does."""
+    plan = plan_between(model, pruned)
+    compilation = Compilation.of_plan(model, plan, inputs)
+    choice = compilation.choice_of(plan)
+    removal = choice.removal(plan.coupling_options.heads)
+    expected = outlook(choice.solution, choice.kept.numpy(), compilation.tensors)
+    return compare(model, pruned, removal, compilation.inputs, sizes=True, outlook=expected)
+
+
 def check_caught(model: nn.Module, pruned: fx.GraphModule, inputs: Any) -> None:
-    verification = fxprune.verify(model, pruned, inputs)
-    assert verification.error > CAUGHT
-    assert not verification.ok
+    for verify in (fxprune.verify, as_prune_verifies):
+        verification = verify(model, pruned, inputs)
+        assert verification.error > CAUGHT
+        assert not verification.ok
 
 
 def cut(model: nn.Module, pruned: fx.GraphModule, name: str, dim: int = 0) -> tuple[list[int], list[int]]:
@@ -198,9 +213,10 @@ def test_what_is_wrong_at_another_size_alone(size: str) -> None:
         return out if given[0].shape[dim] == x.shape[dim] else out * 1.5
 
     pruned.register_forward_hook(off)
-    found = fxprune.verify(model, pruned, x)
-    assert not found.ok
-    assert found.compared == ("the example inputs", "another batch", "another image size")
+    for verify in (fxprune.verify, as_prune_verifies):
+        found = verify(model, pruned, x)
+        assert not found.ok
+        assert found.compared == ("the example inputs", "another batch", "another image size")
 
 
 def test_sizes_are_tried_in_one_run_by_the_original_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,3 +240,39 @@ def noted(reference: type, runs: list[tuple[str, torch.Size]]) -> Callable[..., 
         return run(self, args, kwargs, *rest, **options)
 
     return call
+
+
+def runs_of_a_prune(monkeypatch: pytest.MonkeyPatch, model: nn.Module, x: Tensor) -> list[tuple[str, torch.Size]]:
+    runs: list[tuple[str, torch.Size]] = []
+    for reference in (MaskedOriginal, ZeroedOriginal):
+        monkeypatch.setattr(reference, "__call__", noted(reference, runs))
+    assert fxprune.prune(model, 0.5, example_inputs=x).verification.ok
+    return runs
+
+
+def test_a_prune_runs_one_reference_once_on_small_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = strided()
+    runs = runs_of_a_prune(monkeypatch, model, torch.randn(1, 3, 224, 224, dtype=torch.double))
+    assert runs == [("ZeroedOriginal", torch.Size([2, 3, 64, 64]))]
+
+
+def test_a_prune_looks_at_one_sample_where_zeros_may_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Labels say that it is worth a look; that the zeroed original is no reference is found without any."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 4)).double().eval()
+    runs = runs_of_a_prune(monkeypatch, model, torch.randn(9, 6, dtype=torch.double))
+    assert runs == [("ZeroedOriginal", torch.Size([1, 6])), ("MaskedOriginal", torch.Size([2, 6]))]
+
+
+def test_a_prune_leaves_what_forwards_write_to_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The masked original did not run before it, which found out by itself that a forward writes to parameters."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.count.add_(1)
+        return self.b(self.a(x).relu()) * self.count
+
+    model = net(forward, a=linear(6, 8), b=linear(8, 4), count=nn.Parameter(torch.ones(()))).double().eval()
+    x = torch.randn(2, 6, dtype=torch.double)
+    pruned = fxprune.prune(model, 0.5, example_inputs=x)
+    assert pruned.verification.ok and model.count == 1
+    assert next(p for n, p in pruned.named_parameters() if n.endswith("count")) == 1

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fxprune.passes.ir.pytree import attributes_of, is_record
+from fxprune.passes.ir.pytree import ATOMS, attributes_of, is_record
 
 CONTAINERS = frozenset([dict, OrderedDict, set, list, tuple])
+EMPTIED = CONTAINERS - {tuple}
 GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 
 Contents = Sequence[Callable[[], object]]  # functions that each put one object back
@@ -23,7 +24,12 @@ Contents = Sequence[Callable[[], object]]  # functions that each put one object 
 
 def changeable(value: Any) -> bool:
     """Whether something is no tensor and no module, and can be changed in place."""
-    return type(value) in CONTAINERS or isinstance(value, GENERATORS) or is_record(value)
+    return type(value) not in ATOMS and (type(value) in CONTAINERS or is_generator(type(value)) or is_record(value))  # type: ignore[arg-type]  # as in `is_record`
+
+
+@functools.lru_cache(maxsize=4096)
+def is_generator(kind: Any) -> bool:
+    return issubclass(kind, GENERATORS)
 
 
 def contents(box: Any, seen: set[int] | None = None, *, tensors: bool = False) -> Contents:
@@ -32,7 +38,7 @@ def contents(box: Any, seen: set[int] | None = None, *, tensors: bool = False) -
     Arguments: `seen`, objects that were looked into already; `tensors`, whether those are written back too, as in a record.
     """
     seen = set() if seen is None else seen
-    if isinstance(box, GENERATORS):
+    if is_generator(type(box)):  # type: ignore[arg-type]
         return [rewound(box)]
     if isinstance(box, Tensor):
         return [written_back(box)] if tensors and not box.is_meta and not isinstance(box, nn.Parameter) else []
@@ -40,19 +46,26 @@ def contents(box: Any, seen: set[int] | None = None, *, tensors: bool = False) -
         return []
     seen.add(id(box))
     if type(box) in CONTAINERS:
-        inner = list(box.values() if isinstance(box, dict) else box)
-        held = [] if type(box) is tuple else [filled_as_now(box)]
+        inner = list(box.values() if isinstance(box, dict) else box) if box else []
+        held: list[Callable[[], object]] = [] if type(box) is tuple else [filled_as_now(box)]
     else:
         with attributes_of(box) as attributes:
             if attributes is None:
                 return []
             inner, held, tensors = list(attributes.values()), [attributes_as_now(box, attributes)], True
-    return held + [
-        pair
-        for v in inner
-        if (tensors and isinstance(v, Tensor)) or changeable(v)
-        for pair in contents(v, seen, tensors=tensors)
-    ]
+    empty = [v for v in inner if type(v) in EMPTIED and not v] if type(box) is dict else []  # as most dicts of hooks are
+    for v in inner:
+        if type(v) in ATOMS or (type(v) in EMPTIED and empty and not v):
+            continue
+        if (tensors and isinstance(v, Tensor)) or changeable(v):
+            held += contents(v, seen, tensors=tensors)
+    return [*held, functools.partial(emptied, empty)] if empty else held
+
+
+def emptied(boxes: Sequence[Any]) -> None:
+    for box in boxes:
+        if box:
+            box.clear()
 
 
 def refill(held: Contents) -> None:

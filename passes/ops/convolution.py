@@ -12,7 +12,7 @@ from fxprune.passes.ir.labels import NONE, Factor, Labels, along, factor
 from fxprune.passes.ir.op_trace import OpTrace
 from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ops.call import OpView, RuleContext
-from fxprune.passes.ops.masking import with_zeros
+from fxprune.passes.ops.masking import products_with_zeros
 from fxprune.passes.ops.matmul import contract
 from fxprune.passes.ops.registry import OpSpec, Product, find_node, register, spec_of
 from fxprune.passes.ops.rewriting import RewriteContext, argument, groups_left, spread_out, with_argument
@@ -254,7 +254,7 @@ def slid(r: RewriteContext, node: fx.Node) -> fx.Node | None:
     return made
 
 
-CONVOLUTION = OpSpec(convolution, regroup(8), masked=with_zeros, products=products, groups=groups_of, macs=macs)
+CONVOLUTION = OpSpec(convolution, regroup(8), masked=products_with_zeros, products=products, groups=groups_of, macs=macs)
 register(
     "convolution _convolution mkldnn_convolution cudnn_convolution* miopen_convolution* conv_depthwise* _conv_depthwise*"
     " thnn_conv* slow_conv*",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fxprune.passes.ir.labels import Labels, fill_removed
+from fxprune.passes.ir.op_trace import written_by
 from fxprune.passes.ir.pytree import TensorRef, map_tensors
 from fxprune.passes.ops.call import OpView
 
@@ -74,6 +75,20 @@ def filled_with(value: float) -> Callable[[MaskContext, OpView, Any, Any], Any]:
 
 
 with_zeros = filled_with(0.0)
+
+
+def products_with_zeros(run: MaskContext, call: OpView, args: Any, kwargs: Any) -> Any:
+    """The masked form of a sum of products: if all operands but one are zero already, so are the products, unless not finite.
+
+    Operands that are contracted lose the same elements, or the pruned op would not run.
+    """
+    refs = [ref for ref in call.op.inputs if run.mask(ref) is not None]
+    zeroed = [ref for ref in refs if run.is_zeroed(ref)]
+    if zeroed and len(refs) - len(zeroed) <= 1 and not written_by(call.op.func):
+        out = call.op.func(*args, **kwargs)
+        if bool(out.sum().isfinite()):
+            return out
+    return with_zeros(run, call, args, kwargs)
 
 
 def kept_mean(x: Tensor, mask: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from fxprune.passes.ir.labels import NONE, Factor, Labels, align, factor
 from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ops.call import OpView, RuleContext
-from fxprune.passes.ops.masking import MaskContext, with_value, with_zeros
+from fxprune.passes.ops.masking import MaskContext, products_with_zeros, with_value, with_zeros
 from fxprune.passes.ops.registry import OpSpec, Product, register
 from fxprune.passes.ops.rewriting import RewriteContext, argument, with_argument
 from fxprune.passes.ops.unify import unify
@@ -304,11 +304,11 @@ def inverted(call: RuleContext) -> list[Labels]:
     return call.freeze_inputs("is inverted, which zeros in place of what is removed are not")
 
 
-MATMUL = OpSpec(matmul, masked=with_zeros, products=matmul_products, macs=matmul_macs)
+MATMUL = OpSpec(matmul, masked=products_with_zeros, products=matmul_products, macs=matmul_macs)
 register("mm addmm _addmm_activation", MATMUL)
 register("bmm baddbmm matmul", dataclasses.replace(MATMUL, heads=True))
 register("mv addmv dot vdot inner", dataclasses.replace(MATMUL, macs=None))  # which torch does not count
-register("linear", OpSpec(linear, masked=with_zeros, products=linear_products, macs=linear_macs))
+register("linear", OpSpec(linear, masked=products_with_zeros, products=linear_products, macs=linear_macs))
 register("_grouped_mm", OpSpec(grouped_product, padded_grouped_product, masked=masked_grouped_product), functions="grouped_mm")
 register("addbmm", OpSpec(addbmm, masked=with_zeros))
 register("addr", OpSpec(addr))

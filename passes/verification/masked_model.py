@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxprune.passes.capture.index_contents import storage_of, version_of
 from fxprune.passes.capture.meta_kernels import VIEWS
@@ -29,9 +28,10 @@ from fxprune.passes.ir.op_trace import OpCall, written_by
 from fxprune.passes.ir.propagation_state import PropagationState
 from fxprune.passes.ir.pytree import TensorRef, collect, map_tensors
 from fxprune.passes.ir.quiet import random_state, set_random_state
-from fxprune.passes.ir.slices import Slicer
+from fxprune.passes.ir.slices import Slicer, TensorSlice
 from fxprune.passes.ops.call import OpView, RuleContext
 from fxprune.passes.ops.registry import find
+from fxprune.passes.verification.index_order import draws_numbers, in_index_order
 from fxprune.passes.verification.masked_branches import MaskedBranches
 
 
@@ -275,6 +275,15 @@ class MaskedOriginal:
                 return out if whole else map_tensors(out, masker.kept_of)
             fates = masker.kept
 
+    def share(self, zeroed: Mapping[str, Tensor], slices: Mapping[str, Sequence[TensorSlice]]) -> None:
+        """Use parameters that were zeroed by slices, where labels come to the same slices, in place of copies."""
+        slicer = Slicer(self.removal.kept)
+        for name, tensor in named_tensors(self.model):
+            cuts, mine = slices.get(name, ()), slicer(self.removal.leaves.get(name, ()), tensor.shape)
+            alike = len(cuts) == len(mine) and all(a.dims == b.dims and torch.equal(a.keep, b.keep) for a, b in zip(cuts, mine))
+            if alike and isinstance(tensor, nn.Parameter):
+                self.parameters[id(tensor)] = nn.Parameter(zeroed[name].data, tensor.requires_grad)
+
     def copied(self) -> Any:
         """A copy of the model whose removed parameter and buffer elements are zero; copies share their parameters."""
         swap: dict[int, Tensor] = {}
@@ -293,41 +302,6 @@ class MaskedOriginal:
         fractions = given.is_floating_point() or given.is_complex()
         made = fill_removed(given, self.removal.leaves.get(name, ()), self.removal.kept, 0.0) if fractions else given
         return made.clone() if made is given else made
-
-
-def draws_numbers(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether a call draws random numbers; attention that drops nothing is said to, and draws none."""
-    if torch.Tag.nondeterministic_seeded not in getattr(func, "tags", ()):
-        return False
-    at = next((i for i, argument in enumerate(func._schema.arguments) if argument.name == "dropout_p"), None)
-    return at is None or bool(args[at] if at < len(args) else kwargs.get("dropout_p", 0.0))
-
-
-def in_index_order(func: Any, args: Any, kwargs: Any) -> Any:
-    """What an operator returns that draws random numbers, if it draws them in the order of indices.
-
-    By itself it does so in the order of memory, which may be another in a model with fewer channels.
-    """
-    plain = map_tensors((args, kwargs), lambda t: t.contiguous() if t.layout is torch.strided else t)
-    out = func(*plain[0], **{name: v for name, v in plain[1].items() if not isinstance(v, torch.memory_format)})
-    if not func._schema.is_mutable:
-        return out
-    for at, name in written_by(func):
-        given, made = (args[at], plain[0][at]) if at < len(args) else (kwargs.get(name), plain[1].get(name))
-        if isinstance(given, Tensor) and given is not made:
-            given.copy_(made)
-            out = given if out is made else out
-    return out
-
-
-class InIndexOrder(TorchDispatchMode):
-    """Random numbers are drawn in the order of indices."""
-
-    supports_higher_order_operators = True
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        return in_index_order(func, args, kwargs) if draws_numbers(func, args, kwargs) else func(*args, **kwargs)
 
 
 def relative_error(reference: Tensor, result: Tensor) -> float:

@@ -1,0 +1,1 @@
+"""Comparisons of a pruned model with what it has to compute."""

@@ -1,0 +1,64 @@
+"""What a capture says of runs of its model, so that none has to be made to find it out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from fxprune.passes.capture.rollback import written_in_place
+from fxprune.passes.coupling.solution import Solution
+from fxprune.passes.ir.labels import Labels, keeps_all
+from fxprune.passes.ir.op_trace import OpCall, OpTrace
+from fxprune.passes.ops.call import OpView
+from fxprune.passes.ops.masking import products_with_zeros, with_zeros
+from fxprune.passes.ops.registry import find
+from fxprune.passes.verification.index_order import draws_numbers
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What to expect of a run.
+
+    Attributes:
+        draws: whether it draws random numbers.
+        writes: whether it writes to parameters.
+        counts_zeros: whether zeros probably count, as in a mean over what is cut. This follows from labels, and so says only
+            that it is worth a look, without labels, whether the zeroed original is a reference.
+    """
+
+    draws: bool
+    writes: bool
+    counts_zeros: bool
+
+
+def outlook(solution: Solution, kept: np.ndarray, parameters: Collection[str]) -> Outlook:
+    """The outlook for a choice.
+
+    Arguments:
+        kept: which labels are kept, shape (labels,).
+        parameters: the names of the model's parameters.
+    """
+    trace, labels = solution.captures[0].op_trace, solution.values[0]
+    return Outlook(
+        any(draws_numbers(op.func, op.args, op.kwargs) for op in trace.ops),
+        not written_in_place(trace, ()).isdisjoint(parameters),
+        any(counts_zeros(op, trace, labels.get(op.inputs[0].id, ()), kept) for op in trace.ops if op.inputs),
+    )
+
+
+def counts_zeros(op: OpCall, trace: OpTrace, labels: Labels, kept: np.ndarray) -> bool:
+    """Whether an operator reduces or normalises its first tensor along a dimension that is cut, and no sum is all it takes."""
+    if not labels or find(op.func).masked in (None, with_zeros, products_with_zeros):
+        return False
+    gone = {dim for f in labels if not keeps_all([f], kept) for dim in f.dims}
+    return bool(gone) and not gone.isdisjoint(dims_reduced(OpView(op, trace), len(trace.shape(op.inputs[0]))))
+
+
+def dims_reduced(call: OpView, ndim: int) -> Iterable[int]:
+    """The dimensions that a reduction or a normalisation goes over; none for other operators."""
+    shape, dim = call.get("normalized_shape"), call.get("dim")
+    if shape is not None:
+        return range(ndim - len(shape), ndim)
+    return [d % ndim for d in ([dim] if isinstance(dim, int) else dim or ()) if isinstance(d, int) and ndim]
