@@ -164,12 +164,22 @@ def test_the_last_step_of_a_local_budget_goes_by_score(llama):
     assert [heads for _, heads in widths(small)] == [32, 32, 16]
 
 
+def grown(score):
+    """The increase of t g / (t - g) by each unit that goes, the lowest first, where g of the sum t has gone before it."""
+    total, gone, found = float(score.sum()), 0.0, []
+    for value in score.sort().values.tolist()[: len(score) * 9 // 10]:
+        after = gone + value
+        found.append(total * after / (total - after) - total * gone / (total - gone))
+        gone = after
+    return found
+
+
 def test_a_unit_is_taken_for_its_score_by_what_it_costs(llama):
     total = sum(p.numel() for p in llama.parameters())
     terms = terms_by_hooks(llama, batches())
     small = fxprune.prune(llama, example_inputs=IDS, params=0.85, data=batches(), only="model.layers.*")
     cost = {name: 3 * 32 if "mlp" in name else 2 * 16 * 32 + 2 * 8 * 32 for name in terms}
-    units = sorted((float(v) / cost[n], n) for n, each in terms.items() for v in each.sort().values[: len(each) * 9 // 10])
+    units = sorted((value / cost[n], n) for n, each in terms.items() for value in grown(each))
     gone, left = dict.fromkeys(terms, 0), float(total)
     for _, name in units:
         if left <= 0.85 * total:

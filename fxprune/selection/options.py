@@ -228,6 +228,11 @@ class Options:
         return (self.ranking != "local" or self.scopes is not None) and resolve(self.criterion).normalise in LOSS
 
     @property
+    def grows(self) -> bool:
+        """Whether units count for what they cost, and for more the less of their group is left."""
+        return (self.by_loss or self.weighs) and self.speeds is None
+
+    @property
     def reads_weights(self) -> bool:
         """Whether selection looks at the values of parameters."""
         return self.remove is None and resolve(self.criterion).score_units is None

@@ -132,18 +132,18 @@ def allocate(
 
         def make(round_to: int) -> Allocator:
             allocator = Allocator(free, score, costs.solution, options, round_to=round_to, removed=removed)
-            if options.by_loss and options.speeds is None:
+            if options.grows:
                 allocator.grow()
             return allocator
 
         return allocate_by_latency(make, costs, options, probe)
     allocator = Allocator(free, score, costs.solution, options, removed=removed)
     budget = options.budget
-    if options.by_loss and options.speeds is None:
+    if options.grows:
         allocator.grow()
     if budget is None:
         return allocator.apply(allocator.allocate_ratio())
-    if (options.by_loss or options.weighs) and options.speeds is None:
+    if options.grows:
         allocator.weigh(lambda left: budget.cost(costs, left))
     return meet_budget(budget, allocator, costs)
 
