@@ -342,9 +342,7 @@ class Compilation:
         if verifies:
             pruned = self.verify(pruned, choice)
         if not same_class:
-            if inplace:
-                consume(self.model, pruned)
-            return pruned
+            return consume(self.model, pruned) if inplace else pruned
         made, coupling = self.in_class(pruned)
         if coupling is not None:
             again = Compilation(self.model, self.inputs, coupling, self.frozen_modules)

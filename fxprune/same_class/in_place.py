@@ -7,7 +7,7 @@ objects, or around stand-ins, and then each tensor loses its data, one after the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -21,19 +21,23 @@ from fxprune.same_class.arguments import SelectingForward
 from fxprune.same_class.saving import SavePretrained
 from fxprune.same_class.silent import Silent
 
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
+
 
 def whole(name: str, tensor: Tensor, slices: Sequence[TensorSlice]) -> Tensor:
     """The tensor itself, to be cut later: what `rewrite_program` is to put into a module whose tensors `consume` cuts."""
     return tensor
 
 
-def consume(model: nn.Module, pruned: nn.Module, *, with_values: bool = True) -> None:
+def consume(model: nn.Module, pruned: AnyModule, *, with_values: bool = True) -> AnyModule:
     """Make each tensor of a model what is left of it, one at a time; tensor objects stay, gradients go.
 
     Arguments:
         model: the original.
         pruned: made of it, with its tensors themselves (see `whole`), with tensors that were cut already, or with stand-ins.
         with_values: whether the tensors of `pruned` have the values that are left, so that they need not be cut again.
+
+    Returns: `pruned`.
     """
     plan: PlanData = plan_between(model, pruned)
     removed = plan.removed
@@ -46,6 +50,7 @@ def consume(model: nn.Module, pruned: nn.Module, *, with_values: bool = True) ->
             tensor.data = tensor.data.new_empty(0)
         elif plan.slices.get(name):
             tensor.data = slice_tensor(tensor.detach(), plan.slices[name])
+    return pruned
 
 
 def become(model: nn.Module, made: nn.Module, *, with_values: bool) -> nn.Module:

@@ -183,7 +183,7 @@ class PrunedModule(fx.GraphModule):
         vars(self)["_takes"] = [str(node.target) for node in self._graph.nodes if node.op == "placeholder"]
         code = super().recompile()
         if any(node.target is SET_GRAD_ENABLED for node in self._graph.nodes):
-            type(self).forward = restoring(type(self).forward)  # type: ignore[method-assign]
+            type(self).forward = restoring(type(self).forward)
         return code
 
     def train(self, mode: bool = True) -> PrunedModule:
