@@ -189,7 +189,7 @@ def targets(rows: list[dict[str, Any]], whole: dict[str, Any]) -> list[str]:
             below = [1 - min(r[t] for r in own) / min(r[t] for r in others) for t in TEXTS]
             found = f"{below[0]:.0%} and {below[1]:.0%}, {'met' if min(below) >= 0.15 else 'missed'}"
         missing = [name for name in PLAIN if name not in (OWN, *(r["method"] for r in others))]
-        found += f" (not run of theirs: {', '.join(missing)})" if missing and found != "not run" else ""
+        found += f" (of theirs, not run: {', '.join(missing)})" if missing and found != "not run" else ""
         said.append(f"- {keep} of the parameters: the best of ours at least 15 % below the best of theirs. {found}.")
     cells = {(r["keep"], r["method"], r["what"]) for r in rows}
     asked = [(k, c, w) for k in BUDGETS for c in CRITERIA for w in WHAT]
