@@ -23,7 +23,7 @@ class Outlook:
 
     Attributes:
         draws: whether it draws random numbers.
-        writes: whether it writes to parameters.
+        writes: whether it writes to parameters; modules that are not captured might, also to what a parameter holds (`p.data = x`).
         counts_zeros: whether zeros probably count, as in a mean over what is cut. This follows from labels, and so says only
             that it is worth a look, without labels, whether the zeroed original is a reference.
     """
@@ -43,7 +43,7 @@ def outlook(solution: Solution, kept: np.ndarray, parameters: Collection[str]) -
     trace, labels = solution.captures[0].op_trace, solution.values[0]
     return Outlook(
         any(draws_numbers(op.func, op.args, op.kwargs) for op in trace.ops),
-        not written_in_place(trace, ()).isdisjoint(parameters),
+        bool(solution.captures[0].opaque) or not written_in_place(trace, ()).isdisjoint(parameters),
         any(counts_zeros(op, trace, labels.get(op.inputs[0].id, ()), kept) for op in trace.ops if op.inputs),
     )
 
