@@ -23,7 +23,7 @@ class Outlook:
 
     Attributes:
         draws: whether it draws random numbers.
-        writes: whether it writes to parameters; modules that are not captured might, and may give them other data (`p.data = x`).
+        writes: whether it writes to parameters; modules that are not captured might, also by other data (`p.data = x`).
         counts_zeros: whether zeros probably count, as in a mean over what is cut. This follows from labels, and so says only
             that it is worth a look, without labels, whether the zeroed original is a reference.
     """
