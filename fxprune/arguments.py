@@ -6,6 +6,7 @@ import difflib
 import functools
 import inspect
 import numbers
+import os
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ParamSpec, TypeVar
@@ -13,6 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 from torch import Tensor, nn
 
+from fxprune.errors import without_own_lines
 from fxprune.passes.errors import PruneError
 
 P = ParamSpec("P")
@@ -56,6 +58,8 @@ ELSEWHERE = {
 def checked_call(shared: Mapping[str, inspect.Parameter] | None = None) -> Callable[[Callable[P, T]], Callable[P, T]]:
     """A public function whose calls that do not fit its signature raise PruneError; editors see what `**asked` stands for.
 
+    Tracebacks of its PruneErrors show the caller's lines, and fxprune's own where `FXPRUNE_TRACEBACK=1` is set.
+
     Arguments:
         shared: the parameters that it takes as `**asked`.
     """
@@ -76,9 +80,16 @@ def checked_call(shared: Mapping[str, inspect.Parameter] | None = None) -> Calla
             try:
                 signature.bind(*args, **kwargs)
             except TypeError as error:
-                first = [p.name for p in fixed if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD and p.name != "self"]
-                raise PruneError(f"{title}: {error}", fix=f"{title}({', '.join(first)}, ...)") from None
-            return function(*args, **kwargs)
+                places = [p.name for p in fixed if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+                twice = [f"{n} is {shown(a)} by its place, and given by name, too" for n, a in zip(places, args) if n in kwargs]
+                fix = f"{title}({', '.join(n for n in places if n != 'self')}, ...)"
+                raise PruneError(f"{title}: {twice[0] if twice else error}", fix=fix) from None
+            try:
+                return function(*args, **kwargs)
+            except PruneError as error:
+                if os.environ.get("FXPRUNE_TRACEBACK") == "1":
+                    raise
+                raise without_own_lines(error)  # noqa: B904 - the same error
 
         vars(call)["__signature__"] = signature
         return call

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fxprune.passes.errors import PruneError
+from fxprune.passes.errors import PruneError, told
 from fxprune.passes.ir.module_tree import PLAIN_TENSORS, check_module, named_parameters, named_tensors, walk
 from fxprune.passes.ir.quiet import own_random_state
 
@@ -40,8 +40,8 @@ def entry_point(model: Any) -> Iterator[nn.Module]:
             if isinstance(error, torch.OutOfMemoryError) or os.environ.get("FXPRUNE_STRICT") == "1":
                 raise
             raise PruneError(
-                f"fxprune failed with {type(error).__name__}: {error}",
-                fix="report it with the model and the arguments; freeze= the module it names, if it names one",
+                f"fxprune failed with {told(error)}",
+                fix="report it with the model and what FXPRUNE_TRACEBACK=1 shows; freeze= the module it names, if it names one",
             ) from error
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from fxprune.criteria.calibration import BATCHES
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.capture.patches import visible
-from fxprune.passes.errors import GuardError, PruneError
+from fxprune.passes.errors import GuardError, PruneError, told
 from fxprune.passes.ir.module_tree import every_path, named_tensors, private_copy, set_mode, walk
 from fxprune.passes.ir.pytree import map_tensors
 from fxprune.passes.ir.quiet import unobserved, without_modes
@@ -98,7 +98,7 @@ class FormPrograms:
         try:
             return inputs.map(torch.clone).call(own)
         except Exception as error:
-            raise PruneError(f"the model raises {type(error).__name__} on a batch of data: {error}", fix=BATCHES) from error
+            raise PruneError(f"the model raises on a batch of data: {told(error)}", fix=BATCHES) from error
 
 
 class Names:

@@ -226,7 +226,9 @@ def check_names(model: nn.Module, inputs: ExampleInputs) -> None:
         raise PruneError(
             f"the example inputs do not fit forward: {why}",
             where=f"{type(model).__name__}.forward({', '.join(taken)})",
-            fix="a tensor, a tuple of positional arguments, or a dict of keyword arguments",
+            fix="a tensor, a tuple of positional arguments, or a dict of keyword arguments; (batch,) for what is one argument"
+            if inputs.tensors or not (inputs.args or inputs.kwargs)
+            else "tensors, such as torch.randn(1, 3, 224, 224), not shapes",
         ) from error
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxprune.arguments import checked_call
 from fxprune.batch_guards import Recompiled, for_any_batch
 from fxprune.comparisons.compare import compare
 from fxprune.distributed.sharded import in_shards
@@ -18,7 +19,7 @@ from fxprune.entry_points import entry_point
 from fxprune.errors import PruneWarning
 from fxprune.inputs import ExampleInputs, device_of, random_inputs
 from fxprune.original_state import config_of, lost_contents, with_lazy_tensors
-from fxprune.passes.capture.programs import DRAW, DRAWN
+from fxprune.passes.capture.programs import DRAWN
 from fxprune.passes.coupling.choices import require_experts
 from fxprune.passes.coupling.couple import analyse, describe_capture
 from fxprune.passes.coupling.solution import CouplingOptions, Solution
@@ -43,7 +44,7 @@ from fxprune.selection.options import Options
 from fxprune.selection.select import select_half, select_units
 from fxprune.selection.structures import narrow
 from fxprune.stage_checks import check_choice, check_coupling
-from fxprune.verification import tolerance_of
+from fxprune.verification import inexact, tolerance_of
 
 Select = Callable[[Solution], tuple[Tensor, Slicer]]
 TRIED = "belongs to a module that is not captured and fails once it is cut"
@@ -54,6 +55,7 @@ class Plan(PlanData):
 
     __doc__ = PlanData.__doc__
 
+    @checked_call()
     @without_modes()
     def apply(self, model: nn.Module, example_inputs: Any = None, *, same_class: bool = False) -> Any:
         """Prune a fresh copy of the architecture by this plan, with the values the copy holds.
@@ -296,10 +298,7 @@ class Compilation:
                 fix="freeze= the module it names, or verify=False to get the model as it is",
             ) from error
         if not found.ok:
-            what = f"its relative error is {found.error:.1e}, and {found.tolerance:.0e} is allowed"
-            draws = DRAWN in pruned.meta["capture"]
-            fix = DRAW if draws else "report it with the model; verify=False returns the model as it is"
-            raise PruneError(f"the pruned model is not exact: {what}", where=type(model).__name__, fix=fix)
+            raise inexact(model, inputs, found, draws=DRAWN in pruned.meta["capture"])
         pruned.meta["verification"] = found
 
         def at(other: ExampleInputs) -> Recompiled:

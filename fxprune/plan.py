@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fxprune.arguments import checked_call
 from fxprune.passes.coupling.solution import CouplingOptions, Solution
 from fxprune.passes.errors import NotARectangle, PruneError
 from fxprune.passes.ir.module_tree import check_module, named_tensors, walk
@@ -304,6 +305,7 @@ def occurring(solution: Solution, unit: int) -> str:
     return next(found, "a tensor")
 
 
+@checked_call()
 def plan_of(pruned: nn.Module) -> Any:
     """The plan that a pruned model was made by; raises PruneError for a model that was not."""
     plan = getattr(pruned, "meta", {}).get("plan")

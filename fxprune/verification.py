@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxprune.inputs import ExampleInputs
+from fxprune.passes.capture.programs import DRAW
+from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.contents import contents, refill
 from fxprune.passes.ir.module_tree import named_parameters, named_tensors
 from fxprune.passes.ir.pytree import collect
@@ -124,3 +127,16 @@ def difference(wanted: Any, got: Any) -> float:
     """The largest relative error of any tensor; infinite where there are more or fewer than wanted."""
     a, b = collect(wanted, Tensor), collect(got, Tensor)
     return max(map(relative_error, a, b), default=0.0) if len(a) == len(b) else float("inf")
+
+
+def inexact(model: nn.Module, inputs: ExampleInputs, found: Verification, *, draws: bool) -> PruneError:
+    """The error for a pruned model that differs from its original, or cannot be compared, as the original returns NaN."""
+    with torch.no_grad(), evaluating(model), restoring(model):
+        blank = any(bool(t.isnan().all()) for t in collect(inputs.call(model), Tensor) if t.numel())
+    if blank:
+        what = "the pruned model cannot be compared: the original itself returns nothing but NaN"
+        fix = "inputs and weights for which it returns numbers, or verify=False"
+    else:
+        what = f"the pruned model is not exact: its relative error is {found.error:.1e}, and {found.tolerance:.0e} is allowed"
+        fix = DRAW if draws else "report it with the model; verify=False returns the model as it is"
+    return PruneError(what, where=type(model).__name__, fix=fix)

@@ -33,6 +33,11 @@ class PruneError(Exception):
         super().__init__("\n".join(lines))
 
 
+def told(error: BaseException) -> str:
+    """An error of someone else's in one line: its type and the first line of what it says."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
 HERE = Path(__file__).parent
 # what runs the model's own ops and answers its questions: an error there is the model's
 PROXIES = frozenset(["proxy.py"])

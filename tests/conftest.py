@@ -10,7 +10,7 @@ import pytest
 
 from fxprune.passes.ops import registry
 
-os.environ["FXPRUNE_STRICT"] = "1"
+os.environ["FXPRUNE_STRICT"] = os.environ["FXPRUNE_TRACEBACK"] = "1"
 os.environ.setdefault("FUZZ_SEED", str(random.SystemRandom().randrange(10**9)))  # workers of a parallel run inherit it
 
 

@@ -26,6 +26,8 @@ torch.manual_seed(0)
 ARRAY = IMAGES.numpy()
 FIT = "example inputs come after it"
 SHARE = "keeps half of the original"
+CONV = "the model's own forward raises TypeError: conv2d() received an invalid combination of arguments - got ({}, Parameter, "
+CONV += "Parameter, tuple, tuple, tuple, int), but expected one of:"
 KEEPS = "one of ratio, "  # no nearest name: the list
 
 
@@ -60,7 +62,61 @@ ODD = {
         "prune(model, ratio, example_inputs",
     ),
     "too many": (lambda m: fxprune.prune(m, 0.5, IMAGES, 8), "prune: too many positional arguments", "prune(model, ratio,"),
-    "given twice": (prune(0.5, IMAGES), "prune: multiple values for argument 'example_inputs'", "prune(model, ratio,"),
+    "given twice": (
+        prune(0.5, IMAGES),
+        "prune: example_inputs is a Tensor of shape (2, 3, 8, 8) by its place, and given by name, too",
+        "prune(model, ratio,",
+    ),
+    "inputs second, a ratio by name": (
+        lambda m: fxprune.prune(m, IMAGES, ratio=0.5),
+        "prune: ratio is a Tensor of shape (2, 3, 8, 8) by its place, and given by name, too",
+        "prune(model, ratio, example_inputs, ...)",
+    ),
+    "a name for repair": (lambda m: fxprune.repair(m, m, zzz=1), "repair has no argument 'zzz'", "one of model, pruned, data"),
+    "a loader for repair": (
+        lambda m: fxprune.repair(m, m, dataloader=[IMAGES]),
+        "repair has no argument 'dataloader'",
+        "here it is data=[(images, labels), ...]",
+    ),
+    "no data for calibrate": (fxprune.calibrate, "calibrate: missing a required argument: 'data'", "calibrate(model, data,"),
+    "no file for save": (fxprune.save, "save: missing a required argument: 'path'", "save(pruned, path, ...)"),
+    "a name for load": (lambda m: fxprune.load("a", m, strict=1), "load has no argument 'strict'", "one of path, model"),
+    "a name for group": (
+        lambda m: fxprune.couple(m, IMAGES).group("stem", channels=[1]),
+        "Coupling.group has no argument 'channels'",
+        "one of layer, indices",
+    ),
+    "a name for apply": (
+        lambda m: fxprune.couple(m, IMAGES).group("stem", [1]).apply(inplace=True),
+        "Group.apply has no argument 'inplace'",
+        "one of verify, same_class",
+    ),
+    # what is no input
+    "a shape": (
+        lambda m: fxprune.prune(m, 0.5, (2, 3, 8, 8)),
+        "the example inputs do not fit forward: too many positional arguments",
+        "torch.randn(1",
+    ),
+    "a shape in a list": (
+        lambda m: fxprune.prune(m, 0.5, [2, 3, 8, 8]),
+        CONV.format("list"),
+        "torch.randn(1, 3, 224, 224): list holds none",
+    ),
+    "a loader": (
+        lambda m: fxprune.couple(m, torch.utils.data.DataLoader([1])),
+        CONV.format("DataLoader"),
+        "torch.randn(1, 3, 224, 224): DataLoader holds none",
+    ),
+    "a batch with labels": (
+        lambda m: fxprune.couple(m, [IMAGES, torch.zeros(2), torch.zeros(2)]),
+        CONV.format("list"),
+        "the list of 3 is given as one argument",
+    ),
+    "not a number": (
+        lambda m: fxprune.prune(m, 0.5, IMAGES * float("nan")),
+        "the pruned model cannot be compared: the original itself returns nothing but NaN",
+        "verify=False",
+    ),
     "none for prune": (lambda m: fxprune.prune(m, 0.5), "example inputs are missing", "example_inputs=torch.randn"),
     "none for couple": (fxprune.couple, "example inputs are missing", "example_inputs=torch.randn"),
     "a ratio by place": (

@@ -9,7 +9,7 @@ import fxprune
 
 NAN = float("nan")
 IN_RANGE = "ratio=0.5 removes half of every family"
-ARGUMENTS = "a tensor, a tuple of positional arguments, or a dict of keyword arguments"
+ARGUMENTS = "a tensor, a tuple of positional arguments, or a dict of keyword arguments; (batch,) for what is one argument"
 RUNS = "example_inputs on which model(*example_inputs) runs"
 WHY = "freeze less; print(fxprune.couple(model, example_inputs)) says why each family stays"
 FROM_INPUT = "is tied to an input of the model (at %stem in stem)"

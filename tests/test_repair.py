@@ -671,7 +671,7 @@ def test_a_batch_the_model_cannot_run():
     pruned = pruned_by_half(model, IMAGES)
     with pytest.raises(fxprune.PruneError) as caught:
         fxprune.repair(model, pruned, [IMAGES[:, :2]])
-    assert caught.value.what.startswith("the model raises RuntimeError on a batch of data: ") and caught.value.fix == BATCHES
+    assert caught.value.what.startswith("the model raises on a batch of data: RuntimeError: ") and caught.value.fix == BATCHES
 
 
 @pytest.mark.parametrize("method", ["reconstruct", "compensate", "recalibrate"])

@@ -24,7 +24,7 @@ from fxprune.form_programs import Names, slots
 from fxprune.passes.capture.patches import visible
 from fxprune.passes.coupling.leaf_labels import leaf_labels
 from fxprune.passes.coupling.solution import Solution
-from fxprune.passes.errors import PruneError
+from fxprune.passes.errors import PruneError, told
 from fxprune.passes.ir.module_tree import private_copy, set_mode
 from fxprune.passes.ir.progress import progress_bar
 from fxprune.passes.ir.quiet import unobserved
@@ -105,7 +105,7 @@ class BlockRun:
             try:
                 self.model(*batch.args, **without_cache(self.model, batch.kwargs))
             except Exception as error:
-                what = f"the model raises {type(error).__name__} on a batch of data: {error}"
+                what = f"the model raises on a batch of data: {told(error)}"
                 raise PruneError(what, fix=BATCHES) from error
 
     def load(self, path: str) -> None:

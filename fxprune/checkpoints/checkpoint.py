@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from fxprune.arguments import checked_call
 from fxprune.checkpoints.config import built_from, config_of, write_config
 from fxprune.checkpoints.file import check_digests, opened, write
 from fxprune.checkpoints.rebuild import CONTENTS, other_names, rebuilt, rotations_apart, rotations_in, split_contents
@@ -35,6 +36,7 @@ WEIGHTS = f"pruned{SUFFIX}"  # in a folder
 Folder = os.PathLike[str] | str
 
 
+@checked_call()
 def save(pruned: nn.Module, path: Folder) -> None:
     """Write a pruned model to a file, or to a folder from which it can be loaded without the original.
 
@@ -74,6 +76,7 @@ def store(module: nn.Module, target: Path) -> None:
 SavePretrained.save = staticmethod(save)
 
 
+@checked_call()
 @without_modes()
 def load(path: Folder, model: nn.Module | None = None, *, same_class: bool = False, example_inputs: Any = None) -> Any:
     """Read what `save` wrote: a model whose outputs equal those of the saved one bit by bit.

@@ -24,7 +24,7 @@ from fxprune.criteria.base import Criterion, CriterionSpec
 from fxprune.criteria.calibration import Batch, Source, prepare_source
 from fxprune.criteria.catalog import resolve
 from fxprune.passes.coupling.solution import Solution
-from fxprune.passes.errors import PruneError
+from fxprune.passes.errors import PruneError, told
 from fxprune.passes.ir.branches import Branch
 from fxprune.passes.ir.module_tree import named_parameters
 
@@ -200,7 +200,7 @@ def checked(function: Influence, stream: Tensor, added: Tensor, label: str) -> f
         found = number(function(stream, added))
     except Exception as error:
         raise PruneError(
-            f"depth_criterion {label} raises {type(error).__name__}: {error}",
+            f"depth_criterion {label} raises {told(error)}",
             fix="a function of the stream and what is added to it that returns a number",
         ) from error
     if not is_number(found):
@@ -232,6 +232,6 @@ def importance(spec: CriterionSpec, weight: Tensor) -> float:
         raise
     except Exception as error:
         raise PruneError(
-            f"the criterion {spec.name} raises {type(error).__name__}: {error}",
+            f"the criterion {spec.name} raises {told(error)}",
             fix="return the importance of each element, as a tensor of the parameter's shape",
         ) from error

@@ -23,7 +23,7 @@ from fxprune.criteria.experts import contributions
 from fxprune.criteria.lockstep import without_cache
 from fxprune.passes.capture.patches import visible
 from fxprune.passes.coupling.solution import Solution
-from fxprune.passes.errors import PruneError
+from fxprune.passes.errors import PruneError, told
 from fxprune.passes.ir.module_tree import copy_tree, named_tensors, set_mode
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.progress import progress_bar
@@ -112,7 +112,7 @@ class Source:
         except PruneError:
             raise
         except Exception as error:
-            raise PruneError(f"the model raises {type(error).__name__} on a batch of data: {error}", fix=BATCHES) from error
+            raise PruneError(f"the model raises on a batch of data: {told(error)}", fix=BATCHES) from error
 
     def value(self, batch: Batch) -> Tensor:
         """The loss of a batch."""
@@ -126,7 +126,7 @@ class Source:
             found: Any = loss_in(out) if self.loss is None else self.loss(out, *batch.extra)
         except Exception as error:
             raise PruneError(
-                f"the loss raises {type(error).__name__}: {error}",
+                f"the loss raises {told(error)}",
                 fix="a function of the output and the target of a batch, or of the output alone where data has no targets",
             ) from error
         if not isinstance(found, Tensor) or found.numel() != 1:

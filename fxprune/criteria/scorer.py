@@ -13,7 +13,7 @@ from torch import Tensor
 from fxprune.criteria.aggregation import REDUCE
 from fxprune.criteria.base import CriterionSpec
 from fxprune.passes.coupling.families import Family
-from fxprune.passes.errors import PruneError
+from fxprune.passes.errors import PruneError, told
 from fxprune.passes.ir.labels import Factor, Labels
 from fxprune.passes.ir.progress import progress_bar
 
@@ -195,7 +195,7 @@ class Scorer:
         except PruneError:
             raise
         except Exception as error:
-            raise self.error(f"raises {type(error).__name__}: {error}", name) from error
+            raise self.error(f"raises {told(error)}", name) from error
         if not isinstance(scores, Tensor) or scores.shape != weight.shape:
             got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
             raise self.error(f"returns {got} for a parameter of shape {tuple(weight.shape)}", name)

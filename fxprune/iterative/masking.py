@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from fxprune.arguments import checked_call
 from fxprune.criteria.base import CriterionOptions, describe
 from fxprune.criteria.parameter_roles import roles
 from fxprune.criteria.scorer import Scorer
@@ -33,6 +34,7 @@ from fxprune.selection.options import Attention, Experts, Freeze, Options, Verif
 from fxprune.selection.rectangles import find_nonempty_sets, restore_rectangles
 
 
+@checked_call()
 def masked(model: nn.Module, plan: PlanData) -> nn.Module:
     """A copy of a model, of its own class, in which everything that a plan removes is zero.
 
@@ -69,6 +71,7 @@ def compute_what_is_kept(model: nn.Module, plan: PlanData, inputs: ExampleInputs
         vars(model)["forward"] = MaskedForward(model, plan, grows=False)
 
 
+@checked_call()
 def zeroed(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     """A copy of a model with zeros where a mask, if there is one for a tensor, says so; masks broadcast."""
     copy: nn.Module = zeroed_copy(model, {name: [mask] for name, mask in masks.items()})[0]
@@ -128,6 +131,7 @@ class Hold:
         vars(self.model).update(self.forward)
 
 
+@checked_call()
 def hold(model: nn.Module, plan: PlanData, inputs: ExampleInputs | None = None) -> Hold:
     """Zero, in a model itself, what a plan removes, and keep it there while the model is trained.
 
@@ -165,6 +169,7 @@ class Nonzero(CriterionOptions):
         return (weight != 0).to(weight.dtype)
 
 
+@checked_call()
 def prune_zeros(
     model: nn.Module,
     example_inputs: Any,

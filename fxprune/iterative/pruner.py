@@ -116,6 +116,7 @@ class Pruner:
     @overload
     def step(self, model: nn.Module | None = None, *, interactive: Literal[True]) -> Proposal: ...
 
+    @checked_call()
     def step(self, model: nn.Module | None = None, *, interactive: bool = False) -> Any:
         """The next smaller model, from the present one as it is trained by now.
 
@@ -234,8 +235,7 @@ class Pruner:
         """The model whose units are scored: with masks that hold, what they leave."""
         if self._mask != "hold" or not self.plan.slices:
             return present, self._view
-        small = self._shrunk(present, self.plan, verify=False)
-        return small, View(self.plan)
+        return self._shrunk(present, self.plan, verify=False), View(self.plan)
 
     # -- optimizers and averages ---------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from fxprune.criteria.calibration import BATCHES, Batch, loss_in
 from fxprune.criteria.lockstep import without_cache
 from fxprune.form_programs import FormPrograms, Names, slots
 from fxprune.inputs import ExampleInputs
-from fxprune.passes.errors import GuardError, PruneError
+from fxprune.passes.errors import GuardError, PruneError, told
 from fxprune.passes.ir.module_tree import private_copy, set_mode
 from fxprune.plan import PlanData
 from fxprune.repairs.held_out import SHARES, Errors, Outcome
@@ -110,7 +110,7 @@ class BothModels:
         try:
             return float(self.loss(out, *batch.extra))
         except Exception as error:
-            text = f"the loss raises {type(error).__name__}: {error}"
+            text = f"the loss raises {told(error)}"
             raise PruneError(text, fix="a function of the output and the target of a batch that returns a scalar") from error
 
 
@@ -131,7 +131,7 @@ def call(model: nn.Module, batch: Batch) -> Any:
 
 
 def refused(error: Exception) -> PruneError:
-    return PruneError(f"the model raises {type(error).__name__} on a batch of data: {error}", fix=BATCHES)
+    return PruneError(f"the model raises on a batch of data: {told(error)}", fix=BATCHES)
 
 
 def uncached(model: nn.Module, batch: Batch) -> Batch:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.criteria.calibration import BATCHES, Batch
-from fxprune.passes.errors import PruneError
+from fxprune.passes.errors import PruneError, told
 from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.pytree import collect, map_tensors
 from fxprune.passes.rewrite.pruned_module import PrunedModule
@@ -68,7 +68,7 @@ class BatchInterpreter(fx.Interpreter):
         except PruneError:
             raise
         except Exception as error:
-            raise PruneError(f"the model raises {type(error).__name__} on a batch of data: {error}", fix=BATCHES) from error
+            raise PruneError(f"the model raises on a batch of data: {told(error)}", fix=BATCHES) from error
 
     def fetch_args_kwargs_from_env(self, node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         args, kwargs = super().fetch_args_kwargs_from_env(node)

@@ -13,7 +13,7 @@ import torch
 from rich.text import Text
 from torch import Tensor, nn
 
-from fxprune.arguments import shown
+from fxprune.arguments import checked_call, shown
 from fxprune.criteria.calibration import BATCHES, Batch, check_batches, check_source, parse_batch
 from fxprune.entry_points import entry_point
 from fxprune.inputs import device_of
@@ -108,6 +108,7 @@ class Repair(Printable):
             yield table(("layer", "method", "error before", "after", "note"), rows)
 
 
+@checked_call()
 @without_modes()
 def repair(
     model: nn.Module,

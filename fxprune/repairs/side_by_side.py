@@ -12,7 +12,7 @@ from torch import nn
 from fxprune.criteria.calibration import BATCHES, Batch
 from fxprune.form_programs import FormProgram, FormPrograms, Names, slots
 from fxprune.inputs import ExampleInputs
-from fxprune.passes.errors import GuardError, PruneError
+from fxprune.passes.errors import GuardError, PruneError, told
 from fxprune.plan import PlanData
 from fxprune.repairs.interpreter import ProgramRun
 from fxprune.repairs.repairer import SideBySide
@@ -79,7 +79,7 @@ class Programs:
         except GuardError:
             raise
         except Exception as error:
-            raise PruneError(f"the model raises {type(error).__name__} on a batch of data: {error}", fix=BATCHES) from error
+            raise PruneError(f"the model raises on a batch of data: {told(error)}", fix=BATCHES) from error
 
     @staticmethod
     def output(form: FormProgram, batch: Batch) -> Any:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
+from fxprune.arguments import checked_call
 from fxprune.entry_points import entry_point
 from fxprune.passes.coupling.families import Family, listed, place_of, spells
 from fxprune.passes.coupling.solution import Solution
@@ -144,6 +145,7 @@ class Coupling(Printable):
 
         return coupling_graph(self._solution, self._found)
 
+    @checked_call()
     def group(self, layer: Any, indices: Sequence[int] | None = None) -> Group:
         """All that goes with some channels, as a chain of links, each with the op that causes it.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.text import Text
 
+from fxprune.arguments import checked_call
 from fxprune.passes.coupling.families import place_of
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.ir.constraints import SPAN
@@ -16,6 +17,7 @@ from fxprune.passes.ops.registry import spec_of
 from fxprune.reports.coupling_graph import ends
 from fxprune.reports.formatting import Printable, counted, table
 from fxprune.selection.indices import spelled
+from fxprune.selection.options import Verify
 from fxprune.selection.places import Place
 from fxprune.selection.removal import why_uneven
 
@@ -86,12 +88,13 @@ class Group(Printable):
         found = {name: getattr(self, name) for name in ("name", "indices", "frozen", "rows")}
         return found | {"links": [asdict(link) for link in self.links]}
 
-    def apply(self, **asked: Any) -> Any:
+    @checked_call()
+    def apply(self, *, verify: Verify = "auto", same_class: bool = False) -> Any:
         """The pruned model without these channels and all that goes with them; the original is not touched.
 
-        Arguments: `verify` and `same_class`, as for `prune`. Raises: PruneError where they cannot go, or not alone.
+        Arguments: as for `prune`. Raises: PruneError where they cannot go, or not alone.
         """
-        return self._apply(self.remove, **asked)
+        return self._apply(self.remove, verify, same_class)
 
     def headline(self) -> str:
         places = counted(len(self.remove), "dimension")

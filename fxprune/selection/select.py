@@ -53,16 +53,18 @@ def select_units(
 def check_effect(
     model: nn.Module, free: Sequence[Family], score: np.ndarray, solution: Solution, options: Options, kept: Tensor
 ) -> None:
-    """Raise PruneError where a ratio removes nothing, and warn of its globs that change nothing.
+    """Raise PruneError where a ratio removes nothing, and warn of its globs, and of a budget, that change nothing.
 
     Arguments: as for `allocate`; `kept` is what it returned, shape (labels,).
     """
     scopes = match_scopes(free, options.scopes, solution)
     for scope in [scope for scope in options.scopes or () if scope not in scopes]:
         warnings.warn(f"{scope!r} in scopes names nothing that may lose units", PruneWarning, stacklevel=2)
-    if options.budget is not None:
-        return
     nothing = bool(kept.all())
+    if options.budget is not None:
+        if nothing:
+            warnings.warn(f"{options.budget.kind}={options.budget.amount!r} removes nothing", PruneWarning, stacklevel=2)
+        return
     if nothing and any(match_ratios(free, options.ratio, solution, options.scopes)):
         wanted = any(Allocator(free, score, solution, options).allocate_ratio())
         raise PruneError(

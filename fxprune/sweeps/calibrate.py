@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fxprune.arguments import checked_call
 from fxprune.criteria.base import Criterion
 from fxprune.criteria.calibrated import Calibration
 from fxprune.criteria.calibration import GATHER, check_source, prepare_source
@@ -19,6 +20,7 @@ from fxprune.pipeline import Compilation
 from fxprune.selection.options import Attention, Options
 
 
+@checked_call()
 @without_modes()
 def calibrate(
     model: nn.Module,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fxprune.passes.capture.capture import capture_program
 from fxprune.passes.capture.leftovers import remove_leftovers
 from fxprune.passes.capture.train_eval import inner_ops
-from fxprune.passes.errors import PruneError, surface
+from fxprune.passes.errors import PruneError, surface, told
 from fxprune.passes.ir.module_tree import named_tensors, private_copy, set_mode, walk
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.pytree import collect, map_tensors
@@ -98,7 +98,7 @@ def trained(root: nn.Module) -> Any:
         return set_mode(root, True)
     except Exception as error:
         surface(error)
-        raise PruneError(f"train() raises {type(error).__name__}: {error}", where=type(root).__name__) from error
+        raise PruneError(f"train() raises {told(error)}", where=type(root).__name__) from error
 
 
 def only_device(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.device | None:
@@ -129,10 +129,21 @@ def captured(
         surface(error)
         own = not possible()
         raise PruneError(
-            f"{OWN if own else NOT_FOLLOWED} {type(error).__name__}: {error}",
+            f"{OWN if own else NOT_FOLLOWED} {told(error)}",
             where=getattr(error, "fxprune_where", type(root).__name__),
-            fix="example_inputs on which model(*example_inputs) runs" if own else REPORT,
+            fix=other_inputs(args, kwargs) if own else REPORT,
         ) from error
+
+
+def other_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """What to give in place of inputs on which a model does not run."""
+    fix = "example_inputs on which model(*example_inputs) runs"
+    given = (*args, *kwargs.values())
+    if given and not collect(given, Tensor):
+        return f"tensors, such as torch.randn(1, 3, 224, 224): {', '.join(type(v).__name__ for v in given)} holds none"
+    if len(args) == 1 and isinstance(args[0], list):
+        return f"{fix}; the list of {len(args[0])} is given as one argument"
+    return fix
 
 
 def runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

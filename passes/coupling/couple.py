@@ -21,7 +21,7 @@ from fxprune.passes.coupling.propagation import Program, Propagated, propagate
 from fxprune.passes.coupling.shuffles import gather_regions
 from fxprune.passes.coupling.solution import CouplingOptions, Solution
 from fxprune.passes.coupling.solver import solve
-from fxprune.passes.errors import NeedsValues, PruneError, surface
+from fxprune.passes.errors import NeedsValues, PruneError, surface, told
 from fxprune.passes.ir.constraints import Constraints, LabelArray
 from fxprune.passes.ir.labels import NONE, Labels
 from fxprune.passes.ir.module_tree import on_meta
@@ -131,7 +131,7 @@ def analyse(
         except Exception as error:
             surface(error, ours=True)
             raise PruneError(
-                f"{NOT_FOLLOWED} {type(error).__name__}: {error}",
+                f"{NOT_FOLLOWED} {told(error)}",
                 where=type(model).__name__,
                 fix=REPORT,
             ) from error
