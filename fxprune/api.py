@@ -26,6 +26,7 @@ from fxprune.pipeline import Compilation, Plan
 from fxprune.plan import plan_between, plan_of
 from fxprune.repairs.request import RepairRequest, Repairs
 from fxprune.reports.coupling import Coupling
+from fxprune.selection.argument_checks import check_flag
 from fxprune.selection.options import (
     Asked,
     Attention,
@@ -236,6 +237,8 @@ def prune(
         contextlib.nullcontext(sharding_of(model)) as sharded,
         entry_point(model if sharded is None else sharded.form) as model,
     ):
+        check_flag("same_class", same_class)
+        check_flag("inplace", inplace)
         alone = ranks is None and sharded is None
         mending = RepairRequest.parse(repair, data, inplace=inplace, alone=alone)
         if mending is not None:

@@ -45,10 +45,18 @@ ELSEWHERE = {
     **dict.fromkeys(["prune_num_heads", "head_pruning_ratio", "head_pruning_ratio_dict"], "attention='heads', with ratio="),
     "prune_head_dims": "attention='dims'",
     **dict.fromkeys(["inputs", "input", "x", "dummy_input", "dummy_inputs", "example_input", "args"], "example_inputs="),
-    "input_example": "example_inputs=",
-    **dict.fromkeys(["flops", "target_flops", "max_flops", "ops"], "macs=0.5, or macs='2G'"),
+    **dict.fromkeys(["input_example", "sample_input", "sample_inputs", "kwargs"], "example_inputs="),
+    **dict.fromkeys(["input_size", "input_shape"], "example_inputs=torch.randn(1, 3, 224, 224)"),
+    "forward_fn": "example_inputs={'name': value}, as forward takes them",
+    "output_transform": "nothing to pass: outputs may be nested",
+    **dict.fromkeys(["flops", "target_flops", "max_flops", "ops", "speed_up", "speedup"], "macs=0.5, or macs='2G'"),
     **dict.fromkeys(["parameters", "num_params", "max_params"], "params=0.5, or params='5M'"),
     **dict.fromkeys(["dataloader", "data_loader", "loader", "calibration_data", "dataset"], "data=[(images, labels), ...]"),
+    **dict.fromkeys(["train_loader", "val_loader"], "data=[(images, labels), ...]"),
+    **dict.fromkeys(["layers", "modules", "module_types", "op_types", "op_names", "include"], "only=[model.layer1]"),
+    **dict.fromkeys(["config_list", "sparsity_per_layer"], "ratio={model.layer1: 0.5}"),
+    "copy": "inplace=True where there need be no copy",
+    "device": "model.to(device), with example_inputs there",
     **dict.fromkeys(["loss_fn", "loss_func", "criterion_fn"], "loss=torch.nn.functional.cross_entropy"),
     **dict.fromkeys(["round", "channel_divisor", "divisor"], "round_to=8"),
     "constraints": "budget={'macs': 0.5}",
@@ -103,7 +111,7 @@ def called_here(name: str, known: Iterable[str]) -> str:
     if name in ELSEWHERE:
         here = ELSEWHERE[name]
         missing = "=" in here and here.partition("=")[0].isidentifier() and here.partition("=")[0] not in known
-        return here if here == FOUND else f"here it is {here}{', of fxprune.prune' if missing else ''}"
+        return here if here.startswith("nothing") else f"here it is {here}{', of fxprune.prune' if missing else ''}"
     return f"{did_you_mean(name, known)}one of {', '.join(known)}"
 
 

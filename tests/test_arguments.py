@@ -234,7 +234,16 @@ ODD = {
         "memory=0.5 keeps half",
     ),
     "both": (prune(0.5, params="1k"), "ratio and params are both given", "one of ratio, params"),
+    "no kind": (prune(budget={}), "budget is an empty mapping, which says nothing", "budget={'params': 0.5}"),
+    # flags
+    "a word for a flag": (prune(0.5, inplace="no"), "inplace must be True or False, not 'no'", "inplace=True"),
+    "a number for a flag": (prune(0.5, same_class=1), "same_class must be True or False, not 1", "same_class=True"),
     # names
+    "a class for a criterion": (
+        prune(criterion=fxprune.Magnitude),
+        f"criterion must be a name or a callable, not {fxprune.Magnitude!r}",
+        "criterion=Magnitude()",
+    ),
     "nearly magnitude": (
         prune(criterion="magnitud"),
         "there is no criterion 'magnitud'",
@@ -278,6 +287,12 @@ ODD = {
             "prune_head_dims": "here it is attention='dims'",
             "dummy_input": "here it is example_inputs=",
             "target_flops": "here it is macs=0.5, or macs='2G'",
+            "forward_fn": "here it is example_inputs={'name': value}",
+            "output_transform": "nothing to pass: outputs may be nested",
+            "speed_up": "here it is macs=0.5",
+            "train_loader": "here it is data=[(images, labels), ...]",
+            "config_list": "here it is ratio={model.layer1: 0.5}",
+            "input_size": "here it is example_inputs=torch.randn(1, 3, 224, 224)",
             "rato": "did you mean 'ratio'? one of model, ratio, example_inputs",
             "zzz": "one of model, ratio, example_inputs",
         }.items()

@@ -10,6 +10,7 @@ import torch
 import torch_pruning
 from clocks import counting_clock
 
+import fxprune
 from fxprune.selection import latency
 from tests.test_readme import code_blocks
 
@@ -54,6 +55,19 @@ def test_every_public_name_has_a_row():
     assert public_names() - LEFT_OUT - LISTED == set()
     older = set(NAMES.findall(TEXTS["from-torch-pruning.md"].partition("### Version 0.2.7")[2]))
     assert LISTED - public_names() - older == set(), "names that Torch-Pruning does not have"
+
+
+def test_every_argument_is_said_to_be_called_otherwise():
+    """What `prune` says of an argument of a pruner of theirs, unless it has the same name here."""
+    page = TEXTS["from-torch-pruning.md"]
+    table = page[page.index("### Arguments of a pruner") : page.index("### Importance")]
+    given = {name for theirs, _ in ROW.findall(table) for name in NAMES.findall(theirs)}
+    shared = given & set(inspect.signature(fxprune.prune).parameters)
+    assert shared == {"model", "example_inputs", "round_to"}
+    for name in given - shared:
+        with pytest.raises(fxprune.PruneError, match=f"prune has no argument {name!r}") as caught:
+            fxprune.prune(torch.nn.Linear(2, 2), **{name: 1})
+        assert caught.value.fix.startswith(("here it is", "nothing to pass")), name
 
 
 @pytest.fixture(scope="module")

@@ -58,7 +58,8 @@ def find(criterion: str | Criterion) -> Criterion:
         return CRITERIA[criterion]
     if isinstance(criterion, type) or not callable(criterion):
         what = f"criterion must be a name or a callable, not {shown(criterion)}"
-        raise PruneError(what, fix="criterion='magnitude', or a function of a parameter")
+        made = f"criterion={criterion.__name__}()" if isinstance(criterion, type) else "criterion='magnitude'"
+        raise PruneError(what, fix=f"{made}, or a function of a parameter")
     return criterion
 
 

@@ -41,6 +41,12 @@ def check_word(argument: str, value: Any, words: Sequence[str]) -> None:
         raise PruneError(f"{argument} must be {listed}, not {shown(value)}", fix=near.rstrip() or f"{argument}={words[0]!r}")
 
 
+def check_flag(argument: str, value: Any) -> None:
+    """Raise PruneError for what is neither True nor False."""
+    if not isinstance(value, bool | np.bool_):
+        raise PruneError(f"{argument} must be True or False, not {shown(value)}", fix=f"{argument}=True")
+
+
 def check_experts(experts: Any) -> None:
     """Raise PruneError for what means nothing as `experts`."""
     if not isinstance(experts, bool) and not is_one_of(experts, ("only",)):

@@ -221,6 +221,8 @@ def parse_budget(given: Mapping[str, float | str | None], named: Mapping[str, fl
     """
     if named is not None and not isinstance(named, Mapping):
         raise PruneError(f"budget must be a mapping from a kind to an amount, not {shown(named)}", fix="budget={'params': 0.5}")
+    if named is not None and not named:
+        raise PruneError("budget is an empty mapping, which says nothing", fix="budget={'params': 0.5}")
     asked = [(kind, amount) for kind, amount in given.items() if amount is not None] + list((named or {}).items())
     if len(asked) > 1:
         raise PruneError(f"{' and '.join(kind for kind, _ in asked)} are both given", fix=list_arguments())

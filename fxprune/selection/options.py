@@ -25,7 +25,15 @@ from fxprune.passes.coupling.solution import CouplingOptions, Solution
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_parameters, named_tensors
 from fxprune.passes.ir.quiet import gc_paused
-from fxprune.selection.argument_checks import check_alone, check_experts, check_word, is_one_of, parse_ratio, released
+from fxprune.selection.argument_checks import (
+    check_alone,
+    check_experts,
+    check_flag,
+    check_word,
+    is_one_of,
+    parse_ratio,
+    released,
+)
 from fxprune.selection.budgets import KINDS, Budget, list_arguments, parse_budget
 from fxprune.selection.indices import parse_remove
 from fxprune.selection.names import Names, frozen_names, frozen_outputs, near_modules, outside, protected
@@ -165,8 +173,7 @@ class Options:
             check_alone(ratio=ratio, **({limit.kind: limit} if limit else {}), **scored, **others)
         frozen = outside(model, only) | protected(model, protect)
         frozen |= frozen_names(model, freeze) | frozen_outputs(model, freeze_outputs)
-        if not isinstance(uniform, bool):
-            raise PruneError(f"uniform must be True or False, not {shown(uniform)}", fix="uniform=True")
+        check_flag("uniform", uniform)
         check_experts(experts)
         choices = experts or given is not None  # what is named by index is asked for
         coupling = CouplingOptions(CouplingOptions.heads_of(attention), frozen, released(release), uniform, choices)
