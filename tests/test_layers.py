@@ -1,6 +1,7 @@
 """One layer alone, by index: against plain slicing of its tensors, and its forward against that of the sliced function."""
 
 import copy
+import functools
 import re
 
 import pytest
@@ -148,9 +149,61 @@ CASES = {
         {"out_proj.weight": cut((0, (1, 3))), "out_proj.bias": cut((0, (1, 3)))},
         {"num_heads": 2},
     ),
+    "bilinear out": (lambda: nn.Bilinear(4, 6, 5), OUT, channels("weight", "bias"), {"out_features": 3, "in2_features": 6}),
+    "bilinear in": (lambda: nn.Bilinear(4, 6, 5), IN, {"weight": cut((1, (1, 3)))}, {"in1_features": 2, "in2_features": 6}),
+    "bilinear, inputs of one width": (lambda: nn.Bilinear(6, 6, 5, bias=False), IN, {"weight": cut((1, (1, 3)))}, {}),
+    "bilinear, second": (
+        lambda: nn.Bilinear(4, 6, 5),
+        functools.partial(IN, dim=2),
+        {"weight": cut((2, (1, 3)))},
+        {"in1_features": 4, "in2_features": 4},
+    ),
+    "embedding bag": (lambda: nn.EmbeddingBag(7, 5, mode="max"), OUT, {"weight": cut((1, (1, 3)))}, {"embedding_dim": 3}),
+    "grouped transposed out": (
+        lambda: nn.ConvTranspose2d(4, 8, 3, groups=2),
+        OUT,
+        {"weight": cut((1, (1,))), "bias": cut((0, (1, 5)))},
+        {"in_channels": 4, "out_channels": 6, "groups": 2},
+    ),
+    "projected lstm": (
+        lambda: nn.LSTM(4, 6, proj_size=5),
+        OUT,
+        {"weight_hr_l0": cut((0, (1, 3))), "weight_hh_l0": cut((1, (1, 3)))},
+        {"proj_size": 3, "hidden_size": 6},
+    ),
+    "lstm cell": (
+        lambda: nn.LSTMCell(4, 6),
+        OUT,
+        {
+            "weight_ih": cut((0, gates(4, 6, (1, 3)))),
+            "weight_hh": cut((0, gates(4, 6, (1, 3))), (1, (1, 3))),
+            "bias_ih": cut((0, gates(4, 6, (1, 3)))),
+            "bias_hh": cut((0, gates(4, 6, (1, 3)))),
+        },
+        {"hidden_size": 4},
+    ),
+    "rnn cell in": (lambda: nn.RNNCell(4, 6), IN, {"weight_ih": cut((1, (1, 3)))}, {"input_size": 2}),
+    "attention of other widths out": (
+        lambda: nn.MultiheadAttention(8, 2, kdim=6, vdim=10, bias=False),
+        OUT,
+        {"out_proj.weight": cut((0, (1, 3)))},
+        {"kdim": 6, "vdim": 10},
+    ),
+    "attention of other widths in": (
+        lambda: nn.MultiheadAttention(8, 2, kdim=6, vdim=10),
+        IN,
+        {"q_proj_weight": cut((1, (1, 3)))},
+        {"kdim": 6, "vdim": 10},
+    ),
+    "attention with biases of keys and values in": (
+        lambda: nn.MultiheadAttention(8, 2, add_bias_kv=True),
+        IN,
+        {"in_proj_weight": cut((1, (1, 3)))},
+        {"num_heads": 2},
+    ),
     "attention in": (lambda: nn.MultiheadAttention(8, 2), IN, {"in_proj_weight": cut((1, (1, 3)))}, {"num_heads": 2}),
 }
-INDICES = {"grouped out": (1, 3), "group norm out": (1, 3), "group norm in": (1, 3)}
+INDICES = {"grouped transposed out": (1, 5), "grouped out": (1, 3), "group norm out": (1, 3), "group norm in": (1, 3)}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -276,15 +329,19 @@ def test_device_type_and_mode_stay():
     "call, what, fix",
     [
         (lambda: OUT(nn.Conv2d(4, 6, 3), [6]), "channel 6 of its outputs is none: it has 6", "indices from 0 to 5"),
-        (lambda: OUT(nn.Conv2d(4, 6, 3), [-1]), "remove holds the index -1", "indices"),
-        (lambda: OUT(nn.Conv2d(4, 6, 3), [1, 1]), "remove names 1 twice", "each index once"),
-        (lambda: OUT(nn.Conv2d(4, 6, 3), range(6)), "remove names all of its outputs: 0-5", "leave one"),
+        (lambda: OUT(nn.Conv2d(4, 6, 3), [-1]), "indices holds the index -1", "indices=[2, 6, 9]"),
+        (lambda: OUT(nn.Conv2d(4, 6, 3), [1, 1]), "indices names 1 twice", "each index once"),
+        (lambda: OUT(nn.Conv2d(4, 6, 3), range(6)), "indices names all of its outputs: 0-5", "leave one"),
         (
             lambda: OUT(nn.Conv2d(4, 6, 3, groups=2), [1]),
             "1 of its weight:0 cannot go alone: each of 2 rows",
             "name 1 more of 3-5",
         ),
         (lambda: OUT(nn.Conv2d(2, 4, 3, groups=2), [1]), "channel 1 of its outputs cannot go without 0", "indices=[0, 1]"),
+        (lambda: OUT(nn.Linear(4, 6), []), "indices names no index", "indices=[2, 6, 9]"),
+        (lambda: OUT(nn.Linear(4, 6), 3), "indices needs a list of indices, not 3", "indices=[2, 6, 9]"),
+        (lambda: OUT(nn.Parameter(torch.ones(3)), [-1]), "indices holds the index -1", "indices=[2, 6, 9]"),
+        (lambda: IN(nn.Bilinear(4, 6, 5), [1], dim=0), "dim is for parameters", "leave dim out"),
         (lambda: OUT(nn.ReLU(), [1]), "fxprune.layers does not know how a ReLU is called", "fxprune.prune(model"),
         (lambda: OUT(nn.PReLU(), [0]), "its outputs has a single channel", "another layer"),
         (lambda: IN(nn.Embedding(5, 4), [1]), "a layer of type Embedding has no input channels", "remove_outputs"),
@@ -300,7 +357,7 @@ def test_device_type_and_mode_stay():
             "the layer has 2 heads, and none with number 2",
             "heads=[0]",
         ),
-        (lambda: layers.remove_heads(nn.MultiheadAttention(8, 2), [0, 1]), "remove names all of", "leave one"),
+        (lambda: layers.remove_heads(nn.MultiheadAttention(8, 2), [0, 1]), "indices names all of", "leave one"),
         (lambda: OUT(nn.Linear(4, 4), [1], amount=3), "remove_outputs has no argument 'amount'", "ratio"),
     ],
 )

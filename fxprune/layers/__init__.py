@@ -34,8 +34,9 @@ def remove_outputs(layer: Layer, indices: Sequence[int], *, dim: int | None = No
     (torch.Size([6, 3, 3, 3]), 6)
 
     Arguments:
-        layer: convolutions (transposed, grouped and depthwise ones), Linear, Embedding, PReLU, normalisations, recurrent
-            layers and cells (units of the hidden state, in all layers and directions), MultiheadAttention, or one parameter.
+        layer: convolutions (transposed, grouped and depthwise ones), Linear, Bilinear, Embedding, PReLU, normalisations,
+            recurrent layers and cells (units of the hidden state, in all layers and directions), MultiheadAttention, or one
+            parameter.
             Where an output has an input of its own (depthwise, normalisation, PReLU), that goes, too.
         indices: the channels that go, each once.
         dim: of a parameter the dimension, 0 by default; of a LayerNorm the dimension of `normalized_shape`.
@@ -61,7 +62,8 @@ def remove_inputs(layer: Layer, indices: Sequence[int], *, dim: int | None = Non
     Of a MultiheadAttention the channels of the query go, and of keys and values where they are as wide. An embedding has no
     input channels.
 
-    Arguments: as for `remove_outputs`; the dimension of a parameter is 1 by default.
+    Arguments: as for `remove_outputs`; the dimension of a parameter is 1 by default, and of a Bilinear 1 is its first input
+    and 2 its second.
     """
     if isinstance(layer, nn.Parameter):
         return without(layer, indices, min(1, layer.dim() - 1) if dim is None else dim, inplace=inplace)

@@ -17,6 +17,7 @@ from fxprune.passes.ir.slices import apply_slices
 from fxprune.passes.rewrite.pruned_module import RewrittenForward
 from fxprune.pipeline import Compilation
 from fxprune.plan import plan_of
+from fxprune.selection.indices import parse_indices
 from fxprune.selection.options import Options
 
 
@@ -52,13 +53,16 @@ class Alone(nn.Module):
 
 def remove_alone(layer: Any, call: LayerCall, remove: Mapping[str, Sequence[int]], *, inplace: bool) -> Any:
     """The layer without channels of the model `Alone`, by place; raises PruneError where they cannot go, or not alone."""
+    remove = {place: parse_indices(indices, "indices", layer) for place, indices in remove.items()}
     training = {module: module.training for module in layer.modules()}
     alone = Alone(layer, call)
     try:
         small = pruned_alone(alone.eval(), remove)
     except PruneError as error:
         fix = re.sub(r"remove=\{.*?: (\[[^\]]*\]).*", r"indices=\1", error.fix or "")
-        raise PruneError(said_of_layer(error.what), where=type(layer).__name__, fix=said_of_layer(fix)) from error
+        raise PruneError(
+            said_of_layer(error.what).replace("remove", "indices", 1), where=type(layer).__name__, fix=said_of_layer(fix)
+        ) from error
     finally:
         for module, mode in training.items():
             module.training = mode

@@ -20,16 +20,20 @@ class LayerCall:
         dim: the dimension of their channels; -1 for the last one.
         width: how many channels its output has.
         places: of units of its outputs (see `remove` of `prune`), where that is not what the linear layer behind it reads.
+        goes: the number of the one input whose channels go, where those of others never go with them.
     """
 
     shapes: tuple[tuple[int, ...], ...]
     dim: int
     width: int
     places: tuple[str, ...] = ()
+    goes: int | None = None
 
     @property
     def inputs(self) -> list[str]:
         """The places of input channels that can go together."""
+        if self.goes is not None:
+            return [f"inputs.{self.goes}"]
         first = self.shapes[0][self.dim] if self.shapes else 0
         alike = [i for i, shape in enumerate(self.shapes) if shape[self.dim] == first]
         return [f"inputs.{i}" for i in alike]
@@ -100,6 +104,9 @@ def how_called(layer: nn.Module, dim: int | None = None) -> LayerCall:
             what = f"dim must be that of channels in normalized_shape={sizes}, not {dim!r}"
             raise PruneError(what, where=type(layer).__name__, fix="dim=0")
         return LayerCall(((2, *sizes),), 1 + chosen % len(sizes), sizes[chosen])
+    if isinstance(layer, nn.Bilinear) and dim in (None, 1, 2):
+        shapes = ((2, layer.in1_features), (2, layer.in2_features))
+        return LayerCall(shapes, -1, layer.out_features, goes=0 if dim is None else dim - 1)
     if dim is not None:
         what = f"dim is for parameters and layers with a normalized_shape, not for a {type(layer).__name__}"
         raise PruneError(what, fix="leave dim out")

@@ -168,7 +168,7 @@ class Coupling(Printable):
         """
         with entry_point(self._compilation.model) as model:
             place = find_place(model, self._solution, self._found, layer, "group")
-            chosen = range(place.size) if indices is None else parse_indices(indices, "group", layer)
+            chosen = range(place.size) if indices is None else parse_indices(indices, "indices", layer)
             check_indices(place, chosen)
             return group_of(self._chains, place, chosen, self._prune)
 

@@ -27,11 +27,12 @@ def parse_remove(remove: Any) -> dict[Any, tuple[int, ...]] | None:
 
 def parse_indices(indices: Any, argument: str, key: Any) -> tuple[int, ...]:
     """Indices that were given for a layer, ascending; raises PruneError for what are none."""
+    example = EXAMPLE if argument == "remove" else f"{argument}=[2, 6, 9]"
     where = key if isinstance(key, str) else getattr(key, "name", type(key).__name__)
     if isinstance(indices, Tensor | np.ndarray):
         indices = indices.tolist()
     if not isinstance(indices, Sequence | set | frozenset) or isinstance(indices, str):
-        raise PruneError(f"{argument} needs a list of indices, not {indices!r}", where=where, fix=EXAMPLE)
+        raise PruneError(f"{argument} needs a list of indices, not {indices!r}", where=where, fix=example)
     found = []
     for given in indices:
         try:
@@ -39,13 +40,17 @@ def parse_indices(indices: Any, argument: str, key: Any) -> tuple[int, ...]:
                 raise TypeError
             found.append(operator.index(given))
         except TypeError:
-            fix = "mask.nonzero().flatten().tolist() makes indices of a mask" if isinstance(given, bool | np.bool_) else EXAMPLE
+            fix = "mask.nonzero().flatten().tolist() makes indices of a mask" if isinstance(given, bool | np.bool_) else example
             raise PruneError(f"{argument} holds {given!r}, which is no index", where=where, fix=fix) from None
     if not found:
-        raise PruneError(f"{argument} names no index", where=where, fix=f"leave {where!r} out, or {EXAMPLE}")
+        raise PruneError(
+            f"{argument} names no index",
+            where=where,
+            fix=f"leave {where!r} out, or {example}" if argument == "remove" else example,
+        )
     negative = [i for i in found if i < 0]
     if negative:
-        raise PruneError(f"{argument} holds the index {negative[0]}, and indices count from 0", where=where, fix=EXAMPLE)
+        raise PruneError(f"{argument} holds the index {negative[0]}, and indices count from 0", where=where, fix=example)
     twice = sorted({i for i in found if found.count(i) > 1}) if len(set(found)) < len(found) else []
     if twice:
         raise PruneError(f"{argument} names {spelled(twice, 6)} twice", where=where, fix="each index once")
