@@ -78,8 +78,8 @@ def test_apply_removes_just_that():
     [
         ("conv7", [1], "'conv7' in group names no layer"),
         ("conv1", [12], "channel 12 of conv1 is none"),
-        ("conv1", [1, 1], "group names 1 twice"),
-        ("conv1", [-2], "group holds the index -2"),
+        ("conv1", [1, 1], "indices names 1 twice"),
+        ("conv1", [-2], "indices holds the index -2"),
     ],
 )
 def test_refused(layer, indices, what):
