@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from pages import Page
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxprune
@@ -85,6 +86,22 @@ def test_inspect_has_the_totals(folder, capsys):
     assert out.endswith(f"\n1,477 parameters, {macs / 1000:.0f} k multiply-accumulates a forward\n".replace("1,477", "1.48 k"))
     data = json.loads(answer(capsys, "inspect", "net.py", "--json"))
     assert (data["parameters"], data["macs"]) == (1477, macs)
+
+
+def test_inspect_writes_a_page(folder, capsys):
+    """Of the model as it is: what may lose units, what stays and why, and what each ratio would leave."""
+    answer(capsys, "inspect", "net.py", "--html", "page.html", "--freeze-outputs", "conv2")
+    reasons = {f["name"]: f["reason"] for f in Page((folder / "page.html").read_text()).data["families"]}
+    assert reasons["conv1"] == "" and reasons["conv2"].startswith("is frozen by request")
+    answer(capsys, "inspect", "net.py", "--html", "page.html")
+    page = Page((folder / "page.html").read_text())
+    model, x = models.load("net.py")
+    assert {f["name"] for f in page.data["families"] if not f["reason"]} == {f.name for f in fxprune.couple(model, x).prunable}
+    assert all(f["kept"] == f["units"] for f in page.data["families"])
+    [half] = [r for r in page.data["ratios"] if r["ratio"] == "0.5"]
+    found = fxprune.count(fxprune.prune(model, 0.5, x), x)
+    assert [figure["exact"] for figure in half["figures"]] == [found.parameters, found.macs, found.bytes]
+    assert "shrank" not in " ".join(page.texts.values()).lower()
 
 
 def test_inspect_one_family_and_why(folder, capsys):
@@ -228,7 +245,9 @@ def test_models_of_transformers(folder, capsys):
     model.save_pretrained("llama")
     loaded, inputs = models.load("hf:llama")
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight) and inputs["input_ids"].shape == (1, 16)
-    drawn, _ = models.load("hf:llama/config.json")
+    (folder / "llama" / "config.json").rename(folder / "other.json")
+    drawn, _ = models.load("hf:other.json")
+    (folder / "other.json").rename(folder / "llama" / "config.json")
     assert type(drawn) is LlamaForCausalLM and not torch.equal(drawn.lm_head.weight, model.lm_head.weight)
     answer(capsys, "prune", "hf:llama", "--ratio", "0.5", "-o", "small")
     assert fxprune.load("small").model.layers[0].mlp.gate_proj.out_features == 12
@@ -298,6 +317,13 @@ REFUSED = [
     ("prune net.py -o small.pt", "-o small.pt ends in .pt"),
     ("prune net.py -o nowhere/small.safetensors", "the result cannot be written: there is no folder"),
     ("prune net.py -o folder", "a Net has no configuration to be saved to a folder with"),
+    (
+        "prune net.py --rato 0.5 -o here",
+        "unrecognized arguments: --rato 0.5; did you mean '--ratio'?; see",
+    ),
+    ("prune net.py --ratio 0.5 5 -o here", "unrecognized arguments: 5; see fxprune prune --help"),
+    ("inspect net.py --html nowhere/page.html", "the page cannot be written: there is no folder"),
+    ("inspect hf:nowhere.json", "there is no nowhere.json"),
     ("report net.py", "the following arguments are required: PRUNED"),
     ("report net.py nowhere.safetensors", "nowhere.safetensors"),
     ("report net.py bad.safetensors", "bad.safetensors"),
@@ -352,6 +378,10 @@ def test_the_reader_may_go(tmp_path):
     command = f"{sys.executable} -m fxprune inspect {tmp_path / 'net.py'} --json | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False, timeout=120)
     assert done.stdout == "{\n" and "Traceback" not in done.stderr
+
+
+def test_version(capsys):
+    assert answer(capsys, "--version") == f"fxprune {fxprune.__version__}\n"
 
 
 def test_help(capsys):

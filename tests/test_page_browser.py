@@ -9,6 +9,7 @@ import pytest
 from pages import MODELS, RATIOS, reported, swept
 
 import fxprune
+from fxprune.cli.inspect import whole_report
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install 'fxprune[test]'")
@@ -36,6 +37,8 @@ def pages(tmp_path_factory):
     for name in MODELS:
         reported(name)[-1].to_html(folder / f"{name}.html")
     swept().to_html(folder / "sweep.html")
+    model, x, *_ = reported("resnet")
+    whole_report(model, x, {}).to_html(folder / "inspected.html")
     return folder
 
 
@@ -59,7 +62,7 @@ def visit(browser, pages):
     assert said == []
 
 
-@every_model
+@pytest.mark.parametrize("name", [*MODELS, "inspected"])
 def test_it_fits_at_every_width_in_light_and_dark(visit, name):
     grounds = set()
     for width in WIDTHS:

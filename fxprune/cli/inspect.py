@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +13,25 @@ from rich.console import Group as Together
 from rich.text import Text
 from torch import nn
 
-from fxprune.api import couple
+from fxprune.api import couple, prune
 from fxprune.arguments import did_you_mean
 from fxprune.cli.arguments import Answer, add_coupling_arguments, add_model_arguments, check_target, coupling, loaded
 from fxprune.cli.output import show, show_json
+from fxprune.errors import PruneWarning
 from fxprune.passes.errors import PruneError
 from fxprune.reports.count import count
 from fxprune.reports.coupling import CoupledFamily, Coupling
 from fxprune.reports.coupling_graph import to_dot
 from fxprune.reports.formatting import short
+from fxprune.reports.report import Report
+from fxprune.reports.reporter import report
 
 HELP = "Show which layers are pruned together, and what is kept whole and why."
 EPILOG = """
 examples:
   fxprune inspect model.py
   fxprune inspect torchvision:resnet50 --why layer1.0.conv1
+  fxprune inspect model.py --html model.html
   fxprune inspect timm:vit_tiny_patch16_224 --freeze 'blocks.0*'
 """
 
@@ -37,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--why", metavar="NAME", help="what goes with the channels of a layer, link by link, or why none can")
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
     parser.add_argument("--dot", metavar="FILE", help="write the coupling graph for Graphviz")
+    parser.add_argument("--html", metavar="FILE", help="write a page that a browser shows, with what each ratio would leave")
     add_model_arguments(parser)
     add_coupling_arguments(parser)
 
@@ -44,8 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Answer:
     if arguments.dot:
         check_target(Path(arguments.dot), "the graph")
+    if arguments.html:
+        check_target(Path(arguments.html), "the page")
     model, example_inputs = loaded(arguments)
     found = couple(model, example_inputs, **coupling(arguments))
+    if arguments.html:
+        whole_report(model, example_inputs, coupling(arguments)).to_html(Path(arguments.html))
     if arguments.why is not None:
         group = found.group(arguments.why)
         if arguments.json:
@@ -61,6 +71,14 @@ def run(arguments: argparse.Namespace) -> Answer:
         return lambda: show_json({**found.to_dict(), "parameters": parameters, "macs": macs})
     size = f"{short(parameters)} parameters, {short(macs)} multiply-accumulates a forward"
     return lambda: show(Together(found, "", Text(size)))
+
+
+def whole_report(model: nn.Module, example_inputs: Any, asked: dict[str, Any]) -> Report:
+    """The report of a model that nothing was removed from."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PruneWarning)
+        whole = prune(model, None, example_inputs, params=1.0, verify=False, **asked)
+    return report(model, whole, example_inputs)
 
 
 def totals(model: nn.Module, example_inputs: Any) -> tuple[int, int]:

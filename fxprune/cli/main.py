@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,8 @@ from typing import Any, NoReturn
 
 import torch
 
+from fxprune import __version__
+from fxprune.arguments import did_you_mean
 from fxprune.cli import benchmark, inspect, profile, prune, report, sweep
 from fxprune.cli.output import one_line
 from fxprune.errors import PruneWarning
@@ -58,6 +61,7 @@ def parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    made.add_argument("--version", action="version", version=f"fxprune {__version__}")
     commands = made.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         raw = argparse.RawDescriptionHelpFormatter
@@ -65,6 +69,7 @@ def parser() -> Parser:
             name, help=command.HELP, description=command.HELP, epilog=command.EPILOG, formatter_class=raw, allow_abbrev=False
         )
         mine.add_argument("model", metavar="MODEL", help="what `fxprune --help` lists")
+        mine.set_defaults(parser=mine)
         command.add_arguments(mine)
     return made
 
@@ -72,7 +77,9 @@ def parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 for what cannot be done, and 1 where the reader of a pipe has gone."""
     try:
-        arguments = parser().parse_args(argv)
+        arguments, unknown = parser().parse_known_args(argv)
+        if unknown:
+            refuse(arguments.parser, unknown)
     except SystemExit as stop:
         return int(stop.code or 0)
     command: Any = COMMANDS[arguments.command]
@@ -94,6 +101,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     return 0
+
+
+def refuse(command: argparse.ArgumentParser, unknown: Sequence[str]) -> NoReturn:
+    """Exit with the error for arguments that a command does not take, and the option that is near the first of them."""
+    option = unknown[0].partition("=")[0]
+    near = did_you_mean(option, re.findall(r"--[a-z-]+", command.format_usage())) if option.startswith("-") else ""
+    command.error(f"unrecognized arguments: {' '.join(unknown)}{'; ' if near else ''}{near.rstrip()}")
 
 
 @contextlib.contextmanager

@@ -161,19 +161,19 @@ def from_transformers(name: str, wanted: Wanted) -> tuple[nn.Module, Any]:
     """A model of a configuration, with its weights where they lie beside it; nothing is downloaded."""
     transformers = library_called("transformers")
     path = Path(name)
-    folder = path.parent if path.name == "config.json" else path
-    if not (folder / "config.json").is_file():
-        raise PruneError(f"there is no {folder / 'config.json'}", fix="hf: with a folder that holds a config.json")
+    file = path if path.suffix == ".json" else path / "config.json"
+    if not file.is_file():
+        raise PruneError(f"there is no {file}", fix="hf: with a folder that holds a config.json, or with such a file")
     options: dict[str, Any] = {} if wanted.num_classes is None else {"num_labels": wanted.num_classes}
-    config = call(transformers.AutoConfig.from_pretrained, str(folder), str(folder), local_files_only=True, **options)
+    config = call(transformers.AutoConfig.from_pretrained, str(path), str(path), local_files_only=True, **options)
     kind = next((getattr(transformers, n, None) for n in config.architectures or ()), None) or transformers.AutoModel
-    stored = path != folder / "config.json" and any(folder.glob("*.safetensors"))
+    stored = path != file and any(path.glob("*.safetensors"))
     with without_logs(transformers.utils.logging):
         if stored and wanted.weights is None:
-            model: Any = call(kind.from_pretrained, str(folder), str(folder), config=config, local_files_only=True)
+            model: Any = call(kind.from_pretrained, str(path), str(path), config=config, local_files_only=True)
         else:
             build_it = kind.from_config if kind is transformers.AutoModel else kind._from_config
-            model = call(build_it, str(folder), config)
+            model = call(build_it, str(path), config)
     return model.eval(), transformers_inputs(model, config, wanted)
 
 

@@ -108,9 +108,11 @@ def embedded(data: Any) -> str:
 
 def page_data(report: Any) -> dict[str, Any]:
     """What the template shows, with every number as the text that is shown."""
-    families = [family_data(i, change) for i, change in enumerate(report.changes)]
+    pruned = bool(report.shrunk) or report.parameters[0] != report.parameters[1]
+    families = [family_data(i, change, pruned=pruned) for i, change in enumerate(report.changes)]
     return {
         "model": report.model,
+        "pruned": pruned,
         "totals": list(totals(report)),
         "sentences": list(report.sentences()),
         "families": families,
@@ -173,9 +175,9 @@ def seconds(value: float) -> str:
     return format_cost("latency", value)
 
 
-def family_data(number: int, change: Any) -> dict[str, Any]:
+def family_data(number: int, change: Any, *, pruned: bool) -> dict[str, Any]:
     family = change.family
-    whole = change.kept == family.units
+    whole = change.kept == family.units and (pruned or family.frozen is not None or family.units == 1)
     return {
         "name": family.name,
         "units": family.units,
