@@ -1,5 +1,5 @@
 # make demo   prune a real model and see the report
-# make test   lint, types, tests: what CI runs
+# make test   lint, types, documentation, tests: what CI runs
 # make lint   the first two of those alone
 # make docs   the documentation site, in build/site
 # make clean  everything that can be made again
@@ -33,7 +33,7 @@ $(DEMO): pyproject.toml
 demo: $(DEMO)
 	$(BIN)/python examples/demo.py
 
-test: lint
+test: lint docs
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PYTEST) --numprocesses $(JOBS) --dist worksteal --durations 10 $(ARGS)
 
 lint: $(STAMP) typed
@@ -51,8 +51,8 @@ typed:
 
 docs: typed
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -c "import mkdocs, material, mkdocstrings" 2>/dev/null || $(BIN)/python -m pip install --quiet ".[docs]"
-	$(BIN)/python -m mkdocs build --strict
+	$(BIN)/python -c "import mkdocs, material, mkdocstrings" 2>/dev/null || $(BIN)/python -m pip install --quiet --editable ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
