@@ -5,6 +5,7 @@ import inspect
 import re
 from pathlib import Path
 
+import claims
 import pytest
 import torch
 import torch_pruning
@@ -91,10 +92,10 @@ def folders(names, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("page", "code"), [(p, code) for p, _, code in ROWS], ids=[f"{p}: {theirs}" for p, theirs, _ in ROWS])
-def test_row_runs(page, code, names, folders, monkeypatch):
+def test_row_does_what_it_says(page, code, names, folders, monkeypatch):
     monkeypatch.chdir(folders[page])
     monkeypatch.setattr(latency, "measure_seconds", counting_clock)
-    exec(code, dict(names[page]))
+    claims.check(code, dict(names[page]))
 
 
 @pytest.mark.parametrize("page", PAGES)
