@@ -305,13 +305,19 @@ def occurring(solution: Solution, unit: int) -> str:
     return next(found, "a tensor")
 
 
+def is_pruned(model: Any) -> bool:
+    """Whether a model carries the plan that it was pruned by."""
+    meta = getattr(model, "meta", None)
+    return isinstance(meta, Mapping) and isinstance(meta.get("plan"), PlanData)
+
+
 @checked_call()
 def plan_of(pruned: nn.Module) -> Any:
     """The plan that a pruned model was made by; raises PruneError for a model that was not."""
-    plan = getattr(pruned, "meta", {}).get("plan")
-    if not isinstance(plan, PlanData):
+    if not is_pruned(pruned):
         raise PruneError("this module carries no plan", where=type(pruned).__name__, fix="pass what fxprune.prune returned")
-    return plan
+    meta: Any = pruned.meta
+    return meta["plan"]
 
 
 def plan_between(model: nn.Module, pruned: nn.Module) -> Any:
@@ -319,6 +325,9 @@ def plan_between(model: nn.Module, pruned: nn.Module) -> Any:
 
     What was pruned of a pruned model carries two: `plan` of the original, and `step` of the model that it was made of.
     """
+    if is_pruned(model) and not is_pruned(pruned):
+        what = "the second model is none that was pruned, and the first one is"
+        raise PruneError(what, where=type(model).__name__, fix="the original comes first: (model, pruned, ...)")
     whole, step = plan_of(pruned), getattr(pruned, "meta", {}).get("step")
     if step is None:
         return whole

@@ -634,6 +634,33 @@ def test_families_of_one_layer_are_told_apart():
     assert (small.get_submodule("b").in_features, small.get_submodule("c").in_features) == (4, 2)
 
 
+class Packed(nn.Module):
+    """One layer makes two results of one shape each, and each is used by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 12), nn.Linear(6, 2), nn.Linear(6, 2)
+
+    def forward(self, x):
+        y, z = self.a(x).relu().unflatten(1, (2, 6)).unbind(1)
+        return self.b(y) + self.c(z.sigmoid())
+
+
+def test_a_family_that_another_one_holds_is_said_to_be():
+    """Rows of one tensor keep equally many, so that half of one family asks for half of the other."""
+    model, x = Packed().eval(), torch.randn(2, 4)
+    assert [f.name for f in fxprune.couple(model, x).prunable] == ["a#1", "a#2"]
+    what = "'a#2' in ratio changes nothing: a#2 keeps as many units as a#1, which the ratio leaves whole"
+    with pytest.raises(PruneError, match=what) as caught:
+        fxprune.prune(model, {"a#2": 0.5}, x)
+    assert caught.value.fix == "ratio={'a#2': 0.5, 'a#1': 0.5}"
+    small = fxprune.prune(model, {"a#2": 0.5, "a#1": 0.5}, x)
+    assert small.get_submodule("a").out_features == 6
+    wide = nn.Sequential(model, nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    with pytest.warns(PruneWarning, match="'0.a#2' in ratio changes nothing: 0.a#2 keeps as many units as 0.a#1"):
+        fxprune.prune(wide, {"0.a#2": 0.5, "1": 0.5}, x)
+
+
 def test_globs_over_dimensions():
     model = resnet()
     frozen = {f.name: f.frozen for f in fxprune.couple(model, PICTURE, freeze="layer1.*.conv2:1").families}
@@ -693,6 +720,15 @@ def test_plans_remember_it():
         assert widths(again) == widths(small)
         [whole] = [c for c in fxprune.report(model, again).whole if c.family.name == "layer2.0.conv1"]
         assert whole.reason.startswith("is frozen by request")
+
+
+@pytest.mark.parametrize("function", [fxprune.report, fxprune.verify, fxprune.repair])
+def test_models_in_the_wrong_order(function):
+    model = Net().eval()
+    small = fxprune.prune(model, 0.5, IMAGES, verify=False)
+    with pytest.raises(PruneError, match="the second model is none that was pruned, and the first one is") as caught:
+        function(small, model, [IMAGES] if function is fxprune.repair else IMAGES)
+    assert caught.value.fix == "the original comes first: (model, pruned, ...)"
 
 
 # -- what has no effect ---------------------------------------------------------------------------------------------------

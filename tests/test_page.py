@@ -204,6 +204,9 @@ def test_it_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(PruneError, match="cannot be written"):
         found.to_html(tmp_path / "none" / "page.html")
 
+    with pytest.raises(PruneError, match="'None' is no path"):
+        found.to_html(None)
+
     def broken(report):
         raise OSError(28, "No space left on device")
 

@@ -28,7 +28,7 @@ from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.quiet import without_modes
 from fxprune.plan import left_by_forward, plan_of
-from fxprune.reports.files import flush, one_line, unwritable
+from fxprune.reports.files import as_path, flush, unwritable
 from fxprune.same_class.saving import SavePretrained
 
 SUFFIX = ".safetensors"
@@ -129,17 +129,6 @@ def load(path: Folder, model: nn.Module | None = None, *, same_class: bool = Fal
             made.meta["plan"] = signed
         made.meta["contents"] = {name: tensor.clone() for name, tensor in contents.items()}
         return made
-
-
-def as_path(path: Any) -> Path:
-    try:
-        made = Path(path)
-        os.fsencode(made)
-        if "\0" in str(made):
-            raise ValueError("it holds a null character")
-    except (TypeError, ValueError) as error:
-        raise PruneError(f"{str(path)[:60]!r} is no path: {one_line(error)}", fix="the name of a file or a folder") from error
-    return made
 
 
 @contextlib.contextmanager

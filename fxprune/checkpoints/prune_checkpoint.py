@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fxprune.arguments import checked_call
 from fxprune.checkpoints.by_blocks import calibrate_by_blocks
-from fxprune.checkpoints.checkpoint import SUFFIX, WEIGHTS, Folder, as_path, folder_at
+from fxprune.checkpoints.checkpoint import SUFFIX, WEIGHTS, Folder, folder_at
 from fxprune.checkpoints.config import CONFIG, architecture, write_config
 from fxprune.checkpoints.file import DIGEST, FORMAT, KEY
 from fxprune.checkpoints.rebuild import CONTENTS
@@ -37,7 +37,7 @@ from fxprune.passes.rewrite.pruned_module import PrunedModule
 from fxprune.passes.rewrite.rewrite import slice_tensor
 from fxprune.pipeline import Compilation, Plan
 from fxprune.plan import derived_tensors, plan_of
-from fxprune.reports.files import replacing
+from fxprune.reports.files import as_path, replacing
 from fxprune.same_class.stand_ins import StandIns
 from fxprune.selection.choice import Choice
 from fxprune.selection.options import ASKED, Asked, Options, Ratio

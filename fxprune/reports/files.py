@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from fxprune.passes.errors import PruneError
 
@@ -33,6 +34,18 @@ def replacing(path: Path) -> Iterator[Path]:
         raise unwritable(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def as_path(path: Any) -> Path:
+    """A path of the text or the path that was given; raises PruneError for what is none."""
+    try:
+        made = Path(path)
+        os.fsencode(made)
+        if "\0" in str(made):
+            raise ValueError("it holds a null character")
+    except (TypeError, ValueError) as error:
+        raise PruneError(f"{str(path)[:60]!r} is no path: {one_line(error)}", fix="the name of a file or a folder") from error
+    return made
 
 
 def unwritable(path: Path, error: Exception) -> PruneError:

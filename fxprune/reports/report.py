@@ -12,7 +12,7 @@ from rich.text import Text
 
 from fxprune.reports.changes import FamilyChange, ModuleChange
 from fxprune.reports.coupling_graph import Link
-from fxprune.reports.files import replacing
+from fxprune.reports.files import as_path, replacing
 from fxprune.reports.formatting import Printable, counted, plain_data, short, table
 from fxprune.reports.page import in_frame, render
 from fxprune.reports.ratios import RatioCosts
@@ -91,7 +91,7 @@ class Report(Printable):
 
         Raises: PruneError where it cannot be written; what was there before is still there then.
         """
-        with replacing(Path(path)) as unfinished:
+        with replacing(as_path(path)) as unfinished:
             unfinished.write_text(render(self), encoding="utf-8")
 
     def to_dict(self) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.progress import progress_bar
 from fxprune.passes.ir.quiet import unobserved, without_modes
 from fxprune.pipeline import Compilation
+from fxprune.reports.files import as_path, replacing
 from fxprune.reports.formatting import Printable, as_text, plain_data, table
 from fxprune.selection.candidates import form_groups, remove_share
 from fxprune.selection.choice import Choice
@@ -90,7 +91,8 @@ class Sensitivity(Printable):
         """Write the curves to an SVG file that needs nothing else."""
         curves = {c.family: c.values for c in self.curves}
         title = f"{self.model}: one family pruned at a time"
-        Path(path).write_text(draw_curves(title, self.whole, self.ratios, curves), encoding="utf-8")
+        with replacing(as_path(path)) as unfinished:
+            unfinished.write_text(draw_curves(title, self.whole, self.ratios, curves), encoding="utf-8")
 
     def tables(self) -> Iterator[RenderableType]:
         """A headline and a row for each curve, as rich renders them."""

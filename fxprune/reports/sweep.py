@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from fxprune.passes.errors import PruneError
-from fxprune.reports.files import replacing
+from fxprune.reports.files import as_path, replacing
 from fxprune.reports.formatting import Printable, as_text, counted, short, table
 from fxprune.reports.page import FRAME, embedded_svg, render_sweep
 from fxprune.reports.scatter import Scatter, draw
@@ -134,12 +134,12 @@ class Sweep(Printable):
 
     def plot(self, path: str | Path) -> None:
         """Write the values over multiply-accumulates and over latency to an SVG file that needs nothing else."""
-        with replacing(Path(path)) as unfinished:
+        with replacing(as_path(path)) as unfinished:
             unfinished.write_text(embedded_svg([draw(s) for s in self.scatters()]), encoding="utf-8")
 
     def to_html(self, path: str | Path) -> None:
         """Write one HTML page that needs nothing else. Raises PruneError where it cannot be written."""
-        with replacing(Path(path)) as unfinished:
+        with replacing(as_path(path)) as unfinished:
             unfinished.write_text(render_sweep(self), encoding="utf-8")
 
     def _repr_html_(self) -> str:

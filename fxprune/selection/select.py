@@ -21,6 +21,7 @@ from fxprune.passes.ir.module_tree import named_parameters, named_tensors
 from fxprune.passes.ir.slices import Slicer
 from fxprune.selection.allocation import Allocator, levels_after, match_globs, match_ratios, match_scopes
 from fxprune.selection.budgets import Budget
+from fxprune.selection.candidates import form_groups
 from fxprune.selection.costs import Costs
 from fxprune.selection.expected_cost import expected_use
 from fxprune.selection.latency import FRIENDLY, LatencyProbe
@@ -65,7 +66,8 @@ def check_effect(
         if nothing:
             warnings.warn(f"{options.budget.kind}={options.budget.amount!r} removes nothing", PruneWarning, stacklevel=2)
         return
-    if nothing and any(match_ratios(free, options.ratio, solution, options.scopes)):
+    tied = tied_to_whole(free, solution, options)
+    if nothing and not tied and any(match_ratios(free, options.ratio, solution, options.scopes)):
         wanted = any(Allocator(free, score, solution, options).allocate_ratio())
         raise PruneError(
             "nothing in the model can be pruned by so little: "
@@ -74,16 +76,32 @@ def check_effect(
             fix=f"a larger ratio, {'a lower floor, ' if options.floor else ''}or a smaller round_to",
         )
     if isinstance(options.ratio, Mapping):
-        said = idle_globs(model, free, solution, options, kept)
+        said = idle_globs(model, free, solution, options, kept, tied)
         if said and nothing:
-            fix = "the name of a layer that may lose outputs; print(fxprune.couple(model, example_inputs)) shows them"
+            both = f"ratio={{{', '.join(f'{name!r}: 0.5' for name in next(iter(tied.items())))}}}" if tied else ""
+            fix = both or "the name of a layer that may lose outputs; print(fxprune.couple(model, example_inputs)) shows them"
             raise PruneError("; ".join(said), where=type(model).__name__, fix=fix)
         for text in said:
             warnings.warn(text, PruneWarning, stacklevel=2)
 
 
-def idle_globs(model: nn.Module, free: Sequence[Family], solution: Solution, options: Options, kept: Tensor) -> list[str]:
-    """A sentence for each glob of a ratio that changes nothing, with the reason."""
+def tied_to_whole(free: Sequence[Family], solution: Solution, options: Options) -> dict[str, str]:
+    """Families that a ratio names and that stay whole since another one does, with its name: rows keep equally many."""
+    ratios, size = match_ratios(free, options.ratio, solution, options.scopes), len(solution.unit_of)
+    groups = [g.families for g in form_groups([f.units for f in free], ratios, solution.equal_rows, size)]
+    whole = {i: j for group in groups for i in group for j in group if ratios[i] and not ratios[j]}
+    return {free[i].name: free[j].name for i, j in whole.items()}
+
+
+def idle_globs(
+    model: nn.Module,
+    free: Sequence[Family],
+    solution: Solution,
+    options: Options,
+    kept: Tensor,
+    tied: Mapping[str, str],
+) -> list[str]:
+    """A sentence for each glob of a ratio that changes nothing, with the reason; `tied` is what `tied_to_whole` found."""
     assert isinstance(options.ratio, Mapping)
     matched = match_globs(free, list(options.ratio), solution, options.scopes)
     busy = {globs[0] for globs, f in zip(matched, free, strict=True) if globs and not bool(kept[f.units].all())}
@@ -96,8 +114,12 @@ def idle_globs(model: nn.Module, free: Sequence[Family], solution: Solution, opt
     said = []
     for glob in idle:
         reasons = [f"{f.name} {why_idle(f)}" for globs, f in stays if glob in globs]
-        if any(globs and globs[0] == glob for globs in matched):
-            why = "what it names has no whole unit to lose"
+        mine = [f.name for globs, f in zip(matched, free, strict=True) if globs and globs[0] == glob]
+        if mine:
+            held_by = [
+                f"{name} keeps as many units as {tied[name]}, which the ratio leaves whole" for name in mine if name in tied
+            ]
+            why = next(iter(held_by), "what it names has no whole unit to lose")
         elif any(glob in globs for globs in matched):
             why = "what it names is named by an earlier glob, which counts"
         else:

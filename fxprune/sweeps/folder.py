@@ -10,12 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from fxprune.checkpoints.checkpoint import as_path
 from fxprune.checkpoints.file import digest
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.pipeline import Plan
-from fxprune.reports.files import replacing, unwritable
+from fxprune.reports.files import as_path, replacing, unwritable
 from fxprune.reports.sweep import ALONE, Point
 
 FORMAT = "fxprune.sweep/1"
