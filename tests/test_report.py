@@ -128,7 +128,8 @@ def test_reasons_for_what_was_not_frozen():
     }
     assert reasons["stem"] == "keeps 6 of 8 units"
     assert reasons["body"] == "is frozen by request, which holds body:0 too"
-    whole = fxprune.report(model, pruned(model, IMAGES, None, params=1.0))
+    with pytest.warns(fxprune.PruneWarning, match="params=1.0 removes nothing"):
+        whole = fxprune.report(model, pruned(model, IMAGES, None, params=1.0))
     assert "lost no unit" in {c.family.name: c.reason for c in whole.changes}["stem"]
     assert "0 of 4 families shrank" in str(whole)
 
