@@ -15,6 +15,9 @@ DEMO   := $(VENV)/.installed-for-demo
 JOBS   ?= 2
 PYTEST ?= $(BIN)/python -m pytest
 
+# Many tests start processes of their own, which would compile the package again each time.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo test lint typed docs format clean
 .DELETE_ON_ERROR:
 

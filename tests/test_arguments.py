@@ -1,11 +1,14 @@
 """One way to ask: what is taken in which place and form, and what is said of requests that mean nothing."""
 
+import ast
 import inspect
+import subprocess
 import sys
 import typing
 import warnings
 from collections import UserDict
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -785,6 +788,29 @@ def test_what_has_an_effect_is_not(ratio):
 def test_dir_is_what_is_public():
     assert dir(fxprune) == sorted(fxprune.__all__)
     assert all(hasattr(fxprune, name) for name in fxprune.__all__)
+
+
+def test_public_names_are_of_the_modules_that_type_checkers_see():
+    """`fxprune/__init__.py` says twice where a name is from: for type checkers, and for its first use."""
+    tree = ast.parse(Path(fxprune.__file__).read_text())
+    seen = next(node.body for node in tree.body if isinstance(node, ast.If))
+    homes = {alias.name: node.module for node in seen for alias in node.names}
+    said = {name: home.removesuffix(f".{name}") if home == f"fxprune.{name}" else home for name, home in fxprune.HOMES.items()}
+    assert homes == said
+    assert sorted(homes) == fxprune.__all__
+
+
+def test_importing_the_package_imports_nothing_of_it():
+    """Its modules are imported when they are first used, submodules too; what is not there is no attribute."""
+    program = """
+import sys, torch
+before = set(sys.modules)
+import fxprune
+assert set(sys.modules) - before == {"fxprune"}, sorted(set(sys.modules) - before)
+assert fxprune.criteria.Magnitude is fxprune.Magnitude and fxprune.pipeline.Plan is fxprune.Plan
+assert not hasattr(fxprune, "prnue") and not hasattr(fxprune, "__wrapped__")
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 @pytest.mark.parametrize("function", [fxprune.Pruner, fxprune.feasible, fxprune.prune_checkpoint])

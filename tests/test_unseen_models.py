@@ -209,6 +209,26 @@ def test_nested_tensors_are_refused_as_such():
         pruned(Nested)
 
 
+class ReadsValues(nn.Module):
+    """It becomes one node, in a run with values, after one without them has failed."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(10, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        y = self.a(x).relu()
+        return self.b(y * 2 if float(y.sum()) > 0 else y)
+
+
+def test_a_run_that_fails_without_values_costs_no_search_through_all_objects(monkeypatch):
+    """Proxies that the error holds are gone before the next run looks for what is left."""
+    searches = []
+    monkeypatch.setattr(gc, "get_referrers", lambda *of: searches.append(of) or [])
+    small = fxprune.prune(ReadsValues(), 0.5, X, verify=False)
+    assert small.meta["capture"].startswith("opaque: whole (reads") and not searches
+
+
 # -- what stood in the place of functions ----------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
     native.py                                  every model, eager, with one sample and with eight
     native.py --modes compiled                 the same under torch.compile
+    native.py --modes calls                    no times: whether they make the same calls, which no noise disturbs
     native.py --models resnet50 --redo         some of them again
 
 Rows go to `native.jsonl`, the table to `NATIVE.md`; what is there already is not run again. Half of everything is removed.
@@ -9,6 +10,8 @@ Three forms run in turns in one process: the native model, fxprune's GraphModule
 forward of each, in an order that moves on, so that whatever disturbs the machine disturbs all. A figure is the median over
 rounds, divided by that of the native model; *within 3 %* is what is asked for. *native again* is another copy of the native
 model, timed as the others are: how far it is from 1 says how quiet the machine was.
+
+Calls are those of the dispatcher, eager, and the lines that `torch.compile` gets to compile, without those that have no effect.
 """
 
 import argparse
@@ -21,7 +24,9 @@ from typing import Any
 
 import torch
 from sweep import Row, machine, markdown_table, options, read_rows, sweep
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fxprune
 
@@ -97,14 +102,14 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, nn.Module]]] = {
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--modes", nargs="+", choices=["eager", "compiled"], default=["eager"])
+    parser.add_argument("--modes", nargs="+", choices=["eager", "compiled", "calls"], default=["eager"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--limit", type=float, default=900, help="seconds for one job")
     arguments = options(parser, measure, argv, alone=True)
     if arguments is None:
         return
     every = itertools.product(arguments.models, arguments.modes, arguments.batches)
-    jobs = [{"model": model, "mode": mode, "batch": batch} for model, mode, batch in every]
+    jobs = [{"model": model, "mode": mode, "batch": batch} for model, mode, batch in every if mode != "calls" or batch == 1]
     try:
         sweep(__file__, jobs, ROWS, limit=arguments.limit, redo=arguments.redo)
     finally:
@@ -133,6 +138,8 @@ def forms(model: str, batch: int) -> tuple[dict[str, nn.Module], Any]:
 def measure(model: str, mode: str, batch: int) -> Row:
     """The median seconds of a forward of each form."""
     made, given = forms(model, batch)
+    if mode == "calls":
+        return {"status": "ok", "machine": machine(), "calls": same_calls(made, given)}
     calls: dict[str, Callable[[], Any]] = {}
     outputs = {}
     for name, module in made.items():
@@ -148,6 +155,51 @@ def measure(model: str, mode: str, batch: int) -> Row:
     seconds = in_turns(calls)
     medians = {name: statistics.median(found) for name, found in seconds.items()}
     return {"status": "ok", "machine": machine(), "rounds": len(seconds["native"]), "seconds": medians}
+
+
+class Calls(TorchDispatchMode):
+    """Writes down the dispatcher calls, with the shapes of the tensors that they return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.found.append((str(func), [tuple(t.shape) for t in tree_leaves(out) if isinstance(t, Tensor)]))
+        return out
+
+
+def eager_calls(module: nn.Module, given: Any) -> list[Any]:
+    with Calls() as calls:
+        module(**given) if isinstance(given, dict) else module(given)
+    return calls.found
+
+
+def compiled_calls(module: nn.Module, given: Any) -> list[Any]:
+    """The ops of the graphs that `torch.compile` makes, in order; an op whose result nobody reads has no part in them."""
+    found: list[Any] = []
+
+    def backend(graph: fx.GraphModule, _: Any) -> Any:
+        read = [node for node in graph.graph.nodes if node.users and node.op not in ("placeholder", "output")]
+        found.extend((str(node.target).split(" at 0x")[0], shape_of(node.meta["example_value"])) for node in read)
+        return graph.forward
+
+    torch._dynamo.reset()
+    form = torch.compile(module, dynamic=False, backend=backend)
+    form(**given) if isinstance(given, dict) else form(given)
+    return found
+
+
+def shape_of(value: Any) -> Any:
+    return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
+def same_calls(made: dict[str, nn.Module], given: Any) -> dict[str, dict[str, bool]]:
+    """For each form whether it makes the same calls as the native model does, eager and compiled."""
+    ways = {"eager": eager_calls, "compiled": compiled_calls}
+    wanted = {way: calls_of(made["native"], given) for way, calls_of in ways.items()}
+    return {form: {way: calls_of(made[form], given) == wanted[way] for way, calls_of in ways.items()} for form in (GRAPH, CLASS)}
 
 
 def in_turns(calls: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
@@ -194,12 +246,21 @@ def table(rows: list[Row]) -> str:
         *[(form, "r", lambda row, form=form: shown(row, form)) for form in (AGAIN, GRAPH, CLASS)],
         ("rounds", "r", lambda row: row.get("rounds", "")),
     ]
+    counted = {row["model"]: row["calls"] for row in rows if row["mode"] == "calls" and row["status"] == "ok"}
+    rows = [row for row in rows if row["mode"] != "calls"]
     told = [found for row in rows for form in (GRAPH, CLASS) if (found := ratio(row, form)) is not None]
     near = sum(found <= WITHIN for found in told)
     said = f"{near} of {len(told)} figures of pruned models are within 3 % of the natively built model."
     machines = ", ".join(dict.fromkeys(row["machine"] for row in rows if "machine" in row))
     about = "Made by `native.py`: the time of a forward over that of a natively built model with the same widths and weights."
-    return f"# Pruned against natively built\n\n{about}\n{said} {machines}.\n\n{markdown_table(columns, rows)}"
+    same = [
+        f"{form}, {way}: " + ", ".join(model for model, calls in counted.items() if calls[form][way])
+        for form in (GRAPH, CLASS)
+        for way in ("eager", "compiled")
+    ]
+    calls = "".join(f"- {line}\n" for line in same)
+    also = f"The same calls as those of the native model, one for one, of {len(counted)} models:\n\n{calls}"
+    return f"# Pruned against natively built\n\n{about}\n{said} {machines}.\n\n{also}\n{markdown_table(columns, rows)}"
 
 
 if __name__ == "__main__":

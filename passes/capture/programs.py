@@ -47,7 +47,8 @@ def programs(
     try:
         return modes_captured(model, args, kwargs, stand_in)
     except PruneError:
-        remove_leftovers()
+        if stand_in is None:  # else the next run removes them; as long as there is the error, its frames hold proxies, too
+            remove_leftovers()
         raise
 
 
