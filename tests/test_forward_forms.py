@@ -2,6 +2,7 @@
 
 import functools
 
+import pytest
 import torch
 from torch import nn
 
@@ -58,6 +59,62 @@ def test_a_hook_that_keeps_what_a_layer_returns_is_a_step_of_the_program():
         assert model.net[1]._forward_hooks == before
         assert not pruned.get_submodule("net.1")._forward_hooks, "the program does it already"
         assert fxprune.verify(model, pruned, torch.randn(7, 6)).ok
+
+
+class Keeper:
+    """A hook that is an object, which the model reads later."""
+
+    def __init__(self):
+        self.last = None
+
+    def __call__(self, layer, given, out):
+        self.last = out
+
+
+class KeepsByObject(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.keeper = nn.Linear(8, 16), nn.Linear(16, 3), Keeper()
+        self.a.register_forward_hook(self.keeper)
+
+    def forward(self, x):
+        return self.b(self.a(x).relu() + self.keeper.last)
+
+
+@pytest.mark.parametrize("ran", [False, True])
+def test_a_hook_that_is_an_object_of_the_models_is_that_of_the_copy(ran):
+    """Else the program holds what it kept in the run before."""
+    model, x, other = KeepsByObject().eval(), torch.randn(2, 8), torch.randn(2, 8)
+    if ran:
+        model(x)
+    kept = model.keeper.last
+    small = fxprune.prune(model, 0.5, x)
+    assert model.keeper.last is kept
+    masks = fxprune.plan_of(small).masks(model)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            tensor.mul_(masks.get(name, torch.ones(())))
+    torch.testing.assert_close(small(other), model(other))
+
+
+@torch.library.custom_op("fxprune_tests::add_into", mutates_args=("x",))
+def add_into(x: torch.Tensor, y: torch.Tensor) -> None:
+    x.add_(y.flip(-1))
+
+
+def test_what_an_op_without_a_rule_writes_to_is_frozen():
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.d = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+        def forward(self, x):
+            y = self.a(x).clone()
+            add_into(y, self.b(x))
+            return self.d(self.c(y).relu())
+
+    small = fxprune.prune(Writes().eval(), 0.5, torch.randn(2, 8))
+    assert [layer.out_features for layer in (small.a, small.b, small.c)] == [16, 16, 8]
 
 
 def test_a_hook_that_looks_at_values_stays_part_of_its_layer():

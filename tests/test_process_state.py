@@ -347,3 +347,16 @@ def test_threads_prune_while_another_infers():
     done.set()
     fifth.join()
     assert failed == []
+
+
+def test_the_cache_of_a_module_that_a_file_imports_whole_is_not_asked():
+    """A function that has run at one size would else tie the program to it."""
+
+    def between(net, x):
+        return HELPERS.heads(x).flatten(-2)
+
+    net = Net(between)
+    net(X)
+    small = fxprune.prune(net, 0.5, X)
+    assert small(torch.randn(5, 8, dtype=torch.float64)).shape == (5, 4)
+    assert HELPERS.split.cache_info().currsize
