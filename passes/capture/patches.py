@@ -232,15 +232,19 @@ class NamedFunction:
         return self.make, (self.cls,)
 
 
-def vectorised(run: Callable[..., Any], function: Callable[..., Any], *how: Any) -> Callable[..., Any]:
-    """What `torch.vmap` makes of a function, under a name that generated code can refer to."""
+class Vectorised:
+    """What `torch.vmap` makes of a function, under a name that generated code can refer to; it is pickled with the function."""
 
-    def applied(*args: Any, **kwargs: Any) -> Any:
-        return run(function, *how, *args, **kwargs)
+    def __init__(self, function: Callable[..., Any], *how: Any) -> None:
+        self.given = function, *how
+        self.__name__ = self.__qualname__ = f"vmap_{getattr(function, '__name__', 'function').strip('<>')}"
+        self.__module__ = __name__
 
-    applied.__name__ = applied.__qualname__ = f"vmap_{getattr(function, '__name__', 'function').strip('<>')}"
-    applied.__module__ = __name__
-    return applied
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return torch._functorch.apis.vmap_impl(*self.given, *args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Vectorised, self.given
 
 
 def named_apply(cls: type) -> NamedFunction:

@@ -26,6 +26,7 @@ from fxprune.passes.capture.patches import (
     LOCK,
     STAND_INS,
     STANDS_FOR_TORCH,
+    Vectorised,
     constructed,
     legacy,
     named_apply,
@@ -33,7 +34,6 @@ from fxprune.passes.capture.patches import (
     say_that_fx_traces,
     see_autocast,
     see_grad_modes,
-    vectorised,
 )
 from fxprune.passes.capture.proxy import PROXIES, unwrap
 from fxprune.passes.capture.tracer import ValueTracer
@@ -196,7 +196,7 @@ class Patches:
             if not self.tracing() or not any(type(v) in PROXIES for v in iterate((given, kwargs))):
                 return plain(function, *given, **kwargs)
             begin = len(self.tracer.recorder.op_trace.ops)
-            target = vectorised(plain, function, *given[:4])
+            target = Vectorised(function, *given[:4])
             made = self.tracer.create_proxy("call_function", target, given[4:], kwargs)
             self.tracer.recorder.refuse_own(begin)  # which the program would not cut
             return made
