@@ -1,5 +1,6 @@
 """What forwards of other people's packages do, each in a small model: pruned by half, and exact."""
 
+import copy
 import functools
 
 import pytest
@@ -508,3 +509,28 @@ def test_a_list_of_an_opaque_module_is_as_long_as_it_was():
     pruned = halved(Listed(), torch.randn(2, 6))
     assert pruned.meta["capture"].startswith("opaque: part")
     assert "is 2, and here it is 3" in pruned.verification.refused[0]
+
+
+class OverGraph(nn.Module):
+    """Adds up what the neighbours of a node have, by a sparse matrix; what it copies is a value like any other."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 3)
+
+    def forward(self, x, graph):
+        y = torch.sparse.mm(graph, self.a(x)).relu()
+        return self.b(torch.sparse.addmm(copy.deepcopy(y.detach()), graph, y))
+
+
+def test_a_sparse_input_and_a_copy_made_in_the_forward():
+    torch.manual_seed(0)
+    model, graph = OverGraph(), (torch.rand(6, 6) > 0.5).float().to_sparse()
+    pruned = halved(model, torch.randn(6, 8), graph)
+    assert pruned.a.out_features == 8
+    masks = fxprune.plan_of(pruned).masks(model)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            tensor.mul_(masks.get(name, torch.ones(())))
+        x, other = torch.randn(4, 8), (torch.rand(4, 4) > 0.5).float().to_sparse()
+        torch.testing.assert_close(pruned(x, other), model(x, other))
