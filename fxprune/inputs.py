@@ -66,7 +66,9 @@ class ExampleInputs:
 
     @property
     def batch(self) -> int | None:
-        """The size of the first dimension of the first tensor that has any; None where there is none."""
+        """The size of the first dimension of the first tensor that has any; None where there is none, or one is sparse."""
+        if any(t.layout is not torch.strided for t in self.tensors):
+            return None  # its rows are the nodes of a graph, say, and not samples
         return next((t.shape[0] for t in self.tensors if t.dim()), None)
 
     def first_sample(self) -> ExampleInputs:

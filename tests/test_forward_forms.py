@@ -1,7 +1,9 @@
 """What forwards of other people's packages do, each in a small model: pruned by half, and exact."""
 
+import copy
 import functools
 
+import pytest
 import torch
 from torch import nn
 
@@ -58,6 +60,62 @@ def test_a_hook_that_keeps_what_a_layer_returns_is_a_step_of_the_program():
         assert model.net[1]._forward_hooks == before
         assert not pruned.get_submodule("net.1")._forward_hooks, "the program does it already"
         assert fxprune.verify(model, pruned, torch.randn(7, 6)).ok
+
+
+class Keeper:
+    """A hook that is an object, which the model reads later."""
+
+    def __init__(self):
+        self.last = None
+
+    def __call__(self, layer, given, out):
+        self.last = out
+
+
+class KeepsByObject(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.keeper = nn.Linear(8, 16), nn.Linear(16, 3), Keeper()
+        self.a.register_forward_hook(self.keeper)
+
+    def forward(self, x):
+        return self.b(self.a(x).relu() + self.keeper.last)
+
+
+@pytest.mark.parametrize("ran", [False, True])
+def test_a_hook_that_is_an_object_of_the_models_is_that_of_the_copy(ran):
+    """Else the program holds what it kept in the run before."""
+    model, x, other = KeepsByObject().eval(), torch.randn(2, 8), torch.randn(2, 8)
+    if ran:
+        model(x)
+    kept = model.keeper.last
+    small = fxprune.prune(model, 0.5, x)
+    assert model.keeper.last is kept
+    masks = fxprune.plan_of(small).masks(model)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            tensor.mul_(masks.get(name, torch.ones(())))
+    torch.testing.assert_close(small(other), model(other))
+
+
+@torch.library.custom_op("fxprune_tests::add_into", mutates_args=("x",))
+def add_into(x: torch.Tensor, y: torch.Tensor) -> None:
+    x.add_(y.flip(-1))
+
+
+def test_what_an_op_without_a_rule_writes_to_is_frozen():
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.d = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+        def forward(self, x):
+            y = self.a(x).clone()
+            add_into(y, self.b(x))
+            return self.d(self.c(y).relu())
+
+    small = fxprune.prune(Writes().eval(), 0.5, torch.randn(2, 8))
+    assert [layer.out_features for layer in (small.a, small.b, small.c)] == [16, 16, 8]
 
 
 def test_a_hook_that_looks_at_values_stays_part_of_its_layer():
@@ -451,3 +509,28 @@ def test_a_list_of_an_opaque_module_is_as_long_as_it_was():
     pruned = halved(Listed(), torch.randn(2, 6))
     assert pruned.meta["capture"].startswith("opaque: part")
     assert "is 2, and here it is 3" in pruned.verification.refused[0]
+
+
+class OverGraph(nn.Module):
+    """Adds up what the neighbours of a node have, by a sparse matrix; what it copies is a value like any other."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 3)
+
+    def forward(self, x, graph):
+        y = torch.sparse.mm(graph, self.a(x)).relu()
+        return self.b(torch.sparse.addmm(copy.deepcopy(y.detach()), graph, y))
+
+
+def test_a_sparse_input_and_a_copy_made_in_the_forward():
+    torch.manual_seed(0)
+    model, graph = OverGraph(), (torch.rand(6, 6) > 0.5).float().to_sparse()
+    pruned = halved(model, torch.randn(6, 8), graph)
+    assert pruned.a.out_features == 8
+    masks = fxprune.plan_of(pruned).masks(model)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            tensor.mul_(masks.get(name, torch.ones(())))
+        x, other = torch.randn(4, 8), (torch.rand(4, 4) > 0.5).float().to_sparse()
+        torch.testing.assert_close(pruned(x, other), model(x, other))

@@ -78,7 +78,7 @@ def helpers():
     return module
 
 
-HELPERS = helpers()
+HELPERS, OTHERS = helpers(), helpers()
 split_heads = HELPERS.heads  # its cache is in another file than it is called from
 
 
@@ -347,3 +347,18 @@ def test_threads_prune_while_another_infers():
     done.set()
     fifth.join()
     assert failed == []
+
+
+def test_the_cache_of_a_module_that_a_file_imports_whole_is_not_asked():
+    """A function that has run at one size would else tie the program to it."""
+
+    def between(net, x):
+        return OTHERS.heads(x).flatten(-2)
+
+    net = Net(between)
+    net(X)
+    small = fxprune.prune(net, 0.5, X)
+    assert small(torch.randn(5, 8, dtype=torch.float64)).shape == (5, 4)
+    assert OTHERS.split.cache_info().currsize
+    with torch.no_grad():
+        assert net(X).shape == (3, 4)

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from fxprune.criteria.calibration import BATCHES, Batch
 from fxprune.passes.errors import PruneError, told
 from fxprune.passes.ir.module_tree import named_tensors
+from fxprune.passes.ir.program import REGIONS, SET_GRAD_ENABLED
 from fxprune.passes.ir.pytree import collect, map_tensors
 from fxprune.passes.rewrite.pruned_module import PrunedModule
 from fxprune.repairs.sites import (
@@ -75,6 +76,10 @@ class BatchInterpreter(fx.Interpreter):
         if self.copies:
             args, kwargs = map_tensors((args, kwargs), lambda t: t if t.numel() and address(t) in self.own else t.clone())
         return tuple(args), kwargs
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Programs run in turns, and what is solved in between is in full precision: no region of autocast is entered."""
+        return None if target in REGIONS and target is not SET_GRAD_ENABLED else super().call_function(target, args, kwargs)
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         """An argument of the batch, copied, since a program may write to its inputs."""

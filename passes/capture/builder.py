@@ -33,6 +33,7 @@ HAS_NODES = ATOMS | PROXIES
 PLAIN = ATOMS | {complex, torch.layout, torch.memory_format}
 RESHAPES = frozenset(name.removeprefix("aten::") for name in RESHAPING)  # methods
 RESHAPES |= {getattr(torch, name) for name in RESHAPES if hasattr(torch, name)}
+BY_STRIDES = frozenset(["as_strided", torch.as_strided])
 ARITHMETIC = frozenset([getattr(operator, f) for f in "add sub mul floordiv truediv mod pow neg eq ne lt le gt ge".split()])
 
 
@@ -133,9 +134,18 @@ class GraphBuilder(ProxyAttributes):
         type_expr: Any = None,
         proxy_factory_fn: Any = None,
     ) -> Any:
+        if target in BY_STRIDES and type(args[0]) is TensorProxy:
+            self.fix_strides(args[0])
         if target in ARITHMETIC and all(type(a.value if type(a) in PROXIES else a) in NUMBERS for a in args):
             return self.once(kind, target, args)
         return self.made(kind, target, args, kwargs)
+
+    def fix_strides(self, proxy: Any) -> None:
+        """Strides are facts of the run: what is written down with them holds for tensors of these sizes alone."""
+        outermost = max(range(proxy.value.dim()), key=proxy.value.stride, default=0)
+        for d, size in enumerate(self.read_attribute(proxy, "shape")):
+            if d != outermost:
+                self.concretise(size, "int")
 
     def made(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A new node, evaluated, as a proxy; none is left behind where that raises."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import inspect
 import sys
 import threading
 import types
@@ -15,7 +16,8 @@ import torch
 from torch import nn
 from torch.overrides import BaseTorchFunctionMode
 
-from fxprune.passes.ir.program import IS_GRAD_ENABLED, SET_GRAD_ENABLED
+from fxprune.passes.capture.proxy import unwrap
+from fxprune.passes.ir.program import IS_GRAD_ENABLED, SET_GRAD_ENABLED, enter_autocast, exit_autocast
 from fxprune.passes.ir.pytree import record
 
 VISIBLE = contextvars.ContextVar("visible", default=False)  # which a thread may take over from another one
@@ -154,6 +156,49 @@ def see_grad_modes(patches: Any) -> None:
     patches.patch(kind, "__exit__", left)
 
 
+def say_that_fx_traces(patches: Any) -> None:
+    """Models ask whether they are traced; the answer is by thread."""
+    set_tracing = getattr(torch.fx._symbolic_trace, "_set_is_fx_tracing", None)
+    if set_tracing is not None:
+        set_tracing(True)
+        patches.undo.append(functools.partial(set_tracing, False))
+
+
+def see_autocast(patches: Any) -> None:
+    """Regions of autocast are nodes, as regions with and without gradients are."""
+    kind = torch.autocast
+    init, enter, leave = kind.__init__, kind.__enter__, kind.__exit__
+    given = inspect.signature(init)
+
+    def made(region: Any, *args: Any, **kwargs: Any) -> None:
+        if patches.tracing():
+            bound = given.bind(region, *args, **kwargs)
+            bound.apply_defaults()
+            region.fxprune_given = bound.args[1:]
+            args, kwargs = unwrap(args), unwrap(kwargs)
+        init(region, *args, **kwargs)
+
+    def entered(region: Any) -> Any:
+        if patches.tracing():
+            asked = vars(region).get("fxprune_given") or (
+                region.device,
+                region.fast_dtype,
+                region._enabled,
+                region._cache_enabled,
+            )
+            region.fxprune_line = patches.tracer.note_region(enter_autocast, *asked)
+        return enter(region)
+
+    def left(region: Any, *error: Any) -> Any:
+        if patches.tracing():
+            patches.tracer.note_region(exit_autocast, vars(region).pop("fxprune_line"))
+        return leave(region, *error)
+
+    patches.patch(kind, "__init__", made)
+    patches.patch(kind, "__enter__", entered)
+    patches.patch(kind, "__exit__", left)
+
+
 @contextlib.contextmanager
 def plain_rnn(module: nn.Module) -> Iterator[None]:
     """Recurrent kernels of vendors hide their arithmetic from the dispatcher: use the decomposed ones."""
@@ -187,15 +232,19 @@ class NamedFunction:
         return self.make, (self.cls,)
 
 
-def vectorised(run: Callable[..., Any], function: Callable[..., Any], *how: Any) -> Callable[..., Any]:
-    """What `torch.vmap` makes of a function, under a name that generated code can refer to."""
+class Vectorised:
+    """What `torch.vmap` makes of a function, under a name that generated code can refer to; it is pickled with the function."""
 
-    def applied(*args: Any, **kwargs: Any) -> Any:
-        return run(function, *how, *args, **kwargs)
+    def __init__(self, function: Callable[..., Any], *how: Any) -> None:
+        self.given = function, *how
+        self.__name__ = self.__qualname__ = f"vmap_{getattr(function, '__name__', 'function').strip('<>')}"
+        self.__module__ = __name__
 
-    applied.__name__ = applied.__qualname__ = f"vmap_{getattr(function, '__name__', 'function').strip('<>')}"
-    applied.__module__ = __name__
-    return applied
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return torch._functorch.apis.vmap_impl(*self.given, *args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Vectorised, self.given
 
 
 def named_apply(cls: type) -> NamedFunction:

@@ -6,6 +6,7 @@ import functools
 import math
 import sys
 import threading
+import types
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -25,12 +26,14 @@ from fxprune.passes.capture.patches import (
     LOCK,
     STAND_INS,
     STANDS_FOR_TORCH,
+    Vectorised,
     constructed,
     legacy,
     named_apply,
     not_a_models,
+    say_that_fx_traces,
+    see_autocast,
     see_grad_modes,
-    vectorised,
 )
 from fxprune.passes.capture.proxy import PROXIES, unwrap
 from fxprune.passes.capture.tracer import ValueTracer
@@ -153,7 +156,6 @@ class Patches:
         """What depends on a dtype or device alone is no step of the program."""
         for name in CONTEXT_FUNCTIONS:
             self.patch(torch, name, self.given_values(getattr(torch, name)))
-        self.patch(torch.autocast, "__init__", self.given_values(torch.autocast.__init__))
 
     def custom_functions(self) -> None:
         """A custom autograd function is one node, which keeps its backward.
@@ -194,7 +196,7 @@ class Patches:
             if not self.tracing() or not any(type(v) in PROXIES for v in iterate((given, kwargs))):
                 return plain(function, *given, **kwargs)
             begin = len(self.tracer.recorder.op_trace.ops)
-            target = vectorised(plain, function, *given[:4])
+            target = Vectorised(function, *given[:4])
             made = self.tracer.create_proxy("call_function", target, given[4:], kwargs)
             self.tracer.recorder.refuse_own(begin)  # which the program would not cut
             return made
@@ -226,13 +228,6 @@ class Patches:
             return not inlining and bool(check(args))
 
         self.patch(F, "has_torch_function", has_torch_function)
-
-    def fx_flag(self) -> None:
-        """Models ask whether they are traced; the answer is by thread."""
-        set_tracing = getattr(torch.fx._symbolic_trace, "_set_is_fx_tracing", None)
-        if set_tracing is not None:
-            set_tracing(True)
-            self.undo.append(functools.partial(set_tracing, False))
 
     # -- modules ----------------------------------------------------------------------------------------------------
 
@@ -287,10 +282,10 @@ class Patches:
                     self.look_into(getattr(value, "__globals__", {}))
 
     def look_into(self, names: dict[str, Any]) -> None:
-        """The variables of a file, and those of the files whose functions it has."""
-        pending = [names]
+        """The variables of a file, of the files whose functions it has, and of modules that it or one of these imports."""
+        pending = [(names, 0)]
         while pending:
-            names = pending.pop()
+            names, steps = pending.pop()
             if id(names) in self.seen or not_a_models(names):
                 continue
             self.seen.add(id(names))
@@ -303,7 +298,9 @@ class Patches:
                     self.undo.append(functools.partial(names.__setitem__, name, value))
                 elif type(value) in CALLABLE:
                     self.uncached(value, functools.partial(names.__setitem__, name))
-                    pending.append(getattr(getattr(value, "__wrapped__", value), "__globals__", {}))
+                    pending.append((getattr(getattr(value, "__wrapped__", value), "__globals__", {}), steps + 1))
+                elif type(value) is types.ModuleType and steps < 2:
+                    pending.append((vars(value), 2))
 
     def uncached(self, value: Any, put: Callable[[Any], None]) -> None:
         """Have a function compute what it would look up in its `functools.lru_cache`: a proxy is good for one capture."""
@@ -344,7 +341,8 @@ PATCHES: list[Callable[[Patches], None]] = [
     Patches.batch_statistics,
     Patches.attention,
     Patches.modules,
-    Patches.fx_flag,
+    say_that_fx_traces,
     see_own_calls,
     see_grad_modes,
+    see_autocast,
 ]

@@ -99,7 +99,11 @@ class Proxy:
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """What a forward leaves on its module while it is traced is no part of the model."""
+        """A copy that the forward makes; what it leaves on its module while it is traced is no part of the model."""
+        recorder = vars(self.tracer).get("recorder")
+        if recorder is None or not recorder.tracing:
+            return None
+        return self.tracer.create_proxy("call_method", "clone", (self,), {}) if isinstance(self.value, Tensor) else self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ReadsValue("pickle")

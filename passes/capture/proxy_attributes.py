@@ -178,9 +178,15 @@ class ProxyAttributes(fx.Tracer):
         node = self.create_node("call_function", IS_GRAD_ENABLED, (), {})
         return self.bind(node, self.grad_modes[-1][1] if self.grad_modes else False)
 
-    def set_grad_mode(self, mode: Any) -> None:
-        node = self.create_node("call_function", SET_GRAD_ENABLED, (self.create_arg(mode),), {})
+    def note_region(self, target: Any, *given: Any) -> fx.Node:
+        """A node that changes the state of the thread; nothing but what leaves the region uses its value."""
+        args = tuple(g if isinstance(g, fx.Node) else self.create_arg(g) for g in given)
+        node = self.create_node("call_function", target, args, {})
         self.results[node], self.depends[node] = None, False
+        return node
+
+    def set_grad_mode(self, mode: Any) -> None:
+        node = self.note_region(SET_GRAD_ENABLED, mode)
         self.grad_modes.append((self.index[node], bool(unwrap(mode))))
 
     @internal

@@ -23,13 +23,13 @@ from fxprune.passes.capture.proxy import PROXIES, Items, TensorProxy
 from fxprune.passes.errors import ReadsMissing
 from fxprune.passes.ir.module_tree import Apart, modes_in_training, walk
 from fxprune.passes.ir.op_trace import OpTrace
-from fxprune.passes.ir.program import SET_GRAD_ENABLED, select_by_mode
+from fxprune.passes.ir.program import REGIONS, select_by_mode
 from fxprune.passes.ir.pytree import ATOMS, TensorRef, attributes_of, iterate, like_dict, map_tensors, record
 
 COMPARED = ATOMS | {complex, torch.Size, torch.layout, torch.memory_format}
 # Functions that are told the mode, or a fraction that depends on it, and couple the same channels in either.
 TOLD = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, F.rrelu, F.batch_norm}
-TOLD |= {F.scaled_dot_product_attention, torch.dropout, torch.batch_norm, SET_GRAD_ENABLED}
+TOLD |= {F.scaled_dot_product_attention, torch.dropout, torch.batch_norm, *REGIONS}
 
 
 @dataclass(slots=True)

@@ -17,12 +17,12 @@ from fxprune.passes.coupling.picks import finish_picks, follow_picks
 from fxprune.passes.coupling.solution import CouplingOptions
 from fxprune.passes.ir.constraints import SPAN, ConstraintBuilder
 from fxprune.passes.ir.labels import NONE, Labels
-from fxprune.passes.ir.op_trace import OpCall
+from fxprune.passes.ir.op_trace import OpCall, written_by
 from fxprune.passes.ir.program import ONLY_OUTPUT, CapturedProgram, TensorSize, sizes_read
 from fxprune.passes.ir.progress import progress_bar
 from fxprune.passes.ir.propagation_state import LeafDim, PropagationState
 from fxprune.passes.ir.pytree import TensorRef, collect
-from fxprune.passes.ops.autograd_probe import probe
+from fxprune.passes.ops.autograd_probe import NO_RULE, probe
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.registry import find_node, spec_of
 
@@ -220,6 +220,9 @@ def apply_rule(call: RuleContext) -> None:
     """Store the labels of an op's results; an op without a rule is probed through autograd, else frozen."""
     handled = follow_picks(call) if call.state.choices else None
     if not call.outputs:
+        if written_by(call.op.func) and spec_of(call.op).labels is None:
+            for ref in call.inputs:
+                call.freeze(call.labels(ref), f"{NO_RULE} ({call.op.func._schema.name})")
         return
     uniform = call.state.uniform
     met = bool(uniform) and any(r.id in uniform for r in call.inputs)

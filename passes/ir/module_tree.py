@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
 from fxprune.passes.errors import PruneError
@@ -136,13 +136,17 @@ def named_parameters(root: nn.Module) -> dict[str, nn.Parameter]:
 def copy_tree(root: nn.Module, swap: Mapping[int, Tensor]) -> Any:
     """A copy in which the tensors with the given identities are replaced; gradients are not copied.
 
-    Hooks are part of what a module computes (weight normalisation is one): the copy calls the same ones, and those that are
-    methods of a module in the tree as methods of its copy.
+    Hooks are part of what a module computes (weight normalisation is one): the copy calls the same ones, and those that
+    the tree holds elsewhere too, or that are methods of what it holds, as those of the copy.
     """
     memo: dict[int, Any] = dict(swap)
     modules = list(walk(root))
     for module in modules:
-        memo[id(module)] = object.__new__(module.__class__)  # a GraphModule would make a class without its forward
+        kind = module.__class__  # a GraphModule would make a class without its forward
+        if isinstance(module, fx.GraphModule):  # whose class holds its forward, which another mode puts another one in place of
+            kind = type(kind.__name__, (kind,), {"__module__": kind.__module__})
+        memo[id(module)] = object.__new__(kind)
+    hooked: list[tuple[dict[str, Any], str]] = []
     for module in modules:
         state = vars(memo[id(module)])
         state.update(vars(module))
@@ -154,7 +158,7 @@ def copy_tree(root: nn.Module, swap: Mapping[int, Tensor]) -> Any:
             elif kind is tuple and ATOMS.issuperset(map(type, value)):
                 continue
             elif key in HOOKS:
-                state[key] = OrderedDict((k, rebound(hook, memo)) for k, hook in value.items())
+                hooked.append((state, key))
             elif key in CHILDREN:
                 state[key] = kind([(k, None if v is None else duplicate(v, memo)) for k, v in value.items()])
             else:
@@ -162,11 +166,15 @@ def copy_tree(root: nn.Module, swap: Mapping[int, Tensor]) -> Any:
         inner = module._modules.get("_orig_mod")
         if inner is not None and "forward" in state:  # what `torch.compile` returned: it calls the original
             state["forward"] = memo[id(inner)].__call__
+    for state, key in hooked:  # last, when it is known what else the tree holds
+        state[key] = OrderedDict((k, rebound(hook, memo)) for k, hook in state[key].items())
     return memo[id(root)]
 
 
 def rebound(hook: Any, memo: Mapping[int, Any]) -> Any:
-    """A hook of a copied tree: a method of one of its modules is that of the copy."""
+    """A hook of a copied tree: an object that the tree holds, or a method of one, is that of the copy."""
+    if id(hook) in memo:
+        return memo[id(hook)]
     if isinstance(hook, types.MethodType) and id(hook.__self__) in memo:
         return types.MethodType(hook.__func__, memo[id(hook.__self__)])
     if isinstance(hook, functools.partial):
@@ -226,9 +234,19 @@ def duplicate(value: Any, memo: dict[int, Any]) -> Any:
         return value
     for handle in collect(value, RemovableHandle):
         memo[id(handle)] = RemovableHandle(OrderedDict())  # those of a copy must not remove the original's hooks
+    known = len(memo)
     try:
         return copy.deepcopy(value, memo)
     except Exception:  # a lock, a process group, a stream: what cannot be copied is shared
+        while len(memo) > known:  # what has been copied in part
+            memo.popitem()
+        if isinstance(value, Tensor):  # computed by the last forward
+            return value.detach().clone()
+        kind: Any = type(value)
+        if kind.__new__ is object.__new__ and kind.__reduce_ex__ is object.__reduce_ex__ and hasattr(value, "__dict__"):
+            made = memo[id(value)] = object.__new__(kind)
+            vars(made).update({key: duplicate(v, memo) for key, v in vars(value).items()})
+            return made
         if type(value) is dict or type(value) is OrderedDict:
             return type(value)((key, duplicate(v, memo)) for key, v in value.items())
         return type(value)(duplicate(v, memo) for v in value) if type(value) in (set, list, tuple) else value

@@ -223,6 +223,27 @@ def select_by_mode(evaluated: Any, trained: Any) -> Any:
 IS_GRAD_ENABLED, SET_GRAD_ENABLED = torch.is_grad_enabled, torch._C._set_grad_enabled  # by which regions are lines of a program
 
 
+@fx.node.has_side_effect
+def enter_autocast(*how: Any) -> Any:
+    """Enter a region of autocast, with the arguments of `torch.autocast`; by the function that compilers know, if one looks."""
+    if torch.compiler.is_dynamo_compiling():
+        return torch.amp.autocast_mode._enter_autocast(*how)
+    region = torch.autocast(*how)
+    region.__enter__()
+    return region
+
+
+@fx.node.has_side_effect
+def exit_autocast(region: Any) -> None:
+    if torch.compiler.is_dynamo_compiling():
+        torch.amp.autocast_mode._exit_autocast(region)
+    else:
+        region.__exit__(None, None, None)
+
+
+REGIONS = frozenset([SET_GRAD_ENABLED, enter_autocast, exit_autocast])  # what changes the state of the thread
+
+
 def assigned(held: Tensor, value: Tensor) -> None:
     """In a program, what `module.tensor = value` leaves: the module's tensor holds the value, where it has its shape."""
     if held.shape == value.shape:

@@ -169,6 +169,13 @@ class RuleContext(OpView):
                 passed.append(f)
         return tuple(passed)
 
+    def collapse_or_freeze(self, labels: Labels, dims: Sequence[int], why: str) -> Labels:
+        """What varies along `dims` and others is one unit along them; what varies along them alone is frozen."""
+        mixed = [f for f in labels if f.dims & set(dims) and f.dims - set(dims)]
+        rest = tuple([f for f in labels if not any(f is m for m in mixed)])
+        collapsed = [g for f in mixed for g in self.collapse(f, [d for d in f.major_to_minor if d in dims])]
+        return (*self.freeze_dims(rest, dims, why), *collapsed)
+
     def collapse(self, f: Factor, dims: Sequence[int]) -> Labels:
         """Tie the factor's labels together along `dims`, so that it no longer varies there."""
         flat = f.labels

@@ -16,7 +16,7 @@ from fxprune.passes.ops.masking import products_with_zeros
 from fxprune.passes.ops.matmul import contract
 from fxprune.passes.ops.registry import OpSpec, Product, find_node, register, spec_of
 from fxprune.passes.ops.rewriting import RewriteContext, argument, groups_left, spread_out, with_argument
-from fxprune.passes.ops.unify import unify
+from fxprune.passes.ops.unify import KEPT_WHOLE, unify
 
 
 def convolution(call: RuleContext) -> Labels:
@@ -30,7 +30,7 @@ def convolution(call: RuleContext) -> Labels:
         return pointwise_convolution(call)
     along_channels = slides(call, groups, transposed)
     ins = flat_channels(call, tuple(f for f in call.labels(x) if f not in along_channels))
-    w = call.freeze_dims(call.labels(weight), range(2, len(w_shape)), "is a kernel's spatial dimension")
+    w = kernel(call, weight)
     outs = grouped_convolution(call, ins, call.shape(x), w, w_shape, groups, transposed)
     result = tuple([f.at(1, ndim) for f in outs])
     result += tuple([f for f in ins if not f.dims & {1, *spatial}]) + along_channels
@@ -95,6 +95,11 @@ def flat_channels(call: RuleContext, labels: Labels) -> Labels:
     return tuple(result)
 
 
+def kernel(call: RuleContext, weight: TensorRef) -> Labels:
+    """A weight's labels along channels; what varies along space as well, as in a kernel that is computed, is one unit there."""
+    return call.collapse_or_freeze(call.labels(weight), range(2, len(call.shape(weight))), "is a kernel's spatial dimension")
+
+
 def deform_conv2d(call: RuleContext) -> Labels:
     """A convolution whose sampling positions are computed: offsets and masks are read by place."""
     x, weight, offset, mask, bias = (call[n] for n in ("input", "weight", "offset", "mask", "bias"))
@@ -105,7 +110,7 @@ def deform_conv2d(call: RuleContext) -> Labels:
     if offset_groups > 1:
         for f in ins:
             call.constraints.keep_rows_equal(factor(f.labels.reshape(offset_groups, -1)))
-    w = call.freeze_dims(call.labels(weight), [2, 3], "is a kernel's spatial dimension")
+    w = kernel(call, weight)
     outs = grouped_convolution(call, ins, call.shape(x), w, call.shape(weight), groups, False)
     result: Labels = tuple(along(f.labels.reshape(-1), 1, 4) for f in outs)
     return with_bias(call, result, bias)
@@ -173,12 +178,15 @@ def whole_groups(call: RuleContext, x: list[Factor], w: list[Factor], size: Sequ
         call.constraints.tie(f.labels, f.labels.narrow(0, 0, 1))
     if not arrays:
         return NONE
+    if not any(f.dims & {1, 2} for f in w):  # the weight keeps all that it has for each group
+        for array in arrays:
+            call.constraints.freeze(array, KEPT_WHOLE)
+        return NONE
     lead = arrays[0][:, :1]
     for array in arrays:
         call.constraints.tie(array, lead.expand_as(array))
-    outs = next((f for f in w if f.dims & {1, 2}), None)
-    labels = outs.labels.expand(1, groups, size[2], -1)[..., 0] if outs is not None else lead.expand(groups, size[2])
-    return (factor(labels.reshape(-1)),)
+    outs = next(f for f in w if f.dims & {1, 2})
+    return (factor(outs.labels.expand(1, groups, size[2], -1)[..., 0].reshape(-1)),)
 
 
 def products(call: OpView) -> Iterator[Product]:

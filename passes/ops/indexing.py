@@ -208,24 +208,18 @@ def indexed(r: RewriteContext, node: fx.Node, index: tuple[Any, ...]) -> fx.Node
         return None
     left = r.after(source)
     new: list[Any] = []
-    dim = out = 0
-    for i in full:
-        ref = r.result(i) if isinstance(i, fx.Node) else None
+    dim, made = 0, dims_indexed(r, full)
+    for i, out in zip(full, made, strict=True):
         shrunk = dim < len(shape) and left[dim] < shape[dim]
+        if target is not None and is_lookup(r, i):  # with others that lose entries
+            shrunk |= any(r.after(target)[d] < r.before(target)[d] for d in out)
         if i is None or isinstance(i, bool):
             new.append(i)
-            out += 1
             continue
         if not shrunk:
             new.append(r.argument(i) if not isinstance(i, slice) else bounds(r, i))
         else:
             new.append(mapped(r, source, target, dim, out, i))
-        if isinstance(i, slice):
-            out += 1
-        elif isinstance(ref, TensorRef) and len(r.before(ref)) and out <= dim:
-            out += len(r.before(ref)) if r.capture.op_trace.values[ref.id].dtype != torch.bool else 1
-        elif isinstance(i, list):
-            out += 1
         dim += span(r, i)
     while new and at == len(index) and isinstance(new[-1], slice) and new[-1] == slice(None) and len(new) > len(index):
         new.pop()
@@ -233,6 +227,33 @@ def indexed(r: RewriteContext, node: fx.Node, index: tuple[Any, ...]) -> fx.Node
     if node.target not in (operator.getitem, operator.setitem):
         return r.graph.call_function(operator.getitem, tuple(args))
     return r.emit(node, args + [r.argument(a) for a in node.args[2:]], {})
+
+
+def is_lookup(r: RewriteContext, i: Any) -> bool:
+    """Whether an entry of an index is a list of known positions."""
+    ref = r.result(i) if isinstance(i, fx.Node) else None
+    return isinstance(i, list) or (isinstance(ref, TensorRef) and r.capture.op_trace.values[ref.id].data is not None)
+
+
+def dims_indexed(r: RewriteContext, index: tuple[Any, ...]) -> list[range]:
+    """For each entry of an index the dimensions of the result that it makes.
+
+    Those by tensors make theirs together: where the first of them stands, or in front where others lie in between.
+    """
+    made = [1 if i is None or isinstance(i, slice | bool) else 0 for i in index]
+    together = dict[int, int]()  # how many dimensions each entry by a tensor has
+    for n, i in enumerate(index):
+        ref = r.result(i) if isinstance(i, fx.Node) else None
+        if isinstance(i, list):
+            together[n] = 1
+        elif isinstance(ref, TensorRef):
+            together[n] = len(r.before(ref)) if r.capture.op_trace.values[ref.id].dtype != torch.bool else 1
+    most = max(together.values(), default=0)
+    first, last = min(together, default=0), max(together, default=0)
+    apart = any(made[first:last])
+    begins = [sum(made[:n]) + (most if apart or n > last else 0) for n in range(len(index))]
+    begin = 0 if apart else sum(made[:first])
+    return [range(begin, begin + most) if n in together else range(at, at + made[n]) for n, at in enumerate(begins)]
 
 
 def span(r: RewriteContext, i: Any) -> int:
@@ -250,7 +271,7 @@ def bounds(r: RewriteContext, i: slice) -> slice:
     return slice(*(r.argument(b) for b in (i.start, i.stop, i.step)))
 
 
-def mapped(r: RewriteContext, source: TensorRef, target: TensorRef | None, dim: int, out: int, i: Any) -> Any:
+def mapped(r: RewriteContext, source: TensorRef, target: TensorRef | None, dim: int, out: range, i: Any) -> Any:
     """One entry of an index along a dimension that shrank."""
     size = r.before(source)[dim]
     table = place(r, source, dim)
@@ -274,10 +295,24 @@ def mapped(r: RewriteContext, source: TensorRef, target: TensorRef | None, dim: 
     data = data.cpu()
     if data.dtype in (torch.bool, torch.uint8):
         data = data.nonzero().flatten()
-    if target is not None and data.dim() == 1:
-        data = data[r.positions(target, out)]
+    if target is not None and len(out):
+        data = left_of(r, target, out, data)
     places = table[data % size]
     return r.constant(places if target is not None else places[places >= 0])
+
+
+def left_of(r: RewriteContext, target: TensorRef, out: range, data: torch.Tensor) -> torch.Tensor:
+    """What is left of positions that make the dimensions `out` of a result."""
+    before, after = ([shape[d] for d in out] for shape in (r.before(target), r.after(target)))
+    stays = torch.ones(before, dtype=torch.bool)
+    for cut in r.cuts(target):
+        mine = [d for d in out if d in cut.dims]
+        if len(mine) == len(cut.dims):
+            stays &= cut.mask(r.before(target)).reshape([n if d in mine else 1 for d, n in zip(out, before, strict=True)])
+        for d in mine if len(mine) < len(cut.dims) else ():
+            line = torch.isin(torch.arange(r.before(target)[d]), r.positions(target, d))
+            stays &= line.reshape([-1 if other == d else 1 for other in out])
+    return data.expand(before)[stays].reshape(after)
 
 
 register("slice slice_copy", OpSpec(slice_, called_slice, moves=True, views=True))

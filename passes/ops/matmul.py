@@ -305,7 +305,7 @@ def inverted(call: RuleContext) -> list[Labels]:
 
 
 MATMUL = OpSpec(matmul, masked=products_with_zeros, products=matmul_products, macs=matmul_macs)
-register("mm addmm _addmm_activation", MATMUL)
+register("mm addmm _addmm_activation _sparse_addmm", MATMUL)
 register("bmm baddbmm matmul", dataclasses.replace(MATMUL, heads=True))
 register("mv addmv dot vdot inner", dataclasses.replace(MATMUL, macs=None))  # which torch does not count
 register("linear", OpSpec(linear, masked=products_with_zeros, products=linear_products, macs=linear_macs))

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from fxprune.passes.capture.proxy import PROXIES
 from fxprune.passes.errors import GuardError
 from fxprune.passes.rewrite.programs import Line, Name, Program
 
@@ -30,7 +31,7 @@ def holds(value: Any, expected: Any, why: str, size: Any = None, tried: int | No
         value.tracer.create_proxy("call_function", holds, (value, expected, why, size, tried), {})
         return
     found = agrees(value, expected, size, tried)
-    if isinstance(found, torch.SymBool):
+    if isinstance(found, torch.SymBool) and type(found) not in PROXIES:  # those of a capture stand for a truth value
         torch._check(found, lambda: why)
     elif not found:
         notes = NOTES.get()

@@ -8,16 +8,18 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.fx.graph import PythonCode
 
 from fxprune.passes.errors import GuardError, PruneError
 from fxprune.passes.ir.module_tree import Apart, fetch
-from fxprune.passes.ir.program import IS_GRAD_ENABLED, SET_GRAD_ENABLED
+from fxprune.passes.ir.program import IS_GRAD_ENABLED, REGIONS, SET_GRAD_ENABLED
 from fxprune.passes.rewrite.changes import tree_text
 from fxprune.passes.rewrite.guards import with_texts_as_arguments
 from fxprune.passes.rewrite.programs import OWN_MODEL, Forwards, Program, numbered, without_dead
 
+CASTING = ("cpu", "cuda", "mps", "xpu")  # devices that autocast knows
 # the attributes of a `PrunedModule` itself
 OWN = ("_programs", "_flat", "_apart", "_mode", "_other", "_sequence", "_takes", OWN_MODEL)
 
@@ -33,18 +35,38 @@ class Member:
 
 
 def restoring(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that leaves gradients on or off as they were where it raises: a program has no `finally`."""
+    """A function that leaves gradients and autocast as they were where it raises: a program has no `finally`."""
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         before = IS_GRAD_ENABLED()
+        casts = None if torch.compiler.is_compiling() else autocast_state()
         try:
             return function(*args, **kwargs)
         except BaseException:
             SET_GRAD_ENABLED(before)
+            if casts is not None:
+                set_autocast_state(*casts)
             raise
 
     return run
+
+
+def autocast_state() -> tuple[int, bool, dict[str, tuple[bool, torch.dtype]]]:
+    """How many regions the thread is in, whether casts are remembered, and for each device whether and to what is cast."""
+    depth = torch.autocast_increment_nesting() - 1
+    torch.autocast_decrement_nesting()
+    casts = {device: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in CASTING}
+    return depth, torch.is_autocast_cache_enabled(), casts
+
+
+def set_autocast_state(depth: int, remembers: bool, casts: Mapping[str, tuple[bool, torch.dtype]]) -> None:
+    for _ in range(autocast_state()[0] - depth):
+        torch.autocast_decrement_nesting()
+    torch.set_autocast_cache_enabled(remembers)
+    for device, (enabled, dtype) in casts.items():
+        torch.set_autocast_enabled(device, enabled)
+        torch.set_autocast_dtype(device, dtype)
 
 
 class Functions:
@@ -66,7 +88,7 @@ class Functions:
         if found is None:
             code = program.graph().python_code("self")
             function = fx.graph_module._forward_from_src(code.src, code.globals)
-            function = restoring(function) if any(line.target is SET_GRAD_ENABLED for line in program.lines) else function
+            function = restoring(function) if any(line.target in REGIONS for line in program.lines) else function
             taken = [*inspect.signature(function).parameters.values()][1 + len(texts) :]
             found = function, [f"**{p.name}" if p.kind is p.VAR_KEYWORD else p.name for p in taken]
             candidates.append((form, found))
@@ -182,7 +204,7 @@ class PrunedModule(fx.GraphModule):
             return PythonCode("", {}, None)
         vars(self)["_takes"] = [str(node.target) for node in self._graph.nodes if node.op == "placeholder"]
         code = super().recompile()
-        if any(node.target is SET_GRAD_ENABLED for node in self._graph.nodes):
+        if any(node.target in REGIONS for node in self._graph.nodes):
             type(self).forward = restoring(type(self).forward)
         return code
 

@@ -17,7 +17,7 @@ from fxprune.passes.coupling.shuffles import channel_order
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.ir.labels import counts_channels
 from fxprune.passes.ir.op_trace import name_of
-from fxprune.passes.ir.program import SET_GRAD_ENABLED, CapturedProgram, Guard, Waiver, select_by_mode, size_source
+from fxprune.passes.ir.program import REGIONS, CapturedProgram, Guard, Waiver, select_by_mode, size_source
 from fxprune.passes.ir.pytree import TensorRef, collect, map_tensors
 from fxprune.passes.ir.slices import Slicer
 from fxprune.passes.ops.convolution import slid, sliding
@@ -172,7 +172,7 @@ class Rewriter:
 
     def carry(self, node: fx.Node) -> fx.Node:
         """What stands for a node in the new graph: itself, with new arguments where it needs any, or another node."""
-        if node.op in ("placeholder", "get_attr") or node.target in (select_by_mode, SET_GRAD_ENABLED):
+        if node.op in ("placeholder", "get_attr") or node.target is select_by_mode or node.target in REGIONS:
             return node
         if node in self.numbers:
             picked, number = self.numbers[node]

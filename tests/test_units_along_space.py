@@ -1,0 +1,81 @@
+"""Labels that vary along channels and along a dimension which stays whole: there they are one unit."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fxprune
+from fxprune.passes.errors import GuardError
+
+
+def flat(y):
+    return y.reshape(1, -1, *y.shape[2:])
+
+
+def kernels(net, y):
+    return net.make(y.mean((2, 3))).view(-1, 1, 3, 3)
+
+
+def complex_pairs(y):
+    return torch.view_as_complex(y.movedim(1, -1).contiguous().unflatten(-1, (-1, 2)))
+
+
+FORMS = {  # what is between two layers, the width that the second one reads, and a layer that makes kernels
+    "of each image and channel": (
+        lambda net, y: F.conv2d(flat(y), kernels(net, y), padding=1, groups=y.shape[0] * y.shape[1]).view(y.shape),
+        8,
+        lambda: nn.Linear(8, 72),
+    ),
+    "of each channel": (
+        lambda net, y: F.conv2d(y, kernels(net, torch.ones(1, 1, 1, 1)), padding=1, groups=8),
+        8,
+        lambda: nn.Linear(1, 72),
+    ),
+    "of all channels": (
+        lambda net, y: F.conv2d(y, net.make(torch.ones(1)).view(8, 8, 3, 3), padding=1),
+        8,
+        lambda: nn.Linear(1, 576),
+    ),
+    "complex pairs": (
+        lambda net, y: torch.view_as_real(complex_pairs(y) * 1j).flatten(-2).movedim(-1, 1),
+        8,
+        nn.Identity,
+    ),
+    "magnitudes": (lambda net, y: complex_pairs(y).abs().movedim(-1, 1), 4, nn.Identity),
+}
+
+
+class Net(nn.Module):
+    def __init__(self, between, width, make):
+        super().__init__()
+        torch.manual_seed(0)
+        self.between, self.a, self.b, self.make = between, nn.Conv2d(3, 8, 1), nn.Conv2d(width, 2, 1), make()
+        self.eval()
+
+    def forward(self, x):
+        return self.b(self.between(self, self.a(x)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_equals_the_zeroed_original(form):
+    model, x = Net(*FORMS[form]), torch.randn(2, 3, 6, 6)
+    small = fxprune.prune(model, 0.5, x)
+    assert small.a.out_channels == 4
+    masks = fxprune.plan_of(small).masks(model)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            tensor.mul_(masks.get(name, torch.ones(())))
+    other = torch.randn(3, 3, 5, 7)
+    torch.testing.assert_close(small(other), model(other), rtol=1e-4, atol=1e-5)
+
+
+def test_strides_of_the_example_are_not_those_of_other_sizes():
+    """They are facts of the run: the program was wrong, without a word, at another width."""
+    small = fxprune.prune(
+        Net(lambda net, y: y.as_strided(y.shape, y.stride()).relu(), 8, nn.Identity), 0.5, torch.randn(2, 3, 6, 6)
+    )
+    assert small.a.out_channels == 4
+    assert small(torch.randn(5, 3, 6, 6)).shape == (5, 2, 6, 6)
+    with pytest.raises(GuardError, match="captured where"):
+        small(torch.randn(2, 3, 6, 8))
