@@ -71,6 +71,53 @@ class Adapted(nn.Module):
         return torch.func.functional_call(self.net, stepped, x)
 
 
+class Score(nn.Module):
+    """An image, and the slope of an energy that convolutions compute of it."""
+
+    def __init__(self, *energy: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 2, 1)
+        self.energy = nn.Sequential(*energy)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        with torch.enable_grad():
+            y = x.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self.energy(y).sum(), y, create_graph=self.training)
+        return self.head(x + slope)
+
+
+def around(*between: nn.Module, before: nn.Module | None = None) -> tuple[nn.Module, ...]:
+    return before or nn.Conv2d(8, 12, 3, padding=1), *between, nn.Tanh(), nn.Conv2d(12, 1, 3, padding=1)
+
+
+SCORES = {
+    "plain": around,
+    "groups": lambda: around(before=nn.Conv2d(8, 12, 3, groups=4)),
+    "each channel": lambda: around(nn.Tanh(), nn.Conv2d(12, 12, 3, groups=12)),
+    "transposed": lambda: around(before=nn.ConvTranspose2d(8, 12, 2, stride=2)),
+    "batch norm": lambda: around(nn.BatchNorm2d(12)),
+    "instance norm": lambda: around(nn.InstanceNorm2d(12, affine=True)),
+    "largest": lambda: around(nn.MaxPool2d(2)),
+    "resized": lambda: around(nn.Upsample(scale_factor=2, mode="bilinear")),
+    "softmax": lambda: around(nn.Softmax(1)),
+}
+
+
+@pytest.mark.parametrize("energy", SCORES)
+def test_gradients_of_convolutions(energy):
+    torch.manual_seed(0)
+    model, x = Score(*SCORES[energy]()).double(), torch.rand(2, 3, 8, 8).double()
+    for name, buffer in model.named_buffers():
+        buffer.uniform_(0.5, 2) if "running" in name else None
+    pruned = fxprune.prune(model, 0.5, example_inputs=x)
+    found = fxprune.verify(model, pruned, x)
+    assert found.ok
+    assert found.masked is not None
+    assert (found.zeroed is not None and found.zeroed <= found.tolerance) or energy == "softmax"
+    assert pruned.energy[0].weight.numel() < 0.5 * model.energy[0].weight.numel()
+
+
 @pytest.mark.parametrize("kind", [Forces, Within, Jacobian, Backward, Adapted])
 def test_gradients_are_taken_in_what_is_pruned(kind):
     model, x = kind().double(), torch.rand(4, 5 if kind is Within else 6).double()

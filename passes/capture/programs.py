@@ -120,7 +120,7 @@ def captured(
     home: Home = lambda: None,
     possible: Callable[[bool], bool] = lambda gradients: False,
 ) -> CapturedProgram:
-    """The program of a private copy; `possible` says, where that raises, whether the model runs without gradients, or with them."""
+    """The program of a private copy; `possible` says, where that raises, whether the model runs without gradients, or with."""
     numbers = plain_random_state()
     try:
         made = capture_program(root, args, kwargs, retry=final, find_home=home)

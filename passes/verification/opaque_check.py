@@ -210,7 +210,8 @@ def compared(
             return f"cannot be tried alone ({type(error).__name__})"
         set_random_state(drawn)
         try:
-            tried = site.function or private_copy(pruned.own_model if whole else fetch(pruned, path), as_own)
+            cut_module = pruned.own_model if whole else fetch(pruned, path)
+            tried = site.function or set_mode(private_copy(cut_module, as_own), False)
             got = tried(*few_args, **few_kwargs)
             asks = path in capture.asking and path not in capture.evaluating
             if asks and raises(tried, few_args, few_kwargs) and not raises(module, args, kwargs):
