@@ -174,3 +174,15 @@ def test_gradients_that_the_caller_has_to_turn_on():
         where="Careless",
         fix="with torch.enable_grad(): in the forward, around what takes gradients",
     )
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # which torch calls when it is asked first
+def test_forward_mode_is_refused_with_a_reason():
+    class Directional(Forces):
+        def forward(self, x):
+            return torch.func.jvp(self.energy, (x,), (torch.ones_like(x),))[1]
+
+    model, x = Directional(), torch.rand(4, 6)
+    with pytest.raises(fxprune.PruneError, match=r"nothing in the model can be pruned: every family .* no rule"):
+        fxprune.prune(model, 0.5, example_inputs=x)
+    assert torch.isfinite(model(x)).all()

@@ -30,6 +30,8 @@ from fxprune.passes.capture.patches import (
     named_apply,
     not_a_models,
     see_grad_modes,
+    set_fx_flag,
+    show_to_script,
     vectorised,
 )
 from fxprune.passes.capture.proxy import PROXIES, unwrap
@@ -227,13 +229,6 @@ class Patches:
 
         self.patch(F, "has_torch_function", has_torch_function)
 
-    def fx_flag(self) -> None:
-        """Models ask whether they are traced; the answer is by thread."""
-        set_tracing = getattr(torch.fx._symbolic_trace, "_set_is_fx_tracing", None)
-        if set_tracing is not None:
-            set_tracing(True)
-            self.undo.append(functools.partial(set_tracing, False))
-
     # -- modules ----------------------------------------------------------------------------------------------------
 
     def modules(self) -> None:
@@ -344,7 +339,8 @@ PATCHES: list[Callable[[Patches], None]] = [
     Patches.batch_statistics,
     Patches.attention,
     Patches.modules,
-    Patches.fx_flag,
+    set_fx_flag,
     see_own_calls,
     see_grad_modes,
+    show_to_script,
 ]

@@ -35,7 +35,7 @@ VALUE_METHODS = frozenset(["item", "tolist", "numpy", "__array__", "data_ptr"])
 # Functions that FX would keep as one node and that hold sizes or head counts of their own: traced through instead.
 INLINED = {F.multi_head_attention_forward}
 # What takes gradients, and what tells whether there will be any: the trace keeps nothing for them.
-BACKWARD = frozenset([torch.autograd.grad, torch.autograd.backward, Tensor.backward])
+BACKWARD = frozenset([torch.autograd.grad, torch.autograd.backward, Tensor.backward, torch._make_dual, torch._unpack_dual])
 HAS_GRADIENTS = frozenset(["requires_grad", "grad_fn", "is_leaf"])
 NUMBERS = frozenset([int, float, bool, str])
 
