@@ -108,8 +108,12 @@ def quietly(pruned: nn.Module) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def restoring(model: nn.Module, *, parameters: bool = False) -> Iterator[None]:
-    """Restore what a forward writes to, or assigns anew: attributes, containers, buffers, and with `parameters` those too."""
+    """Restore what a forward writes to, or assigns anew: attributes, containers, buffers, and with `parameters` those too.
+
+    Gradients that a forward gives to parameters go.
+    """
     tensors = [t for _, t in named_tensors(model) if parameters or not isinstance(t, nn.Parameter)]
+    gradients = [(p, p.grad) for p in model.parameters()]
     seen: set[int] = set()
     held = [contents(vars(module), seen) for module in model.modules()]
     before = [t.detach().clone() for t in tensors]
@@ -118,6 +122,9 @@ def restoring(model: nn.Module, *, parameters: bool = False) -> Iterator[None]:
     finally:
         for attributes in held:
             refill(attributes)
+        for parameter, gradient in gradients:
+            if parameter.grad is not gradient:
+                parameter.grad = gradient
         with torch.no_grad():
             for tensor, value in zip(tensors, before, strict=True):
                 tensor.copy_(value)

@@ -11,7 +11,7 @@ NAN = float("nan")
 IN_RANGE = "ratio=0.5 removes half of every family"
 ARGUMENTS = "a tensor, a tuple of positional arguments, or a dict of keyword arguments; (batch,) for what is one argument"
 RUNS = "example_inputs on which model(*example_inputs) runs"
-WHY = "freeze less; print(fxprune.couple(model, example_inputs)) says why each family stays"
+WHY = "print(fxprune.couple(model, example_inputs)) says why each family stays"
 FROM_INPUT = "is tied to an input of the model (at %stem in stem)"
 
 
@@ -225,7 +225,7 @@ def test_freeze_that_leaves_nothing_to_prune():
         model,
         what=f"nothing in the model can be pruned: every family {reasons}",
         where="Net",
-        fix=WHY,
+        fix=f"freeze less; {WHY}",
     )
 
 
@@ -238,8 +238,35 @@ def test_nothing_to_prune():
         model,
         what=f"nothing in the model can be pruned: every family {reasons}",
         where="Sequential",
+        fix=f"release='*' lets outputs shrink; {WHY}",
+    )
+
+
+class Gated(nn.Module):
+    """What each of its layers returns is weighted by one entry of a gate, and goes with it alone or not at all."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(6, 3)
+        self.layers = nn.ModuleList(nn.Linear(6, 5) for _ in range(3))
+
+    def forward(self, x):
+        return torch.stack([layer(x) for layer in self.layers], -1) @ self.gate(x).softmax(-1).unsqueeze(-1)
+
+
+def test_families_of_a_single_unit():
+    model, x = Gated(), torch.rand(2, 6)
+    refuses(
+        lambda: fxprune.prune(model, example_inputs=x),
+        model,
+        what="nothing in the model can be pruned: every family has a single unit, or is tied to an input of the model"
+        " (at %gate in gate)",
+        where="Gated",
         fix=WHY,
     )
+    coupling = fxprune.couple(model, x)
+    assert not coupling.prunable
+    assert [f.name for f in coupling.frozen if f.frozen == "has a single unit"] == ["layers.0", "layers.1", "layers.2"]
 
 
 def test_no_parameters():

@@ -176,3 +176,24 @@ def test_a_plan_knows_the_modules_that_stay_whole():
     assert "frozen_modules" not in fxprune.plan_of(fxprune.prune(model.last, 0.5, x[:, :1].repeat(1, 7), release="*")).to_dict()
     with pytest.raises(fxprune.PruneError, match="frozen_modules"):
         fxprune.Plan.from_dict(plan.to_dict() | {"frozen_modules": [3]})
+
+
+class ReadsAfterNorm(nn.Module):
+    """Is not captured, and computes something else in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.norm, self.leave = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3)
+
+    def forward(self, x):
+        x = self.norm(self.enter(x)).relu()
+        return self.leave(2 * x if x.sum().item() > 1e9 else x)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_modules_are_tried_in_evaluation(training):
+    model = ReadsAfterNorm().train(training)
+    model.norm.running_var.uniform_(0.5, 2)
+    pruned = fxprune.prune(model, 0.5, example_inputs=torch.rand(2, 3, 8, 8))
+    assert pruned.enter.weight.shape[0] == 4
+    assert pruned.training is training

@@ -11,6 +11,10 @@ from torch import nn
 import fxprune
 
 
+def shifted(x: torch.Tensor) -> torch.Tensor:
+    return x + torch.ones([1], dtype=x.dtype) * math.sqrt(4.0)
+
+
 @functools.lru_cache
 def remembered(size):
     return size
@@ -76,3 +80,19 @@ def test_while_a_model_is_traced_every_module_answers_for_its_parameters(wrapped
     assert small.scale.shape == (8,) and small.meta["verification"].ok
     if wrapped:
         assert "scale" in asked
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_what_is_compiled_within_a_forward():
+    """The compiler finds functions of torch by identity, and others stand for them meanwhile."""
+
+    class Compiles(Net):
+        def forward(self, x):
+            return self.down(torch.jit.script(shifted)(self.up(x)))
+
+    table = dict(torch.jit._builtins._builtin_table)
+    model, x = Compiles(), torch.randn(2, 8)
+    pruned = fxprune.prune(model, example_inputs=x)
+    assert pruned.up.weight.shape == (8, 8)
+    assert fxprune.verify(model, pruned, x).ok
+    assert torch.jit._builtins._builtin_table == table

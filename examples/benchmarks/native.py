@@ -197,9 +197,9 @@ def shape_of(value: Any) -> Any:
 
 def same_calls(made: dict[str, nn.Module], given: Any) -> dict[str, dict[str, bool]]:
     """For each form whether it makes the same calls as the native model does, eager and compiled."""
-    ways = {"eager": eager_calls, "compiled": compiled_calls}
-    wanted = {way: calls_of(made["native"], given) for way, calls_of in ways.items()}
-    return {form: {way: calls_of(made[form], given) == wanted[way] for way, calls_of in ways.items()} for form in (GRAPH, CLASS)}
+    found = {form: (eager_calls(made[form], given), compiled_calls(made[form], given)) for form in ("native", GRAPH, CLASS)}
+    eager, compiled = found.pop("native")
+    return {form: {"eager": mine[0] == eager, "compiled": mine[1] == compiled} for form, mine in found.items()}
 
 
 def in_turns(calls: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:

@@ -44,8 +44,6 @@ class FamilyChange:
         """Why none or fewer than usual of its units went."""
         if self.family.frozen is not None:
             return self.family.frozen
-        if self.family.units == 1:
-            return "has a single unit"
         if self.kept == self.family.units and self.spared:
             return self.spared
         if self.kept == self.family.units:

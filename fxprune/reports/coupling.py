@@ -216,7 +216,7 @@ def family_table(titles: tuple[str, str], found: Sequence[CoupledFamily], last: 
 
 def coupled_family(family: Family, parameters: int, frozen: Collection[str] = (), role: str = "") -> CoupledFamily:
     """A family as a user reads it, without its labels; `frozen` are the tensors that stay by request."""
-    why, texts = family.frozen, [text for text in frozen if ":" in text]
+    why, texts = family.kept_whole, [text for text in frozen if ":" in text]
     if why is not None and why.startswith(NOT_ALL_IN):
         beyond = list(dict.fromkeys(f"{place_of(name)}:{dim}" for name, dim in family.members if name in frozen))
         if len(beyond) < len({f"{place_of(name)}:{dim}" for name, dim in family.members}):

@@ -130,7 +130,7 @@ def idle_globs(
 
 def why_idle(family: Family) -> str:
     """Why a family is none of those that may lose units, as what "it" does."""
-    return family.frozen or ("has a single unit" if len(family.units) == 1 else "has no score by this criterion")
+    return family.kept_whole or "has no score by this criterion"
 
 
 def allocate(
@@ -194,7 +194,7 @@ def allocate_by_latency(
 def select_half(model: nn.Module, solution: Solution) -> tuple[Tensor, Slicer]:
     """Which labels stay where each family loses half of its units, whichever they are."""
     found = families(solution, set(named_parameters(model)))
-    free = [f for f in found if f.frozen is None and len(f.units) > 1]
+    free = [f for f in found if f.kept_whole is None]
     allocator = Allocator(free, np.zeros(len(solution.unit_of)), solution, Options())
     return allocator.apply(allocator.allocate_ratio())
 
@@ -223,15 +223,16 @@ def score_families(model: nn.Module, solution: Solution, options: Options) -> tu
 def find_free_families(model: nn.Module, solution: Solution, options: Options) -> list[Family]:
     """The families that may lose units; raises PruneError where there are none."""
     found = families(solution, set(named_parameters(model)))
-    free = [f for f in found if f.frozen is None and len(f.units) > 1]
+    free = [f for f in found if f.kept_whole is None]
     if not free:
-        reasons = sorted({f.frozen for f in found if f.frozen})
+        reasons = sorted({f.kept_whole for f in found if f.kept_whole})
         if text := next((why for why in reasons if why.startswith(NOT_ALL_IN)), None):
             raise too_narrow(model, found, options, text.removeprefix(NOT_ALL_IN))
+        kinds = list({why.partition(" (at ")[0]: why for why in reversed(reasons)}.values())[::-1]  # each by its first place
         raise why_unprunable(model) or PruneError(
-            "nothing in the model can be pruned" + (f": every family {', or '.join(reasons[:3])}" if reasons else ""),
+            "nothing in the model can be pruned" + (f": every family {', or '.join(kinds[:3])}" if kinds else ""),
             where=type(model).__name__,
-            fix="freeze less; print(fxprune.couple(model, example_inputs)) says why each family stays",
+            fix=f"{way_out(reasons)}print(fxprune.couple(model, example_inputs)) says why each family stays",
         )
     largest = max(len(f.units) * f.width for f in free)
     if options.round_to > largest:
@@ -240,6 +241,13 @@ def find_free_families(model: nn.Module, solution: Solution, options: Options) -
             fix=f"round_to<={largest}",
         )
     return free
+
+
+def way_out(reasons: Sequence[str]) -> str:
+    """What to ask for so that less stays whole for these reasons, as the beginning of a sentence."""
+    if any(why.startswith("is frozen by ") for why in reasons):
+        return "freeze less; "
+    return "release='*' lets outputs shrink; " if any(why.startswith("is an output ") for why in reasons) else ""
 
 
 def too_narrow(model: nn.Module, found: Sequence[Family], options: Options, said: str) -> PruneError:

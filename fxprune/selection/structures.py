@@ -69,7 +69,7 @@ def keep_uniform(solution: Solution, parameters: set[str], followers: Followers)
             for a model without one.
     """
     found = families(solution, parameters)
-    held = {i: f"as {f.name} does, which {f.frozen or 'has a single unit'}" for i, f in enumerate(found) if whole(f)}
+    held = {i: f"as {f.name} does, which {f.kept_whole}" for i, f in enumerate(found) if f.kept_whole}
     edges = [*same_structure(found, solution), *same_number(found, followers, held)]
     ends = np.array(edges, np.int64).reshape(-1, 2)
     unsaid = len(found) + len(followers)
@@ -86,10 +86,6 @@ def keep_uniform(solution: Solution, parameters: set[str], followers: Followers)
                 if not family.frozen:
                     solution.frozen[family.units] = len(solution.reasons)
             solution.reasons.append(f"must stay whole for uniform=True, {reasons[first]}")
-
-
-def whole(family: Family) -> bool:
-    return family.frozen is not None or len(family.units) < 2
 
 
 def same_structure(found: Sequence[Family], solution: Solution) -> list[tuple[int, int]]:

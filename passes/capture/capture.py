@@ -88,11 +88,8 @@ def trace(tracer: ValueTracer) -> ValueTracer:
     """Run the tracer, with the recorder in place all the while; it writes only while a node is evaluated."""
     tracer.recorder.active, parameters = False, ParameterWrites(tracer.root)
     tracer.recorder.before_write = parameters.before_write
-    try:
-        with tracer.bar, Patches(tracer), torch.no_grad(), tracer.recorder:
-            tracer.run()
-    finally:
-        parameters.put_back()
+    with tracer.bar, Patches(tracer), parameters, torch.no_grad(), tracer.recorder:
+        tracer.run()
     tracer.check_writes()
     return tracer
 

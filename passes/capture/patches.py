@@ -113,6 +113,9 @@ STAND_INS: dict[int, Any] = {id(torch): STANDS_FOR_TORCH, id(torch.Tensor): STAN
 STAND_INS |= {id(kind): vars(STANDS_FOR_TORCH)[name] for name, kind in LEGACY.items()}
 
 
+BUILTINS: dict[int, str] = torch.jit._builtins._get_builtin_table()  # which torch makes of what is there when it is asked first
+
+
 def not_a_models(names: dict[str, Any]) -> bool:
     """Whether the variables of a file are those of a package that holds no code of a model's."""
     return str(names.get("__name__", "")).partition(".")[0] in NOT_MODELS
@@ -197,6 +200,15 @@ def see_autocast(patches: Any) -> None:
     patches.patch(kind, "__init__", made)
     patches.patch(kind, "__enter__", entered)
     patches.patch(kind, "__exit__", left)
+
+
+def show_to_script(patches: Any) -> None:
+    """`torch.jit.script` knows functions of torch by identity: what stands for one is that function to it."""
+    for function, wrapper in patches.replaced:
+        name = BUILTINS.get(id(function))
+        if name is not None:
+            BUILTINS[id(wrapper)] = name
+            patches.undo.append(functools.partial(BUILTINS.pop, id(wrapper), None))
 
 
 @contextlib.contextmanager

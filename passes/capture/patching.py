@@ -34,6 +34,7 @@ from fxprune.passes.capture.patches import (
     say_that_fx_traces,
     see_autocast,
     see_grad_modes,
+    show_to_script,
 )
 from fxprune.passes.capture.proxy import PROXIES, unwrap
 from fxprune.passes.capture.tracer import ValueTracer
@@ -345,4 +346,5 @@ PATCHES: list[Callable[[Patches], None]] = [
     see_own_calls,
     see_grad_modes,
     see_autocast,
+    show_to_script,
 ]

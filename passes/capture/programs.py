@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from fxprune.passes.capture.capture import capture_program
 from fxprune.passes.capture.leftovers import remove_leftovers
+from fxprune.passes.capture.patches import LOCK
+from fxprune.passes.capture.rollback import ParameterWrites
 from fxprune.passes.capture.train_eval import inner_ops
 from fxprune.passes.errors import PruneError, surface, told
 from fxprune.passes.ir.module_tree import named_tensors, private_copy, set_mode, walk
@@ -22,6 +24,8 @@ from fxprune.passes.ir.quiet import own_random_state, plain_random_state
 DRAW = "torch.rand in place of random and numpy.random"
 DRAWN = "numbers that forward draws from Python's or NumPy's generator are those of the capture, in every call"
 OWN = "the model's own forward raises"
+NO_GRADIENTS = "the model's forward needs gradients, which are off while it is captured:"
+ENABLE = "with torch.enable_grad(): in the forward, around what takes gradients"
 NOT_FOLLOWED = "the model's program cannot be followed:"
 REPORT = "report it with the model; what it does to tensors there is beyond the compiler"
 Home = Callable[[], torch.device | None]
@@ -65,7 +69,7 @@ def modes_captured(
         home = functools.partial(only_device, model, args, kwargs)
         args, kwargs = map_tensors((args, kwargs), swap)
     copied = set_mode(private_copy(model, stand_in), False)
-    possible = functools.partial(runs, model, *given) if stand_in is None else lambda: False
+    possible = functools.partial(runs, model, *given) if stand_in is None else lambda gradients: False
     found = [captured(copied, args, kwargs, final=stand_in is None, home=home, possible=possible)]
     if not found[0].reads_training:
         return found
@@ -115,9 +119,9 @@ def captured(
     *,
     final: bool,
     home: Home = lambda: None,
-    possible: Callable[[], bool] = lambda: False,
+    possible: Callable[[bool], bool] = lambda gradients: False,
 ) -> CapturedProgram:
-    """The program of a private copy; `possible` says, where that raises, whether the model itself runs."""
+    """The program of a private copy; `possible` says, where that raises, whether the model runs without gradients, or with."""
     numbers = plain_random_state()
     try:
         made = capture_program(root, args, kwargs, retry=final, find_home=home)
@@ -128,11 +132,15 @@ def captured(
         raise
     except Exception as error:
         surface(error)
-        own = not possible()
+        what, fix = OWN, other_inputs(args, kwargs)
+        if possible(False):
+            what, fix = NOT_FOLLOWED, REPORT
+        elif possible(True):
+            what, fix = NO_GRADIENTS, ENABLE
         raise PruneError(
-            f"{OWN if own else NOT_FOLLOWED} {told(error)}",
+            f"{what} {told(error)}",
             where=getattr(error, "fxprune_where", type(root).__name__),
-            fix=other_inputs(args, kwargs) if own else REPORT,
+            fix=fix,
         ) from error
 
 
@@ -147,10 +155,10 @@ def other_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     return fix
 
 
-def runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], gradients: bool) -> bool:
     """Whether a model runs on these inputs in evaluation mode."""
     try:
-        with torch.no_grad(), own_random_state():
+        with LOCK, ParameterWrites(model), torch.set_grad_enabled(gradients), own_random_state():
             set_mode(private_copy(model), False)(*map_tensors(args, torch.clone), **map_tensors(kwargs, torch.clone))
     except Exception:
         return False

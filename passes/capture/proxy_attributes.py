@@ -34,6 +34,9 @@ WHERE = frozenset(["is_meta", "is_cuda", "is_cpu", "is_mps", "is_xpu", "get_devi
 VALUE_METHODS = frozenset(["item", "tolist", "numpy", "__array__", "data_ptr"])
 # Functions that FX would keep as one node and that hold sizes or head counts of their own: traced through instead.
 INLINED = {F.multi_head_attention_forward}
+# What takes gradients, and what tells whether there will be any: the trace keeps nothing for them.
+BACKWARD = frozenset([torch.autograd.grad, torch.autograd.backward, Tensor.backward, torch._make_dual, torch._unpack_dual])
+HAS_GRADIENTS = frozenset(["requires_grad", "grad_fn", "is_leaf"])
 NUMBERS = frozenset([int, float, bool, str])
 
 
@@ -107,6 +110,8 @@ class ProxyAttributes(fx.Tracer):
         if name in WHERE and (value.is_meta if isinstance(value, Tensor) else getattr(value, "type", "") == "meta"):
             raise NeedsValues  # a run without values is on another device than the model
         if isinstance(value, Tensor):
+            if name in HAS_GRADIENTS and self.grad_modes and self.grad_modes[-1][1] and not isinstance(value, nn.Parameter):
+                raise ReadsValue("gradients")
             if name in FACTS or name in FACT_METHODS:
                 return getattr(value, name)
             if name in ("item", "tolist") and self.is_number(proxy, name):
@@ -211,6 +216,8 @@ class ProxyAttributes(fx.Tracer):
         """What a function of torch returns that the model's code calls: a proxy, if its arguments have to do with the graph."""
         if not self.recorder.tracing:
             return method(*args, **kwargs)
+        if method in BACKWARD:
+            raise ReadsValue("gradients")
         if not any(self.in_graph(v) for v in iterate((args, kwargs))):
             return self.drawn(method, args, kwargs) if draws(method) else method(*args, **kwargs)
         if method in INLINED:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import DispatchKey
+from torch._decomp import decomposition_table
 from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
@@ -20,6 +22,7 @@ from fxprune.passes.errors import PruneError, ReadsValue
 from fxprune.passes.ir.module_tree import PLAIN_TENSORS, like
 from fxprune.passes.ir.op_trace import OpCall, OpTrace, TensorInfo, written_by
 from fxprune.passes.ir.pytree import ATOMS, TensorRef, gather_refs, map_tensors, tensors
+from fxprune.passes.ops.registry import find
 
 LARGEST_INDEX = 1 << 22  # elements
 NAMELESS = SimpleNamespace(name="")
@@ -117,6 +120,9 @@ class Recorder(TorchDispatchMode):
             if self.tracing:
                 self.refuse(func, (args, kwargs or {}))
             return func(*args, **(kwargs or {}))
+        if (parts := decomposition(func)) is not None:
+            with self:
+                return parts(*args, **(kwargs or {}))
         return self.recorded(func, args, kwargs or {}, self.imagined)
 
     def refuse(self, func: Any, given: Any) -> None:
@@ -199,6 +205,14 @@ class Recorder(TorchDispatchMode):
             self.contents.note_writing(func, args, kwargs, from_input)
         self.op_trace.ops.append(OpCall(func, tuple(in_args), in_kwargs, outs, self.node, ins))
         return out
+
+
+@functools.lru_cache(maxsize=4096)
+def decomposition(func: Any) -> Callable[..., Any] | None:
+    """A function that computes what an op of a backward pass does by other ops, where nothing else is known of the op."""
+    if "_backward" not in getattr(func, "_schema", NAMELESS).name or find(func).labels is not None:
+        return None
+    return decomposition_table.get(func)
 
 
 def by_ops(mode: TorchDispatchMode, func: HigherOrderOperator, args: Any, kwargs: Any) -> Any:

@@ -84,10 +84,14 @@ class ModuleState:
 
 
 class ParameterWrites:
-    """Parameters, which the tree that is captured shares with the original, are put back as they were."""
+    """Parameters, which the tree that is captured shares with the original, are put back as they were.
+
+    In its context they are without gradients, to which a forward may add.
+    """
 
     def __init__(self, root: nn.Module) -> None:
         self.held = [(p, p.detach()) for p in named_parameters(root).values() if not p.is_meta and not p.is_sparse]
+        self.gradients: list[tuple[Tensor, Tensor | None]] = []
         self.saved: list[tuple[Tensor, Tensor]] = []
         self.unwritten: dict[int, list[Tensor]] = {}  # by storage
         for _, memory in self.held:
@@ -102,12 +106,21 @@ class ParameterWrites:
     def found(self) -> bool:
         return bool(self.saved) or any(storage_of(p) != storage_of(memory) for p, memory in self.held)
 
-    def put_back(self) -> None:
+    def __enter__(self) -> None:
+        self.gradients = [(p, p.grad) for p, _ in self.held]
+        for p, gradient in self.gradients:
+            if gradient is not None:
+                p.grad = None
+
+    def __exit__(self, *error: object) -> None:
         for parameter, memory in self.held:
             if storage_of(parameter) != storage_of(memory):
                 parameter.data = memory
         for memory, before in self.saved:
             memory.copy_(before)
+        for p, gradient in self.gradients:
+            if p.grad is not gradient:
+                p.grad = gradient
 
 
 def written_in_place(capture: OpTrace, but_for: Collection[int]) -> set[str]:

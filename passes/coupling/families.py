@@ -39,6 +39,11 @@ class Family:
     width: int
     frozen: str | None
 
+    @property
+    def kept_whole(self) -> str | None:
+        """Why it loses no unit, as what "it" does; None where it may."""
+        return self.frozen or ("has a single unit" if len(self.units) == 1 else None)
+
     def answers(self, text: str) -> bool:
         """Whether a text names it: its name with or without number, a tensor that it cuts along the first dimension, or a glob
         over the dimensions that it spans, as `tensor:dim` or `layer:dim`."""

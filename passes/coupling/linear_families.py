@@ -179,7 +179,7 @@ def linear_families(
     linear: list[LinearFamily] = []
     reasons: dict[str, str] = {}
     for family in found:
-        if family.frozen is not None or len(family.units) < 2:
+        if family.kept_whole is not None:
             continue
         try:
             walk = FamilyWalk(program, family)

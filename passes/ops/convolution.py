@@ -12,7 +12,7 @@ from fxprune.passes.ir.labels import NONE, Factor, Labels, along, factor
 from fxprune.passes.ir.op_trace import OpTrace
 from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ops.call import OpView, RuleContext
-from fxprune.passes.ops.masking import products_with_zeros
+from fxprune.passes.ops.masking import products_with_zeros, with_zeros
 from fxprune.passes.ops.matmul import contract
 from fxprune.passes.ops.registry import OpSpec, Product, find_node, register, spec_of
 from fxprune.passes.ops.rewriting import RewriteContext, argument, groups_left, spread_out, with_argument
@@ -35,6 +35,25 @@ def convolution(call: RuleContext) -> Labels:
     result = tuple([f.at(1, ndim) for f in outs])
     result += tuple([f for f in ins if not f.dims & {1, *spatial}]) + along_channels
     return with_bias(call, result, bias)
+
+
+def convolution_backward(call: RuleContext) -> list[Labels]:
+    """Gradient (N, O, *), x (N, C, *) and weight of a convolution -> gradients of x, of the weight and of the bias (O).
+
+    That of x is a convolution by the same weight, transposed where the other one is not.
+    """
+    gradient, x, weight = call["grad_output"], call["input"], call["weight"]
+    ndim, w_shape = len(call.shape(x)), call.shape(weight)
+    w = call.freeze_dims(call.labels(weight), range(2, len(w_shape)), "is a kernel's spatial dimension")
+    lines = []
+    for ref, transposed in ((gradient, not call["transposed"]), (x, call["transposed"])):
+        ins = flat_channels(call, call.labels(ref))
+        outs = grouped_convolution(call, ins, call.shape(ref), w, w_shape, call["groups"], transposed)
+        lines.append((ins, outs))
+    (passed, ins), (_, outs) = lines
+    of_x = tuple([f.at(1, ndim) for f in ins]) + tuple([f for f in passed if not f.dims & {1, *range(2, ndim)}])
+    found = of_x, w, tuple([f.at(0, 1) for f in outs])
+    return [labels for labels, wanted in zip(found, call["output_mask"], strict=True) if wanted]
 
 
 def slides(call: RuleContext, groups: int, transposed: bool) -> Labels:
@@ -268,6 +287,7 @@ register(
     " thnn_conv* slow_conv*",
     CONVOLUTION,
 )
+register("convolution_backward", OpSpec(convolution_backward, masked=with_zeros))
 register(
     "conv1d conv2d conv3d",
     dataclasses.replace(CONVOLUTION, rewrite=regroup(6)),

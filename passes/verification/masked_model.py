@@ -17,7 +17,7 @@ from torch._ops import HigherOrderOperator
 from fxprune.passes.capture.index_contents import storage_of, version_of
 from fxprune.passes.capture.meta_kernels import VIEWS
 from fxprune.passes.capture.patches import visible
-from fxprune.passes.capture.recorder import Recorder, by_ops
+from fxprune.passes.capture.recorder import Recorder, by_ops, decomposition
 from fxprune.passes.capture.rollback import ParameterWrites
 from fxprune.passes.coupling.propagation import apply_rule
 from fxprune.passes.ir.branches import NOTHING, Removed
@@ -186,6 +186,9 @@ class MaskedRun(Recorder):
         kwargs = kwargs or {}
         if isinstance(func, HigherOrderOperator):
             return by_ops(self, func, args, kwargs)
+        if (parts := decomposition(func)) is not None:
+            with self:
+                return parts(*args, **kwargs)
         before = len(self.op_trace.ops)
         refs = [self.ref(tensor) for tensor in collect((args, kwargs), Tensor)]
         form, draws = find(func).masked, draws_numbers(func, args, kwargs)
