@@ -295,3 +295,18 @@ class Read(Experts):
 def test_what_cannot_be_followed_stays(kind, why):
     with pytest.raises(fxprune.PruneError, match=why):
         fxprune.prune(kind(), 0.5, X, experts="only")
+
+
+@pytest.mark.parametrize("first", ["only", True, False])
+def test_what_was_pruned_before_is_of_its_class(first):
+    """The result of pruning a GraphModule is one, asked for by `same_class` or not, and exact."""
+    model, x = Where().double().eval(), torch.randn(10, 8, dtype=torch.float64)
+    once = fxprune.prune(model, 0.4, x, experts=first)
+    twice = fxprune.prune(once, 0.3, x, experts="only", same_class=True)
+    assert isinstance(twice, torch.fx.GraphModule)
+    assert twice.verification.ok
+    assert sum(p.numel() for p in twice.parameters()) < sum(p.numel() for p in once.parameters())
+    again = fxprune.prune(once, 0.3, x, experts="only")
+    assert torch.equal(twice(x), again(x))
+    for mode in (True, False):
+        assert twice.train(mode).gate.training is mode
