@@ -212,8 +212,8 @@ def prune(
             says what was gained.
         verify: compare the result to the masked original; `auto` does so where a forward is cheap.
         same_class: return a shrunk copy of the model, of its own class, with attributes and configuration brought up to date,
-            instead of a GraphModule: its caches, losses, `generate` and `save_pretrained` are as before. Of a GraphModule, such as a
-            model that was pruned before, it is one in any case.
+            instead of a GraphModule: its caches, losses, `generate` and `save_pretrained` are as before. What is made of a
+            GraphModule, such as a model that was pruned before, is one in any case.
         inplace: cut the model's own tensors, one at a time, so that memory is that of the weights and one layer where nothing
             is verified (by default above 100 million parameters) or tried (give language models `use_cache=False`). The model
             itself is returned with `same_class`; else the GraphModule has its tensors, and the model is of no more use. Make
