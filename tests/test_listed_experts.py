@@ -337,7 +337,7 @@ class Sorted(Experts):
 
 
 class Languages(Experts):
-    """Modules of a mapping of which the first number of the input chooses one; another one takes two inputs."""
+    """Modules of a mapping of which the first number of the input chooses one; a third is not like them, and stays."""
 
     def __init__(self):
         super().__init__()
