@@ -213,7 +213,8 @@ def prune(
             says what was gained.
         verify: compare the result to the masked original; `auto` does so where a forward is cheap.
         same_class: return a shrunk copy of the model, of its own class, with attributes and configuration brought up to date,
-            instead of a GraphModule: its caches, losses, `generate` and `save_pretrained` are as before.
+            instead of a GraphModule: its caches, losses, `generate` and `save_pretrained` are as before. What is made of a
+            GraphModule, such as a model that was pruned before, is one in any case.
         inplace: cut the model's own tensors, one at a time, so that memory is that of the weights and one layer where nothing
             is verified (by default above 100 million parameters) or tried (give language models `use_cache=False`). The model
             itself is returned with `same_class`; else the GraphModule has its tensors, and the model is of no more use. Make
@@ -240,6 +241,7 @@ def prune(
         check_flag("same_class", same_class)
         check_flag("inplace", inplace)
         alone = ranks is None and sharded is None
+        same_class = same_class and not isinstance(model, fx.GraphModule)  # which is what is emitted
         mending = RepairRequest.parse(repair, data, inplace=inplace, alone=alone)
         if mending is not None:
             asked["data"] = None if remove is not None else mending.data

@@ -295,3 +295,71 @@ class Read(Experts):
 def test_what_cannot_be_followed_stays(kind, why):
     with pytest.raises(fxprune.PruneError, match=why):
         fxprune.prune(kind(), 0.5, X, experts="only")
+
+
+@pytest.mark.parametrize("first", ["only", True, False])
+def test_what_was_pruned_before_is_of_its_class(first):
+    """The result of pruning a GraphModule is one, asked for by `same_class` or not, and exact."""
+    model, x = Where().double().eval(), torch.randn(10, 8, dtype=torch.float64)
+    once = fxprune.prune(model, 0.4, x, experts=first)
+    twice = fxprune.prune(once, 0.3, x, experts="only", same_class=True)
+    assert isinstance(twice, torch.fx.GraphModule)
+    assert twice.verification.ok
+    assert sum(p.numel() for p in twice.parameters()) < sum(p.numel() for p in once.parameters())
+    again = fxprune.prune(once, 0.3, x, experts="only")
+    assert torch.equal(twice(x), again(x))
+    for mode in (True, False):
+        assert twice.train(mode).gate.training is mode
+
+
+class OnlyThoseHit(Experts):
+    """Python asks which experts are chosen, and runs no others."""
+
+    def mix(self, x, p, w, index):
+        out = torch.zeros_like(x)
+        for i in index.unique().tolist():
+            token, slot = torch.where(index == i)
+            out[token] += w[token, slot, None] * self.experts[i](x[token])
+        return out
+
+
+class Sorted(Experts):
+    """Tokens sorted by their experts go through these in parts, whose sizes Python reads."""
+
+    def mix(self, x, p, w, index):
+        order, parts, first = index.flatten().argsort(), [], 0
+        for i, number in enumerate(index.flatten().bincount(minlength=self.number).tolist()):
+            if number:
+                parts.append(self.experts[i](x[order[first : first + number] // 2]))
+                first += number
+        out = torch.cat(parts)
+        return (torch.empty_like(out).index_copy(0, order, out).unflatten(0, index.shape) * w.unsqueeze(-1)).sum(1)
+
+
+class Languages(Experts):
+    """Modules of a mapping of which the first number of the input chooses one; a third is not like them, and stays."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8), "c": nn.Bilinear(8, 8, 8)})
+
+    def mix(self, x, p, w, index):
+        return self.experts["a" if x[0, 0].item() > 0 else "b"](x)
+
+
+@pytest.mark.parametrize("same_class", [False, True])
+@pytest.mark.parametrize("kind", [OnlyThoseHit, Sorted, Read, Languages])
+def test_modules_of_a_list_that_did_not_run_are_cut_with_those_that_did(kind, same_class):
+    """The example inputs choose a few of the experts; other inputs choose all of them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), kind(), nn.Linear(8, 5)).double().eval()
+    few, many = torch.randn(2, 8, dtype=torch.float64), torch.randn(300, 8, dtype=torch.float64)
+    ran = set()
+    for name, expert in model[1].experts.named_children():
+        expert.register_forward_hook(lambda *_, name=name: ran.add(name))
+    model(few)
+    assert len(ran) < len(model[1].experts)
+    small = fxprune.prune(model, 0.4, few, same_class=same_class)
+    assert small.get_submodule("0").out_features < 8
+    for x in (many, -many):
+        assert fxprune.verify(model, small, x).ok

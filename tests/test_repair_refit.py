@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxprune
 from fxprune import PruneError
+from fxprune.repairs import both_models, held_out, least_squares, refit
 
 DOUBLE = torch.float64
 
@@ -146,3 +147,44 @@ def test_neither_model_is_touched_and_no_other_method_goes_with_it():
         fxprune.repair(net, small, [x], method=("refit", "fold"))
     with pytest.raises(PruneError, match="on a batch of data"):
         fxprune.repair(net, small, [torch.randn(8, 7)], method="refit")
+
+
+def test_the_data_run_at_most_three_times_however_far_the_fit_may_go(llama, monkeypatch):
+    """The original once to fit, and once for each look at what is held out; the pruned model once in each state."""
+    data = [{"input_ids": torch.randint(0, 64, (8, 12), generator=torch.Generator().manual_seed(i))} for i in range(3)]
+    small = fxprune.prune(llama, 0.5, data[0], only="*mlp*", verify=False)
+    runs = []
+
+    def counting(run):
+        def counted(owner, batch):
+            runs.append(len(batch.kwargs["input_ids"]))
+            return run(owner, batch)
+
+        return counted
+
+    monkeypatch.setattr(refit, "call", counting(refit.call))
+    monkeypatch.setattr(both_models, "call", counting(both_models.call))
+    monkeypatch.setattr(both_models.BothModels, "run", counting(both_models.BothModels.run))
+    monkeypatch.setattr(held_out.Errors, "surely_less_than", lambda self, other: False)
+    better = fxprune.repair(llama, small, data, method="refit")
+    assert better.meta["repair"].share == 0
+    assert sum(runs) <= 3 * 24
+    for name, tensor in small.state_dict().items():
+        assert torch.equal(better.state_dict()[name], tensor)
+    runs.clear()
+    monkeypatch.setattr(held_out.Errors, "surely_less_than", lambda self, other: True)
+    assert fxprune.repair(llama, small, data, method="refit").meta["repair"].share == 1
+    assert sum(runs) <= 1.75 * 24
+
+
+def test_moments_are_those_of_all_pairs(monkeypatch):
+    """Whatever the width of the blocks in which they are computed."""
+    torch.manual_seed(0)
+    x, r = torch.randn(2, 50, 7, dtype=DOUBLE), torch.randn(2, 50, 3, dtype=DOUBLE)
+    for columns in (2, 3, 7, 8):
+        monkeypatch.setattr(least_squares, "COLUMNS", columns)
+        found = least_squares.NormalEquations(False)
+        for part in (slice(20), slice(20, 50)):
+            found.add(x[:, part], r[:, part])
+            torch.testing.assert_close(found.whole(), x[:, : part.stop].mT @ x[:, : part.stop])
+        torch.testing.assert_close(found.cross, x.mT @ r)

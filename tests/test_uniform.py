@@ -1,5 +1,10 @@
 """`uniform=True`: families that play the same part keep the same share, so that a configuration describes the model."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -203,3 +208,37 @@ class Literal(nn.Module):
 def test_uniform_is_a_flag():
     with pytest.raises(PruneError, match="uniform must be True or False, not 'yes'"):
         fxprune.prune(Blocks(16, 24, 2), 0.5, torch.randn(2, 16), uniform="yes")
+
+
+RELOAD = """
+import sys, torch, transformers, fxprune
+folder, ids = sys.argv[1], torch.arange(24).reshape(2, 12) + 3
+wanted = torch.load(folder + "/wanted")
+uniform, any_widths = folder + "/uniform", folder + "/any"
+models = transformers.LlamaForCausalLM.from_pretrained(uniform), fxprune.load(any_widths, same_class=True)
+for model, (logits, words) in zip(models, wanted, strict=True):
+    assert torch.equal(model.eval()(ids).logits, logits)
+    assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), words)
+"""
+
+
+def test_a_budget_with_data_comes_back_in_a_fresh_process(tmp_path):
+    """By its configuration with `uniform=True`, else by `fxprune.load`; and words come out of both."""
+    model = built("LlamaForCausalLM", DECODER)
+    data = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 60, (4, 4, 12))]
+    wanted = []
+    for name in ("uniform", "any"):
+        small = fxprune.prune(
+            model, params=0.8, example_inputs=data[0], data=data, same_class=True, uniform=name == "uniform"
+        ).eval()
+        assert size(small) <= 0.8 * size(model)
+        widths = {layer.mlp.gate_proj.out_features for layer in small.model.layers}
+        assert (widths == {small.config.intermediate_size}) == (name == "uniform")
+        with torch.no_grad():
+            wanted.append((small(IDS).logits, small.generate(IDS, max_new_tokens=4, do_sample=False)))
+        small.save_pretrained(tmp_path / name)
+    torch.save(wanted, tmp_path / "wanted")
+    command = [sys.executable, "-W", "ignore", "-c", RELOAD, str(tmp_path)]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert not done.returncode, done.stderr

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -78,30 +78,45 @@ class BothModels:
         """As `held_out.choose_share`, batch by batch; nor may the loss on the samples held out rise, if there is one."""
         judged = [batch for batch, held in self.parts if held] or [batch for batch, _ in self.parts]
         checks = any(held for _, held in self.parts)
-        swap(self.own, start)
-        before, loss = self.judge(judged)
-        swap(self.own, start)
-        for share in SHARES if checks else (1.0,):
-            after, now = self.judge(judged)
-            if not checks or (after.surely_less_than(before) and not now > loss):
+
+        def before_and_after() -> Iterator[None]:
+            for _ in range(2):
+                swap(self.own, start)
+                yield
+
+        (before, loss), (after, now) = self.judge(judged, before_and_after)
+        if not checks or (after.surely_less_than(before) and not now > loss):
+            return Outcome(1.0, (before.relative, after.relative))
+        made = {name: self.own[name].detach().clone() for name in start}
+
+        def less(shares: Sequence[float] = SHARES[1:]) -> Iterator[None]:
+            for share in shares:
+                for name, tensor in start.items():
+                    self.own[name].data.copy_(tensor.lerp(made[name], share))
+                yield
+
+        for share, (after, now) in zip(SHARES[1:], self.judge(judged, less), strict=True):
+            if after.surely_less_than(before) and not now > loss:
+                next(less([share]))
                 return Outcome(share, (before.relative, after.relative))
-            for name, tensor in start.items():
-                self.own[name].data.copy_(tensor.lerp(self.own[name], 0.5))
-        for name, tensor in start.items():
-            self.own[name].data.copy_(tensor)
+        next(less([0.0]))
         return Outcome(0.0, (before.relative, before.relative))
 
-    def judge(self, batches: Sequence[Batch]) -> tuple[Errors, float]:
-        """The errors of the pruned model's outputs, and the sum of its losses over samples."""
-        squares: list[float] = []
-        size = total = 0.0
+    def judge(self, batches: Sequence[Batch], states: Callable[[], Iterator[None]]) -> list[tuple[Errors, float]]:
+        """The errors of the pruned model's outputs, and the sum of its losses over samples, in each of some states.
+
+        Arguments:
+            states: sets the tensors of the pruned model to one after the other. The original runs once for all of them.
+        """
+        found: list[tuple[list[Errors], list[float]]] = []
         for batch in batches:
-            out = self.run(batch)[1]
-            errors = Errors.of([call(self.whole, batch)], [out], [batch])
-            squares += errors.squares
-            size += errors.size
-            total += batch.size * self.value(out, batch)
-        return Errors(squares, size), total
+            wanted = call(self.whole, batch)
+            for i, _ in enumerate(states()):
+                found += [([], [])] if i == len(found) else []
+                out = self.run(batch)[1]
+                found[i][0].append(Errors.of([wanted], [out], [batch]))
+                found[i][1].append(batch.size * self.value(out, batch))
+        return [(Errors.joined(errors), sum(losses)) for errors, losses in found]
 
     def value(self, out: Any, batch: Batch) -> float:
         held = loss_in(out)

@@ -12,6 +12,7 @@ from torch import Tensor
 from fxprune.criteria.calibration import Batch
 from fxprune.passes.ir.program import named_outputs
 from fxprune.passes.ir.pytree import TensorRef, map_tensors
+from fxprune.repairs.least_squares import PART
 from fxprune.repairs.repairer import relative
 from fxprune.repairs.side_by_side import Programs
 
@@ -105,16 +106,22 @@ class Errors:
         for one, other, batch in zip(wanted, found, batches, strict=True):
             mine, its = tensors_returned(one), tensors_returned(other)
             both = [(mine[name], its[name]) for name in mine if name in its and mine[name].shape == its[name].shape]
-            pairs = [(a.double(), b.double()) for a, b in both if a.is_floating_point()]
+            pairs = [(a, b) for a, b in both if a.is_floating_point()]
             by_sample = all(a.dim() and len(a) == batch.size for a, _ in pairs)
             rows = [0.0] * (batch.size if by_sample else 1)
-            for a, b in pairs:
-                apart = (a - b).masked_fill(a == b, 0).square()  # also where both are infinite
-                sums = apart.flatten(1).sum(1) if by_sample and apart.dim() > 1 else apart if by_sample else apart.sum()
-                rows = [r + s for r, s in zip(rows, sums.reshape(-1).tolist(), strict=True)]
-                size += float(a.masked_fill(a.isinf(), 0).square().sum())
+            for whole, other in pairs:
+                samples = zip(whole, other, strict=True) if by_sample else [(whole, other)]
+                for i, sample in enumerate(samples):
+                    for x, y in zip(*(t.reshape(-1).split(PART) for t in sample), strict=True):
+                        a, b = x.double(), y.double()
+                        rows[i] += float((a - b).masked_fill(a == b, 0).square().sum())  # also where both are infinite
+                        size += float(a.masked_fill(a.isinf(), 0).square().sum())
             squares += rows
         return cls(squares, size)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Errors]) -> Errors:
+        return cls([square for part in parts for square in part.squares], sum(part.size for part in parts))
 
     @property
     def relative(self) -> float:

@@ -24,6 +24,8 @@ from fxprune.repairs.sites import SiteCall
 
 RIDGES = (0.01, 0.1, 1.0, 10.0, 0.001, 0.0001)  # to choose from; the first one where nothing is there to choose by
 LARGEST = 1 << 24  # elements of a matrix of inputs: windows are taken from a part of the samples at a time
+PART = 1 << 16  # elements that are converted at a time
+COLUMNS = 384  # of a block of the matrix of moments, of which only those on and above the diagonal are computed
 
 
 @dataclass(slots=True)
@@ -32,6 +34,7 @@ class NormalEquations:
 
     Attributes:
         constant: whether a constant may be fitted beside the weight.
+        gram: the second moments of the inputs, (groups, columns, columns); right on and above the diagonal, until `whole`.
     """
 
     constant: bool
@@ -42,16 +45,31 @@ class NormalEquations:
     squares: float = 0.0
     count: int = 0
     about_means: tuple[Tensor, Tensor] | None = None  # the matrix and the right-hand side, once they are asked for
+    mirrored: bool = False
 
     def add(self, x: Tensor, r: Tensor) -> None:
         """Inputs of shape (groups, rows, columns) and residuals of shape (groups, rows, outputs)."""
-        self.about_means = None
-        self.gram = self.gram.to(x.device) + (x.mT @ x).double()
-        self.cross = self.cross.to(x.device) + (x.mT @ r).double()
-        self.inputs = self.inputs.to(x.device) + x.sum(1, dtype=torch.float64)
-        self.residuals = self.residuals.to(x.device) + r.sum(1, dtype=torch.float64)
-        self.squares += float(r.double().square().sum())
+        groups, _, columns = x.shape
+        if not self.gram.dim():
+            self.gram, self.cross, self.inputs, self.residuals = (
+                x.new_zeros(groups, *shape, dtype=torch.float64)
+                for shape in ((columns, columns), (columns, r.shape[2]), (columns,), (r.shape[2],))
+            )
+        self.about_means, self.mirrored = None, False
+        for at in range(0, columns, COLUMNS):
+            self.gram[:, at : at + COLUMNS, at:] += x[:, :, at : at + COLUMNS].mT @ x[:, :, at:]
+        self.cross += x.mT @ r
+        self.inputs += x.sum(1, dtype=torch.float64)
+        self.residuals += r.sum(1, dtype=torch.float64)
+        self.squares += sum_of_squares(r)
         self.count += x.shape[1]
+
+    def whole(self) -> Tensor:
+        """The matrix with what is below its diagonal."""
+        if not self.mirrored:
+            self.gram.copy_(self.gram.triu() + self.gram.triu(1).mT)
+            self.mirrored = True
+        return self.gram
 
     def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
         """The change of the weight, (groups, columns, outputs), and of the constant, (groups, outputs).
@@ -59,7 +77,7 @@ class NormalEquations:
         Arguments:
             ridge: the penalty on the change, as a share of the mean square of the inputs.
         """
-        gram, cross = self.about_means or (self.gram, self.cross)
+        gram, cross = self.about_means or (self.whole(), self.cross)
         if self.constant and self.about_means is None:  # about the means, the constant takes care of itself
             gram = gram - self.inputs.unsqueeze(2) * (self.inputs / self.count).unsqueeze(1)
             cross = cross - self.inputs.unsqueeze(2) * (self.residuals / self.count).unsqueeze(1)
@@ -79,9 +97,14 @@ class NormalEquations:
     def left(self, change: Tensor, shift: Tensor) -> float:
         """The sum of squared residuals after a change."""
         moved = 2 * (change * self.cross).sum() + 2 * (shift * self.residuals).sum()
-        grown = (change * (self.gram @ change)).sum() + self.count * shift.square().sum()
+        grown = (change * (self.whole() @ change)).sum() + self.count * shift.square().sum()
         grown = grown + 2 * (shift * (change.mT @ self.inputs.unsqueeze(2)).squeeze(2)).sum()
         return max(self.squares - float(moved) + float(grown), 0.0)
+
+
+def sum_of_squares(x: Tensor) -> float:
+    """In double precision, of a part that stays in the cache at a time."""
+    return sum(float(part.double().square().sum()) for part in x.reshape(-1).split(PART))
 
 
 def fit(normal: NormalEquations, held: NormalEquations, ridge: float | None) -> tuple[Tensor, Tensor]:
@@ -170,7 +193,7 @@ class WeightChange(NamedTuple):
         return WeightChange(self.weight + step * by.weight, self.constant + step * by.constant)
 
     def square(self) -> float:
-        return float(self.weight.double().square().sum() + self.constant.double().square().sum())
+        return sum_of_squares(self.weight) + sum_of_squares(self.constant)
 
 
 def count_inputs(call: SiteCall) -> int:
@@ -233,7 +256,7 @@ def added(calls: Sequence[SiteCall], change: WeightChange) -> list[Tensor]:
 
 
 def squares(parts: Sequence[Tensor]) -> float:
-    return sum(float(p.double().square().sum()) for p in parts)
+    return sum(map(sum_of_squares, parts))
 
 
 def run_product(call: SiteCall, weight: Tensor, source: Tensor) -> Tensor:

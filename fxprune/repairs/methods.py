@@ -11,7 +11,15 @@ from torch import Tensor
 from fxprune.criteria.activation_stats import Moments
 from fxprune.passes.ir.pytree import map_tensors
 from fxprune.repairs import least_squares
-from fxprune.repairs.least_squares import NormalEquations, add_call, as_weight, count_inputs, fit_gradually, is_convolution
+from fxprune.repairs.least_squares import (
+    NormalEquations,
+    add_call,
+    as_weight,
+    count_inputs,
+    fit_gradually,
+    is_convolution,
+    sum_of_squares,
+)
 from fxprune.repairs.repairer import NO_PRODUCT, NOT_FINITE, Change, Repairer, RepairMethod, Skip, relative
 from fxprune.repairs.sites import RepairSite, SiteCall
 
@@ -60,7 +68,7 @@ class Reconstruct(RepairMethod):
         large: dict[bool, list[tuple[SiteCall, Tensor]]] = {False: [], True: []}
         for held, into in ((False, normal), (True, unseen)):
             for call, target, residual in repairer.residuals(site, held=held):
-                size += 0.0 if held else float(target.double().square().sum())
+                size += 0.0 if held else sum_of_squares(target)
                 if count_inputs(call) > least_squares.WIDE:
                     large[held].append((call, residual))
                 else:
@@ -107,7 +115,7 @@ class Compensate(RepairMethod):
             residual = difference.double().movedim(call.product.out, -1)
             total = total.to(residual.device) + residual.flatten(0, -2).sum(0)
             squares += float(residual.square().sum())
-            size += float(target.double().square().sum())
+            size += sum_of_squares(target)
             count += residual.numel() // residual.shape[-1]
         if call is None or squares == 0.0:
             return None

@@ -26,7 +26,16 @@ from fxprune.passes.ir.slices import mask_of
 from fxprune.plan import shapes_of
 from fxprune.repairs.both_models import BothModels, call, uncached
 from fxprune.repairs.held_out import Outcome
-from fxprune.repairs.least_squares import NormalEquations, add_call, as_weight, count_inputs, fit, groups, run_product
+from fxprune.repairs.least_squares import (
+    NormalEquations,
+    add_call,
+    as_weight,
+    count_inputs,
+    fit,
+    groups,
+    run_product,
+    sum_of_squares,
+)
 from fxprune.repairs.repairer import NOT_FINITE, WORSE, RepairStep, relative
 from fxprune.repairs.sites import SiteCall, SiteObserver, count_overlaps
 from fxprune.selection.names import block_chains
@@ -99,26 +108,28 @@ class LostObserver(SiteObserver):
             self.skipped[call.name] = "a part of it is used at a time"
             return
         mask = mask.mT if turned else mask
-        inputs, outputs = kept_along(mask, call.product.summed), kept_along(mask, call.product.kept)
+        summed, along = call.product.summed, call.product.along
+        inputs, outputs = kept_along(mask, summed), kept_along(mask, call.product.kept)
         if bool(inputs.all()):
             return
         if why := self.why_not(call, mask, inputs, outputs):
             self.skipped[call.name] = why
             return
         self.spans[call.name] = self.span(weight)
-        gone = weight * lifted(~inputs, weight, call.product.summed)
-        residual = run_product(call, wide(gone), wide(call.source))
-        if call.product.kept is not None:
-            residual = residual.index_select(call.product.out, outputs.nonzero().flatten().to(residual.device))
-        kept = inputs.nonzero().flatten().to(weight.device)
-        left = replace(call, source=call.source.index_select(call.product.along, kept), weight=cut(weight, mask))
+        kept, gone = (which.nonzero().flatten().to(weight.device) for which in (inputs, ~inputs))
+        residual = run_product(call, wide(weight.index_select(summed, gone)), wide(call.source.index_select(along, gone)))
+        weight = weight.index_select(summed, kept)
+        if call.product.kept is not None and not bool(outputs.all()):
+            stay = outputs.nonzero().flatten().to(weight.device)
+            residual, weight = residual.index_select(call.product.out, stay), weight.index_select(call.product.kept, stay)
+        left = replace(call, source=call.source.index_select(along, kept), weight=weight)
         if call.name not in self.lost:
             bias = call.bias if call.bias is not None and call.bias.dim() == 1 and self.owner(call.bias) else None
             own = None if bias is None or call.op.get("beta", 1) != 1 else self.owner(bias)
             call_alone = replace(left, source=call.source[:0], out=call.out[:0], args=(), kwargs={})
             self.lost[call.name] = Lost(call_alone, turned, own)
         found = self.lost[call.name]
-        found.sizes[self.held_out] += float(call.out.double().square().sum())
+        found.sizes[self.held_out] += sum_of_squares(call.out)
         add_call(found.unseen if self.held_out else found.fitted, left, residual)
 
     def why_not(self, call: SiteCall, mask: Tensor, inputs: Tensor, outputs: Tensor) -> str:
@@ -142,18 +153,11 @@ class LostObserver(SiteObserver):
 
 def kept_along(mask: Tensor, dim: int | None) -> Tensor:
     """Of each index along a dimension whether anything is kept there."""
-    return torch.ones(1, dtype=torch.bool) if dim is None else mask.movedim(dim, 0).flatten(1).any(1)
+    return torch.ones(1, dtype=torch.bool) if dim is None else mask.any([d for d in range(mask.dim()) if d != dim])
 
 
 def lifted(vector: Tensor, like: Tensor, dim: int) -> Tensor:
     return vector.to(like.device).reshape([-1 if d == dim else 1 for d in range(like.dim())])
-
-
-def cut(weight: Tensor, mask: Tensor) -> Tensor:
-    """The rectangle of a weight that a mask keeps."""
-    for d in range(weight.dim()):
-        weight = weight.index_select(d, kept_along(mask, d).nonzero().flatten().to(weight.device))
-    return weight
 
 
 class Refit:

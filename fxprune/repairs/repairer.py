@@ -13,7 +13,7 @@ from torch import Tensor
 from fxprune.criteria.activation_stats import wide
 from fxprune.passes.ir.progress import progress_bar
 from fxprune.repairs.interpreter import ProgramRun
-from fxprune.repairs.least_squares import groups, is_convolution
+from fxprune.repairs.least_squares import groups, is_convolution, sum_of_squares
 from fxprune.repairs.sites import Key, RepairSite, SiteCall
 
 NO_PRODUCT = "the original has no such product"
@@ -151,8 +151,8 @@ class Repairer:
         for call, target, residual in self.residuals(site, held=True):
             if moved is not None and call.product is not None:
                 residual = residual + lifted(moved, residual, call.product.out)
-            squares += float(residual.double().square().sum())
-            size += float(target.double().square().sum())
+            squares += sum_of_squares(residual)
+            size += sum_of_squares(target)
         if not math.isfinite(squares):
             raise Skip(NOT_FINITE)
         return relative(squares, size)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.capture.capture import capture_program
@@ -44,8 +44,11 @@ def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs)
     """The pruned model as an object of the original's class, and the tensors that had to stay whole for a configuration.
 
     `meta["stale"]` names attributes that may still say an original width: `path.name` each, and `config` where no configuration
-    of the class describes the pruned model.
+    of the class describes the pruned model. A GraphModule is of its class as it was emitted.
     """
+    if isinstance(model, fx.GraphModule):
+        pruned.meta["stale"] = ()
+        return pruned, {}
     with unobserved(model), evaluating(pruned), restoring(pruned), torch.no_grad():
         allowed = tolerance_of(pruned)
         tolerance = allowed / 100  # the weights are the same, and so nearly is the order of additions

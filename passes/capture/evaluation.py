@@ -43,6 +43,8 @@ class Evaluator:
         leaks: tensors in opaque modules whose contents Python took, by path.
         asking: the paths of opaque modules in which Python asks for the mode.
         untracked: nodes whose results did not come out of the dispatcher.
+        listed: of lists of modules what the first one to run was given and returned, and the names of all that ran, while an
+            opaque module runs.
         find_home: for a run without values, finds the device that all tensors of the model and its inputs are on.
     """
 
@@ -57,6 +59,7 @@ class Evaluator:
         self.leaks: dict[str, list[TensorRef]] = {}
         self.asking: set[str] = set()
         self.untracked: set[fx.Node] = set()
+        self.listed: dict[str, tuple[tuple[str, Any, Any, Any], set[str]]] = {}
         self.find_home: Callable[[], torch.device | None] = lambda: None
 
     @functools.cached_property
@@ -114,7 +117,10 @@ class Evaluator:
         if path in self.opaque:
             self.hold(node, args, kwargs)
         with plain_rnn(module), self.watching(module, path):
-            return module(*args, **kwargs)
+            self.listed.clear()
+            out = module(*args, **kwargs)
+            self.run_others()
+        return out
 
     def note_mode_read(self, module: nn.Module) -> None:
         """A module asks for its mode while a node runs; a layer of torch's own couples the same in either."""
@@ -127,7 +133,25 @@ class Evaluator:
         if path is not None and self.running in self.opaque:
             refs = map_tensors((args, kwargs, out), self.recorder.ref)
             self.calls.setdefault(self.running, []).append(ModuleCall(path, refs[:2], refs[2]))
+            holder, _, name = path.rpartition(".")
+            if isinstance(self.modules.get(holder), nn.ModuleList | nn.ModuleDict):
+                self.listed.setdefault(holder, ((name, args, kwargs, out), set()))[1].add(name)
         return out
+
+    def run_others(self) -> None:
+        """Run the modules of a list that an opaque module has passed over, on what one of their like in the list was given.
+
+        Which of them run, as experts do, its Python may decide by values. With other inputs those that did not run read what
+        the others read and return what they return; a sum of both results says so to the coupling.
+        """
+        while self.listed:  # also of lists inside
+            holder, ((first, args, kwargs, out), ran) = self.listed.popitem()
+            members = dict(self.modules[holder].named_children())
+            for other in [m for name, m in members.items() if name not in ran and structure(m) == structure(members[first])]:
+                with contextlib.suppress(Exception):  # it asks for something else
+                    for a, b in zip(tensors(out), tensors(other(*args, **kwargs)), strict=False):
+                        _ = a + b if a.shape == b.shape else None
+                self.listed.pop(holder, None)
 
     def at_hand(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Arguments in which the model's device is that of its stand-ins, where there are some among them."""
@@ -186,3 +210,9 @@ class Evaluator:
         """A node is gone from the graph."""
         self.given.pop(node, None)
         self.untracked.discard(node)
+
+
+def structure(module: nn.Module) -> list[Any]:
+    """The classes of a module and of those inside, and the shapes of its tensors."""
+    kinds = [(path, type(inner)) for path, inner in module.named_modules()]
+    return [*kinds, *((name, tuple(tensor.shape)) for name, tensor in named_tensors(module))]
