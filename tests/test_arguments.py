@@ -546,8 +546,10 @@ def test_units_are_what_they_are_called():
 
 
 def resnet():
+    """A ResNet-18 with half of its blocks."""
     torch.manual_seed(0)
-    return torchvision.models.resnet18(weights=None, num_classes=10).eval()
+    blocks = torchvision.models.resnet.BasicBlock
+    return torchvision.models.ResNet(blocks, [1, 1, 1, 1], num_classes=10).eval()
 
 
 PICTURE = torch.randn(1, 3, 64, 64)
@@ -604,7 +606,7 @@ def test_what_is_printed_can_be_typed(name, model, x, asked):
             try:
                 small = fxprune.prune(model, example_inputs=x, verify=False, **request, **asked)
             except PruneError as error:  # rows of one length that it shares with others
-                assert "so little" in error.what or "changes nothing: what it names" in error.what
+                assert any(said in error.what for said in ("so little", "changes nothing: what it names", "keeps as many units as"))
                 continue
             shrunk = {f.family.name for f in fxprune.report(model, small, x).shrunk}
             assert family.name in shrunk

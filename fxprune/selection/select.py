@@ -19,9 +19,8 @@ from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_parameters, named_tensors
 from fxprune.passes.ir.slices import Slicer
-from fxprune.selection.allocation import Allocator, levels_after, match_globs, match_ratios, match_scopes
+from fxprune.selection.allocation import Allocator, levels_after, match_globs, match_ratios, match_scopes, tied_to_whole
 from fxprune.selection.budgets import Budget
-from fxprune.selection.candidates import form_groups
 from fxprune.selection.costs import Costs
 from fxprune.selection.expected_cost import expected_use
 from fxprune.selection.latency import FRIENDLY, LatencyProbe
@@ -83,14 +82,6 @@ def check_effect(
             raise PruneError("; ".join(said), where=type(model).__name__, fix=fix)
         for text in said:
             warnings.warn(text, PruneWarning, stacklevel=2)
-
-
-def tied_to_whole(free: Sequence[Family], solution: Solution, options: Options) -> dict[str, str]:
-    """Families that a ratio names and that stay whole since another one does, with its name: rows keep equally many."""
-    ratios, size = match_ratios(free, options.ratio, solution, options.scopes), len(solution.unit_of)
-    groups = [g.families for g in form_groups([f.units for f in free], ratios, solution.equal_rows, size)]
-    whole = {i: j for group in groups for i in group for j in group if ratios[i] and not ratios[j]}
-    return {free[i].name: free[j].name for i, j in whole.items()}
 
 
 def idle_globs(
