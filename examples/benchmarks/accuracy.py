@@ -45,7 +45,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--criteria", nargs="+", default=list(CHOICES), help="criterion:ranking")
-    parser.add_argument("--repaired-only", action="store_true", help="do not fine-tune, and keep what is known of Torch-Pruning")
+    parser.add_argument(
+        "--repaired-only", action="store_true", help="do not fine-tune, and keep what is known of Torch-Pruning"
+    )
     parser.add_argument("--limit", type=float, default=3600, help="seconds for one job")
     torch.set_num_threads(1)
     arguments = options(parser, measure, argv)

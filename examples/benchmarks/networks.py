@@ -1,5 +1,7 @@
 """The networks of `accuracy.py` and `fronts.py`, small enough to be trained on a processor."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -107,7 +109,7 @@ class MobileNet(nn.Module):
     def __init__(self, widths: tuple[int, ...] = (16, 24, 24, 32, 32, 48), last: int = 128, classes: int = 10) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(1, widths[0], 3, 2, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU6())
-        strides = [1, *(1 + (b > a and b < widths[-1]) for a, b in zip(widths, widths[1:]))]
+        strides = [1, *(1 + (b > a and b < widths[-1]) for a, b in pairwise(widths))]
         self.blocks = nn.Sequential(*(Inverted(a, b, s) for a, b, s in zip((widths[0], *widths), widths, strides)))
         self.last = nn.Sequential(nn.Conv2d(widths[-1], last, 1, bias=False), nn.BatchNorm2d(last), nn.ReLU6())
         self.head = nn.Linear(last, classes)

@@ -253,13 +253,16 @@ class Options:
 
     def verifies(self, model: nn.Module) -> bool:
         """Whether to compare the result with the original: `auto` does where a forward is cheap."""
-        if self.verify != "auto":
-            return self.verify
-        return sum(math.inf if p.is_meta else p.numel() for p in named_parameters(model).values()) <= CHEAP
+        return is_cheap(model) if self.verify == "auto" else self.verify
 
     def gc_paused(self) -> contextlib.AbstractContextManager[None]:
         """Pause the garbage collector during a selection, unless it runs the model."""
         return contextlib.nullcontext() if self.runs_the_model else gc_paused()
+
+
+def is_cheap(model: nn.Module) -> bool:
+    """Whether a few forwards of a model take little time."""
+    return sum(math.inf if p.is_meta else p.numel() for p in named_parameters(model).values()) <= CHEAP
 
 
 def check_values(options: Options) -> None:
