@@ -37,7 +37,9 @@ ROWS, TABLE = HERE / "accuracy.jsonl", HERE / "ACCURACY.md"
 NETWORKS = ("resnet20", "vit")
 FEWER = (2, 3, 4, 8)
 SCORING, CALIBRATION, STEPS = 512, 256, 60
-CHOICES = tuple(f"{name}:{ranking}" for name in CRITERIA for ranking in ("local", "global", "isomorphic"))
+CALL = "prune(macs, data, repair=True)"  # in place of a criterion; of a ranking it has the number of images
+CALLS = tuple(f"{CALL}:{images} images" for images in (SCORING, 2_048))
+CHOICES = (*(f"{name}:{ranking}" for name in CRITERIA for ranking in ("local", "global", "isomorphic")), *CALLS)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -89,7 +91,12 @@ def measure(network: str, seed: int, criterion: str, ranking: str, tunes: bool) 
         return accuracy(made, *test)
 
     budgets = {}
-    for fewer in FEWER:
+    for fewer in FEWER if criterion == CALL else ():
+        seen = images[: int(ranking.split(maxsplit=1)[0])].split(64)
+        repaired = fxprune.prune(model, macs=1 / fewer, example_inputs=images[:1], data=seen, repair=True)
+        way = next((said for said in repaired.meta["chosen"] if said.startswith("way=")), "")
+        budgets[str(fewer)] = {"left": macs_of(repaired, images[:1]) / whole, "repaired": accuracy(repaired, *test), "way": way}
+    for fewer in FEWER if criterion != CALL else ():
         pruned = prune_here(model, images, labels, criterion, ranking, 1 / fewer)
         repaired = fxprune.repair(model, pruned, calibration.split(64))
         found: Row = {"left": macs_of(pruned, images[:1]) / whole}
@@ -175,6 +182,7 @@ def table(rows: list[Row]) -> str:
         f" *repaired* on {CALIBRATION} of them without labels, by `fxprune.repair` with its defaults; *tuned* is that,"
         f" and Torch-Pruning's result, after {STEPS} steps of {BATCH} images with AdamW. *norms*: Torch-Pruning's result"
         f" with its batch normalisation re-estimated by hand on the same {CALIBRATION} images.\n\n"
+        f"{CALL} sees images alone, chooses by itself and does not fine-tune.\n\n"
         f"{summary(lines, failed)}\n{markdown_table(columns, lines)}"
     )
 
@@ -225,6 +233,13 @@ def summary(lines: list[Row], failed: list[Row]) -> str:
     if worse:
         count = f"{len(worse)} of {len(tuned)} lines"
         made.append(f"fine-tuning this short makes a repaired model worse in {count}: {', '.join(worse)}")
+    rows = [row for line in lines if line["fewer"] == FEWER[0] for row in line["rows"]]
+    old = [row for row in rows if str(FEWER[-1]) not in row["budgets"]]
+    if old:
+        made.append(
+            f"{len(old)} of {len(rows)} rows have no {FEWER[-1]} times: they are of the code before decisions 171 to 184, which"
+            " chose otherwise by `global` and `isomorphic` rankings of gradients"
+        )
     if short := against_local(lines):
         behind = [f"{place(line)} ({100 * g:+.1f})" for g, line in short if g < -0.01]
         made.append(
