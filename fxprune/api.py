@@ -243,8 +243,6 @@ def prune(
         mending = RepairRequest.parse(repair, data, inplace=inplace, alone=alone)
         if mending is not None:
             asked["data"] = None if remove is not None else mending.data
-        given = dict(asked)
-        asked["attention"] = attention or "heads"
         options = Options.parse(model if sharded is None else sharded.model, **asked)
         weights = options.needs_weights or same_class or mending is not None
         inputs = ExampleInputs.parse(example_inputs, model).check(model, weights=weights)
@@ -264,7 +262,7 @@ def prune(
             return pruned if mending is None else mending.apply(model, pruned)
 
         tries = repair is True and not same_class
-        return closest(make, ways_of(model, options, given)) if tries else make(options)
+        return closest(make, ways_of(model, options, asked)) if tries else make(options)
 
 
 @checked_call()

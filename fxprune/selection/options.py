@@ -67,7 +67,7 @@ class Asked(TypedDict, total=False):
     protect: tuple[int, int]
     release: str | Sequence[str]
     round_to: int
-    attention: Attention
+    attention: Attention | None
     experts: Experts
     uniform: bool
 
@@ -143,7 +143,7 @@ class Options:
         freeze_outputs: Freeze = (),
         protect: tuple[int, int] = (0, 0),
         release: str | Sequence[str] = (),
-        attention: Attention = "heads",
+        attention: Attention | None = None,
         experts: Experts = False,
         criterion: str | Criterion | None = None,
         ranking: Ranking | None = None,
@@ -155,6 +155,7 @@ class Options:
     ) -> Options:
         """Options from the arguments of a public function; `others` are budgets and attributes. Raises PruneError."""
         share = parse_ratio(model, DEFAULT_RATIO if ratio is None else ratio)
+        attention = "heads" if attention is None else attention
         check_word("attention", attention, ("heads", "queries", "dims"))
         limit = parse_budget({kind: others.pop(kind, None) for kind in KINDS if kind in Asked.__annotations__}, budget)
         if limit is not None and ratio is not None:
