@@ -25,6 +25,7 @@ from fxprune.passes.rewrite.pruned_module import PrunedModule
 from fxprune.pipeline import Compilation, Plan
 from fxprune.plan import plan_between, plan_of
 from fxprune.repairs.request import RepairRequest, Repairs
+from fxprune.repairs.ways import closest, ways_of
 from fxprune.reports.coupling import Coupling
 from fxprune.selection.argument_checks import check_flag
 from fxprune.selection.options import (
@@ -119,7 +120,7 @@ def prune(
     protect: tuple[int, int] = (0, 0),
     release: str | Sequence[str] = (),
     round_to: int = 1,
-    attention: Attention = "heads",
+    attention: Attention | None = None,
     experts: Experts = False,
     depth: Depth = False,
     depth_criterion: str | Callable[[Tensor, Tensor], Any] | None = None,
@@ -185,7 +186,7 @@ def prune(
             a tensor, such as `last_hidden_state`, `hidden_states.*` or `1`; a model's one tensor is `output`. By default
             every output keeps its shape.
         round_to: what is left of a family is a multiple of this; a family that cannot be stays whole.
-        attention: remove whole `heads`, or `dims` within them.
+        attention: remove whole `heads`, by default, or `dims` within them.
         experts: with True whole experts go too, with their rows of the router, with "only" nothing else does: whatever is
             chosen by `topk` or `argmax` among scores and indexes parameters. What is left is what the original computes with
             the scores of the others at minus infinity; at least as many stay as are chosen.
@@ -210,7 +211,9 @@ def prune(
             layer would go too, as in a head, it is an error that lists them.
         repair: put right on `data` what the cut does to the output, after all else: True, a method's name, or a dict of
             arguments of `fxprune.repair`; `merge` needs no data. The verification is that of the cut alone; `meta["repair"]`
-            says what was gained.
+            says what was gained. With True, a budget that can be counted, up to 100 million parameters and neither
+            `criterion`, `ranking`, `attention` nor `basis` given (nor `same_class`), several of these are tried, and what
+            comes closest to the original on samples held out is returned; the report says which, and how close others came.
         verify: compare the result to the masked original; `auto` does so where a forward is cheap.
         same_class: return a shrunk copy of the model, of its own class, with attributes and configuration brought up to date,
             instead of a GraphModule: its caches, losses, `generate` and `save_pretrained` are as before. What is made of a
@@ -253,13 +256,18 @@ def prune(
             return sharded.prune(options, lambda coupling: Compilation(model, beside, coupling), inplace=inplace)
         if ranks is not None:
             options = dataclasses.replace(options, combine=ranks.mean)
-        if options.basis is not None:
-            pruned = prune_in_basis(model, inputs, options, same_class=same_class, inplace=inplace)
-        else:
-            pruned = Compilation(model, inputs, options.coupling).prune(options, same_class=same_class, inplace=inplace)
-        if ranks is not None:
-            ranks.check_same(plan_of(pruned).to_json().encode())
-        return pruned if mending is None else mending.apply(model, pruned)
+
+        def make(options: Options) -> Any:
+            if options.basis is not None:
+                pruned = prune_in_basis(model, inputs, options, same_class=same_class, inplace=inplace)
+            else:
+                pruned = Compilation(model, inputs, options.coupling).prune(options, same_class=same_class, inplace=inplace)
+            if ranks is not None:
+                ranks.check_same(plan_of(pruned).to_json().encode())
+            return pruned if mending is None else mending.apply(model, pruned)
+
+        tries = repair is True and not same_class
+        return closest(make, ways_of(model, options, asked)) if tries else make(options)
 
 
 @checked_call()

@@ -70,16 +70,31 @@ def test_the_table_says_where_it_is_behind():
     rows[1]["budgets"]["4"] |= {"tuned_alone": 0.3}
     rows[1]["budgets"]["2"] |= {"other_fails": "TypeError: no"}
     text = accuracy.table(rows)
-    assert "ahead in 3 of 3 lines, by +10.0 points in the median\n" in text
-    assert "against its result after fine-tuning: fxprune is ahead in 2 of 3 lines, by +10.0 points" in text
+    assert "ahead in 4 of 4 lines, by +10.0 points in the median\n" in text
+    assert "against its result after fine-tuning: fxprune is ahead in 3 of 4 lines, by +10.0 points" in text
     assert (
-        "without repair, against the same: fxprune is ahead in 2 of 3 lines, by +10.0 points in the median; behind in" in text
+        "without repair, against the same: fxprune is ahead in 3 of 4 lines, by +10.0 points in the median; behind in" in text
     )
     assert "; behind in vit at 3, magnitude local (-10.0)" in text
-    assert "fine-tuning this short makes a repaired model worse in 1 of 3 lines: vit at 3, magnitude local (-20.0)" in text
+    assert "fine-tuning this short makes a repaired model worse in 1 of 4 lines: vit at 3, magnitude local (-20.0)" in text
     assert "fxprune 90.0% to 90.0%, Torch-Pruning 100.0% to 100.0%" in text
-    assert "Torch-Pruning fails in 1 of 6 runs with magnitude, local: TypeError: no" in text
+    assert "Torch-Pruning fails in 1 of 8 runs with magnitude, local: TypeError: no" in text
     assert "| vit | 2 | magnitude, local | 2 | 90.0 ± 0.0 | 60.0 ± 14.1 |" in text
+    globally = [{**row(seed, mine, 0.4), "ranking": "global"} for seed, mine in ((0, 0.5), (1, 0.66))]
+    globally[0]["budgets"] = {"2": {**globally[0]["budgets"]["2"], "repaired": 0.45}}
+    text = accuracy.table([*rows, *globally])
+    assert (
+        "behind by more than a point in 4 of 4 lines: vit at 2, magnitude global (-4.5), vit at 3, magnitude global (-4.0)"
+        in text
+    )
+    assert "1 of 4 rows have no 8 times" in text
+    assert accuracy.known_of_rival([{**rows[1], "macs": 3}], {"network": "vit", "seed": 1}, 3)["2"].keys() == {
+        "other_pruned",
+        "other_norms",
+        "other_tuned",
+        "other_left",
+        "other_fails",
+    }
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "bn_scale", "lamp", "fpgm", "taylor", "hessian", "random"])

@@ -32,7 +32,7 @@ def distance(model, other, x=DATA):
     return float((model(x) - other(x)).norm() / model(x).norm())
 
 
-@pytest.mark.parametrize("how", [{"macs": 0.5}, {"ratio": 0.5}, {"macs": 0.5, "same_class": True}])
+@pytest.mark.parametrize("how", [{"macs": 0.5, "attention": "heads"}, {"ratio": 0.5}, {"macs": 0.5, "same_class": True}])
 def test_one_call_is_prune_then_repair(how):
     model = perceptron()
     whole = fxprune.prune(model, example_inputs=DATA[:1], data=DATA.split(64), repair=True, **how)
@@ -46,7 +46,8 @@ def test_one_call_is_prune_then_repair(how):
 
 def test_the_cut_is_verified_and_the_report_says_what_was_chosen():
     model = perceptron()
-    small = fxprune.prune(model, example_inputs=DATA[:1], macs=0.5, data=DATA.split(64), repair=True)
+    how = {"macs": 0.5, "attention": "heads"}
+    small = fxprune.prune(model, example_inputs=DATA[:1], data=DATA.split(64), repair=True, **how)
     assert small.meta["verification"].ok
     before, after = small.meta["repair"].error
     assert after < before

@@ -119,7 +119,9 @@ def test_bases_are_varied():
     model = nn.Sequential(nn.Linear(12, 16), Stream(), Stream(), nn.LayerNorm(16), nn.Linear(16, 3)).eval()
     found = swept(model, budgets={"params": 0.5}, basis=[None, "principal"])
     for point, basis in zip(found.points, (None, "principal"), strict=True):
-        alone = fxprune.prune(model, example_inputs=DATA[:1], params=0.5, basis=basis, data=[DATA], repair=True)
+        alone = fxprune.prune(
+            model, example_inputs=DATA[:1], params=0.5, basis=basis, attention="heads", data=[DATA], repair=True
+        )
         assert point.plan == alone.meta["plan"] and (point.plan.basis is None) == (basis is None)
         assert point.value == size(alone) and size(point.model()) == pytest.approx(point.value, rel=1e-6)
     with pytest.raises(PruneError, match="search moves channels as they are, and basis rotates them"):
@@ -144,7 +146,7 @@ def test_modules_that_are_not_captured_are_tried_for_each_point():
     found = swept(model)
     for point, macs in zip(found.points, (0.6, 0.3), strict=True):
         try:
-            alone = fxprune.prune(model, example_inputs=DATA[:1], macs=macs, data=[DATA], repair=True)
+            alone = fxprune.prune(model, example_inputs=DATA[:1], macs=macs, attention="heads", data=[DATA], repair=True)
         except PruneError as error:
             assert point.failed == error.what
         else:

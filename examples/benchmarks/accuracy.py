@@ -2,9 +2,10 @@
 
     accuracy.py                                     everything: about four hours on one core
     accuracy.py --networks vit --seeds 0 --criteria magnitude:local
+    accuracy.py --redo --repaired-only              what fxprune does, without fine-tuning: Torch-Pruning's columns stay
 
 Rows go to `accuracy.jsonl`, the table to `ACCURACY.md`. Needs `apt-get install dataset-fashion-mnist`. A ResNet-20 and a
-small ViT are trained from scratch for each seed (and kept in `scratch/`), then brought to 2, 3 and 4 times fewer
+small ViT are trained from scratch for each seed (and kept in `scratch/`), then brought to 2, 3, 4 and 8 times fewer
 multiply-accumulates. Torch-Pruning, where it has the criterion, gets the same ranking and scoring data, the floor that
 fxprune has, the layer to leave alone and the heads of each attention; its ratio is searched until its multiply-accumulates
 are within the budget.
@@ -23,7 +24,7 @@ import torch
 from data import fashion
 from networks import build
 from rival import IMPORTANCES, Rival, macs_of, with_fresh_norms
-from sweep import Row, machine, markdown_table, one_line, options, read_rows, sweep
+from sweep import Row, find, machine, markdown_table, one_line, options, read_rows, sweep
 from torch import Tensor, nn
 from torch.nn import functional as F
 from training import BATCH, EPOCHS, TEST, TRAIN, TUNE_RATE, accuracy, base, train
@@ -33,16 +34,22 @@ from fxprune.criteria import CRITERIA
 
 HERE = Path(__file__).parent
 ROWS, TABLE = HERE / "accuracy.jsonl", HERE / "ACCURACY.md"
-FEWER = (2, 3, 4)
+NETWORKS = ("resnet20", "vit")
+FEWER = (2, 3, 4, 8)
 SCORING, CALIBRATION, STEPS = 512, 256, 60
-CHOICES = tuple(f"{name}:{ranking}" for name in CRITERIA for ranking in ("local", "global", "isomorphic"))
+CALL = "prune(macs, data, repair=True)"  # in place of a criterion; of a ranking it has the number of images
+CALLS = tuple(f"{CALL}:{images} images" for images in (SCORING, 2_048))
+CHOICES = (*(f"{name}:{ranking}" for name in CRITERIA for ranking in ("local", "global", "isomorphic")), *CALLS)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--networks", nargs="+", default=list(EPOCHS), choices=list(EPOCHS))
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=NETWORKS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--criteria", nargs="+", default=list(CHOICES), help="criterion:ranking")
+    parser.add_argument(
+        "--repaired-only", action="store_true", help="do not fine-tune, and keep what is known of Torch-Pruning"
+    )
     parser.add_argument("--limit", type=float, default=3600, help="seconds for one job")
     torch.set_num_threads(1)
     arguments = options(parser, measure, argv)
@@ -56,7 +63,8 @@ def main(argv: list[str] | None = None) -> None:
         if has_batch_norm(network) or not choice.startswith("bn_scale")
     ]
     try:
-        sweep(__file__, jobs, ROWS, limit=arguments.limit, redo=arguments.redo, workers=arguments.workers)
+        how = {"limit": arguments.limit, "redo": arguments.redo, "workers": arguments.workers}
+        sweep(__file__, jobs, ROWS, settings={"tunes": not arguments.repaired_only}, **how)
     finally:
         TABLE.write_text(table(read_rows(ROWS)))
     print(TABLE.relative_to(Path.cwd()) if TABLE.is_relative_to(Path.cwd()) else TABLE)
@@ -66,26 +74,34 @@ def has_batch_norm(network: str) -> bool:
     return any(isinstance(module, nn.BatchNorm2d) for module in build(network).modules())
 
 
-def measure(network: str, seed: int, criterion: str, ranking: str) -> Row:
+def measure(network: str, seed: int, criterion: str, ranking: str, tunes: bool) -> Row:
     """Accuracies at every budget, and the share of multiply-accumulates that is left."""
     torch.set_num_threads(1)
     model = base(network, seed)
     images, labels = fashion("train", TRAIN)
     calibration, test = images[:CALIBRATION], fashion("t10k", TEST)
     whole = macs_of(model, images[:1])
-    rival = rival_of(model, images[:SCORING], labels[:SCORING], criterion, ranking) if criterion in IMPORTANCES else None
+    asks = tunes and criterion in IMPORTANCES
+    rival = rival_of(model, images[:SCORING], labels[:SCORING], criterion, ranking) if asks else None
+    job = {"network": network, "seed": seed, "criterion": criterion, "ranking": ranking}
+    known = {} if tunes else known_of_rival(read_rows(ROWS), job, whole)
 
     def tuned(made: nn.Module) -> float:
         train(made, images, labels, steps=STEPS, rate=TUNE_RATE, seed=seed)
         return accuracy(made, *test)
 
     budgets = {}
-    for fewer in FEWER:
+    for fewer in FEWER if criterion == CALL else ():
+        seen = images[: int(ranking.split(maxsplit=1)[0])].split(64)
+        repaired = fxprune.prune(model, macs=1 / fewer, example_inputs=images[:1], data=seen, repair=True)
+        way = next((said for said in repaired.meta["chosen"] if said.startswith("way=")), "")
+        budgets[str(fewer)] = {"left": macs_of(repaired, images[:1]) / whole, "repaired": accuracy(repaired, *test), "way": way}
+    for fewer in FEWER if criterion != CALL else ():
         pruned = prune_here(model, images, labels, criterion, ranking, 1 / fewer)
         repaired = fxprune.repair(model, pruned, calibration.split(64))
         found: Row = {"left": macs_of(pruned, images[:1]) / whole}
         found |= {"pruned": accuracy(pruned, *test), "repaired": accuracy(repaired, *test)}
-        found |= {"tuned": tuned(repaired), "tuned_alone": tuned(pruned)}
+        found |= {"tuned": tuned(repaired), "tuned_alone": tuned(pruned)} if tunes else known.get(str(fewer), {})
         if rival is not None:
             try:
                 other = rival.within_budget(whole / fewer)
@@ -95,6 +111,14 @@ def measure(network: str, seed: int, criterion: str, ranking: str) -> Row:
                 found["other_fails"] = one_line(error)
         budgets[str(fewer)] = found
     return {"status": "measured", "base": accuracy(model, *test), "macs": whole, "budgets": budgets, "machine": machine()}
+
+
+def known_of_rival(rows: list[Row], job: Row, macs: int) -> dict[str, Row]:
+    """What the row of a job says of Torch-Pruning, by budget: nothing of it depends on fxprune."""
+    at = find(rows, job)
+    if at is None or rows[at].get("macs") != macs:
+        return {}
+    return {n: {k: v for k, v in found.items() if k.startswith("other")} for n, found in rows[at]["budgets"].items()}
 
 
 def prune_here(
@@ -139,7 +163,7 @@ def table(rows: list[Row]) -> str:
         for network in dict.fromkeys(row["network"] for row in measured)
         for fewer in FEWER
         for choice in CHOICES
-        if (mine := chosen(network, choice))
+        if (mine := [row for row in chosen(network, choice) if str(fewer) in row["budgets"]])
     ]
     columns = [
         ("network", "l", lambda line: line["network"]),
@@ -154,10 +178,11 @@ def table(rows: list[Row]) -> str:
         "# Accuracy on Fashion-MNIST, side by side with Torch-Pruning\n\n"
         "Written by `accuracy.py` from `accuracy.jsonl`. Per cent of"
         f" {TEST:,} test images that are classified rightly: means over the seeds, with the standard deviation. Trained from"
-        f" scratch on {TRAIN:,} images ({', '.join(f'{n} for {e} epochs' for n, e in EPOCHS.items())}); scored on {SCORING};"
+        f" scratch on {TRAIN:,} images ({', '.join(f'{n} for {EPOCHS[n]} epochs' for n in NETWORKS)}); scored on {SCORING};"
         f" *repaired* on {CALIBRATION} of them without labels, by `fxprune.repair` with its defaults; *tuned* is that,"
         f" and Torch-Pruning's result, after {STEPS} steps of {BATCH} images with AdamW. *norms*: Torch-Pruning's result"
         f" with its batch normalisation re-estimated by hand on the same {CALIBRATION} images.\n\n"
+        f"{CALL} sees images alone, chooses by itself and does not fine-tune.\n\n"
         f"{summary(lines, failed)}\n{markdown_table(columns, lines)}"
     )
 
@@ -203,10 +228,24 @@ def summary(lines: list[Row], failed: list[Row]) -> str:
             f"{what}: fxprune is ahead in {len(gaps) - len(behind)} of {len(gaps)} lines, by {middle:+.1f} points in the median"
             + (f"; behind in {', '.join(behind)}" if behind else "")
         )
-    worse = [f"{place(line)} ({100 * g:+.1f})" for line in lines if (g := gap(line, "tuned", "repaired")) < 0]
+    tuned = [line for line in lines if values(line, "tuned")]
+    worse = [f"{place(line)} ({100 * g:+.1f})" for line in tuned if (g := gap(line, "tuned", "repaired")) < 0]
     if worse:
-        count = f"{len(worse)} of {len(lines)} lines"
+        count = f"{len(worse)} of {len(tuned)} lines"
         made.append(f"fine-tuning this short makes a repaired model worse in {count}: {', '.join(worse)}")
+    rows = [row for line in lines if line["fewer"] == FEWER[0] for row in line["rows"]]
+    old = [row for row in rows if str(FEWER[-1]) not in row["budgets"]]
+    if old:
+        made.append(
+            f"{len(old)} of {len(rows)} rows have no {FEWER[-1]} times: they are of the code before decisions 171 to 184, which"
+            " chose otherwise by `global` and `isomorphic` rankings of gradients"
+        )
+    if short := against_local(lines):
+        behind = [f"{place(line)} ({100 * g:+.1f})" for g, line in short if g < -0.01]
+        made.append(
+            f"`global` against `local` after repair: behind by more than a point in {len(behind)} of {len(short)} lines"
+            + (f": {', '.join(behind)}" if behind else "")
+        )
     if lines:
         spans = [[v * line["fewer"] for line in lines for v in values(line, stage)] for stage in ("left", "other_left")]
         mine, other = (f"{min(span):.1%} to {max(span):.1%}" for span in spans)
@@ -220,6 +259,23 @@ def summary(lines: list[Row], failed: list[Row]) -> str:
             )
     made += [f"failed: {row['network']} {row['seed']} {row['criterion']} {row['ranking']}: {row['reason']}" for row in failed]
     return "".join(f"- {line}\n" for line in made)
+
+
+def against_local(lines: list[Row]) -> list[tuple[float, Row]]:
+    """By how much each line with a global ranking is above its local one after repair, over the seeds that both have."""
+    value = {
+        (line["network"], line["fewer"], line["choice"], row["seed"]): row["budgets"][str(line["fewer"])]["repaired"]
+        for line in lines
+        for row in line["rows"]
+    }
+    found: dict[int, list[float]] = {}
+    for at, line in enumerate(lines):
+        name, _, ranking = line["choice"].partition(":")
+        for row in line["rows"] if ranking == "global" else ():
+            mine, other = ((line["network"], line["fewer"], f"{name}:{r}", row["seed"]) for r in ("global", "local"))
+            if other in value:
+                found.setdefault(at, []).append(value[mine] - value[other])
+    return [(statistics.mean(gaps), lines[at]) for at, gaps in found.items()]
 
 
 def gap(line: Row, mine: str, other: str) -> float:

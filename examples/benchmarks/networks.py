@@ -1,4 +1,6 @@
-"""The two networks of `accuracy.py`, small enough to be trained on a processor."""
+"""The networks of `accuracy.py` and `fronts.py`, small enough to be trained on a processor."""
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -6,7 +8,7 @@ from torch.nn import functional as F
 
 
 def build(name: str) -> nn.Module:
-    return {"resnet20": ResNet20, "vit": ViT}[name]()
+    return {"resnet20": ResNet20, "vit": ViT, "mobilenet": MobileNet}[name]()
 
 
 class Block(nn.Module):
@@ -84,3 +86,33 @@ class ViT(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = self.patches(images).flatten(2).transpose(1, 2) + self.position
         return self.head(self.norm(self.layers(x)).mean(1))
+
+
+class Inverted(nn.Module):
+    def __init__(self, before: int, width: int, stride: int, expansion: int = 4) -> None:
+        super().__init__()
+        inside = expansion * before
+        self.adds = stride == 1 and before == width
+        self.expand, self.norm1 = nn.Conv2d(before, inside, 1, bias=False), nn.BatchNorm2d(inside)
+        self.depthwise, self.norm2 = nn.Conv2d(inside, inside, 3, stride, 1, groups=inside, bias=False), nn.BatchNorm2d(inside)
+        self.project, self.norm3 = nn.Conv2d(inside, width, 1, bias=False), nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu6(self.norm2(self.depthwise(F.relu6(self.norm1(self.expand(x))))))
+        out = self.norm3(self.project(out))
+        return x + out if self.adds else out
+
+
+class MobileNet(nn.Module):
+    """Inverted residuals with linear bottlenecks (MobileNetV2, arXiv:1801.04381) on 28 x 28 pixels halved by the stem."""
+
+    def __init__(self, widths: tuple[int, ...] = (16, 24, 24, 32, 32, 48), last: int = 128, classes: int = 10) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, widths[0], 3, 2, 1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU6())
+        strides = [1, *(1 + (b > a and b < widths[-1]) for a, b in pairwise(widths))]
+        self.blocks = nn.Sequential(*(Inverted(a, b, s) for a, b, s in zip((widths[0], *widths), widths, strides)))
+        self.last = nn.Sequential(nn.Conv2d(widths[-1], last, 1, bias=False), nn.BatchNorm2d(last), nn.ReLU6())
+        self.head = nn.Linear(last, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.last(self.blocks(self.stem(images))).mean((2, 3)))

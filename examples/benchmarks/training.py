@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 SCRATCH = Path(__file__).parent / "scratch"
 TRAIN, TEST, BATCH = 12_000, 2_000, 128
-EPOCHS = {"resnet20": 4, "vit": 6}
+EPOCHS = {"resnet20": 4, "vit": 6, "mobilenet": 6}
 BASE_RATE, TUNE_RATE = 3e-3, 1e-3
 
 

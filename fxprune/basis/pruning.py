@@ -76,7 +76,7 @@ def prune_in_basis(model: nn.Module, inputs: ExampleInputs, options: Options, *,
     solution, budget = first.couple(), options.budget
     if budget is not None and budget.relative and not budget.measured:  # a share of the original, not of what is rotated
         allowed = budget.of(budget.cost(Costs(solution, first.tensors)))
-        options = dataclasses.replace(options, budget=Budget(budget.kind, allowed))
+        options = dataclasses.replace(options, budget=Budget(budget.kind, math.floor(allowed)))  # a float up to 1 is a share
     found, reasons = find_exact(model, inputs, solution, options.coupling)
     if not found:
         why = next((f": {name} {why}" for name, why in reasons.items()), "")

@@ -75,7 +75,7 @@ class Asked(TypedDict, total=False):
     protect: tuple[int, int]
     release: str | Sequence[str]
     round_to: int
-    attention: Attention
+    attention: Attention | None
     experts: Experts
     uniform: bool
 
@@ -151,7 +151,7 @@ class Options:
         freeze_outputs: Freeze = (),
         protect: tuple[int, int] = (0, 0),
         release: str | Sequence[str] = (),
-        attention: Attention = "heads",
+        attention: Attention | None = None,
         experts: Experts = False,
         criterion: str | Criterion | None = None,
         ranking: Ranking | None = None,
@@ -163,6 +163,7 @@ class Options:
     ) -> Options:
         """Options from the arguments of a public function; `others` are budgets and attributes. Raises PruneError."""
         share = parse_ratio(model, DEFAULT_RATIO if ratio is None else ratio)
+        attention = "heads" if attention is None else attention
         check_word("attention", attention, ("heads", "queries", "dims"))
         limit = parse_budget({kind: others.pop(kind, None) for kind in KINDS if kind in Asked.__annotations__}, budget)
         if limit is not None and ratio is not None:
@@ -260,13 +261,16 @@ class Options:
 
     def verifies(self, model: nn.Module) -> bool:
         """Whether to compare the result with the original: `auto` does where a forward is cheap."""
-        if self.verify != "auto":
-            return self.verify
-        return sum(math.inf if p.is_meta else p.numel() for p in named_parameters(model).values()) <= CHEAP
+        return is_cheap(model) if self.verify == "auto" else self.verify
 
     def gc_paused(self) -> contextlib.AbstractContextManager[None]:
         """Pause the garbage collector during a selection, unless it runs the model."""
         return contextlib.nullcontext() if self.runs_the_model else gc_paused()
+
+
+def is_cheap(model: nn.Module) -> bool:
+    """Whether a few forwards of a model take little time."""
+    return sum(math.inf if p.is_meta else p.numel() for p in named_parameters(model).values()) <= CHEAP
 
 
 def check_values(options: Options) -> None:
