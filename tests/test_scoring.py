@@ -200,11 +200,11 @@ def test_a_criterion_that_raises():
     assert isinstance(error.__cause__, ValueError)
 
 
-@pytest.mark.parametrize("criterion", [3, fxprune.Magnitude])
-def test_what_is_no_criterion(criterion):
+@pytest.mark.parametrize(("criterion", "instead"), [(3, "'magnitude'"), (fxprune.Magnitude, "Magnitude()")])
+def test_what_is_no_criterion(criterion, instead):
     model = net()
     what = f"criterion must be a name or a callable, not {criterion!r}"
-    refuses(prune(model, criterion), model, what=what, fix="criterion='magnitude', or a function of a parameter")
+    refuses(prune(model, criterion), model, what=what, fix=f"criterion={instead}, or a function of a parameter")
 
 
 @pytest.mark.parametrize("criterion", NEED_DATA)

@@ -42,6 +42,7 @@ HERE = Path(__file__).parent
 ROWS, TABLE = HERE / "speed.jsonl", HERE / "SPEED.md"
 RATIO = 0.5
 ROUNDS = 7  # at most; fewer where the budget is spent sooner
+SIDES = {"default": "fxprune", "unverified": "without verification"}
 LEAST = 3  # but so many where a single round does not spend the budget
 
 
@@ -105,7 +106,8 @@ def measure(model: str, budget: float, other_limit: float) -> Row:
     stay = layers_that_stay(network, inputs) if is_of_a_suite(model) else None
     sides: dict[str, Callable[[nn.Module], object]] = {
         "forward": lambda copied: forward(copied, inputs),
-        "fxprune": lambda copied: prune_here(copied, inputs, verify=False),
+        "default": lambda copied: prune_here(copied, inputs, verify="auto"),
+        "unverified": lambda copied: prune_here(copied, inputs, verify=False),
         "other": lambda copied: prune_with_torch_pruning(copied, inputs, stay),
         "plain": plain_steps,
     }
@@ -113,17 +115,14 @@ def measure(model: str, budget: float, other_limit: float) -> Row:
     forward(network, inputs)
     turns = take_turns(network, sides, budget, {"other": other_limit})
     row: Row = {"params": count_parameters(network), "machine": machine()}
-    for side in ("fxprune", "other"):
+    for side in ("default", "other"):
         if side in turns.results:
             row[f"{side}_left"] = count_parameters(turns.results[side]) / row["params"]
     if "other" in turns.results:
         row["other_breaks"] = breaks(turns.results["other"], inputs)
-    # Apart, so that its longer forwards do not heat what is compared.
-    verified = {"verified": lambda copied: prune_here(copied, inputs, verify=True)}
-    for done in (turns, take_turns(network, verified, budget / 4, {})):
-        row |= {f"{side}_s": seconds for side, seconds in done.times.items()}
-        row |= {f"{side}_fails": reason for side, reason in done.failures.items()}
-    row["status"] = "failed" if "fxprune" in turns.failures else "timed"
+    row |= {f"{side}_s": seconds for side, seconds in turns.times.items()}
+    row |= {f"{side}_fails": reason for side, reason in turns.failures.items()}
+    row["status"] = "failed" if "default" in turns.failures else "timed"
     return row
 
 
@@ -198,7 +197,7 @@ def forward(network: nn.Module, inputs: Any) -> object:
     return call(network, inputs)
 
 
-def prune_here(network: nn.Module, inputs: Any, verify: bool) -> nn.Module:
+def prune_here(network: nn.Module, inputs: Any, verify: Any) -> nn.Module:
     return fxprune.prune(network, RATIO, example_inputs=inputs, verify=verify)
 
 
@@ -287,22 +286,23 @@ def table(rows: list[Row]) -> str:
         ("parameters, M", "r", lambda row: f"{row['params'] / 1e6:.1f}" if "params" in row else ""),
         ("forward, s", "r", lambda row: cell(row, "forward")),
         ("Torch-Pruning, s", "r", lambda row: cell(row, "other")),
-        ("fxprune, s", "r", lambda row: cell(row, "fxprune")),
-        ("times faster", "r", lambda row: f"{ratio(row, 'other', 'fxprune'):.1f}" if compared(row) else ""),
-        ("of a forward", "r", lambda row: cell_ratio(row, "fxprune")),
-        ("verified, s", "r", lambda row: cell(row, "verified")),
-        ("of a forward", "r", lambda row: cell_ratio(row, "verified")),
+        ("fxprune, s", "r", lambda row: cell(row, "default")),
+        ("times faster", "r", lambda row: f"{ratio(row, 'other', 'default'):.1f}" if compared(row, "default") else ""),
+        ("forwards", "r", lambda row: cell_ratio(row, "default")),
+        ("unverified, s", "r", lambda row: cell(row, "unverified")),
+        ("times faster", "r", lambda row: f"{ratio(row, 'other', 'unverified'):.1f}" if compared(row, "unverified") else ""),
+        ("forwards", "r", lambda row: cell_ratio(row, "unverified")),
         ("left, Torch-Pruning", "r", lambda row: cell_left(row, "other")),
-        ("left, fxprune", "r", lambda row: cell_left(row, "fxprune")),
-        ("rounds", "r", lambda row: len(row.get("fxprune_s", []))),
+        ("left, fxprune", "r", lambda row: cell_left(row, "default")),
+        ("rounds", "r", lambda row: len(row.get("default_s", []))),
         ("remarks", "l", remarks),
     ]
     return (
         "# Speed, side by side with Torch-Pruning\n\n"
         f"Written by `speed.py` from `speed.jsonl`. Seconds for one call, start to end, at ratio {RATIO}:"
-        " medians over the rounds. Classifiers see one image, what others see is said in the script. *fxprune* has its"
-        " verification off, *verified* on. *fails*: raised an error, or ran out of time or memory; such a model is not"
-        " counted.\n\n"
+        " medians over the rounds. Classifiers see one image, what others see is said in the script. *fxprune* is the call"
+        " as it is, which verifies models of up to 100 million parameters; *unverified* has `verify=False`. *forwards*: the"
+        " time over that of a forward. *fails*: raised an error, or ran out of time or memory; such a model is not counted.\n\n"
         f"{summary(rows)}\n{markdown_table(columns, rows)}"
     )
 
@@ -311,49 +311,55 @@ def summary(rows: list[Row]) -> str:
     machines = sorted({row["machine"] for row in rows if "machine" in row})
     other = version("torch-pruning")  # its own __version__ still says 1.6.0
     lines = [f"Torch-Pruning {other}; {name}" for name in machines]
-    for what, chosen in (
-        ("every model that Torch-Pruning finishes", [row for row in rows if compared(row)]),
-        ("those whose result runs", [row for row in rows if compared(row) and not row["other_breaks"]]),
-    ):
-        if not chosen:
-            continue
-        worst = min(chosen, key=lambda row: ratio(row, "other", "fxprune"))
-        middle = statistics.median(ratio(row, "other", "fxprune") for row in chosen)
-        worst_ratio = ratio(worst, "other", "fxprune")
-        lines.append(
-            f"{what}: {len(chosen)} of {len(rows)}; times faster: median {middle:.1f},"
-            f" worst {worst_ratio:.1f} ({worst['model']})"
-        )
-    late = [row for row in rows if row.get("fxprune_s") and OUT_OF_TIME in row.get("other_fails", "")]
+    for side, name in SIDES.items():
+        chosen = [row for row in rows if compared(row, side)]
+        runs = [row for row in chosen if not row["other_breaks"]]
+        for what, some in (("every model that Torch-Pruning finishes", chosen), ("those whose result runs", runs)):
+            if some:
+                lines.append(f"{name}, {what}: {faster(some, side)}, of {len(rows)}")
+        slow = [row for row in chosen if statistics.median(row["forward_s"]) >= 0.05]
+        large = [row for row in chosen if row["params"] >= 1e6]
+        for what, some in (("a forward of 50 ms or more", slow), ("a million parameters or more", large)):
+            if some:
+                lines.append(f"{name}, models with {what}: {faster(some, side)}")
+        over = [ratio(row, side, "forward") for row in rows if row.get(f"{side}_s")]
+        if over:
+            lines.append(f"{name}: median {statistics.median(over):.1f} forwards, worst {max(over):.1f}")
+    late = [row for row in rows if row.get("default_s") and OUT_OF_TIME in row.get("other_fails", "")]
     if late:
-        least = [ratio(row, "other", "fxprune") for row in rows if compared(row)] + [at_least(row) for row in late]
+        least = [ratio(row, "other", "default") for row in rows if compared(row, "default")] + [at_least(row) for row in late]
         lines.append(
             f"with the {len(late)} that Torch-Pruning did not finish in the time it was given, counted at that time:"
             f" {len(least)} models; times faster: median {statistics.median(least):.1f}"
         )
-    plain = [row for row in rows if compared(row) and row.get("plain_s")]
+    plain = [row for row in rows if compared(row, "unverified") and row.get("plain_s")]
     if plain:
-        middle = {side: statistics.median(ratio(row, "other", side) for row in plain) for side in ("plain", "fxprune")}
+        middle = {side: statistics.median(ratio(row, "other", side) for row in plain) for side in ("plain", "unverified")}
         lines.append(
             f"the {len(plain)} of them that `torch.fx.symbolic_trace` traces: FX's own trace, the squares of all weights added"
             " up along two dimensions, and half of each weight copied, without coupling, choice or rewriting, are"
-            f" {middle['plain']:.1f} times faster in the median, fxprune {middle['fxprune']:.1f}"
+            f" {middle['plain']:.1f} times faster in the median, fxprune without verification {middle['unverified']:.1f}"
         )
-    for side in ("fxprune", "verified"):
-        over = [ratio(row, side, "forward") for row in rows if row.get(f"{side}_s")]
-        if over:
-            lines.append(f"{side}: median {statistics.median(over):.1f} forwards, worst {max(over):.1f}")
     return "".join(f"- {line}\n" for line in lines)
+
+
+def faster(rows: list[Row], side: str) -> str:
+    """How much faster than Torch-Pruning, in the median and at worst, and on how many models it is slower."""
+    found = {row["model"]: ratio(row, "other", side) for row in rows}
+    worst = min(found, key=found.__getitem__)
+    slower = sum(times < 1 for times in found.values())
+    middle = statistics.median(found.values())
+    return f"median {middle:.1f} times faster, worst {found[worst]:.1f} ({worst}); slower on {slower} of {len(found)}"
 
 
 def at_least(row: Row) -> float:
     """How many times faster where Torch-Pruning was stopped."""
     seconds = float(row["other_fails"].split("within ")[1].split()[0])
-    return seconds / statistics.median(row["fxprune_s"])
+    return seconds / statistics.median(row["default_s"])
 
 
-def compared(row: Row) -> bool:
-    return bool(row.get("fxprune_s") and row.get("other_s")) and "other_fails" not in row
+def compared(row: Row, side: str) -> bool:
+    return bool(row.get(f"{side}_s") and row.get("other_s")) and not {f"{side}_fails", "other_fails"} & row.keys()
 
 
 def ratio(row: Row, above: str, below: str) -> float:
@@ -376,7 +382,7 @@ def cell_left(row: Row, side: str) -> str:
 
 def remarks(row: Row) -> str:
     parts = [row["reason"]] if "reason" in row else []
-    for side, name in (("fxprune", "fxprune"), ("verified", "verified"), ("other", "Torch-Pruning")):
+    for side, name in (("default", "fxprune"), ("unverified", "unverified"), ("other", "Torch-Pruning")):
         if f"{side}_fails" in row:
             parts.append(f"{name} fails: {row[f'{side}_fails']}")
     if row.get("other_breaks"):

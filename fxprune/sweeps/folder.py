@@ -36,7 +36,8 @@ class SweepFolder:
         self.path = as_path(path)
         self.request = json.loads(json.dumps({"format": FORMAT, **request}))
         try:
-            there = [p.name for p in self.path.iterdir() if not p.name.startswith(".")] if self.path.exists() else []
+            there = [p.name for p in self.path.iterdir()] if self.path.exists() else []
+            there = [name for name in there if not name.startswith(".") and name != "__pycache__"]
         except OSError as error:
             raise unwritable(self.path, error) from error
         if REQUEST in there:

@@ -243,7 +243,9 @@ def duplicate(value: Any, memo: dict[int, Any]) -> Any:
         if isinstance(value, Tensor):  # computed by the last forward
             return value.detach().clone()
         kind: Any = type(value)
-        if kind.__new__ is object.__new__ and kind.__reduce_ex__ is object.__reduce_ex__ and hasattr(value, "__dict__"):
+        own = not kind.__module__.startswith("torch.")  # what torch keeps of a module (FSDP does) is shared
+        plain = kind.__new__ is object.__new__ and kind.__reduce_ex__ is object.__reduce_ex__
+        if own and plain and hasattr(value, "__dict__"):
             made = memo[id(value)] = object.__new__(kind)
             vars(made).update({key: duplicate(v, memo) for key, v in vars(value).items()})
             return made
