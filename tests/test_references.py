@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.passes.ir.slices import TensorSlice, mask_of
+from fxprune.passes.verification import zeroed_model
 from fxprune.passes.verification.masked_model import MaskedOriginal
 from fxprune.passes.verification.zeroed_model import ZeroedOriginal, why_zeroed_does_not_apply
 
@@ -265,3 +266,24 @@ def test_operators_that_take_functions_are_no_obstacle():
     pruned = fxprune.prune(Flexible().eval(), 0.5, example_inputs=torch.randn(2, 16, 8), verify=True)
     assert pruned.verification.ok and pruned.verification.zeroed is not None
     assert sum(p.numel() for p in pruned.parameters()) < sum(p.numel() for p in Flexible().parameters())
+
+
+@pytest.mark.parametrize(
+    "func, args",
+    [
+        (torch.ops.aten.embedding.default, lambda t, i: (t, i)),
+        (torch.ops.aten.index_select.default, lambda t, i: (t, 0, i[0])),
+        (torch.ops.aten.gather.default, lambda t, i: (t, 0, i)),
+    ],
+)
+def test_notes_move_as_entries_do(monkeypatch, func, args):
+    """What is found by moving the notes is what is found by drawing values, for operators that only move entries."""
+    table, indices = torch.randn(7, 5), torch.randint(7, (3, 5))
+    mask = torch.rand(7, 5) < 0.4
+    given = args(table.masked_fill(mask, 0), indices)
+    operands = [v for v in given if isinstance(v, torch.Tensor)]
+    probe = zeroed_model.Probe(func, given, {}, operands, [mask, None], ())
+    [moved] = probe.removed_results()
+    monkeypatch.setattr(zeroed_model, "MOVING", frozenset())
+    [drawn] = probe.removed_results()
+    assert moved.any() and not moved.all() and torch.equal(moved, drawn)

@@ -77,6 +77,8 @@ class ZeroedOriginal:
 SUMS = "sum nansum norm linalg_vector_norm".split()
 PRODUCTS = "mm bmm addmm baddbmm mv addmv dot linear matmul convolution _convolution _trilinear".split()
 ADDITIVE = frozenset(f"aten::{name}" for name in (*SUMS, *PRODUCTS))
+# what only moves entries of its floating operand, as it would move notes on them
+MOVING = frozenset(f"aten::{name}" for name in "embedding index_select gather".split())
 
 
 class Mixed(Exception):
@@ -202,6 +204,8 @@ class Probe:
     def removed_results(self) -> list[Tensor]:
         """Which entries of each result are removed; raises Mixed."""
         marked = [i for i, mask in enumerate(self.masks) if mask is not None]
+        if self.name in MOVING and not self.written and all(self.tensors[i].is_floating_point() for i in marked):
+            return self.moved()
         if not all(is_drawn(self.tensors[i], self.masks[i]) for i in marked):
             raise Mixed(f"{self.name} reads indices that are computed from removed entries")
         base = self.drawn(uniform)
@@ -224,6 +228,10 @@ class Probe:
             if mask is not None:
                 found[at] |= mask & ~varies[at]
         return found
+
+    def moved(self) -> list[Tensor]:
+        """The notes on the operand, moved as the operator moves its entries; a table of embeddings is not drawn for them."""
+        return self.run([t if mask is None else mask for t, mask in zip(self.tensors, self.masks, strict=True)])
 
     @property
     def name(self) -> str:
