@@ -68,6 +68,7 @@ def test_it_fits_at_every_width_in_light_and_dark(visit, name):
     for width in WIDTHS:
         for scheme in ("light", "dark"):
             page = visit(name, width, scheme)
+            assert page.evaluate(TOO_WIDE) == []
             page.get_by_role("button", name="Open all").click()
             page.evaluate("document.querySelectorAll('details').forEach((d) => (d.open = true))")
             page.locator("#members li").nth(1).click()
