@@ -42,8 +42,8 @@ HERE = Path(__file__).parent
 ROWS, TABLE = HERE / "speed.jsonl", HERE / "SPEED.md"
 RATIO = 0.5
 ROUNDS = 7  # at most; fewer where the budget is spent sooner
-SIDES = {"default": "fxprune", "unverified": "without verification"}
 LEAST = 3  # but so many where a single round does not spend the budget
+SIDES = {"default": "fxprune", "unverified": "without verification"}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -313,15 +313,13 @@ def summary(rows: list[Row]) -> str:
     lines = [f"Torch-Pruning {other}; {name}" for name in machines]
     for side, name in SIDES.items():
         chosen = [row for row in rows if compared(row, side)]
-        runs = [row for row in chosen if not row["other_breaks"]]
-        for what, some in (("every model that Torch-Pruning finishes", chosen), ("those whose result runs", runs)):
-            if some:
-                lines.append(f"{name}, {what}: {faster(some, side)}, of {len(rows)}")
-        slow = [row for row in chosen if statistics.median(row["forward_s"]) >= 0.05]
-        large = [row for row in chosen if row["params"] >= 1e6]
-        for what, some in (("a forward of 50 ms or more", slow), ("a million parameters or more", large)):
-            if some:
-                lines.append(f"{name}, models with {what}: {faster(some, side)}")
+        groups = {
+            f"models of {len(rows)} that Torch-Pruning finishes": chosen,
+            "of them whose result by Torch-Pruning runs": [row for row in chosen if not row["other_breaks"]],
+            "with a forward of 50 ms or more": [row for row in chosen if statistics.median(row["forward_s"]) >= 0.05],
+            "with a million parameters or more": [row for row in chosen if row["params"] >= 1e6],
+        }
+        lines += [f"{name}, {len(some)} {what}: {faster(some, side)}" for what, some in groups.items() if some]
         over = [ratio(row, side, "forward") for row in rows if row.get(f"{side}_s")]
         if over:
             lines.append(f"{name}: median {statistics.median(over):.1f} forwards, worst {max(over):.1f}")
@@ -349,7 +347,7 @@ def faster(rows: list[Row], side: str) -> str:
     worst = min(found, key=found.__getitem__)
     slower = sum(times < 1 for times in found.values())
     middle = statistics.median(found.values())
-    return f"median {middle:.1f} times faster, worst {found[worst]:.1f} ({worst}); slower on {slower} of {len(found)}"
+    return f"median {middle:.1f} times faster, worst {found[worst]:.1f} ({worst}); slower on {slower}"
 
 
 def at_least(row: Row) -> float:

@@ -80,8 +80,8 @@ def search(
         example_inputs, evaluate, data, loss, repair, measure, same_class: as for `sweep`.
         params, macs, memory, latency: the budget, as for `prune`; by default that of `start`. A budget of latency is measured
             for every step.
-        start: a point of a sweep or a search of this model, with all that it was asked for; by default what `prune` chooses.
-            With another budget it is the proportions of this point that the search begins with.
+        start: a point of a sweep or a search of this model, with all that it was asked for; by default what `prune` chooses
+            without `repair`. With another budget it is the proportions of this point that the search begins with.
         steps: how many models are made and evaluated, beside the start.
         seed: of the proposals; the same one tries the same models, unless the budget is measured.
         criterion, ranking, asked: as for `prune`, by default those of `start`; `ranking` says how the start is chosen.

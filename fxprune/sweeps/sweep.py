@@ -64,7 +64,7 @@ def sweep(
         evaluate: a function of a module in evaluation mode that returns a number, such as its accuracy; higher is better.
         budgets: a mapping from kinds (`macs`, `params`, `memory`, `latency`, `ratio`) to one amount or several, each as for
             `prune`; or a list of such mappings.
-        criteria, rankings: one or several; by default what `prune` chooses.
+        criteria, rankings: one or several; by default what `prune` chooses without `repair`.
         data, loss: as for `prune`; data are read once.
         repair: as for `prune`; by default True where there are data.
         measure: time each result, in turns with the original.
