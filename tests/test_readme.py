@@ -1,7 +1,7 @@
 """Every Python block of the documentation runs as printed.
 
-The blocks of one document run in order and share their names, as a reader would type them. One that needs a package
-which the suite does not have stands below a comment, `<!-- needs: PACKAGE -->`, and is skipped where that is missing.
+The blocks of one document run in order and share their names, as a reader would type them. One that needs an optional
+package stands below a comment, `<!-- needs: PACKAGE -->`. The extra `test` has every such package, so none is skipped.
 """
 
 import importlib.util
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import tomllib
 import torch
 from clocks import counting_clock
 
@@ -29,8 +30,6 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *PAGES]
 FENCE = re.compile(r"^(?:<!-- needs: (.*?) -->\n+)?```python[ \t]*\n(.*?)^```[ \t]*$", re.DOTALL | re.MULTILINE)
-TESTED = {"accelerate", "lightning", "ultralytics"}  # packages that come with the extra `test`
-MOST_NEEDING = 3  # blocks that need any other package
 
 
 class Block(NamedTuple):
@@ -89,9 +88,9 @@ def test_python_blocks_run(name, tmp_path, monkeypatch):
 @pytest.mark.usefixtures("tables")
 @pytest.mark.parametrize(("name", "needs"), NEEDING, ids=[f"{name}:{','.join(needs)}" for name, needs in NEEDING])
 def test_blocks_that_need_a_package_run(name, needs, tmp_path, monkeypatch):
-    """In order, with all blocks before them that need nothing."""
-    if missing := [package for package in needs if importlib.util.find_spec(package) is None]:
-        pytest.skip(f"{name} needs {', '.join(missing)}")
+    """In order, with all blocks before them that need nothing. None is skipped: the extra `test` has what they need."""
+    missing = [package for package in needs if importlib.util.find_spec(package) is None]
+    assert not missing, f"{name} needs {', '.join(missing)}: pip install -e '.[test]'"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("YOLO_CONFIG_DIR", str(tmp_path))
     monkeypatch.setenv("YOLO_OFFLINE", "1")
@@ -137,9 +136,23 @@ def test_commands_run(tmp_path, monkeypatch, capsys):
     assert {path.name for path in tmp_path.iterdir()} >= {"small.safetensors", "report.html"}
 
 
-def test_few_blocks_need_a_package():
-    needing = [f"{name}:{b.line}" for name in DOCUMENTS for b in blocks_of(name) if not TESTED.issuperset(b.needs)]
-    assert len(needing) <= MOST_NEEDING, needing
+def packages_of_extra(extra):
+    """The packages that an extra of pyproject.toml names, those of other extras included."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    found = set()
+    for requirement in extras[extra]:
+        if inner := re.fullmatch(r"fxprune\[(\w+)\]", requirement):
+            found |= packages_of_extra(inner[1])
+        else:
+            found.add(re.match(r"[\w-]+", requirement)[0])
+    return found
+
+
+def test_no_block_needs_what_the_tests_do_not_install():
+    installed = packages_of_extra("test")
+    needing = [f"{name}:{b.line}" for name in DOCUMENTS for b in blocks_of(name) if not installed.issuperset(b.needs)]
+    assert needing == []
+    assert {"diffusers", "onnx", "ultralytics"} <= {package for _, needs in NEEDING for package in needs} <= installed
 
 
 def test_every_block_runs():
