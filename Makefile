@@ -44,6 +44,8 @@ lint: $(STAMP) typed
 	$(BIN)/ruff format --check .
 	cd build/typed && $(abspath $(BIN))/mypy -p fxprune \
 		--config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
+	cd build/typed && $(abspath $(BIN))/mypy $(CURDIR)/tests/test_typing.py \
+		--config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
 
 # mypy and mkdocstrings cannot follow setuptools' package-dir, so the packages are laid out as they are installed.
 typed:

@@ -6,17 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fxprune import criteria, layers, masks, regularizers
-    from fxprune.api import couple, prune, verify
+    from fxprune.api import couple, plan_of, prune, verify
     from fxprune.checkpoints.checkpoint import load, save
     from fxprune.checkpoints.prune_checkpoint import prune_checkpoint
     from fxprune.criteria import Magnitude
     from fxprune.criteria.calibrated import Calibration
     from fxprune.custom_ops import register_op
+    from fxprune.entry_points import progress
     from fxprune.errors import PruneError, PruneWarning
     from fxprune.iterative.pruner import Pruner
-    from fxprune.passes.ir.progress import progress
     from fxprune.pipeline import Plan
-    from fxprune.plan import plan_of
     from fxprune.repairs import Repair, repair
     from fxprune.reports.count import Count, count
     from fxprune.reports.coupling import Coupling
@@ -56,8 +55,8 @@ HOMES = {
     "layers": "fxprune.layers",
     "load": "fxprune.checkpoints.checkpoint",
     "masks": "fxprune.masks",
-    "plan_of": "fxprune.plan",
-    "progress": "fxprune.passes.ir.progress",
+    "plan_of": "fxprune.api",
+    "progress": "fxprune.entry_points",
     "prune": "fxprune.api",
     "prune_checkpoint": "fxprune.checkpoints.prune_checkpoint",
     "register_op": "fxprune.custom_ops",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor, fx, nn
 
@@ -21,18 +21,19 @@ from fxprune.inputs import ExampleInputs
 from fxprune.passes.coupling.families import families
 from fxprune.passes.ir.module_tree import named_parameters
 from fxprune.passes.ir.quiet import without_modes
-from fxprune.passes.rewrite.pruned_module import PrunedModule
-from fxprune.pipeline import Compilation, Plan
-from fxprune.plan import plan_between, plan_of
+from fxprune.pipeline import AnyModule, Compilation, Plan
+from fxprune.plan import plan_between, plan_carried
 from fxprune.repairs.request import RepairRequest, Repairs
 from fxprune.repairs.ways import closest, ways_of
 from fxprune.reports.coupling import Coupling
 from fxprune.selection.argument_checks import check_flag
 from fxprune.selection.options import (
-    Asked,
+    AskedOfPrune,
     Attention,
+    Basis,
     BudgetName,
     Depth,
+    DepthCriterion,
     Experts,
     Freeze,
     Options,
@@ -47,17 +48,7 @@ from fxprune.verification import Verification
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    class Pruned(PrunedModule):
-        """What `prune` returns, with the types of what it carries, which the compiler knows nothing of."""
-
-        @property
-        def plan(self) -> Plan: ...
-
-        @property
-        def verification(self) -> Verification | None: ...
-
-
-AnyModule = TypeVar("AnyModule", bound=nn.Module)
+    from fxprune.pipeline import Pruned
 
 
 @overload
@@ -66,15 +57,9 @@ def prune(
     ratio: Ratio | None = None,
     example_inputs: Any = None,
     *,
-    depth: Depth = False,
-    depth_criterion: str | Callable[[Tensor, Tensor], Any] | None = None,
-    basis: Literal["principal"] | None = None,
-    remove: Remove | None = None,
     repair: Repairs = False,
-    verify: Verify = "auto",
     same_class: Literal[False] = False,
-    inplace: bool = False,
-    **asked: Unpack[Asked],
+    **asked: Unpack[AskedOfPrune],
 ) -> Pruned: ...
 
 
@@ -84,16 +69,22 @@ def prune(
     ratio: Ratio | None = None,
     example_inputs: Any = None,
     *,
-    depth: Depth = False,
-    depth_criterion: str | Callable[[Tensor, Tensor], Any] | None = None,
-    basis: Literal["principal"] | None = None,
-    remove: Remove | None = None,
     repair: Repairs = False,
-    verify: Verify = "auto",
     same_class: Literal[True],
-    inplace: bool = False,
-    **asked: Unpack[Asked],
+    **asked: Unpack[AskedOfPrune],
 ) -> AnyModule: ...
+
+
+@overload
+def prune(
+    model: AnyModule,
+    ratio: Ratio | None = None,
+    example_inputs: Any = None,
+    *,
+    repair: Repairs = False,
+    same_class: bool,
+    **asked: Unpack[AskedOfPrune],
+) -> AnyModule | Pruned: ...
 
 
 @checked_call()
@@ -123,9 +114,9 @@ def prune(
     attention: Attention | None = None,
     experts: Experts = False,
     depth: Depth = False,
-    depth_criterion: str | Callable[[Tensor, Tensor], Any] | None = None,
+    depth_criterion: DepthCriterion | None = None,
     uniform: bool = False,
-    basis: Literal["principal"] | None = None,
+    basis: Basis | None = None,
     remove: Remove | None = None,
     repair: Repairs = False,
     verify: Verify = "auto",
@@ -144,8 +135,9 @@ def prune(
         model: any module; it is not touched, unless `inplace`. On the meta device it is coupled and cut in form alone, by a
             criterion that looks at no weights (`random`), unverified, and the plan applies to the model once it has some.
         ratio: the share of units removed from every prunable family, in (0, 1), or a mapping to shares from modules, globs
-            over module names and names of families, the first match of which counts; what nothing matches stays whole. What
-            has no effect is warned of (`PruneWarning`), and an error where nothing at all would go.
+            over module names and names of families, the first match of which counts; what nothing matches stays whole. By
+            default, where no budget is given, half of each goes. What has no effect is warned of (`PruneWarning`), and an error
+            where nothing at all would go.
         example_inputs: a tensor, a tuple of positional arguments (or a list of as many as forward takes), or a mapping of
             keyword arguments such as a `BatchEncoding`, nested as forward takes them; what varies at run time (batch and
             image size) may have any value here.
@@ -263,7 +255,7 @@ def prune(
             else:
                 pruned = Compilation(model, inputs, options.coupling).prune(options, same_class=same_class, inplace=inplace)
             if ranks is not None:
-                ranks.check_same(plan_of(pruned).to_json().encode())
+                ranks.check_same(plan_carried(pruned).to_json().encode())
             return pruned if mending is None else mending.apply(model, pruned)
 
         tries = repair is True and not same_class
@@ -331,7 +323,15 @@ def verify(model: nn.Module, pruned: fx.GraphModule, example_inputs: Any, *, siz
     Returns: the largest relative error and what was compared.
     """
     with entry_point(model) as model:
+        check_flag("sizes", sizes)
         model, plan = plan_between(model, pruned).in_basis(model)
         compilation = Compilation.of_plan(model, plan, example_inputs)
         removal = compilation.choice_of(plan).removal(plan.coupling_options.heads)
         return compare(model, pruned, removal, ExampleInputs.parse(example_inputs, model), sizes=sizes)
+
+
+@checked_call()
+def plan_of(pruned: nn.Module) -> Plan:
+    """The plan that a pruned model was made by; raises PruneError for a model that was not."""
+    found: Plan = plan_carried(pruned)
+    return found

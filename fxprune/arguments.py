@@ -8,6 +8,7 @@ import inspect
 import numbers
 import os
 import reprlib
+import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
@@ -19,6 +20,7 @@ from fxprune.passes.errors import PruneError
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Kind = TypeVar("Kind", bound=type)
 
 STEPS = "fxprune.Pruner(model, ratio, example_inputs, steps=5)"
 FOUND = "nothing to pass: it is found in the model's program"
@@ -77,20 +79,23 @@ def checked_call(shared: Mapping[str, inspect.Parameter] | None = None) -> Calla
         fixed = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
         named = {p.name for p in fixed}
         signature = own.replace(parameters=[*fixed, *(p for n, p in (shared or {}).items() if n not in named)])
-        title = function.__qualname__.removesuffix(".__init__")
-        listed = [n for n in signature.parameters if n != "self"]
+        bound = next((n for n in own.parameters if n in ("self", "cls")), None)
+        listed = [n for n in signature.parameters if n != bound]
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> T:
             unknown = next((name for name in kwargs if name not in signature.parameters), None)
             if unknown is not None:
+                title = titled(function, args if bound else ())
                 raise PruneError(f"{title} has no argument {unknown!r}", fix=called_here(unknown, listed))
             try:
                 signature.bind(*args, **kwargs)
             except TypeError as error:
+                title = titled(function, args if bound else ())
                 places = [p.name for p in fixed if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
                 twice = [f"{n} is {shown(a)} by its place, and given by name, too" for n, a in zip(places, args) if n in kwargs]
-                fix = f"{title}({', '.join(n for n in places if n != 'self')}, ...)"
+                written = [n for n in places if n != bound]
+                fix = f"{title}({', '.join([*written, *(['...'] if len(listed) > len(written) else [])])})"
                 raise PruneError(f"{title}: {twice[0] if twice else error}", fix=fix) from None
             try:
                 return function(*args, **kwargs)
@@ -103,6 +108,26 @@ def checked_call(shared: Mapping[str, inspect.Parameter] | None = None) -> Calla
         return call
 
     return decorate
+
+
+def titled(function: Callable[..., Any], args: tuple[Any, ...]) -> str:
+    """What a function is called in a message; `args` are those of a method, the first of which says its class."""
+    if not args:
+        return function.__qualname__.removesuffix(".__init__")
+    kind = args[0] if isinstance(args[0], type) else type(args[0])
+    return kind.__name__ if function.__name__ == "__init__" else f"{kind.__name__}.{function.__name__}"
+
+
+def checked_class(kind: Kind) -> Kind:
+    """A class whose constructor and public methods, but for those that it inherits, are checked calls."""
+    for name, member in list(vars(kind).items()):
+        if name.startswith("_") and name not in ("__init__", "__getitem__"):
+            continue
+        if isinstance(member, classmethod):
+            setattr(kind, name, classmethod(checked_call()(member.__func__)))
+        elif isinstance(member, types.FunctionType) and "__signature__" not in vars(member):
+            setattr(kind, name, checked_call()(member))
+    return kind
 
 
 def called_here(name: str, known: Iterable[str]) -> str:

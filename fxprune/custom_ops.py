@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 
-from fxprune.arguments import shown
+from fxprune.arguments import checked_call, shown
+from fxprune.errors import PruneWarning
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.labels import Labels
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.index_maps import moved_call, movement
 from fxprune.passes.ops.pointwise import POINTWISE
-from fxprune.passes.ops.registry import UNKNOWN, Masked, OpSpec, Rewrite, Rule, as_another, named, register
+from fxprune.passes.ops.registry import UNKNOWN, Masked, OpSpec, Rewrite, Rule, SizeArguments, as_another, named, register
 
+FLAGS = ("moves", "views", "heads", "normalizes")
 Kind = Literal["movement", "pointwise", "frozen"]
 
 
+@checked_call()
 def register_op(
     op: Any,
     kind: Kind | None = None,
@@ -63,14 +67,36 @@ def register_op(
     for field in fields:
         if field not in known:
             raise PruneError(f"nothing of an op is called {field!r}", where=name, fix=", ".join(known))
+    if not isinstance(why, str):
+        raise PruneError(f"why is a reason in words, not {shown(why)}", where=name, fix='why="mixes channels"')
+    for field, value in {"handler": handler, "masked": masked, **fields}.items():
+        check_field(name, field, value)
     given = fields | {k: v for k, v in {"rewrite": handler, "masked": masked}.items() if v is not None}
-    register(name, dataclasses.replace(specification(name, kind, like, why), **given))
+    made = dataclasses.replace(specification(name, kind, like, why), **given)
+    if not overloads(name):
+        warnings.warn(f"there is no op {name} so far: its definition comes first", PruneWarning, stacklevel=3)
+    register(name, made)
 
+    @checked_call()
     def rule(function: Rule) -> Rule:
+        check_field(name, "labels", function)
         register(name, dataclasses.replace(named(name), labels=function))
         return function
 
     return rule
+
+
+def check_field(name: str, field: str, value: Any) -> None:
+    """Raise PruneError for what cannot be the field of a specification."""
+    fits: bool = value is None or callable(value)
+    kind = "a function"
+    if field in FLAGS:
+        fits, kind = isinstance(value, bool), "True or False"
+    elif field == "sizes":
+        fits, kind = value is None or isinstance(value, SizeArguments), "of type SizeArguments"
+    if not fits and field != "recorded_as":
+        fix = f"the fields of {OpSpec.__module__}.{OpSpec.__name__} are described there"
+        raise PruneError(f"{field} must be {kind}, not {shown(value)}", where=name, fix=fix)
 
 
 def specification(name: str, kind: Kind | None, like: str | None, why: str) -> OpSpec:
@@ -93,6 +119,8 @@ def name_of(op: Any) -> str:
 
 
 def spec_like(name: str, like: str) -> OpSpec:
+    if not isinstance(like, str):
+        raise PruneError(f"like is the name of an op of torch, not {shown(like)}", where=name, fix='like="aten::mean"')
     found = named(like)
     if found.labels is None:
         raise PruneError(f"there is no rule for {shown(like)} that {name} could have too", where=name, fix='like="aten::mean"')

@@ -18,8 +18,11 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fxprune.arguments import checked_call
+from fxprune.arguments import shown as said
 from fxprune.passes.errors import PruneError, told
 from fxprune.passes.ir.module_tree import PLAIN_TENSORS, check_module, named_parameters, named_tensors, walk
+from fxprune.passes.ir.progress import Progress
 from fxprune.passes.ir.quiet import own_random_state
 
 # what Python and torch raise for what nobody foresaw; running out of memory is not among it
@@ -147,3 +150,23 @@ def why_unprunable(model: nn.Module) -> PruneError | None:
                 fix="prune the float model, then quantize it",
             )
     return None
+
+
+@checked_call()
+def progress(shown: bool | None = None) -> None:
+    """Show bars on stderr for what takes longer than two seconds, or do not.
+
+    Without a call, the environment variable `FXPRUNE_PROGRESS` (0 or 1) decides; where it is not set, bars are shown if stderr
+    is a terminal.
+
+    >>> progress(False)
+    >>> progress()  # as at the start
+
+    Arguments:
+        shown: True or False; None for what holds without a call.
+
+    Raises: PruneError for anything else.
+    """
+    if not (shown is None or isinstance(shown, bool)):
+        raise PruneError(f"progress takes True, False or None, not {said(shown)}", fix="fxprune.progress(False)")
+    Progress.shown = shown

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,6 @@ from fxprune.batch_guards import Recompiled, for_any_batch
 from fxprune.comparisons.compare import compare
 from fxprune.distributed.sharded import in_shards
 from fxprune.entry_points import entry_point
-from fxprune.errors import PruneWarning
 from fxprune.inputs import ExampleInputs, device_of, random_inputs
 from fxprune.original_state import config_of, lost_contents, with_lazy_tensors
 from fxprune.passes.capture.programs import DRAWN
@@ -33,10 +31,11 @@ from fxprune.passes.rewrite.rewrite import Cut, rewrite_program
 from fxprune.passes.verification.opaque_check import broken, opaque_sites
 from fxprune.passes.verification.outlook import outlook
 from fxprune.plan import PlanData, derived_tensors, kept_labels, plan_between, shapes_of, sign
-from fxprune.same_class.configuration import conflict, followers
+from fxprune.same_class.configuration import followers
 from fxprune.same_class.in_place import become, consume, whole
-from fxprune.same_class.restore import restore_class
+from fxprune.same_class.restore import in_class, restore_class
 from fxprune.same_class.stand_ins import StandIns
+from fxprune.selection.argument_checks import check_flag
 from fxprune.selection.choice import Choice, removal_of, spent
 from fxprune.selection.depth import select_with_depth
 from fxprune.selection.latency import LatencyProbe
@@ -44,8 +43,9 @@ from fxprune.selection.options import Options
 from fxprune.selection.select import select_half, select_units
 from fxprune.selection.structures import narrow
 from fxprune.stage_checks import check_choice, check_coupling
-from fxprune.verification import inexact, tolerance_of
+from fxprune.verification import Verification, inexact, tolerance_of
 
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 Select = Callable[[Solution], tuple[Tensor, Slicer]]
 TRIED = "belongs to a module that is not captured and fails once it is cut"
 
@@ -54,6 +54,15 @@ class Plan(PlanData):
     """Which indices of every tensor stay, as plain data that any copy of the architecture can be pruned by."""
 
     __doc__ = PlanData.__doc__
+
+    @overload
+    def apply(self, model: nn.Module, example_inputs: Any = None, *, same_class: Literal[False] = False) -> Pruned: ...
+
+    @overload
+    def apply(self, model: AnyModule, example_inputs: Any = None, *, same_class: Literal[True]) -> AnyModule: ...
+
+    @overload
+    def apply(self, model: AnyModule, example_inputs: Any = None, *, same_class: bool) -> AnyModule | Pruned: ...
 
     @checked_call()
     @without_modes()
@@ -68,6 +77,7 @@ class Plan(PlanData):
 
         Raises: PruneError if the plan does not fit the model.
         """
+        check_flag("same_class", same_class)
         with in_shards(model) as sharded, entry_point(model if sharded is None else sharded.form) as model:
             rotated, plan = self.in_basis(model) if sharded is None else (model, sharded.taking(self))
             compilation = Compilation.of_plan(rotated, plan, example_inputs)
@@ -75,6 +85,20 @@ class Plan(PlanData):
             made = compilation.restore_class(pruned) if same_class or sharded is not None else pruned
             sign(made, self, model)
             return made if sharded is None else sharded.cut(made, self)
+
+
+if TYPE_CHECKING:
+
+    class Pruned(PrunedModule):
+        """What `prune` returns, with the types of what it carries, which the compiler knows nothing of."""
+
+        @property
+        def plan(self) -> Plan: ...
+        @property
+        def verification(self) -> Verification | None: ...
+
+        def __getattr__(self, name: str) -> Any: ...  # modules and parameters of the original, and of a Sequential
+        def __getitem__(self, index: Any) -> Any: ...
 
 
 class Compilation:
@@ -172,17 +196,8 @@ class Compilation:
             return False
         pruned = self.emit(choice)
         with unobserved(self.model):
-            found = broken(
-                self.model,
-                pruned,
-                choice.solution,
-                choice.slicer,
-                sites,
-                self.inputs.args,
-                self.inputs.kwargs,
-                heads=self.options.heads,
-                tolerance=tolerance_of(self.model),
-            )
+            tried = self.model, pruned, choice.solution, choice.slicer, sites, self.inputs.args, self.inputs.kwargs
+            found = broken(*tried, heads=self.options.heads, tolerance=tolerance_of(self.model))
         self.frozen_modules |= found
         self._tried = None if found else (choice, pruned)
         return bool(found)
@@ -266,10 +281,8 @@ class Compilation:
         pruned.meta["unused"] = tuple(name for name in self.tensors if name not in choice.solution.leaves)
         pruned.meta["contents"] = lost_contents(self.model, self.tensors, pruned, choice.slices)
         pruned.meta["branches"] = tuple(b.name for b in choice.slicer.removed.branches if b.name)
-        if (config := config_of(self.model)) is not None:
-            pruned.meta["config"] = config
-        if choice.latency is not None:
-            pruned.meta["latency"] = choice.latency
+        known = {"config": config_of(self.model), "latency": choice.latency}
+        pruned.meta.update({key: value for key, value in known.items() if value is not None})
         return pruned
 
     def apply(self, plan: PlanData, cut: Cut | None = None) -> PrunedModule:
@@ -314,18 +327,6 @@ class Compilation:
         model = values or self.model
         return restore_class(model, pruned, self.inputs.beside(model))[0]
 
-    def in_class(self, pruned: PrunedModule) -> tuple[Any, CouplingOptions | None]:
-        """The pruned model in the original's own class, and where a configuration needs other tensors whole, what to ask."""
-        made, held = restore_class(self.model, pruned, self.inputs)
-        if not held and self.options.uniform and "config" in made.meta["stale"]:
-            warnings.warn(f"uniform=True, and {conflict(self.model, made)}", PruneWarning, stacklevel=3)
-        if not held.keys() - self.options.frozen.keys():
-            return made, None
-        name, why = next(iter(held.items()))
-        text = f"families stay whole, so that a configuration describes the model: {name} {why}"
-        warnings.warn(text, PruneWarning, stacklevel=3)
-        return made, dataclasses.replace(self.options, frozen={**self.options.frozen, **held})
-
     def prune(self, options: Options, *, same_class: bool = False, inplace: bool = False, choice: Choice | None = None) -> Any:
         """What `fxprune.prune` returns for these options, or for a choice that was made by them."""
         if same_class and options.data is not None:  # which may be read again
@@ -342,7 +343,7 @@ class Compilation:
             pruned = self.verify(pruned, choice)
         if not same_class:
             return consume(self.model, pruned) if inplace else pruned
-        made, coupling = self.in_class(pruned)
+        made, coupling = in_class(self.model, pruned, self.inputs, self.options)
         if coupling is not None:
             again = Compilation(self.model, self.inputs, coupling, self.frozen_modules)
             return again.prune(dataclasses.replace(options, coupling=coupling), same_class=True, inplace=inplace)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fxprune.arguments import checked_call
+from fxprune.arguments import checked_class, shown
 from fxprune.passes.coupling.solution import CouplingOptions, Solution
 from fxprune.passes.errors import NotARectangle, PruneError
 from fxprune.passes.ir.module_tree import check_module, named_tensors, walk
@@ -32,6 +32,7 @@ ORIGINAL = "apply it to the original architecture"
 STEPS = "apply it to the original; meta['step'] of a model that was pruned in steps is the plan of the last one"
 
 
+@checked_class
 @dataclass(frozen=True, eq=False)
 class PlanData:
     """Which indices of every tensor stay, as plain data; `fxprune.Plan` can also be applied.
@@ -98,7 +99,9 @@ class PlanData:
         return CouplingOptions(CouplingOptions.heads_of(self.attention), frozen, self.release, choices=self.experts)
 
     def kept_shape(self, name: str) -> tuple[int, ...]:
-        """What is left of a tensor's shape."""
+        """What is left of a tensor's shape; raises PruneError for a name that the plan does not know."""
+        if name not in self.shapes:
+            raise PruneError(f"the plan knows of no tensor {shown(name)}", fix="a name in plan.shapes")
         return cut_shape(self.shapes[name], self.slices.get(name, ()))
 
     def to_dict(self) -> dict[str, Any]:
@@ -201,9 +204,9 @@ class PlanData:
         `prune` does so when it is given a pruned model. Raises: PruneError where the other plan is of another model, or begins
         with a change of basis.
         """
-        if later.basis is not None:
-            what = "the plans cannot be composed: the second one begins with a change of basis"
-            raise PruneError(what, fix="apply one after the other")
+        if not isinstance(later, PlanData) or later.basis is not None:
+            why = "the second one begins with a change of basis" if isinstance(later, PlanData) else f"{shown(later)} is none"
+            raise PruneError(f"the plans cannot be composed: {why}", fix="apply one after the other: plan.apply(model)")
         for name, shape in later.shapes.items():
             if name in self.shapes and shape != self.kept_shape(name) and name not in later.derived:
                 what = f"{name} has shape {shape} there, and {self.kept_shape(name)} is left of it here"
@@ -311,13 +314,11 @@ def is_pruned(model: Any) -> bool:
     return isinstance(meta, Mapping) and isinstance(meta.get("plan"), PlanData)
 
 
-@checked_call()
-def plan_of(pruned: nn.Module) -> Any:
+def plan_carried(pruned: nn.Module) -> Any:
     """The plan that a pruned model was made by; raises PruneError for a model that was not."""
     if not is_pruned(pruned):
         raise PruneError("this module carries no plan", where=type(pruned).__name__, fix="pass what fxprune.prune returned")
-    meta: Any = pruned.meta
-    return meta["plan"]
+    return getattr(pruned, "meta", {})["plan"]
 
 
 def plan_between(model: nn.Module, pruned: nn.Module) -> Any:
@@ -328,7 +329,7 @@ def plan_between(model: nn.Module, pruned: nn.Module) -> Any:
     if is_pruned(model) and not is_pruned(pruned):
         what = "the second model is none that was pruned, and the first one is"
         raise PruneError(what, where=type(model).__name__, fix="the original comes first: (model, pruned, ...)")
-    whole, step = plan_of(pruned), getattr(pruned, "meta", {}).get("step")
+    whole, step = plan_carried(pruned), getattr(pruned, "meta", {}).get("step")
     if step is None:
         return whole
     try:

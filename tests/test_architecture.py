@@ -156,3 +156,9 @@ def test_every_package_is_installed():
     folders = [path.parent.relative_to(ROOT) for top in ("fxprune", "passes") for path in (ROOT / top).rglob("__init__.py")]
     names = [".".join(folder.parts) for folder in folders if "passes" not in folder.parts[1:]]
     assert declared == {f"fxprune.{name}" if name.startswith("passes") else name for name in names}
+
+
+def test_what_is_installed_says_that_it_is_typed():
+    """By the marker of PEP 561, which setuptools takes along where pyproject.toml says so."""
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    assert "py.typed" in data["fxprune"] and (ROOT / "fxprune" / "py.typed").exists()

@@ -23,7 +23,7 @@ from fxprune import Plan, PruneError, PruneWarning
 from fxprune.arguments import ELSEWHERE
 from fxprune.criteria.catalog import CRITERIA, OTHER_NAMES, CriterionName
 from fxprune.selection.budgets import KINDS
-from fxprune.selection.options import Asked, BudgetName, Ranking
+from fxprune.selection.options import Asked, AskedOfPrune, BudgetName, Ranking
 
 torch.manual_seed(0)
 ARRAY = IMAGES.numpy()
@@ -82,7 +82,7 @@ ODD = {
         "here it is data=[(images, labels), ...]",
     ),
     "no data for calibrate": (fxprune.calibrate, "calibrate: missing a required argument: 'data'", "calibrate(model, data,"),
-    "no file for save": (fxprune.save, "save: missing a required argument: 'path'", "save(pruned, path, ...)"),
+    "no file for save": (fxprune.save, "save: missing a required argument: 'path'", "save(pruned, path)"),
     "a name for load": (lambda m: fxprune.load("a", m, strict=1), "load has no argument 'strict'", "one of path, model"),
     "a name for group": (
         lambda m: fxprune.couple(m, IMAGES).group("stem", channels=[1]),
@@ -845,6 +845,16 @@ def test_names_are_those_of_the_tables():
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="typing.get_overloads came with Python 3.11")
 def test_what_prune_returns_is_known():
-    graph, same = typing.get_overloads(inspect.unwrap(fxprune.prune))
+    graph, same, either = typing.get_overloads(inspect.unwrap(fxprune.prune))
     assert graph.__annotations__["return"] == "Pruned"
     assert same.__annotations__["return"] == same.__annotations__["model"] == "AnyModule"
+    assert either.__annotations__["return"] == "AnyModule | Pruned"
+
+
+def test_overloads_list_the_arguments_of_prune():
+    """Of each the same: what they take by `**asked`, and what they name."""
+    for overload in typing.get_overloads(inspect.unwrap(fxprune.prune)):
+        named = inspect.signature(overload).parameters.keys() - {"asked"}
+        assert named | AskedOfPrune.__annotations__.keys() | Asked.__annotations__.keys() == (
+            inspect.signature(fxprune.prune).parameters.keys()
+        )

@@ -1,9 +1,11 @@
 """The command line: each command from a model to an answer, and fifty requests that it refuses in one line."""
 
+import io
 import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,6 +58,19 @@ def built(num_classes=3):
 
 def fails():
     raise ValueError("no\\nluck")
+
+
+def quits():
+    raise SystemExit("enough")
+
+
+class Quitting(Net):
+    def forward(self, x):
+        raise SystemExit(4)
+
+
+def interrupted(net):
+    raise KeyboardInterrupt
 """
 
 
@@ -64,6 +79,11 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "net.py").write_text(FILE)
     (tmp_path / "broken.py").write_text("x = 1 / 0\n")
     (tmp_path / "empty.py").write_text("")
+    (tmp_path / "exits.py").write_text("raise SystemExit(3)\n")
+    (tmp_path / "latin.py").write_bytes(b"model = '\xe9'\n")
+    (tmp_path / "null.py").write_bytes(b"model = 1\0\n")
+    (tmp_path / "made.safetensors").mkdir()
+    (tmp_path / "odd.json").write_text("{no JSON")
     (tmp_path / "weights.pt").write_text("no weights")
     torch.save({"head.weight": torch.zeros(2, 2)}, tmp_path / "other.pt")
     (tmp_path / "bad.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}")
@@ -270,6 +290,23 @@ REFUSED = [
     ("inspect weights.pt", "the file is no Python source"),
     ("inspect broken.py", "the file raises ZeroDivisionError: division by zero"),
     ("inspect empty.py", "the file defines no `model`"),
+    ("inspect exits.py", "the file raises SystemExit: 3"),
+    ("inspect latin.py", "the file raises SyntaxError: "),
+    ("inspect null.py", "the file raises SyntaxError: "),
+    ("inspect net.py:quits", "net.py:quits raises SystemExit: enough"),
+    ("inspect net.py:Quitting", "the model's code ends the process with SystemExit(4)"),
+    ("inspect net.py:model.head.nothing", "the file defines no `model.head.nothing`"),
+    ("inspect net.py:model:head", "'net.py:model:head' names no model"),
+    ("inspect hf:odd.json", "odd.json raises "),
+    ("inspect net.py --weights taken", "there is no file taken"),
+    ("inspect net.py --html /dev/null", "the page cannot be written: /dev/null is a device or a pipe"),
+    ("inspect net.py --dot made.safetensors", "the graph cannot be written: made.safetensors is a folder"),
+    ("prune net.py -o made.safetensors", "the result cannot be written: made.safetensors is a folder"),
+    ("prune net.py -o net.py/small.safetensors", "the result cannot be written: there is no folder"),
+    ("prune net.py -o /dev/full.safetensors/x.safetensors", "the result cannot be written: there is no folder"),
+    ("sweep net.py --macs 0.5 --evaluate exits.py", "the file raises SystemExit: 3"),
+    ("prune net.py --data exits.py --dry-run", "the file raises SystemExit: 3"),
+    ("report net.py taken", "taken/pruned.safetensors cannot be read"),
     ("inspect net.py:nothing", "the file defines no `nothing`"),
     ("inspect net.py:number", "`number` is of type int, not a torch.nn.Module"),
     ("inspect net.py:fails", "net.py:fails raises ValueError: no luck"),
@@ -378,6 +415,49 @@ def test_the_reader_may_go(tmp_path):
     command = f"{sys.executable} -m fxprune inspect {tmp_path / 'net.py'} --json | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False, timeout=120)
     assert done.stdout == "{\n" and "Traceback" not in done.stderr
+
+
+def test_what_an_encoding_lacks_is_replaced(folder, monkeypatch):
+    """A terminal or a file in ASCII takes tables too, as wide as others."""
+    found = {}
+    for encoding in ("ascii", "cp1252", "utf-8"):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert main(["inspect", "net.py"]) == 0
+        assert stream.errors == "strict"
+        found[encoding] = stream.buffer.getvalue().decode(encoding)
+    assert found["utf-8"].replace("\u2500", "-") == found["ascii"] == found["cp1252"]
+    assert "?" not in found["ascii"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the device that is full is one of Linux")
+def test_an_answer_that_cannot_be_written_is_one_line(folder, monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(["inspect", "net.py"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[1:] == ["fxprune inspect: error: the answer cannot be written: No space left on device"]
+
+
+def test_a_closed_output_is_no_error(folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["inspect", "net.py"]) == 0
+    sys.stdout.close()
+
+
+def test_an_interrupt_is_one_line_and_leaves_no_half(folder, capsys):
+    before = set(folder.iterdir())
+    assert main("sweep net.py --macs 0.5 --evaluate net.py:interrupted --html page.html".split()) == 130
+    lines = [line for line in capsys.readouterr().err.splitlines() if line != "a file may print"]
+    assert lines == ["fxprune sweep: stopped"]
+    assert set(folder.iterdir()) - before <= {folder / "__pycache__"}
+
+
+def test_links_are_followed(folder, capsys):
+    """What a link leads to is written, and the link stays."""
+    (folder / "link.html").symlink_to(folder / "page.html")
+    answer(capsys, "inspect", "net.py", "--html", "link.html")
+    assert (folder / "link.html").is_symlink() and (folder / "page.html").read_text().startswith("<!")
 
 
 def test_version(capsys):

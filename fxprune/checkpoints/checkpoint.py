@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import nn
 
@@ -27,9 +27,14 @@ from fxprune.module_state import aliases
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.quiet import without_modes
-from fxprune.plan import left_by_forward, plan_of
+from fxprune.pipeline import AnyModule
+from fxprune.plan import left_by_forward, plan_carried
 from fxprune.reports.files import as_path, flush, unwritable
 from fxprune.same_class.saving import SavePretrained
+from fxprune.selection.argument_checks import check_flag
+
+if TYPE_CHECKING:
+    from fxprune.pipeline import Pruned
 
 SUFFIX = ".safetensors"
 WEIGHTS = f"pruned{SUFFIX}"  # in a folder
@@ -55,7 +60,7 @@ def save(pruned: nn.Module, path: Folder) -> None:
 
 
 def store(module: nn.Module, target: Path) -> None:
-    plan = plan_of(module)
+    plan = plan_carried(module)
     record, left = Record.of(module, plan).to_dict(), left_by_forward(module, plan)
     tensors = {name: tensor for name, tensor in named_tensors(module) if name not in left}
     tensors |= rotations_apart(record["plan"], plan.basis)
@@ -74,6 +79,20 @@ def store(module: nn.Module, target: Path) -> None:
 
 
 SavePretrained.save = staticmethod(save)
+
+
+@overload
+def load(
+    path: Folder, model: nn.Module | None = None, *, same_class: Literal[False] = False, example_inputs: Any = None
+) -> Pruned: ...
+
+
+@overload
+def load(path: Folder, model: AnyModule, *, same_class: Literal[True], example_inputs: Any = None) -> AnyModule: ...
+
+
+@overload
+def load(path: Folder, model: nn.Module | None = None, *, same_class: bool, example_inputs: Any = None) -> nn.Module: ...
 
 
 @checked_call()
@@ -101,6 +120,7 @@ def load(path: Folder, model: nn.Module | None = None, *, same_class: bool = Fal
     Raises: PruneError that says what differs, for a file that is damaged or no checkpoint, or a model that it does not fit;
     before memory is spent on its tensors.
     """
+    check_flag("same_class", same_class)
     source = as_path(path)
     folder = source if source.is_dir() else None
     with opened(source / WEIGHTS if folder else source) as (found, data, size):

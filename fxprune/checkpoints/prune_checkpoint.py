@@ -36,8 +36,9 @@ from fxprune.passes.ir.slices import cut_shape
 from fxprune.passes.rewrite.pruned_module import PrunedModule
 from fxprune.passes.rewrite.rewrite import slice_tensor
 from fxprune.pipeline import Compilation, Plan
-from fxprune.plan import derived_tensors, plan_of
+from fxprune.plan import derived_tensors, plan_carried
 from fxprune.reports.files import as_path, replacing
+from fxprune.same_class.restore import in_class
 from fxprune.same_class.stand_ins import StandIns
 from fxprune.selection.choice import Choice
 from fxprune.selection.options import ASKED, Asked, Options, Ratio
@@ -115,7 +116,7 @@ def prune_checkpoint(
             else:
                 pruning.write_shards(folder, pruned)
                 configured.save_pretrained(folder)
-    found: Plan = plan_of(pruned)
+    found: Plan = plan_carried(pruned)
     return found
 
 
@@ -193,7 +194,7 @@ class CheckpointPruning:
                 pruned.meta["chosen"] = options.chosen
             if not from_folder:
                 return pruned, None
-            made, coupling = compilation.in_class(pruned)
+            made, coupling = in_class(self.model, pruned, inputs, options.coupling)
             if coupling is None:
                 return pruned, None if "config" in made.meta["stale"] else made.config
             options = dataclasses.replace(options, coupling=coupling)
@@ -205,7 +206,8 @@ class CheckpointPruning:
 
     def write_file(self, path: Path, pruned: PrunedModule) -> None:
         """Write the file that `fxprune.load` reads."""
-        plan, record, contents = plan_of(pruned), Record.of(pruned, plan_of(pruned)).to_dict(), pruned.meta["contents"]
+        plan, contents = plan_carried(pruned), pruned.meta["contents"]
+        record = Record.of(pruned, plan).to_dict()
         entries = [
             self.entry(name, name, plan) if name in plan.shapes else kept(name, tensor)
             for name, tensor in named_tensors(pruned)
@@ -220,7 +222,7 @@ class CheckpointPruning:
 
     def write_shards(self, folder: Path, pruned: PrunedModule) -> None:
         """Write what is left of each file under its name, and their index."""
-        plan = plan_of(pruned)
+        plan = plan_carried(pruned)
         size = count = 0
         for path, names in self.stored.files.items():
             entries = [self.entry(name, self.names[name], plan) for name in names]

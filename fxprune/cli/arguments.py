@@ -14,6 +14,7 @@ from torch import nn
 from fxprune.cli.models import Wanted, load
 from fxprune.cli.objects import data_of, find_object, function_of
 from fxprune.passes.errors import PruneError
+from fxprune.reports.files import is_special
 
 LARGEST_SIZE = 1 << 24  # of one dimension of the example inputs
 
@@ -130,6 +131,8 @@ def check_target(path: Path, what: str, *, folder: bool = False) -> None:
         raise PruneError(f"{what} cannot be written: there is no folder {above}", fix=f"mkdir -p {above}")
     if not os.access(above, os.W_OK):
         raise PruneError(f"{what} cannot be written: {above} is read-only", fix="another folder")
+    if is_special(path):
+        raise PruneError(f"{what} cannot be written: {path} is a device or a pipe", fix="the name of a file")
     if path.is_dir() and not folder:
         raise PruneError(f"{what} cannot be written: {path} is a folder", fix="the name of a file")
     if folder and path.is_file():

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from fxprune.passes.errors import PruneError
 from fxprune.reports.count import count
 from fxprune.reports.coupling import CoupledFamily, Coupling
 from fxprune.reports.coupling_graph import to_dot
+from fxprune.reports.files import replacing
 from fxprune.reports.formatting import short
 from fxprune.reports.report import Report
 from fxprune.reports.reporter import report
@@ -109,13 +108,5 @@ def described(family: CoupledFamily) -> Text:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file so that it is there complete or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
-        what = f"the graph cannot be written: {error.strerror}"
-        raise PruneError(what, where=str(path), fix="--dot with a path that can be written to") from error

@@ -16,7 +16,7 @@ import torch
 from fxprune import __version__
 from fxprune.arguments import did_you_mean
 from fxprune.cli import benchmark, inspect, profile, prune, report, sweep
-from fxprune.cli.output import one_line
+from fxprune.cli.output import one_line, spelled_for
 from fxprune.errors import PruneWarning
 from fxprune.passes.errors import PruneError
 
@@ -83,16 +83,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return int(stop.code or 0)
     command: Any = COMMANDS[arguments.command]
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - closed by the caller: `fxprune ... >&-`
     try:
         with random_seed(), warnings_as_lines(arguments.command):
             # what the model prints is not part of the answer
             with contextlib.redirect_stdout(sys.stderr):
                 answer = command.run(arguments)
-            answer()
-            sys.stdout.flush()
+            with spelled_for(sys.stdout):
+                answer()
+                sys.stdout.flush()
     except PruneError as error:
         parts = [error.what, f"at {error.where}" if error.where else "", f"fix: {error.fix}" if error.fix else ""]
         print(f"fxprune {arguments.command}: error: {one_line('; '.join(p for p in parts if p))}", file=sys.stderr)
+        return BAD_USE
+    except SystemExit as stop:
+        said = f"the model's code ends the process with SystemExit({stop.code!r})"
+        print(f"fxprune {arguments.command}: error: {one_line(said)}", file=sys.stderr)
         return BAD_USE
     except KeyboardInterrupt:
         print(f"fxprune {arguments.command}: stopped", file=sys.stderr)
@@ -100,6 +106,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `fxprune inspect ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left in its buffer
+        print(f"fxprune {arguments.command}: error: the answer cannot be written: {error.strerror}", file=sys.stderr)
+        return BAD_USE
     return 0
 
 

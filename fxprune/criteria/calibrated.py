@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fxprune.arguments import checked_class, shown
 from fxprune.criteria.base import Criterion, describe
 from fxprune.criteria.catalog import CRITERIA, find, resolve
 from fxprune.passes.errors import PruneError
@@ -20,6 +22,7 @@ KEY, FORMAT = "fxprune", "fxprune.calibration/1"
 FIX = "a file that Calibration.save wrote"
 
 
+@checked_class
 class Calibration:
     """What a criterion gathered from data, as a criterion that needs none: `fxprune.calibrate` returns it.
 
@@ -49,6 +52,9 @@ class Calibration:
 
     def save(self, path: os.PathLike[str] | str) -> None:
         """Write it to a `.safetensors` file. Raises PruneError for a criterion without a name, which nothing could load."""
+        check_path(path)
+        if Path(path).exists() and not Path(path).is_file():
+            raise PruneError(f"{path} cannot be written: it is no file", fix="the name of a file")
         if not isinstance(self.criterion, str):
             raise PruneError(f"{self.__name__} has no name to be saved under", fix=f"one of {', '.join(sorted(CRITERIA))}")
         text = json.dumps({"format": FORMAT, "criterion": self.criterion})
@@ -60,6 +66,7 @@ class Calibration:
     @classmethod
     def load(cls, path: os.PathLike[str] | str) -> Calibration:
         """Read what `save` wrote; raises PruneError for anything else."""
+        check_path(path)
         try:
             with safe_open(str(path), "pt") as file:
                 text = (file.metadata() or {}).get(KEY, "{}")
@@ -79,3 +86,9 @@ class Calibration:
             if whole is None or len(whole) < tensor.dim() or torch.broadcast_shapes(whole, tensor.shape) != whole:
                 what = f"the calibration is of another model: {name} has evidence of shape {tuple(tensor.shape)}"
                 raise PruneError(what, where=name, fix="fxprune.calibrate with this model")
+
+
+def check_path(path: Any) -> None:
+    """Raise PruneError for what is no path."""
+    if not isinstance(path, str | os.PathLike):
+        raise PruneError(f"{shown(path)} is no path", fix="the name of a file")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fxprune.arguments import did_you_mean, shown
+from fxprune.arguments import checked_call, checked_class, did_you_mean, shown
 from fxprune.criteria import activation, gradient, weight
 from fxprune.criteria.base import Criterion, CriterionSpec, check_name, describe
 from fxprune.criteria.calibration import GATHER, SAMPLES
@@ -39,6 +39,8 @@ CRITERIA: dict[str, Criterion] = {
     "osscar": OSSCAR(),
     "gates": Gates(),
 }
+for kind in {type(criterion) for criterion in CRITERIA.values()}:
+    checked_class(kind)
 OTHER_NAMES = {  # what the field calls some of them
     **dict.fromkeys(["l1", "l1_norm", "l1norm"], "fxprune.Magnitude(p=1)"),
     **dict.fromkeys(["l2", "l2_norm", "l2norm", "norm", "weight", "lp", "group_norm", "groupnorm"], "'magnitude'"),
@@ -48,6 +50,7 @@ OTHER_NAMES = {  # what the field calls some of them
 }
 
 
+@checked_call()
 def find(criterion: str | Criterion) -> Criterion:
     """The criterion of a given name, or the callable itself; raises PruneError for anything else."""
     if isinstance(criterion, str):

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxprune.arguments import shown
 from fxprune.criteria.base import Criterion, CriterionOptions
 from fxprune.criteria.calibration import Source
 from fxprune.criteria.parameter_roles import roles
@@ -136,6 +137,12 @@ class Random(CriterionOptions):
     """
 
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int | np.integer) or self.seed < 0:
+            what = f"seed must be an integer of 0 or more, not {shown(self.seed)}"
+            raise PruneError(what, where="criterion Random", fix="seed=0")
+        super().__post_init__()
 
     def __call__(self, weight: Tensor) -> Tensor:
         return torch.from_numpy(self.score_units(weight.numel())).reshape(weight.shape)

@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import Any
 
+from fxprune.iterative.pruner import Pruner
 from fxprune.passes.errors import PruneError
+
+# what a callback takes beside its own arguments
+PRUNER = {
+    name: parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+    for name, parameter in inspect.signature(Pruner).parameters.items()
+    if name != "model"
+}
 
 
 class MissingExtra(PruneError, ImportError):

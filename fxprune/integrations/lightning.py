@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from fxprune.integrations import check_alone, check_every, required
+from fxprune.arguments import checked_call, shown
+from fxprune.integrations import PRUNER, check_alone, check_every, required
 from fxprune.iterative.pruner import Pruner
 from fxprune.passes.errors import PruneError
 
@@ -32,7 +33,10 @@ class PruningCallback(Callback):
     Raises: PruneError where the LightningModule has no such module, or several processes train it.
     """
 
+    @checked_call(PRUNER)
     def __init__(self, module: str, *, every: int, **asked: Any) -> None:
+        if not isinstance(module, str):
+            raise PruneError(f"module must be the name of an attribute, not {shown(module)}", fix='PruningCallback("net", ...)')
         self.module, self.every, self.asked = module, check_every(every), asked
         self.pruner: Pruner | None = None
         self._last = 0

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fxprune.integrations import check_alone, check_every, required
+from fxprune.arguments import checked_call
+from fxprune.integrations import PRUNER, check_alone, check_every, required
 from fxprune.iterative.pruner import Pruner
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors
@@ -39,12 +40,14 @@ class PruningCallback(TrainerCallback):
     Raises: PruneError where several processes train the model.
     """
 
+    @checked_call(PRUNER)
     def __init__(self, *, every: int, **asked: Any) -> None:
         if taken := asked.keys() & {"same_class", "mask"}:
             raise PruneError(f"{taken.pop()} is not for the callback to be told: the model keeps its class", fix="leave it out")
         self.every, self.asked = check_every(every), asked
         self.pruner: Pruner | None = None
 
+    @checked_call()
     def resume(self, model: nn.Module, checkpoint: str | Path) -> None:
         """Give a model of the original architecture, in place, the form and the values of the model of a checkpoint.
 

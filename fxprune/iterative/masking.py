@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from fxprune.arguments import checked_call
+from fxprune.arguments import checked_call, did_you_mean, shown
 from fxprune.criteria.base import CriterionOptions, describe
 from fxprune.criteria.parameter_roles import roles
 from fxprune.criteria.scorer import Scorer
@@ -25,13 +25,23 @@ from fxprune.iterative.masked_forward import MaskedForward, zeros_suffice
 from fxprune.passes.coupling.families import families
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import named_tensors
+from fxprune.passes.ir.module_tree import check_module, named_tensors
 from fxprune.passes.ir.slices import Slicer
 from fxprune.passes.verification.zeroed_model import zeroed_copy
 from fxprune.pipeline import Compilation
 from fxprune.plan import PlanData
 from fxprune.selection.options import Attention, Experts, Freeze, Options, Verify
 from fxprune.selection.rectangles import find_nonempty_sets, restore_rectangles
+
+if TYPE_CHECKING:
+    from fxprune.pipeline import Pruned
+
+
+def check_plan(plan: Any) -> PlanData:
+    """The plan; raises PruneError for anything else."""
+    if isinstance(plan, PlanData):
+        return plan
+    raise PruneError(f"plan must be a fxprune.Plan, not {shown(plan)}", fix="fxprune.plan_of(pruned), or pruner.plan")
 
 
 @checked_call()
@@ -52,7 +62,7 @@ def masked(model: nn.Module, plan: PlanData) -> nn.Module:
     Raises: PruneError if the plan is for another model.
     """
     with entry_point(model) as model:
-        made = zeroed(model, plan.masks(model))
+        made = zeroed(model, check_plan(plan).masks(model))
         compute_what_is_kept(made, plan)
         return made
 
@@ -74,8 +84,25 @@ def compute_what_is_kept(model: nn.Module, plan: PlanData, inputs: ExampleInputs
 @checked_call()
 def zeroed(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     """A copy of a model with zeros where a mask, if there is one for a tensor, says so; masks broadcast."""
+    check_module(model)
+    named = dict(named_tensors(model))
+    if not isinstance(masks, Mapping):
+        raise PruneError(f"masks must be a mapping, not {shown(masks)}", fix="masks=plan.masks(model)")
+    for name, mask in masks.items():
+        if name not in named:
+            near = did_you_mean(name, named)
+            raise PruneError(f"masks names {shown(name)}, which is no tensor of the model", fix=f"{near}plan.masks(model)")
+        whole = named[name].shape
+        if not isinstance(mask, Tensor) or not broadcasts(mask.shape, whole):
+            what = f"the mask is {shown(mask)}, and the tensor has shape {tuple(whole)}"
+            raise PruneError(what, where=name, fix="a boolean tensor of its shape, True where it is kept")
     copy: nn.Module = zeroed_copy(model, {name: [mask] for name, mask in masks.items()})[0]
     return copy
+
+
+def broadcasts(shape: Sequence[int], whole: Sequence[int]) -> bool:
+    """Whether a tensor of the first shape can be used as one of the second."""
+    return len(shape) <= len(whole) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(whole)))
 
 
 def muted(model: nn.Module, plan: PlanData, solution: Solution, kept: Tensor) -> nn.Module:
@@ -148,7 +175,7 @@ def hold(model: nn.Module, plan: PlanData, inputs: ExampleInputs | None = None) 
     Raises: PruneError if the plan is for another model.
     """
     handles = []
-    masks = plan.masks(model)
+    masks = check_plan(plan).masks(model)
     before = {name: value for name, value in vars(model).items() if name == "forward"}
     with torch.no_grad():
         for name, tensor in named_tensors(model):
@@ -179,7 +206,7 @@ def prune_zeros(
     attention: Attention = "heads",
     experts: Experts = False,
     verify: Verify = "auto",
-) -> fx.GraphModule:
+) -> Pruned:
     """The pruned model of one with masks: units go whose every parameter element is zero.
 
     >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
@@ -198,8 +225,10 @@ def prune_zeros(
         options = Options.parse(model, freeze=freeze, release=release, attention=attention, experts=experts, verify=verify)
         compilation = Compilation(model, ExampleInputs.parse(example_inputs, model).check(model), options.coupling)
         choice = compilation.choose_by(lambda solution: zero_units(model, solution))
-        pruned = compilation.emit(choice)
-        return compilation.verify(pruned, choice) if options.verifies(model) else pruned
+        pruned: Any = compilation.emit(choice)
+        if options.verifies(model):
+            pruned = compilation.verify(pruned, choice)
+        return pruned
 
 
 def zero_units(model: nn.Module, solution: Solution) -> tuple[Tensor, Slicer]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fxprune.arguments import shown
 from fxprune.iterative.plan_mapping import undo_slices
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.pytree import collect
@@ -115,6 +116,9 @@ def remap(optimizer: Any, move: Move) -> None:
 
 def remap_state(state: Mapping[str, Any], move: Move) -> dict[str, Any]:
     """A state dict of the model before (or of a wrapper that calls it `module`), in the shapes of the next one."""
+    if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
+        what = f"average must be a state dict or a module, not {shown(state)}"
+        raise PruneError(what, fix="an AveragedModel, or the state dict of one")
     made: dict[str, Any] = {}
     for key, value in state.items():
         name = move.keys.get(key, move.keys.get(key.removeprefix("module.")))
@@ -143,3 +147,10 @@ def remap_module(average: nn.Module, move: Move) -> nn.Module:
         return fresh
     average.module = fresh
     return average
+
+
+def taken(move: Move | None) -> Move:
+    """The move of the last step; raises PruneError where there was none."""
+    if move is None:
+        raise PruneError("no step was taken yet", fix="call it after pruner.step()")
+    return move

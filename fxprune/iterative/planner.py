@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from fxprune.criteria.calibration import Target
@@ -17,9 +18,10 @@ from fxprune.criteria.catalog import find, resolve
 from fxprune.criteria.parameter_roles import roles
 from fxprune.criteria.unit_scores import normalise_scores, score_units
 from fxprune.distributed.ranks import Ranks
+from fxprune.iterative.history import HistoryStep
 from fxprune.iterative.plan_mapping import narrow_labels, tensors_of
 from fxprune.iterative.proposal import StepChoice
-from fxprune.iterative.schedules import part_of
+from fxprune.iterative.schedules import describe_request, part_of
 from fxprune.passes.capture.programs import programs
 from fxprune.passes.coupling.families import Family
 from fxprune.passes.ir.module_tree import named_tensors, on_meta
@@ -31,6 +33,7 @@ from fxprune.plan import PlanData
 from fxprune.reports.coupling import CoupledFamily, coupled_family
 from fxprune.selection.allocation import Allocator
 from fxprune.selection.candidates import form_groups
+from fxprune.selection.choice import Choice
 from fxprune.selection.costs import Costs, elements
 from fxprune.selection.latency import too_slow, used_share
 from fxprune.selection.options import Options
@@ -81,6 +84,7 @@ class Planner:
         """Raise PruneError where the last step would fail, or none would remove anything, whatever the scores."""
         score = np.zeros(len(self.unit_of))
         budget = self.options.budget
+        limit = 0.0
         if budget is not None:
             limit = budget.limit(self.original)
             allocator = Allocator(self.free, score, self.solution, self.options)
@@ -92,9 +96,11 @@ class Planner:
                     raise too_slow(budget, found)
             elif (least := budget.cost(self.costs, slicer)) > limit:
                 raise budget.unreachable(least, self.original)
-        else:
+        if self.probe is None:
             kept, _ = allocate(self.free, score, self.costs, self.options)
-            check_effect(self.model, self.free, score, self.solution, self.options, kept)
+        else:
+            kept = torch.tensor([self.original <= limit])  # how much goes is found out in each step
+        check_effect(self.model, self.free, score, self.solution, self.options, kept)
 
     def choose(self, present: nn.Module, view: View, gone: np.ndarray, share: float, ranks: Ranks | None = None) -> StepChoice:
         """What is removed when a share of what is asked for is done.
@@ -119,6 +125,23 @@ class Planner:
         removed = np.zeros(len(self.unit_of), bool)
         removed[self.unit_of[~kept.numpy()]] = True
         return removed
+
+    def record(
+        self, number: int, share: float, choices: tuple[Choice, Choice], gone: np.ndarray, error: float | None
+    ) -> HistoryStep:
+        """What a step did, by the choices before and after it and the units that were gone before."""
+        units = np.concatenate([f.units for f in self.free])
+        before, after = (choice.slicer for choice in choices)
+        now = ~choices[1].kept.numpy()
+        return HistoryStep(
+            number,
+            describe_request(part_of(self.options, share, self.original)),
+            (int(now[units].sum()), len(units)),
+            int((now & ~gone)[units].sum()),
+            (self.costs.of(before, "params"), self.costs.of(after, "params")),
+            (self.costs.of(before, "macs"), self.costs.of(after, "macs")),
+            error,
+        )
 
     def settle(self, removed: np.ndarray, score: np.ndarray, held: np.ndarray) -> tuple[Tensor, Slicer]:
         return restore_rectangles(self.solution, removed, score, self.guards, held)

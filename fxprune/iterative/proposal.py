@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from torch import Tensor, nn
 
+from fxprune.arguments import checked_class
 from fxprune.passes.coupling.families import Family
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.slices import Slicer
 from fxprune.reports.coupling import CoupledFamily
 from fxprune.reports.formatting import counted
+
+Made = TypeVar("Made", bound=nn.Module)  # what a step returns
 
 Settle = Callable[[np.ndarray, np.ndarray], tuple[Tensor, Slicer]]
 
@@ -34,6 +38,7 @@ class StepChoice:
     settle: Settle
 
 
+@checked_class
 class Candidate:
     """Families that lose units together: nearly always one.
 
@@ -45,7 +50,7 @@ class Candidate:
         applied: whether they will.
     """
 
-    def __init__(self, choice: StepChoice, group: Sequence[tuple[Family, CoupledFamily]], proposal: Proposal) -> None:
+    def __init__(self, choice: StepChoice, group: Sequence[tuple[Family, CoupledFamily]], proposal: Proposal[Any]) -> None:
         self._choice, self._own, self._proposal = choice, [own for own, _ in group], proposal
         self.families = tuple(shown for _, shown in group)
         fresh = choice.wanted & ~choice.gone
@@ -118,7 +123,8 @@ class Candidate:
         return self
 
 
-class Proposal:
+@checked_class
+class Proposal(Generic[Made]):
     """What a step would remove. Iterating gives the candidates; `finish` takes the step with those that were applied.
 
     Attributes:
@@ -129,7 +135,7 @@ class Proposal:
         self,
         choice: StepChoice,
         groups: Sequence[Sequence[tuple[Family, CoupledFamily]]],
-        build: Callable[[np.ndarray], nn.Module],
+        build: Callable[[np.ndarray], Made],
     ) -> None:
         self.choice, self.build = choice, build
         self.candidates = [Candidate(choice, group, self) for group in groups]
@@ -144,7 +150,7 @@ class Proposal:
     def __getitem__(self, family: str) -> Candidate:
         """The candidate with a family of this name."""
         for candidate in self.candidates:
-            if any(own.answers(family) for own in candidate._own):
+            if isinstance(family, str) and any(own.answers(family) for own in candidate._own):
                 return candidate
         names = ", ".join(c.family.name for c in self.candidates[:3])
         raise PruneError(f"no family is called {family!r}", fix=f"a name such as {names}")
@@ -157,6 +163,6 @@ class Proposal:
                 found |= candidate.removed()
         return found
 
-    def finish(self) -> nn.Module:
+    def finish(self) -> Made:
         """Take the step with what was applied; the pruned model."""
         return self.build(self.removed())

@@ -3,39 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
 import numpy as np
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fxprune.arguments import checked_call, shown
+from fxprune.arguments import checked_call, checked_class, shown
 from fxprune.distributed.ranks import ranks_of
 from fxprune.entry_points import entry_point, unwrapped
 from fxprune.inputs import ExampleInputs
-from fxprune.iterative.history import History, HistoryStep
+from fxprune.iterative.history import History
 from fxprune.iterative.masking import hold, mask_again, muted
-from fxprune.iterative.optimizer_state import Move, remap, remap_module, remap_state
+from fxprune.iterative.optimizer_state import Move, remap, remap_module, remap_state, taken
 from fxprune.iterative.plan_mapping import tensors_of, widened
 from fxprune.iterative.planner import Planner, View
-from fxprune.iterative.proposal import Proposal, StepChoice
-from fxprune.iterative.pruner_state import PresentModel, PrunerState, asked_of
-from fxprune.iterative.regularizers import Regularizer, Spans, find, spans_of
-from fxprune.iterative.schedules import Schedule, describe_request, part_of, shares
+from fxprune.iterative.proposal import Made, Proposal, StepChoice
+from fxprune.iterative.pruner_state import AskedOfPruner, PresentModel, PrunerState, asked_of
+from fxprune.iterative.regularizers import Regularizer, Spans, find, spans_of, with_gradients
+from fxprune.iterative.schedules import Schedule, shares
 from fxprune.passes.errors import PruneError
-from fxprune.pipeline import Compilation
+from fxprune.pipeline import AnyModule, Compilation
 from fxprune.plan import PlanData
-from fxprune.selection.argument_checks import is_one_of
+from fxprune.selection.argument_checks import check_flag, is_one_of
 from fxprune.selection.choice import Choice
 from fxprune.selection.options import ASKED, Asked, Options, Ratio, Verify
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from fxprune.pipeline import Pruned
+
 AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
 
 
-class Pruner:
+@checked_class
+class Pruner(Generic[Made]):
     """Prunes a model in steps; what each one leaves is trained before the next.
 
     >>> import torch, fxprune
@@ -67,6 +70,30 @@ class Pruner:
     Raises: PruneError for anything that cannot be done, already here where the last step could not be.
     """
 
+    @overload
+    def __init__(
+        self: Pruner[Pruned],
+        model: nn.Module,
+        ratio: Ratio | None = None,
+        example_inputs: Any = None,
+        *,
+        mask: None = None,
+        same_class: Literal[False] = False,
+        **asked: Unpack[AskedOfPruner],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: Pruner[AnyModule],
+        model: AnyModule,
+        ratio: Ratio | None = None,
+        example_inputs: Any = None,
+        *,
+        mask: Literal["hold", "soft"] | None = None,
+        same_class: bool = False,
+        **asked: Unpack[AskedOfPruner],
+    ) -> None: ...
+
     @checked_call(ASKED)
     def __init__(
         self,
@@ -83,6 +110,7 @@ class Pruner:
         **asked: Unpack[Asked],
     ) -> None:
         with ranks_of(model) as self._ranks, entry_point(model) as model:
+            check_flag("same_class", same_class)
             options = Options.parse(model, ratio=ratio, verify=verify, **asked)
             self._shares, self._same_class, self._regularizer = shares(schedule, steps), same_class, find(regularizer)
             if mask is not None and not is_one_of(mask, ("hold", "soft")):
@@ -95,11 +123,10 @@ class Pruner:
             self._choice = self._settled(self._gone, np.zeros(len(self._gone)))
             self.plan = self._compilation.plan(self._choice)
             self._view = self._whole = View(self.plan)
-            self.history = History()
             self._move: Move | None = None
             self._spans: Spans | None = None
             self._marked: np.ndarray | None = None
-            self._calls = 0
+            self.history, self._calls = History(), 0
 
     @property
     def done(self) -> bool:
@@ -111,12 +138,11 @@ class Pruner:
     # -- steps ------------------------------------------------------------------------------------------------------------
 
     @overload
-    def step(self, model: nn.Module | None = None, *, interactive: Literal[False] = False) -> Any: ...
+    def step(self, model: nn.Module | None = None, *, interactive: Literal[False] = False) -> Made: ...
 
     @overload
-    def step(self, model: nn.Module | None = None, *, interactive: Literal[True]) -> Proposal: ...
+    def step(self, model: nn.Module | None = None, *, interactive: Literal[True]) -> Proposal[Made]: ...
 
-    @checked_call()
     def step(self, model: nn.Module | None = None, *, interactive: bool = False) -> Any:
         """The next smaller model, from the present one as it is trained by now.
 
@@ -132,6 +158,7 @@ class Pruner:
 
         Raises: PruneError when all steps were taken, or `model` is another model; nothing has changed then.
         """
+        check_flag("interactive", interactive)
         if self.done:
             what = f"all {len(self._shares)} steps were taken" if len(self._shares) > 1 else "the only step was taken"
             raise PruneError(what, fix="steps= says how many there are; pruner.done tells when to stop")
@@ -172,18 +199,9 @@ class Pruner:
     def _take(self, present: nn.Module, choice: Choice) -> nn.Module:
         plan = self._compilation.plan(choice)
         made = self._made(present, plan, choice)
-        units = np.concatenate([f.units for f in self._planner.free])
-        now, costs = ~choice.kept.numpy(), self._planner.costs
-        verification = getattr(made, "meta", {}).get("verification")  # with masks there is none
-        step = HistoryStep(
-            len(self.history) + 1,
-            describe_request(part_of(self._planner.options, self._shares[len(self.history)], self._planner.original)),
-            (int(now[units].sum()), len(units)),
-            int((now & ~self._gone)[units].sum()),
-            (costs.of(self._choice.slicer, "params"), costs.of(choice.slicer, "params")),
-            (costs.of(self._choice.slicer, "macs"), costs.of(choice.slicer, "macs")),
-            None if verification is None else verification.error,
-        )
+        error = getattr(getattr(made, "meta", {}).get("verification"), "error", None)  # with masks there is none
+        number = len(self.history)
+        step = self._planner.record(number + 1, self._shares[number], (self._choice, choice), self._gone, error)
         view = self._view if self._mask else View(plan)
         before, after = self._tensors(present), tensors_of(made, view.plan)
         zero = plan.masks(self._original) if self._mask == "hold" else {}
@@ -198,7 +216,7 @@ class Pruner:
     def _made(self, present: nn.Module, plan: PlanData, choice: Choice) -> nn.Module:
         if self._mask is None:
             return self._shrunk(present, plan, verify=True)
-        whole = self._widened(present)
+        whole = widened(self._original, present, self._tensors(present), self._view.plan)
         if self._mask == "soft":
             return muted(whole, plan, self._planner.solution, choice.kept)
         hold(whole, plan, self._compilation.inputs.beside(whole))
@@ -213,16 +231,13 @@ class Pruner:
             return self._shrunk(present, self.plan, verify=True)
 
     def _shrunk(self, present: nn.Module, plan: PlanData, verify: bool) -> Any:
-        whole = self._widened(present)
+        whole = widened(self._original, present, self._tensors(present), self._view.plan)
         self._compilation.follow()
         choice = self._compilation.choice_of(plan)
         pruned = self._compilation.emit(choice, values=whole)
         if verify and self._options.verifies(whole):
             pruned = self._compilation.verify(pruned, choice, values=whole)
         return self._compilation.restore_class(pruned, whole) if verify and self._same_class else pruned
-
-    def _widened(self, present: nn.Module) -> nn.Module:
-        return widened(self._original, present, self._tensors(present), self._view.plan)
 
     def _tensors(self, model: nn.Module) -> dict[str, Tensor]:
         return tensors_of(model, self._view.plan, self._planner.learned)
@@ -251,14 +266,14 @@ class Pruner:
         Returns: the same optimizer. Raises: PruneError where it holds none of that model's parameters, or state that cannot
         be sliced (that of LBFGS); nothing has changed then.
         """
-        remap(optimizer, self._last_move())
+        remap(optimizer, taken(self._move))
         return optimizer
 
     @overload
     def remap_average(self, average: Mapping[str, Any]) -> dict[str, Any]: ...
 
     @overload
-    def remap_average(self, average: nn.Module) -> nn.Module: ...
+    def remap_average(self, average: AnyModule) -> AnyModule: ...
 
     def remap_average(self, average: Any) -> Any:
         """Remap a moving average of the weights to the model that the last step returned.
@@ -269,13 +284,8 @@ class Pruner:
 
         Returns: the state dict or the module for the new model. Raises: PruneError for averages of another model.
         """
-        move = self._last_move()
+        move = taken(self._move)
         return remap_module(average, move) if isinstance(average, nn.Module) else remap_state(average, move)
-
-    def _last_move(self) -> Move:
-        if self._move is None:
-            raise PruneError("no step was taken yet", fix="call it after pruner.step()")
-        return self._move
 
     # -- going on in another process -------------------------------------------------------------------------------------------
 
@@ -286,7 +296,8 @@ class Pruner:
         """
         model = PresentModel.of(self.model, self._original, cut=self._mask is None and len(self.history) > 0)
         units = (self._choice.kept, self._gone, self._marked)
-        return PrunerState.of(self._asked, self.plan, units, self._calls, self.history, self._compilation, model).to_dict()
+        asked = asked_of(self._shares, self._mask, self._options)
+        return PrunerState.of(asked, self.plan, units, self._calls, self.history, self._compilation, model).to_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where the pruner was whose `state_dict` this is, bit by bit; it had the same arguments and architecture.
@@ -295,7 +306,7 @@ class Pruner:
         Raises: PruneError that says what differs; nothing has changed then.
         """
         with entry_point(self._original):
-            found = PrunerState.from_dict(state, self._asked)
+            found = PrunerState.from_dict(state, asked_of(self._shares, self._mask, self._options))
             self._compilation.follow()
             resumed = found.resume(self._compilation, self._planner, self._options)
             if self._mask is not None and resumed.plan.slices:
@@ -308,10 +319,6 @@ class Pruner:
             self._view = View(self.plan) if cut else self._whole
             self.model = self.shrink() if cut and self._same_class else resumed.model
 
-    @property
-    def _asked(self) -> dict[str, str]:
-        return asked_of(self._shares, self._mask, self._options)
-
     # -- sparse training --------------------------------------------------------------------------------------------------
 
     def regularize(self, model: nn.Module) -> None:
@@ -323,14 +330,10 @@ class Pruner:
         Raises: PruneError for another model, or before any backward(); nothing has changed then.
         """
         model = unwrapped(model)
-        tensors = self._tensors(model)
-        learned = {n: t for n, t in tensors.items() if isinstance(t, nn.Parameter) and t.is_floating_point()}
-        if all(p.grad is None for p in learned.values()):
-            raise PruneError("no parameter has a gradient", where=type(model).__name__, fix="loss.backward() first")
+        learned = with_gradients(model, self._tensors(model))
         if getattr(self._regularizer, "foresees", False) and self._marked is None:
-            self._marked = np.zeros_like(self._gone)
-            if not self.done:
-                self._marked = self._chosen(model, len(self.history)).wanted & ~self._stuck
+            chosen = None if self.done else self._chosen(model, len(self.history))
+            self._marked = np.zeros_like(self._gone) if chosen is None else chosen.wanted & ~self._stuck
         if self._spans is None:
             self._spans = spans_of(self._planner.solution, self._planner.free, self._stuck, self._view.plan, self._regularizer)
         self._spans.add(learned, self._regularizer, self._marked, self._calls)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor, fx, nn
 
 from fxprune.iterative.history import History, HistoryStep
 from fxprune.iterative.planner import Planner
-from fxprune.iterative.schedules import describe_request
+from fxprune.iterative.regularizers import Regularizer
+from fxprune.iterative.schedules import Schedule, describe_request
 from fxprune.module_state import ModuleState
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import copy_tree, named_tensors
@@ -22,12 +23,21 @@ from fxprune.pipeline import Compilation, Plan
 from fxprune.plan import PlanData, plan_between
 from fxprune.records import parse_record, plain_record
 from fxprune.selection.choice import Choice
-from fxprune.selection.options import Options
+from fxprune.selection.options import Asked, Options, Verify
 from fxprune.verification import Verification
 
 FORMAT = "fxprune.pruner/1"
 ORIGINAL = "the architecture that it was saved from"
 STATE = "what Pruner.state_dict() returned"
+
+
+class AskedOfPruner(Asked, total=False):
+    """The arguments of a `Pruner`, which documents them, beside those that say what its steps return."""
+
+    verify: Verify
+    schedule: Literal["linear", "cubic"] | str | Schedule
+    steps: int
+    regularizer: Literal["bn_l1", "group_lasso", "depgraph", "growing"] | str | Regularizer
 
 
 def asked_of(shares: Sequence[float], mask: str | None, options: Options) -> dict[str, str]:

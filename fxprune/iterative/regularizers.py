@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fxprune.arguments import did_you_mean, shown
+from fxprune.arguments import checked_class, did_you_mean, shown
 from fxprune.criteria.parameter_roles import roles
 from fxprune.criteria.scorer import HALF_DTYPES
 from fxprune.iterative.plan_mapping import narrow_labels
@@ -78,6 +78,7 @@ def check_positive(of: object, **numbers: float) -> None:
             raise PruneError(f"{name} must be a positive number, not {shown(value)}", where=f"regularizer {type(of).__name__}")
 
 
+@checked_class
 @dataclass(frozen=True, kw_only=True)
 class BNL1(Strength):
     """strength * sum |s| over the scales s of normalised activations (network slimming, Liu et al., arXiv:1708.06519)."""
@@ -89,6 +90,7 @@ class BNL1(Strength):
         return torch.full_like(units.squares, self.strength)
 
 
+@checked_class
 @dataclass(frozen=True, kw_only=True)
 class GroupLasso(Strength):
     """strength * sum over units of the L2 norm of all that belongs to one (Wen et al., arXiv:1608.03665).
@@ -101,6 +103,7 @@ class GroupLasso(Strength):
         return torch.where(norm > 0, self.strength / norm, 0.0)
 
 
+@checked_class
 @dataclass(frozen=True, kw_only=True)
 class DepGraph(Strength):
     """strength * sum over units of g * (squared norm), with g larger for less important units (Fang et al., arXiv:2301.12900).
@@ -120,6 +123,7 @@ class DepGraph(Strength):
         return 2 * self.strength * 2 ** (self.alpha * share)
 
 
+@checked_class
 @dataclass(frozen=True, kw_only=True)
 class Growing(Strength):
     """growth / 2 * sum of squared norms of the units that go in the next step (GReg-1, Wang et al., arXiv:2012.09243).
@@ -252,3 +256,11 @@ def checked(pull: Any, squares: Tensor, of: Regularizer) -> None:
         raise PruneError(f"the regularizer {name} returns {got} for {len(squares):,} units", fix=fix)
     if not bool(pull.isfinite().all()):
         raise PruneError(f"the regularizer {name} gives numbers that are not finite", fix="look for NaN among the parameters")
+
+
+def with_gradients(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
+    """Those of a model's tensors that are trained; raises PruneError where none has a gradient."""
+    learned = {n: t for n, t in tensors.items() if isinstance(t, nn.Parameter) and t.is_floating_point()}
+    if all(p.grad is None for p in learned.values()):
+        raise PruneError("no parameter has a gradient", where=type(model).__name__, fix="loss.backward() first")
+    return learned

@@ -7,7 +7,7 @@ example_inputs=x, remove={...})` does that.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,11 @@ from fxprune.layers.alone import remove_alone
 from fxprune.layers.calls import how_called
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.quiet import without_modes
+from fxprune.selection.argument_checks import check_flag
 from fxprune.selection.indices import parse_indices, spelled
 
 __all__ = ["remove_heads", "remove_inputs", "remove_outputs"]
-Layer = TypeVar("Layer", nn.Module, nn.Parameter)
+Layer = TypeVar("Layer", bound=nn.Module | Tensor)  # torch says that the weight of a layer is a Tensor
 
 
 @checked_call()
@@ -44,11 +45,13 @@ def remove_outputs(layer: Layer, indices: Sequence[int], *, dim: int | None = No
 
     Raises: PruneError for indices that cannot go, or not alone (groups of a convolution lose equally many).
     """
-    if isinstance(layer, nn.Parameter):
-        return without(layer, indices, 0 if dim is None else dim, inplace=inplace)
-    with entry_point(layer):
-        call = how_called(layer, dim)
-        return remove_alone(layer, call, dict.fromkeys(call.outputs, indices), inplace=inplace)
+    check_flag("inplace", inplace)
+    given: Any = layer
+    if isinstance(given, nn.Parameter):
+        return without(given, indices, 0 if dim is None else dim, inplace=inplace)
+    with entry_point(given):
+        call = how_called(given, dim)
+        return remove_alone(given, call, dict.fromkeys(call.outputs, indices), inplace=inplace)
 
 
 @checked_call()
@@ -65,14 +68,16 @@ def remove_inputs(layer: Layer, indices: Sequence[int], *, dim: int | None = Non
     Arguments: as for `remove_outputs`; the dimension of a parameter is 1 by default, and of a Bilinear 1 is its first input
     and 2 its second.
     """
-    if isinstance(layer, nn.Parameter):
-        return without(layer, indices, min(1, layer.dim() - 1) if dim is None else dim, inplace=inplace)
-    with entry_point(layer):
-        call = how_called(layer, dim)
+    check_flag("inplace", inplace)
+    given: Any = layer
+    if isinstance(given, nn.Parameter):
+        return without(given, indices, min(1, given.dim() - 1) if dim is None else dim, inplace=inplace)
+    with entry_point(given):
+        call = how_called(given, dim)
         if not call.inputs:
             what = f"a layer of type {type(layer).__name__} has no input channels"
             raise PruneError(what, fix="fxprune.layers.remove_outputs(layer, indices)")
-        return remove_alone(layer, call, dict.fromkeys(call.inputs, indices), inplace=inplace)
+        return remove_alone(given, call, dict.fromkeys(call.inputs, indices), inplace=inplace)
 
 
 @checked_call()
@@ -93,6 +98,7 @@ def remove_heads(
             result has the forward of its class; else a program as its forward, which takes no masks.
         inplace: as for `remove_outputs`.
     """
+    check_flag("inplace", inplace)
     with entry_point(layer):
         given: nn.Module = layer
         if not isinstance(given, nn.MultiheadAttention):
@@ -103,12 +109,13 @@ def remove_heads(
             raise PruneError(f"the layer has {layer.num_heads} heads, and none with number {gone[-1]}", fix="heads=[0]")
         call, width = how_called(layer), layer.head_dim
         asked: dict[str, Sequence[int]] = {"layer.out_proj:1": [h * width + i for h in gone for i in range(width)]}
-        if len(embedding):
-            asked |= dict.fromkeys([*call.inputs, *call.outputs], embedding)
+        if embedding != ():
+            channels = parse_indices(embedding, "embedding", layer)
+            asked |= dict.fromkeys([*call.inputs, *call.outputs], channels)
         return remove_alone(layer, call, asked, inplace=inplace)
 
 
-def without(parameter: nn.Parameter, indices: Sequence[int], dim: int, *, inplace: bool) -> nn.Parameter:
+def without(parameter: nn.Parameter, indices: Sequence[int], dim: int, *, inplace: bool) -> Any:
     """A parameter without some indices of a dimension."""
     gone = parse_indices(indices, "indices", f"a parameter of shape {tuple(parameter.shape)}")
     if isinstance(dim, bool) or not isinstance(dim, int) or not -parameter.dim() <= dim < parameter.dim():

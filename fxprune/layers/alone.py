@@ -16,7 +16,7 @@ from fxprune.passes.ir.module_tree import copy_tree, fetch, named_tensors
 from fxprune.passes.ir.slices import apply_slices
 from fxprune.passes.rewrite.pruned_module import RewrittenForward
 from fxprune.pipeline import Compilation
-from fxprune.plan import plan_of
+from fxprune.plan import plan_carried
 from fxprune.selection.indices import parse_indices
 from fxprune.selection.options import Options
 
@@ -98,7 +98,7 @@ def pruned_alone(alone: Alone, remove: Mapping[str, Sequence[int]]) -> Any:
 
 def become(layer: nn.Module, small: Any) -> None:
     """Give a layer the sizes, the attributes and, where it has one, the program of the layer in a pruned `Alone`."""
-    slices = plan_of(small).slices
+    slices = plan_carried(small).slices
     for name, new in named_tensors(small.layer):
         if name.rpartition(".")[2].startswith("_kept_index_"):
             continue

@@ -7,13 +7,13 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from rich.text import Text
 from torch import Tensor, nn
 
-from fxprune.arguments import checked_call, shown
+from fxprune.arguments import checked_call, checked_class, shown
 from fxprune.criteria.calibration import BATCHES, Batch, check_batches, check_source, parse_batch
 from fxprune.entry_points import entry_point
 from fxprune.inputs import device_of
@@ -22,6 +22,7 @@ from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.pytree import collect
 from fxprune.passes.ir.quiet import unobserved, without_modes
+from fxprune.pipeline import AnyModule
 from fxprune.plan import plan_between
 from fxprune.repairs.block_tuning import NAME as BLOCK
 from fxprune.repairs.block_tuning import BlockInputs, BlockTuning, Tuning
@@ -41,10 +42,12 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
+Method = Literal["refit", "block", "merge", "fold", "reconstruct", "compensate", "recalibrate"]
 SHOWN = 30
 ALONE = (REFIT, BLOCK, MERGE)  # methods that go with no other
 
 
+@checked_class
 @dataclass(frozen=True)
 class Repair(Printable):
     """What was repaired; printable, and found in `meta["repair"]` of what `repair` returns.
@@ -112,17 +115,17 @@ class Repair(Printable):
 @without_modes()
 def repair(
     model: nn.Module,
-    pruned: nn.Module,
+    pruned: AnyModule,
     data: Iterable[Any] | None = None,
     *,
-    method: str | Sequence[str] | None = None,
+    method: Method | str | Sequence[Method | str] | None = None,
     ridge: float | None = None,
     held_out: float = 0.25,
     loss: Loss | None = None,
     steps: int = 200,
     block_inputs: BlockInputs = "pruned",
     seed: int = 0,
-) -> Any:
+) -> AnyModule:
     """A copy of a pruned model, closer to the original on some data, without training.
 
     >>> import fxprune

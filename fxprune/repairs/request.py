@@ -14,9 +14,9 @@ from fxprune.criteria.calibration import BATCHES, check_batches, parse_batch
 from fxprune.passes.errors import PruneError
 from fxprune.repairs.merge import NAME as MERGE
 from fxprune.repairs.refit import NAME as REFIT
-from fxprune.repairs.repair import asked, default_methods, repair
+from fxprune.repairs.repair import Method, asked, default_methods, repair
 
-Repairs = bool | str | Sequence[str] | Mapping[str, Any]
+Repairs = bool | Method | str | Sequence[Method | str] | Mapping[str, Any]
 WAYS = "repair=True, the name of a method, or arguments of fxprune.repair such as {'method': 'refit', 'held_out': 0.2}"
 
 
@@ -53,7 +53,7 @@ class RepairRequest:
 
     def apply(self, model: nn.Module, pruned: nn.Module) -> Any:
         """The repaired copy, with what was chosen for it in `meta`."""
-        made = repair(model, pruned, self.data, **self.arguments)
+        made: Any = repair(model, pruned, self.data, **self.arguments)
         if self.arguments.get("method") is None and self.data is not None:
             methods, why = default_methods(parse_batch(next(iter(self.data))))
             made.meta["chosen"] = (*made.meta.get("chosen", ()), f"repair by {' and '.join(methods)}, since {why}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 from torch import fx, nn
 
-from fxprune.arguments import checked_call
+from fxprune.arguments import checked_call, checked_class
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.capture.programs import programs
@@ -47,6 +47,7 @@ class ModuleCount:
     bytes: int
 
 
+@checked_class
 @dataclass(frozen=True)
 class Count(Printable):
     """What a model holds and computes; printable.

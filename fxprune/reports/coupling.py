@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
+from torch import nn
 
-from fxprune.arguments import checked_call
+from fxprune.arguments import checked_class
 from fxprune.entry_points import entry_point
 from fxprune.passes.coupling.families import Family, listed, place_of, spells
 from fxprune.passes.coupling.solution import Solution
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 SHOWN = 4
 
 
+@checked_class
 @dataclass(frozen=True)
 class CoupledFamily:
     """Layers that are pruned together.
@@ -83,6 +85,7 @@ class CoupledFamily:
         }
 
 
+@checked_class
 class Coupling(Printable):
     """Families of a model: printable, and exportable as JSON or as a graph.
 
@@ -145,8 +148,7 @@ class Coupling(Printable):
 
         return coupling_graph(self._solution, self._found)
 
-    @checked_call()
-    def group(self, layer: Any, indices: Sequence[int] | None = None) -> Group:
+    def group(self, layer: str | nn.Module, indices: Sequence[int] | None = None) -> Group:
         """All that goes with some channels, as a chain of links, each with the op that causes it.
 
         >>> import torch, fxprune

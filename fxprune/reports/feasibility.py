@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 from torch import nn
 
-from fxprune.arguments import checked_call
+from fxprune.arguments import checked_call, checked_class
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.ir.quiet import without_modes
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 COMPUTED = ("params", "macs", "memory")
 
 
+@checked_class
 @dataclass(frozen=True)
 class Feasibility(Printable):
     """What pruning can bring a model to.

@@ -16,8 +16,12 @@ from fxprune.passes.errors import PruneError
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place, all at once and for good, when the block ends without an error.
 
-    Raises: PruneError where nothing can be written there; what was there before is left.
+    Where `path` is a link, what it leads to is written. Raises: PruneError where nothing can be written there, and for devices
+    and pipes, which nothing can take the place of; what was there before is left.
     """
+    if is_special(path):
+        raise PruneError(f"{path} cannot be written: it is a device or a pipe", fix="the name of a file")
+    path = Path(os.path.realpath(path))
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent)
         os.close(handle)
@@ -36,6 +40,11 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def is_special(path: Path) -> bool:
+    """Whether there is something that is neither a file nor a folder."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
 def as_path(path: Any) -> Path:
     """A path of the text or the path that was given; raises PruneError for what is none."""
     try:
@@ -44,7 +53,7 @@ def as_path(path: Any) -> Path:
         if "\0" in str(made):
             raise ValueError("it holds a null character")
     except (TypeError, ValueError) as error:
-        raise PruneError(f"{str(path)[:60]!r} is no path: {one_line(error)}", fix="the name of a file or a folder") from error
+        raise PruneError(f"{str(path)[:60]!r} is no path: {one_line(error)}", fix="the name of a file or a folder") from None
     return made
 
 

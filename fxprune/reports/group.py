@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 from rich.text import Text
+from torch import nn
 
-from fxprune.arguments import checked_call
+from fxprune.arguments import checked_class
 from fxprune.passes.coupling.families import place_of
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.ir.constraints import SPAN
 from fxprune.passes.ops.registry import spec_of
 from fxprune.reports.coupling_graph import ends
 from fxprune.reports.formatting import Printable, counted, table
+from fxprune.selection.argument_checks import check_flag
 from fxprune.selection.indices import spelled
 from fxprune.selection.options import Verify
 from fxprune.selection.places import Place
@@ -23,6 +25,8 @@ from fxprune.selection.removal import why_uneven
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from fxprune.pipeline import Pruned
 
 AS_ASKED = "as asked"
 SPELLED = 4  # runs of indices in a line
@@ -50,6 +54,7 @@ class Link:
         return f"{place_of(self.tensor)}:{self.dim} [{spelled(self.indices, SPELLED)}] {why}"
 
 
+@checked_class
 @dataclass(frozen=True)
 class Group(Printable):
     """All that goes with some channels, as a chain; iterable, printable, and `apply()` removes it.
@@ -88,13 +93,20 @@ class Group(Printable):
         found = {name: getattr(self, name) for name in ("name", "indices", "frozen", "rows")}
         return found | {"links": [asdict(link) for link in self.links]}
 
-    @checked_call()
-    def apply(self, *, verify: Verify = "auto", same_class: bool = False) -> Any:
+    @overload
+    def apply(self, *, verify: Verify = "auto", same_class: Literal[False] = False) -> Pruned: ...
+
+    @overload
+    def apply(self, *, verify: Verify = "auto", same_class: bool) -> nn.Module: ...
+
+    def apply(self, *, verify: Verify = "auto", same_class: bool = False) -> Pruned | nn.Module:
         """The pruned model without these channels and all that goes with them; the original is not touched.
 
         Arguments: as for `prune`. Raises: PruneError where they cannot go, or not alone.
         """
-        return self._apply(self.remove, verify, same_class)
+        check_flag("same_class", same_class)
+        made: Pruned | nn.Module = self._apply(self.remove, verify, same_class)
+        return made
 
     def headline(self) -> str:
         places = counted(len(self.remove), "dimension")

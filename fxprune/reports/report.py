@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
+from fxprune.arguments import checked_class
 from fxprune.reports.changes import FamilyChange, ModuleChange
 from fxprune.reports.coupling_graph import Link
 from fxprune.reports.files import as_path, replacing
@@ -34,6 +35,7 @@ WORTH_NAMING = 0.02
 UNEVEN = 0.25  # of the parameters that are left
 
 
+@checked_class
 @dataclass(frozen=True)
 class Report(Printable):
     """What pruning did to a model; printable.

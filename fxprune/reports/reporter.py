@@ -26,6 +26,7 @@ from fxprune.reports.ratios import RATIOS, RatioCosts, RatioSweep
 from fxprune.reports.report import Report
 from fxprune.reports.sensitivity import Sensitivity, checked_ratios
 from fxprune.reports.sweep import Sweep
+from fxprune.selection.argument_checks import check_flag
 from fxprune.selection.latency import Latency
 from fxprune.selection.options import STREAMS_LAST, Options, Ranking, Scopes
 from fxprune.verification import evaluating
@@ -80,6 +81,7 @@ def report(
 
     Raises: PruneError if the two do not belong together.
     """
+    check_flag("measure", measure)
     check_extras(example_inputs, sensitivity, sweep, measure=measure)
     with entry_point(model) as model:
         how: dict[str, Any] = {

@@ -13,7 +13,7 @@ import numpy as np
 from rich.text import Text
 from torch import Tensor, nn
 
-from fxprune.arguments import checked_call, is_number, number, shown
+from fxprune.arguments import checked_call, checked_class, is_number, number, shown
 from fxprune.criteria.base import Criterion
 from fxprune.criteria.catalog import CriterionName
 from fxprune.entry_points import entry_point
@@ -67,6 +67,7 @@ class Curve:
     values: tuple[float, ...]
 
 
+@checked_class
 @dataclass(frozen=True)
 class Sensitivity(Printable):
     """What `evaluate` returns for each family at each ratio; printable.

@@ -7,10 +7,11 @@ import html
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.text import Text
 
+from fxprune.arguments import checked_class
 from fxprune.passes.errors import PruneError
 from fxprune.reports.files import as_path, replacing
 from fxprune.reports.formatting import Printable, as_text, counted, short, table
@@ -23,11 +24,13 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 WIDTH = 80
-COSTS = ("macs", "latency", "parameters", "bytes")
+Cost = Literal["macs", "latency", "parameters", "bytes"]
+COSTS: tuple[Cost, ...] = ("macs", "latency", "parameters", "bytes")
 TITLES = {"macs": "MACs", "latency": "latency", "parameters": "parameters", "bytes": "memory"}
 ALONE = ("plan", "how", "make")  # what stays in this process
 
 
+@checked_class
 @dataclass(frozen=True, repr=False)
 class Point:
     """One pruned model of a sweep.
@@ -88,6 +91,7 @@ class Point:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ALONE}
 
 
+@checked_class
 @dataclass(frozen=True, repr=False)
 class Sweep(Printable):
     """Points of one model; printable.
@@ -123,7 +127,7 @@ class Sweep(Printable):
         """The points that did not fail."""
         return [p for p in self.points if p.value is not None]
 
-    def front(self, by: str = "macs") -> tuple[Point, ...]:
+    def front(self, by: Cost = "macs") -> tuple[Point, ...]:
         """The points that no other one is better than at the same cost or less, by ascending cost.
 
         Arguments:
@@ -210,6 +214,7 @@ def pareto(points: Sequence[Point], cost: Callable[[Point], float]) -> Iterator[
             yield point
 
 
+@checked_class
 @dataclass(frozen=True, repr=False)
 class Search(Sweep):
     """What a search found: the point that it began with, and all that it tried.

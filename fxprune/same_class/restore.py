@@ -12,15 +12,19 @@ import contextlib
 import inspect
 import re
 import typing
+import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from fxprune.errors import PruneWarning
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.capture.capture import capture_program
 from fxprune.passes.coupling.couple import couple_channels
+from fxprune.passes.coupling.solution import CouplingOptions
 from fxprune.passes.errors import PruneError, surface
 from fxprune.passes.ir.module_tree import named_tensors, private_copy, set_mode
 from fxprune.passes.ir.pytree import collect, map_tensors
@@ -32,7 +36,7 @@ from fxprune.passes.verification.masked_model import relative_error
 from fxprune.plan import kept_labels, plan_between
 from fxprune.same_class.arguments import fit_arguments
 from fxprune.same_class.attributes import update_attributes
-from fxprune.same_class.configuration import Attributes, configure
+from fxprune.same_class.configuration import Attributes, configure, conflict
 from fxprune.same_class.constants import widths_in_constants
 from fxprune.same_class.numbers import fit_numbers
 from fxprune.same_class.saving import SavePretrained
@@ -91,6 +95,21 @@ def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs)
     if "config" in stale and hasattr(made, "save_pretrained"):
         vars(made)["save_pretrained"] = SavePretrained(made)
     return made, held
+
+
+def in_class(
+    model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs, options: CouplingOptions
+) -> tuple[Any, CouplingOptions | None]:
+    """The pruned model in the original's own class, and where a configuration needs other tensors whole, what to ask."""
+    made, held = restore_class(model, pruned, inputs)
+    if not held and options.uniform and "config" in made.meta["stale"]:
+        warnings.warn(f"uniform=True, and {conflict(model, made)}", PruneWarning, stacklevel=3)
+    if not held.keys() - options.frozen.keys():
+        return made, None
+    name, why = next(iter(held.items()))
+    text = f"families stay whole, so that a configuration describes the model: {name} {why}"
+    warnings.warn(text, PruneWarning, stacklevel=3)
+    return made, replace(options, frozen={**options.frozen, **held})
 
 
 def shrunk_copy(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs) -> tuple[Any, Attributes]:

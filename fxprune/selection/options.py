@@ -47,6 +47,8 @@ Verify = bool | Literal["auto"]
 Depth = bool | Literal["only"]
 Experts = bool | Literal["only"]
 Ranking = Literal["local", "global", "isomorphic"]
+Basis = Literal["principal"]
+DepthCriterion = Literal["influence", "taylor", "loss", "weights"] | Callable[[Tensor, Tensor], Any]
 BudgetName = Literal["params", "macs", "memory", "latency"]
 
 DEFAULT_RATIO = 0.5
@@ -78,6 +80,17 @@ class Asked(TypedDict, total=False):
     attention: Attention | None
     experts: Experts
     uniform: bool
+
+
+class AskedOfPrune(Asked, total=False):
+    """Those that a few functions take beside `fxprune.prune`."""
+
+    depth: Depth
+    depth_criterion: DepthCriterion | None
+    basis: Basis | None
+    remove: Remove | None
+    verify: Verify
+    inplace: bool
 
 
 class Memo:

@@ -17,7 +17,7 @@ from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import private_copy, set_mode
 from fxprune.passes.ir.quiet import own_random_state, unobserved
 from fxprune.pipeline import Choice, Compilation
-from fxprune.plan import plan_of
+from fxprune.plan import plan_carried
 from fxprune.repairs.request import RepairRequest
 from fxprune.reports.count import counted_model
 from fxprune.reports.module_times import measure_models
@@ -163,7 +163,7 @@ class Evaluator:
             seconds=None if latency is None else latency.pruned,
             latency=None if latency is None else latency.share,
             error=None if repair is None or repair.error is None else repair.error[1],
-            plan=plan_of(made),
+            plan=plan_carried(made),
             make=self.again,
         )
 

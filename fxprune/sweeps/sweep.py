@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fxprune.arguments import checked_call, shown
 from fxprune.criteria.base import Criterion
 from fxprune.criteria.calibration import check_batches
+from fxprune.criteria.catalog import CriterionName
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.errors import PruneError
@@ -36,7 +37,7 @@ def sweep(
     evaluate: Callable[[nn.Module], Any] | None = None,
     *,
     budgets: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
-    criteria: str | Criterion | Sequence[str | Criterion] | None = None,
+    criteria: CriterionName | str | Criterion | Sequence[CriterionName | str | Criterion] | None = None,
     rankings: Ranking | Sequence[Ranking] | None = None,
     data: Iterable[Any] | None = None,
     loss: Callable[..., Tensor] | None = None,

@@ -14,24 +14,9 @@ DELAY = 2.0  # seconds before which nothing is shown
 
 
 class Progress:
-    """Whether bars are shown; None leaves it to the environment, and that to whether stderr is a terminal."""
+    """What `fxprune.progress` set; None leaves it to the environment, and that to whether stderr is a terminal."""
 
     shown: bool | None = None
-
-
-def progress(shown: bool | None = None) -> None:
-    """Show bars on stderr for what takes longer than two seconds, or do not.
-
-    Without a call, the environment variable `FXPRUNE_PROGRESS` (0 or 1) decides; where it is not set, bars are shown if stderr
-    is a terminal.
-
-    >>> progress(False)
-    >>> progress()  # as at the start
-
-    Arguments:
-        shown: True or False; None for what holds without a call.
-    """
-    Progress.shown = shown
 
 
 def is_shown() -> bool:
