@@ -311,7 +311,7 @@ def couple(
 
 @checked_call()
 @without_modes()
-def verify(model: nn.Module, pruned: fx.GraphModule, example_inputs: Any, *, sizes: bool = True) -> Verification:
+def verify(model: nn.Module, pruned: nn.Module, example_inputs: Any, *, sizes: bool = True) -> Verification:
     """How far a pruned model is from the masked original.
 
     Arguments:

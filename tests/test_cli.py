@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxprune
 from fxprune.cli import models
-from fxprune.cli.main import main
+from fxprune.cli.main import COMMANDS, main
 
 FILE = """
 import torch
@@ -466,8 +466,8 @@ def test_version(capsys):
 
 def test_help(capsys):
     out = answer(capsys, "--help")
-    assert all(f"\n    {command} " in out or f"\n    {command}\n" in out for command in "inspect prune report profile".split())
-    for command in "inspect prune report profile benchmark".split():
+    assert all(f"\n    {command} " in out or f"\n    {command}\n" in out for command in COMMANDS)
+    for command in COMMANDS:
         assert max(map(len, answer(capsys, command, "--help").splitlines())) <= 80
 
 

@@ -58,6 +58,7 @@ def test_prune_returns_the_class_of_the_model() -> None:
     small = fxprune.prune(MODEL, 0.5, X, same_class=True)
     assert_type(small, Net)
     assert type(small) is Net and assert_type(small.first, nn.Linear).out_features == 8
+    assert assert_type(fxprune.verify(MODEL, small, X), fxprune.Verification).ok
 
 
 @pytest.mark.parametrize("same_class", [False, True])

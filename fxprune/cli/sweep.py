@@ -35,8 +35,8 @@ examples:
       --ranking local global --data train.py:batches \\
       --evaluate train.py:accuracy -o sweep --html sweep.html
 
-The function of --evaluate takes a model in evaluation mode and returns a number;
-higher is better. With -o a sweep that was stopped goes on where it was.
+The function of --evaluate takes a model in evaluation mode and returns a
+number; higher is better. With -o a sweep that was stopped goes on where it was.
 """
 EXAMPLES = {"ratio": "0.3 0.5", "params": "0.5 5M", "macs": "0.5 2G", "memory": "0.5 10MB", "latency": "0.5 20ms"}
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from fxprune.inputs import EXAMPLE, ExampleInputs
 from fxprune.passes.errors import GuardError
@@ -26,7 +26,7 @@ from fxprune.verification import REFUSED, TOLERANCE, Verification, difference, e
 
 def compare(
     model: nn.Module,
-    pruned: fx.GraphModule,
+    pruned: nn.Module,
     removal: Removal,
     inputs: ExampleInputs,
     *,
@@ -59,9 +59,9 @@ def compare(
     return replace(again, compared=(*again.compared, "in double precision")) if again.ok else found
 
 
-def slices_of(model: nn.Module, pruned: fx.GraphModule, removal: Removal) -> Slices:
+def slices_of(model: nn.Module, pruned: nn.Module, removal: Removal) -> Slices:
     """The slices of the model's own tensors: those of the plan, or of the same choice where there is no plan yet."""
-    if pruned.meta.get("plan") is not None:
+    if getattr(pruned, "meta", {}).get("plan") is not None:
         slices: Slices = plan_between(model, pruned).fitted(shapes_of(model)).slices
         return slices
     slicer = Slicer(removal.kept)
@@ -76,9 +76,7 @@ def doubled(tensor: Tensor) -> Tensor:
 class Comparison:
     """A pruned model against both references, in the precision that model and inputs have. Arguments as for `compare`."""
 
-    def __init__(
-        self, model: nn.Module, pruned: fx.GraphModule, removal: Removal, slices: Slices, outlook: Outlook | None
-    ) -> None:
+    def __init__(self, model: nn.Module, pruned: nn.Module, removal: Removal, slices: Slices, outlook: Outlook | None) -> None:
         self.model, self.pruned, self.slices, self.outlook = model, pruned, slices, outlook
         self.masked = MaskedOriginal(model, removal)
         self.zeroed: ZeroedOriginal | None = None
