@@ -182,8 +182,8 @@ ALSO = {
     "macs=0.6)": lambda small, given: 0.5 < share_left("macs")(small, given) <= 0.6,
     "params=0.6)": lambda small, given: 0.5 < share_left("parameters")(small, given) <= 0.6,
     "memory=0.5)": lambda small, given: 0.45 < share_left("bytes")(small, given) <= 0.5,
-    'prune(model, {"0": 0.5}, x': lambda small, given: (small[0].out_channels, small[2].out_channels) == (8, 8),
-    'freeze_outputs=["0"]': lambda small, given: (small[0].out_channels, small[2].out_channels) == (16, 4),
+    'prune(model, {"0": 0.5}, x': lambda small, given: (small[0].out_channels, small[3].out_channels) == (8, 8),
+    'freeze_outputs=["0"]': lambda small, given: (small[0].out_channels, small[3].out_channels) == (16, 4),
 }
 
 # rows whose result is no object of ours: all that holds

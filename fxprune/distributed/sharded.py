@@ -23,6 +23,7 @@ from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_parameters, named_tensors, replace_tensors, walk
 from fxprune.passes.rewrite.rewrite import slice_tensor
 from fxprune.plan import PlanData, plan_between
+from fxprune.same_class.restore import in_class
 from fxprune.same_class.stand_ins import StandIns
 from fxprune.selection.options import Options
 
@@ -92,7 +93,7 @@ class Sharded:
             with options.gc_paused():
                 pruned = compilation.emit(compilation.choose(options), cut=self.stand_ins.cut)
             pruned.meta["chosen"] = options.chosen
-            made, coupling = compilation.in_class(pruned)
+            made, coupling = in_class(compilation.model, pruned, compilation.inputs, compilation.options)
             if coupling is None:
                 break
             options = dataclasses.replace(options, coupling=coupling)
