@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 import types
 import typing
 from typing import TypedDict
@@ -15,6 +16,7 @@ import fxprune
 from fxprune.passes.errors import GuardError
 from fxprune.passes.rewrite.pruned_module import RewrittenForward
 from fxprune.same_class import configuration
+from fxprune.same_class.saving import SavePretrained
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 60}
 DECODER = {**SMALL, "num_key_value_heads": 2, "max_position_embeddings": 40, "pad_token_id": 0, "eos_token_id": 2}
@@ -388,3 +390,13 @@ def test_a_graph_says_which_keywords_it_takes():
         GuardError, match="LlamaForCausalLM was not captured with output_attentions, labels, and takes input_ids"
     ):
         graph(input_ids=ids, output_attentions=True, labels=ids)
+
+
+def test_save_pretrained_needs_nothing_imported_before(monkeypatch, tmp_path):
+    """`fxprune.save` is imported when it is first used, and this may be its first use."""
+    monkeypatch.delattr(SavePretrained, "save", raising=False)
+    monkeypatch.delitem(sys.modules, "fxprune.checkpoints.checkpoint", raising=False)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    small = fxprune.prune(model, 0.5, torch.randn(1, 4), same_class=True)
+    with pytest.raises(fxprune.PruneError, match="no configuration builds the original"):
+        SavePretrained(small)(tmp_path / "small")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -38,6 +39,7 @@ class SavePretrained:
                 fix="model.save_pretrained(folder), or prune with uniform=True",
             )
         if is_main_process:
+            importlib.import_module("fxprune.checkpoints.checkpoint")  # which sets `save`, and need not have been used before
             SavePretrained.save(self.module, save_directory)
 
     def is_own(self, given: dict[str, Any] | None) -> bool:
