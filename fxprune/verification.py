@@ -35,7 +35,8 @@ class Verification:
 
     There are two references. The *masked* original computes with kept channels only, by the labels that its values carry. The
     *zeroed* original has its removed parameters set to zero and knows no labels; it is a reference wherever zero stays zero on
-    the way (there is no mean or norm over channels). Where it is one, it decides.
+    the way (there is no mean or norm over channels). Where it is one, it decides. `prune` takes such means and norms over what is
+    not zero, by the labels of the capture.
 
     Attributes:
         error: the largest absolute difference of an output over its largest absolute value, against the reference that decides.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from fxprune.passes.ir.pytree import collect, map_tensors
 from fxprune.passes.ir.quiet import gc_paused, own_random_state, random_state, set_random_state
 from fxprune.passes.ir.slices import Slicer
 from fxprune.passes.verification.index_order import InIndexOrder
+from fxprune.passes.verification.kept_statistics import KeptStatistics, Statistics
 from fxprune.passes.verification.masked_model import MaskedOriginal, Removal
 from fxprune.passes.verification.outlook import Outlook
 from fxprune.passes.verification.zeroed_model import Slices, ZeroedOriginal, why_zeroed_does_not_apply
@@ -89,6 +91,7 @@ class Comparison:
         self.excused: list[str] = []
         self.no_zeroed = ""
         self.blank = self.partial = False  # whether all that a reference returns is zero; whether some has other shapes
+        self.statistics: Statistics = outlook.statistics if outlook else {}  # which the zeroed original takes over what is kept
 
     @property
     def tolerance(self) -> float:
@@ -164,12 +167,11 @@ class Comparison:
     def least_errors(self, inputs: ExampleInputs, drawn: list[Any]) -> tuple[float | None, float | None]:
         """The errors against the masked and the zeroed original, each where it is needed."""
         got, zeroed = self.result(inputs, drawn), None
-        if self.outlook and self.outlook.counts_zeros and not self.no_zeroed:
-            self.no_zeroed = self.why_not_zeroed(inputs)
         if not self.no_zeroed:
             set_random_state(drawn, self.devices)
             zeroed = self.against_zeroed(got, inputs)
-        if zeroed is not None and zeroed <= self.tolerance and not (self.partial or self.blank):
+        enough = zeroed is not None and zeroed <= self.tolerance and not (self.partial or self.counts_zeros)
+        if enough and (not self.blank or self.original_is_blank(inputs, drawn)):
             return None, zeroed
         set_random_state(drawn, self.devices)
         if self.zeroed is not None and not self.writes:
@@ -178,6 +180,12 @@ class Comparison:
         if zeroed is not None and masked <= self.tolerance < zeroed:
             self.no_zeroed = self.why_not_zeroed(inputs)
         return masked, zeroed
+
+    def original_is_blank(self, inputs: ExampleInputs, drawn: list[Any]) -> bool:
+        """Whether the original itself returns nothing but zeros, as with a last layer that starts at zero."""
+        set_random_state(drawn, self.devices)
+        with evaluating(self.model), restoring(self.model, parameters=self.writes):
+            return is_blank(inputs.map(torch.clone).call(quietly(self.model)))
 
     def compare_example(self, inputs: ExampleInputs) -> None:
         drawn = random_state(self.devices)  # a model may draw in evaluation, too: all draw the same numbers
@@ -264,11 +272,26 @@ class Comparison:
             self.zeroed = ZeroedOriginal(self.model, self.slices)
         return self.zeroed
 
+    @property
+    def counts_zeros(self) -> bool:
+        """Whether zeros count in statistics of the zeroed original, which are not taken over what is kept."""
+        return self.outlook is not None and bool(self.outlook.statistics) and not self.statistics
+
     def of_zeroed(self, inputs: ExampleInputs) -> Any:
-        """What the zeroed original returns."""
+        """What the zeroed original returns, with its statistics over what is kept where the run is that of the capture."""
         zeroed = self.zeroed_original()
+        args, kwargs = map_tensors((inputs.args, inputs.kwargs), torch.clone)
         with restoring(zeroed.model, parameters=self.writes), self.drawing():
-            return zeroed(*map_tensors((inputs.args, inputs.kwargs), torch.clone))
+            if not (self.outlook and self.statistics):
+                return zeroed(args, kwargs)
+            drawn, over_kept = random_state(self.devices), KeptStatistics(self.statistics, self.outlook.kept)
+            with contextlib.suppress(Exception), over_kept:
+                made = zeroed(args, kwargs)
+                over_kept.check()
+                return made
+        set_random_state(drawn, self.devices)
+        self.statistics = {}
+        return self.of_zeroed(inputs)
 
     def why_not_zeroed(self, inputs: ExampleInputs) -> str:
         """Why the zeroed original is no reference; empty where it is one."""
@@ -287,6 +310,7 @@ class Comparison:
             return None
         expected, found = collect(wanted, Tensor), collect(got, Tensor)
         if len(expected) == len(found):  # what has other shapes has lost channels: caches, and outputs that were released
+            expected = [without_zeros(t, f.shape) for t, f in zip(expected, found, strict=True)]
             alike = [i for i, t in enumerate(expected) if t.shape == found[i].shape]
             self.partial = len(alike) < len(expected)
             expected, found = [expected[i] for i in alike], [found[i] for i in alike]
@@ -308,6 +332,15 @@ def why_original_fails(model: nn.Module, inputs: ExampleInputs) -> str:
         said = " ".join(str(error).split())
         return f"{type(error).__name__}: {said[:120]}"
     return ""
+
+
+def without_zeros(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """A tensor without the slices that are zero, where that leaves the shape."""
+    for dim, wanted in enumerate(shape) if tensor.dim() == len(shape) and tensor.shape != shape else ():
+        if tensor.shape[dim] != wanted:
+            filled = tensor.movedim(dim, 0).flatten(1).any(1).nonzero().flatten()
+            tensor = tensor.index_select(dim, filled) if len(filled) == wanted else tensor
+    return tensor
 
 
 def is_blank(returned: Any) -> bool:
