@@ -349,3 +349,52 @@ def test_a_prune_leaves_what_forwards_write_to_parameters(monkeypatch: pytest.Mo
     pruned = fxprune.prune(model, 0.5, example_inputs=x)
     assert pruned.verification.ok and model.count == 1
     assert next(p for n, p in pruned.named_parameters() if n.endswith("count")) == 1
+
+
+def hides_what_comes_before(name: str) -> nn.Module:
+    """Two layers and a residual branch, one of whose parameters has not learned anything yet."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.head(x + self.scale * self.c(self.b(x).relu()))
+
+    torch.manual_seed(0)
+    layers = {"a": linear(6, 8), "b": linear(8, 8), "c": linear(8, 8), "head": linear(8, 4)}
+    model = net(forward, **layers, scale=nn.Parameter(torch.ones(8))).double().eval()
+    value = {"head.weight": 0.0, "scale": 1e-12, "c.weight": 0.0}[name]
+    nn.init.constant_(model.get_parameter(name), value)
+    return model
+
+
+@pytest.mark.parametrize("name", ["head.weight", "scale", "c.weight"])
+def test_what_a_parameter_that_has_learned_nothing_hides(name: str) -> None:
+    """Rows of `b` are in the wrong order, which no output shows: what follows multiplies it by next to nothing."""
+    model, x = hides_what_comes_before(name), torch.randn(5, 6, dtype=torch.double)
+    pruned = pruned_correctly(model, x)
+    weight, bias = pruned.get_parameter("b.weight"), pruned.get_parameter("b.bias")
+    before = {key: (p.data_ptr(), p.detach().clone()) for key, p in pruned.named_parameters()}
+    weight.data, bias.data = weight.data.flip(0), bias.data.flip(0)
+    assert torch.allclose(run(pruned, x), pruned_output(model, x), atol=1e-10)
+    check_caught(model, pruned, x)
+    weight.data, bias.data = weight.data.flip(0), bias.data.flip(0)
+    assert fxprune.verify(model, pruned, x).ok
+    for key, p in pruned.named_parameters():
+        address, value = before[key]
+        assert torch.equal(p, value) and (key.startswith("b.") or p.data_ptr() == address)
+
+
+def pruned_output(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return fxprune.prune(model, 0.5, example_inputs=x, verify=False)(x)
+
+
+def test_tied_parameters_are_shifted_once() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.head(self.b(self.a(x)).relu())
+
+    model = net(forward, a=linear(6, 8), b=linear(8, 8), head=linear(8, 4)).double().eval()
+    nn.init.zeros_(model.a.bias)
+    model.b.bias = model.a.bias
+    x = torch.randn(5, 6, dtype=torch.double)
+    pruned = pruned_correctly(model, x)
+    assert pruned.a.bias is pruned.b.bias and not pruned.a.bias.any()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,9 +20,21 @@ from fxprune.passes.verification.index_order import InIndexOrder
 from fxprune.passes.verification.kept_statistics import KeptStatistics, Statistics
 from fxprune.passes.verification.masked_model import MaskedOriginal, Removal
 from fxprune.passes.verification.outlook import Outlook
+from fxprune.passes.verification.shifted_parameters import shifted, shifts_of
 from fxprune.passes.verification.zeroed_model import Slices, ZeroedOriginal, why_zeroed_does_not_apply
 from fxprune.plan import plan_between, shapes_of
-from fxprune.verification import REFUSED, TOLERANCE, Verification, difference, evaluating, quietly, restoring, tolerance_of
+from fxprune.verification import (
+    REFUSED,
+    TOLERANCE,
+    Verification,
+    difference,
+    evaluating,
+    is_blank,
+    quietly,
+    restoring,
+    tolerance_of,
+    without_zeros,
+)
 
 
 def compare(
@@ -82,7 +93,8 @@ class Comparison:
         self, model: nn.Module, pruned: fx.GraphModule, removal: Removal, slices: Slices, outlook: Outlook | None
     ) -> None:
         self.model, self.pruned, self.slices, self.outlook = model, pruned, slices, outlook
-        self.masked = MaskedOriginal(model, removal)
+        self.shifts = shifts_of(model, pruned, slices)
+        self.masked = MaskedOriginal(model, removal, self.shifts)
         self.zeroed: ZeroedOriginal | None = None
         self.devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
         self.least_tolerance = tolerance_of(model)
@@ -98,8 +110,8 @@ class Comparison:
         return max(self.least_tolerance, *(TOLERANCE[dtype] for dtype in self.masked.dtypes), 0.0)
 
     def run(self, inputs: ExampleInputs, *, sizes: bool) -> Verification:
-        random = torch.random.fork_rng(devices=self.devices)
-        with evaluating(self.pruned), torch.no_grad(), random, own_random_state(), gc_paused():
+        random, shifting = torch.random.fork_rng(devices=self.devices), shifted(self.pruned, self.shifts, self.slices)
+        with evaluating(self.pruned), torch.no_grad(), random, own_random_state(), gc_paused(), shifting:
             if self.outlook is None:
                 self.run_all(inputs, sizes)
             else:
@@ -170,8 +182,7 @@ class Comparison:
         if not self.no_zeroed:
             set_random_state(drawn, self.devices)
             zeroed = self.against_zeroed(got, inputs)
-        enough = zeroed is not None and zeroed <= self.tolerance and not (self.partial or self.counts_zeros)
-        if enough and (not self.blank or self.original_is_blank(inputs, drawn)):
+        if zeroed is not None and zeroed <= self.tolerance and not (self.partial or self.blank or self.counts_zeros):
             return None, zeroed
         set_random_state(drawn, self.devices)
         if self.zeroed is not None and not self.writes:
@@ -180,12 +191,6 @@ class Comparison:
         if zeroed is not None and masked <= self.tolerance < zeroed:
             self.no_zeroed = self.why_not_zeroed(inputs)
         return masked, zeroed
-
-    def original_is_blank(self, inputs: ExampleInputs, drawn: list[Any]) -> bool:
-        """Whether the original itself returns nothing but zeros, as with a last layer that starts at zero."""
-        set_random_state(drawn, self.devices)
-        with evaluating(self.model), restoring(self.model, parameters=self.writes):
-            return is_blank(inputs.map(torch.clone).call(quietly(self.model)))
 
     def compare_example(self, inputs: ExampleInputs) -> None:
         drawn = random_state(self.devices)  # a model may draw in evaluation, too: all draw the same numbers
@@ -269,7 +274,7 @@ class Comparison:
 
     def zeroed_original(self) -> ZeroedOriginal:
         if self.zeroed is None:
-            self.zeroed = ZeroedOriginal(self.model, self.slices)
+            self.zeroed = ZeroedOriginal(self.model, self.slices, self.shifts)
         return self.zeroed
 
     @property
@@ -332,17 +337,3 @@ def why_original_fails(model: nn.Module, inputs: ExampleInputs) -> str:
         said = " ".join(str(error).split())
         return f"{type(error).__name__}: {said[:120]}"
     return ""
-
-
-def without_zeros(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """A tensor without the slices that are zero, where that leaves the shape."""
-    for dim, wanted in enumerate(shape) if tensor.dim() == len(shape) and tensor.shape != shape else ():
-        if tensor.shape[dim] != wanted:
-            filled = tensor.movedim(dim, 0).flatten(1).any(1).nonzero().flatten()
-            tensor = tensor.index_select(dim, filled) if len(filled) == wanted else tensor
-    return tensor
-
-
-def is_blank(returned: Any) -> bool:
-    """Whether there is nothing but zeros in it."""
-    return not any(bool(t.any()) for t in collect(returned, Tensor))
