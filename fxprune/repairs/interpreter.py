@@ -114,7 +114,7 @@ class ProgramRun:
         own = {address(t) for t in self.tensors.values() if t.numel()}
         self.sites: dict[fx.Node, list[RepairSite]] = {}
         self.computed = 0
-        self.find_sites(BatchInterpreter(program, batches[0], own))
+        self.find_sites(BatchInterpreter(program, min(batches, key=lambda batch: batch.size), own))
         self.interpreters = [BatchInterpreter(program, batch, own) for batch in batches]
         self.position = 0
         self.calls: dict[Key, list[SiteCall]] = {}

@@ -103,8 +103,9 @@ class NormalEquations:
 
 
 def sum_of_squares(x: Tensor) -> float:
-    """In double precision, of a part that stays in the cache at a time."""
-    return sum(float(part.double().square().sum()) for part in x.reshape(-1).split(PART))
+    """Sums of parts, added up in double precision."""
+    flat = x.reshape(-1) if x.dtype in (torch.float32, torch.float64) else x.reshape(-1).float()
+    return float(torch.stack([part.dot(part) for part in flat.split(PART)]).double().sum()) if flat.numel() else 0.0
 
 
 def fit(normal: NormalEquations, held: NormalEquations, ridge: float | None) -> tuple[Tensor, Tensor]:
