@@ -68,14 +68,14 @@ class Reconstruct(RepairMethod):
         large: dict[bool, list[tuple[SiteCall, Tensor]]] = {False: [], True: []}
         for held, into in ((False, normal), (True, unseen)):
             for call, target, residual in repairer.residuals(site, held=held):
-                sizes[held] += sum_of_squares(target)
                 if count_inputs(call) > least_squares.WIDE:
+                    sizes[held] += sum_of_squares(target)
                     large[held].append((call, residual))
                 else:
-                    add_call(into, call, residual)
+                    add_call(into, call, residual, target, repairer.count_batches(held=held))
         if large[False]:
             return self.apply_gradually(repairer, site, large, sizes)
-        if is_rounding(normal.squares, sizes[False], residual):
+        if is_rounding(normal.squares, normal.size, residual):
             return None
         if not math.isfinite(normal.squares + float(normal.gram.sum()) + unseen.squares):
             raise Skip(NOT_FINITE)
@@ -83,11 +83,7 @@ class Reconstruct(RepairMethod):
         call.weight.add_(as_weight(call, change).to(call.weight.dtype))
         repairer.add_constant(site, call, shift.reshape(-1))
         error, held_out = (
-            (
-                relative(moments.squares, sizes[held]),
-                relative(moments.left(change, shift), sizes[held]) if moments.count else 0.0,
-            )
-            for held, moments in ((False, normal), (True, unseen))
+            (relative(m.squares, m.size), relative(m.left(change, shift), m.size) if m.count else 0.0) for m in (normal, unseen)
         )
         columns = normal.gram.shape[1]
         few = f"{normal.count:,} samples and positions for {columns:,} inputs: more data would help"

@@ -188,6 +188,10 @@ class Repairer:
                     self.calls[number, i] = wanted[i], next(run.new.measure(*found, [i]))
                 yield self.calls[number, i]
 
+    def count_batches(self, *, held: bool) -> int:
+        """How many batches there are to fit, or held out."""
+        return sum(len(run.batches(held=held)) for run in self.runs)
+
     def originals(self, site: RepairSite) -> list[SiteCall]:
         """The calls of a site in the original, on all batches."""
         return [call for run in self.runs for call in run.old.run_to(site.key)]
