@@ -152,7 +152,7 @@ class Recalibrate(RepairMethod):
         for _, call in repairer.measured(site):
             channels = call.source.shape[1]
             moments = moments or Moments(channels)
-            moments.add(torch.arange(channels), call.source.double(), torch.arange(channels), 1)
+            moments.add(torch.arange(channels), call.source, torch.arange(channels), 1)
         if moments is None or call is None or call.var is None or float(moments.count[0]) < 2:
             raise Skip("the data holds a single value for each channel")
         if not bool((moments.mean + moments.spread).isfinite().all()):
