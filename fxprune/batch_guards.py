@@ -22,6 +22,7 @@ from fxprune.passes.ir.quiet import unobserved
 from fxprune.passes.rewrite.guards import guards_of, noting
 from fxprune.passes.rewrite.pruned_module import PrunedModule
 from fxprune.passes.verification.masked_model import Removal
+from fxprune.passes.verification.outlook import Outlook
 from fxprune.plan import PlanData
 from fxprune.verification import Verification, evaluating, quietly, restoring
 
@@ -33,11 +34,13 @@ class Recompiled:
     Attributes:
         solution: the coupling of the program for these inputs.
         removal: what is removed by it.
+        expected: what it says of a run.
         emit: makes the pruned program, with a waiver or without.
     """
 
     solution: Solution
     removal: Removal
+    expected: Outlook
     emit: Callable[[Waiver | None], PrunedModule]
 
 
@@ -81,10 +84,10 @@ def tried_with_one(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs
         return None
     waiver = Waiver(argument, 1, tuple(dict.fromkeys(failing)))
     program = found.emit(waiver)
-    least = compare(model, program, found.removal, one, sizes=False)
+    least = compare(model, program, found.removal, one, sizes=False, outlook=found.expected)
     verified = replace(least, error=max(pruned.meta["verification"].error, least.error))
     if alone:
-        more = compare(model, program, found.removal, several, sizes=True)
+        more = compare(model, program, found.removal, several, sizes=True, outlook=found.expected)
         said = [*least.compared, "another batch", *(s for s in more.compared[1:] if s != "another batch")]
         verified = replace(more, error=max(least.error, more.error), compared=tuple(said))
     else:

@@ -34,7 +34,7 @@ class FormProgram:
 
     Attributes:
         pruned, original: what the plan leaves of the model, and the model itself; either is None where it was not asked for.
-        output: what the model itself returned for the inputs.
+        output: what the model itself returned for the inputs; None beside a program of the original, which can be run.
     """
 
     pruned: PrunedModule
@@ -78,10 +78,14 @@ class FormPrograms:
     def compile(self, inputs: ExampleInputs) -> FormProgram:
         """Capture the model with these inputs."""
         with unobserved(self.model), visible():
-            output = self.output(inputs)
+            output = None if self.originals else self.output(inputs)
             compilation = Compilation(self.model, inputs.map(lambda t: t.detach().clone()), self.plan.coupling_options)
+            try:
+                solution = compilation.couple()
+            except PruneError:
+                self.output(inputs)  # which says what is wrong with the batch, if that is it
+                raise
             original = compilation.emit(compilation.unpruned()) if self.originals else None
-            solution = compilation.couple()
             shapes = {name: shape for name, shape in self.plan.shapes.items() if name in self.used}
             slices = {name: cuts for name, cuts in self.plan.slices.items() if name in solution.leaves}
             kept = kept_labels(replace(self.plan, shapes=shapes, slices=slices), solution)

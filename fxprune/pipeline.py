@@ -29,7 +29,6 @@ from fxprune.passes.ir.slices import Slicer, nothing_of
 from fxprune.passes.rewrite.pruned_module import PrunedModule
 from fxprune.passes.rewrite.rewrite import Cut, rewrite_program
 from fxprune.passes.verification.opaque_check import broken, opaque_sites
-from fxprune.passes.verification.outlook import outlook
 from fxprune.plan import PlanData, derived_tensors, kept_labels, plan_between, shapes_of, sign
 from fxprune.same_class.configuration import followers
 from fxprune.same_class.in_place import become, consume, whole
@@ -302,8 +301,8 @@ class Compilation:
         model = values or self.model
         inputs = self.inputs if values is None else self.inputs.beside(values)
         try:
-            expected = outlook(choice.solution, choice.kept.numpy(), self.tensors)
-            found = compare(model, pruned, choice.removal(self.options.heads), inputs, sizes=True, outlook=expected)
+            removal, expected = choice.removal(self.options.heads), choice.outlook(self.tensors)
+            found = compare(model, pruned, removal, inputs, sizes=True, outlook=expected)
         except Exception as error:
             raise PruneError(
                 f"the pruned model could not be verified: {type(error).__name__}: {error}",
@@ -318,7 +317,7 @@ class Compilation:
             again = Compilation(self.model, other.beside(self.model), self.options, self.frozen_modules)
             chosen = again.choice_of(plan_between(self.model, pruned))
             emit = lambda waiver: again.emit(chosen, values=values, waiver=waiver)  # noqa: E731
-            return Recompiled(chosen.solution, chosen.removal(self.options.heads), emit)
+            return Recompiled(chosen.solution, chosen.removal(self.options.heads), chosen.outlook(again.tensors), emit)
 
         return for_any_batch(model, pruned, inputs, at)
 

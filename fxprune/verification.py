@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,14 +35,15 @@ class Verification:
 
     There are two references. The *masked* original computes with kept channels only, by the labels that its values carry. The
     *zeroed* original has its removed parameters set to zero and knows no labels; it is a reference wherever zero stays zero on
-    the way (there is no mean or norm over channels). Where it is one, it decides.
+    the way (there is no mean or norm over channels). Where it is one, it decides. `prune` takes such means and norms over what
+    is not zero, by the labels of the capture. Parameters whose elements are all equal would hide what they multiply: the same
+    random numbers are added to them in all that is compared.
 
     Attributes:
         error: the largest absolute difference of an output over its largest absolute value, against the reference that decides.
         compared: a sentence for each comparison made.
         tolerance: the error up to which the result counts as equal, by the precision of the arithmetic done.
-        blank: whether all outputs of a reference are zero, as with a last layer that starts at zero: then the two
-            agree whatever comes before it.
+        blank: whether all outputs of a reference are zero: then the two agree whatever comes before.
         excused: input sizes that were not compared since the original itself fails there, with its error.
         masked: the error against the masked original; None where the zeroed one was enough.
         zeroed: the error against the zeroed original; None where its outputs have other shapes, or it does not run.
@@ -134,6 +135,21 @@ def difference(wanted: Any, got: Any) -> float:
     """The largest relative error of any tensor; infinite where there are more or fewer than wanted."""
     a, b = collect(wanted, Tensor), collect(got, Tensor)
     return max(map(relative_error, a, b), default=0.0) if len(a) == len(b) else float("inf")
+
+
+def without_zeros(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """A tensor without the slices that are zero, where that leaves the shape."""
+    for dim, wanted in enumerate(shape) if tensor.dim() == len(shape) and tensor.shape != shape else ():
+        if tensor.shape[dim] != wanted:
+            others = [d for d in range(tensor.dim()) if d != dim]
+            filled = ((tensor != 0).any(others) if others else tensor).nonzero().flatten()
+            tensor = tensor.index_select(dim, filled) if len(filled) == wanted else tensor
+    return tensor
+
+
+def is_blank(returned: Any) -> bool:
+    """Whether there is nothing but zeros in it."""
+    return not any(bool(t.any()) for t in collect(returned, Tensor))
 
 
 def inexact(model: nn.Module, inputs: ExampleInputs, found: Verification, *, draws: bool) -> PruneError:

@@ -239,7 +239,7 @@ def test_the_tolerance_is_that_of_the_narrowest_sum():
     for narrow, tolerance in ((True, 1e-3), (False, 1e-8)):
         model = net(forward, a=linear(6, 8), b=linear(8, 4)).double()
         model.narrow = narrow
-        found = fxprune.prune(model, 0.5, example_inputs=x).verification
+        found = fxprune.verify(model, fxprune.prune(model, 0.5, example_inputs=x), x)
         assert found.tolerance == tolerance and found.error < 1e-6
 
 

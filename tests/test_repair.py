@@ -683,3 +683,25 @@ def test_what_is_not_finite_is_left(method):
     result = repaired(model, pruned, bad, method)
     assert {s.note for s in result.meta["repair"].skipped} == {"its inputs or its result are not finite"}
     assert all(torch.equal(a, b) for a, b in zip(result.state_dict().values(), pruned.state_dict().values()))
+
+
+def test_some_of_many_positions_are_drawn(monkeypatch):
+    """A fit to 64 positions for each input is as good as one to all of them, to a few hundredths."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    x = torch.nn.functional.interpolate(torch.randn(64, 2, 8, 8), scale_factor=8, mode="bilinear")
+    pruned = fxprune.prune(model, 0.5, example_inputs=x[:1])
+    rows: list[int] = []
+    add = least_squares.NormalEquations.add
+
+    def noted(self, inputs, residuals):
+        rows.append(inputs.shape[1])
+        add(self, inputs, residuals)
+
+    monkeypatch.setattr(least_squares.NormalEquations, "add", noted)
+    drawn = fxprune.repair(model, pruned, [x], method="reconstruct").meta["repair"].error[1]
+    # the first layer lost no input, so that its rows differ by nothing; the second one reads four channels
+    assert max(rows) < 64 * 62 * 62 / 10
+    monkeypatch.setattr(least_squares, "ENOUGH_ROWS", 1 << 30)
+    whole = fxprune.repair(model, pruned, [x], method="reconstruct").meta["repair"].error[1]
+    assert max(rows) == 48 * 62 * 62 and drawn == pytest.approx(whole, rel=0.05)

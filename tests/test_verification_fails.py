@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from graphs import GRAPHS
 from graphs.registry import conv, image, linear, net, randomise
 from oracle import run
@@ -14,10 +16,11 @@ from torch import Tensor, fx, nn
 
 import fxprune
 from fxprune.comparisons.compare import compare
+from fxprune.passes.verification.kept_statistics import KeptStatistics, OtherCalls
 from fxprune.passes.verification.masked_model import MaskedOriginal
 from fxprune.passes.verification.outlook import outlook
 from fxprune.passes.verification.zeroed_model import ZeroedOriginal
-from fxprune.pipeline import Compilation
+from fxprune.pipeline import Choice, Compilation
 from fxprune.plan import plan_between
 
 CAUGHT = 1e-3
@@ -43,12 +46,23 @@ def pruned_correctly(model: nn.Module, inputs: Any) -> fx.GraphModule:
 
 def as_prune_verifies(model: nn.Module, pruned: fx.GraphModule, inputs: Any) -> fxprune.Verification:
     """What `prune` finds by default, which runs less than `verify` does."""
-    plan = plan_between(model, pruned)
-    compilation = Compilation.of_plan(model, plan, inputs)
-    choice = compilation.choice_of(plan)
-    removal = choice.removal(plan.coupling_options.heads)
+    compilation, choice = chosen(model, pruned, inputs)
+    removal = choice.removal(compilation.options.heads)
     expected = outlook(choice.solution, choice.kept.numpy(), compilation.tensors)
     return compare(model, pruned, removal, compilation.inputs, sizes=True, outlook=expected)
+
+
+def chosen(model: nn.Module, pruned: fx.GraphModule, inputs: Any) -> tuple[Compilation, Choice]:
+    plan = plan_between(model, pruned)
+    compilation = Compilation.of_plan(model, plan, inputs)
+    return compilation, compilation.choice_of(plan)
+
+
+def statistics_over_kept(model: nn.Module, x: Tensor) -> tuple[ZeroedOriginal, KeptStatistics]:
+    pruned = fxprune.prune(model, 0.5, example_inputs=x, verify=False)
+    compilation, choice = chosen(model, pruned, x)
+    expected = outlook(choice.solution, choice.kept.numpy(), compilation.tensors)
+    return ZeroedOriginal(model, choice.slices), KeptStatistics(expected.statistics, expected.kept)
 
 
 def check_caught(model: nn.Module, pruned: fx.GraphModule, inputs: Any) -> None:
@@ -256,11 +270,70 @@ def test_a_prune_runs_one_reference_once_on_small_images(monkeypatch: pytest.Mon
     assert runs == [("ZeroedOriginal", torch.Size([2, 3, 64, 64]))]
 
 
-def test_a_prune_looks_at_one_sample_where_zeros_may_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Labels say that it is worth a look; that the zeroed original is no reference is found without any."""
-    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 4)).double().eval()
-    runs = runs_of_a_prune(monkeypatch, model, torch.randn(9, 6, dtype=torch.double))
-    assert runs == [("ZeroedOriginal", torch.Size([1, 6])), ("MaskedOriginal", torch.Size([2, 6]))]
+def layer_norm_between(eps: float = 1e-5) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8, eps=eps), nn.Linear(8, 4)).double().eval()
+    randomise(model)
+    return model
+
+
+def test_a_prune_takes_statistics_of_the_zeroed_original_over_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(9, 6, dtype=torch.double)
+    runs = runs_of_a_prune(monkeypatch, layer_norm_between(), x)
+    assert runs == [("ZeroedOriginal", torch.Size([2, 6]))]
+
+
+def test_a_norm_that_counts_zeros_is_caught() -> None:
+    """Statistics as the zeroed original would have them alone: over as many entries as before, half of them zero."""
+    model, x = layer_norm_between(), torch.randn(9, 6, dtype=torch.double)
+    pruned = pruned_correctly(model, x)
+
+    def counting_zeros(values: Tensor) -> Tensor:
+        norm = pruned.get_submodule("1")
+        padded = F.pad(values, (0, 8 - values.shape[-1]))
+        return F.layer_norm(padded, (8,))[..., : values.shape[-1]] * norm.weight + norm.bias
+
+    pruned.get_submodule("1").forward = counting_zeros
+    check_caught(model, pruned, x)
+
+
+class NormPerSample(nn.Module):
+    """The norm is called once a sample, so that the calls of one batch are not those of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.stack([self.norm(sample) for sample in self.a(x)]))
+
+
+def test_a_run_with_other_calls_than_the_capture_is_told() -> None:
+    model, x = NormPerSample().double().eval(), torch.randn(3, 6, dtype=torch.double)
+    for samples, said in ((4, "more often"), (2, "less often")):
+        zeroed, over_kept = statistics_over_kept(model, x)
+        with pytest.raises(OtherCalls, match=said), over_kept:
+            zeroed((torch.randn(samples, 6, dtype=torch.double),), {})
+            over_kept.check()
+
+
+def test_a_run_with_other_calls_than_the_capture_is_compared_with_the_masked_original() -> None:
+    model, x = layer_norm_between(), torch.randn(9, 6, dtype=torch.double)
+    pruned = pruned_correctly(model, x)
+    compilation, choice = chosen(model, pruned, x)
+    expected = outlook(choice.solution, choice.kept.numpy(), compilation.tensors)
+    more = dataclasses.replace(expected, statistics={func: [*calls, None] for func, calls in expected.statistics.items()})
+    removal = choice.removal(compilation.options.heads)
+    found = compare(model, pruned, removal, compilation.inputs, sizes=True, outlook=more)
+    assert found.ok and found.masked is not None and found.masked < 1e-12 and "native_layer_norm" in found.no_zeroed
+
+
+def test_statistics_leave_out_zeros_alone() -> None:
+    """What labels call removed is left out where it is zero in the run; here nothing was zeroed."""
+    model, x = layer_norm_between(), torch.randn(9, 6, dtype=torch.double)
+    _, over_kept = statistics_over_kept(model, x)
+    with pytest.raises(OtherCalls, match="not zero"), over_kept, torch.no_grad():
+        model(x)
 
 
 def test_a_prune_leaves_what_forwards_write_to_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,3 +349,52 @@ def test_a_prune_leaves_what_forwards_write_to_parameters(monkeypatch: pytest.Mo
     pruned = fxprune.prune(model, 0.5, example_inputs=x)
     assert pruned.verification.ok and model.count == 1
     assert next(p for n, p in pruned.named_parameters() if n.endswith("count")) == 1
+
+
+def hides_what_comes_before(name: str) -> nn.Module:
+    """Two layers and a residual branch, one of whose parameters has not learned anything yet."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.head(x + self.scale * self.c(self.b(x).relu()))
+
+    torch.manual_seed(0)
+    layers = {"a": linear(6, 8), "b": linear(8, 8), "c": linear(8, 8), "head": linear(8, 4)}
+    model = net(forward, **layers, scale=nn.Parameter(torch.ones(8))).double().eval()
+    value = {"head.weight": 0.0, "scale": 1e-12, "c.weight": 0.0}[name]
+    nn.init.constant_(model.get_parameter(name), value)
+    return model
+
+
+@pytest.mark.parametrize("name", ["head.weight", "scale", "c.weight"])
+def test_what_a_parameter_that_has_learned_nothing_hides(name: str) -> None:
+    """Rows of `b` are in the wrong order, which no output shows: what follows multiplies it by next to nothing."""
+    model, x = hides_what_comes_before(name), torch.randn(5, 6, dtype=torch.double)
+    pruned = pruned_correctly(model, x)
+    weight, bias = pruned.get_parameter("b.weight"), pruned.get_parameter("b.bias")
+    before = {key: (p.data_ptr(), p.detach().clone()) for key, p in pruned.named_parameters()}
+    weight.data, bias.data = weight.data.flip(0), bias.data.flip(0)
+    assert torch.allclose(run(pruned, x), pruned_output(model, x), atol=1e-10)
+    check_caught(model, pruned, x)
+    weight.data, bias.data = weight.data.flip(0), bias.data.flip(0)
+    assert fxprune.verify(model, pruned, x).ok
+    for key, p in pruned.named_parameters():
+        address, value = before[key]
+        assert torch.equal(p, value) and (key.startswith("b.") or p.data_ptr() == address)
+
+
+def pruned_output(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return fxprune.prune(model, 0.5, example_inputs=x, verify=False)(x)
+
+
+def test_tied_parameters_are_shifted_once() -> None:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return self.head(self.b(self.a(x)).relu())
+
+    model = net(forward, a=linear(6, 8), b=linear(8, 8), head=linear(8, 4)).double().eval()
+    nn.init.zeros_(model.a.bias)
+    model.b.bias = model.a.bias
+    x = torch.randn(5, 6, dtype=torch.double)
+    pruned = pruned_correctly(model, x)
+    assert pruned.a.bias is pruned.b.bias and not pruned.a.bias.any()

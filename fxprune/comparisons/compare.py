@@ -17,11 +17,24 @@ from fxprune.passes.ir.pytree import collect, map_tensors
 from fxprune.passes.ir.quiet import gc_paused, own_random_state, random_state, set_random_state
 from fxprune.passes.ir.slices import Slicer
 from fxprune.passes.verification.index_order import InIndexOrder
+from fxprune.passes.verification.kept_statistics import KeptStatistics, Statistics
 from fxprune.passes.verification.masked_model import MaskedOriginal, Removal
 from fxprune.passes.verification.outlook import Outlook
+from fxprune.passes.verification.shifted_parameters import shifted, shifts_of
 from fxprune.passes.verification.zeroed_model import Slices, ZeroedOriginal, why_zeroed_does_not_apply
 from fxprune.plan import plan_between, shapes_of
-from fxprune.verification import REFUSED, TOLERANCE, Verification, difference, evaluating, quietly, restoring, tolerance_of
+from fxprune.verification import (
+    REFUSED,
+    TOLERANCE,
+    Verification,
+    difference,
+    evaluating,
+    is_blank,
+    quietly,
+    restoring,
+    tolerance_of,
+    without_zeros,
+)
 
 
 def compare(
@@ -78,7 +91,8 @@ class Comparison:
 
     def __init__(self, model: nn.Module, pruned: nn.Module, removal: Removal, slices: Slices, outlook: Outlook | None) -> None:
         self.model, self.pruned, self.slices, self.outlook = model, pruned, slices, outlook
-        self.masked = MaskedOriginal(model, removal)
+        self.shifts = shifts_of(model, pruned, slices)
+        self.masked = MaskedOriginal(model, removal, self.shifts)
         self.zeroed: ZeroedOriginal | None = None
         self.devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
         self.least_tolerance = tolerance_of(model)
@@ -87,14 +101,15 @@ class Comparison:
         self.excused: list[str] = []
         self.no_zeroed = ""
         self.blank = self.partial = False  # whether all that a reference returns is zero; whether some has other shapes
+        self.statistics: Statistics = outlook.statistics if outlook else {}  # which the zeroed original takes over what is kept
 
     @property
     def tolerance(self) -> float:
         return max(self.least_tolerance, *(TOLERANCE[dtype] for dtype in self.masked.dtypes), 0.0)
 
     def run(self, inputs: ExampleInputs, *, sizes: bool) -> Verification:
-        random = torch.random.fork_rng(devices=self.devices)
-        with evaluating(self.pruned), torch.no_grad(), random, own_random_state(), gc_paused():
+        random, shifting = torch.random.fork_rng(devices=self.devices), shifted(self.pruned, self.shifts, self.slices)
+        with evaluating(self.pruned), torch.no_grad(), random, own_random_state(), gc_paused(), shifting:
             if self.outlook is None:
                 self.run_all(inputs, sizes)
             else:
@@ -162,12 +177,10 @@ class Comparison:
     def least_errors(self, inputs: ExampleInputs, drawn: list[Any]) -> tuple[float | None, float | None]:
         """The errors against the masked and the zeroed original, each where it is needed."""
         got, zeroed = self.result(inputs, drawn), None
-        if self.outlook and self.outlook.counts_zeros and not self.no_zeroed:
-            self.no_zeroed = self.why_not_zeroed(inputs)
         if not self.no_zeroed:
             set_random_state(drawn, self.devices)
             zeroed = self.against_zeroed(got, inputs)
-        if zeroed is not None and zeroed <= self.tolerance and not (self.partial or self.blank):
+        if zeroed is not None and zeroed <= self.tolerance and not (self.partial or self.blank or self.counts_zeros):
             return None, zeroed
         set_random_state(drawn, self.devices)
         if self.zeroed is not None and not self.writes:
@@ -259,14 +272,29 @@ class Comparison:
 
     def zeroed_original(self) -> ZeroedOriginal:
         if self.zeroed is None:
-            self.zeroed = ZeroedOriginal(self.model, self.slices)
+            self.zeroed = ZeroedOriginal(self.model, self.slices, self.shifts)
         return self.zeroed
 
+    @property
+    def counts_zeros(self) -> bool:
+        """Whether zeros count in statistics of the zeroed original, which are not taken over what is kept."""
+        return self.outlook is not None and bool(self.outlook.statistics) and not self.statistics
+
     def of_zeroed(self, inputs: ExampleInputs) -> Any:
-        """What the zeroed original returns."""
+        """What the zeroed original returns, with its statistics over what is kept where the run is that of the capture."""
         zeroed = self.zeroed_original()
+        args, kwargs = map_tensors((inputs.args, inputs.kwargs), torch.clone)
         with restoring(zeroed.model, parameters=self.writes), self.drawing():
-            return zeroed(*map_tensors((inputs.args, inputs.kwargs), torch.clone))
+            if not (self.outlook and self.statistics):
+                return zeroed(args, kwargs)
+            drawn, over_kept = random_state(self.devices), KeptStatistics(self.statistics, self.outlook.kept)
+            with contextlib.suppress(Exception), over_kept:
+                made = zeroed(args, kwargs)
+                over_kept.check()
+                return made
+        set_random_state(drawn, self.devices)
+        self.statistics = {}
+        return self.of_zeroed(inputs)
 
     def why_not_zeroed(self, inputs: ExampleInputs) -> str:
         """Why the zeroed original is no reference; empty where it is one."""
@@ -285,6 +313,7 @@ class Comparison:
             return None
         expected, found = collect(wanted, Tensor), collect(got, Tensor)
         if len(expected) == len(found):  # what has other shapes has lost channels: caches, and outputs that were released
+            expected = [without_zeros(t, f.shape) for t, f in zip(expected, found, strict=True)]
             alike = [i for i, t in enumerate(expected) if t.shape == found[i].shape]
             self.partial = len(alike) < len(expected)
             expected, found = [expected[i] for i in alike], [found[i] for i in alike]
@@ -306,8 +335,3 @@ def why_original_fails(model: nn.Module, inputs: ExampleInputs) -> str:
         said = " ".join(str(error).split())
         return f"{type(error).__name__}: {said[:120]}"
     return ""
-
-
-def is_blank(returned: Any) -> bool:
-    """Whether there is nothing but zeros in it."""
-    return not any(bool(t.any()) for t in collect(returned, Tensor))

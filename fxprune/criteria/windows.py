@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fxprune.passes.ops.call import OpView
 
 
-def windows(call: OpView, sizes: Sequence[int], x: Tensor) -> Tensor:
+def windows(call: OpView, sizes: Sequence[int], x: Tensor, at: Tensor | None = None) -> Tensor:
     """What each result of a convolution is a sum over: (groups, samples and positions, channels of a group and window).
 
     Arguments:
         call: the convolution.
         sizes: of its kernel.
         x: what it reads, (samples, channels, ...).
+        at: numbers of the positions of the result that are wanted; all of them where it is None.
     """
     spatial, g = x.dim() - 2, int(call.get("groups", 1))
     stride, padding, dilation = (spread(call[name], spatial) for name in ("stride", "padding", "dilation"))
@@ -34,6 +36,8 @@ def windows(call: OpView, sizes: Sequence[int], x: Tensor) -> Tensor:
         x = x.unfold(2 + i, d * (k - 1) + 1, s)[..., ::d]
     n, channels = x.shape[:2]
     positions = x.shape[2 : 2 + spatial].numel()
+    if at is not None:
+        x, positions = x[(slice(None), slice(None), *torch.unravel_index(at, x.shape[2 : 2 + spatial]))], len(at)
     x = x.reshape(n, g, channels // g, positions, -1)
     return x.permute(1, 0, 3, 2, 4).reshape(g, n * positions, -1)
 

@@ -114,7 +114,8 @@ class ProgramRun:
         own = {address(t) for t in self.tensors.values() if t.numel()}
         self.sites: dict[fx.Node, list[RepairSite]] = {}
         self.computed = 0
-        self.find_sites(BatchInterpreter(program, batches[0], own))
+        self.writing: set[fx.Node] = set()  # which write to their arguments
+        self.find_sites(BatchInterpreter(program, min(batches, key=lambda batch: batch.size), own))
         self.interpreters = [BatchInterpreter(program, batch, own) for batch in batches]
         self.position = 0
         self.calls: dict[Key, list[SiteCall]] = {}
@@ -127,7 +128,10 @@ class ProgramRun:
         count: Counter[str] = Counter()
         with observer:
             for node in self.nodes:
+                observer.writes = False
                 value = interpreter.step(node)
+                if observer.writes:
+                    self.writing.add(node)
                 if node.op == "placeholder":
                     for tensor in collect(value, Tensor):
                         observer.op_trace.values[observer.ref(tensor).id].from_input = True
@@ -187,7 +191,7 @@ class ProgramRun:
         for interpreter in [self.interpreters[i] for i in sorted(batches)]:
             observer = SiteObserver(self.names, self.owned)
             with observer:
-                interpreter.step_on_copies(node)
+                interpreter.step_on_copies(node) if node in self.writing else interpreter.run_node(node)
             yield find_call(observer.calls, site)
 
     def run_to(self, key: Key) -> list[SiteCall]:

@@ -25,6 +25,7 @@ from fxprune.repairs.sites import SiteCall
 RIDGES = (0.01, 0.1, 1.0, 10.0, 0.001, 0.0001)  # to choose from; the first one where nothing is there to choose by
 LARGEST = 1 << 24  # elements of a matrix of inputs: windows are taken from a part of the samples at a time
 PART = 1 << 16  # elements that are converted at a time
+ENOUGH_ROWS = 64  # for each input of a product: positions of a convolution beyond that change its fit by a hundredth
 COLUMNS = 384  # of a block of the matrix of moments, of which only those on and above the diagonal are computed
 
 
@@ -34,6 +35,7 @@ class NormalEquations:
 
     Attributes:
         constant: whether a constant may be fitted beside the weight.
+        squares: the sum of squares of the residuals; `size`, of the wanted results.
         gram: the second moments of the inputs, (groups, columns, columns); right on and above the diagonal, until `whole`.
     """
 
@@ -43,6 +45,7 @@ class NormalEquations:
     inputs: Tensor = field(default_factory=lambda: torch.zeros(()))
     residuals: Tensor = field(default_factory=lambda: torch.zeros(()))
     squares: float = 0.0
+    size: float = 0.0
     count: int = 0
     about_means: tuple[Tensor, Tensor] | None = None  # the matrix and the right-hand side, once they are asked for
     mirrored: bool = False
@@ -103,8 +106,9 @@ class NormalEquations:
 
 
 def sum_of_squares(x: Tensor) -> float:
-    """In double precision, of a part that stays in the cache at a time."""
-    return sum(float(part.double().square().sum()) for part in x.reshape(-1).split(PART))
+    """Sums of parts, added up in double precision."""
+    flat = x.reshape(-1) if x.dtype in (torch.float32, torch.float64) else x.reshape(-1).float()
+    return float(torch.stack([part.dot(part) for part in flat.split(PART)]).double().sum()) if flat.numel() else 0.0
 
 
 def fit(normal: NormalEquations, held: NormalEquations, ridge: float | None) -> tuple[Tensor, Tensor]:
@@ -131,14 +135,30 @@ def fit(normal: NormalEquations, held: NormalEquations, ridge: float | None) -> 
     return best
 
 
-def add_call(normal: NormalEquations, call: SiteCall, residual: Tensor) -> None:
-    """Add one run of a product, whose result should have been larger by `residual`."""
+def add_call(normal: NormalEquations, call: SiteCall, residual: Tensor, target: Tensor | None = None, runs: int = 1) -> None:
+    """Add one run of a product, whose result should have been larger by `residual`.
+
+    Of a convolution with many more positions than inputs, some are drawn for each part of the samples (as in ThiNet).
+
+    Arguments:
+        target: what it should have been, whose size is then noted; else it is that of the residual.
+        runs: how many of the kind there are to add.
+    """
+    target = residual if target is None else target
     if is_convolution(call):
         window = call.weight[:, 0].numel() if call.op.get("transposed") else call.weight[0].numel() * groups(call)
-        step = max(1, LARGEST // max(residual.shape[2:].numel() * window, 1))
-        for source, r in zip(call.source.split(step), residual.split(step), strict=True):
-            normal.add(windows(call.op, call.weight.shape[2:], wide(source)), by_group(call, wide(r)))
+        positions, generator = residual.shape[2:].numel(), torch.Generator().manual_seed(len(residual))
+        drawn = min(positions, math.ceil(ENOUGH_ROWS * count_inputs(call) / (runs * len(residual))))
+        step = max(1, LARGEST // max(drawn * window, 1))
+        for source, t, r in zip(call.source.split(step), target.split(step), residual.split(step), strict=True):
+            at = None
+            if drawn < positions:
+                at = torch.randperm(positions, generator=generator)[:drawn].to(r.device)
+                t, r = (v.flatten(2).index_select(2, at) for v in (t, r))
+            normal.size += sum_of_squares(t)
+            normal.add(windows(call.op, call.weight.shape[2:], wide(source), at), by_group(call, wide(r)))
         return
+    normal.size += sum_of_squares(target)
     normal.add(flat(call, call.source, call.product.along), flat(call, residual, call.product.out))  # type: ignore[union-attr]
 
 

@@ -60,37 +60,46 @@ class Fold(RepairMethod):
 class Reconstruct(RepairMethod):
     """Fit the weight, and the constant beside it, to the original's result by least squares on the inputs that are left."""
 
-    name = "reconstruct"
+    name, measures = "reconstruct", True
 
     def apply(self, repairer: Repairer, site: RepairSite) -> Change | None:
         constant = site.place is not None
-        normal, unseen, size = NormalEquations(constant), NormalEquations(constant), 0.0
+        normal, unseen, sizes = NormalEquations(constant), NormalEquations(constant), {False: 0.0, True: 0.0}
         large: dict[bool, list[tuple[SiteCall, Tensor]]] = {False: [], True: []}
         for held, into in ((False, normal), (True, unseen)):
             for call, target, residual in repairer.residuals(site, held=held):
-                size += 0.0 if held else sum_of_squares(target)
                 if count_inputs(call) > least_squares.WIDE:
+                    sizes[held] += sum_of_squares(target)
                     large[held].append((call, residual))
                 else:
-                    add_call(into, call, residual)
+                    add_call(into, call, residual, target, repairer.count_batches(held=held))
         if large[False]:
-            return self.apply_gradually(repairer, site, large, size)
-        if normal.squares == 0.0:
+            return self.apply_gradually(repairer, site, large, sizes)
+        if is_rounding(normal.squares, normal.size, residual):
             return None
-        if not math.isfinite(normal.squares + float(normal.gram.sum())):
+        if not math.isfinite(normal.squares + float(normal.gram.sum()) + unseen.squares):
             raise Skip(NOT_FINITE)
         change, shift = least_squares.fit(normal, unseen, repairer.ridge)
         call.weight.add_(as_weight(call, change).to(call.weight.dtype))
         repairer.add_constant(site, call, shift.reshape(-1))
-        error = (relative(normal.squares, size), relative(normal.left(change, shift), size))
+        error, held_out = (
+            (relative(m.squares, m.size), relative(m.left(change, shift), m.size) if m.count else 0.0) for m in (normal, unseen)
+        )
         columns = normal.gram.shape[1]
         few = f"{normal.count:,} samples and positions for {columns:,} inputs: more data would help"
-        return Change(error, few if normal.count < columns else "")
+        if call.weight.dtype not in (torch.float32, torch.float64):  # in which the change is another one, rounded
+            repairer.calls.clear()
+            held_out = held_out[0], repairer.error(site) if repairer.checks else 0.0
+        return Change(error, few if normal.count < columns else "", held_out)
 
     def apply_gradually(
-        self, repairer: Repairer, site: RepairSite, large: dict[bool, list[tuple[SiteCall, Tensor]]], size: float
+        self, repairer: Repairer, site: RepairSite, large: dict[bool, list[tuple[SiteCall, Tensor]]], sizes: dict[bool, float]
     ) -> Change | None:
-        """For a product whose normal equations are too large to be formed; `size` is that of the wanted result."""
+        """For a product whose normal equations are too large to be formed.
+
+        Arguments:
+            sizes: of the wanted results, those held out and the others.
+        """
         fitted = large[False]
         if not any(bool(r.any()) for _, r in fitted):
             return None
@@ -98,9 +107,13 @@ class Reconstruct(RepairMethod):
             raise Skip(NOT_FINITE)
         change, before, after = fit_gradually(fitted, large[True], repairer.ridge, site.place is not None)
         call = fitted[-1][0]
+        start = relative(sum(sum_of_squares(r) for _, r in large[True]), sizes[True])
         call.weight.add_(change.weight.to(call.weight.dtype))
         repairer.add_constant(site, call, change.constant)
-        return Change((relative(before, size), relative(after, size)), f"{count_inputs(call):,} inputs: in steps")
+        repairer.calls.clear()
+        held = (start, repairer.error(site)) if repairer.checks else None
+        error = relative(before, sizes[False]), relative(after, sizes[False])
+        return Change(error, f"{count_inputs(call):,} inputs: in steps", held)
 
 
 class Compensate(RepairMethod):
@@ -117,7 +130,7 @@ class Compensate(RepairMethod):
             squares += float(residual.square().sum())
             size += sum_of_squares(target)
             count += residual.numel() // residual.shape[-1]
-        if call is None or squares == 0.0:
+        if call is None or is_rounding(squares, size, difference):
             return None
         if site.place is None:
             raise Skip(NO_PLACE)
@@ -139,7 +152,7 @@ class Recalibrate(RepairMethod):
         for _, call in repairer.measured(site):
             channels = call.source.shape[1]
             moments = moments or Moments(channels)
-            moments.add(torch.arange(channels), call.source.double(), torch.arange(channels), 1)
+            moments.add(torch.arange(channels), call.source, torch.arange(channels), 1)
         if moments is None or call is None or call.var is None or float(moments.count[0]) < 2:
             raise Skip("the data holds a single value for each channel")
         if not bool((moments.mean + moments.spread).isfinite().all()):
@@ -150,6 +163,11 @@ class Recalibrate(RepairMethod):
 
 
 METHODS: dict[str, RepairMethod] = {method.name: method for method in (Fold(), Reconstruct(), Compensate(), Recalibrate())}
+
+
+def is_rounding(squares: float, size: float, residual: Tensor) -> bool:
+    """Whether residuals are what sums in another order leave."""
+    return relative(squares, size) <= 16 * torch.finfo(residual.dtype).eps
 
 
 def find_constant(parts: list[Tensor]) -> Tensor:

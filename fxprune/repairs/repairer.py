@@ -46,10 +46,17 @@ class RepairStep:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What a method changed: the relative error before and after, where it was measured, and a remark."""
+    """What a method changed.
+
+    Attributes:
+        error: the relative error before and after on the data that was fitted, where it was measured.
+        note: a remark.
+        held: the same on the data held out, of a method that knows it.
+    """
 
     error: tuple[float, float] | None = None
     note: str = ""
+    held: tuple[float, float] | None = None
 
 
 class Skip(Exception):
@@ -83,6 +90,8 @@ class Repairer:
         ridge: of least squares; None where it is chosen by the data held out.
         refusal: why no site may be changed, or "".
         steps: what was done.
+        calls: the calls of the site that is being repaired, by run and batch, until it is changed.
+        start: the tensors of that site, with what they were.
     """
 
     runs: Sequence[SideBySide]
@@ -90,6 +99,8 @@ class Repairer:
     ridge: float | None
     refusal: str = ""
     steps: list[RepairStep] = field(default_factory=list)
+    calls: dict[tuple[int, int], tuple[SiteCall, SiteCall]] = field(default_factory=dict)
+    start: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def run(self, methods: Sequence[RepairMethod]) -> None:
         """Repair every site in the order of the programs by each method in turn, then run what follows."""
@@ -113,19 +124,22 @@ class Repairer:
         try:
             if site.reason or self.refusal:
                 raise Skip(site.reason or self.refusal)
-            start = self.tensors(site)
-            before = self.error(site, start) if self.checks else None
+            self.start = self.tensors(site)
+            before = self.error(site) if self.checks and not method.measures else math.inf
             change = method.apply(self, site)
+            self.calls.clear()
             if change is None:
                 return []
-            if before is None:
+            if not self.checks:
                 return [replace(step, error=change.error, done=True, note=change.note)]
-            error = before, self.error(site, start)
+            error = change.held or (before, self.error(site))
         except Skip as reason:
             return [replace(step, note=str(reason))]
+        finally:
+            self.calls.clear()
         if error[1] < error[0]:
             return [replace(step, error=error, done=True, note=change.note)]
-        for tensor, value in start:
+        for tensor, value in self.start:
             tensor.copy_(value)
         return [replace(step, error=error, note=WORSE)]
 
@@ -143,11 +157,11 @@ class Repairer:
             return None
         return next(run.new.tensors[site.place[0]] for run in self.runs if site.place[0] in run.new.tensors)
 
-    def error(self, site: RepairSite, start: Sequence[tuple[Tensor, Tensor]]) -> float:
+    def error(self, site: RepairSite) -> float:
         """The relative error of a site's result on the data held out."""
         squares = size = 0.0
         mean = self.mean_behind(site)
-        moved = next((mean - value for t, value in start if t is mean), None)  # what it takes off the result
+        moved = next((mean - value for t, value in self.start if t is mean), None)  # what it takes off the result
         for call, target, residual in self.residuals(site, held=True):
             if moved is not None and call.product is not None:
                 residual = residual + lifted(moved, residual, call.product.out)
@@ -159,7 +173,7 @@ class Repairer:
 
     def measured(self, site: RepairSite, *, held: bool = False) -> Iterator[tuple[SiteCall, SiteCall]]:
         """The calls of a site in both programs, on the batches to fit or on those held out."""
-        for run in self.runs:
+        for number, run in enumerate(self.runs):
             found = run.new.run_until(site.key)
             if found is None:
                 if any(s.key == site.key for sites in run.new.sites.values() for s in sites):
@@ -169,7 +183,14 @@ class Repairer:
             wanted = run.old.run_to(site.key)
             if not wanted:
                 raise Skip(NO_PRODUCT)
-            yield from zip([wanted[i] for i in batches], run.new.measure(*found, batches), strict=True)
+            for i in batches:
+                if (number, i) not in self.calls:
+                    self.calls[number, i] = wanted[i], next(run.new.measure(*found, [i]))
+                yield self.calls[number, i]
+
+    def count_batches(self, *, held: bool) -> int:
+        """How many batches there are to fit, or held out."""
+        return sum(len(run.batches(held=held)) for run in self.runs)
 
     def originals(self, site: RepairSite) -> list[SiteCall]:
         """The calls of a site in the original, on all batches."""
@@ -233,10 +254,12 @@ class RepairMethod:
     Attributes:
         name: of the `method` argument.
         for_norms: whether it repairs normalisations with running statistics, instead of products.
+        measures: whether it finds the errors on the data held out itself.
     """
 
     name: ClassVar[str]
     for_norms: ClassVar[bool] = False
+    measures: ClassVar[bool] = False
 
     def apply(self, repairer: Repairer, site: RepairSite) -> Change | None:
         """Change the parameters of a site; None where nothing is left to change, Skip where it cannot be done."""

@@ -82,6 +82,7 @@ class SiteObserver(Recorder):
         self.computed: list[str] = []
         self.uses: Counter[Span] = Counter()
         self.readers: Counter[int] = Counter()
+        self.writes = False  # whether any call writes to its arguments
 
     def owner(self, tensor: Tensor | None) -> str | None:
         return None if tensor is None or not tensor.numel() else self.owned.get(tensor.untyped_storage().data_ptr())
@@ -94,6 +95,7 @@ class SiteObserver(Recorder):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func._schema.is_mutable:
+            self.writes = True
             self.copy_written({t.untyped_storage().data_ptr() for t in collect((args, kwargs), Tensor) if t.numel()})
         out = super().__torch_dispatch__(func, types, args, kwargs)
         call = OpView(self.op_trace.ops[-1], self.op_trace)

@@ -16,6 +16,7 @@ from fxprune.passes.ir.module_tree import named_parameters
 from fxprune.passes.ir.slices import Slicer, TensorSlice
 from fxprune.passes.rewrite.rewrite import tensor_cuts
 from fxprune.passes.verification.masked_model import Removal
+from fxprune.passes.verification.outlook import Outlook, outlook
 from fxprune.selection.latency import Latency
 
 
@@ -41,6 +42,10 @@ class Choice:
     def removal(self, heads: bool | str) -> Removal:
         """What it removes of the model; `heads` says whether heads go whole."""
         return Removal(self.solution.leaves, self.kept, heads, any(self.solution.picks), self.slicer.removed)
+
+    def outlook(self, parameters: Collection[str]) -> Outlook:
+        """What to expect of runs that verify it; `parameters` are the names of the model's."""
+        return outlook(self.solution, self.kept.numpy(), parameters)
 
     @functools.cached_property
     def slices(self) -> dict[str, list[TensorSlice]]:

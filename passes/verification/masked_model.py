@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -231,10 +232,14 @@ class MaskedRun(Recorder):
 
 
 class MaskedOriginal:
-    """The model, in evaluation mode, with removed elements masked; the model itself is left as it is."""
+    """The model, in evaluation mode, with removed elements masked; the model itself is left as it is.
 
-    def __init__(self, model: Any, removal: Removal) -> None:
-        self.model, self.removal = model, removal
+    Arguments:
+        shifts: what is added to tensors of the model before, by name.
+    """
+
+    def __init__(self, model: Any, removal: Removal, shifts: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+        self.model, self.removal, self.shifts = model, removal, shifts
         self.parameters: dict[int, nn.Parameter] = {}  # zero where removed, by the identity of the original's
         self.writes = False  # whether a forward writes to parameters
         self.dtypes: set[torch.dtype] = set()  # narrower than double, of results that depend on sums over what is kept
@@ -301,7 +306,7 @@ class MaskedOriginal:
 
     def zeroed(self, name: str, tensor: Tensor) -> Tensor:
         """A copy of one of the model's tensors, zero where it is removed."""
-        given = tensor.detach()
+        given = tensor.detach() + self.shifts[name] if name in self.shifts else tensor.detach()
         fractions = given.is_floating_point() or given.is_complex()
         made = fill_removed(given, self.removal.leaves.get(name, ()), self.removal.kept, 0.0) if fractions else given
         return made.clone() if made is given else made

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from fxprune.passes.capture.rollback import written_in_place
 from fxprune.passes.coupling.solution import Solution
@@ -13,8 +16,12 @@ from fxprune.passes.ir.labels import Labels, keeps_all
 from fxprune.passes.ir.op_trace import OpCall, OpTrace
 from fxprune.passes.ops.call import OpView
 from fxprune.passes.ops.masking import products_with_zeros, with_zeros
+from fxprune.passes.ops.reduction import masked_norm
 from fxprune.passes.ops.registry import find
 from fxprune.passes.verification.index_order import draws_numbers
+from fxprune.passes.verification.kept_statistics import Statistics
+
+ZEROS_ADD_NOTHING = (None, with_zeros, products_with_zeros, masked_norm)  # to a norm of negative order they do, which is rare
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +31,14 @@ class Outlook:
     Attributes:
         draws: whether it draws random numbers.
         writes: whether it writes to parameters; modules that are not captured might, also by other data (`p.data = x`).
-        counts_zeros: whether zeros probably count, as in a mean over what is cut. This follows from labels, and so says only
-            that it is worth a look, without labels, whether the zeroed original is a reference.
+        statistics: the calls in which zeros count, as in a mean over what is cut.
+        kept: which labels are kept, shape (labels,).
     """
 
     draws: bool
     writes: bool
-    counts_zeros: bool
+    statistics: Statistics
+    kept: Tensor
 
 
 def outlook(solution: Solution, kept: np.ndarray, parameters: Collection[str]) -> Outlook:
@@ -44,13 +52,24 @@ def outlook(solution: Solution, kept: np.ndarray, parameters: Collection[str]) -
     return Outlook(
         any(draws_numbers(op.func, op.args, op.kwargs) for op in trace.ops),
         bool(solution.captures[0].opaque) or not written_in_place(trace, ()).isdisjoint(parameters),
-        any(counts_zeros(op, trace, labels.get(op.inputs[0].id, ()), kept) for op in trace.ops if op.inputs),
+        statistics(trace, labels, kept),
+        torch.from_numpy(kept),
     )
+
+
+def statistics(trace: OpTrace, labels: Mapping[int, Labels], kept: np.ndarray) -> Statistics:
+    """All calls of each operator that somewhere counts what is removed: the labels of its operands; None where it does not."""
+    counting = [counts_zeros(op, trace, labels.get(op.inputs[0].id, ()), kept) if op.inputs else False for op in trace.ops]
+    found: dict[Any, list[Sequence[Labels] | None]] = {op.func: [] for op, counts in zip(trace.ops, counting) if counts}
+    for op, counts in zip(trace.ops, counting, strict=True) if found else ():
+        if op.func in found:
+            found[op.func].append([labels.get(ref.id, ()) for ref in op.inputs] if counts else None)
+    return found
 
 
 def counts_zeros(op: OpCall, trace: OpTrace, labels: Labels, kept: np.ndarray) -> bool:
     """Whether an operator reduces or normalises its first tensor along a dimension that is cut, and no sum is all it takes."""
-    if not labels or find(op.func).masked in (None, with_zeros, products_with_zeros):
+    if not labels or find(op.func).masked in ZEROS_ADD_NOTHING:
         return False
     gone = {dim for f in labels if not keeps_all([f], kept) for dim in f.dims}
     return bool(gone) and not gone.isdisjoint(dims_reduced(OpView(op, trace), len(trace.shape(op.inputs[0]))))
@@ -61,4 +80,6 @@ def dims_reduced(call: OpView, ndim: int) -> Iterable[int]:
     shape, dim = call.get("normalized_shape"), call.get("dim")
     if shape is not None:
         return range(ndim - len(shape), ndim)
+    if call.get("group", call.get("num_groups")) is not None:
+        return range(1, ndim)
     return [d % ndim for d in ([dim] if isinstance(dim, int) else dim or ()) if isinstance(d, int) and ndim]

@@ -16,6 +16,7 @@ channels mixes, but zeros add nothing to it: `ADDITIVE` names the operators of w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -35,18 +36,20 @@ from fxprune.passes.ir.slices import TensorSlice, mask_of
 Slices = Mapping[str, Sequence[TensorSlice]]
 
 
-def zeroed_copy(model: nn.Module, masks: Mapping[str, Sequence[Tensor]]) -> tuple[Any, dict[str, Tensor]]:
+def zeroed_copy(
+    model: nn.Module, masks: Mapping[str, Sequence[Tensor]], shifts: Mapping[str, Tensor] = MappingProxyType({})
+) -> tuple[Any, dict[str, Tensor]]:
     """A copy of a model with zeros where a mask of a floating tensor is False; and its tensors, by name.
 
-    Masks can be broadcast to their tensor.
+    Masks can be broadcast to their tensor. What is in `shifts` is added to tensors before.
     """
     swap: dict[int, Tensor] = {}
     made: dict[str, Tensor] = {}
     for name, tensor in named_tensors(model):
-        own = tensor.detach()
+        own = tensor.detach() + shifts[name] if name in shifts else tensor.detach()
         fractions = own.is_floating_point() or own.is_complex()
         new = fill_outside(own, masks.get(name, ()) if fractions else (), 0.0)
-        new = own.clone() if new is own else new
+        new = own.clone() if new is own and name not in shifts else new
         made[name] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
         swap[id(tensor)] = made[name]
     return copy_tree(model, swap), made
@@ -58,9 +61,9 @@ class ZeroedOriginal:
     Integer and boolean buffers hold indices and choices rather than the values of channels: they stay.
     """
 
-    def __init__(self, model: nn.Module, slices: Slices) -> None:
+    def __init__(self, model: nn.Module, slices: Slices, shifts: Mapping[str, Tensor] = MappingProxyType({})) -> None:
         kept = {name: [cut.mask(t.shape) for cut in slices.get(name, ())] for name, t in named_tensors(model)}
-        self.model, self.tensors = zeroed_copy(model, kept)
+        self.model, self.tensors = zeroed_copy(model, kept, shifts)
         self.model.eval()
         self.slices = slices
 
