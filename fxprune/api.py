@@ -152,6 +152,7 @@ def prune(
         criterion: how units are ranked: a name in `fxprune.criteria.CRITERIA`, one of its classes with options of its own,
             or a function of a parameter that gives the importance of each element. By default it is `magnitude`, the L2 norm
             over the whole family; with data `flap`; with data and a loss `token_taylor`. The report says what was chosen.
+            A `Calibration` of `token_taylor` stands for those data: with a budget all else is chosen as they would have it.
         data: for criteria that look at data: batches, each a pair of inputs (as `example_inputs`) and target, a dict of
             keyword arguments, or inputs alone. They are read once, in evaluation mode (again for `grasp` and `repair`; `gates`
             holds them).

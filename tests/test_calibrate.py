@@ -37,6 +37,17 @@ def test_one_calibration_serves_every_budget(criterion, tmp_path):
             assert fxprune.plan_of(fxprune.prune(model, criterion=found, **asked)) == wanted
 
 
+def test_a_calibration_stands_for_the_data_of_the_default(tmp_path):
+    model, data = llama(tmp_path / "model", torch.float32), labelled(words(2, 3))
+    seen = fxprune.calibrate(model, data, example_inputs=IDS | NO_CACHE)
+    for asked in ({"params": 0.8}, {"params": 0.6, "only": "*mlp*"}):
+        asked |= {"example_inputs": IDS | NO_CACHE, "verify": False}
+        wanted = fxprune.prune(model, data=data, **asked)
+        found = fxprune.prune(model, criterion=seen, **asked)
+        assert fxprune.plan_of(found) == fxprune.plan_of(wanted)
+        assert found.meta["chosen"] == wanted.meta["chosen"][1:]  # all but the criterion, which was given
+
+
 ASKED = {
     "wanda": {"ratio": 0.5},
     "flap": {"params": 0.7, "ranking": "global"},

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from lm_plain import PLAIN, count
+from lm_recovery import RANK, WINDOWS, distilled
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -30,13 +31,22 @@ import fxprune
 HERE = Path(__file__).parent
 ROWS, PAGE = HERE / "lm.jsonl", HERE / "LM.md"
 WINDOW, BATCH = 256, 4
-WHAT = {"FFN": ("*mlp*",), "FFN + heads": ("*mlp*", "*self_attn*")}
+LAYERS = ("*mlp*", "*self_attn*")
+WHAT: dict[str, dict[str, Any]] = {
+    "FFN": {"only": "*mlp*"},
+    "FFN + heads": {"only": LAYERS},
+    "all": {},  # nothing said: the stream, too, but last
+    "depth": {"depth": "only"},
+    "FFN + heads + depth": {"only": LAYERS, "depth": True},
+}
 BUDGETS = (0.9, 0.8, 0.7, 0.5)
 MOST = {0.9: 1.3, 0.8: 1.9}  # times the perplexity of the original, after repair without training
 OWN = "loss terms, refitted"  # the default and its repair in plain lines: none of those to be compared with
 CRITERIA = ("default", "taylor", "flap", "wanda", "magnitude")
 TEXTS = ("wikipedia", "news")
 SPLIT = "calibration spread over seven eighths of Wikipedia, evaluation on the ends of both texts; products in bfloat16"
+UNTRAINED, TRAINED = ("", "repaired"), ("tuned", "LoRA")
+REPAIRS = {"": "", "repaired": "refit", "tuned": "refit, block", "LoRA": "LoRA"}
 CUT = {"ShortGPT": "blocks", "SliceGPT": "stream"}  # what plain methods prune that do not prune the FFN
 
 
@@ -84,11 +94,30 @@ def perplexity(model: nn.Module, batches: list[Tensor]) -> float:
     return math.exp(sum(losses) / sum(len(ids) for ids in batches))
 
 
+def seen_by(model: Any, criterion: str, batches: list[Tensor]) -> Any:
+    """What a criterion saw of the data of calibration, for all budgets: kept in a file of the folder `build`."""
+    if criterion == "magnitude":
+        return criterion
+    tokens = sum(ids.numel() for ids in batches)
+    file = HERE.parent.parent / "build" / "lm" / f"{criterion}-{tokens}-{fxprune.__version__}.safetensors"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        data = [{"input_ids": ids, "labels": ids} for ids in torch.cat(batches).split(1)]  # the logits of one window at a time
+        fxprune.calibrate(model, data, criterion, data[0]).save(file)
+    return fxprune.Calibration.load(file)
+
+
 def ours(model: Any, batches: list[Tensor], keep: float, criterion: str, what: str) -> Any:
-    data = [{"input_ids": ids, "labels": ids} for ids in batches]
-    asked: dict[str, Any] = {} if criterion == "default" else {"criterion": criterion, "ranking": "global"}
+    """Pruned by fxprune; the default is given as a `Calibration` of its criterion, which stands for the data."""
+    asked: dict[str, Any] = dict(WHAT[what])
     inputs = {"input_ids": batches[0], "labels": batches[0]}
-    return fxprune.prune(model, example_inputs=inputs, params=keep, only=WHAT[what], data=data, verify=False, **asked)
+    if asked.get("depth"):
+        asked["data"] = [{"input_ids": ids, "labels": ids} for ids in batches]
+    if asked.get("depth") != "only":
+        asked["criterion"] = seen_by(model, "token_taylor" if criterion == "default" else criterion, batches)
+    if criterion != "default":
+        asked["ranking"] = "global"
+    return fxprune.prune(model, example_inputs=inputs, params=keep, verify=False, **asked)
 
 
 def experiments(model: Any, batches: list[Tensor], arguments: argparse.Namespace) -> Iterator[tuple[dict[str, Any], Any]]:
@@ -97,7 +126,14 @@ def experiments(model: Any, batches: list[Tensor], arguments: argparse.Namespace
         for name in arguments.plain:
             method = PLAIN[name]
             row = {"keep": keep, "method": name, "what": CUT.get(name, "FFN"), "by": "plain"}
-            yield row, lambda m=method, k=keep: iter([("", m(model, batches, k))])
+
+            def plain(k: float = keep, m: Any = method) -> Iterator[tuple[str, Any]]:
+                small = m(model, batches, k)
+                yield "", small
+                if arguments.lora:
+                    yield "LoRA", distilled(model, small, batches, arguments.lora)
+
+            yield row, plain
         for criterion in arguments.criteria:
             for what in arguments.what:
                 row = {"keep": keep, "method": criterion, "what": what, "by": "fxprune"}
@@ -110,6 +146,8 @@ def experiments(model: Any, batches: list[Tensor], arguments: argparse.Namespace
                     yield "repaired", better
                     if arguments.steps:
                         yield "tuned", fxprune.repair(model, better, data, method="block", steps=arguments.steps)
+                    if arguments.lora:
+                        yield "LoRA", distilled(model, better, batches, arguments.lora)
 
                 yield row, make
 
@@ -121,6 +159,8 @@ def main() -> None:
     parser.add_argument("--plain", nargs="*", default=list(PLAIN))
     parser.add_argument("--what", nargs="*", default=list(WHAT))
     parser.add_argument("--steps", type=int, default=200, help="of tuning for each block; 0 for none")
+    parser.add_argument("--lora", type=int, default=0, help="steps of a LoRA behind `refit`; 0 for none")
+    parser.add_argument("--last", action="store_true", help="measure what a row ends with alone, not each step before")
     parser.add_argument("--calibration", type=int, default=32768, help="tokens")
     parser.add_argument("--tokens", type=int, default=8192, help="of each text that is evaluated")
     arguments = parser.parse_args()
@@ -146,13 +186,14 @@ def main() -> None:
     dense = {"keep": 1.0, "method": "dense", "what": "", "by": ""}
     if not done(dense):
         note(dense, model, 0.0)
-    last = {"fxprune": "tuned" if arguments.steps else "repaired", "plain": ""}  # what ends a row
+    trained = "LoRA" if arguments.lora else ""
+    last = {"fxprune": trained or ("tuned" if arguments.steps else "repaired"), "plain": trained}  # what ends a row
     todo = [e for e in experiments(model, batches, arguments) if not done({**e[0], "repair": last[e[0]["by"]]})]
     for row, make in tqdm(todo, desc="models"):
         start = time.perf_counter()
         for kind, made in make():
             seconds = time.perf_counter() - start
-            if not done({**row, "repair": kind}):
+            if not done({**row, "repair": kind}) and (kind == last[row["by"]] or not arguments.last):
                 note({**row, "repair": kind}, made, seconds)
             start = time.perf_counter()
     PAGE.write_text(page(rows))
@@ -167,23 +208,21 @@ def targets(rows: list[dict[str, Any]], whole: dict[str, Any]) -> list[str]:
         found = "not run" if best is None else f"{best:.2f}, {'met' if best <= most else 'missed'}"
         said.append(f"- {keep} of the parameters, repaired without training: at most {most} times the original's. {found}.")
     for keep in BUDGETS:
-        own = [r for r in rows if r["by"] == "fxprune" and r["keep"] == keep]
         others = [r for r in rows if r["by"] == "plain" and r["method"] != OWN and r["keep"] == keep]
-        found = "not run"
-        if own and others:
-            below = [1 - min(r[t] for r in own) / min(r[t] for r in others) for t in TEXTS]
-            found = f"{below[0]:.0%} and {below[1]:.0%}, {'met' if min(below) >= 0.15 else 'missed'}"
-        missing = [name for name in PLAIN if name not in (OWN, *(r["method"] for r in others))]
-        found += f" (of theirs, not run: {', '.join(missing)})" if missing and found != "not run" else ""
-        said.append(f"- {keep} of the parameters: the best of ours at least 15 % below the best of theirs. {found}.")
+        for how, kinds in (("as cut or refitted", UNTRAINED), ("trained", TRAINED)):
+            own = [r for r in rows if r["by"] == "fxprune" and r["keep"] == keep and r.get("repair") in kinds]
+            theirs = [r for r in others if r.get("repair") in kinds]
+            found = "not run"
+            if own and theirs:
+                below = [1 - min(r[t] for r in own) / min(r[t] for r in theirs) for t in TEXTS]
+                found = f"{below[0]:.0%} and {below[1]:.0%}, {'met' if min(below) >= 0.15 else 'missed'}"
+                missing = [name for name in PLAIN if name not in (OWN, *(r["method"] for r in theirs))]
+                found += f" (of theirs, not run: {', '.join(missing)})" if missing else ""
+            said.append(f"- {keep}, {how}: the best of ours at least 15 % below the best of theirs. {found}.")
     cells = {(r["keep"], r["method"], r["what"]) for r in rows}
-    asked = [(k, c, w) for k in BUDGETS for c in CRITERIA for w in WHAT]
+    asked = [(k, c, w) for k in BUDGETS for c in CRITERIA for w in WHAT if w != "depth" or c == "default"]
     done = sum(cell in cells for cell in asked)
-    return [
-        *said,
-        "",
-        f"Of the {len(asked)} pairs of criterion and families at these budgets, {done} were run; depth and LoRA were not.",
-    ]
+    return [*said, "", f"Of the {len(asked)} pairs of criterion and families at these budgets, {done} were run."]
 
 
 def page(rows: list[dict[str, Any]]) -> str:
@@ -194,10 +233,12 @@ def page(rows: list[dict[str, Any]]) -> str:
         "Perplexity of SmolLM2-135M-Instruct (30 layers, hidden size 576, 9 heads, 3 KV groups) after pruning,",
         f"without training, on windows of {WINDOW} tokens that calibration has not seen. `lm.py` writes this page from",
         "`lm.jsonl`; plain methods are those of `lm_plain.py`. Repaired is `fxprune.repair` by `refit` on the data of",
-        "calibration; tuned is what that gives by `block`, 200 steps of a batch for each block. Seconds are those of a",
-        "machine shared with other work; a later row of a plain method is without what it shares with an earlier one.",
+        "calibration; tuned is what that gives by `block`, 200 steps of a batch for each block. `LoRA` is a distillation from",
+        f"the original behind that, without labels: rank {RANK} beside each layer, steps of {WINDOWS} windows of the data of",
+        "calibration, merged. `all` is a budget and nothing else said: the stream may go, last. `depth` takes whole branches.",
+        "Seconds are those of a machine shared with other work; a later row is without what it shares with an earlier one: of",
+        "plain methods their statistics, of ours the scores, which are kept in a file (the default as cut was scored anew).",
         "`default, no growth` is the default as it was before decision 310: its scores, without growth.",
-        "With 32,768 tokens those scores came from a file, and their seconds are without the scoring.",
     ]
     for size in sorted({(r["calibration"], r["tokens"], r["held"]) for r in rows}):
         mine = [r for r in rows if (r["calibration"], r["tokens"], r["held"]) == size]
@@ -215,7 +256,7 @@ def page(rows: list[dict[str, Any]]) -> str:
                 r["by"],
                 r["method"],
                 r["what"],
-                {"": "", "repaired": "refit", "tuned": "refit, block"}[r.get("repair", "")],
+                REPAIRS[r.get("repair", "")],
             ]
             cells += [f"{r['wikipedia']:.1f}", times[0], f"{r['news']:.1f}", times[1], str(r["seconds"])]
             lines.append(f"| {' | '.join(cells)} |")

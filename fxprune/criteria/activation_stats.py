@@ -132,6 +132,9 @@ class ActivationObserver(Recorder):
             product = (wide(x) * wide(g) * self.weighted).movedim(dim, -1)
             rows = product.flatten(1, -2).sum(1) if is_image and product.dim() > 2 else product.reshape(-1, product.shape[-1])
             units, place = self.units[labels].unique(return_inverse=True)
+            if len(units) == len(labels):  # units of one channel each: nothing to be added up within them
+                self.terms[labels] += rows.square().sum(0, dtype=torch.float64).cpu()[index.cpu()]
+                continue
             place = place.to(rows.device)
             sums = rows.new_zeros(len(rows), len(units)).index_add_(1, place, rows[:, index.to(rows.device)])
             each = (sums.square().sum(0, dtype=torch.float64) / place.bincount()).cpu()

@@ -17,6 +17,7 @@ from fxprune.arguments import is_number, number, shown
 from fxprune.criteria.aggregation import LOSS
 from fxprune.criteria.base import Criterion
 from fxprune.criteria.branches import SCORES
+from fxprune.criteria.calibrated import Calibration
 from fxprune.criteria.catalog import CriterionName, resolve
 from fxprune.criteria.defaults import choose_criterion
 from fxprune.criteria.gradient import TokenTaylor
@@ -52,6 +53,7 @@ DepthCriterion = Literal["influence", "taylor", "loss", "weights"] | Callable[[T
 BudgetName = Literal["params", "macs", "memory", "latency"]
 
 DEFAULT_RATIO = 0.5
+DEFAULT = ("token_taylor", TokenTaylor())  # the criterion of a budget where data and a loss are given
 STREAMS_LAST = "a residual stream through the whole model goes after all else"
 RANKINGS: tuple[Ranking, ...] = ("local", "global", "isomorphic")
 CHEAP = 100_000_000  # parameters up to which a few forwards take little time
@@ -208,6 +210,7 @@ class Options:
     def with_defaults(self, model: nn.Module, criterion: str | Criterion | None, ranking: Ranking | None) -> Options:
         """The same with a criterion and a ranking: those that are asked for, or the ones that do least harm."""
         data, weighs, chosen = self.data, False, []
+        open_budget = ranking is None and self.budget is not None
         if self.remove is not None:  # nothing is scored
             return self
         if criterion is None:
@@ -216,13 +219,15 @@ class Options:
             else:
                 criterion, data, why = choose_criterion(model, data, self.loss)
             chosen.append(f"criterion={criterion!r}, since {why}")
-            weighs = criterion == "token_taylor" and ranking is None and self.budget is not None
+            weighs = criterion == "token_taylor" and open_budget
             criterion = TokenTaylor(normalise="none") if weighs else criterion  # as it was measured on language models
-        looks = bool(chosen) and data is not None
-        if ranking is None and self.budget is not None:
+        elif isinstance(criterion, Calibration) and criterion.criterion in DEFAULT and open_budget:
+            weighs, criterion = True, Calibration(TokenTaylor(normalise="none"), criterion.evidence)
+        looks = weighs or (bool(chosen) and data is not None)
+        if open_budget:
             how = "score for what it costs" if weighs else "normalised score"
             chosen.append(f"units of all layers compete by their {how}" if looks else "all families lose the same share")
-        spares = ranking is None and self.budget is not None and self.scopes is None and self.basis is None
+        spares = open_budget and self.scopes is None and self.basis is None
         chosen += [STREAMS_LAST] if spares else []
         if ranking is None:
             ranking = "global" if looks and self.budget is not None else "local"
