@@ -14,7 +14,7 @@ from torch import nn
 import fxprune
 from fxprune.passes.errors import GuardError
 from fxprune.passes.rewrite.pruned_module import RewrittenForward
-from fxprune.same_class import configuration
+from fxprune.same_class import attributes, configuration
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 60}
 DECODER = {**SMALL, "num_key_value_heads": 2, "max_position_embeddings": 40, "pad_token_id": 0, "eos_token_id": 2}
@@ -141,6 +141,31 @@ class Numbered(nn.Module):
 
     def forward(self, x):
         return self.outer(self.inner(x)) * self.factor + self.index
+
+
+class Told(nn.Module):
+    """A layer with its width written down, which its forward does not read; `steps` looks like one, and is read."""
+
+    def __init__(self, steps):
+        super().__init__()
+        self.layer, self.width = nn.Linear(8, 8), 8
+        if steps:
+            self.steps = 8
+
+    def forward(self, x):
+        return self.layer(x) * getattr(self, "steps", 1)
+
+
+def test_widths_of_many_modules_are_tried_together(monkeypatch):
+    runs = []
+    plain = attributes.numbers_left
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), *[Told(steps=at == 5) for at in range(16)], nn.Linear(8, 3)).eval()
+    counted = lambda model, made, is_exact: plain(model, made, lambda: runs.append(1) or is_exact())  # noqa: E731
+    monkeypatch.setattr(attributes, "numbers_left", counted)
+    small = fxprune.prune(model, 0.5, example_inputs=torch.randn(2, 8), same_class=True)
+    assert [layer.width for layer in list(small)[1:-1]] == [4] * 16 and small[6].steps == 8
+    assert 1 <= len(runs) <= 12  # not as many as there are modules
 
 
 def test_a_number_that_is_no_width_does_not_keep_a_width_from_following():

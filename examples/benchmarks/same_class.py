@@ -16,6 +16,7 @@ day did: remove it, and it is measured again.
 import argparse
 import copy
 import fnmatch
+import importlib
 import io
 import multiprocessing
 import pickle
@@ -75,9 +76,11 @@ def every_name() -> list[str]:
 
 
 def imports(model: str, request: str, largest: float) -> None:
-    library = model.partition(":")[0]
+    """What the job and the process that loads its model import; nothing runs before they are forked."""
+    importlib.import_module("fxprune.same_class.restore")
+    library, _, short = model.partition(":")
     if library == "kinds":
-        kinds.imports(model)
+        kinds.imports(short)
     else:
         prunability.imports(model, "fxprune", "")
 

@@ -19,6 +19,7 @@ from fxprune.passes.ir.module_tree import named_tensors, walk
 from fxprune.passes.ir.pytree import collect
 
 Shape = tuple[int, ...]
+Changes = tuple[nn.Module, dict[str, tuple[int, int]]]  # what numbers of a module were, and would be
 
 
 def update_attributes(
@@ -40,11 +41,12 @@ def numbers_left(model: nn.Module, made: nn.Module, is_exact: Callable[[], bool]
     pairs = shape_pairs(model, made)
     modules = {path: module for module, path in walk(made).items()}
     stale: list[str] = []
+    changes: list[Changes] = []
     for module, path in walk(model).items():
         counterpart = modules.get(path)
         if counterpart is None or type(module).__module__.startswith(("torch.nn.", "torch.ao.nn.")):
             continue
-        changed: dict[str, tuple[int, int]] = {}
+        changed: dict[str, tuple[int, int]] = {}  # from, to
         for name, value in list(vars(module).items()):
             if type(value) is not int or value < 2 or name.startswith("_") or vars(counterpart).get(name) != value:
                 continue
@@ -53,9 +55,9 @@ def numbers_left(model: nn.Module, made: nn.Module, is_exact: Callable[[], bool]
                 stale.append(joined(path, name))
             elif sizes - {value}:
                 changed[name] = (value, sizes.pop())
-        if changed and not assigned(counterpart, changed, is_exact) and len(changed) > 1:
-            for name, pair in changed.items():  # one of them is no width
-                assigned(counterpart, {name: pair}, is_exact)
+        if changed:
+            changes.append((counterpart, changed))
+    assign_exact(changes, is_exact)
     return stale
 
 
@@ -65,13 +67,26 @@ def shape_pairs(model: nn.Module, made: nn.Module) -> dict[str, tuple[Shape, Sha
     return {name: (shapes[name], tuple(t.shape)) for name, t in named_tensors(made) if name in shapes}
 
 
-def assigned(module: nn.Module, changed: dict[str, tuple[int, int]], is_exact: Callable[[], bool]) -> bool:
-    """Give attributes the second of two values; the first again, and False, where the model is not exact with them."""
-    assign(module, {name: now for name, (_, now) in changed.items()})
-    exact = is_exact()
-    if not exact:
+def assign_exact(changes: list[Changes], is_exact: Callable[[], bool]) -> None:
+    """Make those of some changes with which the model stays exact; those of a module together, if that does.
+
+    All are tried at once, and halves of those that do not fit, so that a model is run as often as some are wrong.
+    """
+    if not changes:
+        return
+    for module, changed in changes:
+        assign(module, {name: now for name, (_, now) in changed.items()})
+    if is_exact():
+        return
+    for module, changed in changes:
         assign(module, {name: was for name, (was, _) in changed.items()})
-    return exact
+    if len(changes) == 1:
+        (module, changed), *_ = changes
+        changes = [(module, {name: pair}) for name, pair in changed.items()]
+    if len(changes) > 1:
+        half = len(changes) // 2
+        assign_exact(changes[:half], is_exact)
+        assign_exact(changes[half:], is_exact)
 
 
 def assign(module: nn.Module, values: dict[str, Any]) -> None:

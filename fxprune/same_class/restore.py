@@ -32,7 +32,7 @@ from fxprune.passes.verification.masked_model import relative_error
 from fxprune.plan import kept_labels, plan_between
 from fxprune.same_class.arguments import fit_arguments
 from fxprune.same_class.attributes import update_attributes
-from fxprune.same_class.configuration import Attributes, configure
+from fxprune.same_class.configuration import Attributes, Experiment, configure
 from fxprune.same_class.constants import widths_in_constants
 from fxprune.same_class.numbers import fit_numbers
 from fxprune.same_class.saving import SavePretrained
@@ -64,14 +64,15 @@ def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs)
 
         made, known = shrunk_copy(model, pruned, inputs)
         gone = drop_removed(model, pruned, made, lambda: error_of(made) <= tolerance, run)
+        found = Experiment(model), made, known, error_of, tolerance
         # no configuration says that a block has lost a branch
-        configured = (None, False)[hasattr(model, "config")] if gone else configure(model, made, known, error_of, tolerance)
+        configured = (None, False)[hasattr(model, "config")] if gone else configure(*found)
         if error_of(made) > tolerance:
             with evaluating(made):
                 try_forwards(model, pruned, made, inputs, tolerance)
             ignore_keywords(model, made, lambda: run(model))
         stale = ["config"] if configured is False else []
-        held = {} if configured is not False or gone else widths_in_constants(model, made, known, error_of, tolerance)
+        held = {} if configured is not False or gone else widths_in_constants(*found)
         if error_of(made) > tolerance and not fit_arguments(made, pruned, run, lambda: error_of(made) <= tolerance):
             take_program(made, pruned, vars(pruned)["_programs"])
         if error_of(made) > tolerance:
