@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from torch import Tensor, nn
@@ -15,11 +16,13 @@ from torch import Tensor, nn
 from fxprune.criteria.calibration import Target
 from fxprune.criteria.catalog import find, resolve
 from fxprune.criteria.parameter_roles import roles
+from fxprune.criteria.scorer import Read
 from fxprune.criteria.unit_scores import normalise_scores, score_units
 from fxprune.distributed.ranks import Ranks
+from fxprune.iterative.history import HistoryStep
 from fxprune.iterative.plan_mapping import narrow_labels, tensors_of
 from fxprune.iterative.proposal import StepChoice
-from fxprune.iterative.schedules import part_of
+from fxprune.iterative.schedules import describe_request, part_of
 from fxprune.passes.capture.programs import programs
 from fxprune.passes.coupling.families import Family
 from fxprune.passes.ir.module_tree import named_tensors, on_meta
@@ -31,12 +34,13 @@ from fxprune.plan import PlanData
 from fxprune.reports.coupling import CoupledFamily, coupled_family
 from fxprune.selection.allocation import Allocator
 from fxprune.selection.candidates import form_groups
+from fxprune.selection.choice import Choice
 from fxprune.selection.costs import Costs, elements
 from fxprune.selection.latency import too_slow, used_share
 from fxprune.selection.options import Options
 from fxprune.selection.rectangles import find_nonempty_sets, restore_rectangles
 from fxprune.selection.select import allocate, check_effect, find_free_families
-from fxprune.verification import evaluating
+from fxprune.verification import Verification, evaluating
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -96,7 +100,15 @@ class Planner:
             kept, _ = allocate(self.free, score, self.costs, self.options)
             check_effect(self.model, self.free, score, self.solution, self.options, kept)
 
-    def choose(self, present: nn.Module, view: View, gone: np.ndarray, share: float, ranks: Ranks | None = None) -> StepChoice:
+    def choose(
+        self,
+        present: nn.Module,
+        view: View,
+        gone: np.ndarray,
+        share: float,
+        ranks: Ranks | None = None,
+        read: Read | None = None,
+    ) -> StepChoice:
         """What is removed when a share of what is asked for is done.
 
         Arguments:
@@ -105,8 +117,9 @@ class Planner:
             gone: units that are removed already, shape (labels,), and stay so.
             share: in [0, 1].
             ranks: the processes that choose together, if there are several.
+            read: finds the values of a parameter, if they are not those in the model; all processes find the same.
         """
-        free, score = self.scores(present, view, gone, ranks)
+        free, score = self.scores(present, view, gone, ranks, read)
         options = part_of(self.options, share, self.original)
         kept, _ = allocate(free, score, self.costs, options, self.probe, gone)
         wanted = self.removed(kept)
@@ -124,7 +137,7 @@ class Planner:
         return restore_rectangles(self.solution, removed, score, self.guards, held)
 
     def scores(
-        self, present: nn.Module, view: View, gone: np.ndarray, ranks: Ranks | None = None
+        self, present: nn.Module, view: View, gone: np.ndarray, ranks: Ranks | None = None, read: Read | None = None
     ) -> tuple[list[Family], np.ndarray]:
         """The families that may lose units, and the score of every unit by the values and the outputs of a present model.
 
@@ -143,8 +156,9 @@ class Planner:
         with evaluating(present) if runs else contextlib.nullcontext():  # a copy in another mode would share its program
             looked_at = dataclasses.replace(self.solution, leaves=leaves, captures=self.captures(present, view))
             target = Target(self.options.coupling.heads)
-            score, seen = score_units(present, looked_at, alive, criterion, self.options.data, self.options.loss, target=target)
-        score = score if ranks is None else ranks.mean(score)
+            given = self.options.data, self.options.loss, read, target
+            score, seen = score_units(present, looked_at, alive, criterion, *given)
+        score = score if ranks is None or read is not None else ranks.mean(score)
         told = [i for i, f in enumerate(alive) if seen[f.units].any()]
         free, alive = [self.free[i] for i in told], [alive[i] for i in told]
         if self.options.competes:
@@ -153,6 +167,28 @@ class Planner:
             low, high = score[left.units].min(), score[left.units].max()
             score[family.units[gone[family.units]]] = low - ((high - low) or 1.0)
         return free, score
+
+    def record(
+        self,
+        number: int,
+        shares: Sequence[float],
+        last: Choice,
+        choice: Choice,
+        gone: np.ndarray,
+        verification: Verification | None,
+    ) -> HistoryStep:
+        """What is said of step `number`, counted from 0, in which `last` became `choice`; `gone` are units that went before."""
+        units = np.concatenate([f.units for f in self.free])
+        now = ~choice.kept.numpy()
+        return HistoryStep(
+            number + 1,
+            describe_request(part_of(self.options, shares[number], self.original)),
+            (int(now[units].sum()), len(units)),
+            int((now & ~gone)[units].sum()),
+            (self.costs.of(last.slicer, "params"), self.costs.of(choice.slicer, "params")),
+            (self.costs.of(last.slicer, "macs"), self.costs.of(choice.slicer, "macs")),
+            None if verification is None else verification.error,
+        )
 
     def captures(self, present: nn.Module, view: View) -> list[CapturedProgram]:
         """The captured programs of a present model, for criteria that watch it run; else those of the original will do."""

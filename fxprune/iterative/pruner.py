@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxprune.arguments import checked_call, shown
-from fxprune.distributed.ranks import ranks_of
+from fxprune.distributed.sharded import Sharded, entered
 from fxprune.entry_points import entry_point, unwrapped
 from fxprune.inputs import ExampleInputs
-from fxprune.iterative.history import History, HistoryStep
+from fxprune.iterative.history import History
 from fxprune.iterative.masking import hold, mask_again, muted
 from fxprune.iterative.optimizer_state import Move, remap, remap_module, remap_state
 from fxprune.iterative.plan_mapping import tensors_of, widened
@@ -21,7 +21,8 @@ from fxprune.iterative.planner import Planner, View
 from fxprune.iterative.proposal import Proposal, StepChoice
 from fxprune.iterative.pruner_state import PresentModel, PrunerState, asked_of
 from fxprune.iterative.regularizers import Regularizer, Spans, find, spans_of
-from fxprune.iterative.schedules import Schedule, describe_request, part_of, shares
+from fxprune.iterative.schedules import Schedule, shares
+from fxprune.iterative.sharded_steps import check_steps, refuse_sharded, shrink_shards
 from fxprune.passes.errors import PruneError
 from fxprune.pipeline import Compilation
 from fxprune.plan import PlanData
@@ -48,7 +49,8 @@ class Pruner:
     4
 
     Arguments:
-        model: any module; it is not changed. In `DistributedDataParallel` all processes step together, as with `prune`.
+        model: any module; it is not changed. In `DistributedDataParallel`, or sharded over processes (`fully_shard`, tensor
+            parallelism), all of these step together, as with `prune`; `mask` and `regularize` take no sharded model.
         ratio, params, macs, memory, latency: as for `prune`, after the last step. A ratio is a share of the original's units.
         example_inputs, same_class and others: as for `prune`. `data` is read in every step.
         steps, schedule: the number of steps, and what is done after each: `linear`, `cubic` (arXiv:1710.01878), or a
@@ -82,14 +84,16 @@ class Pruner:
         same_class: bool = False,
         **asked: Unpack[Asked],
     ) -> None:
-        with ranks_of(model) as self._ranks, entry_point(model) as model:
-            options = Options.parse(model, ratio=ratio, verify=verify, **asked)
+        with entered(model) as (self._ranks, sharded, model):
+            options = Options.parse(model if sharded is None else sharded.model, ratio=ratio, verify=verify, **asked)
             self._shares, self._same_class, self._regularizer = shares(schedule, steps), same_class, find(regularizer)
             if mask is not None and not is_one_of(mask, ("hold", "soft")):
                 raise PruneError(f"mask must be 'hold', 'soft' or None, not {shown(mask)}", fix="mask='hold'")
             inputs = ExampleInputs.parse(example_inputs, model).check(model)
-            self._options, self._mask, self._original, self.model = options, mask, model, model
-            self._compilation = Compilation(model, inputs, options.coupling)
+            check_steps(sharded, options, mask)
+            self._options, self._mask, self._original, self._sharded = options, mask, model, sharded is not None
+            self.model: Any = model if sharded is None else sharded.model
+            self._compilation = Compilation(model, inputs if sharded is None else inputs.beside(model), options.coupling)
             self._planner = Planner(self._compilation, options)
             self._gone = np.zeros(len(self._planner.unit_of), bool)
             self._choice = self._settled(self._gone, np.zeros(len(self._gone)))
@@ -146,16 +150,17 @@ class Pruner:
                     path, why = list(self._compilation.frozen_modules.items())[-1]
                     what = f"the proposal cuts {path}, which {why}"
                     raise PruneError(what, where=path, fix="a new proposal: pruner.step(interactive=True)")
-                return self._take(present, choice)
+                return self._take(present, choice, sharded)
 
-        with ranks_of(model, self._ranks) as self._ranks, entry_point(self.model if model is None else model) as present:
-            chosen = self._chosen(present, number)
+        with entered(self.model if model is None else model, self._ranks) as (self._ranks, sharded, present):
+            chosen = self._chosen(present, number, sharded)
             while not interactive and self._fails(self._settled(chosen.wanted, chosen.score)):
-                chosen = self._chosen(present, number)
+                chosen = self._chosen(present, number, sharded)
             return Proposal(chosen, self._planner.groups(), take) if interactive else take(chosen.wanted)
 
-    def _chosen(self, present: nn.Module, number: int) -> StepChoice:
-        return self._planner.choose(*self._looked_at(present), self._stuck, self._shares[number], self._ranks)
+    def _chosen(self, present: nn.Module, number: int, sharded: Sharded | None = None) -> StepChoice:
+        read = None if sharded is None else sharded.gather
+        return self._planner.choose(*self._looked_at(present), self._stuck, self._shares[number], self._ranks, read)
 
     def _settled(self, removed: np.ndarray, score: np.ndarray) -> Choice:
         return Choice(self._planner.solution, *self._planner.settle(removed, score, self._stuck))
@@ -169,23 +174,14 @@ class Pruner:
             self._planner = Planner(self._compilation, self._options)
         return fails
 
-    def _take(self, present: nn.Module, choice: Choice) -> nn.Module:
+    def _take(self, present: nn.Module, choice: Choice, sharded: Sharded | None) -> nn.Module:
         plan = self._compilation.plan(choice)
-        made = self._made(present, plan, choice)
-        units = np.concatenate([f.units for f in self._planner.free])
-        now, costs = ~choice.kept.numpy(), self._planner.costs
+        made = self._made(present, plan, choice, sharded)
         verification = getattr(made, "meta", {}).get("verification")  # with masks there is none
-        step = HistoryStep(
-            len(self.history) + 1,
-            describe_request(part_of(self._planner.options, self._shares[len(self.history)], self._planner.original)),
-            (int(now[units].sum()), len(units)),
-            int((now & ~self._gone)[units].sum()),
-            (costs.of(self._choice.slicer, "params"), costs.of(choice.slicer, "params")),
-            (costs.of(self._choice.slicer, "macs"), costs.of(choice.slicer, "macs")),
-            None if verification is None else verification.error,
-        )
+        step = self._planner.record(len(self.history), self._shares, self._choice, choice, self._gone, verification)
         view = self._view if self._mask else View(plan)
         before, after = self._tensors(present), tensors_of(made, view.plan)
+        before, present = (before, present) if sharded is None else (sharded.tensors, sharded.model)
         zero = plan.masks(self._original) if self._mask == "hold" else {}
         self._move = Move(present, made, before, after, self._view.plan, view.plan, zero)
         # nothing can fail from here on
@@ -195,9 +191,9 @@ class Pruner:
         self._spans, self._marked, self._calls = None, None, 0
         return made
 
-    def _made(self, present: nn.Module, plan: PlanData, choice: Choice) -> nn.Module:
+    def _made(self, present: nn.Module, plan: PlanData, choice: Choice, sharded: Sharded | None) -> nn.Module:
         if self._mask is None:
-            return self._shrunk(present, plan, verify=True)
+            return self._shrunk(present, plan, verify=True, sharded=sharded)
         whole = self._widened(present)
         if self._mask == "soft":
             return muted(whole, plan, self._planner.solution, choice.kept)
@@ -209,10 +205,12 @@ class Pruner:
 
         Arguments: as for `step`. Raises: PruneError if `model` is another model.
         """
-        with entry_point(self.model if model is None else model) as present:
-            return self._shrunk(present, self.plan, verify=True)
+        with entered(self.model if model is None else model, self._ranks) as (_, sharded, present):
+            return self._shrunk(present, self.plan, verify=True, sharded=sharded)
 
-    def _shrunk(self, present: nn.Module, plan: PlanData, verify: bool) -> Any:
+    def _shrunk(self, present: nn.Module, plan: PlanData, verify: bool, sharded: Sharded | None = None) -> Any:
+        if sharded is not None and self._tensors(present):  # which raises for another model
+            return shrink_shards(sharded, self._compilation, plan, self._view.plan)
         whole = self._widened(present)
         self._compilation.follow()
         choice = self._compilation.choice_of(plan)
@@ -284,9 +282,10 @@ class Pruner:
 
         Optimizers and averages have a state dict of their own: save it with this one, after they were remapped.
         """
+        asked = self._asked
         model = PresentModel.of(self.model, self._original, cut=self._mask is None and len(self.history) > 0)
         units = (self._choice.kept, self._gone, self._marked)
-        return PrunerState.of(self._asked, self.plan, units, self._calls, self.history, self._compilation, model).to_dict()
+        return PrunerState.of(asked, self.plan, units, self._calls, self.history, self._compilation, model).to_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where the pruner was whose `state_dict` this is, bit by bit; it had the same arguments and architecture.
@@ -310,6 +309,7 @@ class Pruner:
 
     @property
     def _asked(self) -> dict[str, str]:
+        refuse_sharded(self._sharded, "the state of a Pruner")
         return asked_of(self._shares, self._mask, self._options)
 
     # -- sparse training --------------------------------------------------------------------------------------------------
@@ -322,6 +322,7 @@ class Pruner:
 
         Raises: PruneError for another model, or before any backward(); nothing has changed then.
         """
+        refuse_sharded(self._sharded, "regularize()")
         model = unwrapped(model)
         tensors = self._tensors(model)
         learned = {n: t for n, t in tensors.items() if isinstance(t, nn.Parameter) and t.is_floating_point()}
