@@ -413,3 +413,34 @@ def test_a_graph_says_which_keywords_it_takes():
         GuardError, match="LlamaForCausalLM was not captured with output_attentions, labels, and takes input_ids"
     ):
         graph(input_ids=ids, output_attentions=True, labels=ids)
+
+
+class Masks(nn.Module):
+    """Keeps half of the tokens, which it draws, and has a width in its code."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 12), nn.Linear(12, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        y = self.a(x)
+        order = torch.rand(y.shape[:2], device=y.device).argsort(1)[:, :2, None]
+        y = y.gather(1, order.expand(-1, -1, y.shape[-1]))
+        return self.c(self.b(y).reshape(-1, 12).relu())
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_model_that_draws_numbers_draws_the_same_ones_when_it_is_compared(inside):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Dropout(0.0), Masks()).eval() if inside else Masks().eval(), torch.randn(2, 4, 8)
+    before = torch.get_rng_state()
+    graph, small = (fxprune.prune(model, 0.5, example_inputs=x, verify=False, same_class=same) for same in (False, True))
+    assert type(small) is type(model) and sum(p.numel() for p in small.parameters()) < 0.6 * sum(
+        p.numel() for p in model.parameters()
+    )
+    assert torch.equal(torch.get_rng_state(), before)
+    outputs = []
+    for made in (graph, small):
+        torch.manual_seed(1)
+        outputs.append(made(x))
+    assert torch.allclose(*outputs, atol=1e-6)
