@@ -444,3 +444,29 @@ def test_a_model_that_draws_numbers_draws_the_same_ones_when_it_is_compared(insi
         torch.manual_seed(1)
         outputs.append(made(x))
     assert torch.allclose(*outputs, atol=1e-6)
+
+
+class Listed(nn.Module):
+    """Stages that are lists of layers, which the model itself runs, and records of them."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        sizes = ((3, 12), (12, 20), (20, 20))
+        self.stages = nn.ModuleList(nn.ModuleList([nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b)]) for a, b in sizes)
+        self.head = nn.Linear(20, 4)
+        self.feature_info = [{"num_chs": b, "reduction": 2**i, "module": f"stages.{i}"} for i, (_, b) in enumerate(sizes)]
+
+    def forward(self, x):
+        for stage in self.stages:
+            for layer in stage:
+                x = layer(x)
+            x = x.relu()
+        return self.head(x.mean((2, 3)))
+
+
+def test_records_that_name_lists_follow_what_is_in_them():
+    model = Listed().eval()
+    small = fxprune.prune(model, 0.5, example_inputs=torch.randn(2, 3, 8, 8), same_class=True)
+    assert [(info["num_chs"], info["reduction"]) for info in small.feature_info] == [(6, 1), (10, 2), (10, 4)]
+    assert [info["num_chs"] for info in model.feature_info] == [12, 20, 20] and small.meta["stale"] == ()

@@ -4,7 +4,8 @@ Which dimension such a number counts is found by its value: those of the tensors
 original. Where they have one size now, that is the attribute's; where they have several, it cannot be told.
 
 A list of records that each name a module (`{"module": "layer1", "num_chs": 64}`) is about the outputs of these modules: a
-number of theirs is a width if it is the size of the channels, second or last, of every output.
+number of theirs is a width if it is the size of the channels, second or last, of every output. Where none of the modules is
+called, as lists of blocks are not, it is one if each has tensors of this size.
 """
 
 from __future__ import annotations
@@ -138,8 +139,8 @@ def update_records(model: nn.Module, made: nn.Module, run: Callable[[nn.Module],
             there = [(i, owner, records[i][key]) for i, owner in enumerate(owners) if type(records[i].get(key)) is int]
             outputs = [(size, before[owner], after.get(owner, ())) for _, owner, size in there if owner in before]
             dims = [d for d in (1, -1) if outputs and all(is_size_of(size, was, d) for size, was, _ in outputs)]
-            if not dims:
-                continue  # not a width: there are outputs without a dimension of this size
+            if not dims and (outputs or not all(any(sizes_below(owner, size, pairs)) for _, owner, size in there)):
+                continue  # not a width: there are outputs, or lists that are never called, without a dimension of this size
             for i, owner, size in there:
                 is_called = owner in before and len(before[owner]) == len(after.get(owner, ()))
                 sizes = {after[owner][d] for d in dims} if is_called else nearest_sizes(owner, size, pairs)
