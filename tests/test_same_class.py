@@ -470,3 +470,32 @@ def test_records_that_name_lists_follow_what_is_in_them():
     small = fxprune.prune(model, 0.5, example_inputs=torch.randn(2, 3, 8, 8), same_class=True)
     assert [(info["num_chs"], info["reduction"]) for info in small.feature_info] == [(6, 1), (10, 2), (10, 4)]
     assert [info["num_chs"] for info in model.feature_info] == [12, 20, 20] and small.meta["stale"] == ()
+
+
+class Stage(nn.Module):
+    def __init__(self, inputs, outputs, tokens):
+        super().__init__()
+        self.layer, self.tokens = nn.Conv2d(inputs, outputs, 1), tokens
+
+    def forward(self, x):
+        y = self.layer(x).relu()
+        return (y.mean(1, keepdim=True), y.flatten(2).transpose(1, 2)) if self.tokens else y
+
+
+class Mixed(nn.Module):
+    """A stage that returns an image, and one that returns tokens, behind something else."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.head = Stage(3, 12, False), Stage(12, 20, True), nn.Linear(20, 4)
+        self.feature_info = [{"num_chs": 12, "module": "first"}, {"num_chs": 20, "module": "second"}]
+
+    def forward(self, x):
+        shade, tokens = self.second(self.first(x))
+        return self.head(tokens.mean(1)) + shade.mean()
+
+
+def test_records_of_outputs_of_several_layouts():
+    small = fxprune.prune(Mixed().eval(), 0.5, example_inputs=torch.randn(2, 3, 8, 8), same_class=True)
+    assert [info["num_chs"] for info in small.feature_info] == [6, 10] and small.meta["stale"] == ()

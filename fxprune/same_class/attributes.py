@@ -4,7 +4,7 @@ Which dimension such a number counts is found by its value: those of the tensors
 original. Where they have one size now, that is the attribute's; where they have several, it cannot be told.
 
 A list of records that each name a module (`{"module": "layer1", "num_chs": 64}`) is about the outputs of these modules: a
-number of theirs is a width if it is the size of the channels, second or last, of every output. Where none of the modules is
+number of theirs is a width if it is the size of the channels, second or last, of an output of every one. Where none of the modules is
 called, as lists of blocks are not, it is one if each has tensors of this size.
 """
 
@@ -137,13 +137,16 @@ def update_records(model: nn.Module, made: nn.Module, run: Callable[[nn.Module],
         changed = [dict(record) for record in records]
         for key in sorted({key for record in records for key, number in record.items() if type(number) is int}):
             there = [(i, owner, records[i][key]) for i, owner in enumerate(owners) if type(records[i].get(key)) is int]
-            outputs = [(size, before[owner], after.get(owner, ())) for _, owner, size in there if owner in before]
-            dims = [d for d in (1, -1) if outputs and all(is_size_of(size, was, d) for size, was, _ in outputs)]
-            if not dims and (outputs or not all(any(sizes_below(owner, size, pairs)) for _, owner, size in there)):
-                continue  # not a width: there are outputs, or lists that are never called, without a dimension of this size
+            outputs = [(size, before[owner]) for _, owner, size in there if owner in before]
+            dims = [d for d in (1, -1) if all(any(is_size_of(size, s, d) for s in was) for size, was in outputs)] or [1, -1]
+            if not all(any(is_size_of(size, s, d) for s in was for d in dims) for size, was in outputs):
+                continue  # not a width: there are outputs without a dimension of this size
+            if not outputs and not all(any(sizes_below(owner, size, pairs)) for _, owner, size in there):
+                continue  # nor in lists that are never called
             for i, owner, size in there:
-                is_called = owner in before and len(before[owner]) == len(after.get(owner, ()))
-                sizes = {after[owner][d] for d in dims} if is_called else nearest_sizes(owner, size, pairs)
+                both = [*zip(before.get(owner, ()), after.get(owner, ()))]
+                told = {now[d] for was, now in both if len(was) == len(now) for d in dims if is_size_of(size, was, d)}
+                sizes = told or nearest_sizes(owner, size, pairs)
                 if len(sizes) == 1:
                     changed[i][key] = sizes.pop()
                 elif joined(path, name) not in stale:
@@ -162,14 +165,14 @@ def is_size_of(size: int, shape: Shape, dim: int) -> bool:
     return len(shape) > 1 and shape[dim] == size
 
 
-def output_shapes(model: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str, Shape]:
-    """The shape of the first tensor that each module returns at its last call, by path."""
-    found: dict[str, Shape] = {}
+def output_shapes(model: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str, list[Shape]]:
+    """The shapes of the tensors that each module returns at its last call, by path."""
+    found: dict[str, list[Shape]] = {}
 
     def noted(path: str) -> Callable[..., None]:
         def note(module: nn.Module, args: Any, out: Any) -> None:
             if returned := collect(out, Tensor):
-                found[path] = tuple(returned[0].shape)
+                found[path] = [tuple(t.shape) for t in returned]
 
         return note
 
