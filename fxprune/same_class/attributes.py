@@ -4,8 +4,8 @@ Which dimension such a number counts is found by its value: those of the tensors
 original. Where they have one size now, that is the attribute's; where they have several, it cannot be told.
 
 A list of records that each name a module (`{"module": "layer1", "num_chs": 64}`) is about the outputs of these modules: a
-number of theirs is a width if it is the size of the channels, second or last, of an output of every one. Where none of the modules is
-called, as lists of blocks are not, it is one if each has tensors of this size.
+number of theirs is a width if it is the size of the channels, second or last, of an output of every one. Where none of the
+modules is called, as lists of blocks are not, it is one if each has tensors of this size.
 """
 
 from __future__ import annotations
