@@ -129,7 +129,7 @@ def check_tensors(model: nn.Module) -> None:
             raise PruneError(
                 f"{name} is a {type(tensor).__name__} that is sharded or packed, not a plain tensor",
                 where=type(model).__name__,
-                fix=f"prune(), couple() and Plan.apply() take it as it is; else {sharded}" if spread else sharded,
+                fix=f"prune(), couple(), Plan.apply() and Pruner take it as it is; else {sharded}" if spread else sharded,
             )
 
 

@@ -96,3 +96,7 @@ class NeedsValues(Exception):
 
 class WritesWhatItReads(Exception):
     """The program writes to constants made on the way, or to tensors that a forward assigns anew: it has to read copies."""
+
+
+class ConvertsSize(BaseException):
+    """Code of the model's has converted a size by `int` or `float`; no `except Exception` of its own is to catch it."""

@@ -187,7 +187,7 @@ def test_sharded_parameters(group):
     tensor_parallel = parallelize_module(plain(), mesh, {"0": ColwiseParallel()})
     for model in (fully_shard(plain()), tensor_parallel):
         what = "0.weight is a DTensor that is sharded or packed, not a plain tensor"
-        fix = f"prune(), couple() and Plan.apply() take it as it is; else {SHARDED}"
+        fix = f"prune(), couple(), Plan.apply() and Pruner take it as it is; else {SHARDED}"
         refuses(lambda m=model: fxprune.feasible(m, X), what=what, where=type(model).__name__, fix=fix)
     flat = FullyShardedDataParallel(plain(), device_id=torch.device("cpu"))
     what = "the model's parameters are flattened and sharded"

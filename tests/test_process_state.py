@@ -362,3 +362,34 @@ def test_the_cache_of_a_module_that_a_file_imports_whole_is_not_asked():
     assert OTHERS.split.cache_info().currsize
     with torch.no_grad():
         assert net(X).shape == (3, 4)
+
+
+class Refuses:
+    """Settings that differ by layer, and that are not to be asked for one of them."""
+
+    def __init__(self):
+        self.width, self.calls = 8, 0
+
+    def __getattribute__(self, name):
+        if name == "width":
+            raise RuntimeError("ask the layers for their width")
+        return super().__getattribute__(name)
+
+
+class WithSettings(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.settings, self.a, self.b = Refuses(), nn.Linear(8, 12), nn.Linear(12, 4)
+
+    def forward(self, x):
+        self.settings.calls += 1
+        y = self.b(self.a(x).relu())
+        return -y if float(y.sum()) > 1e6 else y  # which makes it one node, in a second run
+
+
+def test_an_object_that_refuses_to_be_asked_is_put_back():
+    model = WithSettings().double().eval()
+    pruned = fxprune.prune(model, 0.5, example_inputs=X)
+    assert pruned.a.weight.shape[0] == 6 and pruned.verification.error < 1e-12
+    assert vars(model.settings) == {"width": 8, "calls": 0}

@@ -15,7 +15,7 @@ from torch import nn
 import fxprune
 from fxprune.passes.errors import GuardError
 from fxprune.passes.rewrite.pruned_module import RewrittenForward
-from fxprune.same_class import configuration
+from fxprune.same_class import attributes, configuration
 from fxprune.same_class.saving import SavePretrained
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 60}
@@ -143,6 +143,31 @@ class Numbered(nn.Module):
 
     def forward(self, x):
         return self.outer(self.inner(x)) * self.factor + self.index
+
+
+class Told(nn.Module):
+    """A layer with its width written down, which its forward does not read; `steps` looks like one, and is read."""
+
+    def __init__(self, steps):
+        super().__init__()
+        self.layer, self.width = nn.Linear(8, 8), 8
+        if steps:
+            self.steps = 8
+
+    def forward(self, x):
+        return self.layer(x) * getattr(self, "steps", 1)
+
+
+def test_widths_of_many_modules_are_tried_together(monkeypatch):
+    runs = []
+    plain = attributes.numbers_left
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), *[Told(steps=at == 5) for at in range(16)], nn.Linear(8, 3)).eval()
+    counted = lambda model, made, is_exact: plain(model, made, lambda: runs.append(1) or is_exact())  # noqa: E731
+    monkeypatch.setattr(attributes, "numbers_left", counted)
+    small = fxprune.prune(model, 0.5, example_inputs=torch.randn(2, 8), same_class=True)
+    assert [layer.width for layer in list(small)[1:-1]] == [4] * 16 and small[6].steps == 8
+    assert 1 <= len(runs) <= 12  # not as many as there are modules
 
 
 def test_a_number_that_is_no_width_does_not_keep_a_width_from_following():
@@ -400,3 +425,89 @@ def test_save_pretrained_needs_nothing_imported_before(monkeypatch, tmp_path):
     small = fxprune.prune(model, 0.5, torch.randn(1, 4), same_class=True)
     with pytest.raises(fxprune.PruneError, match="no configuration builds the original"):
         SavePretrained(small)(tmp_path / "small")
+
+
+class Masks(nn.Module):
+    """Keeps half of the tokens, which it draws, and has a width in its code."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 12), nn.Linear(12, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        y = self.a(x)
+        order = torch.rand(y.shape[:2], device=y.device).argsort(1)[:, :2, None]
+        y = y.gather(1, order.expand(-1, -1, y.shape[-1]))
+        return self.c(self.b(y).reshape(-1, 12).relu())
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_model_that_draws_numbers_draws_the_same_ones_when_it_is_compared(inside):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Dropout(0.0), Masks()).eval() if inside else Masks().eval(), torch.randn(2, 4, 8)
+    before = torch.get_rng_state()
+    graph, small = (fxprune.prune(model, 0.5, example_inputs=x, verify=False, same_class=same) for same in (False, True))
+    assert type(small) is type(model) and sum(p.numel() for p in small.parameters()) < 0.6 * sum(
+        p.numel() for p in model.parameters()
+    )
+    assert torch.equal(torch.get_rng_state(), before)
+    outputs = []
+    for made in (graph, small):
+        torch.manual_seed(1)
+        outputs.append(made(x))
+    assert torch.allclose(*outputs, atol=1e-6)
+
+
+class Listed(nn.Module):
+    """Stages that are lists of layers, which the model itself runs, and records of them."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        sizes = ((3, 12), (12, 20), (20, 20))
+        self.stages = nn.ModuleList(nn.ModuleList([nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b)]) for a, b in sizes)
+        self.head = nn.Linear(20, 4)
+        self.feature_info = [{"num_chs": b, "reduction": 2**i, "module": f"stages.{i}"} for i, (_, b) in enumerate(sizes)]
+
+    def forward(self, x):
+        for stage in self.stages:
+            for layer in stage:
+                x = layer(x)
+            x = x.relu()
+        return self.head(x.mean((2, 3)))
+
+
+def test_records_that_name_lists_follow_what_is_in_them():
+    model = Listed().eval()
+    small = fxprune.prune(model, 0.5, example_inputs=torch.randn(2, 3, 8, 8), same_class=True)
+    assert [(info["num_chs"], info["reduction"]) for info in small.feature_info] == [(6, 1), (10, 2), (10, 4)]
+    assert [info["num_chs"] for info in model.feature_info] == [12, 20, 20] and small.meta["stale"] == ()
+
+
+class Stage(nn.Module):
+    def __init__(self, inputs, outputs, tokens):
+        super().__init__()
+        self.layer, self.tokens = nn.Conv2d(inputs, outputs, 1), tokens
+
+    def forward(self, x):
+        y = self.layer(x).relu()
+        return (y.mean(1, keepdim=True), y.flatten(2).transpose(1, 2)) if self.tokens else y
+
+
+class Mixed(nn.Module):
+    """A stage that returns an image, and one that returns tokens, behind something else."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.head = Stage(3, 12, False), Stage(12, 20, True), nn.Linear(20, 4)
+        self.feature_info = [{"num_chs": 12, "module": "first"}, {"num_chs": 20, "module": "second"}]
+
+    def forward(self, x):
+        shade, tokens = self.second(self.first(x))
+        return self.head(tokens.mean(1)) + shade.mean()
+
+
+def test_records_of_outputs_of_several_layouts():
+    small = fxprune.prune(Mixed().eval(), 0.5, example_inputs=torch.randn(2, 3, 8, 8), same_class=True)
+    assert [info["num_chs"] for info in small.feature_info] == [6, 10] and small.meta["stale"] == ()

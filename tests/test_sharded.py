@@ -17,6 +17,7 @@ import fxprune
 from fxprune.distributed import sharded
 
 TOKENS = torch.arange(10).view(2, 5)
+EVEN = {"width": 16, "heads": 8, "hidden": 24}  # of which two processes have equally much after each step
 
 
 class Block(nn.Module):
@@ -242,13 +243,84 @@ def coupled(rank):
     return [coupling.to_dict()["families"] for coupling in found]
 
 
+def stepped(model, **asked):
+    """Two steps of pruning, each with a step of training by an optimizer that is remapped."""
+    asked = {"ratio": 0.5, "steps": 2} | asked
+    pruner = fxprune.Pruner(model, example_inputs=TOKENS, same_class=True, verify=False, **asked)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
+    while not pruner.done:
+        small = pruner.step()
+        pruner.remap_optimizer(optimizer)
+        small.train()
+        cross_entropy(small(TOKENS).flatten(0, 1), TOKENS.flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    momentum = [whole(optimizer.state[p]["momentum_buffer"]).tolist() for p in small.parameters()]
+    values = {name: whole(t).tolist() for name, t in small.state_dict().items()}
+    shrunk = {name: whole(t).tolist() for name, t in pruner.shrink().state_dict().items()}
+    modes = [small.training, pruner.shrink().training]
+    kept = [[*step.units, step.fresh, *step.params] for step in pruner.history]
+    found = {"values": values, "shrunk": shrunk, "momentum": momentum, "modes": modes, "kept": kept}
+    return found | {"plan": pruner.plan.to_json(), "class": type(small).__name__.removeprefix("FSDP")}
+
+
+def by_steps(model):
+    return stepped(model)
+
+
+def by_steps_to_a_budget(model):
+    return stepped(model, ratio=None, params=0.6, ranking="global")
+
+
 def in_steps(rank):
-    return fxprune.Pruner(in_fsdp(None), 0.5, TOKENS, steps=2)
+    return by_steps(in_fsdp(None))
+
+
+def in_steps_to_a_budget(rank):
+    return by_steps_to_a_budget(in_fsdp(None))
+
+
+def in_steps_in_parallel(rank):
+    return by_steps(in_parallel(mesh_of(2), **EVEN))
+
+
+def in_steps_of_another_model(rank):
+    pruner = fxprune.Pruner(in_fsdp(None), 0.5, TOKENS, steps=2)
+    pruner.step(in_fsdp(None, hidden=24))
+
+
+def by_hand(model):
+    """The first of two steps, of which only half of the candidates are taken."""
+    pruner = fxprune.Pruner(model, 0.5, TOKENS, steps=2, same_class=True, verify=False)
+    proposal = pruner.step(interactive=True)
+    for candidate in list(proposal)[::2]:
+        candidate.apply()
+    made = proposal.finish()
+    return {"plan": pruner.plan.to_json(), "values": {name: whole(t).tolist() for name, t in made.state_dict().items()}}
+
+
+def in_steps_by_hand(rank):
+    return by_hand(in_fsdp(None))
+
+
+def in_steps_with_masks(rank):
+    fxprune.Pruner(in_fsdp(None), 0.5, TOKENS, mask="hold")
+
+
+def in_steps_with_a_penalty(rank):
+    model = in_fsdp(None)
+    fxprune.Pruner(model, 0.5, TOKENS).regularize(model)
+
+
+def in_steps_to_be_saved(rank):
+    fxprune.Pruner(in_fsdp(None), 0.5, TOKENS).state_dict()
 
 
 TASKS = [fsdp, fsdp_after_forward, fsdp_again, fsdp_in_place, fsdp_settings, tensor_parallel, tensor_parallel_uneven]
 TASKS += [one_cannot, one_fails_in_between, one_asks_otherwise, by_data, verified]
-TASKS += [of_plan, of_plan_without_values, of_another_plan, coupled, in_steps]
+TASKS += [of_plan, of_plan_without_values, of_another_plan, coupled]
+TASKS += [in_steps, in_steps_to_a_budget, in_steps_in_parallel, in_steps_by_hand]
+TASKS += [in_steps_of_another_model, in_steps_with_masks, in_steps_with_a_penalty, in_steps_to_be_saved]
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +331,7 @@ def two(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
-    return in_processes(4, [fsdp, both, hybrid], tmp_path_factory.mktemp("four"))
+    return in_processes(4, [fsdp, both, hybrid, in_steps], tmp_path_factory.mktemp("four"))
 
 
 def assert_like(found, wanted, step=1e-6):
@@ -302,6 +374,39 @@ def test_four_processes_leave_what_one_leaves(four):
         assert_like(found["both"], described(by_ratio(decoder(hidden=24))), 1e-5)
 
 
+@pytest.mark.parametrize(
+    ("task", "steps", "sizes"),
+    [
+        ("in_steps", by_steps, {}),
+        ("in_steps_to_a_budget", by_steps_to_a_budget, {}),
+        ("in_steps_in_parallel", by_steps, EVEN),
+        ("in_steps_by_hand", by_hand, {}),
+    ],
+)
+def test_steps_of_two_processes_are_those_of_one(task, steps, sizes, two):
+    wanted = steps(decoder(**sizes))
+    for found in two:
+        assert_same_steps(found[task], wanted)
+
+
+def test_steps_of_four_processes_are_those_of_one(four):
+    wanted = by_steps(decoder())
+    assert wanted["kept"][0] != wanted["kept"][1]  # both steps remove something
+    for found in four:
+        assert_same_steps(found["in_steps"], wanted)
+
+
+def assert_same_steps(found, wanted):
+    """The same is removed; values to rounding, since gradients are added in another order."""
+    numbers = {"values", "shrunk", "momentum"}
+    assert {k: v for k, v in found.items() if k not in numbers} == {k: v for k, v in wanted.items() if k not in numbers}
+    for name in numbers & wanted.keys():
+        mine, theirs = found[name], wanted[name]
+        assert isinstance(mine, list) or mine.keys() == theirs.keys()
+        for a, b in zip(*(list(v.values()) if isinstance(v, dict) else v for v in (mine, theirs)), strict=True):
+            torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=1e-5, atol=1e-6)
+
+
 def test_tensor_parallelism(two):
     for found in two:
         assert_like(found["tensor_parallel"], described(by_ratio(decoder(hidden=24))), 1e-5)
@@ -331,7 +436,10 @@ def test_what_fully_shard_was_told_stays(two):
         ("one_fails_in_between", "out of luck"),
         ("one_asks_otherwise", "another plan than rank 0"),
         ("of_another_plan", "another plan than rank 0"),
-        ("in_steps", "prune(), couple() and Plan.apply() take it as it is"),
+        ("in_steps_of_another_model", "this is another model: blocks.0.up.weight has shape (24, 12), not (21, 12)"),
+        ("in_steps_with_masks", "mask='hold' takes the model in one process, and it is sharded"),
+        ("in_steps_with_a_penalty", "regularize() takes the model in one process, and it is sharded"),
+        ("in_steps_to_be_saved", "the state of a Pruner takes the model in one process, and it is sharded"),
         ("by_data", "the criterion taylor looks at data, which takes the model in one process"),
         ("verified", "the result is compared with the original, which takes the model in one process"),
     ],

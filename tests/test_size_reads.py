@@ -1,9 +1,15 @@
 """A size that a forward reads again is the same node, as long as it is the same size."""
 
+import importlib.util
+import math
+
+import pytest
 import torch
 from torch import nn
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 import fxprune
+from fxprune.passes.errors import GuardError
 
 
 def pruned(net, x):
@@ -95,3 +101,105 @@ def test_branches_read_for_themselves():
             mask = torch.zeros(16).index_fill(0, kept, 1.0)
             expected = net.b((net.inner(hidden)) * mask)
             torch.testing.assert_close(small(x), expected)
+
+
+# -- sizes that Python converts to plain numbers ------------------------------------------------------------------------
+
+
+class Padded(nn.Module):
+    """Pads images to the next multiple of 4, in the arithmetic of plain numbers."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 4, 3, padding=1)
+
+    def forward(self, x):
+        y = self.a(x).relu()
+        height, width = (int(math.ceil(float(n) / 4) * 4) for n in y.shape[-2:])
+        whole = y.new_zeros(y.shape[0], y.shape[1], height, width)
+        whole[..., : y.shape[-2], : y.shape[-1]].copy_(y)
+        return self.b(whole) / round(x.shape[-1] * 0.3) + round(x.shape[-1] / 7, 1)
+
+
+class Batched(nn.Module):
+    """Images of several sizes in one batch, as torchvision's detectors put them there."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.prepare = GeneralizedRCNNTransform(24, 60, [0.5] * 3, [0.2] * 3, size_divisible=8)
+        self.a, self.b = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 4, 3, padding=1)
+
+    def forward(self, images):
+        return self.b(self.a(self.prepare(images)[0].tensors).relu())
+
+
+@pytest.mark.parametrize(
+    ("net", "example", "others"),
+    [
+        (Padded, lambda: torch.randn(2, 3, 14, 9), [lambda: torch.randn(1, 3, 21, 30), lambda: torch.randn(3, 3, 16, 8)]),
+        (
+            Batched,
+            lambda: ([torch.rand(3, 32, 40), torch.rand(3, 24, 36)],),
+            [
+                lambda: ([torch.rand(3, 30, 34), torch.rand(3, 28, 42)],),
+                lambda: ([torch.rand(3, 20, 36), torch.rand(3, 18, 40)],),
+            ],
+        ),
+    ],
+)
+def test_what_is_computed_from_converted_sizes_is_computed_anew(net, example, others):
+    model = net().eval()
+    small = fxprune.prune(model, 0.5, example_inputs=example())
+    own = fxprune.prune(model, 0.5, example_inputs=example(), same_class=True)  # whose forward is the class's
+    assert small.a.weight.shape[0] == 6 and small.meta["capture"] == "symbolic" and small.verification.ok
+    assert "int" not in globals() and "float" not in globals()
+    for make in others:
+        x = make()
+        given = (x,) if isinstance(x, torch.Tensor) else x
+        with torch.no_grad():
+            assert torch.allclose(small(*given), own(*given), atol=1e-6)
+
+
+CONVERTS = """
+import json
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv1d(3, 12, 1), nn.Conv1d(12, 4, 1)
+
+    def forward(self, x):
+        n = int(x.shape[-1])
+        {use}
+        return self.b(self.a(x).relu()) * n
+"""
+
+
+@pytest.mark.parametrize(
+    ("use", "any_length"),
+    [
+        ("assert isinstance(n, int) and issubclass(type(3), (int, float))", True),
+        ("assert type(3) is int", False),  # which another class in its place would not answer
+        ("kind = int; assert kind(3) == 3", False),
+        ("assert json.loads(json.dumps(n)) == x.shape[-1]", False),  # for which only a plain number will do
+    ],
+)
+def test_numbers_stay_plain_where_a_file_needs_them(use, any_length, tmp_path):
+    path = tmp_path / "converts.py"
+    path.write_text(CONVERTS.format(use=use))
+    spec = importlib.util.spec_from_file_location("converts", path)
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    model = made.Net().eval()
+    small = fxprune.prune(model, 0.5, example_inputs=torch.randn(2, 3, 10))
+    assert small.verification.ok and small.a.weight.shape[0] == 6 and not vars(made).keys() & {"int", "float"}
+    longer = torch.randn(2, 3, 13)
+    if any_length:
+        own = fxprune.prune(model, 0.5, example_inputs=torch.randn(2, 3, 10), same_class=True)
+        assert torch.allclose(small(longer), own(longer), atol=1e-6)
+    else:
+        with pytest.raises(GuardError, match="is 10, and here it is 13"):
+            small(longer)

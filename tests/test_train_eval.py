@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import GroupViTVisionConfig
+from transformers.models.groupvit.modeling_groupvit import GroupViTAssignAttention
 
 import fxprune
 from fxprune.passes.capture import programs as capture_programs
@@ -406,3 +408,26 @@ def test_branches_that_differ_in_a_flag_alone_are_one_program_with_two_flags(cap
         flags.append(next(n.kwargs["training"] for n in calls if n.target is F.dropout))
     assert flags == [False, True]
     assert not torch.equal(pruned.eval()(torch.ones(3, 5)), pruned.train()(torch.ones(3, 5)))
+
+
+class Assigns(nn.Module):
+    """Tokens assigned to groups; in training by numbers that are drawn, whose program has a size in it that changes."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.query, self.key, self.head = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 3)
+        self.assign = GroupViTAssignAttention(GroupViTVisionConfig(hidden_size=12, num_attention_heads=2))
+
+    def forward(self, x):
+        return self.head(self.assign(self.query(x), self.key(x))[0])
+
+
+def test_what_is_rewritten_for_training_alone_does_not_run_in_evaluation(captures):
+    model, x = Assigns().double().eval(), torch.randn(2, 5, 8, dtype=torch.float64)
+    pruned = fxprune.prune(model, 0.5, example_inputs=x)
+    own = fxprune.prune(model, 0.5, example_inputs=x, same_class=True)
+    assert len(captures) > 2 and pruned.assign.q_proj.weight.shape[0] < 12
+    assert torch.equal(pruned(x), pruned(x)) and torch.allclose(pruned(x), own(x))
+    assert pruned.verification.ok and pruned.verification.error < 1e-12
+    assert not torch.equal(pruned.train()(x), pruned(x))

@@ -242,3 +242,13 @@ def test_a_budget_with_data_comes_back_in_a_fresh_process(tmp_path):
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert not done.returncode, done.stderr
+
+
+def test_no_class_of_transformers_has_layers_of_several_widths_by_configuration():
+    """`per_layer_config` is read back, and refused by classes: what describes such layers is a plan."""
+    given = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 20}
+    config = transformers.LlamaConfig(**given, per_layer_config={1: {"intermediate_size": 12}})
+    again = transformers.LlamaConfig.from_dict(config.to_dict())
+    assert [layer.intermediate_size for layer in again.per_layer_config] == [24, 12]
+    with pytest.raises(RuntimeError, match="'intermediate_size' is a per-layer attribute"):
+        transformers.LlamaForCausalLM(again)

@@ -10,6 +10,7 @@ its verification says, at a second batch size too where the model takes one and 
 """
 
 import argparse
+import contextlib
 import os
 import sys
 import time
@@ -65,7 +66,13 @@ def main(argv: list[str] | None = None) -> None:
 
 def imports(kind: str) -> None:
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}  # read on import
-    import transformers  # noqa: F401
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    names = MODEL_MAPPING_NAMES[kind]
+    for name in [names] if isinstance(names, str) else names:
+        with contextlib.suppress(ImportError, AttributeError):  # it is met again, by the one who builds it
+            getattr(transformers, name)
 
 
 def measure(kind: str) -> Row:

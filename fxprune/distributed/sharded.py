@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fxprune.criteria.catalog import resolve
 from fxprune.distributed.ranks import Ranks, dtensors, is_dtensor, ranks_of, taken_off
 from fxprune.distributed.units import UNSHARDED, give_hooks, give_methods, is_unit, let_go, plain_tree, shard_again, units_of
+from fxprune.entry_points import entry_point
 from fxprune.passes.coupling.solution import CouplingOptions
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_parameters, named_tensors, replace_tensors, walk
@@ -45,6 +46,17 @@ def in_shards(model: Any) -> Iterator[Sharded | None]:
             yield sharded
     else:
         yield None
+
+
+@contextlib.contextmanager
+def entered(model: Any, before: Ranks | None = None) -> Iterator[tuple[Ranks | None, Sharded | None, Any]]:
+    """The processes of a model (see `ranks_of`), what is sharded of it, and the model or its form as compilers take it."""
+    with ranks_of(model, before) as ranks:
+        sharded = sharding_of(model)
+        with entry_point(model if sharded is None else sharded.form) as inner:
+            if sharded is not None:
+                sharded.ranks = ranks
+            yield ranks, sharded, inner
 
 
 class Sharded:
@@ -78,16 +90,7 @@ class Sharded:
             inplace: as for `cut`.
         """
         check_options(options)
-
-        def gathered(name: str) -> Tensor:
-            if self.ranks is not None:
-                self.ranks.exchange(f"values of {name}", None)  # where others learn of one that has failed
-            if self.tensors[name].is_meta:
-                fix = "to_empty() and load the weights first; Plan.apply, and criterion='random', need none"
-                raise PruneError(f"the criterion looks at {name}, whose shards are on the meta device", where=name, fix=fix)
-            return whole(self.tensors[name])
-
-        options = dataclasses.replace(options, read=gathered)
+        options = dataclasses.replace(options, read=self.gather)
         while True:
             compilation = compiled(options.coupling)
             with options.gc_paused():
@@ -98,6 +101,15 @@ class Sharded:
                 break
             options = dataclasses.replace(options, coupling=coupling)
         return self.cut(made, plan_between(self.form, pruned), inplace=inplace)
+
+    def gather(self, name: str) -> Tensor:
+        """All values of a parameter; all processes call it together."""
+        if self.ranks is not None:
+            self.ranks.exchange(f"values of {name}", None)  # where others learn of one that has failed
+        if self.tensors[name].is_meta:
+            fix = "to_empty() and load the weights first; Plan.apply, and criterion='random', need none"
+            raise PruneError(f"the criterion looks at {name}, whose shards are on the meta device", where=name, fix=fix)
+        return whole(self.tensors[name])
 
     def taking(self, plan: PlanData) -> PlanData:
         """A plan that can be applied in form; raises PruneError for one that begins with a change of basis."""
@@ -141,8 +153,12 @@ class Sharded:
             found |= unit.inner
         return found
 
-    def cut(self, made: nn.Module, plan: PlanData, *, inplace: bool = False) -> nn.Module:
+    def cut(
+        self, made: nn.Module, plan: PlanData, *, inplace: bool = False, left_of: Callable[[str, Tensor], Tensor] | None = None
+    ) -> nn.Module:
         """Give a pruned copy of the form the values that are left, spread as they were; `inplace` empties the original.
+
+        `left_of` says what is left of a tensor by its name, where that is not what the plan leaves of it.
 
         Where the shards are on the meta device, so are those that are left. All processes call it together, and raise
         PruneError where their plans differ, or where what is left cannot be shared.
@@ -150,14 +166,14 @@ class Sharded:
         self.check_even(plan)
         if self.ranks is not None:
             self.ranks.check_same(plan.to_json().encode())
-        inner = self.inner
+        inner, left_of = self.inner, left_of or (lambda name, tensor: slice_tensor(tensor, plan.slices.get(name, ())))
 
         def spread(name: str, tensor: Tensor) -> Tensor:
             source = self.tensors.get(name)
             if source is None:
                 return tensor
             if not is_dtensor(source):
-                return slice_tensor(source, plan.slices.get(name, ()))
+                return left_of(name, source)
             empty = torch.empty(plan.kept_shape(name), dtype=source.dtype, device="meta")
             return nn.Parameter(distributed(empty, *inner[name]) if name in inner else empty, source.requires_grad)
 
@@ -170,7 +186,7 @@ class Sharded:
             source = self.tensors[name]
             if is_dtensor(source) and not source.is_meta:
                 with torch.no_grad():
-                    left = slice_tensor(whole(source).detach(), plan.slices.get(name, ()))
+                    left = left_of(name, whole(source).detach())
                     shard: Any = distributed(left, parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]
                     shard = shard.to(source.to_local().device)  # type: ignore[attr-defined]  # it may be offloaded
                 del left

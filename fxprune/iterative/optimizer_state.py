@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxprune.arguments import shown
+from fxprune.distributed.ranks import is_dtensor
+from fxprune.distributed.sharded import distributed, whole
 from fxprune.iterative.plan_mapping import undo_slices
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.pytree import collect
@@ -46,9 +48,10 @@ class Move:
 
     def __call__(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor of the shape that one of the model's tensors had before, in the shape that it has now."""
-        there, here = self.before.slices.get(name, ()), self.after.slices.get(name, ())
-        into = torch.zeros(self.before.shapes[name], dtype=tensor.dtype, device=tensor.device)
-        made = in_format_of(tensor, apply_slices(here, undo_slices(there, tensor, into)))
+        if is_dtensor(tensor):
+            there: Any = self.new[name]
+            return distributed(self(name, whole(tensor)), there.device_mesh, there.placements)
+        made = moved(tensor, name, self.before, self.after)
         return made.masked_fill(~self.kept[name].to(made.device), 0) if name in self.kept else made
 
     def state(self, name: str, key: str, value: Any, owner: str) -> Any:
@@ -61,7 +64,7 @@ class Move:
         shape = self.before.kept_shape(name)
         if value.dim() == 0 or value.shape == shape:
             return value if value.dim() == 0 else self(name, value)
-        if value.dim() != len(shape) or any(n not in (1, m) for n, m in zip(value.shape, shape)):
+        if is_dtensor(value) or value.dim() != len(shape) or any(n not in (1, m) for n, m in zip(value.shape, shape)):
             raise refused(name, key, f"has shape {tuple(value.shape)}, its parameter {shape}", owner)
         made = self(name, value.expand(shape))
         for d, n in enumerate(value.shape):
@@ -71,6 +74,13 @@ class Move:
                     raise refused(name, key, f"has shape {tuple(value.shape)}, and rows keep different columns", owner)
                 made = first
         return made.clone()
+
+
+def moved(tensor: Tensor, name: str, before: PlanData, after: PlanData) -> Tensor:
+    """A tensor of the shape that one plan leaves of one of the original's, in the shape that another one does."""
+    into = torch.zeros(before.shapes[name], dtype=tensor.dtype, device=tensor.device)
+    widened = undo_slices(before.slices.get(name, ()), tensor, into)
+    return in_format_of(tensor, apply_slices(after.slices.get(name, ()), widened))
 
 
 def refused(name: str, key: str, why: str, owner: str) -> PruneError:

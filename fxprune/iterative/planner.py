@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from fxprune.criteria.calibration import Target
 from fxprune.criteria.catalog import find, resolve
 from fxprune.criteria.parameter_roles import roles
+from fxprune.criteria.scorer import Read
 from fxprune.criteria.unit_scores import normalise_scores, score_units
 from fxprune.distributed.ranks import Ranks
 from fxprune.iterative.history import HistoryStep
@@ -39,7 +41,7 @@ from fxprune.selection.latency import too_slow, used_share
 from fxprune.selection.options import Options
 from fxprune.selection.rectangles import find_nonempty_sets, restore_rectangles
 from fxprune.selection.select import allocate, check_effect, find_free_families
-from fxprune.verification import evaluating
+from fxprune.verification import Verification, evaluating
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -102,7 +104,15 @@ class Planner:
             kept = torch.tensor([self.original <= limit])  # how much goes is found out in each step
         check_effect(self.model, self.free, score, self.solution, self.options, kept)
 
-    def choose(self, present: nn.Module, view: View, gone: np.ndarray, share: float, ranks: Ranks | None = None) -> StepChoice:
+    def choose(
+        self,
+        present: nn.Module,
+        view: View,
+        gone: np.ndarray,
+        share: float,
+        ranks: Ranks | None = None,
+        read: Read | None = None,
+    ) -> StepChoice:
         """What is removed when a share of what is asked for is done.
 
         Arguments:
@@ -111,8 +121,9 @@ class Planner:
             gone: units that are removed already, shape (labels,), and stay so.
             share: in [0, 1].
             ranks: the processes that choose together, if there are several.
+            read: finds the values of a parameter, if they are not those in the model; all processes find the same.
         """
-        free, score = self.scores(present, view, gone, ranks)
+        free, score = self.scores(present, view, gone, ranks, read)
         options = part_of(self.options, share, self.original)
         kept, _ = allocate(free, score, self.costs, options, self.probe, gone)
         wanted = self.removed(kept)
@@ -126,28 +137,11 @@ class Planner:
         removed[self.unit_of[~kept.numpy()]] = True
         return removed
 
-    def record(
-        self, number: int, share: float, choices: tuple[Choice, Choice], gone: np.ndarray, error: float | None
-    ) -> HistoryStep:
-        """What a step did, by the choices before and after it and the units that were gone before."""
-        units = np.concatenate([f.units for f in self.free])
-        before, after = (choice.slicer for choice in choices)
-        now = ~choices[1].kept.numpy()
-        return HistoryStep(
-            number,
-            describe_request(part_of(self.options, share, self.original)),
-            (int(now[units].sum()), len(units)),
-            int((now & ~gone)[units].sum()),
-            (self.costs.of(before, "params"), self.costs.of(after, "params")),
-            (self.costs.of(before, "macs"), self.costs.of(after, "macs")),
-            error,
-        )
-
     def settle(self, removed: np.ndarray, score: np.ndarray, held: np.ndarray) -> tuple[Tensor, Slicer]:
         return restore_rectangles(self.solution, removed, score, self.guards, held)
 
     def scores(
-        self, present: nn.Module, view: View, gone: np.ndarray, ranks: Ranks | None = None
+        self, present: nn.Module, view: View, gone: np.ndarray, ranks: Ranks | None = None, read: Read | None = None
     ) -> tuple[list[Family], np.ndarray]:
         """The families that may lose units, and the score of every unit by the values and the outputs of a present model.
 
@@ -166,8 +160,9 @@ class Planner:
         with evaluating(present) if runs else contextlib.nullcontext():  # a copy in another mode would share its program
             looked_at = dataclasses.replace(self.solution, leaves=leaves, captures=self.captures(present, view))
             target = Target(self.options.coupling.heads)
-            score, seen = score_units(present, looked_at, alive, criterion, self.options.data, self.options.loss, target=target)
-        score = score if ranks is None else ranks.mean(score)
+            given = self.options.data, self.options.loss, read, target
+            score, seen = score_units(present, looked_at, alive, criterion, *given)
+        score = score if ranks is None or read is not None else ranks.mean(score)
         told = [i for i, f in enumerate(alive) if seen[f.units].any()]
         free, alive = [self.free[i] for i in told], [alive[i] for i in told]
         if self.options.competes:
@@ -176,6 +171,28 @@ class Planner:
             low, high = score[left.units].min(), score[left.units].max()
             score[family.units[gone[family.units]]] = low - ((high - low) or 1.0)
         return free, score
+
+    def record(
+        self,
+        number: int,
+        shares: Sequence[float],
+        last: Choice,
+        choice: Choice,
+        gone: np.ndarray,
+        verification: Verification | None,
+    ) -> HistoryStep:
+        """What is said of step `number`, counted from 0, in which `last` became `choice`; `gone` are units that went before."""
+        units = np.concatenate([f.units for f in self.free])
+        now = ~choice.kept.numpy()
+        return HistoryStep(
+            number + 1,
+            describe_request(part_of(self.options, shares[number], self.original)),
+            (int(now[units].sum()), len(units)),
+            int((now & ~gone)[units].sum()),
+            (self.costs.of(last.slicer, "params"), self.costs.of(choice.slicer, "params")),
+            (self.costs.of(last.slicer, "macs"), self.costs.of(choice.slicer, "macs")),
+            None if verification is None else verification.error,
+        )
 
     def captures(self, present: nn.Module, view: View) -> list[CapturedProgram]:
         """The captured programs of a present model, for criteria that watch it run; else those of the original will do."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxprune.arguments import checked_call, checked_class, shown
-from fxprune.distributed.ranks import ranks_of
+from fxprune.distributed.sharded import Sharded, entered
 from fxprune.entry_points import entry_point, unwrapped
 from fxprune.inputs import ExampleInputs
 from fxprune.iterative.history import History
@@ -22,6 +22,7 @@ from fxprune.iterative.proposal import Made, Proposal, StepChoice
 from fxprune.iterative.pruner_state import AskedOfPruner, PresentModel, PrunerState, asked_of
 from fxprune.iterative.regularizers import Regularizer, Spans, find, spans_of, with_gradients
 from fxprune.iterative.schedules import Schedule, shares
+from fxprune.iterative.sharded_steps import check_steps, refuse_sharded, shrink_shards
 from fxprune.passes.errors import PruneError
 from fxprune.pipeline import AnyModule, Compilation
 from fxprune.plan import PlanData
@@ -51,7 +52,8 @@ class Pruner(Generic[Made]):
     4
 
     Arguments:
-        model: any module; it is not changed. In `DistributedDataParallel` all processes step together, as with `prune`.
+        model: any module; it is not changed. In `DistributedDataParallel`, or sharded over processes (`fully_shard`, tensor
+            parallelism), all of these step together, as with `prune`; `mask` and `regularize` take no sharded model.
         ratio, params, macs, memory, latency: as for `prune`, after the last step. A ratio is a share of the original's units.
         example_inputs, same_class and others: as for `prune`. `data` is read in every step.
         steps, schedule: the number of steps, and what is done after each: `linear`, `cubic` (arXiv:1710.01878), or a
@@ -109,15 +111,17 @@ class Pruner(Generic[Made]):
         same_class: bool = False,
         **asked: Unpack[Asked],
     ) -> None:
-        with ranks_of(model) as self._ranks, entry_point(model) as model:
+        with entered(model) as (self._ranks, sharded, model):
             check_flag("same_class", same_class)
-            options = Options.parse(model, ratio=ratio, verify=verify, **asked)
+            options = Options.parse(model if sharded is None else sharded.model, ratio=ratio, verify=verify, **asked)
             self._shares, self._same_class, self._regularizer = shares(schedule, steps), same_class, find(regularizer)
             if mask is not None and not is_one_of(mask, ("hold", "soft")):
                 raise PruneError(f"mask must be 'hold', 'soft' or None, not {shown(mask)}", fix="mask='hold'")
             inputs = ExampleInputs.parse(example_inputs, model).check(model)
-            self._options, self._mask, self._original, self.model = options, mask, model, model
-            self._compilation = Compilation(model, inputs, options.coupling)
+            check_steps(sharded, options, mask)
+            self._options, self._mask, self._original, self._sharded = options, mask, model, sharded is not None
+            self.model: Any = model if sharded is None else sharded.model
+            self._compilation = Compilation(model, inputs if sharded is None else inputs.beside(model), options.coupling)
             self._planner = Planner(self._compilation, options)
             self._gone = np.zeros(len(self._planner.unit_of), bool)
             self._choice = self._settled(self._gone, np.zeros(len(self._gone)))
@@ -173,16 +177,17 @@ class Pruner(Generic[Made]):
                     path, why = list(self._compilation.frozen_modules.items())[-1]
                     what = f"the proposal cuts {path}, which {why}"
                     raise PruneError(what, where=path, fix="a new proposal: pruner.step(interactive=True)")
-                return self._take(present, choice)
+                return self._take(present, choice, sharded)
 
-        with ranks_of(model, self._ranks) as self._ranks, entry_point(self.model if model is None else model) as present:
-            chosen = self._chosen(present, number)
+        with entered(self.model if model is None else model, self._ranks) as (self._ranks, sharded, present):
+            chosen = self._chosen(present, number, sharded)
             while not interactive and self._fails(self._settled(chosen.wanted, chosen.score)):
-                chosen = self._chosen(present, number)
+                chosen = self._chosen(present, number, sharded)
             return Proposal(chosen, self._planner.groups(), take) if interactive else take(chosen.wanted)
 
-    def _chosen(self, present: nn.Module, number: int) -> StepChoice:
-        return self._planner.choose(*self._looked_at(present), self._stuck, self._shares[number], self._ranks)
+    def _chosen(self, present: nn.Module, number: int, sharded: Sharded | None = None) -> StepChoice:
+        read = None if sharded is None else sharded.gather
+        return self._planner.choose(*self._looked_at(present), self._stuck, self._shares[number], self._ranks, read)
 
     def _settled(self, removed: np.ndarray, score: np.ndarray) -> Choice:
         return Choice(self._planner.solution, *self._planner.settle(removed, score, self._stuck))
@@ -196,14 +201,14 @@ class Pruner(Generic[Made]):
             self._planner = Planner(self._compilation, self._options)
         return fails
 
-    def _take(self, present: nn.Module, choice: Choice) -> nn.Module:
+    def _take(self, present: nn.Module, choice: Choice, sharded: Sharded | None) -> nn.Module:
         plan = self._compilation.plan(choice)
-        made = self._made(present, plan, choice)
-        error = getattr(getattr(made, "meta", {}).get("verification"), "error", None)  # with masks there is none
-        number = len(self.history)
-        step = self._planner.record(number + 1, self._shares[number], (self._choice, choice), self._gone, error)
+        made = self._made(present, plan, choice, sharded)
+        verification = getattr(made, "meta", {}).get("verification")  # with masks there is none
+        step = self._planner.record(len(self.history), self._shares, self._choice, choice, self._gone, verification)
         view = self._view if self._mask else View(plan)
         before, after = self._tensors(present), tensors_of(made, view.plan)
+        before, present = (before, present) if sharded is None else (sharded.tensors, sharded.model)
         zero = plan.masks(self._original) if self._mask == "hold" else {}
         self._move = Move(present, made, before, after, self._view.plan, view.plan, zero)
         # nothing can fail from here on
@@ -213,9 +218,9 @@ class Pruner(Generic[Made]):
         self._spans, self._marked, self._calls = None, None, 0
         return made
 
-    def _made(self, present: nn.Module, plan: PlanData, choice: Choice) -> nn.Module:
+    def _made(self, present: nn.Module, plan: PlanData, choice: Choice, sharded: Sharded | None) -> nn.Module:
         if self._mask is None:
-            return self._shrunk(present, plan, verify=True)
+            return self._shrunk(present, plan, verify=True, sharded=sharded)
         whole = widened(self._original, present, self._tensors(present), self._view.plan)
         if self._mask == "soft":
             return muted(whole, plan, self._planner.solution, choice.kept)
@@ -227,10 +232,12 @@ class Pruner(Generic[Made]):
 
         Arguments: as for `step`. Raises: PruneError if `model` is another model.
         """
-        with entry_point(self.model if model is None else model) as present:
-            return self._shrunk(present, self.plan, verify=True)
+        with entered(self.model if model is None else model, self._ranks) as (_, sharded, present):
+            return self._shrunk(present, self.plan, verify=True, sharded=sharded)
 
-    def _shrunk(self, present: nn.Module, plan: PlanData, verify: bool) -> Any:
+    def _shrunk(self, present: nn.Module, plan: PlanData, verify: bool, sharded: Sharded | None = None) -> Any:
+        if sharded is not None and self._tensors(present):  # which raises for another model
+            return shrink_shards(sharded, self._compilation, plan, self._view.plan)
         whole = widened(self._original, present, self._tensors(present), self._view.plan)
         self._compilation.follow()
         choice = self._compilation.choice_of(plan)
@@ -294,9 +301,10 @@ class Pruner(Generic[Made]):
 
         Optimizers and averages have a state dict of their own: save it with this one, after they were remapped.
         """
+        refuse_sharded(self._sharded, "the state of a Pruner")
+        asked = asked_of(self._shares, self._mask, self._options)
         model = PresentModel.of(self.model, self._original, cut=self._mask is None and len(self.history) > 0)
         units = (self._choice.kept, self._gone, self._marked)
-        asked = asked_of(self._shares, self._mask, self._options)
         return PrunerState.of(asked, self.plan, units, self._calls, self.history, self._compilation, model).to_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -305,6 +313,7 @@ class Pruner(Generic[Made]):
         `model` is the present model then, a new one: make the optimizer and an `AveragedModel` for it, and load their states.
         Raises: PruneError that says what differs; nothing has changed then.
         """
+        refuse_sharded(self._sharded, "the state of a Pruner")
         with entry_point(self._original):
             found = PrunerState.from_dict(state, asked_of(self._shares, self._mask, self._options))
             self._compilation.follow()
@@ -329,6 +338,7 @@ class Pruner(Generic[Made]):
 
         Raises: PruneError for another model, or before any backward(); nothing has changed then.
         """
+        refuse_sharded(self._sharded, "regularize()")
         model = unwrapped(model)
         learned = with_gradients(model, self._tensors(model))
         if getattr(self._regularizer, "foresees", False) and self._marked is None:

@@ -4,7 +4,8 @@ Which dimension such a number counts is found by its value: those of the tensors
 original. Where they have one size now, that is the attribute's; where they have several, it cannot be told.
 
 A list of records that each name a module (`{"module": "layer1", "num_chs": 64}`) is about the outputs of these modules: a
-number of theirs is a width if it is the size of the channels, second or last, of every output.
+number of theirs is a width if it is the size of the channels, second or last, of an output of every one. Where none of the
+modules is called, as lists of blocks are not, it is one if each has tensors of this size.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from fxprune.passes.ir.module_tree import named_tensors, walk
 from fxprune.passes.ir.pytree import collect
 
 Shape = tuple[int, ...]
+Changes = tuple[nn.Module, dict[str, tuple[int, int]]]  # what numbers of a module were, and would be
 
 
 def update_attributes(
@@ -40,11 +42,12 @@ def numbers_left(model: nn.Module, made: nn.Module, is_exact: Callable[[], bool]
     pairs = shape_pairs(model, made)
     modules = {path: module for module, path in walk(made).items()}
     stale: list[str] = []
+    changes: list[Changes] = []
     for module, path in walk(model).items():
         counterpart = modules.get(path)
         if counterpart is None or type(module).__module__.startswith(("torch.nn.", "torch.ao.nn.")):
             continue
-        changed: dict[str, tuple[int, int]] = {}
+        changed: dict[str, tuple[int, int]] = {}  # from, to
         for name, value in list(vars(module).items()):
             if type(value) is not int or value < 2 or name.startswith("_") or vars(counterpart).get(name) != value:
                 continue
@@ -53,9 +56,9 @@ def numbers_left(model: nn.Module, made: nn.Module, is_exact: Callable[[], bool]
                 stale.append(joined(path, name))
             elif sizes - {value}:
                 changed[name] = (value, sizes.pop())
-        if changed and not assigned(counterpart, changed, is_exact) and len(changed) > 1:
-            for name, pair in changed.items():  # one of them is no width
-                assigned(counterpart, {name: pair}, is_exact)
+        if changed:
+            changes.append((counterpart, changed))
+    assign_exact(changes, is_exact)
     return stale
 
 
@@ -65,13 +68,26 @@ def shape_pairs(model: nn.Module, made: nn.Module) -> dict[str, tuple[Shape, Sha
     return {name: (shapes[name], tuple(t.shape)) for name, t in named_tensors(made) if name in shapes}
 
 
-def assigned(module: nn.Module, changed: dict[str, tuple[int, int]], is_exact: Callable[[], bool]) -> bool:
-    """Give attributes the second of two values; the first again, and False, where the model is not exact with them."""
-    assign(module, {name: now for name, (_, now) in changed.items()})
-    exact = is_exact()
-    if not exact:
+def assign_exact(changes: list[Changes], is_exact: Callable[[], bool]) -> None:
+    """Make those of some changes with which the model stays exact; those of a module together, if that does.
+
+    All are tried at once, and halves of those that do not fit, so that a model is run as often as some are wrong.
+    """
+    if not changes:
+        return
+    for module, changed in changes:
+        assign(module, {name: now for name, (_, now) in changed.items()})
+    if is_exact():
+        return
+    for module, changed in changes:
         assign(module, {name: was for name, (was, _) in changed.items()})
-    return exact
+    if len(changes) == 1:
+        (module, changed), *_ = changes
+        changes = [(module, {name: pair}) for name, pair in changed.items()]
+    if len(changes) > 1:
+        half = len(changes) // 2
+        assign_exact(changes[:half], is_exact)
+        assign_exact(changes[half:], is_exact)
 
 
 def assign(module: nn.Module, values: dict[str, Any]) -> None:
@@ -121,13 +137,16 @@ def update_records(model: nn.Module, made: nn.Module, run: Callable[[nn.Module],
         changed = [dict(record) for record in records]
         for key in sorted({key for record in records for key, number in record.items() if type(number) is int}):
             there = [(i, owner, records[i][key]) for i, owner in enumerate(owners) if type(records[i].get(key)) is int]
-            outputs = [(size, before[owner], after.get(owner, ())) for _, owner, size in there if owner in before]
-            dims = [d for d in (1, -1) if outputs and all(is_size_of(size, was, d) for size, was, _ in outputs)]
-            if not dims:
+            outputs = [(size, before[owner]) for _, owner, size in there if owner in before]
+            dims = [d for d in (1, -1) if all(any(is_size_of(size, s, d) for s in was) for size, was in outputs)] or [1, -1]
+            if not all(any(is_size_of(size, s, d) for s in was for d in dims) for size, was in outputs):
                 continue  # not a width: there are outputs without a dimension of this size
+            if not outputs and not all(any(sizes_below(owner, size, pairs)) for _, owner, size in there):
+                continue  # nor in lists that are never called
             for i, owner, size in there:
-                is_called = owner in before and len(before[owner]) == len(after.get(owner, ()))
-                sizes = {after[owner][d] for d in dims} if is_called else nearest_sizes(owner, size, pairs)
+                both = [*zip(before.get(owner, ()), after.get(owner, ()))]
+                told = {now[d] for was, now in both if len(was) == len(now) for d in dims if is_size_of(size, was, d)}
+                sizes = told or nearest_sizes(owner, size, pairs)
                 if len(sizes) == 1:
                     changed[i][key] = sizes.pop()
                 elif joined(path, name) not in stale:
@@ -146,14 +165,14 @@ def is_size_of(size: int, shape: Shape, dim: int) -> bool:
     return len(shape) > 1 and shape[dim] == size
 
 
-def output_shapes(model: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str, Shape]:
-    """The shape of the first tensor that each module returns at its last call, by path."""
-    found: dict[str, Shape] = {}
+def output_shapes(model: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str, list[Shape]]:
+    """The shapes of the tensors that each module returns at its last call, by path."""
+    found: dict[str, list[Shape]] = {}
 
     def noted(path: str) -> Callable[..., None]:
         def note(module: nn.Module, args: Any, out: Any) -> None:
             if returned := collect(out, Tensor):
-                found[path] = tuple(returned[0].shape)
+                found[path] = [tuple(t.shape) for t in returned]
 
         return note
 

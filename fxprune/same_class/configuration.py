@@ -8,6 +8,7 @@ dimensions that follow it are those it stands for. What comes out is built and c
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
 from collections import Counter
@@ -16,7 +17,8 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fxprune.original_state import at_most
 
@@ -26,17 +28,33 @@ Knob = tuple[Path, ...]  # numbers of a configuration that change together
 Attributes = dict[tuple[str, str], Any]
 Place = tuple[str, str]  # a tensor and one of its dimensions, or a module and one of its attributes
 MOST_TRIED = 64  # configurations, where several fit
+FILLS = {getattr(Tensor, name) for name in ("uniform_", "normal_", "zero_", "fill_", "trunc_normal_") if hasattr(Tensor, name)}
+
+
+class Experiment:
+    """A model that its class builds from a configuration, and what was seen of that.
+
+    Attributes:
+        model: the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    @functools.cached_property
+    def growths(self) -> list[tuple[Knob, nn.Module]]:
+        return list(growths(self.model))
 
 
 def configure(
-    model: nn.Module, made: nn.Module, known: Attributes, error_of: Callable[[Any], float], tolerance: float
+    experiment: Experiment, made: nn.Module, known: Attributes, error_of: Callable[[Any], float], tolerance: float
 ) -> bool | None:
     """Give `made` the configuration and the attributes that its class would be built with, where one describes it.
 
     A configuration describes it if a model that is built from it, with the weights loaded, computes the same.
 
     Arguments:
-        model: the original.
+        experiment: the original.
         made: its shrunk copy.
         known: attributes, by module path and name, that were seen to be sizes, with their values in the pruned model.
         error_of: the relative error of a model on the example inputs.
@@ -44,10 +62,11 @@ def configure(
 
     Returns: whether one does; None where the class has none.
     """
+    model = experiment.model
     if not hasattr(model, "config") or build(model, model.config) is None:
         return None
     target = shapes(made)
-    for config in candidates(model, target, known):
+    for config in candidates(experiment, target, known):
         fresh = build(made, config)
         if fresh is None or shapes(fresh) != target:
             continue
@@ -85,10 +104,19 @@ def build(model: nn.Module, config: Any) -> nn.Module | None:
     try:
         if hasattr(config, "to_dict") and hasattr(type(config), "from_dict"):
             type(config).from_dict(config.to_dict())  # as it is read from a file, which some check
-        with torch.device("meta"):
+        with torch.device("meta"), Unfilled():
             return type(model)(copy.deepcopy(config))
     except Exception:
         return None
+
+
+class Unfilled(TorchFunctionMode):
+    """Nothing is drawn for tensors without memory, which takes longer than the rest of a model."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in FILLS and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def numbers(config: Any, path: Path = (), least: int = 2) -> Iterator[tuple[Path, int]]:
@@ -192,19 +220,20 @@ def differing_dimensions(a: nn.Module, b: nn.Module) -> set[tuple[str, int]]:
     return {(name, int(d)) for (name, d), size in dimensions(shapes(a)).items() if there.get((name, d)) != size}
 
 
-def candidates(model: nn.Module, target: Shapes, known: Attributes) -> Iterator[Any]:
+def candidates(experiment: Experiment, target: Shapes, known: Attributes) -> Iterator[Any]:
     """Configurations that may build the pruned shapes and attributes, at most `MOST_TRIED`.
 
     Each number is doubled in turn: the dimensions and attributes that change are those that follow it. Where one of these
     follows no other number, it says what the number is now; where two of them say different things, no configuration
     describes the model. Other numbers stay, and if that does not do every scale is tried that occurs.
     """
+    model = experiment.model
     plain = build(model, model.config)
     assert plain is not None
     before, after = places(plain, known), {**dimensions(target), **known}
     values = dict(numbers(model.config))
     follow: dict[Knob, set[Place]] = {}
-    for knob, grown in growths(model):
+    for knob, grown in experiment.growths:
         there = places(grown, known)
         moved = {place for place, size in there.items() if size != before.get(place)}
         if there.keys() == before.keys() and (moved or differing(plain, grown)):

@@ -17,6 +17,7 @@ from torch import nn
 from fxprune.original_state import at_most
 from fxprune.same_class.configuration import (
     Attributes,
+    Experiment,
     build,
     candidates,
     changed,
@@ -30,7 +31,7 @@ Setting = tuple[Any, str, Any]  # an object, an attribute of it, and a value
 
 
 def widths_in_constants(
-    model: nn.Module, made: nn.Module, known: Attributes, error_of: Callable[[Any], float], tolerance: float
+    experiment: Experiment, made: nn.Module, known: Attributes, error_of: Callable[[Any], float], tolerance: float
 ) -> dict[str, str]:
     """The tensors along whose width a class computes other numbers, with the reason.
 
@@ -40,8 +41,9 @@ def widths_in_constants(
 
     Arguments: as for `configure`.
     """
+    model = experiment.model
     target, plain = shapes(made), build(model, model.config)
-    found = ((config, build(model, config)) for config in candidates(model, target, known))
+    found = ((config, build(model, config)) for config in candidates(experiment, target, known))
     config = next((config for config, fresh in found if fresh is not None and shapes(fresh) == target), None)
     if config is None or plain is None:
         return {}

@@ -28,7 +28,7 @@ from fxprune.passes.coupling.solution import CouplingOptions
 from fxprune.passes.errors import PruneError, surface
 from fxprune.passes.ir.module_tree import named_tensors, private_copy, set_mode
 from fxprune.passes.ir.pytree import collect, map_tensors
-from fxprune.passes.ir.quiet import unobserved
+from fxprune.passes.ir.quiet import gpus_of, own_random_state, random_state, set_random_state, unobserved
 from fxprune.passes.ir.slices import TensorSlice
 from fxprune.passes.rewrite.pruned_module import PrunedModule, RewrittenForward
 from fxprune.passes.rewrite.rewrite import rewrite_program, slice_tensor
@@ -36,7 +36,7 @@ from fxprune.passes.verification.masked_model import relative_error
 from fxprune.plan import kept_labels, plan_between
 from fxprune.same_class.arguments import fit_arguments
 from fxprune.same_class.attributes import update_attributes
-from fxprune.same_class.configuration import Attributes, configure, conflict
+from fxprune.same_class.configuration import Attributes, Experiment, configure, conflict
 from fxprune.same_class.constants import widths_in_constants
 from fxprune.same_class.numbers import fit_numbers
 from fxprune.same_class.saving import SavePretrained
@@ -53,7 +53,9 @@ def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs)
     if isinstance(model, fx.GraphModule):
         pruned.meta["stale"] = ()
         return pruned, {}
-    with unobserved(model), evaluating(pruned), restoring(pruned), torch.no_grad():
+    gpus = gpus_of(model)
+    with unobserved(model), own_random_state(), evaluating(pruned), restoring(pruned), torch.no_grad():
+        draws = random_state(gpus)  # a model that draws numbers draws the same ones in each run
         allowed = tolerance_of(pruned)
         tolerance = allowed / 100  # the weights are the same, and so nearly is the order of additions
         with restoring(pruned):  # whose tensors the copy shares
@@ -61,6 +63,7 @@ def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs)
 
         def run(other: nn.Module) -> Any:
             with evaluating(other), restoring(other):
+                set_random_state(draws, gpus)
                 return inputs.map(torch.clone).call(other)
 
         def error_of(other: Any) -> float:
@@ -68,14 +71,15 @@ def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs)
 
         made, known = shrunk_copy(model, pruned, inputs)
         gone = drop_removed(model, pruned, made, lambda: error_of(made) <= tolerance, run)
+        found = Experiment(model), made, known, error_of, tolerance
         # no configuration says that a block has lost a branch
-        configured = (None, False)[hasattr(model, "config")] if gone else configure(model, made, known, error_of, tolerance)
+        configured = (None, False)[hasattr(model, "config")] if gone else configure(*found)
         if error_of(made) > tolerance:
             with evaluating(made):
                 try_forwards(model, pruned, made, inputs, tolerance)
             ignore_keywords(model, made, lambda: run(model))
         stale = ["config"] if configured is False else []
-        held = {} if configured is not False or gone else widths_in_constants(model, made, known, error_of, tolerance)
+        held = {} if configured is not False or gone else widths_in_constants(*found)
         if error_of(made) > tolerance and not fit_arguments(made, pruned, run, lambda: error_of(made) <= tolerance):
             take_program(made, pruned, vars(pruned)["_programs"])
         if error_of(made) > tolerance:
@@ -147,26 +151,31 @@ def try_forwards(model: nn.Module, pruned: PrunedModule, made: nn.Module, inputs
     Before that, other numbers are tried in its own forward, and parts of what it hands to the modules inside.
     """
     given: dict[str, list[Any]] = {}
+    gpus = gpus_of(model)
 
     def before(path: str) -> Callable[..., None]:
-        return lambda module, args, kwargs: given.setdefault(path, []).append(map_tensors((args, kwargs), torch.clone))
+        def noted(module: nn.Module, args: Any, kwargs: Any) -> None:
+            given.setdefault(path, []).append((map_tensors((args, kwargs), torch.clone), random_state(gpus)))
+
+        return noted
 
     def after(path: str, programs: Any) -> Callable[..., None]:
         def compared(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-            args, kwargs = given[path].pop()
+            ((args, kwargs), draws), afterwards = given[path].pop(), random_state(gpus)
             candidate, wanted = made.get_submodule(path), collect(out, Tensor)
 
             def call(either: nn.Module) -> Any:
                 a, k = map_tensors((args, kwargs), torch.clone)
+                set_random_state(draws, gpus)
                 return either.forward(*a, **k)
 
             def is_right() -> bool:
                 return difference(lambda: call(candidate), wanted) <= tolerance
 
-            if is_right() or fit_numbers(model.get_submodule(path), candidate, is_right):
-                return
-            if not fit_arguments(candidate, module, call, is_right):
+            fits = is_right() or fit_numbers(model.get_submodule(path), candidate, is_right)
+            if not fits and not fit_arguments(candidate, module, call, is_right):
                 take_program(candidate, module, programs)
+            set_random_state(afterwards, gpus)
 
         return compared
 

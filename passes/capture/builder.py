@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from fxprune.passes.capture.conversions import Conversions
 from fxprune.passes.capture.evaluation import Evaluator
 from fxprune.passes.capture.frames import Frame
-from fxprune.passes.capture.index_contents import version_of
 from fxprune.passes.capture.leftovers import pending
 from fxprune.passes.capture.meta_kernels import RESHAPING
 from fxprune.passes.capture.modules import is_standard
@@ -24,6 +24,7 @@ from fxprune.passes.capture.proxy_attributes import NUMBERS, ProxyAttributes, in
 from fxprune.passes.capture.recorder import Recorder
 from fxprune.passes.capture.rollback import ModuleState
 from fxprune.passes.errors import NeedsValues, ReadsValue
+from fxprune.passes.ir.index_contents import version_of
 from fxprune.passes.ir.module_tree import every_path, named_tensors
 from fxprune.passes.ir.program import Guard, TracedCall, select_by_mode
 from fxprune.passes.ir.progress import progress_bar
@@ -86,7 +87,7 @@ class GraphBuilder(ProxyAttributes):
         self.frames = [Frame("", root)]
         self.module_calls: list[TracedCall] = []
         self.proxies: list[weakref.ref[Any]] = []
-        self.index, self.grad_modes = {}, []
+        self.index, self.grad_modes, self.conversions = {}, [], Conversions()
         self.bar = progress_bar(None, "tracing", "op")
         self.depends = {}
         self.short: dict[Any, str] = {}  # names of nodes, by target

@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxprune.passes.capture.conversions import Conversions, seen_conversions
 from fxprune.passes.capture.leftovers import remove_leftovers
 from fxprune.passes.capture.opaque import RootWrapper
 from fxprune.passes.capture.patches import not_a_models
 from fxprune.passes.capture.patching import Patches
 from fxprune.passes.capture.rollback import ParameterWrites
 from fxprune.passes.capture.tracer import ValueTracer, reason_of
-from fxprune.passes.errors import PruneError, WritesWhatItReads, surface
+from fxprune.passes.errors import ConvertsSize, PruneError, WritesWhatItReads, surface
 from fxprune.passes.ir.program import CapturedProgram
 
 
@@ -65,7 +66,12 @@ def captured(
                 return trace(tracer).program("")
             except WritesWhatItReads:
                 tracer = once_more(tracer)
+            except ConvertsSize as error:
+                tracer = once_more(tracer, conversions=tracer.conversions.after(error))
             except Exception as error:
+                if tracer.conversions.files:  # what it did not run into with plain numbers
+                    tracer = once_more(tracer, conversions=Conversions(expected=False))
+                    continue
                 function = None if isinstance(error, PruneError) or not retry else function_of(error)
                 if function is None or function in tracer.evaluator.functions:
                     raise
@@ -88,7 +94,7 @@ def trace(tracer: ValueTracer) -> ValueTracer:
     """Run the tracer, with the recorder in place all the while; it writes only while a node is evaluated."""
     tracer.recorder.active, parameters = False, ParameterWrites(tracer.root)
     tracer.recorder.before_write = parameters.before_write
-    with tracer.bar, Patches(tracer), parameters, torch.no_grad(), tracer.recorder:
+    with tracer.bar, Patches(tracer), seen_conversions(tracer), parameters, torch.no_grad(), tracer.recorder:
         tracer.run()
     tracer.check_writes()
     return tracer
@@ -106,14 +112,18 @@ def function_of(error: BaseException) -> types.FunctionType | None:
     return found
 
 
-def once_more(failed: ValueTracer, function: Any = None) -> ValueTracer:
-    """A tracer of the same module tree: for it `function` is one node, or its program copies what it writes to."""
+def once_more(failed: ValueTracer, function: Any = None, conversions: Conversions | None = None) -> ValueTracer:
+    """A tracer of the same module tree: for it `function` is one node, or its program copies what it writes to.
+
+    `conversions` is what it knows of these, if not what the other one does.
+    """
     failed.stored.restore_all(failed.index)
     for kept in failed.kept:
         delattr(failed.root, failed.names[id(kept)])
     tracer = ValueTracer(failed.root, failed.example_args, failed.example_kwargs, retry=failed.retry)
     tracer.evaluator.find_home, tracer.evaluator.opaque = failed.evaluator.find_home, dict(failed.evaluator.opaque)
     tracer.evaluator.functions = failed.evaluator.functions | ({function} if function is not None else set())
+    tracer.conversions = conversions or failed.conversions
     tracer.writes_constants = failed.writes_constants or failed.wrote_constants
     tracer.read_as_copies = failed.read_as_copies | failed.assigned_alone
     failed.discard()

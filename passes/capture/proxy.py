@@ -66,19 +66,22 @@ class Proxy:
         return bool(self.concrete("bool"))
 
     def __int__(self) -> int:
-        return int(self.concrete("int"))
+        return int(self.tracer.convert(self, "int"))
 
     def __index__(self) -> int:
         return operator.index(self.concrete("index"))
 
     def __float__(self) -> float:
-        return float(self.concrete("float"))
+        return float(self.tracer.convert(self, "float"))
 
     def __complex__(self) -> complex:
         return complex(self.concrete("complex"))
 
     def __round__(self, digits: int | None = None) -> Any:
-        return round(self.concrete("round"), digits)
+        if isinstance(self.value, Tensor):
+            return round(self.concrete("round"), digits)
+        self.tracer.check_size(self, "round")
+        return self.tracer.create_proxy("call_function", round, (self,) if digits is None else (self, digits), {})
 
     def __trunc__(self) -> int:
         return int(self)

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from fxprune.passes.capture.conversions import Conversions
 from fxprune.passes.capture.evaluation import Evaluator
 from fxprune.passes.capture.frames import Frame
 from fxprune.passes.capture.proxy import PROXIES, Proxy, TensorProxy, unwrap
 from fxprune.passes.capture.recorder import Recorder
-from fxprune.passes.errors import NeedsValues, ReadsMissing, ReadsValue
+from fxprune.passes.errors import ConvertsSize, NeedsValues, ReadsMissing, ReadsValue
 from fxprune.passes.ir.data_sizes import DataSizes
 from fxprune.passes.ir.program import IS_GRAD_ENABLED, SET_GRAD_ENABLED, Guard, tensors_read
 from fxprune.passes.ir.pytree import TensorRef, iterate
@@ -66,6 +67,7 @@ class ProxyAttributes(fx.Tracer):
         recorder: of the dispatcher calls.
         names: the names of the model's tensors, by identity.
         grad_modes: whether gradients are on after each node that says so, by its number; the run itself has none.
+        conversions: the files whose conversions of sizes are nodes.
         inlining: whether the next check for overridden arguments in `torch.nn.functional` is to find none.
     """
 
@@ -78,6 +80,7 @@ class ProxyAttributes(fx.Tracer):
     names: dict[int, str]
     results: dict[fx.Node, Any]
     grad_modes: list[tuple[int, bool]]
+    conversions: Conversions
     inlining: bool = False
     reads_numbers: bool = False  # whether any number of the graph is read from a tensor
 
@@ -202,13 +205,25 @@ class ProxyAttributes(fx.Tracer):
             if self.is_made_of_sizes(proxy.node) and proxy.value.numel() == 1:
                 return self.concretise(self.read_numbers(proxy, "item"), how)
             return self.known_tensor(proxy, how).item()
+        self.check_size(proxy, how)
+        self.guards.append(Guard(proxy.node, how, proxy.value))
+        return proxy.value
+
+    def check_size(self, proxy: Any, how: str) -> None:
+        """Raises ReadsValue for a number that does not come of sizes alone."""
         if self.data_sizes.decide(proxy.node, self.results):
             raise ReadsValue(f"{how}() of %{proxy.node.name}, a size that data make")
         read = tensors_read(proxy.node, self.results) if self.reads_numbers else ()
         if not all(map(self.is_made_of_sizes, read)):
             raise ReadsValue(f"{how}() of %{proxy.node.name}, which is read from a tensor")
-        self.guards.append(Guard(proxy.node, how, proxy.value))
-        return proxy.value
+
+    def convert(self, proxy: Any, how: str) -> Any:
+        """The plain number that Python makes of a size; the capture may start again to have a node (see `Conversions`)."""
+        known = len(self.guards)
+        value = self.concretise(proxy, how)
+        if self.conversions.expected and len(self.guards) > known:
+            raise ConvertsSize
+        return value
 
     # -- functions of torch -----------------------------------------------------------------------------------------
 

@@ -92,10 +92,18 @@ def attributes_as_now(box: Any, before: dict[str, Any]) -> Callable[[], None]:
         for name in [n for n in getattr(box, "__dict__", ()) if n not in before]:
             object.__delattr__(box, name)
         for name, value in before.items():
-            if getattr(box, name, None) is not value:
+            if attribute(box, name) is not value:
                 object.__setattr__(box, name, value)
 
     return put_back
+
+
+def attribute(box: Any, name: str) -> Any:
+    """What an object holds, and not what its class answers, which may refuse to."""
+    try:
+        return object.__getattribute__(box, name)
+    except AttributeError:
+        return None
 
 
 def written_back(tensor: Tensor) -> Callable[[], None]:

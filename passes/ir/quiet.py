@@ -63,10 +63,14 @@ def own_random_state() -> Iterator[None]:
 @contextlib.contextmanager
 def unobserved(model: nn.Module) -> Iterator[None]:
     """Leave random state and gradient mode as they are."""
-    on_gpu = named_parameters(model).values() if torch.cuda.is_initialized() else ()
-    devices = sorted({t.device.index or 0 for t in on_gpu if t.is_cuda})
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+    with torch.random.fork_rng(devices=gpus_of(model)), torch.no_grad():
         yield
+
+
+def gpus_of(model: nn.Module) -> list[int]:
+    """The numbers of the GPUs that a model's parameters are on."""
+    on_gpu = named_parameters(model).values() if torch.cuda.is_initialized() else ()
+    return sorted({t.device.index or 0 for t in on_gpu if t.is_cuda})
 
 
 @contextlib.contextmanager

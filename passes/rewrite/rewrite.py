@@ -131,6 +131,9 @@ def nest(
     tree, inline = TreeNames(root), frozenset[str]()
     while True:
         runs = {m: Nesting(flat, captures[m].results, captures[m].module_calls, tree, inline) for m, flat in programs.items()}
+        touched = set().union(*(run.touched for run in runs.values()))
+        for run in runs.values():
+            run.touched = touched  # what keeps its forward does so in both modes
         roots = {mode: run.run() for mode, run in runs.items()}
         changed = {path for run in runs.values() for path in run.rewritten}
         changed |= {outer for run in runs.values() for path in changed for outer in run.around.get(path, ())}
