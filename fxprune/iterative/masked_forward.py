@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fxprune.form_programs import FormProgram, FormPrograms, Names, follow_modes, slots
 from fxprune.inputs import ExampleInputs
 from fxprune.iterative.plan_mapping import undo_slices
-from fxprune.passes.capture.index_contents import version_of
+from fxprune.passes.ir.index_contents import version_of
 from fxprune.passes.ir.module_tree import HOOKS, fetch
 from fxprune.passes.ir.pytree import like_dict
 from fxprune.passes.ir.quiet import unobserved

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from fxprune.passes.capture.index_contents import storage_of
 from fxprune.passes.capture.proxy import PROXIES, TensorProxy
 from fxprune.passes.ir.contents import CONTAINERS, Contents, changeable, contents, refill
+from fxprune.passes.ir.index_contents import storage_of
 from fxprune.passes.ir.module_tree import named_parameters
 from fxprune.passes.ir.op_trace import OpTrace, writes
 from fxprune.passes.ir.pytree import ATOMS, TensorRef, iterate

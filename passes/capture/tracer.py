@@ -13,7 +13,6 @@ from torch import nn
 from fxprune.passes.capture.builder import GraphBuilder, is_layer
 from fxprune.passes.capture.evaluation import plain_call
 from fxprune.passes.capture.frames import Frame
-from fxprune.passes.capture.index_contents import version_of
 from fxprune.passes.capture.modules import by_position, drop_own_hooks, has_own_hooks, own_call, without_own_hooks
 from fxprune.passes.capture.opaque import RootWrapper
 from fxprune.passes.capture.plain_modules import PlainModules, is_plain
@@ -21,6 +20,7 @@ from fxprune.passes.capture.proxy_attributes import internal
 from fxprune.passes.capture.rollback import written_in_place
 from fxprune.passes.capture.train_eval import Modes, captured_in_both
 from fxprune.passes.errors import PruneError, ReadsValue, WritesWhatItReads, surface
+from fxprune.passes.ir.index_contents import version_of
 from fxprune.passes.ir.module_tree import walk
 from fxprune.passes.ir.program import CapturedProgram, TensorSize, assigned, named_outputs
 from fxprune.passes.ir.pytree import TensorRef, tensors

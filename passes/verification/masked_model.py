@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
 
-from fxprune.passes.capture.index_contents import storage_of, version_of
 from fxprune.passes.capture.meta_kernels import VIEWS
 from fxprune.passes.capture.patches import visible
 from fxprune.passes.capture.recorder import Recorder, by_ops, decomposition
@@ -22,6 +21,7 @@ from fxprune.passes.capture.rollback import ParameterWrites
 from fxprune.passes.coupling.propagation import apply_rule
 from fxprune.passes.ir.branches import NOTHING, Removed
 from fxprune.passes.ir.constraints import ConstraintBuilder, Constraints, RowLabels
+from fxprune.passes.ir.index_contents import storage_of, version_of
 from fxprune.passes.ir.labels import Labels, fill_removed, keeps_all, kept_mask
 from fxprune.passes.ir.module_tree import copy_tree, named_tensors, set_mode
 from fxprune.passes.ir.op_trace import OpCall, written_by
