@@ -287,6 +287,16 @@ def one_by_index(model, x, y):
     return [model.p, model.q][int(x.mean() > 0)](y)
 
 
+def by_a_count(model, x, y):
+    number = int((x > 2).sum())
+    return model.p(y) if number == 0 else model.q(y) if number == 1 else y
+
+
+def by_a_list(model, x, y):
+    numbers = (x.mean(1) > 0).long().tolist()
+    return torch.stack([(model.p, model.q)[n](row) for n, row in zip(numbers, y, strict=True)])
+
+
 def checked(model, x, y):
     if y.isnan().any():
         raise ValueError("not a number")
@@ -294,7 +304,7 @@ def checked(model, x, y):
     return model.p(y) if x.mean() > 0 else y
 
 
-@pytest.mark.parametrize("decide", [repeated, one_of_two, one_by_a_number, one_by_index, checked])
+@pytest.mark.parametrize("decide", [repeated, one_of_two, one_by_a_number, one_by_index, by_a_count, by_a_list, checked])
 def test_a_branch_that_the_example_does_not_take_is_pruned_with_the_other_one(decide):
     torch.manual_seed(0)
     model, x = Decides(decide).eval(), torch.rand(4, 6) * 0.5

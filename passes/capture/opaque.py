@@ -105,7 +105,7 @@ class SizeObserver(TorchFunctionMode):
                 self.found.append(SizeUse(size.tree, self.number(out), dim))
 
 
-READING = frozenset([Tensor.__bool__, Tensor.__int__, Tensor.__index__, Tensor.__float__, Tensor.item])
+READING = frozenset([Tensor.__bool__, Tensor.__int__, Tensor.__index__, Tensor.__float__, Tensor.item, Tensor.tolist])
 FAR = 10.0  # how many times as large a fraction is, to be beyond what it is compared with, and small enough for a size
 MOST_TURNED = 6
 Turn = tuple[int, int]  # the number of a reading, the first of which is 0, and whether it gives less (-1) or more (1)
@@ -129,20 +129,25 @@ class Decisions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func not in READING or not isinstance(out, bool | int | float) or not self.from_input(args[0]):
+        if func not in READING or not isinstance(out, bool | int | float | list) or not self.from_input(args[0]):
             return out
-        truth = isinstance(out, bool) or args[0].dtype == torch.bool
+        truth = args[0].dtype == torch.bool
         signs = (-1 if out else 1,) if truth else (1, -1)
         self.turns += [(self.number, sign) for sign in signs]
         self.number += 1
         turned = next((sign for sign in signs if self.turn == (self.number - 1, sign)), 0)
-        if not turned:
-            return out
-        if truth:
-            return type(out)(not out)
-        if isinstance(out, int):
-            return max(0, out + turned)
-        return turned * FAR * (1 + abs(out) if math.isfinite(out) else 1)
+        return turned_round(out, turned, truth) if turned else out
+
+
+def turned_round(number: Any, sign: int, truth: bool) -> Any:
+    """Another number that could have been read, or others in the place of a list of them; the other truth value."""
+    if isinstance(number, list):
+        return [turned_round(n, sign, truth) for n in number]
+    if truth or isinstance(number, bool):
+        return type(number)(not number)
+    if isinstance(number, int):
+        return number + sign
+    return sign * FAR * (1 + abs(number) if math.isfinite(number) else 1)
 
 
 def some_turns(turns: Sequence[Turn]) -> Sequence[Turn]:
