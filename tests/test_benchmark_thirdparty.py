@@ -1,5 +1,7 @@
 """`examples/benchmarks/thirdparty.py`: two references that tell right from wrong, and models, without their packages."""
 
+import subprocess
+
 import pytest
 import torch
 from torch import nn
@@ -149,3 +151,22 @@ def test_a_model_that_fails_in_the_child_is_unbuildable_and_leaves_nothing_here(
     with pytest.raises(RuntimeError, match="ValueError: no"):
         thirdparty.in_child(lambda: thirdparty.drawn(model, torch.ones(1)))
     assert not hasattr(model, "ran")
+
+
+def test_rows_of_older_code_are_told_from_those_of_a_commit(benchmarks, monkeypatch, tmp_path):
+    import thirdparty
+
+    def git(*said):
+        done = subprocess.run(
+            ["git", "-c", "user.name=a", "-c", "user.email=a@b", *said], cwd=tmp_path, check=True, capture_output=True
+        )
+        return done.stdout.decode().strip()
+
+    git("init", "-q")
+    commits = []
+    for message in ("one", "two", "three"):
+        git("commit", "-q", "--allow-empty", "-m", message)
+        commits.append(git("rev-parse", "--short", "HEAD"))
+    monkeypatch.setattr(thirdparty, "HERE", tmp_path)
+    assert [thirdparty.is_before({"commit": c}, commits[1]) for c in commits] == [True, False, False]
+    assert thirdparty.is_before({"model": "no:commit"}, commits[1]) and not thirdparty.is_before({}, commits[1])

@@ -2,12 +2,14 @@
 
 import copy
 import functools
+import operator
 
 import pytest
 import torch
 from torch import nn
 
 import fxprune
+from fxprune.passes.errors import GuardError
 
 
 def halved(model, *inputs):
@@ -534,3 +536,102 @@ def test_a_sparse_input_and_a_copy_made_in_the_forward():
             tensor.mul_(masks.get(name, torch.ones(())))
         x, other = torch.randn(4, 8), (torch.rand(4, 4) > 0.5).float().to_sparse()
         torch.testing.assert_close(pruned(x, other), model(x, other))
+
+
+# -- pieces ------------------------------------------------------------------------------------------------------------
+
+
+class Steps(nn.Module):
+    """Cuts a sequence into pieces and counts them, in one of the ways Python has."""
+
+    def __init__(self, pieces):
+        super().__init__()
+        self.a, self.cell, self.b, self.pieces = nn.Linear(6, 12), nn.GRUCell(12, 10), nn.Linear(10, 3), pieces
+
+    def forward(self, x):
+        state = x.new_zeros(x.shape[0], 10)
+        for step in self.pieces(self.a(x).relu()):
+            state = self.cell(step if step.dim() == 2 else step.sum(1), state)
+        return self.b(state)
+
+
+COUNTED = {
+    "a loop over unbind": lambda y: y.unbind(1),
+    "torch.unbind by keyword": lambda y: torch.unbind(y, dim=1),
+    "zip": lambda y: [p + q for p, q in zip(y.unbind(1), y.unbind(1), strict=True)],
+    "reversed": lambda y: reversed(y.unbind(1)),
+    "starred": lambda y: [*y.unbind(1)][-2:],
+    "a slice from the end": lambda y: y.unbind(1)[-2:],
+    "joined": lambda y: operator.add((y[:, 0],), y.unbind(1)),
+    "stacked": lambda y: torch.stack(y.unbind(1)).sum(0, keepdim=True),
+    "pieces of two": lambda y: y.split(2, 1),
+    "chunks": lambda y: y.chunk(4, 1),
+}
+
+
+@pytest.mark.parametrize("pieces", COUNTED.values(), ids=COUNTED)
+def test_how_many_pieces_there_are_is_decided_by_the_example(pieces):
+    torch.manual_seed(0)
+    model, x = Steps(pieces), torch.randn(2, 5, 6)
+    pruned = halved(model, x)
+    zeroed = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, mask in fxprune.plan_of(pruned).masks(model).items():
+            zeroed.get_parameter(name).mul_(mask)
+        torch.testing.assert_close(pruned(x), zeroed(x))
+        torch.testing.assert_close(pruned(x[:1]), zeroed(x[:1]))
+        with pytest.raises(GuardError, match="the pruned program was captured where"):
+            pruned(torch.randn(2, 8, 6))
+
+
+def test_a_piece_counted_from_either_end_is_right_for_any_number_of_them():
+    class Ends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 3)
+
+        def forward(self, x):
+            steps = self.a(x).relu().unbind(1)
+            return self.b(steps[0] - steps[-1] + steps[:2][1])
+
+    model = Ends()
+    pruned = halved(model, torch.randn(2, 5, 6))
+    for length in (5, 3, 8):
+        assert fxprune.verify(model, pruned, torch.randn(2, length, 6)).ok
+    pruned = halved(nn.Sequential(nn.Linear(4, 16), nn.GELU(), Packed(), nn.Linear(8, 2)), torch.randn(3, 4))
+    assert "holds" not in pruned.code, "channels are counted by the model alone"
+
+
+class Packed(nn.Module):
+    """Products of pieces of the channels, and of a size that is written down."""
+
+    def forward(self, x):
+        a, b = x.split(8, -1)
+        c, d = x.chunk(2, -1)
+        e, f = x.reshape(-1, 2, 8).permute(1, 0, 2).unbind(0)
+        return a * b + c * d + e * f
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda y: y[:, -12:],
+        lambda y: y[:, -24:-12],
+        lambda y: y[:, :60].reshape(len(y), 5, 12).sum(1),
+        lambda y: y[:, 48:60],
+        lambda y: y[:, 12:99].reshape(len(y), -1, 12).sum(1),
+    ],
+)
+def test_bounds_in_channels_beside_positions_count_from_where_they_did(part):
+    class Parts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 3)
+
+        def forward(self, x):
+            return self.b(part(self.a(x).relu().flatten(1)))
+
+    model = Parts()
+    pruned = halved(model, torch.randn(2, 5, 6))
+    for length in (5, 7):
+        assert fxprune.verify(model, pruned, torch.randn(2, length, 6)).ok

@@ -287,3 +287,23 @@ def test_notes_move_as_entries_do(monkeypatch, func, args):
     monkeypatch.setattr(zeroed_model, "MOVING", frozenset())
     [drawn] = probe.removed_results()
     assert moved.any() and not moved.all() and torch.equal(moved, drawn)
+
+
+@pytest.mark.parametrize("absorb", [torch.cumprod, torch.prod])
+def test_a_product_of_removed_and_kept_entries_of_a_tensor_is_no_zero(absorb):
+    """The zeroed model has zeros where the masked one multiplies what is kept."""
+
+    class Multiplies(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 3)
+
+        def forward(self, x):
+            y = self.a(x).tanh() + 0.0
+            return self.b(
+                absorb(y, 1).reshape(len(x), -1) * torch.ones(12) if absorb is torch.cumprod else y * absorb(y, 1)[:, None]
+            )
+
+    torch.manual_seed(0)
+    pruned = fxprune.prune(Multiplies().eval(), 0.3, example_inputs=torch.randn(4, 6), verify=True)
+    assert pruned.verification.ok and "multiplies removed with kept entries" in str(pruned.verification)

@@ -252,3 +252,116 @@ def test_functions_are_put_back_wherever_they_are_held(monkeypatch):
     assert rest == [functions[3], [(1, (functions[4], 2))], {functions[5]}, [frozenset([functions[6]])]]
     assert not replaced
     assert len(searches) < 12  # and not one for each function
+
+
+# -- what values decide ----------------------------------------------------------------------------------------------
+
+
+class Decides(nn.Module):
+    """Takes one way or another by the values of its input."""
+
+    def __init__(self, decide) -> None:
+        super().__init__()
+        self.a, self.m, self.p, self.q, self.b = (nn.Linear(*n) for n in ((6, 12), (12, 12), (12, 12), (12, 12), (12, 3)))
+        self.decide, self.seen = decide, []
+
+    def forward(self, x):
+        return self.b(self.decide(self, x, self.a(x).relu()))
+
+
+def repeated(model, x, y):
+    while y.abs().amax() > 1:
+        y = model.m(y).tanh() * 0.9
+    return y
+
+
+def one_of_two(model, x, y):
+    return model.p(y) if x.mean() > 0 else model.q(y).tanh()
+
+
+def one_by_a_number(model, x, y):
+    return model.p(y) if x.mean().item() > 0.2 else model.q(y).tanh()
+
+
+def one_by_index(model, x, y):
+    return [model.p, model.q][int(x.mean() > 0)](y)
+
+
+def by_a_count(model, x, y):
+    number = int((x > 2).sum())
+    return model.p(y) if number == 0 else model.q(y) if number == 1 else y
+
+
+def by_a_list(model, x, y):
+    numbers = (x.mean(1) > 0).long().tolist()
+    return torch.stack([(model.p, model.q)[n](row) for n, row in zip(numbers, y, strict=True)])
+
+
+def checked(model, x, y):
+    if y.isnan().any():
+        raise ValueError("not a number")
+    model.seen.append(len(model.seen))
+    return model.p(y) if x.mean() > 0 else y
+
+
+@pytest.mark.parametrize("decide", [repeated, one_of_two, one_by_a_number, one_by_index, by_a_count, by_a_list, checked])
+def test_a_branch_that_the_example_does_not_take_is_pruned_with_the_other_one(decide):
+    torch.manual_seed(0)
+    model, x = Decides(decide).eval(), torch.rand(4, 6) * 0.5
+    with torch.no_grad():
+        model.a.weight.mul_(2)
+    result = fxprune.prune(model, 0.5, example_inputs=x, criterion="random")
+    assert result.verification.ok and result.get_submodule("a").out_features == 6
+    assert model.seen == result.seen == [], "what other branches store is put back"
+    zeroed(model, result)
+    for given in (x, -x, torch.randn(3, 6) * 9, torch.randn(5, 6) * 0.01):
+        torch.testing.assert_close(result(given), model(given))
+
+
+class Chooses(nn.Module):
+    """An operator of torch's that takes functions decides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.p, self.q, self.b = nn.Linear(6, 12), nn.Linear(12, 10), nn.Linear(12, 10), nn.Linear(10, 3)
+
+    def forward(self, x):
+        y = self.a(x).relu()
+        return self.b(torch.cond(x.sum() > 0, lambda t: self.p(t).relu(), lambda t: self.q(t).tanh(), (y,)))
+
+
+class Scans(nn.Module):
+    """One that goes over a sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        from torch._higher_order_ops.scan import scan
+
+        y = self.a(x).relu()
+        last, steps = scan(lambda c, t: (c * 0.5 + t, (c - t).clone()), torch.zeros_like(y[:, 0]), y.transpose(0, 1))
+        return self.b(steps.transpose(0, 1) + last.unsqueeze(1))
+
+
+class Loops(Scans):
+    """One that repeats a step."""
+
+    def forward(self, x):
+        from torch._higher_order_ops.while_loop import while_loop
+
+        start = torch.tensor(0), self.a(x).relu()
+        return self.b(while_loop(lambda i, t: i < 3, lambda i, t: (i + 1, (t * 0.5).relu()), start)[1])
+
+
+@pytest.mark.parametrize("kind", [Chooses, Scans, Loops])
+def test_operators_that_take_functions_and_steps(kind):
+    torch.manual_seed(0)
+    model, x = kind().eval(), torch.rand(2, 5, 6)
+    result = fxprune.prune(model, 0.5, example_inputs=x)
+    assert result.verification.ok and result.get_submodule("a").out_features == 6
+    zeroed(model, result)
+    with torch.no_grad():  # of gradients torch's own compiler warns
+        for given in (x, -torch.rand(3, 5, 6)):
+            torch.testing.assert_close(result(given), model(given))

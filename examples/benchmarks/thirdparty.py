@@ -3,6 +3,7 @@
     thirdparty.py                                every model of `thirdparty_models.py` whose row is missing
     thirdparty.py --only 'monai:*' --redo        some of them again
     thirdparty.py --installed                    only those whose package is installed
+    thirdparty.py --before HEAD                  again those whose row is of code before a commit
 
 Nothing of a model has run in its process when `prune` is called: a child process checks before that the original runs, and
 draws its weights. Half of everything is pruned. Two references are computed independently:
@@ -20,6 +21,7 @@ Outputs are compared in the model's own precision, and where they differ once mo
 
 import argparse
 import fnmatch
+import functools
 import importlib
 import importlib.util
 import os
@@ -56,6 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", default="*", metavar="GLOB", help="models by name, as package:model")
     parser.add_argument("--installed", action="store_true", help="only models of installed packages")
     parser.add_argument("--status", help="only models whose row has this status; implies --redo")
+    parser.add_argument("--before", metavar="COMMIT", help="only models whose row is of code before this; implies --redo")
     parser.add_argument("--limit", type=float, default=150, help="seconds for one model")
     arguments = options(parser, measure, argv, memory=0.4, prepare=imports)
     if arguments is None:
@@ -66,8 +69,9 @@ def main(argv: list[str] | None = None) -> None:
         for name in fnmatch.filter(names(), arguments.only)
         if (not arguments.installed or importlib.util.find_spec(PACKAGES[name.partition(":")[0]].root))
         and (arguments.status is None or rows.get(name, {}).get("status") == arguments.status)
+        and (arguments.before is None or is_before(rows.get(name, {}), arguments.before))
     ]
-    redo = arguments.redo or arguments.status is not None
+    redo = arguments.redo or arguments.status is not None or arguments.before is not None
     try:
         sweep(
             __file__,
@@ -120,6 +124,21 @@ def commit() -> Row:
     """The commit of the code, where this is a checkout."""
     done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
     return {"commit": done.stdout.strip()} if done.returncode == 0 else {}
+
+
+@functools.cache
+def precedes(one: str, other: str) -> bool:
+    """Whether a commit is an ancestor of another, and another one."""
+    said = subprocess.run(
+        ["git", "rev-list", "--count", f"{one}..{other}"], cwd=HERE, capture_output=True, text=True, check=False
+    )
+    known = subprocess.run(["git", "merge-base", "--is-ancestor", one, other], cwd=HERE, capture_output=True, check=False)
+    return known.returncode == 0 and said.stdout.strip() != "0"
+
+
+def is_before(row: Row, commit: str) -> bool:
+    """Whether a row is there, and of code before a commit; one that does not say its code is."""
+    return bool(row) and ("commit" not in row or precedes(row["commit"], commit))
 
 
 def judged(network: nn.Module, pruned: nn.Module, inputs: Any) -> Row:

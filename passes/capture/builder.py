@@ -19,6 +19,7 @@ from fxprune.passes.capture.leftovers import pending
 from fxprune.passes.capture.meta_kernels import RESHAPING
 from fxprune.passes.capture.modules import is_standard
 from fxprune.passes.capture.patches import creating
+from fxprune.passes.capture.pieces import CUTTING, Pieces, number_of_pieces
 from fxprune.passes.capture.proxy import PROXIES, Items, TensorProxy, proxy_for, unwrap
 from fxprune.passes.capture.proxy_attributes import NUMBERS, ProxyAttributes, internal
 from fxprune.passes.capture.recorder import Recorder
@@ -139,7 +140,11 @@ class GraphBuilder(ProxyAttributes):
             self.fix_strides(args[0])
         if target in ARITHMETIC and all(type(a.value if type(a) in PROXIES else a) in NUMBERS for a in args):
             return self.once(kind, target, args)
-        return self.made(kind, target, args, kwargs)
+        number = number_of_pieces(target, args, kwargs) if getattr(target, "__name__", target) in CUTTING else None
+        out = self.made(kind, target, args, kwargs)
+        if type(out) is not Items or type(number) not in PROXIES:
+            return out
+        return Pieces.among(out, lambda: self.concretise(number, "len"), lambda i: self.item(out.node, i, out.value[i]))
 
     def fix_strides(self, proxy: Any) -> None:
         """Strides are facts of the run: what is written down with them holds for tensors of these sizes alone."""
@@ -221,7 +226,7 @@ class GraphBuilder(ProxyAttributes):
             return a.node
         if type(a) in PLAIN:
             return a
-        if type(a) is Items:
+        if isinstance(a, Items):
             return a.pack(self)
         if isinstance(a, np.generic):  # which generated code cannot write down
             return a.item()

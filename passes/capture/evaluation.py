@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from fxprune.passes.capture.modules import is_standard
-from fxprune.passes.capture.opaque import watched
-from fxprune.passes.capture.patches import FACTORIES, plain_rnn
+from fxprune.passes.capture.opaque import Decisions, Turn, some_turns, watched
+from fxprune.passes.capture.patches import FACTORIES, functions_as_they_are, plain_rnn
 from fxprune.passes.capture.recorder import Recorder
+from fxprune.passes.capture.rollback import ModuleState
 from fxprune.passes.ir.module_tree import META, fetch, named_tensors
 from fxprune.passes.ir.program import ModuleCall, SizeUse, select_by_mode
 from fxprune.passes.ir.pytree import TensorRef, collect, has_tensor, map_tensors, tensors
@@ -116,11 +117,32 @@ class Evaluator:
             return plain_call(module, *args, **kwargs)
         if path in self.opaque:
             self.hold(node, args, kwargs)
-        with plain_rnn(module), self.watching(module, path):
+        with plain_rnn(module), functions_as_they_are(), self.watching(module, path):
             self.listed.clear()
-            out = module(*args, **kwargs)
+            with Decisions(self.depends_on_inputs) as decisions:
+                out = module(*args, **kwargs)
             self.run_others()
+            if path in self.opaque:
+                self.decide_otherwise(module, args, kwargs, out, decisions.turns)
         return out
+
+    def depends_on_inputs(self, tensor: torch.Tensor) -> bool:
+        return self.recorder.op_trace.values[self.recorder.ref(tensor).id].from_input
+
+    def decide_otherwise(self, module: nn.Module, args: Any, kwargs: Any, out: Any, turns: Sequence[Turn]) -> None:
+        """Run an opaque module again with one decision turned round, as it may fall for other inputs.
+
+        A branch that was not taken reads what this one reads, a loop may run once more, and both return what is used then.
+        An error ends the branch: many a decision leads to one. What a branch stores is put back.
+        """
+        state = ModuleState(module.modules()) if turns else None
+        for turn in some_turns(turns):
+            given = map_tensors((args, kwargs), torch.clone)
+            with contextlib.suppress(Exception, SystemExit), Decisions(self.depends_on_inputs, turn):
+                tie_results(out, module(*given[0], **given[1]))
+            self.listed.clear()
+            if state is not None:
+                state.put_back()
 
     def note_mode_read(self, module: nn.Module) -> None:
         """A module asks for its mode while a node runs; a layer of torch's own couples the same in either."""
@@ -149,8 +171,7 @@ class Evaluator:
             members = dict(self.modules[holder].named_children())
             for other in [m for name, m in members.items() if name not in ran and structure(m) == structure(members[first])]:
                 with contextlib.suppress(Exception):  # it asks for something else
-                    for a, b in zip(tensors(out), tensors(other(*args, **kwargs)), strict=False):
-                        _ = a + b if a.shape == b.shape else None
+                    tie_results(out, other(*args, **kwargs))
                 self.listed.pop(holder, None)
 
     def at_hand(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -210,6 +231,12 @@ class Evaluator:
         """A node is gone from the graph."""
         self.given.pop(node, None)
         self.untracked.discard(node)
+
+
+def tie_results(one: Any, other: Any) -> None:
+    """Let the coupling know that either may be used in the place of the other."""
+    for a, b in zip(tensors(one), tensors(other), strict=False):
+        _ = a + b if a.shape == b.shape else None
 
 
 def structure(module: nn.Module) -> list[Any]:

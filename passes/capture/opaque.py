@@ -8,6 +8,7 @@ a tensor, the pruned size of that tensor is what the attribute must become. Stan
 from __future__ import annotations
 
 import contextlib
+import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -102,6 +103,56 @@ class SizeObserver(TorchFunctionMode):
         for size, dim in sizes:
             if isinstance(size, TracedInt):
                 self.found.append(SizeUse(size.tree, self.number(out), dim))
+
+
+READING = frozenset([Tensor.__bool__, Tensor.__int__, Tensor.__index__, Tensor.__float__, Tensor.item, Tensor.tolist])
+FAR = 10.0  # how many times as large a fraction is, to be beyond what it is compared with, and small enough for a size
+MOST_TURNED = 6
+Turn = tuple[int, int]  # the number of a reading, the first of which is 0, and whether it gives less (-1) or more (1)
+
+
+class Decisions(TorchFunctionMode):
+    """Notes what Python reads of tensors that inputs make, and so may decide by (`if x.max() > 1`, `while`).
+
+    Arguments:
+        from_input: whether a tensor depends on the inputs.
+        turn: a reading that gives something else, so that what is decided by it is decided otherwise.
+
+    Attributes:
+        turns: all that there could be.
+    """
+
+    def __init__(self, from_input: Callable[[Tensor], bool], turn: Turn | None = None) -> None:
+        super().__init__()
+        self.from_input, self.turn, self.number = from_input, turn, 0
+        self.turns: list[Turn] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func not in READING or not isinstance(out, bool | int | float | list) or not self.from_input(args[0]):
+            return out
+        truth = args[0].dtype == torch.bool
+        signs = (-1 if out else 1,) if truth else (1, -1)
+        self.turns += [(self.number, sign) for sign in signs]
+        self.number += 1
+        turned = next((sign for sign in signs if self.turn == (self.number - 1, sign)), 0)
+        return turned_round(out, turned, truth) if turned else out
+
+
+def turned_round(number: Any, sign: int, truth: bool) -> Any:
+    """Another number that could have been read, or others in the place of a list of them; the other truth value."""
+    if isinstance(number, list):
+        return [turned_round(n, sign, truth) for n in number]
+    if truth or isinstance(number, bool):
+        return type(number)(not number)
+    if isinstance(number, int):
+        return number + sign
+    return sign * FAR * (1 + abs(number) if math.isfinite(number) else 1)
+
+
+def some_turns(turns: Sequence[Turn]) -> Sequence[Turn]:
+    """Those that are tried: of the first readings, and of the last one, which may end a loop."""
+    return turns if len(turns) <= MOST_TURNED else (*turns[: MOST_TURNED - 2], *turns[-2:])
 
 
 @contextlib.contextmanager

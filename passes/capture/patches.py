@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._higher_order_ops import utils as higher_order
 from torch.overrides import BaseTorchFunctionMode
 
 from fxprune.passes.capture.proxy import unwrap
@@ -278,6 +279,28 @@ def outside_torch(cls: type) -> str:
 
 
 @contextlib.contextmanager
+def functions_as_they_are() -> Iterator[None]:
+    """Have `torch.cond` and its like call the functions they are given, in this thread, instead of compiling them before.
+
+    A compiler would compile the code of the mode that looks on, too.
+    """
+    plain, mine = getattr(higher_order, "_hop_compile_and_call", None), threading.get_ident()
+
+    def call(function: Callable[..., Any], args: Any, kwargs: Any = None) -> Any:
+        if plain is None or threading.get_ident() == mine:
+            return function(*args, **(kwargs or {}))
+        return plain(function, args, kwargs)
+
+    if plain is not None:  # other versions of torch compile elsewhere
+        higher_order._hop_compile_and_call = call
+    try:
+        yield
+    finally:
+        if plain is not None:
+            higher_order._hop_compile_and_call = plain
+
+
+@contextlib.contextmanager
 def visible() -> Iterator[None]:
     """Run attention and recurrent layers by ops that the dispatcher shows, instead of fused kernels, in this context.
 
@@ -290,7 +313,7 @@ def visible() -> Iterator[None]:
         with plain_rnn(module):
             return nn.Module.__call__(module, *args, **kwargs)
 
-    with LOCK, BaseTorchFunctionMode():
+    with LOCK, BaseTorchFunctionMode(), functions_as_they_are():
         before = {kind: vars(kind).get("__call__") for kind in (nn.RNNBase, nn.RNNCellBase)}
         token = VISIBLE.set(True)
         try:

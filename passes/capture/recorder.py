@@ -13,6 +13,7 @@ from torch._C import DispatchKey
 from torch._decomp import decomposition_table
 from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fxprune.passes.capture.meta_kernels import RESHAPING, MetaKernels
@@ -220,5 +221,42 @@ def by_ops(mode: TorchDispatchMode, func: HigherOrderOperator, args: Any, kwargs
     kernel = func.py_kernels.get(DispatchKey.CompositeExplicitAutograd)
     if kernel is None:
         raise ReadsValue(f"a function that is handed to {func}")
+    if func.name() in STEPPING:  # their kernels refuse to run in a mode
+        with mode:
+            return STEPPING[func.name()](*args, **(kwargs or {}))
     with mode:
         return kernel(*args, **(kwargs or {}))
+
+
+def cond(chosen: Any, then: Callable[..., Any], otherwise: Callable[..., Any], operands: Any) -> Any:
+    """Both branches, joined: another input takes the other one, whose layers must fit, too."""
+    both = [branch(*operands) for branch in (then, otherwise)]
+    if isinstance(chosen, Tensor):
+        flat = [tree_flatten(out) for out in both]
+        joined = [
+            torch.where(chosen, a, b) if isinstance(a, Tensor) else a for a, b in zip(flat[0][0], flat[1][0], strict=True)
+        ]
+        return tree_unflatten(joined, flat[0][1])
+    return both[0] if chosen else both[1]
+
+
+def while_loop(goes_on: Callable[..., Any], step: Callable[..., Any], carried: Any, additional: Any, *options: Any) -> Any:
+    """The loop in Python; `options` are for loops that stack what each step carries, which only a backward pass needs."""
+    if any(options):
+        raise ReadsValue("a loop that keeps what it carries")
+    while goes_on(*carried, *additional):
+        carried = step(*carried, *additional)
+    return tuple(carried)
+
+
+def scan(combine: Callable[..., Any], init: Any, xs: Any, additional: Any, *options: Any) -> Any:
+    """What is carried to the end, and what all steps give, along a new first dimension."""
+    carried, found = init, []
+    for step in zip(*[x.unbind() for x in xs], strict=True):
+        out = combine(*carried, *step, *additional)
+        carried = out[: len(init)]
+        found.append(out[len(init) :])
+    return (*carried, *[None if each[0] is None else torch.stack(each) for each in zip(*found, strict=True)])
+
+
+STEPPING: dict[str, Callable[..., Any]] = {"cond": cond, "while_loop": while_loop, "scan": scan}

@@ -55,6 +55,10 @@ class ModuleState:
         What a forward has set for the first time is no attribute of the model: it sets it again.
         """
         self.restore(index, 0)
+        self.put_back()
+
+    def put_back(self) -> None:
+        """The attributes that were there, and what they held, as they were."""
         for module, (before, _) in self.before.items():
             for name in [k for k in vars(module) if k not in before and not k.startswith("_tensor_constant")]:
                 del vars(module)[name]  # (a constant is the program's)

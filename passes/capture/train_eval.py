@@ -213,7 +213,7 @@ def joined(
 
 def leaves(x: Any) -> list[Any]:
     """What a forward returned, flat: proxies and plain values, with the keys and kinds of containers."""
-    if type(x) is Items:
+    if isinstance(x, Items):
         return [type(x.value), *(v for item in x for v in leaves(item))]
     if type(x) in (tuple, list):
         return [type(x), *(v for item in x for v in leaves(item))]
@@ -241,7 +241,7 @@ def select(builder: GraphBuilder, a: Any, b: Any) -> Any:
     """`a` with every tensor replaced by a node that stands for either."""
     if type(a) in PROXIES:
         return a if a.node is b.node else builder.create_proxy("call_function", select_by_mode, (a, b), {})
-    if type(a) is Items:
+    if isinstance(a, Items):
         items = [select(builder, x, y) for x, y in zip(a, b, strict=True)]
         return Items.of(a.node, a.value, items) if isinstance(a.value, tuple) and hasattr(a.value, "_fields") else tuple(items)
     if type(a) in (tuple, list):

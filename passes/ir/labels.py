@@ -233,9 +233,15 @@ def counts_channels(labels: Labels, dim: int, may_go: np.ndarray, unit_of: np.nd
 
     Arguments: `may_go`, for each unit whether it may be removed; `unit_of`, the unit of each label.
     """
-    for f in labels:
-        if dim in f.dims:
-            units = unit_of[f.labels.movedim(dim, -1).reshape(-1, f.labels.shape[dim])[0].numpy()]
-            if len(np.unique(units)) == len(units) and bool(may_go[units].any()):
-                return True
-    return False
+    units = [unit_of[row] for row in first_rows(labels, dim)]
+    return any(len(np.unique(u)) == len(u) and bool(may_go[u].any()) for u in units)
+
+
+def counts_entries(labels: Labels, dim: int, may_go: np.ndarray, unit_of: np.ndarray) -> bool:
+    """Whether the size of a dimension is that of a parameter; entries may go together, unlike in `counts_channels`."""
+    return any(len(np.unique(row)) == len(row) and bool(may_go[unit_of[row]].any()) for row in first_rows(labels, dim))
+
+
+def first_rows(labels: Labels, dim: int) -> list[np.ndarray]:
+    """The labels along a dimension, of each factor that varies along it, at the first place of the others."""
+    return [f.labels.movedim(dim, -1).reshape(-1, f.labels.shape[dim])[0].numpy() for f in labels if dim in f.dims]

@@ -284,11 +284,12 @@ def mapped(r: RewriteContext, source: TensorRef, target: TensorRef | None, dim: 
         run = run_of(chosen)
         if run is None:
             return r.constant(chosen)
-        at_start, at_end = run.start == 0, run.stop == len(r.positions(source, dim))
-        return slice(None if at_start else run.start, None if at_end else run.stop)
+        number = len(r.positions(source, dim))
+        return slice(bound(run.start, i.start, number, 0), bound(run.stop, i.stop, number, size))
     if isinstance(i, int) or isinstance(r.result(i), int):
         value = i if isinstance(i, int) else r.capture.results[i]
-        return int(table[value % size])
+        at = int(table[value % size])
+        return at - len(r.positions(source, dim)) if i is value and at >= 0 > value else at
     data = torch.as_tensor(i) if isinstance(i, list) else r.capture.op_trace.values[r.result(i).id].data
     if data is None:  # the numbers of what is chosen by value are those of kept entries by themselves
         return r.argument(i)
@@ -299,6 +300,15 @@ def mapped(r: RewriteContext, source: TensorRef, target: TensorRef | None, dim: 
         data = left_of(r, target, out, data)
     places = table[data % size]
     return r.constant(places if target is not None else places[places >= 0])
+
+
+def bound(place: int, given: Any, number: int, end: int) -> int | None:
+    """A bound of a slice at a place among `number` kept entries, counted from where the given one is; `end` needs none."""
+    if given is None or place == end == 0 or (isinstance(given, int) and given > end > 0):
+        return None
+    if isinstance(given, int):  # positions may be part of the dimension, and be more another time
+        return (place - number or None) if given < 0 else place
+    return None if place == (number if end else 0) else place
 
 
 def left_of(r: RewriteContext, target: TensorRef, out: range, data: torch.Tensor) -> torch.Tensor:

@@ -15,9 +15,9 @@ from torch import Tensor, fx
 
 from fxprune.passes.coupling.shuffles import channel_order
 from fxprune.passes.coupling.solution import Solution
-from fxprune.passes.ir.labels import counts_channels
+from fxprune.passes.ir.labels import counts_channels, counts_entries
 from fxprune.passes.ir.op_trace import name_of
-from fxprune.passes.ir.program import REGIONS, CapturedProgram, Guard, Waiver, select_by_mode, size_source
+from fxprune.passes.ir.program import REGIONS, CapturedProgram, Guard, Waiver, select_by_mode, size_source, sizes_read
 from fxprune.passes.ir.pytree import TensorRef, collect, map_tensors
 from fxprune.passes.ir.slices import Slicer
 from fxprune.passes.ops.convolution import slid, sliding
@@ -76,6 +76,12 @@ class Rewriter:
         def channels(ref: TensorRef, dim: int) -> bool:
             return dim not in merged.get(ref.id, ()) and counts_channels(labels.get(ref.id, ()), dim, may_go, unit_of)
 
+        def entries(ref: TensorRef, dim: int | None) -> bool:
+            if dim is None or (at := dim % max(1, len(trace.shape(ref)))) in merged.get(ref.id, ()):
+                return False
+            return counts_entries(labels.get(ref.id, ()), at, may_go, unit_of)
+
+        self.counts_entries = entries
         self.sizes = SizeExpressions(self.capture, self.shapes, channels, self.editor)
         self.size = self.sizes.size
         self.layers = LayerAttributes(self.capture, self.shapes)
@@ -271,6 +277,9 @@ class Rewriter:
         if truth:
             now, value, said = bool(now), bool(value), "not 0" if value else "0"
         if not (self.sizes.is_symbolic(node) and now == value):
+            return
+        read = list(sizes_read(node, self.capture.results)) if guard.how == "len" else []
+        if read and all(self.counts_entries(ref, dim) for ref, dim in read):  # pieces of a packed projection
             return
         asked = self.graph.call_function(operator.ne, (self.new[node], 0)) if truth else self.new[node]
         why = f"the pruned program was captured where {describe(node)} is {said}"

@@ -226,11 +226,26 @@ class Probe:
                 if any(bool((r & ~k).any()) for r, k in zip(reached, self.depends_on_kept(base, results, i), strict=True)):
                     raise Mixed(f"{self.name} adds up removed entries alone, and keeps what it makes of them")
         found = [d & ~v for d, v in zip(self.depends(base, results, marked), varies, strict=True)]
+        self.check_absorbed(base, marked, found)
         for at, slot in enumerate(self.written):  # a constant written over a removed entry is gone with it
             mask = self.masks[slot]
             if mask is not None:
                 found[at] |= mask & ~varies[at]
         return found
+
+    def check_absorbed(self, base: Sequence[Tensor], marked: Sequence[int], found: Sequence[Tensor]) -> None:
+        """Raises Mixed where a result is constant since a removed entry absorbs kept ones of its operand, as in a product."""
+        if self.name in ADDITIVE or torch.Tag.pointwise in self.func.tags or not any(bool(f.any()) for f in found):
+            return
+        for i in marked:
+            mask = self.masks[i]
+            assert mask is not None
+            lifted = torch.where(mask, far(base[i], 1), base[i])
+            runs = []
+            for value in (lifted, torch.where(mask, lifted, uniform(lifted))):
+                runs.append(self.run([value if n == i else v for n, v in enumerate(base)]))
+            if any(bool((differ(a, b) & f).any()) for a, b, f in zip(*runs, found, strict=True)):
+                raise Mixed(f"{self.name} multiplies removed with kept entries of one tensor")
 
     def moved(self) -> list[Tensor]:
         """The notes on the operand, moved as the operator moves its entries; a table of embeddings is not drawn for them."""
