@@ -8,9 +8,9 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import fxprune
-from fxprune.passes.capture.meta_kernels import convolved
 from fxprune.passes.capture.opaque import LEAKS
 from fxprune.passes.capture.recorder import Recorder
+from fxprune.passes.ir.meta_kernels import convolved
 
 CONVOLUTIONS = {1: (nn.Conv1d, nn.ConvTranspose1d), 2: (nn.Conv2d, nn.ConvTranspose2d), 3: (nn.Conv3d, nn.ConvTranspose3d)}
 

@@ -299,11 +299,13 @@ def test_a_product_of_removed_and_kept_entries_of_a_tensor_is_no_zero(absorb):
             self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 3)
 
         def forward(self, x):
-            y = self.a(x).tanh() + 0.0
+            y = 4 * self.a(x).tanh()
             return self.b(
                 absorb(y, 1).reshape(len(x), -1) * torch.ones(12) if absorb is torch.cumprod else y * absorb(y, 1)[:, None]
             )
 
     torch.manual_seed(0)
-    pruned = fxprune.prune(Multiplies().eval(), 0.3, example_inputs=torch.randn(4, 6), verify=True)
-    assert pruned.verification.ok and "multiplies removed with kept entries" in str(pruned.verification)
+    model, x = Multiplies().eval(), torch.randn(4, 6)
+    pruned = fxprune.prune(model, 0.3, example_inputs=x, verify=True)
+    found = fxprune.verify(model, pruned, x)
+    assert pruned.verification.ok and found.ok and "multiplies removed with kept entries" in str(found)

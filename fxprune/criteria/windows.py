@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +38,8 @@ def windows(call: OpView, sizes: Sequence[int], x: Tensor, at: Tensor | None = N
     n, channels = x.shape[:2]
     positions = x.shape[2 : 2 + spatial].numel()
     if at is not None:
-        x, positions = x[(slice(None), slice(None), *torch.unravel_index(at, x.shape[2 : 2 + spatial]))], len(at)
+        places: list[Any] = [slice(None), slice(None), *torch.unravel_index(at, x.shape[2 : 2 + spatial])]
+        x, positions = x[tuple(places)], len(at)
     x = x.reshape(n, g, channels // g, positions, -1)
     return x.permute(1, 0, 3, 2, 4).reshape(g, n * positions, -1)
 

@@ -139,8 +139,6 @@ class Pruner(Generic[Made]):
     def __repr__(self) -> str:
         return f"Pruner({type(self._original).__name__}: step {len(self.history)} of {len(self._shares)}, {self.plan!r})"
 
-    # -- steps ------------------------------------------------------------------------------------------------------------
-
     @overload
     def step(self, model: nn.Module | None = None, *, interactive: Literal[False] = False) -> Made: ...
 
@@ -211,7 +209,6 @@ class Pruner(Generic[Made]):
         before, present = (before, present) if sharded is None else (sharded.tensors, sharded.model)
         zero = plan.masks(self._original) if self._mask == "hold" else {}
         self._move = Move(present, made, before, after, self._view.plan, view.plan, zero)
-        # nothing can fail from here on
         self.model, self._view, self.plan, self._choice = made, view, plan, choice
         self._gone = self._planner.removed(choice.kept)
         self.history += step
@@ -259,8 +256,6 @@ class Pruner(Generic[Made]):
             return present, self._view
         return self._shrunk(present, self.plan, verify=False), View(self.plan)
 
-    # -- optimizers and averages ---------------------------------------------------------------------------------------------
-
     def remap_optimizer(self, optimizer: AnyOptimizer) -> AnyOptimizer:
         """Remap an optimizer to the model that the last step returned: its parameters, and its state sliced as they are.
 
@@ -294,8 +289,6 @@ class Pruner(Generic[Made]):
         move = taken(self._move)
         return remap_module(average, move) if isinstance(average, nn.Module) else remap_state(average, move)
 
-    # -- going on in another process -------------------------------------------------------------------------------------------
-
     def state_dict(self) -> dict[str, Any]:
         """Plain data and tensors for `torch.save`: the plan, the history and the present model; `weights_only=True` reads it.
 
@@ -327,8 +320,6 @@ class Pruner(Generic[Made]):
             cut = self._mask is None and len(self.history) > 0
             self._view = View(self.plan) if cut else self._whole
             self.model = self.shrink() if cut and self._same_class else resumed.model
-
-    # -- sparse training --------------------------------------------------------------------------------------------------
 
     def regularize(self, model: nn.Module) -> None:
         """Add the gradient of the regulariser's penalty to the gradients of a model: call it between backward() and step().

@@ -16,7 +16,6 @@ from fxprune.passes.capture.conversions import Conversions
 from fxprune.passes.capture.evaluation import Evaluator
 from fxprune.passes.capture.frames import Frame
 from fxprune.passes.capture.leftovers import pending
-from fxprune.passes.capture.meta_kernels import RESHAPING
 from fxprune.passes.capture.modules import is_standard
 from fxprune.passes.capture.patches import creating
 from fxprune.passes.capture.pieces import CUTTING, Pieces, number_of_pieces
@@ -26,6 +25,7 @@ from fxprune.passes.capture.recorder import Recorder
 from fxprune.passes.capture.rollback import ModuleState
 from fxprune.passes.errors import NeedsValues, ReadsValue
 from fxprune.passes.ir.index_contents import version_of
+from fxprune.passes.ir.meta_kernels import RESHAPING
 from fxprune.passes.ir.module_tree import every_path, named_tensors
 from fxprune.passes.ir.program import Guard, TracedCall, select_by_mode
 from fxprune.passes.ir.progress import progress_bar
@@ -88,9 +88,8 @@ class GraphBuilder(ProxyAttributes):
         self.frames = [Frame("", root)]
         self.module_calls: list[TracedCall] = []
         self.proxies: list[weakref.ref[Any]] = []
-        self.index, self.grad_modes, self.conversions = {}, [], Conversions()
+        self.index, self.depends, self.grad_modes, self.conversions = {}, {}, [], Conversions()
         self.bar = progress_bar(None, "tracing", "op")
-        self.depends = {}
         self.short: dict[Any, str] = {}  # names of nodes, by target
 
     # -- nodes ------------------------------------------------------------------------------------------------------

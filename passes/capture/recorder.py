@@ -16,10 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fxprune.passes.capture.meta_kernels import RESHAPING, MetaKernels
 from fxprune.passes.capture.proxy import TensorProxy
 from fxprune.passes.errors import PruneError, ReadsValue
 from fxprune.passes.ir.index_contents import IndexContents
+from fxprune.passes.ir.meta_kernels import RESHAPING, MetaKernels
 from fxprune.passes.ir.module_tree import PLAIN_TENSORS, like
 from fxprune.passes.ir.op_trace import OpCall, OpTrace, TensorInfo, written_by
 from fxprune.passes.ir.pytree import ATOMS, TensorRef, gather_refs, map_tensors, tensors

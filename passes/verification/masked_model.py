@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch._ops import HigherOrderOperator
 
-from fxprune.passes.capture.meta_kernels import VIEWS
 from fxprune.passes.capture.patches import visible
 from fxprune.passes.capture.recorder import Recorder, by_ops, decomposition
 from fxprune.passes.capture.rollback import ParameterWrites
@@ -24,6 +23,7 @@ from fxprune.passes.ir.branches import NOTHING, Removed
 from fxprune.passes.ir.constraints import ConstraintBuilder, Constraints, RowLabels
 from fxprune.passes.ir.index_contents import storage_of, version_of
 from fxprune.passes.ir.labels import Labels, fill_removed, keeps_all, kept_mask
+from fxprune.passes.ir.meta_kernels import VIEWS
 from fxprune.passes.ir.module_tree import copy_tree, named_tensors, set_mode
 from fxprune.passes.ir.op_trace import OpCall, written_by
 from fxprune.passes.ir.propagation_state import PropagationState

@@ -32,6 +32,7 @@ from fxprune.passes.ir.module_tree import copy_tree, named_tensors
 from fxprune.passes.ir.op_trace import written_by
 from fxprune.passes.ir.pytree import collect, map_tensors
 from fxprune.passes.ir.slices import TensorSlice, mask_of
+from fxprune.passes.verification.random_values import differ, far, uniform, wide
 
 Slices = Mapping[str, Sequence[TensorSlice]]
 
@@ -308,34 +309,6 @@ def with_written(written: Sequence[Tensor], out: Any) -> list[Tensor]:
 
 def is_drawn(tensor: Tensor, mask: Tensor | None) -> bool:
     return tensor.is_floating_point() or tensor.is_complex() or (tensor.dtype == torch.bool and mask is not None)
-
-
-def uniform(like: Tensor) -> Tensor:
-    """Values that activation functions neither clip nor zero; random truth values for a mask."""
-    drawn = torch.rand_like(like, dtype=float_of(like))
-    return drawn < 0.5 if like.dtype == torch.bool else drawn.mul_(0.7).add_(0.2).to(like.dtype)
-
-
-def wide(like: Tensor) -> Tensor:
-    """Values of both signs."""
-    drawn = torch.randn_like(like, dtype=float_of(like))
-    return drawn < 0 if like.dtype == torch.bool else drawn.mul_(3).to(like.dtype)
-
-
-def far(like: Tensor, sign: int) -> Tensor:
-    """Values far from those that are drawn, on one side of them; the opposite of masks."""
-    if like.dtype == torch.bool:
-        return ~like
-    return torch.rand_like(like, dtype=float_of(like)).add_(3).mul_(sign).to(like.dtype)
-
-
-def float_of(tensor: Tensor) -> torch.dtype:
-    return torch.float32 if tensor.dtype in (torch.bool, torch.bfloat16, torch.float16) else tensor.dtype
-
-
-def differ(a: Tensor, b: Tensor) -> Tensor:
-    """Where two tensors differ; two NaNs do not."""
-    return (a != b) & ~((a != a) & (b != b))
 
 
 def is_view(func: Any) -> bool:
