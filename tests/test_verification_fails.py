@@ -132,7 +132,8 @@ def shift_slices(node: fx.Node) -> bool:
 
     def shifted(value: Any) -> Any:
         if isinstance(value, slice) and isinstance(value.start, int) and isinstance(value.stop, int):
-            return slice(value.start + 1, value.stop + 1, value.step)
+            by = -1 if value.stop == -1 else 1  # an end of 0 would be none
+            return slice(value.start + by, value.stop + by, value.step)
         return value
 
     before = node.args

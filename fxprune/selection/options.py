@@ -229,7 +229,7 @@ class Options:
             chosen.append(f"units of all layers compete by their {how}" if looks else "all families lose the same share")
         spares = open_budget and self.scopes is None and self.basis is None
         chosen += [STREAMS_LAST] if spares else []
-        ranking = ranking or ("global" if looks and self.budget is not None else "local")
+        ranking = ("global" if looks and self.budget is not None else "local") if ranking is None else ranking
         return replace(
             self, criterion=criterion, ranking=ranking, data=data, spares=spares, weighs=weighs, chosen=tuple(chosen)
         )
