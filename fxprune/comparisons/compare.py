@@ -157,8 +157,11 @@ class Comparison:
             self.compare_example(inputs)
         self.compared += done or []
         for name, changed in inputs.other_sizes() if sizes else ():
-            if f"another {name}" not in (done or []):
-                self.compare_other(f"another {name}", changed)
+            other = f"another {name}"
+            if done is not None and other not in done and self.agree_quickly(changed):
+                self.compared.append(other)
+            elif other not in (done or []):
+                self.compare_other(other, changed)
 
     def agree_quickly(self, inputs: ExampleInputs) -> bool:
         """Compare with the zeroed original, and with the masked one where that is no reference; whether what counts agrees."""
