@@ -365,3 +365,22 @@ def test_operators_that_take_functions_and_steps(kind):
     with torch.no_grad():  # of gradients torch's own compiler warns
         for given in (x, -torch.rand(3, 5, 6)):
             torch.testing.assert_close(result(given), model(given))
+
+
+@pytest.mark.parametrize("bounds", [(8, None), (3, 3), (8, 20), (-1, 2)])
+def test_a_slice_of_channels_that_holds_none(bounds):
+    class Empty(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            y = self.a(x).tanh()
+            y[:, slice(*bounds)] += 1.0
+            return self.b(torch.cat([y, y[:, slice(*bounds)].exp()], 1))
+
+    torch.manual_seed(0)
+    model, x = Empty().double().eval(), torch.randn(4, 6, dtype=torch.double)
+    small = fxprune.prune(model, 0.5, example_inputs=x)
+    found = fxprune.verify(model, small, x)
+    assert small.a.out_features == 4 and found.ok and found.error < 1e-12

@@ -284,6 +284,8 @@ def mapped(r: RewriteContext, source: TensorRef, target: TensorRef | None, dim: 
         run = run_of(chosen)
         if run is None:
             return r.constant(chosen)
+        if not len(chosen):
+            return slice(0, 0)
         number = len(r.positions(source, dim))
         return slice(bound(run.start, i.start, number, 0), bound(run.stop, i.stop, number, size))
     if isinstance(i, int) or isinstance(r.result(i), int):
