@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -80,6 +81,11 @@ class ExampleInputs:
         grown = lambda t: torch.cat([t, t[:1].roll(1, -1)])  # noqa: E731
         return self.map(lambda t: grown(t) if t.dim() and t.shape[0] == self.batch else t)
 
+    def between_twice_the_first(self) -> ExampleInputs:
+        """The first sample, the second one of the batch, and the first one again."""
+        framed = lambda t: torch.cat([t[:2], t[:1]])  # noqa: E731
+        return self.map(lambda t: framed(t) if t.dim() and t.shape[0] == self.batch else t)
+
     def other_sizes(self) -> Iterator[tuple[str, ExampleInputs]]:
         """The same inputs at a second batch size and at a second image size, with a name for each."""
         if self.batch is None:
@@ -97,17 +103,19 @@ class ExampleInputs:
         return ["batch", "image size"], self.one_more().with_images(smaller)
 
     def fewer(self) -> Iterator[tuple[list[str], ExampleInputs]]:
-        """Two samples, or one more than there is; smaller images come first. With sentences on what is other."""
+        """Two samples, or one more than there is; other images come first, small ones before. With what is other."""
         if self.batch is None:
             return
         one_more = self.one_more()
         batches = [(["another batch"], self.map(lambda t: t[:2] if t.dim() and t.shape[0] == self.batch else t))]
         batches = [*(batches if self.batch > 2 else []), ([EXAMPLE, "another batch"], one_more)]
         if self.image_size is not None:
-            few = batches[0][1]
-            for change in (smallest, smaller):
+            few, tried = batches[0][1], {self.image_size}
+            for change in (smallest, smaller, larger):
                 images = few.with_images(change)
-                if all(n < own for n, own in zip(images.image_size or (0, 0), self.image_size, strict=True)):
+                size = images.image_size or self.image_size
+                if size not in tried and math.prod(size) <= SLIGHTLY * math.prod(self.image_size):
+                    tried.add(size)
                     yield ["another batch", "another image size"], images
         yield from batches
 
@@ -161,6 +169,9 @@ class ExampleInputs:
                 fix=f"example_inputs.to({dtypes[0]})",
             )
         return self
+
+
+SLIGHTLY = 1.5  # how many times as many pixels cost less than a run for another batch and one for another image size
 
 
 def larger(images: Tensor) -> Tensor:

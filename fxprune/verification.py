@@ -14,7 +14,7 @@ from fxprune.inputs import ExampleInputs
 from fxprune.passes.capture.programs import DRAW
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.contents import contents, refill
-from fxprune.passes.ir.module_tree import named_parameters, named_tensors
+from fxprune.passes.ir.module_tree import named_parameters, named_tensors, walk
 from fxprune.passes.ir.pytree import collect
 from fxprune.passes.verification.masked_model import relative_error
 
@@ -91,14 +91,17 @@ class Verification:
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """A model in evaluation mode, each module back in its own afterwards."""
-    modes = {m: m.training for m in model.modules()}
+    modes = {m: m.training for m in walk(model)}
+    trains = any(modes.values())
     try:
-        model.eval()
+        if trains:
+            model.eval()
         yield
     finally:
-        model.train(modes[model])
-        for module, training in modes.items():
-            module.training = training
+        if trains or any(m.training for m in modes):
+            model.train(modes[model])
+            for module, training in modes.items():
+                module.training = training
 
 
 def quietly(pruned: nn.Module) -> Callable[..., Any]:

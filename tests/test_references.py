@@ -11,7 +11,8 @@ import fxprune
 from fxprune.passes.ir.slices import TensorSlice, mask_of
 from fxprune.passes.verification import zeroed_model
 from fxprune.passes.verification.masked_model import MaskedOriginal
-from fxprune.passes.verification.zeroed_model import ZeroedOriginal, why_zeroed_does_not_apply
+from fxprune.passes.verification.zero_flow import why_zeroed_does_not_apply
+from fxprune.passes.verification.zeroed_model import ZeroedOriginal
 
 
 def net(forward, **layers) -> nn.Module:

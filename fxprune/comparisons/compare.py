@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from dataclasses import replace
 from typing import Any
@@ -10,18 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxprune.comparisons.zeroed_reference import ZeroedReference
 from fxprune.inputs import EXAMPLE, ExampleInputs
 from fxprune.passes.errors import GuardError
 from fxprune.passes.ir.module_tree import named_tensors, private_copy
-from fxprune.passes.ir.pytree import collect, map_tensors
+from fxprune.passes.ir.pytree import collect
 from fxprune.passes.ir.quiet import gc_paused, own_random_state, random_state, set_random_state
 from fxprune.passes.ir.slices import Slicer
-from fxprune.passes.verification.index_order import InIndexOrder
-from fxprune.passes.verification.kept_statistics import KeptStatistics, Statistics
 from fxprune.passes.verification.masked_model import MaskedOriginal, Removal
 from fxprune.passes.verification.outlook import Outlook
 from fxprune.passes.verification.shifted_parameters import shifted, shifts_of
-from fxprune.passes.verification.zeroed_model import Slices, ZeroedOriginal, why_zeroed_does_not_apply
+from fxprune.passes.verification.zeroed_model import Slices
 from fxprune.plan import plan_between, shapes_of
 from fxprune.verification import (
     REFUSED,
@@ -33,7 +31,6 @@ from fxprune.verification import (
     quietly,
     restoring,
     tolerance_of,
-    without_zeros,
 )
 
 
@@ -93,15 +90,13 @@ class Comparison:
         self.model, self.pruned, self.slices, self.outlook = model, pruned, slices, outlook
         self.shifts = shifts_of(model, pruned, slices)
         self.masked = MaskedOriginal(model, removal, self.shifts)
-        self.zeroed: ZeroedOriginal | None = None
         self.devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+        self.zeroed = ZeroedReference(model, slices, self.shifts, self.masked, outlook, self.devices)
         self.least_tolerance = tolerance_of(model)
         self.errors: list[tuple[float | None, float | None]] = []  # against the masked and the zeroed original
         self.compared: list[str] = []
         self.excused: list[str] = []
-        self.no_zeroed = ""
-        self.blank = self.partial = False  # whether all that a reference returns is zero; whether some has other shapes
-        self.statistics: Statistics = outlook.statistics if outlook else {}  # which the zeroed original takes over what is kept
+        self.blank = False  # whether all that the masked original returns is zero
 
     @property
     def tolerance(self) -> float:
@@ -116,7 +111,7 @@ class Comparison:
                 self.run_briefly(inputs, sizes)
         masked = max((error for error, _ in self.errors if error is not None), default=None)
         zeroed = max((error for _, error in self.errors if error is not None), default=None)
-        counted = None if self.no_zeroed else zeroed
+        counted = None if self.zeroed.why_not else zeroed
         error = max(e for e in (masked, counted) if e is not None)
         if masked is not None and counted is not None and self.disagrees(masked, counted):
             error = counted
@@ -128,7 +123,7 @@ class Comparison:
             tuple(self.excused),
             masked,
             zeroed,
-            self.no_zeroed,
+            self.zeroed.why_not,
         )
 
     def disagrees(self, masked: float, zeroed: float) -> bool:
@@ -152,7 +147,7 @@ class Comparison:
         inputs are compared by both references, and each other size alone.
         """
         tries = [*(inputs.fewer() if sizes else ()), ([EXAMPLE], inputs)]
-        done = next((names for names, changed in tries if self.agree_quickly(changed)), None)
+        done = next((names for names, changed in tries if self.agree_with_few(changed)), None)
         if done is None:
             self.compare_example(inputs)
         self.compared += done or []
@@ -163,34 +158,59 @@ class Comparison:
             elif other not in (done or []):
                 self.compare_other(other, changed)
 
+    def agree_with_few(self, inputs: ExampleInputs) -> bool:
+        """Compare a batch in the way that runs the fewest samples, and as it is where that does not settle it."""
+        if inputs.batch in (None, 1) or self.zeroed.draws or self.zeroed.why_not:
+            return self.agree_quickly(inputs)
+        drawn = random_state(self.devices)
+        try:
+            got = self.result(inputs.between_twice_the_first(), drawn)
+        except Exception:  # as on any batch of this size of images
+            set_random_state(drawn, self.devices)
+            return False
+        return self.agree_at_both_ends(got, inputs) or self.agree_quickly(inputs)
+
+    def agree_at_both_ends(self, got: Any, inputs: ExampleInputs) -> bool:
+        """Compare the first and the last sample of three, which are the same, with the zeroed original of that sample alone.
+
+        The one between them shows if samples are mixed. The original, which is the larger of the two, runs one sample.
+        """
+        tensors = collect(got, Tensor)
+        if all(t.dim() and t.shape[0] == 3 for t in tensors):
+            ends = [[t[:1] for t in tensors], [t[2:] for t in tensors]]
+            error = self.zeroed.error_of(ends, inputs.first_sample())
+            if self.zeroed.settles(error, self.tolerance):
+                self.errors.append((None, error))
+                return True
+        self.zeroed.start_again()
+        return False
+
     def agree_quickly(self, inputs: ExampleInputs) -> bool:
         """Compare with the zeroed original, and with the masked one where that is no reference; whether what counts agrees."""
-        drawn, reason = random_state(self.devices), self.no_zeroed
+        drawn, reason = random_state(self.devices), self.zeroed.why_not
         try:
             errors = self.least_errors(inputs, drawn)
-            if all(error is None or error <= self.tolerance for error in (errors[0], None if self.no_zeroed else errors[1])):
+            counted = (errors[0], None if self.zeroed.why_not else errors[1])
+            if all(error is None or error <= self.tolerance for error in counted):
                 self.errors.append(errors)
                 return True
         except Exception:  # whose fault it is is asked when each size is looked at
             pass
         set_random_state(drawn, self.devices)
-        self.no_zeroed = reason
+        self.zeroed.why_not = reason
         return False
 
     def least_errors(self, inputs: ExampleInputs, drawn: list[Any]) -> tuple[float | None, float | None]:
         """The errors against the masked and the zeroed original, each where it is needed."""
-        got, zeroed = self.result(inputs, drawn), None
-        if not self.no_zeroed:
-            set_random_state(drawn, self.devices)
-            zeroed = self.against_zeroed(got, inputs)
-        if zeroed is not None and zeroed <= self.tolerance and not (self.partial or self.blank or self.counts_zeros):
+        got = self.result(inputs, drawn)
+        zeroed = None if self.zeroed.why_not else self.zeroed.error(got, inputs, drawn, self.tolerance)
+        if self.zeroed.settles(zeroed, self.tolerance):
             return None, zeroed
         set_random_state(drawn, self.devices)
-        if self.zeroed is not None and not self.writes:
-            self.masked.share(self.zeroed.tensors, self.slices)
+        self.zeroed.share()
         masked = self.against_masked(got, inputs)
         if zeroed is not None and masked <= self.tolerance < zeroed:
-            self.no_zeroed = self.why_not_zeroed(inputs)
+            self.zeroed.why_not = self.zeroed.find_why_not(inputs)
         return masked, zeroed
 
     def compare_example(self, inputs: ExampleInputs) -> None:
@@ -211,20 +231,18 @@ class Comparison:
         The reference is the zeroed original where it agreed on the example inputs: it runs without a look at each operator.
         """
         drawn = random_state(self.devices)
-        zeroed = None if self.errors[0][1] is None or self.no_zeroed else self.zeroed
+        by_zeroed = self.errors[0][1] is not None and not self.zeroed.why_not
         try:
             got = self.result(inputs, drawn)
             set_random_state(drawn, self.devices)
-            if zeroed is None:
-                error = difference(self.masked(inputs.args, inputs.kwargs, whole=False), got)
-            else:
-                error = difference(self.of_zeroed(inputs), got)
+            wanted = self.zeroed.run(inputs) if by_zeroed else self.masked(inputs.args, inputs.kwargs, whole=False)
+            error = difference(wanted, got)
         except Exception:  # whose fault it is is asked when each size is looked at
             error = float("inf")
         if not error <= self.tolerance:
             set_random_state(drawn, self.devices)
             return False
-        self.errors.append((error, None) if zeroed is None else (0.0, error))
+        self.errors.append((0.0, error) if by_zeroed else (error, None))
         self.compared += [f"another {name}" for name in names]
         return True
 
@@ -249,85 +267,19 @@ class Comparison:
     def result(self, inputs: ExampleInputs, drawn: list[Any]) -> Any:
         """What the pruned model returns."""
         set_random_state(drawn, self.devices)
-        with restoring(self.pruned, parameters=self.writes), self.drawing():
+        with restoring(self.pruned, parameters=self.zeroed.writes), self.zeroed.drawing():
             return inputs.map(torch.clone).call(quietly(self.pruned))  # it may write to them
 
     def decide(self, name: str, inputs: ExampleInputs, got: Any, masked: float, drawn: list[Any]) -> None:
         """Note an error against the masked original, beside that against the zeroed one where it has a say."""
         zeroed = None
         if name == EXAMPLE or masked > self.tolerance:
-            set_random_state(drawn, self.devices)
-            zeroed = self.against_zeroed(got, inputs)
-            if zeroed is not None and not self.no_zeroed and self.disagrees(masked, zeroed):
-                self.no_zeroed = self.why_not_zeroed(inputs)
+            zeroed = self.zeroed.error(got, inputs, drawn, self.tolerance)
+            self.blank = self.blank if zeroed is None else self.zeroed.blank
+            if zeroed is not None and not self.zeroed.why_not and self.disagrees(masked, zeroed):
+                self.zeroed.why_not = self.zeroed.find_why_not(inputs)
         self.errors.append((masked, zeroed))
         self.compared.append(name)
-
-    def drawing(self) -> contextlib.AbstractContextManager[Any]:
-        """The surroundings in which a run draws the numbers that the masked original drew."""
-        draws = self.masked.draws or (self.outlook is not None and self.outlook.draws)
-        return InIndexOrder() if draws else contextlib.nullcontext()
-
-    @property
-    def writes(self) -> bool:
-        """Whether a forward writes to parameters."""
-        return self.masked.writes or (self.outlook is not None and self.outlook.writes)
-
-    def zeroed_original(self) -> ZeroedOriginal:
-        if self.zeroed is None:
-            self.zeroed = ZeroedOriginal(self.model, self.slices, self.shifts)
-        return self.zeroed
-
-    @property
-    def counts_zeros(self) -> bool:
-        """Whether zeros count in statistics of the zeroed original, which are not taken over what is kept."""
-        return self.outlook is not None and bool(self.outlook.statistics) and not self.statistics
-
-    def of_zeroed(self, inputs: ExampleInputs) -> Any:
-        """What the zeroed original returns, with its statistics over what is kept where the run is that of the capture."""
-        zeroed = self.zeroed_original()
-        args, kwargs = map_tensors((inputs.args, inputs.kwargs), torch.clone)
-        with restoring(zeroed.model, parameters=self.writes), self.drawing():
-            if not (self.outlook and self.statistics):
-                return zeroed(args, kwargs)
-            drawn, over_kept = random_state(self.devices), KeptStatistics(self.statistics, self.outlook.kept)
-            with contextlib.suppress(Exception), over_kept:
-                made = zeroed(args, kwargs)
-                over_kept.check()
-                return made
-        set_random_state(drawn, self.devices)
-        self.statistics = {}
-        return self.of_zeroed(inputs)
-
-    def why_not_zeroed(self, inputs: ExampleInputs) -> str:
-        """Why the zeroed original is no reference; empty where it is one."""
-        zeroed = self.zeroed_original()
-        with restoring(zeroed.model, parameters=self.writes):
-            one = inputs.first_sample()
-            why = why_zeroed_does_not_apply(zeroed, one.args, one.kwargs)
-            return why_zeroed_does_not_apply(zeroed, inputs.args, inputs.kwargs) if why.startswith("it raises") else why
-
-    def against_zeroed(self, got: Any, inputs: ExampleInputs) -> float | None:
-        """The error against the zeroed original; None where there is none, and why."""
-        try:
-            wanted = self.of_zeroed(inputs)
-        except Exception as error:
-            self.no_zeroed = f"it raises {type(error).__name__}"
-            return None
-        expected, found = collect(wanted, Tensor), collect(got, Tensor)
-        if len(expected) == len(found):  # what has other shapes has lost channels: caches, and outputs that were released
-            expected = [without_zeros(t, f.shape) for t, f in zip(expected, found, strict=True)]
-            alike = [i for i, t in enumerate(expected) if t.shape == found[i].shape]
-            self.partial = len(alike) < len(expected)
-            expected, found = [expected[i] for i in alike], [found[i] for i in alike]
-        if not expected or len(expected) != len(found):
-            self.no_zeroed = "the pruned model returns fewer channels"
-            return None
-        if any(t.is_floating_point() and not bool(t.isfinite().all()) for t in expected):
-            self.no_zeroed = "it returns values that are not finite"
-            return None
-        self.blank = is_blank(expected)
-        return difference(expected, found)
 
 
 def why_original_fails(model: nn.Module, inputs: ExampleInputs) -> str:

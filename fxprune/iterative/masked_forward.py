@@ -21,7 +21,8 @@ from fxprune.passes.ir.module_tree import HOOKS, fetch
 from fxprune.passes.ir.pytree import like_dict
 from fxprune.passes.ir.quiet import unobserved
 from fxprune.passes.ir.slices import apply_slices
-from fxprune.passes.verification.zeroed_model import ZeroedOriginal, why_zeroed_does_not_apply
+from fxprune.passes.verification.zero_flow import why_zeroed_does_not_apply
+from fxprune.passes.verification.zeroed_model import ZeroedOriginal
 from fxprune.plan import PlanData
 
 

@@ -53,11 +53,14 @@ def contents(box: Any, seen: set[int] | None = None, *, tensors: bool = False) -
             if attributes is None:
                 return []
             inner, held, tensors = list(attributes.values()), [attributes_as_now(box, attributes)], True
-    empty = [v for v in inner if type(v) in EMPTIED and not v] if type(box) is dict else []  # as most dicts of hooks are
+    empty: list[Any] = []  # as most dicts of hooks are
     for v in inner:
-        if type(v) in ATOMS or (type(v) in EMPTIED and empty and not v):
+        kind = type(v)
+        if kind in ATOMS:
             continue
-        if (tensors and isinstance(v, Tensor)) or changeable(v):
+        if kind in EMPTIED and not v and type(box) is dict:
+            empty.append(v)
+        elif (tensors and isinstance(v, Tensor)) or changeable(v):
             held += contents(v, seen, tensors=tensors)
     return [*held, functools.partial(emptied, empty)] if empty else held
 
