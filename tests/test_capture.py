@@ -692,3 +692,24 @@ def test_training_that_reads_values_is_run_with_values_at_once(of_indices, monke
 
 def runs_on(root):
     return next(root.parameters()).device.type, root.training
+
+
+def test_a_tensor_that_an_input_is_written_into_depends_on_it():
+    """Through a view of it, as well as by itself: what a criterion sees of a layer are its inputs."""
+
+    class Assembled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            both = torch.zeros(x.shape[0], 8)
+            before = both.view(-1, 2, 4)
+            both[:, :4] = x
+            before[:, 1] = x
+            return self.b(self.a(both).relu()) + before.sum()
+
+    model = Assembled().eval()
+    trace = capture_programs.programs(model, (torch.randn(5, 4),), {}, None)[0].op_trace
+    read = {op.func._schema.name: [trace.values[ref.id].from_input for ref in op.inputs] for op in trace.ops}
+    assert read["aten::sum"] == [True] and read["aten::addmm"] == [False, True, False]

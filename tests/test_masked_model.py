@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from graphs.registry import linear, net, randomise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -155,3 +156,24 @@ def test_attention_draws_numbers_where_it_drops_some(dropout: float) -> None:
     assert torch.equal(before, torch.get_rng_state()) == (dropout == 0)
     assert draws_numbers(torch.ops.aten.bernoulli.p, (q, 0.5), {})
     assert not draws_numbers(torch.ops.aten.relu.default, (q,), {})
+
+
+def test_samples_with_labels_of_their_own_hide_no_heads() -> None:
+    """The tokens are written into a tensor of zeros: a second sample has labels, beside those of heads."""
+
+    def forward(self: Any, x: Tensor) -> Any:
+        t = torch.zeros(x.shape[0], x.shape[1], 18, dtype=x.dtype)
+        t[..., :9] = x
+        t[..., 9:] = x
+        q, k, v = self.qkv(t).unflatten(-1, (3, 2, 2)).permute(2, 0, 3, 4, 1).unbind(0)
+        x = (q @ k.transpose(-2, -1) * self.scale).softmax(-1) @ v
+        return self.head(self.norm(x.permute(0, 3, 1, 2).flatten(2)))
+
+    parts = {"scale": nn.Parameter(torch.ones(2, 1, 1)), "norm": nn.LayerNorm(4)}
+    model = net(forward, qkv=linear(18, 12), head=linear(4, 2), **parts).double().eval()
+    randomise(model)
+    x = torch.randn(1, 4, 9, dtype=torch.double)
+    pruned = fxprune.prune(model, 0.5, x, attention="dims", verify=False)
+    assert pruned.get_parameter("scale").numel() == 1
+    found = fxprune.verify(model, pruned, x)
+    assert found.ok and "another batch" in found.compared

@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fxprune.passes.capture.proxy import TensorProxy
 from fxprune.passes.errors import PruneError, ReadsValue
-from fxprune.passes.ir.index_contents import IndexContents
+from fxprune.passes.ir.index_contents import IndexContents, storage_of
 from fxprune.passes.ir.meta_kernels import RESHAPING, MetaKernels
 from fxprune.passes.ir.module_tree import PLAIN_TENSORS, like
 from fxprune.passes.ir.op_trace import OpCall, OpTrace, TensorInfo, written_by
@@ -136,6 +136,14 @@ class Recorder(TorchDispatchMode):
         if any(self.op_trace.values[ref.id].name is not None for op in self.op_trace.ops[begin:] for ref in op.inputs):
             raise ReadsValue("a tensor of the model's in a function that is one node")
 
+    def note_input(self, written: Tensor) -> None:
+        """What is computed from an input is written to a tensor: all that lie in its memory depend on the input from now on."""
+        if written.layout is torch.strided:
+            place = storage_of(written)
+            for tensor, ref in [*self.held.values(), *self.known.items()]:
+                if tensor.layout is torch.strided and storage_of(tensor) == place:
+                    self.op_trace.values[ref.id].from_input = True
+
     def imagined(self, func: Any, args: Any, kwargs: Any) -> Any:
         out = self.imagination.result(func, args, kwargs)
         return self.imagination.ran(func, args, kwargs) if out is None else out
@@ -181,12 +189,14 @@ class Recorder(TorchDispatchMode):
         in_kwargs = {k: self.refs(v) for k, v in kwargs.items()} if kwargs else {}
         if in_kwargs:
             gather_refs(in_kwargs, ins)
+        from_input = True in [values[ref.id].from_input for ref in ins]
         for at, name in written_by(func):
             written = args[at] if at < len(args) else kwargs.get(name)
             if isinstance(written, Tensor):
                 self.before_write(written)
+                if from_input and not values[self.ref(written).id].from_input:
+                    self.note_input(written)
         out = run(func, args, kwargs)
-        from_input = True in [values[ref.id].from_input for ref in ins]
 
         def result(tensor: Tensor) -> TensorRef:
             ref = self.find(tensor)

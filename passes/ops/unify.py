@@ -59,7 +59,7 @@ def unify(
         partners = [g for g in right if f.dims & g.dims]
         g = main_partner(call, f, partners)
         shared = f.dims & g.dims
-        if any(shared & h.dims for h in result):
+        if any(shared & h.dims and not made_on_the_way(call, h) for h in result):
             for each in (f, *partners):
                 call.constraints.freeze(each.labels, kept_whole(call))
             continue
@@ -173,6 +173,11 @@ def main_partner(call: RuleContext, f: Factor, partners: list[Factor]) -> Factor
     minor = [g for g in partners if f.major_to_minor[-1] in g.dims]
     owned = [g for g in partners if bool((g.labels < call.constraints.first_new).any())]
     return next((g for g in minor if g in owned), (owned or minor or partners)[0])
+
+
+def made_on_the_way(call: RuleContext, f: Factor) -> bool:
+    """Whether no parameter stands behind a factor, as for the samples of a tensor of zeros that is filled, nor rows of one."""
+    return bool((f.labels >= call.constraints.first_new).all()) and not call.constraints.are_row_labels(f)
 
 
 def lone(call: RuleContext, mine: list[Factor], theirs: list[Factor], taken: set[int], shape: Sequence[int]) -> list[Factor]:
