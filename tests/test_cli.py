@@ -124,6 +124,13 @@ def test_inspect_writes_a_page(folder, capsys):
     assert "shrank" not in " ".join(page.texts.values()).lower()
 
 
+def test_inspect_writes_the_graph_whatever_is_printed(folder, capsys):
+    for asked in ([], ["--why", "conv1"], ["--family", "conv1"], ["--json"]):
+        answer(capsys, "inspect", "net.py", "--dot", "graph.dot", *asked)
+        assert (folder / "graph.dot").read_text().startswith('graph "Net" {')
+        (folder / "graph.dot").unlink()
+
+
 def test_inspect_one_family_and_why(folder, capsys):
     out = answer(capsys, "inspect", "net.py", "--family", "conv1")
     assert out.splitlines()[0].startswith("conv1 (hidden layer): 8 units of 1 channel, ") and "  conv2.weight:1\n" in out
@@ -230,6 +237,11 @@ def test_benchmark_sets_methods_side_by_side(folder, capsys):
     assert [row["method"] for row in rows] == ["original", "magnitude", "taylor/global"]
     assert rows[0]["parameters"] == 1477 and rows[1]["parameters"] < 800
     assert all(0 <= row["score"] <= 1 and row["seconds"] > 0 for row in rows)
+    assert rows[0]["memory"] > rows[1]["memory"] > 4 * rows[1]["parameters"]
+    both = json.loads(answer(capsys, "benchmark", "net.py", "net.py:built", "--methods", "magnitude", "--json"))
+    assert [one["rows"][0]["parameters"] for one in both] == [1477, 1443]
+    out = answer(capsys, "benchmark", "net.py", "net.py:built", "--methods", "magnitude")
+    assert out.count("Net: methods of pruning side by side") == 2 and max(map(len, out.splitlines())) <= 80
     out = answer(capsys, "benchmark", "net.py", "--methods", "magnitude,taylor")
     assert "taylor failed: " in out  # without data
 
@@ -366,6 +378,8 @@ REFUSED = [
     ("report net.py bad.safetensors", "bad.safetensors"),
     ("profile net.py weights.pt", "weights.pt"),
     ("benchmark net.py --methods magnitude,magnitude", "--methods names one method twice"),
+    ("benchmark net.py net.py", "a model is named twice"),
+    ("benchmark net.py nowhere.py", "there is no file nowhere.py"),
     ("benchmark net.py --methods magnitude/most", "ranking must be one of"),
     ("benchmark net.py --methods luck", "luck"),
     ("benchmark net.py --score net.py:nothing", "the file defines no `nothing`"),
