@@ -139,3 +139,25 @@ def test_agrees_with_the_coupling_and_with_what_is_cut(name):
         assert cut == group.remove
         tried += 1
     assert tried
+
+
+class Packed(nn.Module):
+    """Layers whose weights have names of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.lstm, self.deep = nn.LSTM(8, 6, batch_first=True), nn.LSTM(6, 6, num_layers=2, batch_first=True)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.deep(self.lstm(self.attention(x, x, x)[0])[0])[0])
+
+
+def test_a_layer_without_a_weight_stands_for_the_parameters_that_hold_its_channels():
+    found = fxprune.couple(Packed().eval(), torch.randn(2, 5, 8))
+    for layer, first in {"attention": "in_proj_weight", "lstm": "weight_ih_l0"}.items():
+        group, named = found.group(layer), found.group(f"{layer}.{first}:0")
+        assert (group.remove, group.links) == (named.remove, named.links) and len(group) >= 3
+    with pytest.raises(PruneError, match="'deep' in group is a LSTM, which has no weight of its own"):
+        found.group("deep")  # of two layers, with channels of their own
