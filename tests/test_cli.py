@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -356,8 +357,8 @@ REFUSED = [
     ("prune net.py --latency 20 --dry-run", "latency"),
     ("prune net.py --criterion magnitud --dry-run", "did you mean 'magnitude'?"),
     ("prune net.py --criterion taylor --dry-run", "data"),
-    ("prune net.py --criterion taylor --data net.py:number --dry-run", "net.py:number is a int, not batches of data"),
-    ("prune net.py --loss net.py:number --dry-run", "net.py:number is a int, not a function"),
+    ("prune net.py --criterion taylor --data net.py:number --dry-run", "net.py:number is of type int, not batches of data"),
+    ("prune net.py --loss net.py:number --dry-run", "net.py:number is of type int, not a function"),
     ("prune net.py --ranking worldwide --dry-run", "ranking must be one of local, global, isomorphic"),
     ("prune net.py --round-to 0 --dry-run", "'0' is no positive integer"),
     ("prune net.py --remove conv1 --dry-run", "--remove conv1 is not LAYER=INDICES"),
@@ -379,6 +380,10 @@ REFUSED = [
     ("profile net.py weights.pt", "weights.pt"),
     ("benchmark net.py --methods magnitude,magnitude", "--methods names one method twice"),
     ("benchmark net.py net.py", "a model is named twice"),
+    ("inspect net.py --html ''", "the page cannot be written: . is a folder"),
+    ("inspect net.py --dot ''", "the graph cannot be written: . is a folder"),
+    ("prune net.py -o ''", "-o small.safetensors"),
+    ("sweep net.py --macs 0.5 --evaluate net.py:score -o net.py", "net.py is a file; fix: the name of a folder"),
     ("benchmark net.py nowhere.py", "there is no file nowhere.py"),
     ("benchmark net.py --methods magnitude/most", "ranking must be one of"),
     ("benchmark net.py --methods luck", "luck"),
@@ -389,7 +394,7 @@ REFUSED = [
     ("sweep net.py --macs --evaluate net.py:score", "argument --macs: expected at least one argument"),
     ("sweep net.py --macs 0.5 2Q --evaluate net.py:score", "macs must be a positive number, or one with a unit, not '2Q'"),
     ("sweep net.py --latency 20 --evaluate net.py:score", "latency"),
-    ("sweep net.py --macs 0.5 --evaluate net.py:number", "net.py:number is a int, not a function"),
+    ("sweep net.py --macs 0.5 --evaluate net.py:number", "net.py:number is of type int, not a function"),
     ("sweep net.py --macs 0.5 --evaluate net.py:fails -o here", "net.py:fails raises TypeError"),
     ("sweep net.py --macs 0.5 --evaluate net.py", "the file defines no `evaluate`"),
     ("sweep net.py --macs 0.5 --evaluate net.py:score --criterion flap", "data"),
@@ -404,7 +409,7 @@ REFUSED = [
 @pytest.mark.parametrize("line, what", REFUSED, ids=[line or "nothing" for line, _ in REFUSED])
 def test_refused_in_one_line(folder, capsys, line, what):
     before = {p: p.read_bytes() for p in folder.iterdir() if p.is_file()}
-    assert main(line.split()) == 2
+    assert main(shlex.split(line)) == 2
     out, err = capsys.readouterr()
     lines = [text for text in err.splitlines() if text != "a file may print"]
     assert not out and len(lines) == 1 and "Traceback" not in err and not (folder / "here").exists()

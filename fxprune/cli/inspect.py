@@ -47,15 +47,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Answer:
-    if arguments.dot:
+    if arguments.dot is not None:
         check_target(Path(arguments.dot), "the graph")
-    if arguments.html:
+    if arguments.html is not None:
         check_target(Path(arguments.html), "the page")
     model, example_inputs = loaded(arguments)
     found = couple(model, example_inputs, **coupling(arguments))
-    if arguments.html:
+    if arguments.html is not None:
         whole_report(model, example_inputs, coupling(arguments)).to_html(Path(arguments.html))
-    if arguments.dot:
+    if arguments.dot is not None:
         write(Path(arguments.dot), to_dot(found.to_networkx(), found.model))
     if arguments.why is not None:
         group = found.group(arguments.why)
