@@ -36,8 +36,10 @@ class TensorInfo:
 
 @dataclass(slots=True)
 class OpCall:
-    """One dispatcher call; `node` is the index of the graph node it belongs to, `spec` what `spec_of` has found, `trial` whether
-    it is none of the forward's, but of a run that shows what other inputs would lead to."""
+    """One dispatcher call; `node` is the index of the graph node it belongs to, `spec` what `spec_of` has found.
+
+    `trial` says that it is none of the forward's, but of a run that shows what other inputs would lead to.
+    """
 
     func: Any
     args: tuple[Any, ...]
