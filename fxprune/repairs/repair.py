@@ -310,7 +310,4 @@ def batches_of(data: Any, device: torch.device) -> list[Batch]:
     batches = [parse_batch(item).map(lambda t: t.to(device)) for item in read(data)]
     if not batches:
         raise PruneError("data holds no batches", fix=f"{BATCHES}; one that was read to its end is empty")
-    for number, batch in enumerate(batches):
-        if any(t.is_floating_point() and bool(t.isnan().any()) for t in collect((batch.args, batch.kwargs), Tensor)):
-            raise PruneError(f"batch {number} of data holds NaN, from which nothing can be fitted", fix="data without NaN")
     return batches
