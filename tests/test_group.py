@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxprune
 from fxprune import PruneError
+from fxprune.reports.formatting import as_text
 
 TABLE = """\
 conv1 [2, 6, 9]: 3 asked for, 6 dimensions of tensors
@@ -161,3 +162,14 @@ def test_a_layer_without_a_weight_stands_for_the_parameters_that_hold_its_channe
         assert (group.remove, group.links) == (named.remove, named.links) and len(group) >= 3
     with pytest.raises(PruneError, match="'deep' in group is a LSTM, which has no weight of its own"):
         found.group("deep")  # of two layers, with channels of their own
+
+
+def test_long_names_share_the_width():
+    """No column is folded to a few letters so that another one keeps its names in one line."""
+    net = nn.Sequential()
+    net.add_module("a_layer_with_quite_a_long_name", nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)))
+    net.add_module("another_layer_with_a_long_name", nn.Sequential(nn.Conv2d(8, 2, 1)))
+    lines = as_text(fxprune.couple(net.eval(), IMAGE).group("a_layer_with_quite_a_long_name.0", [1]), width=80).splitlines()
+    assert max(map(len, lines)) <= 80
+    title = next(line for line in lines if line.startswith("goes"))
+    assert title.index("indices") > 18
