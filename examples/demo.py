@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> torch.nn.Module:
     console.print(f"{arguments.model}, ratio {arguments.ratio}: pruned and verified in {seconds:.1f} s\n")
     console.print(fxprune.report(model, pruned))
     console.print(compare(model, pruned, images))
-    console.print(pruned.verification)
+    console.print(str(pruned.verification))
     return pruned
 
 

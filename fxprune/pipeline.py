@@ -42,7 +42,7 @@ from fxprune.selection.options import Options
 from fxprune.selection.select import select_half, select_units
 from fxprune.selection.structures import narrow
 from fxprune.stage_checks import check_choice, check_coupling
-from fxprune.verification import Verification, inexact, tolerance_of
+from fxprune.verification import Verification, inexact, tolerance_of, unverifiable
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 Select = Callable[[Solution], tuple[Tensor, Slicer]]
@@ -304,11 +304,7 @@ class Compilation:
             removal, expected = choice.removal(self.options.heads), choice.outlook(self.tensors)
             found = compare(model, pruned, removal, inputs, sizes=True, outlook=expected)
         except Exception as error:
-            raise PruneError(
-                f"the pruned model could not be verified: {type(error).__name__}: {error}",
-                where=type(model).__name__,
-                fix="freeze= the module it names, or verify=False to get the model as it is",
-            ) from error
+            raise unverifiable(model, inputs, error) from error
         if not found.ok:
             raise inexact(model, inputs, found, draws=DRAWN in pruned.meta["capture"])
         pruned.meta["verification"] = found

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.inputs import ExampleInputs
-from fxprune.passes.capture.programs import DRAW
-from fxprune.passes.errors import PruneError
+from fxprune.passes.capture.programs import DRAW, OWN
+from fxprune.passes.errors import PruneError, told
 from fxprune.passes.ir.contents import contents, refill
 from fxprune.passes.ir.module_tree import named_parameters, named_tensors, walk
 from fxprune.passes.ir.pytree import collect
@@ -153,6 +153,21 @@ def without_zeros(tensor: Tensor, shape: Sequence[int]) -> Tensor:
 def is_blank(returned: Any) -> bool:
     """Whether there is nothing but zeros in it."""
     return not any(bool(t.any()) for t in collect(returned, Tensor))
+
+
+def unverifiable(model: nn.Module, inputs: ExampleInputs, error: Exception) -> PruneError:
+    """The error for a pruned model that cannot be compared: the original's own, if it does not take the example inputs."""
+    try:
+        with torch.no_grad(), evaluating(model), restoring(model):
+            inputs.call(model)
+    except Exception as own:
+        fix = "example_inputs on which model(*example_inputs) runs"
+        return PruneError(f"{OWN} {told(own)}", where=type(model).__name__, fix=fix)
+    return PruneError(
+        f"the pruned model could not be verified: {type(error).__name__}: {error}",
+        where=type(model).__name__,
+        fix="freeze= the module it names, or verify=False to get the model as it is",
+    )
 
 
 def inexact(model: nn.Module, inputs: ExampleInputs, found: Verification, *, draws: bool) -> PruneError:

@@ -206,6 +206,10 @@ RESULTS = {
     "coupling.to_networkx()": lambda value, given: (
         {(n[0], n[1]) for n in value.nodes} >= {("layer1.0.conv1.weight", 0), ("layer1.0.conv2.weight", 1)}
     ),
+    "plan.masks(model)": lambda value, given: (
+        {name: int(mask.sum()) for name, mask in value.items()}
+        == {name: tensor.numel() for name, tensor in given["small"].state_dict().items() if name in value}
+    ),
     "plan.to_json()": lambda value, given: json.loads(value) == json.loads(given["small"].plan.to_json()),
     "small.state_dict(); plan.to_json()": lambda value, given: json.loads(value) == json.loads(given["plan"].to_json()),
     "pruner.history; pruner.plan": lambda value, given: value == given["pruner"].plan and not value.slices,

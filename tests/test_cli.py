@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +125,13 @@ def test_inspect_writes_a_page(folder, capsys):
     assert "shrank" not in " ".join(page.texts.values()).lower()
 
 
+def test_inspect_writes_the_graph_whatever_is_printed(folder, capsys):
+    for asked in ([], ["--why", "conv1"], ["--family", "conv1"], ["--json"]):
+        answer(capsys, "inspect", "net.py", "--dot", "graph.dot", *asked)
+        assert (folder / "graph.dot").read_text().startswith('graph "Net" {')
+        (folder / "graph.dot").unlink()
+
+
 def test_inspect_one_family_and_why(folder, capsys):
     out = answer(capsys, "inspect", "net.py", "--family", "conv1")
     assert out.splitlines()[0].startswith("conv1 (hidden layer): 8 units of 1 channel, ") and "  conv2.weight:1\n" in out
@@ -230,6 +238,11 @@ def test_benchmark_sets_methods_side_by_side(folder, capsys):
     assert [row["method"] for row in rows] == ["original", "magnitude", "taylor/global"]
     assert rows[0]["parameters"] == 1477 and rows[1]["parameters"] < 800
     assert all(0 <= row["score"] <= 1 and row["seconds"] > 0 for row in rows)
+    assert rows[0]["memory"] > rows[1]["memory"] > 4 * rows[1]["parameters"]
+    both = json.loads(answer(capsys, "benchmark", "net.py", "net.py:built", "--methods", "magnitude", "--json"))
+    assert [one["rows"][0]["parameters"] for one in both] == [1477, 1443]
+    out = answer(capsys, "benchmark", "net.py", "net.py:built", "--methods", "magnitude")
+    assert out.count("Net: methods of pruning side by side") == 2 and max(map(len, out.splitlines())) <= 80
     out = answer(capsys, "benchmark", "net.py", "--methods", "magnitude,taylor")
     assert "taylor failed: " in out  # without data
 
@@ -344,8 +357,8 @@ REFUSED = [
     ("prune net.py --latency 20 --dry-run", "latency"),
     ("prune net.py --criterion magnitud --dry-run", "did you mean 'magnitude'?"),
     ("prune net.py --criterion taylor --dry-run", "data"),
-    ("prune net.py --criterion taylor --data net.py:number --dry-run", "net.py:number is a int, not batches of data"),
-    ("prune net.py --loss net.py:number --dry-run", "net.py:number is a int, not a function"),
+    ("prune net.py --criterion taylor --data net.py:number --dry-run", "net.py:number is of type int, not batches of data"),
+    ("prune net.py --loss net.py:number --dry-run", "net.py:number is of type int, not a function"),
     ("prune net.py --ranking worldwide --dry-run", "ranking must be one of local, global, isomorphic"),
     ("prune net.py --round-to 0 --dry-run", "'0' is no positive integer"),
     ("prune net.py --remove conv1 --dry-run", "--remove conv1 is not LAYER=INDICES"),
@@ -366,6 +379,12 @@ REFUSED = [
     ("report net.py bad.safetensors", "bad.safetensors"),
     ("profile net.py weights.pt", "weights.pt"),
     ("benchmark net.py --methods magnitude,magnitude", "--methods names one method twice"),
+    ("benchmark net.py net.py", "a model is named twice"),
+    ("inspect net.py --html ''", "the page cannot be written: . is a folder"),
+    ("inspect net.py --dot ''", "the graph cannot be written: . is a folder"),
+    ("prune net.py -o ''", "-o small.safetensors"),
+    ("sweep net.py --macs 0.5 --evaluate net.py:score -o net.py", "net.py is a file; fix: the name of a folder"),
+    ("benchmark net.py nowhere.py", "there is no file nowhere.py"),
     ("benchmark net.py --methods magnitude/most", "ranking must be one of"),
     ("benchmark net.py --methods luck", "luck"),
     ("benchmark net.py --score net.py:nothing", "the file defines no `nothing`"),
@@ -375,7 +394,7 @@ REFUSED = [
     ("sweep net.py --macs --evaluate net.py:score", "argument --macs: expected at least one argument"),
     ("sweep net.py --macs 0.5 2Q --evaluate net.py:score", "macs must be a positive number, or one with a unit, not '2Q'"),
     ("sweep net.py --latency 20 --evaluate net.py:score", "latency"),
-    ("sweep net.py --macs 0.5 --evaluate net.py:number", "net.py:number is a int, not a function"),
+    ("sweep net.py --macs 0.5 --evaluate net.py:number", "net.py:number is of type int, not a function"),
     ("sweep net.py --macs 0.5 --evaluate net.py:fails -o here", "net.py:fails raises TypeError"),
     ("sweep net.py --macs 0.5 --evaluate net.py", "the file defines no `evaluate`"),
     ("sweep net.py --macs 0.5 --evaluate net.py:score --criterion flap", "data"),
@@ -390,7 +409,7 @@ REFUSED = [
 @pytest.mark.parametrize("line, what", REFUSED, ids=[line or "nothing" for line, _ in REFUSED])
 def test_refused_in_one_line(folder, capsys, line, what):
     before = {p: p.read_bytes() for p in folder.iterdir() if p.is_file()}
-    assert main(line.split()) == 2
+    assert main(shlex.split(line)) == 2
     out, err = capsys.readouterr()
     lines = [text for text in err.splitlines() if text != "a file may print"]
     assert not out and len(lines) == 1 and "Traceback" not in err and not (folder / "here").exists()

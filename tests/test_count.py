@@ -48,7 +48,47 @@ def recurrent():
     return Reader(), torch.randn(2, 5, 6)
 
 
+def experts():
+    """A router that chooses two of six; those that no token is for do not run."""
+
+    class Mixture(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.gate = nn.Linear(8, 8), nn.Linear(8, 6)
+            self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8)) for _ in range(6))
+
+        def forward(self, x):
+            weight, index = self.gate(x := self.first(x)).softmax(-1).topk(2, -1)
+            out = torch.zeros_like(x)
+            for i, expert in enumerate(self.experts):
+                token, slot = torch.where(index == i)
+                if len(token):
+                    out = out.index_add(0, token, weight[token, slot, None] * expert(x[token]))
+            return out
+
+    return Mixture(), torch.randn(1, 8)
+
+
+def deciding():
+    """A loop and a branch that values decide: how they fall for other inputs is computed, too, while the model is captured."""
+
+    class Deciding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.more, self.last = nn.Linear(8, 12), nn.Linear(12, 12), nn.Linear(12, 3)
+
+        def forward(self, x):
+            y = self.first(x)
+            for _ in range(int(x.argmax()) % 3 + 1):
+                y = self.more(y).tanh()
+            return self.last(y + self.more(y) if y.sum() > 1000 else y)
+
+    return Deciding(), torch.randn(2, 8)
+
+
 MODELS = {
+    "experts": experts,
+    "deciding": deciding,
     "resnet18": lambda: (torchvision.models.resnet18(**SMALL), torch.randn(2, 3, 32, 32)),
     "shufflenet": lambda: (torchvision.models.shufflenet_v2_x0_5(**SMALL), torch.randn(1, 3, 32, 32)),
     "swin": swin,

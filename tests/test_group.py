@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxprune
 from fxprune import PruneError
+from fxprune.reports.formatting import as_text
 
 TABLE = """\
 conv1 [2, 6, 9]: 3 asked for, 6 dimensions of tensors
@@ -139,3 +140,36 @@ def test_agrees_with_the_coupling_and_with_what_is_cut(name):
         assert cut == group.remove
         tried += 1
     assert tried
+
+
+class Packed(nn.Module):
+    """Layers whose weights have names of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.lstm, self.deep = nn.LSTM(8, 6, batch_first=True), nn.LSTM(6, 6, num_layers=2, batch_first=True)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.deep(self.lstm(self.attention(x, x, x)[0])[0])[0])
+
+
+def test_a_layer_without_a_weight_stands_for_the_parameters_that_hold_its_channels():
+    found = fxprune.couple(Packed().eval(), torch.randn(2, 5, 8))
+    for layer, first in {"attention": "in_proj_weight", "lstm": "weight_ih_l0"}.items():
+        group, named = found.group(layer), found.group(f"{layer}.{first}:0")
+        assert (group.remove, group.links) == (named.remove, named.links) and len(group) >= 3
+    with pytest.raises(PruneError, match="'deep' in group is a LSTM, which has no weight of its own"):
+        found.group("deep")  # of two layers, with channels of their own
+
+
+def test_long_names_share_the_width():
+    """No column is folded to a few letters so that another one keeps its names in one line."""
+    net = nn.Sequential()
+    net.add_module("a_layer_with_quite_a_long_name", nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)))
+    net.add_module("another_layer_with_a_long_name", nn.Sequential(nn.Conv2d(8, 2, 1)))
+    lines = as_text(fxprune.couple(net.eval(), IMAGE).group("a_layer_with_quite_a_long_name.0", [1]), width=80).splitlines()
+    assert max(map(len, lines)) <= 80
+    title = next(line for line in lines if line.startswith("goes"))
+    assert title.index("indices") > 18

@@ -343,7 +343,7 @@ def test_device_type_and_mode_stay():
         (lambda: OUT(nn.Parameter(torch.ones(3)), [-1]), "indices holds the index -1", "indices=[2, 6, 9]"),
         (lambda: IN(nn.Bilinear(4, 6, 5), [1], dim=0), "dim is for parameters", "leave dim out"),
         (lambda: OUT(nn.ReLU(), [1]), "fxprune.layers does not know how a ReLU is called", "fxprune.prune(model"),
-        (lambda: OUT(nn.PReLU(), [0]), "its outputs has a single channel", "another layer"),
+        (lambda: OUT(nn.PReLU(), [0]), "its outputs have a single channel", "a layer with more channels"),
         (lambda: IN(nn.Embedding(5, 4), [1]), "a layer of type Embedding has no input channels", "remove_outputs"),
         (lambda: OUT(nn.LayerNorm((4, 4)), [1]), "dim must be that of channels in normalized_shape=(4, 4)", "dim=0"),
         (lambda: OUT(nn.Linear(4, 4), [1], dim=1), "dim is for parameters", "leave dim out"),

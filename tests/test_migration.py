@@ -35,9 +35,9 @@ def classes_and_functions(namespace, prefix=""):
 
 
 MODULES = {"": torch_pruning, "importance.": torch_pruning.importance, "utils.benchmark.": torch_pruning.utils.benchmark}
-CLASSES = ("BasePruner", "GrowingRegPruner", "DependencyGraph", "Group", "Dependency")
+CLASSES = ("BasePruner", "BasePruningFunc", "GrowingRegPruner", "DependencyGraph", "Group", "Dependency", "Node")
 # helpers of the modules that are not for users, and what stands under the name of its base class
-LEFT_OUT = {"BasePruningFunc", "importance.Group", "importance.ComputeMatGrad"}
+LEFT_OUT = {"importance.Group", "importance.ComputeMatGrad", "function.BasePruningFunc", "BasePruningFunc.TARGET_MODULES"}
 LEFT_OUT |= {"GrowingRegPruner.regularize", "GrowingRegPruner.update_regularizer"}
 
 
@@ -46,6 +46,9 @@ def public_names():
     found = {name for prefix, module in MODULES.items() for name, _ in classes_and_functions(module, prefix)}
     utils = classes_and_functions(torch_pruning.utils.utils, "utils.")
     found |= {name for name, value in utils if getattr(value, "__module__", "").endswith(".utils.utils")}
+    for prefix, module in {"function.": torch_pruning.function, "ops.": torch_pruning.ops}.items():
+        found |= {name for name, value in classes_and_functions(module, prefix) if isinstance(value, type)}
+    found |= {"ops.module2type", "ops.type2class"}
     found |= {"utils.count_ops_and_params", "scheduler.linear_scheduler", "save", "load"}
     for kind in CLASSES:
         found |= {f"{kind}.{name}" for name in vars(getattr(torch_pruning, kind)) if not name.startswith("_")}

@@ -240,6 +240,17 @@ def test_what_is_measured_is_shown(monkeypatch):
     assert names == ["Parameters", "MACs", "Memory", "Estimated latency"]
 
 
+def test_modules_that_are_not_called_have_an_empty_time(monkeypatch):
+    """So that each figure stands below its title: the list of layers of a Llama is not called, and has no time."""
+    monkeypatch.setattr("fxprune.selection.latency.measure_seconds", counting_clock)
+    model, x, small, _ = reported("llama")
+    found = fxprune.report(model, small, x, measure=True, ratios=())
+    assert next(m for m in found.modules if m.path == "model.layers").seconds is None
+    figures = [text for _, text in Page(render(found)).all("summary") if "Llama" in text or "layers" in text]
+    assert all(all(title in text for title in ("parameters", "MACs", "time")) for text in figures)
+    assert len(figures) > 3
+
+
 def test_the_estimated_latency_is_that_of_the_products(monkeypatch):
     """By a clock that counts what products compute, in a model of nothing else: two operations for each multiply-accumulate."""
     for place in ("reports.ratios", "reports.module_times", "selection.latency"):

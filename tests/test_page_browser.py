@@ -78,6 +78,20 @@ def test_it_fits_at_every_width_in_light_and_dark(visit, name):
     assert len(grounds) == 2, "one ground for light, another one for dark"
 
 
+def test_charts_and_names_can_be_read_on_a_phone(visit):
+    """Labels of charts keep their size, a value stays on its line, and no name of a layer is cut off."""
+    page = visit("swin", 360)
+    for chart in ("#ratio-chart", "#curve-chart"):
+        heights = page.locator(f"{chart} text").evaluate_all("texts => texts.map((t) => t.getBoundingClientRect().height)")
+        assert min(heights) >= 11, chart
+    lines = page.locator("#curve-list .value").evaluate_all("values => values.map((v) => v.getClientRects().length)")
+    assert set(lines) == {1}
+    for name in page.locator("#members .name").all():
+        assert name.evaluate("n => n.scrollWidth <= n.clientWidth && n.getBoundingClientRect().height <= 32")
+    spans = page.locator(".spans").all_text_contents()
+    assert spans and not any("," in text for text in spans)
+
+
 def test_the_page_of_a_sweep_fits_and_has_every_point(visit):
     grounds = set()
     for width in WIDTHS:

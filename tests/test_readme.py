@@ -56,6 +56,17 @@ def blocks_of(name):
 NEEDING = [(name, needs) for name in DOCUMENTS for needs in dict.fromkeys(b.needs for b in blocks_of(name)) if needs]
 
 
+def test_the_pictures_are_drawn_by_the_tool():
+    """What docs/images/draw.py draws from what fxprune finds is what the pages show."""
+    folder = ROOT / "docs" / "images"
+    spec = importlib.util.spec_from_file_location("draw_pictures", folder / "draw.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    drawn = module.main()
+    assert drawn == {path.name: path.read_text() for path in folder.glob("*.svg")}
+    assert all(f"images/{name}" in (ROOT / "docs" / "concepts.md").read_text() for name in drawn)
+
+
 def test_blocks_are_found_with_their_line_numbers():
     text = "one\n```python\nx = 1\n```\n```text\nskip\n```\n```sh\nls\n```\n"
     text += "<!-- needs: a, b -->\n```python\n1 / 0\n```\n"

@@ -234,6 +234,17 @@ fxprune.load(folder / "bin", model)
 fxprune.load(folder / "a.safetensors", model, same_class="x")
 fxprune.count(5, x)
 fxprune.count(model, 5)
+fxprune.count(model, x)[5]
+fxprune.count(model)["firts"]
+fxprune.prune(model, 0.5, x.long())
+fxprune.prune(model, 0.5, x, freeze={"first": True})
+fxprune.prune(model, 0.5, x, criterion="wanda", data=broken())
+fxprune.prune(model, 0.5, x, data=broken(), repair=True)
+fxprune.repair(model, small, broken())
+pruner(steps=10**9)
+layers.remove_inputs(nn.Linear(1, 3), [0])
+layers.remove_outputs(nn.PReLU(), [0])
+fxprune.save(small, "")
 fxprune.verify(model)
 fxprune.verify(model, model, x)
 fxprune.verify(small, model, x)
@@ -269,6 +280,11 @@ LightningCallback()
 LightningCallback("net", every="x")
 LightningCallback(5, every=3)
 LightningCallback("net", every=3, pruning_ratio=0.5)
+HFCallback(every=2, example_inputs=x, ratio=7)
+HFCallback(every=2, example_inputs=x, steps=0)
+HFCallback(every=2, example_inputs=x, criterion="magnitud")
+LightningCallback("net", every=2, example_inputs=x, ratio="x")
+LightningCallback("net", every=2, example_inputs=x, params=0.5, schedule="quad")
 """
 
 
@@ -301,6 +317,10 @@ def names(tmp_path_factory) -> dict[str, Any]:
 
     def score(net):
         return 1.0
+
+    def broken():
+        raise OSError("the disk is full")
+        yield
 
     targets = torch.zeros(2, dtype=torch.long)
     proposal = pruner().step(interactive=True)

@@ -72,7 +72,7 @@ def store(module: nn.Module, target: Path) -> None:
     config = config_of(module)
     if config is None:
         what = f"{type(module).__name__} cannot be saved to a folder: no configuration builds the original"
-        raise PruneError(what, fix=f"a file: fxprune.save(pruned, {str(target) + SUFFIX!r})")
+        raise PruneError(what, fix=f"a file: fxprune.save(pruned, {(str(target) if target.name else 'small') + SUFFIX!r})")
     with folder_at(target) as folder:
         write_config(folder, module, config)
         write(folder / WEIGHTS, tensors, record)

@@ -136,7 +136,8 @@ def check_target(path: Path, what: str, *, folder: bool = False) -> None:
     if path.is_dir() and not folder:
         raise PruneError(f"{what} cannot be written: {path} is a folder", fix="the name of a file")
     if folder and path.is_file():
-        raise PruneError(f"{what} cannot be written: {path} is a file", fix="a name that ends in .safetensors")
+        fix = "the name of a folder" if path.suffix else "a name that ends in .safetensors"
+        raise PruneError(f"{what} cannot be written: {path} is a file", fix=fix)
 
 
 def sizes(text: str) -> tuple[int, ...]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from rich.console import Group as Together
+
 from fxprune.cli.arguments import (
     Answer,
     add_coupling_arguments,
@@ -23,10 +25,11 @@ from fxprune.reports.comparison import compare_methods, named_methods
 from fxprune.selection.argument_checks import check_word
 from fxprune.selection.options import RANKINGS
 
-HELP = "Prune a model by several methods, with size, latency and score side by side."
+HELP = "Prune models by several methods: size, memory, latency, score side by side."
 EPILOG = """
 examples:
   fxprune benchmark torchvision:resnet18 --methods magnitude,random
+  fxprune benchmark timm:resnet18 timm:mobilenetv3_small_100 --macs 0.5
   fxprune benchmark train.py:net --methods magnitude,taylor/global \\
       --data train.py:batches --score train.py:accuracy --macs 0.5
 
@@ -36,6 +39,7 @@ of --score takes a model in evaluation mode and returns a number.
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("others", metavar="MODEL", nargs="*", help="more models, each compared by itself")
     parser.add_argument(
         "--methods",
         metavar="A,B",
@@ -60,12 +64,17 @@ def run(arguments: argparse.Namespace) -> Answer:
         resolve(method["criterion"])
         check_word("ranking", method["ranking"] or "local", RANKINGS)
     score = function_of(arguments.score, "score", "function")
-    model, example_inputs = loaded(arguments)
+    models = [arguments.model, *arguments.others]
+    if len(set(models)) < len(models):
+        raise PruneError("a model is named twice", fix="each MODEL once")
+    made = [loaded(argparse.Namespace(**{**vars(arguments), "model": name})) for name in models]
     given: dict[str, Any] = data_and_loss(arguments)
     if given["data"] is not None:
         given["data"] = list(given["data"])  # each method reads it again
     for method in methods.values():
         method.update(given, verify=False if arguments.no_verify else "auto")
     evaluate = None if score is None else lambda model: call(score, arguments.score, model)
-    found = compare_methods(model, example_inputs, methods, evaluate)
-    return lambda: show_json(found.to_dict()) if arguments.json else show(found)
+    found = [compare_methods(model, example_inputs, methods, evaluate) for model, example_inputs in made]
+    if arguments.json:
+        return lambda: show_json(found[0].to_dict() if len(found) == 1 else [one.to_dict() for one in found])
+    return lambda: show(Together(*[part for one in found for part in (one, "")][:-1]))

@@ -47,14 +47,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Answer:
-    if arguments.dot:
+    if arguments.dot is not None:
         check_target(Path(arguments.dot), "the graph")
-    if arguments.html:
+    if arguments.html is not None:
         check_target(Path(arguments.html), "the page")
     model, example_inputs = loaded(arguments)
     found = couple(model, example_inputs, **coupling(arguments))
-    if arguments.html:
+    if arguments.html is not None:
         whole_report(model, example_inputs, coupling(arguments)).to_html(Path(arguments.html))
+    if arguments.dot is not None:
+        write(Path(arguments.dot), to_dot(found.to_networkx(), found.model))
     if arguments.why is not None:
         group = found.group(arguments.why)
         if arguments.json:
@@ -64,8 +66,6 @@ def run(arguments: argparse.Namespace) -> Answer:
         family = family_called(found, arguments.family)
         return lambda: show_json(family.to_dict()) if arguments.json else show(described(family))
     parameters, macs = totals(model, example_inputs)
-    if arguments.dot:
-        write(Path(arguments.dot), to_dot(found.to_networkx(), found.model))
     if arguments.json:
         return lambda: show_json({**found.to_dict(), "parameters": parameters, "macs": macs})
     size = f"{short(parameters)} parameters, {short(macs)} multiply-accumulates a forward"

@@ -75,7 +75,7 @@ def import_module(name: str) -> ModuleType:
 def call(function: Any, name: str, *args: Any, **kwargs: Any) -> Any:
     """What a function that a user named returns; raises PruneError where it fails."""
     if not callable(function):
-        raise PruneError(f"{name} is a {type(function).__name__}, not a function", fix="the name of a function")
+        raise PruneError(f"{name} is of type {type(function).__name__}, not a function", fix="the name of a function")
     try:
         return function(*args, **kwargs)
     except PruneError:
@@ -90,7 +90,7 @@ def function_of(spec: str | None, default: str, what: str) -> Callable[..., Any]
         return None
     found, _ = find_object(spec, default, what)
     if not callable(found):
-        raise PruneError(f"{spec} is a {type(found).__name__}, not a function", fix="the name of a function")
+        raise PruneError(f"{spec} is of type {type(found).__name__}, not a function", fix="the name of a function")
     wanted: Callable[..., Any] = found
     return wanted
 
@@ -102,7 +102,7 @@ def data_of(spec: str | None) -> Any:
     found, _ = find_object(spec, "data", "data")
     found = call(found, spec) if callable(found) else found
     if not hasattr(found, "__iter__") or isinstance(found, str):
-        raise PruneError(f"{spec} is a {type(found).__name__}, not batches of data", fix="a list of (inputs, target)")
+        raise PruneError(f"{spec} is of type {type(found).__name__}, not batches of data", fix="a list of (inputs, target)")
     return found
 
 

@@ -84,4 +84,4 @@ def check_configured(model: nn.Module, target: Path) -> None:
     """Raise PruneError where a model cannot be saved to a folder."""
     if not hasattr(getattr(model, "config", None), "to_dict"):
         what = f"a {type(model).__name__} has no configuration to be saved to a folder with"
-        raise PruneError(what, fix=f"-o {target}{SUFFIX}")
+        raise PruneError(what, fix=f"-o {target if target.name else 'small'}{SUFFIX}")

@@ -28,6 +28,6 @@ def run(arguments: argparse.Namespace) -> Answer:
     model, example_inputs = loaded(arguments)
     pruned = load(arguments.pruned, model)
     found = report(model, pruned, example_inputs)
-    if arguments.html:
+    if arguments.html is not None:
         found.to_html(Path(arguments.html))
     return lambda: show(found)

@@ -98,7 +98,7 @@ class Source:
             raise PruneError(f"the criterion {self.criterion} needs data", fix=BATCHES)
         device = next((p.device for p in self.parameters.values()), torch.device("cpu"))
         count = 0
-        for item in progress_bar(self.data, f"scoring by {self.criterion}", "batch"):
+        for item in read(progress_bar(self.data, f"scoring by {self.criterion}", "batch")):
             batch = parse_batch(item).map(lambda t: t.to(device))
             count += batch.size
             yield from (batch.rows(slice(i, i + 1)) for i in range(batch.size)) if single and batch.size > 1 else [batch]
@@ -147,6 +147,21 @@ def loss_in(out: Any) -> Tensor | None:
     """The loss that the output of a model holds, under that name."""
     found = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", None)
     return found if isinstance(found, Tensor) and found.numel() == 1 else None
+
+
+def read(data: Iterable[Any]) -> Iterator[Any]:
+    """Batch by batch what is in data; raises PruneError for what the code that makes them raises."""
+    left = iter(data)
+    while True:
+        try:
+            item = next(left)
+        except StopIteration:
+            return
+        except PruneError:
+            raise
+        except Exception as error:
+            raise PruneError(f"reading data raises {told(error)}", fix="data that `for batch in data: pass` reads") from error
+        yield item
 
 
 def parse_batch(item: Any) -> Batch:

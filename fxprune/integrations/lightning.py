@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from fxprune.arguments import checked_call, shown
-from fxprune.integrations import PRUNER, check_alone, check_every, required
+from fxprune.integrations import PRUNER, check_alone, check_asked, check_every, required
 from fxprune.iterative.pruner import Pruner
 from fxprune.passes.errors import PruneError
 
@@ -37,6 +37,7 @@ class PruningCallback(Callback):
     def __init__(self, module: str, *, every: int, **asked: Any) -> None:
         if not isinstance(module, str):
             raise PruneError(f"module must be the name of an attribute, not {shown(module)}", fix='PruningCallback("net", ...)')
+        check_asked(asked)
         self.module, self.every, self.asked = module, check_every(every), asked
         self.pruner: Pruner | None = None
         self._last = 0

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fxprune.arguments import checked_call
-from fxprune.integrations import PRUNER, check_alone, check_every, required
+from fxprune.integrations import PRUNER, check_alone, check_asked, check_every, required
 from fxprune.iterative.pruner import Pruner
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors
@@ -44,6 +44,7 @@ class PruningCallback(TrainerCallback):
     def __init__(self, *, every: int, **asked: Any) -> None:
         if taken := asked.keys() & {"same_class", "mask"}:
             raise PruneError(f"{taken.pop()} is not for the callback to be told: the model keeps its class", fix="leave it out")
+        check_asked(asked)
         self.every, self.asked = check_every(every), asked
         self.pruner: Pruner | None = None
 

@@ -34,6 +34,7 @@ def cubic(t: float) -> float:
 
 
 SCHEDULES: dict[str, Schedule] = {"linear": linear, "cubic": cubic}
+MOST_STEPS = 100_000  # each is a choice that the pruner holds
 
 
 def shares(schedule: str | Schedule, steps: int) -> list[float]:
@@ -51,6 +52,8 @@ def shares(schedule: str | Schedule, steps: int) -> list[float]:
     steps = number(steps)
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise PruneError(f"steps must be a positive integer, not {shown(steps)}", fix="steps=10")
+    if steps > MOST_STEPS:
+        raise PruneError(f"steps={steps} are more than the {MOST_STEPS:,} that are planned at once", fix="steps=10")
     if isinstance(schedule, str) and schedule not in SCHEDULES:
         near = did_you_mean(schedule, SCHEDULES)
         raise PruneError(f"there is no schedule {shown(schedule)}", fix=f"{near}one of {', '.join(SCHEDULES)}, or a function")

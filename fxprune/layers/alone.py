@@ -83,6 +83,8 @@ def duplicate_of(layer: nn.Module) -> Any:
 def said_of_layer(text: str) -> str:
     """What is said of the places of `Alone`, as who gave a layer alone reads it."""
     text = re.sub(r"\b(inputs|outputs)(\.\d+)?(:\d+)?", r"its \1", text)
+    text = re.sub(r"\b(its (?:inputs|outputs)) has\b", r"\1 have", text)
+    text = text.replace("another layer in remove", "a layer with more channels")
     return text.replace("layer.", "").replace("layer:", "its weight:")
 
 

@@ -14,7 +14,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from fxprune.arguments import checked_call, checked_class, shown
-from fxprune.criteria.calibration import BATCHES, Batch, check_batches, check_source, parse_batch
+from fxprune.criteria.calibration import BATCHES, Batch, check_batches, check_source, parse_batch, read
 from fxprune.entry_points import entry_point
 from fxprune.inputs import device_of
 from fxprune.passes.capture.patches import visible
@@ -307,7 +307,7 @@ def batches_of(data: Any, device: torch.device) -> list[Batch]:
     if data is None:
         raise PruneError("repair looks at data, and there are none", fix=f"{BATCHES}; method={MERGE!r} does without")
     check_batches(data)
-    batches = [parse_batch(item).map(lambda t: t.to(device)) for item in data]
+    batches = [parse_batch(item).map(lambda t: t.to(device)) for item in read(data)]
     if not batches:
         raise PruneError("data holds no batches", fix=f"{BATCHES}; one that was read to its end is empty")
     return batches

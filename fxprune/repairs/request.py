@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from fxprune.arguments import called_here, shown
-from fxprune.criteria.calibration import BATCHES, check_batches, parse_batch
+from fxprune.criteria.calibration import BATCHES, check_batches, parse_batch, read
 from fxprune.passes.errors import PruneError
 from fxprune.repairs.merge import NAME as MERGE
 from fxprune.repairs.refit import NAME as REFIT
@@ -49,7 +49,7 @@ class RepairRequest:
         if data is None:
             return cls(arguments, None)
         check_batches(data)
-        return cls(arguments, list(data) if iter(data) is data else data)
+        return cls(arguments, list(read(data)) if iter(data) is data else data)
 
     def apply(self, model: nn.Module, pruned: nn.Module) -> Any:
         """The repaired copy, with what was chosen for it in `meta`."""

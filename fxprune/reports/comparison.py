@@ -19,6 +19,7 @@ from fxprune.passes.ir.quiet import unobserved
 from fxprune.pipeline import Compilation
 from fxprune.reports.count import counted_model
 from fxprune.reports.formatting import Printable, plain_data, short, table
+from fxprune.reports.profile import in_bytes, peak_memory
 from fxprune.selection.latency import measure_seconds
 from fxprune.selection.options import Options
 from fxprune.verification import evaluating
@@ -34,6 +35,7 @@ class Measured:
     Attributes:
         method: how it was pruned; `original` for the model itself.
         parameters, macs: elements, and multiply-accumulates of one forward.
+        memory: the most bytes at once in one forward, as `profile` counts them.
         seconds: the median of forwards, all models in turns.
         score: what the user's function returns for it, if there is one.
         failed: why the method could not be applied, or None.
@@ -42,6 +44,7 @@ class Measured:
     method: str
     parameters: int = 0
     macs: int = 0
+    memory: int = 0
     seconds: float = 0.0
     score: float | None = None
     failed: str | None = None
@@ -65,9 +68,9 @@ class Comparison(Printable):
         scored = any(row.score is not None for row in self.rows)
         made = [row for row in self.rows if row.failed is None]
         rated = ["" if r.score is None else f"{r.score:.4g}" for r in made]
-        sized = [(r.method, short(r.parameters), short(r.macs), f"{r.seconds * 1e3:.2f}") for r in made]
+        sized = [(r.method, short(r.parameters), short(r.macs), in_bytes(r.memory), f"{r.seconds * 1e3:.2f}") for r in made]
         cells = [(*size, score) for size, score in zip(sized, rated, strict=True)]
-        yield table(("method", "parameters", "MACs", "ms", "score" if scored else ""), cells)
+        yield table(("method", "parameters", "MACs", "memory", "ms", "score" if scored else ""), cells)
         for row in self.rows:
             if row.failed is not None:
                 yield Text(f"{row.method} failed: {row.failed}")
@@ -121,9 +124,11 @@ def compare_methods(
         return Comparison(type(model).__name__, tuple(rows))
 
 
-def sizes(model: nn.Module, inputs: ExampleInputs) -> tuple[int, int]:
+def sizes(model: nn.Module, inputs: ExampleInputs) -> tuple[int, int, int]:
+    """Parameters, multiply-accumulates and peak memory of one forward."""
     found = counted_model(model, inputs)
-    return found.parameters, found.macs or 0
+    with evaluating(model), unobserved(model):
+        return found.parameters, found.macs or 0, peak_memory(model, inputs)
 
 
 def score_of(model: nn.Module, evaluate: Callable[[nn.Module], Any] | None) -> float | None:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 from torch import fx, nn
 
-from fxprune.arguments import checked_call, checked_class
+from fxprune.arguments import checked_call, checked_class, did_you_mean, shown
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.capture.programs import programs
-from fxprune.passes.errors import surface
+from fxprune.passes.errors import PruneError, surface
 from fxprune.passes.ir.module_tree import named_tensors, on_meta, walk
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.quiet import gc_paused, unobserved, without_modes
@@ -78,7 +78,10 @@ class Count(Printable):
         return {m.path: m for m in self.modules}
 
     def __getitem__(self, path: str) -> ModuleCount:
-        return self.by_module[path]
+        if path in self.by_module:
+            return self.by_module[path]
+        near = did_you_mean(path, self.by_module) if isinstance(path, str) else ""
+        raise PruneError(f"{shown(path)} is no module of {self.model}", fix=f"{near}one of the names of model.named_modules()")
 
     def __repr__(self) -> str:
         return f"Count({self.headline()})"

@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 WIDTH = 110
 
 
-def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """Names at the left, numbers between, and a text at the right."""
+def table(titles: Sequence[str], rows: Iterable[Sequence[str]], *, names: Sequence[str] = ()) -> Table:
+    """Names at the left, numbers between, and a text at the right; `names` are titles between of what holds names, too."""
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     made.add_column(titles[0], overflow="fold")
     for title in titles[1:-1]:
-        made.add_column(title, justify="right", no_wrap=True)
+        named = title in names
+        made.add_column(title, justify="right", no_wrap=not named, overflow="fold" if named else "ellipsis")
     made.add_column(titles[-1], overflow="fold")
     for row in rows:
         made.add_row(*map(Text, row))  # a glob such as [ab] is no markup

@@ -124,7 +124,7 @@ class Group(Printable):
             if source != place or (place, link.indices) not in shown:  # a layer's bias goes with its weight
                 rows[place, spelled(link.indices, SPELLED), source, link.op] = None
             shown.add((place, link.indices))
-        yield table(("goes", "indices", "with", "by"), list(rows))
+        yield table(("goes", "indices", "with", "by"), list(rows), names=("with",))
         if self.frozen is not None:
             yield ""
             yield Text(f"None of it can go: it {self.frozen}")

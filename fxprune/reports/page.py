@@ -15,7 +15,6 @@ from fxprune.reports.formatting import short
 from fxprune.reports.scatter import HEIGHT as SVG_HEIGHT
 from fxprune.reports.scatter import WIDTH as SVG_WIDTH
 from fxprune.reports.scatter import draw
-from fxprune.selection.budgets import format_cost
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -172,7 +171,14 @@ def in_bytes(value: int) -> str:
 
 
 def seconds(value: float) -> str:
-    return format_cost("latency", value)
+    """A time in three digits.
+
+    >>> seconds(0.0000478), seconds(0.017), seconds(1.5)
+    ('47.8 µs', '17.0 ms', '1.50 s')
+    """
+    unit, size = next(((u, s) for u, s in (("s", 1.0), ("ms", 1e-3)) if value >= 0.9995 * s), ("µs", 1e-6))
+    number = value / size
+    return f"{number:.{2 if number < 9.995 else 1 if number < 99.95 else 0}f} {unit}"
 
 
 def family_data(number: int, change: Any, *, pruned: bool) -> dict[str, Any]:
@@ -191,7 +197,7 @@ def family_data(number: int, change: Any, *, pruned: bool) -> dict[str, Any]:
         "hue": round(number * GOLDEN_ANGLE % 360),
         "shift": SHIFTS[number % len(SHIFTS)],
         "places": list(dict.fromkeys(f"{place_of(name)}:{dim}" for name, dim in family.members)),
-        "spans": family.spans(6),
+        "spans": family.spans(6).split(", "),
     }
 
 

@@ -131,9 +131,9 @@ def counts(op: OpCall) -> bool:
 
 
 def evaluation_calls(capture: CapturedProgram) -> list[OpCall]:
-    """The dispatcher calls of a program that run in evaluation mode."""
+    """The dispatcher calls of a program that run in evaluation mode, on the example."""
     training = {capture.index[n] for n, mode in capture.only.items() if mode is not False}
-    return [op for op in capture.op_trace.ops if op.node not in training]
+    return [op for op in capture.op_trace.ops if op.node not in training and not op.trial]
 
 
 def macs_of(op: OpCall, op_trace: OpTrace, shape: Callable[[TensorRef], tuple[int, ...]]) -> int:

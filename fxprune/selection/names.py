@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,7 @@ def paths_of(model: nn.Module, item: Any, argument: str) -> list[str]:
 
 
 def each_item(given: Any) -> list[Any]:
-    alone = isinstance(given, str | nn.Module | Tensor | np.ndarray)
+    alone = isinstance(given, str | nn.Module | Tensor | np.ndarray | Mapping)
     return [given] if alone or not isinstance(given, Iterable) else list(given)
 
 

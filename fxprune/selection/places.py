@@ -99,7 +99,7 @@ def dimension_of(model: nn.Module, solution: Solution, key: str, argument: str) 
             modules = [name for name, _ in model.named_modules()]
             fix = did_you_mean(path, modules).rstrip() or did_you_mean(path, tensors).rstrip() or near_modules(path, modules)
             raise PruneError(f"{key!r} in {argument} names no layer and no tensor of the model", fix=fix)
-        own = [n for n in ("weight", "bias") if f"{path}.{n}" in tensors]
+        own = [n for n in ("weight", "bias") if f"{path}.{n}" in tensors] or packed(solution, module, path, tensors)
         if not own:
             inside = [f"{name}:0" for name in tensors if not path or name.startswith(f"{path}.")]
             shown = ", ".join(inside[:3]) + (", ..." if len(inside) > 3 else "")
@@ -115,6 +115,15 @@ def dimension_of(model: nn.Module, solution: Solution, key: str, argument: str) 
     if dim >= ndim:
         raise PruneError(f"{path} has {ndim} dimensions, and none with number {dim}", where=key, fix=f"{path}:{ndim - 1}")
     return tensor, dim
+
+
+def packed(solution: Solution, module: nn.Module, path: str, tensors: dict[str, str]) -> list[str]:
+    """The weights of a layer that has no `weight`, as `in_proj_weight` of attention, where there is no doubt which channels
+    are its: along their first dimension all of them hold the same units, and several."""
+    own = [name for name, _ in module.named_parameters(path, recurse=False) if "weight" in name.rpartition(".")[2]]
+    rows = [solution.unit_of.numpy()[labels_at(solution, tensors[name], 0)] for name in own]
+    same = all(row.shape == rows[0].shape and (row == rows[0]).all() for row in rows)
+    return [name.removeprefix(f"{path}.") for name in own] if same and rows and rows[0].shape[-1] > 1 else []
 
 
 def where_units_are(solution: Solution, units: np.ndarray) -> str:

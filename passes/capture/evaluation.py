@@ -121,9 +121,12 @@ class Evaluator:
             self.listed.clear()
             with Decisions(self.depends_on_inputs) as decisions:
                 out = module(*args, **kwargs)
+            done = len(self.recorder.op_trace.ops)
             self.run_others()
             if path in self.opaque:
                 self.decide_otherwise(module, args, kwargs, out, decisions.turns)
+            for op in self.recorder.op_trace.ops[done:]:
+                op.trial = True
         return out
 
     def depends_on_inputs(self, tensor: torch.Tensor) -> bool:

@@ -36,7 +36,10 @@ class TensorInfo:
 
 @dataclass(slots=True)
 class OpCall:
-    """One dispatcher call; `node` is the index of the graph node it belongs to, `spec` what `spec_of` has found."""
+    """One dispatcher call; `node` is the index of the graph node it belongs to, `spec` what `spec_of` has found.
+
+    `trial` says that it is none of the forward's, but of a run that shows what other inputs would lead to.
+    """
 
     func: Any
     args: tuple[Any, ...]
@@ -46,6 +49,7 @@ class OpCall:
     ins: list[TensorRef] | None = None
     results: list[TensorRef] | None = None
     spec: Any = None
+    trial: bool = False
 
     @property
     def inputs(self) -> list[TensorRef]:

@@ -95,7 +95,7 @@ class OpView:
 
     def aliased(self, like: Any) -> OpCall:
         op = self.op
-        return OpCall(aliased_op(op.func, like), op.args, op.kwargs, op.outs, op.node)
+        return OpCall(aliased_op(op.func, like), op.args, op.kwargs, op.outs, op.node, trial=op.trial)
 
 
 @functools.lru_cache(maxsize=256)

@@ -17,6 +17,7 @@
     if (text !== undefined) element.textContent = text;
     return element;
   };
+  const breakable = (name) => name.split(/(?<=[._])/).flatMap((part, i) => (i ? [make("wbr"), part] : [part]));
   const colour = (family) => `--hue:${family.hue};--shift:${family.shift}%`;
   const dot = (number) => {
     const family = data.families[number];
@@ -24,7 +25,7 @@
   };
   const bar = (share) => {
     const fill = make("span");
-    fill.style.inlineSize = `${share ?? 100}%`;
+    fill.style.inlineSize = `${Math.min(share ?? 100, 100)}%`;
     return make("span", { class: "bar", "aria-hidden": "true" }, fill);
   };
   const chip = (number, text) => {
@@ -51,7 +52,13 @@
   });
 
   // -- ratios ----------------------------------------------------------------------------------------------------------
-  const AT = { left: 44, right: 14, top: 12, bottom: 34, width: 460, height: 300 };
+  // A chart is drawn as wide as it is shown, so that its labels keep their size on a phone.
+  const sized = (chart, width, height) => {
+    const shown = Math.min(width, Math.max(280, chart.clientWidth || width));
+    chart.setAttribute("viewBox", `0 0 ${shown} ${Math.round((height * (1 + shown / width)) / 2)}`);
+    return { width: shown, height: Math.round((height * (1 + shown / width)) / 2) };
+  };
+  const AT = { left: 44, right: 14, top: 12, bottom: 34 };
   const spot = (x, y) => [
     AT.left + x * (AT.width - AT.left - AT.right),
     AT.top + (1 - y) * (AT.height - AT.top - AT.bottom),
@@ -61,6 +68,7 @@
     const slider = byId("ratio");
     if (!slider) return;
     const chart = byId("ratio-chart");
+    Object.assign(AT, sized(chart, 460, 300));
     const highest = Math.max(100, ...data.ratios.flatMap((r) => r.figures.map((f) => f.left ?? 0))) / 100;
     const shown = data.ratios[0].figures.map((f, i) => [f.name, i]).filter(([name]) => name !== "Memory");
     for (let share = 0; share <= 100 * highest; share += 25) {
@@ -102,7 +110,7 @@
       byId("ratio-families").replaceChildren(
         ...kept.map(([family, i]) => {
           const units = `${found.kept[i].toLocaleString("en")} of ${family.units.toLocaleString("en")}`;
-          return make("li", {}, dot(i), make("span", {}, family.name), make("span", {}, units), bar((100 * found.kept[i]) / family.units));
+          return make("li", {}, dot(i), make("span", {}, ...breakable(family.name)), make("span", {}, units), bar((100 * found.kept[i]) / family.units));
         }),
       );
       const [x, bottom] = spot(Number(found.ratio), 0);
@@ -142,7 +150,7 @@
     return [place.slice(0, at), place.slice(at + 1)];
   };
   const ROW = 32;
-  const because = (op, module) => (op === "shared" ? "one label from the start" : module ? `${op} in ${module}` : op);
+  const because = (op, module) => (op === "shared" ? "one unit" : module ? `${op} in ${module}` : op);
 
   const walk = () => {
     const list = byId("members");
@@ -194,7 +202,7 @@
       for (const [place, number] of familiesOf(layer)) {
         const ties = tiesOf(place, number).map(([other, op, module]) => {
           const button = make("button", { type: "button", class: "chip", "data-place": other, "data-of": number }, other);
-          return make("li", {}, button, make("span", {}, `by ${because(op, module)}`));
+          return make("li", {}, button, make("span", {}, op === "shared" ? "one unit holds channels of both" : `by ${because(op, module)}`));
         });
         const title = make("p", {}, `Dimension ${split(place)[1]}: `, chip(number));
         const none = ties.length ? [] : [make("li", {}, "tied to nothing else")];
@@ -234,7 +242,7 @@
       list.replaceChildren(
         ...found.map((name) => {
           const [layer, dim] = split(name);
-          const label = make("span", { class: "name" }, make("bdi", {}, layer));
+          const label = make("span", { class: "name" }, make("bdi", {}, ...breakable(layer)));
           return make("li", { role: "option", "data-place": name, title: name }, label, make("span", { class: "dim" }, `dim ${dim}`));
         }),
       );
@@ -278,7 +286,7 @@
   const sensitivity = () => {
     if (!data.curves) return;
     const chart = byId("curve-chart");
-    const box = { left: 56, right: 16, top: 14, bottom: 40, width: 640, height: 380 };
+    const box = { left: 56, right: 16, top: 14, bottom: 40, ...sized(chart, 640, 380) };
     const values = data.curves.lines.flatMap((line) => line.values).filter((v) => v !== null);
     const [low, high] = [Math.min(...values), Math.max(...values)];
     const span = high - low || 1;
@@ -307,7 +315,7 @@
       ...ranked.map(([line, i]) => {
         const button = make("button", { type: "button", "aria-pressed": "false" });
         if (line.family !== null) button.append(dot(line.family));
-        button.append(make("span", {}, line.name), make("span", { class: "value" }, line.texts.at(-1)));
+        button.append(make("span", {}, ...breakable(line.name)), make("span", { class: "value" }, line.texts.at(-1)));
         button.addEventListener("click", () => {
           const on = button.getAttribute("aria-pressed") !== "true";
           button.setAttribute("aria-pressed", String(on));
