@@ -124,7 +124,7 @@ class ProxyAttributes(fx.Tracer):
             if name == "shape":
                 return self.once("call_function", getattr, (proxy, name))
             if name == "size":
-                return lambda *args, **kwargs: self.once("call_method", name, (proxy, *args), kwargs)
+                return lambda *args, dim=None: self.once("call_method", name, (proxy, *args, *(() if dim is None else (dim,))))
         if callable(getattr(value, name)):
             return lambda *args, **kwargs: self.create_proxy("call_method", name, (proxy, *args), kwargs)
         return self.create_proxy("call_function", getattr, (proxy, name), {})
@@ -208,6 +208,21 @@ class ProxyAttributes(fx.Tracer):
         self.check_size(proxy, how)
         self.guards.append(Guard(proxy.node, how, proxy.value))
         return proxy.value
+
+    def write_out(self, proxy: Any) -> bool:
+        """Whether the model's code writes a value out; of a size, what it looks up by the text is decided here."""
+        recorder = vars(self).get("recorder")
+        if recorder is None or not recorder.tracing:
+            return False
+        if type(proxy.value) in (int, float, bool, torch.Size):
+            state = self.pause()
+            try:
+                self.concretise(proxy, "text")
+            except ReadsValue:
+                pass  # data make it: there is nothing to compare with
+            finally:
+                self.resume(state)
+        return True
 
     def check_size(self, proxy: Any, how: str) -> None:
         """Raises ReadsValue for a number that does not come of sizes alone."""
