@@ -49,6 +49,7 @@ QUESTIONS = {
     "type": lambda m, x, y: m.b(y if is_plain(y) else y * 0),
     "type of a size": lambda m, x, y: m.b(y if type(x.shape[0]) is int and type(x.shape) is torch.Size else y * 0),
     "name of a type": lambda m, x, y: m.b(y if type(y).__name__ == "Tensor" and type(y).__module__ == "torch" else y * 0),
+    "dtype": lambda m, x, y: m.b(y if y.dtype is torch.float32 and y.dtype == torch.float32 else y * 0),
     "by type": lambda m, x, y: m.b({torch.Tensor: torch.relu}[type(y)](y)),
     "three arguments": lambda m, x, y: m.b(y * type("Two", (), {"number": 2}).number),
     "legacy": lambda m, x, y: m.b(y if isinstance(y, torch.FloatTensor) and not isinstance(y, torch.LongTensor) else y * 0),
@@ -81,12 +82,13 @@ TEXTS = {
     "a shape": lambda m, x, y: m.b(y * {"torch.Size([2, 5, 6])": 2.0, "torch.Size([2, 7, 6])": 3.0}[str(x.shape)]),
     "a list": lambda m, x, y: m.b(y * {"[5, 6]": 2.0, "[7, 6]": 3.0}[str(list(x.shape[1:]))]),
     "a number again": lambda m, x, y: m.b(y * int(str(x.shape[1]))),
+    "strides": lambda m, x, y: m.b(y * (y.stride(0) // y.stride(1))),
     "after a message": lambda m, x, y: (print(f"{x.shape[0]}"), m.b(y * len("x" * int(f"{x.shape[1]}"))))[1],
 }
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_what_is_looked_up_by_the_text_of_a_size_is_decided_by_the_example(name):
+def test_what_is_looked_up_by_the_text_of_a_size_or_made_of_strides_is_decided_by_the_example(name):
     model, small = pruned(TEXTS[name])
     x = torch.randn(2, 5, 6)
     torch.testing.assert_close(small(x), model(x))

@@ -12,6 +12,7 @@ import builtins
 import contextlib
 import functools
 import logging
+import re
 import sys
 import threading
 import warnings
@@ -35,7 +36,10 @@ class Conversions:
     Attributes:
         files: the variables of each file whose conversions are nodes.
         expected: whether a conversion in another file starts the capture again.
+        compare_dtypes: whether a file asks whether a dtype `is` another, which a proxy for it would not be.
     """
+
+    compare_dtypes = False
 
     def __init__(self, files: tuple[dict[str, Any], ...] = (), *, expected: bool = True) -> None:
         self.files, self.expected = files, expected
@@ -46,6 +50,14 @@ class Conversions:
         if names is None or any(names is known for known in self.files) or not can_stand_in(names):
             return Conversions(self.files, expected=False)
         return Conversions((*self.files, names))
+
+
+@functools.lru_cache(maxsize=4096)
+def compares_dtypes(path: str) -> bool:
+    try:
+        return re.search(r"dtype\s+is\s+(not\s+)?torch\.", Path(path).read_text(encoding="utf-8")) is not None
+    except (OSError, ValueError):
+        return False
 
 
 def converting_file(error: BaseException) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fxprune.passes.capture.conversions import see_messages, see_questions
+from fxprune.passes.capture.conversions import compares_dtypes, see_messages, see_questions
 from fxprune.passes.capture.evaluation import plain_call
 from fxprune.passes.capture.leftovers import restore_functions, uncached
 from fxprune.passes.capture.modules import see_own_calls
@@ -307,6 +307,8 @@ class Patches:
 
     def shadow(self, names: dict[str, Any]) -> None:
         """Put what stands in place of functions of Python's own into a file that has none of these names."""
+        if not self.tracer.conversions.compare_dtypes and isinstance(path := names.get("__file__"), str):
+            self.tracer.conversions.compare_dtypes = compares_dtypes(path)
         for name in self.shadows.keys() - names.keys():
             names[name] = self.shadows[name]
             self.undo.append(functools.partial(names.pop, name, None))
