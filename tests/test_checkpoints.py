@@ -360,3 +360,59 @@ def test_such_a_model_saves_its_own_values(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["own"]
     with pytest.raises(PruneError, match="with its own values"):
         small.save_pretrained(tmp_path / "other", state_dict={n: t + 1 for n, t in small.state_dict().items()})
+
+
+MASKS: dict[int, torch.Tensor] = {}
+
+
+class Remembers(nn.Module):
+    """Looks up a mask that it has computed for a number of tokens; the table is no part of the model."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 3)
+        self.steps = torch.arange(12)
+
+    def forward(self, x):
+        n = x.shape[1]
+        if n not in MASKS:
+            MASKS[n] = torch.ones(n, n).tril() / n
+        return self.b((MASKS[n] @ self.a(x)) * torch.tensor([1.0, 2.0] * 6))
+
+
+@pytest.mark.parametrize("stored_with", ["an empty table", "a full table"])
+def test_a_table_that_has_been_filled_or_emptied_since_is_no_other_model(tmp_path, stored_with):
+    torch.manual_seed(0)
+    model, x = Remembers().eval(), torch.randn(2, 5, 6)
+    MASKS.clear()
+    if stored_with == "a full table":
+        model(x)
+    small = fxprune.prune(model, 0.5, example_inputs=x)
+    fxprune.save(small, tmp_path / "small.safetensors")
+    MASKS.clear()
+    if stored_with == "an empty table":
+        model(x)
+    again = fxprune.load(tmp_path / "small.safetensors", Remembers().eval())
+    assert torch.equal(again(x), small(x))
+
+
+class Formats(nn.Module):
+    """Says how a tensor is to lie in memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 3, 1)
+
+    def forward(self, x):
+        y = self.a(x).contiguous(memory_format=torch.channels_last)
+        return self.b(y + torch.zeros_like(y, memory_format=torch.preserve_format))
+
+
+def test_a_program_with_a_memory_format_is_pickled_by_any_protocol(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 4, 4)
+    small = fxprune.prune(Formats().eval(), 0.5, example_inputs=x)
+    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+        torch.save(small, tmp_path / "small.pt", pickle_protocol=protocol)
+        again = torch.load(tmp_path / "small.pt", weights_only=False)
+        assert torch.equal(again(x), small(x)) and again.code == small.code

@@ -79,3 +79,33 @@ def test_strides_of_the_example_are_not_those_of_other_sizes():
     assert small(torch.randn(5, 3, 6, 6)).shape == (5, 2, 6, 6)
     with pytest.raises(GuardError, match="captured where"):
         small(torch.randn(2, 3, 6, 8))
+
+
+class Placed(nn.Module):
+    """Positions that a parameter stands behind, a bias that makes them more than zero, and a window over them."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(2, 3) + 0.5)
+        self.a, self.b, self.c = nn.Conv2d(7, 7, 1), nn.Conv2d(7, 4, 3, padding=1), nn.Conv2d(4, 7, 1, bias=False)
+        self.head = nn.Linear(42, 2)
+
+    def forward(self, x, kept=1.0):
+        y = x[:, :, None, None].expand(-1, -1, 2, 3) * self.scale
+        y = (y - self.a(y)) * kept
+        return self.head(((y + self.c(F.gelu(self.b(y)))) * kept).flatten(1))
+
+
+def test_positions_are_masked_before_a_window_whose_weight_is_cut():
+    """The weight is zero for other channels than the one that the window of a removed position would be read for."""
+    torch.manual_seed(0)
+    model, x = Placed().double().eval(), torch.randn(2, 7, dtype=torch.double)
+    small = fxprune.prune(model, 0.5, example_inputs=x)
+    masks = fxprune.plan_of(small).masks(model)
+    assert small.b.out_channels < 4 and not bool(masks["scale"].all())
+    found = fxprune.verify(model, small, x)
+    assert found.ok and found.masked < 1e-12
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            tensor.mul_(masks.get(name, torch.ones(())))
+        torch.testing.assert_close(small(x), model(x, masks["scale"]))

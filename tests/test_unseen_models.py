@@ -384,3 +384,21 @@ def test_a_slice_of_channels_that_holds_none(bounds):
     small = fxprune.prune(model, 0.5, example_inputs=x)
     found = fxprune.verify(model, small, x)
     assert small.a.out_features == 4 and found.ok and found.error < 1e-12
+
+
+@pytest.mark.parametrize("bounds", [(1, None, 3), (None, None, 3), (1, 99, 3), (-8, None, 3), (None, -1, 4), (2, 11, 4)])
+def test_a_slice_by_steps_without_an_end_takes_no_more_than_it_did(bounds):
+    class Steps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 12), nn.Linear(len(range(12)[slice(*bounds)]), 3)
+
+        def forward(self, x):
+            return self.b(self.a(x)[..., slice(*bounds)].tanh())
+
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model, x = Steps().eval(), torch.randn(2, 5, 6)
+        small = fxprune.prune(model, 0.5, example_inputs=x, criterion="random")
+        zeroed(model, small)
+        torch.testing.assert_close(small(x), model(x))

@@ -11,11 +11,11 @@ import dataclasses
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from torch import nn
+from torch import Tensor, nn
 
 from fxprune.arguments import checked_call
 from fxprune.checkpoints.config import built_from, config_of, write_config
@@ -24,6 +24,7 @@ from fxprune.checkpoints.rebuild import CONTENTS, other_names, rebuilt, rotation
 from fxprune.checkpoints.record import Record
 from fxprune.entry_points import entry_point
 from fxprune.module_state import aliases
+from fxprune.passes.coupling.leaf_labels import is_constant
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.quiet import without_modes
@@ -136,8 +137,9 @@ def load(path: Folder, model: nn.Module | None = None, *, same_class: bool = Fal
             signed, record = record.plan, dataclasses.replace(record, plan=plan)
             made = rebuilt(original, record, tensors, contents, same_class, example_inputs)
             if same_class != record.graph:
+                stored, own_constants = without_other_constants(tensors, made)
                 free = {*record.plan.derived, *left_by_forward(made, record.plan)}  # what a forward makes may not be there yet
-                record.state.fill(made, tensors, free=free)
+                record.state.fill(made, stored, free=free | own_constants)
             else:  # the other kind of module may hold a tied tensor under another name, and lack what its forward does not use
                 names = other_names(original, record.plan, tensors, made)
                 first = aliases(original)
@@ -149,6 +151,18 @@ def load(path: Folder, model: nn.Module | None = None, *, same_class: bool = Fal
             made.meta["plan"] = signed
         made.meta["contents"] = {name: tensor.clone() for name, tensor in contents.items()}
         return made
+
+
+def without_other_constants(tensors: Mapping[str, Tensor], made: nn.Module) -> tuple[Mapping[str, Tensor], set[str]]:
+    """What is stored without the constants of its programs, if those of a model have others, and the names of the latter.
+
+    They differ where code remembers what it computes: what a program computed then, it finds now. They come of code alone, so
+    those of the rebuilt model are right; one by one they could not be told apart, as they are numbered.
+    """
+    mine = {name for name, _ in named_tensors(made) if is_constant(name)}
+    if mine == {name for name in tensors if is_constant(name)}:
+        return tensors, set()
+    return {name: tensor for name, tensor in tensors.items() if not is_constant(name)}, mine
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from fxprune.passes.capture.leftovers import pending
 from fxprune.passes.capture.modules import is_standard
 from fxprune.passes.capture.patches import creating
 from fxprune.passes.capture.pieces import CUTTING, Pieces, number_of_pieces
-from fxprune.passes.capture.proxy import PROXIES, Items, TensorProxy, proxy_for, unwrap
+from fxprune.passes.capture.proxy import PROXIES, Items, TensorProxy, plain_key, proxy_for, unwrap
 from fxprune.passes.capture.proxy_attributes import NUMBERS, ProxyAttributes, internal
 from fxprune.passes.capture.recorder import Recorder
 from fxprune.passes.capture.rollback import ModuleState
@@ -246,7 +246,7 @@ class GraphBuilder(ProxyAttributes):
         if type(a) is list:
             return [self.create_arg(v) for v in a]
         if type(a) is dict:
-            return {k: self.create_arg(v) for k, v in a.items()}
+            return {plain_key(k): self.create_arg(v) for k, v in a.items()}
         with attributes_of(a) as held:
             if held is None and is_record(a) and hasattr(a, "__dict__"):
                 raise ReadsValue(f"a {type(a).__name__} that holds itself")  # no expression makes one

@@ -1,23 +1,30 @@
-"""`int(size)` and `float(size)` as steps of the program.
+"""What Python answers itself about sizes and tensors: `int(size)`, `float(size)`, `len(tensor)`, `type(tensor)`, and texts.
 
-Python insists that both return plain numbers. While a program is captured, classes of the same names stand in their place in
-files that convert sizes. Which files do is known once they have: the capture starts again then.
+Python insists that `int` and `float` return plain numbers. While a program is captured, classes of the same names stand in
+their place in files that convert sizes. Which files do is known once they have: the capture starts again then. For `len` and
+`type` there is something in every file of the model's.
 """
 
 from __future__ import annotations
 
 import ast
+import builtins
 import contextlib
 import functools
+import logging
+import re
+import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from fxprune.passes.capture.patches import not_a_models
-from fxprune.passes.capture.proxy import PROXIES
+from fxprune.passes.capture.patches import CHECKS, STAND_INS, not_a_models
+from fxprune.passes.capture.proxy import PROXIES, Items, TensorProxy
 
 PLAIN: dict[str, Any] = {"int": int, "float": float}
 ASKING = ("isinstance", "issubclass")
@@ -29,7 +36,10 @@ class Conversions:
     Attributes:
         files: the variables of each file whose conversions are nodes.
         expected: whether a conversion in another file starts the capture again.
+        compare_dtypes: whether a file asks whether a dtype `is` another, which a proxy for it would not be.
     """
+
+    compare_dtypes = False
 
     def __init__(self, files: tuple[dict[str, Any], ...] = (), *, expected: bool = True) -> None:
         self.files, self.expected = files, expected
@@ -40,6 +50,14 @@ class Conversions:
         if names is None or any(names is known for known in self.files) or not can_stand_in(names):
             return Conversions(self.files, expected=False)
         return Conversions((*self.files, names))
+
+
+@functools.lru_cache(maxsize=4096)
+def compares_dtypes(path: str) -> bool:
+    try:
+        return re.search(r"dtype\s+is\s+(not\s+)?torch\.", Path(path).read_text(encoding="utf-8")) is not None
+    except (OSError, ValueError):
+        return False
 
 
 def converting_file(error: BaseException) -> dict[str, Any] | None:
@@ -124,3 +142,65 @@ def seen_conversions(tracer: Any) -> Iterator[None]:
                 del names[name]
         for kind in made.values():
             kind.tracer = None
+
+
+# -- what is asked in every file -----------------------------------------------------------------------------------------
+
+
+class Kind(type):
+    """The class of what stands for `type` in files of the model's: a proxy is of the class of what it stands for."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if len(args) != 1 or kwargs:
+            return type(*args, **kwargs)
+        kind = type(args[0])
+        if kind in PROXIES or kind is Items:
+            kind = type(args[0].value)
+        return STAND_INS.get(id(kind), kind)  # as the file names it
+
+    def __instancecheck__(cls, value: object) -> bool:
+        return isinstance(value, type)
+
+    def __subclasscheck__(cls, kind: type) -> bool:
+        return issubclass(kind, type)
+
+
+def see_questions(patches: Any) -> None:
+    """`len(tensor)` is a size, of which Python would make a plain number, and a proxy's class is that of its value."""
+
+    def length(x: Any) -> Any:
+        return x.shape[0] if type(x) is TensorProxy and x.value.dim() and patches.tracing() else len(x)
+
+    patches.shadows |= {"len": length, "type": Kind("type", (type,), {})}
+
+
+def see_messages(patches: Any) -> None:
+    """A size that is written into a message decides nothing: the guards that its text has led to go again."""
+
+    def taking(function: Any, level: int | None = None) -> Any:
+        """A function that takes messages; as argument number `level`, which of its callers it is said to have."""
+
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if level is not None and len(args) > level:
+                args = (*args[:level], args[level] + 1, *args[level + 1 :])
+            elif level is not None:
+                kwargs["stacklevel"] = kwargs.get("stacklevel", 1) + 1
+            if not patches.tracing():
+                return function(*args, **kwargs)
+            said = " ".join([a for a in (*args, *kwargs.values()) if type(a) is str])
+            tracer = patches.tracer
+            tracer.guards = [g for g in tracer.guards if g.how != "text" or str(g.value) not in said]
+            with tracer.paused():
+                return function(*args, **kwargs)
+
+        patches.stand_ins[id(function)] = wrapper
+        patches.replaced.append((function, wrapper))
+        return wrapper
+
+    for name in ("_assert", *CHECKS):
+        patches.patch(torch, name, taking(getattr(torch, name)))
+    patches.patch(builtins, "print", taking(print))
+    patches.patch(warnings, "warn", taking(warnings.warn, 2))
+    for name in ("debug", "info", "warning", "error"):
+        patches.patch(logging.Logger, name, taking(getattr(logging.Logger, name), sys.maxsize))

@@ -18,7 +18,7 @@ from fxprune.passes.capture.recorder import Recorder
 from fxprune.passes.capture.rollback import ModuleState
 from fxprune.passes.ir.module_tree import META, fetch, named_tensors
 from fxprune.passes.ir.program import ModuleCall, SizeUse, select_by_mode
-from fxprune.passes.ir.pytree import TensorRef, collect, has_tensor, map_tensors, tensors
+from fxprune.passes.ir.pytree import TensorRef, collect, has_tensor, hidden_tensors, map_tensors, tensors
 from fxprune.passes.ops.registry import find_node
 
 plain_call = nn.Module._call_impl  # as it is outside of a capture
@@ -121,6 +121,7 @@ class Evaluator:
             self.listed.clear()
             with Decisions(self.depends_on_inputs) as decisions:
                 out = module(*args, **kwargs)
+            self.recorder.leaks += [self.recorder.ref(t) for t in hidden_tensors(out)]  # which nobody can follow from here on
             done = len(self.recorder.op_trace.ops)
             self.run_others()
             if path in self.opaque:

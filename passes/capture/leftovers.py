@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import sys
 import weakref
@@ -9,11 +10,11 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxprune.passes.capture.patches import CACHED
 from fxprune.passes.capture.proxy import PROXIES
-from fxprune.passes.ir.pytree import fields_of
+from fxprune.passes.ir.pytree import fields_of, iterate
 
 DEPTH = 8  # containers in containers
 NESTED = (tuple, list, set, frozenset)
@@ -138,3 +139,32 @@ def substitute(old: list[Any], new: list[Any], depth: int = DEPTH) -> None:
             vars(holder).update([(k, instead(v)) for k, v in vars(holder).items() if id(v) in by_id])
     if fixed:
         substitute(fixed, copies, depth - 1)
+
+
+def uncached(patches: Any, value: Any, put: Callable[[Any], None]) -> None:
+    """Have a function compute what it would look up in its `functools.lru_cache`: a proxy is good for one capture."""
+    function = getattr(value, "__func__", value)  # of a static method
+    if type(function) is CACHED:
+        plain = without_proxies(patches, function)
+        put(plain if function is value else type(value)(plain))
+        patches.undo.append(functools.partial(put, value))
+        return
+    for cell in getattr(function, "__closure__", None) or ():  # a decorator of the model's own around it
+        try:
+            inner = cell.cell_contents
+        except ValueError:  # it is still empty
+            continue
+        if type(inner) is CACHED:
+            cell.cell_contents = without_proxies(patches, inner)
+            patches.undo.append(functools.partial(setattr, cell, "cell_contents", inner))
+
+
+def without_proxies(patches: Any, function: Any) -> Callable[..., Any]:
+    """A function that looks up and remembers nothing that is computed from proxies, or by a module, while it is traced."""
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        traced = patches.tracing() and any(type(v) in PROXIES or isinstance(v, nn.Module) for v in iterate((args, kwargs)))
+        return (function.__wrapped__ if traced else function)(*args, **kwargs)
+
+    patches.replaced.append((function, wrapper))
+    return wrapper

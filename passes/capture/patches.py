@@ -17,7 +17,7 @@ from torch import nn
 from torch._higher_order_ops import utils as higher_order
 from torch.overrides import BaseTorchFunctionMode
 
-from fxprune.passes.capture.proxy import unwrap
+from fxprune.passes.capture.proxy import PROXIES, unwrap
 from fxprune.passes.ir.program import IS_GRAD_ENABLED, SET_GRAD_ENABLED, enter_autocast, exit_autocast
 from fxprune.passes.ir.pytree import record
 
@@ -61,6 +61,12 @@ class TensorClass(type(torch.Tensor)):  # type: ignore[misc]
     def __instancecheck__(cls, value: object) -> bool:
         return isinstance(value, torch.Tensor)
 
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is torch.Tensor
+
+    def __hash__(cls) -> int:
+        return hash(torch.Tensor)
+
     def __subclasscheck__(cls, kind: type) -> bool:
         return issubclass(kind, torch.Tensor)
 
@@ -74,6 +80,9 @@ class LegacyType(str):
         return STANDS_FOR_TORCH.construct(self.kind, args, kwargs)
 
     def __instancecheck__(self, value: object) -> bool:
+        """A tensor is of such a class by its dtype and device, of which a capture without values has another."""
+        if type(value) in PROXIES:
+            return isinstance(value, torch.Tensor) and value.dtype == self.kind.dtype and str(value.device) == "cpu"
         return isinstance(value, self.kind)
 
     def __getattr__(self, name: str) -> Any:
@@ -93,7 +102,7 @@ class TorchModule(types.ModuleType):
         super().__init__("torch")
         held = vars(self)
         held["construct"] = constructed
-        held["Tensor"] = TensorClass("Tensor", (torch.Tensor,), {})
+        held["Tensor"] = TensorClass("Tensor", (torch.Tensor,), {"__module__": "torch"})
         for name, kind in LEGACY.items():
             held[name] = made = LegacyType(f"torch.{name}")
             made.kind = kind

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fxprune.passes.capture.conversions import compares_dtypes, see_messages, see_questions
 from fxprune.passes.capture.evaluation import plain_call
-from fxprune.passes.capture.leftovers import restore_functions
+from fxprune.passes.capture.leftovers import restore_functions, uncached
 from fxprune.passes.capture.modules import see_own_calls
 from fxprune.passes.capture.patches import (
-    CACHED,
     CALLABLE,
     CHECKS,
     FACTORIES,
@@ -59,6 +59,7 @@ class Patches:
         self.maths = {id(f): f for name, f in vars(math).items() if callable(f) and not name.startswith("_")}
         self.nodes = self.maths | {id(f): f for f in tracer.evaluator.functions}
         self.seen, self.owners = set[object](), set[type]()
+        self.stand_ins, self.shadows = dict(STAND_INS), dict[str, Any]()
 
     def __enter__(self) -> None:
         LOCK.acquire()
@@ -279,7 +280,7 @@ class Patches:
             self.owners.add(owner)
             for name, value in list(vars(owner).items()):
                 if type(value) in CALLABLE:
-                    self.uncached(value, functools.partial(setattr, owner, name))
+                    uncached(self, value, functools.partial(setattr, owner, name))
                     self.look_into(getattr(value, "__globals__", {}))
 
     def look_into(self, names: dict[str, Any]) -> None:
@@ -290,45 +291,27 @@ class Patches:
             if id(names) in self.seen or not_a_models(names):
                 continue
             self.seen.add(id(names))
+            self.shadow(names)
             for name, value in list(names.items()):
                 if id(value) in self.nodes and value is self.nodes[id(value)]:
                     names[name] = self.seeing_proxies(value)
                     self.undo.append(functools.partial(names.__setitem__, name, value))
-                elif id(value) in STAND_INS:
-                    names[name] = STAND_INS[id(value)]
+                elif (stand_in := self.stand_ins.get(id(value))) is not None:
+                    names[name] = stand_in
                     self.undo.append(functools.partial(names.__setitem__, name, value))
                 elif type(value) in CALLABLE:
-                    self.uncached(value, functools.partial(names.__setitem__, name))
+                    uncached(self, value, functools.partial(names.__setitem__, name))
                     pending.append((getattr(getattr(value, "__wrapped__", value), "__globals__", {}), steps + 1))
                 elif type(value) is types.ModuleType and steps < 2:
                     pending.append((vars(value), 2))
 
-    def uncached(self, value: Any, put: Callable[[Any], None]) -> None:
-        """Have a function compute what it would look up in its `functools.lru_cache`: a proxy is good for one capture."""
-        function = getattr(value, "__func__", value)  # of a static method
-        if type(function) is CACHED:
-            plain = self.without_proxies(function)
-            put(plain if function is value else type(value)(plain))
-            self.undo.append(functools.partial(put, value))
-            return
-        for cell in getattr(function, "__closure__", None) or ():  # a decorator of the model's own around it
-            try:
-                inner = cell.cell_contents
-            except ValueError:  # it is still empty
-                continue
-            if type(inner) is CACHED:
-                cell.cell_contents = self.without_proxies(inner)
-                self.undo.append(functools.partial(setattr, cell, "cell_contents", inner))
-
-    def without_proxies(self, function: Any) -> Callable[..., Any]:
-        """A function that looks up and remembers nothing that is computed from proxies, or by a module, while it is traced."""
-
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            traced = self.tracing() and any(type(v) in PROXIES or isinstance(v, nn.Module) for v in iterate((args, kwargs)))
-            return (function.__wrapped__ if traced else function)(*args, **kwargs)
-
-        self.replaced.append((function, wrapper))
-        return wrapper
+    def shadow(self, names: dict[str, Any]) -> None:
+        """Put what stands in place of functions of Python's own into a file that has none of these names."""
+        if not self.tracer.conversions.compare_dtypes and isinstance(path := names.get("__file__"), str):
+            self.tracer.conversions.compare_dtypes = compares_dtypes(path)
+        for name in self.shadows.keys() - names.keys():
+            names[name] = self.shadows[name]
+            self.undo.append(functools.partial(names.pop, name, None))
 
 
 PATCHES: list[Callable[[Patches], None]] = [
@@ -346,5 +329,7 @@ PATCHES: list[Callable[[Patches], None]] = [
     see_own_calls,
     see_grad_modes,
     see_autocast,
+    see_questions,
+    see_messages,
     show_to_script,
 ]

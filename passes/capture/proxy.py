@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch.fx.graph import magic_methods, reflectable_magic_methods
 
 from fxprune.passes.errors import ReadsValue
-from fxprune.passes.ir.pytree import map_tensors
+from fxprune.passes.ir.pytree import ATOMS, map_tensors
 
 
 class Items(tuple[Any, ...]):
@@ -36,6 +36,12 @@ class Items(tuple[Any, ...]):
 
     def pack(self, tracer: Any) -> tuple[Any, ...]:
         return tuple(tracer.create_arg(v) for v in self)
+
+    def __repr__(self) -> str:
+        items = super().__repr__()  # which writes out each of them
+        return repr(self.value) if isinstance(self.value, torch.Size) else items
+
+    __str__ = __repr__
 
     def numel(self) -> Any:
         total: Any = 1
@@ -221,6 +227,17 @@ class PlainProxy(Proxy):
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         return np.array(self.concrete("numpy"), *args)
 
+    def __format__(self, spec: str) -> str:
+        self.tracer.write_out(self)
+        return format(self.value, spec)
+
+    def __str__(self) -> str:
+        self.tracer.write_out(self)
+        return str(self.value)
+
+    def __repr__(self) -> str:
+        return repr(self.value) if self.tracer.write_out(self) else Proxy.__repr__(self)
+
 
 class IntProxy(PlainProxy, torch.SymInt):  # type: ignore[misc]
     __class__ = property(lambda self: int)
@@ -308,3 +325,14 @@ def tracer_of(x: Any) -> Any:
 def unwrap(x: Any) -> Any:
     """Nested proxies replaced by their values."""
     return map_tensors(x, lambda p: p.value, Proxy)
+
+
+def plain_key(key: Any) -> Any:
+    """A key of a dict as generated code can write it down."""
+    if isinstance(key, Proxy):
+        return key.concrete("key")
+    if type(key) is tuple:
+        return tuple(map(plain_key, key))
+    if type(key) not in ATOMS:
+        raise ReadsValue(f"a dict with a key of type {type(key).__name__}")
+    return key

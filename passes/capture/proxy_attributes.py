@@ -115,8 +115,12 @@ class ProxyAttributes(fx.Tracer):
         if isinstance(value, Tensor):
             if name in HAS_GRADIENTS and self.grad_modes and self.grad_modes[-1][1] and not isinstance(value, nn.Parameter):
                 raise ReadsValue("gradients")
+            if name == "stride":
+                self.fix_strides(proxy)
             if name in FACTS or name in FACT_METHODS:
                 return getattr(value, name)
+            if name == "dtype" and self.conversions.compare_dtypes:
+                return self.concretise(self.once("call_function", getattr, (proxy, name)), "is")
             if name in ("item", "tolist") and self.is_number(proxy, name):
                 return lambda: self.read_numbers(proxy, name)
             if name in VALUE_METHODS:
@@ -124,7 +128,7 @@ class ProxyAttributes(fx.Tracer):
             if name == "shape":
                 return self.once("call_function", getattr, (proxy, name))
             if name == "size":
-                return lambda *args, **kwargs: self.once("call_method", name, (proxy, *args), kwargs)
+                return lambda *args, dim=None: self.once("call_method", name, (proxy, *args, *(() if dim is None else (dim,))))
         if callable(getattr(value, name)):
             return lambda *args, **kwargs: self.create_proxy("call_method", name, (proxy, *args), kwargs)
         return self.create_proxy("call_function", getattr, (proxy, name), {})
@@ -209,6 +213,15 @@ class ProxyAttributes(fx.Tracer):
         self.guards.append(Guard(proxy.node, how, proxy.value))
         return proxy.value
 
+    def write_out(self, proxy: Any) -> bool:
+        """Whether the model's code writes a value out; of a size, what it looks up by the text is decided here."""
+        if (recorder := vars(self).get("recorder")) is None or not recorder.tracing:
+            return False
+        if type(proxy.value) in (int, float, bool, torch.Size):
+            with self.paused(), contextlib.suppress(ReadsValue):  # data make it: there is nothing to compare with
+                self.concretise(proxy, "text")
+        return True
+
     def check_size(self, proxy: Any, how: str) -> None:
         """Raises ReadsValue for a number that does not come of sizes alone."""
         if self.data_sizes.decide(proxy.node, self.results):
@@ -246,6 +259,8 @@ class ProxyAttributes(fx.Tracer):
         if name == "__set__":
             return self.write_attribute(self.as_proxy(args[0]), method.__self__.__name__, args[1])  # type: ignore[attr-defined]
         if name in FACT_METHODS:
+            if name == "stride":
+                self.fix_strides(self.as_proxy(args[0]))
             return method(*unwrap(args), **unwrap(kwargs))
         if not belongs_to_tensors(method):
             return self.create_proxy("call_function", method, args, kwargs)
@@ -277,6 +292,10 @@ class ProxyAttributes(fx.Tracer):
 
     def constant(self, tensor: Tensor) -> Any:
         """The proxy for a tensor created outside of the graph."""
+        raise NotImplementedError
+
+    def fix_strides(self, proxy: Any) -> None:
+        """Make guards of the sizes that a tensor's strides come of."""
         raise NotImplementedError
 
     # -- the compiler's own steps -----------------------------------------------------------------------------------

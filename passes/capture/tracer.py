@@ -59,7 +59,8 @@ class ValueTracer(GraphBuilder):
                     self.note_assigned(module)
             finally:
                 self.recorder.tracing = False
-        self.create_node("output", "output", (self.create_arg(returned),), {})
+        whole = self.forward != self.root.forward  # it returns what its one node does, whatever that is
+        self.create_node("output", "output", () if whole else (self.create_arg(returned),), {})
 
     @property
     def root_call(self) -> Callable[..., Any]:
@@ -106,12 +107,12 @@ class ValueTracer(GraphBuilder):
         if path is None:  # created inside forward: it has no name in the tree
             return forward(*args, **kwargs)
         if is_layer(module):
-            if kwargs:
-                args, kwargs = by_position(module, args, kwargs)
-            if has_own_hooks(module):
+            if has_own_hooks(module):  # which may ask what is given by which name
                 found = self.hooked_call(path, module, forward, args, kwargs)
                 if found is not None:
                     return found[0]
+            elif kwargs:
+                args, kwargs = by_position(module, args, kwargs)
         elif path not in self.evaluator.opaque:
             state = self.pause()
             try:
@@ -168,6 +169,7 @@ class ValueTracer(GraphBuilder):
         def node(*args: Any, **kwargs: Any) -> Any:
             del held["forward"]
             try:
+                args, kwargs = by_position(module, args, kwargs) if kwargs else (args, kwargs)
                 with without_own_hooks(module):
                     return self.create_proxy("call_module", path, args, kwargs)
             finally:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
 from fxprune.passes.errors import PruneError
+from fxprune.passes.ir.closures import rebound
 from fxprune.passes.ir.contents import CONTAINERS
 from fxprune.passes.ir.pytree import collect
 
@@ -136,8 +136,8 @@ def named_parameters(root: nn.Module) -> dict[str, nn.Parameter]:
 def copy_tree(root: nn.Module, swap: Mapping[int, Tensor]) -> Any:
     """A copy in which the tensors with the given identities are replaced; gradients are not copied.
 
-    Hooks are part of what a module computes (weight normalisation is one): the copy calls the same ones, and those that
-    the tree holds elsewhere too, or that are methods of what it holds, as those of the copy.
+    Hooks are part of what a module computes (weight normalisation is one), and so are functions that it holds, such as a
+    `forward` of its own: the copy calls the same ones, with what the copy holds in place of what the tree does (`rebound`).
     """
     memo: dict[int, Any] = dict(swap)
     modules = list(walk(root))
@@ -146,19 +146,21 @@ def copy_tree(root: nn.Module, swap: Mapping[int, Tensor]) -> Any:
         if isinstance(module, fx.GraphModule):  # whose class holds its forward, which another mode puts another one in place of
             kind = type(kind.__name__, (kind,), {"__module__": kind.__module__})
         memo[id(module)] = object.__new__(kind)
-    hooked: list[tuple[dict[str, Any], str]] = []
+    called: list[tuple[dict[str, Any], str]] = []
     for module in modules:
         state = vars(memo[id(module)])
         state.update(vars(module))
         state.pop("_compiled_call_impl", None)  # of `module.compile()`: it calls the original
+        functions = [k for k, v in state.items() if type(v) is types.FunctionType and v.__closure__]
+        called += [(state, key) for key in functions]
         for key, value in [item for item in state.items() if type(item[1]) not in ATOMS]:
             kind = type(value)
             if kind in CONTAINERS and not value:
-                state[key] = kind()
+                state[key] = memo[id(value)] = kind()
             elif kind is tuple and ATOMS.issuperset(map(type, value)):
                 continue
             elif key in HOOKS:
-                hooked.append((state, key))
+                called.append((state, key))
             elif key in CHILDREN:
                 state[key] = kind([(k, None if v is None else duplicate(v, memo)) for k, v in value.items()])
             else:
@@ -166,21 +168,10 @@ def copy_tree(root: nn.Module, swap: Mapping[int, Tensor]) -> Any:
         inner = module._modules.get("_orig_mod")
         if inner is not None and "forward" in state:  # what `torch.compile` returned: it calls the original
             state["forward"] = memo[id(inner)].__call__
-    for state, key in hooked:  # last, when it is known what else the tree holds
-        state[key] = OrderedDict((k, rebound(hook, memo)) for k, hook in state[key].items())
+    for state, key in called:  # last, when it is known what else the tree holds
+        held = state[key]
+        state[key] = OrderedDict((k, rebound(h, memo)) for k, h in held.items()) if key in HOOKS else rebound(held, memo)
     return memo[id(root)]
-
-
-def rebound(hook: Any, memo: Mapping[int, Any]) -> Any:
-    """A hook of a copied tree: an object that the tree holds, or a method of one, is that of the copy."""
-    if id(hook) in memo:
-        return memo[id(hook)]
-    if isinstance(hook, types.MethodType) and id(hook.__self__) in memo:
-        return types.MethodType(hook.__func__, memo[id(hook.__self__)])
-    if isinstance(hook, functools.partial):
-        given = [memo.get(id(a), a) for a in hook.args]
-        return functools.partial(rebound(hook.func, memo), *given, **{k: memo.get(id(v), v) for k, v in hook.keywords.items()})
-    return hook
 
 
 def replace_tensors(root: nn.Module, change: Callable[[str, Tensor], Tensor]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.passes.ir.module_tree import Apart
 from fxprune.passes.ir.op_trace import OpTrace
-from fxprune.passes.ir.pytree import TensorRef, attributes_of, collect
+from fxprune.passes.ir.pytree import HOLDERS, TensorRef, attributes_of, collect
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,9 +306,11 @@ ONLY_OUTPUT = "output"  # the name of the one tensor that a model returns
 def is_state(kind: Any) -> bool:
     """Whether objects of a class that lie in a result, such as caches, are state of the model's, and follow its widths.
 
-    Objects by which nothing but values is handed on are dataclasses, or the result itself.
+    Objects that hand values on and no more are dataclasses, those that Python and torch have for it, and the result itself.
     """
-    return isinstance(kind, type) and not is_dataclass(kind) and not issubclass(kind, dict | tuple)
+    if not isinstance(kind, type) or is_dataclass(kind) or kind.__module__.startswith(HOLDERS):
+        return False
+    return not issubclass(kind, dict | tuple)
 
 
 def named_outputs(returned: Any, results: Mapping[fx.Node, Any], path: str = "") -> Iterator[tuple[str, TensorRef]]:

@@ -1,6 +1,7 @@
 """Nested tuples, lists, dicts, slices and records, traversed, mapped and copied; and the references to tensors in them.
 
-A *record* is an object of a class of a model's own, such as a dataclass, by its attributes.
+A *record* is an object of a class of a model's own, such as a dataclass, by its attributes; so is what Python or torch have to
+hold values together.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import functools
+import gc
 import sys
 import threading
 import types
@@ -35,18 +37,24 @@ ATOMS = frozenset([int, float, bool, str, type(None), torch.dtype, torch.device]
 
 NO_RECORDS = (nn.Module, Tensor, type, enum.Enum, BaseException, str, bytes, int, float, tuple, list, dict, types.FunctionType)
 LIBRARIES = frozenset(["torch", "numpy", "fxprune", *sys.stdlib_module_names]) - {"__main__"}
+HOLDERS = ("collections", "types", "torch.distributions")  # modules whose objects are records all the same
+UNSEEN = 4096  # objects that are looked at to find a tensor in what is no record
+NO_VALUES = (type, nn.Module, types.ModuleType, types.CodeType, types.FrameType)
 entered = threading.local()  # which records are being looked into: one may hold itself
 
 
 @functools.lru_cache(maxsize=4096)
 def fields_of(kind: Any) -> tuple[str, ...] | None:
     """The slots of the objects of a class, if they are records; None where they are not."""
-    if kind.__module__.partition(".")[0] in LIBRARIES or issubclass(kind, NO_RECORDS):
+    library = kind.__module__.partition(".")[0] in LIBRARIES and not kind.__module__.startswith(HOLDERS)
+    if library or issubclass(kind, NO_RECORDS):
         return None
     found: list[str] = []
     for base in kind.__mro__:
         slots = vars(base).get("__slots__", ())
         found += [slots] if isinstance(slots, str) else slots
+    if not found and not kind.__dictoffset__:  # it holds what it holds in C
+        return None
     return tuple(name for name in found if not name.startswith("__"))
 
 
@@ -66,7 +74,10 @@ def attributes_of(x: Any) -> Iterator[dict[str, Any] | None]:
 
 def record(kind: type, attributes: dict[str, Any]) -> Any:
     """A record of a class with these attributes, made without its constructor, which may check or compute things."""
-    made: Any = object.__new__(kind)
+    try:
+        made: Any = object.__new__(kind)
+    except TypeError:  # it is made in C
+        made = kind.__new__(kind)  # type: ignore[call-overload]
     for name, value in attributes.items():
         object.__setattr__(made, name, value)
     return made
@@ -182,6 +193,24 @@ def has_tensor(x: Any) -> bool:
     if type(x) in (tuple, list):
         return any(isinstance(v, Tensor) or (type(v) not in ATOMS and has_tensor(v)) for v in x)
     return isinstance(x, Tensor) or any(isinstance(v, Tensor) for v in iterate(x))
+
+
+def hidden_tensors(x: Any) -> list[Tensor]:
+    """The tensors in a nested structure that only its objects know of, such as an iterator: those that nothing here finds."""
+    found: list[Tensor] = []
+    pending: list[Any] = [v for v in iterate(x) if type(v) not in ATOMS and not isinstance(v, (Tensor, *NO_VALUES))]
+    seen = set(map(id, pending))
+    while pending and len(seen) < UNSEEN:
+        x = pending.pop()
+        for v in (x.__closure__ or ()) if isinstance(x, types.FunctionType) else gc.get_referents(x):
+            if id(v) in seen or type(v) in ATOMS or isinstance(v, NO_VALUES):
+                continue
+            seen.add(id(v))
+            if isinstance(v, Tensor):
+                found.append(v)
+            else:
+                pending.append(v)
+    return found
 
 
 def copy_containers(x: Any) -> Any:

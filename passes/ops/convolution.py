@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from torch import fx
 
@@ -12,7 +13,7 @@ from fxprune.passes.ir.labels import NONE, Factor, Labels, along, factor
 from fxprune.passes.ir.op_trace import OpTrace
 from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ops.call import OpView, RuleContext
-from fxprune.passes.ops.masking import products_with_zeros, with_zeros
+from fxprune.passes.ops.masking import MaskContext, products_with_zeros, with_zeros
 from fxprune.passes.ops.matmul import contract
 from fxprune.passes.ops.registry import OpSpec, Product, find_node, register, spec_of
 from fxprune.passes.ops.rewriting import RewriteContext, argument, groups_left, spread_out, with_argument
@@ -281,7 +282,14 @@ def slid(r: RewriteContext, node: fx.Node) -> fx.Node | None:
     return made
 
 
-CONVOLUTION = OpSpec(convolution, regroup(8), masked=products_with_zeros, products=products, groups=groups_of, macs=macs)
+def convolution_with_zeros(run: MaskContext, call: OpView, args: Any, kwargs: Any) -> Any:
+    """The masked form: along positions, which a window mixes, it does not help that the weight is zero for others' channels."""
+    mask = run.mask(call.op.inputs[0])
+    along_positions = mask is not None and any(size > 1 for size in mask.shape[2:])
+    return (with_zeros if along_positions else products_with_zeros)(run, call, args, kwargs)
+
+
+CONVOLUTION = OpSpec(convolution, regroup(8), masked=convolution_with_zeros, products=products, groups=groups_of, macs=macs)
 register(
     "convolution _convolution mkldnn_convolution cudnn_convolution* miopen_convolution* conv_depthwise* _conv_depthwise*"
     " thnn_conv* slow_conv*",

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from fxprune.passes.ir.labels import NONE, Factor, Labels, align, factor
 from fxprune.passes.ir.op_trace import name_of
-from fxprune.passes.ir.pytree import TensorRef
+from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.pointwise import same
 from fxprune.passes.ops.registry import OpSpec, register, spec_of
@@ -237,9 +237,11 @@ def make_whole(r: RewriteContext, node: fx.Node) -> fx.Node | None:
     """Entries that differ by their place are made as in the original and then cut."""
     if node.args and isinstance(r.result(node.args[0]), TensorRef):
         return None  # `as_tensor` of a tensor, which has been cut
-    whole = r.emit(node, r.argument(tuple(node.args)), r.argument(dict(node.kwargs)))
-    for cut in r.cuts(r.result(node)):
-        whole = r.graph.call_method("index_select", (whole, cut.dims[0], r.constant(cut.keep)))
+    args, kwargs, ref = r.argument(tuple(node.args)), r.argument(dict(node.kwargs)), r.result(node)
+    whole = r.emit(node, args, kwargs)
+    varies = any(isinstance(r.result(n), int) for n in collect((node.args, node.kwargs), fx.Node))
+    for cut in r.cuts(ref):
+        whole = r.pick(whole, ref, cut.dims[0], cut.keep, r.before(ref)[cut.dims[0]], varies)
     return whole
 
 

@@ -169,7 +169,7 @@ def moved_call(r: RewriteContext, node: fx.Node) -> fx.Node | None:
         made = spread_out(r, made, source, dim)
     made = r.emit(node, (made, *r.argument(tuple(node.args[1:]))), r.argument(dict(node.kwargs)))
     for dim in sorted({d for cut in r.cuts(target) for d in cut.dims}):
-        made = r.graph.call_method("index_select", (made, dim, r.constant(r.positions(target, dim))))
+        made = r.pick(made, target, dim, r.positions(target, dim), r.before(target)[dim])
     return made
 
 

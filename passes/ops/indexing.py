@@ -306,11 +306,12 @@ def mapped(r: RewriteContext, source: TensorRef, target: TensorRef | None, dim: 
 
 def bound(place: int, given: Any, number: int, end: int) -> int | None:
     """A bound of a slice at a place among `number` kept entries, counted from where the given one is; `end` needs none."""
-    if given is None or place == end == 0 or (isinstance(given, int) and given > end > 0):
+    reached = place == (number if end else 0)  # which a slice by steps may not do, though it has no bound
+    if reached and (given is None or not end or (isinstance(given, int) and given > end)):
         return None
-    if isinstance(given, int):  # positions may be part of the dimension, and be more another time
+    if isinstance(given, int) and not given > end > 0:  # positions may be part of the dimension, and be more another time
         return (place - number or None) if given < 0 else place
-    return None if place == (number if end else 0) else place
+    return None if reached else place
 
 
 def left_of(r: RewriteContext, target: TensorRef, out: range, data: torch.Tensor) -> torch.Tensor:

@@ -203,7 +203,7 @@ def gathered(r: RewriteContext, node: fx.Node, orders: Sequence[tuple[int, Tenso
     for dim, order in orders:
         positions = picked(r, source, target, dim, dim, order)
         if not torch.equal(positions, torch.arange(r.after(source)[dim])):
-            made = r.graph.call_method("index_select", (made, dim, r.constant(positions)))
+            made = r.pick(made, source, dim, positions, r.after(source)[dim])
     return r.graph.call_method("clone", (made,)) if made is before else made  # as such an op returns a copy
 
 

@@ -61,6 +61,9 @@ class RewriteContext(Protocol):
     def gather(self, source: fx.Node, dim: int, positions: Tensor) -> fx.Node:
         """`source` with the given positions of one dimension, in order."""
 
+    def pick(self, made: fx.Node, ref: TensorRef, dim: int, positions: Tensor, size: int, varies: bool = False) -> fx.Node:
+        """`made`, which has this size along a dimension of `ref`, at the given positions of it; the size may vary."""
+
     def permuted(self, source: fx.Node, ref: TensorRef, end: fx.Node, dim: int, order: Tensor) -> fx.Node:
         """The result of the index map `order` (result index -> source index) among what is kept."""
 

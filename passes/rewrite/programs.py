@@ -42,6 +42,11 @@ class Line(NamedTuple):
     def reads_size(self) -> bool:
         return self.op == "call_method" and self.target in READS
 
+    def changed(self, target: Any, change: Callable[[Any], Any]) -> Line:
+        """The line with another target, and with what `change` makes of each of its arguments."""
+        args, kwargs = (x and fx.node.map_aggregate(x, change) for x in (self.args, self.kwargs))
+        return self._replace(target=target, args=args, kwargs=kwargs)
+
 
 @dataclass(frozen=True, slots=True)
 class Program:
@@ -64,16 +69,23 @@ class Program:
         return cls(tuple(written(graph)[0]))
 
     def __getstate__(self) -> Any:
-        return tuple(line._replace(target=Function.of(line.target)) if callable(line.target) else line for line in self.lines)
+        def by_name(x: Any) -> Any:
+            return Function(f"torch:{str(x).rpartition('.')[2]}") if isinstance(x, torch.memory_format) else x
+
+        return tuple(
+            line.changed(Function.of(line.target) if callable(line.target) else line.target, by_name) for line in self.lines
+        )
 
     def __setstate__(self, state: Any) -> None:
-        lines = [s._replace(target=s.target.found()) if isinstance(s.target, Function) else s for s in state]
-        object.__setattr__(self, "lines", tuple(lines))
+        def found(x: Any) -> Any:
+            return x.found() if isinstance(x, Function) else x
+
+        object.__setattr__(self, "lines", tuple(line.changed(found(line.target), found) for line in state))
 
 
 @dataclass(frozen=True, slots=True)
 class Function:
-    """A function by where it is found, as pickle cannot name those that C++ defines."""
+    """A function, or a memory format, by where it is found, as pickle cannot name those that C++ defines."""
 
     where: str
 

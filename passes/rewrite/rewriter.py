@@ -126,7 +126,17 @@ class Rewriter:
         size = self.after(self.result(source))[dim]
         if torch.equal(positions, torch.arange(size)):
             return self.new[source]
-        return self.graph.call_method("index_select", (self.new[source], dim, self.constant(positions)))
+        return self.pick(self.new[source], self.result(source), dim, positions, size)
+
+    def pick(self, made: fx.Node, ref: TensorRef, dim: int, positions: Tensor, size: int, varies: bool = False) -> fx.Node:
+        """`made`, which has this size along a dimension of `ref`, at the given positions of it.
+
+        The positions are those of one size: where it depends on the inputs, as it does if it `varies`, it is checked.
+        """
+        if varies or not self.counts_entries(ref, dim):
+            why = f"the pruned program was captured where dimension {dim} of {made.name} is {size}"
+            self.graph.call_function(holds, (self.graph.call_method("size", (made, dim)), size, why))
+        return self.graph.call_method("index_select", (made, dim, self.constant(positions)))
 
     # -- the walk -----------------------------------------------------------------------------------------------------
 

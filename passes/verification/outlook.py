@@ -16,6 +16,7 @@ from fxprune.passes.ir.labels import Labels, keeps_all
 from fxprune.passes.ir.op_trace import OpCall, OpTrace
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ops.call import OpView
+from fxprune.passes.ops.convolution import convolution_with_zeros
 from fxprune.passes.ops.masking import products_with_zeros, with_zeros
 from fxprune.passes.ops.reduction import masked_norm
 from fxprune.passes.ops.registry import find
@@ -23,7 +24,8 @@ from fxprune.passes.verification.index_order import draws_numbers
 from fxprune.passes.verification.kept_statistics import Statistics
 from fxprune.passes.verification.zeros_needed import Needed, ZerosNeeded
 
-ZEROS_ADD_NOTHING = (None, with_zeros, products_with_zeros, masked_norm)  # to a norm of negative order they do, which is rare
+# to a norm of negative order they do, which is rare
+ZEROS_ADD_NOTHING = (None, with_zeros, products_with_zeros, convolution_with_zeros, masked_norm)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,70 @@
+"""Functions that a copied module tree calls: with the objects of the copy in place of those of the tree."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Mapping
+from typing import Any
+
+DEPTH = 4  # of functions that are variables of functions
+
+
+class Rebound:
+    """A function that was defined inside of another one, with other objects in some of its variables from there.
+
+    The variables belong to the function, which the original tree has, too: they are put there for the time of a call.
+
+    Arguments:
+        function: that is called.
+        held: by the position of a variable, what it is in a call.
+    """
+
+    def __init__(self, function: types.FunctionType, held: dict[int, Any]) -> None:
+        functools.update_wrapper(self, function)
+        self.function, self.held = function, held
+
+    @property
+    def __globals__(self) -> dict[str, Any]:
+        return self.function.__globals__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        cells = self.function.__closure__ or ()
+        before = {i: cells[i].cell_contents for i in self.held}
+        try:
+            for i, value in self.held.items():
+                cells[i].cell_contents = value
+            return self.function(*args, **kwargs)
+        finally:
+            for i, value in before.items():
+                self.held[i], cells[i].cell_contents = cells[i].cell_contents, value
+
+
+def rebound(function: Any, memo: Mapping[int, Any], depth: int = DEPTH) -> Any:
+    """A function for a copied tree: an object of the tree, a method of one, or one with such a variable, as that of the copy.
+
+    Arguments:
+        memo: the copies, by the identity of what they are copies of.
+    """
+    if id(function) in memo:
+        return memo[id(function)]
+    if isinstance(function, types.MethodType):
+        mine = memo.get(id(function.__self__))
+        return function if mine is None else types.MethodType(function.__func__, mine)
+    if isinstance(function, functools.partial):
+        given = [memo.get(id(a), a) for a in function.args]
+        named = {k: memo.get(id(v), v) for k, v in function.keywords.items()}
+        return functools.partial(rebound(function.func, memo, depth), *given, **named)
+    if isinstance(function, Rebound):
+        return Rebound(function.function, {i: rebound(value, memo, depth) for i, value in function.held.items()})
+    if not isinstance(function, types.FunctionType) or not function.__closure__ or not depth:
+        return function
+    held: dict[int, Any] = {}
+    for i, cell in enumerate(function.__closure__):
+        try:
+            value = cell.cell_contents
+        except ValueError:  # it is still empty
+            continue
+        if (mine := rebound(value, memo, depth - 1)) is not value:
+            held[i] = mine
+    return Rebound(function, held) if held else function
