@@ -23,7 +23,7 @@ from torch import Tensor, fx, nn
 from fxprune.errors import PruneWarning
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.capture.capture import capture_program
-from fxprune.passes.coupling.couple import couple_channels
+from fxprune.passes.coupling.couple import couple_channels, with_unread
 from fxprune.passes.coupling.solution import CouplingOptions
 from fxprune.passes.errors import PruneError, surface
 from fxprune.passes.ir.module_tree import named_tensors, private_copy, set_mode
@@ -126,6 +126,9 @@ def shrunk_copy(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs) -
     try:
         whole = capture_program(set_mode(private_copy(model), False), inputs.args, inputs.kwargs, whole=True)
         solution = couple_channels([whole], plan.coupling_options)
+        if plan.slices.keys() - solution.leaves.keys():
+            solution.captures[0].is_untrained = True
+            with_unread(model, inputs.args, inputs.kwargs, solution)
         made: Any = rewrite_program(model, solution, kept_labels(plan, solution), cut=taken).own_model
     except Exception as error:  # couplings that it has only as one module, such as through what its Python reads
         surface(error)

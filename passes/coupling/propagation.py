@@ -18,9 +18,9 @@ from fxprune.passes.coupling.solution import CouplingOptions
 from fxprune.passes.ir.constraints import SPAN, ConstraintBuilder
 from fxprune.passes.ir.labels import NONE, Labels
 from fxprune.passes.ir.op_trace import OpCall, written_by
-from fxprune.passes.ir.program import ONLY_OUTPUT, CapturedProgram, TensorSize, sizes_read
+from fxprune.passes.ir.program import ONLY_OUTPUT, CapturedProgram, sizes_read
 from fxprune.passes.ir.progress import progress_bar
-from fxprune.passes.ir.propagation_state import LeafDim, PropagationState
+from fxprune.passes.ir.propagation_state import LeafDim, PropagationState, SizeSource
 from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ops.autograd_probe import NO_RULE, probe
 from fxprune.passes.ops.call import RuleContext
@@ -39,7 +39,7 @@ class Program:
         pinned: views that are written into, which cannot become copies.
         named: the names of the model's own tensors among the values.
         rewrites: for each node `rewrite`, `opaque` and `literals` of the state there, and whether it `counts` (see `OpSpec`).
-        inside: sizes in opaque modules that are those of other tensors, by value and dimension.
+        inside: what sizes in opaque modules are, of other tensors or attributes, by value and dimension.
         sizes: for each node the sizes among its arguments that may be those of the inputs (see `sizes_given`).
     """
 
@@ -54,7 +54,7 @@ class Program:
         self.pinned = written_through(op_trace)
         self.named = {i: v.name for i, v in enumerate(op_trace.values) if v.name is not None}
         nodes = {op.node for op in op_trace.ops}
-        self.inside: dict[int, dict[int, TensorSize]] = {}
+        self.inside: dict[int, dict[int, SizeSource]] = {}
         for use in capture.followed:
             self.inside.setdefault(use.ref.id, {})[use.dim] = use.tree
         self.rewrites = {i: rewrite_of(capture, i) for i in nodes}

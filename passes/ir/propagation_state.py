@@ -15,6 +15,7 @@ from fxprune.passes.ir.op_trace import OpTrace
 from fxprune.passes.ir.program import TensorSize
 
 LeafDim = tuple[str, int, int]
+SizeSource = TensorSize | tuple[str, str]  # or the path of a module and the name of an attribute
 
 
 @dataclass(slots=True)
@@ -41,7 +42,8 @@ class PropagationState:
         composed: those found to belong to several labels at once (an outer product), by first label, with the labels.
         rewrite: what the current node becomes in the pruned program (see `OpSpec`).
         opaque: whether the current node is an opaque module, in which no written-out size can be changed.
-        sizes: sizes in opaque modules that are those of other tensors, by value and dimension.
+        sizes: what sizes in opaque modules are, of other tensors or attributes, by value and dimension.
+        sized: the labels along dimensions that opaque modules made as large as an attribute says.
         literals: integers among the current node's arguments that no rewrite can change.
         input_dims: finds the dimensions of the current node's result that it gives sizes of the inputs.
     """
@@ -66,6 +68,7 @@ class PropagationState:
     composed: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
     rewrite: Callable[..., Any] | None = None
     opaque: bool = False
-    sizes: dict[int, dict[int, TensorSize]] = field(default_factory=dict)
+    sizes: dict[int, dict[int, SizeSource]] = field(default_factory=dict)
+    sized: dict[SizeSource, Tensor] = field(default_factory=dict)
     literals: frozenset[int] = frozenset()
     input_dims: Callable[[], frozenset[int]] = frozenset
