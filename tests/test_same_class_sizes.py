@@ -1,12 +1,15 @@
 """Numbers of a pruned model of the original's class: sizes that its Python hands on, adds up, slices by and lists."""
 
+import copy
 import pickle
 
 import numpy
+import pytest
 import torch
 from torch import nn
 
 import fxprune
+from fxprune.passes.errors import GuardError
 from fxprune.passes.rewrite.pruned_module import RewrittenForward
 from fxprune.same_class import arguments
 
@@ -169,3 +172,57 @@ def test_parameters_that_training_alone_reads_are_cut_with_what_they_replace(tmp
     assert small.meta["plan"].apply(model, x, same_class=True).mask.shape == (6,)
     fxprune.save(small, tmp_path / "small.safetensors")
     assert torch.equal(fxprune.load(tmp_path / "small.safetensors", Masking(), same_class=True).mask, small.mask)
+
+
+class Attention(nn.Module):
+    """Its code takes it that heads are as wide together as what they are given, so that it cannot run with fewer."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(16, 16) for _ in range(4))
+        self.heads = 4
+
+    def forward(self, x, mask=None, noisy=False):
+        q, k, v = (f(x).unflatten(-1, (self.heads, 4)).transpose(1, 2) for f in (self.query, self.key, self.value))
+        scores = q @ k.transpose(-1, -2) / 2
+        if mask is not None:
+            scores = scores + mask
+        return self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(*x.shape)), None
+
+
+class Encoder(nn.Module):
+    """Makes a mask only where it is captured, as transformers' models do, and returns more if it is asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.attention, self.last = nn.Linear(8, 16), Attention(), nn.Linear(16, 3)
+
+    def forward(self, x, states=False, mask=None):
+        hidden = self.first(x)
+        captured = isinstance(x, torch.fx.Proxy)
+        mask = torch.zeros(x.shape[1], x.shape[1]) if mask is None and captured else mask
+        after = hidden + self.attention(hidden, mask)[0]
+        return (self.last(after), hidden) if states else self.last(after)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_module_has_programs_for_both_ways_it_is_called(inplace):
+    torch.manual_seed(0)
+    model, x = Encoder().eval(), torch.randn(2, 5, 8)
+    graph = fxprune.prune(model, {"attention.query": 0.5}, example_inputs=x)
+    small = fxprune.prune(model, {"attention.query": 0.5}, example_inputs=x, same_class=True, inplace=inplace)
+    assert small.attention.query.out_features == 8 and programs(small) == ["attention"]
+    made = [small, copy.deepcopy(small), pickle.loads(pickle.dumps(small))]
+    for other in made:
+        y = torch.randn(3, 7, 8)
+        assert torch.allclose(other(y), graph(y), atol=1e-6)
+        assert torch.allclose(other(y, states=True)[0], graph(y), atol=1e-6)
+        assert torch.allclose(other(y, mask=torch.zeros(7, 7)), graph(y), atol=1e-6), "with a mask, as captured"
+        with pytest.raises(GuardError, match="attention was captured with other arguments: False where it is True"):
+            other.attention(torch.randn(3, 7, 16), torch.zeros(7, 7), noisy=True)
+    for other in made:  # each has its own parameters
+        with torch.no_grad():
+            other.attention.out.weight.zero_()
+            other.attention.out.bias.zero_()
+            other.last.weight.zero_()
+        assert torch.equal(other(x), other.last.bias.expand(2, 5, 3))

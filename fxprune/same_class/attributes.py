@@ -113,21 +113,23 @@ def assign(module: nn.Module, values: dict[str, Any]) -> None:
 def nearest_sizes(path: str, size: int, pairs: dict[str, tuple[Shape, Shape]]) -> set[int]:
     """What has become of the dimensions of a size, of those tensors in a module that lie the least deep in it.
 
-    One level deeper counts what has kept the size: it may be meant as well.
+    One level deeper counts a tensor that has kept the size: it may be meant as well.
     """
-    found: dict[int, set[int]] = {}
+    found: dict[int, list[set[int]]] = {}
     for depth, now in sizes_below(path, size, pairs):
-        found.setdefault(depth, set()).add(now)
+        found.setdefault(depth, []).append(now)
     nearest = min(found, default=0)
-    return found.get(nearest, set()) | found.get(nearest + 1, set()) & {size}
+    kept = [now for now in found.get(nearest + 1, []) if now == {size}]
+    return set().union(*found.get(nearest, []), *kept)
 
 
-def sizes_below(path: str, size: int, pairs: dict[str, tuple[Shape, Shape]]) -> Iterator[tuple[int, int]]:
+def sizes_below(path: str, size: int, pairs: dict[str, tuple[Shape, Shape]]) -> Iterator[tuple[int, set[int]]]:
+    """How deep in a module each tensor lies that had dimensions of a size, and what has become of them."""
     start = f"{path}." if path else ""
     for name, (before, after) in pairs.items():
-        if name.startswith(start) and len(before) == len(after):
-            depth = name[len(start) :].count(".")
-            yield from ((depth, now) for was, now in zip(before, after, strict=True) if was == size)
+        if name.startswith(start) and len(before) == len(after) and size in before:
+            now = {n for was, n in zip(before, after, strict=True) if was == size}
+            yield name[len(start) :].count("."), now
 
 
 # -- records that name modules ------------------------------------------------------------------------------------------
@@ -142,7 +144,7 @@ def update_records(model: nn.Module, made: nn.Module, run: Callable[[nn.Module],
         for name, value in vars(module).items():
             if path in counterparts and type(value) is list and value and all(type(record) is dict for record in value):
                 owners = [named_module(record, path, paths) for record in value]
-                if any(owner is not None for owner in owners):  # else they are about something else
+                if any(owner is not None for owner in owners) or len(owners) > 1:  # one alone may be about something else
                     found.append((path, name, value, owners))
     if not found:
         return []
@@ -187,7 +189,7 @@ def told_by_outputs(
 def told_by_tensors(path: str, numbers: list[tuple[int, int]], pairs: dict[str, tuple[Shape, Shape]]) -> list[set[int]]:
     """The same by the tensors of the module that holds the records, where some name no module."""
     found = [nearest_sizes(path, size, pairs) for _, size in numbers]
-    return found if all(found) else []
+    return found if all(found) and is_number([size for _, size in numbers]) else []
 
 
 def named_module(record: dict[str, Any], path: str, paths: set[str]) -> str | None:

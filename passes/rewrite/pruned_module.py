@@ -102,7 +102,10 @@ class RewrittenForward:
         module: the module.
         programs: by whether it is in training; one alone where both modes have the same.
         ignored: keywords that its class takes, and that change nothing of what it computes, whether true or false.
+        other: the forward for calls that are otherwise than at capture, if there is one.
     """
+
+    other: RewrittenForward | None = None
 
     def __init__(
         self,
@@ -128,7 +131,15 @@ class RewrittenForward:
         if kwargs:
             kwargs = {name: v for name, v in kwargs.items() if name not in self.ignored or not isinstance(v, bool | None)}
             check_keywords(type(self.module).__name__, kwargs, taken)
-        return function(self.module, *texts, *args, **kwargs)
+        if self.other is None:
+            return function(self.module, *texts, *args, **kwargs)
+        try:
+            return function(self.module, *texts, *args, **kwargs)
+        except GuardError as error:  # which comes before anything is computed, where plain arguments differ
+            try:
+                return self.other(*args, **kwargs)
+            except GuardError:
+                raise error from None
 
     @property
     def __signature__(self) -> inspect.Signature:
