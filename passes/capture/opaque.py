@@ -17,6 +17,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fxprune.passes.ir.indices import slices_of
 from fxprune.passes.ir.program import SizeUse, TensorSize
 from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ops.registry import FUNCTIONS
@@ -102,19 +103,12 @@ class SizeObserver(TorchFunctionMode):
 
     def slices(self, tensor: Tensor, index: Any, out: Tensor) -> None:
         """Bounds of slices: how many entries are taken says what they are."""
-        items = list(index) if isinstance(index, tuple) else [index]
+        items = index if isinstance(index, tuple) else (index,)
         if not all(item is None or item is ... or isinstance(item, int | slice) for item in items):
-            return
-        if ... in items:
-            at = items.index(...)
-            named = sum(item is not None for item in items) - 1
-            items[at : at + 1] = [slice(None)] * (tensor.dim() - named)
-        source = dim = 0  # of the tensor, and of the result
-        for item in items:
-            if isinstance(item, slice) and item.step in (None, 1):
+            return  # tensors choose by their values
+        for source, dim, item in slices_of(index, tensor.dim()):
+            if item.step in (None, 1):
                 self.bounds(tensor, source, item, out, dim)
-            source += item is not None
-            dim += item is None or isinstance(item, slice)
 
     def bounds(self, tensor: Tensor, source: int, item: slice, out: Tensor, dim: int) -> None:
         size = TracedInt.of(tensor.shape[source], TensorSize(self.number(tensor), source))
