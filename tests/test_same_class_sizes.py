@@ -226,3 +226,23 @@ def test_a_module_has_programs_for_both_ways_it_is_called(inplace):
             other.attention.out.bias.zero_()
             other.last.weight.zero_()
         assert torch.equal(other(x), other.last.bias.expand(2, 5, 3))
+
+
+class Literal(nn.Module):
+    """Has a width in its code, so that the model itself gets a program."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        return self.last(self.first(x).view(-1, 2, 6).relu().flatten(1))
+
+
+def test_a_model_with_a_program_for_its_forward_is_exported():
+    x = torch.randn(4, 4)
+    small = fxprune.prune(Literal().eval(), 0.5, example_inputs=x, same_class=True)
+    assert programs(small) == [""] and small.forward.__name__ == "forward" and not hasattr(small.forward, "unheard_of")
+    exported = torch.export.export(small, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+    for made in (exported.module(), copy.deepcopy(small), torch.compile(small, backend="eager", dynamic=True)):
+        assert torch.allclose(made(x[:3]), small(x[:3]), atol=1e-6)

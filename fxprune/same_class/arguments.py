@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.passes.errors import GuardError, surface
+from fxprune.passes.rewrite.pruned_module import said_of_forward
 from fxprune.passes.verification.masked_model import relative_error
 
 
@@ -73,6 +74,9 @@ class SelectingForward:
                 put(bound, place, self.selections[place](tensor))
         forward = self.own or type(self.module).forward.__get__(self.module)
         return forward(*bound.args, **bound.kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return said_of_forward(self, name)
 
     @property
     def __signature__(self) -> inspect.Signature:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -145,8 +146,18 @@ class RewrittenForward:
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(type(self.module).forward.__get__(self.module))
 
+    def __getattr__(self, name: str) -> Any:
+        return said_of_forward(self, name)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "functions": {}, "generated": Functions()}
+
+
+def said_of_forward(stand_in: Any, name: str) -> Any:
+    """What functions say of themselves, such as their name and source, of the forward that an object stands in for."""
+    if name in vars(types.FunctionType) and "module" in vars(stand_in):
+        return getattr(type(stand_in.module).forward, name)
+    raise AttributeError(f"{type(stand_in).__name__!r} object has no attribute {name!r}")
 
 
 def check_keywords(module: str, given: Iterable[str], taken: Iterable[str]) -> None:
