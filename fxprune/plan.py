@@ -263,27 +263,12 @@ def kept_labels(plan: PlanData, solution: Solution, trials: Collection[str] = ()
         solution: the model's coupling.
         trials: why modules were frozen that failed when more of them was cut: what went before stays gone.
     """
-    unit = solution.unit_of.numpy()
-    occurs, stays = np.zeros(len(unit), bool), np.zeros(len(unit), bool)  # a unit that is left in any tensor stays
     gone = plan.removed
-    for name, labels in solution.leaves.items():
-        if name not in plan.shapes or name in gone:  # a constant that the program makes; what goes with a residual branch
-            continue
-        for f in labels:
-            occurs[unit[f.compressed]] = True
-            cut = next((c for c in plan.slices.get(name, ()) if f.dims <= set(c.dims)), None)
-            if cut is None:
-                stays[unit[f.compressed]] = True
-                continue
-            shape = [n if d in cut.dims else 1 for d, n in enumerate(plan.shapes[name])]
-            mask = mask_of([cut], shape)
-            every = f.labels.expand(torch.broadcast_shapes(f.labels.shape, mask.shape))
-            stays[unit[every[mask.expand(every.shape)].numpy()]] = True
-    removed = occurs & ~stays
+    removed = solution.removed_by(plan.slices, {name: shape for name, shape in plan.shapes.items() if name not in gone})
     facts = np.array([not any(trial in reason for trial in trials) for reason in solution.reasons] + [False])  # -1: not frozen
     frozen = np.flatnonzero(removed & facts[solution.frozen])
     removed[frozen] = False  # it may be that all its entries are removed with others that share their places
-    kept = torch.from_numpy(~removed[unit])
+    kept = torch.from_numpy(~removed[solution.unit_of.numpy()])
     try:
         now = {name: found for name, found in tensor_cuts(solution, kept).items() if found and name in plan.shapes}
     except NotARectangle as error:

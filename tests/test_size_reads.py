@@ -203,3 +203,66 @@ def test_numbers_stay_plain_where_a_file_needs_them(use, any_length, tmp_path):
     else:
         with pytest.raises(GuardError, match="is 10, and here it is 13"):
             small(longer)
+
+
+TABLES = {
+    "slice": lambda net, x, n: net.table[:n],
+    "later": lambda net, x, n: net.table[2 : n + 2],
+    "last": lambda net, x, n: net.table[-n:],
+    "of many": lambda net, x, n: net.tables[1, :n],
+    "dots": lambda net, x, n: net.tables[0][..., :n, :],
+    "narrow": lambda net, x, n: torch.narrow(net.table, 0, 0, n),
+    "split": lambda net, x, n: net.table.split([n, 32 - n])[0],
+    "buffer": lambda net, x, n: net.waves[: x.size(1)],
+    "relative": lambda net, x, n: net.table[16 - n : 15 + n].mean(0),
+    "opaque": lambda net, x, n: net.table[: x.shape[1]] * (2 if bool(net.table.sum() > 0) else 3),
+}
+
+
+class Placed(nn.Module):
+    """Adds the first rows of a table, as many as there are tokens."""
+
+    def __init__(self, how):
+        super().__init__()
+        torch.manual_seed(0)
+        self.how = how
+        self.table, self.tables = nn.Parameter(torch.randn(32, 16)), nn.Parameter(torch.randn(3, 32, 16))
+        self.register_buffer("waves", torch.randn(32, 16))
+        self.first, self.inner, self.last = nn.Linear(4, 16), nn.Linear(16, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        return self.last(self.inner(self.first(x) + TABLES[self.how](self, x, x.shape[1])).relu())
+
+
+@pytest.mark.parametrize("how", TABLES)
+def test_rows_of_a_table_that_longer_inputs_read_stay(how):
+    net = Placed(how)
+    small = pruned(net, torch.randn(2, 6, 4))
+    assert small.inner.weight.shape[0] == 6
+    masked = fxprune.masks.masked(net, small.plan)
+    for length in (3, 6, 9, 14):
+        x = torch.randn(3, length, 4)
+        assert torch.allclose(small(x), masked(x), atol=1e-5), length
+
+
+class Packed(nn.Module):
+    """Attention by itself: the width of its input says where the packed projection is cut."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x):
+        batch, tokens, width = x.shape
+        packed = self.qkv(x)
+        q, k, v = packed[..., :width], packed[..., width : 2 * width], packed[..., 2 * width :]
+        q, k, v = (t.view(batch, tokens, 4, width // 4).transpose(1, 2) for t in (q, k, v))
+        return self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def test_parts_that_are_all_read_may_go_though_an_input_says_how_wide_they_are():
+    net, x = Packed(), torch.randn(2, 5, 16)
+    small = pruned(net, x)
+    assert small.out.weight.shape == (16, 8) and small.qkv.weight.shape == (24, 16)
+    assert torch.allclose(small(x[:, :3]), fxprune.masks.masked(net, small.plan)(x[:, :3]), atol=1e-5)

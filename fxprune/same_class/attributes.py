@@ -1,11 +1,13 @@
 """Bring attributes up to date that say a width and that no forward reads, such as `num_features` of a backbone.
 
 Which dimension such a number counts is found by its value: those of the tensors nearest to its module that had this size in the
-original. Where they have one size now, that is the attribute's; where they have several, it cannot be told.
+original. Where they have one size now, that is the attribute's; where they have several, it cannot be told. The same goes for
+the numbers of a tuple or list, and for what is the sum of such a one.
 
 A list of records that each name a module (`{"module": "layer1", "num_chs": 64}`) is about the outputs of these modules: a
-number of theirs is a width if it is the size of the channels, second or last, of an output of every one. Where none of the
-modules is called, as lists of blocks are not, it is one if each has tensors of this size.
+number of theirs is a width if it is the size of the channels, second or last, of an output of every one; that of a list of
+blocks is the output of the last. Where none of the modules is called, it is one if each has tensors of this size. Where
+some name no module, it is told as the numbers of a tuple are.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from fxprune.passes.ir.module_tree import named_tensors, walk
 from fxprune.passes.ir.pytree import collect
 
 Shape = tuple[int, ...]
-Changes = tuple[nn.Module, dict[str, tuple[int, int]]]  # what numbers of a module were, and would be
+Number = Any  # a whole number, or a tuple or list of them
+Changes = tuple[nn.Module, dict[str, tuple[Number, Number]]]  # what numbers of a module were, and would be
 
 
 def update_attributes(
@@ -47,19 +50,31 @@ def numbers_left(model: nn.Module, made: nn.Module, is_exact: Callable[[], bool]
         counterpart = modules.get(path)
         if counterpart is None or type(module).__module__.startswith(("torch.nn.", "torch.ao.nn.")):
             continue
-        changed: dict[str, tuple[int, int]] = {}  # from, to
-        for name, value in list(vars(module).items()):
-            if type(value) is not int or value < 2 or name.startswith("_") or vars(counterpart).get(name) != value:
+        changed: dict[str, tuple[Number, Number]] = {}  # from, to
+        sums: dict[int, int] = {}
+        for name, value in sorted(vars(module).items(), key=lambda item: type(item[1]) is int):  # sums after what they are of
+            if name.startswith("_") or not is_number(value) or vars(counterpart).get(name) != value:
                 continue
-            sizes = nearest_sizes(path, value, pairs)
-            if len(sizes) > 1:
+            found = [nearest_sizes(path, size, pairs) for size in ((value,) if type(value) is int else value)]
+            if not all(found):
+                if type(value) is int and value in sums:
+                    changed[name] = (value, sums[value])
+            elif any(len(sizes) > 1 for sizes in found):
                 stale.append(joined(path, name))
-            elif sizes - {value}:
-                changed[name] = (value, sizes.pop())
+            elif (now := [sizes.pop() for sizes in found]) != list(value if type(value) is not int else (value,)):
+                changed[name] = (value, now[0] if type(value) is int else type(value)(now))
+                if type(value) is not int:
+                    sums[sum(value)] = sum(now)
         if changed:
             changes.append((counterpart, changed))
     assign_exact(changes, is_exact)
     return stale
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value may be a width: a whole number above one, or several that differ, which the sides of an image do not."""
+    some = value if type(value) in (tuple, list) else (value,)
+    return all(type(n) is int and n > 1 for n in some) and (some is not value or len(set(some)) > 1)
 
 
 def shape_pairs(model: nn.Module, made: nn.Module) -> dict[str, tuple[Shape, Shape]]:
@@ -98,21 +113,23 @@ def assign(module: nn.Module, values: dict[str, Any]) -> None:
 def nearest_sizes(path: str, size: int, pairs: dict[str, tuple[Shape, Shape]]) -> set[int]:
     """What has become of the dimensions of a size, of those tensors in a module that lie the least deep in it.
 
-    One level deeper counts what has kept the size: it may be meant as well.
+    One level deeper counts a tensor that has kept the size: it may be meant as well.
     """
-    found: dict[int, set[int]] = {}
+    found: dict[int, list[set[int]]] = {}
     for depth, now in sizes_below(path, size, pairs):
-        found.setdefault(depth, set()).add(now)
+        found.setdefault(depth, []).append(now)
     nearest = min(found, default=0)
-    return found.get(nearest, set()) | found.get(nearest + 1, set()) & {size}
+    kept = [now for now in found.get(nearest + 1, []) if now == {size}]
+    return set().union(*found.get(nearest, []), *kept)
 
 
-def sizes_below(path: str, size: int, pairs: dict[str, tuple[Shape, Shape]]) -> Iterator[tuple[int, int]]:
+def sizes_below(path: str, size: int, pairs: dict[str, tuple[Shape, Shape]]) -> Iterator[tuple[int, set[int]]]:
+    """How deep in a module each tensor lies that had dimensions of a size, and what has become of them."""
     start = f"{path}." if path else ""
     for name, (before, after) in pairs.items():
-        if name.startswith(start) and len(before) == len(after):
-            depth = name[len(start) :].count(".")
-            yield from ((depth, now) for was, now in zip(before, after, strict=True) if was == size)
+        if name.startswith(start) and len(before) == len(after) and size in before:
+            now = {n for was, n in zip(before, after, strict=True) if was == size}
+            yield name[len(start) :].count("."), now
 
 
 # -- records that name modules ------------------------------------------------------------------------------------------
@@ -122,37 +139,57 @@ def update_records(model: nn.Module, made: nn.Module, run: Callable[[nn.Module],
     """Update the numbers in lists of records that each name a module; returns the lists in which some are left in doubt."""
     modules = walk(model)
     paths, counterparts = set(modules.values()), {path: module for module, path in walk(made).items()}
-    found: list[tuple[str, str, list[dict[str, Any]], list[str]]] = []
+    found: list[tuple[str, str, list[dict[str, Any]], list[str | None]]] = []
     for module, path in modules.items():
         for name, value in vars(module).items():
             if path in counterparts and type(value) is list and value and all(type(record) is dict for record in value):
-                owners = [owner for record in value for owner in [named_module(record, path, paths)] if owner is not None]
-                if len(owners) == len(value):
+                owners = [named_module(record, path, paths) for record in value]
+                if any(owner is not None for owner in owners) or len(owners) > 1:  # one alone may be about something else
                     found.append((path, name, value, owners))
     if not found:
         return []
-    before, after, pairs = output_shapes(model, run), output_shapes(made, run), shape_pairs(model, made)
+    shapes = output_shapes(model, run), output_shapes(made, run), shape_pairs(model, made)
     stale: list[str] = []
     for path, name, records, owners in found:
         changed = [dict(record) for record in records]
         for key in sorted({key for record in records for key, number in record.items() if type(number) is int}):
-            there = [(i, owner, records[i][key]) for i, owner in enumerate(owners) if type(records[i].get(key)) is int]
-            outputs = [(size, before[owner]) for _, owner, size in there if owner in before]
-            dims = [d for d in (1, -1) if all(any(is_size_of(size, s, d) for s in was) for size, was in outputs)] or [1, -1]
-            if not all(any(is_size_of(size, s, d) for s in was for d in dims) for size, was in outputs):
-                continue  # not a width: there are outputs without a dimension of this size
-            if not outputs and not all(any(sizes_below(owner, size, pairs)) for _, owner, size in there):
-                continue  # nor in lists that are never called
-            for i, owner, size in there:
-                both = [*zip(before.get(owner, ()), after.get(owner, ()))]
-                told = {now[d] for was, now in both if len(was) == len(now) for d in dims if is_size_of(size, was, d)}
-                sizes = told or nearest_sizes(owner, size, pairs)
+            there = [(i, records[i][key]) for i in range(len(records)) if type(records[i].get(key)) is int]
+            known = [(owner, size) for i, size in there for owner in [owners[i]] if owner is not None]
+            told = told_by_outputs(known, *shapes) if None not in owners else told_by_tensors(path, there, shapes[2])
+            for (i, _), sizes in zip(there, told, strict=bool(told)):
                 if len(sizes) == 1:
-                    changed[i][key] = sizes.pop()
+                    changed[i][key] = min(sizes)
                 elif joined(path, name) not in stale:
                     stale.append(joined(path, name))
         assign(counterparts[path], {name: changed})
     return stale
+
+
+def told_by_outputs(
+    numbers: list[tuple[str, int]],
+    before: dict[str, list[Shape]],
+    after: dict[str, list[Shape]],
+    pairs: dict[str, tuple[Shape, Shape]],
+) -> list[set[int]]:
+    """What numbers about modules may be now, by the outputs of these modules; empty where they are no widths."""
+    outputs = [(size, before[owner]) for owner, size in numbers if owner in before]
+    dims = [d for d in (1, -1) if all(any(is_size_of(size, s, d) for s in was) for size, was in outputs)] or [1, -1]
+    if not all(any(is_size_of(size, s, d) for s in was for d in dims) for size, was in outputs):
+        return []  # there are outputs without a dimension of this size
+    if not outputs and not all(any(sizes_below(owner, size, pairs)) for owner, size in numbers):
+        return []  # nor in lists that are never called
+    found = []
+    for owner, size in numbers:
+        both = [*zip(before.get(owner, ()), after.get(owner, ()))]
+        told = {now[d] for was, now in both if len(was) == len(now) for d in dims if is_size_of(size, was, d)}
+        found.append(told or nearest_sizes(owner, size, pairs))
+    return found
+
+
+def told_by_tensors(path: str, numbers: list[tuple[int, int]], pairs: dict[str, tuple[Shape, Shape]]) -> list[set[int]]:
+    """The same by the tensors of the module that holds the records, where some name no module."""
+    found = [nearest_sizes(path, size, pairs) for _, size in numbers]
+    return found if all(found) and is_number([size for _, size in numbers]) else []
 
 
 def named_module(record: dict[str, Any], path: str, paths: set[str]) -> str | None:
@@ -166,7 +203,7 @@ def is_size_of(size: int, shape: Shape, dim: int) -> bool:
 
 
 def output_shapes(model: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str, list[Shape]]:
-    """The shapes of the tensors that each module returns at its last call, by path."""
+    """The shapes of the tensors that each module returns at its last call, by path; of a list those of its last module."""
     found: dict[str, list[Shape]] = {}
 
     def noted(path: str) -> Callable[..., None]:
@@ -180,6 +217,10 @@ def output_shapes(model: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str
         for module, path in walk(model).items():
             stack.callback(module.register_forward_hook(noted(path)).remove)
         run(model)
+    for module, path in reversed(walk(model).items()):
+        inner = [joined(path, name) for name, _ in module.named_children()]
+        if path not in found and inner and inner[-1] in found:
+            found[path] = found[inner[-1]]
     return found
 
 

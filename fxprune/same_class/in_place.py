@@ -98,6 +98,8 @@ def become(model: nn.Module, made: nn.Module, *, with_values: bool) -> nn.Module
 def rebound(value: Any, module: nn.Module) -> Any:
     """What stands for a method of a module of the copy, as that of the module itself."""
     value.module = module
+    if isinstance(value, RewrittenForward) and value.other is not None:
+        value.other.module = module
     if isinstance(value, SelectingForward) and isinstance(value.own, RewrittenForward):
         value.own.module = module
     return value

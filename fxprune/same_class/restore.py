@@ -9,6 +9,7 @@ its forward: the innermost such module, since they are tried from the inside out
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import re
 import typing
@@ -23,7 +24,7 @@ from torch import Tensor, fx, nn
 from fxprune.errors import PruneWarning
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.capture.capture import capture_program
-from fxprune.passes.coupling.couple import couple_channels
+from fxprune.passes.coupling.couple import couple_channels, with_unread
 from fxprune.passes.coupling.solution import CouplingOptions
 from fxprune.passes.errors import PruneError, surface
 from fxprune.passes.ir.module_tree import named_tensors, private_copy, set_mode
@@ -33,14 +34,15 @@ from fxprune.passes.ir.slices import TensorSlice
 from fxprune.passes.rewrite.pruned_module import PrunedModule, RewrittenForward
 from fxprune.passes.rewrite.rewrite import rewrite_program, slice_tensor
 from fxprune.passes.verification.masked_model import relative_error
-from fxprune.plan import kept_labels, plan_between
+from fxprune.plan import PlanData, kept_labels, plan_between
 from fxprune.same_class.arguments import fit_arguments
 from fxprune.same_class.attributes import update_attributes
+from fxprune.same_class.calls import Call, call_of, noting_calls, plain, program_for
 from fxprune.same_class.configuration import Attributes, Experiment, configure, conflict
 from fxprune.same_class.constants import widths_in_constants
 from fxprune.same_class.numbers import fit_numbers
 from fxprune.same_class.saving import SavePretrained
-from fxprune.same_class.silent import drop_removed, take_program
+from fxprune.same_class.silent import constants_of, drop_removed, take_program
 from fxprune.verification import evaluating, restoring, tolerance_of
 
 
@@ -126,6 +128,9 @@ def shrunk_copy(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs) -
     try:
         whole = capture_program(set_mode(private_copy(model), False), inputs.args, inputs.kwargs, whole=True)
         solution = couple_channels([whole], plan.coupling_options)
+        if plan.slices.keys() - solution.leaves.keys():
+            solution.captures[0].is_untrained = True
+            with_unread(model, inputs.args, inputs.kwargs, solution)
         made: Any = rewrite_program(model, solution, kept_labels(plan, solution), cut=taken).own_model
     except Exception as error:  # couplings that it has only as one module, such as through what its Python reads
         surface(error)
@@ -151,7 +156,15 @@ def try_forwards(model: nn.Module, pruned: PrunedModule, made: nn.Module, inputs
     Before that, other numbers are tried in its own forward, and parts of what it hands to the modules inside.
     """
     given: dict[str, list[Any]] = {}
-    gpus = gpus_of(model)
+    gpus, plan = gpus_of(model), plan_between(model, pruned)
+
+    @functools.cache
+    def calls() -> dict[str, list[Call]]:
+        """How the original calls those of its modules that may need a program."""
+        there = [path for path, m in pruned.named_modules() if path and isinstance(vars(m).get("forward"), RewrittenForward)]
+        with evaluating(model), restoring(model), noting_calls(model, there) as found:
+            inputs.map(torch.clone).call(model)
+        return found
 
     def before(path: str) -> Callable[..., None]:
         def noted(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -175,6 +188,8 @@ def try_forwards(model: nn.Module, pruned: PrunedModule, made: nn.Module, inputs
             fits = is_right() or fit_numbers(model.get_submodule(path), candidate, is_right)
             if not fits and not fit_arguments(candidate, module, call, is_right):
                 take_program(candidate, module, programs)
+                if seen := calls().get(path):
+                    add_program(candidate, model.get_submodule(path), path, seen, call_of(module, args, kwargs, out), plan)
             set_random_state(afterwards, gpus)
 
         return compared
@@ -190,6 +205,21 @@ def try_forwards(model: nn.Module, pruned: PrunedModule, made: nn.Module, inputs
                     stack.callback(handle.remove)
         with restoring(pruned):
             inputs.map(torch.clone).call(pruned)
+
+
+def add_program(candidate: nn.Module, module: nn.Module, path: str, calls: list[Call], there: Call, plan: PlanData) -> None:
+    """Give a module that has a program another one for calls as the original makes them, where these are otherwise.
+
+    Arguments:
+        module: its counterpart in the original, at `path`; `calls` are those of it, and `there` is one of the pruned model.
+    """
+    if any(plain(call.given) != plain(calls[0].given) for call in calls):
+        return
+    made = program_for(module, path, calls[0], there, plan)
+    inner: Any = None if made is None else made.get_submodule("module")
+    forward = vars(inner).get("forward") if inner is not None else None
+    if isinstance(forward, RewrittenForward) and not constants_of(inner):
+        vars(candidate)["forward"].other = RewrittenForward(candidate, forward.programs)
 
 
 def ignore_keywords(model: nn.Module, made: nn.Module, run: Callable[[], Any]) -> None:

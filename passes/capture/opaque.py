@@ -17,6 +17,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from fxprune.passes.ir.indices import slices_of
 from fxprune.passes.ir.program import SizeUse, TensorSize
 from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ops.registry import FUNCTIONS
@@ -85,6 +86,8 @@ class SizeObserver(TorchFunctionMode):
         sizes = FUNCTIONS[name].sizes if name in FUNCTIONS else None
         if sizes is not None and isinstance(out, Tensor):
             self.note(sizes.numbered(args, kwargs or {}, out.dim()), out)
+        elif name == "__getitem__" and isinstance(out, Tensor):
+            self.slices(args[0], args[1], out)
         elif name in ("split", "split_with_sizes") and len(args) > 1:
             dim = (args[2] if len(args) > 2 else (kwargs or {}).get("dim", 0)) % args[0].dim()
             for size, part in zip(args[1] if isinstance(args[1], tuple | list) else [args[1]], out, strict=False):
@@ -97,6 +100,21 @@ class SizeObserver(TorchFunctionMode):
         if isinstance(found, int):
             return TracedInt.of(found, TensorSize(ref, dims[0] % tensor.dim()))
         return Size([TracedInt.of(n, TensorSize(ref, dim)) for dim, n in enumerate(found)])
+
+    def slices(self, tensor: Tensor, index: Any, out: Tensor) -> None:
+        """Bounds of slices: how many entries are taken says what they are."""
+        items = index if isinstance(index, tuple) else (index,)
+        if not all(item is None or item is ... or isinstance(item, int | slice) for item in items):
+            return  # tensors choose by their values
+        for source, dim, item in slices_of(index, tensor.dim()):
+            if item.step in (None, 1):
+                self.bounds(tensor, source, item, out, dim)
+
+    def bounds(self, tensor: Tensor, source: int, item: slice, out: Tensor, dim: int) -> None:
+        size = TracedInt.of(tensor.shape[source], TensorSize(self.number(tensor), source))
+        start, stop = item.start, item.stop
+        if all(n is None or 0 <= n <= size for n in (start, stop)):
+            self.note([((size if stop is None else stop) - (start or 0), dim)], out)
 
     def note(self, sizes: Sequence[tuple[Any, int]], out: Tensor) -> None:
         """Sizes of a result, each with its dimension."""

@@ -92,7 +92,7 @@ def modes_captured(
 
 def stay_in_evaluation(capture: CapturedProgram, why: str) -> None:
     """Have training be as evaluation; opaque modules that would do what nobody has seen are kept in that mode."""
-    capture.note = f"training mode is as evaluation: {why}"
+    capture.note, capture.is_untrained = f"training mode is as evaluation: {why}", True
     paths = [f"{path}." for path in capture.asking]
     capture.evaluating = frozenset(path for path in capture.modules if any(f"{path}.".startswith(p) for p in paths))
 

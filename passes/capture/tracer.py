@@ -22,7 +22,7 @@ from fxprune.passes.capture.train_eval import Modes, captured_in_both
 from fxprune.passes.errors import PruneError, ReadsValue, WritesWhatItReads, surface
 from fxprune.passes.ir.index_contents import version_of
 from fxprune.passes.ir.module_tree import walk
-from fxprune.passes.ir.program import CapturedProgram, TensorSize, assigned, named_outputs
+from fxprune.passes.ir.program import CapturedProgram, assigned, named_outputs
 from fxprune.passes.ir.pytree import TensorRef, tensors
 
 UNWATCHED: contextlib.nullcontext[dict[str, int]] = contextlib.nullcontext({})
@@ -289,7 +289,7 @@ class ValueTracer(GraphBuilder):
             functions=frozenset(evaluator.functions),
             calls=evaluator.calls,
             sizes={path: [use for use in uses if use.attributes] for path, uses in evaluator.sizes.items()},
-            followed=[use for uses in evaluator.sizes.values() for use in uses if isinstance(use.tree, TensorSize)],
+            followed=[use for uses in evaluator.sizes.values() for use in uses if use.is_plain],
             leaks=evaluator.leaks,
             inputs=self.inputs,
             tensor_names=list(self.names.values()),

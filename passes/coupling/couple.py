@@ -9,12 +9,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from fxprune.passes.capture.programs import NOT_FOLLOWED, REPORT, programs
+from fxprune.passes.capture.capture import capture_program
+from fxprune.passes.capture.programs import NOT_FOLLOWED, REPORT, programs, trained
 from fxprune.passes.coupling.choices import find_experts
 from fxprune.passes.coupling.leaf_labels import LeafLabels
 from fxprune.passes.coupling.propagation import Program, Propagated, propagate
@@ -23,11 +24,11 @@ from fxprune.passes.coupling.solution import CouplingOptions, Solution
 from fxprune.passes.coupling.solver import solve
 from fxprune.passes.errors import NeedsValues, PruneError, surface, told
 from fxprune.passes.ir.constraints import Constraints, LabelArray
-from fxprune.passes.ir.labels import NONE, Labels
-from fxprune.passes.ir.module_tree import on_meta
+from fxprune.passes.ir.labels import NONE, Factor, Labels, along
+from fxprune.passes.ir.module_tree import named_parameters, on_meta, private_copy
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.pytree import TensorRef, collect
-from fxprune.passes.ir.quiet import gc_paused, unobserved
+from fxprune.passes.ir.quiet import gc_paused, own_random_state, unobserved
 from fxprune.passes.ops.registry import spec_of
 
 MOST_COMPOSED = 1000  # dimensions, after which no others are composed
@@ -117,7 +118,7 @@ def analyse(
         if found is not None:
             coupling_options.check([name for capture in found for name, _ in capture.outputs])
             try:
-                return couple_channels(found, coupling_options, frozen_modules)
+                return with_unread(model, args, kwargs, couple_channels(found, coupling_options, frozen_modules))
             except NeedsValues:  # the contents of a constant
                 pass
             except Exception as error:
@@ -125,7 +126,7 @@ def analyse(
         found = programs(model, args, kwargs, None)
         coupling_options.check([name for capture in found for name, _ in capture.outputs])
         try:
-            return couple_channels(found, coupling_options, frozen_modules)
+            return with_unread(model, args, kwargs, couple_channels(found, coupling_options, frozen_modules))
         except PruneError:
             raise
         except Exception as error:
@@ -135,6 +136,41 @@ def analyse(
                 where=type(model).__name__,
                 fix=REPORT,
             ) from error
+
+
+def with_unread(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], solution: Solution) -> Solution:
+    """The same, where parameters that only the model's own forward reads, in training, are cut with what it combines them with.
+
+    Training is captured as one module for that, whose program is not used.
+    """
+    unread = {name: p for name, p in named_parameters(model).items() if name not in solution.leaves and p.dim()}
+    if not solution.captures[0].is_untrained or not unread:
+        return solution
+    try:
+        with own_random_state():
+            whole = couple_channels(
+                [capture_program(trained(private_copy(model)), args, kwargs, whole=True)], CouplingOptions()
+            )
+    except Exception as error:  # it cannot be run in training
+        surface(error)
+        return solution
+    known: dict[tuple[int, ...], Factor] = {}
+    for name, labels in solution.leaves.items():
+        there = dict(lines(whole, name))
+        known |= {there[dim]: f for f in labels for dim in f.major_to_minor if len(f.dims) == 1 and dim in there}
+    for name, parameter in unread.items():
+        found = [along(known[units].labels, dim, parameter.dim()) for dim, units in lines(whole, name) if units in known]
+        if found:
+            solution.leaves[name], solution.shapes[name] = tuple(found), tuple(parameter.shape)
+    return solution
+
+
+def lines(solution: Solution, name: str) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """The dimensions of a tensor that are not frozen, with the units along each."""
+    for f in solution.leaves.get(name, NONE):
+        units = tuple(solution.unit_of[f.labels].flatten().tolist())
+        if len(f.dims) == 1 and 0 not in units:
+            yield f.major_to_minor[0], units
 
 
 def describe_capture(solution: Solution) -> str:

@@ -15,12 +15,13 @@ from fxprune.passes.coupling.aliasing import follow, read_apart, written_through
 from fxprune.passes.coupling.leaf_labels import LeafLabels
 from fxprune.passes.coupling.picks import finish_picks, follow_picks
 from fxprune.passes.coupling.solution import CouplingOptions
-from fxprune.passes.ir.constraints import SPAN, ConstraintBuilder
+from fxprune.passes.ir.constraints import SPAN, ConstraintBuilder, LabelArray
+from fxprune.passes.ir.input_sizes import dims_sliced, is_input_size, sizes_given
 from fxprune.passes.ir.labels import NONE, Labels
 from fxprune.passes.ir.op_trace import OpCall, written_by
-from fxprune.passes.ir.program import ONLY_OUTPUT, CapturedProgram, TensorSize, sizes_read
+from fxprune.passes.ir.program import ONLY_OUTPUT, CapturedProgram, sizes_read
 from fxprune.passes.ir.progress import progress_bar
-from fxprune.passes.ir.propagation_state import LeafDim, PropagationState
+from fxprune.passes.ir.propagation_state import LeafDim, PropagationState, SizeSource
 from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ops.autograd_probe import NO_RULE, probe
 from fxprune.passes.ops.call import RuleContext
@@ -39,7 +40,7 @@ class Program:
         pinned: views that are written into, which cannot become copies.
         named: the names of the model's own tensors among the values.
         rewrites: for each node `rewrite`, `opaque` and `literals` of the state there, and whether it `counts` (see `OpSpec`).
-        inside: sizes in opaque modules that are those of other tensors, by value and dimension.
+        inside: what sizes in opaque modules are, of other tensors or attributes, by value and dimension.
         sizes: for each node the sizes among its arguments that may be those of the inputs (see `sizes_given`).
     """
 
@@ -54,7 +55,7 @@ class Program:
         self.pinned = written_through(op_trace)
         self.named = {i: v.name for i, v in enumerate(op_trace.values) if v.name is not None}
         nodes = {op.node for op in op_trace.ops}
-        self.inside: dict[int, dict[int, TensorSize]] = {}
+        self.inside: dict[int, dict[int, SizeSource]] = {}
         for use in capture.followed:
             self.inside.setdefault(use.ref.id, {})[use.dim] = use.tree
         self.rewrites = {i: rewrite_of(capture, i) for i in nodes}
@@ -124,6 +125,9 @@ def propagate_through(program: Program, state: PropagationState, owned: int) -> 
     """Apply the rules of one program's calls; the first `owned` labels are those of the model's own tensors."""
     constraints, capture = state.constraints, program.capture
     hidden = list(program.hidden)
+    state.is_inputs = lambda size: (
+        capture.op_trace.values[size.ref.id].from_input and is_input_size((size.ref, size.dim), state.labels, owned)
+    )
     end = OpCall(None, (), {}, (), len(capture.index))
     sized = counts = (
         False  # whether sizes of the inputs are among the node's arguments: contents that it makes then vary with them
@@ -140,6 +144,7 @@ def propagate_through(program: Program, state: PropagationState, owned: int) -> 
             if counts:
                 freeze_arguments(capture, op.node, state)
             state.input_dims = functools.partial(dims_of_inputs, capture, op.node, state.labels, owned)
+            state.sliced_dims = functools.partial(dims_sliced, capture, op.node, state.labels, owned)
             sized = any(is_input_size(found, state.labels, owned) for found in program.sizes[op.node])
         call = RuleContext(op, state)
         if sized or (state.varying and any(r.id in state.varying for r in call.inputs)):
@@ -149,12 +154,24 @@ def propagate_through(program: Program, state: PropagationState, owned: int) -> 
     for node in program.whole:
         constraints.node = program.node(capture.index[node])
         freeze_around(capture, node, state)
+    freeze_part_read(state)
     for path, leaks in capture.leaks.items():
         calls = [index for node, index in capture.index.items() if node.op == "call_module" and str(node.target) == path]
         constraints.node = program.node(min(calls, default=end.node))
         finish_picks(state, leaks)
         for f in (f for ref in leaks for f in state.labels.get(ref.id, NONE)):
             constraints.freeze(f.labels, TAKEN)
+
+
+def freeze_part_read(state: PropagationState) -> None:
+    """Freeze dimensions that are read as far as an input is long, where the example's inputs leave entries that nothing reads.
+
+    Longer ones read them. Where all are read, as the parts of a packed projection are, the size is one of channels.
+    """
+    read = {label for part in state.part_read for label in part.taken.tolist()}
+    for part in state.part_read:
+        if not read.issuperset(part.every.tolist()):
+            state.constraints.collected.frozen.append(LabelArray(part.every, part.node, "is read as far as an input is long"))
 
 
 def freeze_outputs(capture: CapturedProgram, state: PropagationState, options: CouplingOptions) -> None:
@@ -164,35 +181,6 @@ def freeze_outputs(capture: CapturedProgram, state: PropagationState, options: C
             why = "is an output of the model" + (f", {name}" if name != ONLY_OUTPUT else "")
             for f in state.labels.get(ref.id, NONE):
                 state.constraints.freeze(f.labels, why)
-
-
-def tells_channels(labels: Labels, dim: int, owned: int) -> bool:
-    """Whether entries along a dimension all differ, and some are labels of the model's own tensors, the first `owned`."""
-    for f in labels:
-        if dim in f.dims and f.start is not None:
-            if f.start < owned:
-                return True
-        elif dim in f.dims:
-            line = f.labels.movedim(dim, -1).reshape(-1, f.labels.shape[dim])[0].numpy()
-            if int(line.min()) < owned and (bool((line[1:] > line[:-1]).all()) or len(np.unique(line)) == len(line)):
-                return True
-    return False
-
-
-def sizes_given(capture: CapturedProgram, index: int) -> list[tuple[TensorRef, int | None]]:
-    """The sizes that the numbers among a node's arguments come from, of tensors that depend on the inputs.
-
-    Each is a tensor and a dimension; None where any of its dimensions may be meant.
-    """
-    node, results = capture.node_at(index), capture.results
-    if node is None:
-        return []
-    sizes: dict[tuple[TensorRef, int | None], None] = {}
-    numbers = [n for n in node.all_input_nodes if not collect(results[n], TensorRef)]
-    for ref, dim in (found for number in numbers for found in sizes_read(number, results)):
-        if capture.op_trace.values[ref.id].from_input:
-            sizes[ref, None if dim is None else dim % max(1, len(capture.op_trace.shape(ref)))] = None
-    return list(sizes)
 
 
 def dims_of_inputs(capture: CapturedProgram, index: int, labels: dict[int, Labels], owned: int) -> frozenset[int]:
@@ -205,15 +193,6 @@ def dims_of_inputs(capture: CapturedProgram, index: int, labels: dict[int, Label
     given = [(size, dim) for size, dim in spec.sizes.numbered(node.args, node.kwargs, ndim) if isinstance(size, fx.Node)]
     found = [(dim, sizes_read(size, capture.results)) for size, dim in given]
     return frozenset(dim for dim, read in found if any(is_input_size(source, labels, owned) for source in read))
-
-
-def is_input_size(found: tuple[TensorRef, int | None], labels: dict[int, Labels], owned: int) -> bool:
-    """Whether a size is one of the inputs', and no number of channels.
-
-    The first `owned` labels are those of the model's own tensors: they tell a channel.
-    """
-    ref, dim = found
-    return dim is None or not tells_channels(labels.get(ref.id, NONE), dim, owned)
 
 
 def apply_rule(call: RuleContext) -> None:

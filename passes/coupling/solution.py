@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch import Tensor, fx
 
 from fxprune.passes.coupling.listed_experts import ListedExperts
@@ -14,7 +15,7 @@ from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.constraints import Tie
 from fxprune.passes.ir.labels import Labels
 from fxprune.passes.ir.program import CapturedProgram
-from fxprune.passes.ir.slices import Slicer
+from fxprune.passes.ir.slices import Slicer, TensorSlice, mask_of
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,28 @@ class Solution:
     at_least: list[tuple[np.ndarray, int]] = field(default_factory=list)
     picks: list[dict[int, np.ndarray]] = field(default_factory=list)
     experts: ListedExperts | None = None
+
+    def removed_by(self, slices: Mapping[str, Sequence[TensorSlice]], shapes: Mapping[str, Sequence[int]]) -> np.ndarray:
+        """For each unit whether slices of tensors take all of it, shape (labels,); one that is left in any tensor stays.
+
+        Arguments:
+            slices: by name of the tensor; those without any stay whole.
+            shapes: of the tensors that count: constants that the program makes do not.
+        """
+        unit = self.unit_of.numpy()
+        occurs, stays = np.zeros(len(unit), bool), np.zeros(len(unit), bool)
+        for name, labels in self.leaves.items():
+            for f in labels if name in shapes else ():
+                occurs[unit[f.compressed]] = True
+                cut = next((c for c in slices.get(name, ()) if f.dims <= set(c.dims)), None)
+                if cut is None:
+                    stays[unit[f.compressed]] = True
+                    continue
+                shape = [n if d in cut.dims else 1 for d, n in enumerate(shapes[name])]
+                mask = mask_of([cut], shape)
+                every = f.labels.expand(torch.broadcast_shapes(f.labels.shape, mask.shape))
+                stays[unit[every[mask.expand(every.shape)].numpy()]] = True
+        return occurs & ~stays
 
     def complete(self, slicer: Slicer) -> Slicer:
         """The same, with whole modules removed that go with labels that it does not keep."""

@@ -91,7 +91,7 @@ class CapturedProgram:
         evaluating: modules that are to stay in evaluation, since it is not known what they do in training.
         calls: calls made inside opaque modules.
         sizes: attributes of opaque modules that were used as sizes.
-        followed: sizes of tensors that opaque modules used as sizes of others.
+        followed: attributes and sizes of tensors that opaque modules used as sizes.
         leaks: tensors in opaque modules whose contents Python took, by path.
         inputs: references of the example inputs' tensors.
         tensor_names: the names of the model's tensors, in its order, and of constants after those.
@@ -107,6 +107,7 @@ class CapturedProgram:
         trains_on_values: whether a run without values, as this one, cannot be made in training.
         module_calls: the calls of modules that were traced through, in order of their ends.
         note: what the emitted model does not do as the original does.
+        is_untrained: whether training is as evaluation because its program cannot be followed.
         consumed: whether a rewrite has taken the program; see `take`.
     """
 
@@ -137,6 +138,7 @@ class CapturedProgram:
     asking: set[str] = field(default_factory=set)
     evaluating: frozenset[str] = frozenset()
     note: str = ""
+    is_untrained: bool = False
     consumed: bool = False
 
     def take(self) -> CapturedProgram:
@@ -291,6 +293,11 @@ class SizeUse:
     @property
     def attributes(self) -> set[tuple[str, str]]:
         return attributes_of_size(self.tree)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is one attribute or size itself."""
+        return isinstance(self.tree, TensorSize) or (isinstance(self.tree, tuple) and len(self.tree) == 2)
 
 
 def attributes_of_size(tree: Any) -> set[tuple[str, str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -15,6 +15,15 @@ from fxprune.passes.ir.op_trace import OpTrace
 from fxprune.passes.ir.program import TensorSize
 
 LeafDim = tuple[str, int, int]
+SizeSource = TensorSize | tuple[str, str]  # or the path of a module and the name of an attribute
+
+
+class PartRead(NamedTuple):
+    """Labels along a dimension that a call reads as far as a size of the inputs says: all of them, and those of the example."""
+
+    every: np.ndarray
+    taken: np.ndarray
+    node: int
 
 
 @dataclass(slots=True)
@@ -41,9 +50,13 @@ class PropagationState:
         composed: those found to belong to several labels at once (an outer product), by first label, with the labels.
         rewrite: what the current node becomes in the pruned program (see `OpSpec`).
         opaque: whether the current node is an opaque module, in which no written-out size can be changed.
-        sizes: sizes in opaque modules that are those of other tensors, by value and dimension.
+        sizes: what sizes in opaque modules are, of other tensors or attributes, by value and dimension.
+        sized: the labels along dimensions that opaque modules made as large as an attribute says.
         literals: integers among the current node's arguments that no rewrite can change.
         input_dims: finds the dimensions of the current node's result that it gives sizes of the inputs.
+        sliced_dims: finds those of its first tensor that it slices by sizes of the inputs.
+        is_inputs: whether a size in an opaque module is one of the inputs.
+        part_read: what was read as far as a size of the inputs says.
     """
 
     op_trace: OpTrace
@@ -66,6 +79,10 @@ class PropagationState:
     composed: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
     rewrite: Callable[..., Any] | None = None
     opaque: bool = False
-    sizes: dict[int, dict[int, TensorSize]] = field(default_factory=dict)
+    sizes: dict[int, dict[int, SizeSource]] = field(default_factory=dict)
+    sized: dict[SizeSource, Tensor] = field(default_factory=dict)
     literals: frozenset[int] = frozenset()
     input_dims: Callable[[], frozenset[int]] = frozenset
+    sliced_dims: Callable[[], frozenset[int]] = frozenset
+    is_inputs: Callable[[TensorSize], bool] = lambda size: False
+    part_read: list[PartRead] = field(default_factory=list)

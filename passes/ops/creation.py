@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxprune.passes.ir.labels import NONE, Factor, Labels, align, factor
+from fxprune.passes.ir.labels import NONE, Factor, Labels, align, along, factor
 from fxprune.passes.ir.op_trace import name_of
+from fxprune.passes.ir.program import TensorSize
 from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.pointwise import same
@@ -39,9 +40,19 @@ def uniform(call: RuleContext) -> Labels:
 
 
 def sized_alike(call: RuleContext, ndim: int) -> Labels:
-    """In an opaque module no size can be written anew; one that is read from a tensor follows that tensor."""
-    sizes = call.state.sizes.get(call.outputs[0].id, {})
+    """In an opaque module no size can be written anew; one that is read from a tensor follows that tensor.
+
+    An attribute can change, and with it whatever is as large as it says, which so has the same labels.
+    """
+    given = call.state.sizes.get(call.outputs[0].id, {})
     result: Labels = NONE
+    for dim, size in given.items():
+        count = call.shape(call.outputs[0])[dim]
+        if not isinstance(size, TensorSize) and count > 1:
+            if size not in call.state.sized:
+                call.state.sized[size] = call.constraints.fresh(count)
+            result += (along(call.state.sized[size], dim, ndim),)
+    sizes = {dim: size for dim, size in given.items() if isinstance(size, TensorSize)}
     for ref in dict.fromkeys(size.ref for size in sizes.values()):
         to = {size.dim: dim for dim, size in sizes.items() if size.ref is ref}
         for f in call.labels(ref):

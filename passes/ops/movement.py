@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
 from fxprune.passes.ir.labels import NONE, Factor, Labels, factor
+from fxprune.passes.ir.program import TensorSize
+from fxprune.passes.ir.propagation_state import PartRead
 from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.index_maps import along_dim, moved_call, movement, one_by_one
@@ -68,6 +72,21 @@ def cut(call: RuleContext, f: Factor, dim: int, start: int, stop: int, step: int
     return call.settle(part, "is sliced to a single channel")
 
 
+def note_read(call: RuleContext, dim: int, parts: Sequence[slice]) -> None:
+    """Note what is read along a dimension, by whichever part of the result, where sizes of the inputs say how far."""
+    varying = [f for f in call.labels(call.first) if dim in f.dims]
+    inside = [call.state.sizes.get(out.id, {}).get(dim) for out in call.outputs]
+    if varying and (
+        any(isinstance(size, TensorSize) and call.state.is_inputs(size) for size in inside) or dim in call.state.sliced_dims()
+    ):
+        uses = call.state.uses
+        used = [part for part, out in zip(parts, call.outputs, strict=True) if not uses or out.id in uses]
+        for f in varying:
+            lines = f.labels.movedim(dim, 0)
+            taken = [lines[part].flatten().numpy() for part in used]
+            call.state.part_read.append(PartRead(f.flat, np.concatenate([f.flat[:0], *taken]), call.constraints.node))
+
+
 def slice_(call: RuleContext) -> Labels:
     shape = call.shape(call.first)
     dim = call.dim(call["dim"], len(shape))
@@ -77,6 +96,7 @@ def slice_(call: RuleContext) -> Labels:
         start, stop, step = slice(call.get("start"), call.get("end"), call.get("step", 1)).indices(shape[dim])
     if call.shape(call.outputs[0]) == shape:
         return call.labels(call.first)
+    note_read(call, dim, [slice(start, stop, step)])
     labels = call.labels(call.first)
     if call.outputs[0].id in call.state.pinned:
         labels = call.freeze_dims(labels, [dim], "is written through a view of every so many entries")
@@ -86,6 +106,8 @@ def slice_(call: RuleContext) -> Labels:
 def split(call: RuleContext) -> list[Labels]:
     dim = call.dim(call["dim"], len(call.shape(call.first)))
     outs, start = [], 0
+    ends = list(itertools.accumulate(call.shape(out)[dim] for out in call.outputs))
+    note_read(call, dim, [slice(a, b) for a, b in itertools.pairwise([0, *ends])])
     for out in call.outputs:
         stop = start + call.shape(out)[dim]
         outs.append(tuple(g for f in call.labels(call.first) for g in cut(call, f, dim, start, stop)))

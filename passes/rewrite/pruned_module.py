@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -102,7 +103,10 @@ class RewrittenForward:
         module: the module.
         programs: by whether it is in training; one alone where both modes have the same.
         ignored: keywords that its class takes, and that change nothing of what it computes, whether true or false.
+        other: the forward for calls that are otherwise than at capture, if there is one.
     """
+
+    other: RewrittenForward | None = None
 
     def __init__(
         self,
@@ -128,14 +132,32 @@ class RewrittenForward:
         if kwargs:
             kwargs = {name: v for name, v in kwargs.items() if name not in self.ignored or not isinstance(v, bool | None)}
             check_keywords(type(self.module).__name__, kwargs, taken)
-        return function(self.module, *texts, *args, **kwargs)
+        if self.other is None:
+            return function(self.module, *texts, *args, **kwargs)
+        try:
+            return function(self.module, *texts, *args, **kwargs)
+        except GuardError as error:  # which comes before anything is computed, where plain arguments differ
+            try:
+                return self.other(*args, **kwargs)
+            except GuardError:
+                raise error from None
 
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(type(self.module).forward.__get__(self.module))
 
+    def __getattr__(self, name: str) -> Any:
+        return said_of_forward(self, name)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "functions": {}, "generated": Functions()}
+
+
+def said_of_forward(stand_in: Any, name: str) -> Any:
+    """What functions say of themselves, such as their name and source, of the forward that an object stands in for."""
+    if name in vars(types.FunctionType) and "module" in vars(stand_in):
+        return getattr(type(stand_in.module).forward, name)
+    raise AttributeError(f"{type(stand_in).__name__!r} object has no attribute {name!r}")
 
 
 def check_keywords(module: str, given: Iterable[str], taken: Iterable[str]) -> None:
