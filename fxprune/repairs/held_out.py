@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from fxprune.criteria.calibration import Batch
-from fxprune.passes.ir.program import named_outputs
+from fxprune.passes.ir.outputs import named_outputs
 from fxprune.passes.ir.pytree import TensorRef, map_tensors
 from fxprune.repairs.least_squares import PART
 from fxprune.repairs.repairer import relative

@@ -17,7 +17,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fxprune.passes.ir.indices import slices_of
+from fxprune.passes.ir.input_sizes import slices_of
 from fxprune.passes.ir.program import SizeUse, TensorSize
 from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ops.registry import FUNCTIONS

@@ -22,7 +22,8 @@ from fxprune.passes.capture.train_eval import Modes, captured_in_both
 from fxprune.passes.errors import PruneError, ReadsValue, WritesWhatItReads, surface
 from fxprune.passes.ir.index_contents import version_of
 from fxprune.passes.ir.module_tree import walk
-from fxprune.passes.ir.program import CapturedProgram, assigned, named_outputs
+from fxprune.passes.ir.outputs import named_outputs
+from fxprune.passes.ir.program import CapturedProgram, assigned
 from fxprune.passes.ir.pytree import TensorRef, tensors
 
 UNWATCHED: contextlib.nullcontext[dict[str, int]] = contextlib.nullcontext({})

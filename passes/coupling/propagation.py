@@ -19,7 +19,8 @@ from fxprune.passes.ir.constraints import SPAN, ConstraintBuilder, LabelArray
 from fxprune.passes.ir.input_sizes import dims_sliced, is_input_size, sizes_given
 from fxprune.passes.ir.labels import NONE, Labels
 from fxprune.passes.ir.op_trace import OpCall, written_by
-from fxprune.passes.ir.program import ONLY_OUTPUT, CapturedProgram, sizes_read
+from fxprune.passes.ir.outputs import ONLY_OUTPUT
+from fxprune.passes.ir.program import CapturedProgram, sizes_read
 from fxprune.passes.ir.progress import progress_bar
 from fxprune.passes.ir.propagation_state import LeafDim, PropagationState, SizeSource
 from fxprune.passes.ir.pytree import TensorRef, collect
