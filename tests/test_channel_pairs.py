@@ -69,3 +69,41 @@ def test_rows_are_shortened_where_that_is_finer() -> None:
     pruned = fxprune.prune(model, 0.25, example_inputs=x)
     assert dict(pruned.named_parameters())["a.weight"].shape[0] == 24
     assert dict(pruned.named_parameters())["b.weight"].shape[1] == 4
+
+
+# What computes both channels of a pair anew, from the two of them.
+TOGETHER: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda y: y.softmax(2),
+    "log_softmax": lambda y: y.log_softmax(2),
+    "cumsum": lambda y: y.cumsum(2),
+    "times_magnitude": lambda y: y * y.norm(dim=2, keepdim=True),
+    "over_sum": lambda y: y / (1 + y.abs().sum(2, keepdim=True)),
+    "squash": lambda y: y * (n := y.square().sum(2, keepdim=True)).sqrt() / (1 + n),
+    "gate": lambda y: y * (y.norm(dim=2, keepdim=True) > 0.5),
+}
+
+
+class InPairs(nn.Module):
+    def __init__(self, compute: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.compute = compute
+        self.a, self.b = nn.Conv2d(3, 32, 1), nn.Conv2d(32, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.compute(self.a(x).unflatten(1, (-1, 2))).flatten(1, 2))
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.5])
+@pytest.mark.parametrize("name", TOGETHER)
+def test_pairs_that_stay_pairs_go_whole(name: str, ratio: float) -> None:
+    """Of each pair both channels go or none does, so what stays is computed of both, as in the original."""
+    torch.manual_seed(0)
+    model, x = InPairs(TOGETHER[name]).double().eval(), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    small = fxprune.prune(model, ratio, example_inputs=x)
+    kept = fxprune.plan_of(small).masks(model)["a.weight"].flatten(1).any(1)
+    assert int((~kept).sum()) == 2 * int(ratio * 16)
+    assert torch.equal(kept[0::2], kept[1::2])
+    zeroed = copy.deepcopy(model)
+    with torch.no_grad():
+        zeroed.b.weight[:, ~kept] = 0
+        torch.testing.assert_close(small(x), zeroed(x), rtol=0, atol=1e-12)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import fxprune
 from fxprune.passes.ir.slices import TensorSlice, mask_of
-from fxprune.passes.verification import zeroed_model
+from fxprune.passes.verification import zero_flow
 from fxprune.passes.verification.masked_model import MaskedOriginal
 from fxprune.passes.verification.zero_flow import why_zeroed_does_not_apply
 from fxprune.passes.verification.zeroed_model import ZeroedOriginal
@@ -283,9 +283,9 @@ def test_notes_move_as_entries_do(monkeypatch, func, args):
     mask = torch.rand(7, 5) < 0.4
     given = args(table.masked_fill(mask, 0), indices)
     operands = [v for v in given if isinstance(v, torch.Tensor)]
-    probe = zeroed_model.Probe(func, given, {}, operands, [mask, None], ())
+    probe = zero_flow.Probe(func, given, {}, operands, [mask, None], ())
     [moved] = probe.removed_results()
-    monkeypatch.setattr(zeroed_model, "MOVING", frozenset())
+    monkeypatch.setattr(zero_flow, "MOVING", frozenset())
     [drawn] = probe.removed_results()
     assert moved.any() and not moved.all() and torch.equal(moved, drawn)
 

@@ -137,7 +137,7 @@ def as_one_module(failed: ValueTracer, reason: str) -> ValueTracer:
     wrapper = RootWrapper(root)
     wrapper.train(root.training)
     tracer = ValueTracer(wrapper, failed.example_args, failed.example_kwargs)
-    tracer.forward = root.forward
+    tracer.forward, tracer.is_one_module = root.forward, True
     tracer.names = tracer.recorder.names = dict(failed.names)
     tracer.evaluator.opaque["whole"] = reason
     failed.discard()

@@ -177,8 +177,11 @@ def see_questions(patches: Any) -> None:
 def see_messages(patches: Any) -> None:
     """A size that is written into a message decides nothing: the guards that its text has led to go again."""
 
-    def taking(function: Any, level: int | None = None) -> Any:
-        """A function that takes messages; as argument number `level`, which of its callers it is said to have."""
+    def taking(function: Any, level: int | None = None, *, paused: bool = True) -> Any:
+        """A function that takes messages; as argument number `level`, which of its callers it is said to have.
+
+        It is no step of the program, unless it has a stand-in of its own that is to see proxies: then nothing is `paused`.
+        """
 
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -191,7 +194,7 @@ def see_messages(patches: Any) -> None:
             said = " ".join([a for a in (*args, *kwargs.values()) if type(a) is str])
             tracer = patches.tracer
             tracer.guards = [g for g in tracer.guards if g.how != "text" or str(g.value) not in said]
-            with tracer.paused():
+            with tracer.paused() if paused else contextlib.nullcontext():
                 return function(*args, **kwargs)
 
         patches.stand_ins[id(function)] = wrapper
@@ -199,7 +202,7 @@ def see_messages(patches: Any) -> None:
         return wrapper
 
     for name in ("_assert", *CHECKS):
-        patches.patch(torch, name, taking(getattr(torch, name)))
+        patches.patch(torch, name, taking(getattr(torch, name), paused=name not in CHECKS))
     patches.patch(builtins, "print", taking(print))
     patches.patch(warnings, "warn", taking(warnings.warn, 2))
     for name in ("debug", "info", "warning", "error"):

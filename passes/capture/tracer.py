@@ -42,6 +42,7 @@ class ValueTracer(GraphBuilder):
         super().__init__(root, retry=retry)
         self.example_args, self.example_kwargs = args, kwargs
         self.forward: Callable[..., Any] = root.forward  # whose signature the program gets
+        self.is_one_module = False  # whether that is the forward of a module which is all there is in the root, and one node
         self.paths = walk(root)
         self.plain = PlainModules()
         self.modes = Modes.of(root)
@@ -60,8 +61,8 @@ class ValueTracer(GraphBuilder):
                     self.note_assigned(module)
             finally:
                 self.recorder.tracing = False
-        whole = self.forward != self.root.forward  # it returns what its one node does, whatever that is
-        self.create_node("output", "output", () if whole else (self.create_arg(returned),), {})
+        given = () if self.is_one_module else (self.create_arg(returned),)  # else whatever its one node returns
+        self.create_node("output", "output", given, {})
 
     @property
     def root_call(self) -> Callable[..., Any]:

@@ -80,9 +80,10 @@ class TreeNames:
         for path, module in every_path(root):
             self.modules[path] = module
             self.paths.setdefault(id(module), []).append(path)
-            start = f"{path}." if path else ""
-            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-                if tensor is not None:
+            start, state = f"{path}." if path else "", vars(module)
+            plain = () if PLAIN.issuperset(map(type, state.values())) else state.items()
+            for name, tensor in (*module._parameters.items(), *module._buffers.items(), *plain):
+                if isinstance(tensor, Tensor):
                     self.tensors.setdefault(id(tensor), []).append(start + name)
 
     def relative(self, target: str, path: str, *, module: bool) -> str | None:

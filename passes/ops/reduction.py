@@ -114,13 +114,18 @@ def by_rank(call: RuleContext) -> list[Labels]:
 
 
 def normalise(call: RuleContext) -> Labels:
-    """Every entry depends on the others along `dim`: over several rows they must be packed alike."""
+    """Every entry depends on the others along `dim`: over several rows they must be packed alike, and each row can go whole."""
     x = call.first
     dims = call.dims(call.get("dim", -1), len(call.shape(x)))
     call.constraints.keep_copies(f for f in call.labels(x) if f.dims & set(dims))
     for f in call.labels(x):
-        if f.dims & set(dims) and f.major_to_minor[-1] not in dims and len(f.major_to_minor) > 1:
+        rows = [d for d in f.major_to_minor if d not in dims]
+        if not rows or len(rows) == len(f.major_to_minor):
+            continue
+        if f.major_to_minor[-1] not in dims:
             call.constraints.keep_columns_equal(f)
+        else:
+            call.constraints.new_row_labels(f, rows, whole=bool(call.heads))
     return call.labels(x)
 
 

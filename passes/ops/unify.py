@@ -42,8 +42,9 @@ def unify(
         if plain is not None:
             return plain
     left, right = list(a), list(b)
+    told: set[int] = set()  # the dimensions along which the rows of one operand are told by row labels of the other one
     if call.constraints.reduced:
-        left, right = beside_rows(call, left, right), beside_rows(call, right, left)
+        left, right = beside_rows(call, left, right, told), beside_rows(call, right, left, told)
     result: list[Factor] = compose(call, left, right) + compose(call, right, left)
     for patient in (not call.state.seeking_heads, False):
         for f in list(left):
@@ -54,7 +55,7 @@ def unify(
                 match(call, f, twin)
                 result.append(twin if call.constraints.are_row_labels(twin) else call.constraints.determine(f, twin, adds=adds))
     taken = {d for f in result for d in f.dims}
-    result += lone(call, left, right, taken, b_shape) + lone(call, right, left, taken, a_shape)
+    result += lone(call, left, right, taken, b_shape, told) + lone(call, right, left, taken, a_shape, told)
     for f in [f for f in left if any(f.dims & g.dims for g in right)]:  # (3)
         partners = [g for g in right if f.dims & g.dims]
         g = main_partner(call, f, partners)
@@ -156,13 +157,17 @@ def occur_alike(labels: Tensor, without: Iterable[int], end: int = 0) -> bool:
     return bool((counts == counts[0]).all())
 
 
-def beside_rows(call: RuleContext, mine: list[Factor], theirs: list[Factor]) -> list[Factor]:
-    """The factors of one operand without row labels whose rows the other operand has: the rows tell what is removed."""
+def beside_rows(call: RuleContext, mine: list[Factor], theirs: list[Factor], told: set[int]) -> list[Factor]:
+    """The factors of one operand without row labels whose rows the other operand has: the rows tell what is removed.
+
+    Their dimensions are added to `told`.
+    """
     left = []
     for f in mine:
         wide = next((g for g in theirs if f.dims < g.dims), None)
         if wide is not None and call.constraints.are_row_labels(f):
             call.constraints.tie_to_rows(f.labels, wide.labels)
+            told |= f.dims
         else:
             left.append(f)
     return left
@@ -180,7 +185,9 @@ def made_on_the_way(call: RuleContext, f: Factor) -> bool:
     return bool((f.labels >= call.constraints.first_new).all()) and not call.constraints.are_row_labels(f)
 
 
-def lone(call: RuleContext, mine: list[Factor], theirs: list[Factor], taken: set[int], shape: Sequence[int]) -> list[Factor]:
+def lone(
+    call: RuleContext, mine: list[Factor], theirs: list[Factor], taken: set[int], shape: Sequence[int], told: set[int]
+) -> list[Factor]:
     """The factors that overlap none of the other operand's, whose shape is given; those that must be kept whole are frozen."""
     passed = []
     for f in list(mine):
@@ -191,7 +198,7 @@ def lone(call: RuleContext, mine: list[Factor], theirs: list[Factor], taken: set
             call.constraints.freeze(f.labels, kept_whole(call))
         if shape[minor] == 1 or call.state.seeking_heads:
             passed.append(f)
-            rows = [d for d in f.major_to_minor[:-1] if shape[d] > 1]
+            rows = [d for d in f.major_to_minor[:-1] if shape[d] > 1 and d not in told]
             if rows and not call.state.seeking_heads:  # the other one has them all: each keeps something
                 labels = call.constraints.fresh(math.prod(f.labels.shape[d] for d in rows))
                 labels = labels.reshape([n if d in rows else 1 for d, n in enumerate(f.labels.shape)])
