@@ -94,6 +94,27 @@ def test_what_a_forward_writes_to_is_a_copy() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_what_a_forward_writes_to_for_other_inputs_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch of one is no example here, so that the capture knows nothing of what is written then."""
+
+    class Clips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[0] == 1:
+                self.b.weight.data.clamp_(-0.1, 0.1)
+            return self.b(self.a(x).relu())
+
+    torch.manual_seed(0)
+    model = Clips().double().eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    runs = runs_of_a_prune(monkeypatch, model, torch.randn(3, 5, dtype=torch.double))
+    assert runs[:2] == [("ZeroedOriginal", torch.Size([1, 5])), ("ZeroedOriginal", torch.Size([2, 5]))]  # the first one ended
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 # -- one sample of the original, at both ends of a batch ------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from fxprune.passes.verification.masked_model import MaskedOriginal
 from fxprune.passes.verification.outlook import Outlook
 from fxprune.passes.verification.shifted_parameters import Shifts
 from fxprune.passes.verification.zero_flow import why_zeroed_does_not_apply
-from fxprune.passes.verification.zeroed_model import Slices, ZeroedOriginal
+from fxprune.passes.verification.zeroed_model import Slices, Unwritten, ZeroedOriginal
 from fxprune.verification import difference, is_blank, restoring, without_zeros
 
 
@@ -134,7 +134,7 @@ class ZeroedReference:
         zeroed, once = self.original(), self.needed is not None  # a copy costs no more than to restore it
         args, kwargs = map_tensors((inputs.args, inputs.kwargs), torch.clone)
         self.made = None if once else zeroed
-        unchanged = contextlib.nullcontext() if once else restoring(zeroed.model, parameters=self.writes)
+        unchanged = Unwritten(zeroed.shared) if once else restoring(zeroed.model, parameters=self.writes)
         with unchanged, self.drawing():
             if not (self.outlook and self.statistics):
                 return zeroed(args, kwargs)

@@ -7,15 +7,22 @@ on the way; `zero_flow.py` finds out where it does not.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxprune.passes.capture.patches import visible
+from fxprune.passes.capture.recorder import by_ops
+from fxprune.passes.ir.index_contents import storage_of
 from fxprune.passes.ir.labels import fill_outside
 from fxprune.passes.ir.module_tree import copy_tree, named_tensors, set_mode
+from fxprune.passes.ir.op_trace import written_by
+from fxprune.passes.ir.pytree import collect
 from fxprune.passes.ir.slices import TensorSlice
 from fxprune.passes.verification.zeros_needed import Needed
 
@@ -62,6 +69,30 @@ class Masks:
         return self.found[key]
 
 
+class Unwritten(TorchDispatchMode):
+    """Raises where an operator is about to write to memory of the model's own, as it may do for other inputs than the example.
+
+    Arguments:
+        places: the memory that is not to be written to.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, places: AbstractSet[int]) -> None:
+        super().__init__()
+        self.places = places
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            return by_ops(self, func, args, kwargs)
+        for at, name in written_by(func):
+            written = collect(args[at] if at < len(args) else kwargs.get(name), Tensor)
+            if any(t.layout is torch.strided and storage_of(t) in self.places for t in written):
+                raise RuntimeError(f"{func} writes to a parameter")
+        return func(*args, **kwargs)
+
+
 class ZeroedOriginal:
     """A copy of a model, in evaluation mode, in which the elements that slices remove are zero.
 
@@ -89,6 +120,8 @@ class ZeroedOriginal:
         masks = Masks()
         kept = {name: [masks(cut, t.shape) for cut in self.slices.get(name, ())] for name, t in named_tensors(model)}
         self.model, self.tensors = zeroed_copy(model, kept, shifts, shared=needed is not None)
+        strided = [t for t in model.parameters() if t.layout is torch.strided] if needed is not None else []
+        self.shared = frozenset(map(storage_of, strided))  # memory of the model's, in which parameters lie that were not copied
         set_mode(self.model, False)
 
     def cut(self) -> list[tuple[Tensor, Sequence[TensorSlice]]]:
