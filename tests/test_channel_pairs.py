@@ -107,3 +107,20 @@ def test_pairs_that_stay_pairs_go_whole(name: str, ratio: float) -> None:
     with torch.no_grad():
         zeroed.b.weight[:, ~kept] = 0
         torch.testing.assert_close(small(x), zeroed(x), rtol=0, atol=1e-12)
+
+
+def test_a_variance_over_heads_and_their_channels_keeps_two() -> None:
+    """Heads and the channels in them go one by one along one dimension: one of either is one entry, which has no variance."""
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.randn(9, 2, 2)), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.einsum("bnc,chd->bnhd", x, self.a).flatten(-2)
+            return self.b(y * y.std(2, keepdim=True).tanh())
+
+    torch.manual_seed(0)
+    small = fxprune.prune(Heads().double().eval(), 0.5, torch.randn(3, 4, 9, dtype=torch.float64))
+    assert small.verification.ok and small.get_parameter("a").shape[1:].numel() == 2

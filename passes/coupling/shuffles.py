@@ -74,11 +74,11 @@ def channel_order(capture: CapturedProgram, chain: list[fx.Node], dim: int) -> t
     """The permutation of one dimension that a chain amounts to, found by running it on indices; None if it does more."""
     source = capture.results[chain[0].args[0]]  # type: ignore[index]
     shape = capture.op_trace.shape(source)
-    places = torch.arange(math.prod(shape)).view(shape)
+    places = torch.arange(math.prod(shape), dtype=torch.double).view(shape)  # `unfold` moves no integers
     values = {chain[0].args[0]: places}
     for node in chain:
         args = fx.node.map_arg(node.args, lambda n: values[n] if n in values else capture.results[n])
         kwargs = fx.node.map_arg(node.kwargs, lambda n: values[n] if n in values else capture.results[n])
         run = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
         values[node] = run(*args[1:], **kwargs) if node.op == "call_method" else run(*args, **kwargs)  # type: ignore[operator]
-    return order_along(places, values[chain[-1]], dim)
+    return order_along(places.long(), values[chain[-1]].long(), dim)

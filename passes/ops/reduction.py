@@ -75,6 +75,10 @@ def spread(call: RuleContext) -> list[Labels]:
         for f in call.labels(x):
             if f.major_to_minor[-1] in dims and f.dims <= {f.major_to_minor[-1], *(d for d in range(ndim) if d not in dims)}:
                 call.constraints.keep_two_per_row(f.rows())
+        for d in dims:  # several families along one dimension, as heads and their dimensions: what stays is a product
+            crossing = [f for f in call.labels(x) if d in f.dims and f.dims <= set(dims)]
+            if len(crossing) > 1:
+                call.constraints.keep_two_per_row(max((f.labels.unique() for f in crossing), key=len).reshape(1, -1))
     return reduce(call)
 
 
