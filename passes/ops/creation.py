@@ -170,13 +170,18 @@ def pad(call: RuleContext) -> Labels:
     amounts = list(call["pad"])
     result: Labels = NONE
     for f in call.labels(call.first):
-        for d in sorted(padded(amounts, len(shape)) & f.dims):
+        for d in sorted(padded(amounts, len(shape))):
+            if d not in f.dims:
+                continue
+            before, after = amounts[2 * (len(shape) - 1 - d)], amounts[2 * (len(shape) - 1 - d) + 1]
+            left = shape[d] + min(0, before) + min(0, after)
             if len(f.major_to_minor) > 1:
                 call.constraints.keep_columns_equal(f)
-            before, after = amounts[2 * (len(shape) - 1 - d)], amounts[2 * (len(shape) - 1 - d) + 1]
-            array = f.labels.narrow(d, max(0, -before), f.labels.shape[d] + min(0, before) + min(0, after))
+                if not left:
+                    call.freeze((f,), "has all its entries taken away in padding")
+            array = f.labels.narrow(d, max(0, -before), left)
             sides = [array]
-            for count, at in ((before, 0), (after, len(sides) + 1)):
+            for count, at in ((before, 0), (after, 2)):
                 if count > 0:
                     new = call.fresh(max(2, count), d, len(shape)).labels.narrow(d, 0, count)
                     sizes = list(array.shape)

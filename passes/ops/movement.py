@@ -236,11 +236,12 @@ def roll_kept(r: RewriteContext, node: fx.Node) -> fx.Node | None:
     listed: Any = [v if isinstance(v, tuple | list) else [v] for v in (given, shifts)]
     ndim = len(r.before(source))
     dims, moves = [r.number_of(d) % ndim for d in listed[0]], [r.number_of(n) for n in listed[1]]
-    shrunk = [i for i, d in enumerate(dims) if is_shrunk(r, source, d)]
+    shrunk = sorted({d for d in dims if is_shrunk(r, source, d)})
     if not shrunk:
         return None
-    made = gathered(r, node, [(dims[i], torch.arange(r.before(source)[dims[i]]).roll(moves[i])) for i in shrunk])
-    rest = [i for i in range(len(dims)) if i not in shrunk]
+    total = {d: sum(move for other, move in zip(dims, moves, strict=True) if other == d) for d in shrunk}
+    made = gathered(r, node, [(d, torch.arange(r.before(source)[d]).roll(total[d])) for d in shrunk])
+    rest = [i for i in range(len(dims)) if dims[i] not in shrunk]
     if rest:
         arguments = (made, tuple(r.argument(listed[1][i]) for i in rest), tuple(dims[i] for i in rest))
         return r.graph.call_method("roll", arguments)
