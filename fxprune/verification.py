@@ -16,6 +16,7 @@ from fxprune.passes.errors import PruneError, told
 from fxprune.passes.ir.contents import contents, refill
 from fxprune.passes.ir.module_tree import named_parameters, named_tensors, walk
 from fxprune.passes.ir.pytree import collect
+from fxprune.passes.ir.quiet import unobserved
 from fxprune.passes.verification.masked_model import relative_error
 
 # float32 sums in another order differ by about this much over the depth of a deep network
@@ -158,7 +159,7 @@ def is_blank(returned: Any) -> bool:
 def unverifiable(model: nn.Module, inputs: ExampleInputs, error: Exception) -> PruneError:
     """The error for a pruned model that cannot be compared: the original's own, if it does not take the example inputs."""
     try:
-        with torch.no_grad(), evaluating(model), restoring(model):
+        with unobserved(model), evaluating(model), restoring(model):
             inputs.call(model)
     except Exception as own:
         fix = "example_inputs on which model(*example_inputs) runs"
@@ -172,7 +173,7 @@ def unverifiable(model: nn.Module, inputs: ExampleInputs, error: Exception) -> P
 
 def inexact(model: nn.Module, inputs: ExampleInputs, found: Verification, *, draws: bool) -> PruneError:
     """The error for a pruned model that differs from its original, or cannot be compared, as the original returns NaN."""
-    with torch.no_grad(), evaluating(model), restoring(model):
+    with unobserved(model), evaluating(model), restoring(model):
         blank = any(bool(t.isnan().all()) for t in collect(inputs.call(model), Tensor) if t.numel())
     if blank:
         what = "the pruned model cannot be compared: the original itself returns nothing but NaN"

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.overrides import has_torch_function, has_torch_function_unary, has_torch_function_variadic
 
 import fxprune
 from fxprune.passes.errors import GuardError
@@ -52,6 +53,18 @@ QUESTIONS = {
     "dtype": lambda m, x, y: m.b(y if y.dtype is torch.float32 and y.dtype == torch.float32 else y * 0),
     "by type": lambda m, x, y: m.b({torch.Tensor: torch.relu}[type(y)](y)),
     "three arguments": lambda m, x, y: m.b(y * type("Two", (), {"number": 2}).number),
+    "class": lambda m, x, y: m.b(y if y.__class__ is torch.Tensor and y.__class__.__name__ == "Tensor" else y * 0),
+    "class of a shape": lambda m, x, y: m.b(
+        y if isinstance(x.shape, torch.Size) and x.shape.__class__ is torch.Size else y * 0
+    ),
+    "parameter": lambda m, x, y: m.b(y if isinstance(m.a.weight, nn.Parameter) and not isinstance(y, nn.Parameter) else y * 0),
+    "callable": lambda m, x, y: m.b(y * 0 if callable(y) else y),
+    "has numpy": lambda m, x, y: m.b(y if hasattr(y, "numpy") and hasattr(y, "data_ptr") else y * 0),
+    "overridden": lambda m, x, y: m.b(y * 0 if torch.overrides.has_torch_function((x, y)) else y),
+    "overridden, by name": lambda m, x, y: m.b(y * 0 if has_torch_function_unary(y) or has_torch_function((y, "a")) else y),
+    "overridden parameter": lambda m, x, y: m.b(y * 0 if has_torch_function_variadic(m.a.weight, m.a.bias) else y),
+    "overridden, as C++ says": lambda m, x, y: m.b(y * 0 if torch._C._has_torch_function_unary(y) else y),
+    "function modes": lambda m, x, y: m.b(y * 0 if torch._C._len_torch_function_stack() else y),
     "legacy": lambda m, x, y: m.b(y if isinstance(y, torch.FloatTensor) and not isinstance(y, torch.LongTensor) else y * 0),
     "assertion": lambda m, x, y: (torch._assert(x.shape[1] > 0, f"no tokens: {x.shape[1]}"), m.b(y))[1],
     "print": lambda m, x, y: (print(x.shape, f"{x.shape[0]}"), m.b(y))[1],

@@ -558,3 +558,27 @@ def test_a_layer_that_others_read_says_its_sizes():
     small = fxprune.prune(nn.Sequential(attention, nn.Linear(16, 2)).eval(), 0.5, torch.randn(2, 5, 16))
     projection = small[0].self_attn.out_proj
     assert (projection.out_features, projection.in_features) == tuple(projection.weight.shape)
+
+
+MASK = torch.tensor([True, False] * 8)  # of a file's own, outside of any module
+
+
+class Masks(nn.Module):
+    """Nothing of its code has a width in it but the mask that it makes or finds."""
+
+    def __init__(self, mask) -> None:
+        super().__init__()
+        self.proj, self.mask = nn.Linear(6, 16), mask
+
+    def forward(self, x):
+        return self.proj(x).masked_fill(self.mask(), 0.5)
+
+
+@pytest.mark.parametrize("mask", [lambda: torch.arange(16) % 2 == 0, lambda: MASK], ids=["made", "found"])
+def test_a_module_whose_forward_makes_a_mask_of_channels_has_a_program(mask) -> None:
+    """Its own forward would make all of the mask, and not what is left of it."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Masks(mask), nn.Linear(16, 3)).double().eval(), torch.randn(2, 6).double()
+    pruned = fxprune.prune(model, 0.5, example_inputs=x)
+    assert pruned[0](x).shape == (2, 8)
+    assert fxprune.verify(model, pruned, x).error < 1e-10

@@ -92,10 +92,16 @@ def captured(
 
 def trace(tracer: ValueTracer) -> ValueTracer:
     """Run the tracer, with the recorder in place all the while; it writes only while a node is evaluated."""
-    tracer.recorder.active, parameters = False, ParameterWrites(tracer.root)
-    tracer.recorder.before_write = parameters.before_write
+    tracer.recorder.active, parameters = False, ParameterWrites(tracer.root, watched=tracer.takes_memory)
+    tracer.recorder.before_write, tracer.watch_parameters = parameters.before_write, parameters.watch
     with tracer.bar, Patches(tracer), seen_conversions(tracer), parameters, torch.no_grad(), tracer.recorder:
         tracer.run()
+    if parameters.written_unseen:
+        raise PruneError(
+            "the forward writes to the memory of a parameter, and not by an operator of torch",
+            where=type(getattr(tracer.root, "whole", tracer.root)).__name__,
+            fix="write by torch, such as parameter.data.mul_(2), or before pruning; the model is as it was",
+        )
     tracer.check_writes()
     return tracer
 
@@ -126,6 +132,7 @@ def once_more(failed: ValueTracer, function: Any = None, conversions: Conversion
     tracer.conversions = conversions or failed.conversions
     tracer.writes_constants = failed.writes_constants or failed.wrote_constants
     tracer.read_as_copies = failed.read_as_copies | failed.assigned_alone
+    tracer.takes_memory = failed.takes_memory
     failed.discard()
     return tracer
 
@@ -139,6 +146,6 @@ def as_one_module(failed: ValueTracer, reason: str) -> ValueTracer:
     tracer = ValueTracer(wrapper, failed.example_args, failed.example_kwargs)
     tracer.forward, tracer.is_one_module = root.forward, True
     tracer.names = tracer.recorder.names = dict(failed.names)
-    tracer.evaluator.opaque["whole"] = reason
+    tracer.evaluator.opaque["whole"], tracer.takes_memory = reason, failed.takes_memory
     failed.discard()
     return tracer

@@ -1,4 +1,5 @@
-"""What Python answers itself about sizes and tensors: `int(size)`, `float(size)`, `len(tensor)`, `type(tensor)`, and texts.
+"""What Python answers itself about sizes and tensors: `int(size)`, `float(size)`, `len(tensor)`, `type(tensor)`;
+and what torch answers about the modes that look on.
 
 Python insists that `int` and `float` return plain numbers. While a program is captured, classes of the same names stand in
 their place in files that convert sizes. Which files do is known once they have: the capture starts again then. For `len` and
@@ -8,23 +9,20 @@ their place in files that convert sizes. Which files do is known once they have:
 from __future__ import annotations
 
 import ast
-import builtins
 import contextlib
 import functools
-import logging
 import re
-import sys
 import threading
-import warnings
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fxprune.passes.capture.patches import CHECKS, STAND_INS, not_a_models
-from fxprune.passes.capture.proxy import PROXIES, Items, TensorProxy
+from fxprune.passes.capture.patches import not_a_models
+from fxprune.passes.capture.proxy import NAMED, PROXIES, Items, TensorProxy
 
 PLAIN: dict[str, Any] = {"int": int, "float": float}
 ASKING = ("isinstance", "issubclass")
@@ -144,6 +142,150 @@ def seen_conversions(tracer: Any) -> Iterator[None]:
             kind.tracer = None
 
 
+# -- what stands for torch's own classes and questions -------------------------------------------------------------------
+
+empty, tensor = torch.empty, torch.tensor  # the originals: a capture replaces factories of torch
+LEGACY = {name: kind for name, kind in vars(torch).items() if type(kind) is type(torch.FloatTensor)}
+
+
+def legacy(kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any, tuple[Any, ...], dict[str, Any]]:
+    """What a call of a tensor's class comes to, as the parts of a node: its arguments are sizes, or data, or a tensor."""
+    dtype = torch.get_default_dtype() if kind is torch.Tensor else kind.dtype
+    data = args[0] if len(args) == 1 else None
+    if isinstance(data, torch.Tensor):
+        return "call_method", "detach", args, {}
+    shape = isinstance(data, torch.Size) or isinstance(getattr(data, "value", None), torch.Size)  # of another tensor
+    if isinstance(data, list | tuple) and not shape:
+        return "call_function", tensor, args, kwargs | {"dtype": dtype}
+    return "call_function", empty, (data if shape else tuple(args),), kwargs | {"dtype": dtype}
+
+
+class TensorClass(type(torch.Tensor)):  # type: ignore[misc]
+    """The class of what stands for `torch.Tensor` in files of the model's while it is traced, to see what it is called with."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return STANDS_FOR_TORCH.construct(torch.Tensor, args, kwargs)
+
+    def __instancecheck__(cls, value: object) -> bool:
+        return isinstance(value, torch.Tensor)
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is torch.Tensor
+
+    def __hash__(cls) -> int:
+        return hash(torch.Tensor)
+
+    def __subclasscheck__(cls, kind: type) -> bool:
+        return issubclass(kind, torch.Tensor)
+
+
+class LegacyType(str):
+    """Stands for a class such as `torch.LongTensor`; C++ takes such a class by its name, too."""
+
+    kind: Any
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return STANDS_FOR_TORCH.construct(self.kind, args, kwargs)
+
+    def __instancecheck__(self, value: object) -> bool:
+        """A tensor is of such a class by its dtype and device, of which a capture without values has another."""
+        if type(value) in PROXIES:
+            return isinstance(value, torch.Tensor) and value.dtype == self.kind.dtype and str(value.device) == "cpu"
+        return isinstance(value, self.kind)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(LEGACY[self.rpartition(".")[2]], name)
+
+
+class StandIn(types.ModuleType):
+    """Stands for a module of torch's in files of the model's while it is traced: some of what it has are others."""
+
+    def __init__(self, real: Any) -> None:
+        super().__init__(real.__name__)
+        vars(self)["real"] = real
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["real"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(vars(self)["real"], name, value)
+
+
+class TorchModule(StandIn):
+    """Stands for `torch`, of which the classes of tensors are others.
+
+    Attributes:
+        construct: creates a tensor of such a class from the arguments of a call.
+    """
+
+    construct: Callable[[Any, Any, Any], Any]
+
+    def __init__(self) -> None:
+        super().__init__(torch)
+        held = vars(self)
+        held["construct"] = constructed
+        held["Tensor"] = TensorClass("Tensor", (torch.Tensor,), {"__module__": "torch"})
+        for name, kind in LEGACY.items():
+            held[name] = made = LegacyType(f"torch.{name}")
+            made.kind = kind
+        held["overrides"], held["_C"], held["utils"] = map(StandIn, (torch.overrides, torch._C, torch.utils))
+        vars(held["utils"])["_python_dispatch"] = StandIn(torch.utils._python_dispatch)
+
+
+def constructed(kind: Any, args: Any, kwargs: Any) -> Any:
+    return kind(*args, **kwargs)
+
+
+STANDS_FOR_TORCH = TorchModule()
+STAND_INS: dict[int, Any] = {id(torch): STANDS_FOR_TORCH, id(torch.Tensor): STANDS_FOR_TORCH.Tensor}
+STAND_INS |= {id(kind): vars(STANDS_FOR_TORCH)[name] for name, kind in LEGACY.items()}
+NAMED[torch.Tensor] = STANDS_FOR_TORCH.Tensor
+ASKED = [STANDS_FOR_TORCH.overrides, STANDS_FOR_TORCH._C, STANDS_FOR_TORCH.utils._python_dispatch]
+STAND_INS |= {id(vars(module)["real"]): module for module in [*ASKED, STANDS_FOR_TORCH.utils]}
+
+
+def is_overridden(*given: Any) -> bool:
+    """Whether any of these is of a class that has functions of torch of its own."""
+    kinds = {type(v.value if type(v) in PROXIES else v) for v in given} - {Tensor, nn.Parameter}
+    own = [getattr(kind, "__torch_function__", None) for kind in kinds]
+    return any(function not in (None, torch._C._disabled_torch_function_impl) for function in own)
+
+
+# What is asked of the modes that look on, which a model outside of a capture does not see, by the name of the function.
+ABOUT_MODES: dict[str, Callable[..., Any]] = {
+    "has_torch_function": lambda given: is_overridden(*given),
+    "has_torch_function_unary": is_overridden,
+    "has_torch_function_variadic": is_overridden,
+    "_get_current_function_mode": lambda: None,
+    "_get_current_function_mode_stack": list,
+    "_len_torch_function_stack": lambda: 0,
+    "_len_torch_dispatch_stack": lambda *kind: 0,
+    "is_in_torch_dispatch_mode": lambda *how, **named: False,
+    "_get_current_dispatch_mode": lambda: None,
+    "_get_current_dispatch_mode_stack": list,
+}
+ABOUT_MODES |= {f"_{name}": answer for name, answer in ABOUT_MODES.items() if name.startswith("has_")}
+
+
+def see_mode_questions(patches: Any) -> None:
+    """Files of the model's are told that no mode looks on; torch's own, which ask for the same, are told what is."""
+
+    def answering(function: Any, answer: Callable[..., Any]) -> Any:
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return answer(*args, **kwargs) if patches.tracing() else function(*args, **kwargs)
+
+        patches.stand_ins[id(function)] = wrapper
+        patches.replaced.append((function, wrapper))
+        return wrapper
+
+    for module in ASKED:
+        for name, answer in ABOUT_MODES.items():
+            if (function := getattr(vars(module)["real"], name, None)) is not None:
+                vars(module)[name] = answering(function, answer)
+                patches.undo.append(functools.partial(vars(module).pop, name))
+
+
 # -- what is asked in every file -----------------------------------------------------------------------------------------
 
 
@@ -166,44 +308,13 @@ class Kind(type):
 
 
 def see_questions(patches: Any) -> None:
-    """`len(tensor)` is a size, of which Python would make a plain number, and a proxy's class is that of its value."""
+    """`len(tensor)` is a size, of which Python would make a plain number; a proxy's class is that of its value, and no proxy
+    of a tensor is called."""
 
     def length(x: Any) -> Any:
         return x.shape[0] if type(x) is TensorProxy and x.value.dim() and patches.tracing() else len(x)
 
-    patches.shadows |= {"len": length, "type": Kind("type", (type,), {})}
+    def is_callable(x: Any) -> bool:
+        return type(x) is not TensorProxy and callable(x)
 
-
-def see_messages(patches: Any) -> None:
-    """A size that is written into a message decides nothing: the guards that its text has led to go again."""
-
-    def taking(function: Any, level: int | None = None, *, paused: bool = True) -> Any:
-        """A function that takes messages; as argument number `level`, which of its callers it is said to have.
-
-        It is no step of the program, unless it has a stand-in of its own that is to see proxies: then nothing is `paused`.
-        """
-
-        @functools.wraps(function)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            if level is not None and len(args) > level:
-                args = (*args[:level], args[level] + 1, *args[level + 1 :])
-            elif level is not None:
-                kwargs["stacklevel"] = kwargs.get("stacklevel", 1) + 1
-            if not patches.tracing():
-                return function(*args, **kwargs)
-            said = " ".join([a for a in (*args, *kwargs.values()) if type(a) is str])
-            tracer = patches.tracer
-            tracer.guards = [g for g in tracer.guards if g.how != "text" or str(g.value) not in said]
-            with tracer.paused() if paused else contextlib.nullcontext():
-                return function(*args, **kwargs)
-
-        patches.stand_ins[id(function)] = wrapper
-        patches.replaced.append((function, wrapper))
-        return wrapper
-
-    for name in ("_assert", *CHECKS):
-        patches.patch(torch, name, taking(getattr(torch, name), paused=name not in CHECKS))
-    patches.patch(builtins, "print", taking(print))
-    patches.patch(warnings, "warn", taking(warnings.warn, 2))
-    for name in ("debug", "info", "warning", "error"):
-        patches.patch(logging.Logger, name, taking(getattr(logging.Logger, name), sys.maxsize))
+    patches.shadows |= {"len": length, "type": Kind("type", (type,), {}), "callable": is_callable}

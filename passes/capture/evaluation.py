@@ -247,3 +247,17 @@ def structure(module: nn.Module) -> list[Any]:
     """The classes of a module and of those inside, and the shapes of its tensors."""
     kinds = [(path, type(inner)) for path, inner in module.named_modules()]
     return [*kinds, *((name, tuple(tensor.shape)) for name, tensor in named_tensors(module))]
+
+
+@functools.lru_cache(maxsize=4096)
+def belongs_to_tensors(method: Callable[..., Any]) -> bool:
+    """Whether torch knows a function as a method of tensors (its own answer takes longer than making a node does)."""
+    return bool(torch.overrides.is_tensor_method_or_property(method))
+
+
+@functools.lru_cache(maxsize=4096)
+def draws(method: Callable[..., Any]) -> bool:
+    """Whether a function of torch draws from a generator."""
+    op = getattr(torch.ops.aten, getattr(method, "__name__", ""), None)
+    found = op.overloads() if isinstance(op, torch._ops.OpOverloadPacket) else ()
+    return any(torch.Tag.nondeterministic_seeded in getattr(op, name).tags for name in found)

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import contextvars
 import functools
 import inspect
+import logging
 import sys
 import threading
 import types
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch._higher_order_ops import utils as higher_order
 from torch.overrides import BaseTorchFunctionMode
 
-from fxprune.passes.capture.proxy import PROXIES, unwrap
-from fxprune.passes.ir.program import IS_GRAD_ENABLED, SET_GRAD_ENABLED, enter_autocast, exit_autocast
+from fxprune.passes.capture.proxy import unwrap
+from fxprune.passes.errors import ReadsValue
+from fxprune.passes.ir.program import (
+    IS_GRAD_ENABLED,
+    SET_GRAD_ENABLED,
+    enter_autocast,
+    exit_autocast,
+    read_draws,
+    seed_draws,
+    write_draws,
+)
 from fxprune.passes.ir.pytree import record
 
 VISIBLE = contextvars.ContextVar("visible", default=False)  # which a thread may take over from another one
@@ -34,93 +46,6 @@ FACTORIES = (
     " where pow float_power remainder isin xlogy bitwise_and bitwise_or bitwise_xor bitwise_left_shift"
     " bitwise_right_shift result_type"
 ).split()
-
-
-empty, tensor = torch.empty, torch.tensor  # the originals: a capture replaces factories of torch
-LEGACY = {name: kind for name, kind in vars(torch).items() if type(kind) is type(torch.FloatTensor)}
-
-
-def legacy(kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, Any, tuple[Any, ...], dict[str, Any]]:
-    """What a call of a tensor's class comes to, as the parts of a node: its arguments are sizes, or data, or a tensor."""
-    dtype = torch.get_default_dtype() if kind is torch.Tensor else kind.dtype
-    data = args[0] if len(args) == 1 else None
-    if isinstance(data, torch.Tensor):
-        return "call_method", "detach", args, {}
-    shape = isinstance(data, torch.Size) or isinstance(getattr(data, "value", None), torch.Size)  # of another tensor
-    if isinstance(data, list | tuple) and not shape:
-        return "call_function", tensor, args, kwargs | {"dtype": dtype}
-    return "call_function", empty, (data if shape else tuple(args),), kwargs | {"dtype": dtype}
-
-
-class TensorClass(type(torch.Tensor)):  # type: ignore[misc]
-    """The class of what stands for `torch.Tensor` in files of the model's while it is traced, to see what it is called with."""
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        return STANDS_FOR_TORCH.construct(torch.Tensor, args, kwargs)
-
-    def __instancecheck__(cls, value: object) -> bool:
-        return isinstance(value, torch.Tensor)
-
-    def __eq__(cls, other: object) -> bool:
-        return other is cls or other is torch.Tensor
-
-    def __hash__(cls) -> int:
-        return hash(torch.Tensor)
-
-    def __subclasscheck__(cls, kind: type) -> bool:
-        return issubclass(kind, torch.Tensor)
-
-
-class LegacyType(str):
-    """Stands for a class such as `torch.LongTensor`; C++ takes such a class by its name, too."""
-
-    kind: Any
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return STANDS_FOR_TORCH.construct(self.kind, args, kwargs)
-
-    def __instancecheck__(self, value: object) -> bool:
-        """A tensor is of such a class by its dtype and device, of which a capture without values has another."""
-        if type(value) in PROXIES:
-            return isinstance(value, torch.Tensor) and value.dtype == self.kind.dtype and str(value.device) == "cpu"
-        return isinstance(value, self.kind)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(LEGACY[self.rpartition(".")[2]], name)
-
-
-class TorchModule(types.ModuleType):
-    """Stands for `torch` in files of the model's while it is traced: only its classes of tensors are others.
-
-    Attributes:
-        construct: creates a tensor of such a class from the arguments of a call.
-    """
-
-    construct: Callable[[Any, Any, Any], Any]
-
-    def __init__(self) -> None:
-        super().__init__("torch")
-        held = vars(self)
-        held["construct"] = constructed
-        held["Tensor"] = TensorClass("Tensor", (torch.Tensor,), {"__module__": "torch"})
-        for name, kind in LEGACY.items():
-            held[name] = made = LegacyType(f"torch.{name}")
-            made.kind = kind
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(torch, name, value)
-
-
-def constructed(kind: Any, args: Any, kwargs: Any) -> Any:
-    return kind(*args, **kwargs)
-
-
-STANDS_FOR_TORCH = TorchModule()
-STAND_INS: dict[int, Any] = {id(torch): STANDS_FOR_TORCH, id(torch.Tensor): STANDS_FOR_TORCH.Tensor}
-STAND_INS |= {id(kind): vars(STANDS_FOR_TORCH)[name] for name, kind in LEGACY.items()}
 
 
 BUILTINS: dict[int, str] = torch.jit._builtins._get_builtin_table()  # which torch makes of what is there when it is asked first
@@ -210,6 +135,84 @@ def see_autocast(patches: Any) -> None:
     patches.patch(kind, "__init__", made)
     patches.patch(kind, "__enter__", entered)
     patches.patch(kind, "__exit__", left)
+
+
+def see_random_state(patches: Any) -> None:
+    """Seeds of torch's generators, and their states, are nodes, as what is drawn afterwards is."""
+    kept: dict[int, tuple[Any, fx.Node]] = {}  # states, by identity
+
+    def seeded(function: Any) -> Any:
+        def wrapper(seed: Any) -> Any:
+            if patches.tracing():
+                patches.tracer.note_region(seed_draws, seed)
+            return function(unwrap(seed))
+
+        return wrapper
+
+    def read(function: Any) -> Any:
+        def wrapper(*device: Any, **named: Any) -> Any:
+            state = function(*device, **named)
+            if patches.tracing():
+                where = () if function is plain["get_rng_state", torch] else (*device, *named.values()) or ("cuda",)
+                kept[id(state)] = state, patches.tracer.note_region(read_draws, *where)
+            return state
+
+        return wrapper
+
+    def written(function: Any) -> Any:
+        def wrapper(new_state: Any, *device: Any, **named: Any) -> None:
+            if patches.tracing():
+                if id(new_state) not in kept:
+                    raise ReadsValue("a state of random numbers from elsewhere")
+                where = () if function is plain["set_rng_state", torch] else (*device, *named.values()) or ("cuda",)
+                patches.tracer.note_region(write_draws, kept[id(new_state)][1], *where)
+            function(new_state, *device, **named)
+
+        return wrapper
+
+    ways = {"manual_seed": seeded, "get_rng_state": read, "set_rng_state": written}
+    plain = {(name, owner): getattr(owner, name) for name in ways for owner in (torch, torch.cuda)}
+    for (name, owner), function in plain.items():
+        if (name, owner) != ("manual_seed", torch.cuda):
+            wrapper = patches.stand_ins[id(function)] = ways[name](function)
+            patches.replaced.append((function, wrapper))
+            for place in (owner, torch.random if owner is torch else owner):
+                patches.patch(place, name, wrapper)
+
+
+def see_messages(patches: Any) -> None:
+    """A size that is written into a message decides nothing: the guards that its text has led to go again."""
+
+    def taking(function: Any, level: int | None = None, *, paused: bool = True) -> Any:
+        """A function that takes messages; as argument number `level`, which of its callers it is said to have.
+
+        It is no step of the program, unless it has a stand-in of its own that is to see proxies: then nothing is `paused`.
+        """
+
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if level is not None and len(args) > level:
+                args = (*args[:level], args[level] + 1, *args[level + 1 :])
+            elif level is not None:
+                kwargs["stacklevel"] = kwargs.get("stacklevel", 1) + 1
+            if not patches.tracing():
+                return function(*args, **kwargs)
+            said = " ".join([a for a in (*args, *kwargs.values()) if type(a) is str])
+            tracer = patches.tracer
+            tracer.guards = [g for g in tracer.guards if g.how != "text" or str(g.value) not in said]
+            with tracer.paused() if paused else contextlib.nullcontext():
+                return function(*args, **kwargs)
+
+        patches.stand_ins[id(function)] = wrapper
+        patches.replaced.append((function, wrapper))
+        return wrapper
+
+    for name in ("_assert", *CHECKS):
+        patches.patch(torch, name, taking(getattr(torch, name), paused=name not in CHECKS))
+    patches.patch(builtins, "print", taking(print))
+    patches.patch(warnings, "warn", taking(warnings.warn, 2))
+    for name in ("debug", "info", "warning", "error"):
+        patches.patch(logging.Logger, name, taking(getattr(logging.Logger, name), sys.maxsize))
 
 
 def show_to_script(patches: Any) -> None:
@@ -309,21 +312,25 @@ def functions_as_they_are() -> Iterator[None]:
             higher_order._hop_compile_and_call = plain
 
 
+FUSED = (
+    nn.MultiheadAttention,
+    nn.TransformerEncoderLayer,
+    nn.TransformerEncoder,
+)  # which take a fused path if no mode is there
+
+
 @contextlib.contextmanager
 def visible() -> Iterator[None]:
-    """Run attention and recurrent layers by ops that the dispatcher shows, instead of fused kernels, in this context.
-
-    Layers of attention take no fused path while functions of torch are overridden, as they are by any mode.
-    """
+    """Run attention and recurrent layers by ops that the dispatcher shows, instead of fused kernels, in this context."""
 
     def called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not VISIBLE.get():
             return nn.Module.__call__(module, *args, **kwargs)
-        with plain_rnn(module):
+        with plain_rnn(module), BaseTorchFunctionMode() if isinstance(module, FUSED) else contextlib.nullcontext():
             return nn.Module.__call__(module, *args, **kwargs)
 
-    with LOCK, BaseTorchFunctionMode(), functions_as_they_are():
-        before = {kind: vars(kind).get("__call__") for kind in (nn.RNNBase, nn.RNNCellBase)}
+    with LOCK, functions_as_they_are():
+        before = {kind: vars(kind).get("__call__") for kind in (nn.RNNBase, nn.RNNCellBase, *FUSED)}
         token = VISIBLE.set(True)
         try:
             for kind in before:

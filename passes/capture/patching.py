@@ -15,7 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fxprune.passes.capture.conversions import compares_dtypes, see_messages, see_questions
+from fxprune.passes.capture.conversions import (
+    STAND_INS,
+    STANDS_FOR_TORCH,
+    compares_dtypes,
+    constructed,
+    legacy,
+    see_mode_questions,
+    see_questions,
+)
 from fxprune.passes.capture.evaluation import plain_call
 from fxprune.passes.capture.leftovers import restore_functions, uncached
 from fxprune.passes.capture.modules import see_own_calls
@@ -24,16 +32,14 @@ from fxprune.passes.capture.patches import (
     CHECKS,
     FACTORIES,
     LOCK,
-    STAND_INS,
-    STANDS_FOR_TORCH,
     Vectorised,
-    constructed,
-    legacy,
     named_apply,
     not_a_models,
     say_that_fx_traces,
     see_autocast,
     see_grad_modes,
+    see_messages,
+    see_random_state,
     show_to_script,
 )
 from fxprune.passes.capture.proxy import PROXIES, unwrap
@@ -330,6 +336,8 @@ PATCHES: list[Callable[[Patches], None]] = [
     see_grad_modes,
     see_autocast,
     see_questions,
+    see_mode_questions,
     see_messages,
+    see_random_state,
     show_to_script,
 ]

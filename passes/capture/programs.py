@@ -158,7 +158,7 @@ def other_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
 def runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], gradients: bool) -> bool:
     """Whether a model runs on these inputs in evaluation mode."""
     try:
-        with LOCK, ParameterWrites(model), torch.set_grad_enabled(gradients), own_random_state():
+        with LOCK, ParameterWrites(model, watched=True), torch.set_grad_enabled(gradients), own_random_state():
             set_mode(private_copy(model), False)(*map_tensors(args, torch.clone), **map_tensors(kwargs, torch.clone))
     except Exception:
         return False

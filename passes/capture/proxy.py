@@ -37,6 +37,10 @@ class Items(tuple[Any, ...]):
     def pack(self, tracer: Any) -> tuple[Any, ...]:
         return tuple(tracer.create_arg(v) for v in self)
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return torch.Size if isinstance(vars(self).get("value"), torch.Size) else Items
+
     def __repr__(self) -> str:
         items = super().__repr__()  # which writes out each of them
         return repr(self.value) if isinstance(self.value, torch.Size) else items
@@ -135,9 +139,6 @@ class Proxy:
     def __contains__(self, item: Any) -> bool:
         return item in self.concrete("in")
 
-    def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        raise ReadsValue("numpy")
-
 
 def _operation(name: str, *, swapped: bool = False) -> Any:
     function = getattr(operator, name)
@@ -160,6 +161,11 @@ for _name in reflectable_magic_methods:
 class TensorProxy(Proxy, Tensor, fx.Proxy):  # type: ignore[misc]
     """Stands for a tensor. It has no memory; what reads it in C++ fails. Libraries ask whether a tensor is a proxy of FX's."""
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        kind = type(vars(self).get("value"))
+        return NAMED.get(kind, kind) if issubclass(kind, Tensor) else TensorProxy
+
     def __hash__(self) -> int:
         return id(self)
 
@@ -180,6 +186,10 @@ class TensorProxy(Proxy, Tensor, fx.Proxy):  # type: ignore[misc]
 
     def __str__(self) -> str:
         return repr(self)
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        self.tracer.note_memory(self)
+        raise ReadsValue("numpy")
 
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
@@ -295,6 +305,7 @@ class ValueProxy(PlainProxy):
         raise TypeError("a proxy's class is that of its value")
 
 
+NAMED: dict[type, type] = {}  # classes that have other ones in their places in files of the model's
 PROXIES = frozenset([TensorProxy, IntProxy, FloatProxy, BoolProxy, DeviceProxy, ValueProxy])
 KINDS: dict[type, Any] = {int: IntProxy, float: FloatProxy, bool: BoolProxy, torch.device: DeviceProxy}
 wrapper = torch.Tensor._make_wrapper_subclass

@@ -13,13 +13,13 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from fxprune.passes.capture.conversions import Conversions
-from fxprune.passes.capture.evaluation import Evaluator
+from fxprune.passes.capture.evaluation import Evaluator, belongs_to_tensors, draws
 from fxprune.passes.capture.frames import Frame
 from fxprune.passes.capture.proxy import PROXIES, Proxy, TensorProxy, unwrap
 from fxprune.passes.capture.recorder import Recorder
 from fxprune.passes.errors import ConvertsSize, NeedsValues, ReadsMissing, ReadsValue
 from fxprune.passes.ir.data_sizes import DataSizes
-from fxprune.passes.ir.program import IS_GRAD_ENABLED, SET_GRAD_ENABLED, Guard, tensors_read
+from fxprune.passes.ir.program import IS_GRAD_ENABLED, Guard, tensors_read
 from fxprune.passes.ir.pytree import TensorRef, iterate
 
 # Tensor attributes and methods that are facts of the program rather than values that flow through it.
@@ -32,7 +32,8 @@ FACT_METHODS = frozenset(
     "is_signed is_inference is_conj is_neg".split()
 )
 WHERE = frozenset(["is_meta", "is_cuda", "is_cpu", "is_mps", "is_xpu", "get_device", "type", "index"])
-VALUE_METHODS = frozenset(["item", "tolist", "numpy", "__array__", "data_ptr"])
+MEMORY = frozenset("numpy __array__ data_ptr __dlpack__ untyped_storage storage".split())  # by which code may write to it
+VALUE_METHODS = MEMORY | {"item", "tolist"}
 # Functions that FX would keep as one node and that hold sizes or head counts of their own: traced through instead.
 INLINED = {F.multi_head_attention_forward}
 # What takes gradients, and what tells whether there will be any: the trace keeps nothing for them.
@@ -83,6 +84,8 @@ class ProxyAttributes(fx.Tracer):
     conversions: Conversions
     inlining: bool = False
     reads_numbers: bool = False  # whether any number of the graph is read from a tensor
+    takes_memory: bool = False  # whether code takes the memory of a tensor of the model's
+    watch_parameters: Callable[[], None]
 
     @functools.cached_property
     def interception(self) -> TorchFunctionMode:
@@ -124,7 +127,7 @@ class ProxyAttributes(fx.Tracer):
             if name in ("item", "tolist") and self.is_number(proxy, name):
                 return lambda: self.read_numbers(proxy, name)
             if name in VALUE_METHODS:
-                return getattr(self.known_tensor(proxy, name), name)
+                return functools.partial(self.read_contents, proxy, name)
             if name == "shape":
                 return self.once("call_function", getattr, (proxy, name))
             if name == "size":
@@ -158,6 +161,19 @@ class ProxyAttributes(fx.Tracer):
             for key in [k for k, found in frame.reads.items() if self.index.get(found.node, begin) >= begin]:
                 del frame.reads[key]
 
+    def read_contents(self, proxy: Any, how: str, *args: Any, **kwargs: Any) -> Any:
+        with self.paused():
+            if how in MEMORY:
+                self.note_memory(proxy)
+            read = getattr(self.known_tensor(proxy, how), how)
+        return read(*args, **kwargs)
+
+    def note_memory(self, proxy: Any) -> None:
+        """Code takes the memory of a tensor, and may write to it unseen: if that may be the model's own, it is watched."""
+        if not self.depends[proxy.node]:
+            self.takes_memory = True
+            self.watch_parameters()
+
     def known_tensor(self, proxy: Any, how: str) -> Any:
         """The tensor's contents, if they are a fixed fact of the model; else the module must be opaque."""
         value = proxy.value
@@ -184,22 +200,6 @@ class ProxyAttributes(fx.Tracer):
             self.concretise(size, "int")
         self.reads_numbers = True
         return self.create_proxy("call_method", how, (proxy,), {})
-
-    def read_grad_mode(self) -> Any:
-        """Whether gradients are on at this point of the program, which nobody knows before it runs."""
-        node = self.create_node("call_function", IS_GRAD_ENABLED, (), {})
-        return self.bind(node, self.grad_modes[-1][1] if self.grad_modes else False)
-
-    def note_region(self, target: Any, *given: Any) -> fx.Node:
-        """A node that changes the state of the thread; nothing but what leaves the region uses its value."""
-        args = tuple(g if isinstance(g, fx.Node) else self.create_arg(g) for g in given)
-        node = self.create_node("call_function", target, args, {})
-        self.results[node], self.depends[node] = None, False
-        return node
-
-    def set_grad_mode(self, mode: Any) -> None:
-        node = self.note_region(SET_GRAD_ENABLED, mode)
-        self.grad_modes.append((self.index[node], bool(unwrap(mode))))
 
     @internal
     def concretise(self, proxy: Any, how: str) -> Any:
@@ -258,6 +258,8 @@ class ProxyAttributes(fx.Tracer):
             return self.read_attribute(self.as_proxy(args[0]), owner.__name__)
         if name == "__set__":
             return self.write_attribute(self.as_proxy(args[0]), method.__self__.__name__, args[1])  # type: ignore[attr-defined]
+        if name in MEMORY:
+            self.note_memory(self.as_proxy(args[0]))
         if name in FACT_METHODS:
             if name == "stride":
                 self.fix_strides(self.as_proxy(args[0]))
@@ -334,17 +336,3 @@ class Interception(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self.tracer.torch_function(func, args, kwargs or {})
-
-
-@functools.lru_cache(maxsize=4096)
-def belongs_to_tensors(method: Callable[..., Any]) -> bool:
-    """Whether torch knows a function as a method of tensors (its own answer takes longer than making a node does)."""
-    return bool(torch.overrides.is_tensor_method_or_property(method))
-
-
-@functools.lru_cache(maxsize=4096)
-def draws(method: Callable[..., Any]) -> bool:
-    """Whether a function of torch draws from a generator."""
-    op = getattr(torch.ops.aten, getattr(method, "__name__", ""), None)
-    found = op.overloads() if isinstance(op, torch._ops.OpOverloadPacket) else ()
-    return any(torch.Tag.nondeterministic_seeded in getattr(op, name).tags for name in found)

@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from fxprune.passes.capture.proxy import PROXIES, TensorProxy
@@ -91,15 +92,27 @@ class ParameterWrites:
     """Parameters, which the tree that is captured shares with the original, are put back as they were.
 
     In its context they are without gradients, to which a forward may add.
+
+    Arguments:
+        watched: whether code may write to them that the dispatcher does not show, as NumPy does.
     """
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, root: nn.Module, *, watched: bool = False) -> None:
         self.held = [(p, p.detach()) for p in named_parameters(root).values() if not p.is_meta and not p.is_sparse]
         self.gradients: list[tuple[Tensor, Tensor | None]] = []
         self.saved: list[tuple[Tensor, Tensor]] = []
         self.unwritten: dict[int, list[Tensor]] = {}  # by storage
         for _, memory in self.held:
             self.unwritten.setdefault(storage_of(memory), []).append(memory)
+        self.watched: list[tuple[Tensor, Tensor]] = []
+        self.written_unseen = False  # what the dispatcher has not shown
+        if watched:
+            self.watch()
+
+    def watch(self) -> None:
+        """Note what all parameters hold now."""
+        if not self.watched:
+            self.watched = [(memory, memory.clone()) for _, memory in self.held if storage_of(memory) in self.unwritten]
 
     def before_write(self, tensor: Tensor) -> None:
         """Note what parameters hold in the memory that is about to be written to."""
@@ -122,9 +135,17 @@ class ParameterWrites:
                 parameter.data = memory
         for memory, before in self.saved:
             memory.copy_(before)
+        for memory, before in self.watched:
+            if not same_bits(memory, before):
+                memory.copy_(before)
+                self.written_unseen = True
         for p, gradient in self.gradients:
             if p.grad is not gradient:
                 p.grad = gradient
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(*(t.contiguous().view(-1).view(torch.uint8) for t in (a, b)))
 
 
 def written_in_place(capture: OpTrace, but_for: Collection[int]) -> set[str]:

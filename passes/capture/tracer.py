@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from fxprune.passes.capture.builder import GraphBuilder, is_layer
 from fxprune.passes.capture.evaluation import plain_call
@@ -16,6 +16,7 @@ from fxprune.passes.capture.frames import Frame
 from fxprune.passes.capture.modules import by_position, drop_own_hooks, has_own_hooks, own_call, without_own_hooks
 from fxprune.passes.capture.opaque import RootWrapper
 from fxprune.passes.capture.plain_modules import PlainModules, is_plain
+from fxprune.passes.capture.proxy import unwrap
 from fxprune.passes.capture.proxy_attributes import internal
 from fxprune.passes.capture.rollback import written_in_place
 from fxprune.passes.capture.train_eval import Modes, captured_in_both
@@ -23,7 +24,7 @@ from fxprune.passes.errors import PruneError, ReadsValue, WritesWhatItReads, sur
 from fxprune.passes.ir.index_contents import version_of
 from fxprune.passes.ir.module_tree import walk
 from fxprune.passes.ir.outputs import named_outputs
-from fxprune.passes.ir.program import CapturedProgram, assigned
+from fxprune.passes.ir.program import IS_GRAD_ENABLED, SET_GRAD_ENABLED, CapturedProgram, assigned
 from fxprune.passes.ir.pytree import TensorRef, tensors
 
 UNWATCHED: contextlib.nullcontext[dict[str, int]] = contextlib.nullcontext({})
@@ -97,6 +98,24 @@ class ValueTracer(GraphBuilder):
         for tensor in tensors(value):
             self.inputs.append(self.recorder.add(tensor, from_input=True))
         return self.bind(node, value)
+
+    # -- the state of the thread ------------------------------------------------------------------------------------
+
+    def read_grad_mode(self) -> Any:
+        """Whether gradients are on at this point of the program, which nobody knows before it runs."""
+        node = self.create_node("call_function", IS_GRAD_ENABLED, (), {})
+        return self.bind(node, self.grad_modes[-1][1] if self.grad_modes else False)
+
+    def note_region(self, target: Any, *given: Any) -> fx.Node:
+        """A node that changes the state of the thread; nothing but what leaves the region uses its value."""
+        args = tuple(g if isinstance(g, fx.Node) else self.create_arg(g) for g in given)
+        node = self.create_node("call_function", target, args, {})
+        self.results[node], self.depends[node] = None, False
+        return node
+
+    def set_grad_mode(self, mode: Any) -> None:
+        node = self.note_region(SET_GRAD_ENABLED, mode)
+        self.grad_modes.append((self.index[node], bool(unwrap(mode))))
 
     # -- module calls -----------------------------------------------------------------------------------------------
 

@@ -243,6 +243,25 @@ def exit_autocast(region: Any) -> None:
         region.__exit__(None, None, None)
 
 
+@fx.node.has_side_effect
+def seed_draws(seed: int) -> None:
+    torch.manual_seed(seed)
+
+
+@fx.node.has_side_effect
+def read_draws(*device: Any) -> Tensor:
+    """The state of a GPU's generator; without an argument, of the processor's."""
+    return torch.cuda.get_rng_state(*device) if device else torch.get_rng_state()
+
+
+@fx.node.has_side_effect
+def write_draws(state: Tensor, *device: Any) -> None:
+    if device:
+        torch.cuda.set_rng_state(state, *device)
+    else:
+        torch.set_rng_state(state)
+
+
 REGIONS = frozenset([SET_GRAD_ENABLED, enter_autocast, exit_autocast])  # what changes the state of the thread
 
 

@@ -8,11 +8,13 @@ computes with it. Sizes that depend on the inputs stay symbolic. See `size_expre
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from fxprune.passes.coupling.leaf_labels import is_constant
 from fxprune.passes.coupling.shuffles import channel_order
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.ir.labels import counts_channels, counts_entries
@@ -171,7 +173,7 @@ class Rewriter:
         self.attributes |= self.layers.read_only(called)
         index = self.capture.index
         decided = [n for n, guard in self.guards.items() if n not in inner and self.sizes.value(n) != guard.value]
-        touched = frozenset([index[n] for n in (*self.editor.touched(inner), *decided)])
+        touched = frozenset([index[n] for n in (*self.editor.touched(inner), *decided, *self.with_cut_constants(nodes))])
         origin = self.editor.origin
         self.graph.inserting_before(self.graph._root)  # at its end
         self.editor.apply(nodes, inner)
@@ -185,6 +187,12 @@ class Rewriter:
             lines = without_dead(lines, names_in(handed))  # a module may be given what its lines do not use
             programs[mode] = FlatProgram(Program(tuple(lines)), numbers, names, touched, self.removed.nodes)
         return programs
+
+    def with_cut_constants(self, nodes: Iterable[fx.Node]) -> Iterator[fx.Node]:
+        """The nodes that use a tensor which the forward makes itself, and that is cut: it would make all of it again."""
+        for node in nodes:
+            if node.op == "get_attr" and is_constant(str(node.target)) and self.is_pruned(node):
+                yield from (node, *node.users)
 
     def carry(self, node: fx.Node) -> fx.Node:
         """What stands for a node in the new graph: itself, with new arguments where it needs any, or another node."""

@@ -1,0 +1,73 @@
+"""Seeds and states of torch's generator in a forward are lines of the pruned program."""
+
+import pytest
+import torch
+from torch import nn
+
+import fxprune
+
+
+class Draws(nn.Module):
+    def __init__(self, draw) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last, self.draw = nn.Linear(4, 12), nn.Linear(12, 3), draw
+
+    def forward(self, x):
+        y = self.first(x).relu()
+        return self.last(y + self.draw(y)) + torch.rand(())
+
+
+def seeded(y):
+    torch.manual_seed(3)
+    return torch.rand(y.shape[0], 1)
+
+
+def seeded_by_a_size(y):
+    torch.random.manual_seed(y.shape[0])
+    return torch.rand(1)
+
+
+def forked(y):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        return torch.rand(y.shape[0], 1)
+
+
+def put_back(y):
+    state = torch.get_rng_state()
+    drawn = torch.rand(1)
+    torch.set_rng_state(state)
+    return drawn * torch.rand(1)
+
+
+@pytest.mark.parametrize("draw", [seeded, seeded_by_a_size, forked, put_back], ids=lambda f: f.__name__)
+def test_draws_after_seeds(draw):
+    model, x = Draws(draw).eval(), torch.randn(3, 4)
+    torch.manual_seed(11)
+    before = torch.get_rng_state()
+    pruned = fxprune.prune(model, 0.5, example_inputs=x)
+    assert torch.equal(before, torch.get_rng_state())
+    assert pruned.meta["capture"] == "symbolic" and pruned.first.out_features == 6
+    masks = fxprune.plan_of(pruned).masks(model)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            tensor.mul_(masks.get(name, torch.ones(())))
+        for y in (x, torch.randn(5, 4)):
+            torch.manual_seed(5)
+            wanted, after = model(y), torch.rand(1)
+            torch.manual_seed(5)
+            assert torch.allclose(pruned(y), wanted, atol=1e-5)
+            assert torch.equal(torch.rand(1), after)  # the state is that which the original leaves
+
+
+def test_draws_for_each_channel_are_refused_and_leave_no_seed():
+    def draw(y):
+        torch.manual_seed(3)
+        return torch.randn_like(y)
+
+    model, x = Draws(draw).eval(), torch.randn(3, 4)
+    before = torch.get_rng_state()
+    with pytest.raises(fxprune.PruneError, match="is not exact"):
+        fxprune.prune(model, 0.5, example_inputs=x)
+    assert torch.equal(before, torch.get_rng_state())
