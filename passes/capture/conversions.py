@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
+import math
 import re
 import threading
 import types
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -265,6 +267,20 @@ ABOUT_MODES: dict[str, Callable[..., Any]] = {
     "_get_current_dispatch_mode_stack": list,
 }
 ABOUT_MODES |= {f"_{name}": answer for name, answer in ABOUT_MODES.items() if name.startswith("has_")}
+
+
+def see_numpy(patches: Any) -> None:
+    """`numpy.prod` of sizes is their product; it would be a plain number."""
+    plain = np.prod
+
+    @functools.wraps(plain)
+    def product(given: Any, *args: Any, **kwargs: Any) -> Any:
+        sizes = type(given) in (tuple, list, Items) and any(type(v) in PROXIES for v in given)
+        return math.prod(given) if sizes and not args and not kwargs and patches.tracing() else plain(given, *args, **kwargs)
+
+    patches.stand_ins[id(plain)] = product
+    patches.patch(np, "prod", product)
+    patches.replaced.append((plain, product))
 
 
 def see_mode_questions(patches: Any) -> None:

@@ -22,6 +22,7 @@ from fxprune.passes.capture.conversions import (
     constructed,
     legacy,
     see_mode_questions,
+    see_numpy,
     see_questions,
 )
 from fxprune.passes.capture.evaluation import plain_call
@@ -140,7 +141,7 @@ class Patches:
         self.undo.append(functools.partial(vars(STANDS_FOR_TORCH).__setitem__, "construct", constructed))
 
     def arithmetic(self) -> None:
-        """Functions of `math` take sizes, which they would convert to plain floats."""
+        """Functions of `math` take sizes, which they would convert to plain floats"""
         for function in self.maths.values():
             self.patch(math, function.__name__, self.seeing_proxies(function))
 
@@ -337,6 +338,7 @@ PATCHES: list[Callable[[Patches], None]] = [
     see_autocast,
     see_questions,
     see_mode_questions,
+    see_numpy,
     see_messages,
     see_random_state,
     show_to_script,

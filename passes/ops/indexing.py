@@ -11,12 +11,12 @@ from torch import Tensor, fx
 from fxprune.passes.ir.labels import NONE, Labels, align, along, expand_along, factor
 from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ops.call import RuleContext
-from fxprune.passes.ops.index_maps import COMPUTED, PARTLY, one_by_one
+from fxprune.passes.ops.index_maps import COMPUTED, one_by_one
 from fxprune.passes.ops.masking import with_zeros
 from fxprune.passes.ops.movement import slice_
 from fxprune.passes.ops.registry import OpSpec, register
 from fxprune.passes.ops.rewriting import RewriteContext, SizeArguments, argument, known, place, run_of
-from fxprune.passes.ops.unify import unify, vary_alike
+from fxprune.passes.ops.unify import unify
 
 
 def index(call: RuleContext) -> Labels:
@@ -138,32 +138,6 @@ def put_at_constants(call: RuleContext, x: TensorRef, indices: list[TensorRef | 
         places += (g,) if g.major_to_minor else NONE
     unify(call, places, shape, *align(call.labels(values), call.shape(values), len(shape)))
     return call.labels(x)
-
-
-def scatter(call: RuleContext) -> Labels:
-    vary_alike(call)
-    x = call["self"]
-    shape = call.shape(x)
-    dim = call.dim(call["dim"], len(shape))
-    parts = [ref for ref in call.inputs[1:] if call.shape(ref)]
-    partly = [d for d in range(len(shape)) if d != dim and any(call.shape(ref)[d] != shape[d] for ref in parts)]
-    labels = call.freeze_dims(call.freeze_dims(call.labels(x), [dim], COMPUTED), partly, PARTLY)
-    flat = [1 if d == dim or d in partly else n for d, n in enumerate(shape)]
-    for ref in parts:
-        other = call.freeze_dims(call.freeze_dims(call.labels(ref), [dim], COMPUTED), partly, PARTLY)
-        labels = unify(call, labels, flat, other, flat)
-    return labels
-
-
-def index_add(call: RuleContext) -> Labels:
-    vary_alike(call)
-    x, source = call["self"], call["source"]
-    shape = call.shape(x)
-    dim = call.dim(call["dim"], len(shape))
-    flat = [n if d != dim else 1 for d, n in enumerate(shape)]
-    mine = call.freeze_dims(call.labels(x), [dim], COMPUTED)
-    theirs = call.freeze_dims(call.labels(source), [dim], COMPUTED)
-    return unify(call, mine, flat, theirs, flat)
 
 
 def onto_diagonal(call: RuleContext) -> list[Labels]:
@@ -333,9 +307,7 @@ register("index _unsafe_index", OpSpec(index, called_index, moves=True))
 register("", OpSpec(rewrite=getitem), functions="getitem __getitem__ setitem")
 register("embedding _embedding_bag _embedding_bag_forward_only embedding_bag", OpSpec(embedding))
 register("index_put _index_put_impl", OpSpec(index_put))
-register("scatter scatter_add scatter_reduce", OpSpec(scatter))
 register("diagonal_scatter", OpSpec(onto_diagonal))
-register("index_add index_copy", OpSpec(index_add))
 register(
     "index_fill masked_scatter masked_select _unique2 unique_dim bucketize searchsorted bincount",
     OpSpec(by_value),

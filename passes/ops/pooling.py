@@ -1,12 +1,13 @@
-"""Spatial ops: batch and channel dimensions pass, positions are mixed."""
+"""Spatial ops: batch and channel dimensions pass, positions are mixed, but those of windows that do not overlap."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from fxprune.passes.ir.labels import NONE, Labels
+from fxprune.passes.ir.labels import NONE, Factor, Labels, factor
 from fxprune.passes.ops.call import RuleContext
-from fxprune.passes.ops.registry import OpSpec, register
+from fxprune.passes.ops.index_maps import one_by_one
+from fxprune.passes.ops.registry import OpSpec, register, spec_of
 from fxprune.passes.ops.unify import unify
 
 MIXED = "is mixed along a spatial dimension"
@@ -17,10 +18,54 @@ def resample(ndim: int) -> Callable[[RuleContext], list[Labels]]:
 
     def rule(call: RuleContext) -> list[Labels]:
         total = len(call.shape(call.first))
-        labels = call.freeze_dims(call.labels(call.first), range(total - ndim, total), MIXED)
+        labels = call.labels(call.first)
+        pooled = any(d >= total - ndim for f in labels for d in f.dims) and not reads_positions(call)
+        apart = {total - ndim + i: size for i, size in enumerate(windows_apart(call, ndim) if pooled else ())}
+        for dim, size in apart.items():
+            labels = tuple(g for f in labels for g in whole_windows(call, f, dim, size))
+        labels = call.freeze_dims(labels, [d for d in range(total - ndim, total) if d not in apart], MIXED)
         return [labels] * len(call.outputs)
 
     return rule
+
+
+def reads_positions(call: RuleContext) -> bool:
+    """Whether anything is computed from the places of maxima, which are numbers among all that there are."""
+    places = {ref.id for ref in call.outputs[1:]}
+    for op in call.op_trace.ops if places else ():
+        if any(ref.id in places for ref in op.inputs):
+            if not spec_of(op).views:
+                return True
+            places |= {ref.id for ref in op.outputs}
+    return False
+
+
+def windows_apart(call: RuleContext, ndim: int) -> list[int]:
+    """How wide the windows of pooling are along the last `ndim` dimensions, if all entries are in one of them; else none."""
+    sizes = call.shape(call.first)[len(call.shape(call.first)) - ndim :]
+    kernel = given(call, "kernel_size", ndim)
+    stride = given(call, "stride", ndim) or kernel
+    apart = not any(given(call, "padding", ndim)) and set(given(call, "dilation", ndim)) <= {1}
+    if not kernel or kernel != stride or not apart or call.get("divisor_override") is not None:
+        return []
+    return kernel if all(n % k == 0 for n, k in zip(sizes, kernel, strict=True)) else []
+
+
+def given(call: RuleContext, name: str, ndim: int) -> list[int]:
+    value = call.get(name)
+    listed = [] if value is None else [value] if isinstance(value, int) else list(value)
+    return listed * ndim if len(listed) == 1 else listed
+
+
+def whole_windows(call: RuleContext, f: Factor, dim: int, size: int) -> Labels:
+    """The labels of windows along a dimension, each of which goes whole."""
+    if dim not in f.dims or size == 1:
+        return (f,)
+    one_by_one(call, f, dim)
+    windows = f.labels.unflatten(dim, (-1, size))
+    head = windows.narrow(dim + 1, 0, 1)
+    call.constraints.tie(windows, head, broadcast=True)
+    return call.settle(factor(head.squeeze(dim + 1), f.major_to_minor), MIXED)
 
 
 def unpool(ndim: int) -> Callable[[RuleContext], Labels]:
