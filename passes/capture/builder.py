@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.passes.capture.conversions import Conversions
-from fxprune.passes.capture.evaluation import Evaluator
+from fxprune.passes.capture.evaluation import Evaluator, plain_key
 from fxprune.passes.capture.frames import Frame
 from fxprune.passes.capture.leftovers import pending
 from fxprune.passes.capture.modules import is_standard
 from fxprune.passes.capture.patches import creating
 from fxprune.passes.capture.pieces import CUTTING, Pieces, number_of_pieces
-from fxprune.passes.capture.proxy import PROXIES, Items, TensorProxy, plain_key, proxy_for, unwrap
+from fxprune.passes.capture.proxy import PROXIES, Items, TensorProxy, proxy_for, unwrap
 from fxprune.passes.capture.proxy_attributes import NUMBERS, ProxyAttributes, internal
 from fxprune.passes.capture.recorder import Recorder
 from fxprune.passes.capture.rollback import ModuleState

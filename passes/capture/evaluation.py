@@ -14,11 +14,13 @@ from torch import fx, nn
 from fxprune.passes.capture.modules import is_standard
 from fxprune.passes.capture.opaque import Decisions, Turn, some_turns, watched
 from fxprune.passes.capture.patches import FACTORIES, functions_as_they_are, plain_rnn
+from fxprune.passes.capture.proxy import Proxy
 from fxprune.passes.capture.recorder import Recorder
 from fxprune.passes.capture.rollback import ModuleState
+from fxprune.passes.errors import ReadsValue
 from fxprune.passes.ir.module_tree import META, fetch, named_tensors
 from fxprune.passes.ir.program import ModuleCall, SizeUse, select_by_mode
-from fxprune.passes.ir.pytree import TensorRef, collect, has_tensor, hidden_tensors, map_tensors, tensors
+from fxprune.passes.ir.pytree import ATOMS, TensorRef, collect, has_tensor, hidden_tensors, map_tensors, tensors
 from fxprune.passes.ops.registry import find_node
 
 plain_call = nn.Module._call_impl  # as it is outside of a capture
@@ -261,3 +263,14 @@ def draws(method: Callable[..., Any]) -> bool:
     op = getattr(torch.ops.aten, getattr(method, "__name__", ""), None)
     found = op.overloads() if isinstance(op, torch._ops.OpOverloadPacket) else ()
     return any(torch.Tag.nondeterministic_seeded in getattr(op, name).tags for name in found)
+
+
+def plain_key(key: Any) -> Any:
+    """A key of a dict as generated code can write it down."""
+    if isinstance(key, Proxy):
+        return key.concrete("key")
+    if type(key) is tuple:
+        return tuple(map(plain_key, key))
+    if type(key) not in ATOMS:
+        raise ReadsValue(f"a dict with a key of type {type(key).__name__}")
+    return key

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fxprune.passes.capture.patches import CACHED
-from fxprune.passes.capture.proxy import PROXIES
+from fxprune.passes.capture.proxy import PROXIES, unwrap
 from fxprune.passes.ir.pytree import fields_of, iterate
 
 DEPTH = 8  # containers in containers
@@ -53,18 +53,18 @@ def release(holder: Any, held: list[Any]) -> bool:
         holder.cache_clear()
     elif isinstance(holder, dict) and (owner := class_of(holder)) is not None:
         for key in [k for k, v in list(holder.items()) if id(v) in inside]:
-            setattr(owner, key, holder[key].value if replaceable(holder[key]) else None)
+            setattr(owner, key, unwrap(holder[key]) if replaceable(holder[key]) else None)
     elif isinstance(holder, dict):
         for key, value in list(holder.items()):
             if id(key) in inside or (id(value) in inside and not replaceable(value) and not is_namespace(holder)):
                 del holder[key]
             elif id(value) in inside:
-                holder[key] = value.value if replaceable(value) else None
+                holder[key] = unwrap(value) if replaceable(value) else None
     elif isinstance(holder, set):
         holder.difference_update([v for v in holder if id(v) in inside])
     elif type(holder) is list:
         kept = [v for v in holder if id(v) not in inside or replaceable(v)]
-        holder[:] = [v.value if id(v) in inside else v for v in kept]
+        holder[:] = [unwrap(v) if id(v) in inside else v for v in kept]
     elif isinstance(holder, NESTED):
         return False
     elif hasattr(holder, "__dict__") and not isinstance(holder, type | ModuleType):
@@ -73,8 +73,9 @@ def release(holder: Any, held: list[Any]) -> bool:
 
 
 def replaceable(value: Any) -> bool:
-    """Whether the value of a proxy can stand in its place."""
-    return type(value) in PROXIES and not (isinstance(value.value, Tensor) and value.value.is_meta)
+    """Whether the value of a proxy, or those of proxies in a tuple, can stand in its place."""
+    fixed = type(value) in PROXIES or isinstance(value, tuple)
+    return fixed and not any(isinstance(v, Tensor) and v.is_meta for v in iterate(unwrap(value)))
 
 
 def class_of(holder: dict[Any, Any]) -> type | None:

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch.fx.graph import magic_methods, reflectable_magic_methods
 
 from fxprune.passes.errors import ReadsValue
-from fxprune.passes.ir.pytree import ATOMS, map_tensors
+from fxprune.passes.ir.pytree import map_tensors
 
 
 class Items(tuple[Any, ...]):
@@ -145,6 +145,8 @@ def _operation(name: str, *, swapped: bool = False) -> Any:
 
     def method(self: Proxy, *others: Any) -> Any:
         args = (*others, self) if swapped else (self, *others)
+        if not all(vars(v.tracer) for v in args if type(v) in PROXIES):  # of a capture that has failed, in a table: no key
+            return name == "ne" if name in ("eq", "ne") else function(*unwrap(args))
         return self.tracer.create_proxy("call_function", function, args, {})
 
     return method
@@ -336,14 +338,3 @@ def tracer_of(x: Any) -> Any:
 def unwrap(x: Any) -> Any:
     """Nested proxies replaced by their values."""
     return map_tensors(x, lambda p: p.value, Proxy)
-
-
-def plain_key(key: Any) -> Any:
-    """A key of a dict as generated code can write it down."""
-    if isinstance(key, Proxy):
-        return key.concrete("key")
-    if type(key) is tuple:
-        return tuple(map(plain_key, key))
-    if type(key) not in ATOMS:
-        raise ReadsValue(f"a dict with a key of type {type(key).__name__}")
-    return key
