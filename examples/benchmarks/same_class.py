@@ -21,6 +21,7 @@ import importlib
 import io
 import multiprocessing
 import pickle
+import resource
 import sys
 import tempfile
 import time
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--requests", nargs="+", choices=list(REQUESTS), default=list(REQUESTS))
     parser.add_argument("--largest", type=float, default=100, help="million parameters")
     parser.add_argument("--limit", type=float, default=300, help="seconds for one model and request")
-    arguments = options(parser, measure, argv, memory=0.6, prepare=imports)
+    arguments = options(parser, measure, argv, memory=0.4, prepare=imports)
     if arguments is None:
         return
     names = [name for name in every_name() if any(fnmatch.fnmatch(name, pattern) for pattern in arguments.models)]
@@ -93,7 +94,8 @@ def measure(model: str, request: str, largest: float) -> Row:
     reader = multiprocessing.get_context("fork").Process(target=compare_loaded, args=(other,), daemon=True)
     reader.start()  # before it could know of any model
     try:
-        return row_of(model, request, largest, (mine, reader))
+        row = row_of(model, request, largest, (mine, reader))
+        return row | {"peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}
     finally:
         reader.kill()
 
@@ -164,10 +166,17 @@ def found_wrong(
     if problem and tried(lambda: pickle.dumps(model) and "") == "":
         yield "reload", problem
     for name, method in METHODS.items():
-        if tried(lambda method=method: method(copy.deepcopy(model), inputs)) == "":
-            problem = tried(lambda method=method: method(copy.deepcopy(small), inputs))
+        if tried(lambda method=method: method(of_its_own(model), inputs)) == "":
+            problem = tried(lambda method=method: method(of_its_own(small), inputs))
             if problem:
                 yield name, problem
+        for p in (*model.parameters(), *small.parameters()):
+            p.grad = None
+
+
+def of_its_own(model: nn.Module) -> nn.Module:
+    """A copy that shares its parameters, which no method changes, with the model."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
 def evaluated(model: nn.Module, inputs: Any) -> Any:
