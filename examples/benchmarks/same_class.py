@@ -18,7 +18,6 @@ import argparse
 import copy
 import fnmatch
 import importlib
-import io
 import multiprocessing
 import pickle
 import resource
@@ -96,6 +95,9 @@ def measure(model: str, request: str, largest: float) -> Row:
     try:
         row = row_of(model, request, largest, (mine, reader))
         return row | {"peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}
+    except MemoryError:
+        gib = resource.getrlimit(resource.RLIMIT_DATA)[0] / 2**30
+        return {"machine": machine(), "status": "left out", "reason": f"takes more than {gib:.0f} GiB"}
     finally:
         reader.kill()
 
@@ -106,6 +108,7 @@ def row_of(model: str, request: str, largest: float, reader: Any) -> Row:
     try:
         network, inputs = built(model)
     except Exception as error:
+        surface(error)
         return row | {"status": "unbuilt", "reason": one_line(error)}
     row["params"] = sum(p.numel() for p in network.parameters())
     if row["params"] > largest * 1e6:
@@ -113,15 +116,18 @@ def row_of(model: str, request: str, largest: float, reader: Any) -> Row:
     asked = {"example_inputs": inputs, "verify": False, **REQUESTS[request]}
     try:
         graph, row["seconds"] = timed(lambda: fxprune.prune(network, **asked))
-        wanted = tensors(evaluated(graph, inputs))
+        wanted, shapes = tensors(evaluated(graph, inputs)), {p.shape for p in graph.parameters()}
+        del graph
     except Exception as error:
+        surface(error)
         return row | {"status": "no graph", "reason": one_line(error)}
     try:
         small, row["seconds_same_class"] = timed(lambda: fxprune.prune(network, **asked, same_class=True))
         row |= {"params_after": sum(p.numel() for p in small.parameters()), "stale": list(small.meta["stale"])}
         row["programs"] = [path for path, m in small.named_modules() if isinstance(vars(m).get("forward"), RewrittenForward)]
-        problems = dict(found_wrong(network, small, graph, inputs, wanted, reader))
+        problems = dict(found_wrong(network, small, shapes, inputs, wanted, reader))
     except Exception as error:
+        surface(error)
         problems = {"prune": one_line(error)}
     named = {path.rpartition(".")[2] for path in row.get("stale", [])}
     told = all(named & NUMBERS.get(name, set()) for name in problems)
@@ -144,13 +150,12 @@ def timed(run: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def found_wrong(
-    model: nn.Module, small: Any, graph: nn.Module, inputs: Any, wanted: list[Tensor], reader: Any
+    model: nn.Module, small: Any, shapes: set[Any], inputs: Any, wanted: list[Tensor], reader: Any
 ) -> Iterator[tuple[str, str]]:
     """What does not hold, and how."""
     if type(small) is not type(model):
         yield "class", type(small).__name__
-    sizes = [{n: t.shape for n, t in m.named_parameters()} for m in (small, graph)]
-    if set(sizes[0].values()) != set(sizes[1].values()):
+    if {p.shape for p in small.parameters()} != shapes:
         yield "parameters", "other shapes than those of the GraphModule"
     mine, again = tensors(evaluated(small, inputs)), tensors(evaluated(small, inputs))
     error = difference(mine, wanted)
@@ -192,7 +197,14 @@ def tried(check: Callable[[], str | None]) -> str | None:
         torch.manual_seed(0)
         return check()
     except Exception as error:
+        surface(error)
         return one_line(error) or "raises"
+
+
+def surface(error: Exception) -> None:
+    """Raise MemoryError again, in torch's words too: it says nothing of the model."""
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        raise MemoryError from error
 
 
 # -- copies -------------------------------------------------------------------------------------------------------------
@@ -212,7 +224,7 @@ def reloaded(small: nn.Module, inputs: Any, wanted: list[Tensor], mine: Connecti
 
 def compare_loaded(other: Connection) -> None:
     try:
-        model, inputs, wanted = torch.load(io.BytesIO(Path(other.recv()).read_bytes()), weights_only=False)
+        model, inputs, wanted = torch.load(other.recv(), weights_only=False)
         other.send(apart(tensors(evaluated(model, inputs)), wanted, 0.0))
     except Exception as error:
         other.send(one_line(error) or "raises")
