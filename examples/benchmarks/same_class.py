@@ -368,6 +368,7 @@ def table(rows: list[Row]) -> str:
         problems = Counter(name for row in chosen for name in row.get("problems", {}))
         parts.append(f"- {suite}, {request}: " + ", ".join(f"{n} {status}" for status, n in counts.most_common()))
         parts.append(f" ({', '.join(f'{n} {name}' for name, n in problems.most_common())})\n" if problems else "\n")
+    parts += [f"- left out: {row['model']}, {row['request']}, {row['reason']}\n" for row in rows if row["status"] == "left out"]
     shown = [row for row in rows if row["status"] not in ("unbuilt", "left out")]
     return "".join(parts) + "\n" + markdown_table(COLUMNS, sorted(shown, key=lambda row: (row["model"], row["request"])))
 
