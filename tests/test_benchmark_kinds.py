@@ -33,3 +33,13 @@ def test_the_table_lists_what_is_not_exact(kinds):
     assert "3 kinds, 1 unbuilt; of the other 2: 1 exact, 1 inexact" in text and "1 of them are captured as one node" in text
     assert "a second batch: 0 are exact there too, 1 refuse it, 0 originals do not take it" in text
     assert "| b | 0.0 | inexact | error 1.0e+00 |" in text and "| a |" not in text
+
+
+def test_numbers_of_a_configuration_follow_its_heads(kinds):
+    """Kinds that small numbers alone do not build: as many keys as heads, turned dimensions, and sections of the turns."""
+    pytest.importorskip("transformers")
+    for kind, least in (("deepseek_v3", 4), ("gptj", 4), ("qwen2_vl_text", 2)):
+        model, inputs = kinds.built(kind)
+        config = model.config
+        assert config.num_attention_heads == 4 and sum(p.numel() for p in model.parameters()) < 3e6, kind
+        assert getattr(config, "num_key_value_heads", least) == least and set(inputs) == {"input_ids"}, kind

@@ -32,3 +32,15 @@ def test_calls_are_compared_one_for_one():
         others = {"native": Net(4), native.GRAPH: Net(5), native.CLASS: Net(4, twice=True)}
         ways = {"eager": False, "compiled": False}
         assert native.same_calls(others, x) == {native.GRAPH: ways, native.CLASS: ways}
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_compiled_code_is_compared_without_comments(monkeypatch):
+    import native
+
+    x, codes = torch.randn(2, 4), iter(["# a\nf(x)\n", " # b\nf(x)\n", "# a\ng(x)\n"])
+    monkeypatch.setattr("torch._inductor.utils.run_and_get_code", lambda run: (None, [next(codes)]))
+    assert native.same_code(dict.fromkeys(("native", native.GRAPH, native.CLASS), Net(4)), x) == {
+        native.GRAPH: True,
+        native.CLASS: False,
+    }

@@ -511,3 +511,23 @@ class Mixed(nn.Module):
 def test_records_of_outputs_of_several_layouts():
     small = fxprune.prune(Mixed().eval(), 0.5, example_inputs=torch.randn(2, 3, 8, 8), same_class=True)
     assert [info["num_chs"] for info in small.feature_info] == [6, 10] and small.meta["stale"] == ()
+
+
+class Nameless(Mixed):
+    """The same, and records of what is no module, or of the model, by the size of a tensor nearby."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.behind = nn.Conv2d(3, 3, 1), nn.Linear(4, 20)
+        self.feature_info += [{"num_chs": 3, "module": ""}, {"num_chs": 3, "module": "nowhere"}]
+
+    def forward(self, x):
+        return self.behind(super().forward(self.before(x)))
+
+
+def test_records_that_name_no_module_leave_the_others_to_their_outputs():
+    """There are two widths that were 20: that of the second stage, and that of the last layer, which stays."""
+    x = torch.randn(2, 3, 8, 8)
+    small = fxprune.prune(Nameless().eval(), 0.5, example_inputs=x, freeze="before", same_class=True)
+    assert small.second.layer.out_channels == 10 and small.behind.out_features == 20
+    assert [info["num_chs"] for info in small.feature_info] == [6, 10, 3, 3] and small.meta["stale"] == ()

@@ -1,6 +1,7 @@
 """Models that FSDP2 and tensor parallelism spread over processes: what is left of them is what one process leaves."""
 
 import gc
+import io
 import weakref
 
 import pytest
@@ -175,12 +176,16 @@ def tensor_parallel_uneven(rank):
     return described(fxprune.prune(in_parallel(mesh_of(2), hidden=24), {"blocks.0.up": 0.21}, TOKENS))
 
 
-def both(rank):
+def in_both(**sizes):
     mesh = mesh_of(2, 2, names=("data", "tensor"))
-    model = in_parallel(mesh["tensor"], hidden=24)
+    model = in_parallel(mesh["tensor"], **sizes)
     for block in model.blocks:
         fully_shard(block, mesh=mesh["data"])
-    return described(by_ratio(fully_shard(model, mesh=mesh["data"])))
+    return fully_shard(model, mesh=mesh["data"])
+
+
+def both(rank):
+    return described(by_ratio(in_both(hidden=24)))
 
 
 def hybrid(rank):
@@ -307,20 +312,120 @@ def in_steps_with_masks(rank):
     fxprune.Pruner(in_fsdp(None), 0.5, TOKENS, mask="hold")
 
 
-def in_steps_with_a_penalty(rank):
+def trained(model, optimizer, pruner=None):
+    """A step of training, with a penalty where there is a pruner."""
+    model.train()
+    cross_entropy(model(TOKENS).flatten(0, 1), TOKENS.flatten()).backward()
+    if pruner is not None:
+        pruner.regularize(model)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def with_a_penalty(model, regularizer):
+    pruner = fxprune.Pruner(model, 0.5, TOKENS, steps=2, same_class=True, verify=False, regularizer=regularizer)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trained(model, optimizer, pruner)
+    trained(model, optimizer, pruner)
+    small = pruner.step()
+    pruner.remap_optimizer(optimizer)
+    trained(small, optimizer, pruner)
+    values = {name: whole(t).tolist() for name, t in small.state_dict().items()}
+    return {"values": values, "plan": pruner.plan.to_json()}
+
+
+def by_group_lasso(model):
+    return with_a_penalty(model, fxprune.regularizers.GroupLasso(strength=0.1))
+
+
+def by_growing(model):
+    return with_a_penalty(model, fxprune.regularizers.Growing(strength=0.1))
+
+
+def in_steps_by_group_lasso(rank):
+    return by_group_lasso(in_fsdp(None))
+
+
+def in_steps_by_growing(rank):
+    return by_growing(in_fsdp(None))
+
+
+def in_steps_by_group_lasso_in_parallel(rank):
+    return by_group_lasso(in_parallel(mesh_of(2), **EVEN))
+
+
+def in_steps_by_group_lasso_in_both(rank):
+    return by_group_lasso(in_both(**EVEN))
+
+
+def in_steps_with_no_gradient(rank):
     model = in_fsdp(None)
-    fxprune.Pruner(model, 0.5, TOKENS).regularize(model)
+    pruner = fxprune.Pruner(model, 0.5, TOKENS)
+    model(TOKENS).sum().backward()
+    if rank:
+        model.zero_grad()
+    pruner.regularize(model)
 
 
-def in_steps_to_be_saved(rank):
-    fxprune.Pruner(in_fsdp(None), 0.5, TOKENS).state_dict()
+def resumed(make):
+    """Two steps and the training between them; once in one go, once by the states after the first step, read from bytes."""
+
+    def pruner_of(model):
+        return fxprune.Pruner(model, 0.5, TOKENS, steps=2, same_class=True, verify=False)
+
+    def last_step(pruner, small, optimizer):
+        trained(small, optimizer)
+        last = pruner.step(small)
+        return {"values": {name: whole(t).tolist() for name, t in last.state_dict().items()}, "plan": pruner.plan.to_json()}
+
+    model = make()
+    pruner, optimizer = pruner_of(model), torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5)
+    trained(model, optimizer)
+    small = pruner.step()
+    pruner.remap_optimizer(optimizer)
+    file = io.BytesIO()
+    torch.save({"pruner": pruner.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    wanted = last_step(pruner, small, optimizer)
+    state = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    again = pruner_of(make())
+    again.load_state_dict(state["pruner"])
+    optimizer = torch.optim.SGD(again.model.parameters(), lr=0.1, momentum=0.5)
+    optimizer.load_state_dict(state["optimizer"])
+    return {"wanted": wanted, "found": last_step(again, again.model, optimizer), "history": len(again.history)}
+
+
+def in_steps_resumed(rank):
+    return resumed(lambda: in_fsdp(None))
+
+
+def in_steps_resumed_in_parallel(rank):
+    return resumed(lambda: in_parallel(mesh_of(2), **EVEN))
+
+
+def in_steps_resumed_in_both(rank):
+    return resumed(lambda: in_both(**EVEN))
+
+
+def in_steps_resumed_with_the_state_of_another(rank):
+    state = fxprune.Pruner(in_fsdp(None), 0.5, TOKENS).state_dict()
+    state["asked"]["process"] = "1 of 2"
+    fxprune.Pruner(in_fsdp(None), 0.5, TOKENS).load_state_dict(state)
+
+
+def in_steps_resumed_too_late(rank):
+    pruner = fxprune.Pruner(in_fsdp(None), 0.5, TOKENS, steps=2)
+    pruner.step()
+    pruner.load_state_dict(pruner.state_dict())
 
 
 TASKS = [fsdp, fsdp_after_forward, fsdp_again, fsdp_in_place, fsdp_settings, tensor_parallel, tensor_parallel_uneven]
 TASKS += [one_cannot, one_fails_in_between, one_asks_otherwise, by_data, verified]
 TASKS += [of_plan, of_plan_without_values, of_another_plan, coupled]
 TASKS += [in_steps, in_steps_to_a_budget, in_steps_in_parallel, in_steps_by_hand]
-TASKS += [in_steps_of_another_model, in_steps_with_masks, in_steps_with_a_penalty, in_steps_to_be_saved]
+TASKS += [in_steps_of_another_model, in_steps_with_masks, in_steps_by_group_lasso, in_steps_by_growing]
+TASKS += [in_steps_by_group_lasso_in_parallel, in_steps_with_no_gradient, in_steps_resumed, in_steps_resumed_in_parallel]
+TASKS += [in_steps_resumed_with_the_state_of_another, in_steps_resumed_too_late]
+IN_BOTH = [in_steps_by_group_lasso_in_both, in_steps_resumed_in_both]
 
 
 @pytest.fixture(scope="module")
@@ -331,7 +436,7 @@ def two(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
-    return in_processes(4, [fsdp, both, hybrid, in_steps], tmp_path_factory.mktemp("four"))
+    return in_processes(4, [fsdp, both, hybrid, in_steps, *IN_BOTH], tmp_path_factory.mktemp("four"))
 
 
 def assert_like(found, wanted, step=1e-6):
@@ -381,6 +486,9 @@ def test_four_processes_leave_what_one_leaves(four):
         ("in_steps_to_a_budget", by_steps_to_a_budget, {}),
         ("in_steps_in_parallel", by_steps, EVEN),
         ("in_steps_by_hand", by_hand, {}),
+        ("in_steps_by_group_lasso", by_group_lasso, {}),
+        ("in_steps_by_growing", by_growing, {}),
+        ("in_steps_by_group_lasso_in_parallel", by_group_lasso, EVEN),
     ],
 )
 def test_steps_of_two_processes_are_those_of_one(task, steps, sizes, two):
@@ -394,6 +502,25 @@ def test_steps_of_four_processes_are_those_of_one(four):
     assert wanted["kept"][0] != wanted["kept"][1]  # both steps remove something
     for found in four:
         assert_same_steps(found["in_steps"], wanted)
+
+
+def test_penalties_of_four_processes_are_those_of_one(four):
+    wanted = by_group_lasso(decoder(**EVEN))
+    for found in four:
+        assert_same_steps(found["in_steps_by_group_lasso_in_both"], wanted)
+
+
+def test_sharded_steps_go_on_from_a_state(two, four):
+    tasks = "in_steps_resumed", "in_steps_resumed_in_parallel", "in_steps_resumed_in_both"
+    results = [found[task] for found in [*two, *four] for task in tasks if task in found]
+    assert len(results) == 8
+    for found in results:
+        assert found["found"] == found["wanted"] and found["history"] == 2
+
+
+def test_a_state_is_for_the_process_that_it_was_saved_in(two):
+    said = "the state is of a Pruner with process 1 of 2, and this one has 0 of 2"
+    assert all(said in found["in_steps_resumed_with_the_state_of_another"] for found in two)
 
 
 def assert_same_steps(found, wanted):
@@ -438,8 +565,8 @@ def test_what_fully_shard_was_told_stays(two):
         ("of_another_plan", "another plan than rank 0"),
         ("in_steps_of_another_model", "this is another model: blocks.0.up.weight has shape (24, 12), not (21, 12)"),
         ("in_steps_with_masks", "mask='hold' takes the model in one process, and it is sharded"),
-        ("in_steps_with_a_penalty", "regularize() takes the model in one process, and it is sharded"),
-        ("in_steps_to_be_saved", "the state of a Pruner takes the model in one process, and it is sharded"),
+        ("in_steps_with_no_gradient", "no parameter has a gradient"),
+        ("in_steps_resumed_too_late", "is loaded into a Pruner that has taken no step"),
         ("by_data", "the criterion taylor looks at data, which takes the model in one process"),
         ("verified", "the result is compared with the original, which takes the model in one process"),
     ],

@@ -44,6 +44,7 @@ WIDTHS = {
     1: "topk_group",
     WORDS: "vocab_size",
 }
+HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 SMALL = {name: size for size, names in WIDTHS.items() for name in names.split()}
 
 
@@ -102,10 +103,10 @@ def built(kind: str) -> tuple[nn.Module, dict[str, Any]]:
     from transformers import CONFIG_MAPPING, AutoModel
 
     last: Exception = RuntimeError("no inputs")
-    for widths in (True, False):  # some kinds insist on relations between their widths
+    for how in ("small", "shallow", "related", "wide heads"):  # some kinds insist on relations between their widths
         torch.manual_seed(0)
         try:
-            config = shrunk(CONFIG_MAPPING[kind](), widths)
+            config = shrunk(CONFIG_MAPPING[kind](), how)
             with torch.device("meta"):
                 count = sum(p.numel() for p in AutoModel.from_config(config).parameters())
             if count > LARGEST:
@@ -127,11 +128,17 @@ def built(kind: str) -> tuple[nn.Module, dict[str, Any]]:
     raise last
 
 
-def shrunk(config: Any, widths: bool) -> Any:
-    """A configuration, and those inside of it, with small numbers in it and without a cache."""
+def shrunk(config: Any, how: str) -> Any:
+    """A configuration, and those inside of it, with small numbers in it and without a cache.
+
+    Arguments:
+        how: `small` numbers; `shallow`: a small number of layers alone; `related`: small numbers that follow from one another
+            as they did; `wide heads`: these, and heads as wide as they were.
+    """
+    before, widths = dict(vars(config)), how != "shallow"
     for name, value in list(vars(config).items()):
         if hasattr(value, "to_dict"):
-            shrunk(value, widths)
+            shrunk(value, how)
         elif type(value) is int and widths and value > SMALL.get(name, value):
             setattr(config, name, SMALL[name])
         elif type(value) is int and not widths and "layers" in name and value > 2:
@@ -142,9 +149,42 @@ def shrunk(config: Any, widths: bool) -> Any:
             config.use_cache = False
     if widths and {"expand", "num_heads", "head_dim"} <= vars(config).keys():  # the heads of a state space share its width
         config.num_heads = config.expand * config.hidden_size // config.head_dim
+    if how in ("related", "wide heads"):
+        relate(config, before, wide=how == "wide heads")
     if vars(config).get("layer_types"):  # where it is a property, it follows from other numbers
         config.layer_types = list(config.layer_types)[: config.num_hidden_layers]
     return config
+
+
+def relate(config: Any, before: dict[str, Any], wide: bool) -> None:
+    """Have numbers of a configuration follow its heads again, as they did before they were made small.
+
+    Arguments:
+        before: the numbers then.
+        wide: whether heads are as wide as then.
+    """
+    now = vars(config)
+    heads = next((name for name in HEADS if type(now.get(name)) is int), None)
+    if heads is not None and before.get("num_key_value_heads") == before[heads]:
+        config.num_key_value_heads = now[heads]
+    size, was = (head_size(numbers, heads) for numbers in (now, before))
+    if wide and heads is not None and was and "hidden_size" in now and not now.get("head_dim"):
+        config.hidden_size, size = was * now[heads], was
+    if size and was and "rotary_dim" in now:
+        config.rotary_dim = min(now["rotary_dim"], size)
+    for held in (now, *(value for value in now.values() if isinstance(value, dict))) if size and was else ():
+        for name, value in held.items():
+            if str(name).endswith("section") and isinstance(value, list):
+                ends = [round(sum(value[: i + 1]) * size / was) for i in range(len(value))]
+                held[name] = [b - a for a, b in zip([0, *ends], ends)]
+    if {"mamba_expand", "mamba_n_heads", "mamba_d_head", "hidden_size"} <= now.keys():
+        config.mamba_d_head = now["mamba_expand"] * now["hidden_size"] // now["mamba_n_heads"]
+
+
+def head_size(numbers: dict[str, Any], heads: str | None) -> int:
+    """How wide a head is; 0 where that is not said."""
+    width = next((numbers[name] for name in ("hidden_size", "n_embd") if type(numbers.get(name)) is int), 0)
+    return int(numbers.get("head_dim") or (width // numbers[heads] if heads is not None else 0))
 
 
 def candidates(model: nn.Module, config: Any) -> Iterator[dict[str, Any]]:
@@ -171,6 +211,10 @@ def candidates(model: nn.Module, config: Any) -> Iterator[dict[str, Any]]:
     yield {"pixel_values": image}
     yield {"pixel_values_videos": torch.randn(1, 8, 3, height, width)}
     yield {"input_values": sound}
+    patch, frames = getattr(config, "patch_size", None), getattr(config, "temporal_patch_size", 1)
+    if isinstance(patch, int) and isinstance(channels := getattr(config, "in_channels", channels), int):
+        grid = torch.tensor([[1, 8, 8]])
+        yield {"hidden_states": torch.randn(64, channels * frames * patch * patch), "grid_thw": grid}
 
 
 def table(rows: list[Row]) -> str:

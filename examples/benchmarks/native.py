@@ -3,7 +3,9 @@
     native.py                                  every model, eager, with one sample and with eight
     native.py --modes compiled                 the same under torch.compile
     native.py --modes calls                    no times: whether they make the same calls, which no noise disturbs
+    native.py --modes code                     nor here: whether the compiler writes the same code for them
     native.py --models resnet50 --redo         some of them again
+    native.py --modes compiled --models mobilenet_v2 --compiling 1200 --limit 6000    where a compiler takes minutes
 
 Rows go to `native.jsonl`, the table to `NATIVE.md`; what is there already is not run again. Half of everything is removed.
 Three forms run in turns in one process: the native model, fxprune's GraphModule and its `same_class=True`. A round is one
@@ -12,6 +14,7 @@ rounds, divided by that of the native model; *within 3 %* is what is asked for. 
 model, timed as the others are: how far it is from 1 says how quiet the machine was.
 
 Calls are those of the dispatcher, eager, and the lines that `torch.compile` gets to compile, without those that have no effect.
+Code is all that `torch.compile` writes, without comments, which name the lines that it comes from.
 """
 
 import argparse
@@ -34,7 +37,7 @@ HERE = Path(__file__).parent
 ROWS, TABLE = HERE / "native.jsonl", HERE / "NATIVE.md"
 WITHIN = 1.03
 SECONDS, ROUNDS = 40.0, 400  # of measuring one job, at most
-COMPILE = 120.0  # seconds that compiling the native model may take
+UNTIMED = ("calls", "code")
 AGAIN, GRAPH, CLASS = "native again", "GraphModule", "same class"
 
 
@@ -102,16 +105,18 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, nn.Module]]] = {
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--modes", nargs="+", choices=["eager", "compiled", "calls"], default=["eager"])
+    parser.add_argument("--modes", nargs="+", choices=["eager", "compiled", *UNTIMED], default=["eager"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--limit", type=float, default=900, help="seconds for one job")
+    parser.add_argument("--compiling", type=float, default=120, help="seconds that compiling the native model may take")
     arguments = options(parser, measure, argv, alone=True)
     if arguments is None:
         return
     every = itertools.product(arguments.models, arguments.modes, arguments.batches)
-    jobs = [{"model": model, "mode": mode, "batch": batch} for model, mode, batch in every if mode != "calls" or batch == 1]
+    jobs = [{"model": model, "mode": mode, "batch": batch} for model, mode, batch in every if mode not in UNTIMED or batch == 1]
     try:
-        sweep(__file__, jobs, ROWS, limit=arguments.limit, redo=arguments.redo)
+        settings = {"compiling": arguments.compiling}
+        sweep(__file__, jobs, ROWS, limit=arguments.limit, settings=settings, redo=arguments.redo)
     finally:
         TABLE.write_text(table(read_rows(ROWS)))
     print(TABLE.relative_to(Path.cwd()) if TABLE.is_relative_to(Path.cwd()) else TABLE)
@@ -135,11 +140,13 @@ def forms(model: str, batch: int) -> tuple[dict[str, nn.Module], Any]:
 
 
 @torch.no_grad()
-def measure(model: str, mode: str, batch: int) -> Row:
-    """The median seconds of a forward of each form."""
+def measure(model: str, mode: str, batch: int, compiling: float) -> Row:
+    """The median seconds of a forward of each form; none where compiling the native model takes more than so many seconds."""
     made, given = forms(model, batch)
     if mode == "calls":
         return {"status": "ok", "machine": machine(), "calls": same_calls(made, given)}
+    if mode == "code":
+        return {"status": "ok", "machine": machine(), "code": same_code(made, given)}
     calls: dict[str, Callable[[], Any]] = {}
     outputs = {}
     for name, module in made.items():
@@ -147,8 +154,8 @@ def measure(model: str, mode: str, batch: int) -> Row:
         calls[name] = (lambda form=form: form(**given)) if isinstance(given, dict) else (lambda form=form: form(given))
         start = time.perf_counter()
         outputs[name] = first(calls[name]())
-        if mode == "compiled" and name == "native" and time.perf_counter() - start > COMPILE:
-            return {"status": "slow", "reason": f"compiling it takes more than {COMPILE:.0f} s", "machine": machine()}
+        if mode == "compiled" and name == "native" and time.perf_counter() - start > compiling:
+            return {"status": "slow", "reason": f"compiling it takes more than {compiling:.0f} s", "machine": machine()}
         error = float((outputs[name] - outputs["native"]).norm() / outputs["native"].norm())
         if not error < 1e-4:
             return {"status": "failed", "reason": f"{name} computes something else: {error:.1e}", "machine": machine()}
@@ -202,6 +209,25 @@ def same_calls(made: dict[str, nn.Module], given: Any) -> dict[str, dict[str, bo
     return {form: {"eager": mine[0] == eager, "compiled": mine[1] == compiled} for form, mine in found.items()}
 
 
+def same_code(made: dict[str, nn.Module], given: Any) -> dict[str, bool]:
+    """For each form whether `torch.compile` writes the same code for it as for the native model."""
+    found = {form: compiled_code(made[form], given) for form in ("native", GRAPH, CLASS)}
+    native = found.pop("native")
+    return {form: code == native for form, code in found.items()}
+
+
+def compiled_code(module: nn.Module, given: Any) -> list[str]:
+    """The lines of code that `torch.compile` writes for a module, without comments."""
+    from torch._inductor import config
+    from torch._inductor.utils import run_and_get_code
+
+    torch._dynamo.reset()
+    form = torch.compile(module, dynamic=False)
+    with config.patch(force_disable_caches=True):
+        codes = run_and_get_code(lambda: form(**given) if isinstance(given, dict) else form(given))[1]
+    return [line for code in codes for line in code.splitlines() if not line.lstrip().startswith(("#", "//"))]
+
+
 def in_turns(calls: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
     """The seconds of each call, round by round; the order moves on by one each round."""
     names = list(calls)
@@ -247,7 +273,8 @@ def table(rows: list[Row]) -> str:
         ("rounds", "r", lambda row: row.get("rounds", "")),
     ]
     counted = {row["model"]: row["calls"] for row in rows if row["mode"] == "calls" and row["status"] == "ok"}
-    rows = [row for row in rows if row["mode"] != "calls"]
+    coded = {row["model"]: row["code"] for row in rows if row["mode"] == "code" and row["status"] == "ok"}
+    rows = [row for row in rows if row["mode"] not in UNTIMED]
     told = [found for row in rows for form in (GRAPH, CLASS) if (found := ratio(row, form)) is not None]
     near = sum(found <= WITHIN for found in told)
     said = f"{near} of {len(told)} figures of pruned models are within 3 % of the natively built model."
@@ -260,6 +287,9 @@ def table(rows: list[Row]) -> str:
     ]
     calls = "".join(f"- {line}\n" for line in same)
     also = f"The same calls as those of the native model, one for one, of {len(counted)} models:\n\n{calls}"
+    if coded:
+        written = (f"{form}: " + ", ".join(model for model, same in coded.items() if same[form]) for form in (GRAPH, CLASS))
+        also += f"\nThe same compiled code, of {len(coded)} models:\n\n" + "".join(f"- {line}\n" for line in written)
     return f"# Pruned against natively built\n\n{about}\n{said} {machines}.\n\n{also}\n{markdown_table(columns, rows)}"
 
 

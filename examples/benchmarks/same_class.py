@@ -18,9 +18,9 @@ import argparse
 import copy
 import fnmatch
 import importlib
-import io
 import multiprocessing
 import pickle
+import resource
 import sys
 import tempfile
 import time
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--requests", nargs="+", choices=list(REQUESTS), default=list(REQUESTS))
     parser.add_argument("--largest", type=float, default=100, help="million parameters")
     parser.add_argument("--limit", type=float, default=300, help="seconds for one model and request")
-    arguments = options(parser, measure, argv, memory=0.6, prepare=imports)
+    arguments = options(parser, measure, argv, memory=0.4, prepare=imports)
     if arguments is None:
         return
     names = [name for name in every_name() if any(fnmatch.fnmatch(name, pattern) for pattern in arguments.models)]
@@ -93,7 +93,11 @@ def measure(model: str, request: str, largest: float) -> Row:
     reader = multiprocessing.get_context("fork").Process(target=compare_loaded, args=(other,), daemon=True)
     reader.start()  # before it could know of any model
     try:
-        return row_of(model, request, largest, (mine, reader))
+        row = row_of(model, request, largest, (mine, reader))
+        return row | {"peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}
+    except MemoryError:
+        gib = resource.getrlimit(resource.RLIMIT_DATA)[0] / 2**30
+        return {"machine": machine(), "status": "left out", "reason": f"takes more than {gib:.0f} GiB"}
     finally:
         reader.kill()
 
@@ -104,6 +108,7 @@ def row_of(model: str, request: str, largest: float, reader: Any) -> Row:
     try:
         network, inputs = built(model)
     except Exception as error:
+        surface(error)
         return row | {"status": "unbuilt", "reason": one_line(error)}
     row["params"] = sum(p.numel() for p in network.parameters())
     if row["params"] > largest * 1e6:
@@ -111,15 +116,18 @@ def row_of(model: str, request: str, largest: float, reader: Any) -> Row:
     asked = {"example_inputs": inputs, "verify": False, **REQUESTS[request]}
     try:
         graph, row["seconds"] = timed(lambda: fxprune.prune(network, **asked))
-        wanted = tensors(evaluated(graph, inputs))
+        wanted, shapes = tensors(evaluated(graph, inputs)), {p.shape for p in graph.parameters()}
+        del graph
     except Exception as error:
+        surface(error)
         return row | {"status": "no graph", "reason": one_line(error)}
     try:
         small, row["seconds_same_class"] = timed(lambda: fxprune.prune(network, **asked, same_class=True))
         row |= {"params_after": sum(p.numel() for p in small.parameters()), "stale": list(small.meta["stale"])}
         row["programs"] = [path for path, m in small.named_modules() if isinstance(vars(m).get("forward"), RewrittenForward)]
-        problems = dict(found_wrong(network, small, graph, inputs, wanted, reader))
+        problems = dict(found_wrong(network, small, shapes, inputs, wanted, reader))
     except Exception as error:
+        surface(error)
         problems = {"prune": one_line(error)}
     named = {path.rpartition(".")[2] for path in row.get("stale", [])}
     told = all(named & NUMBERS.get(name, set()) for name in problems)
@@ -142,13 +150,12 @@ def timed(run: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def found_wrong(
-    model: nn.Module, small: Any, graph: nn.Module, inputs: Any, wanted: list[Tensor], reader: Any
+    model: nn.Module, small: Any, shapes: set[Any], inputs: Any, wanted: list[Tensor], reader: Any
 ) -> Iterator[tuple[str, str]]:
     """What does not hold, and how."""
     if type(small) is not type(model):
         yield "class", type(small).__name__
-    sizes = [{n: t.shape for n, t in m.named_parameters()} for m in (small, graph)]
-    if set(sizes[0].values()) != set(sizes[1].values()):
+    if {p.shape for p in small.parameters()} != shapes:
         yield "parameters", "other shapes than those of the GraphModule"
     mine, again = tensors(evaluated(small, inputs)), tensors(evaluated(small, inputs))
     error = difference(mine, wanted)
@@ -164,10 +171,17 @@ def found_wrong(
     if problem and tried(lambda: pickle.dumps(model) and "") == "":
         yield "reload", problem
     for name, method in METHODS.items():
-        if tried(lambda method=method: method(copy.deepcopy(model), inputs)) == "":
-            problem = tried(lambda method=method: method(copy.deepcopy(small), inputs))
+        if tried(lambda method=method: method(of_its_own(model), inputs)) == "":
+            problem = tried(lambda method=method: method(of_its_own(small), inputs))
             if problem:
                 yield name, problem
+        for p in (*model.parameters(), *small.parameters()):
+            p.grad = None
+
+
+def of_its_own(model: nn.Module) -> nn.Module:
+    """A copy that shares its parameters, which no method changes, with the model."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
 def evaluated(model: nn.Module, inputs: Any) -> Any:
@@ -183,7 +197,14 @@ def tried(check: Callable[[], str | None]) -> str | None:
         torch.manual_seed(0)
         return check()
     except Exception as error:
+        surface(error)
         return one_line(error) or "raises"
+
+
+def surface(error: Exception) -> None:
+    """Raise MemoryError again, in torch's words too: it says nothing of the model."""
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        raise MemoryError from error
 
 
 # -- copies -------------------------------------------------------------------------------------------------------------
@@ -203,7 +224,7 @@ def reloaded(small: nn.Module, inputs: Any, wanted: list[Tensor], mine: Connecti
 
 def compare_loaded(other: Connection) -> None:
     try:
-        model, inputs, wanted = torch.load(io.BytesIO(Path(other.recv()).read_bytes()), weights_only=False)
+        model, inputs, wanted = torch.load(other.recv(), weights_only=False)
         other.send(apart(tensors(evaluated(model, inputs)), wanted, 0.0))
     except Exception as error:
         other.send(one_line(error) or "raises")
@@ -347,6 +368,7 @@ def table(rows: list[Row]) -> str:
         problems = Counter(name for row in chosen for name in row.get("problems", {}))
         parts.append(f"- {suite}, {request}: " + ", ".join(f"{n} {status}" for status, n in counts.most_common()))
         parts.append(f" ({', '.join(f'{n} {name}' for name, n in problems.most_common())})\n" if problems else "\n")
+    parts += [f"- left out: {row['model']}, {row['request']}, {row['reason']}\n" for row in rows if row["status"] == "left out"]
     shown = [row for row in rows if row["status"] not in ("unbuilt", "left out")]
     return "".join(parts) + "\n" + markdown_table(COLUMNS, sorted(shown, key=lambda row: (row["model"], row["request"])))
 

@@ -73,9 +73,7 @@ class Sharded:
     ranks: Ranks | None = None
 
     def __init__(self, model: nn.Module) -> None:
-        for module in walk(model):
-            if is_unit(module):
-                module.reshard()  # type: ignore[operator]  # the last forward may have left it gathered
+        reshard(model)
         self.model, self.units = model, units_of(model)
         self.tensors = dict(named_tensors(model))
         self.stand_ins = StandIns()
@@ -198,6 +196,13 @@ class Sharded:
         return made
 
 
+def reshard(model: nn.Module) -> None:
+    """Have a model hold its shards alone: the last forward may have left parameters gathered."""
+    for module in walk(model):
+        if is_unit(module):
+            module.reshard()  # type: ignore[operator]
+
+
 def in_form(tensor: Tensor) -> Tensor:
     """What stands for a tensor in form: of a sharded one, one of its shape without values; of others, their values."""
     if is_dtensor(tensor):
@@ -223,6 +228,31 @@ def distributed(tensor: Tensor, mesh: Any, placements: Any) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+
+
+def part_for(values: Tensor, shard: Any) -> Tensor:
+    """Of values that broadcast to a tensor those that belong to this process's shard of it; all where it is not sharded."""
+    if not is_dtensor(shard):
+        return values
+    part: Any = distributed(values.expand(shard.shape), shard.device_mesh, shard.placements)
+    found: Tensor = part.to_local().to(shard.to_local().device)  # it may be offloaded
+    return found
+
+
+def as_shard(values: Tensor, like: Any) -> Tensor:
+    """This process's shard as a tensor of all processes, spread as another one is; the shard itself where that is not."""
+    if not is_dtensor(like):
+        return values
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = like.device_mesh, like.placements
+    return DTensor.from_local(values, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+
+
+def local(tensor: Any) -> Tensor:
+    """What this process holds of a tensor, in the same memory."""
+    found: Tensor = tensor.detach().to_local() if is_dtensor(tensor) else tensor.detach()
+    return found
 
 
 def places_of(model: nn.Module) -> Mapping[int, list[tuple[nn.Module, str]]]:

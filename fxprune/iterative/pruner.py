@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from fxprune.arguments import checked_call, checked_class, shown
 from fxprune.distributed.sharded import Sharded, entered
-from fxprune.entry_points import entry_point, unwrapped
+from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
 from fxprune.iterative.history import History
 from fxprune.iterative.masking import hold, mask_again, muted
@@ -20,9 +20,9 @@ from fxprune.iterative.plan_mapping import tensors_of, widened
 from fxprune.iterative.planner import Planner, View
 from fxprune.iterative.proposal import Made, Proposal, StepChoice
 from fxprune.iterative.pruner_state import AskedOfPruner, PresentModel, PrunerState, asked_of
-from fxprune.iterative.regularizers import Regularizer, Spans, find, spans_of, with_gradients
+from fxprune.iterative.regularizers import Regularizer, Spans, find, spans_of
 from fxprune.iterative.schedules import Schedule, shares
-from fxprune.iterative.sharded_steps import check_steps, refuse_sharded, shrink_shards
+from fxprune.iterative.sharded_steps import check_steps, learning, process_of, restorer, shrink_shards
 from fxprune.passes.errors import PruneError
 from fxprune.pipeline import AnyModule, Compilation
 from fxprune.plan import PlanData
@@ -53,7 +53,7 @@ class Pruner(Generic[Made]):
 
     Arguments:
         model: any module; it is not changed. In `DistributedDataParallel`, or sharded over processes (`fully_shard`, tensor
-            parallelism), all of these step together, as with `prune`; `mask` and `regularize` take no sharded model.
+            parallelism), all of these step together, as with `prune`; `mask` takes no sharded model.
         ratio, params, macs, memory, latency: as for `prune`, after the last step. A ratio is a share of the original's units.
         example_inputs, same_class and others: as for `prune`. `data` is read in every step.
         steps, schedule: the number of steps, and what is done after each: `linear`, `cubic` (arXiv:1710.01878), or a
@@ -121,6 +121,7 @@ class Pruner(Generic[Made]):
             check_steps(sharded, options, mask)
             self._options, self._mask, self._original, self._sharded = options, mask, model, sharded is not None
             self.model: Any = model if sharded is None else sharded.model
+            self._asked = asked_of(self._shares, mask, options) | process_of(self._ranks, self._sharded)
             self._compilation = Compilation(model, inputs if sharded is None else inputs.beside(model), options.coupling)
             self._planner = Planner(self._compilation, options)
             self._gone = np.zeros(len(self._planner.unit_of), bool)
@@ -292,13 +293,11 @@ class Pruner(Generic[Made]):
     def state_dict(self) -> dict[str, Any]:
         """Plain data and tensors for `torch.save`: the plan, the history and the present model; `weights_only=True` reads it.
 
-        Optimizers and averages have a state dict of their own: save it with this one, after they were remapped.
+        Optimizers and averages have one of their own, to be saved with it. Each process of a sharded model saves its own.
         """
-        refuse_sharded(self._sharded, "the state of a Pruner")
-        asked = asked_of(self._shares, self._mask, self._options)
         model = PresentModel.of(self.model, self._original, cut=self._mask is None and len(self.history) > 0)
         units = (self._choice.kept, self._gone, self._marked)
-        return PrunerState.of(asked, self.plan, units, self._calls, self.history, self._compilation, model).to_dict()
+        return PrunerState.of(self._asked, self.plan, units, self._calls, self.history, self._compilation, model).to_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where the pruner was whose `state_dict` this is, bit by bit; it had the same arguments and architecture.
@@ -306,11 +305,10 @@ class Pruner(Generic[Made]):
         `model` is the present model then, a new one: make the optimizer and an `AveragedModel` for it, and load their states.
         Raises: PruneError that says what differs; nothing has changed then.
         """
-        refuse_sharded(self._sharded, "the state of a Pruner")
-        with entry_point(self._original):
-            found = PrunerState.from_dict(state, asked_of(self._shares, self._mask, self._options))
+        with entered(self.model if self._sharded else self._original) as (_, sharded, _):
+            found = PrunerState.from_dict(state, self._asked)
             self._compilation.follow()
-            resumed = found.resume(self._compilation, self._planner, self._options)
+            resumed = found.resume(self._compilation, self._planner, self._options, restorer(sharded, self._whole.plan))
             if self._mask is not None and resumed.plan.slices:
                 mask_again(resumed.model, resumed.plan, resumed.compilation.inputs, grows=self._mask == "soft")
             # nothing can fail from here on
@@ -319,7 +317,7 @@ class Pruner(Generic[Made]):
             self._gone, self._marked, self._move, self._spans = resumed.gone, resumed.marked, None, None
             cut = self._mask is None and len(self.history) > 0
             self._view = View(self.plan) if cut else self._whole
-            self.model = self.shrink() if cut and self._same_class else resumed.model
+            self.model = self.shrink() if cut and self._same_class and not self._sharded else resumed.model
 
     def regularize(self, model: nn.Module) -> None:
         """Add the gradient of the regulariser's penalty to the gradients of a model: call it between backward() and step().
@@ -329,13 +327,15 @@ class Pruner(Generic[Made]):
 
         Raises: PruneError for another model, or before any backward(); nothing has changed then.
         """
-        refuse_sharded(self._sharded, "regularize()")
-        model = unwrapped(model)
-        learned = with_gradients(model, self._tensors(model))
-        if getattr(self._regularizer, "foresees", False) and self._marked is None:
-            chosen = None if self.done else self._chosen(model, len(self.history))
-            self._marked = np.zeros_like(self._gone) if chosen is None else chosen.wanted & ~self._stuck
-        if self._spans is None:
-            self._spans = spans_of(self._planner.solution, self._planner.free, self._stuck, self._view.plan, self._regularizer)
-        self._spans.add(learned, self._regularizer, self._marked, self._calls)
-        self._calls += 1
+        with learning(model, self._sharded, self._ranks, self._tensors) as learned:
+            if getattr(self._regularizer, "foresees", False) and self._marked is None:
+                self._marked = np.zeros_like(self._gone) if self.done else self._foreseen(model)
+            if self._spans is None:
+                solution, free, plan = self._planner.solution, self._planner.free, self._view.plan
+                self._spans = spans_of(solution, free, self._stuck, plan, self._regularizer)
+            self._spans.add(learned, self._regularizer, self._marked, self._calls)
+            self._calls += 1
+
+    def _foreseen(self, model: nn.Module) -> np.ndarray:  # units that would go in the next step
+        with entered(model, self._ranks) as (_, sharded, present):
+            return self._chosen(present, len(self.history), sharded).wanted & ~self._stuck

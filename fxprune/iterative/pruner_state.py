@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
+from fxprune.distributed.sharded import reshard
 from fxprune.iterative.history import History, HistoryStep
 from fxprune.iterative.planner import Planner
 from fxprune.iterative.regularizers import Regularizer
@@ -64,6 +65,7 @@ class PresentModel:
 
     @classmethod
     def of(cls, model: nn.Module, original: nn.Module, cut: bool) -> PresentModel:
+        reshard(model)
         found = getattr(model, "meta", {}).get("verification") if cut else None
         return cls(
             {name: tensor.detach().clone() for name, tensor in named_tensors(model)},
@@ -72,7 +74,7 @@ class PresentModel:
             None if found is None else plain_record(found),
         )
 
-    def restore(self, compilation: Compilation) -> nn.Module:
+    def restore(self, compilation: Compilation, _: PlanData | None = None) -> nn.Module:
         """A new model from the original; raises PruneError where that is of another architecture."""
         original = compilation.model
         made: nn.Module
@@ -172,9 +174,9 @@ class PrunerState:
         for name, kind in kinds.items():
             if not isinstance(data.get(name, ()), kind):
                 raise PruneError(f"this is no state of a Pruner: {name} is of type {type(data.get(name)).__name__}", fix=STATE)
-        for name, wanted in asked.items():
-            if data["asked"].get(name) != wanted:
-                what = f"the state is of a Pruner with {name} {data['asked'].get(name)}, and this one has {wanted}"
+        for name in {**asked, **data["asked"]}:
+            if data["asked"].get(name) != asked.get(name):
+                what = f"the state is of a Pruner with {name} {data['asked'].get(name)}, and this one has {asked.get(name)}"
                 raise PruneError(what, fix="a Pruner with the arguments of the one that was saved")
         model = data["model"]
         kinds = {"tensors": Mapping, "state": Mapping, "plan": str, "verification": Mapping | None}
@@ -184,8 +186,18 @@ class PrunerState:
             raise PruneError("this is no state of a Pruner: its model holds what is no tensor", fix=STATE)
         return cls(**{f.name: data[f.name] for f in fields(cls) if f.name != "model"}, model=PresentModel(**model))
 
-    def resume(self, compilation: Compilation, planner: Planner, options: Options) -> Resumed:
-        """What a pruner of the same architecture goes on with; raises PruneError where it is of another one."""
+    def resume(
+        self,
+        compilation: Compilation,
+        planner: Planner,
+        options: Options,
+        restore: Callable[[PresentModel, Compilation, PlanData], nn.Module],
+    ) -> Resumed:
+        """What a pruner of the same architecture goes on with; raises PruneError where it is of another one.
+
+        Arguments:
+            restore: makes the present model of what is known of it; `PresentModel.restore`, for a model of one process.
+        """
         if self.frozen_modules != compilation.frozen_modules:
             compilation = Compilation(compilation.model, compilation.inputs, options.coupling, self.frozen_modules)
             planner = Planner(compilation, options)
@@ -200,7 +212,8 @@ class PrunerState:
                 raise PruneError(what, where=name, fix=ORIGINAL)
         marked = None if self.marked is None else self.units("marked", count)
         history = History([parse_record(HistoryStep, step) for step in self.history])
-        return Resumed(compilation, planner, choice, plan, gone, marked, history, self.model.restore(compilation))
+        model = restore(self.model, compilation, plan)
+        return Resumed(compilation, planner, choice, plan, gone, marked, history, model)
 
     def units(self, name: str, count: int) -> np.ndarray:
         """`kept`, `gone` or `marked` as an array; raises PruneError unless it is of as many labels as the model has."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fxprune.arguments import checked_class, did_you_mean, shown
 from fxprune.criteria.parameter_roles import roles
 from fxprune.criteria.scorer import HALF_DTYPES
+from fxprune.distributed.sharded import as_shard, local, part_for, whole
 from fxprune.iterative.plan_mapping import narrow_labels
 from fxprune.passes.coupling.families import Family
 from fxprune.passes.coupling.solution import Solution
@@ -199,16 +200,14 @@ class Spans:
                     self.rows.append((name, rest, index))
 
     def add(self, parameters: Mapping[str, Tensor], of: Regularizer, marked: np.ndarray | None, calls: int) -> None:
-        """Add the gradient of a penalty to those of the parameters that learn."""
+        """Add the gradient of a penalty to those of the parameters that learn; sharded ones are gathered one at a time."""
         device = next(p.device for p in parameters.values())
         self.rows = [(name, rest, index.to(device)) for name, rest, index in self.rows]  # copied once
         wide = torch.float64 if any(p.dtype is torch.float64 for p in parameters.values()) else torch.float32
         squares = torch.zeros(len(self.units) + 1, dtype=wide, device=device)
         for name, rest, index in self.rows:
             if name in parameters:
-                w = floating(parameters[name].detach())
-                found = w.square().sum(rest, keepdim=True) if rest else w.square()
-                squares.index_add_(0, index.reshape(-1), found.reshape(-1).to(device, wide))
+                squares.index_add_(0, index.reshape(-1), squares_of(parameters[name], rest).reshape(-1).to(device, wide))
         going = None if marked is None else torch.from_numpy(marked[self.units]).to(device)
         pull = of(Units(squares[:-1], self.family.to(device), self.families, going, calls))
         checked(pull, squares[:-1], of)
@@ -217,10 +216,13 @@ class Spans:
             p = parameters.get(name)
             if p is None or not p.requires_grad:
                 continue
-            w = floating(p.detach())
+            w = floating(local(p))
             towards = w.sign() if getattr(of, "signs", False) else w
-            extra = (towards * pull[index].to(w.device, w.dtype)).to(p.dtype)
-            p.grad = extra if p.grad is None else p.grad.add_(extra)
+            extra = (towards * part_for(pull[index], p).to(w.device, w.dtype)).to(p.dtype)
+            if p.grad is None:
+                p.grad = as_shard(extra, p)
+            else:
+                local(p.grad).add_(extra)
 
 
 def spans_of(solution: Solution, free: Sequence[Family], gone: np.ndarray, plan: PlanData, of: Regularizer) -> Spans:
@@ -242,6 +244,12 @@ def spans_of(solution: Solution, free: Sequence[Family], gone: np.ndarray, plan:
         what = "the regularizer pulls at nothing in this model: no parameter scales a normalised activation"
         raise PruneError(what, fix="regularizer='group_lasso'")
     return spans
+
+
+def squares_of(parameter: Tensor, rest: tuple[int, ...]) -> Tensor:
+    """The sums of the squares of a parameter's elements along some dimensions."""
+    w = floating(whole(parameter).detach())
+    return w.square().sum(rest, keepdim=True) if rest else w.square()
 
 
 def floating(weight: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ the numbers of a tuple or list, and for what is the sum of such a one.
 
 A list of records that each name a module (`{"module": "layer1", "num_chs": 64}`) is about the outputs of these modules: a
 number of theirs is a width if it is the size of the channels, second or last, of an output of every one; that of a list of
-blocks is the output of the last. Where none of the modules is called, it is one if each has tensors of this size. Where
-some name no module, it is told as the numbers of a tuple are.
+blocks is the output of the last. Where none of the modules is called, it is one if each has tensors of this size. Numbers of
+records that name no module, among others that do, are told as those of a tuple are.
 """
 
 from __future__ import annotations
@@ -154,8 +154,7 @@ def update_records(model: nn.Module, made: nn.Module, run: Callable[[nn.Module],
         changed = [dict(record) for record in records]
         for key in sorted({key for record in records for key, number in record.items() if type(number) is int}):
             there = [(i, records[i][key]) for i in range(len(records)) if type(records[i].get(key)) is int]
-            known = [(owner, size) for i, size in there for owner in [owners[i]] if owner is not None]
-            told = told_by_outputs(known, *shapes) if None not in owners else told_by_tensors(path, there, shapes[2])
+            told = told_by_records(path, [(owners[i], size) for i, size in there], *shapes)
             for (i, _), sizes in zip(there, told, strict=bool(told)):
                 if len(sizes) == 1:
                     changed[i][key] = min(sizes)
@@ -163,6 +162,29 @@ def update_records(model: nn.Module, made: nn.Module, run: Callable[[nn.Module],
                     stale.append(joined(path, name))
         assign(counterparts[path], {name: changed})
     return stale
+
+
+def told_by_records(
+    path: str,
+    numbers: list[tuple[str | None, int]],
+    before: dict[str, list[Shape]],
+    after: dict[str, list[Shape]],
+    pairs: dict[str, tuple[Shape, Shape]],
+) -> list[set[int]]:
+    """What numbers of records may be now, each with the module that its record names; empty where they are no widths.
+
+    Arguments:
+        path: of the module that holds the records.
+    """
+    known = [(owner, size) for owner, size in numbers if owner is not None]
+    by_outputs = told_by_outputs(known, before, after, pairs) if known else []
+    if len(known) == len(numbers):
+        return by_outputs
+    by_tensors = [nearest_sizes(path, size, pairs) for _, size in numbers]
+    if not all(by_tensors) or not is_number([size for _, size in numbers]):
+        return []
+    told = iter(by_outputs or [now for (owner, _), now in zip(numbers, by_tensors, strict=True) if owner is not None])
+    return [now if owner is None else next(told) for (owner, _), now in zip(numbers, by_tensors, strict=True)]
 
 
 def told_by_outputs(
@@ -184,12 +206,6 @@ def told_by_outputs(
         told = {now[d] for was, now in both if len(was) == len(now) for d in dims if is_size_of(size, was, d)}
         found.append(told or nearest_sizes(owner, size, pairs))
     return found
-
-
-def told_by_tensors(path: str, numbers: list[tuple[int, int]], pairs: dict[str, tuple[Shape, Shape]]) -> list[set[int]]:
-    """The same by the tensors of the module that holds the records, where some name no module."""
-    found = [nearest_sizes(path, size, pairs) for _, size in numbers]
-    return found if all(found) and is_number([size for _, size in numbers]) else []
 
 
 def named_module(record: dict[str, Any], path: str, paths: set[str]) -> str | None:

@@ -162,14 +162,24 @@ class LeafLabels:
             touched[units.unit_of[event.flat]] = True
         table = np.where(touched[units.unit_of], units.unit_of, np.arange(made.size))
         table[0] = 0
-        # a dimension that is one single head has nothing to remove: it is left without labels, and so kept
-        of = {name: tuple(g for f in labels if (g := renamed(f, table)).dims) for name, labels in self.of.items()}
+        rows = np.zeros(made.size, bool)
+        rows[np.concatenate([event.flat for event in head_rows])] = True
+        of = {name: tuple(g for f in labels if (g := renamed(f, table, rows)).dims) for name, labels in self.of.items()}
         return LeafLabels(of, self.size, self.first_constant)
 
 
-def renamed(f: Factor, table: np.ndarray) -> Factor:
-    """A factor with other labels, by a table."""
+def renamed(f: Factor, table: np.ndarray, rows: np.ndarray) -> Factor:
+    """A factor with other labels, by a table.
+
+    A dimension that is one single head, or heads that all go together, has nothing to remove: it is left without labels, and
+    so kept. One that is only tied to such heads keeps its own: it may have channels of something else as well.
+
+    Arguments:
+        rows: whether a label is in a row of a head itself.
+    """
     if len(f.dims) > 1:
         return factor(torch.from_numpy(table)[f.labels], f.major_to_minor)
     labels = table[f.flat]
-    return Factor.vector(labels, f.major_to_minor[0], f.ndim) if bool((labels != labels[0]).any()) else Factor(f.labels, ())
+    if bool((labels != labels[0]).any()):
+        return Factor.vector(labels, f.major_to_minor[0], f.ndim)
+    return Factor(f.labels, ()) if rows[f.flat].any() else f

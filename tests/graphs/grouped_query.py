@@ -74,3 +74,17 @@ def multi_query():
         return self.head(joined((q @ k.transpose(-2, -1)).softmax(-1) @ v))
 
     return separate(forward, keys=6)
+
+
+@graph(stats=True, targets=("v.weight", "head.weight"), min_removed=0.1)
+def grouped_query_differences():
+    """Half of the heads is subtracted from the others, so that all go together; each half of the values has channels."""
+
+    def forward(self, x):
+        q, k, v = heads_of(self.q(x)), heads_of(self.k(x)), heads_of(self.v(x))
+        halves = (half.repeat(1, 2, 1, 1) for half in v.chunk(2, dim=1))
+        y = torch.cat([F.scaled_dot_product_attention(q, k, half, enable_gqa=True).transpose(1, 2) for half in halves], -1)
+        first, second = y.chunk(2, dim=2)
+        return self.head(F.rms_norm(first - 0.3 * second, (12,)).flatten(2))
+
+    return separate(forward, keys=12)
