@@ -487,6 +487,22 @@ def test_what_is_no_branch():
     assert removed(fxprune.prune(Stack(), 0.5, V, depth="only", freeze="layers.0")) == [1]
 
 
+def test_vectors_go_with_the_layers_that_only_names():
+    """The norm in front of an FFN is in no module that `only` names; what `freeze` names stays."""
+    model, ids = llama(), torch.randint(50, (1, 6))
+    pruned = fxprune.prune(model, 0.5, ids, depth="only", only="*mlp*")
+    gone = {
+        name.partition(".mlp")[0]
+        for name in set(dict(model.named_modules())) - set(dict(pruned.named_modules()))
+        if ".mlp." in name
+    }
+    assert len(gone) == 1
+    reference = silenced(model, [f"{gone.pop()}.mlp"])
+    torch.testing.assert_close(call(pruned, ids), call(reference, ids))
+    with pytest.raises(fxprune.PruneError, match=r"frozen \(model.layers.0.self_attn.o_proj: "):
+        fxprune.prune(model, 0.5, ids, depth="only", only="*mlp*", freeze="*layernorm*")
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -25,6 +25,7 @@ from fxprune.selection.budgets import Budget
 from fxprune.selection.candidates import Candidates, Group
 from fxprune.selection.costs import Costs
 from fxprune.selection.latency import LatencyProbe
+from fxprune.selection.names import NOT_ALL_IN
 from fxprune.selection.options import Options
 from fxprune.selection.select import allocate_by_latency, check_effect, meet_budget, score_families
 
@@ -144,15 +145,25 @@ def give_back(slicer: Slicer, branches: Branches, budget: Budget, costs: Costs) 
 
 
 def free_branches(model: nn.Module, branches: Branches, options: Options) -> list[Branch]:
-    """The branches that nothing freezes; raises PruneError where there are none."""
-    frozen = {text.partition(":")[0].partition("#")[0] for text in options.coupling.frozen}
+    """The branches that nothing freezes; raises PruneError where there are none.
+
+    With `only`, vectors go with the layers of their branch: `only="*mlp*"` names no norm in front of an FFN.
+    """
+    named, vectors = options.coupling.frozen, {name for name, p in named_parameters(model).items() if p.dim() < 2}
+    frozen = {text.partition(":")[0].partition("#")[0] for text in named}
+    frozen -= {name for name in frozen & vectors if named.get(name, "").startswith(NOT_ALL_IN)}
     within = tuple(f"{text[:-1]}." for text in options.coupling.frozen if text.endswith("/"))
-    found = [b for b in branches.found if not frozen & b.tensors and not any(name.startswith(within) for name in b.tensors)]
+    inside = [b for b in branches.found if b.tensors - set(named) or not b.tensors]
+    found = [b for b in inside if not frozen & b.tensors and not any(name.startswith(within) for name in b.tensors)]
     if found:
         return found
     opaque = branches.captures[0].opaque
     if branches.found:
-        why, fix = "every residual branch holds a tensor that is frozen", "freeze less"
+        one = branches.found[0]
+        held = next(
+            (n for n in sorted(one.tensors) if n in frozen or n.startswith(within)), next(iter(sorted(one.tensors)), "")
+        )
+        why, fix = f"every residual branch holds a tensor that is frozen ({one.name}: {held})", "freeze less"
     elif opaque:
         place, reason = next(iter(opaque.items()))
         why = f"its program is not seen within {place if place in dict(model.named_modules()) else 'the model'} ({reason})"
