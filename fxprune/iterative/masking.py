@@ -20,7 +20,7 @@ from fxprune.criteria.base import CriterionOptions, describe
 from fxprune.criteria.parameter_roles import roles
 from fxprune.criteria.scorer import Scorer
 from fxprune.entry_points import entry_point
-from fxprune.inputs import ExampleInputs, device_of, random_inputs
+from fxprune.inputs import ExampleInputs, random_inputs
 from fxprune.iterative.masked_forward import MaskedForward, zeros_suffice
 from fxprune.passes.coupling.families import families
 from fxprune.passes.coupling.solution import Solution
@@ -74,7 +74,7 @@ def compute_what_is_kept(model: nn.Module, plan: PlanData, inputs: ExampleInputs
         inputs: example inputs, if there are any besides the plan's description.
     """
     try:
-        suffices = zeros_suffice(model, plan, inputs or random_inputs(plan.inputs, device_of(model)))
+        suffices = zeros_suffice(model, plan, inputs or random_inputs(plan.inputs, model))
     except PruneError:  # the description is not enough
         suffices = False
     if not suffices:
