@@ -19,7 +19,7 @@ from fxprune.arguments import checked_call, did_you_mean, shown
 from fxprune.criteria.base import CriterionOptions, describe
 from fxprune.criteria.parameter_roles import roles
 from fxprune.criteria.scorer import Scorer
-from fxprune.entry_points import entry_point
+from fxprune.entry_points import check_values, entry_point
 from fxprune.inputs import ExampleInputs, random_inputs
 from fxprune.iterative.masked_forward import MaskedForward, zeros_suffice
 from fxprune.passes.coupling.families import families
@@ -62,6 +62,7 @@ def masked(model: nn.Module, plan: PlanData) -> nn.Module:
     Raises: PruneError if the plan is for another model.
     """
     with entry_point(model) as model:
+        check_values(model)
         made = zeroed(model, check_plan(plan).masks(model))
         compute_what_is_kept(made, plan)
         return made
