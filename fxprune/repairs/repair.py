@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from rich.text import Text
@@ -190,7 +190,7 @@ def repair(
     """
     with entry_point(model) as model:
         methods = asked(REFIT if method is None else method, ridge, held_out)
-        pruned = unwrapped(pruned) if isinstance(pruned, nn.Module) else pruned
+        pruned = cast("Any", unwrapped(pruned)) if isinstance(pruned, nn.Module) else pruned
         original, plan = model, plan_between(model, pruned)
         check_values(model, pruned)
         model, plan = plan.in_basis(model, whole=True)
