@@ -302,6 +302,13 @@ def test_numbers_in_what_a_module_holds_are_brought_up_to_date(name):
     assert small.meta["stale"] == ()
 
 
+def test_settings_of_which_most_are_no_sizes_stay():
+    """A number of a run may happen to be a width; that one is named."""
+    run = {"batch_size": 16, "epochs": 90, "workers": 7, "steps": 500}
+    small = fxprune.prune(Keeps(dict(run)).eval(), 0.5, torch.randn(2, 6), same_class=True)
+    assert small.kept == run and small.meta["stale"] == ("kept.batch_size",)
+
+
 def test_records_in_an_object_are_brought_up_to_date():
     model = Keeps(Settings()).eval()
     small = fxprune.prune(model, 0.5, torch.randn(2, 6), same_class=True)

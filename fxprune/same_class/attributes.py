@@ -81,14 +81,16 @@ def numbers_held(model: nn.Module, made: nn.Module, is_exact: Callable[[], bool]
         counterpart = modules.get(path)
         if counterpart is None or type(module).__module__.startswith(("torch.nn.", "torch.ao.nn.")):
             continue
-        own = [(name, value, counterpart) for name, value in vars(module).items() if fields_of(value)]
-        inner = [
-            (f"{at}.{name}", v, other) for at, mine, other in holders(module, counterpart) for name, v in members(mine).items()
-        ]
-        for at, value, holder in (*own, *inner):
-            name, now = at.rpartition(".")[2], number_now(path, value, pairs)
-            if now != [] and name[:1] != "_" and members(holder).get(name) == value:
-                found.setdefault((id(holder), name), (holder, joined(path, at), value, []))[3].append(now)
+        own = {name: value for name, value in vars(module).items() if fields_of(value)}
+        for at, mine, holder in (("", own, counterpart), *holders(module, counterpart)):
+            theirs = members(holder)
+            told = {name: number_now(path, value, pairs) for name, value in members(mine).items() if name[:1] != "_"}
+            widths = {name: now for name, now in told.items() if now != [] and theirs.get(name) == members(mine)[name]}
+            others = sum(type(value) is int and value > 1 and told.get(name) == [] for name, value in members(mine).items())
+            for name, now in widths.items():
+                answer = now if len(widths) >= others else None  # most are no sizes: settings of something else, it may be
+                place = found.setdefault((id(holder), name), (holder, joined(path, joined(at, name)), theirs[name], []))
+                place[3].append(answer if answer is not None or now != [theirs[name]] else now)
     stale: list[str] = []
     changes: list[Changes] = []
     for (_, name), (holder, at, value, every) in found.items():
