@@ -16,9 +16,10 @@ from fxprune.criteria.base import Criterion
 from fxprune.criteria.catalog import CriterionName
 from fxprune.distributed.ranks import ranks_of
 from fxprune.distributed.sharded import sharding_of
-from fxprune.entry_points import entry_point
+from fxprune.entry_points import entry_point, unwrapped
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.coupling.families import families
+from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_parameters
 from fxprune.passes.ir.quiet import without_modes
 from fxprune.pipeline import AnyModule, Compilation, Plan
@@ -325,7 +326,14 @@ def verify(model: nn.Module, pruned: nn.Module, example_inputs: Any, *, sizes: b
     """
     with entry_point(model) as model:
         check_flag("sizes", sizes)
-        model, plan = plan_between(model, pruned).in_basis(model)
+        pruned = unwrapped(pruned) if isinstance(pruned, nn.Module) else pruned
+        plan = plan_between(model, pruned)
+        dtypes = [dict.fromkeys(p.dtype for p in m.parameters() if p.is_floating_point()) for m in (model, pruned)]
+        if all(dtypes) and dtypes[0].keys().isdisjoint(dtypes[1]):
+            own, other = (next(iter(found)) for found in dtypes)
+            fix = f"both in one precision: pruned.to({own})"
+            raise PruneError(f"the original is {own}, and the pruned model {other}", where=type(model).__name__, fix=fix)
+        model, plan = plan.in_basis(model)
         compilation = Compilation.of_plan(model, plan, example_inputs)
         removal = compilation.choice_of(plan).removal(plan.coupling_options.heads)
         return compare(model, pruned, removal, ExampleInputs.parse(example_inputs, model), sizes=sizes)
@@ -334,5 +342,5 @@ def verify(model: nn.Module, pruned: nn.Module, example_inputs: Any, *, sizes: b
 @checked_call()
 def plan_of(pruned: nn.Module) -> Plan:
     """The plan that a pruned model was made by; raises PruneError for a model that was not."""
-    found: Plan = plan_carried(pruned)
+    found: Plan = plan_carried(unwrapped(pruned) if isinstance(pruned, nn.Module) else pruned)
     return found

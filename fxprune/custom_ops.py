@@ -101,6 +101,8 @@ def check_field(name: str, field: str, value: Any) -> None:
 
 def specification(name: str, kind: Kind | None, like: str | None, why: str) -> OpSpec:
     """What is known of an op of a kind, or like another one."""
+    if isinstance(like, str) and named(like).labels is None and is_pointwise(like):
+        return POINTWISE
     if like is not None:
         return as_another(spec_like(name, like), function_like(name, like))
     if kind == "movement":
@@ -112,6 +114,8 @@ def specification(name: str, kind: Kind | None, like: str | None, why: str) -> O
 
 def name_of(op: Any) -> str:
     """The name of an op, with its namespace."""
+    if isinstance(op, torch._ops.OpOverloadPacket):
+        return str(op._qualified_op_name)
     name = op if isinstance(op, str) else getattr(op, "_qualname", None) or getattr(getattr(op, "_schema", None), "name", None)
     if not isinstance(name, str) or "::" not in name:
         raise PruneError(f"{shown(op)} is neither an op nor the name of one", fix='"namespace::name"')
@@ -125,6 +129,11 @@ def spec_like(name: str, like: str) -> OpSpec:
     if found.labels is None:
         raise PruneError(f"there is no rule for {shown(like)} that {name} could have too", where=name, fix='like="aten::mean"')
     return found
+
+
+def is_pointwise(name: str) -> bool:
+    """Whether torch says of an op that it computes each element from those at the same place."""
+    return "::" in name and any(torch.Tag.pointwise in overload.tags for overload in overloads(name))
 
 
 def overloads(name: str) -> list[Any]:

@@ -101,6 +101,15 @@ def unwrapped(model: Any) -> nn.Module:
     return model
 
 
+def check_values(*models: nn.Module) -> None:
+    """Raise PruneError where tensors are on the meta device, whose values are asked for."""
+    for model in models:
+        for name, tensor in named_tensors(model):
+            if tensor.is_meta:
+                what = f"{name} is on the meta device: it has no values"
+                raise PruneError(what, where=type(model).__name__, fix="a model with weights")
+
+
 def check_tensors(model: nn.Module) -> None:
     """Raise PruneError where tensors have no shape yet, or are parts of larger ones."""
     sharded = "prune the plain model, before fully_shard(), parallelize_module() or quantize_()"

@@ -265,18 +265,26 @@ def describe(value: Any) -> Any:
 MOST_ELEMENTS = 1 << 28  # of inputs that are made up
 
 
-def random_inputs(described: Any, device: torch.device) -> ExampleInputs:
-    """Random inputs that look like the described; raises PruneError where a description is not enough."""
+def random_inputs(described: Any, model: nn.Module) -> ExampleInputs:
+    """Random inputs for a model that look like the described, in its precision where none of them would be.
+
+    Raises: PruneError where a description is not enough.
+    """
     fix = "plan.apply(model, example_inputs=...)"
     if described is None:
         raise PruneError("the plan does not say what the example inputs were like", fix=fix)
     if elements(described) > MOST_ELEMENTS:
         raise PruneError("the plan's example inputs are too large to be made up", fix=fix)
     try:
-        made = made_up(described, device)
-        return ExampleInputs.parse((made,) if isinstance(made, list) else made)
+        made = made_up(described, device_of(model))
+        inputs = ExampleInputs.parse((made,) if isinstance(made, list) else made)
     except (RuntimeError, TypeError) as error:
         raise PruneError(f"example inputs like those of the plan cannot be made up: {error}", fix=fix) from error
+    dtypes = [t.dtype for t in named_parameters(model).values() if t.is_floating_point()]
+    own = {t.dtype for t in inputs.tensors if t.is_floating_point()}
+    if not dtypes or not own or not own.isdisjoint(dtypes):
+        return inputs
+    return inputs.map(lambda t: t.to(dtypes[0]) if t.is_floating_point() else t)
 
 
 def made_up(described: Any, device: torch.device) -> Any:

@@ -128,7 +128,7 @@ class Compilation:
         """A compilation in which a plan can be applied to a model of the architecture that it was made for."""
         plan.check(model)
         given = None if example_inputs is None else ExampleInputs.parse(example_inputs, model)
-        inputs = (given or random_inputs(plan.inputs, device_of(model))).check(model)
+        inputs = (given or random_inputs(plan.inputs, model)).check(model)
         if plan.waiver is not None and inputs.batch == plan.waiver.size:
             inputs = inputs.one_more()  # the program was captured with a larger batch
         frozen = {**dict.fromkeys(plan.frozen_modules, TRIED), **(frozen_modules or {})}

@@ -262,3 +262,33 @@ def test_functions_hide_no_packages():
     home = Path(fxprune.__file__).parent
     functions = [name for name in fxprune.__all__ if not inspect.ismodule(getattr(fxprune, name))]
     assert functions and not [n for n in functions if (home / n / "__init__.py").exists() or (home / f"{n}.py").exists()]
+
+
+def test_verify_says_that_a_pruned_model_is_in_another_precision():
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(3, 4)
+    small = fxprune.prune(model, 0.5, x).bfloat16()
+    with pytest.raises(fxprune.PruneError) as caught:
+        fxprune.verify(model, small, x)
+    wanted = (
+        "the original is torch.float32, and the pruned model torch.bfloat16\n  at Sequential\n  fix: both in one precision: "
+    )
+    assert str(caught.value) == f"{wanted}pruned.to(torch.float32)"
+
+
+@pytest.mark.parametrize(
+    "wrap", [nn.DataParallel, torch.optim.swa_utils.AveragedModel, lambda m: torch.compile(m, backend="eager")]
+)
+def test_a_pruned_model_may_be_wrapped(wrap):
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(16, 4)
+    small = fxprune.prune(model, 0.5, x)
+    assert fxprune.plan_of(wrap(small)) == small.plan
+    assert fxprune.verify(model, wrap(small), x).ok
+    torch.testing.assert_close(fxprune.repair(model, wrap(small), [x])(x), fxprune.repair(model, small, [x])(x))
+
+
+def test_what_needs_values_says_so_on_the_meta_device():
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).to("meta"), torch.randn(3, 4)
+    small = fxprune.prune(model, 0.5, x, criterion="random", verify=False)
+    for ask in (lambda: fxprune.repair(model, small, [x]), lambda: fxprune.masks.masked(model, small.plan)):
+        with pytest.raises(fxprune.PruneError, match=r"^0.weight is on the meta device: it has no values\n"):
+            ask()

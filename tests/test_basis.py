@@ -439,3 +439,9 @@ def test_a_plan_with_a_basis_refuses_other_models_and_damage():
         data["basis"] = {**data["basis"], **damage}
         with pytest.raises(fxprune.PruneError):
             fxprune.Plan.from_dict(data)
+
+
+def test_data_that_are_no_numbers_are_refused():
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 2)).eval(), torch.full((4, 6), float("nan"))
+    with pytest.raises(fxprune.PruneError, match="finds NaN or infinity in what is read of a family"):
+        fxprune.prune(model, 0.5, torch.randn(4, 6), data=[x], basis="principal")

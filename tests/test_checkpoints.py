@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -416,3 +417,42 @@ def test_a_program_with_a_memory_format_is_pickled_by_any_protocol(tmp_path):
         torch.save(small, tmp_path / "small.pt", pickle_protocol=protocol)
         again = torch.load(tmp_path / "small.pt", weights_only=False)
         assert torch.equal(again(x), small(x)) and again.code == small.code
+
+
+def chain():
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2)).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_pruned_model_in_another_precision_is_loaded(tmp_path, dtype):
+    """The plan's example inputs are made up in the precision of the model that it is applied to."""
+    small = fxprune.prune(chain(), 0.5, X)
+    plan = small.plan
+    small.to(dtype)
+    fxprune.save(small, tmp_path / "small.safetensors")
+    for model in (chain(), chain().to(dtype)):
+        for same_class in (False, True):
+            again = fxprune.load(tmp_path / "small.safetensors", model, same_class=same_class)
+            assert torch.equal(again(X.to(dtype)), small(X.to(dtype)))
+    assert plan.apply(chain().to(dtype))[0].weight.dtype == dtype
+    assert fxprune.masks.masked(chain().to(dtype), plan)(X.to(dtype)).dtype == dtype
+
+
+CHANGES = {
+    "4.weight has shape (7, 3), and pruning left (2, 3)": lambda small: small.set_submodule("4", nn.Linear(3, 7)),
+    "more.weight was not there when it was pruned": lambda small: small.add_module("more", nn.Linear(2, 2)),
+    "0.bias was there when it was pruned": lambda small: setattr(small[0], "bias", None),
+    "2.parametrizations.weight.original0 was not there when it was pruned": (
+        lambda small: nn.utils.parametrizations.weight_norm(small[2])
+    ),
+}
+
+
+@pytest.mark.parametrize("same_class", [False, True])
+@pytest.mark.parametrize("why", CHANGES)
+def test_a_model_that_would_not_be_loaded_is_not_saved(tmp_path, why, same_class):
+    small = fxprune.prune(chain(), 0.5, X, same_class=same_class)
+    CHANGES[why](small)
+    with pytest.raises(PruneError, match=re.escape(f"the model was changed since it was pruned: {why}\n")):
+        fxprune.save(small, tmp_path / "small.safetensors")
+    assert not list(tmp_path.iterdir())

@@ -80,6 +80,8 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "net.py").write_text(FILE)
     (tmp_path / "broken.py").write_text("x = 1 / 0\n")
     (tmp_path / "empty.py").write_text("")
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "net.py").write_text("from .parts import model\n")
     (tmp_path / "exits.py").write_text("raise SystemExit(3)\n")
     (tmp_path / "latin.py").write_bytes(b"model = '\xe9'\n")
     (tmp_path / "null.py").write_bytes(b"model = 1\0\n")
@@ -293,6 +295,15 @@ def test_weights_are_loaded(folder):
     assert torch.equal(other.head.bias, model.head.bias + 1)
 
 
+def test_a_file_may_define_functions(folder, capsys):
+    named = FILE.replace("model = Net", "model = lambda: Net").replace("example_inputs =", "example_inputs = lambda:")
+    (folder / "net.py").write_text(named)
+    assert json.loads(answer(capsys, "inspect", "net.py", "--json"))["families"]
+    (folder / "net.py").write_text(FILE.replace("example_inputs =", "example_inputs = lambda: 1 / 0 or"))
+    assert main(["inspect", "net.py"]) == 2
+    assert "example_inputs raises ZeroDivisionError: division by zero" in capsys.readouterr().err
+
+
 REFUSED = [
     ("", "the following arguments are required: COMMAND"),
     ("frobnicate net.py", "invalid choice: 'frobnicate'"),
@@ -325,6 +336,8 @@ REFUSED = [
     ("inspect net.py:fails", "net.py:fails raises ValueError: no luck"),
     ("inspect nomodule.at.all:net", "nomodule.at.all cannot be imported: No module named 'nomodule'"),
     ("inspect net:Nett", "the module defines no `Nett`"),
+    ("inspect package/net.py", "fix: the module: package.net:model, where that can be imported"),
+    ("profile net.py --input-size 4x8x8", "the model's own forward raises RuntimeError: "),
     ("inspect a-b:c", "'a-b:c' names no model"),
     ("inspect torchvision:resnet51", "torchvision has no model called 'resnet51'"),
     ("inspect timm:test_vitt", "timm has no model called 'test_vitt'"),

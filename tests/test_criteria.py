@@ -1,5 +1,7 @@
 """Criteria that need no data, and their options, against slow, obvious references: loops over units, and closed forms."""
 
+import copy
+
 import pytest
 import torch
 from scored import SPANS, agree, batch, built, scores, summed
@@ -177,3 +179,23 @@ def test_normalisers_are_what_they_say():
     assert made.mean() == pytest.approx(0) and made.std() == pytest.approx(1)
     flat = NORMALISE["standardise"](values * 0 + 3)
     assert (flat == 0).all(), "a family of equal scores has no spread to divide by"
+
+
+@pytest.mark.parametrize(
+    "change", [lambda w: w.detach().abs_(), lambda w: w.data.zero_() + 1, lambda w: w.detach().to_sparse()]
+)
+def test_a_function_of_ones_own_does_not_change_the_model(change):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(3, 4)
+    before = copy.deepcopy(model.state_dict())
+    assert fxprune.prune(model, 0.5, x, criterion=change)[0].out_features == 4
+    assert all(torch.equal(before[name], now) for name, now in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "what, give", [("complex numbers", torch.Tensor.cfloat), ("a tensor without values", lambda w: w.to("meta"))]
+)
+def test_scores_that_are_no_numbers_are_refused(what, give):
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    with pytest.raises(fxprune.PruneError, match=f" returns {what}\n"):
+        fxprune.prune(model, 0.5, torch.randn(3, 4), criterion=give)

@@ -621,3 +621,17 @@ def test_the_report_says_that_nothing_but_branches_was_removed():
     found = fxprune.report(model, fxprune.prune(model, 0.5, V, depth="only"), ratios=())
     assert found.branches and not found.shrunk
     assert {c.reason for c in found.whole if c.family.frozen is None} == {"stays, as nothing but residual branches was removed"}
+
+
+def test_what_a_function_of_ones_own_returns_is_said_without_the_node_that_it_was_asked_at():
+    with pytest.raises(fxprune.PruneError) as caught:
+        fxprune.prune(Stack().eval(), 0.5, V, depth="only", data=[V], depth_criterion=lambda stream, added: "x")
+    assert str(caught.value) == "depth_criterion <lambda> returns 'x', which is no number\n  fix: float(score)"
+
+
+def test_the_ratio_that_is_advised_removes_a_branch():
+    model = Stack(3, Layer).eval()
+    with pytest.raises(fxprune.PruneError, match=r"no residual branch can be removed by so little") as caught:
+        fxprune.prune(model, 0.05, V, depth="only")
+    advised = float(str(caught.value).rpartition("ratio=")[2].split()[0])
+    assert len(fxprune.prune(model, advised, V, depth="only").plan.removed) > 0

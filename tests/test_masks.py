@@ -186,3 +186,29 @@ def test_nothing_is_zero():
     what = "the plan is for another model: this one has no stem.weight"
     for call in (masked, hold):
         refuses(lambda: call(other, plan_of(model)), other, what=what, fix="apply it to the original architecture")
+
+
+class Shares(nn.Module):
+    """Calls a layer under several names, and has a tied weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.layer = nn.Linear(4, 8), nn.Linear(8, 8)
+        self.again = nn.Sequential(self.layer, nn.ReLU())
+        self.out, self.twin = nn.Linear(8, 3, bias=False), nn.Linear(8, 3, bias=False)
+        self.twin.weight = self.out.weight
+
+    def forward(self, x):
+        x = self.again(self.layer(self.first(x)))
+        return self.out(x) + self.twin(x.tanh())
+
+
+def test_masks_of_tensors_under_several_names():
+    torch.manual_seed(0)
+    model, x = Shares().eval(), torch.randn(5, 4)
+    small = fxprune.prune(model, 0.5, x)
+    masks = small.plan.masks(model)
+    assert {"again.0.weight", "layer.weight", "twin.weight", "out.weight"} <= masks.keys()
+    for made in (masked(model, small.plan), fxprune.masks.zeroed(model, masks)):
+        torch.testing.assert_close(made(x), small(x))
+        assert made.layer is made.again[0] and made.twin.weight is made.out.weight

@@ -237,3 +237,10 @@ def test_what_is_not_known(arguments: tuple[object, str], message: str) -> None:
 def test_like_an_op_without_a_rule() -> None:
     with pytest.raises(fxprune.PruneError, match="there is no rule for 'aten::nothing'"):
         fxprune.register_op("tested::gate", like="aten::nothing")
+
+
+@pytest.mark.parametrize("named", [GATE, torch.ops.tested.gate, torch.ops.tested.gate.default, "tested::gate"])
+def test_an_op_may_be_like_one_that_torch_calls_pointwise(named: object) -> None:
+    fxprune.register_op(named, like="aten::mul")
+    pruned = exact(*images(lambda self, x: GATE(x, x.tanh())))
+    assert pruned.a.weight.shape[0] == 6

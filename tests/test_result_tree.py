@@ -582,3 +582,45 @@ def test_a_module_whose_forward_makes_a_mask_of_channels_has_a_program(mask) -> 
     pruned = fxprune.prune(model, 0.5, example_inputs=x)
     assert pruned[0](x).shape == (2, 8)
     assert fxprune.verify(model, pruned, x).error < 1e-10
+
+
+@pytest.mark.parametrize("same_class", [False, True])
+def test_what_hooks_of_a_layer_compute_is_not_lost_where_nothing_else_around_it_is_rewritten(same_class):
+    """The layer has no hooks any more, so that the own forward of what calls it would leave them out."""
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Dropout(0.0))
+    model = nn.Sequential(nn.Linear(4, 8), nn.Sequential(inner), nn.Linear(8, 2)).eval()
+    inner[0].register_forward_pre_hook(lambda module, given: (given[0] * 2,))
+    inner[1].register_forward_hook(lambda module, given, out: out * 3)
+    x = torch.randn(5, 4)
+    small = fxprune.prune(model, 0.5, x, same_class=same_class)
+    hidden = small[0](x)
+    for again in (small, copy.deepcopy(small), small.train()):
+        torch.testing.assert_close(again(x), small[2](F.linear(hidden * 2, *small[1][0][0].parameters()).relu() * 3))
+
+
+def test_members_whose_names_python_reserves_are_read():
+    """Keys of a `ModuleDict` may be any text; torch writes `self.in` for them, which is no Python."""
+
+    class Keyed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ways = nn.ModuleDict(
+                {"in": nn.Linear(4, 8), "class": nn.Sequential(nn.Linear(8, 8), nn.ReLU()), 'a"b': nn.Tanh()}
+            )
+            self.scales = nn.ParameterDict({"is": nn.Parameter(torch.ones(8))})
+            self.register_buffer("lambda", torch.arange(8.0))
+            self.out = nn.Linear(8, 2)
+
+        def forward(self, x):
+            for way in self.ways.values():
+                x = way(x)
+            return self.out(x * self.scales["is"] + getattr(self, "lambda"))
+
+    model, x = Keyed().eval(), torch.randn(3, 4)
+    small = fxprune.prune(model, 0.5, x)
+    same_class = fxprune.prune(model, 0.5, x, same_class=True)
+    assert small.ways["in"].out_features == 4
+    small.recompile()
+    for again in (small.flat(), copy.deepcopy(small), pickle.loads(pickle.dumps(small)), same_class):
+        assert torch.equal(again(x), small(x))

@@ -531,3 +531,44 @@ def test_records_that_name_no_module_leave_the_others_to_their_outputs():
     small = fxprune.prune(Nameless().eval(), 0.5, example_inputs=x, freeze="before", same_class=True)
     assert small.second.layer.out_channels == 10 and small.behind.out_features == 20
     assert [info["num_chs"] for info in small.feature_info] == [6, 10, 3, 3] and small.meta["stale"] == ()
+
+
+class Named(nn.Module):
+    """Keeps something of its own under a name that a pruned model has a use for, too."""
+
+    def __init__(self, name, value):
+        super().__init__()
+        self.a, self.b, self.name = nn.Linear(6, 16), nn.Linear(16, 3), name
+        setattr(self, name, value)
+
+    def forward(self, x):
+        own = getattr(self, self.name)
+        return self.b(
+            own(self.a(x)) if callable(own) else self.a(x).view(-1, own["width"]) if type(own) is dict else self.a(x) * own
+        )
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("meta", {"width": 16}),
+        ("verification", 3),
+        ("verification", nn.Tanh()),
+        ("plan", 3),
+        ("recompile", 3),
+        ("flat", nn.Tanh()),
+    ],
+)
+def test_what_a_model_keeps_under_the_names_of_a_result_is_kept(name, value):
+    torch.manual_seed(0)
+    model, x = Named(name, value).eval(), torch.randn(4, 6)
+    small = fxprune.prune(model, 0.5, x, same_class=True)
+    torch.testing.assert_close(small(x), fxprune.prune(model, 0.5, x)(x))
+    again = fxprune.prune(small, 0.5, x, same_class=True)
+    assert again.a.out_features == 4 and fxprune.plan_of(again).kept_shape("a.weight") == (4, 6)
+    torch.testing.assert_close(again(x), fxprune.prune(small, 0.5, x)(x))
+
+
+def test_a_place_for_the_plan_that_the_model_has_taken_is_refused():
+    with pytest.raises(fxprune.PruneError, match=r"^a member of the model is called 'meta', as is where the plan"):
+        fxprune.prune(Named("meta", 3).eval(), 0.5, torch.randn(4, 6), same_class=True)

@@ -2,6 +2,9 @@
 
 import copy
 import pickle
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy
 import pytest
@@ -246,3 +249,82 @@ def test_a_model_with_a_program_for_its_forward_is_exported():
     exported = torch.export.export(small, (x,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
     for made in (exported.module(), copy.deepcopy(small), torch.compile(small, backend="eager", dynamic=True)):
         assert torch.allclose(made(x[:3]), small(x[:3]), atol=1e-6)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    width: int = 16
+    middle: int = 10
+    rate: float = 0.1
+
+
+class Pair(NamedTuple):
+    width: int
+    kind: str
+
+
+class Settings:
+    def __init__(self):
+        self.width, self.records = 16, [{"module": "a", "channels": 16}, {"module": "left out", "channels": 30}]
+
+
+class Keeps(nn.Module):
+    """Keeps its widths elsewhere than in attributes; other methods than the forward read them."""
+
+    def __init__(self, kept):
+        super().__init__()
+        self.kept = kept
+        self.a, self.b, self.c = nn.Linear(6, 16), nn.Linear(16, 10), nn.Linear(10, 3)
+
+    def forward(self, x):
+        return self.c(self.b(self.a(x).relu()).relu())
+
+
+KEPT = {
+    "dict": ({"width": 16, "middle": 10, "lr": 1, "name": "x"}, {"width": 8, "middle": 5, "lr": 1, "name": "x"}),
+    "dict in a dict": ({"in": {"widths": [16, 10]}}, {"in": {"widths": [8, 5]}}),
+    "data class": (Sizes(), Sizes(8, 5)),
+    "namespace": (SimpleNamespace(width=16), SimpleNamespace(width=8)),
+    "named tuple": (Pair(16, "x"), Pair(8, "x")),
+    "tensors": ({"x": torch.ones(16), "width": 16}, None),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_numbers_in_what_a_module_holds_are_brought_up_to_date(name):
+    kept, wanted = KEPT[name]
+    model, before = Keeps(kept).eval(), copy.deepcopy(kept)
+    small = fxprune.prune(model, 0.5, torch.randn(2, 6), same_class=True)
+    if wanted is None:
+        assert small.kept["width"] == 8 and model.kept["width"] == 16
+    else:
+        assert small.kept == wanted and model.kept == before
+    assert small.meta["stale"] == ()
+
+
+def test_settings_of_which_most_are_no_sizes_stay():
+    """A number of a run may happen to be a width; that one is named."""
+    run = {"batch_size": 16, "epochs": 90, "workers": 7, "steps": 500}
+    small = fxprune.prune(Keeps(dict(run)).eval(), 0.5, torch.randn(2, 6), same_class=True)
+    assert small.kept == run and small.meta["stale"] == ("kept.batch_size",)
+
+
+def test_records_in_an_object_are_brought_up_to_date():
+    model = Keeps(Settings()).eval()
+    small = fxprune.prune(model, 0.5, torch.randn(2, 6), same_class=True)
+    assert small.kept.width == 8 and [r["channels"] for r in small.kept.records] == [8, 30]
+    assert model.kept.width == 16 and [r["channels"] for r in model.kept.records] == [16, 30]
+
+
+def test_a_number_that_modules_share_and_that_is_in_doubt_stays():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = Keeps({"width": 16}), Keeps({"width": 16})
+            self.second.kept = self.first.kept
+
+        def forward(self, x):
+            return self.first(x) + self.second(x)
+
+    small = fxprune.prune(Two().eval(), {"first.a": 0.5, "second.a": 0.25}, torch.randn(2, 6), same_class=True)
+    assert small.first.kept == {"width": 16} and small.meta["stale"] == ("first.kept.width",)

@@ -18,6 +18,7 @@ from fxprune.passes.coupling.families import families
 from fxprune.passes.coupling.linear_families import linear_families
 from fxprune.passes.coupling.linear_family import LinearFamily, Member, NotLinear
 from fxprune.passes.coupling.solution import Solution
+from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import copy_tree, named_parameters
 from fxprune.passes.ir.pytree import collect
 from fxprune.passes.ops.call import OpView
@@ -243,9 +244,15 @@ def principal_axes(
             with MomentObserver(readers, moments):
                 source.run(batch)
     axes, energies = [], []
-    for moment in moments:
+    for f, moment in zip(found, moments, strict=True):
         if combine is not None:
             moment = torch.from_numpy(combine(moment.numpy()))
+        if not bool(moment.isfinite().all()):
+            raise PruneError(
+                "basis='principal' finds NaN or infinity in what is read of a family on the data",
+                where=f.name,
+                fix="look for NaN in the data, and for values that are too large",
+            )
         values, vectors = torch.linalg.eigh(moment)
         energy = values.flip(-1).clamp(min=0)
         axes.append(vectors.flip(-1).contiguous())

@@ -29,7 +29,7 @@ from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.quiet import without_modes
 from fxprune.pipeline import AnyModule
-from fxprune.plan import left_by_forward, plan_carried
+from fxprune.plan import PlanData, left_by_forward, plan_carried
 from fxprune.reports.files import as_path, flush, unwritable
 from fxprune.same_class.saving import SavePretrained
 from fxprune.selection.argument_checks import check_flag
@@ -53,8 +53,8 @@ def save(pruned: nn.Module, path: Folder) -> None:
 
     What is there is replaced once all is written, and left as it is if anything fails.
 
-    Raises: PruneError where `pruned` was not pruned or has tensors that cannot be stored, the path cannot be written, or a
-    folder is asked for of a model that no configuration builds.
+    Raises: PruneError where `pruned` was not pruned, has other layers than then or tensors that cannot be stored, the path
+    cannot be written, or a folder is asked for of a model that no configuration builds.
     """
     with entry_point(pruned) as module:
         store(module, as_path(path))
@@ -65,6 +65,7 @@ def store(module: nn.Module, target: Path) -> None:
     record, left = Record.of(module, plan).to_dict(), left_by_forward(module, plan)
     tensors = {name: tensor for name, tensor in named_tensors(module) if name not in left}
     tensors |= rotations_apart(record["plan"], plan.basis)
+    check_form(module, plan, tensors)
     contents: Any = module.meta
     tensors |= {CONTENTS + name: t for name, t in contents.get("contents", {}).items() if name in plan.shapes}
     if target.suffix == SUFFIX:
@@ -77,6 +78,30 @@ def store(module: nn.Module, target: Path) -> None:
     with folder_at(target) as folder:
         write_config(folder, module, config)
         write(folder / WEIGHTS, tensors, record)
+
+
+def check_form(module: nn.Module, plan: PlanData, tensors: Mapping[str, Tensor]) -> None:
+    """Raise PruneError where layers were put in, taken out or given other sizes since: what is loaded is what was pruned."""
+    wrong = ""
+    for name, tensor in tensors.items():
+        if name in plan.shapes and name not in plan.derived and tuple(tensor.shape) != plan.kept_shape(name):
+            wrong = wrong or f"{name} has shape {tuple(tensor.shape)}, and pruning left {plan.kept_shape(name)}"
+    owners = {name.rpartition(".")[0] for name in plan.shapes}
+    names: dict[int, set[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), set()).add(name)
+    for every in names.values() if plan.basis is None else ():
+        if every.isdisjoint(plan.shapes) and owners.isdisjoint(name.rpartition(".")[0] for name in every):
+            wrong = wrong or f"{min(every)} was not there when it was pruned"
+    for path, inner in module.named_modules():
+        gone = [name for name, held in inner._parameters.items() if held is None and f"{path}.{name}" in plan.shapes]
+        wrong = wrong or (f"{path}.{gone[0]} was there when it was pruned" if gone else "")
+    if wrong:
+        raise PruneError(
+            f"the model was changed since it was pruned: {wrong}",
+            where=type(module).__name__,
+            fix="torch.save(model, path) stores it as it is; or save what was pruned, and change it once it is loaded",
+        )
 
 
 SavePretrained.save = staticmethod(save)

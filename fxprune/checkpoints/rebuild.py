@@ -112,7 +112,7 @@ def shrink(model: nn.Module, record: Record, same_class: bool, example_inputs: A
     """A model as the plan of a checkpoint leaves it."""
     inputs = example_inputs
     if inputs is None:
-        found = random_inputs(record.plan.inputs, device_of(model))
+        found = random_inputs(record.plan.inputs, model)
         inputs = found.kwargs or found.args
     compilation = Compilation.of_plan(model, record.plan, inputs, record.frozen_modules)
     pruned = compilation.emit(compilation.choice_of(record.plan), waiver=record.plan.waiver)

@@ -104,7 +104,9 @@ def own_model(source: str, wanted: Wanted) -> tuple[nn.Module, Any]:
         raise PruneError(f"`{name}` is of type {kind}, not a torch.nn.Module", where=source, fix=f"{name} = Net()")
     if wanted.input_size is not None:
         inputs = wanted.images()
-    elif inputs is None:
+    elif inspect.isroutine(inputs):
+        inputs = call(inputs, "example_inputs")
+    if inputs is None:
         what = "the file defines no `example_inputs`"
         raise PruneError(what, where=source, fix="define `example_inputs` at its top level, or --input-size 3x224x224")
     return found, inputs

@@ -59,7 +59,9 @@ def run_file(path: Path) -> ModuleType:
             spec.loader.exec_module(module)
         except STOPS as error:
             what = f"the file raises {type(error).__name__}: {error}"
-            raise PruneError(what, where=line_of(error, path), fix=f"make `python {path}` run") from error
+            inside = isinstance(error, ImportError) and "attempted relative import" in str(error)
+            fix = f"the module: {'.'.join(path.with_suffix('').parts[-2:])}:model, where that can be imported"
+            raise PruneError(what, where=line_of(error, path), fix=fix if inside else f"make `python {path}` run") from error
     return module
 
 

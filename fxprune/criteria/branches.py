@@ -46,6 +46,7 @@ class BranchRun(fx.Interpreter):
 
     def __init__(self, program: fx.GraphModule, places: Sequence[tuple[str, int]]) -> None:
         super().__init__(program)
+        self.extra_traceback = False  # errors are said without the node
         self.at = {name: (i, which) for i, (name, which) in enumerate(places)}
         self.looks: Callable[[int, Tensor, Tensor, Tensor], None] | None = None
         self.without: int | None = None

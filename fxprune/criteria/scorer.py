@@ -190,8 +190,9 @@ class Scorer:
             return self.score_elements(name, torch.view_as_real(weight.resolve_conj()), given_parts).sum(-1)
         weight = weight.float() if weight.dtype in HALF_DTYPES else weight
         given = () if evidence is None else (evidence.to(weight.dtype),)
+        looked_at = weight if self.criterion.elementwise else weight.clone()  # a function of somebody's may write to it
         try:
-            scores = self.criterion.score_elements(weight, *given)
+            scores = self.criterion.score_elements(looked_at, *given)
         except PruneError:
             raise
         except Exception as error:
@@ -199,7 +200,10 @@ class Scorer:
         if not isinstance(scores, Tensor) or scores.shape != weight.shape:
             got = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
             raise self.error(f"returns {got} for a parameter of shape {tuple(weight.shape)}", name)
-        return scores
+        if scores.is_meta or scores.is_complex():
+            raise self.error(f"returns {'a tensor without values' if scores.is_meta else 'complex numbers'}", name)
+        scores = scores if scores.layout is torch.strided else scores.to_dense()
+        return scores.to(weight.device)
 
     def check_tensor(self, scores: Any, name: str) -> Tensor | None:
         if scores is not None and not isinstance(scores, Tensor):

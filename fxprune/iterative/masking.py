@@ -19,8 +19,8 @@ from fxprune.arguments import checked_call, did_you_mean, shown
 from fxprune.criteria.base import CriterionOptions, describe
 from fxprune.criteria.parameter_roles import roles
 from fxprune.criteria.scorer import Scorer
-from fxprune.entry_points import entry_point
-from fxprune.inputs import ExampleInputs, device_of, random_inputs
+from fxprune.entry_points import check_values, entry_point
+from fxprune.inputs import ExampleInputs, random_inputs
 from fxprune.iterative.masked_forward import MaskedForward, zeros_suffice
 from fxprune.passes.coupling.families import families
 from fxprune.passes.coupling.solution import Solution
@@ -62,6 +62,7 @@ def masked(model: nn.Module, plan: PlanData) -> nn.Module:
     Raises: PruneError if the plan is for another model.
     """
     with entry_point(model) as model:
+        check_values(model)
         made = zeroed(model, check_plan(plan).masks(model))
         compute_what_is_kept(made, plan)
         return made
@@ -74,7 +75,7 @@ def compute_what_is_kept(model: nn.Module, plan: PlanData, inputs: ExampleInputs
         inputs: example inputs, if there are any besides the plan's description.
     """
     try:
-        suffices = zeros_suffice(model, plan, inputs or random_inputs(plan.inputs, device_of(model)))
+        suffices = zeros_suffice(model, plan, inputs or random_inputs(plan.inputs, model))
     except PruneError:  # the description is not enough
         suffices = False
     if not suffices:
@@ -86,17 +87,23 @@ def zeroed(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     """A copy of a model with zeros where a mask, if there is one for a tensor, says so; masks broadcast."""
     check_module(model)
     named = dict(named_tensors(model))
+    names = {id(tensor): name for name, tensor in named.items()}
+    every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    first = {name: names[id(tensor)] for name, tensor in every}  # of a tied tensor the name that it goes by
     if not isinstance(masks, Mapping):
         raise PruneError(f"masks must be a mapping, not {shown(masks)}", fix="masks=plan.masks(model)")
+    given: dict[str, list[Tensor]] = {}
     for name, mask in masks.items():
-        if name not in named:
+        own = first.get(name, name)
+        if own not in named:
             near = did_you_mean(name, named)
             raise PruneError(f"masks names {shown(name)}, which is no tensor of the model", fix=f"{near}plan.masks(model)")
-        whole = named[name].shape
+        whole = named[own].shape
         if not isinstance(mask, Tensor) or not broadcasts(mask.shape, whole):
             what = f"the mask is {shown(mask)}, and the tensor has shape {tuple(whole)}"
             raise PruneError(what, where=name, fix="a boolean tensor of its shape, True where it is kept")
-    copy: nn.Module = zeroed_copy(model, {name: [mask] for name, mask in masks.items()})[0]
+        given.setdefault(own, []).append(mask)
+    copy: nn.Module = zeroed_copy(model, given)[0]
     return copy
 
 

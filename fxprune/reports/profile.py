@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs, device_of
 from fxprune.passes.capture.patches import visible
+from fxprune.passes.errors import PruneError, told
 from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.pytree import collect
 from fxprune.passes.ir.quiet import unobserved
@@ -133,6 +134,7 @@ def profile(model: nn.Module, example_inputs: Any, pruned: nn.Module | None = No
         with unobserved(model), contextlib.ExitStack() as stack:
             for one in models:
                 stack.enter_context(evaluating(one))
+                check_runs(one, inputs, "the model" if one is model else "the pruned model")
             times = measure_seconds([functools.partial(inputs.call, one) for one in models], device_of(model))
             macs = [macs_by_module(one, inputs) for one in models]
             seconds = [seconds_by_module(one, inputs) for one in models]
@@ -153,6 +155,21 @@ def profile(model: nn.Module, example_inputs: Any, pruned: nn.Module | None = No
             (memory[0], memory[1] if pruned is not None else None),
             tuple(sorted(found, key=lambda m: -m.before.seconds)),
         )
+
+
+def check_runs(model: nn.Module, inputs: ExampleInputs, which: str) -> None:
+    """Raise PruneError where a model does not take the example inputs."""
+    try:
+        with torch.no_grad():
+            inputs.call(model)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise PruneError(
+            f"{which}'s own forward raises {told(error)}",
+            where=type(model).__name__,
+            fix="example_inputs on which model(*example_inputs) runs",
+        ) from error
 
 
 def held(module: nn.Module) -> int:

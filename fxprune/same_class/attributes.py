@@ -19,11 +19,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from fxprune.passes.ir.module_tree import named_tensors, walk
-from fxprune.passes.ir.pytree import collect
+from fxprune.passes.ir.pytree import ATOMS, collect
+from fxprune.same_class.holders import fields_of, holders, members, put
 
 Shape = tuple[int, ...]
 Number = Any  # a whole number, or a tuple or list of them
-Changes = tuple[nn.Module, dict[str, tuple[Number, Number]]]  # what numbers of a module were, and would be
+Changes = tuple[Any, dict[str, tuple[Number, Number]]]  # what numbers of a module, or of what it holds, were, and would be
 
 
 def update_attributes(
@@ -38,7 +39,8 @@ def update_attributes(
         run: calls a model on the example inputs.
         built: whether the numbers are already those of a model built from the pruned configuration.
     """
-    return ([] if built else numbers_left(model, made, is_exact)) + update_records(model, made, run)
+    left = [] if built else [*numbers_left(model, made, is_exact), *numbers_held(model, made, is_exact)]
+    return left + update_records(model, made, run)
 
 
 def numbers_left(model: nn.Module, made: nn.Module, is_exact: Callable[[], bool]) -> list[str]:
@@ -69,6 +71,54 @@ def numbers_left(model: nn.Module, made: nn.Module, is_exact: Callable[[], bool]
             changes.append((counterpart, changed))
     assign_exact(changes, is_exact)
     return stale
+
+
+def numbers_held(model: nn.Module, made: nn.Module, is_exact: Callable[[], bool]) -> list[str]:
+    """The same for numbers in dicts, data classes and the like, and for named tuples, that modules hold."""
+    pairs, modules = shape_pairs(model, made), {path: module for module, path in walk(made).items()}
+    found: dict[tuple[int, str], tuple[Any, str, Any, list[Any]]] = {}  # by place: where, what it is, and what it would be
+    for module, path in walk(model).items():
+        counterpart = modules.get(path)
+        if counterpart is None or type(module).__module__.startswith(("torch.nn.", "torch.ao.nn.")):
+            continue
+        own = {name: value for name, value in vars(module).items() if fields_of(value)}
+        for at, mine, holder in (("", own, counterpart), *holders(module, counterpart)):
+            theirs = members(holder)
+            told = {name: number_now(path, value, pairs) for name, value in members(mine).items() if name[:1] != "_"}
+            widths = {name: now for name, now in told.items() if now != [] and theirs.get(name) == members(mine)[name]}
+            others = sum(type(value) is int and value > 1 and told.get(name) == [] for name, value in members(mine).items())
+            for name, now in widths.items():
+                answer = now if len(widths) >= others else None  # most are no sizes: settings of something else, it may be
+                place = found.setdefault((id(holder), name), (holder, joined(path, joined(at, name)), theirs[name], []))
+                place[3].append(answer if answer is not None or now != [theirs[name]] else now)
+    stale: list[str] = []
+    changes: list[Changes] = []
+    for (_, name), (holder, at, value, every) in found.items():
+        if None in every or any(now != every[0] for now in every):
+            stale.append(at)
+        elif every[0] != [value]:
+            changes.append((holder, {name: (value, every[0][0])}))
+    assign_exact(changes, is_exact)
+    return stale
+
+
+def number_now(path: str, value: Any, pairs: dict[str, tuple[Shape, Shape]]) -> list[Any] | None:
+    """What a number, or several, of a module would be now, in a list; an empty one for no width, None where in doubt."""
+    fields = fields_of(value)
+    plain = tuple(value) if fields else value
+    named = bool(fields) and all(type(n) in ATOMS for n in plain) and any(type(n) is int and n > 1 for n in plain)
+    if not (is_number(plain) or named):
+        return []
+    several = plain if type(plain) is not int else (plain,)
+    told = [nearest_sizes(path, n, pairs) if type(n) is int and n > 1 else set[int]() for n in several]
+    if not all(told) and not fields:
+        return []
+    if any(len(sizes) > 1 for sizes in told):
+        return None
+    now = [sizes.pop() if sizes else n for sizes, n in zip(told, several, strict=True)]
+    if fields:
+        return [value._replace(**dict(zip(fields, now, strict=True)))]
+    return [now[0] if type(value) is int else type(value)(now)]
 
 
 def is_number(value: Any) -> bool:
@@ -105,9 +155,9 @@ def assign_exact(changes: list[Changes], is_exact: Callable[[], bool]) -> None:
         assign_exact(changes[half:], is_exact)
 
 
-def assign(module: nn.Module, values: dict[str, Any]) -> None:
+def assign(holder: Any, values: dict[str, Any]) -> None:
     for name, value in values.items():
-        object.__setattr__(module, name, value)
+        put(holder, name, value)
 
 
 def nearest_sizes(path: str, size: int, pairs: dict[str, tuple[Shape, Shape]]) -> set[int]:
@@ -139,28 +189,35 @@ def update_records(model: nn.Module, made: nn.Module, run: Callable[[nn.Module],
     """Update the numbers in lists of records that each name a module; returns the lists in which some are left in doubt."""
     modules = walk(model)
     paths, counterparts = set(modules.values()), {path: module for module, path in walk(made).items()}
-    found: list[tuple[str, str, list[dict[str, Any]], list[str | None]]] = []
+    found: list[tuple[str, str, list[dict[str, Any]], list[str | None], Any]] = []
     for module, path in modules.items():
-        for name, value in vars(module).items():
-            if path in counterparts and type(value) is list and value and all(type(record) is dict for record in value):
+        if path not in counterparts:
+            continue
+        places = [("", module, counterparts[path]), *holders(module, counterparts[path])]
+        for at, name, value, holder in [(at, n, v, other) for at, mine, other in places for n, v in members(mine).items()]:
+            if type(value) is list and value and all(type(record) is dict for record in value):
                 owners = [named_module(record, path, paths) for record in value]
                 if any(owner is not None for owner in owners) or len(owners) > 1:  # one alone may be about something else
-                    found.append((path, name, value, owners))
+                    found.append((path, joined(at, name), value, owners, holder))
     if not found:
         return []
     shapes = output_shapes(model, run), output_shapes(made, run), shape_pairs(model, made)
     stale: list[str] = []
-    for path, name, records, owners in found:
+    for path, name, records, owners, holder in found:
         changed = [dict(record) for record in records]
         for key in sorted({key for record in records for key, number in record.items() if type(number) is int}):
             there = [(i, records[i][key]) for i in range(len(records)) if type(records[i].get(key)) is int]
             told = told_by_records(path, [(owners[i], size) for i, size in there], *shapes)
+            if not told:  # by those alone whose modules are there: others name stages that were left out
+                named = [(i, owner, size) for i, size in there for owner in [owners[i]] if owner is not None]
+                there = [(i, size) for i, _, size in named]
+                told = told_by_outputs([(owner, size) for _, owner, size in named], *shapes) if there else []
             for (i, _), sizes in zip(there, told, strict=bool(told)):
                 if len(sizes) == 1:
                     changed[i][key] = min(sizes)
                 elif joined(path, name) not in stale:
                     stale.append(joined(path, name))
-        assign(counterparts[path], {name: changed})
+        put(holder, name.rpartition(".")[2], changed)
     return stale
 
 

@@ -34,7 +34,7 @@ from fxprune.passes.ir.slices import TensorSlice
 from fxprune.passes.rewrite.pruned_module import PrunedModule, RewrittenForward
 from fxprune.passes.rewrite.rewrite import rewrite_program, slice_tensor
 from fxprune.passes.verification.masked_model import relative_error
-from fxprune.plan import PlanData, kept_labels, plan_between
+from fxprune.plan import PlanData, is_pruned, kept_labels, plan_between
 from fxprune.same_class.arguments import fit_arguments
 from fxprune.same_class.attributes import update_attributes
 from fxprune.same_class.calls import Call, call_of, noting_calls, plain, program_for
@@ -43,7 +43,7 @@ from fxprune.same_class.constants import widths_in_constants
 from fxprune.same_class.numbers import fit_numbers
 from fxprune.same_class.saving import SavePretrained
 from fxprune.same_class.silent import constants_of, drop_removed, take_program
-from fxprune.verification import evaluating, restoring, tolerance_of
+from fxprune.verification import Verification, evaluating, restoring, tolerance_of
 
 
 def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs) -> tuple[Any, dict[str, str]]:
@@ -55,6 +55,7 @@ def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs)
     if isinstance(model, fx.GraphModule):
         pruned.meta["stale"] = ()
         return pruned, {}
+    own = own_meta(model, pruned)
     gpus = gpus_of(model)
     with unobserved(model), own_random_state(), evaluating(pruned), restoring(pruned), torch.no_grad():
         draws = random_state(gpus)  # a model that draws numbers draws the same ones in each run
@@ -96,11 +97,25 @@ def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs)
     modes = {path: m.training for path, m in model.named_modules()}
     for path, module in made.named_modules():
         module.training = modes.get(path, model.training)
-    vars(made)["meta"] = {**pruned.meta, "stale": tuple(stale)}
-    vars(made)["verification"] = pruned.meta.get("verification")
+    vars(made)["meta"] = {**own, **pruned.meta, "stale": tuple(stale)}
+    was = getattr(model, "verification", None)
+    if was is None or isinstance(was, Verification):
+        vars(made)["verification"] = pruned.meta.get("verification")
     if "config" in stale and hasattr(made, "save_pretrained"):
         vars(made)["save_pretrained"] = SavePretrained(made)
     return made, held
+
+
+def own_meta(model: nn.Module, pruned: PrunedModule) -> dict[str, Any]:
+    """What a model keeps in an attribute `meta` of its own, where the plan goes too; raises PruneError where it cannot."""
+    own = {} if is_pruned(model) else getattr(model, "meta", {})
+    if not isinstance(own, dict) or own.keys() & pruned.meta.keys() or hasattr(type(model), "meta"):
+        raise PruneError(
+            "a member of the model is called 'meta', as is where the plan of a pruned model is kept",
+            where=type(model).__name__,
+            fix="rename it, or take the GraphModule that prune returns without same_class",
+        )
+    return own
 
 
 def in_class(

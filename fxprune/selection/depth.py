@@ -6,6 +6,7 @@ family loses; by a global one branches compete with units, by scores that are sc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
@@ -122,10 +123,12 @@ def select_with_depth(
     else:
         slicer = give_back(meet_budget(options.budget, allocator, costs)[1], branches, options.budget, costs)
     if not slicer.removed and options.depth == "only" and options.budget is None:
+        least = f"ratio={math.ceil(100 / len(found)) / 100:g} or more"
+        fix = least if options.floor is None else "a larger ratio, or a lower floor"
         raise PruneError(
             f"no residual branch can be removed by so little: the model has {len(found)}",
             where=type(model).__name__,
-            fix=f"ratio={1 / len(found):.2g} or more" if options.floor is None else "a larger ratio, or a lower floor",
+            fix=fix if len(found) > 1 else "a budget, such as params=; a ratio leaves the only one",
         )
     if not slicer.removed and options.depth != "only":
         check_effect(model, free, score, solution, options, slicer.kept)

@@ -296,9 +296,9 @@ class ValueTracer(GraphBuilder):
                 self.graph.erase_node(guard.node)
         only = self.modes.membership(self.graph, self.index)
         evaluator = self.evaluator
-        for path, module in self.hooked.items():
-            if not any(path.startswith(f"{outer}.") for outer in evaluator.opaque):
-                drop_own_hooks(module)
+        hooked = {p for p in self.hooked if not any(p.startswith(f"{outer}.") for outer in evaluator.opaque)}
+        for path in hooked:
+            drop_own_hooks(self.hooked[path])
         made = CapturedProgram(
             root=self.root,
             graph=self.graph,
@@ -325,6 +325,7 @@ class ValueTracer(GraphBuilder):
             given=evaluator.given,
             trains_on_values=self.modes.trains_on_values,
             module_calls=self.module_calls,
+            hooked=frozenset(hooked),
         )
         self.discard()
         return made

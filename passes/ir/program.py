@@ -106,6 +106,7 @@ class CapturedProgram:
         given: what opaque modules were given, call by call, where the run had values and it takes no more than the model does.
         trains_on_values: whether a run without values, as this one, cannot be made in training.
         module_calls: the calls of modules that were traced through, in order of their ends.
+        hooked: layers whose hooks are steps of the program, and no longer theirs.
         note: what the emitted model does not do as the original does.
         is_untrained: whether training is as evaluation because its program cannot be followed.
         consumed: whether a rewrite has taken the program; see `take`.
@@ -137,6 +138,7 @@ class CapturedProgram:
     module_calls: list[TracedCall] = field(default_factory=list)
     asking: set[str] = field(default_factory=set)
     evaluating: frozenset[str] = frozenset()
+    hooked: frozenset[str] = frozenset()
     note: str = ""
     is_untrained: bool = False
     consumed: bool = False

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import builtins
+import functools
+import json
+import keyword
 import operator
 import pkgutil
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx
+from torch.fx.graph import _format_target as written_by_torch
 
 from fxprune.passes.ir.program import IS_GRAD_ENABLED, select_by_mode
 from fxprune.passes.ir.pytree import ATOMS
@@ -61,6 +66,10 @@ class Program:
             wanted = target.lstrip("*") if op in ("placeholder", "get_attr", "call_module") else name
             made[name] = graph.create_node(op, target, given[0], given[1] or {}, "own" if wanted == "self" else wanted)
             made[name].meta = dict(meta or {})
+        names = {line.target for line in self.lines if line.op in ("get_attr", "call_module")}
+        reserved = {written_by_torch("self", name): python for name in names if (python := spelled(name))}
+        if reserved:
+            graph.on_generate_code(lambda before: functools.partial(respelled, reserved))
         return graph
 
     @classmethod
@@ -81,6 +90,23 @@ class Program:
             return x.found() if isinstance(x, Function) else x
 
         object.__setattr__(self, "lines", tuple(line.changed(found(line.target), found) for line in state))
+
+
+def spelled(path: str) -> str | None:
+    """Python that reads a member of `self` where torch's would be no Python: a `ModuleDict` may have the key "in"."""
+    found, reserved = "self", False
+    for name in path.split("."):
+        plain = name.isidentifier() and not keyword.iskeyword(name)
+        reserved = reserved or keyword.iskeyword(name) or not (plain or json.dumps(name) == f'"{name}"')
+        found = f"{found}.{name}" if plain else f"getattr({found}, {name!r})"
+    return found if reserved else None
+
+
+def respelled(reserved: Mapping[str, str], body: list[str]) -> list[str]:
+    """Lines of Python with other texts in place of the members that they read."""
+    longest = "|".join(map(re.escape, sorted(reserved, key=len, reverse=True)))
+    member = re.compile(rf"(?<= = )({longest})(?![\w.])")
+    return [member.sub(lambda found: reserved[found[1]], line) for line in body]
 
 
 @dataclass(frozen=True, slots=True)

@@ -173,7 +173,9 @@ class Rewriter:
         self.attributes |= self.layers.read_only(called)
         index = self.capture.index
         decided = [n for n, guard in self.guards.items() if n not in inner and self.sizes.value(n) != guard.value]
-        touched = frozenset([index[n] for n in (*self.editor.touched(inner), *decided, *self.with_cut_constants(nodes))])
+        without_hooks = [n for n in nodes if n.op == "call_module" and n.target in self.capture.hooked]
+        changed = (*self.editor.touched(inner), *decided, *without_hooks, *self.with_cut_constants(nodes))
+        touched = frozenset(index[n] for n in changed)
         origin = self.editor.origin
         self.graph.inserting_before(self.graph._root)  # at its end
         self.editor.apply(nodes, inner)
