@@ -16,7 +16,7 @@ from fxprune.criteria.base import Criterion
 from fxprune.criteria.catalog import CriterionName
 from fxprune.distributed.ranks import ranks_of
 from fxprune.distributed.sharded import sharding_of
-from fxprune.entry_points import entry_point, unwrapped
+from fxprune.entry_points import entry_point, without_wrappers
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.coupling.families import families
 from fxprune.passes.errors import PruneError
@@ -326,7 +326,7 @@ def verify(model: nn.Module, pruned: nn.Module, example_inputs: Any, *, sizes: b
     """
     with entry_point(model) as model:
         check_flag("sizes", sizes)
-        pruned = unwrapped(pruned) if isinstance(pruned, nn.Module) else pruned
+        pruned = without_wrappers(pruned)
         plan = plan_between(model, pruned)
         dtypes = [dict.fromkeys(p.dtype for p in m.parameters() if p.is_floating_point()) for m in (model, pruned)]
         if all(dtypes) and dtypes[0].keys().isdisjoint(dtypes[1]):
@@ -342,5 +342,5 @@ def verify(model: nn.Module, pruned: nn.Module, example_inputs: Any, *, sizes: b
 @checked_call()
 def plan_of(pruned: nn.Module) -> Plan:
     """The plan that a pruned model was made by; raises PruneError for a model that was not."""
-    found: Plan = plan_carried(unwrapped(pruned) if isinstance(pruned, nn.Module) else pruned)
+    found: Plan = plan_carried(without_wrappers(pruned))
     return found

@@ -78,6 +78,15 @@ def is_a(value: Any, module: str, name: str) -> bool:
     return isinstance(kind, type) and isinstance(value, kind)
 
 
+def without_wrappers(model: Any) -> Any:
+    """What a wrapper calls, or what is given, if it is none."""
+    for module, name, attribute in WRAPPERS:
+        if is_a(model, module, name):
+            return without_wrappers(getattr(model, attribute))
+    masked = vars(model).get("forward") if isinstance(model, nn.Module) else None
+    return masked.plain() if is_a(masked, "fxprune.iterative.masked_forward", "MaskedForward") else model  # type: ignore[union-attr]
+
+
 def unwrapped(model: Any) -> nn.Module:
     """The module to prune: the model itself, or what a wrapper calls.
 
@@ -86,12 +95,8 @@ def unwrapped(model: Any) -> nn.Module:
     if is_a(model, "torch.export", "ExportedProgram"):
         raise PruneError("model is an ExportedProgram, not a torch.nn.Module", fix="pass exported.module()")
     check_module(model)
-    for module, name, attribute in WRAPPERS:
-        if is_a(model, module, name):
-            return unwrapped(getattr(model, attribute))
-    masked = vars(model).get("forward")
-    if is_a(masked, "fxprune.iterative.masked_forward", "MaskedForward"):
-        return unwrapped(masked.plain())
+    if (inner := without_wrappers(model)) is not model:
+        return unwrapped(inner)
     if isinstance(model, torch.jit.ScriptModule):
         raise PruneError(
             f"model is a {type(model).__name__}: what it computes is no longer Python",

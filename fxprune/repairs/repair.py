@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from rich.text import Text
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fxprune.arguments import checked_call, checked_class, shown
 from fxprune.criteria.calibration import BATCHES, Batch, check_batches, check_source, parse_batch, read
-from fxprune.entry_points import check_values, entry_point, unwrapped
+from fxprune.entry_points import check_values, entry_point, without_wrappers
 from fxprune.inputs import device_of
 from fxprune.passes.capture.patches import visible
 from fxprune.passes.errors import PruneError
@@ -190,7 +190,7 @@ def repair(
     """
     with entry_point(model) as model:
         methods = asked(REFIT if method is None else method, ridge, held_out)
-        pruned = cast("Any", unwrapped(pruned)) if isinstance(pruned, nn.Module) else pruned
+        pruned = without_wrappers(pruned)
         original, plan = model, plan_between(model, pruned)
         check_values(model, pruned)
         model, plan = plan.in_basis(model, whole=True)
