@@ -124,3 +124,41 @@ def test_a_variance_over_heads_and_their_channels_keeps_two() -> None:
     torch.manual_seed(0)
     small = fxprune.prune(Heads().double().eval(), 0.5, torch.randn(3, 4, 9, dtype=torch.float64))
     assert small.verification.ok and small.get_parameter("a").shape[1:].numel() == 2
+
+
+class Overwritten(nn.Module):
+    """A number stands in place of two channels of different pairs; with `kept` no pair may go: one is read by its index."""
+
+    def __init__(self, number: float, *, kept: bool) -> None:
+        super().__init__()
+        self.number, self.kept = number, kept
+        self.a, self.b = nn.Conv2d(3, 12, 1, bias=False), nn.Conv2d(6, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        y[:, 1:3] = self.number
+        y = (y.unflatten(1, (-1, 2)).square().sum(2) + 1e-3).sqrt()
+        return self.b(y * (1 + y[:, 2:3]) if self.kept else y)
+
+
+@pytest.mark.parametrize("number", [0.0, 0.5])
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_number_that_is_written_over_channels_goes_with_its_pair_alone(number: float, kept: bool) -> None:
+    """Zero may go by itself: it adds nothing. Of another number the pair would lose a part that no parameter stands for."""
+    torch.manual_seed(0)
+    model, x = Overwritten(number, kept=kept).double().eval(), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    if kept and number:
+        with pytest.raises(fxprune.PruneError, match="nothing in the model can be pruned"):
+            fxprune.prune(model, 0.5, x)
+        return
+    pruned = fxprune.prune(model, 0.5, x)
+    pairs = pruned.b.in_channels
+    assert (pairs, pruned.a.out_channels) == (6, 6) if kept else pairs < 6 and pruned.a.out_channels == 2 * pairs
+    zeroed = copy.deepcopy(model)
+    slices = fxprune.plan_of(pruned).slices
+    with torch.no_grad():
+        for weight, dim in ((zeroed.a.weight, 0), (zeroed.b.weight, 1)):
+            for cut in slices.get("a.weight" if dim == 0 else "b.weight", ()):
+                gone = [i for i in range(weight.shape[dim]) if i not in cut.keep.tolist()]
+                weight.index_fill_(dim, torch.tensor(gone, dtype=torch.long), 0.0)
+    torch.testing.assert_close(pruned(x), zeroed(x))

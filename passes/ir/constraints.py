@@ -122,6 +122,7 @@ class ConstraintBuilder:
         first_new: the first label made on the way.
         reduced: labels that stand for rows that an op reduced.
         copies: labels of copies of a value that is computed from the inputs.
+        overwritten: labels of entries that a number other than zero is written over.
     """
 
     def __init__(self, size: int, first_undetermined: int | None = None, determined: Iterable[int] = ()) -> None:
@@ -132,6 +133,7 @@ class ConstraintBuilder:
         self.determined = set(determined)
         self.reduced: set[int] = set()
         self.copies: set[int] = set()
+        self.overwritten: set[int] = set()
 
     def clear(self) -> Constraints:
         """What was collected; the builder starts with nothing again, but for the labels it has made."""
@@ -165,7 +167,16 @@ class ConstraintBuilder:
         labels = self.fresh(math.prod(shape)).reshape(shape)
         self.reduced.update(labels.flatten().tolist())
         self.tie_to_rows(labels, f.labels, whole=whole)
+        if self.is_overwritten(f):
+            self.tie_entries(f, rest)
         return Factor(labels, tuple(d for d in f.major_to_minor if d in rest))
+
+    def tie_entries(self, f: Factor, rest: Sequence[int]) -> None:
+        """A row in which a number is written over an entry is a unit: the number goes with the whole row alone."""
+        order = [*rest, *(d for d in range(f.labels.dim()) if d not in rest)]
+        rows = f.labels.permute(order).reshape(math.prod(f.labels.shape[d] for d in rest), -1)
+        mine = rows[torch.from_numpy(np.isin(rows.numpy(), list(self.overwritten)).any(1))]
+        self.tie(mine, mine[:, :1].expand_as(mine))
 
     def tie_to_rows(self, labels: Tensor, entries: Tensor, *, whole: bool = False) -> None:
         """Labels go with the rows of a wider array, where those go whole."""
@@ -227,6 +238,12 @@ class ConstraintBuilder:
             found = self.undetermined(f)
             if found is not None:
                 self.freeze(f.flat[found], COPIES)
+            if len(f.major_to_minor) == 1 and self.is_overwritten(f):  # else what is summed in a row goes with the row
+                self.freeze(f.flat[np.isin(f.flat, list(self.overwritten))], COPIES)
+
+    def is_overwritten(self, f: Factor) -> bool:
+        """Whether a number other than zero is written over some entries of a factor."""
+        return bool(self.overwritten) and not self.overwritten.isdisjoint(f.flat.tolist())
 
     def tie(self, a: Tensor, b: Tensor, *, broadcast: bool = False) -> None:
         """Tie two arrays under broadcasting; a tie to label 0 freezes."""

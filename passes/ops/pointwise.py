@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from fxprune.passes.ir.labels import NONE, Labels, align, factor
 from fxprune.passes.ir.op_trace import name_of
+from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.registry import TAGGED, OpSpec, register
 from fxprune.passes.ops.unify import unify, vary_alike
 
 ADDING = frozenset(["aten::add", "aten::sub", "aten::rsub"])
+MADE_OF_NUMBERS = frozenset(["aten::scalar_tensor", "aten::full", "aten::full_like"])
+SEEN_AS = frozenset(["aten::view", "aten::expand", "aten::alias", "aten::detach", "aten::clone", "aten::_to_copy"])
+ZEROS = frozenset(["aten::zeros", "aten::zeros_like", "aten::new_zeros"])
 
 
 def pointwise(call: RuleContext) -> list[Labels]:
@@ -28,6 +34,28 @@ def pointwise(call: RuleContext) -> list[Labels]:
         merged = unify(call, merged, shape, labels, size, adds=adds)
         shape = tuple(max(a, b) for a, b in zip(shape, size, strict=True))
     return [merged] * len(outs)
+
+
+def overwrite(call: RuleContext) -> list[Labels]:
+    """Entries that a number is written over go with what was there, but none of its parameters sets them to zero any more."""
+    result = pointwise(call)
+    value = call.inputs[1] if len(call.inputs) > 1 else call.get("value")
+    if isinstance(value, TensorRef) and any(call.constraints.undetermined(f) is None for f in call.labels(value)):
+        return result
+    if not is_zero(call, value):
+        call.constraints.overwritten.update(label for labels in result for f in labels for label in f.flat.tolist())
+    return result
+
+
+def is_zero(call: RuleContext, value: Any) -> bool:
+    """Whether a value is known to be zero: a number, or a tensor that is made of one."""
+    while isinstance(value, TensorRef):
+        op = call.op_trace.maker(value.id)
+        name = "" if op is None else name_of(op.func)
+        if op is None or name not in MADE_OF_NUMBERS | SEEN_AS:
+            return name in ZEROS
+        value = op.args[0] if name == "aten::scalar_tensor" or name in SEEN_AS else op.args[1]
+    return bool(value == 0)
 
 
 def prelu(call: RuleContext) -> Labels:
@@ -49,11 +77,12 @@ def same(call: RuleContext) -> Labels:
 POINTWISE = OpSpec(pointwise)
 TAGGED[torch.Tag.pointwise] = POINTWISE
 register(
-    "masked_fill where copy copy_ addcmul addcdiv lerp clamp isfinite complex polar dropout native_dropout"
+    "masked_fill where addcmul addcdiv lerp clamp isfinite complex polar dropout native_dropout"
     " rrelu_with_noise _prelu_kernel hardswish hardsigmoid softplus softshrink hardshrink celu log_sigmoid_forward bernoulli"
-    " bernoulli_ fill uniform_ normal_ zero_ exponential_ rsub threshold hardtanh glu_jvp",
+    " bernoulli_ uniform_ normal_ zero_ exponential_ rsub threshold hardtanh glu_jvp",
     POINTWISE,
 )
+register("fill copy copy_", OpSpec(overwrite))
 register("prelu", OpSpec(prelu))
 register("detach alias", OpSpec(same, moves=True, views=True))
 register("clone contiguous", OpSpec(same, moves=True))
