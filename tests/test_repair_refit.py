@@ -120,6 +120,20 @@ def test_batches_come_in_any_form_that_the_original_takes(llama, same_class):
     assert found.error[1] <= found.error[0]
 
 
+@pytest.mark.parametrize("same_class", [False, True])
+def test_what_went_with_its_branch_is_not_fitted(llama, same_class):
+    """A branch of attention and half of the widths are gone: what is left of one layer is fitted, what is not there is not."""
+    torch.manual_seed(0)
+    ids = torch.randint(0, 64, (4, 12))
+    one = fxprune.prune(llama, 0.5, {"input_ids": ids}, depth="only", only="*self_attn*", same_class=same_class)
+    small = fxprune.prune(one, 0.5, {"input_ids": ids}, only="*mlp*", same_class=same_class)
+    assert sum(name.endswith("o_proj.weight") for name in small.state_dict()) == 1
+    better = fxprune.repair(llama, small, [{"input_ids": torch.randint(0, 64, (4, 12))} for _ in range(6)], method="refit")
+    found = better.meta["repair"]
+    assert {s.layer for s in found.steps} == {f"model.layers.{i}.mlp.down_proj.weight" for i in range(2)}
+    assert found.error[1] <= found.error[0]
+
+
 def test_other_inputs_are_no_worse_off():
     for seed in range(3):
         for samples in (3, 4, 16, 800):

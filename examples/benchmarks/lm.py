@@ -35,6 +35,7 @@ LAYERS = ("*mlp*", "*self_attn*")
 WHAT: dict[str, dict[str, Any]] = {
     "FFN": {"only": "*mlp*"},
     "FFN + heads": {"only": LAYERS},
+    "FFN + dimensions": {"only": LAYERS, "attention": "dims"},
     "all": {},  # nothing said: the stream, too, but last
     "depth": {"depth": "only"},
     "FFN + heads + depth": {"only": LAYERS, "depth": True},

@@ -195,7 +195,8 @@ class Refit:
 
         @functools.cache
         def mask(name: str) -> Tensor | None:
-            return mask_of(cuts[name], owned[name].shape) if cuts.get(name) and name not in start else None
+            stays = name in self.own and name not in start  # what went with its branch has nothing to be fitted
+            return mask_of(cuts[name], owned[name].shape) if cuts.get(name) and stays else None
 
         observers = [LostObserver(names, owned, mask, lost, skipped, held=held) for _, held in parts]
 
