@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import fxprune
 from fxprune import PruneError
@@ -131,6 +131,17 @@ def test_what_went_with_its_branch_is_not_fitted(llama, same_class):
     better = fxprune.repair(llama, small, [{"input_ids": torch.randint(0, 64, (4, 12))} for _ in range(6)], method="refit")
     found = better.meta["repair"]
     assert {s.layer for s in found.steps} == {f"model.layers.{i}.mlp.down_proj.weight" for i in range(2)}
+    assert found.error[1] <= found.error[0]
+
+
+def test_what_is_left_behind_a_branch_that_went_is_not_fitted():
+    """Of BERT's attention its last bias stays, which the stream still gets, and no weight that reads the heads."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 60}
+    bert = BertModel(BertConfig(**sizes)).eval()
+    data = [{"input_ids": torch.randint(0, 60, (4, 8))} for _ in range(4)]
+    small = fxprune.prune(bert, 0.5, data[0], depth="only", only="*attention*")
+    found = fxprune.repair(bert, small, data, method="refit").meta["repair"]
     assert found.error[1] <= found.error[0]
 
 

@@ -110,7 +110,7 @@ class LostObserver(SiteObserver):
         mask = mask.mT if turned else mask
         summed, along = call.product.summed, call.product.along
         inputs, outputs = kept_along(mask, summed), kept_along(mask, call.product.kept)
-        if bool(inputs.all()):
+        if bool(inputs.all()) or not bool(inputs.any()):  # it lost none, or there is nothing left to fit
             return
         if why := self.why_not(call, mask, inputs, outputs):
             self.skipped[call.name] = why
