@@ -68,6 +68,8 @@ def pairs(w: Writer, x: Value, *, how: str) -> str:
     """Neighbouring channels in pairs, of each pair one value."""
     if how == "maxout":
         w.sees()
+    else:
+        w.sums(x)  # where the one pair there is cannot go, one of it does
     w.line(f"t = {x}.unflatten({x.axis}, ({x.c // 2}, 2))")
     return {
         "maxout": f"t.amax({x.axis + 1})",

@@ -168,10 +168,10 @@ def grouped(w: Writer, x: Value, *, groups: int, how: str) -> str:
         "mean_each",
         "max_each",
         "normalize_each",
-        "sum_each",
-        "sum_groups",
     ):
         w.sees()
+    if how in ("sum_each", "sum_groups"):
+        w.sums(x)
     short = {
         "sum_groups": f"g.sum({a})",
         "mean_groups": f"g.mean({a})",

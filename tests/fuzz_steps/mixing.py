@@ -50,7 +50,10 @@ def gate_by_one_channel(w: Writer, x: Value, *, at: int) -> str:
 @op(ANY, weight=1.5, how=one_of("mean", "amax", "sum", "std", "logsumexp"))
 def gate_by_statistic(w: Writer, x: Value, *, how: str) -> str:
     """All channels gated by a statistic of them."""
-    w.sees()
+    if how == "sum":
+        w.sums(x)
+    else:
+        w.sees()
     return f"{x} * torch.tanh({x}.{how}({x.axis}, keepdim=True))"
 
 

@@ -6,6 +6,7 @@ off the values, so that steps can be taken out of a program and the rest still f
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -204,6 +205,18 @@ class Writer:
     def sees(self) -> None:
         """Say that removed channels would enter a statistic, so that zeroing parameters is no reference."""
         self.zeroing = False
+
+    @torch.no_grad()
+    def sums(self, x: Value) -> None:
+        """Say that channels of ``x`` are summed, which removed ones enter unless they are zero where parameters are."""
+        module = copy.deepcopy(self.module)
+        for parameter in module.parameters():
+            parameter.zero_()
+        scope = SCOPE | {"self": module} | {n: v.tensor.clone() for n, v in self.values.items() if n.startswith("x")}
+        for text in self.lines:
+            exec(text, scope)
+        if scope[x.name].count_nonzero():
+            self.sees()
 
 
 # -- arguments ---------------------------------------------------------------------------------------------------------
