@@ -6,6 +6,7 @@ import operator
 
 import pytest
 import torch
+from oracle import plain_masked
 from torch import nn
 
 import fxprune
@@ -635,3 +636,37 @@ def test_bounds_in_channels_beside_positions_count_from_where_they_did(part):
     pruned = halved(model, torch.randn(2, 5, 6))
     for length in (5, 7):
         assert fxprune.verify(model, pruned, torch.randn(2, length, 6)).ok
+
+
+# -- tensors without entries -------------------------------------------------------------------------------------------
+
+NOTHING_YET = {
+    "empty": lambda y: torch.empty(len(y), 0, 12),
+    "zeros": lambda y: torch.zeros((y.shape[0], 0, 12), dtype=y.dtype),
+    "like the layer's": lambda y: y.new_empty(len(y), 0, 12),
+    "a slice": lambda y: y[:, :0],
+}
+
+
+class Grows(nn.Module):
+    """Starts with a tensor that has a width and no rows, and adds rows to it."""
+
+    def __init__(self, start):
+        super().__init__()
+        self.start, self.inner, self.extra, self.head = start, nn.Linear(6, 12), nn.Linear(6, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        y = self.inner(x)
+        rows = NOTHING_YET[self.start](y)
+        for i in range(2):
+            rows = torch.cat([rows, y[:, i : i + 1]], dim=1)
+        return self.head(torch.cat([rows, self.extra(x)], dim=1))
+
+
+@pytest.mark.parametrize("start", NOTHING_YET)
+def test_rows_are_added_to_a_tensor_that_has_a_width_and_no_rows(start):
+    torch.manual_seed(0)
+    model, x = Grows(start), torch.randn(2, 4, 6)
+    pruned = halved(model, x)
+    assert pruned.head.weight.shape == (3, 6)
+    torch.testing.assert_close(pruned(x), plain_masked(model, fxprune.plan_of(pruned))(x))

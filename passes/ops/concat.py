@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,6 +46,7 @@ def join(call: RuleContext, parts: Sequence[Labels], shapes: Sequence[Sequence[i
 
     (1) Along the joined dimension alone the parts are independent of one another.
     (2) Along other dimensions each part is a row of a joint factor: it must keep equally many entries, not the same ones.
+    (3) A part without entries, such as the first of a list that grows, loses what the first row of the others does.
     """
     signatures: list[frozenset[int]] = []
     for labels in parts:
@@ -52,6 +54,10 @@ def join(call: RuleContext, parts: Sequence[Labels], shapes: Sequence[Sequence[i
             if f.dims - {dim} not in signatures:
                 signatures.append(f.dims - {dim})
     result: Labels = NONE
+    filled = [shape[dim] > 0 for shape in shapes]
+    if not any(filled):
+        filled = [True] * len(shapes)
+    sizes = list(itertools.compress(shapes, filled))
     for other in sorted(signatures, key=sorted):
         chosen = [pick(call, labels, other, dim) for labels in parts]
         if other and any(f is None for f in chosen):
@@ -63,6 +69,12 @@ def join(call: RuleContext, parts: Sequence[Labels], shapes: Sequence[Sequence[i
             if not call.state.seeking_heads:
                 continue
         arrays = [lay_out(f, shape, dim, other) for f, shape in zip(chosen, shapes, strict=True)]
+        if other and not all(filled):
+            head = arrays[filled.index(True)].narrow(dim, 0, 1)
+            for a in itertools.compress(arrays, [not n for n in filled]):
+                if a.numel():
+                    call.constraints.tie(a, head)
+            arrays, chosen = list(itertools.compress(arrays, filled)), list(itertools.compress(chosen, filled))
         nests = {tuple(d for d in f.major_to_minor if d != dim) for f in chosen if f is not None}
         if other and same_everywhere(arrays, dim):
             result += (factor(arrays[0].narrow(dim, 0, 1), nests.pop()),)
@@ -71,7 +83,7 @@ def join(call: RuleContext, parts: Sequence[Labels], shapes: Sequence[Sequence[i
         if other and total * arrays[0].numel() // max(1, arrays[0].shape[dim]) > LARGEST_JOINT:
             result += tie_parts(call, arrays, dim, nests)
             continue
-        grown = [a.expand(*a.shape[:dim], shape[dim], *a.shape[dim + 1 :]) for a, shape in zip(arrays, shapes, strict=True)]
+        grown = [a.expand(*a.shape[:dim], shape[dim], *a.shape[dim + 1 :]) for a, shape in zip(arrays, sizes, strict=True)]
         orders = {f.major_to_minor for f in chosen if f is not None and dim in f.dims} or {(dim, *nest) for nest in nests}
         alike = len(nests) == len(orders) == 1  # packed one way in all parts
         f = factor(torch.cat(grown, dim), min(orders) if alike else (dim,))
