@@ -338,6 +338,20 @@ def test_a_configuration_follows_the_family_that_was_pruned():
     assert small.config.hidden == 9 and small.meta["stale"] == ()
 
 
+class OwnLoader(Scaled):
+    """Loads weights in its own way, as some libraries' models do."""
+
+    def load_state_dict(self, state_dict, strict=True):
+        return super().load_state_dict(state_dict, strict)
+
+
+def test_a_configuration_is_found_for_a_class_with_its_own_load_state_dict():
+    model = OwnLoader(types.SimpleNamespace(width=12, hidden=12)).eval()
+    small = fxprune.prune(model, {"up": 0.25}, torch.randn(2, 4), same_class=True)
+    assert type(small) is OwnLoader
+    assert small.config.hidden == 9 and small.meta["stale"] == ()
+
+
 @pytest.mark.parametrize("kind", ["Bloom", "Mpt"])
 def test_layers_select_from_what_the_model_computes_for_all_heads(kind):
     """ALiBi: the slopes of all of the original's heads; the heads that are left are not the first ones."""
