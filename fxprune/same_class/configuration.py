@@ -85,9 +85,8 @@ def rebuilt(made: nn.Module, config: Any) -> Any:
     first = next(made.parameters())
     with torch.random.fork_rng(devices=[]), at_most(len(shapes(made)), on_meta=True):
         fresh = type(made)(copy.deepcopy(config))
-    nn.Module.load_state_dict(
-        fresh, nn.Module.state_dict(made), strict=False, assign=True
-    )  # a class may have its own, without it
+    # a class may have a `load_state_dict` of its own, which takes no `assign`
+    nn.Module.load_state_dict(fresh, nn.Module.state_dict(made), strict=False, assign=True)
     fresh.to(first.device)
     for path, module in fresh.named_modules():  # rotary tables stay in single precision, unless the whole model was converted
         for name, buffer in module._buffers.items():
