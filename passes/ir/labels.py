@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-FROZEN = 0
 VECTOR_DIMS = [((d,), frozenset([d])) for d in range(16)]
 
 
