@@ -16,9 +16,10 @@ from torch import Tensor, fx, nn
 
 from fxprune.criteria.calibration import BATCHES
 from fxprune.inputs import ExampleInputs
+from fxprune.module_state import take_modes
 from fxprune.passes.capture.patches import visible
 from fxprune.passes.errors import GuardError, PruneError, told
-from fxprune.passes.ir.module_tree import every_path, named_tensors, private_copy, set_mode, walk
+from fxprune.passes.ir.module_tree import every_path, named_tensors, private_copy, set_mode
 from fxprune.passes.ir.pytree import map_tensors
 from fxprune.passes.ir.quiet import unobserved, without_modes
 from fxprune.passes.ir.slices import Slicer
@@ -137,9 +138,6 @@ def form_of(inputs: ExampleInputs) -> str:
 
 def follow_modes(program: fx.GraphModule, model: nn.Module) -> None:
     """Bring a program and its modules into the modes of those of a model."""
-    wanted = {path: m.training for m, path in walk(model).items()}
     if program.training != model.training:
         program.train(model.training)
-    for module, path in walk(program).items():
-        if path:
-            vars(module)["training"] = wanted.get(path, model.training)
+    take_modes(program, model)

@@ -17,6 +17,7 @@ from fxprune.arguments import checked_call, checked_class, shown
 from fxprune.criteria.calibration import BATCHES, Batch, check_batches, check_source, parse_batch, read
 from fxprune.entry_points import check_values, entry_point, without_wrappers
 from fxprune.inputs import device_of
+from fxprune.module_state import take_modes
 from fxprune.passes.capture.patches import visible
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors
@@ -255,10 +256,7 @@ def finished(
     undone = "on the samples held out the output of the model would be no closer to the original's"
     steps = [replace(s, done=False, note=undone) if s.done and not result.share else s for s in steps]
     made.train(pruned.training)
-    modes = {path: m.training for path, m in pruned.named_modules()}
-    for path, module in made.named_modules():
-        if path:
-            vars(module)["training"] = modes[path]
+    take_modes(made, pruned)
     made.meta["repair"] = Repair(methods, result.errors, tuple(steps), computed, samples, result.share)
     return made
 

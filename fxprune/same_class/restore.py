@@ -21,8 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxprune import verification
 from fxprune.errors import PruneWarning
 from fxprune.inputs import ExampleInputs
+from fxprune.module_state import take_modes
 from fxprune.passes.capture.capture import capture_program
 from fxprune.passes.coupling.couple import couple_channels, with_unread
 from fxprune.passes.coupling.solution import CouplingOptions
@@ -33,7 +35,6 @@ from fxprune.passes.ir.quiet import gpus_of, own_random_state, random_state, set
 from fxprune.passes.ir.slices import TensorSlice
 from fxprune.passes.rewrite.pruned_module import PrunedModule, RewrittenForward
 from fxprune.passes.rewrite.rewrite import rewrite_program, slice_tensor
-from fxprune.passes.verification.masked_model import relative_error
 from fxprune.plan import PlanData, is_pruned, kept_labels, plan_between
 from fxprune.same_class.arguments import fit_arguments
 from fxprune.same_class.attributes import update_attributes
@@ -94,9 +95,7 @@ def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs)
                 where=type(model).__name__,
                 fix="take the GraphModule that prune returns without same_class, and report the model",
             )
-    modes = {path: m.training for path, m in model.named_modules()}
-    for path, module in made.named_modules():
-        module.training = modes.get(path, model.training)
+    take_modes(made, model)
     vars(made)["meta"] = {**own, **pruned.meta, "stale": tuple(stale)}
     was = getattr(model, "verification", None)
     if was is None or isinstance(was, Verification):
@@ -279,8 +278,7 @@ def flags_of(module: nn.Module) -> set[str]:
 def difference(run: Callable[[], Any], wanted: list[Tensor]) -> float:
     """The largest relative error of what is returned; infinite where that raises, or has other tensors."""
     try:
-        found = collect(run(), Tensor)
-        return max((relative_error(a, b) for a, b in zip(wanted, found, strict=True)), default=0.0)
+        return verification.difference(wanted, run())
     except Exception as error:  # sizes that do not fit
         surface(error)
         return float("inf")
