@@ -27,6 +27,7 @@ from fxprune.plan import shapes_of
 from fxprune.repairs.both_models import BothModels, call, uncached
 from fxprune.repairs.held_out import Outcome
 from fxprune.repairs.least_squares import (
+    WIDE,
     NormalEquations,
     add_call,
     as_weight,
@@ -42,7 +43,6 @@ from fxprune.selection.names import block_chains
 
 NAME = "refit"
 USED_AGAIN = "it is used more than once"
-TOO_WIDE = 8192  # inputs of a product whose normal equations are not formed
 
 
 @dataclass
@@ -144,7 +144,7 @@ class LostObserver(SiteObserver):
             return "what is left of it is no rectangle"
         if call.op.get("alpha", 1) != 1:
             return "its product is scaled"
-        return f"it has more than {TOO_WIDE:,} inputs" if count_inputs(call) > TOO_WIDE else ""
+        return f"it has more than {WIDE:,} inputs" if count_inputs(call) > WIDE else ""
 
     def used_again(self) -> list[str]:
         """Weights that lost inputs and are used more than once."""
