@@ -25,7 +25,7 @@ from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.pytree import collect
 from fxprune.passes.ir.quiet import unobserved
 from fxprune.reports.formatting import Printable, in_bytes, plain_data, short, table
-from fxprune.selection.budgets import format_cost
+from fxprune.selection.budgets import KINDS
 from fxprune.selection.latency import measure_seconds
 from fxprune.verification import evaluating
 
@@ -95,7 +95,7 @@ class Profile(Printable):
         rows = [
             ("parameters", *(short(u.parameters) for u in both)),
             ("multiply-accumulates", *(short(u.macs) for u in both)),
-            ("latency", *(format_cost("latency", u.seconds) for u in both)),
+            ("latency", *(KINDS["latency"].format(u.seconds) for u in both)),
             ("peak memory", *map(in_bytes, memory)),
         ]
         yield table(("", "original", *(["pruned"] if small else []), ""), [(*row, "") for row in rows])

@@ -17,7 +17,7 @@ from fxprune.reports.formatting import Printable, as_text, counted, short, table
 from fxprune.reports.page import embedded_svg, in_frame, render_sweep
 from fxprune.reports.scatter import Scatter, draw
 from fxprune.selection.argument_checks import check_word
-from fxprune.selection.budgets import format_cost
+from fxprune.selection.budgets import KINDS
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -176,7 +176,7 @@ class Sweep(Printable):
     def cells(self, point: Point) -> tuple[str, ...]:
         """What a row of the table holds, without the front."""
         value = "" if point.value is None else f"{point.value:.4g}"
-        time = "" if point.seconds is None else format_cost("latency", point.seconds).removesuffix(" ms")
+        time = "" if point.seconds is None else KINDS["latency"].format(point.seconds).removesuffix(" ms")
         return value, short(point.parameters), short(point.macs), time
 
     def tables(self) -> Iterator[RenderableType]:

@@ -104,7 +104,7 @@ def idle_globs(
     stays = list(zip(match_globs(held, idle, solution, options.scopes), held, strict=True))
     said = []
     for glob in idle:
-        reasons = [f"{f.name} {why_idle(f)}" for globs, f in stays if glob in globs]
+        reasons = [f"{f.name} {f.kept_whole or 'has no score by this criterion'}" for globs, f in stays if glob in globs]
         mine = [f.name for globs, f in zip(matched, free, strict=True) if globs and globs[0] == glob]
         if mine:
             held_by = [
@@ -117,11 +117,6 @@ def idle_globs(
             why = reasons[0] if reasons else "no channels are made there"
         said.append(f"{glob!r} in ratio changes nothing: {why}")
     return said
-
-
-def why_idle(family: Family) -> str:
-    """Why a family is none of those that may lose units, as what "it" does."""
-    return family.kept_whole or "has no score by this criterion"
 
 
 def allocate(

@@ -152,11 +152,6 @@ def arguments(
     return given
 
 
-def as_cut(module: nn.Module) -> Any:
-    """A copy of a cut module to be tried, in evaluation as the masked original is."""
-    return set_mode(private_copy(module, own_copy), False)
-
-
 def raises(module: nn.Module, args: Any, kwargs: Any) -> bool:
     """Whether a copy of a module raises in training."""
     try:
@@ -209,7 +204,8 @@ def compared(
             return f"cannot be tried alone ({type(error).__name__})"
         set_random_state(drawn)
         try:
-            tried = site.function or as_cut(pruned.own_model if whole else fetch(pruned, path))
+            cut = pruned.own_model if whole else fetch(pruned, path)
+            tried = site.function or set_mode(private_copy(cut, own_copy), False)
             got = tried(*few_args, **few_kwargs)
             asks = path in capture.asking and path not in capture.evaluating
             if asks and raises(tried, few_args, few_kwargs) and not raises(module, args, kwargs):
