@@ -231,7 +231,6 @@ class CheckpointPruning:
 
 
 def kept(name: str, tensor: Tensor) -> Entry:
-    """A tensor as it is."""
     return Entry(name, tuple(tensor.shape), tensor.dtype, tensor.detach)
 
 

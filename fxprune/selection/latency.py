@@ -127,7 +127,6 @@ class LatencyProbe:
             return statistics.median(self.clock([run], self.device, least=3, seconds=0.01)[0])
 
     def original_seconds(self) -> float:
-        """The time of the original."""
         return statistics.median(self.clock([self.run(self.original)], self.device)[0])
 
     def prune(self, slicer: Slicer) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -166,15 +167,16 @@ def allocate_by_latency(
     `make` returns the allocator by which counts of channels that stay are multiples of a number.
     """
     assert options.budget is not None
-    tried = [options.round_to] if options.round_to > 1 else [FRIENDLY, 1]
-    for round_to in tried:
-        try:
-            with probe.restore_random_state():
-                return meet_latency(options.budget, make(round_to), costs, probe)
-        except PruneError:
-            if round_to == tried[-1]:
-                raise
-    raise AssertionError("the last attempt returns or raises")
+    budget = options.budget
+
+    def met(round_to: int) -> tuple[Tensor, Slicer]:
+        with probe.restore_random_state():
+            return meet_latency(budget, make(round_to), costs, probe)
+
+    if options.round_to == 1:
+        with contextlib.suppress(PruneError):
+            return met(FRIENDLY)
+    return met(options.round_to)
 
 
 def select_half(model: nn.Module, solution: Solution) -> tuple[Tensor, Slicer]:

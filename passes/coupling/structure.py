@@ -136,7 +136,6 @@ class Trace:
 
 
 def find_roles(solution: Solution, found: Sequence[Family]) -> list[Role]:
-    """The role of each family."""
     label = family_of_labels(solution, found)
     reads, makes, touches, total = Counter[int](), Counter[int](), Counter[int](), 0
     streams, heads, groups, dims = set[int](), set[int](), set[int](), set[int]()

@@ -76,7 +76,6 @@ class Factor:
 
     @property
     def largest(self) -> int:
-        """The largest label."""
         if not hasattr(self, "_largest"):
             self._largest = int(self.flat[-1] if self.start is not None else self.flat.max())
         return self._largest
