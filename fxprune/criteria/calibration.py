@@ -112,7 +112,7 @@ class Source:
         except PruneError:
             raise
         except Exception as error:
-            raise PruneError(f"the model raises on a batch of data: {told(error)}", fix=BATCHES) from error
+            raise batch_refused(error) from error
 
     def value(self, batch: Batch) -> Tensor:
         """The loss of a batch."""
@@ -141,6 +141,10 @@ class Source:
         names = list(self.parameters)
         found = torch.autograd.grad(of, [self.parameters[n] for n in names], allow_unused=True, **options)
         return ((n, g) for n, g in zip(names, found, strict=True) if g is not None)
+
+
+def batch_refused(error: Exception) -> PruneError:
+    return PruneError(f"the model raises on a batch of data: {told(error)}", fix=BATCHES)
 
 
 def loss_in(out: Any) -> Tensor | None:
