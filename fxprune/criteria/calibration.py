@@ -28,6 +28,7 @@ from fxprune.passes.ir.module_tree import copy_tree, named_tensors, set_mode
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.progress import progress_bar
 from fxprune.passes.ir.pytree import collect, map_tensors
+from fxprune.passes.ir.quiet import gpus_of
 
 Evidence = dict[str, Tensor]
 BATCHES = "data=[(images, labels), ...], or a DataLoader of such pairs"
@@ -214,8 +215,7 @@ def prepare_source(model: nn.Module, data: Any, loss: Any, criterion: str, solut
             swap[id(tensor)] = tensor.detach().clone()
     learned = {name: p for name, p in parameters.items() if p.requires_grad}
     copy = set_mode(copy_tree(model, swap), False)
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
-    with torch.random.fork_rng(devices=devices), torch.enable_grad(), visible():
+    with torch.random.fork_rng(devices=gpus_of(model)), torch.enable_grad(), visible():
         yield Source(copy, learned, data, loss, criterion, solution)
 
 
