@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fxprune.criteria.activation_stats import ActivationObserver
 from fxprune.criteria.base import Criterion, label
 from fxprune.criteria.calibrated import Calibration
-from fxprune.criteria.calibration import BATCHES, EVIDENCE_OF_INPUTS, Batch, batch_refused, check_batches, parse_batch, read
+from fxprune.criteria.calibration import BATCHES, EVIDENCE_OF_INPUTS, Batch, batch_refused, held_batches
 from fxprune.criteria.catalog import find, resolve
 from fxprune.criteria.lockstep import Lockstep, stopping, without_cache
 from fxprune.criteria.parameter_roles import Origins
@@ -45,10 +45,7 @@ def calibrate_by_blocks(
     """
     if data is None:
         raise PruneError(f"the criterion {label(find(criterion))} needs data", fix=BATCHES)
-    check_batches(data)
-    batches = [parse_batch(item) for item in read(data)]
-    if not batches:
-        raise PruneError("data holds no batches", fix=f"{BATCHES}; one that was read to its end is empty")
+    batches = held_batches(data)
     with unobserved(model), visible():
         run = BlockRun(model, value, solution)
         run.observe(batches)

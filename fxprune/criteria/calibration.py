@@ -104,7 +104,7 @@ class Source:
             count += batch.size
             yield from (batch.rows(slice(i, i + 1)) for i in range(batch.size)) if single and batch.size > 1 else [batch]
         if not count:
-            raise PruneError("data holds no batches", fix=f"{BATCHES}; one that was read to its end is empty")
+            raise no_batches()
 
     def run(self, batch: Batch) -> Any:
         """What the model returns for a batch."""
@@ -186,6 +186,19 @@ def parse_batch(item: Any) -> Batch:
     if not tensors:
         raise PruneError(f"a batch of type {type(item).__name__} holds no tensor", fix=BATCHES)
     return Batch(args, kwargs, tuple(extra), tensors[0].shape[0] if tensors[0].dim() else 1)
+
+
+def held_batches(data: Any, device: torch.device | None = None) -> list[Batch]:
+    """All batches, perhaps on another device; raises PruneError where there are none."""
+    check_batches(data)
+    batches = [parse_batch(item).map(lambda t: t if device is None else t.to(device)) for item in read(data)]
+    if not batches:
+        raise no_batches()
+    return batches
+
+
+def no_batches() -> PruneError:
+    return PruneError("data holds no batches", fix=f"{BATCHES}; one that was read to its end is empty")
 
 
 def check_source(data: Any, loss: Any) -> None:
