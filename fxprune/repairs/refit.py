@@ -37,7 +37,7 @@ from fxprune.repairs.least_squares import (
     run_product,
     sum_of_squares,
 )
-from fxprune.repairs.repairer import NOT_FINITE, WORSE, RepairStep, relative
+from fxprune.repairs.repairer import NO_DATA, NOT_FINITE, WORSE, RepairStep, lifted, relative
 from fxprune.repairs.sites import SiteCall, SiteObserver, count_overlaps
 from fxprune.selection.names import block_chains
 
@@ -156,10 +156,6 @@ def kept_along(mask: Tensor, dim: int | None) -> Tensor:
     return torch.ones(1, dtype=torch.bool) if dim is None else mask.any([d for d in range(mask.dim()) if d != dim])
 
 
-def lifted(vector: Tensor, like: Tensor, dim: int) -> Tensor:
-    return vector.to(like.device).reshape([-1 if d == dim else 1 for d in range(like.dim())])
-
-
 class Refit:
     """Fits the weights of the pruned model that lost inputs; `both` are the models and the data."""
 
@@ -228,7 +224,7 @@ class Refit:
         step = RepairStep(name, NAME, None, False)
         normal, unseen = found.fitted, found.unseen
         if not normal.count or not math.isfinite(normal.squares + float(normal.gram.sum())):
-            return replace(step, note=NOT_FINITE if normal.count else "none of the data that is fitted reaches it")
+            return replace(step, note=NOT_FINITE if normal.count else NO_DATA)
         change, shift = fit(normal, unseen, ridge)
         judge = unseen if unseen.count else normal
         size = found.sizes[bool(unseen.count)]
