@@ -204,8 +204,10 @@ def compared(
             return f"cannot be tried alone ({type(error).__name__})"
         set_random_state(drawn)
         try:
-            cut = pruned.own_model if whole else fetch(pruned, path)
-            tried = site.function or set_mode(private_copy(cut, own_copy), False)
+            tried = site.function
+            if tried is None:
+                cut = pruned.own_model if whole else fetch(pruned, path)
+                tried = set_mode(private_copy(cut, own_copy), False)
             got = tried(*few_args, **few_kwargs)
             asks = path in capture.asking and path not in capture.evaluating
             if asks and raises(tried, few_args, few_kwargs) and not raises(module, args, kwargs):
