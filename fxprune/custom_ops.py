@@ -12,8 +12,7 @@ import torch
 from fxprune.arguments import checked_call, shown
 from fxprune.errors import PruneWarning
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.labels import Labels
-from fxprune.passes.ops.call import RuleContext
+from fxprune.passes.ops.call import frozen
 from fxprune.passes.ops.index_maps import moved_call, movement
 from fxprune.passes.ops.pointwise import POINTWISE
 from fxprune.passes.ops.registry import UNKNOWN, Masked, OpSpec, Rewrite, Rule, SizeArguments, as_another, named, register
@@ -152,10 +151,3 @@ def function_like(name: str, like: str) -> Any:
         return min((sum(a != b for a, b in zip(mine, types)) + max(0, len(mine) - len(types)) for mine in own), default=0)
 
     return min(overloads(like), key=unlike)
-
-
-def frozen(why: str) -> Rule:
-    def rule(call: RuleContext) -> list[Labels]:
-        return call.freeze_inputs(why)
-
-    return rule

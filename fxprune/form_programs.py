@@ -7,18 +7,19 @@ A program is what a model does for the arguments and the sizes that it was captu
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.criteria.calibration import BATCHES
+from fxprune.criteria.calibration import BATCHES, batch_refused
 from fxprune.inputs import ExampleInputs
+from fxprune.module_state import take_modes
 from fxprune.passes.capture.patches import visible
-from fxprune.passes.errors import GuardError, PruneError, told
-from fxprune.passes.ir.module_tree import every_path, named_tensors, private_copy, set_mode, walk
+from fxprune.passes.errors import GuardError, PruneError
+from fxprune.passes.ir.module_tree import every_path, named_tensors, private_copy, set_mode
 from fxprune.passes.ir.pytree import map_tensors
 from fxprune.passes.ir.quiet import unobserved, without_modes
 from fxprune.passes.ir.slices import Slicer
@@ -48,16 +49,15 @@ class FormPrograms:
     Arguments:
         model: the original architecture; its values are taken when a program is made.
         plan: what is removed.
-        used: names of tensors that the program had for which the plan was made, if that is known: what others lose by the
-            plan is decided by what they are used with.
+        tensors: what the plan left of tensors, by name: programs in evaluation mode share them. What tensors lose that are
+            not among them is decided by what they are used with.
         originals: whether programs of the whole model are wanted, too.
     """
 
     def __init__(
-        self, model: nn.Module, plan: PlanData, used: Collection[str] | None = None, *, originals: bool = False
+        self, model: nn.Module, plan: PlanData, tensors: Mapping[str, Tensor] | None = None, *, originals: bool = False
     ) -> None:
-        self.model, self.plan, self.originals = model, plan, originals
-        self.used = set(plan.shapes) if used is None else {*used}
+        self.model, self.plan, self.tensors, self.originals = model, plan, tensors, originals
         self.found: dict[str, list[FormProgram]] = {}
 
     def run(self, inputs: ExampleInputs, run: Callable[[FormProgram], Any]) -> tuple[FormProgram, Any]:
@@ -86,11 +86,18 @@ class FormPrograms:
                 self.output(inputs)  # which says what is wrong with the batch, if that is it
                 raise
             original = compilation.emit(compilation.unpruned()) if self.originals else None
-            shapes = {name: shape for name, shape in self.plan.shapes.items() if name in self.used}
+            shapes = {n: shape for n, shape in self.plan.shapes.items() if self.tensors is None or n in self.tensors}
             slices = {name: cuts for name, cuts in self.plan.slices.items() if name in solution.leaves}
             kept = kept_labels(replace(self.plan, shapes=shapes, slices=slices), solution)
             pruned = compilation.emit(Choice(solution, kept, Slicer(kept)))
-            return FormProgram(pruned, original, output)
+        if self.tensors is not None:
+            for program in [pruned] if original is None else [original, pruned]:
+                program.eval()
+            names = Names(self.model)
+            for path, tensor, _, _ in slots(pruned):
+                if (own := self.tensors.get(names(path))) is not None:
+                    tensor.data = own.data
+        return FormProgram(pruned, original, output)
 
     def output(self, inputs: ExampleInputs) -> Any:
         """What the model itself returns in evaluation mode; raises PruneError where it does not take the inputs."""
@@ -102,7 +109,7 @@ class FormPrograms:
         try:
             return inputs.map(torch.clone).call(own)
         except Exception as error:
-            raise PruneError(f"the model raises on a batch of data: {told(error)}", fix=BATCHES) from error
+            raise batch_refused(error) from error
 
 
 class Names:
@@ -137,9 +144,6 @@ def form_of(inputs: ExampleInputs) -> str:
 
 def follow_modes(program: fx.GraphModule, model: nn.Module) -> None:
     """Bring a program and its modules into the modes of those of a model."""
-    wanted = {path: m.training for m, path in walk(model).items()}
     if program.training != model.training:
         program.train(model.training)
-    for module, path in walk(program).items():
-        if path:
-            vars(module)["training"] = wanted.get(path, model.training)
+    take_modes(program, model)

@@ -144,6 +144,13 @@ def differs(module: nn.Module, what: str) -> PruneError:
     )
 
 
+def take_modes(module: nn.Module, model: nn.Module) -> None:
+    """Bring each module of a tree into the mode of that of `model` at its path, and those that `model` lacks into its own."""
+    modes = {path: m.training for m, path in walk(model).items()}
+    for inner, path in walk(module).items():
+        vars(inner)["training"] = modes.get(path, model.training)
+
+
 def is_list(data: Any) -> bool:
     return isinstance(data, list | tuple)
 

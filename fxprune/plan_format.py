@@ -133,10 +133,6 @@ def parse_waiver(data: Any) -> Waiver | None:
     return Waiver(name, size, texts(data.get("guards", []), "the guards of waiver"))
 
 
-def one_each(dtype: torch.dtype) -> int:
-    return 1
-
-
 def peak_bytes(dtype: torch.dtype) -> int:
     return (4 if dtype.is_floating_point else 8) + dtype.itemsize
 
@@ -146,7 +142,7 @@ def byte_size(data: Any) -> int:
     return 0 if data is None else elements(data, peak_bytes)
 
 
-def elements(data: Any, weight: Callable[[torch.dtype], int] = one_each, depth: int = 0) -> int:
+def elements(data: Any, weight: Callable[[torch.dtype], int] = lambda dtype: 1, depth: int = 0) -> int:
     """How many elements all tensors of described example inputs have; raises PruneError for what describes none.
 
     Arguments: `weight` says how much an element of a dtype counts.

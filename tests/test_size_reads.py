@@ -1,5 +1,6 @@
 """A size that a forward reads again is the same node, as long as it is the same size."""
 
+import copy
 import importlib.util
 import math
 
@@ -266,3 +267,44 @@ def test_parts_that_are_all_read_may_go_though_an_input_says_how_wide_they_are()
     small = pruned(net, x)
     assert small.out.weight.shape == (16, 8) and small.qkv.weight.shape == (24, 16)
     assert torch.allclose(small(x[:, :3]), fxprune.masks.masked(net, small.plan)(x[:, :3]), atol=1e-5)
+
+
+NUMBERS = {
+    "divmod": lambda n: sum(divmod(n, 4)) + sum(divmod(100, n)),
+    "trunc": lambda n: math.trunc(n / 2),
+    "abs": lambda n: abs(3 - n),
+    "round": lambda n: round(n / 3) + round(n / 3, 1),
+    "copy": lambda n: copy.copy(n) + copy.deepcopy(n),
+}
+
+
+@pytest.mark.parametrize("how", NUMBERS)
+def test_what_python_computes_of_a_size_is_computed_anew(how):
+    class Counts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 8)
+
+        def forward(self, x):
+            return self.b(self.a(x).relu()) * NUMBERS[how](x.shape[1])
+
+    net, other = Counts().eval(), torch.randn(3, 9, 8)
+    small = pruned(net, torch.randn(2, 5, 8))
+    torch.testing.assert_close(small(other), fxprune.masks.masked(net, small.plan)(other))
+
+
+def test_pieces_are_counted_where_their_truth_is_asked():
+    class Cuts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 8)
+
+        def forward(self, x):
+            parts = self.a(x).unbind(1)
+            return self.b(parts[0]) if parts else x
+
+    small = pruned(Cuts().eval(), torch.randn(2, 5, 8))
+    with pytest.raises(GuardError):
+        small(torch.randn(2, 4, 8))

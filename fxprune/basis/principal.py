@@ -166,12 +166,6 @@ def with_bias(model: nn.Module, member: Member, out_of: int) -> Step:
     return Step("add bias", name, out_of, member.name)
 
 
-def names_of(model: nn.Module, members: Iterable[str]) -> dict[int, str]:
-    """Names of parameters by the address of their memory."""
-    found = dict(all_tensors(model))
-    return {found[name].untyped_storage().data_ptr(): name for name in members}
-
-
 class MomentObserver(Recorder):
     """Runs a model and sums the second moments of what some of its weights read.
 

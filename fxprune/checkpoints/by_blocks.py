@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fxprune.criteria.activation_stats import ActivationObserver
 from fxprune.criteria.base import Criterion, label
 from fxprune.criteria.calibrated import Calibration
-from fxprune.criteria.calibration import BATCHES, EVIDENCE_OF_INPUTS, Batch, check_batches, parse_batch, read
+from fxprune.criteria.calibration import BATCHES, EVIDENCE_OF_INPUTS, Batch, batch_refused, held_batches
 from fxprune.criteria.catalog import find, resolve
 from fxprune.criteria.lockstep import Lockstep, stopping, without_cache
 from fxprune.criteria.parameter_roles import Origins
@@ -24,7 +24,7 @@ from fxprune.form_programs import Names, slots
 from fxprune.passes.capture.patches import visible
 from fxprune.passes.coupling.leaf_labels import leaf_labels
 from fxprune.passes.coupling.solution import Solution
-from fxprune.passes.errors import PruneError, told
+from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import private_copy, set_mode
 from fxprune.passes.ir.progress import progress_bar
 from fxprune.passes.ir.quiet import unobserved
@@ -45,10 +45,7 @@ def calibrate_by_blocks(
     """
     if data is None:
         raise PruneError(f"the criterion {label(find(criterion))} needs data", fix=BATCHES)
-    check_batches(data)
-    batches = [parse_batch(item) for item in read(data)]
-    if not batches:
-        raise PruneError("data holds no batches", fix=f"{BATCHES}; one that was read to its end is empty")
+    batches = held_batches(data)
     with unobserved(model), visible():
         run = BlockRun(model, value, solution)
         run.observe(batches)
@@ -105,8 +102,7 @@ class BlockRun:
             try:
                 self.model(*batch.args, **without_cache(self.model, batch.kwargs))
             except Exception as error:
-                what = f"the model raises on a batch of data: {told(error)}"
-                raise PruneError(what, fix=BATCHES) from error
+                raise batch_refused(error) from error
 
     def load(self, path: str) -> None:
         """Read the tensors of a block, or of what is in none."""

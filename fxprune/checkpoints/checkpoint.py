@@ -166,7 +166,7 @@ def load(path: Folder, model: nn.Module | None = None, *, same_class: bool = Fal
                 free = {*record.plan.derived, *left_by_forward(made, record.plan)}  # what a forward makes may not be there yet
                 record.state.fill(made, stored, free=free | own_constants)
             else:  # the other kind of module may hold a tied tensor under another name, and lack what its forward does not use
-                names = other_names(original, record.plan, tensors, made)
+                names = other_names(original, tensors, made)
                 first = aliases(original)
                 own = {names[name]: t for name, t in tensors.items() if first.get(name, name) in record.plan.shapes}
                 constants = [name for name, _ in named_tensors(made) if name not in own]  # its programs have made their own

@@ -35,13 +35,18 @@ def write(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) 
     """Write tensors and a record, with a digest of each tensor, in the place of what is at `path`; raises PruneError."""
     stored = storable(tensors)
     digests = {name: digest(tensor) for name, tensor in stored.items()}
-    text = json.dumps({"format": FORMAT, "digests": digests, **record})
     with replacing(path) as temporary:
         try:
-            save_file(stored, temporary, {"format": "pt", KEY: text, DIGEST: hashlib.sha256(text.encode()).hexdigest()})
+            save_file(stored, temporary, metadata_of(record, digests))
         except SafetensorError as error:
             raise unwritable(path, error) from error
         check_header(temporary)
+
+
+def metadata_of(record: Mapping[str, Any], digests: Mapping[str, str]) -> dict[str, str]:
+    """The metadata of a file with a record and these digests of its tensors."""
+    text = json.dumps({"format": FORMAT, "digests": digests, **record})
+    return {"format": "pt", KEY: text, DIGEST: hashlib.sha256(text.encode()).hexdigest()}
 
 
 def storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

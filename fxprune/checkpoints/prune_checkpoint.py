@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
+import functools
 import inspect
 import json
 import math
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ from fxprune.arguments import checked_call
 from fxprune.checkpoints.by_blocks import calibrate_by_blocks
 from fxprune.checkpoints.checkpoint import SUFFIX, WEIGHTS, Folder, folder_at
 from fxprune.checkpoints.config import CONFIG, architecture, write_config
-from fxprune.checkpoints.file import DIGEST, FORMAT, KEY
+from fxprune.checkpoints.file import metadata_of
 from fxprune.checkpoints.rebuild import CONTENTS
 from fxprune.checkpoints.record import Record
 from fxprune.checkpoints.stored import INDEX, Entry, Stored, write_one_by_one
@@ -213,12 +212,7 @@ class CheckpointPruning:
             for name, tensor in named_tensors(pruned)
         ]
         entries += [kept(CONTENTS + name, tensor) for name, tensor in contents.items() if name in plan.shapes]
-
-        def metadata(digests: Mapping[str, str]) -> dict[str, str]:
-            text = json.dumps({"format": FORMAT, "digests": digests, **record})
-            return {"format": "pt", KEY: text, DIGEST: hashlib.sha256(text.encode()).hexdigest()}
-
-        write_one_by_one(path, entries, metadata)
+        write_one_by_one(path, entries, functools.partial(metadata_of, record))
 
     def write_shards(self, folder: Path, pruned: PrunedModule) -> None:
         """Write what is left of each file under its name, and their index."""
@@ -237,7 +231,6 @@ class CheckpointPruning:
 
 
 def kept(name: str, tensor: Tensor) -> Entry:
-    """A tensor as it is."""
     return Entry(name, tuple(tensor.shape), tensor.dtype, tensor.detach)
 
 

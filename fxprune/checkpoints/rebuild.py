@@ -26,21 +26,16 @@ ROTATION = "rotation:"  # and this those of the rotations of a plan
 MOST_BYTES = 1 << 27  # of example inputs that are made up
 
 
-def original_name(name: str, plan: PlanData, first: Mapping[str, str]) -> str:
-    """The name in the original of a tensor of a pruned model; of a tied one the first, by `first`."""
-    return first.get(name, name)
+def original_names(tensors: Mapping[str, Tensor], first: Mapping[str, str]) -> dict[str, Tensor]:
+    """Tensors of a pruned model by their names in the original; of a tied one the first, by `first`."""
+    return {first.get(name, name): tensor for name, tensor in tensors.items()}
 
 
-def original_names(tensors: Mapping[str, Tensor], plan: PlanData, first: Mapping[str, str]) -> dict[str, Tensor]:
-    """Tensors by the names that they have in the original; constants of the program keep theirs."""
-    return {original_name(name, plan, first): tensor for name, tensor in tensors.items()}
-
-
-def other_names(original: nn.Module, plan: PlanData, tensors: Mapping[str, Tensor], made: nn.Module) -> dict[str, str]:
+def other_names(original: nn.Module, tensors: Mapping[str, Tensor], made: nn.Module) -> dict[str, str]:
     """The names in a module made of the original, of tensors by the names in another one."""
     first = aliases(original)
-    held = {original_name(name, plan, first): name for name, _ in named_tensors(made)}
-    return {name: held.get(original_name(name, plan, first), name) for name in tensors}
+    held = {first.get(name, name): name for name, _ in named_tensors(made)}
+    return {name: held.get(first.get(name, name), name) for name in tensors}
 
 
 def rotations_apart(plan: dict[str, Any], basis: Basis | None) -> dict[str, Tensor]:
@@ -66,7 +61,7 @@ def split_contents(plan: PlanData, found: Mapping[str, Tensor]) -> tuple[dict[st
     for name, tensor in contents.items():
         if plan.shapes.get(name) != tuple(tensor.shape) or has_fractions(tensor):
             raise PruneError(f"the contents of {name} are not those of a tensor of the original", where=name, fix=WHOLE)
-    for name, tensor in original_names(tensors, plan, {}).items():
+    for name, tensor in tensors.items():
         if name in plan.shapes and name not in plan.derived and tuple(tensor.shape) != plan.kept_shape(name):
             what = f"the plan leaves {plan.kept_shape(name)} of {name}, and {tuple(tensor.shape)} is stored"
             raise PruneError(what, where=name, fix=WHOLE)
@@ -87,7 +82,7 @@ def rebuilt(
     """
     record.plan.check(model)
     first = aliases(model)
-    stored = original_names(tensors, record.plan, first)
+    stored = original_names(tensors, first)
     if example_inputs is None and byte_size(record.plan.inputs) > MOST_BYTES:
         raise PruneError("the plan's example inputs are too large to be made up", fix="load(path, model, example_inputs=...)")
     needs_values = same_class or record.capture.startswith("opaque")
@@ -101,7 +96,7 @@ def rebuilt(
             continue
         if values or form is model or made.meta.get("capture") == record.capture:
             break
-    held = original_names(dict(named_tensors(made)), record.plan, first)
+    held = original_names(dict(named_tensors(made)), first)
     for name in given:
         if name in held and not torch.equal(held[name], stored[name].to(held[name].device)):
             raise no_contents(model, name)

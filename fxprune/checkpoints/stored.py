@@ -158,17 +158,13 @@ def write_one_by_one(path: Path, entries: Iterable[Entry], metadata: Callable[[M
 
     digests = dict.fromkeys((entry.name for entry in ordered), "0" * hashlib.sha256().digest_size * 2)
     with replacing(path) as temporary, open(temporary, "wb") as file:
-        before = header(digests)
-        file.write(before)
+        file.write(header(digests))
         for name, shape, dtype, make in ordered:
             tensor = make().detach().contiguous()
             if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
                 raise RuntimeError(f"{name} is {tuple(tensor.shape)}, {tensor.dtype}, not {tuple(shape)}, {dtype}")
             digests[name] = digest(tensor)
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        after = header(digests)
-        if len(after) != len(before):
-            raise RuntimeError("the header's length depends on digests")
         file.seek(0)
-        file.write(after)
+        file.write(header(digests))
     check_header(path)

@@ -62,12 +62,3 @@ def one_line(text: str) -> str:
     'there is none'
     """
     return " ".join(text.split())
-
-
-def share(now: float, before: float) -> str:
-    """What is left, in per cent.
-
-    >>> share(1, 4), share(1, 0)
-    ('25%', '')
-    """
-    return f"{now / before:.0%}" if before else ""

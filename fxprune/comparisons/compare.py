@@ -14,7 +14,7 @@ from fxprune.inputs import EXAMPLE, ExampleInputs
 from fxprune.passes.errors import GuardError
 from fxprune.passes.ir.module_tree import named_tensors, private_copy
 from fxprune.passes.ir.pytree import collect
-from fxprune.passes.ir.quiet import gc_paused, own_random_state, random_state, set_random_state
+from fxprune.passes.ir.quiet import gc_paused, gpus_of, own_random_state, random_state, set_random_state
 from fxprune.passes.ir.slices import Slicer
 from fxprune.passes.verification.masked_model import MaskedOriginal, Removal
 from fxprune.passes.verification.outlook import Outlook
@@ -90,7 +90,7 @@ class Comparison:
         self.model, self.pruned, self.slices, self.outlook = model, pruned, slices, outlook
         self.shifts = shifts_of(model, pruned, slices)
         self.masked = MaskedOriginal(model, removal, self.shifts)
-        self.devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+        self.devices = gpus_of(model)
         self.zeroed = ZeroedReference(model, slices, self.shifts, self.masked, outlook, self.devices)
         self.least_tolerance = tolerance_of(model)
         self.errors: list[tuple[float | None, float | None]] = []  # against the masked and the zeroed original

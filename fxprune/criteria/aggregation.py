@@ -68,10 +68,6 @@ def scaled(values: np.ndarray, by: float) -> np.ndarray:
     return values / by if by > 0 else values
 
 
-def standardised(values: np.ndarray) -> np.ndarray:
-    return scaled(values - values.mean(), float(values.std()))
-
-
 def lamp(values: np.ndarray) -> np.ndarray:
     """Each score over the sum of those that are not smaller (Lee et al., arXiv:2010.07611, equation 2).
 
@@ -95,6 +91,6 @@ NORMALISE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "mean": lambda values: scaled(values, float(np.abs(values).mean())),
     "max": lambda values: scaled(values, float(np.abs(values).max())),
     "sum": lambda values: scaled(values, float(np.abs(values).sum())),
-    "standardise": standardised,
+    "standardise": lambda values: scaled(values - values.mean(), float(values.std())),
     "lamp": lamp,
 }

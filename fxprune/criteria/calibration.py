@@ -28,6 +28,7 @@ from fxprune.passes.ir.module_tree import copy_tree, named_tensors, set_mode
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.progress import progress_bar
 from fxprune.passes.ir.pytree import collect, map_tensors
+from fxprune.passes.ir.quiet import gpus_of
 
 Evidence = dict[str, Tensor]
 BATCHES = "data=[(images, labels), ...], or a DataLoader of such pairs"
@@ -103,7 +104,7 @@ class Source:
             count += batch.size
             yield from (batch.rows(slice(i, i + 1)) for i in range(batch.size)) if single and batch.size > 1 else [batch]
         if not count:
-            raise PruneError("data holds no batches", fix=f"{BATCHES}; one that was read to its end is empty")
+            raise no_batches()
 
     def run(self, batch: Batch) -> Any:
         """What the model returns for a batch."""
@@ -112,7 +113,7 @@ class Source:
         except PruneError:
             raise
         except Exception as error:
-            raise PruneError(f"the model raises on a batch of data: {told(error)}", fix=BATCHES) from error
+            raise batch_refused(error) from error
 
     def value(self, batch: Batch) -> Tensor:
         """The loss of a batch."""
@@ -141,6 +142,10 @@ class Source:
         names = list(self.parameters)
         found = torch.autograd.grad(of, [self.parameters[n] for n in names], allow_unused=True, **options)
         return ((n, g) for n, g in zip(names, found, strict=True) if g is not None)
+
+
+def batch_refused(error: Exception) -> PruneError:
+    return PruneError(f"the model raises on a batch of data: {told(error)}", fix=BATCHES)
 
 
 def loss_in(out: Any) -> Tensor | None:
@@ -183,6 +188,19 @@ def parse_batch(item: Any) -> Batch:
     return Batch(args, kwargs, tuple(extra), tensors[0].shape[0] if tensors[0].dim() else 1)
 
 
+def held_batches(data: Any, device: torch.device | None = None) -> list[Batch]:
+    """All batches, perhaps on another device; raises PruneError where there are none."""
+    check_batches(data)
+    batches = [parse_batch(item).map(lambda t: t if device is None else t.to(device)) for item in read(data)]
+    if not batches:
+        raise no_batches()
+    return batches
+
+
+def no_batches() -> PruneError:
+    return PruneError("data holds no batches", fix=f"{BATCHES}; one that was read to its end is empty")
+
+
 def check_source(data: Any, loss: Any) -> None:
     """Raise PruneError for what cannot be batches, or a loss, whether or not a criterion needs them."""
     if data is not None:
@@ -210,8 +228,7 @@ def prepare_source(model: nn.Module, data: Any, loss: Any, criterion: str, solut
             swap[id(tensor)] = tensor.detach().clone()
     learned = {name: p for name, p in parameters.items() if p.requires_grad}
     copy = set_mode(copy_tree(model, swap), False)
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
-    with torch.random.fork_rng(devices=devices), torch.enable_grad(), visible():
+    with torch.random.fork_rng(devices=gpus_of(model)), torch.enable_grad(), visible():
         yield Source(copy, learned, data, loss, criterion, solution)
 
 

@@ -5,6 +5,7 @@ No layer is named here: what counts is the dispatcher call that a parameter ente
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -88,7 +89,6 @@ class Roles:
 
 
 def roles(captures: Sequence[CapturedProgram]) -> Roles:
-    """The roles of all parameters."""
     leaves, size = leaf_labels(captures)
     owner = {}
     for name, labels in leaves.items():
@@ -116,8 +116,6 @@ def roles(captures: Sequence[CapturedProgram]) -> Roles:
 
 def owners(starts: list[int], labels: Tensor) -> set[int]:
     """The first labels of the dimensions that some labels belong to."""
-    import bisect
-
     return {starts[bisect.bisect_right(starts, int(i)) - 1] for i in labels.unique().tolist() if i}
 
 

@@ -19,7 +19,7 @@ from fxprune.iterative.plan_mapping import undo_slices
 from fxprune.passes.ir.index_contents import version_of
 from fxprune.passes.ir.module_tree import HOOKS, fetch
 from fxprune.passes.ir.pytree import like_dict
-from fxprune.passes.ir.quiet import unobserved
+from fxprune.passes.ir.quiet import gpus_of, unobserved
 from fxprune.passes.ir.slices import apply_slices
 from fxprune.passes.verification.zero_flow import why_zeroed_does_not_apply
 from fxprune.passes.verification.zeroed_model import ZeroedOriginal
@@ -103,8 +103,7 @@ class MaskedForward:
         """The same results, with gradients for masked elements too: those of the original, in which nothing else has any."""
         parameters = dict(self.model.named_parameters())
         mixed = {name: torch.where(self.masks[name].to(p.device), p.detach(), p) for name, p in parameters.items()}
-        devices = sorted({p.device.index or 0 for p in parameters.values() if p.is_cuda})
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=gpus_of(self.model)):
             whole = torch.func.functional_call(self.plain(hooks=False), mixed | buffers, inputs.args, inputs.kwargs)
         return join(out, whole)
 

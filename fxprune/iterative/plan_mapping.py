@@ -12,9 +12,10 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from fxprune.module_state import take_modes
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.labels import Factor, Labels, compress, varying
-from fxprune.passes.ir.module_tree import check_module, copy_tree, fetch, named_tensors, walk
+from fxprune.passes.ir.module_tree import check_module, copy_tree, fetch, named_tensors
 from fxprune.passes.ir.slices import TensorSlice, apply_slices
 from fxprune.plan import PlanData
 
@@ -91,7 +92,5 @@ def widened(original: nn.Module, model: nn.Module, tensors: Mapping[str, Tensor]
             learns = tensors.get(name, old).requires_grad
             swap[id(old)] = nn.Parameter(new, learns) if parameter else new
     copy: nn.Module = copy_tree(original, swap)
-    modes = {path: m.training for m, path in walk(model).items() if path}
-    for module, path in walk(copy).items():
-        module.training = modes.get(path, model.training)
+    take_modes(copy, model)
     return copy

@@ -44,13 +44,6 @@ from fxprune.selection.select import allocate, check_effect, find_free_families
 from fxprune.verification import Verification, evaluating
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class View:
-    """Where the tensors of a model stand in the original: the plan that they were cut by."""
-
-    plan: PlanData
-
-
 class Planner:
     """The choices of all steps.
 
@@ -107,7 +100,7 @@ class Planner:
     def choose(
         self,
         present: nn.Module,
-        view: View,
+        view: PlanData,
         gone: np.ndarray,
         share: float,
         ranks: Ranks | None = None,
@@ -117,7 +110,7 @@ class Planner:
 
         Arguments:
             present: the model as it is now.
-            view: where its tensors stand in the original.
+            view: the plan by which its tensors were cut from those of the original.
             gone: units that are removed already, shape (labels,), and stay so.
             share: in [0, 1].
             ranks: the processes that choose together, if there are several.
@@ -141,17 +134,17 @@ class Planner:
         return restore_rectangles(self.solution, removed, score, self.guards, held)
 
     def scores(
-        self, present: nn.Module, view: View, gone: np.ndarray, ranks: Ranks | None = None, read: Read | None = None
+        self, present: nn.Module, view: PlanData, gone: np.ndarray, ranks: Ranks | None = None, read: Read | None = None
     ) -> tuple[list[Family], np.ndarray]:
         """The families that may lose units, and the score of every unit by the values and the outputs of a present model.
 
         What is gone scores lower than all else of its family.
         """
         criterion = find(self.options.criterion)
-        tensors = tensors_of(present, view.plan, self.learned)
+        tensors = tensors_of(present, view, self.learned)
         named = {id(t): name for name, t in named_tensors(present)}
         leaves = {
-            named[id(tensors[name])]: narrow_labels(labels, view.plan.slices.get(name, ()), view.plan.shapes[name])
+            named[id(tensors[name])]: narrow_labels(labels, view.slices.get(name, ()), view.shapes[name])
             for name, labels in self.solution.leaves.items()
             if name in tensors  # constants are none of the model's, index buffers were rewritten
         }
@@ -194,9 +187,9 @@ class Planner:
             None if verification is None else verification.error,
         )
 
-    def captures(self, present: nn.Module, view: View) -> list[CapturedProgram]:
+    def captures(self, present: nn.Module, view: PlanData) -> list[CapturedProgram]:
         """The captured programs of a present model, for criteria that watch it run; else those of the original will do."""
-        if not (view.plan.slices and resolve(self.options.criterion).runs):
+        if not (view.slices and resolve(self.options.criterion).runs):
             return self.solution.captures
         inputs = self.compilation.inputs.beside(present)
         with unobserved(present):

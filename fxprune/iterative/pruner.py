@@ -17,7 +17,7 @@ from fxprune.iterative.history import History
 from fxprune.iterative.masking import hold, mask_again, muted
 from fxprune.iterative.optimizer_state import Move, remap, remap_module, remap_state, taken
 from fxprune.iterative.plan_mapping import tensors_of, widened
-from fxprune.iterative.planner import Planner, View
+from fxprune.iterative.planner import Planner
 from fxprune.iterative.proposal import Made, Proposal, StepChoice
 from fxprune.iterative.pruner_state import AskedOfPruner, PresentModel, PrunerState, asked_of
 from fxprune.iterative.regularizers import Regularizer, Spans, find, spans_of
@@ -127,7 +127,7 @@ class Pruner(Generic[Made]):
             self._gone = np.zeros(len(self._planner.unit_of), bool)
             self._choice = self._settled(self._gone, np.zeros(len(self._gone)))
             self.plan = self._compilation.plan(self._choice)
-            self._view = self._whole = View(self.plan)
+            self._view = self._whole = self.plan
             self._move: Move | None = None
             self._spans: Spans | None = None
             self._marked: np.ndarray | None = None
@@ -205,11 +205,11 @@ class Pruner(Generic[Made]):
         made = self._made(present, plan, choice, sharded)
         verification = getattr(made, "meta", {}).get("verification")  # with masks there is none
         step = self._planner.record(len(self.history), self._shares, self._choice, choice, self._gone, verification)
-        view = self._view if self._mask else View(plan)
-        before, after = self._tensors(present), tensors_of(made, view.plan)
+        view = self._view if self._mask else plan
+        before, after = self._tensors(present), tensors_of(made, view)
         before, present = (before, present) if sharded is None else (sharded.tensors, sharded.model)
         zero = plan.masks(self._original) if self._mask == "hold" else {}
-        self._move = Move(present, made, before, after, self._view.plan, view.plan, zero)
+        self._move = Move(present, made, before, after, self._view, view, zero)
         self.model, self._view, self.plan, self._choice = made, view, plan, choice
         self._gone = self._planner.removed(choice.kept)
         self.history += step
@@ -219,7 +219,7 @@ class Pruner(Generic[Made]):
     def _made(self, present: nn.Module, plan: PlanData, choice: Choice, sharded: Sharded | None) -> nn.Module:
         if self._mask is None:
             return self._shrunk(present, plan, verify=True, sharded=sharded)
-        whole = widened(self._original, present, self._tensors(present), self._view.plan)
+        whole = widened(self._original, present, self._tensors(present), self._view)
         if self._mask == "soft":
             return muted(whole, plan, self._planner.solution, choice.kept)
         hold(whole, plan, self._compilation.inputs.beside(whole))
@@ -235,8 +235,8 @@ class Pruner(Generic[Made]):
 
     def _shrunk(self, present: nn.Module, plan: PlanData, verify: bool, sharded: Sharded | None = None) -> Any:
         if sharded is not None and self._tensors(present):  # which raises for another model
-            return shrink_shards(sharded, self._compilation, plan, self._view.plan)
-        whole = widened(self._original, present, self._tensors(present), self._view.plan)
+            return shrink_shards(sharded, self._compilation, plan, self._view)
+        whole = widened(self._original, present, self._tensors(present), self._view)
         self._compilation.follow()
         choice = self._compilation.choice_of(plan)
         pruned = self._compilation.emit(choice, values=whole)
@@ -245,17 +245,17 @@ class Pruner(Generic[Made]):
         return self._compilation.restore_class(pruned, whole) if verify and self._same_class else pruned
 
     def _tensors(self, model: nn.Module) -> dict[str, Tensor]:
-        return tensors_of(model, self._view.plan, self._planner.learned)
+        return tensors_of(model, self._view, self._planner.learned)
 
     @property
     def _stuck(self) -> np.ndarray:  # units that are gone and cannot come back
         return np.zeros_like(self._gone) if self._mask == "soft" else self._gone
 
-    def _looked_at(self, present: nn.Module) -> tuple[nn.Module, View]:
+    def _looked_at(self, present: nn.Module) -> tuple[nn.Module, PlanData]:
         """The model whose units are scored: with masks that hold, what they leave."""
         if self._mask != "hold" or not self.plan.slices:
             return present, self._view
-        return self._shrunk(present, self.plan, verify=False), View(self.plan)
+        return self._shrunk(present, self.plan, verify=False), self.plan
 
     def remap_optimizer(self, optimizer: AnyOptimizer) -> AnyOptimizer:
         """Remap an optimizer to the model that the last step returned: its parameters, and its state sliced as they are.
@@ -308,7 +308,7 @@ class Pruner(Generic[Made]):
         with entered(self.model if self._sharded else self._original) as (_, sharded, _):
             found = PrunerState.from_dict(state, self._asked)
             self._compilation.follow()
-            resumed = found.resume(self._compilation, self._planner, self._options, restorer(sharded, self._whole.plan))
+            resumed = found.resume(self._compilation, self._planner, self._options, restorer(sharded, self._whole))
             if self._mask is not None and resumed.plan.slices:
                 mask_again(resumed.model, resumed.plan, resumed.compilation.inputs, grows=self._mask == "soft")
             # nothing can fail from here on
@@ -316,7 +316,7 @@ class Pruner(Generic[Made]):
             self.model, self.plan, self.history, self._calls = resumed.model, resumed.plan, resumed.history, found.calls
             self._gone, self._marked, self._move, self._spans = resumed.gone, resumed.marked, None, None
             cut = self._mask is None and len(self.history) > 0
-            self._view = View(self.plan) if cut else self._whole
+            self._view = self.plan if cut else self._whole
             self.model = self.shrink() if cut and self._same_class and not self._sharded else resumed.model
 
     def regularize(self, model: nn.Module) -> None:
@@ -331,7 +331,7 @@ class Pruner(Generic[Made]):
             if getattr(self._regularizer, "foresees", False) and self._marked is None:
                 self._marked = np.zeros_like(self._gone) if self.done else self._foreseen(model)
             if self._spans is None:
-                solution, free, plan = self._planner.solution, self._planner.free, self._view.plan
+                solution, free, plan = self._planner.solution, self._planner.free, self._view
                 self._spans = spans_of(solution, free, self._stuck, plan, self._regularizer)
             self._spans.add(learned, self._regularizer, self._marked, self._calls)
             self._calls += 1

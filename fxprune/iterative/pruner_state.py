@@ -17,7 +17,7 @@ from fxprune.iterative.regularizers import Regularizer
 from fxprune.iterative.schedules import Schedule, describe_request
 from fxprune.module_state import ModuleState
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import copy_tree, named_tensors
+from fxprune.passes.ir.module_tree import copy_tree, named_tensors, own_copy
 from fxprune.passes.ir.slice_algebra import same_slices
 from fxprune.passes.ir.slices import Slicer
 from fxprune.pipeline import Compilation, Plan
@@ -83,16 +83,11 @@ class PresentModel:
             given = inputs.kwargs or inputs.args
             made = Compilation.of_plan(original, plan, given, compilation.frozen_modules).apply(plan)
         else:
-            made = copy_tree(original, {id(t): fresh(t) for _, t in named_tensors(original)})
+            made = copy_tree(original, {id(t): own_copy(t) for _, t in named_tensors(original)})
         ModuleState.from_dict(self.state).fill(made, self.tensors)
         if self.verification is not None and isinstance(made, fx.GraphModule):
             made.meta["verification"] = parse_record(Verification, self.verification)
         return made
-
-
-def fresh(tensor: Tensor) -> Tensor:
-    made = tensor.detach().clone()
-    return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
 
 
 @dataclass(frozen=True)

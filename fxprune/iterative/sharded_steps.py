@@ -19,9 +19,9 @@ from fxprune.entry_points import unwrapped
 from fxprune.iterative.optimizer_state import moved
 from fxprune.iterative.pruner_state import PresentModel
 from fxprune.iterative.regularizers import with_gradients
-from fxprune.module_state import ModuleState
+from fxprune.module_state import ModuleState, take_modes
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import named_tensors, walk
+from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.pipeline import Compilation
 from fxprune.plan import PlanData
 from fxprune.selection.options import Options
@@ -111,7 +111,5 @@ def shrink_shards(sharded: Sharded, compilation: Compilation, plan: PlanData, be
     compilation.follow()
     pruned = compilation.emit(compilation.choice_of(plan), cut=sharded.stand_ins.cut)
     made = sharded.cut(compilation.restore_class(pruned), plan, left_of=left_of)
-    modes = {path: module.training for module, path in walk(sharded.model).items()}
-    for module, path in walk(made).items():
-        module.training = modes.get(path, sharded.model.training)
+    take_modes(made, sharded.model)
     return made

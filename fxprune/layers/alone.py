@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fxprune.inputs import ExampleInputs
 from fxprune.layers.calls import LayerCall
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import copy_tree, fetch, named_tensors
+from fxprune.passes.ir.module_tree import copy_tree, fetch, named_tensors, own_copy
 from fxprune.passes.ir.slices import apply_slices
 from fxprune.passes.rewrite.pruned_module import RewrittenForward
 from fxprune.pipeline import Compilation
@@ -66,18 +66,9 @@ def remove_alone(layer: Any, call: LayerCall, remove: Mapping[str, Sequence[int]
     finally:
         for module, mode in training.items():
             module.training = mode
-    made = layer if inplace else duplicate_of(layer)
+    made = layer if inplace else copy_tree(layer, {id(t): own_copy(t) for _, t in named_tensors(layer)})
     become(made, small)
     return made
-
-
-def duplicate_of(layer: nn.Module) -> Any:
-    """A copy of a layer, without gradients; weights that hooks compute are copied as they are."""
-    swap: dict[int, Tensor] = {}
-    for _, tensor in named_tensors(layer):
-        made = tensor.detach().clone()
-        swap[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
-    return copy_tree(layer, swap)
 
 
 def said_of_layer(text: str) -> str:

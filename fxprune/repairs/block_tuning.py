@@ -28,7 +28,7 @@ from fxprune.pipeline import Compilation
 from fxprune.plan import PlanData
 from fxprune.repairs.both_models import BothModels, call, uncached
 from fxprune.repairs.held_out import Outcome
-from fxprune.repairs.repairer import NOT_FINITE, WORSE, RepairStep, relative
+from fxprune.repairs.repairer import NO_DATA, NOT_FINITE, WORSE, RepairStep, relative
 from fxprune.selection.names import block_chains
 
 NAME = "block"
@@ -167,7 +167,7 @@ class BlockTuning:
             return replace(step, note="it has no weights of its own, or is called more than once")
         fitted, judges = [s for s in samples if not s.held], [s for s in samples if s.held]
         if not fitted:
-            return replace(step, note="none of the data that is fitted reaches it")
+            return replace(step, note=NO_DATA)
         masters = {key: wide(self.both.own[name]).clone().requires_grad_() for key, name in names.items()}
         error, best = self.descend(masters, names, fitted, judges or fitted)
         if best is None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxprune.criteria.calibration import BATCHES, Batch, loss_in
+from fxprune.criteria.calibration import Batch, batch_refused, loss_in
 from fxprune.criteria.lockstep import without_cache
 from fxprune.form_programs import FormPrograms, Names, slots
 from fxprune.inputs import ExampleInputs
@@ -52,7 +52,7 @@ class BothModels:
         made.eval()
         self.name = Names(model)
         self.own = {self.name(path): tensor for path, tensor, _, _ in slots(made)}
-        self.forms, self.shared = FormPrograms(model, plan, self.own), set[int]()
+        self.forms = FormPrograms(model, plan, self.own)
 
     def run(self, batch: Batch) -> tuple[nn.Module, Any]:
         """The pruned model, or its program that takes a batch, and what it returns."""
@@ -60,19 +60,10 @@ class BothModels:
         try:
             return self.made, inputs.map(torch.clone).call(self.made)
         except (GuardError, PruneError, TypeError):
-            form, found = self.forms.run(inputs, lambda form: self.captured(form, inputs))
+            form, found = self.forms.run(inputs, lambda form: inputs.map(torch.clone).call(form.pruned))
             return form.pruned, found
         except Exception as error:
-            raise refused(error) from error
-
-    def captured(self, form: Any, inputs: ExampleInputs) -> Any:
-        if id(form) not in self.shared:
-            self.shared.add(id(form))
-            form.pruned.eval()
-            for path, tensor, _, _ in slots(form.pruned):
-                if (own := self.own.get(self.name(path))) is not None:
-                    tensor.data = own.data
-        return inputs.map(torch.clone).call(form.pruned)
+            raise batch_refused(error) from error
 
     def choose_share(self, start: Mapping[str, Tensor]) -> Outcome:
         """As `held_out.choose_share`, batch by batch; nor may the loss on the samples held out rise, if there is one."""
@@ -142,11 +133,7 @@ def call(model: nn.Module, batch: Batch) -> Any:
     try:
         return ExampleInputs(batch.args, batch.kwargs).map(torch.clone).call(model)
     except Exception as error:
-        raise refused(error) from error
-
-
-def refused(error: Exception) -> PruneError:
-    return PruneError(f"the model raises on a batch of data: {told(error)}", fix=BATCHES)
+        raise batch_refused(error) from error
 
 
 def uncached(model: nn.Module, batch: Batch) -> Batch:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.criteria.calibration import BATCHES, Batch
-from fxprune.passes.errors import PruneError, told
+from fxprune.criteria.calibration import BATCHES, Batch, batch_refused
+from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.program import REGIONS, SET_GRAD_ENABLED
 from fxprune.passes.ir.pytree import collect, map_tensors
@@ -69,7 +69,7 @@ class BatchInterpreter(fx.Interpreter):
         except PruneError:
             raise
         except Exception as error:
-            raise PruneError(f"the model raises on a batch of data: {told(error)}", fix=BATCHES) from error
+            raise batch_refused(error) from error
 
     def fetch_args_kwargs_from_env(self, node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         args, kwargs = super().fetch_args_kwargs_from_env(node)

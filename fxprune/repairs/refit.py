@@ -27,6 +27,7 @@ from fxprune.plan import shapes_of
 from fxprune.repairs.both_models import BothModels, call, uncached
 from fxprune.repairs.held_out import Outcome
 from fxprune.repairs.least_squares import (
+    WIDE,
     NormalEquations,
     add_call,
     as_weight,
@@ -36,13 +37,12 @@ from fxprune.repairs.least_squares import (
     run_product,
     sum_of_squares,
 )
-from fxprune.repairs.repairer import NOT_FINITE, WORSE, RepairStep, relative
+from fxprune.repairs.repairer import NO_DATA, NOT_FINITE, WORSE, RepairStep, lifted, relative
 from fxprune.repairs.sites import SiteCall, SiteObserver, count_overlaps
 from fxprune.selection.names import block_chains
 
 NAME = "refit"
 USED_AGAIN = "it is used more than once"
-TOO_WIDE = 8192  # inputs of a product whose normal equations are not formed
 
 
 @dataclass
@@ -144,7 +144,7 @@ class LostObserver(SiteObserver):
             return "what is left of it is no rectangle"
         if call.op.get("alpha", 1) != 1:
             return "its product is scaled"
-        return f"it has more than {TOO_WIDE:,} inputs" if count_inputs(call) > TOO_WIDE else ""
+        return f"it has more than {WIDE:,} inputs" if count_inputs(call) > WIDE else ""
 
     def used_again(self) -> list[str]:
         """Weights that lost inputs and are used more than once."""
@@ -154,10 +154,6 @@ class LostObserver(SiteObserver):
 def kept_along(mask: Tensor, dim: int | None) -> Tensor:
     """Of each index along a dimension whether anything is kept there."""
     return torch.ones(1, dtype=torch.bool) if dim is None else mask.any([d for d in range(mask.dim()) if d != dim])
-
-
-def lifted(vector: Tensor, like: Tensor, dim: int) -> Tensor:
-    return vector.to(like.device).reshape([-1 if d == dim else 1 for d in range(like.dim())])
 
 
 class Refit:
@@ -228,7 +224,7 @@ class Refit:
         step = RepairStep(name, NAME, None, False)
         normal, unseen = found.fitted, found.unseen
         if not normal.count or not math.isfinite(normal.squares + float(normal.gram.sum())):
-            return replace(step, note=NOT_FINITE if normal.count else "none of the data that is fitted reaches it")
+            return replace(step, note=NOT_FINITE if normal.count else NO_DATA)
         change, shift = fit(normal, unseen, ridge)
         judge = unseen if unseen.count else normal
         size = found.sizes[bool(unseen.count)]

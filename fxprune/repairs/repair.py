@@ -13,10 +13,11 @@ import torch
 from rich.text import Text
 from torch import Tensor, nn
 
-from fxprune.arguments import checked_call, checked_class, shown
-from fxprune.criteria.calibration import BATCHES, Batch, check_batches, check_source, parse_batch, read
+from fxprune.arguments import checked_call, checked_class, is_number, shown
+from fxprune.criteria.calibration import BATCHES, Batch, check_source, held_batches
 from fxprune.entry_points import check_values, entry_point, without_wrappers
 from fxprune.inputs import device_of
+from fxprune.module_state import take_modes
 from fxprune.passes.capture.patches import visible
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors
@@ -201,7 +202,9 @@ def repair(
             with unobserved(model), visible():
                 done, _ = Merging(original, made).run()
             return finished(pruned, made, methods, Outcome(1.0, None), done, 0, (0, 0))
-        given = batches_of(data, device_of(model))
+        if data is None:
+            raise PruneError("repair looks at data, and there are none", fix=f"{BATCHES}; method={MERGE!r} does without")
+        given = held_batches(data, device_of(model))
         methods = default_methods(given[0])[0] if method is None else methods
         check_tuning(methods, loss, steps, block_inputs, seed)
         parts = split(given, held_out)
@@ -255,10 +258,7 @@ def finished(
     undone = "on the samples held out the output of the model would be no closer to the original's"
     steps = [replace(s, done=False, note=undone) if s.done and not result.share else s for s in steps]
     made.train(pruned.training)
-    modes = {path: m.training for path, m in pruned.named_modules()}
-    for path, module in made.named_modules():
-        if path:
-            vars(module)["training"] = modes[path]
+    take_modes(made, pruned)
     made.meta["repair"] = Repair(methods, result.errors, tuple(steps), computed, samples, result.share)
     return made
 
@@ -273,7 +273,7 @@ def asked(method: Any, ridge: Any, held_out: Any) -> tuple[str, ...]:
     if unknown or not methods:
         fix = f"{', '.join(ALONE)}, or one or more of {', '.join(METHODS)}"
         raise PruneError(f"there is no method {(unknown[0] if unknown else method)!r}", fix=fix)
-    if ridge is not None and not (is_number(ridge) and ridge >= 0):
+    if ridge is not None and not (is_number(ridge) and 0 <= ridge < math.inf):
         raise PruneError(f"ridge must be a number of 0 or more, or None, not {shown(ridge)}", fix="ridge=0.01")
     if not (is_number(held_out) and 0 <= held_out <= 0.5):
         raise PruneError(f"held_out must be a share from 0 to 0.5, not {shown(held_out)}", fix="held_out=0.25")
@@ -298,18 +298,3 @@ def check_tuning(methods: Sequence[str], loss: Any, steps: Any, block_inputs: An
     check_source(None, loss)
     if loss is not None and methods[0] not in ALONE:
         raise PruneError("loss is given to a method that does not look at it", fix=f"method={REFIT!r}, or {BLOCK!r}")
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def batches_of(data: Any, device: torch.device) -> list[Batch]:
-    """All batches, on the model's device."""
-    if data is None:
-        raise PruneError("repair looks at data, and there are none", fix=f"{BATCHES}; method={MERGE!r} does without")
-    check_batches(data)
-    batches = [parse_batch(item).map(lambda t: t.to(device)) for item in read(data)]
-    if not batches:
-        raise PruneError("data holds no batches", fix=f"{BATCHES}; one that was read to its end is empty")
-    return batches

@@ -285,8 +285,8 @@ def merged(programs: Sequence[Sequence[RepairSite]]) -> list[RepairSite]:
 
 
 def lifted(vector: Tensor, like: Tensor, dim: int) -> Tensor:
-    """A vector along one dimension of a tensor."""
-    return vector.reshape([-1 if d == dim % like.dim() else 1 for d in range(like.dim())])
+    """A vector along one dimension of a tensor, on its device."""
+    return vector.to(like.device).reshape([-1 if d == dim % like.dim() else 1 for d in range(like.dim())])
 
 
 def relative(squares: float, size: float) -> float:

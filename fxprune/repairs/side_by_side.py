@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxprune.criteria.calibration import BATCHES, Batch
+from fxprune.criteria.calibration import Batch, batch_refused
 from fxprune.form_programs import FormProgram, FormPrograms, Names, slots
 from fxprune.inputs import ExampleInputs
-from fxprune.passes.errors import GuardError, PruneError, told
+from fxprune.passes.errors import GuardError
 from fxprune.passes.ir.pytree import collect
 from fxprune.passes.rewrite.guards import guards_of
 from fxprune.plan import PlanData
@@ -41,7 +41,6 @@ class Programs:
         unused = getattr(made, "meta", {}).get("unused", ())  # whole, whatever the program around them has lost
         self.own = {self.name(path): tensor for path, tensor, _, _ in slots(made) if self.name(path) not in unused}
         self.forms = FormPrograms(model, plan, self.own, originals=True)
-        self.shared: set[int] = set()
         self.taken: set[Any] = set()  # which sizes of inputs a form's program of the original takes
         groups: dict[int, list[tuple[Batch, bool, Any]]] = {}
         programs: dict[int, FormProgram] = {}
@@ -67,14 +66,6 @@ class Programs:
     def both(self, form: FormProgram, batch: Batch) -> Any:
         """What the pruned program returns for a batch that the original's takes, too."""
         assert form.original is not None
-        if id(form) not in self.shared:
-            self.shared.add(id(form))
-            form.original.eval()
-            form.pruned.eval()
-            for path, tensor, _, _ in slots(form.pruned):
-                own = self.own.get(self.name(path))
-                if own is not None:
-                    tensor.data = own.data
         inputs = ExampleInputs(batch.args, batch.kwargs)
         try:
             sizes = id(form), tuple(t.shape for t in collect((batch.args, batch.kwargs), Tensor))
@@ -85,7 +76,7 @@ class Programs:
         except GuardError:
             raise
         except Exception as error:
-            raise PruneError(f"the model raises on a batch of data: {told(error)}", fix=BATCHES) from error
+            raise batch_refused(error) from error
 
     @staticmethod
     def output(form: FormProgram, batch: Batch) -> Any:

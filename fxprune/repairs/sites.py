@@ -143,7 +143,6 @@ class SiteObserver(Recorder):
 
 
 def drop_activations(call: SiteCall) -> SiteCall:
-    """The call without its activations."""
     call.source = call.out = torch.empty(0)
     call.args = call.kwargs = ()
     return call

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from fxprune.passes.coupling.families import Family, families
+from fxprune.passes.coupling.families import Family
 from fxprune.passes.coupling.structure import find_roles
-from fxprune.passes.ir.module_tree import every_path, named_parameters, walk
+from fxprune.passes.ir.module_tree import every_path, walk
 from fxprune.passes.rewrite.changes import describe, with_changes
 from fxprune.pipeline import Compilation
 from fxprune.plan import PlanData
@@ -105,10 +105,6 @@ def family_changes(
         spared = STREAM if role.crosses and streams_last else BRANCHES if branches and bool(kept.all()) else ""
         made.append(FamilyChange(read, int(kept[family.units].sum()), left, spared))
     return tuple(sorted(made, key=lambda c: -c.left))
-
-
-def families_of(compilation: Compilation, choice: Choice) -> list[Family]:
-    return families(choice.solution, set(named_parameters(compilation.model)))
 
 
 def module_changes(

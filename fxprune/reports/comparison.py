@@ -18,8 +18,8 @@ from fxprune.passes.ir.module_tree import private_copy, set_mode
 from fxprune.passes.ir.quiet import unobserved
 from fxprune.pipeline import Compilation
 from fxprune.reports.count import counted_model
-from fxprune.reports.formatting import Printable, plain_data, short, table
-from fxprune.reports.profile import in_bytes, peak_memory
+from fxprune.reports.formatting import Printable, in_bytes, plain_data, short, table
+from fxprune.reports.profile import peak_memory
 from fxprune.selection.latency import measure_seconds
 from fxprune.selection.options import Options
 from fxprune.verification import evaluating

@@ -16,7 +16,7 @@ from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.capture.programs import programs
 from fxprune.passes.errors import PruneError, surface
-from fxprune.passes.ir.module_tree import named_tensors, on_meta, walk
+from fxprune.passes.ir.module_tree import named_tensors, on_meta, walk, with_outer
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.quiet import gc_paused, unobserved, without_modes
 from fxprune.reports.formatting import Printable, plain_data, short, table
@@ -163,13 +163,8 @@ def module_counts(model: nn.Module, macs: Mapping[str, int] | None) -> Iterator[
 
 
 def within(path: str) -> list[str]:
-    """The path of a module and those of all that it lies in.
-
-    >>> within("layer1.0.conv1")
-    ['', 'layer1', 'layer1.0', 'layer1.0.conv1']
-    """
-    parts = path.split(".") if path else []
-    return ["", *(".".join(parts[: i + 1]) for i in range(len(parts)))]
+    """The path of a module and those of all that it lies in, the root included."""
+    return ["", *(with_outer(path) if path else ())]
 
 
 def macs_by_module(capture: CapturedProgram) -> dict[str, int]:

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fxprune.passes.coupling.families import Family, place_of
+from fxprune.passes.coupling.families import Family, family_of_labels, place_of
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.ir.constraints import SPAN, Tie
 from fxprune.passes.ops.rewriting import function_name
-from fxprune.selection.costs import family_of_labels
 
 if TYPE_CHECKING:
     import networkx as nx

@@ -16,7 +16,7 @@ from fxprune.inputs import ExampleInputs
 from fxprune.passes.ir.quiet import without_modes
 from fxprune.pipeline import Compilation
 from fxprune.reports.formatting import Printable, short, table
-from fxprune.selection.budgets import KINDS, format_cost
+from fxprune.selection.budgets import KINDS
 from fxprune.selection.choice import spent
 from fxprune.selection.costs import Costs
 from fxprune.selection.latency import Latency
@@ -67,8 +67,8 @@ class Feasibility(Printable):
             cells = [f"{short(n)} ({n / most:.1%})" if most else "0" for n in (least, now)]
             rows.append((KINDS[kind].unit, *cells, short(most)))
         if self.latency is not None:
-            now = f"{format_cost('latency', self.latency.pruned)} ({self.latency.share:.1%})"
-            rows.append(("latency", "", now, format_cost("latency", self.latency.original)))
+            now = f"{KINDS['latency'].format(self.latency.pruned)} ({self.latency.share:.1%})"
+            rows.append(("latency", "", now, KINDS["latency"].format(self.latency.original)))
         yield table(("", "least", f"at {self.at}", "original"), rows)
 
 

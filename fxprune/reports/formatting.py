@@ -83,3 +83,13 @@ def short(number: int) -> str:
             value = number / size
             return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
     return str(number)
+
+
+def in_bytes(value: int) -> str:
+    """A size in three digits.
+
+    >>> in_bytes(96), in_bytes(27_800_000)
+    ('96 B', '27.8 MB')
+    """
+    text = short(value)
+    return text + ("B" if " " in text else " B")

@@ -11,7 +11,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from fxprune.passes.coupling.families import place_of
-from fxprune.reports.formatting import short
+from fxprune.reports.formatting import in_bytes, short
 from fxprune.reports.scatter import HEIGHT as SVG_HEIGHT
 from fxprune.reports.scatter import WIDTH as SVG_WIDTH
 from fxprune.reports.scatter import draw
@@ -76,9 +76,9 @@ def embedded_svg(drawn: Sequence[str]) -> str:
     )
 
 
-def in_frame(report: Any) -> str:
-    """The page in a frame, so that its styles stay in it."""
-    return FRAME.format(title=html.escape(f"fxprune: {report.model}"), page=html.escape(render(report)))
+def in_frame(model: str, page: str) -> str:
+    """The page of a model in a frame, so that its styles stay in it."""
+    return FRAME.format(title=html.escape(f"fxprune: {model}"), page=html.escape(page))
 
 
 @functools.cache
@@ -158,16 +158,6 @@ def change_data(pair: Sequence[float] | None, form: Any) -> dict[str, Any]:
 def percent(part: float, whole: float) -> float | None:
     """A share in per cent, with one decimal; None of nothing."""
     return round(100 * part / whole, 1) if whole else None
-
-
-def in_bytes(value: int) -> str:
-    """A size in three digits.
-
-    >>> in_bytes(96), in_bytes(27_800_000)
-    ('96 B', '27.8 MB')
-    """
-    text = short(value)
-    return text + ("B" if " " in text else " B")
 
 
 def seconds(value: float) -> str:

@@ -24,8 +24,8 @@ from fxprune.passes.errors import PruneError, told
 from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.pytree import collect
 from fxprune.passes.ir.quiet import unobserved
-from fxprune.reports.formatting import Printable, plain_data, short, table
-from fxprune.selection.budgets import format_cost
+from fxprune.reports.formatting import Printable, in_bytes, plain_data, short, table
+from fxprune.selection.budgets import KINDS
 from fxprune.selection.latency import measure_seconds
 from fxprune.verification import evaluating
 
@@ -95,7 +95,7 @@ class Profile(Printable):
         rows = [
             ("parameters", *(short(u.parameters) for u in both)),
             ("multiply-accumulates", *(short(u.macs) for u in both)),
-            ("latency", *(format_cost("latency", u.seconds) for u in both)),
+            ("latency", *(KINDS["latency"].format(u.seconds) for u in both)),
             ("peak memory", *map(in_bytes, memory)),
         ]
         yield table(("", "original", *(["pruned"] if small else []), ""), [(*row, "") for row in rows])
@@ -112,10 +112,6 @@ def cells(module: ModuleProfile) -> tuple[str, ...]:
     spent = " → ".join(f"{usage.seconds * 1e3:.2f}" for usage in both)
     sizes = (" → ".join(short(n) for n in numbers) for numbers in ([u.macs for u in both], [u.parameters for u in both]))
     return (module.path, *([module.kind] if module.after is None else []), spent, *sizes)
-
-
-def in_bytes(number: int) -> str:
-    return f"{short(number)}B" if number >= 1000 else f"{number} B"
 
 
 def profile(model: nn.Module, example_inputs: Any, pruned: nn.Module | None = None) -> Profile:

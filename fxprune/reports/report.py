@@ -86,7 +86,7 @@ class Report(Printable):
 
     def _repr_html_(self) -> str:
         """The page, in a frame of its own, for notebooks."""
-        return in_frame(self)
+        return in_frame(self.model, render(self))
 
     def to_html(self, path: str | Path) -> None:
         """Write one HTML page that needs nothing else: no network, no other file.

@@ -13,12 +13,13 @@ from fxprune.criteria.base import Criterion
 from fxprune.criteria.catalog import CriterionName
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
+from fxprune.passes.coupling.families import families
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import private_copy, set_mode
+from fxprune.passes.ir.module_tree import named_parameters, private_copy, set_mode
 from fxprune.passes.ir.quiet import unobserved, without_modes
 from fxprune.pipeline import Compilation
 from fxprune.plan import plan_between
-from fxprune.reports.changes import families_of, family_changes, module_changes
+from fxprune.reports.changes import family_changes, module_changes
 from fxprune.reports.count import counted_model
 from fxprune.reports.coupling_graph import links_of
 from fxprune.reports.module_times import measure_models, measure_modules
@@ -133,7 +134,7 @@ class Reporter:
     def report(self, ratios: Sequence[float], sensitivity: Sensitivity | None, *, measure: bool) -> Report:
         compilation = self.compilation
         choice = compilation.choice_of(self.plan)
-        found = families_of(compilation, choice)
+        found = families(choice.solution, set(named_parameters(compilation.model)))
         last = STREAMS_LAST in self.meta.get("chosen", ())
         changes = family_changes(compilation, choice, found, streams_last=last, branches=bool(self.meta.get("branches")))
         before, after = counted_model(self.model, self.inputs), counted_model(self.pruned, self.inputs)

@@ -213,6 +213,11 @@ def value(compilation: Compilation, choice: Choice, evaluate: Any) -> float:
             found = evaluate(pruned)
         except Exception as error:
             raise Raised(error) from error
+    return number_of(found)
+
+
+def number_of(found: Any) -> float:
+    """What `evaluate` returned as a number; raises PruneError where it is none."""
     try:
         return float(found)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import html
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +14,10 @@ from fxprune.arguments import checked_class
 from fxprune.passes.errors import PruneError
 from fxprune.reports.files import as_path, replacing
 from fxprune.reports.formatting import Printable, as_text, counted, short, table
-from fxprune.reports.page import FRAME, embedded_svg, render_sweep
+from fxprune.reports.page import embedded_svg, in_frame, render_sweep
 from fxprune.reports.scatter import Scatter, draw
 from fxprune.selection.argument_checks import check_word
-from fxprune.selection.budgets import format_cost
+from fxprune.selection.budgets import KINDS
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -148,7 +147,7 @@ class Sweep(Printable):
 
     def _repr_html_(self) -> str:
         """The page, in a frame of its own, for notebooks."""
-        return FRAME.format(title=html.escape(f"fxprune: {self.model}"), page=html.escape(render_sweep(self)))
+        return in_frame(self.model, render_sweep(self))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready data, without plans; for each point the costs by which it is on the front."""
@@ -177,7 +176,7 @@ class Sweep(Printable):
     def cells(self, point: Point) -> tuple[str, ...]:
         """What a row of the table holds, without the front."""
         value = "" if point.value is None else f"{point.value:.4g}"
-        time = "" if point.seconds is None else format_cost("latency", point.seconds).removesuffix(" ms")
+        time = "" if point.seconds is None else KINDS["latency"].format(point.seconds).removesuffix(" ms")
         return value, short(point.parameters), short(point.macs), time
 
     def tables(self) -> Iterator[RenderableType]:

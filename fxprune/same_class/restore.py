@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 
 from fxprune.errors import PruneWarning
 from fxprune.inputs import ExampleInputs
+from fxprune.module_state import take_modes
 from fxprune.passes.capture.capture import capture_program
 from fxprune.passes.coupling.couple import couple_channels, with_unread
 from fxprune.passes.coupling.solution import CouplingOptions
@@ -33,7 +34,6 @@ from fxprune.passes.ir.quiet import gpus_of, own_random_state, random_state, set
 from fxprune.passes.ir.slices import TensorSlice
 from fxprune.passes.rewrite.pruned_module import PrunedModule, RewrittenForward
 from fxprune.passes.rewrite.rewrite import rewrite_program, slice_tensor
-from fxprune.passes.verification.masked_model import relative_error
 from fxprune.plan import PlanData, is_pruned, kept_labels, plan_between
 from fxprune.same_class.arguments import fit_arguments
 from fxprune.same_class.attributes import update_attributes
@@ -43,7 +43,7 @@ from fxprune.same_class.constants import widths_in_constants
 from fxprune.same_class.numbers import fit_numbers
 from fxprune.same_class.saving import SavePretrained
 from fxprune.same_class.silent import constants_of, drop_removed, take_program
-from fxprune.verification import Verification, evaluating, restoring, tolerance_of
+from fxprune.verification import Verification, difference, evaluating, restoring, tolerance_of
 
 
 def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs) -> tuple[Any, dict[str, str]]:
@@ -70,7 +70,7 @@ def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs)
                 return inputs.map(torch.clone).call(other)
 
         def error_of(other: Any) -> float:
-            return difference(lambda: run(other), wanted)
+            return error_of_run(lambda: run(other), wanted)
 
         made, known = shrunk_copy(model, pruned, inputs)
         gone = drop_removed(model, pruned, made, lambda: error_of(made) <= tolerance, run)
@@ -94,9 +94,7 @@ def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs)
                 where=type(model).__name__,
                 fix="take the GraphModule that prune returns without same_class, and report the model",
             )
-    modes = {path: m.training for path, m in model.named_modules()}
-    for path, module in made.named_modules():
-        module.training = modes.get(path, model.training)
+    take_modes(made, model)
     vars(made)["meta"] = {**own, **pruned.meta, "stale": tuple(stale)}
     was = getattr(model, "verification", None)
     if was is None or isinstance(was, Verification):
@@ -198,7 +196,7 @@ def try_forwards(model: nn.Module, pruned: PrunedModule, made: nn.Module, inputs
                 return either.forward(*a, **k)
 
             def is_right() -> bool:
-                return difference(lambda: call(candidate), wanted) <= tolerance
+                return error_of_run(lambda: call(candidate), wanted) <= tolerance
 
             fits = is_right() or fit_numbers(model.get_submodule(path), candidate, is_right)
             if not fits and not fit_arguments(candidate, module, call, is_right):
@@ -251,7 +249,7 @@ def ignore_keywords(model: nn.Module, made: nn.Module, run: Callable[[], Any]) -
         def compare(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
             wanted = collect(out, Tensor)
             for name in flags_of(module).difference(kwargs):
-                if difference(lambda: module.forward(*args, **kwargs, **{name: True}), wanted) == 0:  # noqa: B023
+                if error_of_run(lambda: module.forward(*args, **kwargs, **{name: True}), wanted) == 0:  # noqa: B023
                     forward.ignored |= {name}
 
         return compare
@@ -276,11 +274,10 @@ def flags_of(module: nn.Module) -> set[str]:
         return set()
 
 
-def difference(run: Callable[[], Any], wanted: list[Tensor]) -> float:
+def error_of_run(run: Callable[[], Any], wanted: list[Tensor]) -> float:
     """The largest relative error of what is returned; infinite where that raises, or has other tensors."""
     try:
-        found = collect(run(), Tensor)
-        return max((relative_error(a, b) for a, b in zip(wanted, found, strict=True)), default=0.0)
+        return difference(wanted, run())
     except Exception as error:  # sizes that do not fit
         surface(error)
         return float("inf")

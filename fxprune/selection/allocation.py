@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from fxprune.passes.coupling.families import Family
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.coupling.structure import find_roles
+from fxprune.passes.ir.module_tree import with_outer
 from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ir.slices import Slicer
 from fxprune.selection.candidates import Candidates, Group, form_groups, list_candidates
@@ -298,8 +299,7 @@ def find_emitters(solution: Solution) -> dict[int, set[str]]:
 
 def matches(module: str, glob: str) -> bool:
     """Whether a glob matches a module or one that contains it."""
-    parts = module.split(".")
-    return any(fnmatch.fnmatchcase(".".join(parts[: i + 1]), glob) for i in range(len(parts)))
+    return any(fnmatch.fnmatchcase(path, glob) for path in with_outer(module))
 
 
 def tied_to_whole(free: Sequence[Family], solution: Solution, options: Options) -> dict[str, str]:

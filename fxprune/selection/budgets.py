@@ -201,15 +201,6 @@ def parse_amount(text: str, units: Mapping[str, float]) -> float | None:
     return float(found[1]) * units[found[2]] or None if found and found[2] in units else None
 
 
-def format_cost(kind: str, cost: float) -> str:
-    """A cost with its unit.
-
-    >>> format_cost("params", 25557032), format_cost("latency", 0.0123), format_cost("latency", 1.5)
-    ('25,557,032 parameters', '12.3 ms', '1.5 s')
-    """
-    return KINDS[kind].format(cost)
-
-
 def parse_budget(given: Mapping[str, float | str | None], named: Mapping[str, float | str] | None = None) -> Budget | None:
     """The budget that is asked for, if any.
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fxprune.passes.coupling.families import Family
+from fxprune.passes.coupling.families import Family, family_of_labels
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.ir.labels import Factor
 from fxprune.passes.ir.op_trace import OpCall, OpTrace, TensorInfo
@@ -20,14 +20,6 @@ from fxprune.passes.ops.call import OpView
 from fxprune.passes.ops.registry import spec_of
 
 Shares = tuple[float, dict[int, float]]
-
-
-def family_of_labels(solution: Solution, found: Sequence[Family]) -> np.ndarray:
-    """For each label the position in `found` of its family, -1 if it has none; shape (labels,)."""
-    of_unit = np.full(len(solution.unit_of), -1, np.int64)
-    for i, family in enumerate(found):
-        of_unit[family.units] = i
-    return of_unit[solution.unit_of.numpy()]
 
 
 def elements(

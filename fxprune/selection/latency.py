@@ -19,7 +19,7 @@ from torch import nn
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors, private_copy, set_mode
 from fxprune.passes.ir.slices import Slicer
-from fxprune.selection.budgets import Budget, format_cost
+from fxprune.selection.budgets import KINDS, Budget
 
 FRIENDLY = 8  # kernels are written for multiples of this many channels; preferred where `round_to` is not given
 NEAR = 0.1  # a latency this close to the budget is measured for longer, until its error is
@@ -64,7 +64,7 @@ class Latency:
 
     def __str__(self) -> str:
         return (
-            f"{format_cost('latency', self.original)} before, {format_cost('latency', self.pruned)} now ({self.share:.0%}) on"
+            f"{KINDS['latency'].format(self.original)} before, {KINDS['latency'].format(self.pruned)} now ({self.share:.0%}) on"
             f" {self.device}: medians of {self.runs} runs in turns, half of them within {self.spread:.0%}"
         )
 
@@ -127,7 +127,6 @@ class LatencyProbe:
             return statistics.median(self.clock([run], self.device, least=3, seconds=0.01)[0])
 
     def original_seconds(self) -> float:
-        """The time of the original."""
         return statistics.median(self.clock([self.run(self.original)], self.device)[0])
 
     def prune(self, slicer: Slicer) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -104,7 +105,7 @@ def idle_globs(
     stays = list(zip(match_globs(held, idle, solution, options.scopes), held, strict=True))
     said = []
     for glob in idle:
-        reasons = [f"{f.name} {why_idle(f)}" for globs, f in stays if glob in globs]
+        reasons = [f"{f.name} {f.kept_whole or 'has no score by this criterion'}" for globs, f in stays if glob in globs]
         mine = [f.name for globs, f in zip(matched, free, strict=True) if globs and globs[0] == glob]
         if mine:
             held_by = [
@@ -117,11 +118,6 @@ def idle_globs(
             why = reasons[0] if reasons else "no channels are made there"
         said.append(f"{glob!r} in ratio changes nothing: {why}")
     return said
-
-
-def why_idle(family: Family) -> str:
-    """Why a family is none of those that may lose units, as what "it" does."""
-    return family.kept_whole or "has no score by this criterion"
 
 
 def allocate(
@@ -171,15 +167,16 @@ def allocate_by_latency(
     `make` returns the allocator by which counts of channels that stay are multiples of a number.
     """
     assert options.budget is not None
-    tried = [options.round_to] if options.round_to > 1 else [FRIENDLY, 1]
-    for round_to in tried:
-        try:
-            with probe.restore_random_state():
-                return meet_latency(options.budget, make(round_to), costs, probe)
-        except PruneError:
-            if round_to == tried[-1]:
-                raise
-    raise AssertionError("the last attempt returns or raises")
+    budget = options.budget
+
+    def met(round_to: int) -> tuple[Tensor, Slicer]:
+        with probe.restore_random_state():
+            return meet_latency(budget, make(round_to), costs, probe)
+
+    if options.round_to == 1:
+        with contextlib.suppress(PruneError):
+            return met(FRIENDLY)
+    return met(options.round_to)
 
 
 def select_half(model: nn.Module, solution: Solution) -> tuple[Tensor, Slicer]:

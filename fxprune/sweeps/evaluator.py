@@ -22,7 +22,7 @@ from fxprune.repairs.request import RepairRequest
 from fxprune.reports.count import counted_model
 from fxprune.reports.module_times import measure_models
 from fxprune.reports.ratios import Chooser
-from fxprune.reports.sensitivity import EVALUATE, Raised
+from fxprune.reports.sensitivity import Raised, number_of
 from fxprune.reports.sweep import Point
 from fxprune.selection.options import Options
 
@@ -81,7 +81,7 @@ class Evaluator:
         """The unpruned model as a point; what `evaluate` raises comes out as `Raised`."""
         with self.alone():
             try:
-                value = number_of(self.evaluate(self.whole))
+                value = finite(self.evaluate(self.whole))
             except PruneError:
                 raise
             except Exception as error:
@@ -156,7 +156,7 @@ class Evaluator:
         repair = made.meta.get("repair")
         return dataclasses.replace(
             point,
-            value=number_of(self.evaluate(made)),
+            value=finite(self.evaluate(made)),
             parameters=count.parameters,
             macs=count.macs or 0,
             bytes=count.bytes,
@@ -174,12 +174,9 @@ class Evaluator:
             yield
 
 
-def number_of(found: Any) -> float:
-    """What `evaluate` returned as a number; raises PruneError where it is none."""
-    try:
-        value = float(found)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise PruneError(f"evaluate must return a number, not {type(found).__name__}", fix=EVALUATE) from error
+def finite(found: Any) -> float:
+    """What `evaluate` returned as a number; raises PruneError where it is none, or not finite."""
+    value = number_of(found)
     if not math.isfinite(value):
         raise PruneError(f"evaluate returned {value}", fix="a finite number for every model")
     return value

@@ -67,9 +67,6 @@ class Pieces(Items):
 
     __rmul__ = __mul__
 
-    def __bool__(self) -> bool:
-        return len(self) > 0
-
 
 def number_of_pieces(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A number computed from the size that is cut; None where the call does not cut, or says how many pieces there are."""

@@ -124,12 +124,6 @@ class Proxy:
     def __len__(self) -> int:
         return len(self.concrete("len"))
 
-    def __format__(self, spec: str) -> str:
-        return format(self.value, spec)
-
-    def __str__(self) -> str:
-        return str(self.value)
-
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.node.name})"
 

@@ -86,6 +86,12 @@ class ProxyAttributes(fx.Tracer):
     reads_numbers: bool = False  # whether any number of the graph is read from a tensor
     takes_memory: bool = False  # whether code takes the memory of a tensor of the model's
     watch_parameters: Callable[[], None]
+    # methods of `GraphBuilder`
+    bind: Callable[[fx.Node, Any], Any]
+    made: Callable[[str, Any, tuple[Any, ...], dict[str, Any]], Any]
+    attribute: Callable[[str], Any]
+    constant: Callable[[Tensor], Any]
+    fix_strides: Callable[[Any], None]
 
     @functools.cached_property
     def interception(self) -> TorchFunctionMode:
@@ -94,14 +100,6 @@ class ProxyAttributes(fx.Tracer):
     @functools.cached_property
     def data_sizes(self) -> DataSizes:
         return DataSizes(self.recorder.op_trace)
-
-    def bind(self, node: fx.Node, value: Any) -> Any:
-        """The proxy for a node."""
-        raise NotImplementedError
-
-    def made(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A new node, evaluated, as a proxy."""
-        raise NotImplementedError
 
     @internal
     def read_attribute(self, proxy: Any, name: str) -> Any:
@@ -287,18 +285,6 @@ class ProxyAttributes(fx.Tracer):
             return tensor
         name = self.names.get(id(tensor))
         return self.constant(tensor) if name is None else self.attribute(name)
-
-    def attribute(self, name: str) -> Any:
-        """The proxy for a tensor of the model."""
-        raise NotImplementedError
-
-    def constant(self, tensor: Tensor) -> Any:
-        """The proxy for a tensor created outside of the graph."""
-        raise NotImplementedError
-
-    def fix_strides(self, proxy: Any) -> None:
-        """Make guards of the sizes that a tensor's strides come of."""
-        raise NotImplementedError
 
     # -- the compiler's own steps -----------------------------------------------------------------------------------
 

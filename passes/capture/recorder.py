@@ -21,7 +21,7 @@ from fxprune.passes.errors import PruneError, ReadsValue
 from fxprune.passes.ir.index_contents import IndexContents, storage_of
 from fxprune.passes.ir.meta_kernels import RESHAPING, MetaKernels
 from fxprune.passes.ir.module_tree import PLAIN_TENSORS, like
-from fxprune.passes.ir.op_trace import OpCall, OpTrace, TensorInfo, written_by
+from fxprune.passes.ir.op_trace import OpCall, OpTrace, TensorInfo, arguments_written, written_by
 from fxprune.passes.ir.pytree import ATOMS, TensorRef, gather_refs, map_tensors, tensors
 from fxprune.passes.ops.registry import find
 
@@ -107,9 +107,6 @@ class Recorder(TorchDispatchMode):
             self.any_known = True
         return ref
 
-    def has(self, tensor: Tensor) -> bool:
-        return self.find(tensor) is not None
-
     def truncate(self, ops: int) -> None:
         """Forget the calls after the first `ops`: they belonged to an attempt that was given up."""
         del self.op_trace.ops[ops:]
@@ -190,8 +187,7 @@ class Recorder(TorchDispatchMode):
         if in_kwargs:
             gather_refs(in_kwargs, ins)
         from_input = True in [values[ref.id].from_input for ref in ins]
-        for at, name in written_by(func):
-            written = args[at] if at < len(args) else kwargs.get(name)
+        for written in arguments_written(func, args, kwargs):
             if isinstance(written, Tensor):
                 self.before_write(written)
                 if from_input and not values[self.ref(written).id].from_input:

@@ -17,6 +17,7 @@ from torch import fx
 
 from fxprune.passes.coupling.liveness import Cuts, Liveness
 from fxprune.passes.ir.branches import Branch, Removed
+from fxprune.passes.ir.module_tree import with_outer
 from fxprune.passes.ir.op_trace import OpCall, name_of
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.pytree import TensorRef, collect
@@ -144,9 +145,9 @@ class Branches:
                 if inner:
                     (idle if all(n in dead for n in inner) else busy).add(call.path)
         held = {f"{c.prefix}{name}" for c in self.captures for name in left}
-        stays = {path for start in busy | held for path in parents(start)}
-        found = {p for path in idle for p in parents(path) if p and p not in stays}
-        return tuple(sorted(p for p in found if not any(outer in found for outer in parents(p.rpartition(".")[0]) if outer)))
+        stays = {path for start in busy | held for path in with_outer(start)}
+        found = {p for path in idle for p in with_outer(path) if p and p not in stays}
+        return tuple(sorted(p for p in found if not any(outer in found for outer in with_outer(p.rpartition(".")[0]) if outer)))
 
     def name(self, parameters: frozenset[str], gone: Removed) -> str:
         """Of a branch, by its parameters and what goes with it."""
@@ -183,9 +184,3 @@ def operands(view: Liveness, add: fx.Node, op: OpCall) -> Iterator[tuple[fx.Node
             have = values[ref.id]
             if (have.shape, have.dtype) == (out.shape, out.dtype):
                 yield stream, branch
-
-
-def parents(path: str) -> list[str]:
-    """A path and those of what it is in, but for the root."""
-    parts = path.split(".")
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]

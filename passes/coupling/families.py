@@ -80,6 +80,14 @@ def place_of(tensor: str) -> str:
     return layer if layer and name in OWN else tensor
 
 
+def family_of_labels(solution: Solution, found: Sequence[Family]) -> np.ndarray:
+    """For each label the position in `found` of its family, -1 if it has none; shape (labels,)."""
+    of_unit = np.full(len(solution.unit_of), -1, np.int64)
+    for i, family in enumerate(found):
+        of_unit[family.units] = i
+    return of_unit[solution.unit_of.numpy()]
+
+
 def listed(places: Sequence[str]) -> str:
     """The first few of some places, and how many more there are."""
     more = f" and {len(places) - NAMED} more" if len(places) > NAMED + 1 else ""

@@ -18,7 +18,7 @@ from fxprune.passes.ir.labels import NONE, Factor, Labels
 from fxprune.passes.ir.op_trace import name_of, writes
 from fxprune.passes.ir.propagation_state import PropagationState
 from fxprune.passes.ir.pytree import TensorRef
-from fxprune.passes.ops.call import RuleContext
+from fxprune.passes.ops.call import OpView, RuleContext
 from fxprune.passes.ops.registry import FUNCTIONS, spec_of
 
 ELSEWHERE = "is chosen by value, and more is done with the choice than to index"
@@ -26,7 +26,6 @@ CONVERSIONS = frozenset(
     f"aten::{n}" for n in "_to_copy clone detach alias contiguous lift_fresh view_copy index_select".split()
 )
 SHAPE_ALONE = frozenset(f"aten::{n}" for n in "zeros_like ones_like empty_like full_like new_zeros new_empty new_ones".split())
-ZEROS = frozenset(["aten::zeros", "aten::zeros_like", "aten::new_zeros"])
 COMPARISONS = frozenset(["aten::eq", "aten::ne"])
 
 Handled = list[Labels] | Labels | None
@@ -251,7 +250,8 @@ def is_fresh_zero(call: RuleContext, x: TensorRef) -> bool:
         maker = call.op_trace.maker(maker.inputs[0].id)
     before = itertools.takewhile(lambda op: op is not call.op, call.op_trace.ops)
     seen = [op for op in before if any(ref.id in chain for ref in op.inputs)]
-    made = maker is not None and name_of(maker.func) in ZEROS
+    filled_with = None if maker is None else spec_of(maker).filled_with
+    made = maker is not None and filled_with is not None and filled_with(OpView(maker, call.op_trace)) == 0
     return made and all(len(op.outputs) == 1 and op.outputs[0].id in chain and name_of(op.func) in CONVERSIONS for op in seen)
 
 

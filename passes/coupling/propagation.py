@@ -130,9 +130,8 @@ def propagate_through(program: Program, state: PropagationState, owned: int) -> 
         capture.op_trace.values[size.ref.id].from_input and is_input_size((size.ref, size.dim), state.labels, owned)
     )
     end = OpCall(None, (), {}, (), len(capture.index))
-    sized = counts = (
-        False  # whether sizes of the inputs are among the node's arguments: contents that it makes then vary with them
-    )
+    # whether sizes of the inputs are among the node's arguments, so that contents that it makes vary with them
+    sized = counts = False
     for op in progress_bar([*capture.op_trace.ops, end], "coupling", "op"):
         while hidden and hidden[0] < op.node:
             constraints.node = program.node(hidden[0])

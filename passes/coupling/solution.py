@@ -14,6 +14,7 @@ from fxprune.passes.coupling.listed_experts import ListedExperts
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.constraints import Tie
 from fxprune.passes.ir.labels import Labels
+from fxprune.passes.ir.module_tree import with_outer
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.slices import Slicer, TensorSlice, mask_of
 
@@ -48,9 +49,7 @@ class CouplingOptions:
 
     def releases(self, name: str) -> bool:
         """Whether an output, or what it lies in, is released."""
-        parts = name.split(".")
-        wholes = [".".join(parts[: i + 1]) for i in range(len(parts))]
-        return any(fnmatch.fnmatchcase(whole, glob) for glob in self.release for whole in wholes)
+        return any(fnmatch.fnmatchcase(whole, glob) for glob in self.release for whole in with_outer(name))
 
     def check(self, names: Sequence[str]) -> None:
         """Raise PruneError for a glob that matches none of a model's outputs, in evaluation or in training."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fxprune.passes.coupling.choices import chosen_units
-from fxprune.passes.coupling.families import Family
+from fxprune.passes.coupling.families import Family, family_of_labels
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.ir.labels import NONE, Factor
 from fxprune.passes.ir.op_trace import OpCall, OpTrace, name_of
@@ -136,14 +136,11 @@ class Trace:
 
 
 def find_roles(solution: Solution, found: Sequence[Family]) -> list[Role]:
-    """The role of each family."""
-    of_unit = np.full(len(solution.unit_of), -1, np.int64)
-    for i, family in enumerate(found):
-        of_unit[family.units] = i
-    label = of_unit[solution.unit_of.numpy()]
+    label = family_of_labels(solution, found)
     reads, makes, touches, total = Counter[int](), Counter[int](), Counter[int](), 0
     streams, heads, groups, dims = set[int](), set[int](), set[int](), set[int]()
-    experts = {int(i) for i in of_unit[chosen_units(solution)] if i >= 0}
+    chosen = chosen_units(solution)
+    experts = {i for i, family in enumerate(found) if np.isin(family.units, chosen).any()}
     for number in range(len(solution.captures)):
         trace = Trace(solution, number, label)
         for read, made in trace.products():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fxprune.passes.errors import NeedsValues
-from fxprune.passes.ir.op_trace import OpTrace, written_by
+from fxprune.passes.ir.op_trace import OpTrace, arguments_written
 from fxprune.passes.ir.pytree import TensorRef, collect
 
 
@@ -48,8 +48,7 @@ class IndexContents:
     def note_writing(self, func: Any, args: Any, kwargs: Any, from_input: bool) -> None:
         """Raises NeedsValues where something without contents was written into a tensor that has some."""
         given = collect((args, kwargs), Tensor)
-        for at, name in written_by(func):
-            tensor = args[at] if at < len(args) else kwargs.get(name)
+        for tensor in arguments_written(func, args, kwargs):
             if not isinstance(tensor, Tensor) or tensor.is_meta or tensor.layout is not torch.strided:
                 continue
             if any(t.is_meta for t in given):

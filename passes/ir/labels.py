@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-FROZEN = 0
 VECTOR_DIMS = [((d,), frozenset([d])) for d in range(16)]
 
 
@@ -77,7 +76,6 @@ class Factor:
 
     @property
     def largest(self) -> int:
-        """The largest label."""
         if not hasattr(self, "_largest"):
             self._largest = int(self.flat[-1] if self.start is not None else self.flat.max())
         return self._largest

@@ -99,6 +99,12 @@ class TreeNames:
         return next((name[len(start) :] for name in names if name.startswith(start)), None)
 
 
+def with_outer(path: str) -> list[str]:
+    """A path and those of what it is in, from the outermost on, but for the root."""
+    parts = path.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
 def fetch(root: nn.Module, path: str) -> Any:
     """The attribute at a dotted path."""
     value: Any = root
@@ -220,7 +226,7 @@ def duplicate(value: Any, memo: dict[int, Any]) -> Any:
         return memo[id(value)]
     if isinstance(value, SHARED):
         return value
-    if type(value) in (dict, OrderedDict, set, list, tuple) and not value:
+    if type(value) in CONTAINERS and not value:
         return type(value)()
     if type(value) is tuple and all(isinstance(v, SHARED) for v in value):
         return value
@@ -244,6 +250,12 @@ def duplicate(value: Any, memo: dict[int, Any]) -> Any:
         if type(value) is dict or type(value) is OrderedDict:
             return type(value)((key, duplicate(v, memo)) for key, v in value.items())
         return type(value)(duplicate(v, memo) for v in value) if type(value) in (set, list, tuple) else value
+
+
+def own_copy(tensor: Tensor) -> Tensor:
+    """A copy of a tensor, without its gradient; a parameter where that is one."""
+    made = tensor.detach().clone()
+    return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
 
 
 def private_copy(root: nn.Module, stand_in: Callable[[Tensor], Tensor] | None = None) -> Any:

@@ -93,6 +93,11 @@ def written_by(func: Any) -> tuple[tuple[int, str], ...]:
     return tuple((i, a.name) for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write)
 
 
+def arguments_written(func: Any, args: Any, kwargs: Any) -> list[Any]:
+    """The arguments that a call of a dispatcher function writes to; None for each that is not given."""
+    return [args[at] if at < len(args) else kwargs.get(name) for at, name in written_by(func)]
+
+
 @functools.lru_cache(maxsize=4096)
 def signature(func: Any) -> tuple[list[str], dict[str, Any]]:
     """The names of an op's arguments, and the values of those that have a default."""

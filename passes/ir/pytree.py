@@ -158,18 +158,8 @@ SEQUENCES = (tuple, list)
 
 def iterate(x: Any) -> Iterator[Any]:
     """The leaves of a nested structure."""
-    if type(x) in ATOMS:
-        yield x
-    elif isinstance(x, tuple | list):
-        for v in x:
-            yield from iterate(v)
-    elif isinstance(x, dict):
-        for v in x.values():
-            yield from iterate(v)
-    elif isinstance(x, slice):
-        yield from iterate((x.start, x.stop, x.step))
-    elif is_record(x):
-        for v in held_by(x):
+    if type(x) not in ATOMS and (isinstance(x, (*SEQUENCES, dict, slice)) or is_record(x)):
+        for v in inside(x):
             yield from iterate(v)
     else:
         yield x

@@ -185,3 +185,8 @@ class RuleContext(OpView):
             return (f,)
         self.constraints.tie(f.labels, flat, broadcast=True)
         return self.settle(factor(flat, f.major_to_minor), "has all its entries mixed with one another")
+
+
+def frozen(why: str) -> Callable[[RuleContext], list[Labels]]:
+    """The rule of an op that freezes its arguments, for this reason."""
+    return lambda call: call.freeze_inputs(why)

@@ -16,7 +16,7 @@ from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.index_maps import COMPUTED, PARTLY, one_by_one
 from fxprune.passes.ops.index_maps import same_everywhere as index_everywhere
 from fxprune.passes.ops.registry import OpSpec, register
-from fxprune.passes.ops.rewriting import RewriteContext, argument, function_name, known, place, with_argument
+from fxprune.passes.ops.rewriting import RewriteContext, argument, function_name, is_shrunk, known, place, with_argument
 from fxprune.passes.ops.unify import unify, vary_alike
 
 LARGEST_JOINT = 1 << 22
@@ -213,13 +213,9 @@ def kept_places(r: RewriteContext, node: fx.Node, dim: int, rows: Tensor) -> fx.
     return r.constant(places[places >= 0])
 
 
-def is_shrunk(r: RewriteContext, node: fx.Node, dim: int) -> bool:
-    return any(dim in cut.dims for cut in r.cuts(r.result(node.args[0])))
-
-
 def rows_kept(r: RewriteContext, node: fx.Node) -> fx.Node | None:
     dim = r.number_of(argument(node, 1, "dim")) % len(r.before(r.result(node.args[0])))
-    if not is_shrunk(r, node, dim):
+    if not is_shrunk(r, r.result(node.args[0]), dim):
         return None
     data = r.capture.op_trace.values[r.result(argument(node, 2, "index")).id].data
     assert data is not None, "an index that is computed along a labelled dimension is frozen by its rule"
@@ -243,7 +239,7 @@ def scatter_kept(r: RewriteContext, node: fx.Node) -> fx.Node | None:
 def slice_scatter_kept(r: RewriteContext, node: fx.Node) -> fx.Node | None:
     shape = r.before(r.result(node.args[0]))
     dim = r.number_of(argument(node, 2, "dim", 0)) % len(shape)
-    if not is_shrunk(r, node, dim):
+    if not is_shrunk(r, r.result(node.args[0]), dim):
         return None
     bounds = slice(*(known(r, argument(node, 3 + i, name)) for i, name in enumerate(("start", "end", "step"))))
     places = kept_places(r, node, dim, torch.arange(shape[dim])[bounds])
@@ -254,7 +250,7 @@ def slice_scatter_kept(r: RewriteContext, node: fx.Node) -> fx.Node | None:
 def select_scatter_kept(r: RewriteContext, node: fx.Node) -> fx.Node | None:
     x = r.result(node.args[0])
     dim = r.number_of(argument(node, 2, "dim")) % len(r.before(x))
-    if not is_shrunk(r, node, dim):
+    if not is_shrunk(r, r.result(node.args[0]), dim):
         return None
     index = int(known(r, argument(node, 3, "index"))) % r.before(x)[dim]
     return with_argument(r, node, 3, "index", int(place(r, x, dim)[index]))

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from fxprune.passes.ir.labels import NONE, Labels, align, along, expand_along, factor
 from fxprune.passes.ir.pytree import TensorRef
-from fxprune.passes.ops.call import RuleContext
+from fxprune.passes.ops.call import RuleContext, frozen
 from fxprune.passes.ops.index_maps import COMPUTED, one_by_one
 from fxprune.passes.ops.masking import with_zeros
 from fxprune.passes.ops.movement import slice_
@@ -138,14 +138,6 @@ def put_at_constants(call: RuleContext, x: TensorRef, indices: list[TensorRef | 
         places += (g,) if g.major_to_minor else NONE
     unify(call, places, shape, *align(call.labels(values), call.shape(values), len(shape)))
     return call.labels(x)
-
-
-def onto_diagonal(call: RuleContext) -> list[Labels]:
-    return call.freeze_inputs("is written onto a diagonal, or read from it")
-
-
-def by_value(call: RuleContext) -> list[Labels]:
-    return call.freeze_inputs("is selected by value")
 
 
 # -- rewriting ---------------------------------------------------------------------------------------------------------
@@ -307,10 +299,11 @@ register("index _unsafe_index", OpSpec(index, called_index, moves=True))
 register("", OpSpec(rewrite=getitem), functions="getitem __getitem__ setitem")
 register("embedding _embedding_bag _embedding_bag_forward_only embedding_bag", OpSpec(embedding))
 register("index_put _index_put_impl", OpSpec(index_put))
-register("diagonal_scatter", OpSpec(onto_diagonal))
+BY_VALUE = frozen("is selected by value")
+register("diagonal_scatter", OpSpec(frozen("is written onto a diagonal, or read from it")))
 register(
     "index_fill masked_scatter masked_select _unique2 unique_dim bucketize searchsorted bincount",
-    OpSpec(by_value),
+    OpSpec(BY_VALUE),
 )
-register("nonzero", OpSpec(by_value, masked=with_zeros))
-register("one_hot", OpSpec(by_value, sizes=SizeArguments(1, ("num_classes",), lambda args, kwargs, ndim, count: ndim - 1)))
+register("nonzero", OpSpec(BY_VALUE, masked=with_zeros))
+register("one_hot", OpSpec(BY_VALUE, sizes=SizeArguments(1, ("num_classes",), lambda args, kwargs, ndim, count: ndim - 1)))

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from fxprune.passes.ir.labels import NONE, Factor, Labels, align, factor
 from fxprune.passes.ir.pytree import TensorRef
-from fxprune.passes.ops.call import OpView, RuleContext
+from fxprune.passes.ops.call import OpView, RuleContext, frozen
 from fxprune.passes.ops.masking import MaskContext, products_with_zeros, with_value, with_zeros
 from fxprune.passes.ops.registry import OpSpec, Product, register
 from fxprune.passes.ops.rewriting import RewriteContext, argument, with_argument
@@ -300,10 +300,6 @@ def in_whole_lines(a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return torch._grouped_mm(a, b, *args, **kwargs)
 
 
-def inverted(call: RuleContext) -> list[Labels]:
-    return call.freeze_inputs("is inverted, which zeros in place of what is removed are not")
-
-
 MATMUL = OpSpec(matmul, masked=products_with_zeros, products=matmul_products, macs=matmul_macs)
 register("mm addmm _addmm_activation _sparse_addmm", MATMUL)
 register("bmm baddbmm matmul", dataclasses.replace(MATMUL, heads=True))
@@ -315,4 +311,4 @@ register("addr", OpSpec(addr))
 register("linalg_cross", OpSpec(cross))
 register("", OpSpec(rewrite=cross_dim), functions="cross")
 register("_trilinear", OpSpec(trilinear, masked=with_zeros))
-register("cholesky_inverse", OpSpec(inverted))
+register("cholesky_inverse", OpSpec(frozen("is inverted, which zeros in place of what is removed are not")))

@@ -18,7 +18,7 @@ from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.index_maps import along_dim, moved_call, movement, one_by_one
 from fxprune.passes.ops.registry import OpSpec, register
-from fxprune.passes.ops.rewriting import RewriteContext, argument, known, picked, place, run_of, with_argument
+from fxprune.passes.ops.rewriting import RewriteContext, argument, is_shrunk, known, picked, place, run_of, with_argument
 
 
 def shifted(f: Factor, labels: Tensor, dropped: int) -> Factor:
@@ -180,10 +180,6 @@ def explicit_split(dim_of: Callable[[fx.Node, int], int]) -> Callable[[RewriteCo
         return r.emit(node, (r.new[node.args[0]], parts, dim), {}, method="split")  # type: ignore[index]
 
     return rewrite
-
-
-def is_shrunk(r: RewriteContext, ref: TensorRef, dim: int) -> bool:
-    return any(dim in cut.dims for cut in r.cuts(ref))
 
 
 def number(r: RewriteContext, node: fx.Node, position: int, name: str) -> int:

@@ -9,14 +9,11 @@ import torch
 from fxprune.passes.ir.labels import NONE, Labels, align, factor
 from fxprune.passes.ir.op_trace import name_of
 from fxprune.passes.ir.pytree import TensorRef
-from fxprune.passes.ops.call import RuleContext
-from fxprune.passes.ops.registry import TAGGED, OpSpec, register
+from fxprune.passes.ops.call import OpView, RuleContext
+from fxprune.passes.ops.registry import TAGGED, UNKNOWN, OpSpec, register, spec_of
 from fxprune.passes.ops.unify import unify, vary_alike
 
 ADDING = frozenset(["aten::add", "aten::sub", "aten::rsub"])
-MADE_OF_NUMBERS = frozenset(["aten::scalar_tensor", "aten::full", "aten::full_like"])
-SEEN_AS = frozenset(["aten::view", "aten::expand", "aten::alias", "aten::detach", "aten::clone", "aten::_to_copy"])
-ZEROS = frozenset(["aten::zeros", "aten::zeros_like", "aten::new_zeros"])
 
 
 def pointwise(call: RuleContext) -> list[Labels]:
@@ -51,10 +48,10 @@ def is_zero(call: RuleContext, value: Any) -> bool:
     """Whether a value is known to be zero: a number, or a tensor that is made of one."""
     while isinstance(value, TensorRef):
         op = call.op_trace.maker(value.id)
-        name = "" if op is None else name_of(op.func)
-        if op is None or name not in MADE_OF_NUMBERS | SEEN_AS:
-            return name in ZEROS
-        value = op.args[0] if name == "aten::scalar_tensor" or name in SEEN_AS else op.args[1]
+        spec = UNKNOWN if op is None else spec_of(op)
+        if op is None or not (spec.moves or spec.filled_with):
+            return False
+        value = op.inputs[0] if spec.filled_with is None else spec.filled_with(OpView(op, call.op_trace))
     return bool(value == 0)
 
 
@@ -86,4 +83,5 @@ register("fill copy copy_", OpSpec(overwrite))
 register("prelu", OpSpec(prelu))
 register("detach alias", OpSpec(same, moves=True, views=True))
 register("clone contiguous", OpSpec(same, moves=True))
-register("_to_copy to positive _conj resolve_conj resolve_neg", OpSpec(same))
+register("_to_copy to", OpSpec(same, filled_with=lambda call: call.first))
+register("positive _conj resolve_conj resolve_neg", OpSpec(same))

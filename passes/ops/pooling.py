@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from fxprune.passes.ir.labels import NONE, Factor, Labels, factor
-from fxprune.passes.ops.call import RuleContext
+from fxprune.passes.ops.call import RuleContext, frozen
 from fxprune.passes.ops.index_maps import one_by_one
 from fxprune.passes.ops.registry import OpSpec, register, spec_of
 from fxprune.passes.ops.unify import unify
@@ -104,10 +104,6 @@ def from_boxes(dims: Sequence[int]) -> Callable[[RuleContext], list[Labels]]:
     return rule
 
 
-def nms(call: RuleContext) -> list[Labels]:
-    return call.freeze_inputs("holds boxes and scores")
-
-
 for ndim in (1, 2, 3):
     resampling = (
         "avg_pool{0}d* max_pool{0}d* adaptive_avg_pool{0}d* adaptive_max_pool{0}d* _adaptive_avg_pool{0}d*"
@@ -126,4 +122,4 @@ register("upsample_trilinear3d*", OpSpec(resample(3)))
 register("grid_sampler* _grid_sampler*", OpSpec(grid_sample))
 register("torchvision::roi_align torchvision::roi_pool", OpSpec(from_boxes([0, 2, 3])))
 register("torchvision::ps_roi_align torchvision::ps_roi_pool", OpSpec(from_boxes([0, 1, 2, 3])))
-register("torchvision::nms", OpSpec(nms))
+register("torchvision::nms", OpSpec(frozen("holds boxes and scores")))

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from fxprune.passes.ir.labels import NONE, Factor, Labels, align, factor
 from fxprune.passes.ir.pytree import TensorRef
-from fxprune.passes.ops.call import OpView, RuleContext
+from fxprune.passes.ops.call import OpView, RuleContext, frozen
 from fxprune.passes.ops.masking import (
     MaskContext,
     filled_with,
@@ -131,10 +131,6 @@ def normalise(call: RuleContext) -> Labels:
         else:
             call.constraints.new_row_labels(f, rows, whole=bool(call.heads))
     return call.labels(x)
-
-
-def by_value(call: RuleContext) -> list[Labels]:
-    return call.freeze_inputs("is counted by value")
 
 
 def ranked(call: RuleContext) -> list[Labels]:
@@ -289,7 +285,7 @@ register("renorm", OpSpec(renormalise, masked=with_zeros))
 register("cumprod", OpSpec(normalise, masked=with_ones))
 register("topk", OpSpec(ranked, masked=masked_topk))
 register("sort argsort msort", OpSpec(ranked))
-register("histc", OpSpec(by_value, histogram))
+register("histc", OpSpec(frozen("is counted by value"), histogram))
 register("glu", OpSpec(glu))
 register("_fft_r2c _fft_c2c _fft_c2r", OpSpec(fft))
 register("_cdist_forward", OpSpec(distance, masked=with_zeros))

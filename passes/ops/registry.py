@@ -62,6 +62,7 @@ class OpSpec:
         products: the ways in which it multiplies one operand by another, as a layer by its weight.
         groups: the weight of a grouped product and the number of groups.
         macs: multiply-accumulates, from the shapes of its tensors.
+        filled_with: what each element of its results equals, where that is one number, or those of one argument.
         moves: whether its results hold elements of its first argument and nothing else.
         views: whether its results may share the memory of that argument.
         heads: whether batch dimensions of its operands may be attention heads.
@@ -78,6 +79,7 @@ class OpSpec:
     products: Callable[[OpView], Iterable[Product]] | None = None
     groups: Callable[[OpView], tuple[TensorRef, int]] | None = None
     macs: Callable[[OpView], int] | None = None
+    filled_with: Callable[[OpView], Any] | None = None
     moves: bool = False
     views: bool = False
     heads: bool = False
@@ -168,6 +170,6 @@ def as_another(spec: OpSpec, other: Any) -> OpSpec:
             return None
         return lambda *args: function(*args[:at], args[at].under(other), *args[at + 1 :])
 
-    places = {"labels": 0, "masked": 1, "products": 0, "groups": 0, "macs": 0}
+    places = {"labels": 0, "masked": 1, "products": 0, "groups": 0, "macs": 0, "filled_with": 0}
     changed: dict[str, Any] = {name: renamed(getattr(spec, name), at) for name, at in places.items()}
     return dataclasses.replace(spec, **changed)

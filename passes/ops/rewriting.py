@@ -177,6 +177,10 @@ def known(r: RewriteContext, bound: Any) -> Any:
     return value if data is None else int(data)
 
 
+def is_shrunk(r: RewriteContext, ref: TensorRef, dim: int) -> bool:
+    return any(dim in cut.dims for cut in r.cuts(ref))
+
+
 def place(r: RewriteContext, ref: TensorRef, dim: int) -> Tensor:
     """Where each index of a dimension is among the kept ones; -1 for removed ones, which is an index for who wants any."""
     kept = r.positions(ref, dim)

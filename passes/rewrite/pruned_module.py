@@ -176,9 +176,8 @@ def layers_at(module: nn.Module, index: int | slice) -> nn.Module:
     return nn.Sequential(*found) if isinstance(index, slice) else found
 
 
-METHODS = frozenset(
-    ["forward", "train", "eval", "recompile"]
-)  # which an object may have been given in place of those of its class
+# which an object may have been given in place of those of its class
+METHODS = frozenset(["forward", "train", "eval", "recompile"])
 SEQUENCE = {"__len__": lambda m: len(m._modules), "__iter__": lambda m: iter(m.children()), "__getitem__": layers_at}
 
 

@@ -25,7 +25,7 @@ from fxprune.passes.ir.index_contents import storage_of, version_of
 from fxprune.passes.ir.labels import Labels, fill_removed, keeps_all, kept_mask
 from fxprune.passes.ir.meta_kernels import VIEWS
 from fxprune.passes.ir.module_tree import copy_tree, named_tensors, set_mode
-from fxprune.passes.ir.op_trace import OpCall, written_by
+from fxprune.passes.ir.op_trace import OpCall, arguments_written
 from fxprune.passes.ir.propagation_state import PropagationState
 from fxprune.passes.ir.pytree import TensorRef, collect, map_tensors
 from fxprune.passes.ir.quiet import random_state, set_random_state
@@ -225,8 +225,7 @@ class MaskedRun(Recorder):
         """A view of what is zero where it is removed is so too, by the labels that it took along."""
         if op.func in VIEWS and op.inputs[0].id in self.zeroed:
             self.zeroed.add(op.outs.id)
-        for at, name in written_by(op.func):
-            tensor = args[at] if at < len(args) else kwargs.get(name)
+        for tensor in arguments_written(op.func, args, kwargs):
             if isinstance(tensor, Tensor) and tensor.layout is torch.strided and storage_of(tensor) in self.memory:
                 self.zeroed.clear()
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.passes.coupling.solution import Solution
-from fxprune.passes.ir.module_tree import fetch, named_tensors, private_copy, set_mode
+from fxprune.passes.ir.module_tree import fetch, named_tensors, own_copy, private_copy, set_mode
 from fxprune.passes.ir.pytree import TensorRef, collect, map_tensors
 from fxprune.passes.ir.quiet import own_random_state, random_state, set_random_state
 from fxprune.passes.ir.slices import Slicer
@@ -115,12 +115,6 @@ class Applied(nn.Module):
         return self.function(*args, **kwargs)
 
 
-def as_own(tensor: Tensor) -> Tensor:
-    """A copy of a tensor of a module that may write to it."""
-    copied = tensor.detach().clone()
-    return nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
-
-
 def kept_choice(numbers: Tensor, picked: np.ndarray, slicer: Slicer) -> Tensor:
     """Numbers of chosen entries with kept ones in place of those that are removed, which a pruned model does not choose."""
     stays = np.flatnonzero(slicer.table[picked])
@@ -144,7 +138,7 @@ def arguments(
     model: nn.Module, paths: set[str], prefix: str, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, list[tuple[Any, Any]]]:
     """What modules are called with in one run of the original, call by call."""
-    root = set_mode(private_copy(model, as_own), False)
+    root = set_mode(private_copy(model, own_copy), False)
     given: dict[str, list[tuple[Any, Any]]] = {path: [] for path in paths}
     for path in paths:
         module = root if f"{path}." == prefix else fetch(root, path.removeprefix(prefix))
@@ -158,15 +152,10 @@ def arguments(
     return given
 
 
-def as_cut(module: nn.Module) -> Any:
-    """A copy of a cut module to be tried, in evaluation as the masked original is."""
-    return set_mode(private_copy(module, as_own), False)
-
-
 def raises(module: nn.Module, args: Any, kwargs: Any) -> bool:
     """Whether a copy of a module raises in training."""
     try:
-        set_mode(private_copy(module, as_own), True)(*map_tensors(args, torch.clone), **map_tensors(kwargs, torch.clone))
+        set_mode(private_copy(module, own_copy), True)(*map_tensors(args, torch.clone), **map_tensors(kwargs, torch.clone))
     except Exception:
         return True
     return False
@@ -215,7 +204,10 @@ def compared(
             return f"cannot be tried alone ({type(error).__name__})"
         set_random_state(drawn)
         try:
-            tried = site.function or as_cut(pruned.own_model if whole else fetch(pruned, path))
+            tried = site.function
+            if tried is None:
+                cut = pruned.own_model if whole else fetch(pruned, path)
+                tried = set_mode(private_copy(cut, own_copy), False)
             got = tried(*few_args, **few_kwargs)
             asks = path in capture.asking and path not in capture.evaluating
             if asks and raises(tried, few_args, few_kwargs) and not raises(module, args, kwargs):

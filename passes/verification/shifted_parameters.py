@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.passes.ir.module_tree import named_parameters
-from fxprune.passes.ir.slices import TensorSlice, apply_slices
+from fxprune.passes.ir.slices import TensorSlice, apply_slices, cut_shape
 
 SMALL = 0.1  # a scale below it (1e-6 in ConvNeXt) hides a branch as well as zero does
 
@@ -27,7 +27,7 @@ def shifts_of(model: nn.Module, pruned: nn.Module, slices: Mapping[str, Sequence
     generator, theirs, found = torch.Generator().manual_seed(0), named_parameters(pruned), dict[str, Tensor]()
     for name, parameter in named_parameters(model).items():
         mine, own = parameter.detach(), theirs.get(name)
-        if own is None or not can_be_shifted(mine) or own.shape != shape_left(mine.shape, slices.get(name, ())):
+        if own is None or not can_be_shifted(mine) or own.shape != cut_shape(mine.shape, slices.get(name, ())):
             continue
         if own.data_ptr() == mine.data_ptr() or own.dtype != mine.dtype:
             continue
@@ -46,15 +46,6 @@ def can_be_shifted(tensor: Tensor) -> bool:
         return False
     flat = tensor.view(-1)
     return bool(flat[0] == flat[-1]) and bool((flat == flat[0]).all())
-
-
-def shape_left(shape: Sequence[int], slices: Sequence[TensorSlice]) -> tuple[int, ...]:
-    """The shape of what slices leave of a tensor."""
-    sizes = list(shape)
-    for cut in slices:
-        for dim, size in zip(cut.dims, cut.sizes, strict=True):
-            sizes[dim] = size
-    return tuple(sizes)
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxprune.passes.capture.patches import visible
 from fxprune.passes.capture.recorder import by_ops
-from fxprune.passes.ir.op_trace import written_by
+from fxprune.passes.ir.op_trace import arguments_written
 from fxprune.passes.ir.pytree import collect, map_tensors
 from fxprune.passes.ir.slices import TensorSlice, mask_of
 from fxprune.passes.verification.random_values import differ, far, uniform, wide
@@ -273,7 +273,6 @@ def is_view(func: Any) -> bool:
 def written_slots(func: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor]) -> list[int]:
     """Which of the operands an operator writes to, as places in the list of all of them."""
     found = []
-    for i, name in written_by(func):
-        value = args[i] if i < len(args) else kwargs.get(name)
+    for value in arguments_written(func, args, kwargs):
         found += [n for t in collect(value, Tensor) for n, other in enumerate(tensors) if other is t][:1]
     return found

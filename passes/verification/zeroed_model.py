@@ -21,7 +21,7 @@ from fxprune.passes.capture.recorder import by_ops
 from fxprune.passes.ir.index_contents import storage_of
 from fxprune.passes.ir.labels import fill_outside
 from fxprune.passes.ir.module_tree import copy_tree, named_tensors, set_mode
-from fxprune.passes.ir.op_trace import written_by
+from fxprune.passes.ir.op_trace import arguments_written
 from fxprune.passes.ir.pytree import collect
 from fxprune.passes.ir.slices import TensorSlice
 from fxprune.passes.verification.zeros_needed import Needed
@@ -86,10 +86,9 @@ class Unwritten(TorchDispatchMode):
         kwargs = kwargs or {}
         if isinstance(func, HigherOrderOperator):
             return by_ops(self, func, args, kwargs)
-        for at, name in written_by(func):
-            written = collect(args[at] if at < len(args) else kwargs.get(name), Tensor)
-            if any(t.layout is torch.strided and storage_of(t) in self.places for t in written):
-                raise RuntimeError(f"{func} writes to a parameter")
+        written = collect(arguments_written(func, args, kwargs), Tensor)
+        if any(t.layout is torch.strided and storage_of(t) in self.places for t in written):
+            raise RuntimeError(f"{func} writes to a parameter")
         return func(*args, **kwargs)
 
 
