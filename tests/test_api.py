@@ -19,6 +19,7 @@ import fxprune
 from fxprune import Plan
 from fxprune.cli import models
 from fxprune.reports.formatting import as_text
+from fxprune.reports.profile import profile
 
 
 def images(size=32, batch=2, seed=0):
@@ -283,6 +284,8 @@ def test_a_pruned_model_may_be_wrapped(wrap):
     small = fxprune.prune(model, 0.5, x)
     assert fxprune.plan_of(wrap(small)) == small.plan
     assert fxprune.verify(model, wrap(small), x).ok
+    assert fxprune.report(model, wrap(small)).parameters == fxprune.report(model, small).parameters
+    assert [m.path for m in profile(model, x, wrap(small)).modules if m.after is None] == []
     torch.testing.assert_close(fxprune.repair(model, wrap(small), [x])(x), fxprune.repair(model, small, [x])(x))
 
 

@@ -331,6 +331,17 @@ def uneven_llama():
     return fxprune.prune(model, {"model.layers.0.mlp": 0.5}, torch.arange(3, 15)[None], same_class=True)
 
 
+def test_what_a_configuration_describes_is_loaded_by_its_class(tmp_path):
+    small = uneven_llama()
+    type(small).save_pretrained(small, tmp_path)  # what is written where a configuration describes the model
+    with pytest.raises(PruneError) as caught:
+        fxprune.load(str(tmp_path))
+    assert str(caught.value) == (
+        f"{tmp_path} has a configuration, and no pruned.safetensors\n"
+        f"  fix: from_pretrained({str(tmp_path)!r}) of its class, where the configuration describes the model"
+    )
+
+
 def test_save_pretrained_of_what_no_configuration_describes_is_loaded_by_us(tmp_path):
     small = uneven_llama()
     with torch.no_grad():

@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxprune
 from fxprune import PruneError
+from fxprune.selection.names import block_chains
 
 IDS = {"input_ids": torch.arange(16).reshape(2, 8)}
 
@@ -130,6 +131,36 @@ def test_blocks_with_names_of_their_own():
     model = torchvision.models.VisionTransformer(16, 8, 4, 2, 16, 24, num_classes=3).eval()
     small = fxprune.prune(model, 0.5, torch.randn(1, 3, 16, 16), protect=(1, 2), only="*mlp*")
     assert [small.get_submodule(f"encoder.layers.encoder_layer_{i}.mlp.0").out_features for i in range(4)] == [24, 12, 24, 24]
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+
+
+class Listed(nn.Module):
+    """Blocks without a class of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(mlp() for _ in range(4))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+@pytest.mark.parametrize("model, prefix", [(Listed(), "blocks."), (nn.Sequential(*(mlp() for _ in range(4))), "")])
+def test_blocks_may_be_plain_sequentials(model, prefix):
+    small = fxprune.prune(model, 0.5, torch.randn(2, 8), protect=(1, 1))
+    assert [small.get_submodule(f"{prefix}{i}.0").out_features for i in range(4)] == [16, 8, 8, 16]
+
+
+def test_plain_sequentials_within_blocks_are_none():
+    blocks = [nn.ModuleDict({"parts": nn.Sequential(mlp(), mlp())}) for _ in range(3)]
+    assert list(block_chains(nn.ModuleDict({"blocks": nn.ModuleList(blocks)}))) == [["blocks.0", "blocks.1", "blocks.2"]]
+    downsample = nn.Sequential(nn.Conv2d(4, 8, 2), nn.BatchNorm2d(8))
+    assert list(block_chains(nn.Sequential(downsample, nn.Sequential(*blocks), downsample))) == [["1.0", "1.1", "1.2"]]
 
 
 @pytest.mark.parametrize("protect", [1, (1,), (1, -1), (1.0, 1), "first", (3, 1)])

@@ -11,7 +11,8 @@ the original's class, computes what the GraphModule of the same request does (up
 do what the original's do, and copies, pickled and loaded in a process that has seen nothing else, are equal to the bit. What
 counts is what the original can do. *stale*: all that is wrong follows from numbers that `meta["stale"]` names, since tensors of
 one size have several now, and nothing says which of them a number counts. *no graph*: there is no GraphModule of that request
-either. A row says what the code of the day did: remove it, and it is measured again.
+either. *inexact*: something is wrong, and verification, which is asked then alone, refuses the GraphModule, too.
+A row says what the code of the day did: remove it, and it is measured again.
 """
 
 import argparse
@@ -131,6 +132,12 @@ def row_of(model: str, request: str, largest: float, reader: Any) -> Row:
         problems = {"prune": one_line(error)}
     named = {path.rpartition(".")[2] for path in row.get("stale", [])}
     told = all(named & NUMBERS.get(name, set()) for name in problems)
+    if not told:
+        try:
+            fxprune.prune(network, **asked | {"verify": True})
+        except Exception as error:
+            surface(error)
+            return row | {"status": "inexact", "reason": one_line(error), "problems": problems}
     return row | {"status": ("stale" if told else "wrong") if problems else "ok", "problems": problems}
 
 

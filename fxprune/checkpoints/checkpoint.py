@@ -149,6 +149,9 @@ def load(path: Folder, model: nn.Module | None = None, *, same_class: bool = Fal
     check_flag("same_class", same_class)
     source = as_path(path)
     folder = source if source.is_dir() else None
+    if folder and (folder / "config.json").exists() and not (folder / WEIGHTS).exists():
+        fix = f"from_pretrained({str(path)!r}) of its class, where the configuration describes the model"
+        raise PruneError(f"{source} has a configuration, and no {WEIGHTS}", fix=fix)
     with opened(source / WEIGHTS if folder else source) as (found, data, size):
         record = Record.from_dict(data, size, rotations_in(found))
         tensors, contents = split_contents(record.plan, found)

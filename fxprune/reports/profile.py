@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from fxprune.entry_points import entry_point
+from fxprune.entry_points import entry_point, without_wrappers
 from fxprune.inputs import ExampleInputs, device_of
 from fxprune.passes.capture.patches import visible
 from fxprune.passes.errors import PruneError, told
@@ -126,7 +126,7 @@ def profile(model: nn.Module, example_inputs: Any, pruned: nn.Module | None = No
     """
     with entry_point(model) as model:
         inputs = ExampleInputs.parse(example_inputs, model).check(model)
-        models = [model] if pruned is None else [model, pruned]
+        models = [model] if pruned is None else [model, without_wrappers(pruned)]
         with unobserved(model), contextlib.ExitStack() as stack:
             for one in models:
                 stack.enter_context(evaluating(one))

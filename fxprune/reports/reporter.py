@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fxprune.arguments import checked_call
 from fxprune.criteria.base import Criterion
 from fxprune.criteria.catalog import CriterionName
-from fxprune.entry_points import entry_point
+from fxprune.entry_points import entry_point, without_wrappers
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.coupling.families import families
 from fxprune.passes.errors import PruneError
@@ -96,7 +96,7 @@ def report(
         inputs = None if example_inputs is None else ExampleInputs.parse(example_inputs, model).check(model)
         shares = checked_ratios(ratios)
         said = {name: value for name, value in how.items() if value != getattr(DEFAULTS, name)}
-        found = Reporter(model, pruned, inputs, options, said).report(shares, sensitivity, measure=measure)
+        found = Reporter(model, without_wrappers(pruned), inputs, options, said).report(shares, sensitivity, measure=measure)
         return found if sweep is None else dataclasses.replace(found, sweep=sweep)
 
 

@@ -127,23 +127,31 @@ def protected(model: nn.Module, protect: Any) -> dict[str, str]:
     return frozen
 
 
-def block_chains(model: nn.Module, prefix: str = "") -> Iterator[list[str]]:
+def block_chains(model: nn.Module) -> Iterator[list[str]]:
     """Paths of the blocks of a model, in chains: two or more modules of one class, with layers of their own, in one list.
 
     Lists are `ModuleList`s and `Sequential`s; those that lie side by side in one module, as the stages of a ResNet do, are one
     chain. What lies within a block is no chain of its own, save where the blocks are stages: modules with a `Sequential` of
-    blocks.
+    blocks. A plain `Sequential` is a block in a list that has no others.
     """
+    chains = list(chains_within(model, ""))
+    own = [] if chains or not isinstance(model, LISTS) else blocks_of(model) or sequentials_of(model)
+    yield from chains
+    if own:
+        yield own
+
+
+def chains_within(model: nn.Module, prefix: str) -> Iterator[list[str]]:
     chain: list[str] = []
     for name, child in model.named_children():
         path = f"{prefix}{name}"
         inside = [c for part in child.children() for c in (part, *part.children()) if isinstance(c, nn.Sequential)]
         if not isinstance(child, LISTS):
-            yield from block_chains(child, f"{path}.")
+            yield from chains_within(child, f"{path}.")
         elif any(blocks_of(c) for c in inside):  # stages
-            chain += [p for found in block_chains(child, f"{path}.") for p in found]
+            chain += [p for found in chains_within(child, f"{path}.") for p in found]
         else:
-            chain += [f"{path}.{block}" for block in blocks_of(child)]
+            chain += [f"{path}.{block}" for block in blocks_of(child) or sequentials_of(child)]
     if chain:
         yield chain
 
@@ -156,3 +164,9 @@ def blocks_of(container: nn.Module) -> list[str]:
     children = dict(container.named_children())
     kinds = [type(c) if any(True for _ in c.children()) and not isinstance(c, LISTS) else None for c in children.values()]
     return [name for name, kind in zip(children, kinds, strict=True) if kind is not None and kinds.count(kind) > 1]
+
+
+def sequentials_of(container: nn.Module) -> list[str]:
+    """Names in a list of the plain `Sequential`s with layers in them, if there are several."""
+    found = [name for name, c in container.named_children() if type(c) is nn.Sequential and any(True for _ in c.children())]
+    return found if len(found) > 1 else []
