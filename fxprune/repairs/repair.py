@@ -310,6 +310,7 @@ def batches_of(data: Any, device: torch.device) -> list[Batch]:
         raise PruneError("repair looks at data, and there are none", fix=f"{BATCHES}; method={MERGE!r} does without")
     check_batches(data)
     batches = [parse_batch(item).map(lambda t: t.to(device)) for item in read(data)]
-    if not batches:
-        raise PruneError("data holds no batches", fix=f"{BATCHES}; one that was read to its end is empty")
+    if not any(batch.size for batch in batches):
+        what = "the batches of data hold no samples" if batches else "data holds no batches"
+        raise PruneError(what, fix=f"{BATCHES}; one that was read to its end is empty")
     return batches
