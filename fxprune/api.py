@@ -335,7 +335,7 @@ def verify(model: nn.Module, pruned: nn.Module, example_inputs: Any, *, sizes: b
             raise PruneError(f"the original is {own}, and the pruned model {other}", where=type(model).__name__, fix=fix)
         model, plan = plan.in_basis(model)
         compilation = Compilation.of_plan(model, plan, example_inputs)
-        removal = compilation.choice_of(plan).removal(plan.coupling_options.heads)
+        removal = compilation.choice_of(plan).removal(compilation.options.heads)
         return compare(model, pruned, removal, ExampleInputs.parse(example_inputs, model), sizes=sizes)
 
 

@@ -85,10 +85,16 @@ class FormPrograms:
             except PruneError:
                 self.output(inputs)  # which says what is wrong with the batch, if that is it
                 raise
-            original = compilation.emit(compilation.unpruned()) if self.originals else None
             shapes = {n: shape for n, shape in self.plan.shapes.items() if self.tensors is None or n in self.tensors}
             slices = {name: cuts for name, cuts in self.plan.slices.items() if name in solution.leaves}
-            kept = kept_labels(replace(self.plan, shapes=shapes, slices=slices), solution)
+            try:
+                kept = kept_labels(replace(self.plan, shapes=shapes, slices=slices), solution)
+            except PruneError:
+                if self.plan.attention == "dims":
+                    raise
+                self.plan = replace(self.plan, attention="dims")  # as in `Compilation.choice_of`
+                return self.compile(inputs)
+            original = compilation.emit(compilation.unpruned()) if self.originals else None
             pruned = compilation.emit(Choice(solution, kept, Slicer(kept)))
         if self.tensors is not None:
             for program in [pruned] if original is None else [original, pruned]:

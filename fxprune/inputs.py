@@ -6,6 +6,7 @@ import functools
 import inspect
 import math
 import re
+from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -253,8 +254,9 @@ def describe(value: Any) -> Any:
             found["range"] = [int(value.min()), int(value.max())]
         return {"tensor": found}
     if isinstance(value, tuple | list):
-        kind = "tuple" if hasattr(value, "_fields") else type(value).__name__
-        return {kind: [describe(v) for v in value]}
+        if hasattr(value, "_fields"):
+            return {"fields": [[k, describe(v)] for k, v in zip(value._fields, value, strict=True)]}
+        return {type(value).__name__: [describe(v) for v in value]}
     if isinstance(value, dict):
         return {"dict": [[k, describe(v)] for k, v in value.items()]}
     if value is None or isinstance(value, bool | int | float | str):
@@ -278,7 +280,7 @@ def random_inputs(described: Any, model: nn.Module) -> ExampleInputs:
     try:
         made = made_up(described, device_of(model))
         inputs = ExampleInputs.parse((made,) if isinstance(made, list) else made)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise PruneError(f"example inputs like those of the plan cannot be made up: {error}", fix=fix) from error
     dtypes = [t.dtype for t in named_parameters(model).values() if t.is_floating_point()]
     own = {t.dtype for t in inputs.tensors if t.is_floating_point()}
@@ -300,8 +302,9 @@ def made_up(described: Any, device: torch.device) -> Any:
     if kind in ("tuple", "list"):
         values = [made_up(v, device) for v in content]
         return tuple(values) if kind == "tuple" else values
-    if kind == "dict":
-        return {k: made_up(v, device) for k, v in content}
+    if kind in ("dict", "fields"):
+        made = {k: made_up(v, device) for k, v in content}
+        return made if kind == "dict" else namedtuple("Inputs", list(made))(**made)
     if kind == "value":
         return content
     raise PruneError(f"the plan cannot make up an input of type {content}", fix="plan.apply(model, example_inputs=...)")

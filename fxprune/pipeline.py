@@ -225,9 +225,14 @@ class Compilation:
 
     def choice_of(self, plan: PlanData) -> Choice:
         """What a plan chooses; raises PruneError where it does not fit the model."""
-        solution = self.couple()
-        plan = plan.fitted(shapes_of(self.model))
-        kept = kept_labels(plan, solution, self.frozen_modules.values())
+        solution, plan = self.couple(), plan.fitted(shapes_of(self.model))
+        try:
+            kept = kept_labels(plan, solution, self.frozen_modules.values())
+        except PruneError:
+            if plan.attention == "dims":
+                raise
+            self.options = dataclasses.replace(self.options, heads=False)  # a later step may cut what is left of a single head
+            return self.choice_of(dataclasses.replace(plan, attention="dims"))
         return Choice(solution, kept, Slicer(kept, removal_of(self.model, solution, kept, plan.removed)))
 
     def unpruned(self) -> Choice:

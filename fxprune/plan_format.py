@@ -156,7 +156,7 @@ def elements(data: Any, weight: Callable[[torch.dtype], int] = lambda dtype: 1, 
         return described_tensor(mapping(content, "an example input"), weight)
     if kind in ("tuple", "list"):
         return sum(elements(part, weight, depth + 1) for part in listed(content, "example inputs"))
-    if kind == "dict":
+    if kind in ("dict", "fields"):
         pairs = listed(content, "example inputs")
         if not all(isinstance(p, list | tuple) and len(p) == 2 and is_value(p[0]) for p in pairs):
             raise refused("example inputs by keyword must be pairs of a name and a description")

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -447,6 +448,27 @@ def test_a_pruned_model_in_another_precision_is_loaded(tmp_path, dtype):
             assert torch.equal(again(X.to(dtype)), small(X.to(dtype)))
     assert plan.apply(chain().to(dtype))[0].weight.dtype == dtype
     assert fxprune.masks.masked(chain().to(dtype), plan)(X.to(dtype)).dtype == dtype
+
+
+class Pair(NamedTuple):
+    left: torch.Tensor
+    right: torch.Tensor
+
+
+class TakesAPair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = chain()
+
+    def forward(self, pair):
+        return self.body(pair.left + pair.right)
+
+
+def test_a_model_that_takes_a_named_tuple_is_loaded(tmp_path):
+    model, pair = TakesAPair().eval(), Pair(X, X)
+    small = fxprune.prune(model, 0.5, {"pair": pair})
+    fxprune.save(small, tmp_path / "small.safetensors")
+    assert torch.equal(fxprune.load(tmp_path / "small.safetensors", model)(pair=pair), small(pair=pair))
 
 
 CHANGES = {

@@ -53,6 +53,8 @@ TABLE: list[tuple[Steps, tuple[Any, ...]]] = [
         ("inputs",),
         (3, [], "x", {}, {"tensor": 3}, {"tensor": {}}, {"file": "x"}, {"a": 1, "b": 2}, {"tuple": 3}, {"dict": [3]}),
     ),
+    (("inputs",), ({"fields": 3}, {"fields": [3]}, {"fields": [["x", 3]]})),
+    (("inputs",), tuple({"fields": [[name, {"value": 1}]]} for name in (None, 3, "", "_x", "class", "a b", "__class__"))),
     ((*INPUT, "shape"), (*NOT_A_LIST, [HUGE], [1 << 20, 1 << 20, 1 << 20], [-1, 4], [NAN, 4])),
     ((*INPUT, "dtype"), (None, 3, "float", "nn", "os.system", "Tensor", "qint8", [])),
 ]

@@ -53,6 +53,31 @@ def test_what_was_pruned_twice_has_a_plan_of_the_original(name):
     assert fxprune.verify(model, twice, x).ok and fxprune.verify(once, twice, x).ok
 
 
+class OneHeadLeft(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(6, 16), nn.Linear(16, 3)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x):
+        y = self.first(x)
+        return self.head(y + self.attention(y, y, y, need_weights=False)[0])
+
+
+def test_dimensions_of_the_one_head_that_a_first_step_left(tmp_path):
+    """Whole heads go first, then dimensions of the last one: what both left is no choice of heads, and is one of dimensions."""
+    torch.manual_seed(0)
+    model, x = OneHeadLeft().eval(), torch.randn(8, 5, 6)
+    once = fxprune.prune(model, 0.5, x)
+    twice = fxprune.prune(once, 0.4, x)
+    assert once.attention.out_proj.in_features == 8 > twice.attention.out_proj.in_features
+    fxprune.save(twice, tmp_path / "twice.safetensors")
+    assert torch.equal(fxprune.load(tmp_path / "twice.safetensors", model)(x), twice(x))
+    assert fxprune.verify(model, twice, x).ok and fxprune.report(model, twice, x)
+    for method in ("compensate", "merge"):
+        fxprune.repair(model, twice, [x], method=method)
+
+
 def test_three_times_and_a_checkpoint(tmp_path):
     model, x = mlp(), torch.randn(2, 4)
     small = model

@@ -621,6 +621,30 @@ def test_parts_of_one_parameter_are_fitted_one_by_one():
             same(result.packed[part].detach(), wanted.T)
 
 
+class Attends(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = nn.Linear(6, 16), nn.Linear(16, 3)
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+
+    def forward(self, x):
+        y = self.first(x)
+        return self.head(y + self.attention(y, y, y, need_weights=False)[0])
+
+
+@pytest.mark.parametrize("method", ["compensate", "reconstruct"])
+@pytest.mark.parametrize("sizes", [(16, 1), (1, 16)])
+def test_a_linear_map_that_adds_its_bias_apart_in_some_batches(method, sizes):
+    """With one sample the tokens of `batch_first` are contiguous, and torch computes another product for them."""
+    torch.manual_seed(0)
+    model, batches = Attends().eval(), [1 + torch.randn(n, 5, 6) for n in sizes]
+    pruned = fxprune.prune(model, 0.5, example_inputs=batches[0])
+    result = fxprune.repair(model, pruned, batches, method=method)
+    with torch.no_grad():
+        error = [sum(float((m(x) - model(x)).square().sum()) for x in batches) for m in (pruned, result)]
+    assert error[1] < error[0]
+
+
 def test_in_half_precision_and_with_keywords():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 16), nn.ReLU(), nn.Linear(16, 3)).bfloat16()
@@ -659,7 +683,9 @@ def test_bad_input():
     refused(method=(), what="there is no method ()", fix=methods)
     refused(ridge=-1, what="ridge must be a number of 0 or more, or None, not -1", fix="ridge=0.01")
     refused(held_out=0.9, what="held_out must be a share from 0 to 0.5, not 0.9", fix="held_out=0.25")
-    refused(data=[], what="data holds no batches", fix=f"{BATCHES}; one that was read to its end is empty")
+    empty = f"{BATCHES}; one that was read to its end is empty"
+    refused(data=[], what="data holds no batches", fix=empty)
+    refused(data=[IMAGES[:0]], what="the batches of data hold no samples", fix=empty)
     refused(data=IMAGES, what="data must be batches, not a Tensor")
     refused(data=[("a", "b")], what="a batch of type tuple holds no tensor")
     refused(data=[{"y": IMAGES}], what="a batch of data does not fit the model: missing a required argument: 'x'")

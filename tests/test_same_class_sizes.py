@@ -328,3 +328,22 @@ def test_a_number_that_modules_share_and_that_is_in_doubt_stays():
 
     small = fxprune.prune(Two().eval(), {"first.a": 0.5, "second.a": 0.25}, torch.randn(2, 6), same_class=True)
     assert small.first.kept == {"width": 16} and small.meta["stale"] == ("first.kept.width",)
+
+
+class WritesItsWidth(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        y = self.one(x)
+        return self.two(y.reshape(-1, 16).relu().view(y.shape))
+
+
+def test_a_width_that_is_written_down_and_fits_the_example_by_chance():
+    """Of 2 x 5 rows of 8 entries 5 rows of 16 are made, of 3 x 7 rows none."""
+    model = WritesItsWidth().eval()
+    small = fxprune.prune(model, 0.5, torch.randn(2, 5, 4), same_class=True)
+    assert type(small) is WritesItsWidth and small.one.out_features == 8
+    x = torch.randn(3, 7, 4)
+    assert torch.allclose(small(x), fxprune.prune(model, 0.5, torch.randn(2, 5, 4))(x))

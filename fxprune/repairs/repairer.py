@@ -124,6 +124,8 @@ class Repairer:
         try:
             if site.reason or self.refusal:
                 raise Skip(site.reason or self.refusal)
+            if site.place == "bias" and not self.has_bias(site):
+                site.place = None
             self.start = self.tensors(site)
             before = self.error(site) if self.checks and not method.measures else math.inf
             change = method.apply(self, site)
@@ -142,6 +144,10 @@ class Repairer:
         for tensor, value in self.start:
             tensor.copy_(value)
         return [replace(step, error=error, note=WORSE)]
+
+    def has_bias(self, site: RepairSite) -> bool:
+        """Whether every batch adds the bias in the site's own call; torch chooses by the layout of what a linear map reads."""
+        return all(call.bias is not None for held in (False, True) for _, call in self.measured(site, held=held))
 
     def tensors(self, site: RepairSite) -> list[tuple[Tensor, Tensor]]:
         """The tensors that a method may change at a site, each with a copy."""

@@ -64,10 +64,10 @@ def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs)
         with restoring(pruned):  # whose tensors the copy shares
             wanted = [t.clone() for t in collect(inputs.map(torch.clone).call(pruned), Tensor)]
 
-        def run(other: nn.Module) -> Any:
+        def run(other: nn.Module, given: ExampleInputs = inputs) -> Any:
             with evaluating(other), restoring(other):
                 set_random_state(draws, gpus)
-                return inputs.map(torch.clone).call(other)
+                return given.map(torch.clone).call(other)
 
         def error_of(other: Any) -> float:
             return error_of_run(lambda: run(other), wanted)
@@ -85,7 +85,8 @@ def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs)
         held = {} if configured is not False or gone else widths_in_constants(*found)
         if error_of(made) > tolerance and not fit_arguments(made, pruned, run, lambda: error_of(made) <= tolerance):
             take_program(made, pruned, vars(pruned)["_programs"])
-        if error_of(made) > tolerance:
+        more = functools.partial(run, given=inputs.one_more())
+        if error_of(made) > tolerance or fails_elsewhere(model, pruned, made, more, tolerance):
             made = pruned.as_class(type(model))
         stale += update_attributes(model, made, lambda: error_of(made) <= tolerance, run, built=bool(configured))
         if error_of(made) > allowed:
@@ -102,6 +103,19 @@ def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs)
     if "config" in stale and hasattr(made, "save_pretrained"):
         vars(made)["save_pretrained"] = SavePretrained(made)
     return made, held
+
+
+def fails_elsewhere(model: nn.Module, pruned: nn.Module, made: nn.Module, run: Callable[[Any], Any], tolerance: float) -> bool:
+    """Whether the class computes otherwise, where `run` gives it inputs that the model and its program take.
+
+    A width that is written in a forward may fit by chance: `view(-1, 16)` takes two rows of 8 for one.
+    """
+    try:
+        run(model)
+        wanted = [t.clone() for t in collect(run(pruned), Tensor)]
+    except Exception:
+        return False
+    return difference(lambda: run(made), wanted) > tolerance
 
 
 def own_meta(model: nn.Module, pruned: PrunedModule) -> dict[str, Any]:
