@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 import fxprune
 from fxprune.passes.capture.opaque import LEAKS
 from fxprune.passes.capture.recorder import Recorder
-from fxprune.passes.ir.meta_kernels import convolved
+from fxprune.passes.ir.meta_kernels import MetaKernels, attended, convolved
 
 CONVOLUTIONS = {1: (nn.Conv1d, nn.ConvTranspose1d), 2: (nn.Conv2d, nn.ConvTranspose2d), 3: (nn.Conv3d, nn.ConvTranspose3d)}
 
@@ -29,6 +29,45 @@ def test_shape_of_a_convolution_is_that_of_torch(ndim):
 def test_channels_that_do_not_fit_a_convolution_raise():
     with pytest.raises(ValueError, match=r"weight of shape \(6, 3, 3\) is given \(2, 4, 9\)"):
         convolved(torch.empty(2, 4, 9), torch.empty(6, 3, 3), None, [1], [0], [1], False, [0], 1)
+
+
+def on_meta(*shape, order=None):
+    made = torch.empty(shape, device="meta")
+    return made if order is None else torch.empty([shape[d] for d in order], device="meta").permute(order)
+
+
+@pytest.mark.parametrize("order", [None, (0, 2, 1, 3), (0, 1, 3, 2)])  # each its own inverse
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("mask", [None, (7, 9), (1, 9), (2, 1, 7, 9), (9,)])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float])
+def test_attention_has_the_form_that_torch_gives_it(order, heads, mask, dtype):
+    op = torch.ops.aten.scaled_dot_product_attention.default
+    q, k, v = on_meta(2, 4, 7, 8, order=order), on_meta(2, heads, 9, 8, order=order), on_meta(2, heads, 9, 5, order=order)
+    named = {"enable_gqa": heads == 1, "attn_mask": None if mask is None else torch.empty(mask, dtype=dtype, device="meta")}
+    real = op(q, k, v, **named)
+    assert attended(q, k, v, **named) == list(real.shape)
+    if mask is not None:
+        named["attn_mask"] = torch.zeros(mask, dtype=dtype)  # one that is computed from sizes has contents
+    made = MetaKernels().result(op, (q, k, v), named)
+    assert (made.shape, made.stride(), made.dtype) == (real.shape, real.stride(), real.dtype)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ((2, 4, 7, 8), (2, 3, 9, 8), (2, 3, 9, 5)),  # other heads
+        ((2, 4, 7, 8), (2, 4, 9, 6), (2, 4, 9, 5)),  # other widths
+        ((2, 4, 7, 8), (2, 4, 9, 8), (2, 4, 3, 5)),  # other tokens
+        ((2, 4, 7, 8), (4, 9, 8), (4, 9, 5)),  # other dimensions
+        ((2, 4, 7, 8), (1, 4, 9, 8), (1, 4, 9, 5)),  # broadcast
+    ],
+)
+def test_attention_of_what_does_not_fit_is_left_to_torch(given):
+    q, k, v = (on_meta(*shape) for shape in given)
+    assert attended(q, k, v) is None
+    assert attended(q, q, q, torch.empty(5, 7, 7), 0.0) is None  # a mask that does not fit
+    assert attended(q, q, q, torch.empty(7, 7), 0.0, True) is None  # which torch refuses
+    assert attended(q, q, q) == [*q.shape]
 
 
 A, B = torch.randn(2, 6, 5), torch.randn(6, 1)

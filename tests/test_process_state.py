@@ -22,6 +22,10 @@ from torch import nn
 import fxprune
 from fxprune.passes.capture.proxy import PROXIES
 from fxprune.passes.capture.tracer import ValueTracer
+from fxprune.passes.ir.op_trace import OpTrace
+from fxprune.passes.ir.program import CapturedProgram
+from fxprune.passes.ir.propagation_state import PropagationState
+from fxprune.passes.rewrite.nesting import Nesting
 
 X = torch.randn(3, 8, dtype=torch.float64)
 
@@ -159,6 +163,23 @@ def test_nothing_is_left_of_a_capture(between):
     assert [o for o in gc.get_objects() if type(o) in PROXIES or type(o) is ValueTracer] == []
     held = [o for cache in [*caches(), HELPERS.ramp] for o in gc.get_referents(cache)]
     assert not any(type(v) in PROXIES for o in held for v in (o if isinstance(o, tuple) else [o]))
+
+
+def test_what_a_capture_held_goes_without_the_collector():
+    heads = nn.Sequential(nn.Linear(12, 12), nn.Unflatten(1, (3, 4)), nn.Flatten())
+    model, x = nn.Sequential(heads, nn.Dropout(), nn.Linear(12, 12)), torch.randn(2, 12)
+
+    def held():
+        return sum(type(o) in (OpTrace, CapturedProgram, PropagationState, Nesting) for o in gc.get_objects())
+
+    gc.collect()
+    before = held()
+    gc.disable()
+    try:
+        fxprune.prune(model, 0.5, example_inputs=x, verify=False)
+        assert held() == before
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("between", BETWEEN)

@@ -90,6 +90,8 @@ class Patches:
         del self.tracer
         if len(sys.modules) != self.imported:
             restore_functions(self.replaced)
+        for held in (self.replaced, self.stand_ins, self.shadows):  # functions that refer to this
+            held.clear()
 
     # -- how a function is replaced ---------------------------------------------------------------------------------
 
@@ -300,16 +302,18 @@ class Patches:
             self.seen.add(id(names))
             self.shadow(names)
             for name, value in list(names.items()):
+                kind = type(value)
                 if id(value) in self.nodes and value is self.nodes[id(value)]:
                     names[name] = self.seeing_proxies(value)
                     self.undo.append(functools.partial(names.__setitem__, name, value))
                 elif (stand_in := self.stand_ins.get(id(value))) is not None:
                     names[name] = stand_in
                     self.undo.append(functools.partial(names.__setitem__, name, value))
-                elif type(value) in CALLABLE:
-                    uncached(self, value, functools.partial(names.__setitem__, name))
-                    pending.append((getattr(getattr(value, "__wrapped__", value), "__globals__", {}), steps + 1))
-                elif type(value) is types.ModuleType and steps < 2:
+                elif kind in CALLABLE:
+                    if kind is not types.FunctionType or value.__closure__:
+                        uncached(self, value, functools.partial(names.__setitem__, name))
+                    pending.append((getattr(getattr(value, "__wrapped__", value), "__globals__", names), steps + 1))
+                elif kind is types.ModuleType and steps < 2:
                     pending.append((vars(value), 2))
 
     def shadow(self, names: dict[str, Any]) -> None:

@@ -44,8 +44,11 @@ class ModuleState:
 
     def assigned(self, module: nn.Module) -> Iterator[tuple[Tensor, Any]]:
         """The tensors of a module in whose place a forward has put others, and those."""
+        now = module._buffers, vars(module)
+        if not any(TensorProxy in map(type, held.values()) for held in now):
+            return
         before, buffers = self.before.get(module, ({},))[0], self.buffers.get(module, {})
-        for old, new in ((buffers, module._buffers), (before, vars(module))):
+        for old, new in zip((buffers, before), now, strict=True):
             for name, tensor in old.items():
                 if new.get(name) is not tensor and type(new.get(name)) is TensorProxy and isinstance(tensor, Tensor):
                     yield tensor, new[name]

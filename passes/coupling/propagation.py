@@ -124,10 +124,10 @@ def propagate(
 
 def propagate_through(program: Program, state: PropagationState, owned: int) -> None:
     """Apply the rules of one program's calls; the first `owned` labels are those of the model's own tensors."""
-    constraints, capture = state.constraints, program.capture
+    constraints, capture, labels = state.constraints, program.capture, state.labels
     hidden = list(program.hidden)
-    state.is_inputs = lambda size: (
-        capture.op_trace.values[size.ref.id].from_input and is_input_size((size.ref, size.dim), state.labels, owned)
+    state.is_inputs = lambda size: (  # (not by way of the state, which would hold itself, and all else, until it is collected)
+        capture.op_trace.values[size.ref.id].from_input and is_input_size((size.ref, size.dim), labels, owned)
     )
     end = OpCall(None, (), {}, (), len(capture.index))
     # whether sizes of the inputs are among the node's arguments, so that contents that it makes vary with them
@@ -143,9 +143,9 @@ def propagate_through(program: Program, state: PropagationState, owned: int) -> 
             state.rewrite, state.opaque, state.literals, counts = program.rewrites[op.node]
             if counts:
                 freeze_arguments(capture, op.node, state)
-            state.input_dims = functools.partial(dims_of_inputs, capture, op.node, state.labels, owned)
-            state.sliced_dims = functools.partial(dims_sliced, capture, op.node, state.labels, owned)
-            sized = any(is_input_size(found, state.labels, owned) for found in program.sizes[op.node])
+            state.input_dims = functools.partial(dims_of_inputs, capture, op.node, labels, owned)
+            state.sliced_dims = functools.partial(dims_sliced, capture, op.node, labels, owned)
+            sized = any(is_input_size(found, labels, owned) for found in program.sizes[op.node])
         call = RuleContext(op, state)
         if sized or (state.varying and any(r.id in state.varying for r in call.inputs)):
             state.varying.update(r.id for r in call.outputs)

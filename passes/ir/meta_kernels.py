@@ -72,6 +72,8 @@ class MetaKernels:
             return "view"
         if schema.name == "aten::empty" and schema.overload_name == "memory_format":
             return "empty"
+        if schema.name == "aten::scaled_dot_product_attention":
+            return "attention"
         if schema.name in SHAPED and schema.overload_name in ("", "default"):
             return schema.name.removeprefix("aten::")
         if schema.name in REDUCTIONS and schema.overload_name in ("dim", "dim_IntList", ""):
@@ -99,6 +101,8 @@ class MetaKernels:
         if kind in PRODUCTS and not kwargs:
             added, ndim = PRODUCTS[kind]
             return multiplied(args[added:], args[:added], ndim)
+        if kind == "attention" and (shape := attended(*args, **kwargs)) is not None:
+            return empty(shape, dtype=first.dtype, device=META)
         if kind == "norm":  # the statistics that it also returns are for training kernels, and have no readers
             return like(first), NOTHING.detach(), NOTHING.detach()
         if kind == "in place":
@@ -155,6 +159,40 @@ def multiplied(factors: Sequence[Tensor], added: Sequence[Tensor], ndim: int) ->
     if any(t.dim() != 1 or t.shape[0] != b.shape[-1] or t.dtype != a.dtype for t in added):
         return None
     return empty([*a.shape[:-1], b.shape[-1]], dtype=a.dtype, device=META)
+
+
+def attended(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> list[int] | None:
+    """The shape of scaled dot product attention; None where arguments, named as the op's, are broadcast or do not fit.
+
+    The mask may be on another device: nothing here depends on its contents.
+    """
+    ndim, batch = query.dim(), query.shape[:-2]
+    if ndim < 3 or not query.is_floating_point() or not query.numel() or not key.numel():
+        return None
+    if not all(t.is_meta and t.dim() == ndim and t.dtype == query.dtype for t in (key, value)):
+        return None
+    if value.shape[:-1] != key.shape[:-1] or key.shape[-1] != query.shape[-1]:
+        return None
+    grouped = enable_gqa and ndim > 3 and key.shape[:-3] == batch[:-1] and batch[-1] % key.shape[-3] == 0
+    if not (grouped or key.shape[:-2] == batch):
+        return None
+    if attn_mask is not None:
+        wanted = (*query.shape[:-1], key.shape[-2])
+        sizes = (1,) * (ndim - attn_mask.dim()) + tuple(attn_mask.shape)
+        fits = len(sizes) == ndim and all(n in (1, m) for n, m in zip(sizes, wanted, strict=True))
+        if is_causal or not fits or attn_mask.dtype not in (torch.bool, query.dtype):
+            return None
+    return [*query.shape[:-1], value.shape[-1]]
 
 
 def joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:

@@ -46,16 +46,16 @@ def check_module(model: Any) -> None:
 def walk(root: nn.Module) -> dict[nn.Module, str]:
     """Every module of a tree with its (first) path, in the order of `named_modules`, which takes a generator per level."""
     found: dict[nn.Module, str] = {root: ""}
-
-    def descend(module: nn.Module, start: str) -> None:
-        for name, child in module._modules.items():
-            if child is not None and child not in found:
-                found[child] = start + name
-                if child._modules:
-                    descend(child, f"{start}{name}.")
-
-    descend(root, "")
+    add_children(root, "", found)
     return found
+
+
+def add_children(module: nn.Module, start: str, found: dict[nn.Module, str]) -> None:
+    for name, child in module._modules.items():
+        if child is not None and child not in found:
+            found[child] = path = start + name
+            if child._modules:
+                add_children(child, path + ".", found)
 
 
 def every_path(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -3,34 +3,37 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from torch import fx
 
 from fxprune.passes.ir.program import Built
+from fxprune.passes.ir.pytree import ATOMS
 from fxprune.passes.rewrite.programs import Line, Name
 
 Steps = tuple[tuple[bool, Any], ...]  # how a part is read off a structure: by attribute or by item, and the key
 
 
-def nodes_in(x: Any) -> Iterator[fx.Node]:
-    return (leaf for _, leaf in parts_of(x) if isinstance(leaf, fx.Node))
+def nodes_in(x: Any) -> list[fx.Node]:
+    return [leaf for _, leaf in parts_of(x) if isinstance(leaf, fx.Node)]
 
 
-def parts_of(x: Any, steps: Steps = ()) -> Iterator[tuple[Steps, Any]]:
+def parts_of(x: Any, steps: Steps = ()) -> list[tuple[Steps, Any]]:
     """The leaves of a structure, and how they are read off it."""
+    if type(x) is fx.Node or type(x) in ATOMS:
+        return [(steps, x)]
+    items: Iterable[tuple[Any, Any]]
+    by_attribute = False
     if isinstance(x, Built):
-        items: Iterable[tuple[bool, Any, Any]] = ((x.by_attribute, k, v) for k, v in x.parts.items())
+        items, by_attribute = x.parts.items(), x.by_attribute
     elif isinstance(x, tuple | list):
-        items = ((False, i, v) for i, v in enumerate(x))
+        items = enumerate(x)
     elif isinstance(x, dict):
-        items = ((False, k, v) for k, v in x.items())
+        items = x.items()
     else:
-        yield steps, x
-        return
-    for by_attribute, key, value in items:
-        yield from parts_of(value, (*steps, (by_attribute, key)))
+        return [(steps, x)]
+    return [part for key, value in items for part in parts_of(value, (*steps, (by_attribute, key)))]
 
 
 def reading(name: str, source: Name, steps: Steps) -> list[Line]:
@@ -47,16 +50,17 @@ def reading(name: str, source: Name, steps: Steps) -> list[Line]:
 def constructed(x: Any, line: Line) -> list[Line]:
     """A line that takes a structure (args, and kwargs where it calls a module), after those that create objects in it."""
     made: list[Line] = []
-
-    def flat(v: Any) -> Any:
-        if isinstance(v, Built):
-            parts = {k: flat(p) for k, p in v.parts.items()}
-            args, kwargs = (tuple(parts.values()), {}) if v.by_position else ((), parts)
-            made.append(Line(f"{line.name} {len(made)}", "call_function", v.create, args, kwargs))
-            return Name(made[-1].name)
-        if isinstance(v, tuple | list):
-            return type(v)([flat(p) for p in v])
-        return {k: flat(p) for k, p in v.items()} if isinstance(v, dict) else v
-
-    args, kwargs = ((flat(x),), {}) if line.op == "output" else flat(x)
+    args, kwargs = ((flat(x, line, made),), {}) if line.op == "output" else flat(x, line, made)
     return [*made, line._replace(args=args, kwargs=kwargs)]
+
+
+def flat(x: Any, line: Line, made: list[Line]) -> Any:
+    """A structure in which names stand for objects, which the lines that are added to `made` create."""
+    if isinstance(x, Built):
+        parts = {k: flat(p, line, made) for k, p in x.parts.items()}
+        args, kwargs = (tuple(parts.values()), {}) if x.by_position else ((), parts)
+        made.append(Line(f"{line.name} {len(made)}", "call_function", x.create, args, kwargs))
+        return Name(made[-1].name)
+    if isinstance(x, tuple | list):
+        return type(x)([flat(p, line, made) for p in x])
+    return {k: flat(p, line, made) for k, p in x.items()} if isinstance(x, dict) else x

@@ -12,6 +12,7 @@ tensors, it does what its lines say. Its program is not written down.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -69,6 +70,7 @@ class Nesting:
         self.around: dict[str, set[str]] = {}
         self.shared: dict[str, set[str]] = {}
         self.numbers: dict[str, bool] = {}
+        self.signatures: dict[Any, inspect.Signature] = {}  # of forwards, by class
         self.top = call_tree(flat, calls)
         self.touched = touched_paths(self.top)
         self.users: dict[str, list[int]] = {}
@@ -188,7 +190,8 @@ class Nesting:
     def arguments(self, call: Call, module: nn.Module) -> tuple[list[Line], dict[str, Name]]:
         """The lines that read a module's arguments, and by name what lines of others are there."""
         traced = call.call
-        signature = signature_of(module)
+        owner = module if "forward" in vars(module) else type(module)
+        signature = self.signatures.get(owner) or self.signatures.setdefault(owner, signature_of(module))
         bound = signature.bind(*traced.args, **traced.kwargs).arguments
         lines: list[Line] = []
         reads: list[Line] = []
@@ -267,13 +270,7 @@ class Nesting:
         """Lines of one module, with arguments for what is outside, and reads of tensors and sizes before their first use."""
         known: dict[str, Name] = dict(given)
         made: list[Line] = []
-
-        def read(name: str) -> Name:
-            found = known.get(name)
-            if found is None:
-                found = known[name] = self.read_here(name, path, read, made)
-            return found
-
+        read = functools.partial(self.known_here, path, known, made)
         for line in lines:
             args, kwargs = renamed(line.args, read), renamed(line.kwargs, read) if line.kwargs else {}
             if line.op != "placeholder":
@@ -284,6 +281,14 @@ class Nesting:
             made.append(line)
             known.setdefault(line.name, Name(line.name))
         return made
+
+    def known_here(self, path: str, known: dict[str, Name], made: list[Line], name: str) -> Name:
+        """What stands for a line in the program of the module at `path`, which is read there if it is not `known`."""
+        found = known.get(name)
+        if found is None:
+            read = functools.partial(self.known_here, path, known, made)
+            found = known[name] = self.read_here(name, path, read, made)
+        return found
 
     def read_here(self, name: str, path: str, read: Callable[[str], Name], made: list[Line]) -> Name:
         """Write down a read of a tensor, or of a size, in the program of the module at `path`."""
