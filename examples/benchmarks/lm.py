@@ -240,8 +240,9 @@ def page(rows: list[dict[str, Any]]) -> str:
         "calibration; tuned is what that gives by `block`, 200 steps of a batch for each block. `LoRA` is a distillation from",
         f"the original behind that, without labels: rank {RANK} beside each layer, steps of {WINDOWS} windows of the data of",
         "calibration, merged. `all` is a budget and nothing else said: the stream may go, last. `depth` takes whole branches.",
-        "Seconds are those of a machine shared with other work; a later row is without what it shares with an earlier one: of",
-        "plain methods their statistics, of ours the scores, which are kept in a file (the default as cut was scored anew).",
+        "Seconds are those of a machine shared with other work, where Wanda-sp at 0.8 and query heads were stopped at",
+        "times; a later row is without what it shares with an earlier one: of plain methods their statistics, of ours the",
+        "scores, which are kept in a file (the default as cut was scored anew).",
         "`default, no growth` is the default as it was before decision 310: its scores, without growth. `scored as heads`: the",
         "scores were gathered for whole heads, so that all dimensions of a head had one score.",
     ]
