@@ -36,6 +36,7 @@ WHAT: dict[str, dict[str, Any]] = {
     "FFN": {"only": "*mlp*"},
     "FFN + heads": {"only": LAYERS},
     "FFN + dimensions": {"only": LAYERS, "attention": "dims"},
+    "FFN + query heads": {"only": LAYERS, "attention": "queries"},
     "all": {},  # nothing said: the stream, too, but last
     "depth": {"depth": "only"},
     "FFN + heads + depth": {"only": LAYERS, "depth": True},
@@ -95,16 +96,17 @@ def perplexity(model: nn.Module, batches: list[Tensor]) -> float:
     return math.exp(sum(losses) / sum(len(ids) for ids in batches))
 
 
-def seen_by(model: Any, criterion: str, batches: list[Tensor]) -> Any:
+def seen_by(model: Any, criterion: str, batches: list[Tensor], attention: Any) -> Any:
     """What a criterion saw of the data of calibration, for all budgets: kept in a file of the folder `build`."""
     if criterion == "magnitude":
         return criterion
     tokens = sum(ids.numel() for ids in batches)
-    file = HERE.parent.parent / "build" / "lm" / f"{criterion}-{tokens}-{fxprune.__version__}.safetensors"
+    name = criterion if attention == "heads" else f"{criterion}-{attention}"
+    file = HERE.parent.parent / "build" / "lm" / f"{name}-{tokens}-{fxprune.__version__}.safetensors"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         data = [{"input_ids": ids, "labels": ids} for ids in torch.cat(batches).split(1)]  # the logits of one window at a time
-        fxprune.calibrate(model, data, criterion, data[0]).save(file)
+        fxprune.calibrate(model, data, criterion, data[0], attention=attention).save(file)
     return fxprune.Calibration.load(file)
 
 
@@ -115,7 +117,8 @@ def ours(model: Any, batches: list[Tensor], keep: float, criterion: str, what: s
     if asked.get("depth"):
         asked["data"] = [{"input_ids": ids, "labels": ids} for ids in batches]
     if asked.get("depth") != "only":
-        asked["criterion"] = seen_by(model, "token_taylor" if criterion == "default" else criterion, batches)
+        name, attention = "token_taylor" if criterion == "default" else criterion, asked.get("attention", "heads")
+        asked["criterion"] = seen_by(model, name, batches, attention)
     if criterion != "default":
         asked["ranking"] = "global"
     return fxprune.prune(model, example_inputs=inputs, params=keep, verify=False, **asked)
@@ -237,9 +240,11 @@ def page(rows: list[dict[str, Any]]) -> str:
         "calibration; tuned is what that gives by `block`, 200 steps of a batch for each block. `LoRA` is a distillation from",
         f"the original behind that, without labels: rank {RANK} beside each layer, steps of {WINDOWS} windows of the data of",
         "calibration, merged. `all` is a budget and nothing else said: the stream may go, last. `depth` takes whole branches.",
-        "Seconds are those of a machine shared with other work; a later row is without what it shares with an earlier one: of",
-        "plain methods their statistics, of ours the scores, which are kept in a file (the default as cut was scored anew).",
-        "`default, no growth` is the default as it was before decision 310: its scores, without growth.",
+        "Seconds are those of a machine shared with other work, where Wanda-sp at 0.8 and query heads were stopped at",
+        "times; a later row is without what it shares with an earlier one: of plain methods their statistics, of ours the",
+        "scores, which are kept in a file (the default as cut was scored anew).",
+        "`default, no growth` is the default as it was before decision 310: its scores, without growth. `scored as heads`: the",
+        "scores were gathered for whole heads, so that all dimensions of a head had one score.",
     ]
     for size in sorted({(r["calibration"], r["tokens"], r["held"]) for r in rows}):
         mine = [r for r in rows if (r["calibration"], r["tokens"], r["held"]) == size]
