@@ -139,6 +139,7 @@ class ProgramRun:
                 trace.shapes[node] = tuple(value.shape)
             if observer.writes:
                 self.writing.add(node)
+                trace.note_write(node, value, interpreter.env)
             if node.op == "placeholder":
                 for tensor in collect(value, Tensor):
                     observer.op_trace.values[observer.ref(tensor).id].from_input = True

@@ -33,11 +33,13 @@ class Path:
         nodes: that of the product first.
         kinds: the ops of each of the others.
         bounds: beyond which the reader does not tell results apart.
+        written: as of the trace.
     """
 
     nodes: tuple[fx.Node, ...] = ()
     kinds: tuple[tuple[str, ...], ...] = ()
     bounds: tuple[float, float] = (-math.inf, math.inf)
+    written: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
 
     @property
     def is_bounded(self) -> bool:
@@ -64,7 +66,7 @@ class Path:
         try:
             env[first] = value
             for node in self.nodes[1:]:
-                env[node] = interpreter.step_on_copies(node)
+                env[node] = env[self.written.get(node, node)] = interpreter.step_on_copies(node)
             found: Tensor = env[self.nodes[-1]]
             return found
         finally:
@@ -85,27 +87,40 @@ class Trace:
     Attributes:
         ops: the calls of each.
         shapes: of those that return a tensor.
+        written: of those that write to an argument and return it, the node whose value that is.
     """
 
     ops: dict[fx.Node, list[OpView]] = field(default_factory=dict)
     shapes: dict[fx.Node, tuple[int, ...]] = field(default_factory=dict)
+    written: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+    def note_write(self, node: fx.Node, value: object, env: Mapping[fx.Node, object]) -> None:
+        """Note what a node wrote to and returned; `env` are the values that later nodes read."""
+        for other in node.all_input_nodes:
+            if env.get(other) is value:
+                self.written[node] = other
+
+    def readers(self, node: fx.Node, nodes: Mapping[fx.Node, int]) -> list[fx.Node]:
+        """Which read the result of a node, by whatever name."""
+        other = self.written.get(node)
+        return [*node.users, *(user for user in (other.users if other else ()) if nodes[user] > nodes[node])]
 
     def path(self, start: fx.Node, nodes: Mapping[fx.Node, int]) -> Path:
         """The path of a product whose result is that of a node; `nodes` are all, with their positions."""
         found, kinds = [start], list[tuple[str, ...]]()
-        while len(found[-1].users) == 1:
-            node = next(iter(found[-1].users))
-            known = all(nodes[other] < nodes[start] for other in node.all_input_nodes if other is not found[-1])
+        while len(readers := self.readers(found[-1], nodes)) == 1:
+            node, same = readers[0], (found[-1], self.written.get(found[-1]))
+            known = all(nodes[other] < nodes[start] for other in node.all_input_nodes if other not in same)
             if not known or node.op == "output" or self.shapes.get(node) != self.shapes[start]:
                 break
             calls = self.ops[node]
             if (bounds := bounds_of(calls)) is not None:
-                return Path(tuple(found), tuple(kinds), bounds)
+                return Path(tuple(found), tuple(kinds), bounds, self.written)
             if not all(scales_channels(call) for call in calls):
                 break
             found.append(node)
             kinds.append(names(calls))
-        return Path(tuple(found), tuple(kinds))
+        return Path(tuple(found), tuple(kinds), written=self.written)
 
 
 def names(calls: Sequence[OpView]) -> tuple[str, ...]:
