@@ -65,6 +65,12 @@ class BatchInterpreter(fx.Interpreter):
         finally:
             self.copies = False
 
+    def look_ahead(self, call: SiteCall, site: RepairSite, value: Tensor) -> SiteCall:
+        """The call of a site with what its result, which a node returned as `value`, becomes."""
+        if site.path.nodes:
+            call.ahead, call.slope = (t.reshape(call.out.shape) for t in site.path.measure(self, value))
+        return call
+
     def run_node(self, node: fx.Node) -> Any:
         try:
             return super().run_node(node)
@@ -182,7 +188,7 @@ class ProgramRun:
             with observer:
                 value = interpreter.step(node)
             for site in self.sites[node]:
-                found.setdefault(site.key, []).append(site.path.seen(find_call(observer.calls, site), interpreter, value))
+                found.setdefault(site.key, []).append(interpreter.look_ahead(find_call(observer.calls, site), site, value))
         return found
 
     def run_until(self, key: Key) -> tuple[fx.Node, RepairSite] | None:
@@ -203,7 +209,7 @@ class ProgramRun:
             observer = SiteObserver(self.names, self.owned)
             with observer:
                 value = interpreter.step_on_copies(node) if node in self.writing else interpreter.run_node(node)
-            yield site.path.seen(find_call(observer.calls, site), interpreter, value)
+            yield interpreter.look_ahead(find_call(observer.calls, site), site, value)
 
     def run_to(self, key: Key) -> list[SiteCall]:
         """Run the nodes up to that of a site and return its call on each batch; empty if there is no such site."""

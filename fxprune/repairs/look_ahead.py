@@ -10,19 +10,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
 
 from fxprune.passes.ops.call import OpView
 
-if TYPE_CHECKING:
-    from fxprune.repairs.interpreter import BatchInterpreter
-    from fxprune.repairs.sites import SiteCall
-
 PRECISE = (torch.float32, torch.float64)  # in others the difference of two results says little about a slope
 FLAT = 1e-6  # a slope, as a share of the largest, at which a channel is as good as not read
+
+
+class Steps(Protocol):
+    """A program on its way through a batch: the values that later nodes read, and how a node is run."""
+
+    env: dict[fx.Node, Any]
+
+    def step_on_copies(self, node: fx.Node) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,29 +53,26 @@ class Path:
         """Whether two programs do the same along their paths, and anything at all."""
         return (self.kinds, self.bounds) == (other.kinds, other.bounds) and (bool(self.kinds) or self.is_bounded)
 
-    def seen(self, call: SiteCall, interpreter: BatchInterpreter, value: Tensor) -> SiteCall:
-        """A call with what its result, which a node returned as `value`, becomes along the path."""
-        if self.nodes:
-            ahead = self.follow(interpreter, value)
-            step = value.abs().amax().clamp(min=1)
-            grown = (self.follow(interpreter, value + step) - ahead) / step
-            slope = torch.where(grown.abs() > FLAT * grown.abs().amax(), grown, 1)
-            call.ahead, call.slope = (t.reshape(call.out.shape) for t in (ahead, slope))
-        return call
-
-    def follow(self, interpreter: BatchInterpreter, value: Tensor) -> Tensor:
+    def follow(self, program: Steps, value: Tensor) -> Tensor:
         """What a result of the product becomes in a program that has run up to it."""
-        env, first = interpreter.env, self.nodes[0]
+        env, first = program.env, self.nodes[0]
         before = dict(env)
         try:
             env[first] = value
             for node in self.nodes[1:]:
-                env[node] = env[self.written.get(node, node)] = interpreter.step_on_copies(node)
+                env[node] = env[self.written.get(node, node)] = program.step_on_copies(node)
             found: Tensor = env[self.nodes[-1]]
             return found
         finally:
             env.clear()
             env.update(before)
+
+    def measure(self, program: Steps, value: Tensor) -> tuple[Tensor, Tensor]:
+        """What a result becomes, and by how much that grows with it; 1 where it hardly does."""
+        ahead = self.follow(program, value)
+        step = value.abs().amax().clamp(min=1)
+        grown = (self.follow(program, value + step) - ahead) / step
+        return ahead, torch.where(grown.abs() > FLAT * grown.abs().amax(), grown, 1)
 
     def beyond(self, wanted: Tensor, found: Tensor) -> Tensor:
         """Of all values that the reader does not tell from those that are wanted, the nearest to those that were found."""
