@@ -15,7 +15,9 @@ from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.program import REGIONS, SET_GRAD_ENABLED
 from fxprune.passes.ir.pytree import collect, map_tensors
+from fxprune.passes.ops.call import OpView
 from fxprune.passes.rewrite.pruned_module import PrunedModule
+from fxprune.repairs.look_ahead import PRECISE, Trace
 from fxprune.repairs.sites import (
     Key,
     RepairSite,
@@ -62,6 +64,12 @@ class BatchInterpreter(fx.Interpreter):
             return self.run_node(node)
         finally:
             self.copies = False
+
+    def look_ahead(self, call: SiteCall, site: RepairSite, value: Tensor) -> SiteCall:
+        """The call of a site with what its result, which a node returned as `value`, becomes."""
+        if site.path.nodes:
+            call.ahead, call.slope = (t.reshape(call.out.shape) for t in site.path.measure(self, value))
+        return call
 
     def run_node(self, node: fx.Node) -> Any:
         try:
@@ -115,6 +123,7 @@ class ProgramRun:
         self.sites: dict[fx.Node, list[RepairSite]] = {}
         self.computed = 0
         self.writing: set[fx.Node] = set()  # which write to their arguments
+        self.followed: dict[Key, fx.Node] = {}  # nodes whose result is that of a site
         self.find_sites(BatchInterpreter(program, min(batches, key=lambda batch: batch.size), own))
         self.interpreters = [BatchInterpreter(program, batch, own) for batch in batches]
         self.position = 0
@@ -126,28 +135,36 @@ class ProgramRun:
         observer = SiteObserver(self.names, self.owned)
         found: list[tuple[RepairSite, SiteCall, int]] = []
         count: Counter[str] = Counter()
-        with observer:
-            for node in self.nodes:
-                observer.writes = False
+        trace, positions = Trace(), {node: i for i, node in enumerate(self.nodes)}
+        for node in self.nodes:
+            observer.writes, begin = False, len(observer.op_trace.ops)
+            with observer:
                 value = interpreter.step(node)
-                if observer.writes:
-                    self.writing.add(node)
-                if node.op == "placeholder":
-                    for tensor in collect(value, Tensor):
-                        observer.op_trace.values[observer.ref(tensor).id].from_input = True
-                here: Counter[str] = Counter()
-                for call in observer.calls:
-                    site = RepairSite((call.name, count[call.name]), call.product is None, here[call.name])
-                    count[call.name] += 1
-                    here[call.name] += 1
-                    self.sites.setdefault(node, []).append(site)
-                    found.append((site, drop_activations(call), call.op.outputs[0].id))
-                observer.calls.clear()
+            trace.ops[node] = [OpView(op, observer.op_trace) for op in observer.op_trace.ops[begin:]]
+            if isinstance(value, Tensor):
+                trace.shapes[node] = tuple(value.shape)
+            if observer.writes:
+                self.writing.add(node)
+                trace.note_write(node, value, interpreter.env)
+            if node.op == "placeholder":
+                for tensor in collect(value, Tensor):
+                    observer.op_trace.values[observer.ref(tensor).id].from_input = True
+            here: Counter[str] = Counter()
+            for call in observer.calls:
+                site = RepairSite((call.name, count[call.name]), call.product is None, here[call.name])
+                count[call.name] += 1
+                here[call.name] += 1
+                self.sites.setdefault(node, []).append(site)
+                self.followed |= {site.key: node} if is_result(call, value) else {}
+                found.append((site, drop_activations(call), call.op.outputs[0].id))
+            observer.calls.clear()
         self.computed = len(observer.computed)
         returned = {observer.ref(t).id for t in collect(list(interpreter.env.values()), Tensor)}
         norms = {call.op.first.id: site for site, call, _ in found if site.norm}
         for site, call, out in found:
             site.reason = why_fixed(site, call, observer, count)
+            if site.key in self.followed:
+                site.path = trace.path(self.followed[site.key], positions)
             bias = call.bias
             scaled = any(call.op.get(name, 1) != 1 for name in ("alpha", "beta"))
             own = bias is not None and bias.dim() == 1 and observer.owner(bias)
@@ -169,9 +186,9 @@ class ProgramRun:
         for interpreter in self.interpreters:
             observer = SiteObserver(self.names, self.owned)
             with observer:
-                interpreter.step(node)
+                value = interpreter.step(node)
             for site in self.sites[node]:
-                found.setdefault(site.key, []).append(find_call(observer.calls, site))
+                found.setdefault(site.key, []).append(interpreter.look_ahead(find_call(observer.calls, site), site, value))
         return found
 
     def run_until(self, key: Key) -> tuple[fx.Node, RepairSite] | None:
@@ -191,8 +208,8 @@ class ProgramRun:
         for interpreter in [self.interpreters[i] for i in sorted(batches)]:
             observer = SiteObserver(self.names, self.owned)
             with observer:
-                interpreter.step_on_copies(node) if node in self.writing else interpreter.run_node(node)
-            yield find_call(observer.calls, site)
+                value = interpreter.step_on_copies(node) if node in self.writing else interpreter.run_node(node)
+            yield interpreter.look_ahead(find_call(observer.calls, site), site, value)
 
     def run_to(self, key: Key) -> list[SiteCall]:
         """Run the nodes up to that of a site and return its call on each batch; empty if there is no such site."""
@@ -213,6 +230,13 @@ class ProgramRun:
         for node in self.nodes[self.position :]:
             self.run(node)
         self.position = len(self.nodes)
+
+
+def is_result(call: SiteCall, value: Any) -> bool:
+    """Whether a node returned what a call did, if in another shape, and precisely enough to tell a slope."""
+    if not isinstance(value, Tensor) or value.dtype not in PRECISE or value.numel() != call.out.numel():
+        return False
+    return torch.equal(value.reshape(call.out.shape), call.out)
 
 
 def address(tensor: Tensor) -> int:

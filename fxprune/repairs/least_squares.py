@@ -26,6 +26,7 @@ RIDGES = (0.01, 0.1, 1.0, 10.0, 0.001, 0.0001)  # to choose from; the first one 
 LARGEST = 1 << 24  # elements of a matrix of inputs: windows are taken from a part of the samples at a time
 PART = 1 << 16  # elements that are converted at a time
 ENOUGH_ROWS = 64  # for each input of a product: positions of a convolution beyond that change its fit by a hundredth
+FEWEST_ROWS = 1 << 16  # which narrow layers, whose rows cost little, have at least
 COLUMNS = 384  # of a block of the matrix of moments, of which only those on and above the diagonal are computed
 
 
@@ -49,6 +50,12 @@ class NormalEquations:
     count: int = 0
     about_means: tuple[Tensor, Tensor] | None = None  # the matrix and the right-hand side, once they are asked for
     mirrored: bool = False
+    known: bool = False  # whether the moments of the inputs are
+
+    def again(self) -> NormalEquations:
+        """Those of other residuals on the same inputs, which are to be added in the same order."""
+        cross, residuals, known = torch.zeros_like(self.cross), torch.zeros_like(self.residuals), bool(self.gram.dim())
+        return NormalEquations(self.constant, self.whole(), cross, self.inputs, residuals, known=known, mirrored=known)
 
     def add(self, x: Tensor, r: Tensor) -> None:
         """Inputs of shape (groups, rows, columns) and residuals of shape (groups, rows, outputs)."""
@@ -58,20 +65,20 @@ class NormalEquations:
                 x.new_zeros(groups, *shape, dtype=torch.float64)
                 for shape in ((columns, columns), (columns, r.shape[2]), (columns,), (r.shape[2],))
             )
-        self.about_means, self.mirrored = None, False
-        for at in range(0, columns, COLUMNS):
-            self.gram[:, at : at + COLUMNS, at:] += x[:, :, at : at + COLUMNS].mT @ x[:, :, at:]
+        self.about_means, self.mirrored = None, self.known
+        if not self.known:
+            for at in range(0, columns, COLUMNS):
+                self.gram[:, at : at + COLUMNS, at:] += x[:, :, at : at + COLUMNS].mT @ x[:, :, at:]
+            self.inputs += x.sum(1, dtype=torch.float64)
         self.cross += x.mT @ r
-        self.inputs += x.sum(1, dtype=torch.float64)
         self.residuals += r.sum(1, dtype=torch.float64)
         self.squares += sum_of_squares(r)
         self.count += x.shape[1]
 
     def whole(self) -> Tensor:
         """The matrix with what is below its diagonal."""
-        if not self.mirrored:
-            self.gram.copy_(self.gram.triu() + self.gram.triu(1).mT)
-            self.mirrored = True
+        if not self.mirrored and self.gram.dim():
+            self.gram, self.mirrored = self.gram.copy_(self.gram.triu() + self.gram.triu(1).mT), True
         return self.gram
 
     def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
@@ -138,7 +145,7 @@ def fit(normal: NormalEquations, held: NormalEquations, ridge: float | None) -> 
 def add_call(normal: NormalEquations, call: SiteCall, residual: Tensor, target: Tensor | None = None, runs: int = 1) -> None:
     """Add one run of a product, whose result should have been larger by `residual`.
 
-    Of a convolution with many more positions than inputs, some are drawn for each part of the samples (as in ThiNet).
+    Of a convolution with many more positions than inputs, some are drawn (as in ThiNet), others for each part of the samples.
 
     Arguments:
         target: what it should have been, whose size is then noted; else it is that of the residual.
@@ -147,8 +154,8 @@ def add_call(normal: NormalEquations, call: SiteCall, residual: Tensor, target: 
     target = residual if target is None else target
     if is_convolution(call):
         window = call.weight[:, 0].numel() if call.op.get("transposed") else call.weight[0].numel() * groups(call)
-        positions, generator = residual.shape[2:].numel(), torch.Generator().manual_seed(len(residual))
-        drawn = min(positions, math.ceil(ENOUGH_ROWS * count_inputs(call) / (runs * len(residual))))
+        positions, generator = residual.shape[2:].numel(), torch.Generator().manual_seed(normal.count)
+        drawn = min(positions, math.ceil(max(ENOUGH_ROWS * count_inputs(call), FEWEST_ROWS) / (runs * len(residual))))
         step = max(1, LARGEST // max(drawn * window, 1))
         for source, t, r in zip(call.source.split(step), target.split(step), residual.split(step), strict=True):
             at = None
@@ -173,8 +180,7 @@ def groups(call: SiteCall) -> int:
 def flat(call: SiteCall, x: Tensor, dim: int) -> Tensor:
     """A matrix with one of its dimensions last; a batch of matrices stays one."""
     batched = x.dim() == 3 and call.weight.dim() == 3
-    moved = wide(x).movedim(dim, -1)
-    return moved.reshape(len(x) if batched else 1, -1, x.shape[dim])
+    return wide(x).movedim(dim, -1).reshape(len(x) if batched else 1, -1, x.shape[dim])
 
 
 def by_group(call: SiteCall, r: Tensor) -> Tensor:

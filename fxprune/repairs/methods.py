@@ -23,6 +23,7 @@ from fxprune.repairs.least_squares import (
 from fxprune.repairs.repairer import NO_PRODUCT, NOT_FINITE, Change, Repairer, RepairMethod, Skip, relative
 from fxprune.repairs.sites import RepairSite, SiteCall
 
+ROUNDS = 4  # of fits whose target depends on what was fitted before
 NO_PLACE = "it has no bias, and no normalisation with running statistics behind it"
 
 
@@ -60,14 +61,41 @@ class Fold(RepairMethod):
 class Reconstruct(RepairMethod):
     """Fit the weight, and the constant beside it, to the original's result by least squares on the inputs that are left."""
 
-    name, measures = "reconstruct", True
+    name, measures, looks_ahead = "reconstruct", True, True
 
     def apply(self, repairer: Repairer, site: RepairSite) -> Change | None:
-        constant = site.place is not None
-        normal, unseen, sizes = NormalEquations(constant), NormalEquations(constant), {False: 0.0, True: 0.0}
+        normals = NormalEquations(site.place is not None), NormalEquations(site.place is not None)
+        first = best = self.fit(repairer, site, normals)
+        for _ in range(ROUNDS if first is not None and site.path.is_bounded else 0):
+            start = [(tensor, tensor.clone()) for tensor, _ in repairer.start]
+            repairer.calls.clear()
+            normals = normals[0].again(), normals[1].again()
+            again = self.fit(repairer, site, normals, bounded=True)
+            now = None if again is None else again.held if repairer.checks else again.error
+            if now is None or not now[1] < now[0]:
+                for tensor, value in start:
+                    tensor.copy_(value)
+                break
+            best = again
+        if first is best or first is None or best is None:
+            return first
+        error, held = (
+            None if a is None or b is None else (a[0], b[1]) for a, b in ((first.error, best.error), (first.held, best.held))
+        )
+        return Change(error, first.note, held)
+
+    def fit(
+        self, repairer: Repairer, site: RepairSite, normals: tuple[NormalEquations, NormalEquations], *, bounded: bool = False
+    ) -> Change | None:
+        """One fit to what is wanted, or with `bounded` to what a reader does not tell from it, nearest to what there is.
+
+        Arguments:
+            normals: what the data to fit is added to, and those held out.
+        """
+        (normal, unseen), sizes = normals, {False: 0.0, True: 0.0}
         large: dict[bool, list[tuple[SiteCall, Tensor]]] = {False: [], True: []}
         for held, into in ((False, normal), (True, unseen)):
-            for call, target, residual in repairer.residuals(site, held=held):
+            for call, target, residual in repairer.residuals(site, held=held, bounded=bounded):
                 if count_inputs(call) > least_squares.WIDE:
                     sizes[held] += sum_of_squares(target)
                     large[held].append((call, residual))

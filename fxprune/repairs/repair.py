@@ -156,7 +156,9 @@ def repair(
         method: one of these, or several, which are applied in turn at each layer; by default `refit` where
             all inputs are integers, as tokens are, and else `reconstruct` with `recalibrate`:
             `reconstruct`: the weight is moved to the one whose result is closest to the original's, by least squares on the
-            inputs that are left (as in ThiNet, arXiv:1707.06342, and OBSPA, arXiv:2403.18955);
+            inputs that are left (as in ThiNet, arXiv:1707.06342, and OBSPA, arXiv:2403.18955). Where it is added to a stream
+            the sum counts, with the errors that the stream has by then; before a ReLU or a ReLU6 what these tell apart
+            (as in arXiv:1505.06798);
             `compensate`: a constant makes the mean of each result the original's (FLAP, arXiv:2312.11983: what the removed
             inputs contributed in the mean);
             `fold`: what removed inputs contribute that are constant on all of the data, such as channels whose

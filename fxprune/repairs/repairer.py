@@ -14,6 +14,7 @@ from fxprune.criteria.activation_stats import wide
 from fxprune.passes.ir.progress import progress_bar
 from fxprune.repairs.interpreter import ProgramRun
 from fxprune.repairs.least_squares import groups, is_convolution, sum_of_squares
+from fxprune.repairs.look_ahead import Path
 from fxprune.repairs.sites import Key, RepairSite, SiteCall
 
 NO_PRODUCT = "the original has no such product"
@@ -79,6 +80,14 @@ class SideBySide:
         """The numbers of those that are held out, or of the others."""
         return [i for i in range(len(self.new.interpreters)) if (i in self.held) == held]
 
+    def agree_on_paths(self, looks_ahead: bool) -> None:
+        """Forget the paths of sites that are not the same in both programs, or all of them."""
+        old, new = ({s.key: s for sites in run.sites.values() for s in sites} for run in (self.old, self.new))
+        for key in {*old, *new}:
+            if not looks_ahead or key not in old or key not in new or not new[key].path.fits(old[key].path):
+                for site in (found[key] for found in (old, new) if key in found):
+                    site.path = Path()
+
 
 @dataclass
 class Repairer:
@@ -104,6 +113,8 @@ class Repairer:
 
     def run(self, methods: Sequence[RepairMethod]) -> None:
         """Repair every site in the order of the programs by each method in turn, then run what follows."""
+        for run in self.runs:
+            run.agree_on_paths(any(method.looks_ahead for method in methods))
         sites = merged([[s for sites in run.new.sites.values() for s in sites] for run in self.runs])
         for site in progress_bar(sites, "repair", "layer"):
             for method in methods:
@@ -121,6 +132,7 @@ class Repairer:
     def apply(self, method: RepairMethod, site: RepairSite) -> list[RepairStep]:
         """Repair a site, and undo it where that does not bring it closer to the original on the data held out."""
         step = RepairStep(site.key[0], method.name, None, False)
+        self.start = []
         try:
             if site.reason or self.refusal:
                 raise Skip(site.reason or self.refusal)
@@ -136,6 +148,8 @@ class Repairer:
                 return [replace(step, error=change.error, done=True, note=change.note)]
             error = change.held or (before, self.error(site))
         except Skip as reason:
+            for tensor, value in self.start:
+                tensor.copy_(value)
             return [replace(step, note=str(reason))]
         finally:
             self.calls.clear()
@@ -166,7 +180,7 @@ class Repairer:
     def error(self, site: RepairSite) -> float:
         """The relative error of a site's result on the data held out."""
         squares = size = 0.0
-        mean = self.mean_behind(site)
+        mean = None if site.path.kinds else self.mean_behind(site)  # which the path goes through
         moved = next((mean - value for t, value in self.start if t is mean), None)  # what it takes off the result
         for call, target, residual in self.residuals(site, held=True):
             if moved is not None and call.product is not None:
@@ -202,17 +216,27 @@ class Repairer:
         """The calls of a site in the original, on all batches."""
         return [call for run in self.runs for call in run.old.run_to(site.key)]
 
-    def residuals(self, site: RepairSite, *, held: bool = False) -> Iterator[tuple[SiteCall, Tensor, Tensor]]:
+    def residuals(
+        self, site: RepairSite, *, held: bool = False, bounded: bool = True
+    ) -> Iterator[tuple[SiteCall, Tensor, Tensor]]:
         """For each batch the site's call, the result of the original without what was removed from it, and the difference.
+
+        Where the site has a path, it is the change after which what the result becomes along it is as in the original.
 
         Arguments:
             held: whether on the batches held out, instead of those to fit.
+            bounded: whether what the reader of the result does not tell apart is the same.
         """
         for wanted, call in self.measured(site, held=held):
             target = self.keep(wanted)
             if target.shape != call.out.shape:
                 raise Skip("its result has another shape than the original's")
-            yield call, wide(target), wide(target) - wide(call.out)
+            residual = wide(target) - wide(call.out)
+            if call.ahead is not None and call.slope is not None and wanted.ahead is not None:
+                found = wide(call.ahead)
+                aim = wide(self.keep(wanted, wanted.ahead))
+                residual = ((site.path.beyond(aim, found) if bounded else aim) - found) / wide(call.slope)
+            yield call, wide(target), residual
 
     def mask(self, call: SiteCall) -> Tensor:
         """Which elements of a weight of the original are kept; its shape is that of the weight in the call."""
@@ -261,11 +285,13 @@ class RepairMethod:
         name: of the `method` argument.
         for_norms: whether it repairs normalisations with running statistics, instead of products.
         measures: whether it finds the errors on the data held out itself.
+        looks_ahead: whether it gets right what its result becomes, instead of the result.
     """
 
     name: ClassVar[str]
     for_norms: ClassVar[bool] = False
     measures: ClassVar[bool] = False
+    looks_ahead: ClassVar[bool] = False
 
     def apply(self, repairer: Repairer, site: RepairSite) -> Change | None:
         """Change the parameters of a site; None where nothing is left to change, Skip where it cannot be done."""

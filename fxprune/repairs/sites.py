@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from fxprune.passes.capture.recorder import Recorder
 from fxprune.passes.ir.pytree import collect, map_tensors
 from fxprune.passes.ops.call import OpView
 from fxprune.passes.ops.registry import Product, find
+from fxprune.repairs.look_ahead import Path
 
 Key = tuple[str, int]  # the name of a parameter (or of a running mean), and which of its sites in the program
 Span = tuple[str, int, int]  # part of a parameter: its name, the first and the last element in memory
@@ -33,6 +34,7 @@ class SiteCall:
         op: the call with arguments by name.
         func, args, kwargs: the call, to be made again.
         var: the running variance of a normalisation, whose running mean is its `weight`.
+        ahead: what `out` becomes along the path of the site, in its shape; `slope`, by how much that grows with it.
     """
 
     name: str
@@ -46,6 +48,8 @@ class SiteCall:
     weight: Tensor
     bias: Tensor | None = None
     var: Tensor | None = None
+    ahead: Tensor | None = None
+    slope: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -58,6 +62,7 @@ class RepairSite:
         inside: its position among the sites of its parameter within its node.
         reason: why it cannot be changed, or "".
         place: where a constant can be added to the result: `bias`, the key of the normalisation behind it, or None.
+        path: to where the result is read.
     """
 
     key: Key
@@ -65,6 +70,7 @@ class RepairSite:
     inside: int
     reason: str = ""
     place: str | Key | None = None
+    path: Path = field(default_factory=Path)
 
 
 class SiteObserver(Recorder):

@@ -1,0 +1,150 @@
+"""What a layer's result becomes before an activation or a second reader sees it: that is what repair has to get right.
+
+Behind a product stand a normalisation with running statistics, the sum with a residual stream, and often an activation that
+is constant below or above a bound. Where what is added is known already, the layer can make up for the errors in it; and
+where the original is beyond the bound, any result beyond it will do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx
+
+from fxprune.passes.ops.call import OpView
+
+PRECISE = (torch.float32, torch.float64)  # in others the difference of two results says little about a slope
+FLAT = 1e-6  # a slope, as a share of the largest, at which a channel is as good as not read
+
+
+class Steps(Protocol):
+    """A program on its way through a batch: the values that later nodes read, and how a node is run."""
+
+    env: dict[fx.Node, Any]
+
+    def step_on_copies(self, node: fx.Node) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    """The nodes from a product to where its result is read, along which it is scaled channel by channel, and added to.
+
+    Attributes:
+        nodes: that of the product first.
+        kinds: the ops of each of the others.
+        bounds: beyond which the reader does not tell results apart.
+        written: as of the trace.
+    """
+
+    nodes: tuple[fx.Node, ...] = ()
+    kinds: tuple[tuple[str, ...], ...] = ()
+    bounds: tuple[float, float] = (-math.inf, math.inf)
+    written: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
+
+    @property
+    def is_bounded(self) -> bool:
+        return self.bounds != (-math.inf, math.inf)
+
+    def fits(self, other: Path) -> bool:
+        """Whether two programs do the same along their paths, and anything at all."""
+        return (self.kinds, self.bounds) == (other.kinds, other.bounds) and (bool(self.kinds) or self.is_bounded)
+
+    def follow(self, program: Steps, value: Tensor) -> Tensor:
+        """What a result of the product becomes in a program that has run up to it."""
+        env, first = program.env, self.nodes[0]
+        before = dict(env)
+        try:
+            env[first] = value
+            for node in self.nodes[1:]:
+                env[node] = env[self.written.get(node, node)] = program.step_on_copies(node)
+            found: Tensor = env[self.nodes[-1]]
+            return found
+        finally:
+            env.clear()
+            env.update(before)
+
+    def measure(self, program: Steps, value: Tensor) -> tuple[Tensor, Tensor]:
+        """What a result becomes, and by how much that grows with it; 1 where it hardly does."""
+        ahead = self.follow(program, value)
+        step = value.abs().amax().clamp(min=1)
+        grown = (self.follow(program, value + step) - ahead) / step
+        return ahead, torch.where(grown.abs() > FLAT * grown.abs().amax(), grown, 1)
+
+    def beyond(self, wanted: Tensor, found: Tensor) -> Tensor:
+        """Of all values that the reader does not tell from those that are wanted, the nearest to those that were found."""
+        low, high = self.bounds
+        wanted = torch.where(wanted <= low, found.clamp(max=low), wanted) if low > -math.inf else wanted
+        return torch.where(wanted >= high, found.clamp(min=high), wanted) if high < math.inf else wanted
+
+
+@dataclass(slots=True)
+class Trace:
+    """What the nodes of a program did in one run.
+
+    Attributes:
+        ops: the calls of each.
+        shapes: of those that return a tensor.
+        written: of those that write to an argument and return it, the node whose value that is.
+    """
+
+    ops: dict[fx.Node, list[OpView]] = field(default_factory=dict)
+    shapes: dict[fx.Node, tuple[int, ...]] = field(default_factory=dict)
+    written: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+    def note_write(self, node: fx.Node, value: object, env: Mapping[fx.Node, object]) -> None:
+        """Note what a node wrote to and returned; `env` are the values that later nodes read."""
+        for other in node.all_input_nodes:
+            if env.get(other) is value:
+                self.written[node] = other
+
+    def readers(self, node: fx.Node, nodes: Mapping[fx.Node, int]) -> list[fx.Node]:
+        """Which read the result of a node, by whatever name."""
+        other = self.written.get(node)
+        return [*node.users, *(user for user in (other.users if other else ()) if nodes[user] > nodes[node])]
+
+    def path(self, start: fx.Node, nodes: Mapping[fx.Node, int]) -> Path:
+        """The path of a product whose result is that of a node; `nodes` are all, with their positions."""
+        found, kinds = [start], list[tuple[str, ...]]()
+        while len(readers := self.readers(found[-1], nodes)) == 1:
+            node, same = readers[0], (found[-1], self.written.get(found[-1]))
+            known = all(nodes[other] < nodes[start] for other in node.all_input_nodes if other not in same)
+            if not known or node.op == "output" or self.shapes.get(node) != self.shapes[start]:
+                break
+            calls = self.ops[node]
+            if (bounds := bounds_of(calls)) is not None:
+                return Path(tuple(found), tuple(kinds), bounds, self.written)
+            if not all(scales_channels(call) for call in calls):
+                break
+            found.append(node)
+            kinds.append(names(calls))
+        return Path(tuple(found), tuple(kinds), written=self.written)
+
+
+def names(calls: Sequence[OpView]) -> tuple[str, ...]:
+    return tuple(name(call) for call in calls)
+
+
+def name(call: OpView) -> str:
+    """Of an op, whether or not it writes to its argument."""
+    return str(call.op.func._schema.name).removeprefix("aten::").rstrip("_")
+
+
+def bounds_of(calls: Sequence[OpView]) -> tuple[float, float] | None:
+    """Of a node that is an activation with one."""
+    if len(calls) == 1 and name(calls[0]) == "relu":
+        return 0.0, math.inf
+    if len(calls) == 1 and name(calls[0]) == "hardtanh":
+        return float(calls[0]["min_val"]), float(calls[0]["max_val"])
+    return None
+
+
+def scales_channels(call: OpView) -> bool:
+    """Whether each channel of the result is one of an argument, times a number, and plus what does not depend on it."""
+    if not call.inputs or (call.get("running_mean") is not None and not call.get("training", False)):
+        return True
+    own = [call.op_trace.values[ref.id].name is not None for ref in call.inputs]
+    return name(call) == "add" or (name(call) == "mul" and any(own))
