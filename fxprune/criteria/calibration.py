@@ -192,13 +192,13 @@ def held_batches(data: Any, device: torch.device | None = None) -> list[Batch]:
     """All batches, perhaps on another device; raises PruneError where there are none."""
     check_batches(data)
     batches = [parse_batch(item).map(lambda t: t if device is None else t.to(device)) for item in read(data)]
-    if not batches:
-        raise no_batches()
+    if not any(batch.size for batch in batches):
+        raise no_batches("the batches of data hold no samples" if batches else "data holds no batches")
     return batches
 
 
-def no_batches() -> PruneError:
-    return PruneError("data holds no batches", fix=f"{BATCHES}; one that was read to its end is empty")
+def no_batches(what: str = "data holds no batches") -> PruneError:
+    return PruneError(what, fix=f"{BATCHES}; one that was read to its end is empty")
 
 
 def check_source(data: Any, loss: Any) -> None:

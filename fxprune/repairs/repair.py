@@ -300,22 +300,3 @@ def check_tuning(methods: Sequence[str], loss: Any, steps: Any, block_inputs: An
     check_source(None, loss)
     if loss is not None and methods[0] not in ALONE:
         raise PruneError("loss is given to a method that does not look at it", fix=f"method={REFIT!r}, or {BLOCK!r}")
-<<<<<<< HEAD
-=======
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def batches_of(data: Any, device: torch.device) -> list[Batch]:
-    """All batches, on the model's device."""
-    if data is None:
-        raise PruneError("repair looks at data, and there are none", fix=f"{BATCHES}; method={MERGE!r} does without")
-    check_batches(data)
-    batches = [parse_batch(item).map(lambda t: t.to(device)) for item in read(data)]
-    if not any(batch.size for batch in batches):
-        what = "the batches of data hold no samples" if batches else "data holds no batches"
-        raise PruneError(what, fix=f"{BATCHES}; one that was read to its end is empty")
-    return batches
->>>>>>> hb3
