@@ -328,7 +328,9 @@ def verify(model: nn.Module, pruned: nn.Module, example_inputs: Any, *, sizes: b
         check_flag("sizes", sizes)
         pruned = without_wrappers(pruned)
         plan = plan_between(model, pruned)
-        dtypes = [dict.fromkeys(p.dtype for p in m.parameters() if p.is_floating_point()) for m in (model, pruned)]
+        dtypes = [
+            dict.fromkeys(p.dtype for p in named_parameters(m).values() if p.is_floating_point()) for m in (model, pruned)
+        ]
         if all(dtypes) and dtypes[0].keys().isdisjoint(dtypes[1]):
             own, other = (next(iter(found)) for found in dtypes)
             fix = f"both in one precision: pruned.to({own})"

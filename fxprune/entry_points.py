@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from fxprune.arguments import checked_call
 from fxprune.arguments import shown as said
 from fxprune.passes.errors import PruneError, told
-from fxprune.passes.ir.module_tree import PLAIN_TENSORS, check_module, named_parameters, named_tensors, walk
+from fxprune.passes.ir.module_tree import PLAIN_TENSORS, check_module, named_modules, named_parameters, named_tensors, walk
 from fxprune.passes.ir.progress import Progress
 from fxprune.passes.ir.quiet import own_random_state
 
@@ -149,7 +149,7 @@ def check_tensors(model: nn.Module) -> None:
 
 def why_unprunable(model: nn.Module) -> PruneError | None:
     """What is wrong with a kind of model of which nothing can be pruned; None where nothing is known."""
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         if any(is_a(module, *kind) for kind in OBSERVERS):
             return PruneError(
                 "nothing in the model can be pruned: it is prepared for quantization, and observers follow its weights",

@@ -118,9 +118,9 @@ def restoring(model: nn.Module, *, parameters: bool = False) -> Iterator[None]:
     Gradients that a forward gives to parameters go.
     """
     tensors = [t for _, t in named_tensors(model) if parameters or not isinstance(t, nn.Parameter)]
-    gradients = [(p, p.grad) for p in model.parameters()]
+    gradients = [(p, p.grad) for p in named_parameters(model).values()]
     seen: set[int] = set()
-    held = [contents(vars(module), seen) for module in model.modules()]
+    held = [contents(vars(module), seen) for module in walk(model)]
     before = [t.detach().clone() for t in tensors]
     try:
         yield

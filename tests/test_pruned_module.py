@@ -271,3 +271,51 @@ def test_an_opaque_module_that_cannot_be_cut_stays_whole() -> None:
     assert reasons["block.inner"] == f"{why} (at %block in block)"
     again = fxprune.plan_of(pruned).apply(model, inputs)
     assert torch.equal(again(inputs), pruned(inputs))
+
+
+class Collects(nn.Module):
+    """Has members called as methods of every module are: a list, and parameters that it keeps for an optimizer."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(6, 12), nn.Linear(12, 3)
+        self.parameters = []
+        self.parameters = nn.ParameterList([self.inner.weight, self.outer.weight])
+        self.modules = [1.0, 2.0]
+
+    def forward(self, x):
+        return self.outer(self.inner(x).relu() * self.modules[1])
+
+
+@pytest.mark.parametrize("same_class", [False, True])
+def test_members_called_as_methods_of_modules_are(same_class, tmp_path):
+    torch.manual_seed(0)
+    model, x = Collects().eval(), torch.randn(4, 6)
+    pruned = fxprune.prune(model, 0.5, x, same_class=same_class)
+    assert sum(p.numel() for p in pruned.parameters()) < sum(p.numel() for p in model.parameters())
+    assert pruned.modules == [1.0, 2.0]
+    fxprune.save(pruned, tmp_path / "small.safetensors")
+    assert torch.equal(fxprune.load(tmp_path / "small.safetensors", Collects())(x), pruned(x))
+    assert fxprune.report(model, pruned, x).parameters[1] == sum(p.numel() for p in pruned.parameters())
+    fxprune.repair(model, pruned, [torch.randn(8, 6) for _ in range(4)])
+
+
+class WritesPositions(nn.Module):
+    """Adds to its table of positions, of which it has a view in a batch of one, and takes images of one size."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.positions, self.head = nn.Conv2d(3, 12, 4, 4), nn.Parameter(torch.randn(1, 64, 12)), nn.Linear(12, 3)
+
+    def forward(self, x):
+        tokens = self.positions.detach().expand(len(x), -1, -1)
+        tokens = tokens.clone() if len(x) > 1 else tokens
+        tokens += 1
+        return self.head(tokens + self.conv(x).flatten(2).mT)
+
+
+def test_the_original_stays_where_verification_learns_that_it_takes_no_other_size():
+    torch.manual_seed(0)
+    model = WritesPositions().eval()
+    with untouched(model):
+        fxprune.prune(model, 0.5, images(batch=1))

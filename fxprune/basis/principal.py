@@ -19,7 +19,7 @@ from fxprune.passes.coupling.linear_families import linear_families
 from fxprune.passes.coupling.linear_family import LinearFamily, Member, NotLinear
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import copy_tree, named_parameters
+from fxprune.passes.ir.module_tree import copy_tree, named_modules, named_parameters
 from fxprune.passes.ir.pytree import collect
 from fxprune.passes.ops.call import OpView
 from fxprune.passes.ops.registry import spec_of
@@ -73,7 +73,7 @@ def find_rotatable(model: nn.Module, solution: Solution) -> tuple[list[Rotatable
     for name, tensor in all_tensors(model):
         if tensor.is_floating_point():
             aliases.setdefault(names.setdefault(id(tensor), name), []).append(name)
-    norms = frozenset(path for path, module in model.named_modules() if is_plain_norm(module))
+    norms = frozenset(path for path, module in named_modules(model) if is_plain_norm(module))
     found = families(solution, set(named_parameters(model)))
     linear, reasons = linear_families(solution, found, aliases, norms)
     made = []

@@ -18,7 +18,7 @@ from fxprune.inputs import ExampleInputs
 from fxprune.passes.coupling.families import names_family
 from fxprune.passes.coupling.solution import CouplingOptions, Solution
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import named_tensors, private_copy
+from fxprune.passes.ir.module_tree import named_parameters, named_tensors, private_copy
 from fxprune.passes.ir.pytree import collect
 from fxprune.passes.ir.quiet import unobserved
 from fxprune.passes.rewrite.basis import Basis
@@ -150,7 +150,7 @@ def random_rotation(size: int, rows: int = 1) -> Tensor:
 
 
 def limit_of(model: nn.Module) -> float:
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    dtypes = {p.dtype for p in named_parameters(model).values() if p.is_floating_point()}
     return max((EXACT.get(dtype, 1e-5) for dtype in dtypes), default=1e-5)
 
 

@@ -26,7 +26,7 @@ from fxprune.entry_points import entry_point
 from fxprune.module_state import aliases
 from fxprune.passes.coupling.leaf_labels import is_constant
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import named_tensors
+from fxprune.passes.ir.module_tree import named_modules, named_tensors
 from fxprune.passes.ir.quiet import without_modes
 from fxprune.pipeline import AnyModule
 from fxprune.plan import PlanData, left_by_forward, plan_carried
@@ -93,7 +93,7 @@ def check_form(module: nn.Module, plan: PlanData, tensors: Mapping[str, Tensor])
     for every in names.values() if plan.basis is None else ():
         if every.isdisjoint(plan.shapes) and owners.isdisjoint(name.rpartition(".")[0] for name in every):
             wrong = wrong or f"{min(every)} was not there when it was pruned"
-    for path, inner in module.named_modules():
+    for path, inner in named_modules(module):
         gone = [name for name, held in inner._parameters.items() if held is None and f"{path}.{name}" in plan.shapes]
         wrong = wrong or (f"{path}.{gone[0]} was there when it was pruned" if gone else "")
     if wrong:

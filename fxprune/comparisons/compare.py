@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fxprune.comparisons.zeroed_reference import ZeroedReference
 from fxprune.inputs import EXAMPLE, ExampleInputs
 from fxprune.passes.errors import GuardError
-from fxprune.passes.ir.module_tree import named_tensors, private_copy
+from fxprune.passes.ir.module_tree import named_tensors, own_copy, private_copy, set_mode
 from fxprune.passes.ir.pytree import collect
 from fxprune.passes.ir.quiet import gc_paused, gpus_of, own_random_state, random_state, set_random_state
 from fxprune.passes.ir.slices import Slicer
@@ -285,7 +285,7 @@ class Comparison:
 def why_original_fails(model: nn.Module, inputs: ExampleInputs) -> str:
     """The exception that the original raises on some inputs; empty where it takes them."""
     try:
-        inputs.map(torch.clone).call(private_copy(model).eval())
+        inputs.map(torch.clone).call(set_mode(private_copy(model, own_copy), False))  # it may write to parameters at this size
     except Exception as error:
         said = " ".join(str(error).split())
         return f"{type(error).__name__}: {said[:120]}"

@@ -14,7 +14,7 @@ from fxprune.arguments import checked_call
 from fxprune.integrations import PRUNER, check_alone, check_asked, check_every, required
 from fxprune.iterative.pruner import Pruner
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import named_tensors
+from fxprune.passes.ir.module_tree import named_parameters, named_tensors
 
 TrainerCallback: Any = required("transformers", "hf").TrainerCallback
 STATE, WEIGHTS = "pruner.pt", "model.safetensors"  # in a checkpoint
@@ -76,7 +76,7 @@ class PruningCallback(TrainerCallback):
         pruner = self.pruner
         if pruner is None or pruner.done or state.global_step % self.every:
             return
-        before = list(model.parameters())  # the optimizer knows them by identity
+        before = list(named_parameters(model).values())  # the optimizer knows them by identity
         take_over(model, pruner.step(model))
         if optimizer is not None:
             pruner.remap_optimizer(getattr(optimizer, "optimizer", optimizer))

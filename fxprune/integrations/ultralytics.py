@@ -10,6 +10,7 @@ from torch import nn
 from fxprune.api import prune as pruned
 from fxprune.integrations import required
 from fxprune.passes.errors import PruneError
+from fxprune.passes.ir.module_tree import walk
 
 required("ultralytics", "ultralytics")
 SPLIT = "forward_split"  # of blocks: their forward, written otherwise, which the exporter puts in its place
@@ -31,7 +32,7 @@ def prune(yolo: Any, ratio: Any = None, example_inputs: Any = None, **asked: Any
     vars(made)["_modules"] = dict(yolo._modules)
     model = copy.deepcopy(yolo.model).requires_grad_()
     made.model = pruned(model, ratio, example_inputs, same_class=True, **asked)
-    for module in made.model.modules():
+    for module in walk(made.model):
         if hasattr(module, SPLIT):  # it takes its width from an attribute that forward does not read, and halves from one width
             vars(module)[SPLIT] = module.forward
     made.predictor = made.trainer = None

@@ -17,7 +17,7 @@ from fxprune.form_programs import FormProgram, FormPrograms, Names, follow_modes
 from fxprune.inputs import ExampleInputs
 from fxprune.iterative.plan_mapping import undo_slices
 from fxprune.passes.ir.index_contents import version_of
-from fxprune.passes.ir.module_tree import HOOKS, fetch
+from fxprune.passes.ir.module_tree import HOOKS, fetch, named_parameters, walk
 from fxprune.passes.ir.pytree import like_dict
 from fxprune.passes.ir.quiet import gpus_of, unobserved
 from fxprune.passes.ir.slices import apply_slices
@@ -96,12 +96,12 @@ class MaskedForward:
                     states[name] = version_of(taken[name])
             held[key] = taken[name]
         out = inputs.call(form.pruned)
-        training = any(module.training for module in form.pruned.modules())  # batch normalisation does not count what it writes
+        training = any(module.training for module in walk(form.pruned))  # batch normalisation does not count what it writes
         return out, {name: taken[name] for name, old in states.items() if training or version_of(taken[name]) != old}
 
     def with_growth(self, out: Any, inputs: ExampleInputs, buffers: dict[str, Tensor]) -> Any:
         """The same results, with gradients for masked elements too: those of the original, in which nothing else has any."""
-        parameters = dict(self.model.named_parameters())
+        parameters = dict(named_parameters(self.model).items())
         mixed = {name: torch.where(self.masks[name].to(p.device), p.detach(), p) for name, p in parameters.items()}
         with torch.random.fork_rng(devices=gpus_of(self.model)):
             whole = torch.func.functional_call(self.plain(hooks=False), mixed | buffers, inputs.args, inputs.kwargs)

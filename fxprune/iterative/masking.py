@@ -25,7 +25,7 @@ from fxprune.iterative.masked_forward import MaskedForward, zeros_suffice
 from fxprune.passes.coupling.families import families
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import check_module, named_tensors
+from fxprune.passes.ir.module_tree import check_module, named_parameters, named_tensors
 from fxprune.passes.ir.slices import Slicer
 from fxprune.passes.verification.zeroed_model import zeroed_copy
 from fxprune.pipeline import Compilation
@@ -240,7 +240,7 @@ def prune_zeros(
 
 def zero_units(model: nn.Module, solution: Solution) -> tuple[Tensor, Slicer]:
     """What is left where the units go whose every parameter element is zero; raises PruneError where none is."""
-    parameters = dict(model.named_parameters())
+    parameters = dict(named_parameters(model).items())
     free = [f for f in families(solution, set(parameters)) if f.kept_whole is None]
     none = PruneError(
         "no unit of the model is zero in all the layers it spans",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fxprune.inputs import ExampleInputs
 from fxprune.layers.calls import LayerCall
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import copy_tree, fetch, named_tensors, own_copy
+from fxprune.passes.ir.module_tree import copy_tree, fetch, named_modules, named_tensors, own_copy, walk
 from fxprune.passes.ir.slices import apply_slices
 from fxprune.passes.rewrite.pruned_module import RewrittenForward
 from fxprune.pipeline import Compilation
@@ -54,7 +54,7 @@ class Alone(nn.Module):
 def remove_alone(layer: Any, call: LayerCall, remove: Mapping[str, Sequence[int]], *, inplace: bool) -> Any:
     """The layer without channels of the model `Alone`, by place; raises PruneError where they cannot go, or not alone."""
     remove = {place: parse_indices(indices, "indices", layer) for place, indices in remove.items()}
-    training = {module: module.training for module in layer.modules()}
+    training = {module: module.training for module in walk(layer)}
     alone = Alone(layer, call)
     try:
         small = pruned_alone(alone.eval(), remove)
@@ -84,7 +84,7 @@ def pruned_alone(alone: Alone, remove: Mapping[str, Sequence[int]]) -> Any:
     inputs = ExampleInputs.parse(alone.example(), alone)
     small = Compilation(alone, inputs, options.coupling).prune(options)
     on_meta = any(t.is_meta for _, t in named_tensors(alone))
-    if not on_meta and any(isinstance(vars(m).get("forward"), RewrittenForward) for m in small.layer.modules()):
+    if not on_meta and any(isinstance(vars(m).get("forward"), RewrittenForward) for m in walk(small.layer)):
         small = Compilation(alone, inputs, options.coupling).prune(options, same_class=True)
     return small
 
@@ -100,7 +100,7 @@ def become(layer: nn.Module, small: Any) -> None:
         old.data = new.detach()
         if grad is not None:
             old.grad = apply_slices(slices.get(f"layer.{name}", ()), grad)
-    for path, changed in small.layer.named_modules():
+    for path, changed in named_modules(small.layer):
         module = layer.get_submodule(path)
         for name, value in vars(changed).items():
             if name == "forward":

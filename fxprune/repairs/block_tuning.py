@@ -21,6 +21,7 @@ from fxprune.criteria.activation_stats import wide
 from fxprune.criteria.lockstep import BlockCall, Lockstep, no_blocks, stopping
 from fxprune.form_programs import slots
 from fxprune.passes.errors import PruneError
+from fxprune.passes.ir.module_tree import named_modules, named_parameters
 from fxprune.passes.ir.progress import progress_bar
 from fxprune.passes.ir.pytree import TensorRef, collect, map_tensors
 from fxprune.passes.ir.slices import TensorSlice, apply_slices
@@ -182,7 +183,7 @@ class BlockTuning:
         users: dict[str, set[bool]] = {}
         for where, _, _, _ in slots(self.both.made):
             users.setdefault(self.both.name(where), set()).add(where.startswith(f"{path}."))
-        found = {key: self.both.name(f"{path}.{key}") for key, p in block.named_parameters() if p.is_floating_point()}
+        found = {key: self.both.name(f"{path}.{key}") for key, p in named_parameters(block).items() if p.is_floating_point()}
         return {key: name for key, name in found.items() if self.times[path] == 1 and users.get(name) == {True}}
 
     def descend(
@@ -237,7 +238,7 @@ class Stopped:
     """`stopping` for the modules at those paths that each of several models has."""
 
     def __init__(self, models: Mapping[int, nn.Module], paths: Sequence[str]) -> None:
-        self.inner = [stopping(m, [p for p in paths if p in dict(m.named_modules())]) for m in models.values()]
+        self.inner = [stopping(m, [p for p in paths if p in dict(named_modules(m))]) for m in models.values()]
 
     def __enter__(self) -> None:
         for each in self.inner:

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxprune.errors import PruneWarning
 from fxprune.passes.errors import PruneError
+from fxprune.passes.ir.module_tree import walk
 from fxprune.selection.options import Options, is_cheap
 
 OPEN = ("criterion", "ranking", "attention", "basis")  # whoever gives one of them has chosen a way
@@ -32,7 +33,7 @@ def ways_of(model: nn.Module, first: Options, asked: Mapping[str, Any]) -> dict[
     ways, budget = {FIRST: first}, first.budget
     if budget is None or budget.measured or any(asked[name] for name in OPEN + ELSE) or not is_cheap(model):
         return ways
-    scaled = any(isinstance(module, _BatchNorm) and module.affine for module in model.modules())
+    scaled = any(isinstance(module, _BatchNorm) and module.affine for module in walk(model))
     for criterion in CRITERIA:
         if scaled or criterion != "bn_scale":
             how = {**asked, **HOW, "criterion": criterion, "data": first.data, "loss": None}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.passes.errors import GuardError, surface
+from fxprune.passes.ir.module_tree import named_modules
 from fxprune.passes.rewrite.pruned_module import said_of_forward
 from fxprune.passes.verification.masked_model import relative_error
 
@@ -175,7 +176,7 @@ def watching(module: nn.Module, see: Callable[[str, inspect.BoundArguments], Non
         return hook
 
     with contextlib.ExitStack() as stack:
-        for path, inner in module.named_modules():
+        for path, inner in named_modules(module):
             if path:
                 stack.callback(inner.register_forward_pre_hook(before(path), with_kwargs=True).remove)
         yield

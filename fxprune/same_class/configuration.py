@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fxprune.original_state import at_most
+from fxprune.passes.ir.module_tree import named_modules, named_parameters
 
 Shapes = dict[str, tuple[int, ...]]
 Path = tuple[str, ...]
@@ -70,7 +71,7 @@ def configure(
         fresh = build(made, config)
         if fresh is None or shapes(fresh) != target:
             continue
-        modules = dict(fresh.named_modules())
+        modules = dict(named_modules(fresh))
         if any(getattr(modules.get(path), name, value) != value for (path, name), value in known.items()):
             continue
         before = adopt(made, fresh, config)
@@ -82,13 +83,13 @@ def configure(
 
 def rebuilt(made: nn.Module, config: Any) -> Any:
     """A model of the class as its library would load it: built from a configuration, with the weights of `made` themselves."""
-    first = next(made.parameters())
+    first = next(iter(named_parameters(made).values()))
     with torch.random.fork_rng(devices=[]), at_most(len(shapes(made)), on_meta=True):
         fresh = type(made)(copy.deepcopy(config))
     # a class may have a `load_state_dict` of its own, which takes no `assign`
     nn.Module.load_state_dict(fresh, nn.Module.state_dict(made), strict=False, assign=True)
     fresh.to(first.device)
-    for path, module in fresh.named_modules():  # rotary tables stay in single precision, unless the whole model was converted
+    for path, module in named_modules(fresh):  # rotary tables stay in single precision, unless the whole model was converted
         for name, buffer in module._buffers.items():
             theirs = made.get_submodule(path)._buffers.get(name)
             if buffer is not None and theirs is not None and buffer.is_floating_point():
@@ -97,7 +98,7 @@ def rebuilt(made: nn.Module, config: Any) -> Any:
 
 
 def shapes(model: nn.Module) -> Shapes:
-    return {name: tuple(t.shape) for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    return {name: tuple(t.shape) for name, t in [*named_parameters(model).items(), *model.named_buffers()]}
 
 
 def build(model: nn.Module, config: Any) -> nn.Module | None:
@@ -262,17 +263,17 @@ def dimensions(shapes: Shapes) -> dict[Place, int]:
 
 def places(model: nn.Module, known: Attributes) -> dict[Place, int]:
     """The sizes of all dimensions of a model's tensors, and those attributes of it that are known to be sizes."""
-    modules = dict(model.named_modules())
+    modules = dict(named_modules(model))
     attributes = {(path, name): getattr(modules.get(path), name, None) for path, name in known}
     return dimensions(shapes(model)) | {place: value for place, value in attributes.items() if type(value) is int}
 
 
 def differing(a: nn.Module, b: nn.Module | None) -> list[tuple[str, str]]:
     """Module paths and names of numbers that are attributes of both and differ."""
-    theirs = dict(b.named_modules()) if b is not None else {}
+    theirs = dict(named_modules(b)) if b is not None else {}
     return [
         (path, name)
-        for path, module in a.named_modules()
+        for path, module in named_modules(a)
         for name, value in vars(module).items()
         if type(value) in (int, float, tuple) and path in theirs and vars(theirs[path]).get(name, value) != value
     ]
@@ -285,8 +286,8 @@ def adopt(made: nn.Module, fresh: nn.Module, config: Any) -> list[tuple[Any, str
         module = made.get_submodule(path)
         before.append((module, name, getattr(module, name)))
         object.__setattr__(module, name, getattr(fresh.get_submodule(path), name))
-    fresh_modules, replaced = dict(fresh.named_modules()), {id(made.config): config}
-    for path, module in made.named_modules():
+    fresh_modules, replaced = dict(named_modules(fresh)), {id(made.config): config}
+    for path, module in named_modules(made):
         if hasattr(module, "config"):
             before.append((module, "config", module.config))
             theirs = getattr(fresh_modules[path], "config", None)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fxprune.original_state import at_most
+from fxprune.passes.ir.module_tree import named_modules
 from fxprune.same_class.configuration import (
     Attributes,
     Experiment,
@@ -78,9 +79,9 @@ def built(model: nn.Module, config: Any) -> Any:
 
 def settings(model: nn.Module, other: nn.Module | None) -> dict[str, list[Setting]]:
     """By name, what modules of `other` hold otherwise than those of `model`: numbers, buffers not saved, configurations."""
-    theirs = dict(other.named_modules()) if other is not None else {}
+    theirs = dict(named_modules(other)) if other is not None else {}
     found: dict[str, list[Setting]] = {}
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         there = theirs.get(path)
         if there is None:
             continue

@@ -28,7 +28,7 @@ from fxprune.passes.capture.capture import capture_program
 from fxprune.passes.coupling.couple import couple_channels, with_unread
 from fxprune.passes.coupling.solution import CouplingOptions
 from fxprune.passes.errors import PruneError, surface
-from fxprune.passes.ir.module_tree import named_tensors, private_copy, set_mode
+from fxprune.passes.ir.module_tree import named_modules, named_tensors, private_copy, set_mode, walk
 from fxprune.passes.ir.pytree import collect, map_tensors
 from fxprune.passes.ir.quiet import gpus_of, own_random_state, random_state, set_random_state, unobserved
 from fxprune.passes.ir.slices import TensorSlice
@@ -171,7 +171,7 @@ def shrunk_copy(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs) -
 def with_own_forwards(pruned: PrunedModule, kind: type[nn.Module]) -> Any:
     """A copy of the pruned model, which shares its parameters, in which every module has the forward of its class."""
     made = private_copy(pruned.as_class(kind))
-    for module in made.modules():
+    for module in walk(made):
         if isinstance(vars(module).get("forward"), RewrittenForward):
             del vars(module)["forward"]
     return made
@@ -188,7 +188,7 @@ def try_forwards(model: nn.Module, pruned: PrunedModule, made: nn.Module, inputs
     @functools.cache
     def calls() -> dict[str, list[Call]]:
         """How the original calls those of its modules that may need a program."""
-        there = [path for path, m in pruned.named_modules() if path and isinstance(vars(m).get("forward"), RewrittenForward)]
+        there = [path for path, m in named_modules(pruned) if path and isinstance(vars(m).get("forward"), RewrittenForward)]
         with evaluating(model), restoring(model), noting_calls(model, there) as found:
             inputs.map(torch.clone).call(model)
         return found
@@ -222,9 +222,9 @@ def try_forwards(model: nn.Module, pruned: PrunedModule, made: nn.Module, inputs
         return compared
 
     with contextlib.ExitStack() as stack:
-        for path, module in pruned.named_modules():
+        for path, module in named_modules(pruned):
             forward = vars(module).get("forward")
-            if isinstance(forward, RewrittenForward) and path in dict(made.named_modules()):
+            if isinstance(forward, RewrittenForward) and path in dict(named_modules(made)):
                 for handle in (
                     module.register_forward_pre_hook(before(path), prepend=True, with_kwargs=True),
                     module.register_forward_hook(after(path, forward.programs), with_kwargs=True),
@@ -269,7 +269,7 @@ def ignore_keywords(model: nn.Module, made: nn.Module, run: Callable[[], Any]) -
         return compare
 
     with contextlib.ExitStack() as stack:
-        for path, module in made.named_modules():
+        for path, module in named_modules(made):
             forward = vars(module).get("forward")
             if isinstance(forward, RewrittenForward) and flags_of(module):
                 stack.callback(model.get_submodule(path).register_forward_hook(tried(forward), with_kwargs=True).remove)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.passes.errors import GuardError
-from fxprune.passes.ir.module_tree import named_tensors, private_copy
+from fxprune.passes.ir.module_tree import named_modules, named_tensors, private_copy
 from fxprune.passes.ir.pytree import ATOMS, collect, map_tensors
 from fxprune.passes.rewrite.pruned_module import PrunedModule, RewrittenForward
 from fxprune.passes.rewrite.rewrite import drop
@@ -63,8 +63,8 @@ def drop_removed(
     gone = plan_between(model, pruned).removed
     if not gone:
         return False
-    there = {path for path, _ in pruned.named_modules()}
-    paths = [path for path, _ in made.named_modules() if path not in there]
+    there = {path for path, _ in named_modules(pruned)}
+    paths = [path for path, _ in named_modules(made) if path not in there]
     outermost = [path for path in paths if path.rpartition(".")[0] in there]
     loose = [name for name in gone & dict(named_tensors(made)).keys() if not name.startswith(tuple(f"{p}." for p in paths))]
     drop(made, outermost, loose)
@@ -84,7 +84,7 @@ def drop_removed(
     for path, result in results(model, outermost, run).items():
         made.get_submodule(path.rpartition(".")[0]).add_module(path.rpartition(".")[2], Silent(result))
     if not is_right():
-        drop(made, [path for path in outermost if path in dict(made.named_modules())], ())
+        drop(made, [path for path in outermost if path in dict(named_modules(made))], ())
         take_programs()
     return True
 

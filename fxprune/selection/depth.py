@@ -19,7 +19,7 @@ from fxprune.passes.coupling.families import Family
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.branches import Branch
-from fxprune.passes.ir.module_tree import named_parameters
+from fxprune.passes.ir.module_tree import named_modules, named_parameters
 from fxprune.passes.ir.slices import Slicer
 from fxprune.selection.allocation import FLOOR, Allocator, matches
 from fxprune.selection.budgets import Budget
@@ -169,7 +169,7 @@ def free_branches(model: nn.Module, branches: Branches, options: Options) -> lis
         why, fix = f"every residual branch holds a tensor that is frozen ({one.name}: {held})", "freeze less"
     elif opaque:
         place, reason = next(iter(opaque.items()))
-        why = f"its program is not seen within {place if place in dict(model.named_modules()) else 'the model'} ({reason})"
+        why = f"its program is not seen within {place if place in dict(named_modules(model)) else 'the model'} ({reason})"
         fix = "inputs without a cache (use_cache=False), or code that reads no contents of tensors"
     else:
         why = "no addition has an operand that is computed from the other one by parameters that nothing else uses"

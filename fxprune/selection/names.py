@@ -97,7 +97,7 @@ def outside(model: nn.Module, only: Any) -> dict[str, str]:
     if not items:
         return {}
     modules = [model.get_submodule(path) for item in items for path in paths_of(model, item, "only")]
-    inside = {id(parameter) for module in modules for parameter in module.parameters()}
+    inside = {id(parameter) for module in modules for parameter in named_parameters(module).values()}
     said = ", ".join(repr(item) if isinstance(item, str) else type(item).__name__ for item in items)
     found = named_parameters(model)
     if not any(id(parameter) in inside for parameter in found.values()):

@@ -24,7 +24,7 @@ from fxprune.criteria.gradient import TokenTaylor
 from fxprune.passes.coupling.families import names_family
 from fxprune.passes.coupling.solution import CouplingOptions, Solution
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import named_parameters, named_tensors
+from fxprune.passes.ir.module_tree import named_modules, named_parameters, named_tensors
 from fxprune.passes.ir.quiet import gc_paused
 from fxprune.selection.argument_checks import (
     check_alone,
@@ -329,7 +329,7 @@ def check_depth(options: Options) -> None:
 
 def check_globs(model: nn.Module, options: Options) -> None:
     scopes = options.scopes or {}
-    modules = [name for name, _ in model.named_modules()] if scopes or isinstance(options.ratio, Mapping) else []
+    modules = [name for name, _ in named_modules(model)] if scopes or isinstance(options.ratio, Mapping) else []
     globs = [("ratio", glob) for glob in options.ratio if glob not in scopes] if isinstance(options.ratio, Mapping) else []
     globs += [("scopes", glob) for some in scopes.values() for glob in ([some] if isinstance(some, str) else some)]
     shapes = {name: tensor.shape for name, tensor in named_tensors(model)} if globs else {}

@@ -14,7 +14,7 @@ from fxprune.arguments import did_you_mean
 from fxprune.passes.coupling.families import Family, place_of
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import named_tensors
+from fxprune.passes.ir.module_tree import named_modules, named_tensors
 from fxprune.selection.indices import spelled
 from fxprune.selection.names import OUTPUTS_SECOND, near_modules, paths_of
 
@@ -96,7 +96,7 @@ def dimension_of(model: nn.Module, solution: Solution, key: str, argument: str) 
     if path not in tensors:
         module = dict(model.named_modules(remove_duplicate=False)).get(path)
         if module is None:
-            modules = [name for name, _ in model.named_modules()]
+            modules = [name for name, _ in named_modules(model)]
             fix = did_you_mean(path, modules).rstrip() or did_you_mean(path, tensors).rstrip() or near_modules(path, modules)
             raise PruneError(f"{key!r} in {argument} names no layer and no tensor of the model", fix=fix)
         own = [n for n in ("weight", "bias") if f"{path}.{n}" in tensors] or packed(solution, module, path, tensors)

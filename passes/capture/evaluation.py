@@ -18,7 +18,7 @@ from fxprune.passes.capture.proxy import Proxy
 from fxprune.passes.capture.recorder import Recorder
 from fxprune.passes.capture.rollback import ModuleState
 from fxprune.passes.errors import ReadsValue
-from fxprune.passes.ir.module_tree import META, fetch, named_tensors
+from fxprune.passes.ir.module_tree import META, fetch, named_modules, named_tensors, walk
 from fxprune.passes.ir.program import ModuleCall, SizeUse, select_by_mode
 from fxprune.passes.ir.pytree import ATOMS, TensorRef, collect, has_tensor, hidden_tensors, map_tensors, tensors
 from fxprune.passes.ops.registry import find_node
@@ -141,7 +141,7 @@ class Evaluator:
         A branch that was not taken reads what this one reads, a loop may run once more, and both return what is used then.
         An error ends the branch: many a decision leads to one. What a branch stores is put back.
         """
-        state = ModuleState(module.modules()) if turns else None
+        state = ModuleState(walk(module)) if turns else None
         for turn in some_turns(turns):
             given = map_tensors((args, kwargs), torch.clone)
             with contextlib.suppress(Exception, SystemExit), Decisions(self.depends_on_inputs, turn):
@@ -247,7 +247,7 @@ def tie_results(one: Any, other: Any) -> None:
 
 def structure(module: nn.Module) -> list[Any]:
     """The classes of a module and of those inside, and the shapes of its tensors."""
-    kinds = [(path, type(inner)) for path, inner in module.named_modules()]
+    kinds = [(path, type(inner)) for path, inner in named_modules(module)]
     return [*kinds, *((name, tuple(tensor.shape)) for name, tensor in named_tensors(module))]
 
 

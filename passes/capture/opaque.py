@@ -18,6 +18,7 @@ from torch import Size, Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fxprune.passes.ir.input_sizes import slices_of
+from fxprune.passes.ir.module_tree import named_modules
 from fxprune.passes.ir.program import SizeUse, TensorSize
 from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ops.registry import FUNCTIONS
@@ -179,7 +180,7 @@ def watched(
 ) -> Iterator[None]:
     """Run a module with integer attributes that remember their origin."""
     changed: list[tuple[nn.Module, str, int]] = []
-    for inner, part in module.named_modules():
+    for inner, part in named_modules(module):
         if type(part).__module__.startswith("torch.nn"):
             continue
         for name, value in list(vars(part).items()):

@@ -50,6 +50,11 @@ def walk(root: nn.Module) -> dict[nn.Module, str]:
     return found
 
 
+def named_modules(root: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Those of `walk`, paths first. A model may have an attribute `named_modules`, or `parameters`, of its own."""
+    return [(path, module) for module, path in walk(root).items()]
+
+
 def add_children(module: nn.Module, start: str, found: dict[nn.Module, str]) -> None:
     for name, child in module._modules.items():
         if child is not None and child not in found:

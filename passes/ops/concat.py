@@ -69,12 +69,13 @@ def join(call: RuleContext, parts: Sequence[Labels], shapes: Sequence[Sequence[i
             if not call.state.seeking_heads:
                 continue
         arrays = [lay_out(f, shape, dim, other) for f, shape in zip(chosen, shapes, strict=True)]
-        if other and not all(filled):
-            head = arrays[filled.index(True)].narrow(dim, 0, 1)
-            for a in itertools.compress(arrays, [not n for n in filled]):
-                if a.numel():
-                    call.constraints.tie(a, head)
-            arrays, chosen = list(itertools.compress(arrays, filled)), list(itertools.compress(chosen, filled))
+        head = arrays[filled.index(True)].narrow(dim, 0, 1)
+        for a in itertools.compress(arrays, [not n for n in filled]):
+            if other and a.numel():
+                call.constraints.tie(a, head)
+        arrays, chosen = list(itertools.compress(arrays, filled)), list(itertools.compress(chosen, filled))
+        if all(f is None for f in chosen):  # what had labels was without entries, and is frozen
+            continue
         nests = {tuple(d for d in f.major_to_minor if d != dim) for f in chosen if f is not None}
         if other and same_everywhere(arrays, dim):
             result += (factor(arrays[0].narrow(dim, 0, 1), nests.pop()),)

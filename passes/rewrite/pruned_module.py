@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.fx.graph import PythonCode
 
 from fxprune.passes.errors import GuardError, PruneError
-from fxprune.passes.ir.module_tree import Apart, fetch
+from fxprune.passes.ir.module_tree import Apart, fetch, named_modules
 from fxprune.passes.ir.program import IS_GRAD_ENABLED, REGIONS, SET_GRAD_ENABLED
 from fxprune.passes.rewrite.changes import tree_text
 from fxprune.passes.rewrite.guards import with_texts_as_arguments
@@ -236,7 +236,7 @@ class PrunedModule(fx.GraphModule):
         apart = vars(self)["_apart"].get(mode, frozenset())
         if self.own_model is not None:
             vars(self.own_model)["training"] = mode != ("" in apart)
-        for path, module in self.named_modules():
+        for path, module in named_modules(self):
             if apart and path:
                 module.training = mode != (path in apart)
             forward = vars(module).get("forward")
@@ -246,9 +246,9 @@ class PrunedModule(fx.GraphModule):
         return self
 
     def _run(self, graph: fx.Graph) -> None:
-        """Have this graph; members of the model that are called as something that a GraphModule has come before that."""
+        """Have this graph; a member of the model that is called as something that only a GraphModule has comes before that."""
         fx.GraphModule.graph.fset(self, graph)  # type: ignore[attr-defined]
-        for name in {*self._modules, *self._parameters, *self._buffers}.intersection(dir(PrunedModule)):
+        for name in {*self._modules, *self._parameters, *self._buffers}.intersection(set(dir(PrunedModule)).difference(dir(nn.Module))):
             setattr(type(self), name, Member(name))
         for name, method in SEQUENCE.items() if vars(self)["_sequence"] else ():
             setattr(type(self), name, method)  # the class is this object's alone

@@ -187,7 +187,7 @@ def check_programs(pruned: PrunedModule) -> None:
     found: list[tuple[nn.Module, Program]] = [
         (pruned, program) for program in (*held["_programs"].values(), *held["_flat"].values())
     ]
-    for module in pruned.modules():
+    for module in walk(pruned):
         forward = vars(module).get("forward")
         found += [(module, program) for program in forward.programs.values()] if isinstance(forward, RewrittenForward) else []
     for module, program in found:

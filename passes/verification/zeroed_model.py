@@ -20,7 +20,7 @@ from fxprune.passes.capture.patches import visible
 from fxprune.passes.capture.recorder import by_ops
 from fxprune.passes.ir.index_contents import storage_of
 from fxprune.passes.ir.labels import fill_outside
-from fxprune.passes.ir.module_tree import copy_tree, named_tensors, set_mode
+from fxprune.passes.ir.module_tree import copy_tree, named_parameters, named_tensors, set_mode
 from fxprune.passes.ir.op_trace import arguments_written
 from fxprune.passes.ir.pytree import collect
 from fxprune.passes.ir.slices import TensorSlice
@@ -119,7 +119,7 @@ class ZeroedOriginal:
         masks = Masks()
         kept = {name: [masks(cut, t.shape) for cut in self.slices.get(name, ())] for name, t in named_tensors(model)}
         self.model, self.tensors = zeroed_copy(model, kept, shifts, shared=needed is not None)
-        strided = [t for t in model.parameters() if t.layout is torch.strided] if needed is not None else []
+        strided = [t for t in named_parameters(model).values() if t.layout is torch.strided] if needed is not None else []
         self.shared = frozenset(map(storage_of, strided))  # memory of the model's, in which parameters lie that were not copied
         set_mode(self.model, False)
 
