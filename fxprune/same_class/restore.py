@@ -115,7 +115,7 @@ def fails_elsewhere(model: nn.Module, pruned: nn.Module, made: nn.Module, run: C
         wanted = [t.clone() for t in collect(run(pruned), Tensor)]
     except Exception:
         return False
-    return difference(lambda: run(made), wanted) > tolerance
+    return error_of_run(lambda: run(made), wanted) > tolerance
 
 
 def own_meta(model: nn.Module, pruned: PrunedModule) -> dict[str, Any]:
