@@ -285,8 +285,7 @@ def on_meta(tensor: Tensor) -> Tensor:
 
     Parameters ask for gradients whether or not the original does: torch takes a linear layer apart in another way if not.
     """
-    dense = tensor.layout is torch.strided
-    empty = like(tensor) if dense else torch.empty_like(tensor, device="meta")
+    empty = like(tensor) if tensor.layout is torch.strided else torch.empty_like(tensor, device="meta")
     return nn.Parameter(empty) if isinstance(tensor, nn.Parameter) else empty
 
 

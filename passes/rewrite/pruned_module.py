@@ -248,7 +248,8 @@ class PrunedModule(fx.GraphModule):
     def _run(self, graph: fx.Graph) -> None:
         """Have this graph; a member of the model that is called as something that only a GraphModule has comes before that."""
         fx.GraphModule.graph.fset(self, graph)  # type: ignore[attr-defined]
-        for name in {*self._modules, *self._parameters, *self._buffers}.intersection(set(dir(PrunedModule)).difference(dir(nn.Module))):
+        only = set(dir(PrunedModule)).difference(dir(nn.Module))
+        for name in only.intersection((*self._modules, *self._parameters, *self._buffers)):
             setattr(type(self), name, Member(name))
         for name, method in SEQUENCE.items() if vars(self)["_sequence"] else ():
             setattr(type(self), name, method)  # the class is this object's alone
