@@ -402,3 +402,21 @@ def test_a_slice_by_steps_without_an_end_takes_no_more_than_it_did(bounds):
         small = fxprune.prune(model, 0.5, example_inputs=x, criterion="random")
         zeroed(model, small)
         torch.testing.assert_close(small(x), model(x))
+
+
+class ShufflesMaps(nn.Module):
+    """Channels of a map that a linear layer makes are shuffled: each is four features, in groups that keep equally many."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.conv = nn.Linear(10, 24, bias=False), nn.Conv2d(6, 2, 3, padding=1)
+
+    def forward(self, x):
+        x = self.linear(x).view(-1, 6, 2, 2)
+        return self.conv(x.unflatten(1, (3, x.shape[1] // 3)).transpose(1, 2).flatten(1, 2))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_groups_that_are_interleaved_keep_the_same_channels(seed):
+    torch.manual_seed(seed)
+    fxprune.prune(ShufflesMaps().double().eval(), 0.5, torch.randn(2, 10, dtype=torch.double))

@@ -262,9 +262,10 @@ class ConstraintBuilder:
         if len(f.major_to_minor) > 1:
             self.collected.equal_rows.append(LabelArray(f.rows(), self.node))
 
-    def keep_columns_equal(self, f: Factor) -> None:
+    def keep_columns_equal(self, f: Factor, minor: int = 1) -> None:
+        """All rows of `f.rows(minor)` keep the same columns."""
         if len(f.major_to_minor) > 1:
-            self.collected.same_columns.append(LabelArray(f.rows(), self.node))
+            self.collected.same_columns.append(LabelArray(f.rows(minor), self.node))
 
 
 def flatten(labels: Tensor | np.ndarray) -> np.ndarray:

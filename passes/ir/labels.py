@@ -12,6 +12,7 @@ factors of the same order can be tied without more ado.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -124,10 +125,10 @@ class Factor:
             return self.at(self.major_to_minor[0] - (self.major_to_minor[0] > dim), self.ndim - 1)
         return Factor(self.labels.squeeze(dim), tuple(d - (d > dim) for d in self.major_to_minor))
 
-    def rows(self) -> Tensor:
-        """The labels as a matrix: a row for each index of the major dimensions, with the minor dimension along it."""
+    def rows(self, minor: int = 1) -> Tensor:
+        """The labels as a matrix: a row for each index of the major dimensions, with the `minor` last dimensions along it."""
         order = [d for d in range(self.labels.dim()) if d not in self.major_to_minor] + list(self.major_to_minor)
-        return self.labels.permute(order).reshape(-1, self.labels.shape[self.major_to_minor[-1]])
+        return self.labels.permute(order).reshape(-1, math.prod(self.labels.shape[d] for d in self.major_to_minor[-minor:]))
 
 
 Labels = tuple[Factor, ...]

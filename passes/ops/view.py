@@ -116,8 +116,10 @@ def reshape(
     by_run = [
         d for left, _ in sorted(active, key=lambda run: f.major_to_minor.index(first(f, run[0]))) for d in left if d in f.dims
     ]
-    if order != by_run:  # the merged dimension would interleave rows that are packed one by one
-        call.constraints.keep_columns_equal(f)
+    # the merged dimension would interleave rows that are packed one by one, within as without
+    swapped = [i for i, (a, b) in enumerate(zip(order, by_run, strict=True)) if a != b]
+    for i in range(swapped[0], swapped[-1]) if swapped else ():
+        call.constraints.keep_columns_equal(f, minor=len(order) - i - 1)
     labels = expand_along(f, before, [d for left, _ in active for d in left]).reshape(sizes)
     g = factor(labels, nest)
     if split:
