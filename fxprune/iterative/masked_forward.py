@@ -101,7 +101,7 @@ class MaskedForward:
 
     def with_growth(self, out: Any, inputs: ExampleInputs, buffers: dict[str, Tensor]) -> Any:
         """The same results, with gradients for masked elements too: those of the original, in which nothing else has any."""
-        parameters = dict(named_parameters(self.model).items())
+        parameters = named_parameters(self.model)
         mixed = {name: torch.where(self.masks[name].to(p.device), p.detach(), p) for name, p in parameters.items()}
         with torch.random.fork_rng(devices=gpus_of(self.model)):
             whole = torch.func.functional_call(self.plain(hooks=False), mixed | buffers, inputs.args, inputs.kwargs)

@@ -240,7 +240,7 @@ def prune_zeros(
 
 def zero_units(model: nn.Module, solution: Solution) -> tuple[Tensor, Slicer]:
     """What is left where the units go whose every parameter element is zero; raises PruneError where none is."""
-    parameters = dict(named_parameters(model).items())
+    parameters = named_parameters(model)
     free = [f for f in families(solution, set(parameters)) if f.kept_whole is None]
     none = PruneError(
         "no unit of the model is zero in all the layers it spans",

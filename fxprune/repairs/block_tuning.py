@@ -238,7 +238,8 @@ class Stopped:
     """`stopping` for the modules at those paths that each of several models has."""
 
     def __init__(self, models: Mapping[int, nn.Module], paths: Sequence[str]) -> None:
-        self.inner = [stopping(m, [p for p in paths if p in dict(named_modules(m))]) for m in models.values()]
+        trees = [(model, dict(named_modules(model))) for model in models.values()]
+        self.inner = [stopping(model, [path for path in paths if path in tree]) for model, tree in trees]
 
     def __enter__(self) -> None:
         for each in self.inner:

@@ -19,7 +19,7 @@ from fxprune.passes.capture.frames import Frame
 from fxprune.passes.capture.modules import own_call
 from fxprune.passes.capture.proxy import TensorProxy
 from fxprune.passes.capture.train_eval import Modes
-from fxprune.passes.ir.module_tree import named_parameters
+from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.program import select_by_mode
 from fxprune.passes.ir.pytree import ATOMS, TensorRef, collect
 
@@ -124,8 +124,4 @@ def is_simple(builder: GraphBuilder, node: fx.Node) -> bool:
 def bare(module: nn.Module) -> bool:
     """Whether a layer has no tensors and no numbers that could be sizes."""
     public = [v for k, v in vars(module).items() if k[0] != "_"]
-    return (
-        not any(named_parameters(module).values())
-        and not any(module.buffers())
-        and all(type(v) in ATOMS - {int} for v in public)
-    )
+    return next(named_tensors(module), None) is None and all(type(v) in ATOMS - {int} for v in public)
