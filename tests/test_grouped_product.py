@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 import fxprune
+from fxprune.passes.capture.programs import programs
+from fxprune.passes.ir.module_tree import on_meta
 
 pytestmark = pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="this torch has no such kernel")
 
@@ -53,6 +55,34 @@ def test_hidden_units_of_experts_are_pruned(ratio, gated, transposed):
     hidden = pruned.down.shape[2 if transposed else 1]
     assert hidden == 20 - int(20 * ratio) and pruned.up.shape[1 if transposed else 2] == hidden * (2 if gated else 1)
     assert pruned.up.shape[0] == pruned.down.shape[0] == 3
+
+
+@pytest.mark.parametrize("how", ["aot_eager", "export"])
+@pytest.mark.parametrize("ratio", [{"body": 0.25}, 0.2])
+def test_experts_are_compiled_and_exported_in_single_precision(ratio, how):
+    """What torch's compilers know of the product is for bfloat16 alone. Also of experts that lose nothing."""
+    model, x = Experts().eval(), torch.randn(12, 8)
+    pruned = fxprune.prune(model, ratio, example_inputs=x)
+    assert pruned.up.shape == ((3, 13, 16) if ratio == 0.2 else (3, 12, 20))
+    want = pruned(x)
+    if how == "export":
+        found = torch.export.export(pruned, (x,)).module()
+    else:
+        found = torch.compile(pruned, backend=how, fullgraph=True)
+    torch.testing.assert_close(found(x), want)
+    if how == "aot_eager":
+        parameters = [pruned.up, pruned.down, pruned.body.weight]
+        expected = torch.autograd.grad(want.square().sum(), parameters)
+        for a, b in zip(torch.autograd.grad(found(x).square().sum(), parameters), expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_experts_are_captured_without_values():
+    """A run with values of a model of many billions of parameters would take its memory, and its time."""
+    [capture] = programs(Experts().eval(), (torch.randn(12, 8),), {}, on_meta)
+    products = [op for op in capture.op_trace.ops if op.func is torch.ops.aten._grouped_mm.default]
+    assert [capture.op_trace.values[op.outs.id].shape for op in products] == [(12, 20), (12, 16)]
+    assert all(capture.op_trace.values[op.outs.id].dtype is torch.float32 for op in products)
 
 
 def test_what_experts_read_is_pruned_with_their_neighbours():

@@ -24,7 +24,7 @@ ELEMENTWISE = frozenset(
 )
 REDUCTIONS = frozenset(["aten::mean", "aten::sum", "aten::amax", "aten::amin"])
 PRODUCTS = {"mm": (0, 2), "bmm": (0, 3), "addmm": (1, 2)}  # which argument is the first factor, and the rank of both
-SHAPED = frozenset(["aten::convolution", "aten::cat", *(f"aten::{name}" for name in PRODUCTS)])
+SHAPED = frozenset(["aten::convolution", "aten::cat", "aten::_grouped_mm", *(f"aten::{name}" for name in PRODUCTS)])
 NORMS = frozenset(["aten::native_batch_norm", "aten::native_layer_norm", "aten::native_group_norm"])
 # in-place ops that change a tensor's shape rather than its contents: the tensor becomes another value
 RESHAPING = frozenset(
@@ -101,6 +101,8 @@ class MetaKernels:
         if kind in PRODUCTS and not kwargs:
             added, ndim = PRODUCTS[kind]
             return multiplied(args[added:], args[:added], ndim)
+        if kind == "_grouped_mm" and (shape := multiplied_in_runs(*args, **kwargs)) is not None:
+            return empty(shape, dtype=first.dtype, device=META)
         if kind == "attention" and (shape := attended(*args, **kwargs)) is not None:
             return empty(shape, dtype=first.dtype, device=META)
         if kind == "norm":  # the statistics that it also returns are for training kernels, and have no readers
@@ -159,6 +161,14 @@ def multiplied(factors: Sequence[Tensor], added: Sequence[Tensor], ndim: int) ->
     if any(t.dim() != 1 or t.shape[0] != b.shape[-1] or t.dtype != a.dtype for t in added):
         return None
     return empty([*a.shape[:-1], b.shape[-1]], dtype=a.dtype, device=META)
+
+
+def multiplied_in_runs(a: Tensor, b: Tensor, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> list[int] | None:
+    """The shape of a product in runs that end at `offs`, of which torch's own kernel on meta refuses all but bfloat16."""
+    if not b.is_meta or a.shape[-1] != b.shape[-2] or a.dtype != b.dtype or bias is not None or out_dtype is not None:
+        return None
+    stacks = [len(offs)] if a.dim() == b.dim() == 2 else [len(a)] if a.dim() == b.dim() else []
+    return [*stacks, a.shape[-2], b.shape[-1]]
 
 
 def attended(

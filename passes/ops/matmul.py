@@ -276,9 +276,9 @@ def trilinear(call: RuleContext) -> Labels:
     return tuple(result)
 
 
-def padded_grouped_product(r: RewriteContext, node: fx.Node) -> fx.Node | None:
-    """The kernel takes rows of multiples of 16 bytes: what is left of others is padded."""
-    return r.graph.call_function(in_whole_lines, r.argument(tuple(node.args)), r.argument(dict(node.kwargs)))
+def emitted_grouped_product(r: RewriteContext, node: fx.Node) -> fx.Node | None:
+    """A call that takes rows of any width, and that can be compiled and exported in any precision."""
+    return r.graph.call_function(grouped_mm, r.argument(tuple(node.args)), r.argument(dict(node.kwargs)))
 
 
 def masked_grouped_product(run: MaskContext, call: OpView, args: Any, kwargs: Any) -> Any:
@@ -290,14 +290,46 @@ def masked_grouped_product(run: MaskContext, call: OpView, args: Any, kwargs: An
 LINE = 16  # bytes
 
 
-def in_whole_lines(a: Tensor, b: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """`torch._grouped_mm` of operands of any width: zeros fill them up where they are cut to another one."""
-    step = LINE // a.element_size()
-    rows, columns = -b.shape[-2] % step, -b.shape[-1] % step
-    if rows or columns:
-        a, b, wide = F.pad(a, (0, rows)), F.pad(b, (0, columns, 0, rows)), b.shape[-1]
-        return torch._grouped_mm(a, b, *args, **kwargs)[..., :wide]
-    return torch._grouped_mm(a, b, *args, **kwargs)
+def grouped_mm(a: Tensor, b: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, out_dtype: Any = None) -> Tensor:
+    """`torch.nn.functional.grouped_mm`; what compilers know of it is for bfloat16 alone, so of others they see one op."""
+    plain = offs is not None and bias is None and out_dtype is None
+    if plain and a.dtype != torch.bfloat16 and torch.compiler.is_compiling():
+        return torch.ops.fxprune.grouped_mm(a, b, offs)
+    return in_whole_lines(a, b, offs=offs, bias=bias, out_dtype=out_dtype)
+
+
+def in_whole_lines(a: Tensor, b: Tensor, **kwargs: Any) -> Tensor:
+    """`torch._grouped_mm`, whose kernel takes rows of multiples of 16 bytes: zeros fill up those of other widths.
+
+    Of two matrices, as in its backward pass, the first is stored by columns.
+    """
+    step, by_columns = LINE // a.element_size(), a.dim() == b.dim() == 2
+    (high, summed), wide = a.shape[-2:], b.shape[-1]
+    rows, columns = -(high if by_columns else summed) % step, -wide % step
+    if not (rows or columns):
+        return torch._grouped_mm(a, b, **kwargs)
+    if by_columns:
+        return torch._grouped_mm(F.pad(a.mT, (0, rows)).mT, F.pad(b, (0, columns)), **kwargs)[..., :high, :wide]
+    return torch._grouped_mm(F.pad(a, (0, rows)), F.pad(b, (0, columns, 0, rows)), **kwargs)[..., :wide]
+
+
+@torch.library.custom_op("fxprune::grouped_mm", mutates_args=())
+def compiled_grouped_mm(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
+    return in_whole_lines(a, b, offs=offs).contiguous()
+
+
+@compiled_grouped_mm.register_fake
+def _(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
+    return a.new_empty([*([len(offs)] if a.dim() == b.dim() == 2 else []), *a.shape[:-1], b.shape[-1]])
+
+
+def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    a, b, offs = ctx.saved_tensors
+    by_runs = torch.ops.fxprune.grouped_mm
+    return by_runs(gradient, b.transpose(-2, -1), offs), by_runs(a.transpose(-2, -1), gradient, offs), None
+
+
+compiled_grouped_mm.register_autograd(backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
 MATMUL = OpSpec(matmul, masked=products_with_zeros, products=matmul_products, macs=matmul_macs)
@@ -305,7 +337,8 @@ register("mm addmm _addmm_activation _sparse_addmm", MATMUL)
 register("bmm baddbmm matmul", dataclasses.replace(MATMUL, heads=True))
 register("mv addmv dot vdot inner", dataclasses.replace(MATMUL, macs=None))  # which torch does not count
 register("linear", OpSpec(linear, masked=products_with_zeros, products=linear_products, macs=linear_macs))
-register("_grouped_mm", OpSpec(grouped_product, padded_grouped_product, masked=masked_grouped_product), functions="grouped_mm")
+GROUPED = OpSpec(grouped_product, emitted_grouped_product, masked=masked_grouped_product, always=True)
+register("_grouped_mm fxprune::grouped_mm", GROUPED, functions="_grouped_mm grouped_mm")
 register("addbmm", OpSpec(addbmm, masked=with_zeros))
 register("addr", OpSpec(addr))
 register("linalg_cross", OpSpec(cross))

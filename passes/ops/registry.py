@@ -57,6 +57,7 @@ class OpSpec:
     Attributes:
         labels: the labels of its results (a list of them for several results) from those of its arguments.
         rewrite: what a call becomes once its tensors shrink, as a new node; None where the call stays as it is.
+        always: whether calls that lose nothing are rewritten, too.
         sizes: which arguments are sizes of the result; `rewrite` then follows from it.
         masked: what the op computes of kept elements, where that is not what it computes with zeros for the others.
         products: the ways in which it multiplies one operand by another, as a layer by its weight.
@@ -74,6 +75,7 @@ class OpSpec:
 
     labels: Rule | None = None
     rewrite: Rewrite | None = None
+    always: bool = False
     sizes: SizeArguments | None = None
     masked: Masked | None = None
     products: Callable[[OpView], Iterable[Product]] | None = None

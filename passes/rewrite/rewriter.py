@@ -211,9 +211,9 @@ class Rewriter:
         wide = slid(self, node) if changed else None
         if wide is not None:
             return wide
-        rewrite = find_node(node).rewrite if changed else None
-        if rewrite is not None:
-            made = rewrite(self, node)
+        spec = find_node(node)
+        if spec.rewrite is not None and (changed or spec.always):
+            made = spec.rewrite(self, node)
             if made is not None:
                 return self.as_copy(node, made)
         result = self.capture.results.get(node)
