@@ -9,6 +9,9 @@ import torch
 from torch import nn
 
 import fxprune
+from fxprune.passes.capture.programs import programs
+from fxprune.passes.errors import PruneError
+from fxprune.passes.ir.module_tree import on_meta
 
 
 def llama(device, layers=2, width=64):
@@ -79,3 +82,30 @@ def test_seven_billion_parameters_are_planned_in_little_memory():
     told = subprocess.run([sys.executable, "-c", PLANNING], capture_output=True, text=True, check=True).stdout
     count, left, memory = map(int, told.split())
     assert count > 6.5e9 and left < 0.4 * count and memory < 1 << 30
+
+
+class Converts(nn.Module):
+    def __init__(self, convert):
+        super().__init__()
+        self.up, self.down, self.convert = nn.Linear(4, 8), nn.Linear(8, 2), convert
+
+    def forward(self, x):
+        return self.down(self.convert(self.up(x)).relu())
+
+
+def test_a_conversion_by_type_needs_no_values():
+    for convert in (lambda y: y.type(torch.float64).type(torch.float32), lambda y: y.type(dtype=torch.float32)):
+        model, x = Converts(convert).eval(), torch.randn(3, 4)
+        [capture] = programs(model, (x,), {}, on_meta)
+        assert any(node.target == "type" for node in capture.graph.nodes)
+        pruned = fxprune.prune(model, 0.5, example_inputs=x)
+        assert pruned.verification.ok and pruned.up.out_features == 4
+
+
+@pytest.mark.parametrize("convert", [lambda y: y if "cuda" not in y.type() else -y, lambda y: y.type("torch.FloatTensor")])
+def test_types_that_name_a_device_need_values(convert):
+    model, x = Converts(convert).eval(), torch.randn(3, 4)
+    with pytest.raises(PruneError):
+        programs(model, (x,), {}, on_meta)
+    pruned = fxprune.prune(model, 0.5, example_inputs=x)
+    assert pruned.verification.ok and pruned.up.out_features == 4

@@ -111,6 +111,8 @@ class ProxyAttributes(fx.Tracer):
             if name == "device":
                 return self.bind(self.create_node("call_function", getattr, (proxy.node, name), {}), self.evaluator.home)
             return getattr(torch.empty(0, device=self.evaluator.home), name)
+        if name == "type" and isinstance(value, Tensor):
+            return functools.partial(self.read_type, proxy)
         if name in WHERE and (value.is_meta if isinstance(value, Tensor) else getattr(value, "type", "") == "meta"):
             raise NeedsValues  # a run without values is on another device than the model
         if isinstance(value, Tensor):
@@ -133,6 +135,13 @@ class ProxyAttributes(fx.Tracer):
         if callable(getattr(value, name)):
             return lambda *args, **kwargs: self.create_proxy("call_method", name, (proxy, *args), kwargs)
         return self.create_proxy("call_function", getattr, (proxy, name), {})
+
+    def read_type(self, proxy: Any, *given: Any, **named: Any) -> Any:
+        """`type()` says where a tensor is, as which `type(kind)` may put it somewhere else; `type(dtype)` converts it."""
+        where = next(iter((*given, *named.values())), None)
+        if proxy.value.is_meta and not isinstance(unwrap(where), torch.dtype):
+            raise NeedsValues
+        return self.create_proxy("call_method", "type", (proxy, *given), named)
 
     @internal
     def write_attribute(self, proxy: Any, name: str, value: Any) -> None:
