@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import fxprune
@@ -109,3 +110,30 @@ def test_types_that_name_a_device_need_values(convert):
         programs(model, (x,), {}, on_meta)
     pruned = fxprune.prune(model, 0.5, example_inputs=x)
     assert pruned.verification.ok and pruned.up.out_features == 4
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda y: y + torch.zeros(y.shape[0], 1, dtype=int),
+        lambda y: y.to(float).to(torch.float32) * torch.ones(y.shape[-1], dtype=bool),
+        lambda y: y + y.sum(-1, keepdim=True, dtype=float).float(),
+    ],
+)
+def test_pythons_types_are_dtypes(convert):
+    model, x = Converts(convert).eval(), torch.randn(3, 4)
+    programs(model, (x,), {}, on_meta)
+    pruned = fxprune.prune(model, 0.5, example_inputs=x)
+    assert pruned.verification.ok and pruned.up.out_features == 4 and pruned.meta["capture"] == "symbolic"
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_attention_takes_a_flag_that_is_made_of_sizes(length):
+    def attend(y):
+        heads = y.unflatten(-1, (2, 4)).transpose(1, 2)
+        return F.scaled_dot_product_attention(heads, heads, heads, is_causal=y.shape[1] > 1 and True).transpose(1, 2).flatten(2)
+
+    model, x = Converts(attend).eval(), torch.randn(3, length, 4)
+    programs(model, (x,), {}, on_meta)
+    pruned = fxprune.prune(model, 0.5, example_inputs=x)
+    assert pruned.verification.ok and pruned.up.out_features == 4 and pruned.meta["capture"] == "symbolic"

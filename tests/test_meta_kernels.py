@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
@@ -90,6 +91,20 @@ OPS = {
     "joined": lambda a, b: (torch.cat([a, a, a], 1), torch.cat([a, a], -1), torch.cat([b, b])),
     "strided ones joined": lambda a, b: torch.cat([a.mT, a.mT], 0),
     "other dtypes joined": lambda a, b: torch.cat([b, b.double()]),
+    "norms": lambda a, b: tuple(
+        norm(x)
+        for x in (
+            a[None, :, :2],
+            a[None].mT,
+            a.permute(1, 2, 0)[..., None],
+            a[None].to(memory_format=torch.channels_last),
+        )
+        for norm in (
+            lambda x: F.layer_norm(x, x.shape[-1:]),
+            lambda x: F.group_norm(x, 1),
+            lambda x: F.batch_norm(x, x.new_zeros(x.shape[1]), x.new_ones(x.shape[1])),
+        )
+    ),
     "nothing joined": lambda a, b: torch.cat([a.new_empty(0), a]),
 }
 

@@ -59,6 +59,8 @@ MIXES = {
     "layer norm": (lambda self, x: self.b(F.layer_norm(self.a(x), (8,))), linear(8, 4), FIRST + LAST, "native_layer_norm"),
     "softmax over channels": (lambda self, x: self.b(self.a(x).softmax(-1)), linear(8, 4), FIRST + LAST, "_softmax"),
     "maximum over channels": (lambda self, x: self.b(self.a(x).amax(-1, keepdim=True)), linear(1, 4), FIRST, "amax"),
+    "norm of a negative order": (lambda self, x: self.b(self.a(x).norm(-2, -1, True)), linear(1, 4), FIRST, "norm"),
+    "the least of channels": (lambda self, x: self.b(self.a(x).norm(-torch.inf, -1, True)), linear(1, 4), FIRST, "norm"),
     "a constant that is summed": (lambda self, x: self.b(self.a(x).cos().sum(-1, keepdim=True)), linear(1, 4), FIRST, "sum"),
     "a constant that meets weights": (lambda self, x: self.b(self.a(x).sigmoid()), linear(8, 4), FIRST, "addmm"),
     "a product, then a norm": (

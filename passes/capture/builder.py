@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.passes.capture.conversions import Conversions
-from fxprune.passes.capture.evaluation import Evaluator, plain_key
+from fxprune.passes.capture.evaluation import INDEXING, Evaluator, as_lists, plain_key
 from fxprune.passes.capture.frames import Frame
 from fxprune.passes.capture.leftovers import pending
 from fxprune.passes.capture.modules import is_standard
@@ -33,6 +33,7 @@ from fxprune.passes.ir.pytree import ATOMS, attributes_of, is_record, like_dict,
 
 HAS_NODES = ATOMS | PROXIES
 PLAIN = ATOMS | {complex, torch.layout, torch.memory_format}
+DTYPES = {int: torch.int64, float: torch.float64, bool: torch.bool, complex: torch.complex128}  # what torch takes them for
 RESHAPES = frozenset(name.removeprefix("aten::") for name in RESHAPING)  # methods
 RESHAPES |= {getattr(torch, name) for name in RESHAPES if hasattr(torch, name)}
 BY_STRIDES = frozenset(["as_strided", torch.as_strided])
@@ -119,10 +120,9 @@ class GraphBuilder(ProxyAttributes):
         """The name that FX would give a node, remembered by target; None where FX is to find it."""
         if op in ("call_module", "get_attr"):
             return target.replace(".", "_") if target.islower() else None
-        found = self.short.get(target)
-        if found is None:
-            found = self.short[target] = self.graph._target_to_str(target)
-        return found
+        if target not in self.short:
+            self.short[target] = self.graph._target_to_str(target)
+        return self.short[target]
 
     @internal
     def create_proxy(
@@ -137,6 +137,8 @@ class GraphBuilder(ProxyAttributes):
     ) -> Any:
         if target in BY_STRIDES and type(args[0]) is TensorProxy:
             self.fix_strides(args[0])
+        if target in INDEXING:
+            args = (args[0], as_lists(args[1]), *args[2:])
         if target in ARITHMETIC and all(type(a.value if type(a) in PROXIES else a) in NUMBERS for a in args):
             return self.once(kind, target, args)
         number = number_of_pieces(target, args, kwargs) if getattr(target, "__name__", target) in CUTTING else None
@@ -201,9 +203,9 @@ class GraphBuilder(ProxyAttributes):
 
     def keep_length(self, node: fx.Node, value: list[Any]) -> None:
         """How many values code that is not captured has put into a list is decided here."""
-        source = node
+        source: Any = node
         while source.target is operator.getitem:
-            source = source.args[0]  # type: ignore[assignment]
+            source = source.args[0]
         if source.op != "call_module" and source.target not in self.evaluator.functions:
             return
         length = self.create_node("call_function", len, (node,), {})
@@ -227,8 +229,8 @@ class GraphBuilder(ProxyAttributes):
             return a
         if isinstance(a, Items):
             return a.pack(self)
-        if isinstance(a, np.generic):  # which generated code cannot write down
-            return a.item()
+        if isinstance(a, np.generic) or (type(a) is type and a in DTYPES):  # which generated code cannot write down
+            return DTYPES[a] if isinstance(a, type) else a.item()
         if isinstance(a, nn.Module):
             return self.module_argument(a)
         if isinstance(a, Tensor):
@@ -241,10 +243,8 @@ class GraphBuilder(ProxyAttributes):
             return node
         if isinstance(a, dict) and type(a) is not dict and all(isinstance(k, str) for k in a):
             return self.create_object(type(a), dict(a))
-        if type(a) is tuple or isinstance(a, torch.Size):
-            return tuple(self.create_arg(v) for v in a)
-        if type(a) is list:
-            return [self.create_arg(v) for v in a]
+        if type(a) in (tuple, list) or isinstance(a, torch.Size):
+            return (list if type(a) is list else tuple)([self.create_arg(v) for v in a])
         if type(a) is dict:
             return {plain_key(k): self.create_arg(v) for k, v in a.items()}
         with attributes_of(a) as held:
@@ -327,8 +327,7 @@ class GraphBuilder(ProxyAttributes):
         self.guards = [g for g in self.guards if self.index[g.node] < begin]
         self.grad_modes = [(number, mode) for number, mode in self.grad_modes if number < begin]
         self.stored.restore(self.index, begin)
-        gone = [k for k, p in self.attributes.items() if self.index[p.node] >= begin]
-        for key in gone:
+        for key in [k for k, p in self.attributes.items() if self.index[p.node] >= begin]:
             del self.attributes[key]
         self.constants = {i: c for i, c in self.constants.items() if self.index[c.proxy.node] < begin}
         self.assigned = {name: v for name, v in self.assigned.items() if self.index.get(v.node, begin) < begin}

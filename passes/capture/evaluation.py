@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 
@@ -20,11 +22,12 @@ from fxprune.passes.capture.rollback import ModuleState
 from fxprune.passes.errors import ReadsValue
 from fxprune.passes.ir.module_tree import META, fetch, named_modules, named_tensors, walk
 from fxprune.passes.ir.program import ModuleCall, SizeUse, select_by_mode
-from fxprune.passes.ir.pytree import ATOMS, TensorRef, collect, has_tensor, hidden_tensors, map_tensors, tensors
+from fxprune.passes.ir.pytree import ATOMS, TensorRef, collect, has_tensor, hidden_tensors, iterate, map_tensors, tensors
 from fxprune.passes.ops.registry import find_node
 
 plain_call = nn.Module._call_impl  # as it is outside of a capture
 PLAIN_MODULES = ("_operator", "builtins", "math")  # their functions create no tensors of their own
+INDEXING = (operator.getitem, operator.setitem)
 CREATING = ("tensor", "as_tensor", "new_tensor")
 
 
@@ -108,6 +111,8 @@ class Evaluator:
             whole = find_node(node).recorded_as
             if whole is not None and all(t.is_meta for t in tensors(args[:3])):
                 return self.recorder.as_one(whole, args, kwargs)
+            if node.target in INDEXING and isinstance(args[0], torch.Tensor) and args[0].is_meta:
+                args = (args[0], with_contents(args[1]), *args[2:])
             return node.target(*args, **kwargs)  # type: ignore[operator]
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
@@ -237,6 +242,23 @@ class Evaluator:
         """A node is gone from the graph."""
         self.given.pop(node, None)
         self.untracked.discard(node)
+
+
+def as_lists(key: Any, *, inside: bool = False) -> Any:
+    """A key in which all that torch makes tensors of is a list: ranges, arrays, and tuples within the key, which may be one."""
+    if type(key) is tuple and not inside:
+        return tuple([as_lists(entry, inside=True) for entry in key])
+    if isinstance(key, np.ndarray):
+        return key.tolist()
+    return [as_lists(entry, inside=True) for entry in key] if type(key) in (list, tuple, range) else key
+
+
+def with_contents(key: Any) -> Any:
+    """A key in which lists of numbers are tensors: torch would make them on the meta device, where they have no contents."""
+    if isinstance(key, tuple):
+        return tuple(map(with_contents, key))
+    numbers = list(iterate(key)) if type(key) is list else [None]
+    return torch.tensor(key, dtype=None if numbers else torch.int64) if {int, bool}.issuperset(map(type, numbers)) else key
 
 
 def tie_results(one: Any, other: Any) -> None:

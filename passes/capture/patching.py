@@ -47,6 +47,7 @@ from fxprune.passes.capture.proxy import PROXIES, unwrap
 from fxprune.passes.capture.tracer import ValueTracer
 from fxprune.passes.ir.pytree import iterate
 
+ATTENTION = F.scaled_dot_product_attention  # which wants a plain flag before it looks for proxies
 CONTEXT_FUNCTIONS = ("finfo", "iinfo", "is_autocast_enabled", "get_autocast_dtype")
 
 
@@ -64,7 +65,7 @@ class Patches:
         self.active = True
         self.imported = len(sys.modules)
         self.maths = {id(f): f for name, f in vars(math).items() if callable(f) and not name.startswith("_")}
-        self.nodes = self.maths | {id(f): f for f in tracer.evaluator.functions}
+        self.nodes = self.maths | {id(f): f for f in (*tracer.evaluator.functions, ATTENTION)}
         self.seen, self.owners = set[object](), set[type]()
         self.stand_ins, self.shadows = dict(STAND_INS), dict[str, Any]()
 
@@ -239,6 +240,7 @@ class Patches:
             return not inlining and bool(check(args))
 
         self.patch(F, "has_torch_function", has_torch_function)
+        self.patch(F, ATTENTION.__name__, self.seeing_proxies(ATTENTION))
 
     # -- modules ----------------------------------------------------------------------------------------------------
 
@@ -255,8 +257,7 @@ class Patches:
         def read(module: nn.Module, name: str) -> Any:
             if threading.get_ident() != self.thread:
                 return plain_getattr(module, name)
-            number = tracer.plain.answer(module, name) if tracer.plain.withdrawn else None
-            if number is not None:
+            if tracer.plain.withdrawn and (number := tracer.plain.answer(module, name)) is not None:
                 return number
             value = plain_getattr(module, name)
             return tracer.read_tensor(value) if isinstance(value, torch.Tensor) and self.tracing() else value

@@ -25,6 +25,7 @@ ELEMENTWISE = frozenset(
 REDUCTIONS = frozenset(["aten::mean", "aten::sum", "aten::amax", "aten::amin"])
 PRODUCTS = {"mm": (0, 2), "bmm": (0, 3), "addmm": (1, 2)}  # which argument is the first factor, and the rank of both
 SHAPED = frozenset(["aten::convolution", "aten::cat", "aten::_grouped_mm", *(f"aten::{name}" for name in PRODUCTS)])
+LAYER_NORM = torch.ops.aten.native_layer_norm.default
 NORMS = frozenset(["aten::native_batch_norm", "aten::native_layer_norm", "aten::native_group_norm"])
 # in-place ops that change a tensor's shape rather than its contents: the tensor becomes another value
 RESHAPING = frozenset(
@@ -106,7 +107,7 @@ class MetaKernels:
         if kind == "attention" and (shape := attended(*args, **kwargs)) is not None:
             return empty(shape, dtype=first.dtype, device=META)
         if kind == "norm":  # the statistics that it also returns are for training kernels, and have no readers
-            return like(first), NOTHING.detach(), NOTHING.detach()
+            return normalised(func, first), NOTHING.detach(), NOTHING.detach()
         if kind == "in place":
             return first
         if kind == "elementwise" and first.is_floating_point() and not any(isinstance(v, Tensor) for v in kwargs.values()):
@@ -161,6 +162,13 @@ def multiplied(factors: Sequence[Tensor], added: Sequence[Tensor], ndim: int) ->
     if any(t.dim() != 1 or t.shape[0] != b.shape[-1] or t.dtype != a.dtype for t in added):
         return None
     return empty([*a.shape[:-1], b.shape[-1]], dtype=a.dtype, device=META)
+
+
+def normalised(func: Any, x: Tensor) -> Tensor:
+    """The result of a norm: contiguous; with channels last where the input is so, but for layer norms."""
+    lasting = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    kept = lasting is not None and func is not LAYER_NORM and x.is_contiguous(memory_format=lasting)
+    return like(x) if kept or x.is_contiguous() else empty(x.shape, dtype=x.dtype, device=META)
 
 
 def multiplied_in_runs(a: Tensor, b: Tensor, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> list[int] | None:

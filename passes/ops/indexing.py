@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from fxprune.passes.ir.labels import NONE, Labels, align, along, expand_along, factor
-from fxprune.passes.ir.pytree import TensorRef
+from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ops.call import RuleContext, frozen
 from fxprune.passes.ops.index_maps import COMPUTED, one_by_one
 from fxprune.passes.ops.masking import with_zeros
@@ -165,16 +166,17 @@ def indexed(r: RewriteContext, node: fx.Node, index: tuple[Any, ...]) -> fx.Node
     if not isinstance(source, TensorRef):
         return None
     shape = r.before(source)
+    index = tuple([entry for i in index for entry in entries(r, i)])
     spans = [span(r, i) for i in index]
     at = next((n for n, i in enumerate(index) if i is Ellipsis), len(index))
     fill = (slice(None),) * (len(shape) - sum(spans))
     full = (*index[:at], *fill, *index[at + 1 :]) if at < len(index) else (*index, *fill)
-    target = r.result(node) if node.target is not operator.setitem else None
+    dim, made = 0, dims_indexed(r, full)
+    target = r.result(node) if node.target is not operator.setitem else written(r, node.args[2], made)
     if target is not None and not isinstance(target, TensorRef):
         return None
     left = r.after(source)
     new: list[Any] = []
-    dim, made = 0, dims_indexed(r, full)
     for i, out in zip(full, made, strict=True):
         shrunk = dim < len(shape) and left[dim] < shape[dim]
         if target is not None and is_lookup(r, i):  # with others that lose entries
@@ -183,7 +185,7 @@ def indexed(r: RewriteContext, node: fx.Node, index: tuple[Any, ...]) -> fx.Node
             new.append(i)
             continue
         if not shrunk:
-            new.append(r.argument(i) if not isinstance(i, slice) else bounds(r, i))
+            new.append(unchanged(r, i))
         else:
             new.append(mapped(r, source, target, dim, out, i))
         dim += span(r, i)
@@ -195,10 +197,35 @@ def indexed(r: RewriteContext, node: fx.Node, index: tuple[Any, ...]) -> fx.Node
     return r.emit(node, args + [r.argument(a) for a in node.args[2:]], {})
 
 
+def entries(r: RewriteContext, i: Any) -> list[Any]:
+    """An entry of an index, or what it is the same as: flags of several dimensions are positions along each."""
+    ref = r.result(i) if isinstance(i, fx.Node) else None
+    data = r.capture.op_trace.values[ref.id].data if isinstance(ref, TensorRef) else None
+    if isinstance(i, list) and not collect(i, fx.Node):
+        i = data = torch.tensor(i, dtype=None if collect(i, int) else torch.int64)
+    if data is not None and data.dim() > 1 and data.dtype in (torch.bool, torch.uint8):
+        return list(data.cpu().nonzero(as_tuple=True))
+    return [i]
+
+
+def written(r: RewriteContext, value: Any, made: Sequence[range]) -> TensorRef | None:
+    """What is written to the places of an index, where it has a dimension for each that the index makes."""
+    ref = r.result(value)
+    rank = max((d + 1 for out in made for d in out), default=0)
+    return ref if isinstance(ref, TensorRef) and len(r.before(ref)) == rank else None
+
+
+def unchanged(r: RewriteContext, i: Any) -> Any:
+    if isinstance(i, slice):
+        return bounds(r, i)
+    return r.constant(i) if isinstance(i, torch.Tensor) else r.argument(i)
+
+
 def is_lookup(r: RewriteContext, i: Any) -> bool:
     """Whether an entry of an index is a list of known positions."""
     ref = r.result(i) if isinstance(i, fx.Node) else None
-    return isinstance(i, list) or (isinstance(ref, TensorRef) and r.capture.op_trace.values[ref.id].data is not None)
+    known = isinstance(ref, TensorRef) and r.capture.op_trace.values[ref.id].data is not None
+    return known or isinstance(i, list | torch.Tensor)
 
 
 def dims_indexed(r: RewriteContext, index: tuple[Any, ...]) -> list[range]:
@@ -210,8 +237,8 @@ def dims_indexed(r: RewriteContext, index: tuple[Any, ...]) -> list[range]:
     together = dict[int, int]()  # how many dimensions each entry by a tensor has
     for n, i in enumerate(index):
         ref = r.result(i) if isinstance(i, fx.Node) else None
-        if isinstance(i, list):
-            together[n] = 1
+        if isinstance(i, list | torch.Tensor):
+            together[n] = 1 if isinstance(i, list) else i.dim()
         elif isinstance(ref, TensorRef):
             together[n] = len(r.before(ref)) if r.capture.op_trace.values[ref.id].dtype != torch.bool else 1
     most = max(together.values(), default=0)
@@ -258,7 +285,9 @@ def mapped(r: RewriteContext, source: TensorRef, target: TensorRef | None, dim: 
         value = i if isinstance(i, int) else r.capture.results[i]
         at = int(table[value % size])
         return at - len(r.positions(source, dim)) if i is value and at >= 0 > value else at
-    data = torch.as_tensor(i) if isinstance(i, list) else r.capture.op_trace.values[r.result(i).id].data
+    if isinstance(i, list):  # with sizes in it
+        i = torch.tensor([known(r, position) for position in i])
+    data = i if isinstance(i, torch.Tensor) else r.capture.op_trace.values[r.result(i).id].data
     if data is None:  # the numbers of what is chosen by value are those of kept entries by themselves
         return r.argument(i)
     data = data.cpu()
@@ -267,7 +296,7 @@ def mapped(r: RewriteContext, source: TensorRef, target: TensorRef | None, dim: 
     if target is not None and len(out):
         data = left_of(r, target, out, data)
     places = table[data % size]
-    return r.constant(places if target is not None else places[places >= 0])
+    return r.constant(places if target is not None or bool((places >= 0).all()) else places[places >= 0])
 
 
 def bound(place: int, given: Any, number: int, end: int) -> int | None:

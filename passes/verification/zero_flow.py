@@ -189,7 +189,7 @@ class Probe:
 
     def check_absorbed(self, base: Sequence[Tensor], marked: Sequence[int], found: Sequence[Tensor]) -> None:
         """Raises Mixed where a result is constant since a removed entry absorbs kept ones of its operand, as in a product."""
-        if self.name in ADDITIVE or torch.Tag.pointwise in self.func.tags or not any(bool(f.any()) for f in found):
+        if self.is_additive or torch.Tag.pointwise in self.func.tags or not any(bool(f.any()) for f in found):
             return
         for i in marked:
             mask = self.masks[i]
@@ -209,9 +209,15 @@ class Probe:
     def name(self) -> str:
         return str(self.func._schema.name)
 
+    @property
+    def is_additive(self) -> bool:
+        """Whether zeros add nothing; to a norm of a negative order they do."""
+        order = self.args[1] if self.name.endswith("norm") and len(self.args) > 1 else None
+        return self.name in ADDITIVE and (order is None or order > 0)
+
     def check_additive(self, slot: int) -> None:
         mask = self.masks[slot]
-        if self.name not in ADDITIVE or bool(self.tensors[slot][mask].any()):
+        if not self.is_additive or bool(self.tensors[slot][mask].any()):
             shape = tuple(self.tensors[slot].shape)
             raise Mixed(f"{self.name} computes what is kept from removed entries of a tensor of shape {shape}")
 
