@@ -17,6 +17,7 @@ import fxprune
 
 MAKERS: dict[str, Callable[[Tensor], Tensor]] = {
     "repeat_interleave": lambda y: y.repeat_interleave(2, -1),
+    "flat_repeat_interleave": lambda y: y.repeat_interleave(2).view(*y.shape[:-1], -1),
     "expand_flatten": lambda y: y.unsqueeze(-1).expand(*y.shape, 2).flatten(-2),
     "expand_reshape": lambda y: y.unsqueeze(-1).expand(-1, -1, -1, 2).reshape(*y.shape[:-1], -1),
     "expand_before": lambda y: y.unsqueeze(-2).expand(-1, -1, 2, -1).flatten(-2),

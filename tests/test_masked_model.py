@@ -177,3 +177,67 @@ def test_samples_with_labels_of_their_own_hide_no_heads() -> None:
     assert pruned.get_parameter("scale").numel() == 1
     found = fxprune.verify(model, pruned, x)
     assert found.ok and "another batch" in found.compared
+
+
+class Latent(nn.Module):
+    """The hidden layer `a` goes through a function."""
+
+    def __init__(self, function, width=8):
+        super().__init__()
+        torch.manual_seed(0)
+        self.function, self.a, self.b, self.c = function, nn.Linear(4, 8), nn.Linear(width, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.c(torch.tanh(self.b(self.function(self.a(x)))))
+
+
+DRAWN = {
+    "a latent variable": lambda y: y + y.exp().sqrt() * torch.randn_like(y),
+    "numbers of a shape": lambda y: y + torch.randn(y.shape),
+    "a factor": lambda y: y * torch.rand(*y.shape),
+    "dropout that stays on": lambda y: F.dropout(y, 0.5, training=True),
+    "a slope for each": lambda y: F.rrelu(y, training=True),
+    "gumbel": lambda y: F.gumbel_softmax(y, dim=-1),
+    "in place": lambda y: y + torch.zeros_like(y).uniform_(-1, 1),
+    "flags": lambda y: y * torch.bernoulli(torch.full_like(y, 0.5)),
+    "twice": lambda y: (y + torch.randn_like(y)) * torch.randn(y.shape[0], 1),
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_the_reference_draws_for_what_is_kept_what_the_pruned_model_draws(name):
+    found = fxprune.prune(Latent(DRAWN[name]).eval(), 0.5, torch.randn(3, 4))
+    assert found.a.out_features == 4 and found.verification.ok
+    assert found.verification.masked is not None and found.verification.masked < 1e-5
+    assert "it draws numbers for what is removed" in str(found.verification)
+
+
+def test_a_wrong_program_that_draws_is_found(monkeypatch):
+    """The numbers of a pruned model that draws for another channel are no excuse."""
+    model, x = Latent(DRAWN["a latent variable"]).eval(), torch.randn(3, 4)
+    small = fxprune.prune(model, 0.5, x)
+    with torch.no_grad():
+        small.b.weight.copy_(small.b.weight[:, [1, 0, 2, 3]])
+    assert not fxprune.verify(model, small, x).ok
+
+
+ramp = torch.arange(8) / 4
+CONSTANTS = {
+    "of a closure": lambda y: (y + ramp).softmax(-1),
+    "made in the forward": lambda y: (y + torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0])).softmax(-1),
+    "flags": lambda y: y.masked_fill(ramp > 1, -1e9).softmax(-1),
+    "chosen where": lambda y: torch.where(ramp < 1.6, y + ramp, y - ramp).softmax(-1),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_constants_are_cut_in_the_reference_as_in_the_program(name):
+    """A softmax over channels counts those alone that are kept, also of a sum with a constant."""
+    model, x = Latent(CONSTANTS[name]).eval(), torch.randn(3, 4)
+    found = fxprune.prune(model, {"a": 0.25}, x)
+    assert found.verification.ok and found.a.out_features == 6
+    kept = [i for i in range(8) if any(torch.equal(model.a.weight[i], row) for row in found.a.weight)]
+    y = model.a(x)[:, kept]
+    if name == "of a closure":  # said once more in plain words
+        want = model.c(torch.tanh(F.linear((y + ramp[kept]).softmax(-1), model.b.weight[:, kept], model.b.bias)))
+        torch.testing.assert_close(found(x), want)

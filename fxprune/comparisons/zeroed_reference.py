@@ -149,6 +149,8 @@ class ZeroedReference:
 
     def find_why_not(self, inputs: ExampleInputs) -> str:
         """Why it is no reference; empty where it is one."""
+        if self.masked.redrawn:
+            return "it draws numbers for what is removed, and others than the pruned model for what is kept"
         zeroed = self.original()
         with restoring(zeroed.model, parameters=self.writes):
             one = inputs.first_sample()

@@ -275,10 +275,11 @@ def repeat_counts(r: RewriteContext, node: fx.Node) -> fx.Node | None:
 def interleave_counts(r: RewriteContext, node: fx.Node) -> fx.Node | None:
     times, dim = argument(node, 1, "repeats"), argument(node, 2, "dim")
     source, target = r.result(node.args[0]), r.result(node)
-    if dim is None:
+    each = isinstance(r.result(times), TensorRef)
+    if dim is None and each:
         return None
-    dim %= len(r.before(source))
-    if isinstance(r.result(times), TensorRef):  # how often each entry is repeated
+    dim = None if dim is None else dim % len(r.before(source))
+    if each:  # how often each entry is repeated
         counts = r.capture.op_trace.values[r.result(times).id].data
         if r.after(source)[dim] == r.before(source)[dim] and r.after(target)[dim] == r.before(target)[dim]:
             return None
@@ -287,13 +288,14 @@ def interleave_counts(r: RewriteContext, node: fx.Node) -> fx.Node | None:
         positions = r.constant(picked(r, source, target, dim, dim, order))
         return r.graph.call_method("index_select", (r.new[node.args[0]], dim, positions))  # type: ignore[index]
     args, kwargs = [r.argument(a) for a in node.args], {k: r.argument(v) for k, v in node.kwargs.items()}
-    repeats = r.size(times, r.after(target)[dim] // r.after(source)[dim])
+    now, then = (math.prod(r.after(t)) if dim is None else r.after(t)[dim] for t in (target, source))
+    repeats = r.size(times, now // then)
     if len(args) > 1:
         args[1] = repeats
     else:
         kwargs["repeats"] = repeats
     if node.kwargs.get("output_size") is not None:
-        kwargs["output_size"] = r.size(node.kwargs["output_size"], r.after(target)[dim])
+        kwargs["output_size"] = r.size(node.kwargs["output_size"], now)
     return r.emit(node, args, kwargs)
 
 

@@ -20,9 +20,9 @@ from fxprune.passes.capture.recorder import Recorder, by_ops, decomposition
 from fxprune.passes.capture.rollback import ParameterWrites
 from fxprune.passes.coupling.propagation import apply_rule
 from fxprune.passes.ir.branches import NOTHING, Removed
-from fxprune.passes.ir.constraints import ConstraintBuilder, Constraints, RowLabels
+from fxprune.passes.ir.constraints import ConstraintBuilder
 from fxprune.passes.ir.index_contents import storage_of, version_of
-from fxprune.passes.ir.labels import Labels, fill_removed, keeps_all, kept_mask
+from fxprune.passes.ir.labels import Labels, along, fill_removed, keeps_all, kept_mask
 from fxprune.passes.ir.meta_kernels import VIEWS
 from fxprune.passes.ir.module_tree import copy_tree, named_tensors, set_mode
 from fxprune.passes.ir.op_trace import OpCall, arguments_written
@@ -33,74 +33,8 @@ from fxprune.passes.ir.slices import Slicer, TensorSlice
 from fxprune.passes.ops.call import OpView, RuleContext
 from fxprune.passes.ops.registry import find
 from fxprune.passes.verification.index_order import draws_numbers, in_index_order
+from fxprune.passes.verification.kept_labels import KeptLabels
 from fxprune.passes.verification.masked_branches import MaskedBranches
-
-
-class KeptLabels:
-    """Which labels are kept, for a number of labels that grows while a program runs.
-
-    A new label shares the fate of what it is tied to. Until that is known it is kept.
-
-    Arguments:
-        kept: which of the first labels are kept, shape (labels,).
-        fates: from an earlier run of the program which labels are kept, those that it made included.
-
-    Attributes:
-        table: which labels are kept.
-        late: whether a label turned out to be removed after it was made.
-        unknown: whether there are labels of which nothing is known.
-    """
-
-    def __init__(self, kept: Tensor, fates: Tensor | None = None) -> None:
-        self.table, self.fates = kept, fates
-        self.late = self.unknown = False
-        self.known = torch.ones(len(kept), dtype=torch.bool)
-        self.ties: list[tuple[Tensor, Tensor]] = []  # of labels that are not all known
-        self.row_labels: list[RowLabels] = []
-
-    def add(self, constraints: Constraints, size: int) -> None:
-        """Settle what constraints say of unknown labels; there are `size` labels now."""
-        if size > len(self.table):
-            self.grow(size)
-        if not (self.unknown or constraints.frozen):
-            return
-        for event in constraints.frozen:  # what a rule keeps is kept, whatever it is tied to later
-            self.known[torch.from_numpy(event.flat)] = True
-        sides = [tuple(map(torch.from_numpy, tie.sides())) for tie in constraints.ties]
-        new = [(a, b) for a, b in sides if not bool((self.known[a] & self.known[b]).all())]
-        self.ties += new
-        self.row_labels += constraints.row_labels
-        if new or constraints.row_labels or constraints.frozen:  # else nothing is said of unknown labels
-            while self.spread():
-                pass
-            self.ties = [(a, b) for a, b in self.ties if not bool((self.known[a] & self.known[b]).all())]
-            self.row_labels = [r for r in self.row_labels if not bool(self.known[r.labels].all())]
-            self.unknown = not bool(self.known.all())
-
-    def grow(self, size: int) -> None:
-        start, count = len(self.table), size - len(self.table)
-        made = torch.ones(count, dtype=torch.bool) if self.fates is None else self.fates[start:size]
-        self.table = torch.cat([self.table, made])
-        self.known = torch.cat([self.known, torch.full((count,), self.fates is not None)])
-        self.unknown |= self.fates is None
-
-    def spread(self) -> bool:
-        """Settle what is tied to known labels; returns whether that was anything."""
-        found = False
-        for tie in self.ties:
-            for new, old in (tie, tie[::-1]):
-                now = ~self.known[new] & self.known[old]
-                if bool(now.any()):
-                    self.table[new[now]] = self.table[old[now]]
-                    self.known[new[now]] = found = True
-                    self.late |= not bool(self.table[old[now]].all())
-        for rows in self.row_labels:
-            now = ~self.known[rows.labels] & self.known[rows.entries].all(1)
-            self.table[rows.labels[now]] = self.table[rows.entries[now]].any(1)
-            self.known[rows.labels[now]] = True
-            found |= bool(now.any())
-        return found
-
 
 FLOATING = frozenset([torch.bfloat16, torch.float16, torch.float32])
 
@@ -130,10 +64,14 @@ class MaskedRun(Recorder):
         names: the model's tensors by identity.
         removal: what is masked.
         fates: from an earlier run, which labels are kept, those made on the way included.
+        devices: numbers of the GPUs that it runs on.
     """
 
-    def __init__(self, names: dict[int, str], removal: Removal, fates: Tensor | None = None) -> None:
+    def __init__(
+        self, names: dict[int, str], removal: Removal, fates: Tensor | None = None, devices: Sequence[int] = ()
+    ) -> None:
         super().__init__(names)
+        self.devices = devices
         self.leaf_labels = removal.leaves
         self.branches = MaskedBranches([b.parameters for b in removal.branches.branches])
         self.kept_labels, self.given = KeptLabels(removal.kept, fates), len(removal.kept)
@@ -142,7 +80,7 @@ class MaskedRun(Recorder):
         self.memory: set[int] = set()  # where the model's tensors lie
         self.dtypes: set[torch.dtype] = set()  # see `MaskedOriginal`
         self.summed: set[int] = set()  # what depends on sums over what is kept: in another order in a pruned model
-        self.draws = False  # whether it draws random numbers
+        self.draws = self.redrawn = False  # whether it draws random numbers, and some in the place of what is removed
         made = ConstraintBuilder(self.given)
         self.state = PropagationState(self.op_trace, self.labels, made, removal.heads, choices=removal.choices)
 
@@ -158,6 +96,17 @@ class MaskedRun(Recorder):
             if tensor.layout is torch.strided:
                 self.zeroed.add(ref.id)
                 self.memory.add(storage_of(tensor))
+        return ref
+
+    def ref(self, tensor: Tensor) -> TensorRef:
+        """The number of a tensor; a constant of the forward's gets labels, which share the fate of what it meets."""
+        seen = self.find(tensor) is not None
+        ref = super().ref(tensor)
+        value = self.op_trace.values[ref.id]
+        if not seen and value.name is None and not value.from_input:
+            constraints, ndim = self.state.constraints, len(value.shape)
+            lines = [along(constraints.fresh(n), d, ndim) for d, n in enumerate(value.shape) if n > 1]
+            self.labels[ref.id] = tuple(lines)
         return ref
 
     def kept_of(self, value: Tensor) -> Tensor:
@@ -190,13 +139,15 @@ class MaskedRun(Recorder):
         if (parts := decomposition(func)) is not None:
             with self:
                 return parts(*args, **kwargs)
-        before = len(self.op_trace.ops)
+        before, start = len(self.op_trace.ops), None
         refs = [self.ref(tensor) for tensor in collect((args, kwargs), Tensor)]
         form, draws = find(func).masked, draws_numbers(func, args, kwargs)
         self.draws |= draws
         if form is not None and not any(map(self.removed_from, refs)):
             form = None
         form = self.branches.sum_without if self.branches.ends(func, refs, self.op_trace) else form
+        if draws:
+            start = random_state(self.devices)
         if form is not None or draws:
             in_args, in_kwargs = map_tensors(args, self.ref), map_tensors(kwargs, self.ref)
             if form is None:
@@ -218,8 +169,22 @@ class MaskedRun(Recorder):
         constraints = self.state.constraints
         self.kept_labels.add(constraints.clear(), constraints.size)
         self.note_zeros(op, args, kwargs)
+        if start is not None and any(map(self.removed_from, op.outputs)):
+            self.redrawn = True
+            set_random_state(start, self.devices)
+            self.draw_kept(op, args, kwargs, produced)
         del self.op_trace.ops[before:]
         return produced
+
+    def draw_kept(self, op: OpCall, args: Any, kwargs: Any, produced: Any) -> None:
+        """Put the numbers that a model without what is removed draws where they are kept."""
+        whole = {tuple(t.shape): list(self.kept_of(t).shape) for t in collect(produced, Tensor)}
+        sized = lambda v: whole.get(tuple(v), v) if isinstance(v, list | torch.Size) else v  # noqa: E731
+        given, named = map_tensors((args, kwargs), self.kept_of)
+        drawn = in_index_order(op.func, [sized(v) for v in given], {name: sized(v) for name, v in named.items()})
+        for ref, out, kept in zip(op.outputs, collect(produced, Tensor), collect(drawn, Tensor), strict=True):
+            mask = self.mask(ref)
+            out.copy_(kept) if mask is None else out.masked_scatter_(mask.to(out.device).expand(out.shape), kept)
 
     def note_zeros(self, op: OpCall, args: Any, kwargs: Any) -> None:
         """A view of what is zero where it is removed is so too, by the labels that it took along."""
@@ -242,7 +207,7 @@ class MaskedOriginal:
         self.parameters: dict[int, nn.Parameter] = {}  # zero where removed, by the identity of the original's
         self.writes = False  # whether a forward writes to parameters
         self.dtypes: set[torch.dtype] = set()  # narrower than double, of results that depend on sums over what is kept
-        self.draws = False  # whether it draws random numbers
+        self.draws = self.redrawn = False  # as `MaskedRun` has them
 
     def __call__(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], given: Sequence[Labels] = (), *, whole: bool = True
@@ -261,7 +226,7 @@ class MaskedOriginal:
             set_random_state(drawn, devices)
             reference = self.copied()
             names = {id(t): n for n, t in named_tensors(reference)}
-            masker = MaskedRun(names, self.removal, fates)
+            masker = MaskedRun(names, self.removal, fates, devices)
             written = ParameterWrites(reference)
             masker.before_write = written.before_write
             a, k = map_tensors((args, kwargs), torch.clone)
@@ -271,7 +236,7 @@ class MaskedOriginal:
                 with masker:
                     out = reference(*a, **k)
             self.dtypes |= masker.dtypes
-            self.draws |= masker.draws
+            self.draws, self.redrawn = self.draws or masker.draws, self.redrawn or masker.redrawn
             if written.found or any(version_of(p) for p in self.parameters.values()):
                 self.writes = True
                 self.parameters.clear()
