@@ -275,11 +275,10 @@ def repeat_counts(r: RewriteContext, node: fx.Node) -> fx.Node | None:
 def interleave_counts(r: RewriteContext, node: fx.Node) -> fx.Node | None:
     times, dim = argument(node, 1, "repeats"), argument(node, 2, "dim")
     source, target = r.result(node.args[0]), r.result(node)
-    each = isinstance(r.result(times), TensorRef)
-    if dim is None and each:
-        return None
-    dim = None if dim is None else dim % len(r.before(source))
-    if each:  # how often each entry is repeated
+    if isinstance(r.result(times), TensorRef):  # how often each entry is repeated
+        if dim is None:
+            return None
+        dim %= len(r.before(source))
         counts = r.capture.op_trace.values[r.result(times).id].data
         if r.after(source)[dim] == r.before(source)[dim] and r.after(target)[dim] == r.before(target)[dim]:
             return None
@@ -288,7 +287,7 @@ def interleave_counts(r: RewriteContext, node: fx.Node) -> fx.Node | None:
         positions = r.constant(picked(r, source, target, dim, dim, order))
         return r.graph.call_method("index_select", (r.new[node.args[0]], dim, positions))  # type: ignore[index]
     args, kwargs = [r.argument(a) for a in node.args], {k: r.argument(v) for k, v in node.kwargs.items()}
-    now, then = (math.prod(r.after(t)) if dim is None else r.after(t)[dim] for t in (target, source))
+    now, then = (math.prod(r.after(t)) if dim is None else r.after(t)[dim] for t in (target, source))  # flat, or along it
     repeats = r.size(times, now // then)
     if len(args) > 1:
         args[1] = repeats
