@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributions as D
 from graphs.registry import linear, net, randomise
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -200,6 +201,13 @@ DRAWN = {
     "gumbel": lambda y: F.gumbel_softmax(y, dim=-1),
     "in place": lambda y: y + torch.zeros_like(y).uniform_(-1, 1),
     "flags": lambda y: y * torch.bernoulli(torch.full_like(y, 0.5)),
+    "numbers in a range": lambda y: y * torch.randint(1, 3, y.shape),
+    "around each": lambda y: torch.normal(y, y.exp()),
+    "a normal factor": lambda y: y * torch.normal(0.0, 1.0, size=y.shape),
+    "counts": lambda y: y + torch.poisson(y.exp()),
+    "by an old name": lambda y: y + y.new(y.shape).normal_(),
+    "a distribution": lambda y: D.Normal(y, y.exp()).rsample() + D.Normal(y, 1.0).log_prob(y * 0.5),
+    "a divergence": lambda y: D.kl_divergence(D.Laplace(y, y.exp()), D.Laplace(y * 0, 1.0)) * D.Laplace(y, y.exp()).rsample(),
     "twice": lambda y: (y + torch.randn_like(y)) * torch.randn(y.shape[0], 1),
 }
 
@@ -241,3 +249,20 @@ def test_constants_are_cut_in_the_reference_as_in_the_program(name):
     if name == "of a closure":  # said once more in plain words
         want = model.c(torch.tanh(F.linear((y + ramp[kept]).softmax(-1), model.b.weight[:, kept], model.b.bias)))
         torch.testing.assert_close(found(x), want)
+
+
+def test_columns_of_classes_go_where_any_class_may_be_encoded():
+    model = Latent(lambda y: F.one_hot(y.argmax(-1), 8).float() * y.detach().flip(0)).eval()
+    found = fxprune.prune(model, {"b": 0.5}, torch.randn(3, 4))
+    assert found.verification.ok
+
+    class Chosen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.v, self.b = nn.Linear(4, 8), nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.b(F.one_hot(self.a(x).argmax(-1), 8).float() * self.v(x))
+
+    found = fxprune.prune(Chosen().eval(), {"v": 0.5}, torch.randn(3, 4))
+    assert found.verification.ok and found.v.out_features == 4 and found.a.out_features == 8

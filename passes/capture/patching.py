@@ -149,20 +149,20 @@ class Patches:
             self.patch(math, function.__name__, self.seeing_proxies(function))
 
     def checks(self) -> None:
-        """`torch._check` reads a condition; in a run without values there is none to read."""
+        """`torch._check` and `torch.distributions` read conditions; in a run without values there is none to read."""
 
-        def checker(function: Callable[..., Any]) -> Callable[..., Any]:
+        def checker(function: Callable[..., Any], held: Any = None) -> Callable[..., Any]:
             def wrapper(*args: Any, **kwargs: Any) -> Any:
                 if self.tracing():
                     args, kwargs = unwrap(args), unwrap(kwargs)
                     if any(isinstance(v, torch.Tensor) and v.is_meta for v in args):
-                        return None
+                        return held
                 return function(*args, **kwargs)
 
             return wrapper
 
-        for name in CHECKS:
-            self.patch(torch, name, checker(getattr(torch, name)))
+        for name in ("_is_all_true", *CHECKS):
+            self.patch(torch, name, checker(getattr(torch, name), True if name == "_is_all_true" else None))
 
     def contexts(self) -> None:
         """What depends on a dtype or device alone is no step of the program."""

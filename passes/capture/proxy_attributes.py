@@ -132,6 +132,8 @@ class ProxyAttributes(fx.Tracer):
                 return self.once("call_function", getattr, (proxy, name))
             if name == "size":
                 return lambda *args, dim=None: self.once("call_method", name, (proxy, *args, *(() if dim is None else (dim,))))
+            if name == "new":
+                return functools.partial(self.create_new, proxy)
         if callable(getattr(value, name)):
             return lambda *args, **kwargs: self.create_proxy("call_method", name, (proxy, *args), kwargs)
         return self.create_proxy("call_function", getattr, (proxy, name), {})
@@ -142,6 +144,17 @@ class ProxyAttributes(fx.Tracer):
         if proxy.value.is_meta and not isinstance(unwrap(where), torch.dtype):
             raise NeedsValues
         return self.create_proxy("call_method", "type", (proxy, *given), named)
+
+    def create_new(self, proxy: Any, *args: Any, **kwargs: Any) -> Any:
+        """What `x.new` has long stood for: a tensor of these sizes, or of this data."""
+        data = args[0] if len(args) == 1 else None
+        shape, is_data = (
+            isinstance(getattr(data, "value", data), torch.Size),
+            len(args) == 1 and not isinstance(unwrap(data), int),
+        )
+        if is_data and not shape:
+            return self.create_proxy("call_method", "new_tensor", (proxy, data), kwargs)
+        return self.create_proxy("call_method", "new_empty", (proxy, data if shape else args), kwargs)
 
     @internal
     def write_attribute(self, proxy: Any, name: str, value: Any) -> None:

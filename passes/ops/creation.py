@@ -14,8 +14,8 @@ from fxprune.passes.ir.labels import NONE, Factor, Labels, align, along, factor
 from fxprune.passes.ir.op_trace import name_of
 from fxprune.passes.ir.program import TensorSize
 from fxprune.passes.ir.pytree import TensorRef, collect
-from fxprune.passes.ops.call import RuleContext
-from fxprune.passes.ops.pointwise import same
+from fxprune.passes.ops.call import RuleContext, frozen
+from fxprune.passes.ops.pointwise import pointwise, same
 from fxprune.passes.ops.registry import OpSpec, register, spec_of
 from fxprune.passes.ops.rewriting import (
     RewriteContext,
@@ -37,6 +37,11 @@ def uniform(call: RuleContext) -> Labels:
     made = tuple(call.fresh(n, d, len(shape)) for d, n in enumerate(shape) if n > 1 and n not in call.state.literals)
     call.state.unread[call.outputs[0].id] = frozenset(f.major_to_minor[0] for f in made)
     return made
+
+
+def drawn(call: RuleContext) -> Labels:
+    """Numbers for each entry of the tensors that are given, or of a size."""
+    return pointwise(call) if call.inputs else uniform(call)
 
 
 def sized_alike(call: RuleContext, ndim: int) -> Labels:
@@ -323,7 +328,10 @@ register("zeros", dataclasses.replace(CREATED, filled_with=lambda call: 0))
 register("full", dataclasses.replace(CREATED, filled_with=lambda call: call["fill_value"]))
 register("new_ones new_full new_empty", dataclasses.replace(CREATED, sizes=SizeArguments(1)))
 register("new_zeros", dataclasses.replace(CREATED, sizes=SizeArguments(1), filled_with=lambda call: 0))
-register("empty_strided new_empty_strided randint", OpSpec(uniform))
+register("randint", dataclasses.replace(CREATED, sizes=SizeArguments(-1)))
+register("normal", OpSpec(drawn, sizes=SizeArguments(2)))
+register("multinomial", OpSpec(frozen("is drawn by value")))
+register("empty_strided new_empty_strided", OpSpec(uniform))
 register("scalar_tensor", OpSpec(uniform, filled_with=lambda call: call["s"]))
 register("arange linspace logspace eye hann_window", OpSpec(ramp, make_whole))
 register("lift_fresh lift", OpSpec(literal))

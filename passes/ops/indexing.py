@@ -16,7 +16,7 @@ from fxprune.passes.ops.index_maps import COMPUTED, one_by_one
 from fxprune.passes.ops.masking import with_zeros
 from fxprune.passes.ops.movement import slice_
 from fxprune.passes.ops.registry import OpSpec, register
-from fxprune.passes.ops.rewriting import RewriteContext, SizeArguments, argument, known, place, run_of
+from fxprune.passes.ops.rewriting import RewriteContext, SizeArguments, argument, known, place, resize_result, run_of
 from fxprune.passes.ops.unify import unify
 
 
@@ -216,9 +216,7 @@ def written(r: RewriteContext, value: Any, made: Sequence[range]) -> TensorRef |
 
 
 def unchanged(r: RewriteContext, i: Any) -> Any:
-    if isinstance(i, slice):
-        return bounds(r, i)
-    return r.constant(i) if isinstance(i, torch.Tensor) else r.argument(i)
+    return bounds(r, i) if isinstance(i, slice) else r.constant(i) if isinstance(i, torch.Tensor) else r.argument(i)
 
 
 def is_lookup(r: RewriteContext, i: Any) -> bool:
@@ -299,6 +297,19 @@ def mapped(r: RewriteContext, source: TensorRef, target: TensorRef | None, dim: 
     return r.constant(places if target is not None or bool((places >= 0).all()) else places[places >= 0])
 
 
+FEWER_CLASSES = resize_result(SizeArguments(1, ("num_classes",), lambda args, kwargs, ndim, count: ndim - 1))
+
+
+def classes(r: RewriteContext, node: fx.Node) -> fx.Node | None:
+    """Numbers of kept entries are encoded as such; others may be of any class: the columns of those that go are taken out."""
+    ref = r.result(node)
+    number, last = r.before(ref)[-1], len(r.before(ref)) - 1
+    if r.result(node.args[0]).id in r.picks or r.after(ref)[-1] == number:
+        return FEWER_CLASSES(r, node)
+    whole = r.emit(node, (r.argument(node.args[0]), number), {})
+    return r.pick(whole, ref, last, r.positions(ref, last), number)
+
+
 def bound(place: int, given: Any, number: int, end: int) -> int | None:
     """A bound of a slice at a place among `number` kept entries, counted from where the given one is; `end` needs none."""
     reached = place == (number if end else 0)  # which a slice by steps may not do, though it has no bound
@@ -335,4 +346,4 @@ register(
     OpSpec(BY_VALUE),
 )
 register("nonzero", OpSpec(BY_VALUE, masked=with_zeros))
-register("one_hot", OpSpec(BY_VALUE, sizes=SizeArguments(1, ("num_classes",), lambda args, kwargs, ndim, count: ndim - 1)))
+register("one_hot", OpSpec(BY_VALUE, classes))

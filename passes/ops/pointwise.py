@@ -76,7 +76,8 @@ TAGGED[torch.Tag.pointwise] = POINTWISE
 register(
     "masked_fill where addcmul addcdiv lerp clamp isfinite complex polar dropout native_dropout"
     " rrelu_with_noise _prelu_kernel hardswish hardsigmoid softplus softshrink hardshrink celu log_sigmoid_forward bernoulli"
-    " bernoulli_ uniform_ normal_ zero_ exponential_ rsub threshold hardtanh glu_jvp",
+    " zero_ rsub threshold hardtanh glu_jvp"
+    " bernoulli_ uniform_ normal_ exponential_ geometric_ log_normal_ cauchy_ random_ poisson binomial _standard_gamma",
     POINTWISE,
 )
 register("fill copy copy_", OpSpec(overwrite))

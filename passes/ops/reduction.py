@@ -259,9 +259,9 @@ def masked_std_mean(*given: Any) -> tuple[Tensor, Tensor]:
 
 
 register("norm linalg_vector_norm", OpSpec(reduce, masked=masked_norm))
-register("sum nansum count_nonzero any", OpSpec(reduce, masked=with_zeros))
+register("sum nansum count_nonzero any _is_any_true", OpSpec(reduce, masked=with_zeros))
 register("sum_to_size", OpSpec(sizes=SizeArguments(1)))
-register("prod all", OpSpec(reduce, masked=with_ones))
+register("prod all _is_all_true", OpSpec(reduce, masked=with_ones))
 register("mean nanmean", OpSpec(reduce, masked=masked_mean))
 register("amax logsumexp", OpSpec(reduce, masked=with_least))
 register("amin", OpSpec(reduce, masked=with_greatest))

@@ -24,12 +24,14 @@ class RewriteContext(Protocol):
         capture: the original program.
         graph: the new one.
         new: the node of the new graph for each one of the original.
+        picks: the values that are numbers of chosen entries, with the labels of what is chosen from.
     """
 
     capture: CapturedProgram
     graph: fx.Graph
     new: dict[fx.Node, fx.Node]
     sliding: dict[int, int]
+    picks: Mapping[int, Any]
 
     def result(self, node: Any) -> Any:
         """What a node returned in the original; other values stand for themselves."""
@@ -101,7 +103,7 @@ class SizeArguments:
     """Arguments of a function that are sizes of its result.
 
     Attributes:
-        at: the position of the first one, or of a sequence of them.
+        at: the position of the first one, or of a sequence of them; counted from the end where it is negative.
         keywords: the names that the sequence may have.
         first: the dimension of the result that the first one belongs to, from the arguments by position and by name, the
             number of dimensions of the result, and how many sizes are given.
@@ -116,7 +118,7 @@ class SizeArguments:
         for name in self.keywords:
             if name in kwargs:
                 return (list(kwargs[name]) if isinstance(kwargs[name], tuple | list) else [kwargs[name]]), name
-        if len(args) > self.at and isinstance(args[self.at], tuple | list):
+        if -len(args) <= self.at < len(args) and isinstance(args[self.at], tuple | list):
             return list(args[self.at]), "sequence"
         return list(args[self.at :]), "spread"
 
@@ -142,7 +144,7 @@ def resize_result(sizes: SizeArguments) -> Callable[[RewriteContext, fx.Node], f
         if how == "spread":
             args += new
         elif how == "sequence":
-            args += [tuple(new), *[r.argument(a) for a in node.args[sizes.at + 1 :]]]
+            args += [tuple(new), *[r.argument(a) for a in node.args[len(args) + 1 :]]]
         else:
             kwargs[how] = tuple(new) if isinstance(node.kwargs[how], tuple | list) else new[0]
         return r.emit(node, args, kwargs)
