@@ -39,7 +39,7 @@ def uniform(call: RuleContext) -> Labels:
     return made
 
 
-def drawn(call: RuleContext) -> Labels:
+def drawn(call: RuleContext) -> Any:
     """Numbers for each entry of the tensors that are given, or of a size."""
     return pointwise(call) if call.inputs else uniform(call)
 

@@ -8,7 +8,7 @@ computes with it. Sizes that depend on the inputs stay symbolic. See `size_expre
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -66,7 +66,7 @@ class Rewriter:
         labels, unit_of, may_go = solution.values[which], solution.unit_of.numpy(), solution.frozen < 0
         self.regions = solution.regions[which]
         self.numbers = {} if solution.experts is None else solution.experts.numbers
-        self.picks = solution.picks[which] if solution.picks else {}
+        self.picks: Mapping[int, Any] = solution.picks[which] if solution.picks else {}
         trace = self.capture.op_trace
         self.shapes = PrunedShapes(trace, labels, slicer)
         self.cuts, self.before, self.after = self.shapes.cuts, self.shapes.before, self.shapes.after
