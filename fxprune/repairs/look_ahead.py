@@ -8,7 +8,7 @@ where the original is beyond the bound, any result beyond it will do.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from fxprune.passes.ops.call import OpView
 
+EVEN = 1e-3  # by which slopes of one channel differ, as a share of it, where they are measured to be the same
 PRECISE = (torch.float32, torch.float64)  # in others the difference of two results says little about a slope
 FLAT = 1e-6  # a slope, as a share of the largest, at which a channel is as good as not read
 
@@ -25,6 +26,8 @@ class Steps(Protocol):
     """A program on its way through a batch: the values that later nodes read, and how a node is run."""
 
     env: dict[fx.Node, Any]
+
+    def run_node(self, node: fx.Node) -> Any: ...
 
     def step_on_copies(self, node: fx.Node) -> Any: ...
 
@@ -37,13 +40,14 @@ class Path:
         nodes: that of the product first.
         kinds: the ops of each of the others.
         bounds: beyond which the reader does not tell results apart.
-        written: as of the trace.
+        written, writing: as of the trace.
     """
 
     nodes: tuple[fx.Node, ...] = ()
     kinds: tuple[tuple[str, ...], ...] = ()
     bounds: tuple[float, float] = (-math.inf, math.inf)
     written: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
+    writing: Collection[fx.Node] = ()
 
     @property
     def is_bounded(self) -> bool:
@@ -60,19 +64,19 @@ class Path:
         try:
             env[first] = value
             for node in self.nodes[1:]:
-                env[node] = env[self.written.get(node, node)] = program.step_on_copies(node)
+                run = program.step_on_copies if node in self.writing else program.run_node
+                env[node] = env[self.written.get(node, node)] = run(node)
             found: Tensor = env[self.nodes[-1]]
             return found
         finally:
             env.clear()
             env.update(before)
 
-    def measure(self, program: Steps, value: Tensor) -> tuple[Tensor, Tensor]:
-        """What a result becomes, and by how much that grows with it; 1 where it hardly does."""
-        ahead = self.follow(program, value)
+    def slope(self, program: Steps, value: Tensor, ahead: Tensor) -> Tensor:
+        """By how much what a result becomes, which is `ahead`, grows with it; 1 where it hardly does."""
         step = value.abs().amax().clamp(min=1)
         grown = (self.follow(program, value + step) - ahead) / step
-        return ahead, torch.where(grown.abs() > FLAT * grown.abs().amax(), grown, 1)
+        return torch.where(grown.abs() > FLAT * grown.abs().amax(), grown, 1)
 
     def beyond(self, wanted: Tensor, found: Tensor) -> Tensor:
         """Of all values that the reader does not tell from those that are wanted, the nearest to those that were found."""
@@ -88,15 +92,18 @@ class Trace:
     Attributes:
         ops: the calls of each.
         shapes: of those that return a tensor.
-        written: of those that write to an argument and return it, the node whose value that is.
+        writing: those that write to an argument.
+        written: of those that return it, the node whose value that is.
     """
 
     ops: dict[fx.Node, list[OpView]] = field(default_factory=dict)
     shapes: dict[fx.Node, tuple[int, ...]] = field(default_factory=dict)
+    writing: set[fx.Node] = field(default_factory=set)
     written: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
     def note_write(self, node: fx.Node, value: object, env: Mapping[fx.Node, object]) -> None:
         """Note what a node wrote to and returned; `env` are the values that later nodes read."""
+        self.writing.add(node)
         for other in node.all_input_nodes:
             if env.get(other) is value:
                 self.written[node] = other
@@ -116,12 +123,22 @@ class Trace:
                 break
             calls = self.ops[node]
             if (bounds := bounds_of(calls)) is not None:
-                return Path(tuple(found), tuple(kinds), bounds, self.written)
+                return Path(tuple(found), tuple(kinds), bounds, self.written, self.writing)
             if not all(scales_channels(call) for call in calls):
                 break
             found.append(node)
             kinds.append(names(calls))
-        return Path(tuple(found), tuple(kinds), written=self.written)
+        return Path(tuple(found), tuple(kinds), written=self.written, writing=self.writing)
+
+
+def by_channel(slope: Tensor, dim: int) -> Tensor:
+    """A slope, by channel only where it is the same for all entries of each."""
+    rest = [d for d in range(slope.dim()) if d != dim % slope.dim()]
+    if not rest:
+        return slope
+    low, high = slope.amin(rest, keepdim=True), slope.amax(rest, keepdim=True)
+    even = high - low <= EVEN * torch.minimum(low.abs(), high.abs())
+    return slope.mean(rest, keepdim=True) if bool(even.all()) else slope
 
 
 def names(calls: Sequence[OpView]) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -177,3 +177,21 @@ def count_overlaps(span: Span, uses: Mapping[Span, int]) -> int:
     """How many uses share memory with a part of a parameter."""
     name, low, high = span
     return sum(n for (other, a, b), n in uses.items() if other == name and a <= high and low <= b)
+
+
+def merged(programs: Sequence[Sequence[RepairSite]]) -> list[RepairSite]:
+    """The sites of several programs in one order: each behind the one that comes before it in the first program that has it."""
+    found: dict[Key, RepairSite] = {}
+    order: list[Key] = []
+    for sites in programs:
+        last = -1
+        for site in sites:
+            known = found.get(site.key)
+            if known is None:
+                found[site.key] = site
+                order.insert(last + 1, site.key)
+            else:
+                place = site.place if site.place == known.place else None
+                found[site.key] = replace(known, reason=known.reason or site.reason, place=place)
+            last = order.index(site.key)
+    return [found[key] for key in order]
