@@ -17,7 +17,7 @@ from fxprune.passes.ir.program import REGIONS, SET_GRAD_ENABLED
 from fxprune.passes.ir.pytree import collect, map_tensors
 from fxprune.passes.ops.call import OpView
 from fxprune.passes.rewrite.pruned_module import PrunedModule
-from fxprune.repairs.look_ahead import PRECISE, Trace, by_channel
+from fxprune.repairs.look_ahead import PRECISE, Line, Trace, by_channel
 from fxprune.repairs.sites import (
     Key,
     RepairSite,
@@ -65,9 +65,23 @@ class BatchInterpreter(fx.Interpreter):
         finally:
             self.copies = False
 
-    def look_ahead(self, call: SiteCall, site: RepairSite, value: Tensor) -> SiteCall:
-        """The call of a site with what its result, which a node returned as `value`, becomes."""
-        if site.path.nodes:
+    def look_ahead(self, call: SiteCall, site: RepairSite, value: Tensor, lines: dict[Key, Line | None]) -> SiteCall:
+        """The call of a site with what its result, which a node returned as `value`, becomes.
+
+        Arguments:
+            lines: those of sites that are known; grows.
+        """
+        if not site.path.nodes:
+            return call
+        if site.key not in lines:
+            dim = 1 if call.product is None else call.product.out
+            if dim % call.out.dim() == call.out.dim() - 1:
+                dim = -1  # also where tokens are in one line
+            by_expert = call.weight.dim() == 3 and "dilation" not in call.op.named  # in a batch of matrices
+            known = not by_expert and (dim == -1 or value.shape == call.out.shape)
+            lines[site.key] = site.path.line(self, value, dim) if known else None
+        call.line = lines[site.key]
+        if call.line is None:
             call.ahead = site.path.follow(self, value).reshape(call.out.shape)
         return call
 
@@ -123,6 +137,7 @@ class ProgramRun:
         self.sites: dict[fx.Node, list[RepairSite]] = {}
         self.computed = 0
         self.slopes: dict[Key, Tensor] = {}  # of sites for whose channels they are numbers
+        self.lines: dict[Key, Line | None] = {}  # of sites as they are now
         self.followed: dict[Key, fx.Node] = {}  # nodes whose result is that of a site
         self.find_sites(BatchInterpreter(program, min(batches, key=lambda batch: batch.size), own))
         self.interpreters = [BatchInterpreter(program, batch, own) for batch in batches]
@@ -187,7 +202,8 @@ class ProgramRun:
             with observer:
                 value = interpreter.step(node)
             for site in self.sites[node]:
-                found.setdefault(site.key, []).append(interpreter.look_ahead(find_call(observer.calls, site), site, value))
+                call = find_call(observer.calls, site)
+                found.setdefault(site.key, []).append(interpreter.look_ahead(call, site, value, self.lines))
         return found
 
     def run_until(self, key: Key) -> tuple[fx.Node, RepairSite] | None:
@@ -208,7 +224,7 @@ class ProgramRun:
             observer = SiteObserver(self.names, self.owned)
             with observer:
                 value = interpreter.step_on_copies(node) if node in self.writing else interpreter.run_node(node)
-            call = interpreter.look_ahead(find_call(observer.calls, site), site, value)
+            call = interpreter.look_ahead(find_call(observer.calls, site), site, value, self.lines)
             if call.ahead is not None:
                 call.slope = self.slopes.get(site.key)
                 if call.slope is None:

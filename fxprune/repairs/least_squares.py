@@ -127,6 +127,11 @@ def sum_of_squares(x: Tensor) -> float:
     return float(torch.stack([part.dot(part) for part in flat.split(PART)]).double().sum()) if flat.numel() else 0.0
 
 
+def lifted(vector: Tensor, like: Tensor, dim: int) -> Tensor:
+    """A vector along one dimension of a tensor, on its device."""
+    return vector.to(like.device).reshape([-1 if d == dim % like.dim() else 1 for d in range(like.dim())])
+
+
 def relative(squares: float, size: float) -> float:
     """The root of one sum of squares over that of another; nothing of nothing is no error."""
     return math.sqrt(squares / size) if size > 0 else 0.0 if squares == 0 else math.inf

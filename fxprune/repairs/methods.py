@@ -80,7 +80,7 @@ class Reconstruct(RepairMethod):
         columns, count = fit.normal.gram.shape[1], fit.normal.count
         few = f"{count:,} samples and positions for {columns:,} inputs: more data would help"
         if call.weight.dtype not in (torch.float32, torch.float64):  # in which the change is another one, rounded
-            repairer.calls.clear()
+            repairer.forget()
             held = held[0], repairer.error(site) if repairer.checks else 0.0
         return Change(error, few if count < columns else "", held)
 
@@ -101,7 +101,7 @@ class Reconstruct(RepairMethod):
         start = relative(sum(sum_of_squares(r) for _, r in unseen), sizes[True])
         call.weight.add_(change.weight.to(call.weight.dtype))
         repairer.add_constant(site, call, change.constant)
-        repairer.calls.clear()
+        repairer.forget()
         held_out = (start, repairer.error(site)) if repairer.checks else None
         error = relative(before, sizes[False]), relative(after, sizes[False])
         return Change(error, f"{count_inputs(call):,} inputs: in steps", held_out)

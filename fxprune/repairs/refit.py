@@ -33,11 +33,12 @@ from fxprune.repairs.least_squares import (
     count_inputs,
     fit,
     groups,
+    lifted,
     relative,
     run_product,
     sum_of_squares,
 )
-from fxprune.repairs.repairer import NO_DATA, NOT_FINITE, WORSE, RepairStep, lifted
+from fxprune.repairs.repairer import NO_DATA, NOT_FINITE, WORSE, RepairStep
 from fxprune.repairs.rows import add_call
 from fxprune.repairs.sites import SiteCall, SiteObserver, count_overlaps
 from fxprune.selection.names import block_chains

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,9 +14,9 @@ from torch import Tensor
 from fxprune.criteria.activation_stats import wide
 from fxprune.passes.ir.progress import progress_bar
 from fxprune.repairs.interpreter import ProgramRun
-from fxprune.repairs.least_squares import groups, is_convolution, relative, sum_of_squares
-from fxprune.repairs.look_ahead import Path
-from fxprune.repairs.rows import HELD, Rows, by_rows, take
+from fxprune.repairs.least_squares import groups, is_convolution, lifted, relative, sum_of_squares
+from fxprune.repairs.look_ahead import Path, divisor
+from fxprune.repairs.rows import HELD, Rows, rows_of
 from fxprune.repairs.sites import Key, RepairSite, SiteCall, merged
 
 NO_PRODUCT = "the original has no such product"
@@ -148,7 +149,7 @@ class Repairer:
             self.start = self.tensors(site)
             before = self.error(site) if self.checks and not method.measures else math.inf
             change = method.apply(self, site)
-            self.calls.clear()
+            self.forget()
             if change is None:
                 return []
             if not self.checks:
@@ -159,12 +160,18 @@ class Repairer:
                 tensor.copy_(value)
             return [replace(step, note=str(reason))]
         finally:
-            self.calls.clear()
+            self.forget()
         if error[1] < error[0]:
             return [replace(step, error=error, done=True, note=change.note)]
         for tensor, value in self.start:
             tensor.copy_(value)
         return [replace(step, error=error, note=WORSE)]
+
+    def forget(self) -> None:
+        """The site has changed, or is done with."""
+        self.calls.clear()
+        for run in self.runs:
+            run.new.lines.clear()
 
     def has_bias(self, site: RepairSite) -> bool:
         """Whether every batch adds the bias in the site's own call; torch chooses by the layout of what a linear map reads."""
@@ -237,37 +244,24 @@ class Repairer:
             if target.shape != call.out.shape:
                 raise Skip(OTHER_SHAPE)
             residual = wide(target) - wide(call.out)
-            if call.ahead is not None and call.slope is not None and wanted.ahead is not None:
-                found = wide(call.ahead)
-                aim = wide(self.keep(wanted, wanted.ahead))
-                residual = (site.path.beyond(aim, found) - found) / wide(call.slope)
+            (aim, _), (found, slope) = ahead_of(wanted), ahead_of(call)
+            if aim is not None and found is not None and slope is not None:
+                residual = (site.path.beyond(self.keep(wanted, aim), found) - found) / slope
             yield call, wide(target), residual
 
     def rows(self, site: RepairSite, *, held: bool) -> list[Rows]:
-        """What a product reads, what its result is to become and what it does, row by row."""
+        """What a product reads, what its result is to be and what it is, row by row."""
         found: list[Rows] = []
         samples = sum(len(call.out) for _, call in self.measured(site))  # as many positions of each for those held out
-        seed = elements = 0
         for wanted, call in self.measured(site, held=held):
             if is_convolution(call) and wanted.out[:, 0].shape != call.out[:, 0].shape:
                 raise Skip(OTHER_SHAPE)
-            whole, slope = [wanted.out, call.out], None
-            if call.ahead is not None and call.slope is not None and wanted.ahead is not None:
-                slope = call.slope
-                whole += [wanted.ahead, call.ahead, *([slope] if slope.shape == call.out.shape else [])]
-            for make, count, parts in take(call, whole, samples, seed):
-                target, out, *ahead = parts
-                kept = self.keep(wanted, target)
-                if kept.shape != out.shape:
+            for rows in rows_of(wanted, call, functools.partial(self.keep, wanted), samples, sum(map(len, found))):
+                if rows.aim.shape != rows.found.shape:
                     raise Skip(OTHER_SHAPE)
-                aim = by_rows(call, self.keep(wanted, ahead[0]) if ahead else kept)
-                grown = None if slope is None else by_rows(call, ahead[2] if len(ahead) > 2 else slope)
-                elements += count
-                inputs, now = make() if elements <= HELD else None, by_rows(call, ahead[1] if ahead else out)
-                if grown is not None:
-                    aim, now = aim / grown, now / grown
-                found.append(Rows(make, inputs, aim, now, grown, sum_of_squares(wide(kept))))
-                seed += aim.shape[1]
+                if sum(each.elements for each in [*found, rows]) <= HELD:
+                    rows.inputs = rows.make()
+                found.append(rows)
         return found
 
     def mask(self, call: SiteCall) -> Tensor:
@@ -330,6 +324,10 @@ class RepairMethod:
         raise NotImplementedError
 
 
-def lifted(vector: Tensor, like: Tensor, dim: int) -> Tensor:
-    """A vector along one dimension of a tensor, on its device."""
-    return vector.to(like.device).reshape([-1 if d == dim % like.dim() else 1 for d in range(like.dim())])
+def ahead_of(call: SiteCall) -> tuple[Tensor | None, Tensor | None]:
+    """What a result becomes along the path of its site, if it has one, and by how much that grows with it."""
+    if call.line is None:
+        return None if call.ahead is None else wide(call.ahead), call.slope
+    dim = 1 if call.product is None else call.product.out
+    slope, offset = (lifted(t, call.out, dim) for t in call.line)
+    return wide(call.out) * slope + offset, divisor(slope)

@@ -17,8 +17,16 @@ from torch import Tensor
 from fxprune.criteria.activation_stats import wide
 from fxprune.criteria.windows import windows
 from fxprune.repairs import least_squares
-from fxprune.repairs.least_squares import NormalEquations, count_inputs, groups, is_convolution, relative, sum_of_squares
-from fxprune.repairs.look_ahead import Path
+from fxprune.repairs.least_squares import (
+    NormalEquations,
+    count_inputs,
+    groups,
+    is_convolution,
+    lifted,
+    relative,
+    sum_of_squares,
+)
+from fxprune.repairs.look_ahead import Path, divisor
 from fxprune.repairs.sites import SiteCall
 
 LARGEST = 1 << 24  # elements of a matrix of inputs: windows are taken from a part of the samples at a time
@@ -32,35 +40,38 @@ class Rows:
     """Some rows of one product.
 
     Attributes:
-        make: what its inputs are, (groups, rows, columns); `inputs`, the same if they are held.
-        aim, found: what its results are to be, and are, (groups, rows, outputs): what they are to become along a path, and do
-            become, over `slope`.
-        slope: by how much that grows with a result, in a shape that broadcasts to theirs.
+        make: what its inputs are, (groups, rows, columns); `elements`, how many; `inputs`, the same where they are held.
+        aim, found: what its results are to be, and are, (groups, rows, outputs).
+        line: what they become along a path is these times the first number, plus the second one; they broadcast.
         size: the sum of squares of the original's results.
         least, most: of the residuals, where the reader of the results does not tell more apart.
     """
 
     make: Callable[[], Tensor]
-    inputs: Tensor | None
+    elements: int
     aim: Tensor
     found: Tensor
-    slope: Tensor | None
+    line: tuple[Tensor, Tensor] | None
     size: float
+    inputs: Tensor | None = None
     least: Tensor | None = None
     most: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.aim.shape[1]
 
     def read(self) -> Tensor:
         return self.make() if self.inputs is None else self.inputs
 
     def bound(self, low: float, high: float) -> None:
         """From now on, what a path makes of the results is not told apart beyond two bounds."""
-        slope = torch.ones((), dtype=self.aim.dtype, device=self.aim.device) if self.slope is None else self.slope
-        ahead = self.aim * slope
-        below, above = ahead <= low, ahead >= high
-        self.aim = torch.where(below | above, ahead.clamp(low, high) / slope, self.aim)
-        zero, most, least = (torch.full_like(self.aim, value) for value in (0, math.inf, -math.inf))
-        self.most = torch.where(torch.where(slope > 0, below, above), zero, most)
-        self.least = torch.where(torch.where(slope > 0, above, below), zero, least)
+        assert self.line is not None
+        slope, offset = self.line
+        ends = torch.stack([(low - offset) / slope, (high - offset) / slope]).sort(0).values
+        below, above = self.aim <= ends[0], self.aim >= ends[1]
+        self.aim = self.aim.clamp(ends[0], ends[1])
+        self.most = torch.full_like(self.aim, math.inf).masked_fill_(below, 0)
+        self.least = torch.full_like(self.aim, -math.inf).masked_fill_(above, 0) if bool(above.any()) else None
 
     def residual(self, found: Tensor | None = None) -> Tensor:
         """By how much the results should be larger."""
@@ -70,6 +81,34 @@ class Rows:
     def moved(self, change: Tensor, shift: Tensor) -> Tensor:
         """What the results become after a change of the weight and of the constant."""
         return (self.read() @ change.to(self.found.dtype)).add_(shift.unsqueeze(1).to(self.found.dtype)).add_(self.found)
+
+
+def rows_of(wanted: SiteCall, call: SiteCall, keep: Callable[[Tensor], Tensor], samples: int, seed: int) -> Iterator[Rows]:
+    """Rows of a product in the pruned program.
+
+    Arguments:
+        wanted: its call in the original; `keep` takes from a result of that what the pruned program computes, too.
+        samples: of which as many rows are drawn as a fit needs.
+    """
+    whole, slope = [wanted.out, call.out], call.slope
+    if call.ahead is not None and slope is not None and wanted.ahead is not None:
+        whole += [wanted.ahead, call.ahead, *([slope] if slope.shape == call.out.shape else [])]
+    for make, elements, (target, out, *ahead) in take(call, whole, samples, seed):
+        kept, line = keep(target), None
+        aim, found = by_rows(call, kept), by_rows(call, out)
+        fits = kept.shape == out.shape
+        if ahead and slope is not None and fits:
+            grown = by_rows(call, ahead[2] if len(ahead) > 2 else slope)
+            aim, found = by_rows(call, keep(ahead[0])) / grown, by_rows(call, ahead[1]) / grown
+            line = grown, torch.zeros_like(grown)
+        elif call.line is not None and wanted.line is not None and call.product is not None and fits:
+            theirs = [by_rows(call, keep(lifted(t, target, call.product.out))) for t in wanted.line]
+            grown, offset = (by_rows(call, lifted(t, out, call.product.out)) for t in call.line)
+            line = divisor(grown), offset
+            if not all(map(torch.equal, theirs, line)):
+                aim = (aim * theirs[0] + (theirs[1] - offset)) / line[0]
+                aim = torch.where(grown == line[0], aim, found)  # what is not read is as it is to be
+        yield Rows(make, elements, aim, found, line, sum_of_squares(wide(kept)))
 
 
 def take(
@@ -156,7 +195,7 @@ class RowFit:
         change, shift, ridge = least_squares.fit(self.normal, ridge, self.left if self.unseen else None)
         start = [rows.found for rows in (*self.fitted, *self.unseen)]
         self.move(change, shift)
-        if not self.path.is_bounded:
+        if not self.path.is_bounded or any(rows.line is None for rows in (*self.fitted, *self.unseen)):
             return
         for rows in (*self.fitted, *self.unseen):
             rows.bound(*self.path.bounds)

@@ -18,7 +18,7 @@ from fxprune.passes.capture.recorder import Recorder
 from fxprune.passes.ir.pytree import collect, map_tensors
 from fxprune.passes.ops.call import OpView
 from fxprune.passes.ops.registry import Product, find
-from fxprune.repairs.look_ahead import Path
+from fxprune.repairs.look_ahead import Line, Path
 
 Key = tuple[str, int]  # the name of a parameter (or of a running mean), and which of its sites in the program
 Span = tuple[str, int, int]  # part of a parameter: its name, the first and the last element in memory
@@ -35,6 +35,7 @@ class SiteCall:
         func, args, kwargs: the call, to be made again.
         var: the running variance of a normalisation, whose running mean is its `weight`.
         ahead: what `out` becomes along the path of the site, in its shape; `slope`, by how much that grows with it.
+        line: in their place by channel what `out` is multiplied by and what is added, where these are numbers.
     """
 
     name: str
@@ -50,6 +51,7 @@ class SiteCall:
     var: Tensor | None = None
     ahead: Tensor | None = None
     slope: Tensor | None = None
+    line: Line | None = None
 
 
 @dataclass(slots=True)
