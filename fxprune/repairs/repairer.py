@@ -125,7 +125,8 @@ class Repairer:
             for method in methods:
                 if site.norm == method.for_norms and site.key not in self.settled:
                     steps = self.apply(method, site)
-                    if method.looks_ahead and any(step.done for step in steps):
+                    exact = not steps and self.checks  # then nothing is to be gained behind it, either
+                    if method.looks_ahead and (exact or any(step.done for step in steps)):
                         self.settled |= self.norms_behind(site)
                     self.steps += steps
         for run in self.runs:
