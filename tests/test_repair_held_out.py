@@ -148,7 +148,7 @@ def test_the_ridge_is_the_one_with_the_least_error_on_what_is_held_out():
             parts.append((x, x @ weight + noise * torch.randn(1, count, 4, dtype=DOUBLE)))
         normal, held = NormalEquations(True), NormalEquations(True)
         normal.add(*parts[0]), held.add(*parts[1])
-        change, shift = fit(normal, held, None)
+        change, shift, _ = fit(normal, None, held.left)
         x, r = parts[1]
         error = lambda c, s: float((r - x @ c - s).square().sum())  # noqa: E731
         assert error(change, shift) == pytest.approx(min(error(*normal.solve(ridge)) for ridge in RIDGES))

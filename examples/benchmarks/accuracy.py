@@ -37,6 +37,7 @@ ROWS, TABLE = HERE / "accuracy.jsonl", HERE / "ACCURACY.md"
 NETWORKS = ("resnet20", "vit")
 FEWER = (2, 3, 4, 8)
 SCORING, CALIBRATION, STEPS = 512, 256, 60
+SINCE = 436  # the last decision that changed what repair comes to: a budget of a row says of which it is
 CALL = "prune(macs, data, repair=True)"  # in place of a criterion; of a ranking it has the number of images
 CALLS = tuple(f"{CALL}:{images} images" for images in (SCORING, 2_048))
 CHOICES = (*(f"{name}:{ranking}" for name in CRITERIA for ranking in ("local", "global", "isomorphic")), *CALLS)
@@ -101,10 +102,11 @@ def measure(network: str, seed: int, criterion: str, ranking: str, tunes: bool, 
         repaired = fxprune.prune(model, macs=1 / times, example_inputs=images[:1], data=seen, repair=True)
         way = next((said for said in repaired.meta["chosen"] if said.startswith("way=")), "")
         budgets[str(times)] = {"left": macs_of(repaired, images[:1]) / whole, "repaired": accuracy(repaired, *test), "way": way}
+        budgets[str(times)]["since"] = SINCE
     for times in fewer if criterion != CALL else ():
         pruned = prune_here(model, images, labels, criterion, ranking, 1 / times)
         repaired = fxprune.repair(model, pruned, calibration.split(64))
-        found: Row = {"left": macs_of(pruned, images[:1]) / whole}
+        found: Row = {"left": macs_of(pruned, images[:1]) / whole, "since": SINCE}
         found |= {"pruned": accuracy(pruned, *test), "repaired": accuracy(repaired, *test)}
         found |= {"tuned": tuned(repaired), "tuned_alone": tuned(pruned)} if tunes else known.get(str(times), {})
         if rival is not None:
@@ -188,8 +190,8 @@ def table(rows: list[Row]) -> str:
         f" *repaired* on {CALIBRATION} of them without labels, by `fxprune.repair` with its defaults; *tuned* is that,"
         f" and Torch-Pruning's result, after {STEPS} steps of {BATCH} images with AdamW. *norms*: Torch-Pruning's result"
         f" with its batch normalisation re-estimated by hand on the same {CALIBRATION} images.\n\n"
-        f"{CALL} sees images alone, chooses by itself and does not fine-tune. Of the code since decision 432 are its lines with"
-        f" {SCORING} images at 4 times, and of resnet20 at 8; all other lines are of the code before.\n\n"
+        f"{CALL} sees images alone, chooses by itself and does not fine-tune. Repair changed by decisions 432 and"
+        f" {SINCE}: of the code since are {of_this_code(lines)}. Of the code before both are all other lines.\n\n"
         f"{summary(lines, failed)}\n{markdown_table(columns, lines)}"
     )
 
@@ -203,6 +205,15 @@ HEADINGS = (
     ("norms", "other_norms"),
     ("tuned", "other_tuned"),
 )
+
+
+def of_this_code(lines: list[Row]) -> str:
+    """The lines all of whose seeds were measured since the last decision that changed repair."""
+    found: dict[str, list[int]] = {}
+    for line in lines:
+        if all(row["budgets"][str(line["fewer"])].get("since") == SINCE for row in line["rows"]):
+            found.setdefault(f"{line['network']}, {line['choice'].replace(':', ', ')}", []).append(line["fewer"])
+    return "; ".join(f"{name} at {', '.join(map(str, fewer))} times" for name, fewer in found.items()) or "none"
 
 
 def values(line: Row, stage: str) -> list[float]:

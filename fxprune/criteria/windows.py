@@ -36,12 +36,14 @@ def windows(call: OpView, sizes: Sequence[int], x: Tensor, at: Tensor | None = N
     for i, (k, s, d) in enumerate(zip(sizes, stride, dilation, strict=True)):
         x = x.unfold(2 + i, d * (k - 1) + 1, s)[..., ::d]
     n, channels = x.shape[:2]
-    positions = x.shape[2 : 2 + spatial].numel()
-    if at is not None:
-        places: list[Any] = [slice(None), slice(None), *torch.unravel_index(at, x.shape[2 : 2 + spatial])]
-        x, positions = x[tuple(places)], len(at)
-    x = x.reshape(n, g, channels // g, positions, -1)
-    return x.permute(1, 0, 3, 2, 4).reshape(g, n * positions, -1)
+    x, places = x.movedim(1, 1 + spatial), x.shape[2 : 2 + spatial]
+    if at is None:
+        positions, at_channels = places.numel(), 1 + spatial
+    else:
+        wanted: list[Any] = [slice(None), *torch.unravel_index(at, places)]
+        x = x[tuple(wanted)]
+        positions, at_channels = len(at), 2
+    return x.unflatten(at_channels, (g, channels // g)).movedim(at_channels, 0).reshape(g, n * positions, -1)
 
 
 def spread(value: object, spatial: int) -> list[int]:

@@ -29,7 +29,8 @@ from fxprune.pipeline import Compilation
 from fxprune.plan import PlanData
 from fxprune.repairs.both_models import BothModels, call, uncached
 from fxprune.repairs.held_out import Outcome
-from fxprune.repairs.repairer import NO_DATA, NOT_FINITE, WORSE, RepairStep, relative
+from fxprune.repairs.least_squares import relative
+from fxprune.repairs.repairer import NO_DATA, NOT_FINITE, WORSE, RepairStep
 from fxprune.selection.names import block_chains
 
 NAME = "block"

@@ -12,8 +12,7 @@ from torch import Tensor
 from fxprune.criteria.calibration import Batch
 from fxprune.passes.ir.outputs import named_outputs
 from fxprune.passes.ir.pytree import TensorRef, map_tensors
-from fxprune.repairs.least_squares import PART
-from fxprune.repairs.repairer import relative
+from fxprune.repairs.least_squares import PART, relative
 from fxprune.repairs.side_by_side import Programs
 
 FEWEST = 2  # samples held out: of one alone the spread is not known

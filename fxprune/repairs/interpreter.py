@@ -17,7 +17,7 @@ from fxprune.passes.ir.program import REGIONS, SET_GRAD_ENABLED
 from fxprune.passes.ir.pytree import collect, map_tensors
 from fxprune.passes.ops.call import OpView
 from fxprune.passes.rewrite.pruned_module import PrunedModule
-from fxprune.repairs.look_ahead import PRECISE, Trace
+from fxprune.repairs.look_ahead import PRECISE, Line, Trace, by_channel
 from fxprune.repairs.sites import (
     Key,
     RepairSite,
@@ -65,10 +65,24 @@ class BatchInterpreter(fx.Interpreter):
         finally:
             self.copies = False
 
-    def look_ahead(self, call: SiteCall, site: RepairSite, value: Tensor) -> SiteCall:
-        """The call of a site with what its result, which a node returned as `value`, becomes."""
-        if site.path.nodes:
-            call.ahead, call.slope = (t.reshape(call.out.shape) for t in site.path.measure(self, value))
+    def look_ahead(self, call: SiteCall, site: RepairSite, value: Tensor, lines: dict[Key, Line | None]) -> SiteCall:
+        """The call of a site with what its result, which a node returned as `value`, becomes.
+
+        Arguments:
+            lines: those of sites that are known; grows.
+        """
+        if not site.path.nodes:
+            return call
+        if site.key not in lines:
+            dim = 1 if call.product is None else call.product.out
+            if dim % call.out.dim() == call.out.dim() - 1:
+                dim = -1  # also where tokens are in one line
+            by_expert = call.weight.dim() == 3 and "dilation" not in call.op.named  # in a batch of matrices
+            known = not by_expert and (dim == -1 or value.shape == call.out.shape)
+            lines[site.key] = site.path.line(self, value, dim) if known else None
+        call.line = lines[site.key]
+        if call.line is None:
+            call.ahead = site.path.follow(self, value).reshape(call.out.shape)
         return call
 
     def run_node(self, node: fx.Node) -> Any:
@@ -122,7 +136,8 @@ class ProgramRun:
         own = {address(t) for t in self.tensors.values() if t.numel()}
         self.sites: dict[fx.Node, list[RepairSite]] = {}
         self.computed = 0
-        self.writing: set[fx.Node] = set()  # which write to their arguments
+        self.slopes: dict[Key, Tensor] = {}  # of sites for whose channels they are numbers
+        self.lines: dict[Key, Line | None] = {}  # of sites as they are now
         self.followed: dict[Key, fx.Node] = {}  # nodes whose result is that of a site
         self.find_sites(BatchInterpreter(program, min(batches, key=lambda batch: batch.size), own))
         self.interpreters = [BatchInterpreter(program, batch, own) for batch in batches]
@@ -144,7 +159,6 @@ class ProgramRun:
             if isinstance(value, Tensor):
                 trace.shapes[node] = tuple(value.shape)
             if observer.writes:
-                self.writing.add(node)
                 trace.note_write(node, value, interpreter.env)
             if node.op == "placeholder":
                 for tensor in collect(value, Tensor):
@@ -158,7 +172,7 @@ class ProgramRun:
                 self.followed |= {site.key: node} if is_result(call, value) else {}
                 found.append((site, drop_activations(call), call.op.outputs[0].id))
             observer.calls.clear()
-        self.computed = len(observer.computed)
+        self.computed, self.writing = len(observer.computed), trace.writing
         returned = {observer.ref(t).id for t in collect(list(interpreter.env.values()), Tensor)}
         norms = {call.op.first.id: site for site, call, _ in found if site.norm}
         for site, call, out in found:
@@ -188,7 +202,8 @@ class ProgramRun:
             with observer:
                 value = interpreter.step(node)
             for site in self.sites[node]:
-                found.setdefault(site.key, []).append(interpreter.look_ahead(find_call(observer.calls, site), site, value))
+                call = find_call(observer.calls, site)
+                found.setdefault(site.key, []).append(interpreter.look_ahead(call, site, value, self.lines))
         return found
 
     def run_until(self, key: Key) -> tuple[fx.Node, RepairSite] | None:
@@ -209,20 +224,24 @@ class ProgramRun:
             observer = SiteObserver(self.names, self.owned)
             with observer:
                 value = interpreter.step_on_copies(node) if node in self.writing else interpreter.run_node(node)
-            yield interpreter.look_ahead(find_call(observer.calls, site), site, value)
+            call = interpreter.look_ahead(find_call(observer.calls, site), site, value, self.lines)
+            if call.ahead is not None:
+                call.slope = self.slopes.get(site.key)
+                if call.slope is None:
+                    dim = 1 if call.product is None else call.product.out
+                    whole = site.path.slope(interpreter, value, call.ahead.reshape(value.shape)).reshape(call.out.shape)
+                    call.slope = by_channel(whole, dim)
+                    if call.slope.numel() == call.out.shape[dim]:
+                        self.slopes[site.key] = call.slope
+            yield call
 
     def run_to(self, key: Key) -> list[SiteCall]:
-        """Run the nodes up to that of a site and return its call on each batch; empty if there is no such site."""
-        if not any(site.key == key for sites in self.sites.values() for site in sites):
-            return []
-        while key not in self.calls and self.position < len(self.nodes):
-            node = self.nodes[self.position]
+        """Run the nodes up to that of a site and return its call on each batch; empty if there is none, or it has run."""
+        if key not in self.calls:
             self.calls = {}
-            if node in self.sites:
-                self.calls = self.run_observed(node)
-            else:
-                self.run(node)
-            self.position += 1
+            if (found := self.run_until(key)) is not None:
+                self.calls = self.run_observed(found[0])
+                self.position += 1
         return self.calls.get(key, [])
 
     def finish(self) -> None:

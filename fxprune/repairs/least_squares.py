@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,15 +18,13 @@ import torch
 from torch import Tensor
 
 from fxprune.criteria.activation_stats import wide
-from fxprune.criteria.windows import windows
 from fxprune.passes.ir.pytree import map_tensors
 from fxprune.repairs.sites import SiteCall
 
 RIDGES = (0.01, 0.1, 1.0, 10.0, 0.001, 0.0001)  # to choose from; the first one where nothing is there to choose by
-LARGEST = 1 << 24  # elements of a matrix of inputs: windows are taken from a part of the samples at a time
 PART = 1 << 16  # elements that are converted at a time
 ENOUGH_ROWS = 64  # for each input of a product: positions of a convolution beyond that change its fit by a hundredth
-FEWEST_ROWS = 1 << 16  # which narrow layers, whose rows cost little, have at least
+FEWEST_ROWS = 1 << 16  # of all groups, which narrow layers, whose rows cost little, have at least
 COLUMNS = 384  # of a block of the matrix of moments, of which only those on and above the diagonal are computed
 
 
@@ -36,8 +34,9 @@ class NormalEquations:
 
     Attributes:
         constant: whether a constant may be fitted beside the weight.
-        squares: the sum of squares of the residuals; `size`, of the wanted results.
         gram: the second moments of the inputs, (groups, columns, columns); right on and above the diagonal, until `whole`.
+        squares: the sum of squares of the residuals.
+        factors: of the matrix by penalty, those in use.
     """
 
     constant: bool
@@ -46,34 +45,34 @@ class NormalEquations:
     inputs: Tensor = field(default_factory=lambda: torch.zeros(()))
     residuals: Tensor = field(default_factory=lambda: torch.zeros(()))
     squares: float = 0.0
-    size: float = 0.0
     count: int = 0
-    about_means: tuple[Tensor, Tensor] | None = None  # the matrix and the right-hand side, once they are asked for
     mirrored: bool = False
-    known: bool = False  # whether the moments of the inputs are
-
-    def again(self) -> NormalEquations:
-        """Those of other residuals on the same inputs, which are to be added in the same order."""
-        cross, residuals, known = torch.zeros_like(self.cross), torch.zeros_like(self.residuals), bool(self.gram.dim())
-        return NormalEquations(self.constant, self.whole(), cross, self.inputs, residuals, known=known, mirrored=known)
+    factors: dict[float, tuple[Tensor, bool]] = field(default_factory=dict)
 
     def add(self, x: Tensor, r: Tensor) -> None:
         """Inputs of shape (groups, rows, columns) and residuals of shape (groups, rows, outputs)."""
-        groups, _, columns = x.shape
+        groups, rows, columns = x.shape
         if not self.gram.dim():
             self.gram, self.cross, self.inputs, self.residuals = (
                 x.new_zeros(groups, *shape, dtype=torch.float64)
                 for shape in ((columns, columns), (columns, r.shape[2]), (columns,), (r.shape[2],))
             )
-        self.about_means, self.mirrored = None, self.known
-        if not self.known:
-            for at in range(0, columns, COLUMNS):
-                self.gram[:, at : at + COLUMNS, at:] += x[:, :, at : at + COLUMNS].mT @ x[:, :, at:]
-            self.inputs += x.sum(1, dtype=torch.float64)
+        self.mirrored = False
+        self.factors.clear()
+        for at in range(0, columns, COLUMNS):
+            self.gram[:, at : at + COLUMNS, at:] += x[:, :, at : at + COLUMNS].mT @ x[:, :, at:]
+        self.inputs += x.sum(1)
+        self.count += rows
+        self.add_residuals(x, r)
+
+    def add_residuals(self, x: Tensor, r: Tensor) -> None:
+        """Those of inputs that were added before."""
         self.cross += x.mT @ r
         self.residuals += r.sum(1, dtype=torch.float64)
         self.squares += sum_of_squares(r)
-        self.count += x.shape[1]
+
+    def forget_residuals(self) -> None:
+        self.cross, self.residuals, self.squares = torch.zeros_like(self.cross), torch.zeros_like(self.residuals), 0.0
 
     def whole(self) -> Tensor:
         """The matrix with what is below its diagonal."""
@@ -81,26 +80,36 @@ class NormalEquations:
             self.gram, self.mirrored = self.gram.copy_(self.gram.triu() + self.gram.triu(1).mT), True
         return self.gram
 
+    def factor(self, ridge: float) -> tuple[Tensor, bool]:
+        """What the equations are solved by, and whether that is a Cholesky factor; otherwise it is the pseudo-inverse."""
+        if ridge not in self.factors:
+            damped = self.whole().clone()
+            if self.constant:  # about the means, the constant takes care of itself
+                damped -= self.inputs.unsqueeze(2) * (self.inputs / self.count).unsqueeze(1)
+            diagonal = damped.diagonal(dim1=1, dim2=2)
+            largest = diagonal.amax(1)
+            diagonal += ridge * diagonal.mean(1, keepdim=True)
+            factor, failed = torch.linalg.cholesky_ex(damped)
+            regular = factor.diagonal(dim1=1, dim2=2).amin(1) ** 2 > 1e-12 * largest
+            is_factor = bool((failed == 0).all()) and bool(regular.all())
+            self.factors[ridge] = (
+                (factor, True) if is_factor else (torch.linalg.pinv(damped, rtol=1e-12, hermitian=True), False)
+            )
+        return self.factors[ridge]
+
     def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
         """The change of the weight, (groups, columns, outputs), and of the constant, (groups, outputs).
+
+        Of all that leave the same residual, it is the smallest change.
 
         Arguments:
             ridge: the penalty on the change, as a share of the mean square of the inputs.
         """
-        gram, cross = self.about_means or (self.whole(), self.cross)
-        if self.constant and self.about_means is None:  # about the means, the constant takes care of itself
-            gram = gram - self.inputs.unsqueeze(2) * (self.inputs / self.count).unsqueeze(1)
+        cross = self.cross
+        if self.constant:
             cross = cross - self.inputs.unsqueeze(2) * (self.residuals / self.count).unsqueeze(1)
-        self.about_means = gram, cross
-        damped = gram.clone()
-        diagonal = damped.diagonal(dim1=1, dim2=2)
-        diagonal += ridge * diagonal.mean(1, keepdim=True)
-        factor, failed = torch.linalg.cholesky_ex(damped)
-        regular = factor.diagonal(dim1=1, dim2=2).amin(1) ** 2 > 1e-12 * gram.diagonal(dim1=1, dim2=2).amax(1)
-        if bool((failed == 0).all()) and bool(regular.all()):
-            change = torch.cholesky_solve(cross, factor)
-        else:  # of all that leave the same residual, the smallest change
-            change = torch.linalg.pinv(damped, rtol=1e-12, hermitian=True) @ cross
+        factor, is_factor = self.factor(ridge)
+        change = torch.cholesky_solve(cross, factor) if is_factor else factor @ cross
         shift = (self.residuals - (change.mT @ self.inputs.unsqueeze(2)).squeeze(2)) / self.count
         return change, shift if self.constant else torch.zeros_like(shift)
 
@@ -118,55 +127,45 @@ def sum_of_squares(x: Tensor) -> float:
     return float(torch.stack([part.dot(part) for part in flat.split(PART)]).double().sum()) if flat.numel() else 0.0
 
 
-def fit(normal: NormalEquations, held: NormalEquations, ridge: float | None) -> tuple[Tensor, Tensor]:
-    """The change of the weight and of the constant.
+def lifted(vector: Tensor, like: Tensor, dim: int) -> Tensor:
+    """A vector along one dimension of a tensor, on its device."""
+    return vector.to(like.device).reshape([-1 if d == dim % like.dim() else 1 for d in range(like.dim())])
+
+
+def relative(squares: float, size: float) -> float:
+    """The root of one sum of squares over that of another; nothing of nothing is no error."""
+    return math.sqrt(squares / size) if size > 0 else 0.0 if squares == 0 else math.inf
+
+
+Judge = Callable[[Tensor, Tensor], float]  # of a change of the weight and of the constant
+
+
+def fit(normal: NormalEquations, ridge: float | None, judge: Judge | None) -> tuple[Tensor, Tensor, float]:
+    """The change of the weight and of the constant, and the penalty they were found with.
 
     Arguments:
-        normal: of the data to fit.
-        held: of data held out, which a ridge is chosen by: from the first of `RIDGES` on, as long as the error there falls.
         ridge: if it is not to be chosen.
+        judge: the sum of squares that a change leaves of data held out, which a ridge is chosen by: from the first of
+            `RIDGES` on, as long as it falls.
     """
-    if ridge is not None or not held.count:
-        return normal.solve(RIDGES[0] if ridge is None else ridge)
-    best, least = None, math.inf
+    if ridge is not None or judge is None:
+        ridge = RIDGES[0] if ridge is None else ridge
+        return *normal.solve(ridge), ridge
+    chosen, best, least = RIDGES[0], None, math.inf
     for up in (True, False):  # towards stiffer fits; if the first one was best, towards looser ones
         for value in [r for r in RIDGES if r >= RIDGES[0]] if up else [r for r in RIDGES if r < RIDGES[0]]:
             found = normal.solve(value)
-            left = held.left(*found)
+            left = judge(*found)
             if best is not None and not left < least:
+                normal.factors.pop(value)
                 break
+            if best is not None:
+                normal.factors.pop(chosen)
             best, least, chosen = found, left, value
         if chosen != RIDGES[0]:
             break
     assert best is not None
-    return best
-
-
-def add_call(normal: NormalEquations, call: SiteCall, residual: Tensor, target: Tensor | None = None, runs: int = 1) -> None:
-    """Add one run of a product, whose result should have been larger by `residual`.
-
-    Of a convolution with many more positions than inputs, some are drawn (as in ThiNet), others for each part of the samples.
-
-    Arguments:
-        target: what it should have been, whose size is then noted; else it is that of the residual.
-        runs: how many of the kind there are to add.
-    """
-    target = residual if target is None else target
-    if is_convolution(call):
-        window = call.weight[:, 0].numel() if call.op.get("transposed") else call.weight[0].numel() * groups(call)
-        positions, generator = residual.shape[2:].numel(), torch.Generator().manual_seed(normal.count)
-        drawn = min(positions, math.ceil(max(ENOUGH_ROWS * count_inputs(call), FEWEST_ROWS) / (runs * len(residual))))
-        step = max(1, LARGEST // max(drawn * window, 1))
-        for source, t, r in zip(call.source.split(step), target.split(step), residual.split(step), strict=True):
-            at = None
-            if drawn < positions:
-                at = torch.randperm(positions, generator=generator)[:drawn].to(r.device)
-                t, r = (v.flatten(2).index_select(2, at) for v in (t, r))
-            normal.size += sum_of_squares(t)
-            normal.add(windows(call.op, call.weight.shape[2:], wide(source), at), by_group(call, wide(r)))
-        return
-    normal.size += sum_of_squares(target)
-    normal.add(flat(call, call.source, call.product.along), flat(call, residual, call.product.out))  # type: ignore[union-attr]
+    return *best, chosen
 
 
 def is_convolution(call: SiteCall) -> bool:
@@ -175,18 +174,6 @@ def is_convolution(call: SiteCall) -> bool:
 
 def groups(call: SiteCall) -> int:
     return int(call.op.get("groups", 1))
-
-
-def flat(call: SiteCall, x: Tensor, dim: int) -> Tensor:
-    """A matrix with one of its dimensions last; a batch of matrices stays one."""
-    batched = x.dim() == 3 and call.weight.dim() == 3
-    return wide(x).movedim(dim, -1).reshape(len(x) if batched else 1, -1, x.shape[dim])
-
-
-def by_group(call: SiteCall, r: Tensor) -> Tensor:
-    """Results of a convolution, (samples, channels, ...), as (groups, samples and positions, channels of a group)."""
-    n, g = len(r), groups(call)
-    return r.reshape(n, g, r.shape[1] // g, -1).permute(1, 0, 3, 2).reshape(g, -1, r.shape[1] // g)
 
 
 def as_weight(call: SiteCall, change: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ where the original is beyond the bound, any result beyond it will do.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,6 +17,9 @@ from torch import Tensor, fx
 
 from fxprune.passes.ops.call import OpView
 
+EVEN = 1e-3  # by which slopes of one channel differ, as a share of it, where they are measured to be the same
+Line = tuple[Tensor, Tensor]  # numbers by channel: to multiply by, and to add
+UNBOUNDED = -math.inf, math.inf
 PRECISE = (torch.float32, torch.float64)  # in others the difference of two results says little about a slope
 FLAT = 1e-6  # a slope, as a share of the largest, at which a channel is as good as not read
 
@@ -25,6 +28,8 @@ class Steps(Protocol):
     """A program on its way through a batch: the values that later nodes read, and how a node is run."""
 
     env: dict[fx.Node, Any]
+
+    def run_node(self, node: fx.Node) -> Any: ...
 
     def step_on_copies(self, node: fx.Node) -> Any: ...
 
@@ -37,21 +42,25 @@ class Path:
         nodes: that of the product first.
         kinds: the ops of each of the others.
         bounds: beyond which the reader does not tell results apart.
-        written: as of the trace.
+        written, writing: as of the trace.
+        alone: whether nothing is read along it but tensors of the model's own.
     """
 
     nodes: tuple[fx.Node, ...] = ()
     kinds: tuple[tuple[str, ...], ...] = ()
-    bounds: tuple[float, float] = (-math.inf, math.inf)
+    bounds: tuple[float, float] = UNBOUNDED
     written: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
+    writing: Collection[fx.Node] = ()
+    alone: bool = False
 
     @property
     def is_bounded(self) -> bool:
-        return self.bounds != (-math.inf, math.inf)
+        return self.bounds != UNBOUNDED
 
     def fits(self, other: Path) -> bool:
         """Whether two programs do the same along their paths, and anything at all."""
-        return (self.kinds, self.bounds) == (other.kinds, other.bounds) and (bool(self.kinds) or self.is_bounded)
+        same = (self.kinds, self.bounds, self.alone) == (other.kinds, other.bounds, other.alone)
+        return same and (bool(self.kinds) or self.is_bounded)
 
     def follow(self, program: Steps, value: Tensor) -> Tensor:
         """What a result of the product becomes in a program that has run up to it."""
@@ -60,19 +69,33 @@ class Path:
         try:
             env[first] = value
             for node in self.nodes[1:]:
-                env[node] = env[self.written.get(node, node)] = program.step_on_copies(node)
+                run = program.step_on_copies if node in self.writing else program.run_node
+                env[node] = env[self.written.get(node, node)] = run(node)
             found: Tensor = env[self.nodes[-1]]
             return found
         finally:
             env.clear()
             env.update(before)
 
-    def measure(self, program: Steps, value: Tensor) -> tuple[Tensor, Tensor]:
-        """What a result becomes, and by how much that grows with it; 1 where it hardly does."""
-        ahead = self.follow(program, value)
+    def slope(self, program: Steps, value: Tensor, ahead: Tensor) -> Tensor:
+        """By how much what a result becomes, which is `ahead`, grows with it; 1 where it hardly does."""
         step = value.abs().amax().clamp(min=1)
-        grown = (self.follow(program, value + step) - ahead) / step
-        return ahead, torch.where(grown.abs() > FLAT * grown.abs().amax(), grown, 1)
+        return divisor((self.follow(program, value + step) - ahead) / step)
+
+    def line(self, program: Steps, value: Tensor, dim: int) -> Line | None:
+        """By channel the number that a result is multiplied by and the one that is added; None where there are none."""
+        if not self.alone:
+            return None
+        sample = value[:1]
+        step = sample.abs().amax().clamp(min=1)
+        offset, moved = (self.follow(program, torch.full_like(sample, float(x))) for x in (0, step))
+        if offset.shape != sample.shape or not bool(moved.isfinite().all()):
+            return None
+        slope, rest = (moved - offset) / step, [d for d in range(value.dim()) if d != dim % value.dim()]
+        for t in (slope, offset):
+            if bool((t.amax(rest) - t.amin(rest) > EVEN * t.abs().amax(rest) + FLAT * t.abs().amax()).any()):
+                return None
+        return slope.mean(rest), offset.mean(rest)
 
     def beyond(self, wanted: Tensor, found: Tensor) -> Tensor:
         """Of all values that the reader does not tell from those that are wanted, the nearest to those that were found."""
@@ -88,15 +111,18 @@ class Trace:
     Attributes:
         ops: the calls of each.
         shapes: of those that return a tensor.
-        written: of those that write to an argument and return it, the node whose value that is.
+        writing: those that write to an argument.
+        written: of those that return it, the node whose value that is.
     """
 
     ops: dict[fx.Node, list[OpView]] = field(default_factory=dict)
     shapes: dict[fx.Node, tuple[int, ...]] = field(default_factory=dict)
+    writing: set[fx.Node] = field(default_factory=set)
     written: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
     def note_write(self, node: fx.Node, value: object, env: Mapping[fx.Node, object]) -> None:
         """Note what a node wrote to and returned; `env` are the values that later nodes read."""
+        self.writing.add(node)
         for other in node.all_input_nodes:
             if env.get(other) is value:
                 self.written[node] = other
@@ -108,20 +134,42 @@ class Trace:
 
     def path(self, start: fx.Node, nodes: Mapping[fx.Node, int]) -> Path:
         """The path of a product whose result is that of a node; `nodes` are all, with their positions."""
-        found, kinds = [start], list[tuple[str, ...]]()
+        found, kinds, others = [start], list[tuple[str, ...]](), set[str]()
+
+        def so_far(bounds: tuple[float, float] = UNBOUNDED) -> Path:
+            return Path(tuple(found), tuple(kinds), bounds, self.written, self.writing, others <= {"get_attr"})
+
         while len(readers := self.readers(found[-1], nodes)) == 1:
             node, same = readers[0], (found[-1], self.written.get(found[-1]))
-            known = all(nodes[other] < nodes[start] for other in node.all_input_nodes if other not in same)
-            if not known or node.op == "output" or self.shapes.get(node) != self.shapes[start]:
+            read = [other for other in node.all_input_nodes if other not in same]
+            if not all(nodes[other] < nodes[start] for other in read) or node.op == "output":
+                break
+            if self.shapes.get(node) != self.shapes[start]:
                 break
             calls = self.ops[node]
             if (bounds := bounds_of(calls)) is not None:
-                return Path(tuple(found), tuple(kinds), bounds, self.written)
+                return so_far(bounds)
             if not all(scales_channels(call) for call in calls):
                 break
             found.append(node)
             kinds.append(names(calls))
-        return Path(tuple(found), tuple(kinds), written=self.written)
+            others |= {other.op for other in read}
+        return so_far()
+
+
+def divisor(slope: Tensor) -> Tensor:
+    """A slope by which a difference can be divided."""
+    return torch.where(slope.abs() > FLAT * slope.abs().amax(), slope, 1)
+
+
+def by_channel(slope: Tensor, dim: int) -> Tensor:
+    """A slope, by channel only where it is the same for all entries of each."""
+    rest = [d for d in range(slope.dim()) if d != dim % slope.dim()]
+    if not rest:
+        return slope
+    low, high = slope.amin(rest, keepdim=True), slope.amax(rest, keepdim=True)
+    even = high - low <= EVEN * torch.minimum(low.abs(), high.abs())
+    return slope.mean(rest, keepdim=True) if bool(even.all()) else slope
 
 
 def names(calls: Sequence[OpView]) -> tuple[str, ...]:

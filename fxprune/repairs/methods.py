@@ -12,18 +12,18 @@ from fxprune.criteria.activation_stats import Moments
 from fxprune.passes.ir.pytree import map_tensors
 from fxprune.repairs import least_squares
 from fxprune.repairs.least_squares import (
-    NormalEquations,
-    add_call,
     as_weight,
     count_inputs,
     fit_gradually,
     is_convolution,
+    relative,
     sum_of_squares,
 )
-from fxprune.repairs.repairer import NO_PRODUCT, NOT_FINITE, Change, Repairer, RepairMethod, Skip, relative
+from fxprune.repairs.repairer import NO_PRODUCT, NOT_FINITE, Change, Repairer, RepairMethod, Skip
+from fxprune.repairs.rows import RowFit
 from fxprune.repairs.sites import RepairSite, SiteCall
 
-ROUNDS = 4  # of fits whose target depends on what was fitted before
+ROUNDS = 4  # of fits, at most, whose aim depends on what was fitted before
 NO_PLACE = "it has no bias, and no normalisation with running statistics behind it"
 
 
@@ -64,84 +64,47 @@ class Reconstruct(RepairMethod):
     name, measures, looks_ahead = "reconstruct", True, True
 
     def apply(self, repairer: Repairer, site: RepairSite) -> Change | None:
-        normals = NormalEquations(site.place is not None), NormalEquations(site.place is not None)
-        first = best = self.fit(repairer, site, normals)
-        for _ in range(ROUNDS if first is not None and site.path.is_bounded else 0):
-            start = [(tensor, tensor.clone()) for tensor, _ in repairer.start]
-            repairer.calls.clear()
-            normals = normals[0].again(), normals[1].again()
-            again = self.fit(repairer, site, normals, bounded=True)
-            now = None if again is None else again.held if repairer.checks else again.error
-            if now is None or not now[1] < now[0]:
-                for tensor, value in start:
-                    tensor.copy_(value)
-                break
-            best = again
-        if first is best or first is None or best is None:
-            return first
-        error, held = (
-            None if a is None or b is None else (a[0], b[1]) for a, b in ((first.error, best.error), (first.held, best.held))
-        )
-        return Change(error, first.note, held)
-
-    def fit(
-        self, repairer: Repairer, site: RepairSite, normals: tuple[NormalEquations, NormalEquations], *, bounded: bool = False
-    ) -> Change | None:
-        """One fit to what is wanted, or with `bounded` to what a reader does not tell from it, nearest to what there is.
-
-        Arguments:
-            normals: what the data to fit is added to, and those held out.
-        """
-        (normal, unseen), sizes = normals, {False: 0.0, True: 0.0}
-        large: dict[bool, list[tuple[SiteCall, Tensor]]] = {False: [], True: []}
-        for held, into in ((False, normal), (True, unseen)):
-            for call, target, residual in repairer.residuals(site, held=held, bounded=bounded):
-                if count_inputs(call) > least_squares.WIDE:
-                    sizes[held] += sum_of_squares(target)
-                    large[held].append((call, residual))
-                else:
-                    add_call(into, call, residual, target, repairer.count_batches(held=held))
-        if large[False]:
-            return self.apply_gradually(repairer, site, large, sizes)
-        if is_rounding(normal.squares, normal.size, residual):
+        call = next(call for _, call in repairer.measured(site))
+        if count_inputs(call) > least_squares.WIDE:
+            return self.apply_gradually(repairer, site)
+        fitted, unseen = (repairer.rows(site, held=held) for held in (False, True))
+        fit = RowFit(fitted, unseen, site.path, constant=site.place is not None)
+        if is_rounding(fit.normal.squares, fit.size, fitted[-1].found):
             return None
-        if not math.isfinite(normal.squares + float(normal.gram.sum()) + unseen.squares):
+        if not fit.is_finite:
             raise Skip(NOT_FINITE)
-        change, shift = least_squares.fit(normal, unseen, repairer.ridge)
-        call.weight.add_(as_weight(call, change).to(call.weight.dtype))
-        repairer.add_constant(site, call, shift.reshape(-1))
-        error, held_out = (
-            (relative(m.squares, m.size), relative(m.left(change, shift), m.size) if m.count else 0.0) for m in (normal, unseen)
-        )
-        columns = normal.gram.shape[1]
-        few = f"{normal.count:,} samples and positions for {columns:,} inputs: more data would help"
+        fit.run(repairer.ridge, ROUNDS)
+        call.weight.add_(as_weight(call, fit.change).to(call.weight.dtype))
+        repairer.add_constant(site, call, fit.shift.reshape(-1))
+        error, held = fit.errors
+        columns, count = fit.normal.gram.shape[1], fit.normal.count
+        few = f"{count:,} samples and positions for {columns:,} inputs: more data would help"
         if call.weight.dtype not in (torch.float32, torch.float64):  # in which the change is another one, rounded
-            repairer.calls.clear()
-            held_out = held_out[0], repairer.error(site) if repairer.checks else 0.0
-        return Change(error, few if normal.count < columns else "", held_out)
+            repairer.forget()
+            held = held[0], repairer.error(site) if repairer.checks else 0.0
+        return Change(error, few if count < columns else "", held)
 
-    def apply_gradually(
-        self, repairer: Repairer, site: RepairSite, large: dict[bool, list[tuple[SiteCall, Tensor]]], sizes: dict[bool, float]
-    ) -> Change | None:
-        """For a product whose normal equations are too large to be formed.
-
-        Arguments:
-            sizes: of the wanted results, those held out and the others.
-        """
-        fitted = large[False]
+    def apply_gradually(self, repairer: Repairer, site: RepairSite) -> Change | None:
+        """For a product whose normal equations are too large to be formed."""
+        sizes = {False: 0.0, True: 0.0}
+        fitted, unseen = list[tuple[SiteCall, Tensor]](), list[tuple[SiteCall, Tensor]]()
+        for held, parts in ((False, fitted), (True, unseen)):
+            for call, target, residual in repairer.residuals(site, held=held):
+                sizes[held] += sum_of_squares(target)
+                parts.append((call, residual))
         if not any(bool(r.any()) for _, r in fitted):
             return None
         if not all(bool(r.isfinite().all() and call.source.isfinite().all()) for call, r in fitted):
             raise Skip(NOT_FINITE)
-        change, before, after = fit_gradually(fitted, large[True], repairer.ridge, site.place is not None)
+        change, before, after = fit_gradually(fitted, unseen, repairer.ridge, site.place is not None)
         call = fitted[-1][0]
-        start = relative(sum(sum_of_squares(r) for _, r in large[True]), sizes[True])
+        start = relative(sum(sum_of_squares(r) for _, r in unseen), sizes[True])
         call.weight.add_(change.weight.to(call.weight.dtype))
         repairer.add_constant(site, call, change.constant)
-        repairer.calls.clear()
-        held = (start, repairer.error(site)) if repairer.checks else None
+        repairer.forget()
+        held_out = (start, repairer.error(site)) if repairer.checks else None
         error = relative(before, sizes[False]), relative(after, sizes[False])
-        return Change(error, f"{count_inputs(call):,} inputs: in steps", held)
+        return Change(error, f"{count_inputs(call):,} inputs: in steps", held_out)
 
 
 class Compensate(RepairMethod):

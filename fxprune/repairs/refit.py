@@ -29,15 +29,17 @@ from fxprune.repairs.held_out import Outcome
 from fxprune.repairs.least_squares import (
     WIDE,
     NormalEquations,
-    add_call,
     as_weight,
     count_inputs,
     fit,
     groups,
+    lifted,
+    relative,
     run_product,
     sum_of_squares,
 )
-from fxprune.repairs.repairer import NO_DATA, NOT_FINITE, WORSE, RepairStep, lifted, relative
+from fxprune.repairs.repairer import NO_DATA, NOT_FINITE, WORSE, RepairStep
+from fxprune.repairs.rows import add_call
 from fxprune.repairs.sites import SiteCall, SiteObserver, count_overlaps
 from fxprune.selection.names import block_chains
 
@@ -225,7 +227,7 @@ class Refit:
         normal, unseen = found.fitted, found.unseen
         if not normal.count or not math.isfinite(normal.squares + float(normal.gram.sum())):
             return replace(step, note=NOT_FINITE if normal.count else NO_DATA)
-        change, shift = fit(normal, unseen, ridge)
+        change, shift, _ = fit(normal, ridge, unseen.left if unseen.count else None)
         judge = unseen if unseen.count else normal
         size = found.sizes[bool(unseen.count)]
         error = relative(judge.squares, size), relative(judge.left(change, shift), size)

@@ -163,7 +163,8 @@ def repair(
             inputs contributed in the mean);
             `fold`: what removed inputs contribute that are constant on all of the data, such as channels whose
             normalisation has scale 0, is added to the result: exactly, save at the border of a zero-padded convolution;
-            `recalibrate`: the running statistics of each normalisation become those of the data;
+            `recalibrate`: the running statistics of each normalisation become those of the data, save where `reconstruct`
+            fitted the layer in front of it to what the normalisation returns;
             `refit`, by itself: each weight that lost inputs is fitted to what these contributed, by least squares on the
             original's own activations. The original runs once, batch by batch; no layer follows the errors of another one.
             It is the one for language models.

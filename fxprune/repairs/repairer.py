@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,14 +14,16 @@ from torch import Tensor
 from fxprune.criteria.activation_stats import wide
 from fxprune.passes.ir.progress import progress_bar
 from fxprune.repairs.interpreter import ProgramRun
-from fxprune.repairs.least_squares import groups, is_convolution, sum_of_squares
-from fxprune.repairs.look_ahead import Path
-from fxprune.repairs.sites import Key, RepairSite, SiteCall
+from fxprune.repairs.least_squares import groups, is_convolution, lifted, relative, sum_of_squares
+from fxprune.repairs.look_ahead import Path, divisor
+from fxprune.repairs.rows import HELD, Rows, rows_of
+from fxprune.repairs.sites import Key, RepairSite, SiteCall, merged
 
 NO_PRODUCT = "the original has no such product"
 NOT_FINITE = "its inputs or its result are not finite"
 OTHER_ORDER = "another program, for other batches, has it earlier"
 NO_DATA = "none of the data that is fitted reaches it"
+OTHER_SHAPE = "its result has another shape than the original's"
 WORSE = "on the data held out its result would be no closer to the original's"
 
 
@@ -101,6 +104,7 @@ class Repairer:
         steps: what was done.
         calls: the calls of the site that is being repaired, by run and batch, until it is changed.
         start: the tensors of that site, with what they were.
+        settled: normalisations that a product in front of them was fitted through.
     """
 
     runs: Sequence[SideBySide]
@@ -110,6 +114,7 @@ class Repairer:
     steps: list[RepairStep] = field(default_factory=list)
     calls: dict[tuple[int, int], tuple[SiteCall, SiteCall]] = field(default_factory=dict)
     start: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    settled: set[Key] = field(default_factory=set)
 
     def run(self, methods: Sequence[RepairMethod]) -> None:
         """Repair every site in the order of the programs by each method in turn, then run what follows."""
@@ -118,8 +123,12 @@ class Repairer:
         sites = merged([[s for sites in run.new.sites.values() for s in sites] for run in self.runs])
         for site in progress_bar(sites, "repair", "layer"):
             for method in methods:
-                if site.norm == method.for_norms:
-                    self.steps += self.apply(method, site)
+                if site.norm == method.for_norms and site.key not in self.settled:
+                    steps = self.apply(method, site)
+                    exact = not steps and self.checks  # then nothing is to be gained behind it, either
+                    if method.looks_ahead and (exact or any(step.done for step in steps)):
+                        self.settled |= self.norms_behind(site)
+                    self.steps += steps
         for run in self.runs:
             run.new.finish()
             run.old.finish()
@@ -141,7 +150,7 @@ class Repairer:
             self.start = self.tensors(site)
             before = self.error(site) if self.checks and not method.measures else math.inf
             change = method.apply(self, site)
-            self.calls.clear()
+            self.forget()
             if change is None:
                 return []
             if not self.checks:
@@ -152,12 +161,18 @@ class Repairer:
                 tensor.copy_(value)
             return [replace(step, note=str(reason))]
         finally:
-            self.calls.clear()
+            self.forget()
         if error[1] < error[0]:
             return [replace(step, error=error, done=True, note=change.note)]
         for tensor, value in self.start:
             tensor.copy_(value)
         return [replace(step, error=error, note=WORSE)]
+
+    def forget(self) -> None:
+        """The site has changed, or is done with."""
+        self.calls.clear()
+        for run in self.runs:
+            run.new.lines.clear()
 
     def has_bias(self, site: RepairSite) -> bool:
         """Whether every batch adds the bias in the site's own call; torch chooses by the layout of what a linear map reads."""
@@ -176,6 +191,10 @@ class Repairer:
         if site.place is None or site.place == "bias":
             return None
         return next(run.new.tensors[site.place[0]] for run in self.runs if site.place[0] in run.new.tensors)
+
+    def norms_behind(self, site: RepairSite) -> set[Key]:
+        """The normalisations on the path of a site."""
+        return {s.key for run in self.runs for node in site.path.nodes[1:] for s in run.new.sites.get(node, ()) if s.norm}
 
     def error(self, site: RepairSite) -> float:
         """The relative error of a site's result on the data held out."""
@@ -208,35 +227,43 @@ class Repairer:
                     self.calls[number, i] = wanted[i], next(run.new.measure(*found, [i]))
                 yield self.calls[number, i]
 
-    def count_batches(self, *, held: bool) -> int:
-        """How many batches there are to fit, or held out."""
-        return sum(len(run.batches(held=held)) for run in self.runs)
-
     def originals(self, site: RepairSite) -> list[SiteCall]:
         """The calls of a site in the original, on all batches."""
         return [call for run in self.runs for call in run.old.run_to(site.key)]
 
-    def residuals(
-        self, site: RepairSite, *, held: bool = False, bounded: bool = True
-    ) -> Iterator[tuple[SiteCall, Tensor, Tensor]]:
+    def residuals(self, site: RepairSite, *, held: bool = False) -> Iterator[tuple[SiteCall, Tensor, Tensor]]:
         """For each batch the site's call, the result of the original without what was removed from it, and the difference.
 
-        Where the site has a path, it is the change after which what the result becomes along it is as in the original.
+        Where the site has a path, it is the smallest change after which the reader of what the result becomes along it
+        tells nothing from the original.
 
         Arguments:
             held: whether on the batches held out, instead of those to fit.
-            bounded: whether what the reader of the result does not tell apart is the same.
         """
         for wanted, call in self.measured(site, held=held):
             target = self.keep(wanted)
             if target.shape != call.out.shape:
-                raise Skip("its result has another shape than the original's")
+                raise Skip(OTHER_SHAPE)
             residual = wide(target) - wide(call.out)
-            if call.ahead is not None and call.slope is not None and wanted.ahead is not None:
-                found = wide(call.ahead)
-                aim = wide(self.keep(wanted, wanted.ahead))
-                residual = ((site.path.beyond(aim, found) if bounded else aim) - found) / wide(call.slope)
+            (aim, _), (found, slope) = ahead_of(wanted), ahead_of(call)
+            if aim is not None and found is not None and slope is not None:
+                residual = (site.path.beyond(self.keep(wanted, aim), found) - found) / slope
             yield call, wide(target), residual
+
+    def rows(self, site: RepairSite, *, held: bool) -> list[Rows]:
+        """What a product reads, what its result is to be and what it is, row by row."""
+        found: list[Rows] = []
+        samples = sum(len(call.out) for _, call in self.measured(site))  # as many positions of each for those held out
+        for wanted, call in self.measured(site, held=held):
+            if is_convolution(call) and wanted.out[:, 0].shape != call.out[:, 0].shape:
+                raise Skip(OTHER_SHAPE)
+            for rows in rows_of(wanted, call, functools.partial(self.keep, wanted), samples, sum(map(len, found))):
+                if rows.aim.shape != rows.found.shape:
+                    raise Skip(OTHER_SHAPE)
+                if sum(each.elements for each in [*found, rows]) <= HELD:
+                    rows.inputs = rows.make()
+                found.append(rows)
+        return found
 
     def mask(self, call: SiteCall) -> Tensor:
         """Which elements of a weight of the original are kept; its shape is that of the weight in the call."""
@@ -298,29 +325,10 @@ class RepairMethod:
         raise NotImplementedError
 
 
-def merged(programs: Sequence[Sequence[RepairSite]]) -> list[RepairSite]:
-    """The sites of several programs in one order: each behind the one that comes before it in the first program that has it."""
-    found: dict[Key, RepairSite] = {}
-    order: list[Key] = []
-    for sites in programs:
-        last = -1
-        for site in sites:
-            known = found.get(site.key)
-            if known is None:
-                found[site.key] = site
-                order.insert(last + 1, site.key)
-            else:
-                place = site.place if site.place == known.place else None
-                found[site.key] = replace(known, reason=known.reason or site.reason, place=place)
-            last = order.index(site.key)
-    return [found[key] for key in order]
-
-
-def lifted(vector: Tensor, like: Tensor, dim: int) -> Tensor:
-    """A vector along one dimension of a tensor, on its device."""
-    return vector.to(like.device).reshape([-1 if d == dim % like.dim() else 1 for d in range(like.dim())])
-
-
-def relative(squares: float, size: float) -> float:
-    """The root of one sum of squares over that of another; nothing of nothing is no error."""
-    return math.sqrt(squares / size) if size > 0 else 0.0 if squares == 0 else math.inf
+def ahead_of(call: SiteCall) -> tuple[Tensor | None, Tensor | None]:
+    """What a result becomes along the path of its site, if it has one, and by how much that grows with it."""
+    if call.line is None:
+        return None if call.ahead is None else wide(call.ahead), call.slope
+    dim = 1 if call.product is None else call.product.out
+    slope, offset = (lifted(t, call.out, dim) for t in call.line)
+    return wide(call.out) * slope + offset, divisor(slope)

@@ -33,7 +33,7 @@ class Programs:
         runs: the programs of each form side by side.
         batches: with their programs, in the order of the runs.
         held: of each of them whether it is held out.
-        before: what the pruned model returned for each.
+        before: what the pruned model returned for each of those held out, or of all where none is.
     """
 
     def __init__(self, model: nn.Module, made: nn.Module, plan: PlanData, parts: Sequence[tuple[Batch, bool]]) -> None:
@@ -41,11 +41,13 @@ class Programs:
         unused = getattr(made, "meta", {}).get("unused", ())  # whole, whatever the program around them has lost
         self.own = {self.name(path): tensor for path, tensor, _, _ in slots(made) if self.name(path) not in unused}
         self.forms = FormPrograms(model, plan, self.own, originals=True)
-        self.taken: set[Any] = set()  # which sizes of inputs a form's program of the original takes
+        self.taken: set[Any] = set()  # which sizes of inputs a form's programs take
         groups: dict[int, list[tuple[Batch, bool, Any]]] = {}
         programs: dict[int, FormProgram] = {}
+        checks = any(held for _, held in parts)
         for batch, held in parts:
-            form, out = self.forms.run(ExampleInputs(batch.args, batch.kwargs), functools.partial(self.both, batch=batch))
+            run = functools.partial(self.both, batch=batch, judged=held or not checks)
+            form, out = self.forms.run(ExampleInputs(batch.args, batch.kwargs), run)
             programs[id(form)] = form
             groups.setdefault(id(form), []).append((batch, held, out))
         self.runs: list[SideBySide] = []
@@ -63,16 +65,18 @@ class Programs:
             self.held += [held for _, held, _ in members]
             self.before += [out for _, _, out in members]
 
-    def both(self, form: FormProgram, batch: Batch) -> Any:
-        """What the pruned program returns for a batch that the original's takes, too."""
+    def both(self, form: FormProgram, batch: Batch, *, judged: bool) -> Any:
+        """What the pruned program returns for a batch that the original's takes, too; None where it is not judged by it."""
         assert form.original is not None
         inputs = ExampleInputs(batch.args, batch.kwargs)
         try:
             sizes = id(form), tuple(t.shape for t in collect((batch.args, batch.kwargs), Tensor))
-            if sizes not in self.taken and guards_of(form.original):  # it runs later, if it takes what it is given
+            known = sizes in self.taken
+            if not known and guards_of(form.original):  # it runs later, if it takes what it is given
                 inputs.map(torch.clone).call(form.original)
+            out = self.output(form, batch) if judged or not known else None
             self.taken.add(sizes)
-            return self.output(form, batch)
+            return out
         except GuardError:
             raise
         except Exception as error:

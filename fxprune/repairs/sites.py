@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from fxprune.passes.capture.recorder import Recorder
 from fxprune.passes.ir.pytree import collect, map_tensors
 from fxprune.passes.ops.call import OpView
 from fxprune.passes.ops.registry import Product, find
-from fxprune.repairs.look_ahead import Path
+from fxprune.repairs.look_ahead import Line, Path
 
 Key = tuple[str, int]  # the name of a parameter (or of a running mean), and which of its sites in the program
 Span = tuple[str, int, int]  # part of a parameter: its name, the first and the last element in memory
@@ -35,6 +35,7 @@ class SiteCall:
         func, args, kwargs: the call, to be made again.
         var: the running variance of a normalisation, whose running mean is its `weight`.
         ahead: what `out` becomes along the path of the site, in its shape; `slope`, by how much that grows with it.
+        line: in their place by channel what `out` is multiplied by and what is added, where these are numbers.
     """
 
     name: str
@@ -50,6 +51,7 @@ class SiteCall:
     var: Tensor | None = None
     ahead: Tensor | None = None
     slope: Tensor | None = None
+    line: Line | None = None
 
 
 @dataclass(slots=True)
@@ -177,3 +179,21 @@ def count_overlaps(span: Span, uses: Mapping[Span, int]) -> int:
     """How many uses share memory with a part of a parameter."""
     name, low, high = span
     return sum(n for (other, a, b), n in uses.items() if other == name and a <= high and low <= b)
+
+
+def merged(programs: Sequence[Sequence[RepairSite]]) -> list[RepairSite]:
+    """The sites of several programs in one order: each behind the one that comes before it in the first program that has it."""
+    found: dict[Key, RepairSite] = {}
+    order: list[Key] = []
+    for sites in programs:
+        last = -1
+        for site in sites:
+            known = found.get(site.key)
+            if known is None:
+                found[site.key] = site
+                order.insert(last + 1, site.key)
+            else:
+                place = site.place if site.place == known.place else None
+                found[site.key] = replace(known, reason=known.reason or site.reason, place=place)
+            last = order.index(site.key)
+    return [found[key] for key in order]
