@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.criteria.calibration import BATCHES, Batch, batch_refused
+from fxprune.passes.capture.modules import after_forward, before_forward
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.program import REGIONS, SET_GRAD_ENABLED
@@ -44,7 +45,10 @@ class BatchInterpreter(fx.Interpreter):
         self.own = own
         self.copies = False  # whether nodes are run on copies of their arguments
         try:
-            given = inspect.signature(program.forward).bind(*batch.args, **batch.kwargs)
+            if program._forward_pre_hooks:
+                batch = batch.map(torch.clone)  # which a hook may write to
+            self.given = before_forward(program, batch.args, batch.kwargs)
+            given = inspect.signature(program.forward).bind(*self.given[0], **self.given[1])
         except TypeError as error:
             raise PruneError(f"a batch of data does not fit the pruned model: {error}", fix=BATCHES) from error
         given.apply_defaults()
@@ -88,6 +92,9 @@ class BatchInterpreter(fx.Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Programs run in turns, and what is solved in between is in full precision: no region of autocast is entered."""
         return None if target in REGIONS and target is not SET_GRAD_ENABLED else super().call_function(target, args, kwargs)
+
+    def output(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return after_forward(self.module, *self.given, super().output(target, args, kwargs))
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         """An argument of the batch, copied, since a program may write to its inputs."""
