@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fxprune.arguments import checked_class, shown
 from fxprune.passes.coupling.solution import CouplingOptions, Solution
 from fxprune.passes.errors import NotARectangle, PruneError
-from fxprune.passes.ir.module_tree import check_module, named_tensors, walk
+from fxprune.passes.ir.module_tree import check_module, every_tensor, named_tensors, walk
 from fxprune.passes.ir.program import Waiver
 from fxprune.passes.ir.slice_algebra import compose_slices, same_slices
 from fxprune.passes.ir.slices import TensorSlice, cut_shape, keeps_nothing, mask_of
@@ -154,8 +154,7 @@ class PlanData:
         self.check(model)
         plan = self.fitted(shapes_of(model))
         names = {id(t): name for name, t in named_tensors(model)}  # of a tied tensor, the name it has in the plan
-        every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-        return {name: mask_of(plan.slices.get(names.get(id(t), name), ()), t.shape) for name, t in every}
+        return {name: mask_of(plan.slices.get(names.get(id(t), name), ()), t.shape) for name, t in every_tensor(model)}
 
     def in_basis(self, model: Any, *, whole: bool = False) -> tuple[Any, Self]:
         """The model and the plan after the change of basis, if there is one; raises PruneError where it does not fit.
@@ -251,7 +250,7 @@ def derived_tensors(model: nn.Module, tensors: Mapping[str, Tensor] | None = Non
 
 def left_by_forward(module: nn.Module, plan: PlanData) -> set[str]:
     """Names of tensors that a forward has put on a pruned module: neither the original's nor constants of its program."""
-    known = {*plan.shapes, *dict(module.named_buffers())}
+    known = {*plan.shapes, *(name for name, _ in every_tensor(module))}
     return {n for n in derived_tensors(module) if n not in known and not n.rpartition(".")[2].startswith("_tensor_constant")}
 
 

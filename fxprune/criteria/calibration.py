@@ -327,13 +327,14 @@ def filter_curvature(source: Source) -> Evidence:
     return observer.by_parameter(score, observer.outputs.count > 0, source.parameters)
 
 
+LOSS_TERMS = "loss terms"  # of units, so that heads differ from dimensions within them
 GATHER: Mapping[str, Callable[[Source], Evidence]] = {
     "gradient": gradient,
     "squared gradient": squared_gradient,
     "curvature": curvature,
     **{needs: functools.partial(inputs_of, needs=needs) for needs in EVIDENCE_OF_INPUTS},
     "filter curvature": filter_curvature,
-    "loss terms": loss_terms,
+    LOSS_TERMS: loss_terms,
     "contributions of experts": contributions,
 }
 SAMPLES = "gradients of samples"  # the score is the mean over samples of the square of what each gives

@@ -25,7 +25,7 @@ from fxprune.iterative.masked_forward import MaskedForward, zeros_suffice
 from fxprune.passes.coupling.families import families
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import check_module, named_parameters, named_tensors
+from fxprune.passes.ir.module_tree import check_module, every_tensor, named_parameters, named_tensors
 from fxprune.passes.ir.slices import Slicer
 from fxprune.passes.verification.zeroed_model import zeroed_copy
 from fxprune.pipeline import Compilation
@@ -88,8 +88,7 @@ def zeroed(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     check_module(model)
     named = dict(named_tensors(model))
     names = {id(tensor): name for name, tensor in named.items()}
-    every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    first = {name: names[id(tensor)] for name, tensor in every}  # of a tied tensor the name that it goes by
+    first = {name: names[id(tensor)] for name, tensor in every_tensor(model)}  # of a tied tensor the name that it goes by
     if not isinstance(masks, Mapping):
         raise PruneError(f"masks must be a mapping, not {shown(masks)}", fix="masks=plan.masks(model)")
     given: dict[str, list[Tensor]] = {}
@@ -133,7 +132,8 @@ def muted(model: nn.Module, plan: PlanData, solution: Solution, kept: Tensor) ->
                 read[solution.unit_of[f.labels]] = True
     others = kept | read[solution.unit_of]
     masks: dict[str, Tensor] = {}
-    for name, labels in solution.leaves.items():
+    for name in dict(named_tensors(model)).keys() & solution.leaves.keys():  # others are constants of its forward
+        labels = solution.leaves[name]
         masks[name] = torch.ones((), dtype=torch.bool)
         for f in labels:
             masks[name] = masks[name] & (kept if (name, f.major_to_minor[-1]) in reads else others)[f.labels]
