@@ -78,11 +78,17 @@ def is_a(value: Any, module: str, name: str) -> bool:
     return isinstance(kind, type) and isinstance(value, kind)
 
 
-def without_wrappers(model: Any) -> Any:
+def inside_wrappers(model: Any) -> Any:
     """What a wrapper calls, or what is given, if it is none."""
     for module, name, attribute in WRAPPERS:
         if is_a(model, module, name):
-            return without_wrappers(getattr(model, attribute))
+            return inside_wrappers(getattr(model, attribute))
+    return model
+
+
+def without_wrappers(model: Any) -> Any:
+    """The same, without masks that it may be computed with."""
+    model = inside_wrappers(model)
     masked = vars(model).get("forward") if isinstance(model, nn.Module) else None
     return masked.plain() if is_a(masked, "fxprune.iterative.masked_forward", "MaskedForward") else model  # type: ignore[union-attr]
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.arguments import checked_class, shown
+from fxprune.entry_points import inside_wrappers
 from fxprune.passes.coupling.solution import CouplingOptions, Solution
 from fxprune.passes.errors import NotARectangle, PruneError
 from fxprune.passes.ir.module_tree import check_module, every_tensor, named_tensors, walk
@@ -152,6 +153,7 @@ class PlanData:
         Of a plan with a change of basis they are those of the rotated model: `model, plan = plan.in_basis(model)`.
         """
         self.check(model)
+        model = inside_wrappers(model)
         plan = self.fitted(shapes_of(model))
         names = {id(t): name for name, t in named_tensors(model)}  # of a tied tensor, the name it has in the plan
         return {name: mask_of(plan.slices.get(names.get(id(t), name), ()), t.shape) for name, t in every_tensor(model)}
@@ -162,11 +164,13 @@ class PlanData:
         `whole`: as for `Basis.apply`.
         """
         check_module(model)
+        model = inside_wrappers(model)
         return (model, self) if self.basis is None else (self.basis.apply(model, whole=whole), replace(self, basis=None))
 
     def check(self, model: Any) -> None:
         """Raise PruneError unless the model's tensors have the names and shapes the plan was made for."""
         check_module(model)
+        model = inside_wrappers(model)
         if self.basis is not None:
             what = "the plan begins with a change of basis, and its indices are those of the rotated model"
             raise PruneError(what, fix="model, plan = plan.in_basis(model), or plan.apply(model)")

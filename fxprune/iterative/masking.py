@@ -19,7 +19,7 @@ from fxprune.arguments import checked_call, did_you_mean, shown
 from fxprune.criteria.base import CriterionOptions, describe
 from fxprune.criteria.parameter_roles import roles
 from fxprune.criteria.scorer import Scorer
-from fxprune.entry_points import check_values, entry_point
+from fxprune.entry_points import check_values, entry_point, inside_wrappers
 from fxprune.inputs import ExampleInputs, random_inputs
 from fxprune.iterative.masked_forward import MaskedForward, zeros_suffice
 from fxprune.passes.coupling.families import families
@@ -86,6 +86,7 @@ def compute_what_is_kept(model: nn.Module, plan: PlanData, inputs: ExampleInputs
 def zeroed(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     """A copy of a model with zeros where a mask, if there is one for a tensor, says so; masks broadcast."""
     check_module(model)
+    model = inside_wrappers(model)
     named = dict(named_tensors(model))
     names = {id(tensor): name for name, tensor in named.items()}
     first = {name: names[id(tensor)] for name, tensor in every_tensor(model)}  # of a tied tensor the name that it goes by
@@ -182,7 +183,7 @@ def hold(model: nn.Module, plan: PlanData, inputs: ExampleInputs | None = None) 
     Raises: PruneError if the plan is for another model.
     """
     handles = []
-    masks = check_plan(plan).masks(model)
+    masks, model = check_plan(plan).masks(model), inside_wrappers(model)
     before = {name: value for name, value in vars(model).items() if name == "forward"}
     with torch.no_grad():
         for name, tensor in named_tensors(model):
