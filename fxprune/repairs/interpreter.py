@@ -24,6 +24,7 @@ from fxprune.repairs.sites import (
     RepairSite,
     SiteCall,
     SiteObserver,
+    address,
     count_overlaps,
     drop_activations,
     find_call,
@@ -86,7 +87,7 @@ class BatchInterpreter(fx.Interpreter):
     def fetch_args_kwargs_from_env(self, node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         args, kwargs = super().fetch_args_kwargs_from_env(node)
         if self.copies:
-            args, kwargs = map_tensors((args, kwargs), lambda t: t if t.numel() and address(t) in self.own else t.clone())
+            args, kwargs = map_tensors((args, kwargs), lambda t: t if address(t) in self.own else t.clone())
         return tuple(args), kwargs
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -126,7 +127,7 @@ class ProgramRun:
             for name, t in self.tensors.items()
             if isinstance(t, nn.Parameter) and t.is_floating_point() and t.numel()
         }
-        own = {address(t) for t in self.tensors.values() if t.numel()}
+        own = {address(t) for t in self.tensors.values()} - {0}
         self.sites: dict[fx.Node, list[RepairSite]] = {}
         self.computed = 0
         self.writing: set[fx.Node] = set()  # which write to their arguments
@@ -244,7 +245,3 @@ def is_result(call: SiteCall, value: Any) -> bool:
     if not isinstance(value, Tensor) or value.dtype not in PRECISE or value.numel() != call.out.numel():
         return False
     return torch.equal(value.reshape(call.out.shape), call.out)
-
-
-def address(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage().data_ptr())
