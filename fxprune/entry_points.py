@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxprune.arguments import checked_call
 from fxprune.arguments import shown as said
-from fxprune.passes.errors import PruneError, told
+from fxprune.passes.errors import GuardError, PruneError, told
 from fxprune.passes.ir.module_tree import PLAIN_TENSORS, check_module, named_modules, named_parameters, named_tensors, walk
 from fxprune.passes.ir.progress import Progress
 from fxprune.passes.ir.quiet import own_random_state
@@ -39,6 +39,8 @@ def entry_point(model: Any) -> Iterator[nn.Module]:
     with uncompiled(), own_random_state():
         try:
             yield unwrapped(model)
+        except GuardError as error:
+            raise PruneError(f"{error}", fix="inputs that the pruned model takes, or one that was pruned with these") from error
         except FAULTS as error:
             if isinstance(error, torch.OutOfMemoryError) or os.environ.get("FXPRUNE_STRICT") == "1":
                 raise

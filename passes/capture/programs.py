@@ -16,7 +16,7 @@ from fxprune.passes.capture.modules import before_forward
 from fxprune.passes.capture.patches import LOCK
 from fxprune.passes.capture.rollback import ParameterWrites
 from fxprune.passes.capture.train_eval import inner_ops
-from fxprune.passes.errors import PruneError, surface, told
+from fxprune.passes.errors import GuardError, PruneError, surface, told
 from fxprune.passes.ir.module_tree import named_tensors, private_copy, set_mode, walk
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.pytree import collect, map_tensors
@@ -153,7 +153,7 @@ def captured(
         elif possible(True):
             what, fix = NO_GRADIENTS, ENABLE
         raise PruneError(
-            f"{what} {told(error)}",
+            f"{error}" if isinstance(error, GuardError) else f"{what} {told(error)}",
             where=getattr(error, "fxprune_where", type(root).__name__),
             fix=fix,
         ) from error
