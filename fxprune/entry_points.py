@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fxprune.arguments import checked_call
 from fxprune.arguments import shown as said
-from fxprune.passes.errors import PruneError, told
+from fxprune.passes.errors import GuardError, PruneError, told
 from fxprune.passes.ir.module_tree import PLAIN_TENSORS, check_module, named_modules, named_parameters, named_tensors, walk
 from fxprune.passes.ir.progress import Progress
 from fxprune.passes.ir.quiet import own_random_state
@@ -39,6 +39,8 @@ def entry_point(model: Any) -> Iterator[nn.Module]:
     with uncompiled(), own_random_state():
         try:
             yield unwrapped(model)
+        except GuardError as error:
+            raise PruneError(f"{error}", fix="inputs that the pruned model takes, or one that was pruned with these") from error
         except FAULTS as error:
             if isinstance(error, torch.OutOfMemoryError) or os.environ.get("FXPRUNE_STRICT") == "1":
                 raise
@@ -78,11 +80,17 @@ def is_a(value: Any, module: str, name: str) -> bool:
     return isinstance(kind, type) and isinstance(value, kind)
 
 
-def without_wrappers(model: Any) -> Any:
+def inside_wrappers(model: Any) -> Any:
     """What a wrapper calls, or what is given, if it is none."""
     for module, name, attribute in WRAPPERS:
         if is_a(model, module, name):
-            return without_wrappers(getattr(model, attribute))
+            return inside_wrappers(getattr(model, attribute))
+    return model
+
+
+def without_wrappers(model: Any) -> Any:
+    """The same, without masks that it may be computed with."""
+    model = inside_wrappers(model)
     masked = vars(model).get("forward") if isinstance(model, nn.Module) else None
     return masked.plain() if is_a(masked, "fxprune.iterative.masked_forward", "MaskedForward") else model  # type: ignore[union-attr]
 

@@ -9,14 +9,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import fetch, named_tensors, private_copy, set_mode
 from fxprune.passes.ir.quiet import unobserved
-from fxprune.plan import PlanData, shapes_of
+from fxprune.plan import PlanData, is_pruned, shapes_of
 
 FOLDER = "a folder that fxprune.save wrote, or load(path, model)"
 
@@ -42,7 +42,7 @@ def lost_contents(
     `cut` has the slices of each tensor.
     """
     meta: Any = getattr(model, "meta", {})
-    known = meta.get("contents", {}) if isinstance(model, fx.GraphModule) else {}
+    known = meta.get("contents", {}) if is_pruned(model) else {}
     found = dict(known)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() or tensor.is_complex() or tensor.is_meta or name in known:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.arguments import checked_class, shown
+from fxprune.entry_points import inside_wrappers
 from fxprune.passes.coupling.solution import CouplingOptions, Solution
 from fxprune.passes.errors import NotARectangle, PruneError
-from fxprune.passes.ir.module_tree import check_module, named_tensors, walk
+from fxprune.passes.ir.module_tree import check_module, every_tensor, named_tensors, walk
 from fxprune.passes.ir.program import Waiver
 from fxprune.passes.ir.slice_algebra import compose_slices, same_slices
 from fxprune.passes.ir.slices import TensorSlice, cut_shape, keeps_nothing, mask_of
@@ -152,10 +153,10 @@ class PlanData:
         Of a plan with a change of basis they are those of the rotated model: `model, plan = plan.in_basis(model)`.
         """
         self.check(model)
+        model = inside_wrappers(model)
         plan = self.fitted(shapes_of(model))
         names = {id(t): name for name, t in named_tensors(model)}  # of a tied tensor, the name it has in the plan
-        every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-        return {name: mask_of(plan.slices.get(names.get(id(t), name), ()), t.shape) for name, t in every}
+        return {name: mask_of(plan.slices.get(names.get(id(t), name), ()), t.shape) for name, t in every_tensor(model)}
 
     def in_basis(self, model: Any, *, whole: bool = False) -> tuple[Any, Self]:
         """The model and the plan after the change of basis, if there is one; raises PruneError where it does not fit.
@@ -163,11 +164,13 @@ class PlanData:
         `whole`: as for `Basis.apply`.
         """
         check_module(model)
+        model = inside_wrappers(model)
         return (model, self) if self.basis is None else (self.basis.apply(model, whole=whole), replace(self, basis=None))
 
     def check(self, model: Any) -> None:
         """Raise PruneError unless the model's tensors have the names and shapes the plan was made for."""
         check_module(model)
+        model = inside_wrappers(model)
         if self.basis is not None:
             what = "the plan begins with a change of basis, and its indices are those of the rotated model"
             raise PruneError(what, fix="model, plan = plan.in_basis(model), or plan.apply(model)")
@@ -251,7 +254,7 @@ def derived_tensors(model: nn.Module, tensors: Mapping[str, Tensor] | None = Non
 
 def left_by_forward(module: nn.Module, plan: PlanData) -> set[str]:
     """Names of tensors that a forward has put on a pruned module: neither the original's nor constants of its program."""
-    known = {*plan.shapes, *dict(module.named_buffers())}
+    known = {*plan.shapes, *(name for name, _ in every_tensor(module))}
     return {n for n in derived_tensors(module) if n not in known and not n.rpartition(".")[2].startswith("_tensor_constant")}
 
 

@@ -289,6 +289,36 @@ def test_a_pruned_model_may_be_wrapped(wrap):
     torch.testing.assert_close(fxprune.repair(model, wrap(small), [x])(x), fxprune.repair(model, small, [x])(x))
 
 
+@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda m: torch.compile(m, backend="eager")])
+def test_masks_of_a_wrapped_model(wrap):
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(16, 4)
+    small = fxprune.prune(model, 0.5, x)
+    small.plan.check(wrap(model))
+    masks = small.plan.masks(wrap(model))
+    assert sorted(masks) == ["0.bias", "0.weight", "2.bias", "2.weight"]
+    torch.testing.assert_close(fxprune.masks.zeroed(wrap(model), masks)(x), small(x))
+    wrapped = wrap(model)
+    fxprune.masks.hold(wrapped, small.plan)
+    torch.testing.assert_close(wrapped(x), small(x))
+
+
+@pytest.mark.parametrize("kind", [list, dict])
+def test_inputs_that_contain_themselves_are_refused(kind):
+    class Ignores(nn.Linear):
+        def forward(self, x, others=None):
+            return super().forward(x)
+
+    others = kind()
+    others.append(others) if kind is list else others.update(own=others)
+    model, x = Ignores(4, 8), torch.randn(2, 4)
+    for ask in (
+        lambda: fxprune.prune(model, 0.5, (x, others), release="*"),
+        lambda: fxprune.prune(model, 0.5, x, release="*", criterion="wanda", data=[((x, others), 0)]),
+    ):
+        with pytest.raises(fxprune.PruneError, match=r"^a list or a dict contains itself"):
+            ask()
+
+
 def test_what_needs_values_says_so_on_the_meta_device():
     model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).to("meta"), torch.randn(3, 4)
     small = fxprune.prune(model, 0.5, x, criterion="random", verify=False)

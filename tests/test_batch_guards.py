@@ -153,3 +153,21 @@ def test_nothing_is_printed_where_a_program_fails_at_a_batch_of_one(capsys):
     pruned = fxprune.prune(Neighbour().eval(), 0.5, torch.randn(2, 4))
     assert pruned.verification.ok
     assert capsys.readouterr() == ("", "")
+
+
+def test_inputs_that_a_pruned_model_refuses_are_no_fault_of_the_original():
+    class Doubles(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.outer = nn.Linear(8, 16), nn.Linear(16, 4)
+
+        def forward(self, x):
+            x = self.inner(x).relu()
+            return self.outer(x * 2 if x.shape[1] == 5 else x)
+
+    torch.manual_seed(0)
+    model, refused = Doubles().eval(), torch.randn(2, 5, 8)
+    small = fxprune.prune(model, 0.5, torch.randn(2, 4, 8))
+    for ask in (lambda: fxprune.verify(model, small, refused), lambda: fxprune.count(small, refused)):
+        with pytest.raises(fxprune.PruneError, match=r"^the pruned program was captured where %eq is False"):
+            ask()

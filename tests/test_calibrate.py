@@ -124,6 +124,24 @@ def test_what_cannot_be_done(tmp_path):
         seen.save(tmp_path / "nowhere/seen.safetensors")
 
 
+def test_losses_of_heads_are_no_losses_of_dimensions(tmp_path):
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(16, 4, 24, dropout=0, batch_first=True)
+    model, x = torch.nn.Sequential(torch.nn.Linear(6, 16), layer, torch.nn.Linear(16, 3)).eval(), torch.randn(2, 5, 6)
+    loss = lambda out: out.square().mean()  # noqa: E731
+    fxprune.calibrate(model, [x], "token_taylor", x, loss=loss).save(tmp_path / "heads.safetensors")
+    seen = fxprune.Calibration.load(tmp_path / "heads.safetensors")
+    fxprune.prune(model, 0.5, x, criterion=seen)
+    for asked in ({"ratio": 0.5}, {"macs": 0.5}):
+        with refuses("gathered for attention='heads', and attention='dims' is asked for"):
+            fxprune.prune(model, example_inputs=x, criterion=seen, attention="dims", **asked)
+    for criterion in ("token_taylor", "wanda"):  # whose evidence is of dimensions, and of none
+        seen = fxprune.calibrate(model, [x], criterion, x, loss=loss, attention="dims")
+        fxprune.prune(model, 0.5, x, criterion=seen, attention="heads" if criterion == "wanda" else "dims")
+    model, seen = model[::2], fxprune.calibrate(model[::2], [x], "token_taylor", x, loss=loss)
+    fxprune.prune(model, 0.5, x, criterion=seen, attention="dims")  # there are none
+
+
 def test_calibration_keeps_no_caches(tmp_path, monkeypatch):
     model, given = llama(tmp_path / "model", torch.float32), []
     forward = transformers.LlamaForCausalLM.forward

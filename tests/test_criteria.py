@@ -2,8 +2,10 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
+from refusals import untouched
 from scored import SPANS, agree, batch, built, scores, summed
 from torch import nn
 
@@ -199,3 +201,45 @@ def test_scores_that_are_no_numbers_are_refused(what, give):
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     with pytest.raises(fxprune.PruneError, match=f" returns {what}\n"):
         fxprune.prune(model, 0.5, torch.randn(3, 4), criterion=give)
+
+
+class Methods:
+    """A criterion whose methods are those that are given."""
+
+    def __init__(self, **methods):
+        vars(self).update(methods)
+
+    def __call__(self, weight):
+        return weight.abs()
+
+
+WRONG_METHODS = {
+    "raises ZeroDivisionError": {"score_dims": lambda weight, evidence, dims: 1 / 0},
+    r"returns shape \(7,\) for dimensions \(0,\) of shape": {"score_dims": lambda weight, evidence, dims: torch.zeros(7)},
+    "raises ZeroDivisionError: ": {"score_units": lambda count: 1 / 0},
+    "returns an? (ndarray|array)": {"score_units": lambda count: np.zeros(3)},
+    "returns 'many' for": {"score_units": lambda count: "many"},
+    "raises KeyError": {"finish_layer": lambda layer: {}["layer"]},
+    "returns 3.0 for": {"finish_layer": lambda layer: 3.0},
+}
+
+
+@pytest.fixture
+def plain():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+
+@pytest.mark.parametrize("what", WRONG_METHODS)
+def test_methods_of_a_criterion_that_are_wrong_are_named(what, plain):
+    with untouched(plain), pytest.raises(fxprune.PruneError, match=f"^the criterion Methods ({what})"):
+        fxprune.prune(plain, 0.5, torch.ones(3, 4), criterion=Methods(**WRONG_METHODS[what]))
+
+
+def test_a_method_of_a_criterion_does_not_change_the_model(plain):
+    def score_dims(weight, evidence, dims):
+        rest = [d for d in range(weight.dim()) if d not in dims]
+        return weight.abs_().amax(rest, keepdim=True) if rest else weight.abs_()
+
+    with untouched(plain):
+        fxprune.prune(plain, 0.5, torch.ones(3, 4), criterion=Methods(score_dims=score_dims))

@@ -116,6 +116,22 @@ def agree(masked, small, x):
 
 
 @pytest.mark.parametrize("mask", ["hold", "soft"])
+def test_a_forward_that_makes_constants(mask):
+    class Scales(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.outer = nn.Linear(6, 12), nn.Linear(12, 3)
+
+        def forward(self, x):
+            return self.outer(self.inner(x).relu() * torch.tensor([1.0, 2.0, 3.0] * 4))
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 6)
+    pruner = fxprune.Pruner(Scales().eval(), 0.5, x, mask=mask)
+    torch.testing.assert_close(pruner.step()(x), pruner.shrink()(x))
+
+
+@pytest.mark.parametrize("mask", ["hold", "soft"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_training_with_masks_is_training_the_pruned_model(kind, mask):
     model, draw = made(kind)

@@ -59,3 +59,29 @@ def test_what_python_decided_is_still_asked():
         assert pruned(torch.randn(3, 3, 6)).shape == (3, 2, 6)
         with pytest.raises(GuardError, match="captured where"):
             pruned(torch.randn(2, 3, 7))
+
+
+class Masks(nn.Module):
+    """Has a mask, which holds no fractions and is in no state dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 16), nn.Linear(16, 2)
+        self.register_buffer("mask", torch.arange(16) % 3 > 0, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).relu() * self.mask)
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("second", [False, True])
+def test_the_original_s_masks_are_saved_after_the_second_step(first, second, tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(3, 4)
+    small = fxprune.prune(Masks().eval(), 0.3, x, same_class=first)
+    smaller = fxprune.prune(small, 0.3, x, same_class=second)
+    fxprune.save(smaller, tmp_path / "smaller.safetensors")
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            model = Masks()
+        assert torch.equal(fxprune.load(tmp_path / "smaller.safetensors", model)(x), smaller(x))

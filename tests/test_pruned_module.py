@@ -300,6 +300,36 @@ def test_members_called_as_methods_of_modules_are(same_class, tmp_path):
     fxprune.repair(model, pruned, [torch.randn(8, 6) for _ in range(4)])
 
 
+class Shadows(nn.Module):
+    """Keeps lists under the names by which torch lists what a module holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.norm, self.outer = nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Linear(12, 3)
+        self.named_parameters, self.named_modules, self.named_buffers, self.modules, self.buffers = ([1.0] for _ in range(5))
+
+    def forward(self, x):
+        return self.outer(self.norm(self.inner(x)).relu() * self.modules[0])
+
+
+def test_lists_that_hide_methods_of_modules(tmp_path):
+    torch.manual_seed(0)
+    model, x = Shadows().eval(), torch.randn(16, 6)
+    pruned = fxprune.prune(model, {"inner": 0.5}, x)
+    assert pruned.inner.out_features == 6
+    fxprune.save(pruned, tmp_path / "small.safetensors")
+    assert torch.equal(fxprune.load(tmp_path / "small.safetensors", Shadows())(x), pruned(x))
+    masked = fxprune.masks.masked(model, fxprune.plan_of(pruned))
+    torch.testing.assert_close(masked(x), pruned(x))
+    torch.testing.assert_close(fxprune.masks.prune_zeros(masked, x)(x), pruned(x))
+    assert fxprune.prune(model, example_inputs=x, remove={"inner": [1, 2]}).inner.out_features == 10
+    with pytest.warns(fxprune.PruneWarning, match="inner goes through relu"):
+        fxprune.prune(model, 0.5, x, basis="principal", data=[x])
+    better = fxprune.repair(model, pruned, [torch.randn(8, 6) for _ in range(4)])
+    fxprune.report(model, better, x).to_html(tmp_path / "report.html")
+    assert fxprune.Pruner(model, 0.5, x, mask="hold").step()(x).shape == (16, 3)
+
+
 class WritesPositions(nn.Module):
     """Adds to its table of positions, of which it has a view in a batch of one, and takes images of one size."""
 

@@ -740,3 +740,29 @@ def test_some_of_many_positions_are_drawn(monkeypatch):
     monkeypatch.setattr(least_squares, "ENOUGH_ROWS", 1 << 30)
     whole = fxprune.repair(model, pruned, [x], method="reconstruct").meta["repair"].error[1]
     assert max(rows) == 48 * 62 * 62 and drawn == pytest.approx(whole, rel=0.05)
+
+
+class Graph(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(6, 32), nn.Linear(32, 32), nn.Linear(32, 4)
+
+    def forward(self, x, edges):
+        x = (edges @ self.first(x)).relu()
+        return self.last((edges @ self.second(x)).relu())
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.parametrize("method", [["reconstruct", "compensate"], "refit"])
+def test_sparse_inputs_are_one_sample(method, layout):
+    torch.manual_seed(0)
+    model, edges = Graph().eval(), (torch.rand(30, 30) < 0.2).float() / 6 + torch.eye(30)
+    graphs = [((torch.randn(30, 6), edges), 0) for _ in range(9)]
+    sparse = [((x, edges.to_sparse(layout=layout)), 0) for (x, _), _ in graphs]
+    small = fxprune.prune(model, 0.5, sparse[0][0])
+    dense, found = (fxprune.repair(model, small, data, method=method, held_out=0) for data in (graphs, sparse))
+    assert found.meta["repair"].samples == (9, 0)
+    torch.testing.assert_close(found.state_dict(), dense.state_dict(), rtol=1e-3, atol=1e-4)
+    assert fxprune.repair(model, small, sparse, method=method).meta["repair"].samples == (7, 2)
+    fxprune.prune(model, 0.5, sparse[0][0], criterion="fisher", data=sparse, loss=lambda out, target: out.square().mean())

@@ -168,6 +168,13 @@ def test_a_pruner_keeps_equal_counts_at_every_step():
     assert max(seen[2]) < max(seen[0])
 
 
+def test_a_pruned_model_with_a_configuration_is_pruned_again():
+    small = fxprune.prune(built("LlamaForCausalLM", DECODER), 0.5, TEXT, uniform=True)
+    smaller = fxprune.prune(small, 0.3, TEXT, uniform=True)
+    widths = [layer.mlp.up_proj.out_features for layer in smaller.model.layers]
+    assert smaller.verification.ok and widths[0] == widths[1] < small.model.layers[0].mlp.up_proj.out_features
+
+
 def test_layers_of_another_size_are_another_part():
     torch.manual_seed(0)
     small = fxprune.prune(Blocks(16, 24, 3, other=20), 0.25, torch.randn(2, 16), uniform=True)

@@ -19,11 +19,11 @@ from fxprune.passes.coupling.linear_families import linear_families
 from fxprune.passes.coupling.linear_family import LinearFamily, Member, NotLinear
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import copy_tree, named_modules, named_parameters
+from fxprune.passes.ir.module_tree import copy_tree, every_tensor, named_modules, named_parameters
 from fxprune.passes.ir.pytree import collect
 from fxprune.passes.ops.call import OpView
 from fxprune.passes.ops.registry import spec_of
-from fxprune.passes.rewrite.basis import Basis, Step, all_tensors, bias_of, out_of
+from fxprune.passes.rewrite.basis import Basis, Step, bias_of, out_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +70,7 @@ def find_rotatable(model: nn.Module, solution: Solution) -> tuple[list[Rotatable
     """The families that can be rotated, and for those that may lose units the reason why others cannot, by name."""
     names: dict[int, str] = {}
     aliases: dict[str, list[str]] = {}
-    for name, tensor in all_tensors(model):
+    for name, tensor in every_tensor(model):
         if tensor.is_floating_point():
             aliases.setdefault(names.setdefault(id(tensor), name), []).append(name)
     norms = frozenset(path for path, module in named_modules(model) if is_plain_norm(module))
@@ -126,7 +126,7 @@ def with_biases(model: nn.Module, linear: LinearFamily) -> LinearFamily:
 
 def folding(model: nn.Module, linear: LinearFamily) -> list[Step]:
     """The steps that put scales, shifts and centring into the layers; raises NotLinear where a shift has no place to go."""
-    tensors = dict(all_tensors(model))
+    tensors = dict(every_tensor(model))
     first = [Step("untie", name) for name in linear.untied]
     batch_norms = {s.tensors["weight"].rpartition(".")[0]: s.eps for s in linear.scales if s.kind == "batch norm"}
     first += [Step("fold statistics", path, number=eps) for path, eps in batch_norms.items()]
@@ -226,7 +226,7 @@ def principal_axes(
     """
     moments = [torch.zeros(f.linear.rows, f.linear.size, f.linear.size, dtype=torch.float64) for f in found]
     with prepare_source(folded, data, None, "basis", None) as source, torch.no_grad():
-        tensors = dict(all_tensors(source.model))
+        tensors = dict(every_tensor(source.model))
         readers: dict[int, list[tuple[int, Member, int]]] = {}
         for number, f in enumerate(found):
             for member in f.linear.members:

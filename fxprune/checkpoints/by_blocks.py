@@ -25,7 +25,7 @@ from fxprune.passes.capture.patches import visible
 from fxprune.passes.coupling.leaf_labels import leaf_labels
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import private_copy, set_mode
+from fxprune.passes.ir.module_tree import every_tensor, private_copy, set_mode
 from fxprune.passes.ir.progress import progress_bar
 from fxprune.passes.ir.quiet import unobserved
 from fxprune.selection.names import block_chains
@@ -51,7 +51,7 @@ def calibrate_by_blocks(
         run.observe(batches)
         inputs = run.observers[0].inputs
         values = EVIDENCE_OF_INPUTS[resolve(criterion).needs](inputs)
-        like = {name: torch.empty(0, dtype=t.dtype) for name, t in run.model.named_parameters(remove_duplicate=False)}
+        like = {name: torch.empty(0, dtype=t.dtype) for name, t in every_tensor(run.model) if isinstance(t, nn.Parameter)}
         return Calibration(criterion, run.observers[0].by_parameter(values, inputs.count > 0, like))
 
 

@@ -26,7 +26,7 @@ from fxprune.entry_points import entry_point
 from fxprune.module_state import aliases
 from fxprune.passes.coupling.leaf_labels import is_constant
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import named_modules, named_tensors
+from fxprune.passes.ir.module_tree import every_tensor, named_modules, named_tensors
 from fxprune.passes.ir.quiet import without_modes
 from fxprune.pipeline import AnyModule
 from fxprune.plan import PlanData, left_by_forward, plan_carried
@@ -88,8 +88,9 @@ def check_form(module: nn.Module, plan: PlanData, tensors: Mapping[str, Tensor])
             wrong = wrong or f"{name} has shape {tuple(tensor.shape)}, and pruning left {plan.kept_shape(name)}"
     owners = {name.rpartition(".")[0] for name in plan.shapes}
     names: dict[int, set[str]] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), set()).add(name)
+    for name, tensor in every_tensor(module):
+        if isinstance(tensor, nn.Parameter):
+            names.setdefault(id(tensor), set()).add(name)
     for every in names.values() if plan.basis is None else ():
         if every.isdisjoint(plan.shapes) and owners.isdisjoint(name.rpartition(".")[0] for name in every):
             wrong = wrong or f"{min(every)} was not there when it was pruned"

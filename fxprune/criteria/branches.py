@@ -23,6 +23,7 @@ from fxprune.criteria.activation_stats import wide
 from fxprune.criteria.base import Criterion, CriterionSpec
 from fxprune.criteria.calibration import Batch, Source, prepare_source
 from fxprune.criteria.catalog import resolve
+from fxprune.passes.capture.modules import after_forward, before_forward
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError, told
 from fxprune.passes.ir.branches import Branch
@@ -51,9 +52,11 @@ class BranchRun(fx.Interpreter):
         self.looks: Callable[[int, Tensor, Tensor, Tensor], None] | None = None
         self.without: int | None = None
         self.arguments: Mapping[str, Any] = {}
+        self.given: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         try:
+            args, kwargs = self.given = before_forward(self.module, args, kwargs)
             given = inspect.signature(self.module.forward).bind(*args, **kwargs)
         except TypeError as error:
             raise PruneError(
@@ -63,6 +66,9 @@ class BranchRun(fx.Interpreter):
         given.apply_defaults()
         self.arguments = given.arguments
         return self.run()
+
+    def output(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return after_forward(self.module, *self.given, super().output(target, args, kwargs))
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         return self.arguments[str(target).lstrip("*")]

@@ -30,14 +30,15 @@ class Calibration:
         criterion: the one that was calibrated.
         evidence: what it needs for each parameter, by name, broadcastable to the parameter: norms of the activations that a
             weight multiplies, a gradient, and so on.
+        attention: the granularity that it was gathered for, if that is known: losses of a head count for the whole head.
     """
 
     needs = ""
 
-    def __init__(self, criterion: str | Criterion, evidence: Mapping[str, Tensor]) -> None:
+    def __init__(self, criterion: str | Criterion, evidence: Mapping[str, Tensor], attention: str | None = None) -> None:
         inner: Any = find(criterion)
         spec = describe(inner)
-        self.criterion, self.evidence = criterion, dict(evidence)
+        self.criterion, self.evidence, self.attention = criterion, dict(evidence), attention
         self.elementwise, self.places, self.reduce, self.normalise = spec.elementwise, spec.places, spec.reduce, spec.normalise
         self.inner: Callable[..., Any] = inner
         for method in ("score_dims", "finish_layer"):
@@ -57,7 +58,7 @@ class Calibration:
             raise PruneError(f"{path} cannot be written: it is no file", fix="the name of a file")
         if not isinstance(self.criterion, str):
             raise PruneError(f"{self.__name__} has no name to be saved under", fix=f"one of {', '.join(sorted(CRITERIA))}")
-        text = json.dumps({"format": FORMAT, "criterion": self.criterion})
+        text = json.dumps({"format": FORMAT, "criterion": self.criterion, "attention": self.attention})
         try:
             save_file({n: t.detach().cpu().contiguous() for n, t in self.evidence.items()}, str(path), {KEY: text})
         except (SafetensorError, OSError) as error:
@@ -77,7 +78,7 @@ class Calibration:
         if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("criterion"), str):
             raise PruneError(f"{path} is no calibration", fix=FIX)
         resolve(data["criterion"])
-        return cls(data["criterion"], evidence)
+        return cls(data["criterion"], evidence, data.get("attention"))
 
     def check(self, shapes: Mapping[str, torch.Size]) -> None:
         """Raise PruneError unless it was gathered from a model with parameters of these shapes."""

@@ -36,7 +36,10 @@ BATCHES = "data=[(images, labels), ...], or a DataLoader of such pairs"
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One batch as forward and the loss take it; `size` samples, by the first dimension of its first tensor."""
+    """One batch as forward and the loss take it; `size` samples, by the first dimension of its first tensor.
+
+    With a sparse tensor it is one sample: rows are the nodes of a graph, say.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -50,7 +53,7 @@ class Batch:
 
     def rows(self, keep: slice | Sequence[int]) -> Batch:
         """Some of its samples; tensors of another first dimension (a mask, a scale) stay whole."""
-        part = self.map(lambda t: t[keep] if t.dim() and t.shape[0] == self.size else t)
+        part = self.map(lambda t: t[keep] if t.dim() and t.shape[0] == self.size and t.layout is torch.strided else t)
         return dataclasses.replace(part, size=len(range(self.size)[keep] if isinstance(keep, slice) else keep))
 
 
@@ -185,7 +188,8 @@ def parse_batch(item: Any) -> Batch:
         raise PruneError("a batch of data holds an array of NumPy's, not a tensor", fix="torch.from_numpy(array)")
     if not tensors:
         raise PruneError(f"a batch of type {type(item).__name__} holds no tensor", fix=BATCHES)
-    return Batch(args, kwargs, tuple(extra), tensors[0].shape[0] if tensors[0].dim() else 1)
+    rows = tensors[0].dim() > 0 and all(t.layout is torch.strided for t in tensors)
+    return Batch(args, kwargs, tuple(extra), tensors[0].shape[0] if rows else 1)
 
 
 def held_batches(data: Any, device: torch.device | None = None) -> list[Batch]:
@@ -327,13 +331,14 @@ def filter_curvature(source: Source) -> Evidence:
     return observer.by_parameter(score, observer.outputs.count > 0, source.parameters)
 
 
+LOSS_TERMS = "loss terms"  # of units, so that heads differ from dimensions within them
 GATHER: Mapping[str, Callable[[Source], Evidence]] = {
     "gradient": gradient,
     "squared gradient": squared_gradient,
     "curvature": curvature,
     **{needs: functools.partial(inputs_of, needs=needs) for needs in EVIDENCE_OF_INPUTS},
     "filter curvature": filter_curvature,
-    "loss terms": loss_terms,
+    LOSS_TERMS: loss_terms,
     "contributions of experts": contributions,
 }
 SAMPLES = "gradients of samples"  # the score is the mean over samples of the square of what each gives

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fxprune.arguments import shown
 from fxprune.criteria.aggregation import REDUCE
 from fxprune.criteria.base import CriterionSpec
 from fxprune.passes.coupling.families import Family
@@ -73,7 +74,7 @@ class Scorer:
         size = len(self.unit_of)
         if self.criterion.score_units is not None:
             self.seen[:] = True
-            return np.asarray(self.criterion.score_units(size), np.float64)
+            return self.numbers("score_units", size, (size,))
         units, values, lengths = self.score_places(evidence)
         self.seen[units] = True
         if self.criterion.reduce == "sum" and self.criterion.finish_layer is None:
@@ -151,11 +152,11 @@ class Scorer:
         self, every: np.ndarray, values: np.ndarray, lengths: list[int]
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """For each place its units, each once, and their scores; `every` has the unit of each value."""
-        finish = self.criterion.finish_layer or (lambda layer: layer)
         start = 0
         for length in lengths:
             units, inverse = np.unique(every[start : start + length], return_inverse=True)
-            yield units, finish(np.bincount(inverse.reshape(-1), values[start : start + length], len(units)))
+            layer = np.bincount(inverse.reshape(-1), values[start : start + length], len(units))
+            yield units, layer if self.criterion.finish_layer is None else self.numbers("finish_layer", layer, layer.shape)
             start += length
 
     def score_parameter(
@@ -163,7 +164,7 @@ class Scorer:
     ) -> Sequence[Tensor | None]:
         """For each place the scores along its dimensions, of size 1 along the others; None where there are none."""
         if self.criterion.score_dims is not None:
-            return [self.check_tensor(self.criterion.score_dims(weight, evidence, f.major_to_minor), name) for f, _ in places]
+            return [self.score_place(name, weight, evidence, f) for f, _ in places]
         if weight.dim() == 1:
             scores = self.score_elements(name, weight, evidence)
             return [scores for _ in places]
@@ -205,10 +206,40 @@ class Scorer:
         scores = scores if scores.layout is torch.strided else scores.to_dense()
         return scores.to(weight.device)
 
-    def check_tensor(self, scores: Any, name: str) -> Tensor | None:
+    def score_place(self, name: str, weight: Tensor, evidence: Tensor | None, place: Factor) -> Tensor | None:
+        """What `score_dims` of the criterion gives; raises PruneError for anything but scores, or None."""
+        looked_at = weight if self.criterion.elementwise else weight.clone()  # as below
+        scores = self.asked("score_dims", looked_at, evidence, place.major_to_minor, where=name)
         if scores is not None and not isinstance(scores, Tensor):
             raise self.error(f"returns a {type(scores).__name__}, not a tensor", name)
+        wanted = [n if d in place.dims else 1 for d, n in enumerate(weight.shape)]
+        if scores is not None and list(scores.shape) != wanted:
+            what = f"returns shape {tuple(scores.shape)} for dimensions {place.major_to_minor} of shape {tuple(weight.shape)}"
+            raise self.error(what, name)
         return scores
+
+    def numbers(self, method: str, given: Any, shape: tuple[int, ...]) -> np.ndarray:
+        """What a method of the criterion gives for all units, or those of a layer, of this shape."""
+        found = self.asked(method, given)
+        try:
+            numbers = np.asarray(found, np.float64)
+        except (TypeError, ValueError):
+            numbers = np.zeros(())
+        if numbers.shape != shape:
+            what = f"the criterion {self.criterion.name} returns {shown(found)} for {shape[0]} units"
+            raise PruneError(what, where=method, fix="return one number for each unit, as an array")
+        return numbers
+
+    def asked(self, method: str, *given: Any, where: str | None = None) -> Any:
+        """What a method of the criterion returns; raises PruneError for what it raises."""
+        try:
+            return getattr(self.criterion, method)(*given)
+        except PruneError:
+            raise
+        except Exception as error:
+            what = f"the criterion {self.criterion.name} raises {told(error)}"
+            fix = "fxprune.criteria says what its methods are given, and what they return"
+            raise PruneError(what, where=f"{method}({where})" if where else method, fix=fix) from error
 
     def error(self, why: str, parameter: str) -> PruneError:
         family = next((f.name for f in self.families if any(member == parameter for member, _ in f.members)), "no family")

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from fxprune.criteria.aggregation import NORMALISE
 from fxprune.criteria.base import Criterion, CriterionSpec, describe
 from fxprune.criteria.calibrated import Calibration
-from fxprune.criteria.calibration import GATHER, SAMPLES, Target, check_source, prepare_source, sample_gradients
+from fxprune.criteria.calibration import GATHER, LOSS_TERMS, SAMPLES, Target, check_source, prepare_source, sample_gradients
 from fxprune.criteria.catalog import resolve
 from fxprune.criteria.parameter_roles import roles
 from fxprune.criteria.scorer import Places, Read, Scorer
 from fxprune.passes.coupling.families import Family
-from fxprune.passes.coupling.solution import Solution
+from fxprune.passes.coupling.solution import CouplingOptions, Solution
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_parameters
+from fxprune.passes.ops.registry import spec_of
 
 
 def score_units(
@@ -59,6 +60,7 @@ def score_units(
     if isinstance(criterion, Calibration):
         parameters = named_parameters(model)
         criterion.check({name: p.shape for name, p in parameters.items()})
+        check_granularity(criterion, spec, solution, target)
         total = score({name: t.to(parameters[name].device) for name, t in criterion.evidence.items()})
     elif not spec.needs:
         total = score(None)
@@ -78,6 +80,16 @@ def score_units(
             f"the criterion {spec.name} scores nothing in this model", where=type(model).__name__, fix="criterion='magnitude'"
         )
     return total, seen
+
+
+def check_granularity(seen: Calibration, spec: CriterionSpec, solution: Solution, target: Target) -> None:
+    """Raise PruneError where losses were summed over heads, and dimensions are to go, or the other way round."""
+    if describe(seen.inner).needs != LOSS_TERMS or seen.attention is None:
+        return
+    asked = CouplingOptions(target.heads).attention
+    if seen.attention != asked and any(spec_of(op).heads for capture in solution.captures for op in capture.op_trace.ops):
+        what = f"the calibration was gathered for attention={seen.attention!r}, and attention={asked!r} is asked for"
+        raise PruneError(what, fix=f"fxprune.calibrate(..., attention={asked!r})")
 
 
 def make_scorers(

@@ -19,13 +19,13 @@ from fxprune.arguments import checked_call, did_you_mean, shown
 from fxprune.criteria.base import CriterionOptions, describe
 from fxprune.criteria.parameter_roles import roles
 from fxprune.criteria.scorer import Scorer
-from fxprune.entry_points import check_values, entry_point
+from fxprune.entry_points import check_values, entry_point, inside_wrappers
 from fxprune.inputs import ExampleInputs, random_inputs
 from fxprune.iterative.masked_forward import MaskedForward, zeros_suffice
 from fxprune.passes.coupling.families import families
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import check_module, named_parameters, named_tensors
+from fxprune.passes.ir.module_tree import check_module, every_tensor, named_parameters, named_tensors
 from fxprune.passes.ir.slices import Slicer
 from fxprune.passes.verification.zeroed_model import zeroed_copy
 from fxprune.pipeline import Compilation
@@ -86,10 +86,10 @@ def compute_what_is_kept(model: nn.Module, plan: PlanData, inputs: ExampleInputs
 def zeroed(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     """A copy of a model with zeros where a mask, if there is one for a tensor, says so; masks broadcast."""
     check_module(model)
+    model = inside_wrappers(model)
     named = dict(named_tensors(model))
     names = {id(tensor): name for name, tensor in named.items()}
-    every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    first = {name: names[id(tensor)] for name, tensor in every}  # of a tied tensor the name that it goes by
+    first = {name: names[id(tensor)] for name, tensor in every_tensor(model)}  # of a tied tensor the name that it goes by
     if not isinstance(masks, Mapping):
         raise PruneError(f"masks must be a mapping, not {shown(masks)}", fix="masks=plan.masks(model)")
     given: dict[str, list[Tensor]] = {}
@@ -133,7 +133,8 @@ def muted(model: nn.Module, plan: PlanData, solution: Solution, kept: Tensor) ->
                 read[solution.unit_of[f.labels]] = True
     others = kept | read[solution.unit_of]
     masks: dict[str, Tensor] = {}
-    for name, labels in solution.leaves.items():
+    for name in dict(named_tensors(model)).keys() & solution.leaves.keys():  # others are constants of its forward
+        labels = solution.leaves[name]
         masks[name] = torch.ones((), dtype=torch.bool)
         for f in labels:
             masks[name] = masks[name] & (kept if (name, f.major_to_minor[-1]) in reads else others)[f.labels]
@@ -182,7 +183,7 @@ def hold(model: nn.Module, plan: PlanData, inputs: ExampleInputs | None = None) 
     Raises: PruneError if the plan is for another model.
     """
     handles = []
-    masks = check_plan(plan).masks(model)
+    masks, model = check_plan(plan).masks(model), inside_wrappers(model)
     before = {name: value for name, value in vars(model).items() if name == "forward"}
     with torch.no_grad():
         for name, tensor in named_tensors(model):

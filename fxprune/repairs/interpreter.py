@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.criteria.calibration import BATCHES, Batch, batch_refused
+from fxprune.passes.capture.modules import after_forward, before_forward
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.program import REGIONS, SET_GRAD_ENABLED
@@ -23,6 +24,7 @@ from fxprune.repairs.sites import (
     RepairSite,
     SiteCall,
     SiteObserver,
+    address,
     count_overlaps,
     drop_activations,
     find_call,
@@ -44,7 +46,10 @@ class BatchInterpreter(fx.Interpreter):
         self.own = own
         self.copies = False  # whether nodes are run on copies of their arguments
         try:
-            given = inspect.signature(program.forward).bind(*batch.args, **batch.kwargs)
+            if program._forward_pre_hooks:
+                batch = batch.map(torch.clone)  # which a hook may write to
+            self.given = before_forward(program, batch.args, batch.kwargs)
+            given = inspect.signature(program.forward).bind(*self.given[0], **self.given[1])
         except TypeError as error:
             raise PruneError(f"a batch of data does not fit the pruned model: {error}", fix=BATCHES) from error
         given.apply_defaults()
@@ -96,12 +101,15 @@ class BatchInterpreter(fx.Interpreter):
     def fetch_args_kwargs_from_env(self, node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
         args, kwargs = super().fetch_args_kwargs_from_env(node)
         if self.copies:
-            args, kwargs = map_tensors((args, kwargs), lambda t: t if t.numel() and address(t) in self.own else t.clone())
+            args, kwargs = map_tensors((args, kwargs), lambda t: t if address(t) in self.own else t.clone())
         return tuple(args), kwargs
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Programs run in turns, and what is solved in between is in full precision: no region of autocast is entered."""
         return None if target in REGIONS and target is not SET_GRAD_ENABLED else super().call_function(target, args, kwargs)
+
+    def output(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return after_forward(self.module, *self.given, super().output(target, args, kwargs))
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
         """An argument of the batch, copied, since a program may write to its inputs."""
@@ -133,7 +141,7 @@ class ProgramRun:
             for name, t in self.tensors.items()
             if isinstance(t, nn.Parameter) and t.is_floating_point() and t.numel()
         }
-        own = {address(t) for t in self.tensors.values() if t.numel()}
+        own = {address(t) for t in self.tensors.values()} - {0}
         self.sites: dict[fx.Node, list[RepairSite]] = {}
         self.computed = 0
         self.slopes: dict[Key, Tensor] = {}  # of sites for whose channels they are numbers
@@ -256,7 +264,3 @@ def is_result(call: SiteCall, value: Any) -> bool:
     if not isinstance(value, Tensor) or value.dtype not in PRECISE or value.numel() != call.out.numel():
         return False
     return torch.equal(value.reshape(call.out.shape), call.out)
-
-
-def address(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage().data_ptr())

@@ -75,6 +75,11 @@ class RepairSite:
     path: Path = field(default_factory=Path)
 
 
+def address(tensor: Tensor) -> int:
+    """Where the memory of a tensor begins; 0 where it has none, or is sparse."""
+    return int(tensor.untyped_storage().data_ptr()) if tensor.layout is torch.strided and tensor.numel() else 0
+
+
 class SiteObserver(Recorder):
     """Records the calls of sites while a program runs.
 
@@ -93,24 +98,24 @@ class SiteObserver(Recorder):
         self.writes = False  # whether any call writes to its arguments
 
     def owner(self, tensor: Tensor | None) -> str | None:
-        return None if tensor is None or not tensor.numel() else self.owned.get(tensor.untyped_storage().data_ptr())
+        return None if tensor is None else self.owned.get(address(tensor))
 
     def span(self, tensor: Tensor) -> Span:
         start = int(tensor.storage_offset())
         reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-        return self.owned[tensor.untyped_storage().data_ptr()], start, start + reach
+        return self.owned[address(tensor)], start, start + reach
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func._schema.is_mutable:
             self.writes = True
-            self.copy_written({t.untyped_storage().data_ptr() for t in collect((args, kwargs), Tensor) if t.numel()})
+            self.copy_written({address(t) for t in collect((args, kwargs), Tensor)} - {0})
         out = super().__torch_dispatch__(func, types, args, kwargs)
         call = OpView(self.op_trace.ops[-1], self.op_trace)
         given = collect((args, kwargs), Tensor)
         self.readers.update({r.id for r in call.inputs})
-        made = {t.untyped_storage().data_ptr() for t in collect(out, Tensor) if t.numel()}
-        self.uses.update(self.span(t) for t in given if self.owner(t) and t.untyped_storage().data_ptr() not in made)
+        made = set(map(address, collect(out, Tensor)))
+        self.uses.update(self.span(t) for t in given if self.owner(t) and address(t) not in made)
         tensors = {r.id: t for r, t in zip(call.inputs, given, strict=True)}
         self.record(call, tensors, func, args, kwargs, out)
         return out
@@ -120,7 +125,7 @@ class SiteObserver(Recorder):
         for call in self.calls:
             for role in ("source", "out"):
                 tensor = getattr(call, role)
-                if tensor.numel() and tensor.untyped_storage().data_ptr() in written:
+                if address(tensor) in written:
                     own = tensor.clone()
                     setattr(call, role, own)
                     swap = lambda t: own if t is tensor else t  # noqa: B023, E731

@@ -21,7 +21,7 @@ from fxprune.entry_points import entry_point, without_wrappers
 from fxprune.inputs import ExampleInputs, device_of
 from fxprune.passes.capture.patches import visible
 from fxprune.passes.errors import PruneError, told
-from fxprune.passes.ir.module_tree import named_modules, named_parameters, named_tensors
+from fxprune.passes.ir.module_tree import children_of, named_modules, named_parameters, named_tensors
 from fxprune.passes.ir.pytree import collect
 from fxprune.passes.ir.quiet import unobserved
 from fxprune.reports.formatting import Printable, in_bytes, plain_data, short, table
@@ -136,7 +136,7 @@ def profile(model: nn.Module, example_inputs: Any, pruned: nn.Module | None = No
             seconds = [seconds_by_module(one, inputs) for one in models]
             memory = [peak_memory(one, inputs) for one in models]
         totals = [Usage(held(m), n.get("", 0), statistics.median(t)) for m, n, t in zip(models, macs, times, strict=True)]
-        leaves = [{path: m for path, m in named_modules(one) if path and not any(m.children())} for one in models]
+        leaves = [{path: m for path, m in named_modules(one) if path and not children_of(m)} for one in models]
         usages = [
             {path: Usage(held(m), n.get(path, 0), s.get(path, 0.0)) for path, m in some.items()}
             for some, n, s in zip(leaves, macs, seconds, strict=True)

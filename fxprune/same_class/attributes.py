@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fxprune.passes.ir.module_tree import named_tensors, walk
+from fxprune.passes.ir.module_tree import children_of, named_tensors, walk
 from fxprune.passes.ir.pytree import ATOMS, collect
 from fxprune.same_class.holders import fields_of, holders, members, put
 
@@ -291,7 +291,7 @@ def output_shapes(model: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str
             stack.callback(module.register_forward_hook(noted(path)).remove)
         run(model)
     for module, path in reversed(walk(model).items()):
-        inner = [joined(path, name) for name, _ in module.named_children()]
+        inner = [joined(path, name) for name in children_of(module)]
         if path not in found and inner and inner[-1] in found:
             found[path] = found[inner[-1]]
     return found

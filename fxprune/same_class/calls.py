@@ -18,7 +18,7 @@ from fxprune.passes.capture.programs import programs
 from fxprune.passes.coupling.couple import couple_channels
 from fxprune.passes.coupling.solution import CouplingOptions
 from fxprune.passes.errors import surface
-from fxprune.passes.ir.module_tree import named_parameters
+from fxprune.passes.ir.module_tree import every_tensor
 from fxprune.passes.ir.pytree import ATOMS, collect, map_tensors
 from fxprune.passes.ir.slice_algebra import same_slices
 from fxprune.passes.rewrite.pruned_module import PrunedModule
@@ -115,7 +115,7 @@ def program_for(module: nn.Module, path: str, call: Call, there: Call, plan: Pla
     taken, returned = shrinking(before, after), shrinking(collect(call.out, Tensor), collect(there.out, Tensor))
     if taken is None or returned is None:
         return None
-    held = {f"module.{name}": f"{path}.{name}" for name, _ in (*named_parameters(module).items(), *module.named_buffers())}
+    held = {f"module.{name}": f"{path}.{name}" for name, _ in every_tensor(module)}
     slices = {here: plan.slices[name] for here, name in held.items() if plan.slices.get(name)}
     shapes = {here: plan.shapes[name] for here, name in held.items() if name in plan.shapes}
     try:

@@ -107,7 +107,8 @@ def build(model: nn.Module, config: Any) -> nn.Module | None:
         if hasattr(config, "to_dict") and hasattr(type(config), "from_dict"):
             type(config).from_dict(config.to_dict())  # as it is read from a file, which some check
         with torch.device("meta"), Unfilled():
-            return type(model)(copy.deepcopy(config))
+            made: Any = type(model)(copy.deepcopy(config))
+        return made if isinstance(made, type(model)) else None  # a GraphModule makes a class of its own for each
     except Exception:
         return None
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fxprune.arguments import shown
 from fxprune.passes.coupling.families import names_family
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import named_parameters, named_tensors
+from fxprune.passes.ir.module_tree import children_of, every_path, named_parameters, named_tensors
 
 NOT_ALL_IN = "is not all in only="  # the reason why a family stays, and what was asked for
 Names = str | nn.Module | Sequence[str | nn.Module]
@@ -26,7 +26,7 @@ def near_modules(glob: str, modules: Sequence[str]) -> str:
 
 def paths_of(model: nn.Module, item: Any, argument: str) -> list[str]:
     """The names of a module, or of those that a glob matches; raises PruneError where there are none."""
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(every_path(model))
     if isinstance(item, str):
         paths = [path for path in modules if fnmatch.fnmatchcase(path, item)]
         if not paths:
@@ -143,9 +143,10 @@ def block_chains(model: nn.Module) -> Iterator[list[str]]:
 
 def chains_within(model: nn.Module, prefix: str) -> Iterator[list[str]]:
     chain: list[str] = []
-    for name, child in model.named_children():
+    for name, child in children_of(model).items():
         path = f"{prefix}{name}"
-        inside = [c for part in child.children() for c in (part, *part.children()) if isinstance(c, nn.Sequential)]
+        parts = children_of(child).values()
+        inside = [c for part in parts for c in (part, *children_of(part).values()) if isinstance(c, nn.Sequential)]
         if not isinstance(child, LISTS):
             yield from chains_within(child, f"{path}.")
         elif any(blocks_of(c) for c in inside):  # stages
@@ -161,12 +162,12 @@ LISTS = (nn.ModuleList, nn.Sequential)
 
 def blocks_of(container: nn.Module) -> list[str]:
     """Names in a list of the modules with layers of their own that share their class with another one."""
-    children = dict(container.named_children())
-    kinds = [type(c) if any(True for _ in c.children()) and not isinstance(c, LISTS) else None for c in children.values()]
+    children = children_of(container)
+    kinds = [type(c) if children_of(c) and not isinstance(c, LISTS) else None for c in children.values()]
     return [name for name, kind in zip(children, kinds, strict=True) if kind is not None and kinds.count(kind) > 1]
 
 
 def sequentials_of(container: nn.Module) -> list[str]:
     """Names in a list of the plain `Sequential`s with layers in them, if there are several."""
-    found = [name for name, c in container.named_children() if type(c) is nn.Sequential and any(True for _ in c.children())]
+    found = [name for name, c in children_of(container).items() if type(c) is nn.Sequential and children_of(c)]
     return found if len(found) > 1 else []

@@ -14,7 +14,7 @@ from fxprune.arguments import did_you_mean
 from fxprune.passes.coupling.families import Family, place_of
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import named_modules, named_tensors
+from fxprune.passes.ir.module_tree import every_path, every_tensor, named_modules, named_tensors
 from fxprune.selection.indices import spelled
 from fxprune.selection.names import OUTPUTS_SECOND, near_modules, paths_of
 
@@ -89,12 +89,11 @@ def find_place(model: nn.Module, solution: Solution, found: Sequence[Family], ke
 def dimension_of(model: nn.Module, solution: Solution, key: str, argument: str) -> tuple[str, int]:
     """The dimension of a tensor that a text names; of tied tensors the one that the solution knows."""
     canonical = {id(t): name for name, t in named_tensors(model)}
-    every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    tensors = {name: canonical.get(id(t), name) for name, t in every}
+    tensors = {name: canonical.get(id(t), name) for name, t in every_tensor(model)}
     split = re.fullmatch(r"(.*):(\d+)", key)
     path, wanted = (split[1], int(split[2])) if split else (key, None)
     if path not in tensors:
-        module = dict(model.named_modules(remove_duplicate=False)).get(path)
+        module = dict(every_path(model)).get(path)
         if module is None:
             modules = [name for name, _ in named_modules(model)]
             fix = did_you_mean(path, modules).rstrip() or did_you_mean(path, tensors).rstrip() or near_modules(path, modules)

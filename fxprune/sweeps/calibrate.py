@@ -64,4 +64,4 @@ def calibrate(
         solution = Compilation(module, inputs, options.coupling).couple()
         with prepare_source(module, data, loss, spec.name, solution) as source:
             found = GATHER[spec.needs](source)
-        return Calibration(criterion, {name: tensor.detach() for name, tensor in found.items()})
+        return Calibration(criterion, {name: tensor.detach() for name, tensor in found.items()}, attention)

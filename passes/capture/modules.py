@@ -7,11 +7,13 @@ import functools
 import inspect
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from fxprune.passes.capture.patches import not_a_models
+
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 # Modules of torch.nn whose forward holds sizes as literals or insists on relations that pruning changes.
 TRACED_THROUGH = (
@@ -96,6 +98,43 @@ def has_own_hooks(module: nn.Module) -> bool:
 def drop_own_hooks(module: nn.Module) -> None:
     for name in ("_forward_pre_hooks", "_forward_hooks"):
         vars(module)[name] = OrderedDict((k, hook) for k, hook in vars(module)[name].items() if not is_own(hook))
+
+
+def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments that a module's hooks hand to its forward."""
+    for key, hook in module._forward_pre_hooks.items():
+        if key in module._forward_pre_hooks_with_kwargs:
+            found: Any = hook(module, args, kwargs)
+            args, kwargs = (args, kwargs) if found is None else found
+        elif (found := hook(module, args)) is not None:
+            args = found if isinstance(found, tuple) else (found,)
+    return args, kwargs
+
+
+def after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
+    """What a module's hooks make of what its forward returned for these arguments."""
+    for key, hook in module._forward_hooks.items():
+        given = (args, kwargs, out) if key in module._forward_hooks_with_kwargs else (args, out)
+        found = hook(module, *given)
+        out = out if found is None else found
+    return out
+
+
+def before_another(owner: nn.Module, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    return before_forward(owner, args, kwargs)
+
+
+def after_another(owner: nn.Module, module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
+    return after_forward(owner, args, kwargs, out)
+
+
+def with_hooks_of(owner: nn.Module, module: AnyModule) -> AnyModule:
+    """A module with the hooks of another one, which are called with that."""
+    if owner._forward_pre_hooks:
+        module.register_forward_pre_hook(functools.partial(before_another, owner), with_kwargs=True)
+    if owner._forward_hooks:
+        module.register_forward_hook(functools.partial(after_another, owner), with_kwargs=True)
+    return module
 
 
 @contextlib.contextmanager

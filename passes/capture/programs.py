@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from fxprune.passes.capture.capture import capture_program
 from fxprune.passes.capture.leftovers import remove_leftovers
+from fxprune.passes.capture.modules import before_forward
 from fxprune.passes.capture.patches import LOCK
 from fxprune.passes.capture.rollback import ParameterWrites
 from fxprune.passes.capture.train_eval import inner_ops
-from fxprune.passes.errors import PruneError, surface, told
+from fxprune.passes.errors import GuardError, PruneError, surface, told
 from fxprune.passes.ir.module_tree import named_tensors, private_copy, set_mode, walk
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.pytree import collect, map_tensors
@@ -62,14 +63,14 @@ def modes_captured(
     kwargs: dict[str, Any],
     stand_in: Callable[[Tensor], Tensor] | None,
 ) -> list[CapturedProgram]:
-    given = args, kwargs
+    possible = functools.partial(runs, model, args, kwargs) if stand_in is None else lambda gradients: False
+    args, kwargs = given = given_to_forward(model, args, kwargs)
     home: Home = lambda: None  # noqa: E731
     if stand_in is not None:
         swap = lambda t: stand_in(t) if t.is_floating_point() else t  # noqa: E731
         home = functools.partial(only_device, model, args, kwargs)
         args, kwargs = map_tensors((args, kwargs), swap)
     copied = set_mode(private_copy(model, stand_in), False)
-    possible = functools.partial(runs, model, *given) if stand_in is None else lambda gradients: False
     found = [captured(copied, args, kwargs, final=stand_in is None, home=home, possible=possible)]
     if not found[0].reads_training:
         return found
@@ -88,6 +89,20 @@ def modes_captured(
     elif code(other) != code(found[0]):
         found.append(other)
     return found
+
+
+def given_to_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments as the hooks of a model, which stay hooks, hand them to its forward."""
+    if not model._forward_pre_hooks:
+        return args, kwargs
+    try:
+        with torch.no_grad(), own_random_state():
+            return before_forward(set_mode(private_copy(model), False), *map_tensors((args, kwargs), torch.clone))
+    except Exception as error:
+        surface(error)
+        raise PruneError(
+            f"a hook of the model raises {told(error)}", where=type(model).__name__, fix=other_inputs(args, kwargs)
+        ) from error
 
 
 def stay_in_evaluation(capture: CapturedProgram, why: str) -> None:
@@ -138,7 +153,7 @@ def captured(
         elif possible(True):
             what, fix = NO_GRADIENTS, ENABLE
         raise PruneError(
-            f"{what} {told(error)}",
+            f"{error}" if isinstance(error, GuardError) else f"{what} {told(error)}",
             where=getattr(error, "fxprune_where", type(root).__name__),
             fix=fix,
         ) from error

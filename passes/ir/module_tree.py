@@ -74,6 +74,19 @@ def every_path(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             pending += [(start + n, m) for n, m in reversed(module._modules.items()) if m is not None]
 
 
+def every_tensor(root: nn.Module) -> list[tuple[str, Tensor]]:
+    """Every parameter, and then every buffer, under all of its names."""
+    paths = [(f"{path}." if path else "", module) for path, module in every_path(root)]
+    parameters = [(start + name, t) for start, m in paths for name, t in m._parameters.items() if t is not None]
+    return [*parameters, *((start + name, t) for start, m in paths for name, t in m._buffers.items() if t is not None)]
+
+
+def children_of(module: nn.Module) -> dict[str, nn.Module]:
+    """The modules that a module holds itself, by their (first) names."""
+    found = {child: name for name, child in reversed(module._modules.items()) if child is not None}
+    return {name: child for name, child in module._modules.items() if child is not None and found[child] == name}
+
+
 class TreeNames:
     """The module tree that programs refer to: what a module is called where another one is the root."""
 
@@ -335,16 +348,3 @@ def has_own_train(modules: Iterable[nn.Module]) -> bool:
 
 
 Apart = dict[bool, frozenset[str]]  # for either mode the paths of modules that are in the other one
-
-
-def apart_from(model: nn.Module) -> Apart:
-    """The modules that do not follow when a model is told its mode; `train` is called on copies without contents."""
-    found: Apart = {}
-    for mode in (False, True) if has_own_train(walk(model)) else ():
-        copied = private_copy(model, on_meta)
-        try:
-            copied.train(mode)
-        except Exception:  # one that knows one mode alone
-            continue
-        found[mode] = frozenset(path for path, m in every_path(copied) if m.training != mode)
-    return found

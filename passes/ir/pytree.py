@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fxprune.passes.errors import PruneError
+
 
 class TensorRef:
     """A tensor in an op trace. A recorder creates one for each number, so that they compare by identity."""
@@ -113,10 +115,14 @@ def collect(x: Any, kind: type | tuple[type, ...]) -> list[Any]:
     if isinstance(x, kind):
         return [x]
     found: list[Any] = []
-    if kind is TensorRef:
-        gather_refs(x, found)
-    else:
-        gather(x, kind, found)
+    try:
+        if kind is TensorRef:
+            gather_refs(x, found)
+        else:
+            gather(x, kind, found)
+    except RecursionError as error:
+        what = "a list or a dict contains itself, or too many others one inside the other"
+        raise PruneError(what, fix="inputs, outputs and batches without it") from error
     return found
 
 

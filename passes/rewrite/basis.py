@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import copy_tree, every_path
+from fxprune.passes.ir.module_tree import copy_tree, every_path, every_tensor
 
 KINDS: dict[str, Callable[[Change, Step], None]] = {}
 
@@ -59,7 +59,7 @@ class Basis:
 
         It is computed in double precision and rounded once. On the meta device it is made in form.
         """
-        change = Change(copy_tree(model, {id(t): t for _, t in all_tensors(model)}), self.rotations)
+        change = Change(copy_tree(model, {id(t): t for _, t in every_tensor(model)}), self.rotations)
         for step in self.steps:
             if step.kind in ONLY_WHOLE and not whole:
                 continue
@@ -86,11 +86,6 @@ class Basis:
         return cls(tuple(parse_step(step, len(matrices)) for step in steps), matrices)
 
 
-def all_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Parameters and buffers under all of their names."""
-    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-
-
 class Change:
     """A model whose tensors are being changed.
 
@@ -101,7 +96,7 @@ class Change:
 
     def __init__(self, model: nn.Module, rotations: Sequence[Tensor]) -> None:
         self.model, self.rotations = model, rotations
-        self.old = dict(all_tensors(model))
+        self.old = dict(every_tensor(model))
         names: dict[int, str] = {}
         self.first = {name: names.setdefault(id(tensor), name) for name, tensor in self.old.items()}
         self.own: set[str] = set()  # names of tensors that the original does not have
@@ -137,14 +132,14 @@ class Change:
     def replace_module(self, name: str, made: nn.Module) -> None:
         """Put another module in the place of one; what it does not hold is gone."""
         old = self.model.get_submodule(name)
-        held = {own for own, _ in all_tensors(made)}
+        held = {own for own, _ in every_tensor(made)}
         made.train(old.training)
         for path, module in list(every_path(self.model)):
             for own, child in module._modules.items():
                 if child is old:
                     module._modules[own] = made
                     start = f"{path}.{own}" if path else own
-                    for gone in {n for n, _ in all_tensors(old)} - held:
+                    for gone in {n for n, _ in every_tensor(old)} - held:
                         self.first.pop(f"{start}.{gone}", None)
 
     def finished(self) -> nn.Module:

@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 from torch.fx.graph import PythonCode
 
+from fxprune.passes.capture.modules import with_hooks_of
 from fxprune.passes.errors import GuardError, PruneError
 from fxprune.passes.ir.module_tree import Apart, fetch, named_modules
 from fxprune.passes.ir.program import IS_GRAD_ENABLED, REGIONS, SET_GRAD_ENABLED
@@ -273,7 +274,7 @@ class PrunedModule(fx.GraphModule):
             return self
         programs = vars(self)["_flat"]
         lines = without_dead(programs.get(self.training, programs[False]).lines)
-        return fx.GraphModule(self, Program(tuple(lines)).graph(), type(self).__name__)
+        return with_hooks_of(self, fx.GraphModule(self, Program(tuple(lines)).graph(), type(self).__name__))
 
     def as_class(self, cls: type[nn.Module]) -> Any:
         """An object of another class with all that this module holds, and its programs as forward."""

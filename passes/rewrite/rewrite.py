@@ -12,7 +12,18 @@ from torch import Tensor, nn
 
 from fxprune.passes.capture.modules import own_call
 from fxprune.passes.coupling.solution import Solution
-from fxprune.passes.ir.module_tree import Apart, TreeNames, apart_from, every_path, fetch, named_tensors, replace_tensors, walk
+from fxprune.passes.ir.module_tree import (
+    Apart,
+    TreeNames,
+    every_path,
+    fetch,
+    has_own_train,
+    named_tensors,
+    on_meta,
+    private_copy,
+    replace_tensors,
+    walk,
+)
 from fxprune.passes.ir.program import CapturedProgram, Waiver
 from fxprune.passes.ir.pytree import ATOMS
 from fxprune.passes.ir.slices import (
@@ -290,3 +301,16 @@ def slice_in_blocks(source: Tensor, slices: Sequence[TensorSlice]) -> Tensor:
 def by_rows(slices: Sequence[TensorSlice]) -> bool:
     """Whether rows can be sliced one by one: only the first slice may take some of them, and alone."""
     return all(0 not in cut.dims for cut in slices[slices[0].dims == (0,) :])
+
+
+def apart_from(model: nn.Module) -> Apart:
+    """The modules that do not follow when a model is told its mode; `train` is called on copies without contents."""
+    found: Apart = {}
+    for mode in (False, True) if has_own_train(walk(model)) else ():
+        copied = private_copy(model, on_meta)
+        try:
+            copied.train(mode)
+        except Exception:  # one that knows one mode alone
+            continue
+        found[mode] = frozenset(path for path, m in every_path(copied) if m.training != mode)
+    return found
