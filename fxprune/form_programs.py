@@ -88,15 +88,14 @@ class FormPrograms:
             shapes = {n: shape for n, shape in self.plan.shapes.items() if self.tensors is None or n in self.tensors}
             slices = {name: cuts for name, cuts in self.plan.slices.items() if name in solution.leaves}
             try:
-                plan = replace(self.plan, shapes=shapes, slices=slices)
-                kept = kept_labels(plan, solution)
+                kept = kept_labels(replace(self.plan, shapes=shapes, slices=slices), solution)
             except PruneError:
                 if self.plan.attention == "dims":
                     raise
                 self.plan = replace(self.plan, attention="dims")  # as in `Compilation.choice_of`
                 return self.compile(inputs)
             original = compilation.emit(compilation.unpruned()) if self.originals else None
-            slicer = Slicer(kept, removal_of(self.model, solution, kept, plan.removed))
+            slicer = Slicer(kept, removal_of(self.model, solution, kept, self.plan.removed))
             pruned = compilation.emit(Choice(solution, kept, slicer))
         if self.tensors is not None:
             for program in [pruned] if original is None else [original, pruned]:

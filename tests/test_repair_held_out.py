@@ -67,11 +67,11 @@ def test_enough_data_makes_it_better():
 
 
 @pytest.mark.parametrize("method", [None, "reconstruct", "compensate"])
-def test_branches_that_went_are_gone_from_what_is_repaired(method):
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.BatchNorm1d])
+def test_branches_that_went_are_gone_from_what_is_repaired(norm, method):
     """Errors are those of the models themselves, and what is left makes up for the branches."""
     torch.manual_seed(0)
-    model = Layers(8, 3).double().eval()
-    x, others = torch.randn(200, 6, 8, dtype=DOUBLE), torch.randn(100, 6, 8, dtype=DOUBLE)
+    model, x, others = Layers(8, 3, norm).double().eval(), torch.randn(200, 8).double(), torch.randn(100, 8).double()
     pruned = fxprune.prune(model, 0.5, example_inputs=x[:2], depth=True)
     assert pruned.meta["branches"]
     better = fxprune.repair(model, pruned, [x], method=method, held_out=0)
@@ -83,9 +83,9 @@ def test_branches_that_went_are_gone_from_what_is_repaired(method):
 class Layers(nn.Module):
     """Layers of linear maps and norms, of any width."""
 
-    def __init__(self, width, depth):
+    def __init__(self, width, depth, norm):
         super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(depth))
+        self.norms = nn.ModuleList(norm(width) for _ in range(depth))
         self.ups = nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(depth))
         self.downs = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(depth))
         self.head = nn.Linear(width, 5)
