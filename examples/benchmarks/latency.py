@@ -24,7 +24,7 @@ import fxprune
 
 HERE = Path(__file__).parent
 ROWS, TABLE = HERE / "latency.jsonl", HERE / "LATENCY.md"
-NETWORKS, SHARES, SEEDS, BATCHES = ("vit", "resnet20"), (0.5, 0.35), (0, 1, 2), (32, 1)
+NETWORKS, SHARES, SEEDS, BATCHES = ("vit", "resnet20"), (0.7, 0.5, 0.35), (0, 1, 2), (32, 1)
 CALIBRATION, ROUNDS = 256, 200
 
 
