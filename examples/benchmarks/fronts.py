@@ -121,7 +121,7 @@ def page(rows: list[Row]) -> str:
     ]
     for row in rows:
         whole, default, best, found = (f"{100 * t:.1f} ({100 * c:.1f})" for t, c in zip(row["test"], row["compared"]))
-        start = f"| {row['network']} | {row['seed']} | {row['times']} | {whole} | {default} | {row['way']} "
+        start = f"| {row['network']} | {row['seed']} | {row['times']} | {whole} | {default} | {row.get('way', '')} "
         start += f"| {len(row['methods'])} | {best} | {row['method']} "
         lines.append(f"{start}| {found} | {row['steps']} | {row['seconds']:.0f} |" if row["steps"] else f"{start}| | | |")
     lines += [

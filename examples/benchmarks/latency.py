@@ -9,6 +9,7 @@ to `LATENCY.md`.
 """
 
 import argparse
+import random
 import statistics
 import time
 from pathlib import Path
@@ -77,6 +78,7 @@ def measure(network: str, batch: int, share: float, seed: int) -> Row:
             "error": made.meta["repair"].error[1],
             "accuracy": accuracy(made, *test),
             "branches": list(made.meta["branches"]),
+            "chosen": next((text for text in made.meta["chosen"] if text.startswith("way=")), ""),
             "seconds": time.process_time() - started,
         }
     times = in_turns(models, images[:batch])
@@ -88,12 +90,13 @@ def measure(network: str, batch: int, share: float, seed: int) -> Row:
 
 @torch.no_grad()
 def in_turns(models: dict[str, nn.Module], images: torch.Tensor) -> dict[str, list[float]]:
-    """Seconds of a forward of each, round by round."""
+    """Seconds of a forward of each, round by round, each round in an order of its own."""
     times: dict[str, list[float]] = {way: [] for way in models}
+    order = random.Random(0)
     for turn in range(ROUNDS + 3):
-        for way, model in models.items():
+        for way in order.sample(list(models), len(models)):
             started = time.perf_counter()
-            model(images)
+            models[way](images)
             if turn >= 3:  # the first ones allocate
                 times[way].append(time.perf_counter() - started)
     return times
@@ -115,6 +118,7 @@ def table(rows: list[Row]) -> str:
         ("latency", "r", lambda line: cell(line, "share", "{:.1%}")),
         ("output error", "r", lambda line: cell(line, "error", "{:.1%}")),
         ("accuracy", "r", lambda line: cell(line, "accuracy", "{:.1%}")),
+        ("way of `prune`", "l", lambda line: line["found"].get("chosen", "")[4:].partition(" (")[0].partition(",")[0]),
         ("blocks that went", "l", lambda line: ", ".join(line["found"].get("branches", ())) or line["found"].get("failed", "")),
     ]
     return (
