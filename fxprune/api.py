@@ -205,9 +205,10 @@ def prune(
             layer would go too, as in a head, it is an error that lists them.
         repair: put right on `data` what the cut does to the output, after all else: True, a method's name, or a dict of
             arguments of `fxprune.repair`; `merge` needs no data. The verification is that of the cut alone; `meta["repair"]`
-            says what was gained. With True, a budget that can be counted, up to 100 million parameters and neither
-            `criterion`, `ranking`, `attention` nor `basis` given (nor `same_class`), several of these are tried, and what
-            comes closest to the original on samples held out is returned; the report says which, and how close others came.
+            says what was gained. With True, a budget, up to 100 million parameters and neither `criterion`, `ranking`,
+            `attention` nor `basis` given (nor `same_class`), several of these are tried, with `depth=True` each with branches
+            and without, and what comes closest to the original on samples held out is returned; the report says which, and how
+            close others came. A budget of latency is measured for each.
         verify: compare the result to the masked original; `auto` does so where a forward is cheap.
         same_class: return a shrunk copy of the model, of its own class, with attributes and configuration brought up to date,
             instead of a GraphModule: its caches, losses, `generate` and `save_pretrained` are as before. What is made of a

@@ -26,7 +26,7 @@ from fxprune.passes.ir.slices import Slicer
 from fxprune.passes.rewrite.pruned_module import PrunedModule
 from fxprune.pipeline import Compilation
 from fxprune.plan import PlanData, kept_labels
-from fxprune.selection.choice import Choice
+from fxprune.selection.choice import Choice, removal_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +95,8 @@ class FormPrograms:
                 self.plan = replace(self.plan, attention="dims")  # as in `Compilation.choice_of`
                 return self.compile(inputs)
             original = compilation.emit(compilation.unpruned()) if self.originals else None
-            pruned = compilation.emit(Choice(solution, kept, Slicer(kept)))
+            slicer = Slicer(kept, removal_of(self.model, solution, kept, self.plan.removed))
+            pruned = compilation.emit(Choice(solution, kept, slicer))
         if self.tensors is not None:
             for program in [pruned] if original is None else [original, pruned]:
                 program.eval()

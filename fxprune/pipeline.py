@@ -107,7 +107,7 @@ class Compilation:
     that fail are frozen here, so that all that comes of one compilation agrees.
 
     Attributes:
-        model: the original; it is not touched.
+        model: the original; it is not touched. A latency is a share of that of `timed`: the same, or what was rotated to it.
         inputs: example inputs.
         options: what may go and what may not.
         frozen_modules: paths of modules that were found to fail once they are cut, with the reason.
@@ -116,7 +116,7 @@ class Compilation:
     def __init__(
         self, model: nn.Module, inputs: ExampleInputs, options: CouplingOptions, frozen_modules: Mapping[str, str] | None = None
     ) -> None:
-        self.model, self.inputs, self.options = model, inputs, options
+        self.model, self.timed, self.inputs, self.options = model, model, inputs, options
         self.frozen_modules: dict[str, str] = dict(frozen_modules or {})
         self.tensors = dict(named_tensors(model))
         self._tried: tuple[Choice, PrunedModule] | None = None
@@ -203,7 +203,7 @@ class Compilation:
 
     def latency_probe(self) -> LatencyProbe:
         emit = lambda slicer: self.emit(self.keep(slicer.kept, slicer.removed.tensors))  # noqa: E731
-        return LatencyProbe(self.model, self.inputs.args, self.inputs.kwargs, emit)
+        return LatencyProbe(self.timed, self.inputs.args, self.inputs.kwargs, emit)
 
     # -- plans ------------------------------------------------------------------------------------------------------------
 

@@ -289,6 +289,25 @@ def test_a_large_branch_gives_small_ones_back():
     assert removed(pruned) == [1, 2]  # 1 never had parameters
 
 
+def test_units_that_do_nothing_go_before_branches_that_do():
+    """Units compete by what the loss changes for what they cost; scores of branches are brought to that scale."""
+
+    class Squares:
+        normalise = "loss"
+
+        def __call__(self, parameter):
+            return parameter.square()
+
+    torch.manual_seed(0)
+    model = Stack().eval()
+    for layer in model.layers:
+        with torch.no_grad():
+            layer.up.weight[2:].mul_(1e-3), layer.up.bias[2:].zero_(), layer.down.weight[:, 2:].mul_(1e-3)
+    how = {"criterion": Squares(), "ranking": "global", "depth": True, "depth_criterion": lambda stream, branch: 1.0}
+    small = fxprune.prune(model, example_inputs=V, data=[V], macs=0.5, freeze_outputs=["embed"], **how)
+    assert removed(small) == [] and small.layers[0].up.out_features == 2
+
+
 class Scaled(nn.Module):
     """A branch with the factor `scale`, whose derivative is what first-order scores estimate."""
 

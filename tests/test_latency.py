@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from clocks import SECONDS, counting_clock
+from clocks import SECONDS, clock_of_calls, counting_clock
 from refusals import IMAGES, net, refuses, untouched
 from test_budgets import MODELS, X, macs
 from torch import nn
@@ -457,3 +457,41 @@ def test_latency_and_another_budget():
         what="macs and latency are both given",
         fix="one of ratio, params, macs, memory and latency",
     )
+
+
+class Pooled(nn.Module):
+    """Two hidden layers of one form, the first of which runs once for each of fifty tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+        self.late, self.last = nn.Linear(16, 32), nn.Linear(32, 4)
+
+    def forward(self, x):
+        return self.last(self.late(self.down(self.up(x).relu()).mean(1)).relu())
+
+
+class Alike:
+    """Every element is worth the same: by the loss, so that units compete by that for what they cost."""
+
+    normalise = "loss"
+
+    def __call__(self, parameter):
+        return torch.ones_like(parameter)
+
+
+def test_units_go_for_the_time_that_they_take():
+    model, x = Pooled().eval(), torch.randn(2, 50, 16)
+    small = prune(model, 0.6, x, criterion=Alike(), ranking="global", freeze_outputs=["down"])
+    assert small.late.out_features == 32 and small.up.out_features < 20
+
+
+@pytest.mark.filterwarnings("ignore:latency=1.0 removes nothing")
+def test_a_share_is_one_of_the_original_where_it_was_rotated(monkeypatch):
+    """A norm without a mean is written in more calls, which are counted here."""
+    monkeypatch.setattr(latency, "measure_seconds", clock_of_calls)
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 3)).eval(), torch.randn(2, 8)
+    [[whole, *_]] = clock_of_calls([lambda: model(x)], None)
+    small = fxprune.prune(model, None, x, latency=1.0, data=[torch.randn(64, 8)], basis="principal")
+    assert small.meta["basis"].families and small.meta["latency"].original == whole

@@ -298,3 +298,19 @@ def test_without_gradients_and_with_data_of_their_own():
     assert relative_error(pruner.shrink()(x), out) < 1e-10
     assert F.cross_entropy(wide(x), torch.tensor([0, 1])).requires_grad
     agree(pruner.step(wide), pruner.shrink(), x)
+
+
+def test_branches_that_went_add_nothing():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 12), nn.Linear(12, 8)
+
+        def forward(self, x):
+            return x + self.down(self.up(self.norm(x)).relu())
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Layer(), Layer(), nn.Linear(8, 3)).double().eval(), torch.randn(4, 8, dtype=DOUBLE)
+    small = fxprune.prune(model, 0.5, x, depth=True)
+    assert small.meta["branches"]
+    assert relative_error(fxprune.masks.masked(model, small.plan)(x), small(x)) < 1e-10

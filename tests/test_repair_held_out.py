@@ -66,6 +66,36 @@ def test_enough_data_makes_it_better():
         assert found.samples == (120, 40) and found.share == 1 and found.done
 
 
+@pytest.mark.parametrize("method", [None, "reconstruct", "compensate"])
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.BatchNorm1d])
+def test_branches_that_went_are_gone_from_what_is_repaired(norm, method):
+    """Errors are those of the models themselves, and what is left makes up for the branches."""
+    torch.manual_seed(0)
+    model, x, others = Layers(8, 3, norm).double().eval(), torch.randn(200, 8).double(), torch.randn(100, 8).double()
+    pruned = fxprune.prune(model, 0.5, example_inputs=x[:2], depth=True)
+    assert pruned.meta["branches"]
+    better = fxprune.repair(model, pruned, [x], method=method, held_out=0)
+    off = [distance(model, m, x) / float(model(x).detach().square().mean().sqrt()) for m in (pruned, better)]
+    assert better.meta["repair"].error == pytest.approx(off)
+    assert distance(model, better, others) < distance(model, pruned, others)
+
+
+class Layers(nn.Module):
+    """Layers of linear maps and norms, of any width."""
+
+    def __init__(self, width, depth, norm):
+        super().__init__()
+        self.norms = nn.ModuleList(norm(width) for _ in range(depth))
+        self.ups = nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(depth))
+        self.downs = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(depth))
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x):
+        for norm, up, down in zip(self.norms, self.ups, self.downs, strict=True):
+            x = x + down(up(norm(x)).relu())
+        return self.head(x)
+
+
 def noisy(rows):
     """A hidden layer of 64 of which the fit sees few samples, and a first layer that no data could repair."""
     torch.manual_seed(0)

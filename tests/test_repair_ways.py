@@ -3,9 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from clocks import clock_of_calls, counting_clock
 from torch import nn
 
 import fxprune
+from fxprune.selection import latency
 
 RANDOM = torch.Generator().manual_seed(1)
 DATA = torch.randn(128, 3, generator=RANDOM) @ torch.randn(3, 12, generator=RANDOM)  # three axes are all there is
@@ -68,9 +70,52 @@ def test_the_way_that_comes_closest_is_kept(make):
     assert small.meta["verification"].ok and fxprune.count(small, DATA[:1]).macs <= 0.4 * fxprune.count(model, DATA[:1]).macs
 
 
+@pytest.mark.filterwarnings("ignore:no family can be rotated")
+def test_a_latency_is_met_by_the_way_that_comes_closest(monkeypatch):
+    monkeypatch.setattr(latency, "measure_seconds", counting_clock)
+    ask = {"example_inputs": DATA[:1], "latency": 0.6, "data": DATA.split(32), "repair": True}
+    found = {name: fxprune.prune(stream(), **ask, **WAYS[name]) for name in ("default", "osscar", "flap")}
+    errors = {name: small.meta["repair"].error[1] for name, small in found.items()}
+    small = fxprune.prune(stream(), **ask)
+    assert small.meta["repair"].error[1] == min(errors.values()) < errors["default"]
+    assert small.meta["latency"].share <= 0.6
+    assert fxprune.count(small, DATA[:1]).macs <= 0.6 * fxprune.count(stream(), DATA[:1]).macs
+
+
+def test_ways_are_tried_with_branches_and_without():
+    """Branches that add as much as the stream holds stay, where channels can go in their place."""
+    model = stream()
+    with torch.no_grad():
+        for i in (1, 2):
+            model[i].down.weight.mul_(10)
+    small = pruned(model, macs=0.7, depth=True)
+    said = small.meta["chosen"][-1]
+    assert all(f"{name} without depth " in said for name in ("osscar", "flap")) and "depth only " in said
+    assert not small.meta["branches"]
+    errors = [float(text.split("%")[0].split()[-1]) for text in said.partition("original's: ")[2].replace(";", ",").split(", ")]
+    assert errors == sorted(errors) and small.meta["repair"].error[1] == pytest.approx(errors[0] / 100, abs=1e-3)
+
+
+def test_branches_go_where_no_channels_save_enough(monkeypatch):
+    monkeypatch.setattr(latency, "measure_seconds", clock_of_calls)
+    ask = {"example_inputs": DATA[:1], "latency": 0.7, "data": DATA.split(32), "repair": True}
+    with pytest.raises(fxprune.PruneError, match="cannot be met"):
+        fxprune.prune(stream(), **ask)
+    small = fxprune.prune(stream(), **ask, depth=True)
+    assert small.meta["branches"] and small.meta["latency"].share <= 0.7
+    assert "depth only" in small.meta["chosen"][-1] and "without depth" not in small.meta["chosen"][-1]
+
+
 @pytest.mark.parametrize(
     "how",
-    [{"criterion": "flap"}, {"ranking": "global"}, {"attention": "heads"}, {"same_class": True}, {"macs": None, "ratio": 0.5}],
+    [
+        {"criterion": "flap"},
+        {"ranking": "global"},
+        {"attention": "heads"},
+        {"same_class": True},
+        {"macs": None, "ratio": 0.5},
+        {"macs": 0.7, "depth": "only"},
+    ],
 )
 def test_what_is_asked_for_is_done(how):
     small = pruned(stream(), **how)

@@ -202,3 +202,26 @@ def test_a_ratio_is_no_budget():
     swept = fxprune.sweep(model, DATA[:1], closeness(model), budgets={"ratio": 0.5}, measure=False)
     with pytest.raises(PruneError, match="a ratio is no budget"):
         fxprune.search(model, DATA[:1], closeness(model), start=swept[1])
+
+
+def test_a_start_in_another_basis_is_improved_in_it():
+    """All axes of the stream matter, and next to nothing of the branch does: speeds move the cut from one to the other."""
+
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.up, self.down = nn.LayerNorm(12), nn.Linear(12, 24), nn.Linear(24, 12)
+
+        def forward(self, x):
+            return x + 1e-2 * self.down(self.up(self.norm(x)).relu())
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 12), Branch(), nn.LayerNorm(12), nn.Linear(12, 8)).eval()
+    how = {"macs": 0.7, "ranking": "local", "basis": "principal", "floor": 0.0, "data": [DATA], "steps": 6, "measure": False}
+    found = fxprune.search(model, DATA[:1], closeness(model), **how)
+    assert all(p.plan.basis is not None and p.macs <= 0.7 * found.original.macs for p in found.points)
+    assert found.start.plan == fxprune.prune(model, None, DATA[:1], **{k: how[k] for k in list(how)[:5]}).meta["plan"]
+    assert found.best.value > found.start.value + 0.01 and closeness(model)(found.best.model()) == found.best.value
+    assert len({repr(p.plan.slices) for p in found.points}) == len(found.points)
+    again = fxprune.search(model, DATA[:1], closeness(model), start=found.best, data=[DATA], steps=2, measure=False)
+    assert again.start.value == found.best.value

@@ -23,6 +23,7 @@ from fxprune.selection.options import Options, Scopes
 from fxprune.selection.rectangles import find_nonempty_sets, restore_rectangles
 from fxprune.selection.structures import describe_structures
 
+FREE = 1e-9  # what units cost at least, as a share of all that there is
 FLOOR = 0.1  # the share of every family that stays where families compete, unless told otherwise
 
 
@@ -45,6 +46,8 @@ class Allocator:
         speeds: how fast groups lose their units, by name; None where scores decide.
         rivals: positions in `candidates` of those that compete with one another.
         late: positions of those that lose units only where all others have lost what they can.
+        grows: whether steps count for more the less of their group is left; see `grow`.
+        scores: of each group the importance of its steps before that.
     """
 
     def __init__(
@@ -77,6 +80,9 @@ class Allocator:
         self.rivals = find_rivals(groups, free, solution, options)
         crossing = [role.crosses for role in find_roles(solution, free)] if options.spares else [False] * len(free)
         self.late = {i for i, group in enumerate(groups) if any(crossing[m] for m in group.families)}
+        self.grows, self.scores = options.grows, [np.array(found.importance[1:]) for found in self.candidates]
+        if self.grows:
+            self.grow()
 
     def allocate_ratio(self) -> list[int]:
         """The levels at which rivals together lose their ratio of units."""
@@ -114,15 +120,18 @@ class Allocator:
                 grown = whole**2 * np.diff(1 / np.maximum(whole - lost, 1e-9 * whole)) / taken
                 found.importance[1:] = np.where(steps < 0, steps, np.maximum.accumulate(grown)).tolist()
 
-    def weigh(self, cost: Callable[[Slicer], float]) -> None:
-        """Divide the importance of every step by what its units cost, as the mean of what all of its group's do."""
-        whole = cost(self.apply([0] * len(self.candidates))[1])
+    def weigh(self, cost: Callable[[Sequence[int]], float]) -> list[float]:
+        """Divide the importance of every step by what its units cost, as the mean of what all of its group's do, if it grows.
+
+        Units that cost nothing go last. `cost` is that of what is left at some levels. Returns what a unit of each group costs.
+        """
+        whole, prices = cost([0] * len(self.candidates)) if self.grows else 0.0, [1.0] * len(self.candidates)
         for i, found in enumerate(self.candidates):
-            if found.count[-1]:
+            if self.grows and found.count[-1]:
                 levels = [len(found.count) - 1 if j == i else 0 for j in range(len(self.candidates))]
-                price = (whole - cost(self.apply(levels)[1])) / found.count[-1]
-                if price > 0:
-                    found.importance[:] = [value / price for value in found.importance]
+                prices[i] = max(whole - cost(levels), FREE * whole) / found.count[-1]
+                found.importance[:] = [value / prices[i] for value in found.importance]
+        return prices
 
     def removed_at(self, levels: Sequence[int]) -> np.ndarray:
         """For each unit whether an allocation removes it, shape (labels,)."""

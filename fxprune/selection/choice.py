@@ -62,7 +62,7 @@ def removal_of(model: nn.Module, solution: Solution, kept: Tensor, tensors: Coll
         return NOTHING
     branches = Branches(solution.captures, set(named_parameters(model)))
     found = branches.remove(b for b in branches.found if b.tensors <= tensors)
-    odd = sorted(found.tensors.symmetric_difference(tensors))
+    odd = sorted(found.tensors.symmetric_difference(tensors) & solution.leaves.keys())  # others are not read here
     if odd:
         raise PruneError(
             "the plan does not fit the model: it removes what is no residual branch there",

@@ -63,7 +63,7 @@ class DepthAllocator(Allocator):
         self.names += [BRANCHES] * len(groups)
         self.widths = len(self.candidates)
         floor = (FLOOR if options.competes else 0.0) if options.floor is None else options.floor
-        steps = [i for c in self.candidates for i in c.importance[1:]]
+        steps = [step for steps in self.scores for step in steps]
         for found, scores, share in groups:
             most = min(len(found), int((1 - floor) * len(found) + 1e-9))
             scale = 1.0
@@ -77,6 +77,16 @@ class DepthAllocator(Allocator):
                 self.rivals[0].append(len(self.candidates) - 1)
             else:
                 self.rivals.append([len(self.candidates) - 1])
+
+    def weigh(self, cost: Callable[[Sequence[int]], float]) -> list[float]:
+        """Likewise; what branches cost is worth as much as what units do, since their scores have no scale of their own."""
+        prices, units = super().weigh(cost), self.candidates[: self.widths]
+        worth = sum(float(np.maximum(self.score[mine], 0).sum()) for c in units for _, mine in c.group.strata)
+        spent = sum(c.total * price for c, price in zip(units, prices, strict=False))
+        for found in self.candidates[self.widths :] if self.grows and worth > 0 and spent > 0 else ():
+            mean = float(np.abs(found.importance[1:]).mean()) if found.count[-1] else 0.0
+            found.importance[:] = [value * worth / spent / (mean or 1.0) for value in found.importance]
+        return prices
 
     def lost(self, group: int, level: int) -> Collection[fx.Node]:
         return self.branches.remove(self.lists[group - self.widths][:level]).nodes if group >= self.widths else ()

@@ -42,7 +42,6 @@ def meet_latency(budget: Budget, allocator: Allocator, costs: Costs, probe: Late
     """
     total = probe.original_seconds()
     share = budget.limit(total) / total
-    order = allocator.order_steps()
     kept: dict[int, tuple[Tensor, Slicer]] = {}
     pruned: dict[int, nn.Module] = {}
 
@@ -54,10 +53,13 @@ def meet_latency(budget: Budget, allocator: Allocator, costs: Costs, probe: Late
             pruned[steps] = probe.prune(kept[steps][1])
         return probe.measure([pruned[steps] for steps in proposals], budget)
 
+    order: list[int] = []
     if share >= 1:
         probe.found = measure([0])[0]
         return kept[0]
     model = LatencyModel(allocator.candidates, costs, probe.device, probe.seconds, total, allocator.lost)
+    allocator.weigh(model)
+    order = allocator.order_steps()
     predict = lambda steps: model(levels_after(allocator.candidates, order[:steps]))  # noqa: E731
     steps, found = bracket_budget(budget, share, len(order), predict, measure)
     probe.found = replace(found, table=tuple((name, model.alone(i)) for i, name in enumerate(allocator.names)))

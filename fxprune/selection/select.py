@@ -142,20 +142,13 @@ def allocate(
         assert probe is not None
 
         def make(round_to: int) -> Allocator:
-            allocator = Allocator(free, score, costs.solution, options, round_to=round_to, removed=removed)
-            if options.grows:
-                allocator.grow()
-            return allocator
+            return Allocator(free, score, costs.solution, options, round_to=round_to, removed=removed)
 
         return allocate_by_latency(make, costs, options, probe)
     allocator = Allocator(free, score, costs.solution, options, removed=removed)
     budget = options.budget
-    if options.grows:
-        allocator.grow()
     if budget is None:
         return allocator.apply(allocator.allocate_ratio())
-    if options.grows:
-        allocator.weigh(lambda left: budget.cost(costs, left))
     return meet_budget(budget, allocator, costs)
 
 
@@ -272,6 +265,7 @@ def meet_budget(budget: Budget, allocator: Allocator, costs: Costs) -> tuple[Ten
     """
     original = budget.cost(costs)
     limit = budget.limit(original)
+    allocator.weigh(lambda levels: budget.cost(costs, allocator.apply(levels)[1]))
 
     def attempt(levels: Sequence[int]) -> Attempt:
         kept, slicer = allocator.apply(levels)

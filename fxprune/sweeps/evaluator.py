@@ -17,7 +17,7 @@ from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import private_copy, set_mode
 from fxprune.passes.ir.quiet import own_random_state, unobserved
 from fxprune.pipeline import Choice, Compilation
-from fxprune.plan import plan_carried
+from fxprune.plan import PlanData, plan_carried
 from fxprune.repairs.request import RepairRequest
 from fxprune.reports.count import counted_model
 from fxprune.reports.module_times import measure_models
@@ -96,17 +96,18 @@ class Evaluator:
         number: int,
         request: Request,
         speeds: Mapping[str, float] | None = None,
-        wanted: Callable[[Choice], bool] | None = None,
+        wanted: Callable[[PlanData], bool] = lambda plan: True,
     ) -> Any:
-        """A point; None where what was chosen for it is not `wanted`. `speeds` are as for `Options`."""
+        """A point; None where its plan is not `wanted`. `speeds` are as for `Options`."""
         options = dataclasses.replace(request.options, speeds=speeds)
 
         def make() -> Any:
             if options.basis is not None:  # the rotated model is one of its own
                 how = {"same_class": self.same_class, "inplace": False}
-                return self.repaired(prune_in_basis(self.model, self.inputs, options, **how))
+                pruned = prune_in_basis(self.model, self.inputs, options, **how)
+                return self.repaired(pruned) if wanted(plan_carried(pruned)) else None
             compilation, choice = self.chooser(options).choose(options)
-            return self.made(compilation, choice, options) if wanted is None or wanted(choice) else None
+            return self.made(compilation, choice, options) if wanted(compilation.plan(choice)) else None
 
         return self.attempt(number, request, make)
 

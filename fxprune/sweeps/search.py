@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from fxprune.arguments import checked_call, is_number, shown
+from fxprune.basis.pruning import coupling_of
 from fxprune.criteria.base import Criterion
 from fxprune.criteria.catalog import CriterionName
 from fxprune.entry_points import entry_point
@@ -19,12 +20,13 @@ from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_parameters
 from fxprune.passes.ir.progress import progress_bar
 from fxprune.passes.ir.quiet import without_modes
+from fxprune.pipeline import Compilation
 from fxprune.plan import PlanData
 from fxprune.repairs.request import Repairs
+from fxprune.reports.ratios import Chooser
 from fxprune.reports.sensitivity import Raised
 from fxprune.reports.sweep import Point, Search
 from fxprune.selection.allocation import Allocator
-from fxprune.selection.choice import Choice
 from fxprune.selection.depth import BRANCHES, free_branches, speed_name
 from fxprune.selection.options import Ranking
 from fxprune.selection.select import score_families
@@ -82,6 +84,7 @@ def search(
             for every step.
         start: a point of a sweep or a search of this model, with all that it was asked for; by default what `prune` chooses
             without `repair`. With another budget it is the proportions of this point that the search begins with.
+            Its basis stays, if it was rotated.
         steps: how many models are made and evaluated, beside the start.
         seed: of the proposals; the same one tries the same models, unless the budget is measured.
         criterion, ranking, asked: as for `prune`, by default those of `start`; `ranking` says how the start is chosen.
@@ -109,8 +112,6 @@ def search(
             request = request_of(model, how, evidence)
             if request.options.budget is None:
                 raise PruneError("a ratio is no budget: it leaves nothing to move between families", fix="macs=0.5")
-            if request.options.basis is not None:
-                raise PruneError("search moves channels as they are, and basis rotates them", fix="a start without basis")
             original = evaluator.original()
             found = Searcher(evaluator, request, steps, seed).run(start, within=not limit)
             return Search(type(model).__name__, original, tuple(found))
@@ -147,7 +148,7 @@ class Searcher:
         self.evaluator, self.request, self.steps = evaluator, request, steps
         self.random = np.random.default_rng(seed)
         self.points: list[Point] = []
-        self.seen: set[tuple[bytes, frozenset[str]]] = set()
+        self.seen: set[str] = set()
         self.best = -math.inf
 
     def run(self, start: Point | None, *, within: bool) -> list[Point]:
@@ -202,9 +203,9 @@ class Searcher:
         self.best = point.value if better and point.value is not None else self.best
         return better
 
-    def is_new(self, choice: Choice) -> bool:
-        """Whether a choice was not made before."""
-        key = choice.kept.numpy().tobytes(), frozenset(choice.slicer.removed.tensors)
+    def is_new(self, plan: PlanData) -> bool:
+        """Whether a plan was not made before; the basis is the same in all."""
+        key = repr(sorted(plan.slices.items()))
         known = key in self.seen
         self.seen.add(key)
         return not known
@@ -212,9 +213,13 @@ class Searcher:
     def speeds_of(self, plan: PlanData) -> tuple[list[str], np.ndarray]:
         """The names of what can be moved, and the logarithms of the speeds that lead to a plan."""
         options, model = self.request.options, self.evaluator.model
+        self.is_new(plan)
         chooser = self.evaluator.chooser(options)
+        if options.basis is not None:
+            model, plan = plan.in_basis(model)
+            options = dataclasses.replace(options, coupling=coupling_of(model, options.coupling))
+            chooser = Chooser(Compilation(model, self.evaluator.inputs, options.coupling))
         choice = chooser.compilation.choice_of(plan)
-        self.is_new(choice)
         kept, shares = choice.kept.numpy(), dict[str, float]()
         if options.depth != "only":
             options = dataclasses.replace(options, memo=chooser.memo)
