@@ -207,6 +207,7 @@ class PlanData:
 
         `apply` makes of a model what a plan leaves of it, and raises PruneError where the plan does not fit.
         """
+        self.check(model)
         try:
             return apply(model, self)
         except PruneError:
