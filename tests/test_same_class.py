@@ -163,7 +163,7 @@ def test_widths_of_many_modules_are_tried_together(monkeypatch):
     plain = attributes.numbers_left
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), *[Told(steps=at == 5) for at in range(16)], nn.Linear(8, 3)).eval()
-    counted = lambda model, made, is_exact: plain(model, made, lambda: runs.append(1) or is_exact())  # noqa: E731
+    counted = lambda model, made, is_exact, *more: plain(model, made, lambda: runs.append(1) or is_exact(), *more)  # noqa: E731
     monkeypatch.setattr(attributes, "numbers_left", counted)
     small = fxprune.prune(model, 0.5, example_inputs=torch.randn(2, 8), same_class=True)
     assert [layer.width for layer in list(small)[1:-1]] == [4] * 16 and small[6].steps == 8
