@@ -13,7 +13,7 @@ from torch import nn
 
 from fxprune.passes.ir.module_tree import walk
 from fxprune.same_class.holders import holders, members, put
-from fxprune.same_class.sizes import Shape, Sizes, is_number, is_size_of, joined, nearest_sizes, sizes_below
+from fxprune.same_class.sizes import Calls, Shape, Sizes, is_number, is_size_of, joined, nearest_sizes, sizes_below
 
 
 def update_records(model: nn.Module, made: nn.Module, sizes: Sizes) -> list[str]:
@@ -103,7 +103,7 @@ def named_module(record: dict[str, Any], path: str, paths: set[str]) -> str | No
     return named.pop() if len(named) == 1 else None
 
 
-def output_shapes(model: nn.Module, calls: dict[str, tuple[list[Shape], list[Shape]]]) -> dict[str, list[Shape]]:
+def output_shapes(model: nn.Module, calls: Calls) -> dict[str, list[Shape]]:
     """The shapes of the tensors that each module returns at its last call, by path; of a list those of its last module."""
     found = {path: returned for path, (_, returned) in calls.items() if returned}
     for module, path in reversed(walk(model).items()):

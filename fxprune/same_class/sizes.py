@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from fxprune.passes.ir.pytree import collect
 
 SEQUENCES = (tuple, list, torch.Size)
 Shape = tuple[int, ...]
+Calls = dict[str, tuple[list[Shape], list[Shape]]]  # what modules take and return, by path
 
 
 class Sizes:
@@ -27,21 +28,14 @@ class Sizes:
     def __init__(self, model: nn.Module, made: nn.Module, run: Callable[[nn.Module], Any]) -> None:
         self.pairs = shape_pairs(model, made)
         self.both = functools.cache(lambda: (call_shapes(model, run), call_shapes(made, run)))
+        self.inside = functools.cache(lambda: handed_on(*self.both()))
 
     def now(self, path: str, size: int) -> set[int]:
         """What the dimensions of a size that a module may count are now."""
         found = nearest_sizes(path, size, self.pairs)
         if len(found) < 2:
             return found
-        before, after = self.both()
-        pairs = [
-            pair
-            for inner, calls in before.items()
-            if inner and caller_of(inner, before) == path and inner in after
-            for was, now in zip(calls, after[inner])
-            for pair in zip(was, now)
-        ]
-        told = {now[d] for was, now in pairs if len(was) == len(now) for d in (1, -1) if is_size_of(size, was, d)}
+        told = {now[d] for was, now in self.inside().get(path, ()) for d in (1, -1) if is_size_of(size, was, d)}
         return told if len(told) == 1 else found
 
 
@@ -73,9 +67,9 @@ def sizes_below(path: str, size: int, pairs: dict[str, tuple[Shape, Shape]]) -> 
             yield name[len(start) :].count("."), now
 
 
-def call_shapes(model: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str, tuple[list[Shape], list[Shape]]]:
+def call_shapes(model: nn.Module, run: Callable[[nn.Module], Any]) -> Calls:
     """The shapes of the tensors that each module takes and returns at its last call, by path."""
-    found: dict[str, tuple[list[Shape], list[Shape]]] = {}
+    found: Calls = {}
 
     def noted(path: str) -> Callable[..., None]:
         def note(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
@@ -91,9 +85,17 @@ def call_shapes(model: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str, 
     return found
 
 
-def caller_of(path: str, called: Collection[str]) -> str:
-    """The module that calls a module: the next one outside of it that is called itself, as a list of modules is not."""
-    return next((outer for outer in reversed([*with_outer(path)][:-1]) if outer in called), "")
+def handed_on(before: Calls, after: Calls) -> dict[str, list[tuple[Shape, Shape]]]:
+    """By module, the shapes of what the modules that it calls take and return, in the original and now.
+
+    What calls a module is the next one outside of it that is called itself, as a list of modules is not.
+    """
+    found: dict[str, list[tuple[Shape, Shape]]] = {}
+    for path in before.keys() & after.keys() - {""}:
+        caller = next((outer for outer in reversed(with_outer(path)[:-1]) if outer in before), "")
+        for was, now in zip(before[path], after[path], strict=True):
+            found.setdefault(caller, []).extend((a, b) for a, b in zip(was, now) if len(a) == len(b))
+    return found
 
 
 def is_number(value: Any) -> bool:
