@@ -316,14 +316,15 @@ def types_in(kept):
 
 
 class Square(nn.Module):
-    """Takes as many as it returns: which of the two a number counts is not told."""
+    """Takes as many as it returns, and calls one function: which of the two a number counts is not told."""
 
     def __init__(self):
         super().__init__()
-        self.width, self.layer = 16, nn.Linear(16, 16)
+        self.width, self.act = 16, nn.ReLU()
+        self.weight = nn.Parameter(torch.randn(16, 16))
 
     def forward(self, x):
-        return self.layer(x)
+        return self.act(x @ self.weight.t())
 
 
 class Backbone(nn.Module):
@@ -339,9 +340,9 @@ class Backbone(nn.Module):
 
 
 def test_what_modules_hand_to_one_another_tells_where_the_nearest_tensors_do_not():
-    ratios = {"features.0": 0.5, "features.2": 0.25}
+    ratios = {"features.0": 0.5, "features.2.weight": 0.25}
     small = fxprune.prune(Backbone().eval(), ratios, torch.randn(2, 6), same_class=True)
-    assert [t.shape[0] for t in small.features.parameters()] == [8, 8, 12, 12]
+    assert [tuple(t.shape) for t in small.features.parameters()] == [(8, 6), (8,), (12, 8)]
     assert small.num_features == 12 and type(small.num_features) is numpy.int64
     assert small.features[2].width == 16 and small.meta["stale"] == ("features.2.width",)
 

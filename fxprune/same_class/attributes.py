@@ -2,8 +2,8 @@
 
 Which dimension such a number counts is found by its value: those of the tensors nearest to its module that had this size in the
 original. Where they have one size now, that is the attribute's; where they have several, it is that of the channels that the
-modules inside hand to one another, if those have one; else it cannot be told. The same goes for the numbers of a tuple or list,
-of those in a list, and for what is the sum of such a one.
+module takes and returns and those inside hand to one another, if they have one; else it cannot be told. The same goes for the
+numbers of a tuple or list, of those in a list, and for what is the sum of such a one.
 
 Lists of records that each name a module are in `records.py`.
 """

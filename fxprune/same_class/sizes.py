@@ -86,15 +86,16 @@ def call_shapes(model: nn.Module, run: Callable[[nn.Module], Any]) -> Calls:
 
 
 def handed_on(before: Calls, after: Calls) -> dict[str, list[tuple[Shape, Shape]]]:
-    """By module, the shapes of what the modules that it calls take and return, in the original and now.
+    """By module, the shapes of what it and the modules that it calls take and return, in the original and now.
 
     What calls a module is the next one outside of it that is called itself, as a list of modules is not.
     """
     found: dict[str, list[tuple[Shape, Shape]]] = {}
-    for path in before.keys() & after.keys() - {""}:
+    for path in before.keys() & after.keys():
         caller = next((outer for outer in reversed(with_outer(path)[:-1]) if outer in before), "")
         for was, now in zip(before[path], after[path], strict=True):
-            found.setdefault(caller, []).extend((a, b) for a, b in zip(was, now) if len(a) == len(b))
+            for place in {path, caller}:
+                found.setdefault(place, []).extend((a, b) for a, b in zip(was, now) if len(a) == len(b))
     return found
 
 
