@@ -94,12 +94,15 @@ def tried_with_one(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs
         verified = replace(verified, compared=(*pruned.meta["verification"].compared, "a batch of one"))
     if not verified.ok or (alone and refuses_a_batch(verified)):
         return None
-    plans: dict[str, PlanData] = {
-        key: replace(pruned.meta[key], waiver=waiver) for key in ("plan", "step") if key in pruned.meta
-    }
+    plans: dict[str, PlanData] = {key: waiving(pruned.meta[key], waiver) for key in ("plan", "step") if key in pruned.meta}
     meta = {**pruned.meta, **plans, "verification": verified}
     vars(program)["meta"] = meta
     return program
+
+
+def waiving(plan: PlanData, waiver: Waiver) -> PlanData:
+    """A plan with other guards waived, which are those of the program that its last step makes."""
+    return replace(plan, waiver=waiver, steps=(*plan.steps[:-1], *(waiving(step, waiver) for step in plan.steps[-1:])))
 
 
 def refuses_a_batch(found: Verification) -> bool:

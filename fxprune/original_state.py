@@ -14,9 +14,9 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import fetch, named_tensors, private_copy, set_mode
+from fxprune.passes.ir.module_tree import every_tensor, fetch, named_tensors, private_copy, set_mode
 from fxprune.passes.ir.quiet import unobserved
-from fxprune.plan import PlanData, is_pruned, shapes_of
+from fxprune.plan import PlanData, derived_tensors, is_pruned, shapes_of
 
 FOLDER = "a folder that fxprune.save wrote, or load(path, model)"
 
@@ -91,6 +91,12 @@ def with_tensors(model: nn.Module, tensors: Mapping[str, Tensor | None]) -> nn.M
         held: dict[str, Any] = owner._buffers if attribute in owner._buffers else vars(owner)
         held[attribute] = None if tensor is None else tensor.detach().clone()
     return changed
+
+
+def left_by_forward(module: nn.Module, plan: PlanData) -> set[str]:
+    """Names of tensors that a forward has put on a pruned module: neither the original's nor constants of its program."""
+    known = {*plan.shapes, *(name for name, _ in every_tensor(module))}
+    return {n for n in derived_tensors(module) if n not in known and not n.rpartition(".")[2].startswith("_tensor_constant")}
 
 
 @contextlib.contextmanager

@@ -79,10 +79,9 @@ class Plan(PlanData):
         check_flag("same_class", same_class)
         with in_shards(model) as sharded, entry_point(model if sharded is None else sharded.form) as model:
             rotated, plan = self.in_basis(model) if sharded is None else (model, sharded.taking(self))
-            compilation = Compilation.of_plan(rotated, plan, example_inputs)
-            pruned = compilation.apply(plan, cut=None if sharded is None else sharded.stand_ins.cut)
-            made = compilation.restore_class(pruned) if same_class or sharded is not None else pruned
-            sign(made, self, model)
+            more = (same_class, None) if sharded is None else (True, sharded.stand_ins.cut)
+            apply = lambda m, p: Compilation.of_plan(m, p, example_inputs).apply(p, *more)  # noqa: E731
+            sign(made := plan.one_by_one(rotated, apply), self, model)
             return made if sharded is None else sharded.cut(made, self)
 
 
@@ -289,8 +288,8 @@ class Compilation:
         pruned.meta.update({key: value for key, value in known.items() if value is not None})
         return pruned
 
-    def apply(self, plan: PlanData, cut: Cut | None = None) -> PrunedModule:
-        """The pruned module of a plan; raises PruneError where it does not fit, or cuts a module that fails then."""
+    def apply(self, plan: PlanData, same_class: bool = False, cut: Cut | None = None) -> Any:
+        """What a plan leaves of the model; raises PruneError where it does not fit, or cuts a module that fails then."""
         choice = self.choice_of(plan)
         if self.freeze_broken(choice):
             path, why = next(reversed(self.frozen_modules.items()))
@@ -299,7 +298,7 @@ class Compilation:
             )
         pruned = self.emit(choice, waiver=plan.waiver, cut=cut)
         sign(pruned, plan, self.model)
-        return pruned
+        return self.restore_class(pruned) if same_class else pruned
 
     def verify(self, pruned: PrunedModule, choice: Choice, *, values: nn.Module | None = None) -> PrunedModule:
         """A pruned module that was found to be exact, for a batch of any size where it can be; else raises PruneError."""

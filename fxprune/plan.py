@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +23,14 @@ from fxprune.passes.ir.slice_algebra import compose_slices, same_slices
 from fxprune.passes.ir.slices import TensorSlice, cut_shape, keeps_nothing, mask_of
 from fxprune.passes.rewrite.basis import Basis
 from fxprune.passes.rewrite.rewrite import tensor_cuts
-from fxprune.plan_format import FORMATS, parse_plan
+from fxprune.plan_format import FORMATS, parse_plan, steps_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 TEXT = "the text that Plan.to_json() returned"
 ORIGINAL = "apply it to the original architecture"
+AT_ONCE = "the model that the last step was made of: a coupling of the original does not allow all steps at once"
 STEPS = "apply it to the original; meta['step'] of a model that was pruned in steps is the plan of the last one"
 
 
@@ -52,6 +53,7 @@ class PlanData:
         basis: the change of basis that comes first; all else is then said of the rotated model.
         frozen_modules: paths of modules that were found to fail once they are cut: where they stay whole, they tie less.
         experts: whether what is chosen by value, as experts are, might go, or was named by index.
+        steps: the plans that it was composed of, if it was; that of the first step is one of the original (after `basis`).
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -65,6 +67,7 @@ class PlanData:
     basis: Basis | None = None
     frozen_modules: tuple[str, ...] = ()
     experts: bool = False
+    steps: tuple[PlanData, ...] = ()
 
     def __repr__(self) -> str:
         elements = sum(math.prod(shape) for shape in self.shapes.values())
@@ -124,6 +127,7 @@ class PlanData:
             **({} if self.basis is None else {"basis": self.basis.to_dict()}),
             **({"frozen_modules": list(self.frozen_modules)} if self.frozen_modules else {}),
             **({"experts": True} if self.experts else {}),
+            **({"steps": [step.to_dict() for step in self.steps]} if self.steps else {}),
         }
 
     def to_json(self) -> str:
@@ -132,7 +136,7 @@ class PlanData:
     @classmethod
     def from_dict(cls, data: Any) -> Self:
         """A plan from `to_dict`, checked field by field before anything is made of it; raises PruneError for anything else."""
-        return cls(**parse_plan(data))
+        return cls(**parse_plan(data), steps=tuple(cls(**parse_plan(step)) for step in steps_of(data)))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
@@ -152,8 +156,7 @@ class PlanData:
 
         Of a plan with a change of basis they are those of the rotated model: `model, plan = plan.in_basis(model)`.
         """
-        self.check(model)
-        model = inside_wrappers(model)
+        self.check(model := inside_wrappers(model))
         plan = self.fitted(shapes_of(model))
         names = {id(t): name for name, t in named_tensors(model)}  # of a tied tensor, the name it has in the plan
         return {name: mask_of(plan.slices.get(names.get(id(t), name), ()), t.shape) for name, t in every_tensor(model)}
@@ -163,14 +166,12 @@ class PlanData:
 
         `whole`: as for `Basis.apply`.
         """
-        check_module(model)
-        model = inside_wrappers(model)
+        check_module(model := inside_wrappers(model))
         return (model, self) if self.basis is None else (self.basis.apply(model, whole=whole), replace(self, basis=None))
 
     def check(self, model: Any) -> None:
         """Raise PruneError unless the model's tensors have the names and shapes the plan was made for."""
-        check_module(model)
-        model = inside_wrappers(model)
+        check_module(model := inside_wrappers(model))
         if self.basis is not None:
             what = "the plan begins with a change of basis, and its indices are those of the rotated model"
             raise PruneError(what, fix="model, plan = plan.in_basis(model), or plan.apply(model)")
@@ -200,6 +201,24 @@ class PlanData:
         left = {name: shape for name, shape in self.shapes.items() if name not in drop}
         slices = {name: found for name, found in self.slices.items() if name not in drop}
         return replace(self, shapes=left, slices=slices, derived=tuple(name for name in self.derived if name in left))
+
+    def one_by_one(self, model: Any, apply: Callable[[Any, PlanData], Any]) -> Any:
+        """What the plan leaves of a model: at once, or step by step where the model's coupling does not allow that.
+
+        `apply` makes of a model what a plan leaves of it, and raises PruneError where the plan does not fit.
+        """
+        self.check(model)
+        try:
+            return apply(model, self)
+        except PruneError:
+            if not self.steps:
+                raise
+        for step in self.steps:
+            model = apply(model, step)
+        for name, shape in shapes_of(model).items():
+            if name in self.slices and name not in self.derived and shape != self.kept_shape(name):
+                raise PruneError(f"this is no plan: its steps leave {shape} of {name}", where=name, fix=TEXT)
+        return model
 
     def compose(self, later: PlanData) -> Self:
         """One plan of the original that does what this plan does and then another one, of the model that this one leaves.
@@ -231,6 +250,7 @@ class PlanData:
             waiver=later.waiver or self.waiver,
             frozen_modules=tuple(dict.fromkeys([*self.frozen_modules, *later.frozen_modules])),
             experts=self.experts or later.experts,
+            steps=(*(self.steps or (replace(self, basis=None),)), *(later.steps or (later,))),
         )
 
 
@@ -252,12 +272,6 @@ def derived_tensors(model: nn.Module, tensors: Mapping[str, Tensor] | None = Non
     return tuple(name for name, tensor in named if id(tensor) not in saved)
 
 
-def left_by_forward(module: nn.Module, plan: PlanData) -> set[str]:
-    """Names of tensors that a forward has put on a pruned module: neither the original's nor constants of its program."""
-    known = {*plan.shapes, *(name for name, _ in every_tensor(module))}
-    return {n for n in derived_tensors(module) if n not in known and not n.rpartition(".")[2].startswith("_tensor_constant")}
-
-
 def kept_labels(plan: PlanData, solution: Solution, trials: Collection[str] = ()) -> Tensor:
     """Which labels a plan keeps, shape (labels,); raises PruneError where it does not fit the model's coupling.
 
@@ -269,6 +283,7 @@ def kept_labels(plan: PlanData, solution: Solution, trials: Collection[str] = ()
     gone = plan.removed
     removed = solution.removed_by(plan.slices, {name: shape for name, shape in plan.shapes.items() if name not in gone})
     facts = np.array([not any(trial in reason for trial in trials) for reason in solution.reasons] + [False])  # -1: not frozen
+    fix = AT_ONCE if plan.steps else "apply it to the architecture it was made for, unchanged"
     frozen = np.flatnonzero(removed & facts[solution.frozen])
     removed[frozen] = False  # it may be that all its entries are removed with others that share their places
     kept = torch.from_numpy(~removed[solution.unit_of.numpy()])
@@ -281,12 +296,9 @@ def kept_labels(plan: PlanData, solution: Solution, trials: Collection[str] = ()
             if len(frozen):
                 why = solution.reasons[int(solution.frozen[frozen[0]])]
                 what = f"it removes channels of {occurring(solution, int(frozen[0]))}, of which one {why}"
-                raise PruneError(f"the plan does not fit the model: {what}", fix="apply it to the architecture it was made for")
-            raise PruneError(
-                f"the plan does not fit the model: it cuts {name} in another way than the model's coupling allows",
-                where=name,
-                fix="apply it to the architecture it was made for, unchanged",
-            )
+                raise PruneError(f"the plan does not fit the model: {what}", fix=fix)
+            what = f"the plan does not fit the model: it cuts {name} in another way than the model's coupling allows"
+            raise PruneError(what, where=name, fix=fix)
     return kept
 
 

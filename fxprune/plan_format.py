@@ -27,28 +27,44 @@ INT64 = 1 << 63
 def share_indices(data: dict[str, Any]) -> dict[str, Any]:
     """A plan's plain data with each list of kept indices written once, in `kept`, and a number in its places."""
     places: dict[tuple[int, ...], int] = {}
-    keep = {
-        name: [{**part, "keep": places.setdefault(tuple(part["keep"]), len(places))} for part in found]
-        for name, found in data["keep"].items()
-    }
-    return {**data, "keep": keep, "kept": list(map(list, places))}
+
+    def numbered(plan: dict[str, Any]) -> dict[str, Any]:
+        keep = {
+            name: [{**part, "keep": places.setdefault(tuple(part["keep"]), len(places))} for part in found]
+            for name, found in plan["keep"].items()
+        }
+        return {**plan, "keep": keep}
+
+    steps = {"steps": [numbered(step) for step in data["steps"]]} if "steps" in data else {}
+    return {**numbered(data), **steps, "kept": list(map(list, places))}
 
 
 def restore_indices(data: Any, most: int) -> Any:
     """The plain data that `share_indices` was given; raises PruneError for more than so many indices in all."""
     kept = listed(mapping(data, "the plan").get("kept"), "kept")
-    keep: dict[str, list[Any]] = {}
-    for name, found in mapping(data.get("keep"), "keep").items():
-        keep[name] = []
-        for part in listed(found, f"what is kept of {name}"):
-            number = mapping(part, f"what is kept of {name}").get("keep")
-            if type(number) is not int or not 0 <= number < len(kept):
-                raise refused(f"what is kept of {name} is no place in its lists of indices")
-            most -= len(listed(kept[number], "kept indices"))
-            if most < 0:
-                raise refused("it keeps more indices than there are elements")
-            keep[name].append({**part, "keep": kept[number]})
-    return {**data, "keep": keep}
+    made: list[dict[str, Any]] = []
+    for plan in (data, *steps_of(data)):
+        keep: dict[str, list[Any]] = {}
+        for name, found in mapping(plan.get("keep"), "keep").items():
+            keep[name] = []
+            for part in listed(found, f"what is kept of {name}"):
+                number = mapping(part, f"what is kept of {name}").get("keep")
+                if type(number) is not int or not 0 <= number < len(kept):
+                    raise refused(f"what is kept of {name} is no place in its lists of indices")
+                most -= len(listed(kept[number], "kept indices"))
+                if most < 0:
+                    raise refused("it keeps more indices than there are elements")
+                keep[name].append({**part, "keep": kept[number]})
+        made.append({**plan, "keep": keep})
+    return {**made[0], "steps": made[1:]}
+
+
+def steps_of(data: Any) -> Sequence[Mapping[str, Any]]:
+    """The plain data of the plans that one was composed of, in order."""
+    steps = listed(data.get("steps", []), "steps")
+    if any("steps" in mapping(step, "a step") for step in steps):
+        raise refused("a step of it has steps")
+    return steps
 
 
 def parse_plan(data: Any) -> dict[str, Any]:

@@ -193,3 +193,56 @@ def test_a_plan_that_removes_what_is_kept_here_is_refused():
     plan = fxprune.plan_of(fxprune.prune(Summed(False), 0.5, example_inputs=x))
     with pytest.raises(PruneError, match=r"it removes channels of inner.weight, of which one is an output of the model"):
         plan.apply(Summed(True))
+
+
+def swin_twice():
+    """Layers of two heads with a table of positions are left with one, and then lose dimensions of that."""
+    from torchvision.models import SwinTransformer
+
+    model = SwinTransformer([4, 4], 16, [2], [2], [2, 2], num_classes=3).eval()
+    x = torch.randn(1, 3, 16, 16)
+    once = fxprune.prune(model, 0.5, x)
+    return model, x, once, fxprune.prune(once, 0.5, x)
+
+
+def t5_by_depth_then_width():
+    """The first layer keeps what says how many positions there are; its queries then lose other channels than all heads do."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(vocab_size=40, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_decoder_layers=2, num_heads=4)
+    model, ids = T5ForConditionalGeneration(config).eval(), torch.arange(10).view(2, 5)
+    x = {"input_ids": ids, "decoder_input_ids": ids, "use_cache": False}
+    once = fxprune.prune(model, example_inputs=x, params=0.9, depth="only")
+    assert "encoder.block.0.layer.0.SelfAttention.o.weight" in once.plan.removed
+    return model, x, once, fxprune.prune(once, 0.5, x)
+
+
+@pytest.mark.parametrize("build", [swin_twice, t5_by_depth_then_width])
+def test_steps_that_no_coupling_of_the_original_allows_at_once(build, tmp_path):
+    """The plan of both holds each of them, and they are taken one after the other."""
+    torch.manual_seed(0)
+    model, x, once, twice = build()
+    plan = fxprune.Plan.from_json(fxprune.plan_of(twice).to_json())
+    assert plan == fxprune.plan_of(twice) and [step.shapes == plan.shapes for step in plan.steps] == [True, False]
+    fxprune.save(twice, tmp_path / "twice.safetensors")
+    every = [load(model) for load in (plan.apply, lambda m: fxprune.load(tmp_path / "twice.safetensors", m))]
+    every += [fxprune.load(tmp_path / "twice.safetensors", model, same_class=True), twice]
+    with torch.no_grad():
+        outs = [m(**x)["logits"] if isinstance(x, dict) else m(x) for m in every]
+    assert torch.equal(outs[0], outs[3]) and torch.equal(outs[1], outs[3]) and torch.allclose(outs[2], outs[3], atol=1e-5)
+    assert type(every[2]) is type(model) and fxprune.plan_of(every[1]) == plan
+    assert fxprune.verify(once, twice, x).ok
+    with pytest.raises(PruneError, match="fix: the model that the last step was made of"):
+        fxprune.verify(model, twice, x)
+
+
+def test_steps_that_are_none_of_the_plan_are_refused():
+    torch.manual_seed(0)
+    model, _, _, twice = swin_twice()
+    data = fxprune.plan_of(twice).to_dict()
+    data["steps"][1]["keep"] = {}
+    with pytest.raises(PruneError, match="this is no plan: its steps leave"):
+        fxprune.Plan.from_dict(data).apply(model)
+    data["steps"][0]["steps"] = []
+    with pytest.raises(PruneError, match="this is no plan: a step of it has steps"):
+        fxprune.Plan.from_dict(data)

@@ -287,6 +287,12 @@ KEPT = {
     "namespace": (SimpleNamespace(width=16), SimpleNamespace(width=8)),
     "named tuple": (Pair(16, "x"), Pair(8, "x")),
     "tensors": ({"x": torch.ones(16), "width": 16}, None),
+    "NumPy's": (
+        {"width": numpy.int64(16), "widths": (numpy.int32(16), 10)},
+        {"width": numpy.int64(8), "widths": (numpy.int32(8), 5)},
+    ),
+    "a shape": ({"shape": torch.Size([16, 10])}, {"shape": torch.Size([8, 5])}),
+    "tuples in a list": ({"widths": [(16, 10), (7, 7)]}, {"widths": [(8, 5), (7, 7)]}),
 }
 
 
@@ -299,7 +305,46 @@ def test_numbers_in_what_a_module_holds_are_brought_up_to_date(name):
         assert small.kept["width"] == 8 and model.kept["width"] == 16
     else:
         assert small.kept == wanted and model.kept == before
-    assert small.meta["stale"] == ()
+    assert small.meta["stale"] == () and types_in(small.kept) == types_in(kept)
+
+
+def types_in(kept):
+    """The types of what a dict holds, inside out."""
+    if isinstance(kept, dict | list | tuple):
+        return type(kept), [types_in(part) for part in (kept.values() if isinstance(kept, dict) else kept)]
+    return type(kept)
+
+
+class Square(nn.Module):
+    """Takes as many as it returns, and calls one function: which of the two a number counts is not told."""
+
+    def __init__(self):
+        super().__init__()
+        self.width, self.act = 16, nn.ReLU()
+        self.weight = nn.Parameter(torch.randn(16, 16))
+
+    def forward(self, x):
+        return self.act(x @ self.weight.t())
+
+
+class Backbone(nn.Module):
+    """Layers of one width, of which a number means the last."""
+
+    def __init__(self):
+        super().__init__()
+        self.features, self.num_features = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), Square()), numpy.int64(16)
+        self.before, self.head = nn.Sequential(nn.Linear(16, 10), nn.ReLU()), nn.Linear(10, 3)
+
+    def forward(self, x):
+        return self.head(self.before(self.features(x).relu()))
+
+
+def test_what_modules_hand_to_one_another_tells_where_the_nearest_tensors_do_not():
+    ratios = {"features.0": 0.5, "features.2.weight": 0.25}
+    small = fxprune.prune(Backbone().eval(), ratios, torch.randn(2, 6), same_class=True)
+    assert [tuple(t.shape) for t in small.features.parameters()] == [(8, 6), (8,), (12, 8)]
+    assert small.num_features == 12 and type(small.num_features) is numpy.int64
+    assert small.features[2].width == 16 and small.meta["stale"] == ("features.2.width",)
 
 
 def test_settings_of_which_most_are_no_sizes_stay():

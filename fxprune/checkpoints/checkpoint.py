@@ -24,12 +24,13 @@ from fxprune.checkpoints.rebuild import CONTENTS, other_names, rebuilt, rotation
 from fxprune.checkpoints.record import Record
 from fxprune.entry_points import entry_point
 from fxprune.module_state import aliases
+from fxprune.original_state import left_by_forward
 from fxprune.passes.coupling.leaf_labels import is_constant
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import every_tensor, named_modules, named_tensors
 from fxprune.passes.ir.quiet import without_modes
 from fxprune.pipeline import AnyModule
-from fxprune.plan import PlanData, left_by_forward, plan_carried
+from fxprune.plan import PlanData, plan_carried
 from fxprune.reports.files import as_path, flush, unwritable
 from fxprune.same_class.saving import SavePretrained
 from fxprune.selection.argument_checks import check_flag

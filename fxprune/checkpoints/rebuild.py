@@ -83,7 +83,8 @@ def rebuilt(
     record.plan.check(model)
     first = aliases(model)
     stored = original_names(tensors, first)
-    if example_inputs is None and byte_size(record.plan.inputs) > MOST_BYTES:
+    plans = [record.plan, *record.plan.steps]
+    if example_inputs is None and any(byte_size(plan.inputs) > MOST_BYTES for plan in plans):
         raise PruneError("the plan's example inputs are too large to be made up", fix="load(path, model, example_inputs=...)")
     needs_values = same_class or record.capture.startswith("opaque")
     for values in (True,) if needs_values else (False, True):
@@ -105,13 +106,19 @@ def rebuilt(
 
 def shrink(model: nn.Module, record: Record, same_class: bool, example_inputs: Any) -> Any:
     """A model as the plan of a checkpoint leaves it."""
-    inputs = example_inputs
-    if inputs is None:
-        found = random_inputs(record.plan.inputs, model)
-        inputs = found.kwargs or found.args
-    compilation = Compilation.of_plan(model, record.plan, inputs, record.frozen_modules)
-    pruned = compilation.emit(compilation.choice_of(record.plan), waiver=record.plan.waiver)
-    made = compilation.restore_class(pruned) if same_class else pruned
+
+    def shrunk(model: Any, plan: PlanData) -> Any:
+        inputs = example_inputs
+        if inputs is None:
+            found = random_inputs(plan.inputs, model)
+            inputs = found.kwargs or found.args
+        compilation = Compilation.of_plan(model, plan, inputs, record.frozen_modules if plan is record.plan else None)
+        pruned = compilation.emit(compilation.choice_of(plan), waiver=plan.waiver)
+        made = compilation.restore_class(pruned) if same_class else pruned
+        sign(made, plan, model)
+        return made
+
+    made = record.plan.one_by_one(model, shrunk)
     sign(made, record.plan, model)
     return made
 

@@ -77,16 +77,20 @@ def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs)
         found = Experiment(model), made, known, error_of, tolerance
         # no configuration says that a block has lost a branch
         configured = (None, False)[hasattr(model, "config")] if gone else configure(*found)
-        if error_of(made) > tolerance:
+        error = error_of(made)
+        if error > tolerance:
             with evaluating(made):
                 try_forwards(model, pruned, made, inputs, tolerance)
             ignore_keywords(model, made, lambda: run(model))
+            error = error_of(made)
         stale = ["config"] if configured is False else []
         held = {} if configured is not False or gone else widths_in_constants(*found)
-        if error_of(made) > tolerance and not fit_arguments(made, pruned, run, lambda: error_of(made) <= tolerance):
-            take_program(made, pruned, vars(pruned)["_programs"])
+        if error > tolerance:
+            if not fit_arguments(made, pruned, run, lambda: error_of(made) <= tolerance):
+                take_program(made, pruned, vars(pruned)["_programs"])
+            error = error_of(made)
         more = functools.partial(run, given=inputs.one_more())
-        if error_of(made) > tolerance or fails_elsewhere(model, pruned, made, more, tolerance):
+        if error > tolerance or fails_elsewhere(model, pruned, made, more, tolerance):
             made = pruned.as_class(type(model))
         stale += update_attributes(model, made, lambda: error_of(made) <= tolerance, run, built=bool(configured))
         if error_of(made) > allowed:
