@@ -22,10 +22,10 @@ FOLLOWED = {
     "namespace": (lambda y: types.SimpleNamespace(logits=y, name="one"), lambda out: out.logits),
     "namespaces": (lambda y: [types.SimpleNamespace(inner=types.SimpleNamespace(logits=y))], lambda out: out[0].inner.logits),
     "ChainMap": (lambda y: ChainMap({"logits": y}, {}), lambda out: out["logits"]),
+    "distribution": (lambda y: torch.distributions.Categorical(logits=y), lambda out: out.logits),
     "sizes as keys": (lambda y: {y.shape[1]: y, (y.shape[1], "logits"): y}, lambda out: out[5] + out[5, "logits"]),
 }
 UNKNOWN = {
-    "distribution": (lambda y: torch.distributions.Categorical(logits=y), lambda out: out.logits),
     "members as keys": (lambda y: {Name.LOGITS: y}, lambda out: out[Name.LOGITS]),
     "deque": (lambda y: deque([1, y]), lambda out: out[1]),
     "read only": (lambda y: types.MappingProxyType({"logits": y}), lambda out: out["logits"]),

@@ -61,7 +61,9 @@ def test_draws_after_seeds(draw):
             assert torch.equal(torch.rand(1), after)  # the state is that which the original leaves
 
 
-def test_draws_for_each_channel_are_refused_and_leave_no_seed():
+def test_draws_for_each_channel_after_a_seed_are_refused_and_leave_no_seed():
+    """They are the same numbers in every call, which a smaller model would draw for other channels."""
+
     def draw(y):
         torch.manual_seed(3)
         return torch.randn_like(y)

@@ -36,6 +36,12 @@ from fxprune.passes.verification.index_order import draws_numbers, in_index_orde
 from fxprune.passes.verification.kept_labels import KeptLabels
 from fxprune.passes.verification.masked_branches import MaskedBranches
 
+
+def same_state(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    """Whether generators of torch's are in the same state (see `random_state`)."""
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True) if isinstance(a, Tensor))
+
+
 FLOATING = frozenset([torch.bfloat16, torch.float16, torch.float32])
 
 
@@ -71,7 +77,7 @@ class MaskedRun(Recorder):
         self, names: dict[int, str], removal: Removal, fates: Tensor | None = None, devices: Sequence[int] = ()
     ) -> None:
         super().__init__(names)
-        self.devices = devices
+        self.devices, self.stream = devices, random_state(devices)
         self.leaf_labels = removal.leaves
         self.branches = MaskedBranches([b.parameters for b in removal.branches.branches])
         self.kept_labels, self.given = KeptLabels(removal.kept, fates), len(removal.kept)
@@ -139,15 +145,13 @@ class MaskedRun(Recorder):
         if (parts := decomposition(func)) is not None:
             with self:
                 return parts(*args, **kwargs)
-        before, start = len(self.op_trace.ops), None
+        before, start = len(self.op_trace.ops), random_state(self.devices) if draws_numbers(func, args, kwargs) else None
         refs = [self.ref(tensor) for tensor in collect((args, kwargs), Tensor)]
-        form, draws = find(func).masked, draws_numbers(func, args, kwargs)
+        form, draws = find(func).masked, start is not None
         self.draws |= draws
         if form is not None and not any(map(self.removed_from, refs)):
             form = None
         form = self.branches.sum_without if self.branches.ends(func, refs, self.op_trace) else form
-        if draws:
-            start = random_state(self.devices)
         if form is not None or draws:
             in_args, in_kwargs = map_tensors(args, self.ref), map_tensors(kwargs, self.ref)
             if form is None:
@@ -169,10 +173,13 @@ class MaskedRun(Recorder):
         constraints = self.state.constraints
         self.kept_labels.add(constraints.clear(), constraints.size)
         self.note_zeros(op, args, kwargs)
-        if start is not None and any(map(self.removed_from, op.outputs)):
-            self.redrawn = True
-            set_random_state(start, self.devices)
-            self.draw_kept(op, args, kwargs, produced)
+        if start is not None:
+            # what a forward draws after a seed of its own are numbers that it knows: those of what is kept stay what they are
+            if same_state(start, self.stream) and any(map(self.removed_from, op.outputs)):
+                self.redrawn = True
+                set_random_state(start, self.devices)
+                self.draw_kept(op, args, kwargs, produced)
+            self.stream = random_state(self.devices)
         del self.op_trace.ops[before:]
         return produced
 
