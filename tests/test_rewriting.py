@@ -198,3 +198,27 @@ def test_what_moves_channels_still_copies_where_those_that_are_left_stay_in_plac
     with torch.no_grad():
         masked.a.weight[gone] = 0
     torch.testing.assert_close(pruned(x), masked(x))
+
+
+class WrittenLater(nn.Module):
+    """A reshape of a slice copies; where the slice takes all that is left, it would be a view of what is written to later."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.last = nn.Conv2d(4, 12, 3, padding=1), nn.Conv2d(9, 2, 1)
+
+    def forward(self, x):
+        other = self.conv(x)
+        y = other.flip(1)
+        kept = y.unflatten(1, (3, 4))[:, :, 1:].flatten(1, 2)
+        y.mul_(other)
+        return self.last(kept)
+
+
+def test_a_copy_stays_one_where_a_slice_takes_all_that_is_left():
+    model, x = WrittenLater().eval(), torch.randn(2, 4, 4, 4)
+    with torch.no_grad():
+        model.conv.weight.view(3, 4, -1)[:, [0, 3]] *= 1e-3  # the first and the last of each group go
+    pruned = fxprune.prune(model, 0.5, x)
+    assert pruned.verification.ok and pruned.conv.out_channels == pruned.last.in_channels == 6

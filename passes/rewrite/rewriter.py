@@ -18,7 +18,7 @@ from fxprune.passes.coupling.leaf_labels import is_constant
 from fxprune.passes.coupling.shuffles import channel_order
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.ir.labels import counts_channels, counts_entries
-from fxprune.passes.ir.op_trace import name_of
+from fxprune.passes.ir.op_trace import OpTrace, name_of, writes
 from fxprune.passes.ir.program import REGIONS, CapturedProgram, Guard, Waiver, select_by_mode, size_source, sizes_read
 from fxprune.passes.ir.pytree import TensorRef, collect, map_tensors
 from fxprune.passes.ir.slices import Slicer
@@ -94,6 +94,7 @@ class Rewriter:
         self.copying = {op.node for op in trace.ops if name_of(op.func) in ("aten::clone", "aten::_unsafe_view")}
         self.making = {op.node for op in trace.ops if not spec_of(op).views}  # memory of its own, whatever is left to move
         self.sliding = sliding(trace)
+        self.memory, self.written = last_writes(trace)
 
     # -- what handlers ask for ----------------------------------------------------------------------------------------
 
@@ -252,13 +253,18 @@ class Rewriter:
         return True
 
     def as_copy(self, node: fx.Node, made: fx.Node) -> fx.Node:
-        """A reshape that copied still copies: with a dimension shrunk to 1 it might become a view, which can be written to."""
+        """A reshape that copied still copies: with a dimension shrunk to 1 it might become a view, which can be written to.
+
+        So it might behind a slice that takes all that is left, which matters where one of them is written to later.
+        """
         copies = self.capture.index[node] in self.copying and isinstance(self.result(node), TensorRef)
         if not copies or made.target == "clone":
             return made
         refs = [r for n in node.all_input_nodes for r in collect(self.result(n), TensorRef)]
         shrunk = any(now == 1 < was for r in refs for was, now in zip(self.before(r), self.after(r), strict=True))
-        return self.graph.call_method("clone", (made,)) if shrunk else made
+        places = [self.memory.get(r.id, r.id) for r in (*refs, self.result(node))]
+        written = any(self.written.get(place, -1) > self.capture.index[node] for place in places) and any(map(self.cuts, refs))
+        return self.graph.call_method("clone", (made,)) if shrunk or written else made
 
     def change_attributes(self, node: fx.Node) -> None:
         """Note the attributes that change of the module that a node calls."""
@@ -324,3 +330,13 @@ def pass_input_by_position(node: fx.Node) -> None:
     if node.op in ("call_module", "call_function") and not node.args and "input" in node.kwargs:
         node.args = (node.kwargs["input"],)
         node.kwargs = {name: value for name, value in node.kwargs.items() if name != "input"}
+
+
+def last_writes(trace: OpTrace) -> tuple[dict[int, int], dict[int, int]]:
+    """For views the tensor that they show, and for tensors the last node that writes to them or to views of them."""
+    shown, found = dict[int, int](), dict[int, int]()
+    for op in trace.ops:
+        if spec_of(op).views and op.inputs:
+            shown.update({ref.id: shown.get(op.inputs[0].id, op.inputs[0].id) for ref in op.outputs})
+        found.update({shown.get(ref.id, ref.id): op.node for ref in writes(op)})
+    return shown, found
