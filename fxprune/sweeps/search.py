@@ -205,7 +205,7 @@ class Searcher:
 
     def is_new(self, plan: PlanData) -> bool:
         """Whether a plan was not made before; the basis is the same in all."""
-        key = repr(sorted(plan.slices.items()))
+        key = plan.to_json()
         known = key in self.seen
         self.seen.add(key)
         return not known
