@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--requests", nargs="+", choices=list(REQUESTS), default=list(REQUESTS))
     parser.add_argument("--largest", type=float, default=100, help="million parameters")
     parser.add_argument("--limit", type=float, default=300, help="seconds for one model and request")
-    arguments = options(parser, measure, argv, memory=0.4, prepare=imports)
+    arguments = options(parser, measure, argv, memory=0.8, prepare=imports)
     if arguments is None:
         return
     names = [name for name in every_name() if any(fnmatch.fnmatch(name, pattern) for pattern in arguments.models)]
