@@ -207,6 +207,7 @@ DRAWN = {
     "counts": lambda y: y + torch.poisson(y.exp()),
     "by an old name": lambda y: y + y.new(y.shape).normal_(),
     "a distribution": lambda y: D.Normal(y, y.exp()).rsample() + D.Normal(y, 1.0).log_prob(y * 0.5),
+    "a distribution of one scale": lambda y: D.Laplace(y, 1.0).rsample(),
     "a divergence": lambda y: D.kl_divergence(D.Laplace(y, y.exp()), D.Laplace(y * 0, 1.0)) * D.Laplace(y, y.exp()).rsample(),
     "twice": lambda y: (y + torch.randn_like(y)) * torch.randn(y.shape[0], 1),
 }

@@ -258,10 +258,17 @@ def masked_std_mean(*given: Any) -> tuple[Tensor, Tensor]:
     return var.sqrt(), average
 
 
+def checked(call: RuleContext) -> Labels:
+    """What is asked of all values, so that it can be refused: whatever is left of them may be asked."""
+    return NONE
+
+
 register("norm linalg_vector_norm", OpSpec(reduce, masked=masked_norm))
-register("sum nansum count_nonzero any _is_any_true", OpSpec(reduce, masked=with_zeros))
+register("sum nansum count_nonzero any", OpSpec(reduce, masked=with_zeros))
 register("sum_to_size", OpSpec(sizes=SizeArguments(1)))
-register("prod all _is_all_true", OpSpec(reduce, masked=with_ones))
+register("prod all", OpSpec(reduce, masked=with_ones))
+register("_is_all_true", OpSpec(checked, masked=with_ones))
+register("_is_any_true", OpSpec(checked, masked=with_zeros))
 register("mean nanmean", OpSpec(reduce, masked=masked_mean))
 register("amax logsumexp", OpSpec(reduce, masked=with_least))
 register("amin", OpSpec(reduce, masked=with_greatest))
