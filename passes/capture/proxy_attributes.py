@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from fxprune.passes.capture.conversions import Conversions
+from fxprune.passes.capture.conversions import Conversions, legacy
 from fxprune.passes.capture.evaluation import Evaluator, belongs_to_tensors, draws
 from fxprune.passes.capture.frames import Frame
 from fxprune.passes.capture.proxy import PROXIES, Proxy, TensorProxy, unwrap
@@ -146,15 +146,11 @@ class ProxyAttributes(fx.Tracer):
         return self.create_proxy("call_method", "type", (proxy, *given), named)
 
     def create_new(self, proxy: Any, *args: Any, **kwargs: Any) -> Any:
-        """What `x.new` has long stood for: a tensor of these sizes, or of this data."""
-        data = args[0] if len(args) == 1 else None
-        shape, is_data = (
-            isinstance(getattr(data, "value", data), torch.Size),
-            len(args) == 1 and not isinstance(unwrap(data), int),
-        )
-        if is_data and not shape:
-            return self.create_proxy("call_method", "new_tensor", (proxy, data), kwargs)
-        return self.create_proxy("call_method", "new_empty", (proxy, data if shape else args), kwargs)
+        """`x.new(...)`, which takes what a call of a tensor's class takes, of the dtype and on the device of `x`."""
+        op, target, given, _ = legacy(torch.Tensor, args, {})
+        if op == "call_method":  # of the tensor that is given
+            return self.create_proxy(op, target, given, {})
+        return self.create_proxy("call_method", f"new_{target.__name__}", (proxy, *given), kwargs)
 
     @internal
     def write_attribute(self, proxy: Any, name: str, value: Any) -> None:

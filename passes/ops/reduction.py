@@ -259,7 +259,7 @@ def masked_std_mean(*given: Any) -> tuple[Tensor, Tensor]:
 
 
 def checked(call: RuleContext) -> Labels:
-    """What is asked of all values, so that it can be refused: whatever is left of them may be asked."""
+    """A check of all values: it holds of those that are kept if it holds of all, and its result has no channels."""
     return NONE
 
 
