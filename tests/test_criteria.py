@@ -29,20 +29,31 @@ def test_magnitude_by_name_is_l2(small):
     agree(scores(small, batch()[0], "magnitude"), scores(small, batch()[0], fxprune.Magnitude(p=2)))
 
 
-def test_lamp_is_the_papers_formula():
-    """Every weight's square over the sum of the squares of those that are not smaller."""
+def test_lamp_is_the_papers_formula_times_the_number_of_units():
+    """Every weight's square over the sum of the squares of those that are not smaller; a unit is one of n."""
     made = NORMALISE["lamp"]
     values = torch.rand(9, generator=torch.Generator().manual_seed(0)).double().numpy()
     for v, got in zip(values, made(values)):
-        assert got == pytest.approx(v / sum(u for u in values if u >= v))
-    assert max(made(values)) == 1.0
+        assert got == pytest.approx(9 * v / sum(u for u in values if u >= v))
+    assert max(made(values)) == 9.0
 
 
-def test_lamp_compares_units_of_different_layers_by_the_papers_formula():
+def test_lamp_takes_the_same_share_of_families_of_equal_units():
+    """Whatever their size: one threshold on the paper's scores would leave each of them the same number of units."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
+    for parameter in model.parameters():
+        nn.init.ones_(parameter)
+    small = fxprune.prune(model, 0.5, example_inputs=torch.randn(2, 4), criterion="lamp", ranking="global")
+    assert [small.get_submodule(n).out_features for n in ("0", "2")] == [4, 16]
+
+
+def test_lamp_compares_units_of_different_layers():
     """Half of all units go: those with the lowest scores, worked out one by one."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 2)).double()
-    nn.init.normal_(model[2].weight, std=5)
+    with torch.no_grad():
+        for tensor in (model[0].weight.T, model[0].bias, model[2].weight):
+            tensor *= 4.0 ** torch.arange(6)  # a few units of the first layer count for nearly all of it
     one, two, three = model[0], model[2], model[4]
     lamp = []
     for made, read in ((one, two), (two, three)):
@@ -50,7 +61,7 @@ def test_lamp_compares_units_of_different_layers_by_the_papers_formula():
             sum(v.square().sum().item() for v in (made.weight[i], made.bias[i], read.weight[:, i]))
             for i in range(len(made.bias))
         ]
-        lamp.append([v / sum(u for u in square if u >= v) for v in square])
+        lamp.append([len(square) * v / sum(u for u in square if u >= v) for v in square])
     lowest = sorted(v for layer in lamp for v in layer)[:8]
     wanted = [sum(v > lowest[-1] for v in layer) for layer in lamp]
     x = torch.randn(2, 3).double()

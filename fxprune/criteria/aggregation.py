@@ -69,18 +69,19 @@ def scaled(values: np.ndarray, by: float) -> np.ndarray:
 
 
 def lamp(values: np.ndarray) -> np.ndarray:
-    """Each score over the sum of those that are not smaller (Lee et al., arXiv:2010.07611, equation 2).
+    """Each score over the sum of those that are not smaller (Lee et al., arXiv:2010.07611, equation 2), times their number.
 
-    Equal scores are told apart by their place, as the paper does with its sorting.
+    Equal scores are told apart by their place, as the paper does with its sorting. The paper scores single weights. Of units
+    one is 1/n of its family; without the factor one threshold would leave families of any size the same number of units.
 
     >>> lamp(np.array([3.0, 1.0])).tolist()
-    [1.0, 0.25]
+    [2.0, 0.5]
     """
     order = np.argsort(values, kind="stable")
     remaining = np.cumsum(values[order][::-1])[::-1]
     made = np.empty_like(values)
     made[order] = values[order] / np.where(remaining > 0, remaining, 1.0)
-    return made
+    return len(values) * made
 
 
 LOSS = ("loss", "squared loss")  # scores that estimate by how much the loss changes: one scale for all families

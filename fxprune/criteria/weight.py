@@ -50,7 +50,7 @@ class Magnitude(CriterionOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class LAMP(CriterionOptions):
-    """Squared magnitude over the sum of what is not smaller in the family (Lee et al., arXiv:2010.07611).
+    """Squared magnitude over the sum of what is not smaller in the family (Lee et al., arXiv:2010.07611), times its units.
 
     Within a family the order is that of `magnitude`; it is made for families that compete (`ranking="global"`).
     """
