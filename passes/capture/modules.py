@@ -9,9 +9,11 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import fx, nn
 
 from fxprune.passes.capture.patches import not_a_models
+from fxprune.passes.ir.program import keyword
+from fxprune.passes.ir.pytree import map_tensors
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
@@ -146,3 +148,28 @@ def without_own_hooks(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module._forward_pre_hooks, module._forward_hooks = before
+
+
+OPTIONAL = frozenset([bool, int, float, str, type(None)])  # what is written down as a default
+
+
+def defaults(signature: inspect.Signature) -> dict[str, tuple[Any, ...]]:
+    """What placeholders have as arguments: a default for what may be left out, and for all after it, as in Python."""
+    found, optional = dict[str, tuple[Any, ...]](), False
+    for name, parameter in signature.parameters.items():
+        optional = optional or parameter.default is not inspect.Parameter.empty
+        found[name] = (parameter.default if type(parameter.default) in OPTIONAL else None,) if optional else ()
+    return found
+
+
+def handed(tracer: Any, node: fx.Node, value: Any) -> Any:
+    """What a forward is handed for a placeholder: plain values among what it takes by `**` may be left out.
+
+    A flag is itself, and so fixed, unless the forward runs as it is: it may be asked `flag is False`, which no proxy answers.
+    """
+    if str(node.target)[:2] == "**":
+        tracer.results[node], tracer.depends[node] = map_tensors(value, tracer.recorder.ref), True
+        made = lambda k, v: tracer.create_node("call_function", keyword, (node, k, v), {}, k)  # noqa: E731
+        return {k: handed(tracer, made(k, v), v) if type(v) in OPTIONAL else tracer.item(node, k, v) for k, v in value.items()}
+    proxy = tracer.bind(node, value)
+    return value if type(value) is bool and not tracer.is_one_module else proxy

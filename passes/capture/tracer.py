@@ -13,7 +13,15 @@ from torch import fx, nn
 from fxprune.passes.capture.builder import GraphBuilder, is_layer
 from fxprune.passes.capture.evaluation import plain_call
 from fxprune.passes.capture.frames import Frame
-from fxprune.passes.capture.modules import by_position, drop_own_hooks, has_own_hooks, own_call, without_own_hooks
+from fxprune.passes.capture.modules import (
+    by_position,
+    defaults,
+    drop_own_hooks,
+    handed,
+    has_own_hooks,
+    own_call,
+    without_own_hooks,
+)
 from fxprune.passes.capture.opaque import RootWrapper
 from fxprune.passes.capture.plain_modules import PlainModules, is_plain
 from fxprune.passes.capture.proxy import unwrap
@@ -79,7 +87,7 @@ class ValueTracer(GraphBuilder):
         bound = signature.bind(*self.example_args, **self.example_kwargs)
         args: list[Any] = []
         kwargs: dict[str, Any] = {}
-        order, complete = list(signature.parameters), True
+        order, complete, default = list(signature.parameters), True, defaults(signature)
         for i, (name, value) in enumerate(bound.arguments.items()):
             complete = complete and order[i] == name  # no argument before it was left out
             kind = signature.parameters[name].kind
@@ -88,16 +96,16 @@ class ValueTracer(GraphBuilder):
             elif kind is inspect.Parameter.VAR_KEYWORD:
                 kwargs.update(self.placeholder("**" + name, value))
             elif complete and kind is not inspect.Parameter.KEYWORD_ONLY:
-                args.append(self.placeholder(name, value))
+                args.append(self.placeholder(name, value, default[name]))
             else:
-                kwargs[name] = self.placeholder(name, value)
+                kwargs[name] = self.placeholder(name, value, default[name])
         return args, kwargs
 
-    def placeholder(self, name: str, value: Any) -> Any:
-        node = self.create_node("placeholder", name, (), {}, name.lstrip("*"))
+    def placeholder(self, name: str, value: Any, default: tuple[Any, ...] = ()) -> Any:
+        node = self.create_node("placeholder", name, default, {}, name.lstrip("*"))
         for tensor in tensors(value):
             self.inputs.append(self.recorder.add(tensor, from_input=True))
-        return self.bind(node, value)
+        return handed(self, node, value)
 
     # -- the state of the thread ------------------------------------------------------------------------------------
 
