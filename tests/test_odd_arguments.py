@@ -3,6 +3,7 @@
 import copy
 import pickle
 import random
+import re
 from fractions import Fraction
 
 import numpy as np
@@ -212,10 +213,26 @@ def test_a_flag_may_be_asked_for_by_identity():
     assert type(pruned(x)) is type(pruned(x, named=False)) is tuple
 
 
+def test_arguments_keep_their_places_where_some_before_them_were_left_out():
+    x, pruned, model = optional(mask=torch.ones(1))
+    kept = fxprune.prune(model, 0.5, example_inputs=x)
+    assert torch.allclose(pruned(x, None, 2.0, torch.ones(1)), kept(x))
+    assert torch.allclose(pruned(x, mask=torch.ones(1)), kept(x))
+    with pytest.raises(GuardError, match="None where it is a tensor now"):
+        pruned(x, torch.ones(1))
+    with pytest.raises(GuardError, match=re.escape("2.0 where it is 3.0 now")):
+        pruned(x, None, 3.0, torch.ones(1))
+
+
+def test_a_tracer_of_fx_goes_over_a_keyword():
+    x, pruned, _ = optional(raised=True)
+    assert torch.equal(torch.fx.symbolic_trace(pruned)(x, raised=True), pruned(x))
+
+
 def test_a_number_that_the_program_computes_with_has_the_default_of_forward():
     x, pruned, model = optional(scale=3.0)
     kept = fxprune.prune(model, 0.5, example_inputs=x)
-    assert torch.allclose(pruned(x), kept(x)) and not torch.allclose(pruned(x, 3.0), kept(x))
+    assert torch.allclose(pruned(x), kept(x)) and not torch.allclose(pruned(x, scale=3.0), kept(x))
 
 
 def test_a_tensor_with_a_default_is_asked_for_where_it_is_left_out():

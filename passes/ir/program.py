@@ -226,6 +226,8 @@ def select_by_mode(evaluated: Any, trained: Any) -> Any:
 
 def keyword(given: Any, name: str, default: Any) -> Any:
     """One of the keywords that a program takes by `**`; FX's interpreter has an empty list where there are none."""
+    if isinstance(given, fx.Proxy):  # a tracer of FX's own goes over the program
+        return given.tracer.create_proxy("call_function", keyword, (given, name, default), {})
     return given.get(name, default) if given else default
 
 

@@ -104,7 +104,7 @@ def check_input(node: fx.Node, value: Any, decided: bool) -> None:
             graph.call_function(given_as_captured, ((node,), (...,), why))  # type: ignore[arg-type]
         elif decided or not node.users or not all(type(v) in NUMBERS for v in (value, node.args[0])):
             node.args = (value,)
-    if value is None or (type(value) is bool and not node.users):
+    if node.meta.get("fixed"):
         graph.call_function(given_as_captured, ((node,), (value,), why))
     elif parts := parts_of_input(value):
         if str(node.target)[:2] == "**":
