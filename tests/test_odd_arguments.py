@@ -1,6 +1,9 @@
 """Arguments and models that nobody foresaw: one PruneError that says what it is, or a right result."""
 
+import copy
+import pickle
 import random
+import re
 from fractions import Fraction
 
 import numpy as np
@@ -10,6 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fxprune
+from fxprune.passes.errors import GuardError
 
 
 def two_layers():
@@ -149,3 +153,89 @@ def test_the_plan_of_a_model_pruned_twice_says_what_it_is_of():
     with pytest.raises(fxprune.PruneError, match=r"which was pruned already") as error:
         plan.apply(once)
     assert "meta['step']" in error.value.fix
+
+
+# -- arguments that forward has defaults for ----------------------------------------------------------------------------
+
+
+class Optional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x, doubled=None, scale=2.0, mask=None, *, shift=None, **more):
+        y = self.a(x).relu() * scale
+        if doubled is None:
+            doubled = True
+        y = y * 2 if doubled else y
+        y = y if mask is None else y * mask
+        y = y if shift is None else y + shift
+        y = self.b(y + 1 if more.get("raised") else y)
+        return (y,) if more.get("named") is False else {"y": y}["y"]
+
+
+def optional(**given):
+    x = torch.randn(3, 8)
+    model = Optional().eval()
+    return x, fxprune.prune(model, 0.5, example_inputs={"x": x, **given}), model
+
+
+def test_an_argument_with_a_default_may_be_left_out_and_means_what_the_example_gave():
+    x, pruned, _ = optional(doubled=False, shift=None, raised=True)
+    wanted = pruned(x, doubled=False, shift=None, raised=True)
+    kept = (copy.deepcopy(pruned), pickle.loads(pickle.dumps(pruned)), pruned.flat(), torch.compile(pruned, backend="eager"))
+    exported = torch.export.export(pruned, (x,)).module()
+    for model in (pruned, *kept, exported):
+        assert torch.equal(model(x), wanted)
+    for mode in (pruned.train(), pruned.eval()):
+        assert torch.equal(mode(x), wanted) and torch.equal(mode(x, False), wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("doubled", True, "False where it is True now"),
+        ("doubled", None, "False where it is None now"),
+        ("shift", torch.ones(1), "None where it is a tensor now"),
+        ("mask", None, "a tensor where it is None now"),
+        ("raised", False, "True where it is False now"),
+        ("lowered", True, "where more has raised, and here it has lowered"),
+    ],
+)
+def test_another_value_than_the_programs_is_an_error_not_ignored(name, value, said):
+    x, pruned, _ = optional(doubled=False, shift=None, mask=torch.ones(1), raised=True)
+    with pytest.raises(GuardError, match=f"{said}"):
+        pruned(x, **{"mask": torch.ones(1), name: value})
+
+
+def test_a_flag_may_be_asked_for_by_identity():
+    x, pruned, _ = optional(named=False)
+    assert type(pruned(x)) is type(pruned(x, named=False)) is tuple
+
+
+def test_arguments_keep_their_places_where_some_before_them_were_left_out():
+    x, pruned, model = optional(mask=torch.ones(1))
+    kept = fxprune.prune(model, 0.5, example_inputs=x)
+    assert torch.allclose(pruned(x, None, 2.0, torch.ones(1)), kept(x))
+    assert torch.allclose(pruned(x, mask=torch.ones(1)), kept(x))
+    with pytest.raises(GuardError, match="None where it is a tensor now"):
+        pruned(x, torch.ones(1))
+    with pytest.raises(GuardError, match=re.escape("2.0 where it is 3.0 now")):
+        pruned(x, None, 3.0, torch.ones(1))
+
+
+def test_a_tracer_of_fx_goes_over_a_keyword():
+    x, pruned, _ = optional(raised=True)
+    assert torch.equal(torch.fx.symbolic_trace(pruned)(x, raised=True), pruned(x))
+
+
+def test_a_number_that_the_program_computes_with_has_the_default_of_forward():
+    x, pruned, model = optional(scale=3.0)
+    kept = fxprune.prune(model, 0.5, example_inputs=x)
+    assert torch.allclose(pruned(x), kept(x)) and not torch.allclose(pruned(x, scale=3.0), kept(x))
+
+
+def test_a_tensor_with_a_default_is_asked_for_where_it_is_left_out():
+    x, pruned, _ = optional(mask=torch.ones(16)[:1], doubled=True)
+    with pytest.raises(GuardError, match=r"prune with this mask in example_inputs.*: a tensor where it is None now"):
+        pruned(x)

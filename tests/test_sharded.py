@@ -564,7 +564,7 @@ def test_what_fully_shard_was_told_stays(two):
         ("one_asks_otherwise", "another plan than rank 0"),
         ("of_another_plan", "another plan than rank 0"),
         ("in_steps_of_another_model", "this is another model: blocks.0.up.weight has shape (24, 12), not (21, 12)"),
-        ("in_steps_with_masks", "mask='hold' takes the model in one process, and it is sharded"),
+        ("in_steps_with_masks", "mask='hold' takes the model in one process, and it is sharded: with masks it computes"),
         ("in_steps_with_no_gradient", "no parameter has a gradient"),
         ("in_steps_resumed_too_late", "is loaded into a Pruner that has taken no step"),
         ("by_data", "the criterion taylor looks at data, which takes the model in one process"),

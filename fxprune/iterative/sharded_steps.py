@@ -34,7 +34,9 @@ def check_steps(sharded: Sharded | None, options: Options, mask: str | None) -> 
     if sharded is None:
         return
     if mask is not None:
-        raise PruneError(f"mask={mask!r} takes the model in one process, and it is sharded", fix=f"mask=None, or {FIX}")
+        what = f"mask={mask!r} takes the model in one process, and it is sharded"
+        why = "with masks it computes on what is kept of all its parameters at once, and modules that gather theirs do not run"
+        raise PruneError(f"{what}: {why}", fix=f"mask=None, whose steps cut the shards, or {FIX}")
     check_options(options)
 
 

@@ -13,7 +13,16 @@ from torch import fx, nn
 from fxprune.passes.capture.builder import GraphBuilder, is_layer
 from fxprune.passes.capture.evaluation import plain_call
 from fxprune.passes.capture.frames import Frame
-from fxprune.passes.capture.modules import by_position, drop_own_hooks, has_own_hooks, own_call, without_own_hooks
+from fxprune.passes.capture.modules import (
+    by_position,
+    defaults,
+    drop_own_hooks,
+    handed,
+    has_own_hooks,
+    own_call,
+    without_gaps,
+    without_own_hooks,
+)
 from fxprune.passes.capture.opaque import RootWrapper
 from fxprune.passes.capture.plain_modules import PlainModules, is_plain
 from fxprune.passes.capture.proxy import unwrap
@@ -76,28 +85,29 @@ class ValueTracer(GraphBuilder):
     def placeholders(self) -> tuple[list[Any], dict[str, Any]]:
         """Placeholders for exactly the arguments that were given, by the names that forward gives them."""
         signature = inspect.signature(self.forward)
-        bound = signature.bind(*self.example_args, **self.example_kwargs)
-        args: list[Any] = []
-        kwargs: dict[str, Any] = {}
-        order, complete = list(signature.parameters), True
+        bound, left_out = without_gaps(signature.bind(*self.example_args, **self.example_kwargs))
+        args, kwargs = list[Any](), dict[str, Any]()
+        order, complete, default = list(signature.parameters), True, defaults(signature)
         for i, (name, value) in enumerate(bound.arguments.items()):
-            complete = complete and order[i] == name  # no argument before it was left out
+            complete = complete and order[i] == name and name not in left_out  # no argument before it was left out
             kind = signature.parameters[name].kind
-            if kind is inspect.Parameter.VAR_POSITIONAL:
+            if name in left_out:
+                self.placeholder(name, value, default[name], fixed=True)
+            elif kind is inspect.Parameter.VAR_POSITIONAL:
                 args.extend(self.placeholder("*" + name, value))
             elif kind is inspect.Parameter.VAR_KEYWORD:
                 kwargs.update(self.placeholder("**" + name, value))
             elif complete and kind is not inspect.Parameter.KEYWORD_ONLY:
-                args.append(self.placeholder(name, value))
+                args.append(self.placeholder(name, value, default[name]))
             else:
-                kwargs[name] = self.placeholder(name, value)
+                kwargs[name] = self.placeholder(name, value, default[name])
         return args, kwargs
 
-    def placeholder(self, name: str, value: Any) -> Any:
-        node = self.create_node("placeholder", name, (), {}, name.lstrip("*"))
+    def placeholder(self, name: str, value: Any, default: tuple[Any, ...] = (), *, fixed: bool = False) -> Any:
+        node = self.create_node("placeholder", name, default, {}, name.lstrip("*"))
         for tensor in tensors(value):
             self.inputs.append(self.recorder.add(tensor, from_input=True))
-        return self.bind(node, value)
+        return handed(self, node, value, fixed=fixed)
 
     # -- the state of the thread ------------------------------------------------------------------------------------
 

@@ -224,6 +224,13 @@ def select_by_mode(evaluated: Any, trained: Any) -> Any:
     raise AssertionError(f"a node that selects between {evaluated} and {trained} is in no emitted program")
 
 
+def keyword(given: Any, name: str, default: Any) -> Any:
+    """One of the keywords that a program takes by `**`; FX's interpreter has an empty list where there are none."""
+    if isinstance(given, fx.Proxy):  # a tracer of FX's own goes over the program
+        return given.tracer.create_proxy("call_function", keyword, (given, name, default), {})
+    return given.get(name, default) if given else default
+
+
 IS_GRAD_ENABLED, SET_GRAD_ENABLED = torch.is_grad_enabled, torch._C._set_grad_enabled  # by which regions are lines of a program
 
 

@@ -9,7 +9,7 @@ a guard of the compiled code, or a constraint of the exported program.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -19,6 +19,8 @@ from torch import Tensor, fx
 
 from fxprune.passes.capture.proxy import PROXIES
 from fxprune.passes.errors import GuardError
+from fxprune.passes.ir.program import keyword
+from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.rewrite.programs import Line, Name, Program
 
 NOTES: ContextVar[list[str] | None] = ContextVar("NOTES", default=None)
@@ -60,11 +62,54 @@ def given_as_captured(values: Sequence[Any], expected: Sequence[Any], why: str) 
         proxy.tracer.create_proxy("call_function", given_as_captured, (values, expected, why), {})
         return
     for value, wanted in zip(values, expected, strict=True):
+        now = "a tensor" if isinstance(value, Tensor) else repr(value)
         if wanted is ...:
             if value is None or isinstance(value, bool | int | float | str):
-                raise GuardError(f"{why}: a tensor where it is {value!r} now")
+                raise GuardError(f"{why}: a tensor where it is {now} now")
         elif value is not wanted and (isinstance(value, Tensor) or value != wanted):
-            raise GuardError(f"{why}: {wanted!r} where it is {value!r} now")
+            raise GuardError(f"{why}: {wanted!r} where it is {now} now")
+
+
+OTHERWISE = "prune with this {} in example_inputs, or with same_class=True: the program was captured with another"
+NUMBERS = (bool, int, float)
+
+
+def is_input(node: fx.Node) -> bool:
+    """Whether a node is an argument of the program, or a plain one of those that come by `**`."""
+    return node.op == "placeholder" or node.target is keyword
+
+
+def sources(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Nodes and all that they are computed from."""
+    pending, seen = [*nodes], set[fx.Node]()
+    while pending:
+        node = pending.pop()
+        if node not in seen:
+            seen.add(node)
+            pending += node.all_input_nodes
+    return seen
+
+
+def check_input(node: fx.Node, value: Any, decided: bool) -> None:
+    """Write down what is checked of an argument, and what it is where it is left out and forward has a default for it.
+
+    That is the example's value, so that the program runs as it was captured; a number that it computes with has the default of
+    forward, unless something was `decided` by it.
+    """
+    graph, why = node.graph, OTHERWISE.format(node.name)
+    if node.op == "placeholder" and node.args:
+        plain = value is None or type(value) in (*NUMBERS, str)
+        if not plain:
+            node.args = (None,)
+            graph.call_function(given_as_captured, ((node,), (...,), why))  # type: ignore[arg-type]
+        elif decided or not node.users or not all(type(v) in NUMBERS for v in (value, node.args[0])):
+            node.args = (value,)
+    if node.meta.get("fixed"):
+        graph.call_function(given_as_captured, ((node,), (value,), why))
+    elif parts := parts_of_input(value):
+        if str(node.target)[:2] == "**":
+            parts = {k: parts[k] if collect(v, TensorRef) else ... for k, v in value.items()}
+        graph.call_function(has_parts, (node, parts, f"the pruned program was captured where {node.name}"))
 
 
 def parts_of_input(value: Any) -> Any:
@@ -76,17 +121,23 @@ def parts_of_input(value: Any) -> Any:
 
 @fx.node.has_side_effect
 def has_parts(value: Any, parts: Any, why: str) -> None:
-    """Raise where an input has other parts than at capture (see `parts_of_input`): the program reads those that were there."""
+    """Raise where an input has other parts than at capture (see `parts_of_input`): the program reads those that were there.
+
+    A part that may be left out is an ellipsis.
+    """
     if parts is None:
         return
     if isinstance(value, fx.Proxy):  # as for `holds`
         value.tracer.create_proxy("call_function", has_parts, (value, parts, why), {})
         return
-    if len(value) != len(parts):
-        what = f"{why} has {len(parts)} parts, and here it has {len(value)}"
+    left_out = [k for k, inner in parts.items() if inner is ... and k not in value] if isinstance(parts, dict) else []
+    if len(value) != len(parts) - len(left_out) or (isinstance(value, dict) and not value.keys() <= dict(parts).keys()):
+        named = isinstance(value, dict) and isinstance(parts, dict)
+        had, has = (", ".join(map(str, x)) or "none" if named else len(x) for x in (parts, value))
+        what = f"{why} has {had if named else f'{had} parts'}, and here it has {has}"
         raise GuardError(f"{what}: prune with example inputs of this form, or same_class=True")
     for key, inner in parts.items() if isinstance(parts, dict) else enumerate(parts):
-        if inner is not None:
+        if inner is not None and inner is not ...:
             has_parts(value[key], inner, why)
 
 

@@ -27,7 +27,7 @@ from fxprune.passes.ops.registry import find_node, spec_of
 from fxprune.passes.ops.rewriting import picked
 from fxprune.passes.rewrite.call_structures import nodes_in
 from fxprune.passes.rewrite.graph_editor import GraphEditor
-from fxprune.passes.rewrite.guards import describe, has_parts, holds, parts_of_input
+from fxprune.passes.rewrite.guards import check_input, describe, holds, is_input, sources
 from fxprune.passes.rewrite.layer_attributes import LayerAttributes
 from fxprune.passes.rewrite.merged_batch import merged_dims
 from fxprune.passes.rewrite.opaque_attributes import opaque_attributes
@@ -150,6 +150,7 @@ class Rewriter:
         for node in nodes:
             pass_input_by_position(node)
         inner: set[fx.Node] = set()
+        decided = sources(self.guards)
         for node in nodes:
             self.editor.visit(node)
             end = self.regions.get(node)
@@ -159,10 +160,9 @@ class Rewriter:
                 self.editor.replace(node, self.stream(*self.removed.streams[node]))
             elif end is None or not self.is_pruned(end):
                 self.editor.replace(node, self.carry(node))
-                if node.op == "placeholder" and (parts := parts_of_input(self.capture.results.get(node))):
+                if is_input(node):
                     self.editor.move_past()
-                    why = f"the pruned program was captured where {node.name}"
-                    self.graph.call_function(has_parts, (node, parts, why))
+                    check_input(node, self.capture.results.get(node), node in decided)
                 if node in self.guards:
                     self.editor.move_past()
                     self.guard(node, self.guards[node])
@@ -174,9 +174,9 @@ class Rewriter:
         called = {str(n.target) for n in nodes if n.op == "call_module"}
         self.attributes |= self.layers.read_only(called)
         index = self.capture.index
-        decided = [n for n, guard in self.guards.items() if n not in inner and self.sizes.value(n) != guard.value]
+        otherwise = [n for n, guard in self.guards.items() if n not in inner and self.sizes.value(n) != guard.value]
         without_hooks = [n for n in nodes if n.op == "call_module" and n.target in self.capture.hooked]
-        changed = (*self.editor.touched(inner), *decided, *without_hooks, *self.with_cut_constants(nodes))
+        changed = (*self.editor.touched(inner), *otherwise, *without_hooks, *self.with_cut_constants(nodes))
         touched = frozenset(index[n] for n in changed)
         origin = self.editor.origin
         self.graph.inserting_before(self.graph._root)  # at its end
