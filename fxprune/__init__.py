@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import random
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -116,7 +117,9 @@ def __getattr__(name: str) -> Any:
     home = HOMES.get(name, f"{__name__}.{name}")
     if name not in HOMES and (name.startswith("_") or importlib.util.find_spec(home) is None):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    state = random.getstate()  # importing rich draws from Python's generator
     module = importlib.import_module(home)
+    random.setstate(state)
     found = module if home == f"{__name__}.{name}" else getattr(module, name)
     globals()[name] = found
     return found

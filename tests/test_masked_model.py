@@ -252,6 +252,29 @@ def test_constants_are_cut_in_the_reference_as_in_the_program(name):
         torch.testing.assert_close(found(x), want)
 
 
+square = torch.arange(64.0).sin().view(8, 8)
+CONSTANT_OPERANDS = {
+    "a product": lambda y: y @ square,
+    "a layer": lambda y: F.linear(y.relu(), square, ramp),
+    "a convolution": lambda y: F.conv1d(y.unsqueeze(-1), square.unsqueeze(-1)).squeeze(-1),
+    "a mean": lambda y: y * ramp.mean(),
+    "a softmax": lambda y: y * ramp.softmax(0),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANT_OPERANDS)
+def test_a_constant_that_a_masked_form_reads_first_has_a_fate(name):
+    model, x = Latent(CONSTANT_OPERANDS[name]).eval(), torch.randn(3, 4)
+    small = fxprune.prune(model, {"a": 0.25}, x)
+    assert small.a.out_features == 6 and fxprune.verify(model, small, x).ok
+    kept = [i for i in range(8) if any(torch.equal(model.a.weight[i], row) for row in small.a.weight)]
+    with torch.no_grad():
+        mask = torch.zeros(8).index_fill(0, torch.tensor(kept), 1)
+        model.a.weight.mul_(mask[:, None])
+        model.a.bias.mul_(mask)
+    torch.testing.assert_close(small(x), model(x))
+
+
 def test_columns_of_classes_go_where_any_class_may_be_encoded():
     model = Latent(lambda y: F.one_hot(y.argmax(-1), 8).float() * y.detach().flip(0)).eval()
     found = fxprune.prune(model, {"b": 0.5}, torch.randn(3, 4))

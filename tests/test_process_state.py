@@ -414,3 +414,16 @@ def test_an_object_that_refuses_to_be_asked_is_put_back():
     pruned = fxprune.prune(model, 0.5, example_inputs=X)
     assert pruned.a.weight.shape[0] == 6 and pruned.verification.error < 1e-12
     assert vars(model.settings) == {"width": 8, "calls": 0}
+
+
+def test_the_first_prune_of_a_process_draws_no_numbers_and_leaves_no_thread():
+    code = """
+import random, threading, torch, fxprune
+model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2)).eval()
+state, threads = random.getstate(), threading.enumerate()
+fxprune.prune(model, 0.5, example_inputs=torch.randn(3, 4))
+assert random.getstate() == state
+assert threading.enumerate() == threads, threading.enumerate()
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

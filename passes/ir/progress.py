@@ -26,6 +26,10 @@ def is_shown() -> bool:
     return said not in ("0", "false") if said else sys.stderr.isatty()
 
 
+class Bar(tqdm):  # type: ignore[type-arg]
+    monitor_interval = 0  # tqdm's own starts a thread that lives as long as the process
+
+
 def progress_bar(items: Iterable[Any] | None = None, what: str = "", unit: str = "step", total: int | None = None) -> Any:
     """A bar over items, or one whose `update()` counts; it is gone when it is done.
 
@@ -35,4 +39,4 @@ def progress_bar(items: Iterable[Any] | None = None, what: str = "", unit: str =
         unit: what one item is.
         total: how many there are, where the items do not say.
     """
-    return tqdm(items, desc=what, unit=unit, total=total, disable=not is_shown(), leave=False, delay=DELAY, dynamic_ncols=True)
+    return Bar(items, desc=what, unit=unit, total=total, disable=not is_shown(), leave=False, delay=DELAY, dynamic_ncols=True)

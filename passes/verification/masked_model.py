@@ -113,6 +113,7 @@ class MaskedRun(Recorder):
             constraints, ndim = self.state.constraints, len(value.shape)
             lines = [along(constraints.fresh(n), d, ndim) for d, n in enumerate(value.shape) if n > 1]
             self.labels[ref.id] = tuple(lines)
+            self.kept_labels.grow(constraints.size)  # the masked form of the op asks before the rule has said anything
         return ref
 
     def kept_of(self, value: Tensor) -> Tensor:
