@@ -26,7 +26,7 @@ def is_shown() -> bool:
     return said not in ("0", "false") if said else sys.stderr.isatty()
 
 
-class Bar(tqdm):  # type: ignore[type-arg]
+class Bar(tqdm):
     monitor_interval = 0  # tqdm's own starts a thread that lives as long as the process
 
 
