@@ -40,7 +40,9 @@ SCORING, CALIBRATION, STEPS = 512, 256, 60
 SINCE = 436  # the last decision that changed what repair comes to: a budget of a row says of which it is
 CALL = "prune(macs, data, repair=True)"  # in place of a criterion; of a ranking it has the number of images
 CALLS = tuple(f"{CALL}:{images} images" for images in (SCORING, 2_048))
-CHOICES = (*(f"{name}:{ranking}" for name in CRITERIA for ranking in ("local", "global", "isomorphic")), *CALLS)
+OF_EXPERTS = ("reap",)  # criteria that score nothing in these networks
+SCORED = [name for name in CRITERIA if name not in OF_EXPERTS]
+CHOICES = (*(f"{name}:{ranking}" for name in SCORED for ranking in ("local", "global", "isomorphic")), *CALLS)
 
 
 def main(argv: list[str] | None = None) -> None:
