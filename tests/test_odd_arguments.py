@@ -3,7 +3,6 @@
 import copy
 import pickle
 import random
-import re
 from fractions import Fraction
 
 import numpy as np
@@ -213,15 +212,11 @@ def test_a_flag_may_be_asked_for_by_identity():
     assert type(pruned(x)) is type(pruned(x, named=False)) is tuple
 
 
-def test_arguments_keep_their_places_where_some_before_them_were_left_out():
-    x, pruned, model = optional(mask=torch.ones(1))
-    kept = fxprune.prune(model, 0.5, example_inputs=x)
-    assert torch.allclose(pruned(x, None, 2.0, torch.ones(1)), kept(x))
-    assert torch.allclose(pruned(x, mask=torch.ones(1)), kept(x))
-    with pytest.raises(GuardError, match="None where it is a tensor now"):
-        pruned(x, torch.ones(1))
-    with pytest.raises(GuardError, match=re.escape("2.0 where it is 3.0 now")):
-        pruned(x, None, 3.0, torch.ones(1))
+def test_export_by_name_where_the_example_left_out_arguments_before():
+    """What is exported is called by place inside: the program has no arguments but those that the example gives."""
+    x, pruned, _ = optional(mask=torch.ones(1), shift=None)
+    given = {"x": x, "mask": torch.full((1,), 0.5), "shift": None}
+    assert torch.allclose(torch.export.export(pruned, (), given).module()(**given), pruned(**given))
 
 
 def test_a_tracer_of_fx_goes_over_a_keyword():

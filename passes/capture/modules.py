@@ -162,26 +162,15 @@ def defaults(signature: inspect.Signature) -> dict[str, tuple[Any, ...]]:
     return found
 
 
-def without_gaps(bound: inspect.BoundArguments) -> tuple[inspect.BoundArguments, set[str]]:
-    """Arguments with the defaults of those left out between them, so that each has its place; and the names of these."""
-    parameters, given = bound.signature.parameters, dict(bound.arguments)
-    places = [name for name, p in parameters.items() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    last = max((i for i, name in enumerate(places) if name in given), default=-1)
-    filled = {name for name in places[:last] if name not in given and type(parameters[name].default) in OPTIONAL}
-    given |= {name: parameters[name].default for name in filled}
-    in_order = OrderedDict((name, given[name]) for name in parameters if name in given)
-    return inspect.BoundArguments(bound.signature, in_order), filled
-
-
-def handed(tracer: Any, node: fx.Node, value: Any, *, fixed: bool = False) -> Any:
+def handed(tracer: Any, node: fx.Node, value: Any) -> Any:
     """What a forward is handed for a placeholder: plain values among what it takes by `**` may be left out.
 
-    A flag is itself, and so `fixed`, unless the forward runs as it is: it may be asked `flag is False`, which no proxy answers.
+    A flag is itself, and so fixed, unless the forward runs as it is: it may be asked `flag is False`, which no proxy answers.
     """
     if str(node.target)[:2] == "**":
         tracer.results[node], tracer.depends[node] = map_tensors(value, tracer.recorder.ref), True
         made = lambda k, v: tracer.create_node("call_function", keyword, (node, k, v), {}, k)  # noqa: E731
         return {k: handed(tracer, made(k, v), v) if type(v) in OPTIONAL else tracer.item(node, k, v) for k, v in value.items()}
     proxy = tracer.bind(node, value)
-    node.meta["fixed"] = value is None or fixed or (type(value) is bool and not tracer.is_one_module)
+    node.meta["fixed"] = value is None or (type(value) is bool and not tracer.is_one_module)
     return value if node.meta["fixed"] else proxy

@@ -20,7 +20,6 @@ from fxprune.passes.capture.modules import (
     handed,
     has_own_hooks,
     own_call,
-    without_gaps,
     without_own_hooks,
 )
 from fxprune.passes.capture.opaque import RootWrapper
@@ -85,15 +84,13 @@ class ValueTracer(GraphBuilder):
     def placeholders(self) -> tuple[list[Any], dict[str, Any]]:
         """Placeholders for exactly the arguments that were given, by the names that forward gives them."""
         signature = inspect.signature(self.forward)
-        bound, left_out = without_gaps(signature.bind(*self.example_args, **self.example_kwargs))
+        bound = signature.bind(*self.example_args, **self.example_kwargs)
         args, kwargs = list[Any](), dict[str, Any]()
         order, complete, default = list(signature.parameters), True, defaults(signature)
         for i, (name, value) in enumerate(bound.arguments.items()):
-            complete = complete and order[i] == name and name not in left_out  # no argument before it was left out
+            complete = complete and order[i] == name  # no argument before it was left out
             kind = signature.parameters[name].kind
-            if name in left_out:
-                self.placeholder(name, value, default[name], fixed=True)
-            elif kind is inspect.Parameter.VAR_POSITIONAL:
+            if kind is inspect.Parameter.VAR_POSITIONAL:
                 args.extend(self.placeholder("*" + name, value))
             elif kind is inspect.Parameter.VAR_KEYWORD:
                 kwargs.update(self.placeholder("**" + name, value))
@@ -103,11 +100,11 @@ class ValueTracer(GraphBuilder):
                 kwargs[name] = self.placeholder(name, value, default[name])
         return args, kwargs
 
-    def placeholder(self, name: str, value: Any, default: tuple[Any, ...] = (), *, fixed: bool = False) -> Any:
+    def placeholder(self, name: str, value: Any, default: tuple[Any, ...] = ()) -> Any:
         node = self.create_node("placeholder", name, default, {}, name.lstrip("*"))
         for tensor in tensors(value):
             self.inputs.append(self.recorder.add(tensor, from_input=True))
-        return handed(self, node, value, fixed=fixed)
+        return handed(self, node, value)
 
     # -- the state of the thread ------------------------------------------------------------------------------------
 
