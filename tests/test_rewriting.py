@@ -200,6 +200,38 @@ def test_what_moves_channels_still_copies_where_those_that_are_left_stay_in_plac
     torch.testing.assert_close(pruned(x), masked(x))
 
 
+class LooksAndReturns(nn.Module):
+    """It is one node, in which copies are made of what it returns as it is."""
+
+    def forward(self, x):
+        if x.abs().max() > 1e30:
+            raise ValueError("too large")
+        return x
+
+
+def test_what_a_module_returns_as_it_was_given_stays_the_same_tensor():
+    """It is written to later, and the result of the module is read after that."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.looks, self.b = nn.Linear(5, 6), LooksAndReturns(), nn.Linear(6, 2)
+
+        def forward(self, x):
+            x = self.a(x)
+            y = self.looks(x)
+            x[:, :2] = 1 - x[:, :2]
+            return self.b(y)
+
+    model = Net().double()
+    pruned = fxprune.prune(model, remove={"a": [4, 5]}, example_inputs=torch.randn(3, 5).double(), verify=False)
+    x = torch.randn(3, 5).double()
+    masked = copy.deepcopy(model)
+    with torch.no_grad():
+        masked.b.weight[:, 4:] = 0
+    torch.testing.assert_close(pruned(x), masked(x))
+
+
 class WrittenLater(nn.Module):
     """A reshape of a slice copies; where the slice takes all that is left, it would be a view of what is written to later."""
 

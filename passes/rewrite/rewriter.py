@@ -263,6 +263,8 @@ class Rewriter:
         refs = [r for n in node.all_input_nodes for r in collect(self.result(n), TensorRef)]
         shrunk = any(now == 1 < was for r in refs for was, now in zip(self.before(r), self.after(r), strict=True))
         places = [self.memory.get(r.id, r.id) for r in (*refs, self.result(node))]
+        if places[-1] in places[:-1]:  # a module that copies something, and returns what it was given
+            return made
         written = any(self.written.get(place, -1) > self.capture.index[node] for place in places) and any(map(self.cuts, refs))
         return self.graph.call_method("clone", (made,)) if shrunk or written else made
 
