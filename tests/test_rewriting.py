@@ -200,6 +200,27 @@ def test_what_moves_channels_still_copies_where_those_that_are_left_stay_in_plac
     torch.testing.assert_close(pruned(x), masked(x))
 
 
+def test_a_shuffle_reads_its_source_before_that_is_written_to():
+    """The chain that becomes one gather ends before the write, though a copy of its result follows."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(4, 6, 1, bias=False), nn.Conv2d(6, 2, 1)
+
+        def forward(self, x):
+            x = self.a(x)
+            y = x.unflatten(1, (3, 2)).transpose(1, 2).flatten(1, 2)
+            more = x.add_(0.3) > 0.2
+            y = y.clone()
+            y[more] = 0.3
+            return self.b(y)
+
+    torch.manual_seed(0)
+    pruned = fxprune.prune(Net().double(), 0.5, example_inputs=torch.randn(2, 4, 4, 4).double())
+    assert pruned.verification.ok and pruned.a.weight.shape[0] < 6
+
+
 class LooksAndReturns(nn.Module):
     """It is one node, in which copies are made of what it returns as it is."""
 

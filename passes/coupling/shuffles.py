@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from fxprune.passes.ir.labels import Labels
+from fxprune.passes.ir.op_trace import writes
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ops.index_maps import order_along
@@ -22,10 +23,11 @@ from fxprune.passes.ops.registry import find_node
 def gather_regions(capture: CapturedProgram, labels: dict[int, Labels]) -> dict[fx.Node, fx.Node]:
     """For each node inside a region, the node that ends it."""
     found: dict[fx.Node, fx.Node] = {}
+    written = {op.node for op in capture.op_trace.ops if writes(op)}
     for node in capture.graph.nodes:
         if node in found or not is_step(capture, node):
             continue
-        chain = follow(capture, node)
+        chain = follow(capture, node, written)
         for length in range(len(chain), 1, -1):
             if permutes_channels(capture, labels, chain[:length]):
                 found.update(dict.fromkeys(chain[:length], chain[length - 1]))
@@ -41,12 +43,17 @@ def is_step(capture: CapturedProgram, node: fx.Node) -> bool:
     return len(tensors) == 1 and node.args[:1] == (tensors[0],)
 
 
-def follow(capture: CapturedProgram, node: fx.Node) -> list[fx.Node]:
-    """The chain of single-use steps that starts at a node; nothing else may ask for what is in between, not even its size."""
+def follow(capture: CapturedProgram, node: fx.Node, written: set[int]) -> list[fx.Node]:
+    """The chain of single-use steps that starts at a node; nothing else may ask for what is in between, not even its size.
+
+    It is done at its end, so that nothing may be written before that: `written` has the numbers of the nodes that write.
+    """
     chain = [node]
     while True:
         users = list(chain[-1].users)
         if len(users) != 1 or not is_step(capture, users[0]) or users[0].args[0] is not chain[-1]:
+            return chain
+        if not written.isdisjoint(range(capture.index[node], capture.index[users[0]])):
             return chain
         chain.append(users[0])
 
