@@ -190,3 +190,30 @@ def test_a_unit_is_taken_for_its_score_by_what_it_costs(llama):
         (48 - gone[f"model.layers.{i}.mlp.gate_proj"], 32 - 16 * gone[f"model.layers.{i}.self_attn.q_proj"]) for i in range(3)
     ]
     assert widths(small) == expected
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_shares_of_a_family_grow_as_it_shrinks(alone):
+    """Unless scores are of units that go one after the other: there the growth is in them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(8, 10), nn.ReLU(), nn.Linear(10, 40), nn.ReLU(), nn.Linear(40, 20), nn.ReLU(), nn.Linear(20, 4)
+    )
+    with torch.no_grad():
+        model[2].weight[::2] *= 0.05  # half of the units of one family are worth little beside the others
+        model[4].weight[:, ::2] *= 0.05
+    scores = [
+        first.weight.square().sum(1) + first.bias.square() + then.weight.square().sum(0)
+        for first, then in ((model[0], model[2]), (model[2], model[4]), (model[4], model[6]))
+    ]
+    shares = [(each / each.mean()).detach() for each in scores]
+    units = [
+        (value, i)
+        for i, each in enumerate(shares)
+        for value in (grown(each) if alone else each.sort().values.tolist()[: len(each) * 9 // 10])
+    ]
+    taken = [i for _, i in sorted(units)[: 7 * 70 // 10]]
+    criterion = fxprune.criteria.Magnitude(normalise="mean" if alone else "share")
+    small = fxprune.prune(model, example_inputs=torch.ones(2, 8), ratio=0.7, ranking="global", criterion=criterion)
+    expected = [len(each) - taken.count(i) for i, each in enumerate(shares)]
+    assert [small.get_submodule(n).out_features for n in ("0", "2", "4")] == expected

@@ -21,7 +21,8 @@ The rest of the protocol is optional. Attributes:
         blocks of rows, and small ones together. Default: False.
     reduce: how the layers of a unit are combined, a key of `fxprune.criteria.aggregation.REDUCE`. Default: `sum`.
     normalise: how the scores of a family are normalised before families compete, a key of
-        `fxprune.criteria.aggregation.NORMALISE`. Default: `none`.
+        `fxprune.criteria.aggregation.NORMALISE`. Default: `none`. What is normalised by `mean`, `max` or `sum` counts for more
+        the less of its family is left; `share` is `mean` for scores of units that go one after the other, where it does not.
 
 Methods, in place of a score for each element:
     score_dims(weight, evidence, dims): the score of each index along some dimensions, of size 1 along the others; None where

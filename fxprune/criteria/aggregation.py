@@ -85,11 +85,13 @@ def lamp(values: np.ndarray) -> np.ndarray:
 
 
 LOSS = ("loss", "squared loss")  # scores that estimate by how much the loss changes: one scale for all families
+RELATIVE = ("mean", "max", "sum")  # scores that say what part of its family a unit is, where it goes alone
 NORMALISE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "none": lambda values: values,
     "loss": np.abs,
     "squared loss": lambda values: np.sqrt(np.abs(values)),
     "mean": lambda values: scaled(values, float(np.abs(values).mean())),
+    "share": lambda values: scaled(values, float(np.abs(values).mean())),  # likewise, of units that go one after the other
     "max": lambda values: scaled(values, float(np.abs(values).max())),
     "sum": lambda values: scaled(values, float(np.abs(values).sum())),
     "standardise": lambda values: scaled(values - values.mean(), float(values.std())),

@@ -48,7 +48,7 @@ class OSSCAR(CriterionOptions):
     """
 
     ridge: float = 0.01
-    normalise: str = "loss"
+    normalise: str = "share"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -164,6 +164,8 @@ class Folding(CriterionOptions):
     A square matrix of the units of a family is held at a time, in double precision.
     """
 
+    normalise: str = "share"
+
     def __call__(self, weight: Tensor) -> Tensor:
         raise PruneError("Folding scores the units of a family together, and no parameter alone", fix="criterion='magnitude'")
 

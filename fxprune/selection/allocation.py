@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 import numpy as np
 from torch import Tensor, fx
 
+from fxprune.criteria.aggregation import LOSS, RELATIVE
 from fxprune.passes.coupling.families import Family
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.coupling.structure import find_roles
@@ -46,7 +47,7 @@ class Allocator:
         speeds: how fast groups lose their units, by name; None where scores decide.
         rivals: positions in `candidates` of those that compete with one another.
         late: positions of those that lose units only where all others have lost what they can.
-        grows: whether steps count for more the less of their group is left; see `grow`.
+        weighs_cost: whether steps count for what they cost; see `weigh`.
         scores: of each group the importance of its steps before that.
     """
 
@@ -80,8 +81,9 @@ class Allocator:
         self.rivals = find_rivals(groups, free, solution, options)
         crossing = [role.crosses for role in find_roles(solution, free)] if options.spares else [False] * len(free)
         self.late = {i for i, group in enumerate(groups) if any(crossing[m] for m in group.families)}
-        self.grows, self.scores = options.grows, [np.array(found.importance[1:]) for found in self.candidates]
-        if self.grows:
+        self.weighs_cost = options.scale in LOSS or (options.weighs and options.speeds is None)
+        self.scores = [np.array(found.importance[1:]) for found in self.candidates]
+        if self.weighs_cost or options.scale in RELATIVE:
             self.grow()
 
     def allocate_ratio(self) -> list[int]:
@@ -107,9 +109,10 @@ class Allocator:
     def grow(self) -> None:
         """Have steps count for more the less of their group is left.
 
-        Scores are changes of the loss, each as if its unit went alone. Where a group has lost the part g of its sum t, what
-        its readers miss is g, beside the t - g that they still get. So all that it has lost counts t g / (t - g): g at first,
-        and without bound where nothing would be left. The importance of a step is the mean of that increase over its units.
+        Scores are changes of the loss, or shares of what the group has, each as if its unit went alone. Where a group has lost
+        the part g of its sum t, what its readers miss is g, beside the t - g that they still get. So all that it has lost
+        counts t g / (t - g): g at first, and without bound where nothing would be left. The importance of a step is the mean
+        of that increase over its units.
         """
         score = np.maximum(self.score, 0)  # what an earlier step removed is below zero
         for found in self.candidates:
@@ -121,13 +124,13 @@ class Allocator:
                 found.importance[1:] = np.where(steps < 0, steps, np.maximum.accumulate(grown)).tolist()
 
     def weigh(self, cost: Callable[[Sequence[int]], float]) -> list[float]:
-        """Divide the importance of every step by what its units cost, as the mean of what all of its group's do, if it grows.
+        """Divide the importance of every step by what its units cost (the mean of its group's), if costs count.
 
         Units that cost nothing go last. `cost` is that of what is left at some levels. Returns what a unit of each group costs.
         """
-        whole, prices = cost([0] * len(self.candidates)) if self.grows else 0.0, [1.0] * len(self.candidates)
+        whole, prices = cost([0] * len(self.candidates)) if self.weighs_cost else 0.0, [1.0] * len(self.candidates)
         for i, found in enumerate(self.candidates):
-            if self.grows and found.count[-1]:
+            if self.weighs_cost and found.count[-1]:
                 levels = [len(found.count) - 1 if j == i else 0 for j in range(len(self.candidates))]
                 prices[i] = max(whole - cost(levels), FREE * whole) / found.count[-1]
                 found.importance[:] = [value / prices[i] for value in found.importance]

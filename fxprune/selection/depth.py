@@ -83,7 +83,7 @@ class DepthAllocator(Allocator):
         prices, units = super().weigh(cost), self.candidates[: self.widths]
         worth = sum(float(np.maximum(self.score[mine], 0).sum()) for c in units for _, mine in c.group.strata)
         spent = sum(c.total * price for c, price in zip(units, prices, strict=False))
-        for found in self.candidates[self.widths :] if self.grows and worth > 0 and spent > 0 else ():
+        for found in self.candidates[self.widths :] if self.weighs_cost and worth > 0 and spent > 0 else ():
             mean = float(np.abs(found.importance[1:]).mean()) if found.count[-1] else 0.0
             found.importance[:] = [value * worth / spent / (mean or 1.0) for value in found.importance]
         return prices

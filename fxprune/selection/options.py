@@ -14,7 +14,6 @@ import numpy as np
 from torch import Tensor, nn
 
 from fxprune.arguments import is_number, number, shown
-from fxprune.criteria.aggregation import LOSS
 from fxprune.criteria.base import Criterion
 from fxprune.criteria.branches import SCORES
 from fxprune.criteria.calibrated import Calibration
@@ -248,14 +247,10 @@ class Options:
         return self.ranking != "local" or self.scopes is not None or self.budget is not None
 
     @property
-    def by_loss(self) -> bool:
-        """Whether units compete by the change of the loss for what they cost: by scores that estimate it."""
-        return (self.ranking != "local" or self.scopes is not None) and resolve(self.criterion).normalise in LOSS
-
-    @property
-    def grows(self) -> bool:
-        """Whether units count for what they cost, and for more the less of their group is left."""
-        return (self.by_loss or self.weighs) and self.speeds is None
+    def scale(self) -> str:
+        """How the scores by which families compete were normalised; "none" where no score decides."""
+        by_score = (self.ranking != "local" or self.scopes is not None) and self.speeds is None
+        return resolve(self.criterion).normalise if by_score else "none"
 
     @property
     def reads_weights(self) -> bool:
