@@ -66,6 +66,11 @@ class ExampleInputs:
         """The same on the device of a model."""
         return self.map(functools.partial(Tensor.to, device=device_of(model)))
 
+    def with_flags_of(self, other: ExampleInputs) -> ExampleInputs:
+        """The same with the keywords of others that hold no tensor, as far as it has none of that name."""
+        flags = {name: value for name, value in other.kwargs.items() if not collect(value, Tensor)}
+        return ExampleInputs(self.args, {**flags, **self.kwargs})
+
     @property
     def batch(self) -> int | None:
         """The size of the first dimension of the first tensor that has any; None where there is none, or one is sparse."""

@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from fxprune.inputs import ExampleInputs
+from fxprune.passes.coupling.couple import describe_capture
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import every_tensor, fetch, named_tensors, private_copy, set_mode
 from fxprune.passes.ir.quiet import unobserved
+from fxprune.passes.rewrite.pruned_module import PrunedModule
 from fxprune.plan import PlanData, derived_tensors, is_pruned, shapes_of
+from fxprune.selection.choice import Choice
 
 FOLDER = "a folder that fxprune.save wrote, or load(path, model)"
 
@@ -31,6 +34,23 @@ def config_of(model: nn.Module) -> Any:
     made: Any = copy.deepcopy(config)
     made.architectures = [type(model).__name__]
     return made
+
+
+def describe_pruning(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    pruned: PrunedModule,
+    choice: Choice,
+    frozen_modules: Mapping[str, str],
+) -> None:
+    """Note in `meta` of a pruned module how it was captured, what was removed, and what of the original it needs later."""
+    pruned.meta["capture"] = describe_capture(choice.solution)
+    pruned.meta["frozen_modules"] = dict(frozen_modules)
+    pruned.meta["unused"] = tuple(name for name in tensors if name not in choice.solution.leaves)
+    pruned.meta["contents"] = lost_contents(model, tensors, pruned, choice.slices)
+    pruned.meta["branches"] = tuple(b.name for b in choice.slicer.removed.branches if b.name)
+    known = {"config": config_of(model), "latency": choice.latency}
+    pruned.meta.update({key: value for key, value in known.items() if value is not None})
 
 
 def lost_contents(

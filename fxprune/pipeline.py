@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fxprune.arguments import checked_call
 from fxprune.batch_guards import Recompiled, for_any_batch
@@ -16,10 +16,10 @@ from fxprune.comparisons.compare import compare
 from fxprune.distributed.sharded import in_shards
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs, device_of, random_inputs
-from fxprune.original_state import config_of, lost_contents, with_lazy_tensors
+from fxprune.original_state import describe_pruning, with_lazy_tensors
 from fxprune.passes.capture.programs import DRAWN
 from fxprune.passes.coupling.choices import require_experts
-from fxprune.passes.coupling.couple import analyse, describe_capture
+from fxprune.passes.coupling.couple import analyse
 from fxprune.passes.coupling.solution import CouplingOptions, Solution
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors
@@ -106,7 +106,7 @@ class Compilation:
     that fail are frozen here, so that all that comes of one compilation agrees.
 
     Attributes:
-        model: the original; it is not touched. A latency is a share of that of `timed`: the same, or what was rotated to it.
+        model: the original; it is not touched.
         inputs: example inputs.
         options: what may go and what may not.
         frozen_modules: paths of modules that were found to fail once they are cut, with the reason.
@@ -115,7 +115,7 @@ class Compilation:
     def __init__(
         self, model: nn.Module, inputs: ExampleInputs, options: CouplingOptions, frozen_modules: Mapping[str, str] | None = None
     ) -> None:
-        self.model, self.timed, self.inputs, self.options = model, model, inputs, options
+        self.model, self.inputs, self.options = model, inputs, options
         self.frozen_modules: dict[str, str] = dict(frozen_modules or {})
         self.tensors = dict(named_tensors(model))
         self._tried: tuple[Choice, PrunedModule] | None = None
@@ -132,6 +132,10 @@ class Compilation:
             inputs = inputs.one_more()  # the program was captured with a larger batch
         frozen = {**dict.fromkeys(plan.frozen_modules, TRIED), **(frozen_modules or {})}
         return cls(with_lazy_tensors(model, plan, inputs), inputs, plan.coupling_options, frozen)
+
+    def with_inputs(self, inputs: ExampleInputs) -> Compilation:
+        """The same with other inputs."""
+        return Compilation(self.model, inputs, self.options, self.frozen_modules)
 
     def follow(self) -> None:
         """Move the example inputs to where the model is by now."""
@@ -160,20 +164,22 @@ class Compilation:
 
     # -- score and select -------------------------------------------------------------------------------------------------
 
-    def choose(self, options: Options, solution: Solution | None = None) -> Choice:
-        """Score and select what options ask for, of a coupling that was made before, if one is given."""
-        probe = self.latency_probe() if options.measures_latency else None
+    def choose(self, options: Options, solution: Solution | None = None, timed: nn.Module | None = None) -> Choice:
+        """Score and select what options ask for, of a coupling that was made before, if one is given.
+
+        A latency is a share of that of `timed`: the model, or what was rotated to it.
+        """
+        probe = self.latency_probe(timed) if options.measures_latency else None
         solution = solution or (self.couple() if probe is None else self.couple_for_good())  # what is timed must run
         if options.experts:
             require_experts(solution, type(self.model).__name__)
         if solution.captures[0].unseen and options.data is not None:  # which may be read again
             options = dataclasses.replace(options, data=list(options.data))
-        how = options, self.tensors
         if options.depth:
-            flat = lambda: self.emit(self.unpruned()).eval().flat()  # noqa: E731
-            choice = self.choose_by(lambda coupled: select_with_depth(self.model, coupled, *how, flat, probe), solution)
+            how = options, self.tensors, self.whole_program, probe
+            choice = self.choose_by(lambda coupled: select_with_depth(self.model, coupled, *how), solution)
         else:
-            choice = self.choose_by(lambda coupled: select_units(self.model, coupled, *how, probe), solution)
+            choice = self.choose_by(lambda coupled: select_units(self.model, coupled, options, self.tensors, probe), solution)
         return choice if probe is None else dataclasses.replace(choice, latency=probe.found)
 
     def choose_by(self, select: Select, solution: Solution | None = None) -> Choice:
@@ -200,9 +206,9 @@ class Compilation:
         self._tried = None if found else (choice, pruned)
         return bool(found)
 
-    def latency_probe(self) -> LatencyProbe:
+    def latency_probe(self, timed: nn.Module | None = None) -> LatencyProbe:
         emit = lambda slicer: self.emit(self.keep(slicer.kept, slicer.removed.tensors))  # noqa: E731
-        return LatencyProbe(self.timed, self.inputs.args, self.inputs.kwargs, emit)
+        return LatencyProbe(timed or self.model, self.inputs.args, self.inputs.kwargs, emit)
 
     # -- plans ------------------------------------------------------------------------------------------------------------
 
@@ -240,6 +246,12 @@ class Compilation:
         kept = torch.ones(len(solution.unit_of), dtype=torch.bool)
         return Choice(solution, kept, Slicer(kept))
 
+    def whole_program(self, inputs: ExampleInputs | None = None) -> tuple[Solution, fx.GraphModule]:
+        """A coupling and the flat program of the whole model in evaluation mode; with other inputs, if they are given."""
+        made = self if inputs is None else self.with_inputs(inputs.with_flags_of(self.inputs))
+        choice = made.unpruned()
+        return choice.solution, made.emit(choice).eval().flat()
+
     def keep(self, kept: Tensor, tensors: Collection[str] = ()) -> Choice:
         """The choice of these labels, shape (labels,), from a coupling of its own; `tensors` go with residual branches."""
         solution = self.couple()
@@ -266,26 +278,12 @@ class Compilation:
         else:
             choice = self.keep(choice.kept, choice.slicer.removed.tensors) if spent(choice.solution) else choice
             with gc_paused():
-                pruned = rewrite_program(
-                    values or self.model,
-                    choice.solution,
-                    choice.kept,
-                    choice.slicer,
-                    made=choice.slices,
-                    values=self.tensors if values is None else None,
-                    waiver=waiver,
-                    cut=cut,
-                )
+                what, own = (choice.solution, choice.kept, choice.slicer), self.tensors if values is None else None
+                pruned = rewrite_program(values or self.model, *what, made=choice.slices, values=own, waiver=waiver, cut=cut)
             if values is not None:
                 pruned.to(device_of(values))  # constants of a program that was captured elsewhere
         sign(pruned, dataclasses.replace(self.plan(choice), waiver=waiver), self.model)
-        pruned.meta["capture"] = describe_capture(choice.solution)
-        pruned.meta["frozen_modules"] = dict(self.frozen_modules)
-        pruned.meta["unused"] = tuple(name for name in self.tensors if name not in choice.solution.leaves)
-        pruned.meta["contents"] = lost_contents(self.model, self.tensors, pruned, choice.slices)
-        pruned.meta["branches"] = tuple(b.name for b in choice.slicer.removed.branches if b.name)
-        known = {"config": config_of(self.model), "latency": choice.latency}
-        pruned.meta.update({key: value for key, value in known.items() if value is not None})
+        describe_pruning(self.model, self.tensors, pruned, choice, self.frozen_modules)
         return pruned
 
     def apply(self, plan: PlanData, same_class: bool = False, cut: Cut | None = None) -> Any:
@@ -314,7 +312,7 @@ class Compilation:
         pruned.meta["verification"] = found
 
         def at(other: ExampleInputs) -> Recompiled:
-            again = Compilation(self.model, other.beside(self.model), self.options, self.frozen_modules)
+            again = self.with_inputs(other.beside(self.model))
             chosen = again.choice_of(plan_between(self.model, pruned))
             emit = lambda waiver: again.emit(chosen, values=values, waiver=waiver)  # noqa: E731
             return Recompiled(chosen.solution, chosen.removal(self.options.heads), chosen.outlook(again.tensors), emit)

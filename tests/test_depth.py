@@ -498,7 +498,23 @@ class Shared(nn.Module):
         return self.head(x)
 
 
+class Placed(Stack):
+    """What is added to the stream at its start is computed from its size, and not from the stream."""
+
+    def __init__(self):
+        super().__init__()
+        self.places = nn.Embedding(8, 5)
+
+    def forward(self, x):
+        return super().forward(x + self.places(torch.arange(x.shape[0], device=x.device)))
+
+
 def test_what_is_no_branch():
+    model = Placed().eval()
+    with torch.no_grad():
+        model.places.weight.zero_()  # nothing would score lower
+    pruned = fxprune.prune(model, 0.5, V, depth="only", criterion="magnitude")
+    assert "places.weight" in dict(pruned.named_parameters()) and len(removed(pruned)) == 2
     with pytest.raises(fxprune.PruneError, match="by parameters that nothing else uses"):
         fxprune.prune(Shared(), 0.5, V, depth="only")
     with pytest.raises(fxprune.PruneError, match="every residual branch holds a tensor that is frozen"):
@@ -623,16 +639,27 @@ def test_generation_and_caches():
         assert {t.shape for layer in layers for t in (layer.keys, layer.values)} == {(len(IDS), heads, IDS.shape[1], 4)}
 
 
-def test_batches_with_other_arguments_are_refused_in_one_error():
-    """Branches are scored in the program of the example inputs, which takes those arguments alone."""
+class Labelled(Stack):
+    """Returns its loss where it is given labels."""
 
-    class Labelled(Stack):
-        def forward(self, x, labels=None):
-            return super().forward(x)
+    def forward(self, x, scale=1.0, labels=None):
+        out = super().forward(x) * scale
+        return out if labels is None else {"loss": F.mse_loss(out, labels), "out": out}
 
-    data = [{"x": V, "labels": torch.zeros(6)}]
-    with pytest.raises(fxprune.PruneError, match=r"^a batch of data holds other arguments than the example inputs"):
-        fxprune.prune(Labelled().eval(), 0.5, V, depth="only", data=data, depth_criterion="influence")
+
+@pytest.mark.parametrize("how", ["influence", "taylor", "loss"])
+def test_batches_may_hold_other_arguments_than_the_example(how):
+    """They are scored by a program of their own; a number that the example gives holds for it, too."""
+    model = randomised(Labelled(4, Layer))
+    data = [{"x": torch.randn(6, 5, generator=torch.Generator().manual_seed(i)), "labels": torch.zeros(6, 3)} for i in range(2)]
+    options = {"depth": "only", "data": data, "depth_criterion": how}
+    found = fxprune.prune(model, 0.5, {"x": V, "scale": 3.0}, **options)
+    scored = fxprune.prune(model, 0.5, {"x": V, "scale": 3.0, "labels": torch.zeros(len(V), 3)}, **options)
+    assert removed(found) == removed(scored) and len(removed(found)) == 2
+    with pytest.raises(
+        fxprune.PruneError, match=r"^the model raises on a batch of data: TypeError: .* unexpected keyword argument 'other'"
+    ):
+        fxprune.prune(model, 0.5, V, **options | {"data": [{"x": V, "other": V}]})
 
 
 def test_the_report_says_that_nothing_but_branches_was_removed():

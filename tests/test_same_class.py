@@ -362,8 +362,16 @@ def test_a_configuration_is_found_for_a_class_with_its_own_load_state_dict():
     assert small.config.hidden == 9 and small.meta["stale"] == ()
 
 
-@pytest.mark.parametrize("kind", ["Bloom", "Mpt"])
-def test_layers_select_from_what_the_model_computes_for_all_heads(kind):
+@pytest.mark.parametrize(
+    ("kind", "share", "more"),
+    [
+        ("Bloom", 0.25, {"use_cache": False}),
+        ("Bloom", 0.5, {}),  # what hands on a cache has no calls of the layers
+        ("Bloom", 0.5, {"attention_mask": torch.ones(2, 12, dtype=torch.long)}),  # the number of heads is a size there
+        ("Mpt", 0.25, {"use_cache": False}),
+    ],
+)
+def test_layers_select_from_what_the_model_computes_for_all_heads(kind, share, more):
     """ALiBi: the slopes of all of the original's heads; the heads that are left are not the first ones."""
     torch.manual_seed(0)
     if kind == "Bloom":
@@ -378,14 +386,14 @@ def test_layers_select_from_what_the_model_computes_for_all_heads(kind):
         for weight in weights:  # 3 by head, or head by 3
             weight.view(4, 3, 8, 32)[0].mul_(1e-3) if kind == "Bloom" else weight.view(3, 4, 8, 32)[:, 0].mul_(1e-3)
     ids = torch.randint(3, 60, (2, 12))
-    graph = fxprune.prune(model, 0.25, {"input_ids": ids, "use_cache": False})
-    small = fxprune.prune(model, 0.25, {"input_ids": ids, "use_cache": False}, same_class=True)
+    graph = fxprune.prune(model, share, {"input_ids": ids, **more})
+    small = fxprune.prune(model, share, {"input_ids": ids, **more}, same_class=True)
     assert not any(isinstance(vars(m).get("forward"), RewrittenForward) for m in small.modules())
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     for model in (small, copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
         with torch.no_grad():
             found = model(ids, use_cache=False, output_hidden_states=True)
-            assert torch.allclose(found.logits, graph(input_ids=ids, use_cache=False)["logits"], atol=1e-5)
+            assert torch.allclose(found.logits, graph(input_ids=ids, **more)["logits"], atol=1e-5)
             three = model(torch.cat([ids, ids[:1]]), use_cache=False).logits
         assert torch.allclose(three[:2], found.logits, atol=1e-5), "a batch of another size selects for each of its inputs"
         assert len(found.hidden_states) == 3

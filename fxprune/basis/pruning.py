@@ -88,9 +88,7 @@ def prune_in_basis(model: nn.Module, inputs: ExampleInputs, options: Options, *,
     coupling = coupling_of(rotated, options.coupling)
     rescore = Energies(found, energies)
     options = dataclasses.replace(options, coupling=coupling, rescore=rescore)
-    compilation = Compilation(rotated, inputs, coupling)
-    compilation.timed = model
-    choice = compilation.choose(options)
+    choice = Compilation(rotated, inputs, coupling).choose(options, timed=model)
     stay = [choice.kept[rescore.labels(choice.solution, f)] for f in found]
     kept = {f.name: int(some.sum()) for f, some in zip(found, stay, strict=True)}
     basis = rotated_basis(found, axes, kept)

@@ -23,7 +23,9 @@ from fxprune.criteria.activation_stats import wide
 from fxprune.criteria.base import Criterion, CriterionSpec
 from fxprune.criteria.calibration import Batch, Source, prepare_source
 from fxprune.criteria.catalog import resolve
+from fxprune.inputs import ExampleInputs
 from fxprune.passes.capture.modules import after_forward, before_forward
+from fxprune.passes.coupling.branches import Branches
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError, told
 from fxprune.passes.ir.branches import Branch
@@ -54,18 +56,16 @@ class BranchRun(fx.Interpreter):
         self.arguments: Mapping[str, Any] = {}
         self.given: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the program has such arguments, which `run` then goes by."""
         try:
             args, kwargs = self.given = before_forward(self.module, args, kwargs)
             given = inspect.signature(self.module.forward).bind(*args, **kwargs)
-        except TypeError as error:
-            raise PruneError(
-                f"a batch of data holds other arguments than the example inputs, by which branches are captured: {error}",
-                fix="example_inputs with the keywords of the batches, or depth_criterion='weights'",
-            ) from error
+        except TypeError:
+            return False
         given.apply_defaults()
         self.arguments = given.arguments
-        return self.run()
+        return True
 
     def output(self, target: Any, args: Any, kwargs: Any) -> Any:
         return after_forward(self.module, *self.given, super().output(target, args, kwargs))
@@ -85,6 +85,52 @@ class BranchRun(fx.Interpreter):
         return out
 
 
+WholeProgram = Callable[[ExampleInputs | None], tuple[Solution, fx.GraphModule]]
+
+
+class BranchRuns:
+    """Runs an original, by one program for each kind of batches: they may hold other arguments than the example inputs.
+
+    Attributes:
+        looks, without: as of `BranchRun`.
+    """
+
+    def __init__(self, model: nn.Module, solution: Solution, branches: Sequence[Branch], program: WholeProgram) -> None:
+        self.model, self.branches, self.program = model, branches, program
+        self.runs = [BranchRun(program(None)[1], places_of(solution, branches))]
+        self.looks: Callable[[int, Tensor, Tensor, Tensor], None] | None = None
+        self.without: int | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        run = next((run for run in self.runs if run.takes(args, kwargs)), None)
+        if run is None:
+            run = self.capture(ExampleInputs(args, kwargs))
+            run.takes(args, kwargs)
+            self.runs.insert(0, run)  # the next batch is likely to be of its kind
+        run.looks, run.without = self.looks, self.without
+        return run.run()
+
+    def capture(self, inputs: ExampleInputs) -> BranchRun:
+        """A program for other arguments; raises PruneError where a branch does not run with them."""
+        solution, program = self.program(inputs)
+        known = {b.parameters: b for b in Branches(solution.captures, set(named_parameters(self.model))).found}
+        for branch in self.branches:
+            if branch.parameters not in known:
+                raise PruneError(
+                    "a residual branch is none for a batch of data, which holds other arguments than the example inputs",
+                    where=branch.name,
+                    fix="example_inputs with the keywords of the batches, or depth_criterion='weights'",
+                )
+        return BranchRun(program, places_of(solution, [known[b.parameters] for b in self.branches]))
+
+
+def places_of(solution: Solution, branches: Sequence[Branch]) -> list[tuple[str, int]]:
+    """For each branch the node of its addition by name, in evaluation mode, and which of its operands the branch is."""
+    capture = solution.captures[0]
+    found = [next((a, s) for a, s in b.cuts.items() if capture.only.get(a, False) is False) for b in branches]
+    return [(add.name, 1 - add.all_input_nodes.index(stream)) for add, stream in found]
+
+
 def score_branches(
     model: nn.Module,
     solution: Solution,
@@ -93,7 +139,7 @@ def score_branches(
     criterion: str | Criterion,
     data: Any,
     loss: Any,
-    program: Callable[[], fx.GraphModule],
+    program: WholeProgram,
 ) -> np.ndarray:
     """The score of each branch, lowest where it matters least, shape (branches,).
 
@@ -104,25 +150,22 @@ def score_branches(
         how: one of `SCORES`, or a function of the stream and what is added to it, shapes as in the model.
         criterion: of elements, for `weights`.
         data, loss: as for `fxprune.prune`.
-        program: makes the flat program of the original, in evaluation mode.
+        program: makes a coupling and the flat program of the original in evaluation mode; with other inputs, if they are given.
 
     Raises: PruneError where data or a loss is missing, and for scores that are no numbers.
     """
     if how == "weights":
         return by_weights(model, branches, criterion)
     capture = solution.captures[0]
-    places: list[tuple[str, int]] = []
     dims: list[list[int]] = []
     for branch in branches:
-        add, stream = next((a, s) for a, s in branch.cuts.items() if capture.only.get(a, False) is False)
-        nodes = add.all_input_nodes
-        places.append((add.name, 1 - nodes.index(stream)))
+        stream = next(s for a, s in branch.cuts.items() if capture.only.get(a, False) is False)
         ref = capture.results[stream]
         held = {d for f in solution.values[0].get(ref.id, ()) for d in f.dims}
         dims.append(sorted(held) or [len(capture.op_trace.shape(ref)) - 1])
     label = how if isinstance(how, str) else getattr(how, "__name__", type(how).__name__)
     with prepare_source(model, data, loss, label, solution) as source:
-        run: Any = BranchRun(program(), places)
+        run: Any = BranchRuns(model, solution, branches, program)
         source.model = run
         found = Scores(source, run, len(branches))
         if how == "loss":
@@ -137,7 +180,7 @@ def score_branches(
 class Scores:
     """Scores of the branches of one program by data, batch by batch."""
 
-    def __init__(self, source: Source, run: BranchRun, count: int) -> None:
+    def __init__(self, source: Source, run: BranchRuns, count: int) -> None:
         self.source, self.run = source, run
         self.total, self.samples = np.zeros(count), 0
 

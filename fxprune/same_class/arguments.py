@@ -89,12 +89,19 @@ def signature(module: nn.Module) -> inspect.Signature:
 
 
 def fit_arguments(
-    module: nn.Module, counterpart: nn.Module, run: Callable[[nn.Module], Any], is_right: Callable[[], bool]
+    original: nn.Module,
+    module: nn.Module,
+    counterpart: nn.Module,
+    run: Callable[[nn.Module], Any],
+    is_right: Callable[[], bool],
 ) -> bool:
     """Have modules inside `module` select from arguments such that it computes what it has to; else it is left as it was.
 
+    A number of its own that became smaller may be what the argument is computed with: it is also tried as the original has it.
+
     Arguments:
-        module: with its own forward and the original's numbers.
+        original: its like in the model that was pruned.
+        module: with its own forward.
         counterpart: its like in the pruned model, whose modules are given what they need.
         run: calls either with what the counterpart was called with.
         is_right: whether `module` computes what it has to.
@@ -102,6 +109,26 @@ def fit_arguments(
     wanted: dict[str, list[dict[Place, Tensor]]] = {}
     with watching(counterpart, lambda path, given: wanted.setdefault(path, []).append(tensors_given(given))):
         run(counterpart)
+    held = vars(module)
+    larger = {
+        name: n for name, n in vars(original).items() if type(n) is int and type(held.get(name)) is int and n > held[name]
+    }
+    for changed in ({}, larger) if larger else ({},):
+        before = {name: held[name] for name in changed}
+        held.update(changed)
+        if select_arguments(module, wanted, run, is_right):
+            return True
+        held.update(before)
+    return False
+
+
+def select_arguments(
+    module: nn.Module,
+    wanted: Mapping[str, list[dict[Place, Tensor]]],
+    run: Callable[[nn.Module], Any],
+    is_right: Callable[[], bool],
+) -> bool:
+    """Have modules inside select what calls should give, by path, where `module` is right then; else it is left as it was."""
     differing: set[tuple[str, Place]] = set()
     while True:
         found, whole = selections_between(module, wanted, run, differing)

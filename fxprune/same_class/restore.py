@@ -21,10 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fxprune.criteria.lockstep import without_cache
 from fxprune.errors import PruneWarning
 from fxprune.inputs import ExampleInputs
 from fxprune.module_state import take_modes
 from fxprune.passes.capture.capture import capture_program
+from fxprune.passes.capture.programs import programs
 from fxprune.passes.coupling.couple import couple_channels, with_unread
 from fxprune.passes.coupling.solution import CouplingOptions
 from fxprune.passes.errors import PruneError, surface
@@ -79,14 +81,15 @@ def restore_class(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs)
         configured = (None, False)[hasattr(model, "config")] if gone else configure(*found)
         error = error_of(made)
         if error > tolerance:
+            made = fitted_without_cache(model, pruned, made, inputs, error_of, tolerance)
             with evaluating(made):
                 try_forwards(model, pruned, made, inputs, tolerance)
             ignore_keywords(model, made, lambda: run(model))
             error = error_of(made)
         stale = ["config"] if configured is False else []
-        held = {} if configured is not False or gone else widths_in_constants(*found)
+        held = {} if configured is not False or gone else widths_in_constants(found[0], made, *found[2:])
         if error > tolerance:
-            if not fit_arguments(made, pruned, run, lambda: error_of(made) <= tolerance):
+            if not fit_arguments(model, made, pruned, run, lambda: error_of(made) <= tolerance):
                 take_program(made, pruned, vars(pruned)["_programs"])
             error = error_of(made)
         more = functools.partial(run, given=inputs.one_more())
@@ -206,7 +209,7 @@ def try_forwards(model: nn.Module, pruned: PrunedModule, made: nn.Module, inputs
     def after(path: str, programs: Any) -> Callable[..., None]:
         def compared(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
             ((args, kwargs), draws), afterwards = given[path].pop(), random_state(gpus)
-            candidate, wanted = made.get_submodule(path), collect(out, Tensor)
+            original, candidate, wanted = model.get_submodule(path), made.get_submodule(path), collect(out, Tensor)
 
             def call(either: nn.Module) -> Any:
                 a, k = map_tensors((args, kwargs), torch.clone)
@@ -216,11 +219,11 @@ def try_forwards(model: nn.Module, pruned: PrunedModule, made: nn.Module, inputs
             def is_right() -> bool:
                 return error_of_run(lambda: call(candidate), wanted) <= tolerance
 
-            fits = is_right() or fit_numbers(model.get_submodule(path), candidate, is_right)
-            if not fits and not fit_arguments(candidate, module, call, is_right):
+            fits = is_right() or fit_numbers(original, candidate, is_right)
+            if not fits and not fit_arguments(original, candidate, module, call, is_right):
                 take_program(candidate, module, programs)
                 if seen := calls().get(path):
-                    add_program(candidate, model.get_submodule(path), path, seen, call_of(module, args, kwargs, out), plan)
+                    add_program(candidate, original, path, seen, call_of(module, args, kwargs, out), plan)
             set_random_state(afterwards, gpus)
 
         return compared
@@ -236,6 +239,34 @@ def try_forwards(model: nn.Module, pruned: PrunedModule, made: nn.Module, inputs
                     stack.callback(handle.remove)
         with restoring(pruned):
             inputs.map(torch.clone).call(pruned)
+
+
+def fitted_without_cache(
+    model: nn.Module,
+    pruned: PrunedModule,
+    made: nn.Module,
+    inputs: ExampleInputs,
+    error_of: Callable[[Any], float],
+    tolerance: float,
+) -> Any:
+    """The pruned model with what its modules were found to need in a run without a cache, if it is right with one, too.
+
+    A program that hands a cache on has no calls of the modules that write to it, and so does not say what they are given.
+    """
+    plan, given = plan_between(model, pruned), replace(inputs, kwargs=without_cache(model, inputs.kwargs))
+    if given.kwargs == inputs.kwargs:
+        return made
+    tried = private_copy(made)
+    try:
+        solution = couple_channels(programs(model, given.args, given.kwargs, None), plan.coupling_options)
+        counterpart = rewrite_program(model, solution, kept_labels(plan, solution)).eval()
+        counterpart.meta["plan"] = plan
+        with evaluating(tried):
+            try_forwards(model, counterpart, tried, given, tolerance)
+    except Exception as error:  # where it takes no other inputs
+        surface(error)
+        return made
+    return tried if error_of(tried) <= tolerance else made
 
 
 def add_program(candidate: nn.Module, module: nn.Module, path: str, calls: list[Call], there: Call, plan: PlanData) -> None:

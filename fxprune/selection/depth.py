@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.criteria.branches import score_branches
+from fxprune.criteria.branches import WholeProgram, score_branches
 from fxprune.passes.coupling.branches import Branches
 from fxprune.passes.coupling.families import Family
 from fxprune.passes.coupling.solution import Solution
@@ -103,7 +103,7 @@ def select_with_depth(
     solution: Solution,
     options: Options,
     tensors: Mapping[str, Tensor],
-    program: Callable[[], fx.GraphModule],
+    program: WholeProgram,
     probe: LatencyProbe | None = None,
 ) -> tuple[Tensor, Slicer]:
     """Which labels and branches stay; arguments as for `select_units` and `score_branches`.

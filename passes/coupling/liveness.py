@@ -92,12 +92,17 @@ class Liveness:
         return {name for node in nodes for name in self.names[node]}
 
     def ancestors(self) -> dict[fx.Node, int]:
-        """For each node, as bits by position in `nodes`, itself and what it is computed from."""
+        """For each node, as bits by position in `nodes`, itself and what its elements are computed from.
+
+        What reads a size or a device of a tensor, and nothing else of it, is not computed from it.
+        """
         found: dict[fx.Node, int] = {}
+        results = self.capture.results
         for i, node in enumerate(self.nodes):
             bits = 1 << i
             for n in self.inputs(node):
-                bits |= found.get(n, 0)
+                if n not in results or collect(results[n], TensorRef):
+                    bits |= found.get(n, 0)
             found[node] = bits
         return found
 
