@@ -639,6 +639,24 @@ def test_generation_and_caches():
         assert {t.shape for layer in layers for t in (layer.keys, layer.values)} == {(len(IDS), heads, IDS.shape[1], 4)}
 
 
+def test_a_branch_whose_module_adds_it_to_the_stream_itself():
+    """BLOOM's FFN does: layers of other widths return zeros, and all forwards are the class's own, with a cache, too."""
+    import transformers as hf
+
+    model = randomised(hf.BloomForCausalLM(hf.BloomConfig(hidden_size=16, n_layer=3, n_head=2, vocab_size=60)))
+    mask = torch.ones_like(IDS)
+    layers = ["transformer.h.1.mlp.dense_h_to_4h", "transformer.h.1.mlp.dense_4h_to_h"]
+    options = {"depth": "only", "criterion": least(model, layers)}
+    pruned = fxprune.prune(model, 0.2, {"input_ids": IDS, "attention_mask": mask}, same_class=True, **options)
+    assert pruned.meta["plan"].removed > {f"{path}.weight" for path in layers}
+    assert not any("forward" in vars(module) for module in pruned.modules())
+    wanted = silenced(model, layers[1:])
+    assert torch.allclose(call(pruned, {"input_ids": IDS}), call(wanted, {"input_ids": IDS}), atol=1e-5)
+    options = {"attention_mask": mask, "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    for cache in (True, False):
+        assert torch.equal(pruned.generate(IDS, use_cache=cache, **options), wanted.generate(IDS, use_cache=cache, **options))
+
+
 class Labelled(Stack):
     """Returns its loss where it is given labels."""
 

@@ -33,7 +33,7 @@ from fxprune.passes.errors import PruneError, surface
 from fxprune.passes.ir.module_tree import named_modules, named_tensors, private_copy, set_mode, walk
 from fxprune.passes.ir.pytree import collect, map_tensors
 from fxprune.passes.ir.quiet import gpus_of, own_random_state, random_state, set_random_state, unobserved
-from fxprune.passes.ir.slices import TensorSlice
+from fxprune.passes.ir.slices import Slicer, TensorSlice
 from fxprune.passes.rewrite.pruned_module import PrunedModule, RewrittenForward
 from fxprune.passes.rewrite.rewrite import rewrite_program, slice_tensor
 from fxprune.plan import PlanData, is_pruned, kept_labels, plan_between
@@ -45,6 +45,7 @@ from fxprune.same_class.constants import widths_in_constants
 from fxprune.same_class.numbers import fit_numbers
 from fxprune.same_class.saving import SavePretrained
 from fxprune.same_class.silent import constants_of, drop_removed, take_program
+from fxprune.selection.choice import removal_of
 from fxprune.verification import Verification, difference, evaluating, restoring, tolerance_of
 
 
@@ -259,7 +260,9 @@ def fitted_without_cache(
     tried = private_copy(made)
     try:
         solution = couple_channels(programs(model, given.args, given.kwargs, None), plan.coupling_options)
-        counterpart = rewrite_program(model, solution, kept_labels(plan, solution)).eval()
+        kept = kept_labels(plan, solution)
+        slicer = Slicer(kept, removal_of(model, solution, kept, plan.removed))
+        counterpart = rewrite_program(model, solution, kept, slicer).eval()
         counterpart.meta["plan"] = plan
         with evaluating(tried):
             try_forwards(model, counterpart, tried, given, tolerance)

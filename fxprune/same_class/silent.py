@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fxprune.passes.errors import GuardError
@@ -22,12 +21,13 @@ from fxprune.plan import plan_between
 
 
 class Silent(nn.Module):
-    """Stands where a module of a removed branch was: returns zeros of the shape of its first tensor.
+    """Stands where a module of a removed branch was: returns zeros, which differ from its first tensor in their last dimension.
 
     A cache that it is given would not be written to, and others count by what is in it: that is an error.
 
     Arguments:
-        result: what the module returned, with None in place of other tensors than those of that shape.
+        result: what the module returned, with an empty tensor, shape (last dimension, 0), in place of each that has that shape,
+            and None in place of other tensors.
     """
 
     def __init__(self, result: Any) -> None:
@@ -39,7 +39,7 @@ class Silent(nn.Module):
         if odd is not None:
             raise GuardError(f"a residual branch that was removed cannot write to a {type(odd).__name__}: use_cache=False")
         like = collect((args, kwargs), Tensor)[0]
-        return map_tensors(self.result, lambda _: torch.zeros_like(like))
+        return map_tensors(self.result, lambda t: like.new_zeros((*like.shape[:-1], t.shape[0])))
 
 
 def leaves(x: Any) -> list[Any]:
@@ -90,14 +90,17 @@ def drop_removed(
 
 
 def results(model: nn.Module, paths: list[str], run: Callable[[nn.Module], Any]) -> dict[str, Any]:
-    """What some modules return where they are called, with empty tensors where the shape is that of the first argument."""
+    """What some modules return where they are called, as `Silent` takes it."""
     found: dict[str, Any] = {}
 
     def look(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
             given = collect((args, kwargs), Tensor)
             if given and all(isinstance(leaf, Tensor) or type(leaf) in ATOMS for leaf in leaves(out)):
-                found[path] = map_tensors(out, lambda t: torch.empty(0) if t.shape == given[0].shape else None)
+                like = given[0].shape[:-1]
+                found[path] = map_tensors(
+                    out, lambda t: t.new_empty(t.shape[-1], 0) if t.dim() and t.shape[:-1] == like else None
+                )
 
         return hook
 
