@@ -5,8 +5,10 @@ import torch
 from torch import nn
 
 import fxprune
+from fxprune.inputs import ExampleInputs
 from fxprune.passes.capture.programs import programs
 from fxprune.passes.ir.module_tree import on_meta
+from fxprune.reports.profile import macs_by_module
 
 pytestmark = pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="this torch has no such kernel")
 
@@ -134,3 +136,53 @@ def test_runs_along_another_dimension_keep_what_they_meet():
     coupling = fxprune.couple(Columns().eval(), torch.randn(12, 8))
     [mine] = [f for f in coupling.families if ("a.weight", 0) in f.members]
     assert mine.frozen.startswith("is in a product whose runs are told apart by their ends")
+
+
+def score_by_hand(model, batches, criterion):
+    """Of each hidden unit, from the rows that the second product reads and the gradients of the loss there."""
+    total = torch.zeros(20)
+    rows = []
+    for x, target in batches:
+        read = []
+        first = model.product
+        model.product = lambda y, weight, ends: first(keep(y, read) if weight is model.down else y, weight, ends)
+        loss = nn.functional.cross_entropy(model(x), target)
+        del model.product
+        (y,) = read
+        (g,) = torch.autograd.grad(loss, [y])
+        total += (len(x) * g * y).square().sum(0).detach()
+        rows.append(y.detach())
+    y = torch.cat(rows)
+    weight = model.down.detach().transpose(0, 1).flatten(1)
+    if criterion == "wanda":
+        return weight.abs().sum(1) * y.square().sum(0).sqrt()
+    return total if criterion == "token_taylor" else weight.square().sum(1) * y.var(0)
+
+
+def keep(y, read):
+    read.append(y)
+    return y
+
+
+@pytest.mark.parametrize("criterion", ["token_taylor", "wanda", "flap"])
+def test_hidden_units_are_scored_by_data(criterion):
+    model = Experts().eval()
+    batches = [(torch.randn(12, 8), torch.randint(0, 4, (12,))) for _ in range(3)]
+    options = {"criterion": criterion, "data": batches, "loss": nn.functional.cross_entropy, "freeze": ["body", "head"]}
+    pruned = fxprune.prune(model, 0.5, example_inputs=batches[0][0], **options)
+    stay = score_by_hand(model, batches, criterion).topk(10).indices.sort().values
+    assert torch.equal(pruned.down, model.down[:, stay]) and torch.equal(pruned.up, model.up[:, :, stay])
+
+
+def test_products_of_experts_are_counted_and_not_refitted():
+    """One multiply-accumulate for each row, entry of the row and entry of the result; each row meets one of the matrices."""
+    model, x = Experts().eval(), torch.randn(12, 8)
+    plain = 12 * (8 * 16 + 16 * 3 + 16 * 4)
+    assert fxprune.count(model, x).macs == plain + 12 * 2 * 16 * 20
+    assert macs_by_module(model, ExampleInputs.parse(x))[""] == plain + 12 * 2 * 16 * 20
+    half = fxprune.prune(model, macs=0.5, example_inputs=x, freeze="body", round_to=4)  # a whole line of 16 bytes
+    assert fxprune.count(half, x).macs <= 0.5 * fxprune.count(model, x).macs
+    data = [torch.randn(12, 8) for _ in range(4)]
+    for method in ("refit", "reconstruct"):
+        again = fxprune.repair(model, half, data, method=method)
+        assert torch.equal(again.down, half.down) and torch.equal(again.up, half.up)

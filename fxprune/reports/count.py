@@ -111,7 +111,8 @@ def count(model: nn.Module, example_inputs: Any = None) -> Count:
     """Parameters, multiply-accumulates of one forward and bytes of a model, module by module.
 
     Multiply-accumulates are half of what `torch.utils.flop_counter` counts, where attention is computed step by step
-    (`SDPBackend.MATH`): those of products and convolutions, in evaluation mode. A budget of `prune` means the same.
+    (`SDPBackend.MATH`): those of products and convolutions, in evaluation mode. Products of runs of rows (`_grouped_mm`), which
+    it does not know, count likewise. A budget of `prune` means the same.
 
     >>> import torch
     >>> net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))

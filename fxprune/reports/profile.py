@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import statistics
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -176,7 +177,8 @@ def macs_by_module(model: nn.Module, inputs: ExampleInputs) -> dict[str, int]:
     """Multiply-accumulates of one forward by the path of the module; "" is the whole model."""
     from torch.utils.flop_counter import FlopCounterMode  # here, as it imports triton
 
-    with visible(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    more = {torch.ops.aten._grouped_mm: runs_of_rows} if hasattr(torch, "_grouped_mm") else {}  # which it does not know
+    with visible(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=more) as counter:
         inputs.call(model)
     found = {"": int(counter.get_total_flops()) // 2}
     for name, counts in counter.get_flop_counts().items():
@@ -184,6 +186,11 @@ def macs_by_module(model: nn.Module, inputs: ExampleInputs) -> dict[str, int]:
         if dot:
             found[path] = sum(counts.values()) // 2
     return found
+
+
+def runs_of_rows(rows: Sequence[int], *args: Any, out_shape: Sequence[int], **kwargs: Any) -> int:
+    """Operations of a product of runs of rows, shape (rows, summed), with a matrix each."""
+    return 2 * math.prod(out_shape) * rows[-1]
 
 
 def seconds_by_module(model: nn.Module, inputs: ExampleInputs) -> dict[str, float]:

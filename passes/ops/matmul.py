@@ -19,7 +19,7 @@ from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ops.call import OpView, RuleContext, frozen
 from fxprune.passes.ops.masking import MaskContext, products_with_zeros, with_value, with_zeros
 from fxprune.passes.ops.registry import OpSpec, Product, register
-from fxprune.passes.ops.rewriting import RewriteContext, argument, with_argument
+from fxprune.passes.ops.rewriting import RewriteContext
 from fxprune.passes.ops.unify import unify
 from fxprune.passes.ops.view import moved
 
@@ -184,6 +184,13 @@ def linear_products(call: OpView) -> Iterator[Product]:
     yield Product(weight, x, 1, 0, last, last, 1, bias[0] if bias else None)
 
 
+def grouped_products(call: OpView) -> Iterator[Product]:
+    """Each row is multiplied by the matrix of its run."""
+    a, b = call.inputs[:2]
+    if (len(call.shape(a)), len(call.shape(b))) == (2, 3):
+        yield Product(b, a, 1, 2, 1, 1)
+
+
 def matmul_macs(call: OpView) -> int:
     """One for each entry of the result and each entry of the contracted dimension."""
     return math.prod(call.shape(call.outputs[0])) * call.shape(call.inputs[-2])[-1]
@@ -191,6 +198,10 @@ def matmul_macs(call: OpView) -> int:
 
 def linear_macs(call: OpView) -> int:
     return math.prod(call.shape(call.outputs[0])) * call.shape(call.inputs[1])[-1]
+
+
+def grouped_macs(call: OpView) -> int:
+    return math.prod(call.shape(call.outputs[0])) * call.shape(call.inputs[0])[-1]
 
 
 def addbmm(call: RuleContext) -> Labels:
@@ -202,35 +213,6 @@ def addbmm(call: RuleContext) -> Labels:
     out = tuple([f.without(-1).without(-1) for f in out])
     shape = call.shape(call.outputs[0])
     return unify(call, out, shape, *align(call.labels(added), call.shape(added), 2))
-
-
-def addr(call: RuleContext) -> Labels:
-    """The product of each entry of a vector (n) with each of another one (m), and what is added to them (n, m)."""
-    added, a, b = call.inputs
-    (n,), (m,) = call.shape(a), call.shape(b)
-    rows, columns = tuple([f.at(0, 2) for f in call.labels(a)]), tuple([f.at(1, 2) for f in call.labels(b)])
-    out = unify(call, rows, [n, 1], columns, [1, m])
-    return unify(call, out, [n, m], *align(call.labels(added), call.shape(added), 2))
-
-
-def cross(call: RuleContext) -> Labels:
-    """The vector product along a dimension of three entries."""
-    a, b = call.inputs
-    ndim = len(call.shape(call.outputs[0]))
-    dim = call.dim(call["dim"], ndim)
-    sides = []
-    for ref in (a, b):
-        labels, shape = align(call.labels(ref), call.shape(ref), ndim)
-        passed = call.freeze_dims(labels, [dim], "is the dimension of a vector product")
-        sides.append((passed, [1 if d == dim else n for d, n in enumerate(shape)]))
-    return unify(call, *sides[0], *sides[1])
-
-
-def cross_dim(r: RewriteContext, node: fx.Node) -> fx.Node | None:
-    """By default it is the first dimension of three entries, which may be another one once something is removed."""
-    if argument(node, 2, "dim") is not None:
-        return None
-    return with_argument(r, node, 2, "dim", r.before(r.result(node)).index(3))
 
 
 def grouped_product(call: RuleContext) -> Labels:
@@ -337,11 +319,15 @@ register("mm addmm _addmm_activation _sparse_addmm", MATMUL)
 register("bmm baddbmm matmul", dataclasses.replace(MATMUL, heads=True))
 register("mv addmv dot vdot inner", dataclasses.replace(MATMUL, macs=None))  # which torch does not count
 register("linear", OpSpec(linear, masked=products_with_zeros, products=linear_products, macs=linear_macs))
-GROUPED = OpSpec(grouped_product, emitted_grouped_product, masked=masked_grouped_product, always=True)
+GROUPED = OpSpec(
+    grouped_product,
+    emitted_grouped_product,
+    masked=masked_grouped_product,
+    products=grouped_products,
+    macs=grouped_macs,
+    always=True,
+)
 register("_grouped_mm fxprune::grouped_mm", GROUPED, functions="_grouped_mm grouped_mm")
 register("addbmm", OpSpec(addbmm, masked=with_zeros))
-register("addr", OpSpec(addr))
-register("linalg_cross", OpSpec(cross))
-register("", OpSpec(rewrite=cross_dim), functions="cross")
 register("_trilinear", OpSpec(trilinear, masked=with_zeros))
 register("cholesky_inverse", OpSpec(frozen("is inverted, which zeros in place of what is removed are not")))

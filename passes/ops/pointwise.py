@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import fx
 
 from fxprune.passes.ir.labels import NONE, Labels, align, factor
 from fxprune.passes.ir.op_trace import name_of
 from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ops.call import OpView, RuleContext
 from fxprune.passes.ops.registry import TAGGED, UNKNOWN, OpSpec, register, spec_of
+from fxprune.passes.ops.rewriting import RewriteContext, argument, with_argument
 from fxprune.passes.ops.unify import unify, vary_alike
 
 ADDING = frozenset(["aten::add", "aten::sub", "aten::rsub"])
@@ -73,6 +75,37 @@ def same(call: RuleContext) -> Labels:
 
 POINTWISE = OpSpec(pointwise)
 TAGGED[torch.Tag.pointwise] = POINTWISE
+
+
+def addr(call: RuleContext) -> Labels:
+    """The product of each entry of a vector (n) with each of another one (m), and what is added to them (n, m)."""
+    added, a, b = call.inputs
+    (n,), (m,) = call.shape(a), call.shape(b)
+    rows, columns = tuple([f.at(0, 2) for f in call.labels(a)]), tuple([f.at(1, 2) for f in call.labels(b)])
+    out = unify(call, rows, [n, 1], columns, [1, m])
+    return unify(call, out, [n, m], *align(call.labels(added), call.shape(added), 2))
+
+
+def cross(call: RuleContext) -> Labels:
+    """The vector product along a dimension of three entries."""
+    a, b = call.inputs
+    ndim = len(call.shape(call.outputs[0]))
+    dim = call.dim(call["dim"], ndim)
+    sides = []
+    for ref in (a, b):
+        labels, shape = align(call.labels(ref), call.shape(ref), ndim)
+        passed = call.freeze_dims(labels, [dim], "is the dimension of a vector product")
+        sides.append((passed, [1 if d == dim else n for d, n in enumerate(shape)]))
+    return unify(call, *sides[0], *sides[1])
+
+
+def cross_dim(r: RewriteContext, node: fx.Node) -> fx.Node | None:
+    """By default it is the first dimension of three entries, which may be another one once something is removed."""
+    if argument(node, 2, "dim") is not None:
+        return None
+    return with_argument(r, node, 2, "dim", r.before(r.result(node)).index(3))
+
+
 register(
     "masked_fill where addcmul addcdiv lerp clamp isfinite complex polar dropout native_dropout"
     " rrelu_with_noise _prelu_kernel hardswish hardsigmoid softplus softshrink hardshrink celu log_sigmoid_forward bernoulli"
@@ -86,3 +119,6 @@ register("detach alias", OpSpec(same, moves=True, views=True))
 register("clone contiguous", OpSpec(same, moves=True))
 register("_to_copy to", OpSpec(same, filled_with=lambda call: call.first))
 register("positive _conj resolve_conj resolve_neg", OpSpec(same))
+register("addr", OpSpec(addr))
+register("linalg_cross", OpSpec(cross))
+register("", OpSpec(rewrite=cross_dim), functions="cross")
