@@ -175,7 +175,7 @@ def why_fixed(site: RepairSite, call: SiteCall, observer: SiteObserver, count: C
         return f"its weight is used {times} times"
     if any(n > 1 and s == 0 for n, s in zip(call.weight.shape, call.weight.stride(), strict=True)):
         return "its weight is repeated"
-    if call.weight.dim() > len(call.op.shape(call.op.outputs[0])):
+    if call.weight.dim() > max(2, len(call.op.shape(call.op.outputs[0]))):
         return "each of its matrices multiplies some of the rows"
     if any(call.op.get(name, 1) != 1 for name in ("alpha", "beta")):
         return "its product is scaled"
