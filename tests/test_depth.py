@@ -522,6 +522,38 @@ def test_what_is_no_branch():
     assert removed(fxprune.prune(Stack(), 0.5, V, depth="only", freeze="layers.0")) == [1]
 
 
+class Stateful(nn.Module):
+    """A block as of Mamba: the stream is kept in another precision, and in evaluation a state within the branch is returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.inner, self.outer = nn.LayerNorm(8), nn.Linear(8, 6), nn.Linear(6, 8)
+
+    def forward(self, x):
+        residual = x.to(torch.float64)
+        state = self.inner(self.norm(x))
+        out = (residual + self.outer(state.relu())).to(x.dtype)
+        return out, None if self.training else state
+
+
+class States(Stack):
+    def forward(self, x):
+        x, states = self.embed(x), []
+        for layer in self.layers:
+            x, state = layer(x)
+            states.append(state)
+        return self.head(x), states
+
+
+def test_a_branch_beside_a_copy_of_its_stream_that_runs_on_in_evaluation():
+    """What the returned state is computed from stays; the last layer of each branch goes, in training too."""
+    model = States(3, Stateful).eval()
+    pruned = fxprune.prune(model, 0.4, V, depth="only", criterion=least(model, ["layers.1.outer"]))
+    assert pruned.verification.ok and pruned.meta["plan"].removed == {"layers.1.outer.weight", "layers.1.outer.bias"}
+    for mode in (False, True):
+        torch.testing.assert_close(pruned.train(mode)(V), silenced(model, ["layers.1.outer"]).train(mode)(V))
+
+
 def test_vectors_go_with_the_layers_that_only_names():
     """The norm in front of an FFN is in no module that `only` names; what `freeze` names stays."""
     model, ids = llama(), torch.randint(50, (1, 6))

@@ -23,6 +23,7 @@ from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.pytree import TensorRef, collect
 
 ADDITIONS = ("aten::add", "aten::add_")
+COPIES = ("aten::_to_copy", "aten::clone", "aten::detach", "aten::alias")
 
 
 class Branches:
@@ -48,16 +49,22 @@ class Branches:
     @functools.cached_property
     def found(self) -> list[Branch]:
         by_view = [self.candidates(i) for i in range(len(self.views))]
+        every = list(dict.fromkeys(tensors for found in by_view for tensors in found))
+        alike = {t for t in every if all(t in found or not t & read for found, read in zip(by_view, self.read, strict=True))}
         cuts: dict[frozenset[str], dict[fx.Node, fx.Node]] = {}
-        for found in by_view:
-            for tensors, cut in found.items():
-                cuts.setdefault(tensors, {}).update(cut)
-        complete = [
-            tensors
-            for tensors in cuts
-            if all(tensors in found or not tensors & read for found, read in zip(by_view, self.read, strict=True))
-        ]
-        removed = {tensors: self.remove([Branch("", tensors, cuts[tensors], tensors)]) for tensors in complete}
+        for tensors in every:
+            own, merged = tensors, dict[fx.Node, fx.Node]()
+            for found, read in zip(by_view, self.read, strict=True):
+                near = tensors if tensors in found else None
+                if near is None and tensors & read:  # what a cache returns of it runs on in one mode alone
+                    near = next((t for t in found.keys() - alike if t < tensors or t > tensors), None)
+                    if near is None:
+                        break
+                if near is not None:
+                    own, merged = own & near, merged | found[near]
+            else:
+                cuts.setdefault(own, merged)
+        removed = {tensors: self.remove([Branch("", tensors, cut, tensors)]) for tensors, cut in cuts.items()}
         return [Branch(self.name(tensors, gone), gone.tensors, cuts[tensors], tensors) for tensors, gone in removed.items()]
 
     def candidates(self, which: int) -> dict[frozenset[str], dict[fx.Node, fx.Node]]:
@@ -67,6 +74,7 @@ class Branches:
         found: dict[frozenset[str], dict[fx.Node, fx.Node]] = {}
         sums = {node: op for node in view.nodes if node in whole and (op := addition(view, node)) is not None}
         place = {node: 1 << i for i, node in enumerate(view.nodes)}
+        stands = lambda stream: functools.reduce(int.__or__, (place[n] for n in copied(view, stream)))  # noqa: E731
 
         def exclusive(add: fx.Node, stream: fx.Node) -> frozenset[str]:
             left = view.tensors(view.live({add: stream}))
@@ -78,7 +86,7 @@ class Branches:
                 return
             if branch in sums:  # a sum of several: each of them is a branch
                 parts = list(operands(view, branch, sums[branch]))
-                each = [(other, mine) for other, mine in parts if before[mine] & place[stream] and exclusive(branch, other)]
+                each = [(other, mine) for other, mine in parts if before[mine] & stands(stream) and exclusive(branch, other)]
                 if len(each) == 2 and all(before[stream] & place[mine] == 0 for _, mine in parts):
                     independent = not any(before[a] & place[b] for a, b in parts)
                     if independent:
@@ -90,7 +98,7 @@ class Branches:
 
         for add, op in sums.items():
             for stream, branch in operands(view, add, op):
-                if before[branch] & place[stream]:
+                if before[branch] & stands(stream):
                     note(add, stream, branch)
         return found
 
@@ -171,6 +179,21 @@ def addition(view: Liveness, node: fx.Node) -> OpCall | None:
     if len(ops) != 1 or name_of(ops[0].func) not in ADDITIONS or len(view.inputs(node)) != 2:
         return None
     return ops[0] if len(ops[0].inputs) == 2 and type(ops[0].outs) is TensorRef else None
+
+
+def copied(view: Liveness, node: fx.Node) -> Iterator[fx.Node]:
+    """A node, and those that it is a copy of: a stream may be kept in another precision than what the branch reads."""
+    results = view.capture.results
+    while True:
+        yield node
+        inputs = [n for n in view.inputs(node) if collect(results.get(n), TensorRef)]
+        if len(inputs) != 1 or any(name_of(op.func) not in COPIES for op in view.ops.get(node, [])):
+            return
+        mine, other = results.get(node), results.get(inputs[0])
+        shape = view.capture.op_trace.shape
+        if type(mine) is not TensorRef or type(other) is not TensorRef or shape(mine) != shape(other):
+            return
+        (node,) = inputs
 
 
 def operands(view: Liveness, add: fx.Node, op: OpCall) -> Iterator[tuple[fx.Node, fx.Node]]:
