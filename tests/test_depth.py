@@ -523,16 +523,20 @@ def test_what_is_no_branch():
 
 
 class Stateful(nn.Module):
-    """A block as of Mamba: the stream is kept in another precision, and in evaluation a state within the branch is returned."""
+    """A block as of Mamba: the stream is kept in another precision, and in evaluation a state within the branch is returned.
+
+    As in Doge the stream is scaled by what is learned.
+    """
 
     def __init__(self):
         super().__init__()
+        self.scale = nn.Parameter(torch.rand(8))
         self.norm, self.inner, self.outer = nn.LayerNorm(8), nn.Linear(8, 6), nn.Linear(6, 8)
 
     def forward(self, x):
         residual = x.to(torch.float64)
         state = self.inner(self.norm(x))
-        out = (residual + self.outer(state.relu())).to(x.dtype)
+        out = (residual * self.scale + self.outer(state.relu())).to(x.dtype)
         return out, None if self.training else state
 
 

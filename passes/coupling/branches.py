@@ -23,7 +23,7 @@ from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.pytree import TensorRef, collect
 
 ADDITIONS = ("aten::add", "aten::add_")
-COPIES = ("aten::_to_copy", "aten::clone", "aten::detach", "aten::alias")
+CARRY = ("aten::_to_copy", "aten::clone", "aten::detach", "aten::alias", "aten::mul")
 
 
 class Branches:
@@ -74,7 +74,7 @@ class Branches:
         found: dict[frozenset[str], dict[fx.Node, fx.Node]] = {}
         sums = {node: op for node in view.nodes if node in whole and (op := addition(view, node)) is not None}
         place = {node: 1 << i for i, node in enumerate(view.nodes)}
-        stands = lambda stream: functools.reduce(int.__or__, (place[n] for n in copied(view, stream)))  # noqa: E731
+        stands = lambda stream: functools.reduce(int.__or__, (place[n] for n in carried(view, stream)))  # noqa: E731
 
         def exclusive(add: fx.Node, stream: fx.Node) -> frozenset[str]:
             left = view.tensors(view.live({add: stream}))
@@ -181,17 +181,16 @@ def addition(view: Liveness, node: fx.Node) -> OpCall | None:
     return ops[0] if len(ops[0].inputs) == 2 and type(ops[0].outs) is TensorRef else None
 
 
-def copied(view: Liveness, node: fx.Node) -> Iterator[fx.Node]:
-    """A node, and those that it is a copy of: a stream may be kept in another precision than what the branch reads."""
-    results = view.capture.results
+def carried(view: Liveness, node: fx.Node) -> Iterator[fx.Node]:
+    """A node, and those that it is a copy of: in another precision, say, or times what is learned."""
+    results, values = view.capture.results, view.capture.op_trace.values
     while True:
         yield node
-        inputs = [n for n in view.inputs(node) if collect(results.get(n), TensorRef)]
-        if len(inputs) != 1 or any(name_of(op.func) not in COPIES for op in view.ops.get(node, [])):
+        inputs = [n for n in view.inputs(node) if any(values[ref.id].from_input for ref in collect(results.get(n), TensorRef))]
+        if len(inputs) != 1 or any(name_of(op.func) not in CARRY for op in view.ops.get(node, [])):
             return
         mine, other = results.get(node), results.get(inputs[0])
-        shape = view.capture.op_trace.shape
-        if type(mine) is not TensorRef or type(other) is not TensorRef or shape(mine) != shape(other):
+        if type(mine) is not TensorRef or type(other) is not TensorRef or values[mine.id].shape != values[other.id].shape:
             return
         (node,) = inputs
 
