@@ -103,6 +103,29 @@ def test_branches_of_both_modes_return_them():
     torch.testing.assert_close(pruned.train()(x), pruned.last(2 * h))
 
 
+class Typed(nn.Module):
+    """Returns an object that has a class among its attributes, as caches of transformers have that of their layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        made = Box(self.second(self.first(x).relu()), [1])
+        made.kind = Slotted
+        return made
+
+
+def test_one_that_holds_a_class(tmp_path):
+    model, x = Typed().eval(), torch.randn(2, 6)
+    pruned = fxprune.prune(model, 0.5, x)
+    assert pruned.meta["capture"] == "symbolic" and pruned.first.out_features == 4
+    torch.save(pruned, tmp_path / "whole.pt")
+    for made in (pruned, torch.load(tmp_path / "whole.pt", weights_only=False)):
+        found = made(x)
+        assert type(found) is Box and found.kind is Slotted and found.value.shape == (2, 3)
+
+
 def test_one_that_holds_itself_is_looked_into_once():
     box = Box(torch.ones(2, 2), [torch.zeros(1)])
     box.me = [box]

@@ -17,7 +17,7 @@ from fxprune.passes.capture.evaluation import INDEXING, Evaluator, as_lists, pla
 from fxprune.passes.capture.frames import Frame
 from fxprune.passes.capture.leftovers import pending
 from fxprune.passes.capture.modules import is_standard
-from fxprune.passes.capture.patches import creating
+from fxprune.passes.capture.patches import creating, itself
 from fxprune.passes.capture.pieces import CUTTING, Pieces, number_of_pieces
 from fxprune.passes.capture.proxy import PROXIES, Items, TensorProxy, proxy_for, unwrap
 from fxprune.passes.capture.proxy_attributes import NUMBERS, ProxyAttributes, internal
@@ -231,8 +231,8 @@ class GraphBuilder(ProxyAttributes):
             return a.pack(self)
         if isinstance(a, np.generic) or (type(a) is type and a in DTYPES):  # which generated code cannot write down
             return DTYPES[a] if isinstance(a, type) else a.item()
-        if isinstance(a, nn.Module):
-            return self.module_argument(a)
+        if isinstance(a, nn.Module | type):
+            return self.module_argument(a) if isinstance(a, nn.Module) else self.create_object(itself(a), {})
         if isinstance(a, Tensor):
             name = self.names.get(id(a))
             return (self.constant(a) if name is None else self.attribute(name)).node

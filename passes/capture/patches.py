@@ -285,6 +285,11 @@ def creating(cls: type) -> NamedFunction:
     return NamedFunction(creating, cls, f"new_{cls.__name__}", lambda **attributes: record(cls, attributes))
 
 
+def itself(cls: type) -> NamedFunction:
+    """A function that returns a class, which an object may have as an attribute."""
+    return NamedFunction(itself, cls, f"class_{cls.__name__}", lambda: cls)
+
+
 def outside_torch(cls: type) -> str:
     """The module of a class; this one if it is torch's, where FX would look up whatever is said to be there."""
     return __name__ if cls.__module__.partition(".")[0] == "torch" else cls.__module__
