@@ -26,7 +26,7 @@ from fxprune.passes.capture.opaque import RootWrapper
 from fxprune.passes.capture.plain_modules import PlainModules, is_plain
 from fxprune.passes.capture.proxy import unwrap
 from fxprune.passes.capture.proxy_attributes import internal
-from fxprune.passes.capture.rollback import written_in_place
+from fxprune.passes.capture.rollback import facts_written, written_in_place
 from fxprune.passes.capture.train_eval import Modes, captured_in_both
 from fxprune.passes.errors import PruneError, ReadsValue, WritesWhatItReads, surface
 from fxprune.passes.ir.index_contents import version_of
@@ -287,6 +287,8 @@ class ValueTracer(GraphBuilder):
         Also where it would write to what it has read of a tensor that is assigned anew: what was read stays as it was.
         """
         if (self.wrote_constants and not self.writes_constants) or self.assigned_alone - self.read_as_copies:
+            raise WritesWhatItReads
+        if facts_written(self):
             raise WritesWhatItReads
 
     # -- the result -------------------------------------------------------------------------------------------------

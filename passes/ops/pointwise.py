@@ -68,7 +68,7 @@ def prelu(call: RuleContext) -> Labels:
 
 def same(call: RuleContext) -> Labels:
     """The result has the elements of the first argument."""
-    return call.labels(call.first)
+    return call.labels(call.first) if call.inputs else NONE  # a number
 
 
 POINTWISE = OpSpec(pointwise)
