@@ -264,7 +264,8 @@ class ValueTracer(GraphBuilder):
             name, form = self.names.get(id(tensor)), (value.value.shape, value.value.dtype)
             if name is None or self.assigned.get(name) is value or form != (tensor.shape, tensor.dtype):
                 continue
-            held = self.attributes[name] if name in self.attributes else self.create_proxy("get_attr", name, (), {})
+            read = name in self.attributes  # else it is not where it was
+            held = self.attributes[name] if read else self.bind(self.create_node("get_attr", name, (), {}), tensor)
             self.attributes[name], self.assigned[name] = held, value
             if self.results[held.node] is not self.results[value.node]:  # it was moved to where it is, say
                 self.create_proxy("call_function", assigned, (held, value), {})
