@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fxprune.passes.capture.programs import runs
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_parameters, named_tensors
 from fxprune.passes.ir.pytree import collect, map_tensors
@@ -169,6 +170,9 @@ class ExampleInputs:
         # of several tensors one may be a mask or a table of another dtype
         alone = self.tensors[0] if len(self.tensors) == 1 else None
         if dtypes and alone is not None and alone.is_floating_point() and alone.dtype not in dtypes:
+            given = self.map(lambda t: t.to("meta")) if on_meta else self
+            if runs(model, given.args, given.kwargs, gradients=False):  # it converts them itself
+                return self
             raise PruneError(
                 f"the example inputs are {alone.dtype}, the model is {dtypes[0]}",
                 where=type(model).__name__,

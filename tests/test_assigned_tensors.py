@@ -138,6 +138,23 @@ def test_of_a_size_that_varies_is_kept_where_it_fits():
     assert torch.equal(pruned.seen, x)
 
 
+@pytest.mark.parametrize("state", ["buffer", "attribute"])
+def test_what_is_left_for_others_to_read_is_a_line_of_the_program(state):
+    """It is never read before it is assigned, as a feature that a loss takes from the model."""
+
+    class Leaves(Averaging):
+        def forward(self, h):
+            self.mean = h.detach().mean(0)
+            return h.relu()
+
+    torch.manual_seed(0)
+    model, x = network(Leaves("always", state)).double(), torch.randn(5, 4, dtype=torch.double)
+    pruned = fxprune.prune(model, 0.5, x)
+    assert pruned.meta["capture"] == "symbolic"
+    pruned(x)
+    torch.testing.assert_close(pruned.middle.mean, pruned.first(x).mean(0))
+
+
 class Reversible(nn.Module):
     """Reversible instance norm: one call stores the statistics that another one of the same forward reads."""
 

@@ -175,6 +175,18 @@ def test_example_inputs_of_another_dtype():
     )
 
 
+@pytest.mark.parametrize("convert", [torch.Tensor.half, torch.Tensor.double, lambda x: x.to(torch.bfloat16)])
+def test_example_inputs_that_the_model_converts(convert):
+    class Converts(nn.Sequential):
+        def forward(self, x):
+            return super().forward(convert(x))
+
+    model = Converts(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).to(convert(IMAGES).dtype)
+    small = fxprune.prune(model, 0.5, example_inputs=IMAGES)
+    assert small.verification.ok and small[0].out_channels == 4
+    assert torch.equal(small(IMAGES), fxprune.prune(model, 0.5, example_inputs=convert(IMAGES))(IMAGES))
+
+
 REFUSED = {"channels": torch.zeros(2, 5, 8, 8), "dimensions": torch.zeros(8), "integers": IMAGES.long()}
 
 

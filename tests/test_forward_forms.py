@@ -3,11 +3,13 @@
 import copy
 import functools
 import operator
+from typing import NamedTuple
 
 import pytest
 import torch
 from oracle import plain_masked
 from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
 
 import fxprune
 from fxprune.passes.errors import GuardError
@@ -20,6 +22,52 @@ def halved(model, *inputs):
     assert pruned.verification.ok
     assert sum(p.numel() for p in pruned.parameters()) < 0.8 * sum(p.numel() for p in model.parameters())
     return pruned
+
+
+# -- inputs ------------------------------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """What a loader hands over."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    scale: float = 2.0
+
+    @property
+    def weighted(self):
+        return self.x * self.weight
+
+    def times(self, number):
+        return self._replace(x=self.x * number)
+
+
+BATCHES = {
+    "_replace": lambda batch: batch._replace(x=batch.x * batch.weight).x,
+    "_asdict": lambda batch: batch._asdict()["x"],
+    "_fields": lambda batch: dict(zip(batch._fields, batch, strict=True))["x"],
+    "property": lambda batch: batch.weighted,
+    "method": lambda batch: batch.times(3).x,
+    "isinstance": lambda batch: batch.x if isinstance(batch, Batch) else batch[1],
+}
+
+
+@pytest.mark.parametrize("use", BATCHES)
+def test_a_named_tuple_that_is_given_is_one(use):
+    class Takes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 16), nn.Linear(16, 3)
+
+        def forward(self, batch):
+            return batch._replace(x=self.down(self.up(BATCHES[use](batch)).relu()))
+
+    torch.manual_seed(0)
+    model, batch = Takes(), Batch(torch.randn(4, 6), torch.rand(4, 1))
+    pruned = halved(model, batch)
+    assert pruned.meta["capture"] == "symbolic"
+    out = pruned(Batch(torch.randn(2, 6), torch.rand(2, 1)))
+    assert type(out) is Batch and out.x.shape == (2, 3)
 
 
 # -- hooks -------------------------------------------------------------------------------------------------------------
@@ -670,3 +718,37 @@ def test_rows_are_added_to_a_tensor_that_has_a_width_and_no_rows(start):
     pruned = halved(model, x)
     assert pruned.head.weight.shape == (3, 6)
     torch.testing.assert_close(pruned(x), plain_masked(model, fxprune.plan_of(pruned))(x))
+
+
+# -- functions of torch that run functions -----------------------------------------------------------------------------
+
+
+SCORES = {
+    "a number": lambda score, b, h, q, k: score * 2,
+    "slopes": lambda score, b, h, q, k: score + torch.exp2(-(h + 1) * 2.0) * (k - q),
+    "capped": lambda score, b, h, q, k: 20 * torch.tanh(score / 20),
+}
+
+
+class Scored(nn.Module):
+    """Attention whose scores a function changes, before two layers."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.q, self.k, self.v, self.change = nn.Linear(6, 32), nn.Linear(6, 32), nn.Linear(6, 32), change
+        self.out, self.up, self.down = nn.Linear(32, 6), nn.Linear(6, 24), nn.Linear(24, 6)
+
+    def forward(self, x):
+        q, k, v = (layer(x).unflatten(2, (4, 8)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        x = x + self.out(flex_attention(q, k, v, score_mod=self.change).transpose(1, 2).flatten(2))
+        return x + self.down(self.up(x).relu())
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("name", SCORES)
+def test_attention_with_scores_that_a_function_changes_is_kept(name):
+    torch.manual_seed(0)
+    model, x = Scored(SCORES[name]).eval(), torch.randn(2, 5, 6)
+    pruned = fxprune.prune(model, 0.5, example_inputs=x)
+    assert pruned.verification.ok and pruned.up.weight.shape == (12, 6) and pruned.q.weight.shape == (32, 6)
+    assert "q" in str(fxprune.couple(model, x)).partition("kept whole")[2]

@@ -177,12 +177,42 @@ def test_gradients_that_the_caller_has_to_turn_on():
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # which torch calls when it is asked first
-def test_forward_mode_is_refused_with_a_reason():
+def test_slopes_in_forward_mode():
     class Directional(Forces):
         def forward(self, x):
             return torch.func.jvp(self.energy, (x,), (torch.ones_like(x),))[1]
 
-    model, x = Directional(), torch.rand(4, 6)
-    with pytest.raises(fxprune.PruneError, match=r"nothing in the model can be pruned: every family .* no rule"):
-        fxprune.prune(model, 0.5, example_inputs=x)
-    assert torch.isfinite(model(x)).all()
+    torch.manual_seed(0)
+    model, x = Directional().double(), torch.rand(4, 6).double()
+    pruned = fxprune.prune(model, 0.5, example_inputs=x)
+    assert pruned.energy[0].out_features == 8
+    with torch.no_grad():
+        for name, mask in fxprune.plan_of(pruned).masks(model).items():
+            model.get_parameter(name).mul_(mask)
+        assert torch.allclose(pruned(x), model(x), rtol=1e-9)
+
+
+class Watched(nn.Module):
+    """Does something else, or more, where what it is given has gradients."""
+
+    def __init__(self, ask) -> None:
+        super().__init__()
+        self.ask, self.seen = ask, []
+
+    def forward(self, y):
+        if self.ask(y):
+            y.register_hook(lambda gradient: self.seen.append(gradient.shape))
+        return y
+
+
+@pytest.mark.parametrize("ask", [lambda y: y.requires_grad, lambda y: y.grad_fn is not None, lambda y: not y.is_leaf])
+@pytest.mark.parametrize("inside", [False, True])
+def test_what_is_done_where_there_are_gradients_is_done(ask, inside):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), Watched(ask), nn.ReLU(), nn.Linear(8, 2))
+    if not inside:  # the model itself asks
+        watched, model.forward = model[1], lambda x: model[3](watched.forward(model[0](x)).relu())
+    pruned = fxprune.prune(model, 0.5, example_inputs=torch.rand(3, 4))
+    for training in (True, False):
+        pruned.train(training)(torch.rand(5, 4)).sum().backward()
+    assert pruned[1].seen == [(5, 4)] * 2 and "gradients" in pruned.meta["capture"]

@@ -174,3 +174,42 @@ def test_a_part_of_which_nobody_knows_what_it_does_in_training_evaluates(
     wanted = pruned.eval()(x)
     torch.testing.assert_close(pruned.train()(x), wanted)
     assert pruned.training
+
+
+class Queued(nn.Module):
+    """Keeps the results of training in a queue, at a place that is a buffer, too."""
+
+    def __init__(self, looks: bool) -> None:
+        super().__init__()
+        self.up, self.down, self.last, self.looks = nn.Linear(4, 16), nn.Linear(16, 8), nn.Linear(8, 3), looks
+        self.register_buffer("queue", torch.randn(8, 12))
+        self.register_buffer("place", torch.zeros(1, dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.down(self.up(x).relu())
+        seen = y @ self.queue if self.looks else torch.zeros(())
+        if self.training:
+            at, count = int(self.place), y.shape[0]
+            self.queue[:, at : at + count] = y.detach().T
+            self.place[0] = (at + count) % self.queue.shape[1]
+        return self.last(y) + seen.mean()
+
+
+@pytest.mark.parametrize("looks", [False, True])
+@pytest.mark.parametrize("inside", [False, True])
+def test_what_training_writes_where_a_buffer_says_is_written_there(looks: bool, inside: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Queued(looks).double().eval(), torch.randn(4, 4, dtype=torch.float64)
+    outer = nn.Sequential(model) if inside else model
+    pruned = fxprune.prune(outer, ratio=0.5, example_inputs=x)
+    found = pruned.get_submodule("0") if inside else pruned
+    assert found.up.weight.shape[0] == 8
+    masks = {name.removeprefix("0."): mask for name, mask in fxprune.plan_of(pruned).masks(outer).items()}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        tensor.data.mul_(masks.get(name, torch.ones((), dtype=torch.int64)))
+    kept = model.queue.any(1)
+    for mode in (True, True, False, True, True):  # the fourth batch is written to the beginning again
+        data = torch.randn(4, 4, dtype=torch.float64)
+        torch.testing.assert_close(pruned.train(mode)(data), model.train(mode)(data))
+        torch.testing.assert_close(found.queue, model.queue[kept] if len(found.queue) < 8 else model.queue)
+        assert torch.equal(found.place, model.place)

@@ -206,6 +206,11 @@ def test_numbers_stay_plain_where_a_file_needs_them(use, any_length, tmp_path):
             small(longer)
 
 
+def looked_at(net, x):
+    """The table, in a module that looks at values and so is one node."""
+    return net.table if bool(x.sum() < 1e9) else net.table * 2
+
+
 TABLES = {
     "slice": lambda net, x, n: net.table[:n],
     "later": lambda net, x, n: net.table[2 : n + 2],
@@ -216,6 +221,11 @@ TABLES = {
     "split": lambda net, x, n: net.table.split([n, 32 - n])[0],
     "buffer": lambda net, x, n: net.waves[: x.size(1)],
     "relative": lambda net, x, n: net.table[16 - n : 15 + n].mean(0),
+    "opaque, by index": lambda net, x, n: looked_at(net, x)[torch.arange(n)],
+    "opaque, by a table": lambda net, x, n: looked_at(net, x)[net.places[:n]],
+    "opaque, from one on": lambda net, x, n: looked_at(net, x)[1 : n + 1],
+    "opaque, by selection": lambda net, x, n: looked_at(net, x).index_select(0, torch.ones(n, dtype=torch.long).cumsum(0)),
+    "vectorised": lambda net, x, n: torch.vmap(lambda i: net.table[i])(torch.arange(n)),
     "opaque": lambda net, x, n: net.table[: x.shape[1]] * (2 if bool(net.table.sum() > 0) else 3),
 }
 
@@ -229,6 +239,7 @@ class Placed(nn.Module):
         self.how = how
         self.table, self.tables = nn.Parameter(torch.randn(32, 16)), nn.Parameter(torch.randn(3, 32, 16))
         self.register_buffer("waves", torch.randn(32, 16))
+        self.register_buffer("places", torch.arange(32))
         self.first, self.inner, self.last = nn.Linear(4, 16), nn.Linear(16, 12), nn.Linear(12, 3)
 
     def forward(self, x):

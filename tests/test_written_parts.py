@@ -70,7 +70,23 @@ def test_parts_written_along_channels(write):
     assert pruned.wide.out_features < 8 and pruned.narrow.out_features < 4
 
 
+def most(wide):
+    """Positions of tokens, computed from the input."""
+    return wide.detach().sum((0, 2)).argsort()
+
+
+def into_copy(wide, *index, of=None):
+    wide = wide.clone()
+    wide[index] = wide.flip(1) * 2 if of is None else of
+    return wide
+
+
 TOKENS = {
+    "index of tokens": lambda wide, narrow: into_copy(wide, slice(None), most(wide)),
+    "index of tokens, dots": lambda wide, narrow: into_copy(wide, ..., most(wide), slice(None)),
+    "index of tokens, one for all": lambda wide, narrow: into_copy(wide, slice(None), most(wide)[:2], of=wide[:, :1]),
+    "index of tokens, a column": lambda wide, narrow: into_copy(wide, slice(None), most(wide)[:, None], of=wide.unsqueeze(2)),
+    "index of flags": lambda wide, narrow: into_copy(wide, slice(None), most(wide) < 2, of=wide[:, 1:3]),
     "index_copy": lambda wide, narrow: wide.index_copy(1, torch.tensor([0, 2]), wide[:, 1:3] * 2),
     "scatter": lambda wide, narrow: wide.scatter(1, torch.tensor([0, 2]).view(1, 2, 1).expand_as(wide[:, :2]), wide[:, 1:3]),
     "slice_scatter": lambda wide, narrow: wide.slice_scatter(wide[:, :2] * 2, 1, 1, 3),

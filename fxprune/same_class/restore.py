@@ -161,7 +161,7 @@ def shrunk_copy(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs) -
         return held[name] if name in held else slice_tensor(tensor, slices)
 
     try:
-        whole = capture_program(set_mode(private_copy(model), False), inputs.args, inputs.kwargs, whole=True)
+        whole = capture_program(set_mode(private_copy(model), False), inputs.args, inputs.kwargs, whole="stays of its class")
         solution = couple_channels([whole], plan.coupling_options)
         if plan.slices.keys() - solution.leaves.keys():
             solution.captures[0].is_untrained = True

@@ -23,7 +23,7 @@ from fxprune.passes.capture.leftovers import remove_leftovers
 from fxprune.passes.capture.opaque import RootWrapper
 from fxprune.passes.capture.patches import not_a_models
 from fxprune.passes.capture.patching import Patches
-from fxprune.passes.capture.rollback import ParameterWrites
+from fxprune.passes.capture.rollback import ParameterWrites, facts_written
 from fxprune.passes.capture.tracer import ValueTracer, reason_of
 from fxprune.passes.errors import ConvertsSize, PruneError, WritesWhatItReads, surface
 from fxprune.passes.ir.program import CapturedProgram
@@ -35,13 +35,14 @@ def capture_program(
     kwargs: dict[str, Any],
     *,
     retry: bool = True,
-    whole: bool = False,
+    whole: str = "",
     find_home: Callable[[], torch.device | None] = lambda: None,
 ) -> CapturedProgram:
     """Capture one run of `root` on the example arguments; `root` must be a private copy (see `private_copy`).
 
     `retry=False` lets errors out instead of turning the module where they arose opaque; `whole` captures the model as one
-    opaque module from the start; `find_home` finds the device that tensors are said to be on which are on `meta` for the run.
+    opaque module from the start, and says why; `find_home` finds the device that tensors are said to be on which are on `meta`
+    for the run.
     """
     program = captured(root, args, kwargs, retry, whole, find_home)
     remove_leftovers()
@@ -53,13 +54,13 @@ def captured(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     retry: bool,
-    whole: bool,
+    whole: str,
     find_home: Callable[[], torch.device | None],
 ) -> CapturedProgram:
     tracer = ValueTracer(root, args, kwargs, retry=retry)
     tracer.evaluator.find_home = find_home
     if whole:
-        return trace(as_one_module(tracer, "stays of its class")).program("whole.")
+        return trace(as_one_module(tracer, whole)).program("whole.")
     try:
         while True:
             try:
@@ -132,6 +133,7 @@ def once_more(failed: ValueTracer, function: Any = None, conversions: Conversion
     tracer.conversions = conversions or failed.conversions
     tracer.writes_constants = failed.writes_constants or failed.wrote_constants
     tracer.read_as_copies = failed.read_as_copies | failed.assigned_alone
+    tracer.written = failed.written | facts_written(failed)
     tracer.takes_memory = failed.takes_memory
     failed.discard()
     return tracer

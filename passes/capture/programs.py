@@ -84,6 +84,8 @@ def modes_captured(
     except PruneError as error:  # a model may need targets to train: then it is captured for evaluation
         stay_in_evaluation(found[0], error.what)
         return found
+    if other.prefix and not found[0].prefix:  # in training the model's own forward runs, so it does in evaluation
+        found = [captured(set_mode(private_copy(model), False), *given, final=True, whole=", ".join(other.opaque.values()))]
     if other.prefix != found[0].prefix:
         stay_in_evaluation(found[0], ", ".join(other.opaque.values()))
     elif code(other) != code(found[0]):
@@ -135,11 +137,12 @@ def captured(
     final: bool,
     home: Home = lambda: None,
     possible: Callable[[bool], bool] = lambda gradients: False,
+    whole: str = "",
 ) -> CapturedProgram:
     """The program of a private copy; `possible` says, where that raises, whether the model runs without gradients, or with."""
     numbers = plain_random_state()
     try:
-        made = capture_program(root, args, kwargs, retry=final, find_home=home)
+        made = capture_program(root, args, kwargs, retry=final, whole=whole, find_home=home)
         if not made.opaque and plain_random_state() != numbers:
             made.note = DRAWN
         return made

@@ -39,7 +39,8 @@ class Items(tuple[Any, ...]):
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        return torch.Size if isinstance(vars(self).get("value"), torch.Size) else Items
+        kind = type(vars(self).get("value"))
+        return kind if kind is torch.Size or hasattr(kind, "_fields") else Items
 
     def __repr__(self) -> str:
         items = super().__repr__()  # which writes out each of them
@@ -54,8 +55,11 @@ class Items(tuple[Any, ...]):
         return total
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name in ("node", "value"):
+        named = hasattr(type(vars(self).get("value")), "_fields")
+        if name in ("node", "value") or (name.startswith("_") and not (named and name[1:2] != "_")):
             raise AttributeError(name)
+        if named:
+            return getattr(tuple.__new__(type(self.value), self), name)
         field = getattr(self.value, name)
         return next(proxy for proxy, value in zip(self, self.value, strict=True) if value is field)
 
@@ -317,6 +321,13 @@ def proxy_for(node: fx.Node, tracer: Any, value: Any) -> Any:
     without_memory(made)
     made.node, made.tracer, made.value = node, tracer, value
     return made
+
+
+def may_have_gradients(proxy: TensorProxy, *, turned_on: bool) -> bool:
+    """Whether a tensor, which has no gradients in a capture, has some where its program runs with them, or turns them on."""
+    given = proxy.node.op in ("get_attr", "placeholder") and not turned_on
+    numbers = proxy.value.is_floating_point() or proxy.value.is_complex()
+    return numbers and not given and not isinstance(proxy.value, torch.nn.Parameter)
 
 
 def tracer_of(x: Any) -> Any:

@@ -15,11 +15,11 @@ from torch.overrides import TorchFunctionMode
 from fxprune.passes.capture.conversions import Conversions, legacy
 from fxprune.passes.capture.evaluation import Evaluator, belongs_to_tensors, draws
 from fxprune.passes.capture.frames import Frame
-from fxprune.passes.capture.proxy import PROXIES, Proxy, TensorProxy, unwrap
+from fxprune.passes.capture.proxy import PROXIES, Proxy, TensorProxy, may_have_gradients, unwrap
 from fxprune.passes.capture.recorder import Recorder
 from fxprune.passes.errors import ConvertsSize, NeedsValues, ReadsMissing, ReadsValue
 from fxprune.passes.ir.data_sizes import DataSizes
-from fxprune.passes.ir.program import IS_GRAD_ENABLED, Guard, tensors_read
+from fxprune.passes.ir.program import IS_GRAD_ENABLED, Guard, tensors_behind, tensors_read
 from fxprune.passes.ir.pytree import TensorRef, iterate
 
 # Tensor attributes and methods that are facts of the program rather than values that flow through it.
@@ -85,6 +85,8 @@ class ProxyAttributes(fx.Tracer):
     inlining: bool = False
     reads_numbers: bool = False  # whether any number of the graph is read from a tensor
     takes_memory: bool = False  # whether code takes the memory of a tensor of the model's
+    facts: frozenset[str] = frozenset()  # the names of tensors whose contents Python has read
+    written: frozenset[str] = frozenset()  # those that the forward writes to, too: no facts
     watch_parameters: Callable[[], None]
     # methods of `GraphBuilder`
     bind: Callable[[fx.Node, Any], Any]
@@ -116,7 +118,7 @@ class ProxyAttributes(fx.Tracer):
         if name in WHERE and (value.is_meta if isinstance(value, Tensor) else getattr(value, "type", "") == "meta"):
             raise NeedsValues  # a run without values is on another device than the model
         if isinstance(value, Tensor):
-            if name in HAS_GRADIENTS and self.grad_modes and self.grad_modes[-1][1] and not isinstance(value, nn.Parameter):
+            if name in HAS_GRADIENTS and may_have_gradients(proxy, turned_on=bool(self.grad_modes) and self.grad_modes[-1][1]):
                 raise ReadsValue("gradients")
             if name == "stride":
                 self.fix_strides(proxy)
@@ -196,6 +198,10 @@ class ProxyAttributes(fx.Tracer):
         learned = isinstance(value, nn.Parameter) or value.requires_grad or value.is_floating_point()
         if self.depends[proxy.node] or learned or value.is_meta:
             raise (ReadsMissing if value.is_meta else ReadsValue)(f"{how}() of %{proxy.node.name}")
+        names = tensors_behind(proxy.node)
+        if not names.isdisjoint(self.written):
+            raise ReadsValue(f"{how}() of %{proxy.node.name}, to which the forward writes")
+        self.facts |= names
         return value
 
     def is_number(self, proxy: Any, how: str) -> bool:

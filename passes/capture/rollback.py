@@ -164,6 +164,11 @@ def written_in_place(capture: OpTrace, but_for: Collection[int]) -> set[str]:
     return found
 
 
+def facts_written(tracer: Any) -> frozenset[str]:
+    """The names of tensors that a forward writes to and whose contents Python has read."""
+    return frozenset(tracer.facts & written_in_place(tracer.recorder.op_trace, ())) if tracer.facts else frozenset()
+
+
 def is_filled(value: Any) -> bool:
     return type(value) not in CONTAINERS or bool(value)
 

@@ -26,7 +26,7 @@ from fxprune.passes.capture.opaque import RootWrapper
 from fxprune.passes.capture.plain_modules import PlainModules, is_plain
 from fxprune.passes.capture.proxy import unwrap
 from fxprune.passes.capture.proxy_attributes import internal
-from fxprune.passes.capture.rollback import written_in_place
+from fxprune.passes.capture.rollback import facts_written, written_in_place
 from fxprune.passes.capture.train_eval import Modes, captured_in_both
 from fxprune.passes.errors import PruneError, ReadsValue, WritesWhatItReads, surface
 from fxprune.passes.ir.index_contents import version_of
@@ -264,7 +264,8 @@ class ValueTracer(GraphBuilder):
             name, form = self.names.get(id(tensor)), (value.value.shape, value.value.dtype)
             if name is None or self.assigned.get(name) is value or form != (tensor.shape, tensor.dtype):
                 continue
-            held = self.attributes[name] if name in self.attributes else self.create_proxy("get_attr", name, (), {})
+            read = name in self.attributes  # else it is not where it was
+            held = self.attributes[name] if read else self.bind(self.create_node("get_attr", name, (), {}), tensor)
             self.attributes[name], self.assigned[name] = held, value
             if self.results[held.node] is not self.results[value.node]:  # it was moved to where it is, say
                 self.create_proxy("call_function", assigned, (held, value), {})
@@ -287,6 +288,8 @@ class ValueTracer(GraphBuilder):
         Also where it would write to what it has read of a tensor that is assigned anew: what was read stays as it was.
         """
         if (self.wrote_constants and not self.writes_constants) or self.assigned_alone - self.read_as_copies:
+            raise WritesWhatItReads
+        if facts_written(self):
             raise WritesWhatItReads
 
     # -- the result -------------------------------------------------------------------------------------------------

@@ -149,7 +149,7 @@ def with_unread(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     try:
         with own_random_state():
             whole = couple_channels(
-                [capture_program(trained(private_copy(model)), args, kwargs, whole=True)], CouplingOptions()
+                [capture_program(trained(private_copy(model)), args, kwargs, whole="stays of its class")], CouplingOptions()
             )
     except Exception as error:  # it cannot be run in training
         surface(error)

@@ -147,7 +147,8 @@ def propagate_through(program: Program, state: PropagationState, owned: int) -> 
             state.sliced_dims = functools.partial(dims_sliced, capture, op.node, labels, owned)
             sized = any(is_input_size(found, labels, owned) for found in program.sizes[op.node])
         call = RuleContext(op, state)
-        if sized or (state.varying and any(r.id in state.varying for r in call.inputs)):
+        made = state.opaque and not call.inputs  # by code that may have read sizes of the inputs
+        if sized or made or (state.varying and any(r.id in state.varying for r in call.inputs)):
             state.varying.update(r.id for r in call.outputs)
         if not counts:
             apply_rule(call)

@@ -41,6 +41,7 @@ class PropagationState:
         uniform: values whose entries are all equal, with the one they are views of; `read_before`: those that a call has read.
         unread: copies and constants that no call has read yet, with the dimensions along which their labels are new.
         seeking_heads: whether this pass only looks for heads.
+        summed: in that pass, rows that a product has summed over, by the label that stands for each.
         choices: whether entries that are chosen by value may go, those that are never chosen.
         picks: values that are numbers of chosen entries, each with the labels that they are numbers of.
         number: one of them that Python has just read.
@@ -70,6 +71,7 @@ class PropagationState:
     read_before: set[int] = field(default_factory=set)
     unread: dict[int, frozenset[int]] = field(default_factory=dict)
     seeking_heads: bool = False
+    summed: dict[int, Tensor] = field(default_factory=dict)
     choices: bool = False
     picks: dict[int, np.ndarray] = field(default_factory=dict)
     number: tuple[Any, np.ndarray] | None = None

@@ -97,7 +97,8 @@ def map_tensors(x: Any, fn: Callable[[Any], Any], kind: type | tuple[type, ...] 
         return x
     if isinstance(x, tuple):
         mapped = [map_tensors(v, fn, kind) for v in x]
-        return tuple.__new__(type(x), mapped) if hasattr(x, "_fields") else tuple(mapped)  # its kind may check what it is given
+        named = hasattr(type(x), "_fields")
+        return tuple.__new__(type(x), mapped) if named else tuple(mapped)  # its kind may check what it is given
     if isinstance(x, list):
         return [map_tensors(v, fn, kind) for v in x]
     if isinstance(x, dict):

@@ -331,6 +331,7 @@ register("new_zeros", dataclasses.replace(CREATED, sizes=SizeArguments(1), fille
 register("randint", dataclasses.replace(CREATED, sizes=SizeArguments(-1)))
 register("normal", OpSpec(drawn, sizes=SizeArguments(2)))
 register("multinomial", OpSpec(frozen("is drawn by value")))
+register("_efficientzerotensor", OpSpec(ramp, filled_with=lambda call: 0))  # of forward-mode autograd, as large as a tensor
 register("empty_strided new_empty_strided", OpSpec(uniform))
 register("scalar_tensor", OpSpec(uniform, filled_with=lambda call: call["s"]))
 register("arange linspace logspace eye hann_window", OpSpec(ramp, make_whole))

@@ -62,6 +62,19 @@ def diagonal(call: RuleContext) -> Labels:
     return (*unify(call, sides[0], shape, sides[1], shape), *(g for f in rest for g in call.settle(f)))
 
 
+def of_size_one(contents: list[Tensor | None]) -> list[Tensor | None]:
+    """Indices that take the only entry of dimensions of size 1, where others with these contents index: to the same places."""
+    found: list[Tensor | None] = []
+    for c in contents:
+        if c is None:
+            found.append(None)
+        elif c.dtype in (torch.bool, torch.uint8):
+            found += [torch.zeros(1, dtype=torch.int64)] * c.dim()
+        else:
+            found.append(torch.zeros([1] * c.dim(), dtype=torch.int64))
+    return found
+
+
 def windows(call: RuleContext) -> Labels:
     """(*, n, *) -> (*, n / size, *, size): windows, each of which keeps equally many entries."""
     shape, size = call.shape(call.first), call["size"]

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from fxprune.passes.ir.labels import NONE, Labels, align, along, expand_along, factor
 from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ops.call import RuleContext, frozen
-from fxprune.passes.ops.index_maps import COMPUTED, one_by_one
+from fxprune.passes.ops.index_maps import COMPUTED, of_size_one, one_by_one
 from fxprune.passes.ops.masking import with_zeros
 from fxprune.passes.ops.movement import slice_
 from fxprune.passes.ops.registry import OpSpec, register
@@ -48,19 +48,6 @@ def index(call: RuleContext) -> Labels:
     return result
 
 
-def of_size_one(contents: list[Tensor | None]) -> list[Tensor | None]:
-    """Indices that take the only entry of dimensions of size 1, where others with these contents index: to the same places."""
-    found: list[Tensor | None] = []
-    for c in contents:
-        if c is None:
-            found.append(None)
-        elif c.dtype in (torch.bool, torch.uint8):
-            found += [torch.zeros(1, dtype=torch.int64)] * c.dim()
-        else:
-            found.append(torch.zeros([1] * c.dim(), dtype=torch.int64))
-    return found
-
-
 def stand_in(call: RuleContext, ref: TensorRef) -> Tensor:
     return torch.zeros(call.shape(ref), dtype=torch.bool if is_mask(call, ref) else torch.int64)
 
@@ -81,7 +68,7 @@ def index_put(call: RuleContext) -> Labels:
 
     (1) Indices that are constants of the model: each value is tied to the entry that it replaces.
     (2) One mask over leading dimensions, and a value that is the same wherever it is written: a choice element by element.
-    (3) Rows are written: the dimensions behind the indexed ones correspond from the right.
+    (3) Other dimensions than the indexed ones correspond.
     """
     x, indices, values = call["self"], call["indices"], call["values"]
     shape, size = call.shape(x), call.shape(values)
@@ -89,9 +76,6 @@ def index_put(call: RuleContext) -> Labels:
     if rewritten and all(i is None or call.data(i) is not None for i in indices):
         return put_at_constants(call, x, indices, values)
     indexed = indexed_dims(call, indices)
-    if indexed != list(range(len(indexed))):
-        call.freeze(call.labels(x) + call.labels(values), COMPUTED)
-        return NONE
     behind = len(shape) - len(indexed)
     lead = max(0, len(size) - behind)
     if len(indices) == 1 and is_mask(call, indices[0]) and set(size[:lead]) <= {1}:
@@ -104,12 +88,7 @@ def index_put(call: RuleContext) -> Labels:
     for i in indices:
         if i is not None:
             call.freeze(call.labels(i), "holds indices")
-    passed = call.freeze_dims(call.labels(x), indexed, COMPUTED)
-    tail = tuple(factor(f.labels.reshape(f.labels.shape[len(indexed) :])) for f in passed)
-    kept = call.freeze_dims(call.labels(values), range(lead), COMPUTED)
-    tails = tuple(factor(f.labels.reshape(f.labels.shape[lead:])) for f in kept)
-    unify(call, tail, shape[len(indexed) :], *align(tails, size[lead:], behind))
-    return passed
+    return put_at_computed(call, x, indices, values)
 
 
 def indexed_dims(call: RuleContext, indices: list[TensorRef | None]) -> list[int]:
@@ -125,6 +104,25 @@ def indexed_dims(call: RuleContext, indices: list[TensorRef | None]) -> list[int
 
 def is_mask(call: RuleContext, ref: TensorRef) -> bool:
     return call.op_trace.values[ref.id].dtype in (torch.bool, torch.uint8)
+
+
+def put_at_computed(call: RuleContext, x: TensorRef, indices: list[TensorRef | None], values: TensorRef) -> Labels:
+    """Where what is written comes to depends on the inputs: along the indexed dimensions all stays."""
+    indexed, shape, size = indexed_dims(call, indices), call.shape(x), call.shape(values)
+    rest = [d for d in range(len(shape)) if d not in indexed]
+    rank = max(1 if is_mask(call, i) else len(call.shape(i)) for i in indices if i is not None)
+    at = indexed[0] if indexed == list(range(indexed[0], indexed[0] + len(indexed))) else 0  # in front if others lie between
+    order = [*rest[:at], *[None] * rank, *rest[at:]]  # of the dimensions of what is written
+    laid = lambda sizes: [1 if d is None else sizes[d] for d in order]  # noqa: E731
+    passed = call.freeze_dims(call.labels(x), indexed, COMPUTED)
+    places = tuple(factor(f.labels.reshape(laid(f.labels.shape)), tuple(map(order.index, f.major_to_minor))) for f in passed)
+    if len(size) > len(order):
+        call.freeze(call.labels(values) + places, COMPUTED)
+        return passed
+    given, size = align(call.labels(values), size, len(order))
+    kept = call.freeze_dims(given, [d for d, n in enumerate(order) if n is None], COMPUTED)
+    unify(call, places, laid(shape), kept, size)
+    return passed
 
 
 def put_at_constants(call: RuleContext, x: TensorRef, indices: list[TensorRef | None], values: TensorRef) -> Labels:

@@ -72,8 +72,11 @@ def contract(
         # rows survive a sum over the minor dimensions; a sum over major ones mixes what is packed row by row
         if rest and f.dims & set(summed) and f.major_to_minor[-1] not in summed:
             result += call.collapse(f, [d for d in summed if d in f.dims])
-        elif not call.heads and rest and f.dims & set(summed) and rest <= set(batch):
+        elif rest and f.dims & set(summed) and (call.state.seeking_heads or (not call.heads and rest <= set(batch))):
             result.append(call.constraints.new_row_labels(f, tuple(rest), whole=False))
+            if call.state.seeking_heads:  # this is all that is seen of heads behind the product
+                made = call.constraints.collected.row_labels[-1]
+                call.state.summed.update(zip(made.labels.tolist(), made.entries, strict=True))
     if heads:
         result += [h for h in heads if not any(h.dims <= f.dims for f in result)][:1]
     return tuple(result)
@@ -104,14 +107,10 @@ def mixed(call: RuleContext, mine: Labels, theirs: Labels, summed: Sequence[int]
     for f in mine:
         rows = [d for d in f.major_to_minor if d in summed]
         free = f.major_to_minor[-1] not in (*summed, *shared)
-        if not rows or not free or any(f.dims <= g.dims for g in theirs):
-            result.append(f)
-            continue
+        apart = rows and free and not any(f.dims <= g.dims for g in theirs)
         count = math.prod(f.labels.shape[d] for d in rows)
-        if 2 * count * count < len(f.labels.unique()):
-            result += call.collapse(f, rows)
-        else:
-            result.append(f)
+        few = apart and 2 * count * count < len(f.labels.unique())
+        result += call.collapse(f, rows) if few else (f,)
     return tuple(result)
 
 
@@ -128,6 +127,10 @@ def as_heads(call: RuleContext, labels: Labels, batch: Sequence[int]) -> Labels:
             head = factor(f.labels.amax(rest, keepdim=True), rows)
             if head.major_to_minor:
                 found.append(head)
+        elif rows and call.state.summed.keys() >= set(f.flat.tolist()):
+            entries = [call.state.summed[x] for x in f.flat.tolist()]
+            if len(set(map(len, entries))) == 1:
+                call.constraints.add_head_rows(torch.stack(entries))
     return tuple(found)
 
 

@@ -73,12 +73,14 @@ def cut(call: RuleContext, f: Factor, dim: int, start: int, stop: int, step: int
 
 
 def note_read(call: RuleContext, dim: int, parts: Sequence[slice]) -> None:
-    """Note what is read along a dimension, by whichever part of the result, where sizes of the inputs say how far."""
+    """Note what is read along a dimension, by whichever part of the result, where sizes of inputs say how far, or may."""
     varying = [f for f in call.labels(call.first) if dim in f.dims]
     inside = [call.state.sizes.get(out.id, {}).get(dim) for out in call.outputs]
-    if varying and (
-        any(isinstance(size, TensorSize) and call.state.is_inputs(size) for size in inside) or dim in call.state.sliced_dims()
-    ):
+    unknown = None in inside and call.state.opaque
+    by_inputs = unknown or any(isinstance(size, TensorSize) and call.state.is_inputs(size) for size in inside)
+    if by_inputs:
+        call.state.varying.update(out.id for out in call.outputs)
+    if varying and (by_inputs or dim in call.state.sliced_dims()):
         uses = call.state.uses
         used = [part for part, out in zip(parts, call.outputs, strict=True) if not uses or out.id in uses]
         for f in varying:

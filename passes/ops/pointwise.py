@@ -68,9 +68,19 @@ def prelu(call: RuleContext) -> Labels:
     return call.labels(x)
 
 
+def quantized(call: RuleContext) -> list[Labels]:
+    """With a scale and a zero point for each entry along an axis, or one for all."""
+    x, *given = call.inputs
+    labels, shape, axis = call.labels(x), call.shape(x), call.get("axis")
+    for ref in given if axis is not None else ():
+        lifted = tuple(f.at(axis, len(shape)) for f in call.labels(ref))
+        labels = unify(call, labels, shape, lifted, [n if d == axis else 1 for d, n in enumerate(shape)])
+    return [labels] * len(call.outputs)
+
+
 def same(call: RuleContext) -> Labels:
     """The result has the elements of the first argument."""
-    return call.labels(call.first)
+    return call.labels(call.first) if call.inputs else NONE  # a number
 
 
 POINTWISE = OpSpec(pointwise)
@@ -115,6 +125,12 @@ register(
 )
 register("fill copy copy_", OpSpec(overwrite))
 register("prelu", OpSpec(prelu))
+register(
+    "fake_quantize_per_tensor_affine fake_quantize_per_tensor_affine_cachemask"
+    " _fake_quantize_per_tensor_affine_cachemask_tensor_qparams _fake_quantize_learnable_per_tensor_affine"
+    " fake_quantize_per_channel_affine fake_quantize_per_channel_affine_cachemask _fake_quantize_learnable_per_channel_affine",
+    OpSpec(quantized),
+)
 register("detach alias", OpSpec(same, moves=True, views=True))
 register("clone contiguous", OpSpec(same, moves=True))
 register("_to_copy to", OpSpec(same, filled_with=lambda call: call.first))

@@ -131,8 +131,16 @@ def find(func: Any) -> OpSpec:
     schema = getattr(func, "_schema", None)
     found = UNKNOWN if schema is None else named(schema.name)
     if found is UNKNOWN:
-        found = next((TAGGED[tag] for tag in getattr(func, "tags", ()) if tag in TAGGED), UNKNOWN)
+        found = next((TAGGED[tag] for tag in tags_of(func) if tag in TAGGED), UNKNOWN)
     return found
+
+
+def tags_of(func: Any) -> Iterable[torch.Tag]:
+    """The tags of a dispatcher function; one of `prims`, which have none, does what the op of its name in `aten` does."""
+    space, _, name = getattr(getattr(func, "_schema", None), "name", "").partition("::")
+    packet = getattr(torch.ops.aten, name, None) if space == "prims" else None
+    forms = [func] if packet is None else [getattr(packet, form) for form in packet.overloads()]
+    return [tag for form in forms for tag in getattr(form, "tags", ())]
 
 
 def spec_of(op: OpCall) -> OpSpec:

@@ -151,6 +151,18 @@ def attention_einsum():
     return separate(forward)
 
 
+@graph(targets=SPLIT, heads=HINTS, min_removed=0.4)
+def attention_turned_by_matrices():
+    """A rotary embedding as one matrix for each position, which all heads are multiplied by."""
+
+    def forward(self, x):
+        q, k, v = (layer(x).unflatten(-1, (4, 6)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        q, k = (torch.einsum("bhnd,nde->bhne", t, self.turns) for t in (q, k))
+        return self.head(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    return separate(forward, turns=parameter(7, 6, 6))
+
+
 @graph(targets=("wq", "wk", "wv", "wo"), min_removed=0.4)
 def attention_einsum_with_parameters():
     """Keras and Flax: one three-dimensional weight each, no reshape anywhere."""

@@ -142,6 +142,23 @@ def weight_masked_by_hook():
     return chain(conv(3, 12), b)
 
 
+@graph(targets=("a.weight", "b.weight", "scale"), min_removed=0.4)
+def weight_fake_quantised_by_channel():
+    """torch.ao.quantization: weights with a scale for each channel, activations with one for all."""
+
+    def forward(self, x):
+        scale = self.scale.float().abs() * 0.01 + 0.01
+        weight = torch.fake_quantize_per_channel_affine(self.a.weight, scale, self.zero, 0, -128, 127)
+        x = torch.fake_quantize_per_tensor_affine(F.linear(x, weight, self.a.bias).relu(), 0.05, 0, 0, 255)
+        return self.head(self.b(x).relu())
+
+    parts = {"a": linear(10, 14), "b": linear(14, 20), "head": linear(20, 5)}
+    model = net(forward, **parts)
+    model.register_buffer("scale", torch.rand(14) * 0.1 + 0.05)
+    model.register_buffer("zero", torch.zeros(14, dtype=torch.int32))
+    return model, features()
+
+
 @graph(targets=("a.weight", "b.weight"), min_removed=0.4)
 def weight_fake_quantised():
     def forward(self, x):
