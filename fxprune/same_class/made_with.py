@@ -42,7 +42,7 @@ def sizes_of_layers(module: nn.Module, counterpart: nn.Module, name: str) -> set
             if type(layer).__name__ == layer_kind and type(layer).__module__.startswith("torch.nn.") and path in layers:
                 argument: Any = dict(enumerate(inspect.signature(type(layer)).parameters)).get(key, key)
                 size: Any = getattr(layers[path], str(argument), None)
-                if getattr(layer, str(argument), None) == getattr(module, name) and is_whole(size):
+                if is_whole(size) and getattr(layer, str(argument), None) == getattr(module, name):
                     found.add(int(size))
     return found
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fxprune.passes.errors import surface
 from fxprune.passes.ir.module_tree import named_tensors, walk, with_outer
 from fxprune.passes.ir.pytree import collect
 
@@ -94,7 +95,8 @@ def listed_shapes(model: nn.Module, path: str, run: Callable[[nn.Module], Any]) 
         for name in ["forward", *(name for name in dir(type(module)) if name.startswith("forward_"))]:
             try:
                 returned = out if name == "forward" else getattr(module, name)(*args, **kwargs)
-            except Exception:  # it takes something else
+            except Exception as error:  # it takes something else
+                surface(error)
                 continue
             for some in (returned, *(returned if type(returned) is tuple else ())):
                 if type(some) in (tuple, list) and all(isinstance(t, Tensor) for t in some):
