@@ -74,6 +74,15 @@ def bert():
     return transformers.BertModel(transformers.BertConfig(**sizes, num_attention_heads=4, max_position_embeddings=64))
 
 
+def mistral():
+    """Its eager code leaves out the mask of an input without padding that is shorter than the window; a program has it."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.MistralConfig(**sizes, num_key_value_heads=2, sliding_window=8, use_cache=False)
+    return transformers.MistralModel(config)
+
+
 def words(*shape):
     return torch.randint(3, 99, shape, generator=torch.Generator().manual_seed(0))
 
@@ -91,6 +100,7 @@ CASES = {  # the model, inputs of which the first is the example, the dimensions
         [noise(b, 3, h, w) for b, h, w in ((2, 32, 32), (3, 48, 32), (5, 39, 42), (4, 17, 40))],
         IMAGES,
     ),
+    "mistral": (mistral, [words(b, n) for b, n in ((2, 6), (3, 5), (2, 9), (4, 20))], TOKENS),
     "bert": (bert, [words(b, n) for b, n in ((2, 12), (3, 9), (5, 15), (4, 30), (6, 7))], TOKENS),
 }
 
@@ -131,7 +141,7 @@ def exported(model, x, free, kind=Dim.DYNAMIC, strict=False):
         return torch.export.export(model, (x,), dynamic_shapes=(shapes,), strict=strict)
 
 
-@pytest.mark.parametrize(("name", "dynamic"), [("attends", None), ("pyramid", True), ("bert", True)])
+@pytest.mark.parametrize(("name", "dynamic"), [("attends", None), ("pyramid", True), ("bert", True), ("mistral", True)])
 def test_compiled_code_takes_other_sizes(pruned, name, dynamic):
     """It is not compiled anew for each of them, but where torch takes sizes for fixed, or for equal, that then are not."""
     small, inputs, _ = pruned(name)
@@ -143,6 +153,17 @@ def test_compiled_code_takes_other_sizes(pruned, name, dynamic):
 def test_exported_programs_take_other_sizes(pruned, name, kind):
     small, inputs, free = pruned(name)
     same(small, exported(small, inputs[0], free, kind).module(), *inputs)
+
+
+def test_a_mask_that_eager_code_may_leave_out_is_in_the_program(pruned):
+    """Padding, and what is longer than the window, are no other programs, though the example has neither."""
+    model, inputs = mistral().eval(), {"input_ids": words(2, 6), "attention_mask": torch.ones(2, 6, dtype=torch.long)}
+    assert fxprune.verify(model, pruned("mistral")[0], words(2, 20)).ok
+    small = fxprune.prune(model, 0.5, example_inputs=inputs)
+    for n in (6, 20):
+        padded = torch.ones(2, n, dtype=torch.long)
+        padded[1, :3] = 0
+        assert fxprune.verify(model, small, {"input_ids": words(2, n), "attention_mask": padded}).ok
 
 
 def test_named_dimensions_are_shared(pruned):

@@ -347,6 +347,40 @@ def test_what_modules_hand_to_one_another_tells_where_the_nearest_tensors_do_not
     assert small.features[2].width == 16 and small.meta["stale"] == ("features.2.width",)
 
 
+class Stages(nn.Module):
+    """Two stages of one width, of which numbers mean one: that of the head, and that of what another method returns."""
+
+    def __init__(self, widths=(12, 16, 16)):
+        super().__init__()
+        self.num_features = self.hidden_size = widths[-1]
+        self.middle_width: int = widths[1]
+        self.stem, self.middle, self.last = nn.Linear(6, 12), nn.Linear(12, 16), nn.Linear(16, 16)
+        self.head = nn.Linear(self.num_features, 3)
+        self.info = [{"channels": n, "module": f"stage{i}"} for i, n in enumerate(widths)]
+
+    def forward_stages(self, x):
+        stages = [self.stem(x).relu()]
+        stages.append(self.middle(stages[0]).relu())
+        return x, [*stages, self.last(stages[1]).relu()]
+
+    def forward(self, x):
+        return self.head(self.forward_stages(x)[1][-1])
+
+    def reset(self, classes):
+        self.head = nn.Linear(self.num_features, classes)
+
+
+def test_layers_that_a_class_makes_with_a_number_and_lists_that_its_methods_return_tell_what_it_counts():
+    model, x = Stages().eval(), torch.randn(2, 6)
+    small = fxprune.prune(model, {"stem": 0.5, "middle": 0.25, "last": 0.375}, x, same_class=True)
+    assert [tuple(t.shape) for t in small.forward_stages(x)[1]] == [(2, 6), (2, 12), (2, 10)]
+    assert small.num_features == small.hidden_size == 10
+    assert [record["channels"] for record in small.info] == [6, 12, 10]
+    assert small.middle_width == 16 and small.meta["stale"] == ("middle_width",), "no layer is seen to be made with it"
+    small.reset(7)
+    assert small(x).shape == (2, 7) and model.num_features == model.info[1]["channels"] == 16
+
+
 def test_settings_of_which_most_are_no_sizes_stay():
     """A number of a run may happen to be a width; that one is named."""
     run = {"batch_size": 16, "epochs": 90, "workers": 7, "steps": 500}

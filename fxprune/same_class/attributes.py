@@ -18,6 +18,7 @@ from torch import nn
 from fxprune.passes.ir.module_tree import walk
 from fxprune.passes.ir.pytree import ATOMS
 from fxprune.same_class.holders import fields_of, holders, members, put
+from fxprune.same_class.made_with import sizes_of_layers
 from fxprune.same_class.records import update_records
 from fxprune.same_class.sizes import SEQUENCES, Sizes, is_number, is_whole, joined
 
@@ -56,6 +57,8 @@ def numbers_left(model: nn.Module, made: nn.Module, is_exact: Callable[[], bool]
             if name.startswith("_") or fields_of(value) or not is_number(value) or vars(counterpart).get(name) != value:
                 continue
             now = number_now(path, value, sizes)
+            if now is None and is_whole(value) and len(told := sizes_of_layers(module, counterpart, name)) == 1:
+                now = [type(value)(told.pop())]
             if now is None:
                 stale.append(joined(path, name))
             elif now and now != [value]:

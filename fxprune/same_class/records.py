@@ -3,6 +3,8 @@
 They are about the outputs of these modules: a number of theirs is a width if it is the size of the channels, second or last, of
 an output of every one; that of a list of blocks is the output of the last. Where none of the modules is called, it is one if
 each has tensors of this size. Numbers of records that name no module, among others that do, are told as those of a tuple are.
+Where some are left in doubt, a list decides that a method of the class returns, such as `forward_intermediates` of timm, with a
+tensor for each record.
 """
 
 from __future__ import annotations
@@ -44,6 +46,8 @@ def update_records(model: nn.Module, made: nn.Module, sizes: Sizes) -> list[str]
                 named = [(i, owner, size) for i, size in there for owner in [owners[i]] if owner is not None]
                 there = [(i, size) for i, _, size in named]
                 told = told_by_outputs([(owner, size) for _, owner, size in named], *shapes) if there else []
+            if any(len(now) != 1 for now in told) and len(there) == len(records):
+                told = told_by_lists([size for _, size in there], *sizes.listed(path)) or told
             for (i, _), now in zip(there, told, strict=bool(told)):
                 if len(now) == 1:
                     changed[i][key] = min(now)
@@ -95,6 +99,17 @@ def told_by_outputs(
         told = {now[d] for was, now in both if len(was) == len(now) for d in dims if is_size_of(size, was, d)}
         found.append(told or nearest_sizes(owner, size, pairs))
     return found
+
+
+def told_by_lists(numbers: list[int], before: dict[str, list[Shape]], after: dict[str, list[Shape]]) -> list[set[int]]:
+    """What the numbers of records may be now, by lists of tensors, one for each record; empty where none has these sizes."""
+    pairs = [(before[name], after[name], d) for name in before.keys() & after.keys() for d in (1, -1)]
+    fitting = [
+        (now, d)
+        for was, now, d in pairs
+        if len(was) == len(now) == len(numbers) and all(is_size_of(n, s, d) for n, s in zip(numbers, was, strict=True))
+    ]
+    return [{now[i][d] for now, d in fitting} for i in range(len(numbers))] if fitting else []
 
 
 def named_module(record: dict[str, Any], path: str, paths: set[str]) -> str | None:

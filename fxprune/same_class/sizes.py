@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fxprune.passes.errors import surface
 from fxprune.passes.ir.module_tree import named_tensors, walk, with_outer
 from fxprune.passes.ir.pytree import collect
 
@@ -29,6 +30,7 @@ class Sizes:
         self.pairs = shape_pairs(model, made)
         self.both = functools.cache(lambda: (call_shapes(model, run), call_shapes(made, run)))
         self.inside = functools.cache(lambda: handed_on(*self.both()))
+        self.listed = functools.cache(lambda path: (listed_shapes(model, path, run), listed_shapes(made, path, run)))
 
     def now(self, path: str, size: int) -> set[int]:
         """What the dimensions of a size that a module may count are now."""
@@ -82,6 +84,29 @@ def call_shapes(model: nn.Module, run: Callable[[nn.Module], Any]) -> Calls:
         for module, path in walk(model).items():
             stack.callback(module.register_forward_hook(noted(path), with_kwargs=True).remove)
         run(model)
+    return found
+
+
+def listed_shapes(model: nn.Module, path: str, run: Callable[[nn.Module], Any]) -> dict[str, list[Shape]]:
+    """The shapes in lists of tensors that a module's forward returns, or its methods `forward_...` where they take the same."""
+    found: dict[str, list[Shape]] = {}
+
+    def note(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        for name in ["forward", *(name for name in dir(type(module)) if name.startswith("forward_"))]:
+            try:
+                returned = out if name == "forward" else getattr(module, name)(*args, **kwargs)
+            except Exception as error:  # it takes something else
+                surface(error)
+                continue
+            for some in (returned, *(returned if type(returned) is tuple else ())):
+                if type(some) in (tuple, list) and all(isinstance(t, Tensor) for t in some):
+                    found[name] = [tuple(t.shape) for t in some]
+
+    handle = model.get_submodule(path).register_forward_hook(note, with_kwargs=True)
+    try:
+        run(model)
+    finally:
+        handle.remove()
     return found
 
 
