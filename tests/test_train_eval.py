@@ -13,6 +13,7 @@ from transformers.models.groupvit.modeling_groupvit import GroupViTAssignAttenti
 import fxprune
 from fxprune.passes.capture import programs as capture_programs
 from fxprune.passes.capture import train_eval
+from fxprune.passes.capture.evaluation import Evaluator
 
 X = torch.randn(3, 5, dtype=torch.float64)
 
@@ -207,6 +208,23 @@ class InsideLearns(Inside):
         return self.decoder(x)
 
 
+class Caught(nn.Module):
+    """Does in training what it does in evaluation up to the last step, and catches all that is raised there."""
+
+    def forward(self, x):
+        x = F.dropout(x, 1.0, self.training) + x
+        try:
+            return x.abs() if self.training else x.sin()
+        except BaseException:
+            return x
+
+
+class InsideCaught(InsideLearns):
+    def __init__(self):
+        super().__init__()
+        self.decoder = Caught()
+
+
 class InsideLate(Inside):
     def __init__(self):
         super().__init__()
@@ -276,7 +294,7 @@ class Attends(Net):
         return self.norm(self.layer(x[:, None])).squeeze(1) + x
 
 
-ONCE = (Nested, Plain, Inside, InsideLate, InsideLearns, OwnTrain)
+ONCE = (Nested, Plain, Inside, InsideCaught, InsideLate, InsideLearns, OwnTrain)
 TWICE = (Dropped, DroppedInPlace, Normed, Scaled, HandedToPython, Compared, Counted, Kept, HandedDown, Keeps)
 
 
@@ -408,6 +426,22 @@ def test_branches_that_differ_in_a_flag_alone_are_one_program_with_two_flags(cap
         flags.append(next(n.kwargs["training"] for n in calls if n.target is F.dropout))
     assert flags == [False, True]
     assert not torch.equal(pruned.eval()(torch.ones(3, 5)), pruned.train()(torch.ones(3, 5)))
+
+
+class Decides(Attention):
+    def forward(self, x):
+        return super().forward(x) if x.shape[0] > 1 else x
+
+
+def test_what_training_does_again_is_not_evaluated_again(captures, monkeypatch):
+    evaluated, plain = [], Evaluator.evaluate
+    monkeypatch.setattr(
+        Evaluator, "evaluate", lambda self, node, *given: evaluated.append(node.target) or plain(self, node, *given)
+    )
+    model = nn.Sequential(nn.Linear(5, 8), Decides(), nn.Linear(8, 4)).eval()
+    fxprune.prune(model, 0.5, example_inputs=torch.randn(3, 5), verify=False)
+    assert evaluated.count(F.linear) == 2 and evaluated.count(F.dropout) == 1
+    assert len(captures) == 1 and [guard.value for guard in captures[0].guards] == [True]
 
 
 class Assigns(nn.Module):

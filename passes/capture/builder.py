@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import operator
 import weakref
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,9 @@ from torch import Tensor, fx, nn
 
 from fxprune.passes.capture.conversions import Conversions
 from fxprune.passes.capture.evaluation import INDEXING, Evaluator, as_lists, plain_key
-from fxprune.passes.capture.frames import Frame
+from fxprune.passes.capture.frames import Constant, Frame, Repetition
 from fxprune.passes.capture.leftovers import pending
-from fxprune.passes.capture.modules import is_standard
+from fxprune.passes.capture.modules import is_layer
 from fxprune.passes.capture.patches import creating, itself
 from fxprune.passes.capture.pieces import CUTTING, Pieces, number_of_pieces
 from fxprune.passes.capture.proxy import PROXIES, Items, TensorProxy, proxy_for, unwrap
@@ -27,9 +26,9 @@ from fxprune.passes.errors import NeedsValues, ReadsValue
 from fxprune.passes.ir.index_contents import version_of
 from fxprune.passes.ir.meta_kernels import RESHAPING
 from fxprune.passes.ir.module_tree import every_path, named_tensors
-from fxprune.passes.ir.program import Guard, TracedCall, select_by_mode
+from fxprune.passes.ir.program import Guard, TracedCall
 from fxprune.passes.ir.progress import progress_bar
-from fxprune.passes.ir.pytree import ATOMS, attributes_of, is_record, like_dict, map_tensors, record
+from fxprune.passes.ir.pytree import ATOMS, attributes_of, is_record, like_dict, map_tensors, record, tensors
 
 HAS_NODES = ATOMS | PROXIES
 PLAIN = ATOMS | {complex, torch.layout, torch.memory_format}
@@ -38,15 +37,6 @@ RESHAPES = frozenset(name.removeprefix("aten::") for name in RESHAPING)  # metho
 RESHAPES |= {getattr(torch, name) for name in RESHAPES if hasattr(torch, name)}
 BY_STRIDES = frozenset(["as_strided", torch.as_strided])
 ARITHMETIC = frozenset([getattr(operator, f) for f in "add sub mul floordiv truediv mod pow neg eq ne lt le gt ge".split()])
-
-
-@dataclass(slots=True)
-class Constant:
-    """A tensor that the forward creates outside of the graph, and the proxy for what it was at a version."""
-
-    tensor: Tensor
-    version: int
-    proxy: Any
 
 
 class GraphBuilder(ProxyAttributes):
@@ -64,6 +54,8 @@ class GraphBuilder(ProxyAttributes):
         writes_constants: whether the program is to start from copies of its constants.
         read_as_copies: the names of tensors of which each read is a copy, since the forward assigns them anew.
         assigned: the names of tensors that the forward has assigned anew, with what for.
+        values: of nodes, but for tensors with contents.
+        repetition: the second run of a forward, where it is handed the nodes of the first one.
         frames: the module calls that are being traced through.
         module_calls: those that were, in order of their ends.
     """
@@ -79,6 +71,8 @@ class GraphBuilder(ProxyAttributes):
         self.recorder = Recorder(self.names)
         self.evaluator = Evaluator(root, self.modules, self.recorder)
         self.results: dict[fx.Node, Any] = {}
+        self.values: dict[fx.Node, Any] = {}
+        self.repetition: Repetition | None = None
         self.guards: list[Guard] = []
         self.attributes: dict[str, Any] = {}
         self.constants: dict[int, Constant] = {}  # by the identity of the tensor
@@ -104,6 +98,8 @@ class GraphBuilder(ProxyAttributes):
         name: str | None = None,
         type_expr: Any = None,
     ) -> fx.Node:
+        if self.repetition is not None:
+            return self.repetition.take(op, target, args, kwargs)
         if name is None:
             name = self.name_of(op, target)
         node = self.graph.create_node(op, target, (), None, name, type_expr)
@@ -162,6 +158,8 @@ class GraphBuilder(ProxyAttributes):
             kwargs = {k: self.with_constants(v) for k, v in kwargs.items()}
         made = tuple([a.node if type(a) in PROXIES else self.create_arg(a) for a in args])
         node = self.create_node(kind, target, made, self.create_arg(kwargs) if kwargs else {})
+        if self.repetition is not None:
+            return self.bind(node, self.values[node])
         ins = tuple([a.value if type(a) in PROXIES else unwrap(a) for a in args])
         ops = len(self.recorder.op_trace.ops)
         try:
@@ -183,6 +181,8 @@ class GraphBuilder(ProxyAttributes):
     def bind(self, node: fx.Node, value: Any) -> Any:
         """Record a node's value and hand out proxies for it: containers become real containers of proxies."""
         self.depends[node] = node.op == "placeholder" or True in [self.depends[n] for n in node.all_input_nodes]
+        if type(value) in ATOMS or all(t.is_meta for t in tensors(value)):
+            self.values[node] = value
         if isinstance(value, Tensor):
             self.results[node] = self.recorder.ref(value)
             return self.proxy(node, value)
@@ -280,6 +280,8 @@ class GraphBuilder(ProxyAttributes):
         version = version_of(tensor)
         found = self.constants.get(id(tensor))
         if found is None or found.version != version:
+            if self.repetition is not None:
+                self.repetition.diverge()
             if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
                 raise ReadsValue("a tensor inside of a vectorised function")
             if tensor.is_meta:
@@ -297,22 +299,6 @@ class GraphBuilder(ProxyAttributes):
         """What a forward gets when it reads a tensor of a module."""
         name = self.names.get(id(tensor))
         return tensor if name is None else self.attribute(name)
-
-    def by_mode(self, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Give a node arguments of training that differ from those of evaluation in flags and fractions."""
-
-        def chosen(now: Any, then: Any) -> Any:
-            if type(now) in (bool, float) and (type(now), now) != (type(then), then):
-                with self.graph.inserting_before(node):
-                    made = self.create_node("call_function", select_by_mode, (now, then), {})
-                self.results[made], self.depends[made] = None, False  # a flag is no number that sizes are computed from
-                return made
-            if isinstance(now, tuple | list):
-                return type(now)([chosen(a, b) for a, b in zip(now, then, strict=True)])
-            return now
-
-        node.args = chosen(node.args, args)
-        node.kwargs = {name: chosen(value, kwargs[name]) for name, value in node.kwargs.items()}
 
     # -- undoing ----------------------------------------------------------------------------------------------------
 
@@ -341,9 +327,3 @@ class GraphBuilder(ProxyAttributes):
         self.graph.erase_node(node)
         self.results.pop(node, None)
         self.evaluator.forget(node)
-
-
-def is_layer(module: nn.Module) -> bool:
-    """Whether a module is a node of the graph: a layer of torch.nn without modules of its own."""
-    alone = not module._modules or all(name == "parametrizations" for name, m in module._modules.items() if m is not None)
-    return alone and is_standard(type(module))  # type: ignore[arg-type]  # a class is hashable, whatever mypy says

@@ -1,18 +1,21 @@
-"""Frames: one for each module call that is traced through."""
+"""Frames: one for each module call that is traced through; and the second run of a forward, which is to find the same."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fxprune.passes.capture.patches import creating
 from fxprune.passes.capture.proxy import PROXIES, Items
 from fxprune.passes.ir.program import UNKNOWN, Built, ModelTensor, TracedCall
 from fxprune.passes.ir.pytree import ATOMS, attributes_of, copy_containers
+
+COMPARED = ATOMS | {complex, torch.Size, torch.layout, torch.memory_format}
 
 
 @dataclass(slots=True, eq=False)
@@ -50,6 +53,64 @@ class Frame:
         return TracedCall(self.path, args, kwargs, structure(out, names), self.begin, end)
 
 
+@dataclass(slots=True)
+class Constant:
+    """A tensor that the forward creates outside of the graph, and the proxy for what it was at a version."""
+
+    tensor: Tensor
+    version: int
+    proxy: Any
+
+
+class Diverged(BaseException):
+    """A forward creates other nodes than the last time; no Exception, since a model's code may catch those."""
+
+
+class Repetition:
+    """A second run of a forward: as long as it does the same as the first, it is handed the nodes of that one.
+
+    Attributes:
+        left: the nodes that are to come.
+        told: the arguments of nodes that are given other flags or fractions now.
+    """
+
+    def __init__(self, nodes: Iterable[fx.Node]) -> None:
+        self.left: Iterator[Any] = iter(nodes)
+        self.told: dict[fx.Node, tuple[Any, Any]] = {}
+
+    def take(self, op: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
+        """The next node, if it is the one that would be created."""
+        node = next(self.left, ...)
+        if node is ... or node.op != op or node.target != target:
+            self.diverge()
+        same = is_same((node.args, node.kwargs), (args, kwargs))
+        if same is None:
+            self.diverge()
+        elif not same:
+            self.told[node] = args, kwargs
+        return node
+
+    def diverge(self) -> NoReturn:
+        self.left = itertools.repeat(...)  # also where code catches everything there is
+        raise Diverged
+
+
+def is_same(a: Any, b: Any) -> bool | None:
+    """Whether arguments are the same; None where they are not for more than flags and fractions."""
+    if a is b:
+        return True
+    if isinstance(a, slice) and isinstance(b, slice):
+        return is_same((a.start, a.stop, a.step), (b.start, b.stop, b.step))
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return is_same(list(a.values()), [b[k] for k in a])
+    if isinstance(a, tuple | list) and isinstance(b, tuple if isinstance(a, tuple) else list) and len(a) == len(b):
+        found = [is_same(v, w) for v, w in zip(a, b, strict=True)]
+        return None if None in found else False not in found
+    if type(a) in (bool, float) and type(b) in (bool, float):
+        return type(a) is type(b) and str(a) == str(b)
+    return (type(a) is type(b) and type(a) in COMPARED and bool(a == b)) or None
+
+
 def structure(x: Any, names: Mapping[int, str]) -> Any:
     """A value of a forward without proxies (see `TracedCall`)."""
     kind = type(x)
@@ -76,3 +137,15 @@ def structure(x: Any, names: Mapping[int, str]) -> Any:
         if held is None:
             return UNKNOWN
         return Built(creating(kind), {k: structure(v, names) for k, v in held.items()}, by_attribute=True)
+
+
+def leaves(x: Any) -> list[Any]:
+    """What a forward returned, flat: proxies and plain values, with the keys and kinds of containers."""
+    if isinstance(x, Items):
+        return [type(x.value), *(v for item in x for v in leaves(item))]
+    if type(x) in (tuple, list):
+        return [type(x), *(v for item in x for v in leaves(item))]
+    if isinstance(x, dict):  # also one of a class of its own, which transformers' outputs are
+        return [type(x), *(v for k, item in x.items() for v in (k, *leaves(item)))]
+    with attributes_of(x) as held:
+        return [x] if held is None else [type(x), *leaves(held)]

@@ -6,14 +6,16 @@ import contextlib
 import functools
 import inspect
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any, TypeVar
 
 from torch import fx, nn
 
 from fxprune.passes.capture.patches import not_a_models
+from fxprune.passes.capture.proxy import TensorProxy
+from fxprune.passes.ir.module_tree import walk
 from fxprune.passes.ir.program import keyword
-from fxprune.passes.ir.pytree import map_tensors
+from fxprune.passes.ir.pytree import ATOMS, iterate, map_tensors
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
@@ -40,6 +42,40 @@ STANDARD = ("torch.nn.", "torch.ao.nn.", "torch.ao.quantization.stubs")
 def is_standard(kind: type) -> bool:
     """Whether layers of a class are nodes of the program."""
     return kind.__module__.startswith(STANDARD) and not issubclass(kind, TRACED_THROUGH)
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module is a node of the graph: a layer of torch.nn without modules of its own."""
+    alone = not module._modules or all(name == "parametrizations" for name, m in module._modules.items() if m is not None)
+    return alone and is_standard(type(module))  # type: ignore[arg-type]  # a class is hashable, whatever mypy says
+
+
+def form_of(module: nn.Module, args: Any, kwargs: Any) -> Hashable | None:
+    """All that the Python of a layer of torch's own can look at, contents of tensors apart.
+
+    None for a layer whose Python is somebody else's in part, by a class or a hook.
+    """
+    parts: list[Hashable] = []
+    places: dict[int, int] = {}
+    for inner, path in walk(module).items():
+        own: Any = type(inner)
+        if not own.__module__.startswith("torch.nn.modules.") or inner._forward_hooks or inner._forward_pre_hooks:
+            return None
+        for name, value in vars(inner).items():
+            if type(value) in ATOMS:
+                parts.append((path, name, type(value), value))
+            elif name[0] != "_":
+                return None
+        tensors = (*inner._parameters.items(), *inner._buffers.items())
+        parts += [(path, own, *((name, None if t is None else (t.shape, t.dtype)) for name, t in tensors))]
+    for value in iterate((args, kwargs)):
+        if type(value) is TensorProxy:
+            parts.append((value.value.shape, value.value.dtype, places.setdefault(id(value), len(places))))
+        elif type(value) in ATOMS:
+            parts.append((type(value), value))
+        else:
+            return None
+    return tuple(parts)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from fxprune.passes.capture.builder import GraphBuilder, is_layer
+from fxprune.passes.capture.builder import GraphBuilder
 from fxprune.passes.capture.evaluation import plain_call
 from fxprune.passes.capture.frames import Frame
 from fxprune.passes.capture.modules import (
@@ -19,6 +19,7 @@ from fxprune.passes.capture.modules import (
     drop_own_hooks,
     handed,
     has_own_hooks,
+    is_layer,
     own_call,
     without_own_hooks,
 )

@@ -17,16 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fxprune.passes.capture.builder import GraphBuilder
-from fxprune.passes.capture.frames import Frame
+from fxprune.passes.capture.builder import RESHAPES, GraphBuilder
+from fxprune.passes.capture.frames import COMPARED, Diverged, Frame, Repetition, leaves
+from fxprune.passes.capture.modules import form_of
 from fxprune.passes.capture.proxy import PROXIES, Items, TensorProxy
 from fxprune.passes.errors import ReadsMissing
 from fxprune.passes.ir.module_tree import Apart, modes_in_training, walk
 from fxprune.passes.ir.op_trace import OpTrace
-from fxprune.passes.ir.program import REGIONS, select_by_mode
-from fxprune.passes.ir.pytree import ATOMS, TensorRef, attributes_of, iterate, like_dict, map_tensors, record
+from fxprune.passes.ir.program import REGIONS, assigned, select_by_mode
+from fxprune.passes.ir.pytree import TensorRef, attributes_of, like_dict, map_tensors, record
 
-COMPARED = ATOMS | {complex, torch.Size, torch.layout, torch.memory_format}
 # Functions that are told the mode, or a fraction that depends on it, and couple the same channels in either.
 TOLD = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, F.rrelu, F.batch_norm}
 TOLD |= {F.scaled_dot_product_attention, torch.dropout, torch.batch_norm, *REGIONS}
@@ -139,6 +139,10 @@ def captured_in_both(builder: GraphBuilder, modes: Modes, frame: Frame, forward:
         form = form_of(frame.module, frame.args, frame.kwargs)
     if form is not None and form in modes.alike:
         return out
+    if (told := repeated(builder, modes, frame, forward, out)) is not None:
+        if not told and form is not None:
+            modes.alike.add(form)
+        return out
     middle, first_op, retry = len(builder.index), len(builder.recorder.op_trace.ops), builder.retry
     builder.retry = False
     try:
@@ -157,32 +161,42 @@ def captured_in_both(builder: GraphBuilder, modes: Modes, frame: Frame, forward:
     return found
 
 
-def form_of(module: nn.Module, args: Any, kwargs: Any) -> Hashable | None:
-    """All that the Python of a layer of torch's own can look at, contents of tensors apart.
+def repeated(builder: GraphBuilder, modes: Modes, frame: Frame, forward: Any, out: Any) -> dict[fx.Node, Any] | None:
+    """The nodes of a forward that training only gives other flags or fractions, told so by now; None where it does more.
 
-    None for a layer whose Python is somebody else's in part, by a class or a hook.
+    Nothing is evaluated a second time: the forward is handed the nodes that it has created in evaluation.
     """
-    parts: list[Hashable] = []
-    places: dict[int, int] = {}
-    for inner, path in walk(module).items():
-        own: Any = type(inner)
-        if not own.__module__.startswith("torch.nn.modules.") or inner._forward_hooks or inner._forward_pre_hooks:
+    nodes = branch(builder, frame.begin, len(builder.index))
+    others = {assigned, *RESHAPES, *builder.evaluator.opaque}
+    if any(n.target in others or n not in builder.values for n in nodes):
+        return None
+    guards, grad_modes, calls = list(builder.guards), list(builder.grad_modes), len(builder.module_calls)
+    builder.repetition = again = Repetition(nodes)
+    try:
+        with modes.training(list(walk(frame.module))):
+            builder.forget_reads(frame.begin)
+            trained = forward(*frame.args, **frame.kwargs)
+        if next(again.left, None) is not None or any(n.target not in TOLD for n in again.told):
             return None
-        for name, value in vars(inner).items():
-            if type(value) in ATOMS:
-                parts.append((path, name, type(value), value))
-            elif name[0] != "_":
-                return None
-        tensors = (*inner._parameters.items(), *inner._buffers.items())
-        parts += [(path, own, *((name, None if t is None else (t.shape, t.dtype)) for name, t in tensors))]
-    for value in iterate((args, kwargs)):
-        if type(value) is TensorProxy:
-            parts.append((value.value.shape, value.value.dtype, places.setdefault(id(value), len(places))))
-        elif type(value) in ATOMS:
-            parts.append((type(value), value))
-        else:
-            return None
-    return tuple(parts)
+    except (Diverged, Exception):
+        return None
+    finally:
+        builder.repetition, builder.guards, builder.grad_modes = None, guards, grad_modes
+        del builder.module_calls[calls:]
+    before, after = leaves(out), leaves(trained)
+    if len(before) != len(after) or not all(map(identical, before, after)):
+        return None
+    with builder.paused():
+        for node, (args, kwargs) in again.told.items():
+            tell_mode(builder, node, args, kwargs)
+    return again.told
+
+
+def identical(a: Any, b: Any) -> bool:
+    """Whether two leaves of what a forward returns are one node, or equal."""
+    if type(a) in PROXIES and type(b) in PROXIES:
+        return a.node is b.node
+    return a is b or (type(a) is type(b) and type(a) in COMPARED and str(a) == str(b))
 
 
 def joined(
@@ -201,7 +215,7 @@ def joined(
     if told is not None:
         builder.roll_back(middle, first_op)
         for node, (args, kwargs) in told.items():
-            builder.by_mode(node, args, kwargs)
+            tell_mode(builder, node, args, kwargs)
         return out, same and not told
     alike = any(frame.plain for frame in builder.frames) and (
         code(builder, begin, middle, out, loosely=True) == code(builder, middle, end, trained, loosely=True)
@@ -211,16 +225,21 @@ def joined(
     return selected, False
 
 
-def leaves(x: Any) -> list[Any]:
-    """What a forward returned, flat: proxies and plain values, with the keys and kinds of containers."""
-    if isinstance(x, Items):
-        return [type(x.value), *(v for item in x for v in leaves(item))]
-    if type(x) in (tuple, list):
-        return [type(x), *(v for item in x for v in leaves(item))]
-    if isinstance(x, dict):  # also one of a class of its own, which transformers' outputs are
-        return [type(x), *(v for k, item in x.items() for v in (k, *leaves(item)))]
-    with attributes_of(x) as held:
-        return [x] if held is None else [type(x), *leaves(held)]
+def tell_mode(builder: GraphBuilder, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Give a node arguments of training that differ from those of evaluation in flags and fractions."""
+
+    def chosen(now: Any, then: Any) -> Any:
+        if type(now) in (bool, float) and (type(now), now) != (type(then), then):
+            with builder.graph.inserting_before(node):
+                made = builder.create_node("call_function", select_by_mode, (now, then), {})
+            builder.results[made], builder.depends[made] = None, False  # a flag is no number that sizes are computed from
+            return made
+        if isinstance(now, tuple | list):
+            return type(now)([chosen(a, b) for a, b in zip(now, then, strict=True)])
+        return now
+
+    node.args = chosen(node.args, args)
+    node.kwargs = {name: chosen(value, kwargs[name]) for name, value in node.kwargs.items()}
 
 
 def interchangeable(builder: GraphBuilder, a: Any, b: Any) -> bool:
