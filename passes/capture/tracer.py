@@ -288,9 +288,8 @@ class ValueTracer(GraphBuilder):
 
         Also where it would write to what it has read of a tensor that is assigned anew: what was read stays as it was.
         """
-        if (self.wrote_constants and not self.writes_constants) or self.assigned_alone - self.read_as_copies:
-            raise WritesWhatItReads
-        if facts_written(self):
+        constants = self.wrote_constants and not self.writes_constants
+        if constants or self.assigned_alone - self.read_as_copies or facts_written(self):
             raise WritesWhatItReads
 
     # -- the result -------------------------------------------------------------------------------------------------
