@@ -63,7 +63,7 @@ def is_dtensor(value: Any) -> bool:
 
 def dtensors(model: nn.Module) -> list[Any]:
     """The sharded tensors of a model."""
-    if "torch.distributed.tensor" not in sys.modules:
+    if "torch.distributed.tensor" not in sys.modules or not dist.is_initialized():  # without processes there is no mesh
         return []
     return [t for _, t in named_tensors(model) if type(t) not in PLAIN_TENSORS and is_dtensor(t)]
 

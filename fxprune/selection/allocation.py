@@ -317,6 +317,8 @@ def matches(module: str, glob: str) -> bool:
 def tied_to_whole(free: Sequence[Family], solution: Solution, options: Options) -> dict[str, str]:
     """Families that a ratio names and that stay whole since another one does, with its name: rows keep equally many."""
     ratios, size = match_ratios(free, options.ratio, solution, options.scopes), len(solution.unit_of)
+    if all(ratios) or not any(ratios):
+        return {}
     groups = [g.families for g in form_groups([f.units for f in free], ratios, solution.equal_rows, size)]
     whole = {i: j for group in groups for i in group for j in group if ratios[i] and not ratios[j]}
     return {free[i].name: free[j].name for i, j in whole.items()}

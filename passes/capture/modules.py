@@ -117,7 +117,7 @@ def see_own_calls(patches: Any) -> None:
 
         return called
 
-    for owner in {own_call(type(module)) for module in tracer.paths} - {None}:
+    for owner in set(map(own_call, set(map(type, tracer.paths)))) - {None}:
         patches.patch(owner, "__call__", seen(vars(owner)["__call__"]))
 
 

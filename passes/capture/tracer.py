@@ -67,7 +67,7 @@ class ValueTracer(GraphBuilder):
             self.recorder.tracing = True
             try:
                 returned = self.root_call(*args, **kwargs)
-                for module in self.paths:
+                for module in self.stored.before:
                     self.note_assigned(module)
             finally:
                 self.recorder.tracing = False

@@ -143,8 +143,10 @@ def with_unread(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
 
     Training is captured as one module for that, whose program is not used.
     """
+    if not solution.captures[0].is_untrained:
+        return solution
     unread = {name: p for name, p in named_parameters(model).items() if name not in solution.leaves and p.dim()}
-    if not solution.captures[0].is_untrained or not unread:
+    if not unread:
         return solution
     try:
         with own_random_state():

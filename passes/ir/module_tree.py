@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import types
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -91,30 +92,29 @@ class TreeNames:
     """The module tree that programs refer to: what a module is called where another one is the root."""
 
     def __init__(self, root: nn.Module) -> None:
-        self.root = root
-        self.modules: dict[str, nn.Module] = {}
-        self.paths: dict[int, list[str]] = {}
-        self.tensors: dict[int, list[str]] = {}
-        for path, module in every_path(root):
-            self.modules[path] = module
-            self.paths.setdefault(id(module), []).append(path)
+        self.modules = dict(every_path(root))
+
+    @functools.cached_property
+    def names(self) -> dict[int, list[str]]:
+        """The names of modules and tensors, by identity; few programs refer to what is outside of their module."""
+        found: dict[int, list[str]] = {}
+        for path, module in self.modules.items():
+            found.setdefault(id(module), []).append(path)
             start, state = f"{path}." if path else "", vars(module)
             plain = () if PLAIN.issuperset(map(type, state.values())) else state.items()
             for name, tensor in (*module._parameters.items(), *module._buffers.items(), *plain):
                 if isinstance(tensor, Tensor):
-                    self.tensors.setdefault(id(tensor), []).append(start + name)
+                    found.setdefault(id(tensor), []).append(start + name)
+        return found
 
     def relative(self, target: str, path: str, *, module: bool) -> str | None:
         """The name by which the module at `path` knows a module or a tensor; None where it has none."""
         start = f"{path}." if path else ""
         if target.startswith(start):
             return target[len(start) :]
-        if module:
-            names = self.paths.get(id(self.modules.get(target)), ())
-        else:
-            owner, _, name = target.rpartition(".")
-            names = self.tensors.get(id(getattr(self.modules.get(owner), name, None)), ())
-        return next((name[len(start) :] for name in names if name.startswith(start)), None)
+        owner, _, name = target.rpartition(".")
+        found = self.modules.get(target) if module else getattr(self.modules.get(owner), name, None)
+        return next((name[len(start) :] for name in self.names.get(id(found), ()) if name.startswith(start)), None)
 
 
 def with_outer(path: str) -> list[str]:
