@@ -216,3 +216,14 @@ def test_what_is_done_where_there_are_gradients_is_done(ask, inside):
     for training in (True, False):
         pruned.train(training)(torch.rand(5, 4)).sum().backward()
     assert pruned[1].seen == [(5, 4)] * 2 and "gradients" in pruned.meta["capture"]
+
+
+@pytest.mark.parametrize("part", ["", "0", "1"])
+def test_hooks_of_modules_for_the_backward_pass_make_them_no_single_node(part):
+    torch.manual_seed(0)
+    model, seen = nn.Sequential(nn.Linear(4, 8), nn.Sequential(nn.ReLU(), nn.Linear(8, 8)), nn.Linear(8, 2)), []
+    model.get_submodule(part).register_full_backward_hook(lambda module, given, found: seen.append(found[0].shape))
+    pruned = fxprune.prune(model, 0.5, example_inputs=torch.rand(3, 4))
+    assert pruned.meta["capture"] == "symbolic"
+    pruned(torch.rand(5, 4, requires_grad=True)).sum().backward()
+    assert seen == [(5, 2 if not part else 4)]

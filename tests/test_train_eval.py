@@ -467,3 +467,23 @@ def test_what_is_rewritten_for_training_alone_does_not_run_in_evaluation(monkeyp
     assert torch.equal(pruned(x), pruned(x)) and torch.allclose(pruned(x), own(x))
     assert pruned.verification.ok and pruned.verification.error < 1e-12
     assert not torch.equal(pruned.train()(x), pruned(x))
+
+
+class Counts(Net):
+    """Warms up in its first calls, which a number of Python's counts."""
+
+    def __init__(self, counts):
+        super().__init__()
+        self.calls, self.counts = 0, counts
+
+    def between(self, x):
+        if self.counts == "always" or (self.counts == "in training" and self.training):
+            self.calls += 1
+        return x.relu() * (1.0 if self.calls < 3 else 5.0)
+
+
+@pytest.mark.parametrize("counts", ["always", "in training", "never"])
+def test_a_number_that_the_forward_counts_with_is_said_to_stay(counts):
+    pruned = fxprune.prune(Counts(counts).double().eval(), 0.5, example_inputs=X)
+    said = "symbolic; numbers that the forward changes on modules are those of the capture, in every call: calls"
+    assert pruned.meta["capture"] == ("symbolic" if counts == "never" else said)

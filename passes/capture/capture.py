@@ -83,9 +83,11 @@ def captured(
             raise
         surface(error)
         reason, where = reason_of(error), getattr(error, "fxprune_where", type(root).__name__)
-    tracer = as_one_module(tracer, reason)
+    written, tracer = tracer.written, as_one_module(tracer, reason)
     try:
-        return trace(tracer).program("whole.")
+        made = trace(tracer).program("whole.")
+        made.reads_state = bool(written)
+        return made
     except Exception as error:
         error.fxprune_where = where  # type: ignore[attr-defined]
         raise

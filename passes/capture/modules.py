@@ -10,6 +10,7 @@ from collections.abc import Hashable, Iterator
 from typing import Any, TypeVar
 
 from torch import fx, nn
+from torch.utils.hooks import BackwardHook
 
 from fxprune.passes.capture.patches import not_a_models
 from fxprune.passes.capture.proxy import TensorProxy
@@ -119,6 +120,16 @@ def see_own_calls(patches: Any) -> None:
 
     for owner in set(map(own_call, set(map(type, tracer.paths)))) - {None}:
         patches.patch(owner, "__call__", seen(vars(owner)["__call__"]))
+
+
+def keep_backward_hooks(patches: Any) -> None:
+    """Hooks of modules for the backward pass stay those of the modules: they are no question of the model's about gradients."""
+    plain = BackwardHook._apply_on_tensors
+
+    def applied(hook: Any, function: Any, args: Any) -> Any:
+        return (args, None) if patches.tracing() else plain(hook, function, args)
+
+    patches.patch(BackwardHook, "_apply_on_tensors", applied)
 
 
 def is_own(hook: Any) -> bool:

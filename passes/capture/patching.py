@@ -27,7 +27,7 @@ from fxprune.passes.capture.conversions import (
 )
 from fxprune.passes.capture.evaluation import plain_call
 from fxprune.passes.capture.leftovers import restore_functions, uncached
-from fxprune.passes.capture.modules import see_own_calls
+from fxprune.passes.capture.modules import keep_backward_hooks, see_own_calls
 from fxprune.passes.capture.patches import (
     CALLABLE,
     CHECKS,
@@ -217,8 +217,7 @@ class Patches:
 
     def batch_statistics(self) -> None:
         """One example may be too few for batch statistics; and what a GPU's kernel saves would be one more call."""
-        functional: Any = F
-        plain, verify = torch.batch_norm, functional._verify_batch_size
+        plain, verify = torch.batch_norm, vars(F)["_verify_batch_size"]
 
         def batch_norm(*args: Any, **kwargs: Any) -> Any:
             mine = threading.get_ident() == self.thread
@@ -339,6 +338,7 @@ PATCHES: list[Callable[[Patches], None]] = [
     Patches.modules,
     say_that_fx_traces,
     see_own_calls,
+    keep_backward_hooks,
     see_grad_modes,
     see_autocast,
     see_questions,

@@ -84,8 +84,11 @@ def modes_captured(
     except PruneError as error:  # a model may need targets to train: then it is captured for evaluation
         stay_in_evaluation(found[0], error.what)
         return found
-    if other.prefix and not found[0].prefix:  # in training the model's own forward runs, so it does in evaluation
-        found = [captured(set_mode(private_copy(model), False), *given, final=True, whole=", ".join(other.opaque.values()))]
+    if other.reads_state and not found[0].prefix:  # in training the model's own forward must run, so it does in evaluation
+        why, copied = ", ".join(other.opaque.values()), set_mode(private_copy(model), False)
+        with contextlib.suppress(PruneError):
+            found = [captured(copied, *given, final=True, whole=why)]
+    found[0].note = found[0].note or other.note
     if other.prefix != found[0].prefix:
         stay_in_evaluation(found[0], ", ".join(other.opaque.values()))
     elif code(other) != code(found[0]):

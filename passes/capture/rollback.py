@@ -19,16 +19,26 @@ from fxprune.passes.ops.registry import spec_of
 
 
 class ModuleState:
-    """The attributes of modules, as they were before the capture."""
+    """The attributes of modules, as they were before the capture.
+
+    `counted` are the names of numbers that the forward has changed.
+    """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.before: dict[nn.Module, tuple[dict[str, Any], dict[str, Contents]]] = {}
         self.buffers: dict[nn.Module, dict[str, Any]] = {}
+        self.counted: list[str] = []
         seen: set[int] = set()
         for module in modules:
             boxes = [(k, v) for k, v in vars(module).items() if type(v) not in ATOMS and k != "_modules" and changeable(v)]
             held = {k: contents(v, seen) if is_filled(v) else [] if type(v) is tuple else [v.clear] for k, v in boxes}
             self.before[module], self.buffers[module] = (dict(vars(module)), held), dict(module._buffers)
+
+    def numbers_changed(self, module: nn.Module) -> list[str]:
+        """The attributes of a module that were numbers, and are others now."""
+        before = self.before[module][0]
+        plain = ((name, v) for name, v in vars(module).items() if type(v) in (int, float) and type(before.get(name)) is type(v))
+        return [name for name, value in plain if value != before[name]]
 
     def put(self, module: nn.Module, name: str, value: Any) -> Callable[[], None]:
         """Give a module an attribute that it did not have, and that stays until the function that is returned takes it away."""
@@ -58,6 +68,7 @@ class ModuleState:
 
         What a forward has set for the first time is no attribute of the model: it sets it again.
         """
+        self.counted = [name for module in self.before for name in self.numbers_changed(module)]
         self.restore(index, 0)
         self.put_back()
 

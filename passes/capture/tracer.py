@@ -39,6 +39,9 @@ from fxprune.passes.ir.pytree import TensorRef, tensors
 UNWATCHED: contextlib.nullcontext[dict[str, int]] = contextlib.nullcontext({})
 
 
+COUNTED = "numbers that the forward changes on modules are those of the capture, in every call:"
+
+
 class ValueTracer(GraphBuilder):
     """Traces a module tree on example arguments.
 
@@ -284,12 +287,11 @@ class ValueTracer(GraphBuilder):
         return any(map(version_of, self.kept))
 
     def check_writes(self) -> None:
-        """Raises WritesWhatItReads where the program would find what it wrote to a constant in the last call.
-
-        Also where it would write to what it has read of a tensor that is assigned anew: what was read stays as it was.
+        """Raises WritesWhatItReads where the program would find what it wrote to a constant in the last call, or write to what
+        it has read of a tensor: as it was, where that is assigned anew, and as a fact, where Python has read it.
         """
-        constants = self.wrote_constants and not self.writes_constants
-        if constants or self.assigned_alone - self.read_as_copies or facts_written(self):
+        again = self.assigned_alone - self.read_as_copies | facts_written(self)
+        if again or (self.wrote_constants and not self.writes_constants):
             raise WritesWhatItReads
 
     # -- the result -------------------------------------------------------------------------------------------------
@@ -336,6 +338,7 @@ class ValueTracer(GraphBuilder):
             trains_on_values=self.modes.trains_on_values,
             module_calls=self.module_calls,
             hooked=frozenset(hooked),
+            note=f"{COUNTED} {', '.join(self.stored.counted)}" if self.stored.counted and not evaluator.opaque else "",
         )
         self.discard()
         return made

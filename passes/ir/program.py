@@ -109,6 +109,7 @@ class CapturedProgram:
         hooked: layers whose hooks are steps of the program, and no longer theirs.
         note: what the emitted model does not do as the original does.
         is_untrained: whether training is as evaluation because its program cannot be followed.
+        reads_state: whether it is one node since Python reads tensors of the model that the forward writes to.
         consumed: whether a rewrite has taken the program; see `take`.
     """
 
@@ -141,6 +142,7 @@ class CapturedProgram:
     hooked: frozenset[str] = frozenset()
     note: str = ""
     is_untrained: bool = False
+    reads_state: bool = False
     consumed: bool = False
 
     def take(self) -> CapturedProgram:

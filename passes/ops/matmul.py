@@ -72,7 +72,7 @@ def contract(
         # rows survive a sum over the minor dimensions; a sum over major ones mixes what is packed row by row
         if rest and f.dims & set(summed) and f.major_to_minor[-1] not in summed:
             result += call.collapse(f, [d for d in summed if d in f.dims])
-        elif rest and f.dims & set(summed) and (call.state.seeking_heads or (not call.heads and rest <= set(batch))):
+        elif rest and f.dims & set(summed) and (not call.heads if rest <= set(batch) else call.state.seeking_heads):
             result.append(call.constraints.new_row_labels(f, tuple(rest), whole=False))
             if call.state.seeking_heads:  # this is all that is seen of heads behind the product
                 made = call.constraints.collected.row_labels[-1]
