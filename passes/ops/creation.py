@@ -280,19 +280,18 @@ def repeat_counts(r: RewriteContext, node: fx.Node) -> fx.Node | None:
 def interleave_counts(r: RewriteContext, node: fx.Node) -> fx.Node | None:
     times, dim = argument(node, 1, "repeats"), argument(node, 2, "dim")
     source, target = r.result(node.args[0]), r.result(node)
-    if isinstance(r.result(times), TensorRef):  # how often each entry is repeated
-        if dim is None:
-            return None
-        dim %= len(r.before(source))
-        counts = r.capture.op_trace.values[r.result(times).id].data
-        if r.after(source)[dim] == r.before(source)[dim] and r.after(target)[dim] == r.before(target)[dim]:
-            return None
-        assert counts is not None, "an index that is computed along a labelled dimension is frozen by its rule"
-        order = torch.arange(r.before(source)[dim]).repeat_interleave(counts.cpu())
-        positions = r.constant(picked(r, source, target, dim, dim, order))
-        return r.graph.call_method("index_select", (r.new[node.args[0]], dim, positions))  # type: ignore[index]
-    args, kwargs = [r.argument(a) for a in node.args], {k: r.argument(v) for k, v in node.kwargs.items()}
     now, then = (math.prod(r.after(t)) if dim is None else r.after(t)[dim] for t in (target, source))  # flat, or along it
+    varies = isinstance(r.result(times), TensorRef)  # how often each entry is repeated
+    if dim is not None and any(r.after(t)[dim] != r.before(t)[dim] for t in (source, target)):
+        dim, size = dim % len(r.before(source)), r.before(source)[dim]
+        counts: Any = r.capture.op_trace.values[r.result(times).id].data.cpu() if varies else r.before(target)[dim] // size
+        order = torch.arange(size).repeat_interleave(counts)
+        positions = picked(r, source, target, dim, dim, order)
+        if varies or not torch.equal(positions, torch.arange(then).repeat_interleave(now // then)):
+            return r.graph.call_method("index_select", (r.new[node.args[0]], dim, r.constant(positions)))  # type: ignore[index]
+    if varies:
+        return None
+    args, kwargs = [r.argument(a) for a in node.args], {k: r.argument(v) for k, v in node.kwargs.items()}
     repeats = r.size(times, now // then)
     if len(args) > 1:
         args[1] = repeats
