@@ -96,7 +96,7 @@ def expand(call: RuleContext) -> Labels:
     labels, before = align(call.labels(call.first), call.shape(call.first), len(after))
     grown = [d for d, (a, b) in enumerate(zip(before, after, strict=True)) if a == 1 and b > 1]
     rows = [f for f in labels if len(grown) == 1 and grown[0] - 1 in f.dims]
-    if rows and (call.heads == "queries" or all(map(call.constraints.are_row_labels, rows))):
+    if rows and (call.heads == "queries" or (call.state.choices and all(map(call.constraints.are_row_labels, rows)))):
         return labels_of_shared(call, labels, rows, grown[0], after)
     return labels + copies(call, [call.fresh(after[d], d, len(after)) for d in grown])
 
