@@ -135,3 +135,52 @@ def test_a_parameter_that_is_added_to_copies_stands_behind_none() -> None:
     assert pruned.get_parameter("fixed").shape[0] == 4
     assert pruned.get_parameter("moving").shape[0] < 8
     torch.testing.assert_close(pruned(x), zeroed(model, pruned)(x))
+
+
+class Pairs(nn.Module):
+    """Magnitudes of pairs of channels, which stay, and the sum of two copies of each, of which a reader may lose some."""
+
+    def __init__(self, make: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.body, self.head, self.make = nn.Linear(7, 6, bias=False), nn.Linear(3, 2), make
+
+    def forward(self, x: Tensor) -> Tensor:
+        copies = self.make(self.body(x).unflatten(1, (3, 2)).square().sum(2))
+        return self.head(copies[:, ::2] + copies[:, 1::2])
+
+
+PAIRS: dict[str, Callable[[Tensor], Tensor]] = {
+    "interleaved": lambda v: v.repeat_interleave(2, dim=1),
+    "with its size": lambda v: torch.repeat_interleave(v, 2, -1, output_size=6),
+    "by counts": lambda v: v.repeat_interleave(torch.tensor([2, 2, 2]), dim=1),
+    "expanded": lambda v: v.unsqueeze(2).expand(-1, -1, 2).reshape(len(v), 6),
+    "flat": lambda v: v.repeat_interleave(2).view(len(v), 6),
+}
+
+
+@pytest.mark.parametrize("make", PAIRS.values(), ids=PAIRS)
+def test_not_of_each_entry_equally_many(make):
+    """Both copies of an entry go, which stays itself."""
+    torch.manual_seed(0)
+    model, x = Pairs(make).double().eval(), torch.randn(4, 7, dtype=torch.double)
+    pruned = fxprune.prune(model, 0.5, x)
+    assert pruned.verification.ok and pruned.body.out_features in (3, 4) and pruned.head.in_features == 2
+
+
+@pytest.mark.parametrize(("ratio", "round_to", "left"), [(0.2, 1, 8), (0.5, 4, 7)])
+def test_what_a_selection_leaves_out_need_not_be_a_rectangle(ratio, round_to, left):
+    """Three groups of three, of which one is used, whole: the others lose what they lose, and are gathered past."""
+
+    class Selected(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(7, 9), nn.Linear(9, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            group = self.body(x).unflatten(1, (3, 3)).select(1, 2)
+            return self.head(group.unsqueeze(2).expand(-1, -1, 3).flatten(1, 2))
+
+    torch.manual_seed(0)
+    model = Selected().eval()
+    pruned = fxprune.prune(model, ratio, torch.randn(4, 7), round_to=round_to)
+    assert pruned.verification.ok and pruned.body.out_features == left

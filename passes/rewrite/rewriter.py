@@ -158,7 +158,7 @@ class Rewriter:
                 inner.add(node)
             elif node in self.removed.streams:
                 self.editor.replace(node, self.stream(*self.removed.streams[node]))
-            elif end is None or not self.is_pruned(end):
+            elif end is None or not (self.is_pruned(end) or self.is_pruned(self.chain(end)[0].all_input_nodes[0])):
                 self.editor.replace(node, self.carry(node))
                 if is_input(node):
                     self.editor.move_past()
@@ -280,12 +280,16 @@ class Rewriter:
 
     # -- chains of reshapes that permute channels -----------------------------------------------------------------------
 
+    def chain(self, end: fx.Node) -> list[fx.Node]:
+        """The nodes of a region, which ends there."""
+        return [n for n, e in self.regions.items() if e is end]
+
     def region(self, end: fx.Node) -> fx.Node:
-        """A chain of reshapes that permutes channels, as one gather."""
-        chain = [n for n, e in self.regions.items() if e is end]
+        """A chain of reshapes that permutes channels, as one gather; it may lose some before its end alone."""
+        chain = self.chain(end)
         source = chain[0].args[0]
         assert isinstance(source, fx.Node)
-        dim = self.cuts(self.result(end))[0].dims[0]
+        dim = (self.cuts(self.result(end)) or self.cuts(self.result(source)))[0].dims[0]
         order = channel_order(self.capture, chain, dim)
         assert order is not None
         made = self.permuted(source, self.result(source), end, dim, order)
