@@ -716,6 +716,19 @@ def test_batches_may_hold_other_arguments_than_the_example(how):
         fxprune.prune(model, 0.5, V, **options | {"data": [{"x": V, "other": V}]})
 
 
+class Skipping(Stack):
+    """Runs no layer where it is given labels."""
+
+    def forward(self, x, labels=None):
+        return super().forward(x) if labels is None else self.head(self.embed(x))
+
+
+def test_a_branch_that_does_not_run_with_the_arguments_of_a_batch():
+    data = [{"x": V, "labels": torch.zeros(6, 3)}]
+    with pytest.raises(fxprune.PruneError, match=r"does not run with the arguments of a batch of data\n  at layers\.0"):
+        fxprune.prune(Skipping().eval(), 0.5, V, depth="only", data=data, depth_criterion="influence")
+
+
 def test_the_report_says_that_nothing_but_branches_was_removed():
     model = Stack(4, Layer).eval()
     found = fxprune.report(model, fxprune.prune(model, 0.5, V, depth="only"), ratios=())

@@ -117,7 +117,7 @@ class BranchRuns:
         for branch in self.branches:
             if branch.parameters not in known:
                 raise PruneError(
-                    "a residual branch is none for a batch of data, which holds other arguments than the example inputs",
+                    "a residual branch of the example inputs does not run with the arguments of a batch of data",
                     where=branch.name,
                     fix="example_inputs with the keywords of the batches, or depth_criterion='weights'",
                 )
