@@ -47,7 +47,9 @@ class Recompiled:
 Recompile = Callable[[ExampleInputs], Recompiled]
 
 
-def for_any_batch(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs, recompile: Recompile) -> PrunedModule:
+def for_any_batch(
+    model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs, recompile: Recompile, *, writes: bool = True
+) -> PrunedModule:
     """The pruned model as a program that takes a batch of one and larger ones, where both are exact; else as it is.
 
     Arguments:
@@ -55,17 +57,20 @@ def for_any_batch(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs,
         pruned: verified already.
         inputs: the example inputs.
         recompile: compiles the model anew by the same plan, for inputs of any size.
+        writes: whether a forward may write to parameters.
     """
     if not guards_of(pruned):
         return pruned
     try:
-        return tried_with_one(model, pruned, inputs, recompile) or pruned
+        return tried_with_one(model, pruned, inputs, recompile, writes) or pruned
     except Exception as error:  # the model does not take such a batch, or couples otherwise
         surface(error)
         return pruned
 
 
-def tried_with_one(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs, recompile: Recompile) -> PrunedModule | None:
+def tried_with_one(
+    model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs, recompile: Recompile, writes: bool
+) -> PrunedModule | None:
     """The program of larger batches, tried at a batch of one; None where it is no better than the one there is."""
     if not inputs.batch:
         return None
@@ -74,7 +79,7 @@ def tried_with_one(model: nn.Module, pruned: PrunedModule, inputs: ExampleInputs
         return None
     one, several = inputs.first_sample(), inputs.one_more() if alone else inputs
     tried = recompile(several).emit(None) if alone else pruned
-    with noting() as failing, evaluating(tried), restoring(tried, parameters=True), torch.no_grad(), unobserved(model):
+    with noting() as failing, evaluating(tried), restoring(tried, parameters=writes), torch.no_grad(), unobserved(model):
         one.call(quietly(tried))
     if not failing and not alone:
         return None

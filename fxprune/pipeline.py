@@ -317,7 +317,7 @@ class Compilation:
             emit = lambda waiver: again.emit(chosen, values=values, waiver=waiver)  # noqa: E731
             return Recompiled(chosen.solution, chosen.removal(self.options.heads), chosen.outlook(again.tensors), emit)
 
-        return for_any_batch(model, pruned, inputs, at)
+        return for_any_batch(model, pruned, inputs, at, writes=expected.writes)
 
     def restore_class(self, pruned: PrunedModule, values: nn.Module | None = None) -> Any:
         """The pruned model in the original's own class; `values` is the model it was emitted with, if not the original."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from dataclasses import replace
 from typing import Any
@@ -12,12 +13,14 @@ from torch import Tensor, nn
 from fxprune.comparisons.zeroed_reference import ZeroedReference
 from fxprune.inputs import EXAMPLE, ExampleInputs
 from fxprune.passes.errors import GuardError
-from fxprune.passes.ir.module_tree import named_tensors, own_copy, private_copy, set_mode
+from fxprune.passes.ir.index_contents import storage_of
+from fxprune.passes.ir.module_tree import named_parameters, named_tensors, own_copy, private_copy, set_mode
 from fxprune.passes.ir.pytree import collect
 from fxprune.passes.ir.quiet import gc_paused, gpus_of, own_random_state, random_state, set_random_state
 from fxprune.passes.ir.slices import Slicer
 from fxprune.passes.verification.masked_model import MaskedOriginal, Removal
 from fxprune.passes.verification.outlook import Outlook
+from fxprune.passes.verification.shared_weights import SharedWeights
 from fxprune.passes.verification.shifted_parameters import shifted, shifts_of
 from fxprune.passes.verification.zeroed_model import Slices
 from fxprune.plan import plan_between, shapes_of
@@ -284,9 +287,15 @@ class Comparison:
 
 def why_original_fails(model: nn.Module, inputs: ExampleInputs) -> str:
     """The exception that the original raises on some inputs; empty where it takes them."""
-    try:
-        inputs.map(torch.clone).call(set_mode(private_copy(model, own_copy), False))  # it may write to parameters at this size
-    except Exception as error:
-        said = " ".join(str(error).split())
-        return f"{type(error).__name__}: {said[:120]}"
+    sharing = SharedWeights(frozenset(storage_of(p) for p in named_parameters(model).values() if p.layout is torch.strided), {})
+    for stand_in, context in ((None, sharing), (own_copy, contextlib.nullcontext())):
+        try:
+            with context:
+                inputs.map(torch.clone).call(set_mode(private_copy(model, stand_in), False))
+        except Exception as error:
+            if stand_in is None and sharing.refused:  # it may write to parameters at this size
+                continue
+            said = " ".join(str(error).split())
+            return f"{type(error).__name__}: {said[:120]}"
+        break
     return ""

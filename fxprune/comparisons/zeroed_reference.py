@@ -18,7 +18,7 @@ from fxprune.passes.verification.masked_model import MaskedOriginal
 from fxprune.passes.verification.outlook import Outlook
 from fxprune.passes.verification.shifted_parameters import Shifts
 from fxprune.passes.verification.zero_flow import why_zeroed_does_not_apply
-from fxprune.passes.verification.zeroed_model import Slices, Unwritten, ZeroedOriginal
+from fxprune.passes.verification.zeroed_model import Slices, ZeroedOriginal
 from fxprune.verification import difference, is_blank, restoring, without_zeros
 
 
@@ -134,13 +134,13 @@ class ZeroedReference:
         zeroed, once = self.original(), self.needed is not None  # a copy costs no more than to restore it
         args, kwargs = map_tensors((inputs.args, inputs.kwargs), torch.clone)
         self.made = None if once else zeroed
-        unchanged = Unwritten(zeroed.shared) if once else restoring(zeroed.model, parameters=self.writes)
+        unchanged = contextlib.nullcontext() if once else restoring(zeroed.model, parameters=self.writes)
         with unchanged, self.drawing():
             if not (self.outlook and self.statistics):
                 return zeroed(args, kwargs)
             drawn, over_kept = random_state(self.devices), KeptStatistics(self.statistics, self.outlook.kept)
-            with contextlib.suppress(Exception), over_kept:
-                made = zeroed(args, kwargs)
+            with contextlib.suppress(Exception):
+                made = zeroed(args, kwargs, over_kept)
                 over_kept.check()
                 return made
         set_random_state(drawn, self.devices)

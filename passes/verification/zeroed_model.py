@@ -6,26 +6,24 @@ on the way; `zero_flow.py` finds out where it does not.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from collections.abc import Set as AbstractSet
+from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._ops import HigherOrderOperator
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxprune.passes.capture.patches import visible
-from fxprune.passes.capture.recorder import by_ops
 from fxprune.passes.ir.index_contents import storage_of
 from fxprune.passes.ir.labels import fill_outside
 from fxprune.passes.ir.module_tree import copy_tree, named_parameters, named_tensors, set_mode
-from fxprune.passes.ir.op_trace import arguments_written
-from fxprune.passes.ir.pytree import collect
 from fxprune.passes.ir.slices import TensorSlice
+from fxprune.passes.verification.shared_weights import SharedWeights, Weight
 from fxprune.passes.verification.zeros_needed import Needed
 
+LARGE = 1 << 22  # elements of all weights together from which on to copy them costs more than a look at who reads them
 Slices = Mapping[str, Sequence[TensorSlice]]
 
 
@@ -69,29 +67,6 @@ class Masks:
         return self.found[key]
 
 
-class Unwritten(TorchDispatchMode):
-    """Raises where an operator is about to write to memory of the model's own, as it may do for other inputs than the example.
-
-    Arguments:
-        places: the memory that is not to be written to.
-    """
-
-    supports_higher_order_operators = True
-
-    def __init__(self, places: AbstractSet[int]) -> None:
-        super().__init__()
-        self.places = places
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if isinstance(func, HigherOrderOperator):
-            return by_ops(self, func, args, kwargs)
-        written = collect(arguments_written(func, args, kwargs), Tensor)
-        if any(t.layout is torch.strided and storage_of(t) in self.places for t in written):
-            raise RuntimeError(f"{func} writes to a parameter")
-        return func(*args, **kwargs)
-
-
 class ZeroedOriginal:
     """A copy of a model, in evaluation mode, in which the elements that slices remove are zero.
 
@@ -99,8 +74,9 @@ class ZeroedOriginal:
 
     Arguments:
         shifts: what is added to tensors of the model before, by name.
-        needed: for weights by name, the dimensions along which zeros are needed; their other removed entries stay. None where
-            the model's forward may write to its parameters: with it, those that stay what they are are not copied.
+        needed: for weights by name, the dimensions along which zeros are needed; other removed entries of weights that are
+            copied stay. None where the model's forward may write to its parameters: with it, those that stay what they are are
+            not copied, nor are those that get their zeros where they are read.
     """
 
     def __init__(
@@ -110,24 +86,41 @@ class ZeroedOriginal:
         shifts: Mapping[str, Tensor] = MappingProxyType({}),
         needed: Needed | None = None,
     ) -> None:
+        late = {} if needed is None else self.without_zeros(model, slices, shifts, needed)
         self.slices = slices
         if needed:
             self.slices = {
-                name: [cut for cut in cuts if not set(cut.dims).isdisjoint(needed.get(name, cut.dims))]
+                name: [cut for cut in cuts if name in late or not set(cut.dims).isdisjoint(needed.get(name, cut.dims))]
                 for name, cuts in slices.items()
             }
-        masks = Masks()
-        kept = {name: [masks(cut, t.shape) for cut in self.slices.get(name, ())] for name, t in named_tensors(model)}
+        masks, early = Masks(), [(name, t.shape) for name, t in named_tensors(model) if name not in late]
+        kept = {name: [masks(cut, shape) for cut in self.slices.get(name, ())] for name, shape in early}
         self.model, self.tensors = zeroed_copy(model, kept, shifts, shared=needed is not None)
         strided = [t for t in named_parameters(model).values() if t.layout is torch.strided] if needed is not None else []
-        self.shared = frozenset(map(storage_of, strided))  # memory of the model's, in which parameters lie that were not copied
+        weights = {storage_of(w.tensor): w for w in late.values()}
+        self.sharing = SharedWeights(frozenset(map(storage_of, strided)), weights) if strided else nullcontext()
         set_mode(self.model, False)
+
+    def without_zeros(
+        self, model: nn.Module, slices: Slices, shifts: Mapping[str, Tensor], needed: Needed
+    ) -> dict[str, Weight]:
+        """Weights, by name, whose zeros are left to what reads them; none where all such weights together are small."""
+        alone = Counter(storage_of(t) for _, t in named_tensors(model) if t.layout is torch.strided)
+        late = {
+            name: Weight(t.detach(), {c.dims[0]: (~c.kept(t.shape)).nonzero().flatten().to(t.device) for c in cuts})
+            for name, t in named_tensors(model)
+            if type(t) is nn.Parameter and t.layout is torch.strided and alone[storage_of(t)] == 1 and t.dim() > 1
+            if t.is_floating_point() and t.is_contiguous() and name not in shifts
+            if (cuts := slices.get(name, ())) and all(c.dims in ((0,), (1,)) for c in cuts) and needed.get(name, True)
+        }
+        return late if sum(w.tensor.numel() for w in late.values()) >= LARGE else {}
 
     def cut(self) -> list[tuple[Tensor, Sequence[TensorSlice]]]:
         """Its tensors that are zeroed in part, each with the slices that stay."""
         numbers = [(name, t) for name, t in self.tensors.items() if t.is_floating_point() or t.is_complex()]
         return [(t, self.slices[name]) for name, t in numbers if self.slices.get(name) and t.layout is torch.strided]
 
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with torch.no_grad(), visible():
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], within: AbstractContextManager[Any] | None = None) -> Any:
+        """What it returns, run in a context that sees each operator before weights get their zeros."""
+        with torch.no_grad(), visible(), self.sharing, within or nullcontext():
             return self.model(*args, **kwargs)

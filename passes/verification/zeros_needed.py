@@ -8,9 +8,12 @@ agrees whatever stands in the entries that were left, and where it does not, all
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from fxprune.passes.ir.labels import NONE, Labels, keeps_all
 from fxprune.passes.ir.meta_kernels import VIEWS
@@ -43,37 +46,36 @@ class ZerosNeeded:
         """Those of each weight that is cut, by name."""
         values = self.trace.values
         cut = [i for i, v in enumerate(values) if v.name is not None and len(v.shape) > 1 and self.is_cut(i)]
-        origin = {i: i for i in cut}  # of a weight and of views of it
+        origin = {i: (i, torch.empty(values[i].shape, device="meta")) for i in cut}  # of a weight and of views of it
         found: dict[int, set[int]] = {i: set() for i in cut}
         for op in self.trace.ops:
             if origin.keys().isdisjoint([ref.id for ref in op.inputs]):
                 continue
             if op.func in VIEWS:
-                origin |= dict.fromkeys([ref.id for ref in op.outputs], origin[op.inputs[0].id])
+                leaf, view = origin[op.inputs[0].id]
+                origin[op.outputs[0].id] = leaf, VIEWS[op.func](view, *op.args[1:], **op.kwargs)
                 continue
             products = {p.weight.id: p for p in spec_of(op).products_of(OpView(op, self.trace))}
             for ref in op.inputs:
                 if ref.id in origin:
-                    leaf = origin[ref.id]
-                    found[leaf].update(self.read_by(op, ref, leaf, products.get(ref.id)))
+                    leaf, view = origin[ref.id]
+                    found[leaf].update(self.read_by(op, leaf, view, products.get(ref.id)))
         return {str(values[i].name): dims for i, dims in found.items()}
 
     def is_cut(self, value: int) -> bool:
         return not keeps_all(self.labels.get(value, NONE), self.kept)
 
-    def read_by(self, op: OpCall, ref: TensorRef, leaf: int, product: Product | None) -> Collection[int]:
+    def read_by(self, op: OpCall, leaf: int, view: Tensor, product: Product | None) -> Collection[int]:
         """The dimensions of a weight along which an op that reads it, or a view of it, needs zeros."""
-        every = range(len(self.trace.values[leaf].shape))
+        shape = self.trace.values[leaf].shape
         if product is None or product.kept is None:
-            return every
+            return range(len(shape))
         behind = self.readers.get(op.outputs[0].id, [])
         if behind and all(self.absorbs(reader, op.outputs[0]) for reader in behind):
             return ()
-        if ref.id == leaf:
-            return (product.kept,)
-        starts = {f.start for f in self.labels.get(ref.id, NONE) if product.kept in f.dims}
-        own = {d for f in self.labels.get(leaf, NONE) if f.start in starts for d in f.dims}
-        return own if own and None not in starts else every
+        step, size = view.stride(product.kept), view.shape[product.kept]
+        steps = [math.prod(shape[d + 1 :]) for d in range(len(shape))]  # how far apart entries along each dimension are
+        return [d for d, one in enumerate(steps) if one < step * size and step < one * shape[d]]
 
     def absorbs(self, op: OpCall, value: TensorRef) -> bool:
         """Whether an op normalises each channel of a value by itself, and multiplies it by a scale that is cut."""
