@@ -12,7 +12,7 @@ from graphs.registry import conv, linear, net, randomise
 from torch import Tensor, nn
 
 from fxprune.passes.ir.slices import TensorSlice
-from fxprune.passes.verification import zeroed_model
+from fxprune.passes.verification import shared_weights, zeroed_model
 from fxprune.passes.verification.zeroed_model import ZeroedOriginal
 
 ROWS, COLUMNS = torch.tensor([0, 2, 3]), torch.tensor([1, 3])
@@ -65,10 +65,12 @@ READERS: dict[str, tuple[Callable[..., Any], nn.Module, Callable[[], Tensor]]] =
 }
 
 
+@pytest.mark.parametrize("many", [1, 10**6])
 @pytest.mark.parametrize("cut", ["rows", "columns", "rows and columns"])
 @pytest.mark.parametrize("reader", READERS)
-def test_zeros_are_where_they_are_read(monkeypatch: pytest.MonkeyPatch, reader: str, cut: str) -> None:
+def test_zeros_are_where_they_are_read(monkeypatch: pytest.MonkeyPatch, reader: str, cut: str, many: int) -> None:
     monkeypatch.setattr(zeroed_model, "LARGE", 1)
+    monkeypatch.setattr(shared_weights, "MANY", many)
     forward, layer, inputs = READERS[reader]
     torch.manual_seed(0)
     model = net(forward, a=layer).double().eval()

@@ -21,10 +21,13 @@ from fxprune.passes.capture.recorder import by_ops
 from fxprune.passes.ir.index_contents import storage_of
 from fxprune.passes.ir.op_trace import arguments_written
 from fxprune.passes.ir.pytree import collect, map_tensors
+from fxprune.passes.ir.slices import fast_index_select
 
 aten = torch.ops.aten
 # where the input, the weight and the bias are
 PRODUCTS = {aten.addmm.default: (1, 2, 0), aten.mm.default: (0, 1, None), aten.convolution.default: (0, 1, 2)}
+
+MANY = 64  # rows of inputs from which on it takes less time to multiply what is not zero than to multiply all
 
 
 @dataclass(slots=True)
@@ -134,10 +137,34 @@ def multiplied(func: Any, args: tuple[Any, ...], weight: Weight) -> Tensor | Non
     if rows is not None and added is not None and (added.shape[-1:] != view.shape[:1] or bool(added[..., rows].any())):
         return None
     given = list(args)
+    if args[first].numel() >= MANY * view[0].numel() and not (convolves and args[8] != 1):
+        stays = [None if gone is None else rest_of(gone, size) for gone, size in zip(removed, view.shape, strict=False)]
+        part = taken(taken(view, 0, stays[0]), 1, stays[1])
+        given[first], given[at] = taken(args[first], 1, stays[1]), part if convolves else part.t()
+        if bias is not None and added is not None:
+            given[bias] = taken(added, -1, stays[0])
+        some: Tensor = func(*given)
+        return some if stays[0] is None else with_rest(some, stays[0], view.shape[0])
     if columns is not None:
         given[first] = given[first].index_fill(1, columns, 0)
     made: Tensor = func(*given)
     return made if rows is None else made.index_fill_(1, rows, 0)
+
+
+def rest_of(removed: Tensor, size: int) -> Tensor:
+    """The indices of a dimension that are not among those removed."""
+    stays = torch.ones(size, dtype=torch.bool, device=removed.device)
+    stays[removed] = False
+    return stays.nonzero().flatten()
+
+
+def taken(tensor: Tensor, dim: int, indices: Tensor | None) -> Tensor:
+    return tensor if indices is None else fast_index_select(tensor, dim % tensor.dim(), indices)
+
+
+def with_rest(made: Tensor, indices: Tensor, size: int) -> Tensor:
+    """Channels at their places among zeros."""
+    return made.new_zeros(made.shape[0], size, *made.shape[2:]).index_copy_(1, indices, made)
 
 
 def is_view(func: Any) -> bool:
