@@ -179,7 +179,9 @@ def renamed(f: Factor, table: np.ndarray, rows: np.ndarray) -> Factor:
     """
     if len(f.dims) > 1:
         return factor(torch.from_numpy(table)[f.labels], f.major_to_minor)
-    labels = table[f.flat]
+    labels = f.lookup(table)
+    if np.array_equal(labels, f.flat):
+        return f
     if bool((labels != labels[0]).any()):
         return Factor.vector(labels, f.major_to_minor[0], f.ndim)
     return Factor(f.labels, ()) if rows[f.flat].any() else f

@@ -276,6 +276,9 @@ def outbid(f: Factor, g: Factor, mine: list[Factor]) -> bool:
 
 
 def match(call: RuleContext, f: Factor, g: Factor) -> None:
+    if len(f.major_to_minor) == 1:
+        call.constraints.tie_vectors(f, g)
+        return
     if f.major_to_minor != g.major_to_minor:
         call.constraints.keep_columns_equal(f)
         call.constraints.keep_columns_equal(g)
