@@ -93,7 +93,7 @@ def propagate(
         seeking_heads: whether only heads are looked for.
         leaf_dims: dimensions of the model's own tensors that may be found to be composed, by first label.
     """
-    constraints = ConstraintBuilder(leaves.size, leaves.first_constant, leaves.composed_labels())
+    constraints = ConstraintBuilder(leaves.size, leaves.first_constant, leaves.composed_labels(), not seeking_heads)
     values: list[dict[int, Labels]] = []
     picks: list[dict[int, np.ndarray]] = []
     asked: list[dict[int, tuple[np.ndarray, int]]] = []
@@ -145,7 +145,7 @@ def propagate_through(program: Program, state: PropagationState, owned: int) -> 
             state.rewrite, state.opaque, state.literals, counts = program.rewrites[op.node]
             if counts:
                 freeze_arguments(capture, op.node, state)
-            sized = any([is_input_size(found, labels, owned) for found in program.sizes[op.node]])
+            sized = any(is_input_size(found, labels, owned) for found in program.sizes[op.node])
         call = RuleContext(op, state)
         made = state.opaque and not call.inputs  # by code that may have read sizes of the inputs
         if sized or made or (state.varying and any(r.id in state.varying for r in call.inputs)):

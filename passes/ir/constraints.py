@@ -141,6 +141,7 @@ class ConstraintBuilder:
         size: the number of labels so far, label 0 included.
         first_undetermined: the first label of a constant of the program; those of the model's own tensors are below.
         determined: labels from there on that belong to the model's own tensors all the same.
+        about_rows: whether anybody asks which rows keep equally many entries, or the same columns.
 
     Attributes:
         collected: what was reported since the last `clear`.
@@ -151,9 +152,15 @@ class ConstraintBuilder:
         overwritten: labels of entries that a number other than zero is written over.
     """
 
-    def __init__(self, size: int, first_undetermined: int | None = None, determined: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        size: int,
+        first_undetermined: int | None = None,
+        determined: np.ndarray | None = None,
+        about_rows: bool = True,
+    ) -> None:
         self.collected = Constraints()
-        self.node = -1
+        self.node, self.about_rows = -1, about_rows
         self.size = self.first_new = size
         self.first_undetermined = size if first_undetermined is None else first_undetermined
         self.determined = LabelSet(determined)
@@ -283,12 +290,12 @@ class ConstraintBuilder:
         self.collected.frozen.append(LabelArray(labels, self.node, why))
 
     def keep_rows_equal(self, f: Factor) -> None:
-        if len(f.major_to_minor) > 1:
+        if len(f.major_to_minor) > 1 and self.about_rows:
             self.collected.equal_rows.append(LabelArray(f.rows(), self.node))
 
     def keep_columns_equal(self, f: Factor, minor: int = 1) -> None:
         """All rows of `f.rows(minor)` keep the same columns."""
-        if len(f.major_to_minor) > 1:
+        if len(f.major_to_minor) > 1 and self.about_rows:
             self.collected.same_columns.append(LabelArray(f.rows(minor), self.node))
 
 

@@ -279,7 +279,8 @@ class Nesting:
                     raise NotSeparable
                 line = Line(line.name, line.op, target, args, kwargs, line.meta)  # (`_replace` takes several times longer)
             made.append(line)
-            known.setdefault(line.name, Name(line.name))
+            if line.name not in known:
+                known[line.name] = Name(line.name)
         return made
 
     def known_here(self, path: str, known: dict[str, Name], made: list[Line], name: str) -> Name:
