@@ -9,11 +9,11 @@ from graphs.registry import features, linear, net, tokens
 from torch import nn
 
 import fxprune
-from fxprune.passes.coupling.components import Components, smallest_connected
+from fxprune.passes.coupling.components import Components, edges, smallest_connected
 from fxprune.passes.coupling.solver import partial_rows
 from fxprune.passes.ir import constraints
-from fxprune.passes.ir.constraints import LabelArray, Tie
-from fxprune.passes.ir.labels import Factor, factor
+from fxprune.passes.ir.constraints import LabelArray, LabelSet, Tie
+from fxprune.passes.ir.labels import Factor, factor, varying
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.unify import heads_alone
 
@@ -240,6 +240,52 @@ def test_matrices_of_classes_are_looked_at_once():
     ]
     found = partial_rows(part, events)
     assert [(e.node, e.array.tolist()) for e in found] == [(3, [[1, 2, 3], [4, 5, 6]]), (7, [[1, 2, 3], [4, 5, 6]])]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_what_meets_all_of_another_array_is_tied_by_the_first(seed):
+    """Masks by token tie all tokens of a window to one another: 49 x 49 pairs of 49 labels."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [((3, 1, 5), (3, 4, 1)), ((2, 1, 4, 1), (1, 3, 1, 3)), ((3, 5), (3, 1)), ((2, 1, 3), (2, 6, 3))]
+    a, b = (torch.randint(int(seed % 3 > 0), 60, shape, generator=generator) for shape in shapes[seed % 4])
+    tie = Tie(a, b, True, 7)
+    left, right = tie.sides()
+    joined = (left != 0) & (right != 0) & (left != right)
+    units = Components(60)
+    units.add([tie])
+    assert units.unit_of.tolist() == smallest_connected(np.arange(60), left[joined], right[joined]).tolist()
+    zero = {max(x, y) for x, y in zip(left.tolist(), right.tolist()) if x != y and not (x and y)}
+    assert {int(x) for labels, _ in units.tied_to_zero for x in labels} == zero
+    if seed % 4 == 0 and seed % 3:
+        assert len(edges(tie)[0]) == 3 * 5 + 3 * 4
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_set_of_labels_is_a_set(seed):
+    rng = np.random.default_rng(seed)
+    labels, known = LabelSet(), set()
+    assert not labels and not labels.meets(np.arange(9)) and not labels.holds(np.arange(9)).any()
+    labels.add(np.zeros(0, np.int64))
+    assert not labels
+    for _ in range(5):
+        more = rng.integers(0, rng.integers(1, 100), rng.integers(1, 5))
+        labels.add(more)
+        known.update(more.tolist())
+        asked = rng.integers(0, 300, (4, 7))
+        assert labels.holds(asked).tolist() == [[x in known for x in row] for row in asked.tolist()]
+        assert labels.meets(asked) == any(x in known for x in asked.flatten().tolist())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_an_array_varies_where_any_of_its_entries_differ(seed):
+    """Also where the first and the last entry are equal."""
+    generator = torch.Generator().manual_seed(seed)
+    small = torch.randint(0, 2, [(1, 4)[i] for i in torch.randint(0, 2, (3,), generator=generator)], generator=generator)
+    labels = small.expand(4, 4, 4).permute(2, 0, 1)
+    expected = [d for d in range(3) if not torch.equal(labels, labels.narrow(d, 0, 1).expand_as(labels))]
+    assert list(varying(labels)) == expected
+    assert factor(labels).count == len(labels.unique())
+    assert varying(torch.zeros(0, 3, dtype=torch.int64)) == ()
 
 
 def test_rows_that_repeat_are_tied_once(monkeypatch):

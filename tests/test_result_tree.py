@@ -319,6 +319,30 @@ def test_torch_compile_goes_through_rewritten_modules(net):
     assert torch.allclose(compiled(X), small(X), atol=1e-6)
 
 
+def test_code_of_a_rewritten_module_is_generated_when_it_is_first_called():
+    small = fxprune.prune(Net().eval(), 0.5, example_inputs=X, verify=False)
+    forward = vars(small.features[2])["forward"]
+    assert not any(forward.functions.values())
+    once = small(X)
+    assert forward.functions[False] and not forward.functions[True]
+    copied = copy.deepcopy(small)
+    assert not any(vars(copied.features[2])["forward"].functions.values())
+    assert torch.equal(copied(X), once)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_code_may_first_be_asked_for_by_a_compiler(train):
+    small = fxprune.prune(Net().eval(), 0.5, example_inputs=X, verify=False).train(train)
+    small.drop.p = 0.0
+    forward = vars(small.features[2])["forward"]
+    compiled = torch.compile(copy.deepcopy(small), backend="eager", fullgraph=True)
+    first = compiled(X)
+    assert not any(forward.functions.values())  # of what the compiler has not seen
+    assert torch.allclose(first, small(X), atol=1e-6)
+    exported = torch.export.export(fxprune.prune(Net().eval(), 0.5, example_inputs=X, verify=False), (X,), strict=train)
+    assert exported.module()(X).shape == (2, 4)
+
+
 def test_pruned_twice(net):
     _, small = net
     again = fxprune.prune(small, 0.5, example_inputs=X)

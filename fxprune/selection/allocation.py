@@ -82,7 +82,7 @@ class Allocator:
         crossing = [role.crosses for role in find_roles(solution, free)] if options.spares else [False] * len(free)
         self.late = {i for i, group in enumerate(groups) if any(crossing[m] for m in group.families)}
         self.weighs_cost = options.scale in LOSS or (options.weighs and options.speeds is None)
-        self.scores = [np.array(found.importance[1:]) for found in self.candidates]
+        self.scores = [found.importance[1:] for found in self.candidates]
         if self.weighs_cost or options.scale in RELATIVE:
             self.grow()
 

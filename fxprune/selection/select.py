@@ -66,6 +66,8 @@ def check_effect(
         if nothing:
             warnings.warn(f"{options.budget.kind}={options.budget.amount!r} removes nothing", PruneWarning, stacklevel=2)
         return
+    if not nothing and not isinstance(options.ratio, Mapping):
+        return
     tied = tied_to_whole(free, solution, options)
     if nothing and not tied and any(match_ratios(free, options.ratio, solution, options.scopes)):
         wanted = any(Allocator(free, score, solution, options).allocate_ratio())

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from fxprune.passes.ir.labels import Factor, Labels
-from fxprune.passes.ir.op_trace import OpCall, OpTrace, writes
+from fxprune.passes.ir.op_trace import OpCall, OpTrace, name_of, writes
 from fxprune.passes.ir.pytree import TensorRef, collect
 from fxprune.passes.ops.call import RuleContext
 from fxprune.passes.ops.registry import spec_of
@@ -87,12 +87,12 @@ def written_through(op_trace: OpTrace) -> set[int]:
 
 
 def strided(op: OpCall) -> bool:
-    return len(op.args) > 4 and op.args[4] != 1 and op.func._schema.name == "aten::slice"
+    return len(op.args) > 4 and op.args[4] != 1 and name_of(op.func) == "aten::slice"
 
 
 def put_back(following: Sequence[OpCall], view: int, source: OpCall) -> bool:
     """Whether the next two calls take the same slice again and copy the view into it."""
-    if len(following) < 2 or following[0].func != source.func or following[1].func._schema.name != "aten::copy_":
+    if len(following) < 2 or following[0].func != source.func or name_of(following[1].func) != "aten::copy_":
         return False
     again, copied = following
     same = again.args[0] is source.args[0] and tuple(again.args[1:]) == tuple(source.args[1:])

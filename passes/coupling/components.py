@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
+from torch import Tensor
 
 from fxprune.passes.ir.constraints import Tie, flatten
+from fxprune.passes.ir.labels import compress
 
 
 class Components:
@@ -30,7 +33,7 @@ class Components:
         self.ties += ties
         if not rest:
             return
-        sides = [tie.sides() for tie in rest]
+        sides = [edges(tie) for tie in rest]
         a, b = np.concatenate([a for a, _ in sides]), np.concatenate([b for _, b in sides])
         differs = a != b
         zero = ((a == 0) | (b == 0)) & differs
@@ -40,6 +43,22 @@ class Components:
             self.tied_to_zero += [(other[which == i], rest[i].node) for i in np.unique(which)]
             differs &= ~zero
         self.unit_of = smallest_connected(self.unit_of, a[differs], b[differs])
+
+
+def edges(tie: Tie) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of labels that join what a tie joins, if no label of it is 0.
+
+    Where all labels of either side meet all of the other one, as masks by token do, the first one of each joins them.
+    """
+    a, b = tie.a, tie.b
+    if isinstance(a, Tensor) and isinstance(b, Tensor) and a.dim() == b.dim():
+        across = [d for d, (n, m) in enumerate(zip(a.shape, b.shape, strict=True)) if n != m]
+        wide = {a.shape[d] == 1 for d in across}
+        if len(wide) > 1 and bool((a != 0).all()) and bool((b != 0).all()):
+            first = [compress(x, set(range(x.dim())).difference(across)) for x in (a, b)]
+            found = [replace(tie, a=x, b=y).sides() for x, y in ((first[0], b), (a, first[1]))]
+            return np.concatenate([x for x, _ in found]), np.concatenate([y for _, y in found])
+    return tie.sides()
 
 
 def tie_ranges(unit_of: np.ndarray, ties: Sequence[Tie]) -> list[Tie]:

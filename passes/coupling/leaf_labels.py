@@ -115,10 +115,10 @@ class LeafLabels:
         constants = [int(f.flat.min()) for name, labels in of.items() if is_constant(name) for f in labels]
         return cls(of, size, min(constants, default=size))
 
-    def composed_labels(self) -> set[int]:
+    def composed_labels(self) -> np.ndarray:
         """The labels in dimensions of the model's own tensors that are not among their first ones."""
         own = [f.flat for name, labels in self.of.items() for f in labels if f.start is None and not is_constant(name)]
-        return {x for flat in own for x in flat[flat >= self.first_constant].tolist()}
+        return np.concatenate([np.zeros(0, np.int64), *(flat[flat >= self.first_constant] for flat in own)])
 
     def dims(self) -> dict[int, LeafDim]:
         """Dimensions that have a consecutive run of labels to themselves, by the first of them: tensor, dimension and size."""
@@ -142,7 +142,7 @@ class LeafLabels:
         """
         of = dict(self.of)
         mine = np.unique(np.concatenate([v.numpy() for vectors in composed.values() for v in vectors]))
-        mine = mine[(mine >= self.first_constant) & ~np.isin(mine, list(made.determined))]
+        mine = mine[(mine >= self.first_constant) & ~made.determined.holds(mine)]
         renamed = np.arange(made.size)
         renamed[mine] = made.size + np.arange(len(mine))
         for start, vectors in composed.items():
@@ -179,7 +179,9 @@ def renamed(f: Factor, table: np.ndarray, rows: np.ndarray) -> Factor:
     """
     if len(f.dims) > 1:
         return factor(torch.from_numpy(table)[f.labels], f.major_to_minor)
-    labels = table[f.flat]
+    labels = f.lookup(table)
+    if np.array_equal(labels, f.flat):
+        return f
     if bool((labels != labels[0]).any()):
         return Factor.vector(labels, f.major_to_minor[0], f.ndim)
     return Factor(f.labels, ()) if rows[f.flat].any() else f

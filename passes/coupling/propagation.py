@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -94,7 +93,7 @@ def propagate(
         seeking_heads: whether only heads are looked for.
         leaf_dims: dimensions of the model's own tensors that may be found to be composed, by first label.
     """
-    constraints = ConstraintBuilder(leaves.size, leaves.first_constant, leaves.composed_labels())
+    constraints = ConstraintBuilder(leaves.size, leaves.first_constant, leaves.composed_labels(), not seeking_heads)
     values: list[dict[int, Labels]] = []
     picks: list[dict[int, np.ndarray]] = []
     asked: list[dict[int, tuple[np.ndarray, int]]] = []
@@ -125,10 +124,13 @@ def propagate(
 def propagate_through(program: Program, state: PropagationState, owned: int) -> None:
     """Apply the rules of one program's calls; the first `owned` labels are those of the model's own tensors."""
     constraints, capture, labels = state.constraints, program.capture, state.labels
-    hidden = list(program.hidden)
-    state.is_inputs = lambda size: (  # (not by way of the state, which would hold itself, and all else, until it is collected)
+    hidden, start = list(program.hidden), program.node(0)
+    # (not by way of the state, which would hold itself, and all else, until it is collected)
+    state.is_inputs = lambda size: (
         capture.op_trace.values[size.ref.id].from_input and is_input_size((size.ref, size.dim), labels, owned)
     )
+    state.input_dims = lambda: dims_of_inputs(capture, constraints.node - start, labels, owned)
+    state.sliced_dims = lambda: dims_sliced(capture, constraints.node - start, labels, owned)
     end = OpCall(None, (), {}, (), len(capture.index))
     # whether sizes of the inputs are among the node's arguments, so that contents that it makes vary with them
     sized = counts = False
@@ -138,13 +140,11 @@ def propagate_through(program: Program, state: PropagationState, owned: int) -> 
             apply_untracked(capture, capture.nodes[hidden.pop(0)], state)
         if op is end or (hidden and op.node == hidden[0]):
             continue
-        if constraints.node != program.node(op.node):
-            constraints.node = program.node(op.node)
+        if constraints.node != start + op.node:
+            constraints.node = start + op.node
             state.rewrite, state.opaque, state.literals, counts = program.rewrites[op.node]
             if counts:
                 freeze_arguments(capture, op.node, state)
-            state.input_dims = functools.partial(dims_of_inputs, capture, op.node, labels, owned)
-            state.sliced_dims = functools.partial(dims_sliced, capture, op.node, labels, owned)
             sized = any(is_input_size(found, labels, owned) for found in program.sizes[op.node])
         call = RuleContext(op, state)
         made = state.opaque and not call.inputs  # by code that may have read sizes of the inputs
@@ -225,7 +225,7 @@ def apply_rule(call: RuleContext) -> None:
                 for g in labels:
                     if g.major_to_minor == f.major_to_minor and g.base is not f.base:
                         call.constraints.note_written(f, g)
-    for ref in call.inputs:
+    for ref in call.inputs if call.state.unread else ():
         call.state.unread.pop(ref.id, None)
     if shared:
         call.known.update(shared)

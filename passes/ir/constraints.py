@@ -108,6 +108,32 @@ class Constraints:
     row_labels: list[RowLabels] = field(default_factory=list)
 
 
+class LabelSet:
+    """A set of labels, as a table."""
+
+    def __init__(self, labels: np.ndarray | None = None) -> None:
+        self.table = np.zeros(0, bool)  # whose last entry, which stands for all labels beyond it, is False
+        if labels is not None:
+            self.add(labels)
+
+    def __bool__(self) -> bool:
+        return len(self.table) > 0
+
+    def add(self, labels: np.ndarray) -> None:
+        top = int(labels.max(initial=-1)) + 1
+        if top >= len(self.table) and top:
+            self.table = np.concatenate([self.table, np.zeros(2 * top - len(self.table), bool)])
+        self.table[labels] = True
+
+    def holds(self, labels: np.ndarray) -> np.ndarray:
+        """For each label whether it is in the set."""
+        return self.table.take(labels, mode="clip") if len(self.table) else np.zeros(labels.shape, bool)
+
+    def meets(self, labels: np.ndarray) -> bool:
+        """Whether any of them is in the set."""
+        return len(self.table) > 0 and bool(self.holds(labels).any())
+
+
 class ConstraintBuilder:
     """Collects what label rules report, each with the node it is reported at, and numbers new labels.
 
@@ -115,6 +141,7 @@ class ConstraintBuilder:
         size: the number of labels so far, label 0 included.
         first_undetermined: the first label of a constant of the program; those of the model's own tensors are below.
         determined: labels from there on that belong to the model's own tensors all the same.
+        about_rows: whether anybody asks which rows keep equally many entries, or the same columns.
 
     Attributes:
         collected: what was reported since the last `clear`.
@@ -125,15 +152,19 @@ class ConstraintBuilder:
         overwritten: labels of entries that a number other than zero is written over.
     """
 
-    def __init__(self, size: int, first_undetermined: int | None = None, determined: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        size: int,
+        first_undetermined: int | None = None,
+        determined: np.ndarray | None = None,
+        about_rows: bool = True,
+    ) -> None:
         self.collected = Constraints()
-        self.node = -1
+        self.node, self.about_rows = -1, about_rows
         self.size = self.first_new = size
         self.first_undetermined = size if first_undetermined is None else first_undetermined
-        self.determined = set(determined)
-        self.reduced: set[int] = set()
-        self.copies: set[int] = set()
-        self.overwritten: set[int] = set()
+        self.determined = LabelSet(determined)
+        self.reduced, self.copies, self.overwritten = LabelSet(), LabelSet(), LabelSet()
 
     def clear(self) -> Constraints:
         """What was collected; the builder starts with nothing again, but for the labels it has made."""
@@ -165,7 +196,7 @@ class ConstraintBuilder:
         """New labels over the dimensions `rest` of a factor, of what was reduced along the others."""
         shape = [n if d in rest else 1 for d, n in enumerate(f.labels.shape)]
         labels = self.fresh(math.prod(shape)).reshape(shape)
-        self.reduced.update(labels.flatten().tolist())
+        self.reduced.add(labels.reshape(-1).numpy())
         self.tie_to_rows(labels, f.labels, whole=whole)
         if self.is_overwritten(f):
             self.tie_entries(f, rest)
@@ -175,7 +206,7 @@ class ConstraintBuilder:
         """A row in which a number is written over an entry is a unit: the number goes with the whole row alone."""
         order = [*rest, *(d for d in range(f.labels.dim()) if d not in rest)]
         rows = f.labels.permute(order).reshape(math.prod(f.labels.shape[d] for d in rest), -1)
-        mine = rows[torch.from_numpy(np.isin(rows.numpy(), list(self.overwritten)).any(1))]
+        mine = rows[torch.from_numpy(self.overwritten.holds(rows.numpy()).any(1))]
         self.tie(mine, mine[:, :1].expand_as(mine))
 
     def tie_to_rows(self, labels: Tensor, entries: Tensor, *, whole: bool = False) -> None:
@@ -186,11 +217,11 @@ class ConstraintBuilder:
         labels, rows = labels.flatten(), full.permute(order).reshape(labels.numel(), -1)
         self.collected.row_labels.append(RowLabels(labels, rows, self.node, whole))
         unknown = self.are_undetermined(rows.numpy()).any(1)
-        self.determined.update(labels.numpy()[~unknown].tolist())
+        self.determined.add(labels.numpy()[~unknown])
 
     def are_row_labels(self, f: Factor) -> bool:
         """Whether all labels of a factor stand for reduced rows."""
-        return bool(self.reduced) and all(x in self.reduced for x in f.flat.tolist())
+        return bool(self.reduced) and bool(self.reduced.holds(f.flat).all())
 
     def undetermined(self, f: Factor) -> np.ndarray | None:
         """Which of a factor's labels, flattened, belong to copies and constants; None where none do.
@@ -204,7 +235,7 @@ class ConstraintBuilder:
 
     def are_undetermined(self, labels: np.ndarray) -> np.ndarray:
         found = labels >= self.first_undetermined
-        return found & ~np.isin(labels, list(self.determined)) if self.determined and bool(found.any()) else found
+        return found & ~self.determined.holds(labels) if self.determined else found
 
     def determine(self, f: Factor, g: Factor, *, adds: bool = False) -> Factor:
         """Of two tied factors the one with labels that parameters determine; if both are so in part, one made of both.
@@ -212,7 +243,7 @@ class ConstraintBuilder:
         A parameter that is added to copies sets none of them to zero: then it is those.
         """
         for copied in (f, g) if adds and self.copies else ():
-            if not self.copies.isdisjoint(copied.flat.tolist()):
+            if self.copies.meets(copied.flat):
                 return copied
         mine = self.undetermined(f)
         if mine is None:
@@ -230,7 +261,7 @@ class ConstraintBuilder:
         mine = self.undetermined(f)
         if mine is not None and f.labels.shape == g.labels.shape:
             theirs = self.undetermined(g)
-            self.determined.update(f.flat[mine if theirs is None else mine & ~theirs].tolist())
+            self.determined.add(f.flat[mine if theirs is None else mine & ~theirs])
 
     def keep_copies(self, labels: Iterable[Factor]) -> None:
         """Freeze the labels of copies and constants that are summed over: no parameter sets those to zero."""
@@ -239,11 +270,11 @@ class ConstraintBuilder:
             if found is not None:
                 self.freeze(f.flat[found], COPIES)
             if len(f.major_to_minor) == 1 and self.is_overwritten(f):  # else what is summed in a row goes with the row
-                self.freeze(f.flat[np.isin(f.flat, list(self.overwritten))], COPIES)
+                self.freeze(f.flat[self.overwritten.holds(f.flat)], COPIES)
 
     def is_overwritten(self, f: Factor) -> bool:
         """Whether a number other than zero is written over some entries of a factor."""
-        return bool(self.overwritten) and not self.overwritten.isdisjoint(f.flat.tolist())
+        return self.overwritten.meets(f.flat)
 
     def tie(self, a: Tensor, b: Tensor, *, broadcast: bool = False) -> None:
         """Tie two arrays under broadcasting; a tie to label 0 freezes."""
@@ -259,12 +290,12 @@ class ConstraintBuilder:
         self.collected.frozen.append(LabelArray(labels, self.node, why))
 
     def keep_rows_equal(self, f: Factor) -> None:
-        if len(f.major_to_minor) > 1:
+        if len(f.major_to_minor) > 1 and self.about_rows:
             self.collected.equal_rows.append(LabelArray(f.rows(), self.node))
 
     def keep_columns_equal(self, f: Factor, minor: int = 1) -> None:
         """All rows of `f.rows(minor)` keep the same columns."""
-        if len(f.major_to_minor) > 1:
+        if len(f.major_to_minor) > 1 and self.about_rows:
             self.collected.same_columns.append(LabelArray(f.rows(minor), self.node))
 
 

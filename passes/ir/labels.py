@@ -82,6 +82,13 @@ class Factor:
         return self._largest
 
     @property
+    def count(self) -> int:
+        """How many different labels there are."""
+        found = np.zeros(self.largest + 1, bool)
+        found[self.flat] = True
+        return int(found.sum())
+
+    @property
     def compressed(self) -> np.ndarray:
         return self.flat if len(self.major_to_minor) == 1 else self.runs()[0]
 
@@ -138,8 +145,19 @@ NONE: Labels = ()
 def varying(labels: Tensor, among: Iterable[int] | None = None) -> tuple[int, ...]:
     """The dimensions that an array of labels varies along."""
     array = labels.numpy()
-    dims = range(array.ndim) if among is None else among
-    return tuple([d for d in dims if array.shape[d] > 1 and not (array == array[(slice(None),) * d + (slice(1),)]).all()])
+    dims = [d for d in (range(array.ndim) if among is None else among) if array.shape[d] > 1]
+    if not dims or not array.size:
+        return ()
+    first, zeros = array.item(0), (0,) * array.ndim
+    # nearly always the last entry along a dimension tells it
+    return tuple(
+        [
+            d
+            for d in dims
+            if array.item((*zeros[:d], -1, *zeros[d + 1 :])) != first
+            or not (array == array[(slice(None),) * d + (slice(1),)]).all()
+        ]
+    )
 
 
 def compress(labels: Tensor, keep: Iterable[int]) -> Tensor:

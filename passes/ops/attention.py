@@ -69,7 +69,7 @@ def grouped(call: RuleContext, ref: TensorRef, q_shape: Sequence[int]) -> tuple[
     if call.heads == "queries" and along:  # each serves query heads of its own, and stays
         freeze_shared(call, along)
         made = copies_of_rows(call, 1, (shape[d], times)).flat
-        call.constraints.copies.update(made.tolist())
+        call.constraints.copies.add(made)
         grown = (*(f for f in labels if f not in along), Factor.vector(made, d, len(shape)))
         return grown, (*shape[:d], q_shape[d], *shape[d + 1 :])
     grown = tuple(factor(f.labels.repeat_interleave(times, d) if d in f.dims else f.labels, f.major_to_minor) for f in labels)

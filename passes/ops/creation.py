@@ -151,7 +151,7 @@ def copies(call: RuleContext, made: list[Factor]) -> Labels:
     call.state.unread[call.outputs[0].id] = frozenset(f.major_to_minor[0] for f in made)
     if call.op_trace.values[call.first.id].from_input:
         for f in made:
-            call.constraints.copies.update(f.flat.tolist())
+            call.constraints.copies.add(f.flat)
     return tuple(made)
 
 

@@ -109,7 +109,7 @@ def mixed(call: RuleContext, mine: Labels, theirs: Labels, summed: Sequence[int]
         free = f.major_to_minor[-1] not in (*summed, *shared)
         apart = rows and free and not any(f.dims <= g.dims for g in theirs)
         count = math.prod(f.labels.shape[d] for d in rows)
-        few = apart and 2 * count * count < len(f.labels.unique())
+        few = apart and 2 * count * count < f.labels.numel() and 2 * count * count < f.count
         result += call.collapse(f, rows) if few else (f,)
     return tuple(result)
 

@@ -42,7 +42,8 @@ def overwrite(call: RuleContext) -> list[Labels]:
     if isinstance(value, TensorRef) and any(call.constraints.undetermined(f) is None for f in call.labels(value)):
         return result
     if not is_zero(call, value):
-        call.constraints.overwritten.update(label for labels in result for f in labels for label in f.flat.tolist())
+        for f in (f for labels in result for f in labels):
+            call.constraints.overwritten.add(f.flat)
     return result
 
 

@@ -92,8 +92,8 @@ def vary_alike(call: RuleContext) -> None:
             if f.dims <= new and all(f.labels.shape[d] == call.shape(ref)[d] for d in f.dims):
                 apart = [g for g in call.labels(ref) if g.dims.isdisjoint(f.dims)]
                 made = Factor(call.constraints.fresh(f.labels.numel()).reshape(f.labels.shape), f.major_to_minor)
-                if any(int(g.flat[0]) in call.constraints.copies for g in call.labels(ref) if g.dims & f.dims):
-                    call.constraints.copies.update(made.flat.tolist())
+                if any(call.constraints.copies.meets(g.flat[:1]) for g in call.labels(ref) if g.dims & f.dims):
+                    call.constraints.copies.add(made.flat)
                 call.known[ref.id] = (*apart, made)
                 new -= f.dims
 
@@ -276,6 +276,9 @@ def outbid(f: Factor, g: Factor, mine: list[Factor]) -> bool:
 
 
 def match(call: RuleContext, f: Factor, g: Factor) -> None:
+    if len(f.major_to_minor) == 1:
+        call.constraints.tie_vectors(f, g)
+        return
     if f.major_to_minor != g.major_to_minor:
         call.constraints.keep_columns_equal(f)
         call.constraints.keep_columns_equal(g)

@@ -97,7 +97,7 @@ def reshape(
     moved = one_to_one(active, before, after)
     if moved is not None:
         return f.over(tuple([moved[d] for d in f.major_to_minor]), len(after))
-    if any(is_laid_out_anew(call, f, left, right, before, after) for left, right in active):
+    if not call.state.seeking_heads and any(is_laid_out_anew(call, f, *run, before, after) for run in active):
         call.constraints.freeze(f.labels, "is laid out anew among positions")
     sizes = [1] * len(after)
     nest: list[int] = []

@@ -20,10 +20,10 @@ def describe(module: nn.Module) -> str:
     return f"{module._get_name()}({extra})"
 
 
-def changed_descriptions(before: nn.Module, after: nn.Module) -> dict[str, str]:
+def changed_descriptions(before: Mapping[str, nn.Module], after: nn.Module) -> dict[str, str]:
     """How modules describe themselves before, by path, where they do otherwise after."""
     now = {path: module for path, module in every_path(after) if path and says_something(module)}
-    found = {path: describe(module) for path, module in every_path(before) if path in now}
+    found = {path: describe(before[path]) for path in now if path in before}
     return {path: text for path, text in found.items() if text != describe(now[path])}
 
 

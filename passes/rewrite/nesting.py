@@ -277,9 +277,10 @@ class Nesting:
                 target = self.tree.relative(line.target, path, module=True) if line.op == "call_module" else line.target
                 if target is None:
                     raise NotSeparable
-                line = line._replace(target=target, args=args, kwargs=kwargs)
+                line = Line(line.name, line.op, target, args, kwargs, line.meta)  # (`_replace` takes several times longer)
             made.append(line)
-            known.setdefault(line.name, Name(line.name))
+            if line.name not in known:
+                known[line.name] = Name(line.name)
         return made
 
     def known_here(self, path: str, known: dict[str, Name], made: list[Line], name: str) -> Name:

@@ -118,18 +118,19 @@ class RewrittenForward:
     ) -> None:
         self.module, self.programs, self.ignored = module, dict(programs), ignored
         self.generated = generated or Functions()
-        self.functions: dict[bool, tuple[Any, list[str], tuple[str, ...]]] = {}
-        self.prepare(module.training)
+        self.functions: dict[bool, list[Any]] = {False: [], True: []}
 
-    def prepare(self, mode: bool) -> Any:
-        """The function of a mode, generated when it is first asked for."""
-        if mode not in self.functions:
-            self.functions[mode] = self.generated.of(self.programs.get(mode, next(iter(self.programs.values()))))
-        return self.functions[mode]
+    def prepare(self, mode: bool) -> None:
+        """Generate the function of a mode, where that has not been done."""
+        if not self.functions[mode]:
+            self.functions[mode][:] = self.generated.of(self.programs.get(mode, next(iter(self.programs.values()))))
+
+    # as `torch.compiler.assume_constant_result` does, which imports the compiler: that runs this where it traces a call
+    prepare._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        mode = self.module.training
-        function, taken, texts = self.functions[mode] if mode in self.functions else self.prepare(mode)
+        self.prepare(mode := self.module.training)
+        function, taken, texts = self.functions[mode]
         if kwargs:
             kwargs = {name: v for name, v in kwargs.items() if name not in self.ignored or not isinstance(v, bool | None)}
             check_keywords(type(self.module).__name__, kwargs, taken)
@@ -151,7 +152,7 @@ class RewrittenForward:
         return said_of_forward(self, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "functions": {}, "generated": Functions()}
+        return {**vars(self), "functions": {False: [], True: []}, "generated": Functions()}
 
 
 def said_of_forward(stand_in: Any, name: str) -> Any:
@@ -237,12 +238,9 @@ class PrunedModule(fx.GraphModule):
         apart = vars(self)["_apart"].get(mode, frozenset())
         if self.own_model is not None:
             vars(self.own_model)["training"] = mode != ("" in apart)
-        for path, module in named_modules(self):
-            if apart and path:
+        for path, module in named_modules(self) if apart else ():
+            if path:
                 module.training = mode != (path in apart)
-            forward = vars(module).get("forward")
-            if isinstance(forward, RewrittenForward):
-                forward.prepare(module.training)
         self._choose(mode)
         return self
 

@@ -87,7 +87,8 @@ def rewrite_program(
     tree = slice_tensors(
         values, solution, {**made, **computed}, cut or (lambda name, tensor, slices: slice_tensor(tensor, slices))
     )
-    restore_state(model, tree, solution)
+    originals = dict(every_path(model))
+    restore_state(originals, tree, solution)
     for path, edits in attributes.items():
         module = captures[0].modules.get(path) or fetch(tree, path)
         for name, value in edits.items():
@@ -95,6 +96,7 @@ def rewrite_program(
     for name, data in constants.items():
         tree.register_buffer(name, data.to(device), persistent=False)
     pruned = assemble(model, solution, tree, programs)
+    pruned.meta["before"] = changed_descriptions(originals, pruned)
     if os.environ.get("FXPRUNE_STRICT") == "1":
         check_programs(pruned)
     return pruned
@@ -121,7 +123,6 @@ def assemble(model: nn.Module, solution: Solution, tree: nn.Module, programs: Ma
         apart = {mode: frozenset(f"{path}.".removeprefix(prefix)[:-1] for path in some) for mode, some in apart.items()}
     pruned = PrunedModule(tree, roots, flat, forwards, apart, type(model).__name__, own_model)
     pruned._choose(model.training)
-    pruned.meta["before"] = changed_descriptions(model, pruned)
     return pruned
 
 
@@ -216,10 +217,13 @@ def drop(root: nn.Module, modules: Iterable[str], tensors: Iterable[str]) -> Non
                 del held[name]
 
 
-def restore_state(model: nn.Module, tree: nn.Module, solution: Solution) -> None:
-    """Give the modules of the pruned tree the modes, flags and numbers of the original's: forwards ran on them at capture."""
+def restore_state(modules: Mapping[str, nn.Module], tree: nn.Module, solution: Solution) -> None:
+    """Give the modules of the pruned tree the modes, flags and numbers of the original's: forwards ran on them at capture.
+
+    Arguments:
+        modules: those of the original, by path.
+    """
     prefix = solution.captures[0].prefix
-    modules = dict(every_path(model))
     for module, path in walk(tree).items():
         own, original = vars(module), modules.get(path.removeprefix(prefix))
         was = {} if original is None else vars(original)
@@ -227,7 +231,7 @@ def restore_state(model: nn.Module, tree: nn.Module, solution: Solution) -> None
             if type(was[name]) in ATOMS:
                 own[name] = was[name]
         evaluates = path in solution.captures[0].evaluating
-        own["training"] = not evaluates and (model if original is None else original).training
+        own["training"] = not evaluates and (modules[""] if original is None else original).training
 
 
 def modes_apart(model: nn.Module, solution: Solution, paths: Iterable[str]) -> Apart:
