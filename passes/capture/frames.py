@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -84,7 +85,9 @@ class Repetition:
         node = next(self.left, ...)
         if node is ... or node.op != op or node.target != target:
             self.diverge()
-        same = is_same((node.args, node.kwargs), (args, kwargs))
+        known, alone = node.args, not kwargs and not node.kwargs
+        identical = alone and len(known) == len(args) and all(map(operator.is_, known, args))
+        same = identical or is_same((known, node.kwargs), (args, kwargs))
         if same is None:
             self.diverge()
         elif not same:

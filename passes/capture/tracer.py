@@ -11,7 +11,6 @@ from typing import Any
 from torch import fx, nn
 
 from fxprune.passes.capture.builder import GraphBuilder
-from fxprune.passes.capture.evaluation import plain_call
 from fxprune.passes.capture.frames import Frame
 from fxprune.passes.capture.modules import (
     by_position,
@@ -21,6 +20,7 @@ from fxprune.passes.capture.modules import (
     has_own_hooks,
     is_layer,
     own_call,
+    plain_call,
     without_own_hooks,
 )
 from fxprune.passes.capture.opaque import RootWrapper

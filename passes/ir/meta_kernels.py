@@ -126,8 +126,8 @@ class MetaKernels:
                 return like(widest)
             if len(others) == 1 and (shape := crossed(first, *others)) is not None:
                 return empty(shape, dtype=first.dtype, device=META)
-        if kind in FORMS and first.layout is torch.strided and (shape := FORMS[kind](*args, **kwargs)) is not None:
-            return empty(shape, dtype=torch.bool if kind == "comparison" else first.dtype, device=META)
+        if kind in FORMS and first.layout is torch.strided and (sizes := FORMS[kind](*args, **kwargs)) is not None:
+            return empty(sizes, dtype=torch.bool if kind == "comparison" else first.dtype, device=META)
         if kind == "convolution":
             shape = convolved(*args)
             return empty(shape, dtype=first.dtype, device=META) if first.is_contiguous() else func(*args)
