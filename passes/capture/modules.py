@@ -184,7 +184,7 @@ def is_own(hook: Any) -> bool:
 
 def has_own_hooks(module: nn.Module) -> bool:
     held = (module._forward_pre_hooks, module._forward_hooks)
-    return any(map(is_own, (hook for hooks in held if hooks for hook in hooks.values())))
+    return any(held) and any(map(is_own, (hook for hooks in held if hooks for hook in hooks.values())))
 
 
 def drop_own_hooks(module: nn.Module) -> None:

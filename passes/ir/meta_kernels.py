@@ -288,7 +288,7 @@ FORMS: dict[str, Callable[..., Sequence[int] | None]] = {
     "roll": rolled,
     "masked_fill": filled,
     "index": looked_up,
-    "comparison": lambda x, other: x.shape if x.is_contiguous() else None,
+    "comparison": lambda x, other: x.shape if type(other) in ATOMS and x.is_contiguous() and not x.is_complex() else None,
 }
 
 
