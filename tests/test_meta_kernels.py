@@ -90,6 +90,11 @@ OPS = {
     "views": lambda a, b: (a.view(3, 4, 5), a.permute(2, 0, 1), b.expand(6, 3), b.t(), a.transpose(0, 1), b.squeeze(1), a[1]),
     "joined": lambda a, b: (torch.cat([a, a, a], 1), torch.cat([a, a], -1), torch.cat([b, b])),
     "strided ones joined": lambda a, b: torch.cat([a.mT, a.mT], 0),
+    "images joined": lambda a, b: tuple(
+        torch.cat([x, x], dim)
+        for x in (a[None], a[None].mT, a[None].to(memory_format=torch.channels_last), a[None, :, ::2], a.expand(3, 2, 6, 5))
+        for dim in (0, 1, 3)
+    ),
     "other dtypes joined": lambda a, b: torch.cat([b, b.double()]),
     "norms": lambda a, b: tuple(
         norm(x)
@@ -105,6 +110,27 @@ OPS = {
             lambda x: F.batch_norm(x, x.new_zeros(x.shape[1]), x.new_ones(x.shape[1])),
         )
     ),
+    "broadcast one along the other": lambda a, b: (
+        a[:, :1] - a[:, :, :1],
+        b + b.t(),
+        a[:1] * a[:, :1],
+        b[:, None] / b.t()[None],
+    ),
+    "strided ones along each other": lambda a, b: a.mT[:, :1] - a.mT[:, :, :1],
+    "compared to a number": lambda a, b: (a == 0, a.mT > 1, a[:, ::2] <= 0.5, b.long() != 2),
+    "copies": lambda a, b: (a.clone(), a.mT.clone(), a.mT.contiguous(), a[None].clone(memory_format=torch.channels_last)),
+    "rolled": lambda a, b: (a.roll([1, -2], [1, 2]), a.roll(3), a.mT.roll(1, -1), a[:0].roll(1, 0)),
+    "filled": lambda a, b: tuple(
+        x.masked_fill(mask, value)
+        for x, mask in ((a, a > 0), (a, a[0] > 0), (a, a[:, :1, :1] > 0), (a.mT, a.mT > 0), (a[0], a > 0))
+        for value in (-1.0, torch.ones(()))
+    ),
+    "looked up": lambda a, b: tuple(
+        x[index]
+        for x in (a, a.mT, b, a[:, 0, 0], a.long())
+        for index in (torch.ones(3, 4).long(), torch.ones(1).long(), torch.tensor([1, 0]), torch.tensor([[[1]]]))
+    ),
+    "masked": lambda a, b: a[torch.tensor([True, False])],
     "nothing joined": lambda a, b: torch.cat([a.new_empty(0), a]),
 }
 
@@ -132,6 +158,11 @@ def test_imagined_results_have_the_real_form(name):
         lambda a, b: torch.bmm(b, b.t()),
         lambda a, b: torch.addmm(b[:, 0], a, a.mT),
         lambda a, b: torch.cat([a, a], 3),
+        lambda a, b: a.roll([1, 1], [0]),
+        lambda a, b: a.roll(1, 3),
+        lambda a, b: a.masked_fill(a[:, :5] > 0, 1.0),
+        lambda a, b: a.masked_fill(a.long(), 1.0),
+        lambda a, b: a[:, :2] - a[:, :3],
         lambda a, b: a.mean(3, keepdim=True),
         lambda a, b: a.sum((0, -4)),
     ],

@@ -294,8 +294,36 @@ class Attends(Net):
         return self.norm(self.layer(x[:, None])).squeeze(1) + x
 
 
-ONCE = (Nested, Plain, Inside, InsideCaught, InsideLate, InsideLearns, OwnTrain)
-TWICE = (Dropped, DroppedInPlace, Normed, Scaled, HandedToPython, Compared, Counted, Kept, HandedDown, Keeps)
+class Starts(Net):
+    """Does something else in its first call in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.started = False
+
+    def between(self, x):
+        first, self.started = not self.started, True
+        return x.abs() if first and self.training else x.sin()
+
+
+class StartsToCount(Net):
+    def __init__(self):
+        super().__init__()
+        self.steps = 0
+
+    def between(self, x):
+        self.steps += 1
+        return x.abs() if self.steps == 1 and self.training else x.sin()
+
+
+ONCE = (Nested, Plain, Inside, InsideCaught, InsideLate, InsideLearns, OwnTrain, Dropped, DroppedInPlace, Normed)
+TWICE = (Scaled, HandedToPython, Compared, Counted, Kept, HandedDown, Keeps)
+
+
+@pytest.mark.parametrize("kind", [Starts, StartsToCount])
+def test_what_evaluation_leaves_on_a_model_is_not_there_in_training(kind, captures):
+    pruned = fxprune.prune(kind(), 0.5, example_inputs=X.float(), verify=False)
+    assert len(captures) == 2 and ["abs" in pruned.train(mode).code for mode in (False, True)] == [False, True]
 
 
 @pytest.mark.parametrize("kind", ONCE + TWICE)

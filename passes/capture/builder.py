@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 import weakref
@@ -19,7 +20,7 @@ from fxprune.passes.capture.modules import is_layer
 from fxprune.passes.capture.patches import creating, itself
 from fxprune.passes.capture.pieces import CUTTING, Pieces, number_of_pieces
 from fxprune.passes.capture.proxy import PROXIES, Items, TensorProxy, proxy_for, unwrap
-from fxprune.passes.capture.proxy_attributes import NUMBERS, ProxyAttributes, internal
+from fxprune.passes.capture.proxy_attributes import ANSWERED, NUMBERS, ProxyAttributes, internal
 from fxprune.passes.capture.recorder import Recorder
 from fxprune.passes.capture.rollback import ModuleState
 from fxprune.passes.errors import NeedsValues, ReadsValue
@@ -55,6 +56,7 @@ class GraphBuilder(ProxyAttributes):
         read_as_copies: the names of tensors of which each read is a copy, since the forward assigns them anew.
         assigned: the names of tensors that the forward has assigned anew, with what for.
         values: of nodes, but for tensors with contents.
+        bound: the proxies of nodes.
         repetition: the second run of a forward, where it is handed the nodes of the first one.
         frames: the module calls that are being traced through.
         module_calls: those that were, in order of their ends.
@@ -72,6 +74,7 @@ class GraphBuilder(ProxyAttributes):
         self.evaluator = Evaluator(root, self.modules, self.recorder)
         self.results: dict[fx.Node, Any] = {}
         self.values: dict[fx.Node, Any] = {}
+        self.bound: dict[fx.Node, Any] = {}
         self.repetition: Repetition | None = None
         self.guards: list[Guard] = []
         self.attributes: dict[str, Any] = {}
@@ -180,16 +183,21 @@ class GraphBuilder(ProxyAttributes):
 
     def bind(self, node: fx.Node, value: Any) -> Any:
         """Record a node's value and hand out proxies for it: containers become real containers of proxies."""
+        if self.repetition is not None and (known := self.bound.get(node)) is not None and len(vars(known)) == 3:
+            return known  # on which code has left nothing of its own
         self.depends[node] = node.op == "placeholder" or True in [self.depends[n] for n in node.all_input_nodes]
-        if type(value) in ATOMS or all(t.is_meta for t in tensors(value)):
-            self.values[node] = value
         if isinstance(value, Tensor):
+            if value.is_meta:
+                self.values[node] = value
             self.results[node] = self.recorder.ref(value)
             return self.proxy(node, value)
+        if type(value) in ATOMS:
+            self.values[node] = self.results[node] = value
+            return None if value is None else self.proxy(node, value)
+        if all(t.is_meta for t in tensors(value)):
+            self.values[node] = value
         value = value.item() if isinstance(value, np.generic) else value
         self.results[node] = map_tensors(value, self.recorder.ref)
-        if value is None:
-            return None
         if isinstance(value, tuple | list):
             if isinstance(value, list):
                 self.keep_length(node, value)
@@ -215,6 +223,7 @@ class GraphBuilder(ProxyAttributes):
     def proxy(self, node: fx.Node, value: Any) -> Any:  # type: ignore[override]
         made = proxy_for(node, self, value)
         self.proxies.append(weakref.ref(made))
+        self.bound[node] = made
         return made
 
     def item(self, node: fx.Node, key: Any, value: Any, read: Any = operator.getitem) -> Any:
@@ -326,4 +335,16 @@ class GraphBuilder(ProxyAttributes):
     def forget(self, node: fx.Node) -> None:
         self.graph.erase_node(node)
         self.results.pop(node, None)
+        self.bound.pop(node, None)
         self.evaluator.forget(node)
+
+
+def method(name: str) -> Any:
+    """What a proxy has as a method of tensors that is a node, whatever it is called with."""
+    call = lambda proxy, *args, **kwargs: proxy.tracer.create_proxy("call_method", name, (proxy, *args), kwargs)  # noqa: E731
+    return property(lambda proxy: functools.partial(call, proxy), vars(TensorProxy)[name].fset)
+
+
+for _name in dir(Tensor):
+    if not _name.startswith("_") and _name not in ANSWERED and callable(getattr(Tensor, _name)):
+        setattr(TensorProxy, _name, method(_name))

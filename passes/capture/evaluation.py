@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 
-from fxprune.passes.capture.modules import is_standard
+from fxprune.passes.capture.modules import is_standard, plain_call
 from fxprune.passes.capture.opaque import Decisions, Turn, some_turns, watched
 from fxprune.passes.capture.patches import FACTORIES, functions_as_they_are, plain_rnn
 from fxprune.passes.capture.proxy import Proxy
@@ -25,7 +25,6 @@ from fxprune.passes.ir.program import ModuleCall, SizeUse, select_by_mode
 from fxprune.passes.ir.pytree import ATOMS, TensorRef, collect, has_tensor, hidden_tensors, iterate, map_tensors, tensors
 from fxprune.passes.ops.registry import find_node
 
-plain_call = nn.Module._call_impl  # as it is outside of a capture
 PLAIN_MODULES = ("_operator", "builtins", "math")  # their functions create no tensors of their own
 INDEXING = (operator.getitem, operator.setitem)
 CREATING = ("tensor", "as_tensor", "new_tensor")

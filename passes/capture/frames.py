@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -12,8 +13,9 @@ from torch import Tensor, fx, nn
 
 from fxprune.passes.capture.patches import creating
 from fxprune.passes.capture.proxy import PROXIES, Items
+from fxprune.passes.ir.op_trace import OpTrace
 from fxprune.passes.ir.program import UNKNOWN, Built, ModelTensor, TracedCall
-from fxprune.passes.ir.pytree import ATOMS, attributes_of, copy_containers
+from fxprune.passes.ir.pytree import ATOMS, TensorRef, attributes_of, copy_containers, map_tensors
 
 COMPARED = ATOMS | {complex, torch.Size, torch.layout, torch.memory_format}
 
@@ -83,7 +85,9 @@ class Repetition:
         node = next(self.left, ...)
         if node is ... or node.op != op or node.target != target:
             self.diverge()
-        same = is_same((node.args, node.kwargs), (args, kwargs))
+        known, alone = node.args, not kwargs and not node.kwargs
+        identical = alone and len(known) == len(args) and all(map(operator.is_, known, args))
+        same = identical or is_same((known, node.kwargs), (args, kwargs))
         if same is None:
             self.diverge()
         elif not same:
@@ -149,3 +153,12 @@ def leaves(x: Any) -> list[Any]:
         return [type(x), *(v for k, item in x.items() for v in (k, *leaves(item)))]
     with attributes_of(x) as held:
         return [x] if held is None else [type(x), *leaves(held)]
+
+
+def inner_ops(node: fx.Node, results: Mapping[fx.Node, Any], trace: OpTrace, number: int) -> list[str]:
+    """The dispatcher calls in an opaque module, which has this number: tensors that it is given and makes by their order."""
+    places: dict[int, int] = {}
+    place = lambda ref: trace.values[ref.id].name or f"%{places.setdefault(ref.id, len(places))}"  # noqa: E731
+    map_tensors([results[n] for n in node.all_input_nodes], place, TensorRef)
+    mine = [op for op in trace.ops if op.node == number]
+    return [f"{op.func}{map_tensors((op.args, op.kwargs, op.outs), place, TensorRef)}" for op in mine]

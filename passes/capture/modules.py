@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from typing import Any, TypeVar
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.utils.hooks import BackwardHook
 
 from fxprune.passes.capture.patches import not_a_models
@@ -96,6 +97,9 @@ def by_position(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     return args, left
 
 
+plain_call = nn.Module._call_impl  # as it is outside of a capture
+
+
 def own_call(kind: type) -> type | None:
     """The class of a model's that says for a class what a call of its modules does; None where `nn.Module` does."""
     owner = next(k for k in kind.__mro__ if "__call__" in vars(k))
@@ -122,6 +126,45 @@ def see_own_calls(patches: Any) -> None:
         patches.patch(owner, "__call__", seen(vars(owner)["__call__"]))
 
 
+def see_modules(patches: Any) -> None:
+    """Calls of the model's modules, and reads of their tensors, modes and numbers, go to the tracer."""
+    tracer = patches.tracer
+    plain_getattr = nn.Module.__getattr__
+
+    def called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if type(module) not in patches.seen or "forward" in vars(module):
+            patches.look_at(module)
+        return tracer.call_module(module, functools.partial(plain_call, module), args, kwargs)
+
+    def read(module: nn.Module, name: str) -> Any:
+        if threading.get_ident() != patches.thread:
+            return plain_getattr(module, name)
+        if tracer.plain.withdrawn and (number := tracer.plain.answer(module, name)) is not None:
+            return number
+        value = plain_getattr(module, name)
+        return tracer.read_tensor(value) if isinstance(value, Tensor) and patches.tracing() else value
+
+    def training(module: nn.Module) -> bool:
+        if patches.tracing():
+            tracer.frames[-1].asked = True
+        elif threading.get_ident() == patches.thread:
+            tracer.evaluator.note_mode_read(module)
+        try:
+            return bool(vars(module)["training"])
+        except KeyError:
+            raise AttributeError("training") from None
+
+    for module in tracer.paths:  # what `__call__` calls instead of forward and the hooks, where it is there
+        patches.undo.append(tracer.stored.put(module, "_compiled_call_impl", functools.partial(called, module)))
+    kinds: set[Any] = set(map(type, tracer.paths))
+    if any(kind.__getattr__ is not plain_getattr for kind in kinds):  # which may ask that of `nn.Module`
+        kinds = {nn.Module}
+    for kind in kinds:  # all subclasses are told of a change of `nn.Module` (decision 457)
+        patches.patch(kind, "__getattr__", read)
+    tracer.plain.read = read
+    patches.patch(nn.Module, "training", property(training, lambda m, v: vars(m).__setitem__("training", v)))
+
+
 def keep_backward_hooks(patches: Any) -> None:
     """Hooks of modules for the backward pass stay those of the modules: they are no question of the model's about gradients."""
     plain = BackwardHook._apply_on_tensors
@@ -141,7 +184,7 @@ def is_own(hook: Any) -> bool:
 
 def has_own_hooks(module: nn.Module) -> bool:
     held = (module._forward_pre_hooks, module._forward_hooks)
-    return any(map(is_own, (hook for hooks in held if hooks for hook in hooks.values())))
+    return any(held) and any(map(is_own, (hook for hooks in held if hooks for hook in hooks.values())))
 
 
 def drop_own_hooks(module: nn.Module) -> None:

@@ -51,9 +51,9 @@ FACTORIES = (
 BUILTINS: dict[int, str] = torch.jit._builtins._get_builtin_table()  # which torch makes of what is there when it is asked first
 
 
-def not_a_models(names: dict[str, Any]) -> bool:
+def not_a_models(names: dict[str, Any], packages: frozenset[str] = NOT_MODELS) -> bool:
     """Whether the variables of a file are those of a package that holds no code of a model's."""
-    return str(names.get("__name__", "")).partition(".")[0] in NOT_MODELS
+    return str(names.get("__name__", "")).partition(".")[0] in packages
 
 
 def see_grad_modes(patches: Any) -> None:

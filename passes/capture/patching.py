@@ -25,14 +25,14 @@ from fxprune.passes.capture.conversions import (
     see_numpy,
     see_questions,
 )
-from fxprune.passes.capture.evaluation import plain_call
 from fxprune.passes.capture.leftovers import restore_functions, uncached
-from fxprune.passes.capture.modules import keep_backward_hooks, see_own_calls
+from fxprune.passes.capture.modules import keep_backward_hooks, see_modules, see_own_calls
 from fxprune.passes.capture.patches import (
     CALLABLE,
     CHECKS,
     FACTORIES,
     LOCK,
+    NOT_MODELS,
     Vectorised,
     named_apply,
     not_a_models,
@@ -48,6 +48,8 @@ from fxprune.passes.capture.tracer import ValueTracer
 from fxprune.passes.ir.pytree import iterate
 
 ATTENTION = F.scaled_dot_product_attention  # which wants a plain flag before it looks for proxies
+NOT_LOOKED_INTO = NOT_MODELS | {"numpy"}  # which computes on arrays; what it makes of sizes, `see_numpy` says
+FOLLOWED = frozenset([*CALLABLE, types.ModuleType])
 CONTEXT_FUNCTIONS = ("finfo", "iinfo", "is_autocast_enabled", "get_autocast_dtype")
 
 
@@ -243,39 +245,6 @@ class Patches:
 
     # -- modules ----------------------------------------------------------------------------------------------------
 
-    def modules(self) -> None:
-        """Calls of the model's modules, and reads of their tensors, modes and numbers, go to the tracer."""
-        tracer = self.tracer
-        plain_getattr = nn.Module.__getattr__
-
-        def called(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            if type(module) not in self.seen or "forward" in vars(module):
-                self.look_at(module)
-            return tracer.call_module(module, functools.partial(plain_call, module), args, kwargs)
-
-        def read(module: nn.Module, name: str) -> Any:
-            if threading.get_ident() != self.thread:
-                return plain_getattr(module, name)
-            if tracer.plain.withdrawn and (number := tracer.plain.answer(module, name)) is not None:
-                return number
-            value = plain_getattr(module, name)
-            return tracer.read_tensor(value) if isinstance(value, torch.Tensor) and self.tracing() else value
-
-        def training(module: nn.Module) -> bool:
-            if self.tracing():
-                tracer.frames[-1].asked = True
-            elif threading.get_ident() == self.thread:
-                tracer.evaluator.note_mode_read(module)
-            try:
-                return bool(vars(module)["training"])
-            except KeyError:
-                raise AttributeError("training") from None
-
-        for module in tracer.paths:  # what `__call__` calls instead of forward and the hooks, where it is there
-            self.undo.append(tracer.stored.put(module, "_compiled_call_impl", functools.partial(called, module)))
-        self.patch(nn.Module, "__getattr__", read)
-        self.patch(nn.Module, "training", property(training, lambda m, v: vars(m).__setitem__("training", v)))
-
     def look_at(self, module: nn.Module) -> None:
         """Functions of `math`, and those that are one node, see proxies wherever a file has them; caches hold none."""
         kind = module if "forward" in vars(module) else type(module)
@@ -294,14 +263,14 @@ class Patches:
 
     def look_into(self, names: dict[str, Any]) -> None:
         """The variables of a file, of the files whose functions it has, and of modules that it or one of these imports."""
-        pending = [(names, 0)]
+        pending, known = [(names, 0)], self.nodes.keys() | self.stand_ins.keys()
         while pending:
             names, steps = pending.pop()
-            if id(names) in self.seen or not_a_models(names):
+            if id(names) in self.seen or not_a_models(names, NOT_LOOKED_INTO):
                 continue
             self.seen.add(id(names))
             self.shadow(names)
-            for name, value in list(names.items()):
+            for name, value in [item for item in names.items() if type(item[1]) in FOLLOWED or id(item[1]) in known]:
                 kind = type(value)
                 if id(value) in self.nodes and value is self.nodes[id(value)]:
                     names[name] = self.seeing_proxies(value)
@@ -335,7 +304,7 @@ PATCHES: list[Callable[[Patches], None]] = [
     Patches.vectorised_functions,
     Patches.batch_statistics,
     Patches.attention,
-    Patches.modules,
+    see_modules,
     say_that_fx_traces,
     see_own_calls,
     keep_backward_hooks,

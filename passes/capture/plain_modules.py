@@ -31,11 +31,12 @@ class PlainModules:
         self.kinds: set[Hashable] = set()
         self.unread: dict[type, frozenset[str]] = {}
         self.withdrawn: dict[nn.Module, dict[str, int]] = {}
+        self.read: Any = None  # the `__getattr__` that asks for `answer`
 
     def kind(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable | None:
         """What a forward's path through its Python can depend on, contents of tensors apart; None where that is not clear."""
         own = type(module)
-        if own.__getattr__ is not nn.Module.__getattr__ or own.__getattribute__ is not object.__getattribute__:
+        if own.__getattr__ is not self.read or own.__getattribute__ is not object.__getattribute__:
             return None  # `watching` would not be told
         if kwargs or module._forward_hooks or module._forward_pre_hooks or own_call(own) is not None:
             return None

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.passes.capture.capture import capture_program
+from fxprune.passes.capture.frames import inner_ops
 from fxprune.passes.capture.leftovers import remove_leftovers
 from fxprune.passes.capture.modules import before_forward
 from fxprune.passes.capture.patches import LOCK
 from fxprune.passes.capture.rollback import ParameterWrites
-from fxprune.passes.capture.train_eval import inner_ops
 from fxprune.passes.errors import GuardError, PruneError, surface, told
 from fxprune.passes.ir.module_tree import named_tensors, private_copy, set_mode, walk
 from fxprune.passes.ir.program import CapturedProgram

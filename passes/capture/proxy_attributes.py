@@ -39,6 +39,7 @@ INLINED = {F.multi_head_attention_forward}
 # What takes gradients, and what tells whether there will be any: the trace keeps nothing for them.
 BACKWARD = frozenset([torch.autograd.grad, torch.autograd.backward, Tensor.backward, torch._make_dual, torch._unpack_dual])
 HAS_GRADIENTS = frozenset(["requires_grad", "grad_fn", "is_leaf"])
+ANSWERED = FACTS | FACT_METHODS | WHERE | VALUE_METHODS | HAS_GRADIENTS | {"size", "new"}
 NUMBERS = frozenset([int, float, bool, str])
 
 

@@ -187,7 +187,8 @@ class Recorder(TorchDispatchMode):
         if in_kwargs:
             gather_refs(in_kwargs, ins)
         from_input = True in [values[ref.id].from_input for ref in ins]
-        for written in arguments_written(func, args, kwargs):
+        writes = written_by(func)
+        for written in arguments_written(func, args, kwargs) if writes else ():
             if isinstance(written, Tensor):
                 self.before_write(written)
                 if from_input and not values[self.ref(written).id].from_input:
@@ -208,7 +209,7 @@ class Recorder(TorchDispatchMode):
         outs = result(out) if isinstance(out, Tensor) else map_tensors(out, result)
         if any(values[ref.id].data is not None for ref in ins):
             self.contents.note_reading(ins, outs)
-        if written_by(func):
+        if writes:
             self.contents.note_writing(func, args, kwargs, from_input)
         self.op_trace.ops.append(OpCall(func, tuple(in_args), in_kwargs, outs, self.node, ins))
         return out

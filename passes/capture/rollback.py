@@ -30,8 +30,12 @@ class ModuleState:
         self.counted: list[str] = []
         seen: set[int] = set()
         for module in modules:
-            boxes = [(k, v) for k, v in vars(module).items() if type(v) not in ATOMS and k != "_modules" and changeable(v)]
-            held = {k: contents(v, seen) if is_filled(v) else [] if type(v) is tuple else [v.clear] for k, v in boxes}
+            held: dict[str, Contents] = {}
+            for name, value in [item for item in vars(module).items() if type(item[1]) not in ATOMS and item[0] != "_modules"]:
+                if not is_filled(value):
+                    held[name] = [] if type(value) is tuple else [value.clear]
+                elif changeable(value):
+                    held[name] = contents(value, seen)
             self.before[module], self.buffers[module] = (dict(vars(module)), held), dict(module._buffers)
 
     def numbers_changed(self, module: nn.Module) -> list[str]:
@@ -90,7 +94,7 @@ class ModuleState:
         for module, (before, held) in self.before.items():
             now = vars(module)
             same = len(now) == len(before) and all(map(operator.is_, now.values(), before.values()))
-            if same and not any(stands_for(before[name], index, begin) for name in held):
+            if same and not any(stands_for(v, index, begin) for v in map(before.get, held) if is_filled(v)):
                 continue
             stored = [(k, v) for k, v in now.items() if type(v) not in ATOMS and not (type(v) in CONTAINERS and not v)]
             for name in [k for k, v in stored if k != "_modules" and stands_for(v, index, begin)]:

@@ -11,7 +11,6 @@ from typing import Any
 from torch import fx, nn
 
 from fxprune.passes.capture.builder import GraphBuilder
-from fxprune.passes.capture.evaluation import plain_call
 from fxprune.passes.capture.frames import Frame
 from fxprune.passes.capture.modules import (
     by_position,
@@ -21,6 +20,7 @@ from fxprune.passes.capture.modules import (
     has_own_hooks,
     is_layer,
     own_call,
+    plain_call,
     without_own_hooks,
 )
 from fxprune.passes.capture.opaque import RootWrapper
@@ -28,7 +28,7 @@ from fxprune.passes.capture.plain_modules import PlainModules, is_plain
 from fxprune.passes.capture.proxy import unwrap
 from fxprune.passes.capture.proxy_attributes import internal
 from fxprune.passes.capture.rollback import facts_written, written_in_place
-from fxprune.passes.capture.train_eval import Modes, captured_in_both
+from fxprune.passes.capture.train_eval import Modes, captured_in_both, same_in_training
 from fxprune.passes.errors import PruneError, ReadsValue, WritesWhatItReads, surface
 from fxprune.passes.ir.index_contents import version_of
 from fxprune.passes.ir.module_tree import walk
@@ -37,8 +37,6 @@ from fxprune.passes.ir.program import IS_GRAD_ENABLED, SET_GRAD_ENABLED, Capture
 from fxprune.passes.ir.pytree import TensorRef, tensors
 
 UNWATCHED: contextlib.nullcontext[dict[str, int]] = contextlib.nullcontext({})
-
-
 COUNTED = "numbers that the forward changes on modules are those of the capture, in every call:"
 
 
@@ -66,16 +64,17 @@ class ValueTracer(GraphBuilder):
     def run(self) -> None:
         """Trace; `Patches` must be in force."""
         args, kwargs = self.placeholders()
+        self.frames = [root := Frame("", self.root, tuple(args), kwargs, len(self.index))]
         with self.interception:
             self.recorder.tracing = True
             try:
                 returned = self.root_call(*args, **kwargs)
                 for module in self.stored.before:
                     self.note_assigned(module)
+                root.asked = root.asked and not same_in_training(self, self.modes, root, self.root_call, returned)
             finally:
                 self.recorder.tracing = False
-        given = () if self.is_one_module else (self.create_arg(returned),)  # else whatever its one node returns
-        self.create_node("output", "output", given, {})
+        self.create_node("output", "output", () if self.is_one_module else (self.create_arg(returned),), {})
 
     @property
     def root_call(self) -> Callable[..., Any]:
@@ -106,8 +105,7 @@ class ValueTracer(GraphBuilder):
 
     def placeholder(self, name: str, value: Any, default: tuple[Any, ...] = ()) -> Any:
         node = self.create_node("placeholder", name, default, {}, name.lstrip("*"))
-        for tensor in tensors(value):
-            self.inputs.append(self.recorder.add(tensor, from_input=True))
+        self.inputs += [self.recorder.add(tensor, from_input=True) for tensor in tensors(value)]
         return handed(self, node, value)
 
     # -- the state of the thread ------------------------------------------------------------------------------------

@@ -18,14 +18,13 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxprune.passes.capture.builder import RESHAPES, GraphBuilder
-from fxprune.passes.capture.frames import COMPARED, Diverged, Frame, Repetition, leaves
+from fxprune.passes.capture.frames import COMPARED, Diverged, Frame, Repetition, inner_ops, leaves
 from fxprune.passes.capture.modules import form_of
 from fxprune.passes.capture.proxy import PROXIES, Items, TensorProxy
 from fxprune.passes.errors import ReadsMissing
 from fxprune.passes.ir.module_tree import Apart, modes_in_training, walk
-from fxprune.passes.ir.op_trace import OpTrace
 from fxprune.passes.ir.program import REGIONS, assigned, select_by_mode
-from fxprune.passes.ir.pytree import TensorRef, attributes_of, like_dict, map_tensors, record
+from fxprune.passes.ir.pytree import TensorRef, attributes_of, like_dict, record
 
 # Functions that are told the mode, or a fraction that depends on it, and couple the same channels in either.
 TOLD = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, F.rrelu, F.batch_norm}
@@ -159,6 +158,18 @@ def captured_in_both(builder: GraphBuilder, modes: Modes, frame: Frame, forward:
     if same and form is not None:
         modes.alike.add(form)
     return found
+
+
+def same_in_training(builder: GraphBuilder, modes: Modes, root: Frame, forward: Any, out: Any) -> bool:
+    """Whether a whole forward that asked for its mode does the same in training, but for flags and fractions, told so by now.
+
+    It starts from what it found on its modules, as a second capture would, which is to tell where this does not.
+    """
+    state = builder.stored
+    if modes.separate or modes.trained is None or any(map(state.numbers_changed, state.before)):
+        return False
+    state.put_back()
+    return repeated(builder, modes, root, forward, out) is not None
 
 
 def repeated(builder: GraphBuilder, modes: Modes, frame: Frame, forward: Any, out: Any) -> dict[fx.Node, Any] | None:
@@ -330,15 +341,6 @@ def code(builder: GraphBuilder, first: int, end: int, out: Any, *, loosely: bool
         inner = inner_ops(node, builder.results, builder.recorder.op_trace, builder.index[node]) if asks else []
         lines.append((node.op, node.target, str(said), *inner))
     return [*lines, [name(v.node) if type(v) in PROXIES else str(v) for v in leaves(out)]]
-
-
-def inner_ops(node: fx.Node, results: Mapping[fx.Node, Any], trace: OpTrace, number: int) -> list[str]:
-    """The dispatcher calls in an opaque module, which has this number: tensors that it is given and makes by their order."""
-    places: dict[int, int] = {}
-    place = lambda ref: trace.values[ref.id].name or f"%{places.setdefault(ref.id, len(places))}"  # noqa: E731
-    map_tensors([results[n] for n in node.all_input_nodes], place, TensorRef)
-    mine = [op for op in trace.ops if op.node == number]
-    return [f"{op.func}{map_tensors((op.args, op.kwargs, op.outs), place, TensorRef)}" for op in mine]
 
 
 def is_number(builder: GraphBuilder, node: fx.Node) -> bool:

@@ -24,7 +24,8 @@ ELEMENTWISE = frozenset(
 )
 REDUCTIONS = frozenset(["aten::mean", "aten::sum", "aten::amax", "aten::amin"])
 PRODUCTS = {"mm": (0, 2), "bmm": (0, 3), "addmm": (1, 2)}  # which argument is the first factor, and the rank of both
-SHAPED = frozenset(["aten::convolution", "aten::cat", "aten::_grouped_mm", *(f"aten::{name}" for name in PRODUCTS)])
+SHAPED = frozenset(f"aten::{name}" for name in ("convolution", "cat", "_grouped_mm", "clone", "roll", *PRODUCTS))
+COMPARISONS = frozenset(f"aten::{name}" for name in "eq ne lt le gt ge".split())
 LAYER_NORM = torch.ops.aten.native_layer_norm.default
 NORMS = frozenset(["aten::native_batch_norm", "aten::native_layer_norm", "aten::native_group_norm"])
 # in-place ops that change a tensor's shape rather than its contents: the tensor becomes another value
@@ -34,6 +35,7 @@ RESHAPING = frozenset(
 # the same view by way of the tensor's method, which has less to look through
 VIEWS: dict[Any, Callable[..., Tensor]] = {
     aten.view.default: Tensor.view,
+    aten._unsafe_view.default: Tensor.view,
     aten.permute.default: Tensor.permute,
     aten.expand.default: Tensor.expand,
     aten.transpose.int: Tensor.transpose,
@@ -81,6 +83,10 @@ class MetaKernels:
             return "reduction"
         if schema.name in ELEMENTWISE:
             return "elementwise"
+        if schema.name in COMPARISONS and schema.overload_name == "Scalar":
+            return "comparison"
+        if schema.name in ("aten::masked_fill", "aten::index"):
+            return schema.name.removeprefix("aten::")
         pure = not schema.is_mutable and not any(r.alias_info for r in schema.returns)
         return "pure" if pure and all(str(r.type) == "Tensor" for r in schema.returns) else ""
 
@@ -118,6 +124,10 @@ class MetaKernels:
             form = (widest.shape, widest.stride(), widest.dtype)
             if all((a.shape, a.stride(), a.dtype) == form or narrower(a, widest) for a in (first, *others)):
                 return like(widest)
+            if len(others) == 1 and (shape := crossed(first, *others)) is not None:
+                return empty(shape, dtype=first.dtype, device=META)
+        if kind in FORMS and first.layout is torch.strided and (sizes := FORMS[kind](*args, **kwargs)) is not None:
+            return empty(sizes, dtype=torch.bool if kind == "comparison" else first.dtype, device=META)
         if kind == "convolution":
             shape = convolved(*args)
             return empty(shape, dtype=first.dtype, device=META) if first.is_contiguous() else func(*args)
@@ -214,11 +224,11 @@ def attended(
 
 
 def joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:
-    """The result of `cat` for contiguous meta tensors of one dtype and rank; None for others."""
+    """The result of `cat` for meta tensors of one dtype and rank; None where channels may be last in memory."""
     if not tensors or not -tensors[0].dim() <= dim < tensors[0].dim():
         return None  # torch says what is wrong
     first = tensors[0]
-    if not all(t.is_meta and t.dtype == first.dtype and t.dim() == first.dim() > 1 and t.is_contiguous() for t in tensors):
+    if not all(t.is_meta and t.dtype == first.dtype and t.dim() == first.dim() > 1 and in_order(t) for t in tensors):
         return None
     dim %= first.dim()
     others = [*first.shape[:dim], *first.shape[dim + 1 :]]
@@ -228,11 +238,58 @@ def joined(tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:
     return empty(shape, dtype=first.dtype, device=META)
 
 
+def in_order(x: Tensor) -> bool:
+    return x.is_contiguous() or (x.layout is torch.strided and (x.dim() not in (4, 5) or x.stride(1) > x.stride(-1)))
+
+
 def narrower(a: Tensor, b: Tensor) -> bool:
     """Whether `a` is broadcast to the shape of `b`, which is contiguous, so that the result is as `b` is."""
     sizes = (1,) * (b.dim() - a.dim()) + tuple(a.shape)
     fits = len(sizes) == b.dim() and all(n in (1, m) for n, m in zip(sizes, b.shape, strict=True))
     return fits and a.dtype == b.dtype and b.is_contiguous()
+
+
+def crossed(a: Tensor, b: Tensor) -> list[int] | None:
+    """The shape of the result where each of two contiguous tensors is broadcast along dimensions of the other."""
+    if not (b.is_meta and a.dtype == b.dtype and a.dim() == b.dim() and a.is_contiguous() and b.is_contiguous()):
+        return None
+    shape = [max(sizes) for sizes in zip(a.shape, b.shape, strict=True)]
+    fits = all(n in (1, m) for t in (a, b) for n, m in zip(t.shape, shape, strict=True))
+    return shape if fits and min(shape, default=1) > 1 else None  # the stride of a single entry is anything
+
+
+def copied(x: Tensor, memory_format: Any = torch.preserve_format) -> torch.Size | None:
+    kept = memory_format is torch.preserve_format and x.is_contiguous()
+    return x.shape if kept or memory_format is torch.contiguous_format else None
+
+
+def rolled(x: Tensor, shifts: Sequence[int], dims: Sequence[int] = ()) -> torch.Size | None:
+    fits = x.is_contiguous() and x.numel() and 0 < len(dims) == len(shifts) and all(-x.dim() <= d < x.dim() for d in dims)
+    return x.shape if fits else None
+
+
+def filled(x: Tensor, mask: Tensor, value: Any) -> torch.Size | None:
+    sizes = (1,) * (x.dim() - mask.dim()) + tuple(mask.shape)
+    fits = x.is_contiguous() and len(sizes) == x.dim() and all(n in (1, m) for n, m in zip(sizes, x.shape, strict=True))
+    return x.shape if fits and mask.dtype is torch.bool and type(value) in ATOMS else None
+
+
+def looked_up(x: Tensor, indices: Sequence[Tensor | None]) -> list[int] | None:
+    """The shape of rows that are looked up by whole numbers."""
+    at = indices[0]
+    if at is None or len(indices) > 1 or at.dtype is not torch.int64 or not x.dim():
+        return None
+    return [*at.shape, *x.shape[1:]] if x.is_contiguous() and at.is_contiguous() else None
+
+
+# shapes of results that are contiguous; None for others
+FORMS: dict[str, Callable[..., Sequence[int] | None]] = {
+    "clone": copied,
+    "roll": rolled,
+    "masked_fill": filled,
+    "index": looked_up,
+    "comparison": lambda x, other: x.shape if type(other) in ATOMS and x.is_contiguous() and not x.is_complex() else None,
+}
 
 
 def convolved(

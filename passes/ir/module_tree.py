@@ -33,7 +33,7 @@ def like(tensor: Tensor) -> Tensor:
 SHARED: tuple[type, ...] = (bool, int, float, complex, str, bytes, type(None), type)
 SHARED += (types.FunctionType, types.BuiltinFunctionType, torch.dtype, torch.device, torch.Size, torch.memory_format)
 ATOMS = frozenset(SHARED)
-PLAIN = ATOMS | CONTAINERS
+FIXED, PLAIN = ATOMS - {types.FunctionType}, ATOMS | CONTAINERS
 HOOKS = frozenset(["_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"])
 CHILDREN = frozenset(["_parameters", "_buffers", "_modules"])
 
@@ -176,12 +176,12 @@ def copy_tree(root: nn.Module, swap: Mapping[int, Tensor]) -> Any:
         state = vars(memo[id(module)])
         state.update(vars(module))
         state.pop("_compiled_call_impl", None)  # of `module.compile()`: it calls the original
-        functions = [k for k, v in state.items() if type(v) is types.FunctionType and v.__closure__]
-        called += [(state, key) for key in functions]
-        for key, value in [item for item in state.items() if type(item[1]) not in ATOMS]:
+        for key, value in [item for item in state.items() if type(item[1]) not in FIXED]:
             kind = type(value)
             if kind in CONTAINERS and not value:
                 state[key] = memo[id(value)] = kind()
+            elif kind is types.FunctionType:
+                called += [(state, key)] if value.__closure__ else []
             elif kind is tuple and ATOMS.issuperset(map(type, value)):
                 continue
             elif key in HOOKS:

@@ -60,11 +60,19 @@ def fields_of(kind: Any) -> tuple[str, ...] | None:
     return tuple(name for name in found if not name.startswith("__"))
 
 
-@contextlib.contextmanager
-def attributes_of(x: Any) -> Iterator[dict[str, Any] | None]:
+def attributes_of(x: Any) -> contextlib.AbstractContextManager[dict[str, Any] | None]:
     """What a record holds, by name; None for what is none, or is being looked into already."""
-    slots, seen = fields_of(type(x)), vars(entered).setdefault("seen", set())  # type: ignore[arg-type]
-    if slots is None or id(x) in seen or not (slots or hasattr(x, "__dict__")):
+    slots = fields_of(type(x))  # type: ignore[arg-type]
+    return NOTHING_HELD if slots is None else looked_into(x, slots)
+
+
+NOTHING_HELD: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def looked_into(x: Any, slots: tuple[str, ...]) -> Iterator[dict[str, Any] | None]:
+    seen = vars(entered).setdefault("seen", set())
+    if id(x) in seen or not (slots or hasattr(x, "__dict__")):
         yield None
         return
     seen.add(id(x))
