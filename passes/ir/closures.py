@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 DEPTH = 4  # of functions that are variables of functions
@@ -68,3 +69,21 @@ def rebound(function: Any, memo: Mapping[int, Any], depth: int = DEPTH) -> Any:
         if (mine := rebound(value, memo, depth - 1)) is not value:
             held[i] = mine
     return Rebound(function, held) if held else function
+
+
+def weakly_held(held: Iterable[Any], memo: Mapping[int, Any]) -> dict[int, Any]:
+    """By the identity of the weak references to objects of a tree, what stands for them in the copy.
+
+    It holds on to the copies: of the one at the root, a pruned model is made of what it consists of, and it is dropped.
+    """
+    found: dict[int, Any] = {}
+    for original in held:
+        for weak in weakref.getweakrefs(original):
+            if type(weak) in (weakref.ref, *weakref.ProxyTypes):
+                copied = memo[id(original)]
+                found[id(weak)] = functools.partial(itself, copied) if type(weak) is weakref.ref else copied
+    return found
+
+
+def itself(value: Any) -> Any:
+    return value
