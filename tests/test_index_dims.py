@@ -109,6 +109,7 @@ ROWS = {  # of what is seen as four rows of eight, parts are taken of rows which
     "every_second": (lambda y: torch.cat([rows(y)[:, 0, :4], rows(y)[:, 1, ::2], rows(y)[:, 2:].flatten(1)], 1), 24),
     "of_two_rows": (lambda y: rows(y)[:, 1:3, ::2].flatten(1), 8),
     "from_the_end": (lambda y: torch.cat([rows(y)[:, -1, -3:], rows(y)[:, 0]], 1), 11),
+    "between_ends": (lambda y: torch.cat([rows(y)[:, 1:3, 2:6].flatten(1), rows(y)[:, 3]], 1), 16),
     "listed": (lambda y: torch.cat([rows(y)[:, 1, [1, 3, 5]], rows(y)[:, 0]], 1), 11),
     "written": (filled, 32),
 }

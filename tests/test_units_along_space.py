@@ -121,6 +121,8 @@ MAPS = {  # what a linear layer makes, as a map of 12 channels and 4 x 4 positio
     "sampled": lambda y, x: F.grid_sample(as_map(y), torch.zeros(len(y), 3, 3, 2), align_corners=False),
     "unpooled": lambda y, x: F.max_unpool2d(*F.max_pool2d(as_map(y), 2, return_indices=True), 2),
     "triangle": lambda y, x: as_map(y).tril(),
+    "cropped": lambda y, x: as_map(y)[:, :, 1:, :3],
+    "every second position": lambda y, x: as_map(y)[..., ::2],
     "weights of a layer": lambda y, x: torch.bmm(y.view(-1, 12, 16), x[:, :, None])[..., None],
 }
 
