@@ -57,6 +57,17 @@ def forward_around_a_layers():
     return model
 
 
+def defaults_of_arguments():
+    def keeping(layer, given, out, kept=None, name="a"):
+        kept[name] = out
+
+    model = Two()
+    keeping.__defaults__ = (model.kept, "a")
+    model.a.register_forward_hook(keeping)
+    model.forward = lambda x, model=model: Two.forward(model, x)
+    return model
+
+
 def function_with_a_parameter():
     model = Two()
     model.scale = nn.Parameter(torch.rand(12) + 0.5)
@@ -78,6 +89,7 @@ KINDS = [
     forward_of_its_own,
     forward_around_a_layers,
     function_with_a_parameter,
+    defaults_of_arguments,
     hook_by_keyword,
 ]
 

@@ -176,7 +176,7 @@ def copy_tree(root: nn.Module, swap: Mapping[int, Tensor]) -> Any:
         state = vars(memo[id(module)])
         state.update(vars(module))
         state.pop("_compiled_call_impl", None)  # of `module.compile()`: it calls the original
-        functions = [k for k, v in state.items() if type(v) is types.FunctionType and v.__closure__]
+        functions = [k for k, v in state.items() if type(v) is types.FunctionType and (v.__closure__ or v.__defaults__)]
         called += [(state, key) for key in functions]
         for key, value in [item for item in state.items() if type(item[1]) not in ATOMS]:
             kind = type(value)
