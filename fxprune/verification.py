@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.capture.programs import DRAW, OWN
 from fxprune.passes.errors import PruneError, told
-from fxprune.passes.ir.contents import contents, refill
+from fxprune.passes.ir.contents import contents, refill, written_back
 from fxprune.passes.ir.module_tree import named_parameters, named_tensors, walk
 from fxprune.passes.ir.pytree import collect
 from fxprune.passes.ir.quiet import unobserved
@@ -121,7 +121,7 @@ def restoring(model: nn.Module, *, parameters: bool = False) -> Iterator[None]:
     gradients = [(p, p.grad) for p in named_parameters(model).values()]
     seen: set[int] = set()
     held = [contents(vars(module), seen) for module in walk(model)]
-    before = [t.detach().clone() for t in tensors]
+    written = [written_back(t) for t in tensors]
     try:
         yield
     finally:
@@ -130,9 +130,7 @@ def restoring(model: nn.Module, *, parameters: bool = False) -> Iterator[None]:
         for parameter, gradient in gradients:
             if parameter.grad is not gradient:
                 parameter.grad = gradient
-        with torch.no_grad():
-            for tensor, value in zip(tensors, before, strict=True):
-                tensor.copy_(value)
+        refill(written)
 
 
 def difference(wanted: Any, got: Any) -> float:

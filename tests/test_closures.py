@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import weakref
 
 import pytest
 import torch
@@ -56,6 +57,17 @@ def forward_around_a_layers():
     return model
 
 
+def defaults_of_arguments():
+    def keeping(layer, given, out, kept=None, name="a"):
+        kept[name] = out
+
+    model = Two()
+    keeping.__defaults__ = (model.kept, "a")
+    model.a.register_forward_hook(keeping)
+    model.forward = lambda x, model=model: Two.forward(model, x)
+    return model
+
+
 def function_with_a_parameter():
     model = Two()
     model.scale = nn.Parameter(torch.rand(12) + 0.5)
@@ -77,6 +89,7 @@ KINDS = [
     forward_of_its_own,
     forward_around_a_layers,
     function_with_a_parameter,
+    defaults_of_arguments,
     hook_by_keyword,
 ]
 
@@ -127,3 +140,38 @@ def test_a_variable_that_a_function_assigns_to_is_the_copys():
     copied = private_copy(model)
     mine = next(iter(copied.a._forward_hooks.values()))
     assert [mine(None, None, 1) for _ in range(2)] == [(copied, 1), (copied, 2)]
+
+
+class Child(nn.Module):
+    """A layer that knows its parent weakly, and with `reads` is kept as one node."""
+
+    def __init__(self, parent, reads):
+        super().__init__()
+        self.a, self.reads, self.parent, self.proxy = nn.Linear(8, 8), reads, weakref.ref(parent), [weakref.proxy(parent)]
+
+    def forward(self, x):
+        if self.reads and float(x.detach().sum()) > 1e9:
+            return x
+        return self.a(x) * self.parent().gain + self.proxy[0].first.bias
+
+
+class Parent(nn.Module):
+    def __init__(self, reads):
+        super().__init__()
+        self.first, self.gain, self.last = nn.Linear(4, 8), nn.Parameter(torch.rand(8) + 0.5), nn.Linear(8, 2)
+        self.child = Child(self, reads)
+
+    def forward(self, x):
+        return self.last(self.child(self.first(x)).relu())
+
+
+@pytest.mark.parametrize("same_class", [False, True])
+@pytest.mark.parametrize("reads", [False, True])
+def test_what_a_module_knows_weakly_is_the_copys(reads, same_class):
+    """It was the original, whose parameters were constants of the pruned model that shrank beside those that were trained."""
+    model, x = Parent(reads).eval(), torch.randn(3, 4)
+    small = fxprune.prune(model, 0.5, example_inputs=x, same_class=same_class)
+    assert small.gain.shape == (4,) and dict(small.named_parameters()).keys() == dict(model.named_parameters()).keys()
+    assert not [name for name, _ in small.named_buffers()]
+    small.train()(x).sum().backward()
+    assert small.gain.grad is not None and small.first.bias.grad is not None

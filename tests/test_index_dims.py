@@ -31,10 +31,10 @@ FORMS = {
 
 
 class Picks(nn.Module):
-    def __init__(self, pick, width):
+    def __init__(self, pick, width, made=8, seed=0):
         super().__init__()
-        torch.manual_seed(0)
-        self.pick, self.a, self.b = pick, nn.Linear(4, 8), nn.Linear(width, 2)
+        torch.manual_seed(seed)
+        self.pick, self.a, self.b = pick, nn.Linear(4, made), nn.Linear(width, 2)
 
     def forward(self, x):
         return self.b(self.pick(self.a(x)))
@@ -92,3 +92,38 @@ def test_a_list_of_sizes_follows_them():
             tensor.mul_(masks.get(key, torch.ones(())))
     assert small.verification.ok and small.a.out_features == 4
     torch.testing.assert_close(small(longer), model(longer))
+
+
+def rows(y):
+    return y.unflatten(1, (4, 8))
+
+
+def filled(y):
+    z = torch.zeros_like(rows(y))
+    z[:, 1, 2:6] = rows(y)[:, 0, :4]
+    return z.flatten(1)
+
+
+ROWS = {  # of what is seen as four rows of eight, parts are taken of rows which may keep other columns than the first one does
+    "a_part": (lambda y: torch.cat([rows(y)[:, 0, :4], rows(y)[:, 1, 2:6], rows(y)[:, 2:].flatten(1)], 1), 24),
+    "every_second": (lambda y: torch.cat([rows(y)[:, 0, :4], rows(y)[:, 1, ::2], rows(y)[:, 2:].flatten(1)], 1), 24),
+    "of_two_rows": (lambda y: rows(y)[:, 1:3, ::2].flatten(1), 8),
+    "from_the_end": (lambda y: torch.cat([rows(y)[:, -1, -3:], rows(y)[:, 0]], 1), 11),
+    "between_ends": (lambda y: torch.cat([rows(y)[:, 1:3, 2:6].flatten(1), rows(y)[:, 3]], 1), 16),
+    "listed": (lambda y: torch.cat([rows(y)[:, 1, [1, 3, 5]], rows(y)[:, 0]], 1), 11),
+    "written": (filled, 32),
+}
+
+
+@pytest.mark.parametrize("ratio", [0.3, 0.5])
+@pytest.mark.parametrize("name", ROWS)
+def test_columns_are_those_of_the_rows_that_are_taken(name, ratio):
+    for seed in range(3):
+        model, x = Picks(*ROWS[name], made=32, seed=seed).eval(), torch.randn(2, 4)
+        small = fxprune.prune(model, ratio, example_inputs=x, criterion="random")
+        assert small.a.out_features < 32
+        masks = fxprune.plan_of(small).masks(model)
+        with torch.no_grad():
+            for key, tensor in model.named_parameters():
+                tensor.mul_(masks.get(key, torch.ones(())))
+            torch.testing.assert_close(small(x), model(x), rtol=1e-4, atol=1e-5)

@@ -427,3 +427,14 @@ assert threading.enumerate() == threads, threading.enumerate()
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("same_class", [False, True])
+def test_a_result_that_was_computed_before_still_goes_backward(same_class):
+    """Buffers that are as they were are not written to, which counts as a change."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    x = torch.randn(3, 4)
+    result = model(x)
+    fxprune.prune(model, 0.5, x, same_class=same_class)
+    result.sum().backward()
+    assert model[0].weight.grad is not None

@@ -766,3 +766,29 @@ def test_sparse_inputs_are_one_sample(method, layout):
     torch.testing.assert_close(found.state_dict(), dense.state_dict(), rtol=1e-3, atol=1e-4)
     assert fxprune.repair(model, small, sparse, method=method).meta["repair"].samples == (7, 2)
     fxprune.prune(model, 0.5, sparse[0][0], criterion="fisher", data=sparse, loss=lambda out, target: out.square().mean())
+
+
+class ByValue(nn.Module):
+    """Each sample goes to one of two layers, so that a batch may have none for one of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)) for _ in range(2)])
+
+    def forward(self, x):
+        out = x.new_zeros(len(x), 3)
+        for i, layer in enumerate(self.layers):
+            if len(rows := ((x[:, 0] > 0) == bool(i)).nonzero().flatten()):
+                out.index_copy_(0, rows, layer(x[rows]))
+        return out
+
+
+def test_a_layer_that_a_batch_does_not_call_is_left():
+    """It was an IndexError."""
+    torch.manual_seed(0)
+    model, x = ByValue().eval(), torch.randn(8, 4)
+    x[:, 0] = torch.tensor([1.0, -1.0] * 4)
+    small = fxprune.prune(model, 0.5, example_inputs=x)
+    better = fxprune.repair(model, small, [x, torch.randn(9, 4).abs()], held_out=0)
+    notes = {step.layer: step.note for step in better.meta["repair"].steps}
+    assert "has no such product" in notes["layers.0.2.weight"] and not notes["layers.1.2.weight"]

@@ -109,3 +109,39 @@ def test_positions_are_masked_before_a_window_whose_weight_is_cut():
         for name, tensor in model.named_parameters():
             tensor.mul_(masks.get(name, torch.ones(())))
         torch.testing.assert_close(small(x), model(x, masks["scale"]))
+
+
+MAPS = {  # what a linear layer makes, as a map of 12 channels and 4 x 4 positions, and what mixes the positions
+    "interpolated": lambda y, x: F.interpolate(as_map(y), scale_factor=2, mode="bilinear"),
+    "pooled": lambda y, x: F.max_pool2d(as_map(y), 3, 1, 1),
+    "sorted": lambda y, x: as_map(y).flatten(2).sort(-1)[0].view(-1, 12, 4, 4),
+    "by Fourier": lambda y, x: torch.fft.irfft2(torch.fft.rfft2(as_map(y))),
+    "reflected": lambda y, x: F.pad(as_map(y), (1, 1, 1, 1), mode="reflect"),
+    "padded": lambda y, x: F.pad(as_map(y), (1, 0, 1, 2)),
+    "sampled": lambda y, x: F.grid_sample(as_map(y), torch.zeros(len(y), 3, 3, 2), align_corners=False),
+    "unpooled": lambda y, x: F.max_unpool2d(*F.max_pool2d(as_map(y), 2, return_indices=True), 2),
+    "triangle": lambda y, x: as_map(y).tril(),
+    "cropped": lambda y, x: as_map(y)[:, :, 1:, :3],
+    "every second position": lambda y, x: as_map(y)[..., ::2],
+    "weights of a layer": lambda y, x: torch.bmm(y.view(-1, 12, 16), x[:, :, None])[..., None],
+}
+
+
+def as_map(y):
+    return y.view(-1, 12, 4, 4)
+
+
+@pytest.mark.parametrize("form", MAPS)
+def test_a_row_whose_positions_are_mixed_goes_whole(form):
+    torch.manual_seed(0)
+    model, x = nn.Module(), torch.randn(2, 16)
+    model.a, model.b = nn.Linear(16, 192), nn.Conv2d(12, 2, 3, padding=1)
+    model.forward = lambda x: model.b(MAPS[form](model.a(x), x))
+    small = fxprune.prune(model.eval(), 0.5, example_inputs=x)
+    assert small.b.in_channels == 6 and small.a.out_features < 192
+    masks = fxprune.plan_of(small).masks(model)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            tensor.mul_(masks.get(name, torch.ones(())))
+    other = torch.randn(3, 16)
+    torch.testing.assert_close(small(other), model(other), rtol=1e-4, atol=1e-5)

@@ -203,16 +203,16 @@ class ProgramRun:
                 self.result[i] = value
 
     def run_observed(self, node: fx.Node) -> dict[Key, list[SiteCall]]:
-        """Run a node on every batch and return the calls of each of its sites, batch by batch."""
-        found: dict[Key, list[SiteCall]] = {}
+        """Run a node on every batch and return the calls of each of its sites, batch by batch; none where a batch has none."""
+        found: dict[Key, list[SiteCall]] = {site.key: [] for site in self.sites[node]}
         for interpreter in self.interpreters:
             observer = SiteObserver(self.names, self.owned)
             with observer:
                 value = interpreter.step(node)
             for site in self.sites[node]:
-                call = find_call(observer.calls, site)
-                found.setdefault(site.key, []).append(interpreter.look_ahead(call, site, value, self.lines))
-        return found
+                if (call := find_call(observer.calls, site)) is not None:
+                    found[site.key].append(interpreter.look_ahead(call, site, value, self.lines))
+        return {key: calls if len(calls) == len(self.interpreters) else [] for key, calls in found.items()}
 
     def run_until(self, key: Key) -> tuple[fx.Node, RepairSite] | None:
         """Run the nodes before that of a site, and return both; None if there is no such site, or its node has run."""
@@ -227,12 +227,14 @@ class ProgramRun:
         return None
 
     def measure(self, node: fx.Node, site: RepairSite, batches: Collection[int]) -> Iterator[SiteCall]:
-        """The call of a site on some batches, by their numbers, if its node ran now; the node can be run again."""
+        """The call of a site on those of some batches that have one, if its node ran now; the node can be run again."""
         for interpreter in [self.interpreters[i] for i in sorted(batches)]:
             observer = SiteObserver(self.names, self.owned)
             with observer:
                 value = interpreter.step_on_copies(node) if node in self.writing else interpreter.run_node(node)
-            call = interpreter.look_ahead(find_call(observer.calls, site), site, value, self.lines)
+            if (call := find_call(observer.calls, site)) is None:
+                continue
+            call = interpreter.look_ahead(call, site, value, self.lines)
             if call.ahead is not None:
                 call.slope = self.slopes.get(site.key)
                 if call.slope is None:

@@ -19,7 +19,7 @@ from fxprune.repairs.look_ahead import Path, divisor
 from fxprune.repairs.rows import HELD, Rows, rows_of
 from fxprune.repairs.sites import Key, RepairSite, SiteCall, merged
 
-NO_PRODUCT = "the original has no such product"
+NO_PRODUCT = "the original, or a batch, has no such product"
 NOT_FINITE = "its inputs or its result are not finite"
 OTHER_ORDER = "another program, for other batches, has it earlier"
 NO_DATA = "none of the data that is fitted reaches it"
@@ -224,7 +224,9 @@ class Repairer:
                 raise Skip(NO_PRODUCT)
             for i in batches:
                 if (number, i) not in self.calls:
-                    self.calls[number, i] = wanted[i], next(run.new.measure(*found, [i]))
+                    if (call := next(run.new.measure(*found, [i]), None)) is None:
+                        raise Skip(NO_PRODUCT)
+                    self.calls[number, i] = wanted[i], call
                 yield self.calls[number, i]
 
     def originals(self, site: RepairSite) -> list[SiteCall]:

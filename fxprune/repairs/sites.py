@@ -161,9 +161,9 @@ def drop_activations(call: SiteCall) -> SiteCall:
     return call
 
 
-def find_call(calls: Sequence[SiteCall], site: RepairSite) -> SiteCall:
-    """The call of a site among those of its node."""
-    return [c for c in calls if c.name == site.key[0] and (c.product is None) == site.norm][site.inside]
+def find_call(calls: Sequence[SiteCall], site: RepairSite) -> SiteCall | None:
+    """The call of a site among those of its node; None where a batch has none, as an expert that no token was sent to."""
+    return dict(enumerate(c for c in calls if c.name == site.key[0] and (c.product is None) == site.norm)).get(site.inside)
 
 
 def why_fixed(site: RepairSite, call: SiteCall, observer: SiteObserver, count: Counter[str]) -> str:

@@ -6,11 +6,10 @@ import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
 from fxprune.passes.capture.proxy import PROXIES, TensorProxy
-from fxprune.passes.ir.contents import CONTAINERS, Contents, changeable, contents, refill
+from fxprune.passes.ir.contents import CONTAINERS, Contents, changeable, contents, refill, same_bits
 from fxprune.passes.ir.index_contents import storage_of
 from fxprune.passes.ir.module_tree import named_parameters
 from fxprune.passes.ir.op_trace import OpTrace, writes
@@ -160,10 +159,6 @@ class ParameterWrites:
         for p, gradient in self.gradients:
             if p.grad is not gradient:
                 p.grad = gradient
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(*(t.contiguous().view(-1).view(torch.uint8) for t in (a, b)))
 
 
 def written_in_place(capture: OpTrace, but_for: Collection[int]) -> set[str]:

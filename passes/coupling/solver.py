@@ -29,12 +29,13 @@ def solve(
 ) -> Solution:
     """The units of `size` labels, and which of them something freezes.
 
-    (1) Ties, and heads that go whole.
+    (1) Ties, heads that go whole, and what nothing reads of rows that go whole otherwise.
     (2) Rows that do not go whole keep the same columns where the rules ask for it.
     (3) Labels of rows go with their rows where those go whole.
     """
     units = Components(size)
     units.add(constraints.ties + chain(constraints.head_rows))  # (1)
+    tie_unread(constraints.parts, units)
     units.add(chain(partial_rows(units.unit_of, constraints.same_columns), columns=True))  # (2)
     frozen = list(constraints.frozen)
     some_stay = list(constraints.some_stay)
@@ -43,7 +44,8 @@ def solve(
         frozen += settle_rows(constraints.row_labels, units, some_stay)
     frozen += [LabelArray(labels, node, TIED_TO_KEPT) for labels, node in units.tied_to_zero]
     reason_of, reasons = numbered_reasons(frozen, units.unit_of, captures)
-    equal_rows = distinct([units.unit_of[e.array] for e in constraints.equal_rows])
+    apart = [e for e in constraints.equal_rows if not go_whole(units.unit_of, e)]
+    equal_rows = distinct([units.unit_of[e.array] for e in apart])
     shapes = {v.name: v.shape for capture in captures for v in capture.op_trace.values if v.name is not None}
     some_stay = [units.unit_of[labels] for labels in some_stay]
     unit_of = torch.from_numpy(units.unit_of)
@@ -84,11 +86,11 @@ def numbered_reasons(
 
 
 def distinct(matrices: list[np.ndarray]) -> list[np.ndarray]:
-    """Matrices of units whose rows must keep equally many: each once, and none that keep them by themselves."""
+    """Matrices of units whose rows must keep equally many, each once."""
     seen: dict[object, np.ndarray] = {}
     for m in matrices:
         key = (m.shape, m.tobytes())
-        if m.shape[0] < 2 or key in seen or bool(one_unit_rows(m).all()):
+        if m.shape[0] < 2 or key in seen:
             continue
         seen[key] = m[distinct_rows(m)]
     left = {(m.shape, m.tobytes()): m for m in seen.values() if m.shape[0] > 1}
@@ -107,6 +109,11 @@ def partial_rows(unit_of: np.ndarray, matrices: Sequence[LabelArray]) -> list[La
         if key not in found and not bool(one_unit_rows(units).all()):
             found[key] = LabelArray(units[distinct_rows(units)], event.node)
     return list(found.values())
+
+
+def go_whole(unit_of: np.ndarray, rows: LabelArray) -> bool:
+    """Whether each row, or what it is a part of, is one unit, so that those that stay keep equally many by themselves."""
+    return bool(one_unit_rows(unit_of[rows.array if rows.whole is None else rows.whole.numpy()]).all())
 
 
 def one_unit_rows(units: np.ndarray) -> np.ndarray:
@@ -130,6 +137,17 @@ def chain(matrices: Sequence[LabelArray], *, columns: bool = False) -> list[Tie]
     along = 0 if columns else 1
     arrays = [(torch.from_numpy(e.array), e.node) for e in matrices]
     return [Tie(m.amax(along, keepdim=True).expand_as(m), m, True, node) for m, node in arrays]
+
+
+def tie_unread(parts: Sequence[LabelArray], units: Components) -> None:
+    """Where all that is read of a row is one unit, the rest goes with it, so that the row can go whole."""
+    for event in reversed(parts):  # of slices of slices, the innermost one first
+        assert event.whole is not None
+        rows, part = units.unit_of[event.whole.numpy()], units.unit_of[event.array]
+        read = one_unit_rows(part) & (part[:, 0] != 0)
+        if read.any():
+            whole = torch.from_numpy(rows[read])
+            units.add([Tie(torch.from_numpy(part[read, :1]).expand_as(whole), whole, True, event.node)])
 
 
 def tie_whole_rows(constraints: Constraints, units: Components) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 DEPTH = 4  # of functions that are variables of functions
@@ -13,16 +14,18 @@ DEPTH = 4  # of functions that are variables of functions
 class Rebound:
     """A function that was defined inside of another one, with other objects in some of its variables from there.
 
-    The variables belong to the function, which the original tree has, too: they are put there for the time of a call.
+    The variables belong to the function, which the original tree has, too: they are put there for the time of a call, and so
+    are the defaults of its arguments.
 
     Arguments:
         function: that is called.
         held: by the position of a variable, what it is in a call.
+        defaults: of its arguments, in a call.
     """
 
-    def __init__(self, function: types.FunctionType, held: dict[int, Any]) -> None:
+    def __init__(self, function: types.FunctionType, held: dict[int, Any], defaults: tuple[Any, ...] | None = None) -> None:
         functools.update_wrapper(self, function)
-        self.function, self.held = function, held
+        self.function, self.held, self.defaults = function, held, defaults
 
     @property
     def __globals__(self) -> dict[str, Any]:
@@ -30,12 +33,14 @@ class Rebound:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cells = self.function.__closure__ or ()
-        before = {i: cells[i].cell_contents for i in self.held}
+        before, defaults = {i: cells[i].cell_contents for i in self.held}, self.function.__defaults__
         try:
             for i, value in self.held.items():
                 cells[i].cell_contents = value
+            self.function.__defaults__ = self.defaults
             return self.function(*args, **kwargs)
         finally:
+            self.function.__defaults__ = defaults
             for i, value in before.items():
                 self.held[i], cells[i].cell_contents = cells[i].cell_contents, value
 
@@ -56,15 +61,37 @@ def rebound(function: Any, memo: Mapping[int, Any], depth: int = DEPTH) -> Any:
         named = {k: memo.get(id(v), v) for k, v in function.keywords.items()}
         return functools.partial(rebound(function.func, memo, depth), *given, **named)
     if isinstance(function, Rebound):
-        return Rebound(function.function, {i: rebound(value, memo, depth) for i, value in function.held.items()})
-    if not isinstance(function, types.FunctionType) or not function.__closure__ or not depth:
+        held = {i: rebound(value, memo, depth) for i, value in function.held.items()}
+        return Rebound(function.function, held, function.defaults and tuple(rebound(v, memo, depth) for v in function.defaults))
+    if not isinstance(function, types.FunctionType) or not (function.__closure__ or function.__defaults__) or not depth:
         return function
-    held: dict[int, Any] = {}
-    for i, cell in enumerate(function.__closure__):
+    held = {}
+    for i, cell in enumerate(function.__closure__ or ()):
         try:
             value = cell.cell_contents
         except ValueError:  # it is still empty
             continue
         if (mine := rebound(value, memo, depth - 1)) is not value:
             held[i] = mine
-    return Rebound(function, held) if held else function
+    before = function.__defaults__
+    defaults = before and tuple(rebound(value, memo, depth - 1) for value in before)
+    moved = any(a is not b for a, b in zip(defaults or (), before or (), strict=True))
+    return Rebound(function, held, defaults) if held or moved else function
+
+
+def weakly_held(held: Iterable[Any], memo: Mapping[int, Any]) -> dict[int, Any]:
+    """By the identity of the weak references to objects of a tree, what stands for them in the copy.
+
+    It holds on to the copies: of the one at the root, a pruned model is made of what it consists of, and it is dropped.
+    """
+    found: dict[int, Any] = {}
+    for original in held:
+        for weak in weakref.getweakrefs(original):
+            if type(weak) in (weakref.ref, *weakref.ProxyTypes):
+                copied = memo[id(original)]
+                found[id(weak)] = functools.partial(itself, copied) if type(weak) is weakref.ref else copied
+    return found
+
+
+def itself(value: Any) -> Any:
+    return value

@@ -19,11 +19,12 @@ COPIES = "is a copy or a constant in a sum over channels, and no parameter sets 
 
 @dataclass(slots=True)
 class LabelArray:
-    """An array of labels, the index of the graph node it was reported at, and the reason if it is frozen."""
+    """An array of labels, the node it was reported at, the reason if it is frozen, and the rows that its own are parts of."""
 
     labels: Tensor | np.ndarray
     node: int
     why: str = ""
+    whole: Tensor | None = None
 
     @property
     def array(self) -> np.ndarray:
@@ -93,6 +94,7 @@ class Constraints:
         head_rows: matrices of labels whose rows are heads, which go whole where heads are the granularity.
         equal_rows: matrices of labels whose rows keep equally many entries.
         same_columns: matrices of labels whose rows keep the same columns, unless they go whole.
+        parts: matrices of labels whose rows are all that is read of others.
         some_stay: vectors of labels of which at least one stays.
         at_least: vectors of labels with how many of them stay.
         row_labels: labels that each stand for a row of others.
@@ -103,6 +105,7 @@ class Constraints:
     head_rows: list[LabelArray] = field(default_factory=list)
     equal_rows: list[LabelArray] = field(default_factory=list)
     same_columns: list[LabelArray] = field(default_factory=list)
+    parts: list[LabelArray] = field(default_factory=list)
     some_stay: list[np.ndarray] = field(default_factory=list)
     at_least: list[tuple[np.ndarray, int]] = field(default_factory=list)
     row_labels: list[RowLabels] = field(default_factory=list)
@@ -289,9 +292,10 @@ class ConstraintBuilder:
     def freeze(self, labels: Tensor | np.ndarray, why: str) -> None:
         self.collected.frozen.append(LabelArray(labels, self.node, why))
 
-    def keep_rows_equal(self, f: Factor) -> None:
+    def keep_rows_equal(self, f: Factor, whole: Factor | None = None) -> None:
+        """All rows keep equally many entries; those that are parts of others may go whole where these do."""
         if len(f.major_to_minor) > 1 and self.about_rows:
-            self.collected.equal_rows.append(LabelArray(f.rows(), self.node))
+            self.collected.equal_rows.append(LabelArray(f.rows(), self.node, whole=None if whole is None else whole.rows()))
 
     def keep_columns_equal(self, f: Factor, minor: int = 1) -> None:
         """All rows of `f.rows(minor)` keep the same columns."""

@@ -110,13 +110,24 @@ def attribute(box: Any, name: str) -> Any:
 
 
 def written_back(tensor: Tensor) -> Callable[[], None]:
+    """A tensor that is as it was is not written to: a result that was computed before may still go backward through it."""
     before = tensor.detach().clone()
+    plain = (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.layout is torch.strided
+        and not (tensor.is_quantized or tensor.is_meta)
+    )
 
     def put_back() -> None:
         with torch.no_grad():
-            tensor.copy_(before)
+            if not (plain and same_bits(tensor, before)):
+                tensor.copy_(before)
 
     return put_back
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(*(t.contiguous().view(-1).view(torch.uint8) for t in (a, b)))
 
 
 def rewound(generator: Any) -> Callable[[], object]:

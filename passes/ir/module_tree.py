@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.closures import rebound
+from fxprune.passes.ir.closures import rebound, weakly_held
 from fxprune.passes.ir.contents import CONTAINERS
 from fxprune.passes.ir.pytree import collect
 
@@ -164,13 +164,13 @@ def copy_tree(root: nn.Module, swap: Mapping[int, Tensor]) -> Any:
     Hooks are part of what a module computes (weight normalisation is one), and so are functions that it holds, such as a
     `forward` of its own: the copy calls the same ones, with what the copy holds in place of what the tree does (`rebound`).
     """
-    memo: dict[int, Any] = dict(swap)
-    modules = list(walk(root))
+    memo, modules = dict[int, Any](swap), list(walk(root))
     for module in modules:
         kind = module.__class__  # a GraphModule would make a class without its forward
         if isinstance(module, fx.GraphModule):  # whose class holds its forward, which another mode puts another one in place of
             kind = type(kind.__name__, (kind,), {"__module__": kind.__module__})
         memo[id(module)] = object.__new__(kind)
+    memo |= weakly_held(modules, memo)
     called: list[tuple[dict[str, Any], str]] = []
     for module in modules:
         state = vars(memo[id(module)])
@@ -181,7 +181,7 @@ def copy_tree(root: nn.Module, swap: Mapping[int, Tensor]) -> Any:
             if kind in CONTAINERS and not value:
                 state[key] = memo[id(value)] = kind()
             elif kind is types.FunctionType:
-                called += [(state, key)] if value.__closure__ else []
+                called += [(state, key)] if value.__closure__ or value.__defaults__ else []
             elif kind is tuple and ATOMS.issuperset(map(type, value)):
                 continue
             elif key in HOOKS:

@@ -160,21 +160,17 @@ class RuleContext(OpView):
         return [NONE] * len(self.outputs)
 
     def freeze_dims(self, labels: Labels, dims: Sequence[int], why: str) -> Labels:
-        """Freeze the factors that vary along any of `dims`; the others pass."""
-        passed, among = [], frozenset(dims)
+        """Freeze the factors that vary along nothing but `dims`; what varies along others, too, is one unit along `dims`."""
+        passed: list[Factor] = []
         for f in labels:
-            if f.dims & among:
-                self.constraints.freeze(f.flat, why)
-            else:
+            within = [d for d in f.major_to_minor if d in dims]
+            if not within:
                 passed.append(f)
+            elif len(within) < len(f.major_to_minor):
+                passed += self.collapse(f, within)
+            else:
+                self.constraints.freeze(f.flat, why)
         return tuple(passed)
-
-    def collapse_or_freeze(self, labels: Labels, dims: Sequence[int], why: str) -> Labels:
-        """What varies along `dims` and others is one unit along them; what varies along them alone is frozen."""
-        mixed = [f for f in labels if f.dims & set(dims) and f.dims - set(dims)]
-        rest = tuple([f for f in labels if not any(f is m for m in mixed)])
-        collapsed = [g for f in mixed for g in self.collapse(f, [d for d in f.major_to_minor if d in dims])]
-        return (*self.freeze_dims(rest, dims, why), *collapsed)
 
     def collapse(self, f: Factor, dims: Sequence[int]) -> Labels:
         """Tie the factor's labels together along `dims`, so that it no longer varies there."""

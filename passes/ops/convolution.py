@@ -117,7 +117,7 @@ def flat_channels(call: RuleContext, labels: Labels) -> Labels:
 
 def kernel(call: RuleContext, weight: TensorRef) -> Labels:
     """A weight's labels along channels; what varies along space as well, as in a kernel that is computed, is one unit there."""
-    return call.collapse_or_freeze(call.labels(weight), range(2, len(call.shape(weight))), "is a kernel's spatial dimension")
+    return call.freeze_dims(call.labels(weight), range(2, len(call.shape(weight))), "is a kernel's spatial dimension")
 
 
 def deform_conv2d(call: RuleContext) -> Labels:

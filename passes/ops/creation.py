@@ -188,10 +188,9 @@ def pad(call: RuleContext) -> Labels:
             sides = [array]
             for count, at in ((before, 0), (after, 2)):
                 if count > 0:
-                    new = call.fresh(max(2, count), d, len(shape)).labels.narrow(d, 0, count)
                     sizes = list(array.shape)
-                    sizes[d] = count
-                    sides.insert(at, new.expand(sizes))
+                    sizes[d] = count  # of each row of a joint factor, so that rows may go whole
+                    sides.insert(at, call.constraints.fresh(max(2, math.prod(sizes)))[: math.prod(sizes)].reshape(sizes))
             f = factor(torch.cat(sides, d), f.major_to_minor)
         result += call.settle(f)
     return result

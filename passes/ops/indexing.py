@@ -16,7 +16,7 @@ from fxprune.passes.ops.index_maps import COMPUTED, of_size_one, one_by_one
 from fxprune.passes.ops.masking import with_zeros
 from fxprune.passes.ops.movement import slice_
 from fxprune.passes.ops.registry import OpSpec, register
-from fxprune.passes.ops.rewriting import RewriteContext, SizeArguments, argument, known, place, resize_result, run_of
+from fxprune.passes.ops.rewriting import RewriteContext, SizeArguments, argument, known, places_of, resize_result, run_of, taken
 from fxprune.passes.ops.unify import unify
 
 
@@ -175,6 +175,8 @@ def indexed(r: RewriteContext, node: fx.Node, index: tuple[Any, ...]) -> fx.Node
         return None
     left = r.after(source)
     new: list[Any] = []
+    joint = {d for cut in r.cuts(source) if len(cut.dims) > 1 for d in cut.dims}
+    lines: dict[int, Tensor] = {}  # what entries before take of rows: others may keep other columns
     for i, out in zip(full, made, strict=True):
         shrunk = dim < len(shape) and left[dim] < shape[dim]
         if target is not None and is_lookup(r, i):  # with others that lose entries
@@ -185,7 +187,9 @@ def indexed(r: RewriteContext, node: fx.Node, index: tuple[Any, ...]) -> fx.Node
         if not shrunk:
             new.append(unchanged(r, i))
         else:
-            new.append(mapped(r, source, target, dim, out, i))
+            new.append(mapped(r, r.positions(source, dim, lines), shape[dim], target, out, i))
+        if dim in joint and (places := taken(r, i, shape[dim])) is not None:
+            lines[dim] = places
         dim += span(r, i)
     while new and at == len(index) and isinstance(new[-1], slice) and new[-1] == slice(None) and len(new) > len(index):
         new.pop()
@@ -260,27 +264,24 @@ def bounds(r: RewriteContext, i: slice) -> slice:
     return slice(*(r.argument(b) for b in (i.start, i.stop, i.step)))
 
 
-def mapped(r: RewriteContext, source: TensorRef, target: TensorRef | None, dim: int, out: range, i: Any) -> Any:
-    """One entry of an index along a dimension that shrank."""
-    size = r.before(source)[dim]
-    table = place(r, source, dim)
+def mapped(r: RewriteContext, kept: Tensor, size: int, target: TensorRef | None, out: range, i: Any) -> Any:
+    """One entry of an index along a dimension of this size that shrank to what is kept."""
+    table = places_of(kept, size)
     if isinstance(i, slice):
-        original = slice(*(known(r, b) for b in (i.start, i.stop, i.step)))
-        if original == slice(None):
-            return original
-        chosen = table[torch.arange(size)[original]]
+        if i == slice(None):
+            return i
+        chosen = table[taken(r, i, size)]
         chosen = chosen[chosen >= 0]
         run = run_of(chosen)
         if run is None:
             return r.constant(chosen)
         if not len(chosen):
             return slice(0, 0)
-        number = len(r.positions(source, dim))
-        return slice(bound(run.start, i.start, number, 0), bound(run.stop, i.stop, number, size))
+        return slice(bound(run.start, i.start, len(kept), 0), bound(run.stop, i.stop, len(kept), size))
     if isinstance(i, int) or isinstance(r.result(i), int):
         value = i if isinstance(i, int) else r.capture.results[i]
         at = int(table[value % size])
-        return at - len(r.positions(source, dim)) if i is value and at >= 0 > value else at
+        return at - len(kept) if i is value and at >= 0 > value else at
     if isinstance(i, list):  # with sizes in it
         i = torch.tensor([known(r, position) for position in i])
     data = i if isinstance(i, torch.Tensor) else r.capture.op_trace.values[r.result(i).id].data

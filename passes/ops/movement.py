@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from fxprune.passes.ir.constraints import LabelArray
 from fxprune.passes.ir.labels import NONE, Factor, Labels, factor
 from fxprune.passes.ir.program import TensorSize
 from fxprune.passes.ir.propagation_state import PartRead
@@ -67,8 +68,8 @@ def cut(call: RuleContext, f: Factor, dim: int, start: int, stop: int, step: int
         if step != 1 or 1 in (start, part.labels.shape[dim]):  # a single column, which every row has or none
             call.constraints.keep_columns_equal(f)
         elif start:  # it begins at one place for all rows: as many are kept before it in each
-            call.constraints.keep_rows_equal(factor(f.labels.narrow(dim, 0, start), f.major_to_minor))
-        call.constraints.keep_rows_equal(part)
+            call.constraints.keep_rows_equal(factor(f.labels.narrow(dim, 0, start), f.major_to_minor), f)
+        call.constraints.keep_rows_equal(part, f)
     return call.settle(part, "is sliced to a single channel")
 
 
@@ -89,6 +90,15 @@ def note_read(call: RuleContext, dim: int, parts: Sequence[slice]) -> None:
             call.state.part_read.append(PartRead(f.flat, np.concatenate([f.flat[:0], *taken]), call.constraints.node))
 
 
+def note_parts(call: RuleContext, labels: Labels, dim: int, taken: slice) -> None:
+    """Note which part of its rows a slice takes of a joint factor, if nothing else reads them."""
+    joint = [f for f in labels if dim in f.dims and len(f.major_to_minor) > 1]
+    if joint and sum([call.first in op.inputs for op in call.op_trace.ops]) == 1:
+        for f in joint:
+            rows = f.labels.movedim(dim, -1).flatten(0, -2)
+            call.constraints.collected.parts.append(LabelArray(rows[:, taken], call.constraints.node, whole=rows))
+
+
 def slice_(call: RuleContext) -> Labels:
     shape = call.shape(call.first)
     dim = call.dim(call["dim"], len(shape))
@@ -100,6 +110,8 @@ def slice_(call: RuleContext) -> Labels:
         return call.labels(call.first)
     note_read(call, dim, [slice(start, stop, step)])
     labels = call.labels(call.first)
+    if start < stop:
+        note_parts(call, labels, dim, slice(start, stop, step))
     if call.outputs[0].id in call.state.pinned:
         labels = call.freeze_dims(labels, [dim], "is written through a view of every so many entries")
     return tuple(g for f in labels for g in cut(call, f, dim, start, stop, step))

@@ -45,8 +45,8 @@ class RewriteContext(Protocol):
     def cuts(self, ref: TensorRef) -> list[TensorSlice]:
         """The slices that leave of a tensor what is kept."""
 
-    def positions(self, ref: TensorRef, dim: int) -> Tensor:
-        """The kept indices along a dimension."""
+    def positions(self, ref: TensorRef, dim: int, lines: Mapping[int, Tensor] = {}) -> Tensor:
+        """The kept indices along a dimension, in rows that are among `lines`, places along other dimensions."""
 
     def size(self, given: Any, wanted: int) -> Any:
         """A size argument that must come to `wanted`."""
@@ -185,10 +185,22 @@ def is_shrunk(r: RewriteContext, ref: TensorRef, dim: int) -> bool:
 
 def place(r: RewriteContext, ref: TensorRef, dim: int) -> Tensor:
     """Where each index of a dimension is among the kept ones; -1 for removed ones, which is an index for who wants any."""
-    kept = r.positions(ref, dim)
-    table = torch.full((r.before(ref)[dim],), -1)
+    return places_of(r.positions(ref, dim), r.before(ref)[dim])
+
+
+def places_of(kept: Tensor, size: int) -> Tensor:
+    """Where each of `size` indices is among the kept ones."""
+    table = torch.full((size,), -1)
     table[kept] = torch.arange(len(kept))
     return table
+
+
+def taken(r: RewriteContext, i: Any, size: int) -> Tensor | None:
+    """The places along a dimension that an entry of an index takes, if it is a slice or a number."""
+    if isinstance(i, slice):
+        return torch.arange(size)[slice(*(known(r, b) for b in (i.start, i.stop, i.step)))]
+    value = i if isinstance(i, int) else r.result(i) if isinstance(i, fx.Node) else None
+    return torch.tensor([value % size]) if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def run_of(positions: Tensor) -> slice | None:

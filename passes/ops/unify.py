@@ -189,12 +189,18 @@ def lone(
     call: RuleContext, mine: list[Factor], theirs: list[Factor], taken: set[int], shape: Sequence[int], told: set[int]
 ) -> list[Factor]:
     """The factors that overlap none of the other operand's, whose shape is given; those that must be kept whole are frozen."""
-    passed = []
+    passed: list[Factor] = []
     for f in list(mine):
         if any(f.dims & g.dims for g in theirs):
             continue
         minor = f.major_to_minor[-1]
-        if shape[minor] > 1 or minor in taken:
+        whole = [d for d in f.major_to_minor if shape[d] > 1 or d in taken]
+        if (
+            minor in whole and len(whole) < len(f.major_to_minor) and not call.state.seeking_heads
+        ):  # it has them all in each row
+            passed += call.collapse(f, whole)
+            continue
+        if minor in whole:
             call.constraints.freeze(f.labels, kept_whole(call))
         if shape[minor] == 1 or call.state.seeking_heads:
             passed.append(f)

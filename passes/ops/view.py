@@ -181,7 +181,7 @@ def view_complex(call: RuleContext) -> Labels:
     labels = call.labels(call.first)
     if after > before:
         return tuple(Factor(f.labels.unsqueeze(-1), f.major_to_minor) for f in labels)
-    passed = call.collapse_or_freeze(labels, [before - 1], "is the pair of real and imaginary parts")
+    passed = call.freeze_dims(labels, [before - 1], "is the pair of real and imaginary parts")
     return tuple(Factor(f.labels.squeeze(-1), f.major_to_minor) for f in passed)
 
 

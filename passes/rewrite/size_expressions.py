@@ -64,15 +64,18 @@ class PrunedShapes:
     def after(self, ref: TensorRef) -> tuple[int, ...]:
         return cut_shape(self.before(ref), self.cuts(ref))
 
-    def positions(self, ref: TensorRef, dim: int) -> Tensor:
+    def positions(self, ref: TensorRef, dim: int, lines: Mapping[int, Tensor] = {}) -> Tensor:
         """The kept indices along a dimension; along the minor dimension of a joint factor, those of the first row that stays.
 
-        Other rows may keep other indices, but equally many of them, and as many before any place at which they are split.
+        Only rows count whose places along other dimensions are among `lines`. Others may keep other indices, but equally many
+        of them, and as many before any place at which they are split.
         """
         shape = self.before(ref)
         for cut in self.cuts(ref):
             if dim in cut.dims:
                 mask = cut.kept(shape)
+                for d in lines.keys() & set(cut.dims) - {dim}:
+                    mask = mask.index_select(cut.dims.index(d), lines[d])
                 at = cut.dims.index(dim)
                 rows = mask.flatten(at + 1).any(-1) if at + 1 < mask.dim() else mask
                 rows = rows.reshape(-1, shape[dim])
