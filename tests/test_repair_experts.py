@@ -38,12 +38,15 @@ def test_each_expert_is_fitted_whatever_the_kernel(name):
         assert result.error[1] < 0.92 * result.error[0] and result.share == 1
         masks = {n: mask for n, mask in fxprune.plan_of(small).masks(model).items() if n.endswith("down_proj")}
         lost = {f"{n}[{i}]" for n, mask in masks.items() for i, m in enumerate(mask) if m.any() and not m.all()}
-        assert {step.layer for step in result.steps} == lost and len(result.done) > 4
+        done = {step.layer for step in result.done}
+        assert {step.layer for step in result.steps} <= lost and len(done) > 4
+        assert name == "GptOss" or done == lost, "each expert is chosen, also on the data held out"
         assert {step.note for step in result.skipped} <= {UNSEEN}
-        before, after = small.state_dict(), better.state_dict()
-        for step in result.skipped:
-            layer, _, number = step.layer.rstrip("]").partition("[")
-            assert torch.equal(before[layer][int(number)], after[layer][int(number)])
+        for stack, mask in masks.items():
+            pairs = zip(small.get_parameter(stack), better.get_parameter(stack), strict=True)
+            stays = [i for i in range(len(mask)) if mask[i].any()]
+            moved = {f"{stack}[{i}]" for i, (a, b) in zip(stays, pairs, strict=True) if not torch.equal(a, b)}
+            assert moved == {layer for layer in done if layer.startswith(stack)}
         found.append(changed(small, better))
     for other in found[1:] if name != "GptOss" else []:  # of which a loop is cut elsewhere
         assert found[0].keys() == other.keys()
