@@ -726,13 +726,13 @@ def test_some_of_many_positions_are_drawn(monkeypatch):
     x = torch.nn.functional.interpolate(torch.randn(64, 2, 8, 8), scale_factor=8, mode="bilinear")
     pruned = fxprune.prune(model, 0.5, example_inputs=x[:1])
     rows: list[int] = []
-    add = least_squares.NormalEquations.add
+    add = least_squares.NormalEquations.add_moments
 
-    def noted(self, inputs, residuals):
+    def noted(self, inputs):
         rows.append(inputs.shape[1])
-        add(self, inputs, residuals)
+        add(self, inputs)
 
-    monkeypatch.setattr(least_squares.NormalEquations, "add", noted)
+    monkeypatch.setattr(least_squares.NormalEquations, "add_moments", noted)
     monkeypatch.setattr(least_squares, "FEWEST_ROWS", 1 << 14)
     drawn = fxprune.repair(model, pruned, [x], method="reconstruct").meta["repair"].error[1]
     # the first layer lost no input, so that its rows differ by nothing; the second one reads four channels

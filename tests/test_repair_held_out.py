@@ -11,6 +11,7 @@ from torch import nn
 import fxprune
 from fxprune.criteria.calibration import Batch
 from fxprune.repairs.held_out import split, t_quantile
+from fxprune.repairs.inputs import Matrix
 from fxprune.repairs.least_squares import RIDGES, NormalEquations, fit
 
 DOUBLE = torch.float64
@@ -177,7 +178,8 @@ def test_the_ridge_is_the_one_with_the_least_error_on_what_is_held_out():
             x = torch.randn(1, count, 20, dtype=DOUBLE)
             parts.append((x, x @ weight + noise * torch.randn(1, count, 4, dtype=DOUBLE)))
         normal, held = NormalEquations(True), NormalEquations(True)
-        normal.add(*parts[0]), held.add(*parts[1])
+        for equations, (x, r) in zip((normal, held), parts, strict=True):
+            equations.add(Matrix(x), r)
         change, shift, _ = fit(normal, None, held.left)
         x, r = parts[1]
         error = lambda c, s: float((r - x @ c - s).square().sum())  # noqa: E731

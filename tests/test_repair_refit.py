@@ -8,7 +8,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 import fxprune
 from fxprune import PruneError
-from fxprune.repairs import both_models, held_out, least_squares, refit
+from fxprune.repairs import both_models, held_out, inputs, least_squares, refit
 
 DOUBLE = torch.float64
 
@@ -207,9 +207,9 @@ def test_moments_are_those_of_all_pairs(monkeypatch):
     torch.manual_seed(0)
     x, r = torch.randn(2, 50, 7, dtype=DOUBLE), torch.randn(2, 50, 3, dtype=DOUBLE)
     for columns in (2, 3, 7, 8):
-        monkeypatch.setattr(least_squares, "COLUMNS", columns)
+        monkeypatch.setattr(inputs, "COLUMNS", columns)
         found = least_squares.NormalEquations(False)
         for part in (slice(20), slice(20, 50)):
-            found.add(x[:, part], r[:, part])
+            found.add(inputs.Matrix(x[:, part]), r[:, part])
             torch.testing.assert_close(found.whole(), x[:, : part.stop].mT @ x[:, : part.stop])
         torch.testing.assert_close(found.cross, x.mT @ r)

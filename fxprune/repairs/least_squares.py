@@ -19,13 +19,14 @@ from torch import Tensor
 
 from fxprune.criteria.activation_stats import wide
 from fxprune.passes.ir.pytree import map_tensors
+from fxprune.repairs.inputs import Inputs
 from fxprune.repairs.sites import SiteCall
 
 RIDGES = (0.01, 0.1, 1.0, 10.0, 0.001, 0.0001)  # to choose from; the first one where nothing is there to choose by
 PART = 1 << 16  # elements that are converted at a time
 ENOUGH_ROWS = 64  # for each input of a product: positions of a convolution beyond that change its fit by a hundredth
 FEWEST_ROWS = 1 << 16  # of all groups, which narrow layers, whose rows cost little, have at least
-COLUMNS = 384  # of a block of the matrix of moments, of which only those on and above the diagonal are computed
+SINGLE = 1e-3  # the smallest penalty with which equations of inputs in single precision are factored in it
 
 
 @dataclass(slots=True)
@@ -36,6 +37,7 @@ class NormalEquations:
         constant: whether a constant may be fitted beside the weight.
         gram: the second moments of the inputs, (groups, columns, columns); right on and above the diagonal, until `whole`.
         squares: the sum of squares of the residuals.
+        is_single: whether the inputs are in single precision.
         factors: of the matrix by penalty, those in use.
     """
 
@@ -47,28 +49,32 @@ class NormalEquations:
     squares: float = 0.0
     count: int = 0
     mirrored: bool = False
+    is_single: bool = False
     factors: dict[float, tuple[Tensor, bool]] = field(default_factory=dict)
 
-    def add(self, x: Tensor, r: Tensor) -> None:
-        """Inputs of shape (groups, rows, columns) and residuals of shape (groups, rows, outputs)."""
-        groups, rows, columns = x.shape
-        if not self.gram.dim():
-            self.gram, self.cross, self.inputs, self.residuals = (
-                x.new_zeros(groups, *shape, dtype=torch.float64)
-                for shape in ((columns, columns), (columns, r.shape[2]), (columns,), (r.shape[2],))
-            )
-        self.mirrored = False
-        self.factors.clear()
-        for at in range(0, columns, COLUMNS):
-            self.gram[:, at : at + COLUMNS, at:] += x[:, :, at : at + COLUMNS].mT @ x[:, :, at:]
-        self.inputs += x.sum(1)
-        self.count += rows
+    def add(self, x: Inputs, r: Tensor) -> None:
+        """Inputs, and the residuals that belong to them."""
+        self.add_moments(x)
         self.add_residuals(x, r)
 
-    def add_residuals(self, x: Tensor, r: Tensor) -> None:
-        """Those of inputs that were added before."""
-        self.cross += x.mT @ r
-        self.residuals += r.sum(1, dtype=torch.float64)
+    def add_moments(self, x: Inputs) -> None:
+        groups, rows, columns = x.shape
+        if not self.gram.dim():
+            self.gram, self.inputs = (
+                x.x.new_zeros(groups, *shape, dtype=torch.float64) for shape in ((columns, columns), (columns,))
+            )
+        self.mirrored = x.fills and (self.mirrored or not self.count)
+        self.is_single = x.x.dtype == torch.float32
+        self.factors.clear()
+        x.add_moments(self.gram)
+        self.inputs += x.sums()
+        self.count += rows
+
+    def add_residuals(self, x: Inputs, r: Tensor) -> None:
+        """Those of inputs whose moments are added before or later."""
+        cross, sums = x.cross(r), x.sums_of(r)
+        self.cross = self.cross.to(sums) + cross
+        self.residuals = self.residuals.to(sums) + sums
         self.squares += sum_of_squares(r)
 
     def forget_residuals(self) -> None:
@@ -83,17 +89,15 @@ class NormalEquations:
     def factor(self, ridge: float) -> tuple[Tensor, bool]:
         """What the equations are solved by, and whether that is a Cholesky factor; otherwise it is the pseudo-inverse."""
         if ridge not in self.factors:
-            damped = self.whole().clone()
-            if self.constant:  # about the means, the constant takes care of itself
-                damped -= self.inputs.unsqueeze(2) * (self.inputs / self.count).unsqueeze(1)
+            means = (self.inputs / self.count).unsqueeze(1) if self.constant else torch.zeros_like(self.inputs).unsqueeze(1)
+            damped = torch.baddbmm(self.whole(), self.inputs.unsqueeze(2), means, alpha=-1)  # the constant takes care of these
             diagonal = damped.diagonal(dim1=1, dim2=2)
-            largest = diagonal.amax(1)
-            diagonal += ridge * diagonal.mean(1, keepdim=True)
-            factor, failed = torch.linalg.cholesky_ex(damped)
-            regular = factor.diagonal(dim1=1, dim2=2).amin(1) ** 2 > 1e-12 * largest
-            is_factor = bool((failed == 0).all()) and bool(regular.all())
+            largest, penalty = diagonal.amax(1), ridge * diagonal.mean(1)
+            diagonal += penalty.unsqueeze(1)
+            factor = cholesky(damped.float(), penalty / 2) if self.is_single and ridge >= SINGLE else None
+            factor = cholesky(damped, 1e-12 * largest) if factor is None else factor
             self.factors[ridge] = (
-                (factor, True) if is_factor else (torch.linalg.pinv(damped, rtol=1e-12, hermitian=True), False)
+                (torch.linalg.pinv(damped, rtol=1e-12, hermitian=True), False) if factor is None else (factor, True)
             )
         return self.factors[ridge]
 
@@ -109,7 +113,7 @@ class NormalEquations:
         if self.constant:
             cross = cross - self.inputs.unsqueeze(2) * (self.residuals / self.count).unsqueeze(1)
         factor, is_factor = self.factor(ridge)
-        change = torch.cholesky_solve(cross, factor) if is_factor else factor @ cross
+        change = torch.cholesky_solve(cross.to(factor.dtype), factor).double() if is_factor else factor @ cross
         shift = (self.residuals - (change.mT @ self.inputs.unsqueeze(2)).squeeze(2)) / self.count
         return change, shift if self.constant else torch.zeros_like(shift)
 
@@ -119,6 +123,13 @@ class NormalEquations:
         grown = (change * (self.whole() @ change)).sum() + self.count * shift.square().sum()
         grown = grown + 2 * (shift * (change.mT @ self.inputs.unsqueeze(2)).squeeze(2)).sum()
         return max(self.squares - float(moved) + float(grown), 0.0)
+
+
+def cholesky(matrix: Tensor, least: Tensor) -> Tensor | None:
+    """A factor, unless the square of an entry of its diagonal is not above what it is in exact arithmetic at least."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    regular = factor.diagonal(dim1=1, dim2=2).amin(1) ** 2 > least
+    return factor if bool((failed == 0).all()) and bool(regular.all()) else None
 
 
 def sum_of_squares(x: Tensor) -> float:

@@ -69,14 +69,14 @@ class Reconstruct(RepairMethod):
             return self.apply_gradually(repairer, site)
         fitted, unseen = (repairer.rows(site, held=held) for held in (False, True))
         fit = RowFit(fitted, unseen, site.path, constant=site.place is not None)
-        if is_rounding(fit.normal.squares, fit.size, fitted[-1].found):
+        if fit.is_rounding:
             return None
-        if not fit.is_finite:
+        if not fit.gather():
             raise Skip(NOT_FINITE)
         fit.run(repairer.ridge, ROUNDS)
         call.weight.add_(as_weight(call, fit.change).to(call.weight.dtype))
         repairer.add_constant(site, call, fit.shift.reshape(-1))
-        error, held = fit.errors
+        error, held = fit.error, fit.error if unseen else (0.0, 0.0)
         columns, count = fit.normal.gram.shape[1], fit.normal.count
         few = f"{count:,} samples and positions for {columns:,} inputs: more data would help"
         if call.weight.dtype not in (torch.float32, torch.float64):  # in which the change is another one, rounded

@@ -23,6 +23,7 @@ from fxprune.criteria.lockstep import Lockstep, stopping
 from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.progress import progress_bar
 from fxprune.passes.ir.slices import mask_of
+from fxprune.passes.ops.registry import find
 from fxprune.plan import shapes_of
 from fxprune.repairs.both_models import BothModels, call, uncached
 from fxprune.repairs.held_out import Outcome
@@ -41,10 +42,14 @@ from fxprune.repairs.least_squares import (
 from fxprune.repairs.repairer import NO_DATA, NOT_FINITE, WORSE, RepairStep
 from fxprune.repairs.rows import add_call
 from fxprune.repairs.sites import SiteCall, SiteObserver, count_overlaps
+from fxprune.repairs.stacks import Picks, matrices
 from fxprune.selection.names import block_chains
 
 NAME = "refit"
 USED_AGAIN = "it is used more than once"
+UNSEEN = "no row of the data held out meets it"
+
+Matrix = tuple[str, int | None]  # a parameter, and the number of a matrix in it where it is a stack of them
 
 
 @dataclass
@@ -55,6 +60,7 @@ class Lost:
         fitted, unseen: the normal equations of what is lost on what is left: on the data to fit, and on that held out.
         sizes: the sums of squares of the original's result, on both.
         call: one call of the product, without its activations, and with the weight that is left.
+        place: of the matrix in the stack of those that are left, if it is one of several in one tensor.
         turned: whether the call reads the parameter transposed.
         bias: the name of the bias, if the product has one of its own.
     """
@@ -62,6 +68,7 @@ class Lost:
     call: SiteCall
     turned: bool
     bias: str | None
+    place: int | None
     fitted: NormalEquations = field(init=False)
     unseen: NormalEquations = field(init=False)
     sizes: dict[bool, float] = field(default_factory=lambda: {False: 0.0, True: 0.0})
@@ -76,7 +83,7 @@ class LostObserver(SiteObserver):
     Arguments:
         names, owned: as for `SiteObserver`.
         mask: of a tensor of the original, which elements are kept; None where all are.
-        lost: what is known so far, by parameter; grows.
+        lost: what is known so far, by parameter and number of the matrix in it; grows.
         skipped: parameters that cannot be fitted, with the reason; grows.
         held: whether the batch is held out.
     """
@@ -86,7 +93,7 @@ class LostObserver(SiteObserver):
         names: dict[int, str],
         owned: Mapping[str, Tensor],
         mask: Callable[[str], Tensor | None],
-        lost: dict[str, Lost],
+        lost: dict[Matrix, Lost],
         skipped: dict[str, str],
         *,
         held: bool,
@@ -94,17 +101,37 @@ class LostObserver(SiteObserver):
         super().__init__(names, {int(t.untyped_storage().data_ptr()): name for name, t in owned.items() if t.numel()})
         self.tensors, self.mask, self.lost, self.skipped, self.held_out = owned, mask, lost, skipped, held
         self.spans: dict[str, Any] = {}
+        self.picks = Picks()
 
     def record(self, call: Any, tensors: dict[int, Tensor], func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        if call.inputs:
+            self.picks.note(func, args, self.owner(tensors[call.first.id]), out)
         super().record(call, tensors, func, args, kwargs, out)
+        for product in find(func).products_of(call):
+            weight = tensors[product.weight.id]
+            if (picked := self.picks.of(weight)) is not None:
+                self.look(
+                    SiteCall(picked[0], product, tensors[product.source.id], out, call, func, args, kwargs, weight), picked[1]
+                )
         while self.calls:
             self.look(self.calls.pop())
 
-    def look(self, call: SiteCall) -> None:
+    def look(self, call: SiteCall, numbers: Tensor | None = None) -> None:
         mask = None if call.product is None or call.name in self.skipped else self.mask(call.name)
         if call.product is None or mask is None:
             return
-        weight, whole = call.weight, self.tensors[call.name]
+        whole = self.tensors[call.name]
+        for number, each in matrices(call, whole, numbers):
+            if number is None:
+                self.look_at(each, whole, mask, None, None)
+            elif bool(mask[number].any()):
+                place = int(mask[:number].flatten(1).any(1).sum())
+                self.look_at(each, whole[number], mask[number], number, place)
+
+    def look_at(self, call: SiteCall, whole: Tensor, mask: Tensor, number: int | None, place: int | None) -> None:
+        """One matrix, `whole` in the original, and the rows that it multiplies."""
+        assert call.product is not None
+        weight, key = call.weight, (call.name, number)
         turned = weight.shape == whole.mT.shape and weight.stride() == whole.mT.stride() if whole.dim() == 2 else False
         if not turned and (weight.shape != whole.shape or weight.stride() != whole.stride()):
             self.skipped[call.name] = "a part of it is used at a time"
@@ -117,7 +144,7 @@ class LostObserver(SiteObserver):
         if why := self.why_not(call, mask, inputs, outputs):
             self.skipped[call.name] = why
             return
-        self.spans[call.name] = self.span(weight)
+        self.spans[call.name] = self.span(whole)
         kept, gone = (which.nonzero().flatten().to(weight.device) for which in (inputs, ~inputs))
         residual = run_product(call, wide(weight.index_select(summed, gone)), wide(call.source.index_select(along, gone)))
         weight = weight.index_select(summed, kept)
@@ -125,12 +152,12 @@ class LostObserver(SiteObserver):
             stay = outputs.nonzero().flatten().to(weight.device)
             residual, weight = residual.index_select(call.product.out, stay), weight.index_select(call.product.kept, stay)
         left = replace(call, source=call.source.index_select(along, kept), weight=weight)
-        if call.name not in self.lost:
+        if key not in self.lost:
             bias = call.bias if call.bias is not None and call.bias.dim() == 1 and self.owner(call.bias) else None
-            own = None if bias is None or call.op.get("beta", 1) != 1 else self.owner(bias)
+            own = None if bias is None or number is not None or call.op.get("beta", 1) != 1 else self.owner(bias)
             call_alone = replace(left, source=call.source[:0], out=call.out[:0], args=(), kwargs={})
-            self.lost[call.name] = Lost(call_alone, turned, own)
-        found = self.lost[call.name]
+            self.lost[key] = Lost(call_alone, turned, own, place)
+        found = self.lost[key]
         found.sizes[self.held_out] += sum_of_squares(call.out)
         add_call(found.unseen if self.held_out else found.fitted, left, residual)
 
@@ -163,21 +190,23 @@ class Refit:
 
     def __init__(self, both: BothModels) -> None:
         self.both, self.own = both, both.own
+        self.checks = any(held for _, held in both.parts)
 
     def run(self, ridge: float | None) -> tuple[list[RepairStep], Outcome]:
         """Fit every weight that lost inputs, then go as far as the output on the samples held out comes closer."""
         start: dict[str, Tensor] = {}
-        steps: dict[str, RepairStep] = {}
+        steps: dict[Matrix, RepairStep] = {}
         for lost in self.watch(start, steps):
-            for name, found in lost.items():
+            for (name, number), found in lost.items():
+                layer = name if number is None else f"{name}[{number}]"
                 if self.both.refused:
-                    steps[name] = RepairStep(name, NAME, None, False, self.both.refused)
+                    steps[name, number] = RepairStep(layer, NAME, None, False, self.both.refused)
                     continue
-                start |= {n: self.own[n].detach().clone() for n in (name, found.bias) if n is not None and n in self.own}
-                steps[name] = self.fit(name, found, ridge)
+                start |= {n: self.own[n].detach().clone() for n in (name, found.bias) if n in self.own and n not in start}
+                steps[name, number] = self.fit(name, layer, found, ridge)
         return list(steps.values()), self.both.choose_share(start)
 
-    def watch(self, start: dict[str, Tensor], steps: dict[str, RepairStep]) -> Iterator[dict[str, Lost]]:
+    def watch(self, start: dict[str, Tensor], steps: dict[Matrix, RepairStep]) -> Iterator[dict[Matrix, Lost]]:
         """Run the original on all batches, block by block, and yield what the weights of each lost.
 
         Arguments:
@@ -189,7 +218,7 @@ class Refit:
         first = {id(t): name for name, t in named_tensors(model)}
         names = {id(t): first.get(id(t), name) for name, t in tensors.items()}
         owned = {names[id(t)]: t for t in tensors.values() if isinstance(t, nn.Parameter) and t.is_floating_point()}
-        cuts, lost, skipped = self.both.plan.fitted(shapes_of(model)).slices, dict[str, Lost](), dict[str, str]()
+        cuts, lost, skipped = self.both.plan.fitted(shapes_of(model)).slices, dict[Matrix, Lost](), dict[str, str]()
 
         @functools.cache
         def mask(name: str) -> Tensor | None:
@@ -198,9 +227,9 @@ class Refit:
 
         observers = [LostObserver(names, owned, mask, lost, skipped, held=held) for _, held in parts]
 
-        def ready() -> dict[str, Lost]:
+        def ready() -> dict[Matrix, Lost]:
             skipped.update((name, USED_AGAIN) for observer in observers for name in observer.used_again())
-            found = {name: each for name, each in lost.items() if name in self.own and name not in skipped}
+            found = {key: each for key, each in lost.items() if key[0] in self.own and key[0] not in skipped}
             lost.clear()
             mask.cache_clear()
             return found
@@ -217,14 +246,17 @@ class Refit:
                 for i, answer in zip(at, answers, strict=True):
                     lockstep.answer(i, answer)
             yield ready()
-        for name in skipped.keys() & steps.keys():
-            self.own[name].data.copy_(start[name])
-        steps |= {name: RepairStep(name, NAME, None, False, why) for name, why in skipped.items()}
+        for name, number in [key for key in steps if key[0] in skipped]:
+            self.own[name].data.copy_(start.get(name, self.own[name]))
+            del steps[name, number]
+        steps |= {(name, None): RepairStep(name, NAME, None, False, why) for name, why in skipped.items()}
 
-    def fit(self, name: str, found: Lost, ridge: float | None) -> RepairStep:
+    def fit(self, name: str, layer: str, found: Lost, ridge: float | None) -> RepairStep:
         """Fit one weight, and keep the fit where what is lost grows smaller on the data held out."""
-        step = RepairStep(name, NAME, None, False)
+        step = RepairStep(layer, NAME, None, False)
         normal, unseen = found.fitted, found.unseen
+        if found.place is not None and self.checks and not unseen.count:
+            return replace(step, note=UNSEEN)
         if not normal.count or not math.isfinite(normal.squares + float(normal.gram.sum())):
             return replace(step, note=NOT_FINITE if normal.count else NO_DATA)
         change, shift, _ = fit(normal, ridge, unseen.left if unseen.count else None)
@@ -234,7 +266,7 @@ class Refit:
         if not error[1] < error[0]:
             return replace(step, error=error, note=WORSE)
         moved = as_weight(found.call, change)
-        weight = self.own[name]
+        weight = self.own[name] if found.place is None else self.own[name][found.place]
         weight.data.add_((moved.mT if found.turned else moved).reshape(weight.shape).to(weight.dtype))
         if found.bias is not None and found.bias in self.own:
             self.own[found.bias].data.add_(shift.reshape(-1).to(self.own[found.bias].dtype))

@@ -254,17 +254,17 @@ class Repairer:
 
     def rows(self, site: RepairSite, *, held: bool) -> list[Rows]:
         """What a product reads, what its result is to be and what it is, row by row."""
-        found: list[Rows] = []
+        found, seed = list[Rows](), 0
         samples = sum(len(call.out) for _, call in self.measured(site))  # as many positions of each for those held out
         for wanted, call in self.measured(site, held=held):
             if is_convolution(call) and wanted.out[:, 0].shape != call.out[:, 0].shape:
                 raise Skip(OTHER_SHAPE)
-            for rows in rows_of(wanted, call, functools.partial(self.keep, wanted), samples, sum(map(len, found))):
+            for rows in rows_of(wanted, call, functools.partial(self.keep, wanted), samples, seed):
                 if rows.aim.shape != rows.found.shape:
                     raise Skip(OTHER_SHAPE)
-                if sum(each.elements for each in [*found, rows]) <= HELD:
-                    rows.inputs = rows.make()
+                rows.holds = sum(each.elements for each in [*found, rows]) <= HELD
                 found.append(rows)
+                seed += rows.aim.numel()
         return found
 
     def mask(self, call: SiteCall) -> Tensor:
