@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,11 +41,11 @@ def replace(model: nn.Module, kind: type[nn.Module], make: Any) -> None:
             setattr(model.get_submodule(parent), name, make(module))
 
 
-def distilled(model: Any, small: Any, batches: Sequence[Tensor], steps: int) -> Any:
-    """A copy of a pruned model after some steps of distillation from the original on the data of calibration, without labels.
+def distilled(model: Any, small: Any, windows: Tensor, steps: int) -> Any:
+    """A copy of a pruned model after some steps of distillation from the original on a text, without labels.
 
     Arguments:
-        batches: of tokens, shape (windows, tokens); each step sees `WINDOWS` of them.
+        windows: of tokens, shape (windows, tokens); each step sees `WINDOWS` of them, each of them as often as any other.
     """
     torch.manual_seed(0)
     student = copy.deepcopy(small)
@@ -55,7 +54,6 @@ def distilled(model: Any, small: Any, batches: Sequence[Tensor], steps: int) -> 
     weights = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=RATE, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.5 * (1 + math.cos(math.pi * t / steps)))
-    windows = torch.cat(list(batches))
     order = [i for _ in range(steps * WINDOWS // len(windows) + 1) for i in torch.randperm(len(windows)).tolist()]
     for step in tqdm(range(steps), desc="LoRA"):
         ids = windows[order[step * WINDOWS : (step + 1) * WINDOWS]]
