@@ -144,7 +144,7 @@ def smollm2(tokens: int) -> tuple[Any, list[Any], dict[str, Any]]:
     model, texts = lm.load()
     batches, _ = lm.split(texts["wikipedia"], tokens, 0)
     data = [{"input_ids": ids, "use_cache": False} for ids in batches]
-    return model, data, {"params": 0.8, "only": lm.WHAT["FFN"], "criterion": "magnitude"}
+    return model, data, {"params": 0.8, "criterion": "magnitude", **lm.WHAT["FFN"]}
 
 
 def table(found: dict[str, dict[str, list[dict[str, float]]]], arguments: argparse.Namespace) -> str:

@@ -114,7 +114,7 @@ def measure(model: str, budget: float, other_limit: float) -> Row:
     warm_up()
     forward(network, inputs)
     turns = take_turns(network, sides, budget, {"other": other_limit})
-    row: Row = {"params": count_parameters(network), "machine": machine()}
+    row: Row = {"params": count_parameters(network), "machine": machine(), "threads": torch.get_num_threads()}
     for side in ("default", "other"):
         if side in turns.results:
             row[f"{side}_left"] = count_parameters(turns.results[side]) / row["params"]
@@ -308,7 +308,7 @@ def table(rows: list[Row]) -> str:
 
 
 def summary(rows: list[Row]) -> str:
-    machines = sorted({row["machine"] for row in rows if "machine" in row})
+    machines = sorted({f"{row['machine']}, threads of torch: {row['threads']}" for row in rows if "threads" in row})
     other = version("torch-pruning")  # its own __version__ still says 1.6.0
     lines = [f"Torch-Pruning {other}; {name}" for name in machines]
     for side, name in SIDES.items():
