@@ -185,10 +185,10 @@ def main() -> None:
     rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
     size = {"calibration": arguments.calibration, "tokens": arguments.tokens, "held": SPLIT}
 
-    taught = {"steps": arguments.lora, "lessons": lessons.numel()}
+    taught = {"LoRA": {"steps": arguments.lora, "lessons": lessons.numel()}, "tuned": {"steps": arguments.steps}}
 
     def full(row: dict[str, Any]) -> dict[str, Any]:
-        return {**row, **size, **(taught if row.get("repair") == "LoRA" else {})}
+        return {**row, **size, **taught.get(row.get("repair", ""), {})}
 
     def done(row: dict[str, Any]) -> bool:
         return any(full(row).items() <= other.items() for other in rows)
@@ -253,7 +253,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         "Perplexity of SmolLM2-135M-Instruct (30 layers, hidden size 576, 9 heads, 3 KV groups) after pruning,",
         f"on windows of {WINDOW} tokens that calibration has not seen. `lm.py` writes this page from",
         "`lm.jsonl`; plain methods are those of `lm_plain.py`. Repaired is `fxprune.repair` by `refit` on the data of",
-        "calibration; tuned is what that gives by `block`, 200 steps of a batch for each block where no other number is said.",
+        "calibration; `block` tunes what that gives, each block with some steps of a batch.",
         "`LoRA` is a distillation from the original behind that, without labels, and merged: rank "
         f"{RANK} beside each layer, steps of {WINDOWS} windows,",
         "128 of them on the data of calibration, more of them on windows spread over the same seven eighths, each seen once.",
