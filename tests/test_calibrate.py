@@ -48,6 +48,32 @@ def test_a_calibration_stands_for_the_data_of_the_default(tmp_path):
         assert found.meta["chosen"] == wanted.meta["chosen"][1:]  # all but the criterion, which was given
 
 
+@pytest.mark.parametrize("how", ["influence", "taylor", lambda stream, added: added.norm() / stream.norm()])
+def test_a_calibration_holds_scores_of_residual_branches(how, tmp_path):
+    model, data = llama(tmp_path / "model", torch.float32), labelled(words(2, 3))
+    with untouched(model):
+        seen = fxprune.calibrate(model, iter(data), "wanda", IDS | NO_CACHE, depth_criterion=how)
+    seen.save(tmp_path / "seen.safetensors")
+    again = fxprune.Calibration.load(tmp_path / "seen.safetensors")
+    for depth, share in (("only", 0.9), ("only", 0.7), (True, 0.8)):
+        asked = {"example_inputs": IDS | NO_CACHE, "verify": False, "depth": depth, "params": share, "ranking": "global"}
+        wanted = fxprune.plan_of(fxprune.prune(model, data=data, criterion="wanda", depth_criterion=how, **asked))
+        assert bool(wanted.removed) == (depth == "only")
+        for found in (seen, again):
+            assert fxprune.plan_of(fxprune.prune(model, criterion=found, **asked)) == wanted
+
+
+def test_a_calibration_without_a_branch_says_so(tmp_path):
+    model, data = llama(tmp_path / "model", torch.float32), labelled(words(2, 3))
+    seen = fxprune.calibrate(model, data, "wanda", IDS | NO_CACHE, depth_criterion="influence")
+    gone = next(iter(seen.branches))
+    less = fxprune.Calibration("wanda", seen.evidence, branches={n: s for n, s in seen.branches.items() if n != gone})
+    with untouched(model), refuses(f"the calibration has no score of a residual branch\n  at {gone}\n"):
+        fxprune.prune(model, criterion=less, example_inputs=IDS | NO_CACHE, depth="only", params=0.9)
+    with untouched(model), refuses("depth_criterion must be one of influence, taylor, loss, not 'weights'"):
+        fxprune.calibrate(model, data, "wanda", IDS | NO_CACHE, depth_criterion="weights")
+
+
 ASKED = {
     "wanda": {"ratio": 0.5},
     "flap": {"params": 0.7, "ranking": "global"},

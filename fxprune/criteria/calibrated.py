@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -17,6 +18,7 @@ from fxprune.arguments import checked_class, shown
 from fxprune.criteria.base import Criterion, describe
 from fxprune.criteria.catalog import CRITERIA, find, resolve
 from fxprune.passes.errors import PruneError
+from fxprune.passes.ir.branches import Branch
 
 KEY, FORMAT = "fxprune", "fxprune.calibration/1"
 FIX = "a file that Calibration.save wrote"
@@ -31,14 +33,22 @@ class Calibration:
         evidence: what it needs for each parameter, by name, broadcastable to the parameter: norms of the activations that a
             weight multiplies, a gradient, and so on.
         attention: the granularity that it was gathered for, if that is known: losses of a head count for the whole head.
+        branches: the score of each residual branch by its name, if those were asked for.
     """
 
     needs = ""
 
-    def __init__(self, criterion: str | Criterion, evidence: Mapping[str, Tensor], attention: str | None = None) -> None:
+    def __init__(
+        self,
+        criterion: str | Criterion,
+        evidence: Mapping[str, Tensor],
+        attention: str | None = None,
+        branches: Mapping[str, float] | None = None,
+    ) -> None:
         inner: Any = find(criterion)
         spec = describe(inner)
         self.criterion, self.evidence, self.attention = criterion, dict(evidence), attention
+        self.branches = None if branches is None else dict(branches)
         self.elementwise, self.places, self.reduce, self.normalise = spec.elementwise, spec.places, spec.reduce, spec.normalise
         self.inner: Callable[..., Any] = inner
         for method in ("score_dims", "finish_layer"):
@@ -58,7 +68,8 @@ class Calibration:
             raise PruneError(f"{path} cannot be written: it is no file", fix="the name of a file")
         if not isinstance(self.criterion, str):
             raise PruneError(f"{self.__name__} has no name to be saved under", fix=f"one of {', '.join(sorted(CRITERIA))}")
-        text = json.dumps({"format": FORMAT, "criterion": self.criterion, "attention": self.attention})
+        held = {"criterion": self.criterion, "attention": self.attention, "branches": self.branches}
+        text = json.dumps({"format": FORMAT, **held})
         try:
             save_file({n: t.detach().cpu().contiguous() for n, t in self.evidence.items()}, str(path), {KEY: text})
         except (SafetensorError, OSError) as error:
@@ -78,7 +89,25 @@ class Calibration:
         if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("criterion"), str):
             raise PruneError(f"{path} is no calibration", fix=FIX)
         resolve(data["criterion"])
-        return cls(data["criterion"], evidence, data.get("attention"))
+        branches = data.get("branches")
+        if not (branches is None or (isinstance(branches, dict) and all(type(v) is float for v in branches.values()))):
+            raise PruneError(f"{path} is no calibration: its scores of branches are no numbers", fix=FIX)
+        return cls(data["criterion"], evidence, data.get("attention"), branches)
+
+    def of(self, criterion: Criterion) -> Calibration:
+        """The same evidence, for a variant of its criterion."""
+        return Calibration(criterion, self.evidence, self.attention, self.branches)
+
+    def scores_of(self, branches: Sequence[Branch]) -> np.ndarray:
+        """The scores of these residual branches, shape (branches,); raises PruneError for one that it has not seen."""
+        held = self.branches or {}
+        for name in [b.name for b in branches if b.name not in held]:
+            raise PruneError(
+                "the calibration has no score of a residual branch",
+                where=name,
+                fix="fxprune.calibrate with this model and depth_criterion='influence'",
+            )
+        return np.array([held[b.name] for b in branches])
 
     def check(self, shapes: Mapping[str, torch.Size]) -> None:
         """Raise PruneError unless it was gathered from a model with parameters of these shapes."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxprune.criteria.branches import WholeProgram, score_branches
+from fxprune.criteria.calibrated import Calibration
 from fxprune.passes.coupling.branches import Branches
 from fxprune.passes.coupling.families import Family
 from fxprune.passes.coupling.solution import Solution
@@ -113,8 +114,11 @@ def select_with_depth(
     branches = Branches(solution.captures, set(named_parameters(model)))
     found = free_branches(model, branches, options)
     how = options.depth_criterion or ("weights" if options.data is None else "influence")
-    evidence = options.criterion, options.data, options.loss, program
-    scores = options.scored(solution, "branches", lambda: score_branches(model, solution, found, how, *evidence))
+    evidence, seen = (options.criterion, options.data, options.loss, program), options.criterion
+    if options.depth_criterion is None and isinstance(seen, Calibration) and seen.branches is not None:
+        scores = seen.scores_of(found)
+    else:
+        scores = options.scored(solution, "branches", lambda: score_branches(model, solution, found, how, *evidence))
     scores = scores if options.combine is None else options.combine(scores)
     if not np.isfinite(scores).all():
         name = found[int(np.flatnonzero(~np.isfinite(scores))[0])].name

@@ -221,7 +221,7 @@ class Options:
             weighs = criterion == "token_taylor" and open_budget
             criterion = TokenTaylor(normalise="none") if weighs else criterion  # as it was measured on language models
         elif isinstance(criterion, Calibration) and criterion.criterion in DEFAULT and open_budget:
-            weighs, criterion = True, Calibration(TokenTaylor(normalise="none"), criterion.evidence, criterion.attention)
+            weighs, criterion = True, criterion.of(TokenTaylor(normalise="none"))
         looks = weighs or (bool(chosen) and data is not None)
         if open_budget:
             how = "score for what it costs" if weighs else "normalised score"

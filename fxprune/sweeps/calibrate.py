@@ -9,15 +9,20 @@ from torch import Tensor, nn
 
 from fxprune.arguments import checked_call
 from fxprune.criteria.base import Criterion
+from fxprune.criteria.branches import SCORES, score_branches
 from fxprune.criteria.calibrated import Calibration
 from fxprune.criteria.calibration import GATHER, check_source, prepare_source
 from fxprune.criteria.catalog import CriterionName, resolve
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
+from fxprune.passes.coupling.branches import Branches
 from fxprune.passes.errors import PruneError
+from fxprune.passes.ir.module_tree import named_parameters
 from fxprune.passes.ir.quiet import without_modes
 from fxprune.pipeline import Compilation
-from fxprune.selection.options import Attention, Options
+from fxprune.selection.argument_checks import check_word
+from fxprune.selection.depth import free_branches
+from fxprune.selection.options import Attention, DepthCriterion, Options
 
 
 @checked_call()
@@ -30,6 +35,7 @@ def calibrate(
     *,
     loss: Callable[..., Tensor] | None = None,
     attention: Attention = "heads",
+    depth_criterion: DepthCriterion | None = None,
 ) -> Calibration:
     """What a criterion gathers from data, as a criterion that needs none any more.
 
@@ -43,11 +49,14 @@ def calibrate(
 
     Arguments:
         model: the original; it is not touched.
-        data, loss: as for `prune`; batches are read once (twice for `grasp`), and no output is held.
+        data, loss: as for `prune`; batches are read once (twice for `grasp`), and no output is held; with `depth_criterion` the
+            batches are.
         criterion: a name, or one of the classes, of a criterion that looks at data; not `fisher`, which needs a score of each
             sample.
         example_inputs: as for `prune`; by default those of the first batch.
         attention: as for `prune`, where it is to be given the same.
+        depth_criterion: as for `prune`: residual branches are scored, too, for `prune(..., depth=True)`, which then needs
+            neither the data nor this argument. By default they are not.
 
     Returns: a `Calibration`, for the `criterion` of `prune`, `prune_checkpoint` and others; `save` and `Calibration.load`.
 
@@ -55,13 +64,22 @@ def calibrate(
     """
     with entry_point(model) as module:
         check_source(data, loss)
+        if depth_criterion is not None and not callable(depth_criterion):
+            check_word("depth_criterion", depth_criterion, [how for how in SCORES if how != "weights"])
+        data = data if depth_criterion is None else list(data)
         spec = resolve(criterion)
         if spec.needs not in GATHER or spec.score_families is not None:
             known = "nothing that could be kept" if spec.runs else "no data"
             raise PruneError(f"the criterion {spec.name} gathers {known}", fix="criterion='wanda', 'flap' or 'token_taylor'")
         inputs = ExampleInputs.parse(example_inputs, module).check(module)
         options = Options.parse(module, attention=attention)
-        solution = Compilation(module, inputs, options.coupling).couple()
+        compilation = Compilation(module, inputs, options.coupling)
+        solution = compilation.couple()
+        branches = None
+        if depth_criterion is not None:
+            found = free_branches(module, Branches(solution.captures, set(named_parameters(module))), options)
+            scores = score_branches(module, solution, found, depth_criterion, "", data, loss, compilation.whole_program)
+            branches = dict(zip([b.name for b in found], scores.tolist(), strict=True))
         with prepare_source(module, data, loss, spec.name, solution) as source:
-            found = GATHER[spec.needs](source)
-        return Calibration(criterion, {name: tensor.detach() for name, tensor in found.items()}, attention)
+            evidence = GATHER[spec.needs](source)
+        return Calibration(criterion, {name: tensor.detach() for name, tensor in evidence.items()}, attention, branches)
