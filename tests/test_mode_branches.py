@@ -213,3 +213,56 @@ def test_what_training_writes_where_a_buffer_says_is_written_there(looks: bool, 
         torch.testing.assert_close(pruned.train(mode)(data), model.train(mode)(data))
         torch.testing.assert_close(found.queue, model.queue[kept] if len(found.queue) < 8 else model.queue)
         assert torch.equal(found.place, model.place)
+
+
+class LayerDrop(nn.Module):
+    """Leaves layers out in training, by a number that is drawn: how transformers and speech models do it."""
+
+    def __init__(self, share: float, drops: Callable[[float], object]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)) for _ in range(3))
+        self.share, self.drops = share, drops
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            if self.training and self.drops(self.share):
+                continue
+            x = x + layer(x)
+        return x
+
+
+DROPS: dict[str, Callable[[float], object]] = {
+    "less": lambda share: torch.rand([]) < share,
+    "not at least": lambda share: not torch.rand(1) >= share,
+    "number": lambda share: torch.rand(1).item() < share,
+    "entry": lambda share: torch.rand(3)[1:].view(2)[0] < share,
+    "like": lambda share: torch.rand_like(torch.empty(1))[0].lt(share + 0.0),
+    "written": lambda share: torch.rand(1).add_(1) <= share,
+}
+
+
+@pytest.mark.parametrize(
+    ("drop", "share", "known"),
+    [(drop, share, drop != "written") for drop in DROPS for share in (0.0, 1.0)]
+    + [(drop, 0.5, False) for drop in DROPS if drop != "written"],
+)
+def test_a_decision_by_a_number_that_is_drawn(drop: str, share: float, known: bool) -> None:
+    """It is a node of its own, drawn anew in each call, unless all numbers that could be drawn decide the same."""
+    model, x = nn.Sequential(LayerDrop(share, DROPS[drop]), nn.Linear(4, 3)).train(), torch.randn(3, 4)
+    pruned = fxprune.prune(model, 0.5, example_inputs=x)
+    assert any(node.target == "0" for node in pruned.train().flat().graph.nodes) != known
+    masks = fxprune.plan_of(pruned).masks(model)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            tensor.mul_(masks.get(name, torch.ones(())))
+    for training, seed in [(False, 0), *((True, seed) for seed in range(8))]:
+        torch.manual_seed(seed)
+        wanted, after = model.train(training)(x), torch.rand(1)
+        torch.manual_seed(seed)
+        assert torch.allclose(pruned.train(training)(x), wanted, atol=1e-6)
+        assert torch.equal(torch.rand(1), after)  # as many numbers were drawn
+
+
+def test_a_decision_of_the_model_itself_by_a_number_that_is_drawn_is_said_to_be_that_of_evaluation() -> None:
+    pruned = fxprune.prune(LayerDrop(0.5, DROPS["less"]).train(), 0.5, example_inputs=torch.randn(3, 4))
+    assert pruned.meta["capture"] == "symbolic; training mode is as evaluation: reads bool() of %lt, which is drawn"

@@ -13,13 +13,13 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from fxprune.passes.capture.conversions import Conversions, legacy
-from fxprune.passes.capture.evaluation import Evaluator, belongs_to_tensors, draws
+from fxprune.passes.capture.evaluation import Evaluator, belongs_to_tensors, draws, outcome, tensors_behind
 from fxprune.passes.capture.frames import Frame
 from fxprune.passes.capture.proxy import PROXIES, Proxy, TensorProxy, may_have_gradients, unwrap
 from fxprune.passes.capture.recorder import Recorder
 from fxprune.passes.errors import ConvertsSize, NeedsValues, ReadsMissing, ReadsValue
 from fxprune.passes.ir.data_sizes import DataSizes
-from fxprune.passes.ir.program import IS_GRAD_ENABLED, Guard, tensors_behind, tensors_read
+from fxprune.passes.ir.program import IS_GRAD_ENABLED, Guard, tensors_read
 from fxprune.passes.ir.pytree import TensorRef, iterate
 
 # Tensor attributes and methods that are facts of the program rather than values that flow through it.
@@ -199,7 +199,7 @@ class ProxyAttributes(fx.Tracer):
         learned = isinstance(value, nn.Parameter) or value.requires_grad or value.is_floating_point()
         if self.depends[proxy.node] or learned or value.is_meta:
             raise (ReadsMissing if value.is_meta else ReadsValue)(f"{how}() of %{proxy.node.name}")
-        names = tensors_behind(proxy.node)
+        names = tensors_behind(proxy.node, how)
         if not names.isdisjoint(self.written):
             raise ReadsValue(f"{how}() of %{proxy.node.name}, to which the forward writes")
         self.facts |= names
@@ -226,8 +226,9 @@ class ProxyAttributes(fx.Tracer):
 
     @internal
     def concretise(self, proxy: Any, how: str) -> Any:
-        if proxy.node.target is IS_GRAD_ENABLED:
-            return proxy.value
+        known = proxy.value if proxy.node.target is IS_GRAD_ENABLED else outcome(proxy.node) if how == "bool" else None
+        if known is not None:
+            return known
         if isinstance(proxy.value, Tensor):
             if self.is_made_of_sizes(proxy.node) and proxy.value.numel() == 1:
                 return self.concretise(self.read_numbers(proxy, "item"), how)

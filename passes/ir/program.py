@@ -217,16 +217,6 @@ def tensors_read(node: fx.Node, results: Mapping[fx.Node, Any]) -> Iterator[fx.N
             seen.add(m)
 
 
-def tensors_behind(node: fx.Node) -> frozenset[str]:
-    """The names of the model's tensors that a node is computed from."""
-    pending, seen = [node], {node}
-    while pending:
-        new = [m for m in pending.pop().all_input_nodes if m not in seen]
-        seen.update(new)
-        pending += new
-    return frozenset(str(n.target) for n in seen if n.op == "get_attr")
-
-
 def reads_shape(node: fx.Node) -> bool:
     return node.target in ("size", "numel", "nelement") or (node.target is getattr and str(node.args[1]) == "shape")
 

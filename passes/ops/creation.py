@@ -317,11 +317,13 @@ def pad_amounts(r: RewriteContext, node: fx.Node) -> fx.Node | None:
     return with_argument(r, node, 1, "pad", amounts)
 
 
-register("ones_like empty_like rand_like randn_like randint_like bernoulli_like", OpSpec(same))
+register("ones_like empty_like randn_like randint_like bernoulli_like", OpSpec(same))
+register("rand_like", OpSpec(same, within=(0.0, 1.0)))
 register("zeros_like", OpSpec(same, filled_with=lambda call: 0))
 register("full_like", OpSpec(same, filled_with=lambda call: call["fill_value"]))
 CREATED = OpSpec(uniform, sizes=SizeArguments(0))
-register("ones empty rand randn", CREATED)
+register("ones empty randn", CREATED)
+register("rand", dataclasses.replace(CREATED, within=(0.0, 1.0)))
 register("zeros", dataclasses.replace(CREATED, filled_with=lambda call: 0))
 register("full", dataclasses.replace(CREATED, filled_with=lambda call: call["fill_value"]))
 register("new_ones new_full new_empty", dataclasses.replace(CREATED, sizes=SizeArguments(1)))

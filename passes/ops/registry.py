@@ -64,6 +64,7 @@ class OpSpec:
         groups: the weight of a grouped product and the number of groups.
         macs: multiply-accumulates, from the shapes of its tensors.
         filled_with: what each element of its results equals, where that is one number, or those of one argument.
+        within: the least that an element of its results can be, and a bound that none of them reaches.
         moves: whether its results hold elements of its first argument and nothing else.
         views: whether its results may share the memory of that argument.
         heads: whether batch dimensions of its operands may be attention heads.
@@ -82,6 +83,7 @@ class OpSpec:
     groups: Callable[[OpView], tuple[TensorRef, int]] | None = None
     macs: Callable[[OpView], int] | None = None
     filled_with: Callable[[OpView], Any] | None = None
+    within: tuple[float, float] | None = None
     moves: bool = False
     views: bool = False
     heads: bool = False
