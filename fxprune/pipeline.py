@@ -17,7 +17,6 @@ from fxprune.distributed.sharded import in_shards
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs, device_of, random_inputs
 from fxprune.original_state import describe_pruning, with_lazy_tensors
-from fxprune.passes.capture.programs import DRAWN
 from fxprune.passes.coupling.choices import require_experts
 from fxprune.passes.coupling.couple import analyse
 from fxprune.passes.coupling.solution import CouplingOptions, Solution
@@ -308,7 +307,7 @@ class Compilation:
         except Exception as error:
             raise unverifiable(model, inputs, error) from error
         if not found.ok:
-            raise inexact(model, inputs, found, draws=DRAWN in pruned.meta["capture"])
+            raise inexact(model, inputs, found)
         pruned.meta["verification"] = found
 
         def at(other: ExampleInputs) -> Recompiled:

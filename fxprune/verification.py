@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.inputs import ExampleInputs
-from fxprune.passes.capture.programs import DRAW, OWN
+from fxprune.passes.capture.programs import OWN
 from fxprune.passes.errors import PruneError, told
 from fxprune.passes.ir.contents import contents, refill, written_back
 from fxprune.passes.ir.module_tree import named_parameters, named_tensors, walk
@@ -169,7 +169,7 @@ def unverifiable(model: nn.Module, inputs: ExampleInputs, error: Exception) -> P
     )
 
 
-def inexact(model: nn.Module, inputs: ExampleInputs, found: Verification, *, draws: bool) -> PruneError:
+def inexact(model: nn.Module, inputs: ExampleInputs, found: Verification) -> PruneError:
     """The error for a pruned model that differs from its original, or cannot be compared, as the original returns NaN."""
     with unobserved(model), evaluating(model), restoring(model):
         blank = any(bool(t.isnan().all()) for t in collect(inputs.call(model), Tensor) if t.numel())
@@ -178,5 +178,5 @@ def inexact(model: nn.Module, inputs: ExampleInputs, found: Verification, *, dra
         fix = "inputs and weights for which it returns numbers, or verify=False"
     else:
         what = f"the pruned model is not exact: its relative error is {found.error:.1e}, and {found.tolerance:.0e} is allowed"
-        fix = DRAW if draws else "report it with the model; verify=False returns the model as it is"
+        fix = "report it with the model; verify=False returns the model as it is"
     return PruneError(what, where=type(model).__name__, fix=fix)

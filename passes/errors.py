@@ -98,5 +98,9 @@ class WritesWhatItReads(Exception):
     """The program writes to constants made on the way, or to tensors that a forward assigns anew: it has to read copies."""
 
 
+class DrawsNumbers(ReadsValue):
+    """What was traced has drawn numbers that are no nodes."""
+
+
 class ConvertsSize(BaseException):
     """Code of the model's has converted a size by `int` or `float`; no `except Exception` of its own is to catch it."""

@@ -1,8 +1,10 @@
 """Evaluation and training in one capture: what follows a branch, and branches that do nothing but look something up."""
 
 import copy
+import random
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from fuzz_steps.parts import Chosen, Either, scripted_swish
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 import fxprune
 from fxprune.passes.coupling.couple import analyse
 from fxprune.passes.coupling.solution import CouplingOptions
+from fxprune.passes.ir.quiet import plain_random_state
 
 
 class Louder(nn.Module):
@@ -266,3 +269,40 @@ def test_a_decision_by_a_number_that_is_drawn(drop: str, share: float, known: bo
 def test_a_decision_of_the_model_itself_by_a_number_that_is_drawn_is_said_to_be_that_of_evaluation() -> None:
     pruned = fxprune.prune(LayerDrop(0.5, DROPS["less"]).train(), 0.5, example_inputs=torch.randn(3, 4))
     assert pruned.meta["capture"] == "symbolic; training mode is as evaluation: reads bool() of %lt, which is drawn"
+
+
+class Noise(nn.Module):
+    """Scales channels by a number that is drawn; in training by one for each sample, too."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__()
+        self.first, self.last, self.draw = nn.Linear(4, 8), nn.Linear(8, 3), draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x).relu() * self.draw()
+        if self.training:
+            y = y * torch.from_numpy(np.random.rand(len(x), 1)).float()
+        return self.last(y)
+
+
+@pytest.mark.parametrize("draw", [lambda: 1.0, random.random, lambda: np.random.rand() * 2, lambda: random.gauss(0, 1)])
+@pytest.mark.parametrize("inside", [False, True])
+def test_numbers_of_other_generators_are_drawn_in_each_call(draw: Callable[[], float], inside: bool) -> None:
+    noise, x = Noise(draw), torch.randn(3, 4)
+    model = nn.Sequential(noise, nn.Linear(3, 2)).train() if inside else noise
+    before = plain_random_state()
+    pruned = fxprune.prune(model, 0.5, example_inputs=x)
+    assert plain_random_state() == before and fxprune.plan_of(pruned).keep["0.first.weight" if inside else "first.weight"]
+    masks = fxprune.plan_of(pruned).masks(model)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            tensor.mul_(masks.get(name, torch.ones(())))
+    trains = "as evaluation" not in pruned.meta["capture"]
+    assert trains == (inside or draw() != 1.0)  # one node, or with what is said of it
+    for training, seed in ((mode, seed) for mode in ([False, True] if trains else [False]) for seed in range(4)):
+        random.seed(seed)
+        np.random.seed(seed)
+        wanted, after = model.train(training)(x), plain_random_state()
+        random.seed(seed)
+        np.random.seed(seed)
+        assert torch.allclose(pruned.train(training)(x), wanted, atol=1e-6) and plain_random_state() == after

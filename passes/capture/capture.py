@@ -25,8 +25,9 @@ from fxprune.passes.capture.patches import not_a_models
 from fxprune.passes.capture.patching import Patches
 from fxprune.passes.capture.rollback import ParameterWrites, facts_written
 from fxprune.passes.capture.tracer import ValueTracer, reason_of
-from fxprune.passes.errors import ConvertsSize, PruneError, WritesWhatItReads, surface
+from fxprune.passes.errors import ConvertsSize, DrawsNumbers, PruneError, WritesWhatItReads, surface
 from fxprune.passes.ir.program import CapturedProgram
+from fxprune.passes.ir.quiet import undrawn
 
 
 def capture_program(
@@ -67,6 +68,10 @@ def captured(
                 return trace(tracer).program("")
             except WritesWhatItReads:
                 tracer = once_more(tracer)
+            except DrawsNumbers:
+                if tracer.watches_draws:  # it is the model's own forward
+                    raise
+                tracer = once_more(tracer, watches_draws=True)
             except ConvertsSize as error:
                 tracer = once_more(tracer, conversions=tracer.conversions.after(error))
             except Exception as error:
@@ -97,7 +102,7 @@ def trace(tracer: ValueTracer) -> ValueTracer:
     """Run the tracer, with the recorder in place all the while; it writes only while a node is evaluated."""
     tracer.recorder.active, parameters = False, ParameterWrites(tracer.root, watched=tracer.takes_memory)
     tracer.recorder.before_write, tracer.watch_parameters = parameters.before_write, parameters.watch
-    with tracer.bar, Patches(tracer), seen_conversions(tracer), parameters, torch.no_grad(), tracer.recorder:
+    with tracer.bar, Patches(tracer), seen_conversions(tracer), parameters, torch.no_grad(), tracer.recorder, undrawn():
         tracer.run()
     if parameters.written_unseen:
         raise PruneError(
@@ -121,8 +126,11 @@ def function_of(error: BaseException) -> types.FunctionType | None:
     return found
 
 
-def once_more(failed: ValueTracer, function: Any = None, conversions: Conversions | None = None) -> ValueTracer:
-    """A tracer of the same module tree: for it `function` is one node, or its program copies what it writes to.
+def once_more(
+    failed: ValueTracer, function: Any = None, conversions: Conversions | None = None, *, watches_draws: bool = False
+) -> ValueTracer:
+    """A tracer of the same module tree: for it `function` is one node, or its program copies what it writes to, or it looks for
+    modules that draw numbers.
 
     `conversions` is what it knows of these, if not what the other one does.
     """
@@ -136,7 +144,7 @@ def once_more(failed: ValueTracer, function: Any = None, conversions: Conversion
     tracer.writes_constants = failed.writes_constants or failed.wrote_constants
     tracer.read_as_copies = failed.read_as_copies | failed.assigned_alone
     tracer.written = failed.written | facts_written(failed)
-    tracer.takes_memory = failed.takes_memory
+    tracer.takes_memory, tracer.watches_draws = failed.takes_memory, failed.watches_draws or watches_draws
     failed.discard()
     return tracer
 

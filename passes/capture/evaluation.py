@@ -23,6 +23,7 @@ from fxprune.passes.errors import ReadsValue
 from fxprune.passes.ir.module_tree import META, fetch, named_modules, named_tensors, walk
 from fxprune.passes.ir.program import ModuleCall, SizeUse, select_by_mode
 from fxprune.passes.ir.pytree import ATOMS, TensorRef, collect, has_tensor, hidden_tensors, iterate, map_tensors, tensors
+from fxprune.passes.ir.quiet import own_random_state
 from fxprune.passes.ops.registry import find_node
 
 PLAIN_MODULES = ("_operator", "builtins", "math")  # their functions create no tensors of their own
@@ -123,7 +124,7 @@ class Evaluator:
             return plain_call(module, *args, **kwargs)
         if path in self.opaque:
             self.hold(node, args, kwargs)
-        with plain_rnn(module), functions_as_they_are(), self.watching(module, path):
+        with plain_rnn(module), functions_as_they_are(), self.watching(module, path), own_random_state():
             self.listed.clear()
             with Decisions(self.depends_on_inputs) as decisions:
                 out = module(*args, **kwargs)

@@ -20,10 +20,8 @@ from fxprune.passes.errors import GuardError, PruneError, surface, told
 from fxprune.passes.ir.module_tree import named_tensors, private_copy, set_mode, walk
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.pytree import collect, map_tensors
-from fxprune.passes.ir.quiet import own_random_state, plain_random_state
+from fxprune.passes.ir.quiet import own_random_state
 
-DRAW = "torch.rand in place of random and numpy.random"
-DRAWN = "numbers that forward draws from Python's or NumPy's generator are those of the capture, in every call"
 OWN = "the model's own forward raises"
 NO_GRADIENTS = "the model's forward needs gradients, which are off while it is captured:"
 ENABLE = "with torch.enable_grad(): in the forward, around what takes gradients"
@@ -143,12 +141,8 @@ def captured(
     whole: str = "",
 ) -> CapturedProgram:
     """The program of a private copy; `possible` says, where that raises, whether the model runs without gradients, or with."""
-    numbers = plain_random_state()
     try:
-        made = capture_program(root, args, kwargs, retry=final, whole=whole, find_home=home)
-        if not made.opaque and plain_random_state() != numbers:
-            made.note = DRAWN
-        return made
+        return capture_program(root, args, kwargs, retry=final, whole=whole, find_home=home)
     except PruneError:
         raise
     except Exception as error:

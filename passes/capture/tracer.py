@@ -35,6 +35,7 @@ from fxprune.passes.ir.module_tree import walk
 from fxprune.passes.ir.outputs import named_outputs
 from fxprune.passes.ir.program import IS_GRAD_ENABLED, SET_GRAD_ENABLED, CapturedProgram, assigned
 from fxprune.passes.ir.pytree import TensorRef, tensors
+from fxprune.passes.ir.quiet import undrawn
 
 UNWATCHED: contextlib.nullcontext[dict[str, int]] = contextlib.nullcontext({})
 COUNTED = "numbers that the forward changes on modules are those of the capture, in every call:"
@@ -55,6 +56,7 @@ class ValueTracer(GraphBuilder):
         self.forward: Callable[..., Any] = root.forward  # whose signature the program gets
         self.is_one_module = False  # whether that is the forward of a module which is all there is in the root, and one node
         self.paths = walk(root)
+        self.watches_draws = False  # whether modules that draw from Python's or NumPy's generator are one node each
         self.plain = PlainModules()
         self.modes = Modes.of(root)
         self.inputs: list[TensorRef] = []
@@ -187,7 +189,8 @@ class ValueTracer(GraphBuilder):
 
     def run_frame(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What a forward returns, traced, with what it assigns to the module's tensors."""
-        out = forward(*args, **kwargs)
+        with undrawn() if self.watches_draws else UNWATCHED:
+            out = forward(*args, **kwargs)
         self.note_assigned(module)
         return out
 
@@ -250,12 +253,10 @@ class ValueTracer(GraphBuilder):
                 self.calls_opaque = False
 
         out = node(*frame.args, **frame.kwargs)
-        if frame.path not in self.evaluator.asking:
-            return out
-        if isinstance(self.root, RootWrapper):  # whose program is this one node
-            self.frames[0].asked = True
-            return out
-        return captured_in_both(self, self.modes, frame, node, out)
+        if frame.path in self.evaluator.asking and not isinstance(self.root, RootWrapper):
+            return captured_in_both(self, self.modes, frame, node, out)
+        self.frames[0].asked |= frame.path in self.evaluator.asking  # of a wrapper, whose program is this one node
+        return out
 
     # -- tensors that are assigned anew ------------------------------------------------------------------------------
 

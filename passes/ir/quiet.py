@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from fxprune.passes.errors import DrawsNumbers
 from fxprune.passes.ir.module_tree import named_parameters
 
 
@@ -47,6 +48,17 @@ def set_random_state(state: Sequence[Any], devices: Sequence[int] = ()) -> None:
 def plain_random_state() -> list[Any]:
     """Of the generators that no program draws from: those of Python and NumPy, comparable."""
     return [random.getstate(), *[v.tobytes() if isinstance(v, np.ndarray) else v for v in np.random.get_state(legacy=True)]]
+
+
+@contextlib.contextmanager
+def undrawn() -> Iterator[None]:
+    """Raises DrawsNumbers for what draws from these generators, and winds them back."""
+    numbers = plain_random_state()
+    with own_random_state():
+        yield
+        drawn = plain_random_state() != numbers
+    if drawn:
+        raise DrawsNumbers("numbers that Python's or NumPy's generator draws")
 
 
 @contextlib.contextmanager
