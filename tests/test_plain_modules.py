@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fxprune
+from fxprune.passes.capture import programs
 
 
 class NormAct(nn.BatchNorm2d):
@@ -138,3 +139,20 @@ def test_channels_that_only_training_couples_go_together():
     pruned = exact(network(OtherInTraining(8), NormAct(8)), X)
     left = dict(pruned.named_parameters())
     assert left["1.gain"].shape[0] == left["1.weight"].shape[0] == 4
+
+
+def test_a_model_that_asks_for_its_mode_and_holds_such_a_norm_is_captured_once(monkeypatch):
+    """Its forward is run again in training mode, where the norm is the node that it is in evaluation."""
+
+    class Dropped(nn.Sequential):
+        def forward(self, x):
+            return F.dropout(super().forward(x), 0.2, self.training)
+
+    runs = []
+    capture = programs.capture_program
+    monkeypatch.setattr(programs, "capture_program", lambda *given, **asked: runs.append(1) or capture(*given, **asked))
+    model = Dropped(network(NormAct(8), NormAct(16, nn.SiLU)))
+    fxprune.prune(model, 0.5, X, verify=False)
+    assert len(runs) == 1
+    assert NormAct in nodes(pruned := exact(model, X))
+    assert not torch.equal(pruned.train()(X), pruned(X)) and torch.equal(pruned.eval()(X), pruned(X))

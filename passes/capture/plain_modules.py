@@ -33,8 +33,13 @@ class PlainModules:
         self.withdrawn: dict[nn.Module, dict[str, int]] = {}
         self.read: Any = None  # the `__getattr__` that asks for `answer`
 
-    def kind(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable | None:
-        """What a forward's path through its Python can depend on, contents of tensors apart; None where that is not clear."""
+    def kind(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, in_training: bool = False
+    ) -> Hashable | None:
+        """What a forward's path through its Python can depend on, contents of tensors apart; None where that is not clear.
+
+        With `in_training` modules are in the mode that they have in training, for which their kind is the same.
+        """
         own = type(module)
         if own.__getattr__ is not self.read or own.__getattribute__ is not object.__getattribute__:
             return None  # `watching` would not be told
@@ -51,7 +56,9 @@ class PlainModules:
         for path, each in (("", module), *inner):
             unread = self.unread.get(type(each), frozenset()) if each is module else frozenset()
             for name, value in vars(each).items():
-                if type(value) in ATOMS:
+                if name == "training" and in_training:
+                    held.append((path, name, False))
+                elif type(value) in ATOMS:
                     held.append((path, name, None if name in unread else value))
                 elif name[0] != "_" or type(value) is TensorProxy:
                     return None  # a container, something that cannot be compared, or what another call has stored

@@ -148,7 +148,7 @@ class ValueTracer(GraphBuilder):
         elif path not in self.evaluator.opaque:
             state = self.pause()
             try:
-                kind = self.plain.kind(module, args, kwargs)
+                kind = self.plain.kind(module, args, kwargs, in_training=self.modes.in_training)
             finally:
                 self.resume(state)
             if kind is None or kind not in self.plain.kinds:
