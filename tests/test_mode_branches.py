@@ -3,6 +3,7 @@
 import copy
 import random
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -306,3 +307,44 @@ def test_numbers_of_other_generators_are_drawn_in_each_call(draw: Callable[[], f
         random.seed(seed)
         np.random.seed(seed)
         assert torch.allclose(pruned.train(training)(x), wanted, atol=1e-6) and plain_random_state() == after
+
+
+class Maybe(nn.Module):
+    """Goes through a layer or around it."""
+
+    def __init__(self, around: Callable[[nn.Module], object]) -> None:
+        super().__init__()
+        self.layer, self.around = nn.Linear(8, 8), around
+        self.register_buffer("step", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.training and self.around(self) else self.layer(x)
+
+
+def counted(module: Any) -> object:
+    module.step += 1
+    return module.step < 3
+
+
+AROUND: dict[str, Callable[[Any], object]] = {
+    "torch": lambda module: torch.rand([]) < 0.1,
+    "torch, a whole number": lambda module: int(torch.randint(0, 2, (1,))),
+    "Python": lambda module: random.random() < 0.1,
+    "Python, seldom": lambda module: random.uniform(0, 1) > 0.99999,
+    "NumPy": lambda module: np.random.uniform() < 0.1,
+    "a buffer": counted,
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_what_a_draw_or_a_counter_decides_otherwise_in_another_call_is_coupled(around: str) -> None:
+    """With the layer's inputs and outputs apart, the way around it would hand channels to readers of others."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), Maybe(AROUND[around]), nn.Linear(8, 3)).train()
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        pruned = fxprune.prune(model, 0.5, example_inputs=torch.randn(3, 4))
+    keep = fxprune.plan_of(pruned).keep
+    [first], [rows, columns], [last] = keep["0.weight"], keep["2.layer.weight"], keep["3.weight"]
+    assert first.keep.tolist() == columns.keep.tolist() == rows.keep.tolist() == last.keep.tolist()
+    assert len(first.keep) == 4

@@ -1,10 +1,14 @@
 """Seeds and states of torch's generator in a forward are lines of the pruned program."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import fxprune
+from fxprune.passes.ir.quiet import extreme_draws, own_random_state, plain_random_state
 
 
 class Draws(nn.Module):
@@ -73,3 +77,12 @@ def test_draws_for_each_channel_after_a_seed_are_refused_and_leave_no_seed():
     with pytest.raises(fxprune.PruneError, match="is not exact"):
         fxprune.prune(model, 0.5, example_inputs=x)
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(("high", "bound"), [(False, lambda drawn: drawn < 1e-9), (True, lambda drawn: drawn > 1 - 1e-9)])
+def test_the_least_and_the_greatest_numbers_that_there_are(high, bound):
+    before = plain_random_state()
+    with own_random_state(), extreme_draws(high=high):
+        assert all(bound(random.random()) and bound(np.random.rand()) for _ in range(300))
+        assert random.gauss(0, 1) < 100 and np.random.randn() < 100 and random.sample(range(5), 3)  # none goes on for good
+    assert plain_random_state() == before

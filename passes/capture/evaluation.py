@@ -18,12 +18,12 @@ from fxprune.passes.capture.opaque import Decisions, Turn, some_turns, watched
 from fxprune.passes.capture.patches import FACTORIES, functions_as_they_are, plain_rnn
 from fxprune.passes.capture.proxy import Proxy
 from fxprune.passes.capture.recorder import Recorder
-from fxprune.passes.capture.rollback import ModuleState
+from fxprune.passes.capture.rollback import ModuleState, written_in_place
 from fxprune.passes.errors import ReadsValue
 from fxprune.passes.ir.module_tree import META, fetch, named_modules, named_tensors, walk
 from fxprune.passes.ir.program import ModuleCall, SizeUse, select_by_mode
 from fxprune.passes.ir.pytree import ATOMS, TensorRef, collect, has_tensor, hidden_tensors, iterate, map_tensors, tensors
-from fxprune.passes.ir.quiet import own_random_state
+from fxprune.passes.ir.quiet import extreme_draws, own_random_state, plain_random_state
 from fxprune.passes.ops.registry import find_node
 
 PLAIN_MODULES = ("_operator", "builtins", "math")  # their functions create no tensors of their own
@@ -126,30 +126,48 @@ class Evaluator:
             self.hold(node, args, kwargs)
         with plain_rnn(module), functions_as_they_are(), self.watching(module, path), own_random_state():
             self.listed.clear()
-            with Decisions(self.depends_on_inputs) as decisions:
+            numbers = plain_random_state()
+            with Decisions(self.may_differ) as decisions:
                 out = module(*args, **kwargs)
+            drawn = plain_random_state() != numbers
             self.recorder.leaks += [self.recorder.ref(t) for t in hidden_tensors(out)]  # which nobody can follow from here on
             done = len(self.recorder.op_trace.ops)
             self.run_others()
             if path in self.opaque:
-                self.decide_otherwise(module, args, kwargs, out, decisions.turns)
+                self.decide_otherwise(module, args, kwargs, out, decisions.turns, drawn=drawn)
             for op in self.recorder.op_trace.ops[done:]:
                 op.trial = True
         return out
 
-    def depends_on_inputs(self, tensor: torch.Tensor) -> bool:
-        return self.recorder.op_trace.values[self.recorder.ref(tensor).id].from_input
+    def may_differ(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor may hold something else in another call: it is drawn, or made of inputs or of what is written to."""
+        trace = self.recorder.op_trace
+        behind = {self.recorder.ref(tensor).id}
+        if trace.values[min(behind)].from_input:
+            return True
+        for op in itertools.takewhile(lambda op: op.node == self.recorder.node, reversed(trace.ops)):
+            if not behind.isdisjoint([out.id for out in op.outputs]):
+                if torch.Tag.nondeterministic_seeded in getattr(op.func, "tags", ()):
+                    return True
+                behind.update(source.id for source in op.inputs)
+        names = {trace.values[i].name for i in behind} - {None}
+        return bool(names) and not names.isdisjoint(written_in_place(trace, ()))
 
-    def decide_otherwise(self, module: nn.Module, args: Any, kwargs: Any, out: Any, turns: Sequence[Turn]) -> None:
-        """Run an opaque module again with one decision turned round, as it may fall for other inputs.
+    def decide_otherwise(
+        self, module: nn.Module, args: Any, kwargs: Any, out: Any, turns: Sequence[Turn], *, drawn: bool
+    ) -> None:
+        """Run an opaque module again with one decision turned round, as it may fall in another call.
 
+        Where numbers are `drawn` from Python's or NumPy's generator, it is run with the least and with the greatest of them.
         A branch that was not taken reads what this one reads, a loop may run once more, and both return what is used then.
         An error ends the branch: many a decision leads to one. What a branch stores is put back.
         """
-        state = ModuleState(walk(module)) if turns else None
-        for turn in some_turns(turns):
+        ways: list[Any] = [Decisions(self.may_differ, turn) for turn in some_turns(turns)]
+        ways += [extreme_draws(high=high) for high in (False, True)] if drawn else []
+        state = ModuleState(walk(module)) if ways else None
+        for way in ways:
             given = map_tensors((args, kwargs), torch.clone)
-            with contextlib.suppress(Exception, SystemExit), Decisions(self.depends_on_inputs, turn):
+            with contextlib.suppress(Exception, SystemExit), way:
                 tie_results(out, module(*given[0], **given[1]))
             self.listed.clear()
             if state is not None:
@@ -277,50 +295,6 @@ def structure(module: nn.Module) -> list[Any]:
 def belongs_to_tensors(method: Callable[..., Any]) -> bool:
     """Whether torch knows a function as a method of tensors (its own answer takes longer than making a node does)."""
     return bool(torch.overrides.is_tensor_method_or_property(method))
-
-
-@functools.lru_cache(maxsize=4096)
-def draws(method: Callable[..., Any] | str) -> bool:
-    """Whether a function of torch, or a method of tensors by its name, draws from a generator."""
-    op = getattr(torch.ops.aten, getattr(method, "__name__", method), None)
-    found = op.overloads() if isinstance(op, torch._ops.OpOverloadPacket) else ()
-    return any(torch.Tag.nondeterministic_seeded in getattr(op, name).tags for name in found)
-
-
-def tensors_behind(node: fx.Node, how: str) -> frozenset[str]:
-    """The names of the model's tensors that a node is computed from; raises ReadsValue where numbers are drawn on the way."""
-    pending, seen = [node], {node}
-    while pending:
-        new = [m for m in pending.pop().all_input_nodes if m not in seen]
-        seen.update(new)
-        pending += new
-    if any(n.op in ("call_function", "call_method") and draws(n.target) for n in seen):
-        raise ReadsValue(f"{how}() of %{node.name}, which is drawn")
-    return frozenset(str(n.target) for n in seen if n.op == "get_attr")
-
-
-TAKING = (operator.getitem, "item", float)  # an element of what they are given
-COMPARISONS = {"lt": (False, True), "le": (False, True), "gt": (True, False), "ge": (True, False)}
-
-
-def outcome(node: fx.Node) -> bool | None:
-    """What a comparison comes to, whatever is drawn: `torch.rand([]) < 0.0` never holds. None where that is open.
-
-    A number is compared with elements of a tensor that lie between bounds by what made them, and that nothing else has read.
-    """
-    name = getattr(node.target, "__name__", node.target)
-    if name not in COMPARISONS or len(node.args) != 2 or isinstance(node.args[1], fx.Node):
-        return None
-    drawn, number = node.args
-    while isinstance(drawn, fx.Node) and len(drawn.users) == 1 and (find_node(drawn).moves or drawn.target in TAKING):
-        drawn = drawn.args[0] if drawn.args else None
-    within = find_node(drawn).within if isinstance(drawn, fx.Node) and len(drawn.users) == 1 else None
-    if within is None or not isinstance(number, int | float):
-        return None
-    below, above = COMPARISONS[name]
-    if number >= within[1]:
-        return above
-    return below if number < within[0] or (number == within[0] and name in ("lt", "ge")) else None
 
 
 def plain_key(key: Any) -> Any:

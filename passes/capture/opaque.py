@@ -8,20 +8,22 @@ a tensor, the pruned size of that tensor is what the attribute must become. Stan
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Size, Tensor, nn
+from torch import Size, Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
+from fxprune.passes.errors import ReadsValue
 from fxprune.passes.ir.input_sizes import slices_of
 from fxprune.passes.ir.module_tree import named_modules
 from fxprune.passes.ir.program import SizeUse, TensorSize
 from fxprune.passes.ir.pytree import TensorRef, collect
-from fxprune.passes.ops.registry import FUNCTIONS
+from fxprune.passes.ops.registry import FUNCTIONS, find_node
 
 
 class TracedInt(int):
@@ -193,6 +195,50 @@ def watched(
     finally:
         for part, name, value in changed:
             vars(part)[name] = value
+
+
+@functools.lru_cache(maxsize=4096)
+def draws(method: Callable[..., Any] | str) -> bool:
+    """Whether a function of torch, or a method of tensors by its name, draws from a generator."""
+    op = getattr(torch.ops.aten, getattr(method, "__name__", method), None)
+    found = op.overloads() if isinstance(op, torch._ops.OpOverloadPacket) else ()
+    return any(torch.Tag.nondeterministic_seeded in getattr(op, name).tags for name in found)
+
+
+def tensors_behind(node: fx.Node, how: str) -> frozenset[str]:
+    """The names of the model's tensors that a node is computed from; raises ReadsValue where numbers are drawn on the way."""
+    pending, seen = [node], {node}
+    while pending:
+        new = [m for m in pending.pop().all_input_nodes if m not in seen]
+        seen.update(new)
+        pending += new
+    if any(n.op in ("call_function", "call_method") and draws(n.target) for n in seen):
+        raise ReadsValue(f"{how}() of %{node.name}, which is drawn")
+    return frozenset(str(n.target) for n in seen if n.op == "get_attr")
+
+
+TAKING = (operator.getitem, "item", float)  # an element of what they are given
+COMPARISONS = {"lt": (False, True), "le": (False, True), "gt": (True, False), "ge": (True, False)}
+
+
+def outcome(node: fx.Node) -> bool | None:
+    """What a comparison comes to, whatever is drawn: `torch.rand([]) < 0.0` never holds. None where that is open.
+
+    A number is compared with elements of a tensor that lie between bounds by what made them, and that nothing else has read.
+    """
+    name = getattr(node.target, "__name__", node.target)
+    if name not in COMPARISONS or len(node.args) != 2 or isinstance(node.args[1], fx.Node):
+        return None
+    drawn, number = node.args
+    while isinstance(drawn, fx.Node) and len(drawn.users) == 1 and (find_node(drawn).moves or drawn.target in TAKING):
+        drawn = drawn.args[0] if drawn.args else None
+    within = find_node(drawn).within if isinstance(drawn, fx.Node) and len(drawn.users) == 1 else None
+    if within is None or not isinstance(number, int | float):
+        return None
+    below, above = COMPARISONS[name]
+    if number >= within[1]:
+        return above
+    return below if number < within[0] or (number == within[0] and name in ("lt", "ge")) else None
 
 
 class RootWrapper(nn.Module):

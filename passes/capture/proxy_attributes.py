@@ -13,8 +13,9 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from fxprune.passes.capture.conversions import Conversions, legacy
-from fxprune.passes.capture.evaluation import Evaluator, belongs_to_tensors, draws, outcome, tensors_behind
+from fxprune.passes.capture.evaluation import Evaluator, belongs_to_tensors
 from fxprune.passes.capture.frames import Frame
+from fxprune.passes.capture.opaque import draws, outcome, tensors_behind
 from fxprune.passes.capture.proxy import PROXIES, Proxy, TensorProxy, may_have_gradients, unwrap
 from fxprune.passes.capture.recorder import Recorder
 from fxprune.passes.errors import ConvertsSize, NeedsValues, ReadsMissing, ReadsValue
@@ -207,9 +208,8 @@ class ProxyAttributes(fx.Tracer):
 
     def is_number(self, proxy: Any, how: str) -> bool:
         """Whether a number read from a tensor can stay in the graph: a fraction, which makes no shape, or one made of sizes."""
-        return self.is_made_of_sizes(proxy.node) or (
-            how == "item" and proxy.value.is_floating_point() and not proxy.value.is_meta
-        )
+        value = proxy.value
+        return self.is_made_of_sizes(proxy.node) or (how == "item" and value.is_floating_point() and not value.is_meta)
 
     def is_made_of_sizes(self, node: fx.Node) -> bool:
         """Whether a tensor's contents are whole numbers computed from sizes of the inputs alone."""

@@ -62,6 +62,20 @@ def undrawn() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def extreme_draws(*, high: bool) -> Iterator[None]:
+    """Have Python's and NumPy's generators draw the least or the greatest numbers that there are, the next 300 times.
+
+    Their states stay changed. Both are Mersenne twisters (MT19937), whose state is the next 624 outputs but for a mixing of
+    bits that can be undone.
+    """
+    word = 0x12DD9BB3 if high else 0x102244C9  # come out as 0xFFFFFFFF and 1: with 0 a rejection could go on for good
+    random.setstate((3, (word,) * 624 + (0,), None))
+    if np.random.get_state()[0] == "MT19937":
+        np.random.set_state(("MT19937", np.full(624, word, np.uint32), 0))
+    yield
+
+
+@contextlib.contextmanager
 def own_random_state() -> Iterator[None]:
     """Leave the state of Python's and NumPy's generators as it is."""
     numbers = random.getstate(), np.random.get_state()
