@@ -314,7 +314,7 @@ class Maybe(nn.Module):
 
     def __init__(self, around: Callable[[nn.Module], object]) -> None:
         super().__init__()
-        self.layer, self.around = nn.Linear(8, 8), around
+        self.layer, self.around, self.calls = nn.Linear(8, 8), around, 0
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -326,6 +326,11 @@ def counted(module: Any) -> object:
     return module.step < 3
 
 
+def counted_in_python(module: Any) -> object:
+    module.calls += 1
+    return random.random() > 2 or module.calls < 100  # the draw makes it one node
+
+
 AROUND: dict[str, Callable[[Any], object]] = {
     "torch": lambda module: torch.rand([]) < 0.1,
     "torch, a whole number": lambda module: int(torch.randint(0, 2, (1,))),
@@ -333,6 +338,7 @@ AROUND: dict[str, Callable[[Any], object]] = {
     "Python, seldom": lambda module: random.uniform(0, 1) > 0.99999,
     "NumPy": lambda module: np.random.uniform() < 0.1,
     "a buffer": counted,
+    "a number": counted_in_python,
 }
 
 

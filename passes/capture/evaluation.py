@@ -6,7 +6,7 @@ import contextlib
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from fxprune.passes.capture.modules import is_standard, plain_call
-from fxprune.passes.capture.opaque import Decisions, Turn, some_turns, watched
+from fxprune.passes.capture.opaque import Decisions, some_turns, watched
 from fxprune.passes.capture.patches import FACTORIES, functions_as_they_are, plain_rnn
 from fxprune.passes.capture.proxy import Proxy
 from fxprune.passes.capture.recorder import Recorder
@@ -126,7 +126,7 @@ class Evaluator:
             self.hold(node, args, kwargs)
         with plain_rnn(module), functions_as_they_are(), self.watching(module, path), own_random_state():
             self.listed.clear()
-            numbers = plain_random_state()
+            numbers, counters = plain_random_state(), numbers_on(module)
             with Decisions(self.may_differ) as decisions:
                 out = module(*args, **kwargs)
             drawn = plain_random_state() != numbers
@@ -134,7 +134,10 @@ class Evaluator:
             done = len(self.recorder.op_trace.ops)
             self.run_others()
             if path in self.opaque:
-                self.decide_otherwise(module, args, kwargs, out, decisions.turns, drawn=drawn)
+                ways: list[Any] = [Decisions(self.may_differ, turn) for turn in some_turns(decisions.turns)]
+                ways += [extreme_draws(high=high) for high in (False, True)] if drawn else []
+                moved = {place: v for place, v in numbers_on(module).items() if counters.get(place, v) != v}
+                self.decide_otherwise(module, args, kwargs, out, [*ways, *([far_on(moved)] if moved else [])])
             for op in self.recorder.op_trace.ops[done:]:
                 op.trial = True
         return out
@@ -153,17 +156,14 @@ class Evaluator:
         names = {trace.values[i].name for i in behind} - {None}
         return bool(names) and not names.isdisjoint(written_in_place(trace, ()))
 
-    def decide_otherwise(
-        self, module: nn.Module, args: Any, kwargs: Any, out: Any, turns: Sequence[Turn], *, drawn: bool
-    ) -> None:
-        """Run an opaque module again with one decision turned round, as it may fall in another call.
+    def decide_otherwise(self, module: nn.Module, args: Any, kwargs: Any, out: Any, ways: Sequence[Any]) -> None:
+        """Run an opaque module again in each of some contexts, in which its decisions fall as they may in another call.
 
-        Where numbers are `drawn` from Python's or NumPy's generator, it is run with the least and with the greatest of them.
+        One reading of a tensor is turned round; where Python's or NumPy's generator is drawn from, it gives its least numbers, or
+        its greatest; numbers that the forward changes on modules have changed often.
         A branch that was not taken reads what this one reads, a loop may run once more, and both return what is used then.
         An error ends the branch: many a decision leads to one. What a branch stores is put back.
         """
-        ways: list[Any] = [Decisions(self.may_differ, turn) for turn in some_turns(turns)]
-        ways += [extreme_draws(high=high) for high in (False, True)] if drawn else []
         state = ModuleState(walk(module)) if ways else None
         for way in ways:
             given = map_tensors((args, kwargs), torch.clone)
@@ -260,6 +260,22 @@ class Evaluator:
         """A node is gone from the graph."""
         self.given.pop(node, None)
         self.untracked.discard(node)
+
+
+def numbers_on(module: nn.Module) -> dict[tuple[nn.Module, str], int | float]:
+    """The numbers on a module and those inside."""
+    parts = walk(module)
+    return {
+        (m, name): v for m in parts for name, v in vars(m).items() if isinstance(v, int | float) and not isinstance(v, bool)
+    }
+
+
+@contextlib.contextmanager
+def far_on(moved: Mapping[tuple[nn.Module, str], int | float]) -> Iterator[None]:
+    """Have numbers on modules, which stay changed, be what they come to after a million more calls."""
+    for (module, name), value in moved.items():
+        vars(module)[name] = value + 10**6
+    yield
 
 
 def as_lists(key: Any, *, inside: bool = False) -> Any:
