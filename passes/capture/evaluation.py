@@ -159,8 +159,8 @@ class Evaluator:
     def decide_otherwise(self, module: nn.Module, args: Any, kwargs: Any, out: Any, ways: Sequence[Any]) -> None:
         """Run an opaque module again in each of some contexts, in which its decisions fall as they may in another call.
 
-        One reading of a tensor is turned round; where Python's or NumPy's generator is drawn from, it gives its least numbers, or
-        its greatest; numbers that the forward changes on modules have changed often.
+        One reading of a tensor is turned round; Python's and NumPy's generators, where they are drawn from, give their least
+        numbers, or their greatest; numbers that the forward changes on modules have changed often.
         A branch that was not taken reads what this one reads, a loop may run once more, and both return what is used then.
         An error ends the branch: many a decision leads to one. What a branch stores is put back.
         """

@@ -200,7 +200,7 @@ def watched(
 @functools.lru_cache(maxsize=4096)
 def draws(method: Callable[..., Any] | str) -> bool:
     """Whether a function of torch, or a method of tensors by its name, draws from a generator."""
-    op = getattr(torch.ops.aten, getattr(method, "__name__", method), None)
+    op = getattr(torch.ops.aten, method if isinstance(method, str) else getattr(method, "__name__", ""), None)
     found = op.overloads() if isinstance(op, torch._ops.OpOverloadPacket) else ()
     return any(torch.Tag.nondeterministic_seeded in getattr(op, name).tags for name in found)
 

@@ -70,8 +70,8 @@ def extreme_draws(*, high: bool) -> Iterator[None]:
     """
     word = 0x12DD9BB3 if high else 0x102244C9  # come out as 0xFFFFFFFF and 1: with 0 a rejection could go on for good
     random.setstate((3, (word,) * 624 + (0,), None))
-    if np.random.get_state()[0] == "MT19937":
-        np.random.set_state(("MT19937", np.full(624, word, np.uint32), 0))
+    if np.random.get_state(legacy=False)["bit_generator"] == "MT19937":
+        np.random.set_state(("MT19937", np.full(624, word, np.uint32), 0, 0, 0.0))
     yield
 
 
