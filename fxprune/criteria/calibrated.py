@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fxprune.arguments import checked_class, shown
+from fxprune.arguments import broadcasts, checked_class, shown
 from fxprune.criteria.base import Criterion, describe
 from fxprune.criteria.catalog import CRITERIA, find, resolve
 from fxprune.passes.errors import PruneError
@@ -80,11 +79,11 @@ class Calibration:
         resolve(data["criterion"])
         return cls(data["criterion"], evidence, data.get("attention"))
 
-    def check(self, shapes: Mapping[str, torch.Size]) -> None:
+    def check(self, shapes: Mapping[str, Sequence[int]]) -> None:
         """Raise PruneError unless it was gathered from a model with parameters of these shapes."""
         for name, tensor in self.evidence.items():
             whole = shapes.get(name)
-            if whole is None or len(whole) < tensor.dim() or torch.broadcast_shapes(whole, tensor.shape) != whole:
+            if whole is None or not broadcasts(tensor.shape, whole):
                 what = f"the calibration is of another model: {name} has evidence of shape {tuple(tensor.shape)}"
                 raise PruneError(what, where=name, fix="fxprune.calibrate with this model")
 

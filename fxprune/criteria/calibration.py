@@ -99,7 +99,7 @@ class Source:
     def batches(self, *, single: bool = False) -> Iterator[Batch]:
         """Every batch, on the model's device; with `single`, sample by sample."""
         if self.data is None:
-            raise PruneError(f"the criterion {self.criterion} needs data", fix=BATCHES)
+            raise no_data(self.criterion)
         device = next((p.device for p in self.parameters.values()), torch.device("cpu"))
         count = 0
         for item in read(progress_bar(self.data, f"scoring by {self.criterion}", "batch")):
@@ -183,13 +183,21 @@ def parse_batch(item: Any) -> Batch:
         extra = extra or [inputs]
     else:
         args = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+    args, kwargs, extra = map_tensors((args, kwargs, extra), own_copy_of_inference)
     tensors = collect((args, kwargs), Tensor)
     if collect((args, kwargs), np.ndarray):
         raise PruneError("a batch of data holds an array of NumPy's, not a tensor", fix="torch.from_numpy(array)")
+    if any(t.is_meta for t in tensors):
+        raise PruneError("a batch of data holds a tensor on the meta device, which has no values", fix=BATCHES)
     if not tensors:
         raise PruneError(f"a batch of type {type(item).__name__} holds no tensor", fix=BATCHES)
     rows = tensors[0].dim() > 0 and all(t.layout is torch.strided for t in tensors)
     return Batch(args, kwargs, tuple(extra), tensors[0].shape[0] if rows else 1)
+
+
+def own_copy_of_inference(tensor: Tensor) -> Tensor:
+    """A tensor that gradients may be taken with: a copy of one that was made in inference mode."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def held_batches(data: Any, device: torch.device | None = None) -> list[Batch]:
@@ -199,6 +207,10 @@ def held_batches(data: Any, device: torch.device | None = None) -> list[Batch]:
     if not any(batch.size for batch in batches):
         raise no_batches("the batches of data hold no samples" if batches else "data holds no batches")
     return batches
+
+
+def no_data(criterion: str) -> PruneError:
+    return PruneError(f"the criterion {criterion} needs data", fix=BATCHES)
 
 
 def no_batches(what: str = "data holds no batches") -> PruneError:
@@ -227,7 +239,7 @@ def prepare_source(model: nn.Module, data: Any, loss: Any, criterion: str, solut
     for name, tensor in named_tensors(model):
         if isinstance(tensor, nn.Parameter):
             number = tensor.is_floating_point() or tensor.is_complex()
-            swap[id(tensor)] = parameters[name] = nn.Parameter(tensor.detach(), requires_grad=number)
+            swap[id(tensor)] = parameters[name] = nn.Parameter(own_copy_of_inference(tensor.detach()), requires_grad=number)
         elif not tensor.is_leaf:
             swap[id(tensor)] = tensor.detach().clone()
     learned = {name: p for name, p in parameters.items() if p.requires_grad}

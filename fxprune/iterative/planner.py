@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fxprune.criteria.calibration import Target
+from fxprune.criteria.calibration import Target, no_data
 from fxprune.criteria.catalog import find, resolve
 from fxprune.criteria.parameter_roles import roles
 from fxprune.criteria.scorer import Read
@@ -77,6 +77,9 @@ class Planner:
 
     def check(self) -> None:
         """Raise PruneError where the last step would fail, or none would remove anything, whatever the scores."""
+        spec = resolve(self.options.criterion)
+        if spec.needs and self.options.data is None:
+            raise no_data(spec.name)
         score = np.zeros(len(self.unit_of))
         budget = self.options.budget
         limit = 0.0

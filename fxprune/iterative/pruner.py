@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
 import numpy as np
@@ -10,11 +11,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxprune.arguments import checked_call, checked_class, shown
+from fxprune.criteria.calibration import read
 from fxprune.distributed.sharded import Sharded, entered
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
 from fxprune.iterative.history import History
-from fxprune.iterative.masking import hold, mask_again, muted
+from fxprune.iterative.masking import hold_at_zero, mask_again, muted
 from fxprune.iterative.optimizer_state import Move, remap, remap_module, remap_state, taken
 from fxprune.iterative.plan_mapping import tensors_of, widened
 from fxprune.iterative.planner import Planner
@@ -24,6 +26,7 @@ from fxprune.iterative.regularizers import Regularizer, Spans, find, spans_of
 from fxprune.iterative.schedules import Schedule, shares
 from fxprune.iterative.sharded_steps import check_steps, learning, process_of, restorer, shrink_shards
 from fxprune.passes.errors import PruneError
+from fxprune.passes.ir.quiet import without_modes
 from fxprune.pipeline import AnyModule, Compilation
 from fxprune.plan import PlanData
 from fxprune.selection.argument_checks import check_flag, is_one_of
@@ -55,7 +58,7 @@ class Pruner(Generic[Made]):
         model: any module; it is not changed. In `DistributedDataParallel`, or sharded over processes (`fully_shard`, tensor
             parallelism), all of these step together, as with `prune`; `mask` takes no sharded model.
         ratio, params, macs, memory, latency: as for `prune`, after the last step. A ratio is a share of the original's units.
-        example_inputs, same_class and others: as for `prune`. `data` is read in every step.
+        example_inputs, same_class and others: as for `prune`. `data` is read in every step; what a generator yields is held.
         steps, schedule: the number of steps, and what is done after each: `linear`, `cubic` (arXiv:1710.01878), or a
             non-decreasing function from time to the share that is done, both from 0 to 1.
         regularizer: what `regularize` adds: `bn_l1`, `group_lasso`, `depgraph`, `growing`, one of the classes in
@@ -115,6 +118,8 @@ class Pruner(Generic[Made]):
             check_flag("same_class", same_class)
             options = Options.parse(model if sharded is None else sharded.model, ratio=ratio, verify=verify, **asked)
             self._shares, self._same_class, self._regularizer = shares(schedule, steps), same_class, find(regularizer)
+            if isinstance(options.data, Iterator) and len(self._shares) > 1:
+                options = dataclasses.replace(options, data=list(read(options.data)))
             if mask is not None and not is_one_of(mask, ("hold", "soft")):
                 raise PruneError(f"mask must be 'hold', 'soft' or None, not {shown(mask)}", fix="mask='hold'")
             inputs = ExampleInputs.parse(example_inputs, model).check(model)
@@ -222,7 +227,7 @@ class Pruner(Generic[Made]):
         whole = widened(self._original, present, self._tensors(present), self._view)
         if self._mask == "soft":
             return muted(whole, plan, self._planner.solution, choice.kept)
-        hold(whole, plan, self._compilation.inputs.beside(whole))
+        hold_at_zero(whole, plan, plan.masks(whole), self._compilation.inputs.beside(whole))
         return whole
 
     def shrink(self, model: nn.Module | None = None) -> Any:
@@ -257,6 +262,7 @@ class Pruner(Generic[Made]):
             return present, self._view
         return self._shrunk(present, self.plan, verify=False), self.plan
 
+    @without_modes()
     def remap_optimizer(self, optimizer: AnyOptimizer) -> AnyOptimizer:
         """Remap an optimizer to the model that the last step returned: its parameters, and its state sliced as they are.
 
@@ -278,6 +284,7 @@ class Pruner(Generic[Made]):
     @overload
     def remap_average(self, average: AnyModule) -> AnyModule: ...
 
+    @without_modes()
     def remap_average(self, average: Any) -> Any:
         """Remap a moving average of the weights to the model that the last step returned.
 

@@ -10,18 +10,16 @@ from torch import Tensor, nn
 from fxprune.arguments import checked_call
 from fxprune.criteria.base import Criterion
 from fxprune.criteria.calibrated import Calibration
-from fxprune.criteria.calibration import GATHER, check_source, prepare_source
+from fxprune.criteria.calibration import GATHER, check_source, held_batches, no_data, prepare_source, read
 from fxprune.criteria.catalog import CriterionName, resolve
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.quiet import without_modes
 from fxprune.pipeline import Compilation
 from fxprune.selection.options import Attention, Options
 
 
 @checked_call()
-@without_modes()
 def calibrate(
     model: nn.Module,
     data: Iterable[Any],
@@ -59,6 +57,12 @@ def calibrate(
         if spec.needs not in GATHER or spec.score_families is not None:
             known = "nothing that could be kept" if spec.runs else "no data"
             raise PruneError(f"the criterion {spec.name} gathers {known}", fix="criterion='wanda', 'flap' or 'token_taylor'")
+        if data is None:
+            raise no_data(spec.name)
+        if example_inputs is None:
+            data = list(read(data))
+            first = held_batches(data[:1])[0]
+            example_inputs = first.kwargs or first.args
         inputs = ExampleInputs.parse(example_inputs, module).check(module)
         options = Options.parse(module, attention=attention)
         solution = Compilation(module, inputs, options.coupling).couple()
