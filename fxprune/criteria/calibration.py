@@ -27,7 +27,7 @@ from fxprune.passes.errors import PruneError, told
 from fxprune.passes.ir.module_tree import copy_tree, named_tensors, set_mode
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.progress import progress_bar
-from fxprune.passes.ir.pytree import collect, map_tensors
+from fxprune.passes.ir.pytree import collect, map_tensors, without_inference
 from fxprune.passes.ir.quiet import gpus_of
 
 Evidence = dict[str, Tensor]
@@ -99,7 +99,7 @@ class Source:
     def batches(self, *, single: bool = False) -> Iterator[Batch]:
         """Every batch, on the model's device; with `single`, sample by sample."""
         if self.data is None:
-            raise no_data(self.criterion)
+            raise PruneError(f"the criterion {self.criterion} needs data", fix=BATCHES)
         device = next((p.device for p in self.parameters.values()), torch.device("cpu"))
         count = 0
         for item in read(progress_bar(self.data, f"scoring by {self.criterion}", "batch")):
@@ -176,14 +176,10 @@ def parse_batch(item: Any) -> Batch:
     """A batch from what a loader yields: a pair is inputs and target; a mapping is keywords, and the target for the loss."""
     pair = isinstance(item, tuple | list) and len(item) == 2
     inputs, *extra = [dict(part) if isinstance(part, Mapping) else part for part in (item if pair else (item,))]
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
-    if isinstance(inputs, dict):
-        kwargs = inputs
-        extra = extra or [inputs]
-    else:
-        args = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
-    args, kwargs, extra = map_tensors((args, kwargs, extra), own_copy_of_inference)
+    named = isinstance(inputs, dict)
+    args = () if named else tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+    given = args, inputs if named else {}, extra or ([inputs] if named else [])
+    args, kwargs, extra = map_tensors(given, without_inference)
     tensors = collect((args, kwargs), Tensor)
     if collect((args, kwargs), np.ndarray):
         raise PruneError("a batch of data holds an array of NumPy's, not a tensor", fix="torch.from_numpy(array)")
@@ -195,11 +191,6 @@ def parse_batch(item: Any) -> Batch:
     return Batch(args, kwargs, tuple(extra), tensors[0].shape[0] if rows else 1)
 
 
-def own_copy_of_inference(tensor: Tensor) -> Tensor:
-    """A tensor that gradients may be taken with: a copy of one that was made in inference mode."""
-    return tensor.clone() if tensor.is_inference() else tensor
-
-
 def held_batches(data: Any, device: torch.device | None = None) -> list[Batch]:
     """All batches, perhaps on another device; raises PruneError where there are none."""
     check_batches(data)
@@ -207,10 +198,6 @@ def held_batches(data: Any, device: torch.device | None = None) -> list[Batch]:
     if not any(batch.size for batch in batches):
         raise no_batches("the batches of data hold no samples" if batches else "data holds no batches")
     return batches
-
-
-def no_data(criterion: str) -> PruneError:
-    return PruneError(f"the criterion {criterion} needs data", fix=BATCHES)
 
 
 def no_batches(what: str = "data holds no batches") -> PruneError:
@@ -239,7 +226,7 @@ def prepare_source(model: nn.Module, data: Any, loss: Any, criterion: str, solut
     for name, tensor in named_tensors(model):
         if isinstance(tensor, nn.Parameter):
             number = tensor.is_floating_point() or tensor.is_complex()
-            swap[id(tensor)] = parameters[name] = nn.Parameter(own_copy_of_inference(tensor.detach()), requires_grad=number)
+            swap[id(tensor)] = parameters[name] = nn.Parameter(without_inference(tensor.detach()), requires_grad=number)
         elif not tensor.is_leaf:
             swap[id(tensor)] = tensor.detach().clone()
     learned = {name: p for name, p in parameters.items() if p.requires_grad}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
 import numpy as np
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxprune.arguments import checked_call, checked_class, shown
-from fxprune.criteria.calibration import read
 from fxprune.distributed.sharded import Sharded, entered
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
@@ -26,7 +24,6 @@ from fxprune.iterative.regularizers import Regularizer, Spans, find, spans_of
 from fxprune.iterative.schedules import Schedule, shares
 from fxprune.iterative.sharded_steps import check_steps, learning, process_of, restorer, shrink_shards
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.quiet import without_modes
 from fxprune.pipeline import AnyModule, Compilation
 from fxprune.plan import PlanData
 from fxprune.selection.argument_checks import check_flag, is_one_of
@@ -118,17 +115,15 @@ class Pruner(Generic[Made]):
             check_flag("same_class", same_class)
             options = Options.parse(model if sharded is None else sharded.model, ratio=ratio, verify=verify, **asked)
             self._shares, self._same_class, self._regularizer = shares(schedule, steps), same_class, find(regularizer)
-            if isinstance(options.data, Iterator) and len(self._shares) > 1:
-                options = dataclasses.replace(options, data=list(read(options.data)))
             if mask is not None and not is_one_of(mask, ("hold", "soft")):
                 raise PruneError(f"mask must be 'hold', 'soft' or None, not {shown(mask)}", fix="mask='hold'")
             inputs = ExampleInputs.parse(example_inputs, model).check(model)
             check_steps(sharded, options, mask)
-            self._options, self._mask, self._original, self._sharded = options, mask, model, sharded is not None
+            self._options, self._mask, self._original, self._sharded = options.held(), mask, model, sharded is not None
             self.model: Any = model if sharded is None else sharded.model
             self._asked = asked_of(self._shares, mask, options) | process_of(self._ranks, self._sharded)
             self._compilation = Compilation(model, inputs if sharded is None else inputs.beside(model), options.coupling)
-            self._planner = Planner(self._compilation, options)
+            self._planner = Planner(self._compilation, self._options)
             self._gone = np.zeros(len(self._planner.unit_of), bool)
             self._choice = self._settled(self._gone, np.zeros(len(self._gone)))
             self.plan = self._compilation.plan(self._choice)
@@ -262,7 +257,6 @@ class Pruner(Generic[Made]):
             return present, self._view
         return self._shrunk(present, self.plan, verify=False), self.plan
 
-    @without_modes()
     def remap_optimizer(self, optimizer: AnyOptimizer) -> AnyOptimizer:
         """Remap an optimizer to the model that the last step returned: its parameters, and its state sliced as they are.
 
@@ -284,7 +278,6 @@ class Pruner(Generic[Made]):
     @overload
     def remap_average(self, average: AnyModule) -> AnyModule: ...
 
-    @without_modes()
     def remap_average(self, average: Any) -> Any:
         """Remap a moving average of the weights to the model that the last step returned.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fxprune.arguments import checked_call
 from fxprune.criteria.base import Criterion
 from fxprune.criteria.calibrated import Calibration
-from fxprune.criteria.calibration import GATHER, check_source, held_batches, no_data, prepare_source, read
+from fxprune.criteria.calibration import BATCHES, GATHER, check_source, held_batches, prepare_source, read
 from fxprune.criteria.catalog import CriterionName, resolve
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
@@ -58,7 +58,7 @@ def calibrate(
             known = "nothing that could be kept" if spec.runs else "no data"
             raise PruneError(f"the criterion {spec.name} gathers {known}", fix="criterion='wanda', 'flap' or 'token_taylor'")
         if data is None:
-            raise no_data(spec.name)
+            raise PruneError(f"the criterion {spec.name} needs data", fix=BATCHES)
         if example_inputs is None:
             data = list(read(data))
             first = held_batches(data[:1])[0]
