@@ -16,7 +16,7 @@ from fxprune.criteria.base import Criterion
 from fxprune.criteria.catalog import CriterionName
 from fxprune.distributed.ranks import ranks_of
 from fxprune.distributed.sharded import sharding_of
-from fxprune.entry_points import entry_point, without_wrappers
+from fxprune.entry_points import check_values, entry_point, without_wrappers
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.coupling.families import families
 from fxprune.passes.errors import PruneError
@@ -313,7 +313,6 @@ def couple(
 
 
 @checked_call()
-@without_modes()
 def verify(model: nn.Module, pruned: nn.Module, example_inputs: Any, *, sizes: bool = True) -> Verification:
     """How far a pruned model is from the masked original.
 
@@ -329,6 +328,7 @@ def verify(model: nn.Module, pruned: nn.Module, example_inputs: Any, *, sizes: b
         check_flag("sizes", sizes)
         pruned = without_wrappers(pruned)
         plan = plan_between(model, pruned)
+        check_values(model, pruned)
         dtypes = [
             dict.fromkeys(p.dtype for p in named_parameters(m).values() if p.is_floating_point()) for m in (model, pruned)
         ]

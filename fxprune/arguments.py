@@ -9,7 +9,7 @@ import numbers
 import os
 import reprlib
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -194,3 +194,12 @@ def number(value: Any) -> Any:
 def is_number(value: Any) -> bool:
     """Whether a value is an integer or a float of Python's, and no boolean."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def broadcasts(shape: Sequence[int], whole: Sequence[int]) -> bool:
+    """Whether a tensor of the first shape can be used as one of the second.
+
+    >>> broadcasts((1, 4), (3, 4)), broadcasts((3, 4), (1, 4))
+    (True, False)
+    """
+    return len(shape) <= len(whole) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(whole)))

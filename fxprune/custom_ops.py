@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal
@@ -17,11 +19,14 @@ from fxprune.passes.ops.index_maps import moved_call, movement
 from fxprune.passes.ops.pointwise import POINTWISE
 from fxprune.passes.ops.registry import UNKNOWN, Masked, OpSpec, Rewrite, Rule, SizeArguments, as_another, named, register
 
-FLAGS = ("moves", "views", "heads", "normalizes")
+FLAGS = ("always", "moves", "views", "heads", "normalizes")
+FIELDS = {
+    f.name: inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default) for f in dataclasses.fields(OpSpec)
+}
 Kind = Literal["movement", "pointwise", "frozen"]
 
 
-@checked_call()
+@checked_call(FIELDS)
 def register_op(
     op: Any,
     kind: Kind | None = None,
@@ -41,7 +46,7 @@ def register_op(
     >>> _ = register_op(backwards, "movement")
 
     Arguments:
-        op: the op, or its name with the namespace, such as `"demo::backwards"`.
+        op: the op, or its name with the namespace, such as `"demo::backwards"`; an overload stands for all of the op.
         kind: `movement` for elements of one tensor in other places: the op is run on labels, and becomes a gather where
             what is left needs another order; `pointwise` for one output element from those at the same place, under
             broadcasting; `frozen` for one whose inputs stay whole, for the reason `why`, which completes "it ...".
@@ -62,10 +67,6 @@ def register_op(
         raise PruneError(f"an op's kind is not {shown(kind)}", where=name, fix=fix)
     if kind is not None and like is not None:
         raise PruneError("an op has a kind or is like another, not both", where=name, fix=f"like={shown(like)} alone")
-    known = [field.name for field in dataclasses.fields(OpSpec)]
-    for field in fields:
-        if field not in known:
-            raise PruneError(f"nothing of an op is called {field!r}", where=name, fix=", ".join(known))
     if not isinstance(why, str):
         raise PruneError(f"why is a reason in words, not {shown(why)}", where=name, fix='why="mixes channels"')
     for field, value in {"handler": handler, "masked": masked, **fields}.items():
@@ -116,9 +117,9 @@ def name_of(op: Any) -> str:
     if isinstance(op, torch._ops.OpOverloadPacket):
         return str(op._qualified_op_name)
     name = op if isinstance(op, str) else getattr(op, "_qualname", None) or getattr(getattr(op, "_schema", None), "name", None)
-    if not isinstance(name, str) or "::" not in name:
+    if not isinstance(name, str) or not re.fullmatch(r"\w+::\w+(\.\w+)?", name):
         raise PruneError(f"{shown(op)} is neither an op nor the name of one", fix='"namespace::name"')
-    return name
+    return name.partition(".")[0]  # all overloads of an op have one specification
 
 
 def spec_like(name: str, like: str) -> OpSpec:

@@ -1,6 +1,6 @@
 """What every public function does around its work, and which models it takes.
 
-Compiled code runs as plain Python, wrappers are taken off, and faults become PruneErrors.
+Modes that the caller is in are left, compiled code runs as plain Python, wrappers are taken off, and faults become PruneErrors.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fxprune.arguments import shown as said
 from fxprune.passes.errors import GuardError, PruneError, told
 from fxprune.passes.ir.module_tree import PLAIN_TENSORS, check_module, named_modules, named_parameters, named_tensors, walk
 from fxprune.passes.ir.progress import Progress
-from fxprune.passes.ir.quiet import own_random_state
+from fxprune.passes.ir.quiet import own_random_state, without_modes
 
 # what Python and torch raise for what nobody foresaw; running out of memory is not among it
 FAULTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError, pickle.PickleError)
@@ -36,7 +36,7 @@ def entry_point(model: Any) -> Iterator[nn.Module]:
     Raises: PruneError for what cannot be pruned, and in place of any error that says nothing of what to do. Where
     `FXPRUNE_STRICT=1` is set, as it is in tests, such errors are let out as they are.
     """
-    with uncompiled(), own_random_state():
+    with without_modes(), uncompiled(), own_random_state():
         try:
             yield unwrapped(model)
         except GuardError as error:
@@ -108,7 +108,7 @@ def unwrapped(model: Any) -> nn.Module:
     if isinstance(model, torch.jit.ScriptModule):
         raise PruneError(
             f"model is a {type(model).__name__}: what it computes is no longer Python",
-            fix="pass the module that was scripted or traced, and script the pruned one",
+            fix="pass the module that was scripted or traced, and trace the pruned one (torch.jit.trace)",
         )
     check_tensors(model)
     return model

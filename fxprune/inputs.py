@@ -262,7 +262,7 @@ def describe(value: Any) -> Any:
     if isinstance(value, Tensor):
         found: dict[str, Any] = {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
         if not value.is_floating_point() and not value.is_complex() and value.numel():
-            found["range"] = [int(value.min()), int(value.max())]
+            found["range"] = [0, 0] if value.is_meta else [int(value.min()), int(value.max())]
         return {"tensor": found}
     if isinstance(value, tuple | list):
         if hasattr(value, "_fields"):

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from fxprune.arguments import checked_call
 from fxprune.batch_guards import Recompiled, for_any_batch
 from fxprune.comparisons.compare import compare
+from fxprune.criteria.calibration import read
 from fxprune.distributed.sharded import in_shards
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs, device_of, random_inputs
@@ -173,7 +174,7 @@ class Compilation:
         if options.experts:
             require_experts(solution, type(self.model).__name__)
         if solution.captures[0].unseen and options.data is not None:  # which may be read again
-            options = dataclasses.replace(options, data=list(options.data))
+            options = dataclasses.replace(options, data=list(read(options.data)))
         if options.depth:
             how = options, self.tensors, self.whole_program, probe
             choice = self.choose_by(lambda coupled: select_with_depth(self.model, coupled, *how), solution)
@@ -326,7 +327,7 @@ class Compilation:
     def prune(self, options: Options, *, same_class: bool = False, inplace: bool = False, choice: Choice | None = None) -> Any:
         """What `fxprune.prune` returns for these options, or for a choice that was made by them."""
         if same_class and options.data is not None:  # which may be read again
-            options = dataclasses.replace(options, data=list(options.data))
+            options = dataclasses.replace(options, data=list(read(options.data)))
         with options.gc_paused():
             choice = choice or self.choose(options)  # capture, couple, score, select
             verifies = options.verifies(self.model)

@@ -178,3 +178,27 @@ def test_calibration_keeps_no_caches(tmp_path, monkeypatch):
     )
     fxprune.calibrate(model, words(2, 3), "wanda", IDS | NO_CACHE)
     assert len(given) > 2 and not any(given)
+
+
+def perceptron(width):
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(4, width), torch.nn.ReLU(), torch.nn.Linear(width, 2))
+
+
+def test_the_first_batch_stands_for_example_inputs():
+    model, data = perceptron(6), [torch.randn(3, 4), torch.randn(5, 4)]
+    wanted = fxprune.calibrate(model, data, "flap", data[0]).evidence
+    for given in (data, iter(data), [{"input": x} for x in data], [(x, 0) for x in data]):
+        found = fxprune.calibrate(model, given, "flap").evidence
+        assert found.keys() == wanted.keys() and all(torch.equal(found[n], t) for n, t in wanted.items())
+    for nothing in ([], iter(())):
+        with refuses("data holds no batches"):
+            fxprune.calibrate(model, nothing, "flap")
+    with refuses("the criterion FLAP needs data"):
+        fxprune.calibrate(model, None, "flap")
+
+
+def test_a_calibration_of_another_width_is_refused():
+    seen, x = fxprune.calibrate(perceptron(6), [torch.randn(3, 4)], "flap"), torch.randn(1, 4)
+    with refuses("the calibration is of another model"):
+        fxprune.prune(perceptron(8), 0.5, x, criterion=seen)

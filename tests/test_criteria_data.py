@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from scored import NEED_DATA, ONE, SPANS, agree, batch, built, gradients, scores, summed
 from torch import nn
 
+import fxprune
 from fxprune import criteria
 
 
@@ -237,3 +238,36 @@ def test_two_batches_equal_one_of_both(small, criterion):
     whole, parts = [(x, y)], [(x[:3], y[:3]), (x[3:], y[3:])]
     a, b = (scores(small, x, criterion, data, F.cross_entropy) for data in (whole, parts))
     agree(a, b)
+
+
+READERS = {
+    "prune": lambda model, x, data: fxprune.prune(model, 0.5, x, data=data, same_class=True),
+    "basis": lambda model, x, data: fxprune.prune(model, 0.5, x, data=data, basis="principal"),
+    "feasible": lambda model, x, data: fxprune.feasible(model, x, data=data),
+    "sensitivity": lambda model, x, data: fxprune.sensitivity(model, x, lambda m: 1.0, data=data),
+    "sweep": lambda model, x, data: fxprune.sweep(model, x, lambda m: 1.0, budgets={"macs": 0.5}, data=data),
+    "calibrate": lambda model, x, data: fxprune.calibrate(model, data, "flap", x),
+}
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS.keys())
+def test_data_that_cannot_be_read_say_so(read):
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(3, 4)
+    with pytest.raises(fxprune.PruneError, match="reading data raises ZeroDivisionError"):
+        read(model, x, (1 / 0 for _ in range(2)))
+
+
+def test_batches_without_values_are_refused():
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(3, 4)
+    with pytest.raises(fxprune.PruneError, match="a batch of data holds a tensor on the meta device"):
+        fxprune.prune(model, 0.5, x, data=[x.to("meta")])
+
+
+def test_models_and_data_made_in_inference_mode_have_gradients():
+    with torch.inference_mode():
+        fixed, y = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(3, 4)
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(3, 4)
+    model.load_state_dict(fixed.state_dict())
+    asked = {"criterion": "token_taylor", "loss": lambda out: out.square().mean()}
+    wanted = fxprune.prune(model, 0.5, x, data=[y.clone()], **asked).plan
+    assert fxprune.prune(fixed, 0.5, x, data=[y], **asked).plan == wanted

@@ -314,3 +314,31 @@ def test_branches_that_went_add_nothing():
     small = fxprune.prune(model, 0.5, x, depth=True)
     assert small.meta["branches"]
     assert relative_error(fxprune.masks.masked(model, small.plan)(x), small(x)) < 1e-10
+
+
+def test_holds_end_in_any_order():
+    model, draw = made("group norms")
+    small = fxprune.prune(model, 0.5, example_inputs=draw(2))
+    x = draw(3)
+    for order in ((0, 1), (1, 0)):
+        holds = [fxprune.masks.hold(model, small.plan) for _ in range(2)]
+        holds[order[0]].remove()
+        agree(model, small, x)
+        assert "forward" in vars(model)
+        for number in (*order, *order):
+            holds[number].remove()
+        assert "forward" not in vars(model)
+
+
+def test_torch_compile_does_not_follow_the_capture_of_a_masked_model():
+    model, draw = made("group norms")
+    x = draw(3)
+    small = fxprune.prune(model, 0.5, example_inputs=x)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    agree(torch.compile(fxprune.masks.masked(model, small.plan), backend=backend), small, x)
+    assert len(graphs) < 5

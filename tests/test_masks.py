@@ -212,3 +212,30 @@ def test_masks_of_tensors_under_several_names():
     for made in (masked(model, small.plan), fxprune.masks.zeroed(model, masks)):
         torch.testing.assert_close(made(x), small(x))
         assert made.layer is made.again[0] and made.twin.weight is made.out.weight
+
+
+WRONG_MASKS = {
+    "numbers": torch.ones(8, 4),
+    "meta": torch.ones(8, 4, dtype=torch.bool, device="meta"),
+    "sparse": torch.ones(8, 4, dtype=torch.bool).to_sparse(),
+    "another shape": torch.ones(7, 4, dtype=torch.bool),
+}
+
+
+@pytest.mark.parametrize("mask", WRONG_MASKS.values(), ids=WRONG_MASKS.keys())
+def test_a_mask_is_a_boolean_tensor_with_values(mask):
+    with pytest.raises(fxprune.PruneError, match=r"at first\.weight\n  fix: a boolean tensor of its shape"):
+        fxprune.masks.zeroed(Shares(), {"first.weight": mask})
+
+
+def test_a_model_that_cannot_be_written_to_is_left_as_it_is():
+    model, x = Shares().eval(), torch.randn(5, 4)
+    plan = fxprune.prune(model, 0.5, x).plan
+    with torch.inference_mode():
+        fixed = copy.deepcopy(model)
+    before = {name: value.clone() for name, value in fixed.state_dict().items()}
+    with pytest.raises(fxprune.PruneError, match="was made in inference mode"):
+        hold(fixed, plan)
+    assert all(torch.equal(value, before[name]) for name, value in fixed.state_dict().items())
+    with pytest.raises(fxprune.PruneError, match="is on the meta device"):
+        hold(copy.deepcopy(model).to("meta"), plan)

@@ -137,3 +137,18 @@ def test_attention_takes_a_flag_that_is_made_of_sizes(length):
     programs(model, (x,), {}, on_meta)
     pruned = fxprune.prune(model, 0.5, example_inputs=x)
     assert pruned.verification.ok and pruned.up.out_features == 4 and pruned.meta["capture"] == "symbolic"
+
+
+def test_tokens_on_the_meta_device():
+    ids = torch.zeros(1, 5, dtype=torch.long, device="meta")
+    small = fxprune.prune(llama("meta"), 0.5, {"input_ids": ids}, criterion="random", verify=False)
+    assert small.plan.slices
+    again = small.plan.apply(llama("cpu"))
+    assert again(input_ids=torch.zeros(1, 5, dtype=torch.long)).logits.shape == (1, 5, 256)
+
+
+def test_a_pruned_model_without_values_cannot_be_verified():
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(2, 4)
+    small = fxprune.prune(model, 0.5, x)
+    with pytest.raises(PruneError, match="on the meta device: it has no values"):
+        fxprune.verify(model, small.to("meta"), x)

@@ -166,7 +166,7 @@ def test_a_model_that_is_no_longer_python(make):
     for call in (fxprune.prune, fxprune.couple, fxprune.feasible, fxprune.Pruner):
         with pytest.raises(fxprune.PruneError, match="what it computes is no longer Python") as caught:
             call(model, example_inputs=X)
-        assert caught.value.fix == "pass the module that was scripted or traced, and script the pruned one"
+        assert caught.value.fix == "pass the module that was scripted or traced, and trace the pruned one (torch.jit.trace)"
 
 
 def test_a_lazy_layer_that_has_not_run():

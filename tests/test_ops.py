@@ -12,6 +12,7 @@ import fxprune
 from fxprune.passes.coupling.couple import analyse
 from fxprune.passes.coupling.solution import CouplingOptions
 from fxprune.passes.ops import call
+from fxprune.passes.ops.registry import named
 from fxprune.selection.costs import Costs
 
 LIBRARY: list[object] = []
@@ -244,3 +245,13 @@ def test_an_op_may_be_like_one_that_torch_calls_pointwise(named: object) -> None
     fxprune.register_op(named, like="aten::mul")
     pruned = exact(*images(lambda self, x: GATE(x, x.tanh())))
     assert pruned.a.weight.shape[0] == 6
+
+
+def test_any_field_of_a_specification_may_be_given() -> None:
+    fxprune.register_op("tested::gate.default", "pointwise", macs=lambda call: 7, always=True)
+    found = named("tested::gate")
+    assert found.macs is not None and found.always
+    with pytest.raises(fxprune.PruneError, match=r"register_op has no argument 'mac'\n  fix: did you mean 'macs'"):
+        fxprune.register_op("tested::gate", "pointwise", mac=7)
+    with pytest.raises(fxprune.PruneError, match="is neither an op nor the name of one"):
+        fxprune.register_op("tested:: gate", "pointwise")

@@ -438,3 +438,30 @@ def test_a_result_that_was_computed_before_still_goes_backward(same_class):
     fxprune.prune(model, 0.5, x, same_class=same_class)
     result.sum().backward()
     assert model[0].weight.grad is not None
+
+
+def in_steps(model, **asked):
+    pruner = fxprune.Pruner(model, 0.5, example_inputs=X, **asked)
+    pruner.step()
+    return pruner
+
+
+MADE = {
+    "masked": fxprune.masks.masked,
+    "zeroed": lambda model, plan: fxprune.masks.zeroed(model, {}),
+    "zeros": lambda model, plan: fxprune.masks.prune_zeros(fxprune.masks.masked(model, plan), X),
+    "a step": lambda model, plan: in_steps(model).model,
+    "a step with masks": lambda model, plan: in_steps(model, mask="hold").model,
+    "the end of masks": lambda model, plan: in_steps(model, mask="soft").shrink(),
+    "an average": lambda model, plan: in_steps(model).remap_average(model),
+}
+
+
+@pytest.mark.parametrize("way", MADE)
+def test_what_is_made_in_inference_mode_can_be_trained(way):
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).to(X)
+    plan = fxprune.prune(model, 0.5, example_inputs=X).plan
+    with torch.inference_mode():
+        made = MADE[way](model, plan)
+    made(X).sum().backward()
+    assert not any(p.is_inference() for p in made.parameters())

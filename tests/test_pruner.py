@@ -341,3 +341,33 @@ def test_rows_that_overlap_go_on_from_what_is_gone():
     assert sorted(remove_share(fresh, score, [1], 1, 2 / 7)) == [0, 5]
     assert sorted(remove_share(begun, score, [1], 1, 2 / 7)) == [1, 4]
     assert sorted(remove_share(begun, score, [1], 1, 4 / 7)) == [0, 1, 4, 5]
+
+
+def perceptron():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(6, 4)
+
+
+def test_a_criterion_without_its_data_is_refused_before_the_first_step():
+    model, x = perceptron()
+    with pytest.raises(fxprune.PruneError, match="the criterion FLAP needs data"):
+        fxprune.Pruner(model, 0.5, x, steps=2, criterion="flap")
+
+
+def test_what_a_generator_yields_is_held_for_every_step():
+    model, x = perceptron()
+    plans = []
+    for data in ([x], iter([x])):
+        pruner = fxprune.Pruner(model, 0.5, x, steps=2, criterion="flap", data=data)
+        while not pruner.done:
+            pruner.step()
+        plans.append(pruner.plan)
+    assert plans[0] == plans[1]
+
+
+def test_units_of_an_edit_may_come_from_a_generator():
+    model, x = perceptron()
+    candidate = fxprune.Pruner(model, 0.5, x).step(interactive=True)["0"]
+    assert candidate.edit(unit for unit in (5, 2)).units == ([2, 5],)
+    with pytest.raises(fxprune.PruneError, match="units come in lists, and 3 is none"):
+        candidate.edit(3)

@@ -225,3 +225,12 @@ def test_a_start_in_another_basis_is_improved_in_it():
     assert len({repr(p.plan.slices) for p in found.points}) == len(found.points)
     again = fxprune.search(model, DATA[:1], closeness(model), start=found.best, data=[DATA], steps=2, measure=False)
     assert again.start.value == found.best.value
+
+
+def test_a_start_of_another_model_is_refused():
+    other = nn.Sequential(nn.Linear(4, 20), nn.ReLU(), nn.Linear(20, 2))
+    x = torch.randn(3, 4)
+    start = fxprune.sweep(other, x, lambda m: 1.0, budgets={"macs": 0.5}, measure=False).points[0]
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 2))
+    with pytest.raises(PruneError, match="the plan is for another model"):
+        fxprune.search(model, x, lambda m: 1.0, start=start)

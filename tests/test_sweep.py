@@ -352,3 +352,36 @@ def test_results_are_timed():
         assert point.seconds > 0 and point.latency > 0
     assert found.original.latency == 1
     assert {p.number for p in found.front("latency")} <= {1, 2}
+
+
+def test_it_is_gone_through_point_by_point():
+    found = swept(perceptron())
+    assert [p.number for p in found] == [1, 2] and found.points[1] in found
+
+
+def test_a_model_that_is_trained_to_be_evaluated_is_not_the_original():
+    def tuned(module):
+        with torch.enable_grad():
+            optimizer = torch.optim.SGD(module.parameters(), 0.1)
+            module(DATA).square().mean().backward()
+            optimizer.step()
+        return size(module)
+
+    model = perceptron()
+    with untouched(model):
+        found = swept(model, tuned, budgets={"macs": 0.5}, criteria="magnitude", repair=False)
+    assert found.original.value != size(model)
+    alone = fxprune.prune(model, example_inputs=DATA[:1], macs=0.5, criterion="magnitude", ranking="local")
+    assert size(found.points[0].model()) == size(alone)
+
+
+def test_criteria_without_names_are_told_apart():
+    criteria = [lambda weight: weight.abs(), lambda weight: -weight.abs()]
+    first, second = swept(perceptron(), budgets={"ratio": 0.5}, criteria=criteria, repair=False).points
+    assert first.plan != second.plan
+
+
+@pytest.mark.parametrize("flag", ["measure", "same_class"])
+def test_flags_are_flags(flag):
+    with pytest.raises(PruneError, match=f"{flag} must be True or False, not 'no'"):
+        swept(perceptron(), **{flag: "no"})

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fxprune.basis.principal import Rotatable, find_rotatable, principal_axes, rotated_basis
+from fxprune.criteria.calibration import read
 from fxprune.errors import PruneWarning
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.coupling.families import names_family
@@ -71,7 +72,7 @@ def prune_in_basis(model: nn.Module, inputs: ExampleInputs, options: Options, *,
         what = "basis and inplace are both given, and a rotated model is a copy"
         raise PruneError(what, fix="basis='principal' without inplace")
     assert options.data is not None
-    options = dataclasses.replace(options, data=list(options.data))
+    options = dataclasses.replace(options, data=list(read(options.data)))
     first = Compilation(model, inputs, options.coupling)
     solution, budget = first.couple(), options.budget
     if budget is not None and budget.relative and not budget.measured:  # a share of the original, not of what is rotated

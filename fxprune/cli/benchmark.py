@@ -19,6 +19,7 @@ from fxprune.cli.arguments import (
 )
 from fxprune.cli.objects import call, function_of
 from fxprune.cli.output import show, show_json
+from fxprune.criteria.calibration import read
 from fxprune.criteria.catalog import resolve
 from fxprune.passes.errors import PruneError
 from fxprune.reports.comparison import compare_methods, named_methods
@@ -70,7 +71,7 @@ def run(arguments: argparse.Namespace) -> Answer:
     made = [loaded(argparse.Namespace(**{**vars(arguments), "model": name})) for name in models]
     given: dict[str, Any] = data_and_loss(arguments)
     if given["data"] is not None:
-        given["data"] = list(given["data"])  # each method reads it again
+        given["data"] = list(read(given["data"]))  # each method reads it again
     for method in methods.values():
         method.update(given, verify=False if arguments.no_verify else "auto")
     evaluate = None if score is None else lambda model: call(score, arguments.score, model)

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fxprune.arguments import checked_class, shown
+from fxprune.arguments import broadcasts, checked_class, shown
 from fxprune.criteria.base import Criterion, describe
 from fxprune.criteria.catalog import CRITERIA, find, resolve
 from fxprune.passes.errors import PruneError
@@ -109,11 +108,11 @@ class Calibration:
             )
         return np.array([held[b.name] for b in branches])
 
-    def check(self, shapes: Mapping[str, torch.Size]) -> None:
+    def check(self, shapes: Mapping[str, Sequence[int]]) -> None:
         """Raise PruneError unless it was gathered from a model with parameters of these shapes."""
         for name, tensor in self.evidence.items():
             whole = shapes.get(name)
-            if whole is None or len(whole) < tensor.dim() or torch.broadcast_shapes(whole, tensor.shape) != whole:
+            if whole is None or not broadcasts(tensor.shape, whole):
                 what = f"the calibration is of another model: {name} has evidence of shape {tuple(tensor.shape)}"
                 raise PruneError(what, where=name, fix="fxprune.calibrate with this model")
 

@@ -27,7 +27,7 @@ from fxprune.passes.errors import PruneError, told
 from fxprune.passes.ir.module_tree import copy_tree, named_tensors, set_mode
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.progress import progress_bar
-from fxprune.passes.ir.pytree import collect, map_tensors
+from fxprune.passes.ir.pytree import collect, map_tensors, without_inference
 from fxprune.passes.ir.quiet import gpus_of
 
 Evidence = dict[str, Tensor]
@@ -176,16 +176,15 @@ def parse_batch(item: Any) -> Batch:
     """A batch from what a loader yields: a pair is inputs and target; a mapping is keywords, and the target for the loss."""
     pair = isinstance(item, tuple | list) and len(item) == 2
     inputs, *extra = [dict(part) if isinstance(part, Mapping) else part for part in (item if pair else (item,))]
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
-    if isinstance(inputs, dict):
-        kwargs = inputs
-        extra = extra or [inputs]
-    else:
-        args = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+    named = isinstance(inputs, dict)
+    args = () if named else tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+    given = args, inputs if named else {}, extra or ([inputs] if named else [])
+    args, kwargs, extra = map_tensors(given, without_inference)
     tensors = collect((args, kwargs), Tensor)
     if collect((args, kwargs), np.ndarray):
         raise PruneError("a batch of data holds an array of NumPy's, not a tensor", fix="torch.from_numpy(array)")
+    if any(t.is_meta for t in tensors):
+        raise PruneError("a batch of data holds a tensor on the meta device, which has no values", fix=BATCHES)
     if not tensors:
         raise PruneError(f"a batch of type {type(item).__name__} holds no tensor", fix=BATCHES)
     rows = tensors[0].dim() > 0 and all(t.layout is torch.strided for t in tensors)
@@ -227,7 +226,7 @@ def prepare_source(model: nn.Module, data: Any, loss: Any, criterion: str, solut
     for name, tensor in named_tensors(model):
         if isinstance(tensor, nn.Parameter):
             number = tensor.is_floating_point() or tensor.is_complex()
-            swap[id(tensor)] = parameters[name] = nn.Parameter(tensor.detach(), requires_grad=number)
+            swap[id(tensor)] = parameters[name] = nn.Parameter(without_inference(tensor.detach()), requires_grad=number)
         elif not tensor.is_leaf:
             swap[id(tensor)] = tensor.detach().clone()
     learned = {name: p for name, p in parameters.items() if p.requires_grad}

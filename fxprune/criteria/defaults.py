@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxprune.criteria.calibration import check_batches, loss_in, prepare_source
+from fxprune.criteria.calibration import check_batches, loss_in, prepare_source, read
 
 
 def choose_criterion(model: nn.Module, data: Any, loss: Any) -> tuple[str, Any, str]:
@@ -35,6 +35,6 @@ def choose_criterion(model: nn.Module, data: Any, loss: Any) -> tuple[str, Any, 
 
 def peek(data: Iterable[Any]) -> tuple[Iterable[Any], list[Any]]:
     """The same batches, and the first of them in a list, which is empty where there are none."""
-    found: Iterator[Any] = iter(data)
+    found: Iterator[Any] = read(data)
     first = list(itertools.islice(found, 1))
-    return (itertools.chain(first, found) if found is data else data), first
+    return (itertools.chain(first, found) if isinstance(data, Iterator) else data), first

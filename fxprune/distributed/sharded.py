@@ -22,6 +22,7 @@ from fxprune.entry_points import entry_point
 from fxprune.passes.coupling.solution import CouplingOptions
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_parameters, named_tensors, replace_tensors, walk
+from fxprune.passes.ir.quiet import without_modes
 from fxprune.passes.rewrite.rewrite import slice_tensor
 from fxprune.plan import PlanData, plan_between
 from fxprune.same_class.restore import in_class
@@ -51,7 +52,7 @@ def in_shards(model: Any) -> Iterator[Sharded | None]:
 @contextlib.contextmanager
 def entered(model: Any, before: Ranks | None = None) -> Iterator[tuple[Ranks | None, Sharded | None, Any]]:
     """The processes of a model (see `ranks_of`), what is sharded of it, and the model or its form as compilers take it."""
-    with ranks_of(model, before) as ranks:
+    with without_modes(), ranks_of(model, before) as ranks:
         sharded = sharding_of(model)
         with entry_point(model if sharded is None else sharded.form) as inner:
             if sharded is not None:

@@ -8,6 +8,7 @@ of buffers are written back, and what it returns is by construction what the pru
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 import torch
@@ -45,14 +46,22 @@ class MaskedForward:
 
     def __init__(self, model: nn.Module, plan: PlanData, *, grows: bool) -> None:
         self.model, self.plan, self.grows = model, plan, grows
-        previous = vars(model).get("forward")
-        self.own: Any = previous.own if isinstance(previous, MaskedForward) else previous  # one that somebody put there
+        self.previous, self.ended = vars(model).get("forward"), False
+        before = self.previous
+        self.own: Any = before.own if isinstance(before, MaskedForward) else before  # one that somebody put there
         self.names, self.masks = Names(model), plan.masks(model) if grows else {}
         self.forms: FormPrograms | None = None
         self.places: dict[FormProgram, list[tuple[str, dict[str, Any], str]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"forms": None, "places": {}}
+
+    def end(self) -> None:
+        """Give the module the forward that it had, once those that were put there since have ended, too."""
+        self.ended, held = True, vars(self.model)
+        while isinstance(forward := held.get("forward"), MaskedForward) and forward.ended:
+            del held["forward"]
+            held.update({} if forward.previous is None else {"forward": forward.previous})
 
     def plain(self, *, hooks: bool = True) -> nn.Module:
         """A module with the same modules and tensors in it that has its own forward."""
@@ -66,6 +75,12 @@ class MaskedForward:
         return made
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # it may capture the model anew, which `torch.compile` would take minutes to follow
+        compute = torch.compiler.disable(self.compute) if "torch._dynamo" in sys.modules else self.compute
+        return compute(*args, **kwargs)
+
+    def compute(self, *args: Any, **kwargs: Any) -> Any:
+        """What the pruned model returns."""
         if self.forms is None:  # hooks of the module itself run around this call
             self.forms = FormPrograms(self.plain(hooks=False), self.plan)
         inputs = ExampleInputs(args, kwargs)

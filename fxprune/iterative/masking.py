@@ -15,17 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fxprune.arguments import checked_call, did_you_mean, shown
+from fxprune.arguments import broadcasts, checked_call, did_you_mean, shown
 from fxprune.criteria.base import CriterionOptions, describe
 from fxprune.criteria.parameter_roles import roles
 from fxprune.criteria.scorer import Scorer
-from fxprune.entry_points import check_values, entry_point, inside_wrappers
+from fxprune.entry_points import check_values, entry_point, inside_wrappers, without_wrappers
 from fxprune.inputs import ExampleInputs, random_inputs
 from fxprune.iterative.masked_forward import MaskedForward, zeros_suffice
 from fxprune.passes.coupling.families import families
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import check_module, every_tensor, named_parameters, named_tensors
+from fxprune.passes.ir.module_tree import every_tensor, named_parameters, named_tensors
 from fxprune.passes.ir.slices import Slicer
 from fxprune.passes.verification.zeroed_model import zeroed_copy
 from fxprune.pipeline import Compilation
@@ -62,31 +62,39 @@ def masked(model: nn.Module, plan: PlanData) -> nn.Module:
     Raises: PruneError if the plan is for another model.
     """
     with entry_point(model) as model:
-        check_values(model)
         made = zeroed(model, check_plan(plan).masks(model))
-        compute_what_is_kept(made, plan)
+        if (forward := forward_needed(made, plan)) is not None:
+            vars(made)["forward"] = forward
         return made
 
 
-def compute_what_is_kept(model: nn.Module, plan: PlanData, inputs: ExampleInputs | None = None) -> None:
-    """Give a model in which what a plan removes is zero another forward, unless its own computes what the pruned model will.
+def forward_needed(model: nn.Module, plan: PlanData, inputs: ExampleInputs | None = None) -> MaskedForward | None:
+    """What computes what the pruned model will; None where a model does by itself once what the plan removes is zero.
 
     Arguments:
         inputs: example inputs, if there are any besides the plan's description.
     """
     try:
-        suffices = zeros_suffice(model, plan, inputs or random_inputs(plan.inputs, model))
+        suffices = zeros_suffice(without_wrappers(model), plan, inputs or random_inputs(plan.inputs, model))
     except PruneError:  # the description is not enough
         suffices = False
-    if not suffices:
-        vars(model)["forward"] = MaskedForward(model, plan, grows=False)
+    return None if suffices else MaskedForward(model, plan, grows=False)
 
 
 @checked_call()
 def zeroed(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of a model with zeros where a mask, if there is one for a tensor, says so; masks broadcast."""
-    check_module(model)
-    model = inside_wrappers(model)
+    """A copy of a model with zeros where a mask, if there is one for a tensor, says so; masks broadcast.
+
+    Raises: PruneError for a name that is no tensor of the model, or a mask that is no boolean tensor of its shape.
+    """
+    with entry_point(model):
+        check_values(model := inside_wrappers(model))
+        copy: nn.Module = zeroed_copy(model, masks_by_tensor(model, masks))[0]
+        return copy
+
+
+def masks_by_tensor(model: nn.Module, masks: Any) -> dict[str, list[Tensor]]:
+    """The masks of each tensor of a model, by the name that it goes by."""
     named = dict(named_tensors(model))
     names = {id(tensor): name for name, tensor in named.items()}
     first = {name: names[id(tensor)] for name, tensor in every_tensor(model)}  # of a tied tensor the name that it goes by
@@ -99,17 +107,13 @@ def zeroed(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
             near = did_you_mean(name, named)
             raise PruneError(f"masks names {shown(name)}, which is no tensor of the model", fix=f"{near}plan.masks(model)")
         whole = named[own].shape
-        if not isinstance(mask, Tensor) or not broadcasts(mask.shape, whole):
-            what = f"the mask is {shown(mask)}, and the tensor has shape {tuple(whole)}"
+        fits = isinstance(mask, Tensor) and mask.dtype is torch.bool and mask.layout is torch.strided and not mask.is_meta
+        if not fits or not broadcasts(mask.shape, whole):
+            kind = f", {mask.dtype} and {mask.layout} on {mask.device}" if isinstance(mask, Tensor) and not fits else ""
+            what = f"the mask is {shown(mask)}{kind}, and the tensor has shape {tuple(whole)}"
             raise PruneError(what, where=name, fix="a boolean tensor of its shape, True where it is kept")
         given.setdefault(own, []).append(mask)
-    copy: nn.Module = zeroed_copy(model, given)[0]
-    return copy
-
-
-def broadcasts(shape: Sequence[int], whole: Sequence[int]) -> bool:
-    """Whether a tensor of the first shape can be used as one of the second."""
-    return len(shape) <= len(whole) and all(a in (1, b) for a, b in zip(reversed(shape), reversed(whole)))
+    return given
 
 
 def muted(model: nn.Module, plan: PlanData, solution: Solution, kept: Tensor) -> nn.Module:
@@ -148,7 +152,7 @@ def mask_again(model: nn.Module, plan: PlanData, inputs: ExampleInputs, *, grows
     if grows:
         vars(model)["forward"] = MaskedForward(model, plan, grows=True)
     else:
-        hold(model, plan, inputs.beside(model))
+        hold_at_zero(model, plan, plan.masks(model), inputs.beside(model))
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,18 +160,17 @@ class Hold:
     """What keeps masked elements at zero; `remove()` lets them go, and gives the model the forward that it had."""
 
     handles: tuple[Any, ...]
-    model: nn.Module
-    forward: dict[str, Any]
+    forward: MaskedForward | None
 
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
-        vars(self.model).pop("forward", None)
-        vars(self.model).update(self.forward)
+        if self.forward is not None:
+            self.forward.end()
 
 
 @checked_call()
-def hold(model: nn.Module, plan: PlanData, inputs: ExampleInputs | None = None) -> Hold:
+def hold(model: nn.Module, plan: PlanData) -> Hold:
     """Zero, in a model itself, what a plan removes, and keep it there while the model is trained.
 
     The gradients of the removed elements become zero (also gradients that are no numbers). An optimizer whose state is zero
@@ -178,13 +181,24 @@ def hold(model: nn.Module, plan: PlanData, inputs: ExampleInputs | None = None) 
         model: of the architecture that the plan was made for. Parameters without `requires_grad` are zeroed, not held.
         plan: what goes.
 
-    Returns: a handle whose `remove()` ends it. What is zero in all layers has no gradients even so: it stays where it is.
+    Returns: a handle whose `remove()` ends it, in any order. What is zero in all layers has no gradients even so: it stays
+    where it is.
 
-    Raises: PruneError if the plan is for another model.
+    Raises: PruneError if the plan is for another model, or the model cannot be written to; nothing has changed then.
     """
-    handles = []
-    masks, model = check_plan(plan).masks(model), inside_wrappers(model)
-    before = {name: value for name, value in vars(model).items() if name == "forward"}
+    with entry_point(model):
+        check_values(model := inside_wrappers(model))
+        masks = check_plan(plan).masks(model)
+        fixed = next((name for name, t in named_tensors(model) if t.is_inference() and name in masks), None)
+        if fixed is not None:
+            what = f"{fixed} was made in inference mode, and cannot be written to outside of it"
+            raise PruneError(what, where=type(model).__name__, fix="make the model outside of torch.inference_mode()")
+        return hold_at_zero(model, plan, masks)
+
+
+def hold_at_zero(model: nn.Module, plan: PlanData, masks: Mapping[str, Tensor], inputs: ExampleInputs | None = None) -> Hold:
+    """The same for a model and masks that are known to fit, perhaps with example inputs besides the plan's description."""
+    forward, handles = forward_needed(model, plan, inputs), []
     with torch.no_grad():
         for name, tensor in named_tensors(model):
             if name not in masks or bool(masks[name].all()) or not (tensor.is_floating_point() or tensor.is_complex()):
@@ -193,8 +207,9 @@ def hold(model: nn.Module, plan: PlanData, inputs: ExampleInputs | None = None) 
             tensor.masked_fill_(gone, 0)
             if tensor.requires_grad and tensor.is_leaf:
                 handles.append(tensor.register_hook(lambda g, gone=gone: g.masked_fill(gone.to(g.device), 0)))
-    compute_what_is_kept(model, plan, inputs)
-    return Hold(tuple(handles), model, before)
+    if forward is not None:
+        vars(model)["forward"] = forward
+    return Hold(tuple(handles), forward)
 
 
 class Nonzero(CriterionOptions):

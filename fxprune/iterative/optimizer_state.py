@@ -16,6 +16,7 @@ from fxprune.distributed.sharded import distributed, whole
 from fxprune.iterative.plan_mapping import undo_slices
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.pytree import collect
+from fxprune.passes.ir.quiet import without_modes
 from fxprune.passes.ir.slices import apply_slices, in_format_of
 from fxprune.plan import PlanData
 
@@ -91,6 +92,7 @@ def refused(name: str, key: str, why: str, owner: str) -> PruneError:
     )
 
 
+@without_modes()
 def remap(optimizer: Any, move: Move) -> None:
     """Give an optimizer the parameters of the next model, and its state as they are cut. All or nothing."""
     if not isinstance(optimizer, Optimizer):
@@ -124,6 +126,7 @@ def remap(optimizer: Any, move: Move) -> None:
     optimizer.state.update(state)
 
 
+@without_modes()
 def remap_state(state: Mapping[str, Any], move: Move) -> dict[str, Any]:
     """A state dict of the model before (or of a wrapper that calls it `module`), in the shapes of the next one."""
     if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
@@ -145,6 +148,7 @@ def remap_state(state: Mapping[str, Any], move: Move) -> dict[str, Any]:
     return made
 
 
+@without_modes()
 def remap_module(average: nn.Module, move: Move) -> nn.Module:
     """A module that holds averaged values, or a wrapper that calls it `module`, as one of the next model's kind."""
     held = getattr(average, "module", None)

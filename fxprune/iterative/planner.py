@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fxprune.criteria.calibration import Target
+from fxprune.criteria.calibration import BATCHES, Target
 from fxprune.criteria.catalog import find, resolve
 from fxprune.criteria.parameter_roles import roles
 from fxprune.criteria.scorer import Read
@@ -26,6 +26,7 @@ from fxprune.iterative.proposal import StepChoice
 from fxprune.iterative.schedules import describe_request, part_of
 from fxprune.passes.capture.programs import programs
 from fxprune.passes.coupling.families import Family
+from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors, on_meta
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.quiet import unobserved
@@ -77,6 +78,9 @@ class Planner:
 
     def check(self) -> None:
         """Raise PruneError where the last step would fail, or none would remove anything, whatever the scores."""
+        spec = resolve(self.options.criterion)
+        if spec.needs and self.options.data is None:
+            raise PruneError(f"the criterion {spec.name} needs data", fix=BATCHES)
         score = np.zeros(len(self.unit_of))
         budget = self.options.budget
         limit = 0.0

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 from torch import Tensor, nn
 
-from fxprune.arguments import checked_class
+from fxprune.arguments import checked_class, shown
 from fxprune.passes.coupling.families import Family
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.slices import Slicer
@@ -83,12 +83,16 @@ class Candidate:
             found[own.units[np.asarray(units, np.int64)]] = True
         return found
 
-    def edit(self, *units: Sequence[int]) -> Candidate:
+    def edit(self, *units: Iterable[int]) -> Candidate:
         """Other units than the proposed ones: one list for each family; raises PruneError for what is no unit."""
         if len(units) != len(self.families):
             what = f"{counted(len(units), 'list')} of units for {counted(len(self.families), 'family')}"
             raise PruneError(what, where=self.family.name, fix="one list for each of candidate.families")
-        for family, mine, gone in zip(self.families, units, self.gone):
+        if not all(isinstance(mine, Iterable) for mine in units):
+            what = f"units come in lists, and {shown(next(u for u in units if not isinstance(u, Iterable)))} is none"
+            raise PruneError(what, where=self.family.name, fix="candidate.edit([0, 3])")
+        listed = [list(mine) for mine in units]
+        for family, mine, gone in zip(self.families, listed, self.gone):
             for unit in mine:
                 if isinstance(unit, bool) or not isinstance(unit, int | np.integer) or not 0 <= unit < family.units:
                     fix = f"numbers from 0 to {family.units - 1}"
@@ -97,7 +101,7 @@ class Candidate:
                     raise PruneError(
                         f"unit {unit} is gone already", where=family.name, fix="a unit that is not in candidate.gone"
                     )
-        self.units, self.applied = tuple(sorted({int(u) for u in mine}) for mine in units), False
+        self.units, self.applied = tuple(sorted({int(u) for u in mine}) for mine in listed), False
         return self
 
     def apply(self) -> Candidate:

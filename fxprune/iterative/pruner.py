@@ -14,7 +14,7 @@ from fxprune.distributed.sharded import Sharded, entered
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
 from fxprune.iterative.history import History
-from fxprune.iterative.masking import hold, mask_again, muted
+from fxprune.iterative.masking import hold_at_zero, mask_again, muted
 from fxprune.iterative.optimizer_state import Move, remap, remap_module, remap_state, taken
 from fxprune.iterative.plan_mapping import tensors_of, widened
 from fxprune.iterative.planner import Planner
@@ -55,7 +55,7 @@ class Pruner(Generic[Made]):
         model: any module; it is not changed. In `DistributedDataParallel`, or sharded over processes (`fully_shard`, tensor
             parallelism), all of these step together, as with `prune`; `mask` takes no sharded model.
         ratio, params, macs, memory, latency: as for `prune`, after the last step. A ratio is a share of the original's units.
-        example_inputs, same_class and others: as for `prune`. `data` is read in every step.
+        example_inputs, same_class and others: as for `prune`. `data` is read in every step; what a generator yields is held.
         steps, schedule: the number of steps, and what is done after each: `linear`, `cubic` (arXiv:1710.01878), or a
             non-decreasing function from time to the share that is done, both from 0 to 1.
         regularizer: what `regularize` adds: `bn_l1`, `group_lasso`, `depgraph`, `growing`, one of the classes in
@@ -119,11 +119,11 @@ class Pruner(Generic[Made]):
                 raise PruneError(f"mask must be 'hold', 'soft' or None, not {shown(mask)}", fix="mask='hold'")
             inputs = ExampleInputs.parse(example_inputs, model).check(model)
             check_steps(sharded, options, mask)
-            self._options, self._mask, self._original, self._sharded = options, mask, model, sharded is not None
+            self._options, self._mask, self._original, self._sharded = options.held(), mask, model, sharded is not None
             self.model: Any = model if sharded is None else sharded.model
             self._asked = asked_of(self._shares, mask, options) | process_of(self._ranks, self._sharded)
             self._compilation = Compilation(model, inputs if sharded is None else inputs.beside(model), options.coupling)
-            self._planner = Planner(self._compilation, options)
+            self._planner = Planner(self._compilation, self._options)
             self._gone = np.zeros(len(self._planner.unit_of), bool)
             self._choice = self._settled(self._gone, np.zeros(len(self._gone)))
             self.plan = self._compilation.plan(self._choice)
@@ -222,7 +222,7 @@ class Pruner(Generic[Made]):
         whole = widened(self._original, present, self._tensors(present), self._view)
         if self._mask == "soft":
             return muted(whole, plan, self._planner.solution, choice.kept)
-        hold(whole, plan, self._compilation.inputs.beside(whole))
+        hold_at_zero(whole, plan, plan.masks(whole), self._compilation.inputs.beside(whole))
         return whole
 
     def shrink(self, model: nn.Module | None = None) -> Any:

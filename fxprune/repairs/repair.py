@@ -22,7 +22,7 @@ from fxprune.passes.capture.patches import visible
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_tensors
 from fxprune.passes.ir.pytree import collect
-from fxprune.passes.ir.quiet import unobserved, without_modes
+from fxprune.passes.ir.quiet import unobserved
 from fxprune.pipeline import AnyModule
 from fxprune.plan import plan_between
 from fxprune.repairs.block_tuning import NAME as BLOCK
@@ -113,7 +113,6 @@ class Repair(Printable):
 
 
 @checked_call()
-@without_modes()
 def repair(
     model: nn.Module,
     pruned: AnyModule,

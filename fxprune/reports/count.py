@@ -18,7 +18,7 @@ from fxprune.passes.capture.programs import programs
 from fxprune.passes.errors import PruneError, surface
 from fxprune.passes.ir.module_tree import named_tensors, on_meta, walk, with_outer
 from fxprune.passes.ir.program import CapturedProgram
-from fxprune.passes.ir.quiet import gc_paused, unobserved, without_modes
+from fxprune.passes.ir.quiet import gc_paused, unobserved
 from fxprune.reports.formatting import Printable, plain_data, short, table
 from fxprune.selection.costs import counts, evaluation_calls, macs_of
 
@@ -106,7 +106,6 @@ class Count(Printable):
 
 
 @checked_call()
-@without_modes()
 def count(model: nn.Module, example_inputs: Any = None) -> Count:
     """Parameters, multiply-accumulates of one forward and bytes of a model, module by module.
 

@@ -11,9 +11,9 @@ from rich.text import Text
 from torch import nn
 
 from fxprune.arguments import checked_call, checked_class
+from fxprune.criteria.calibration import read
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
-from fxprune.passes.ir.quiet import without_modes
 from fxprune.pipeline import Compilation
 from fxprune.reports.formatting import Printable, short, table
 from fxprune.selection.budgets import KINDS
@@ -73,7 +73,6 @@ class Feasibility(Printable):
 
 
 @checked_call(ASKED)
-@without_modes()
 def feasible(
     model: nn.Module, example_inputs: Any = None, *, ratio: Ratio | None = None, **asked: Unpack[Asked]
 ) -> Feasibility:
@@ -85,7 +84,7 @@ def feasible(
     with entry_point(model) as model:
         options = Options.parse(model, ratio=ratio, **asked)
         if options.data is not None:
-            options = dataclasses.replace(options, data=list(options.data))  # it is read twice
+            options = dataclasses.replace(options, data=list(read(options.data)))  # it is read twice
         compilation = Compilation(model, ExampleInputs.parse(example_inputs, model).check(model), options.coupling)
         choice = compilation.choose(options)
         # what fails once most of it is cut must not change the choice, so it is frozen elsewhere

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fxprune.criteria.calibration import read
 from fxprune.errors import PruneWarning
 from fxprune.passes.coupling.families import families
 from fxprune.passes.errors import PruneError
@@ -74,7 +75,7 @@ class RatioSweep:
 
     def __init__(self, compilation: Compilation, options: Options) -> None:
         if options.data is not None:
-            options = dataclasses.replace(options, data=list(options.data))  # which may be read again
+            options = dataclasses.replace(options, data=list(read(options.data)))  # which may be read again
         self.compilation, self.options, self.chooser = compilation, options, Chooser(compilation)
 
     def costs(

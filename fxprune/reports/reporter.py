@@ -16,7 +16,7 @@ from fxprune.inputs import ExampleInputs
 from fxprune.passes.coupling.families import families
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_parameters, private_copy, set_mode
-from fxprune.passes.ir.quiet import unobserved, without_modes
+from fxprune.passes.ir.quiet import unobserved
 from fxprune.pipeline import Compilation
 from fxprune.plan import plan_between
 from fxprune.reports.changes import family_changes, module_changes
@@ -37,7 +37,6 @@ NAMED = 3  # frozen tensors that are written out in a call
 
 
 @checked_call()
-@without_modes()
 def report(
     model: nn.Module,
     pruned: nn.Module,

@@ -22,7 +22,7 @@ from fxprune.passes.coupling.choices import require_experts
 from fxprune.passes.coupling.families import Family, place_of
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.progress import progress_bar
-from fxprune.passes.ir.quiet import unobserved, without_modes
+from fxprune.passes.ir.quiet import unobserved
 from fxprune.pipeline import Compilation
 from fxprune.reports.files import as_path, replacing
 from fxprune.reports.formatting import Printable, as_text, plain_data, table
@@ -108,7 +108,6 @@ class Sensitivity(Printable):
 
 
 @checked_call()
-@without_modes()
 def sensitivity(
     model: nn.Module,
     example_inputs: Any = None,

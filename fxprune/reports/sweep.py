@@ -114,6 +114,9 @@ class Sweep(Printable):
     def __len__(self) -> int:
         return len(self.points)
 
+    def __iter__(self) -> Iterator[Point]:
+        return iter(self.points)
+
     def __getitem__(self, number: int) -> Point:
         """A point by its number, from 1 on."""
         found = next((p for p in self.points if p.number == number), None)

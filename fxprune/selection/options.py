@@ -6,7 +6,7 @@ import contextlib
 import fnmatch
 import inspect
 import math
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypedDict
 
@@ -17,6 +17,7 @@ from fxprune.arguments import is_number, number, shown
 from fxprune.criteria.base import Criterion
 from fxprune.criteria.branches import SCORES
 from fxprune.criteria.calibrated import Calibration
+from fxprune.criteria.calibration import read
 from fxprune.criteria.catalog import CriterionName, resolve
 from fxprune.criteria.defaults import choose_criterion
 from fxprune.criteria.gradient import TokenTaylor
@@ -265,6 +266,10 @@ class Options:
     def runs_the_model(self) -> bool:
         """Whether selection runs forwards of the model, on data or by the clock."""
         return self.data is not None or self.measures_latency
+
+    def held(self) -> Options:
+        """The same with batches that can be read again, also where a generator yields them."""
+        return replace(self, data=list(read(self.data))) if isinstance(self.data, Iterator) else self
 
     @property
     def needs_weights(self) -> bool:

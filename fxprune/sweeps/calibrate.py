@@ -11,14 +11,13 @@ from fxprune.arguments import checked_call
 from fxprune.criteria.base import Criterion
 from fxprune.criteria.branches import SCORES, score_branches
 from fxprune.criteria.calibrated import Calibration
-from fxprune.criteria.calibration import GATHER, check_source, prepare_source
+from fxprune.criteria.calibration import BATCHES, GATHER, check_source, held_batches, prepare_source, read
 from fxprune.criteria.catalog import CriterionName, resolve
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.coupling.branches import Branches
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_parameters
-from fxprune.passes.ir.quiet import without_modes
 from fxprune.pipeline import Compilation
 from fxprune.selection.argument_checks import check_word
 from fxprune.selection.depth import free_branches
@@ -26,7 +25,6 @@ from fxprune.selection.options import Attention, DepthCriterion, Options
 
 
 @checked_call()
-@without_modes()
 def calibrate(
     model: nn.Module,
     data: Iterable[Any],
@@ -66,11 +64,17 @@ def calibrate(
         check_source(data, loss)
         if depth_criterion is not None and not callable(depth_criterion):
             check_word("depth_criterion", depth_criterion, [how for how in SCORES if how != "weights"])
-        data = data if depth_criterion is None else list(data)
         spec = resolve(criterion)
         if spec.needs not in GATHER or spec.score_families is not None:
             known = "nothing that could be kept" if spec.runs else "no data"
             raise PruneError(f"the criterion {spec.name} gathers {known}", fix="criterion='wanda', 'flap' or 'token_taylor'")
+        if data is None:
+            raise PruneError(f"the criterion {spec.name} needs data", fix=BATCHES)
+        if example_inputs is None or depth_criterion is not None:
+            data = list(read(data))
+        if example_inputs is None:
+            first = held_batches(data[:1])[0]
+            example_inputs = first.kwargs or first.args
         inputs = ExampleInputs.parse(example_inputs, module).check(module)
         options = Options.parse(module, attention=attention)
         compilation = Compilation(module, inputs, options.coupling)

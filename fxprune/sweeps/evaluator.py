@@ -14,7 +14,7 @@ from torch import nn
 from fxprune.basis.pruning import prune_in_basis
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.errors import PruneError
-from fxprune.passes.ir.module_tree import private_copy, set_mode
+from fxprune.passes.ir.module_tree import copy_tree, named_tensors, own_copy, private_copy, set_mode
 from fxprune.passes.ir.quiet import own_random_state, unobserved
 from fxprune.pipeline import Choice, Compilation
 from fxprune.plan import PlanData, plan_carried
@@ -48,7 +48,8 @@ class Evaluator:
     Arguments:
         model: the original; it is not touched.
         inputs: the example inputs.
-        evaluate: a function of a module, in evaluation mode, that returns a number; higher is better.
+        evaluate: a function of a module, in evaluation mode, that returns a number; higher is better. What it is given is its
+            own: it may train it.
         mending: how candidates are repaired, if they are.
         same_class: as for `prune`.
         measure: whether to time each candidate, in turns with the original.
@@ -81,7 +82,7 @@ class Evaluator:
         """The unpruned model as a point; what `evaluate` raises comes out as `Raised`."""
         with self.alone():
             try:
-                value = finite(self.evaluate(self.whole))
+                value = finite(self.evaluate(copy_tree(self.whole, {id(t): own_copy(t) for _, t in named_tensors(self.whole)})))
             except PruneError:
                 raise
             except Exception as error:

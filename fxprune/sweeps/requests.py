@@ -41,14 +41,15 @@ def requests_of(model: nn.Module, budgets: Any, asked: Mapping[str, Any], eviden
     names = [name for name in VARIED if asked.get(name) is not None]
     alternatives = [listed(name, asked[name]) for name in names]
     rest = {name: value for name, value in asked.items() if name not in names}
-    found: dict[str, Request] = {}
+    found: dict[tuple[Any, ...], Request] = {}
     for values in itertools.product(*alternatives):
         varied = dict(zip(names, values, strict=True))
         for kind, amount in amounts:
             limit = {"ratio": amount} if kind == "ratio" else {"budget": {kind: amount}}
             how = {**limit, **rest, **varied}
             request = request_of(model, how, evidence, [n for n, a in zip(names, alternatives, strict=True) if len(a) > 1])
-            found.setdefault(json.dumps(described(request.options), sort_keys=True), request)
+            functions = [id(v) for v in values if callable(v) and not dataclasses.is_dataclass(v)]  # whose names say little
+            found.setdefault((json.dumps(described(request.options), sort_keys=True), *functions), request)
     return list(found.values())
 
 

@@ -19,7 +19,6 @@ from fxprune.passes.coupling.branches import Branches
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_parameters
 from fxprune.passes.ir.progress import progress_bar
-from fxprune.passes.ir.quiet import without_modes
 from fxprune.pipeline import Compilation
 from fxprune.plan import PlanData
 from fxprune.repairs.request import Repairs
@@ -40,7 +39,6 @@ REPEATS = 20  # proposals in a row that leave the same model as one before: noth
 
 
 @checked_call({name: p for name, p in PASSED.items() if name not in ("criterion", "ranking")})
-@without_modes()
 def search(
     model: nn.Module,
     example_inputs: Any = None,
@@ -108,6 +106,9 @@ def search(
         )
     try:
         with entry_point(model) as model:
+            if start is not None:
+                rotated, plan = start.plan.in_basis(model)
+                plan.check(rotated)
             evaluator, evidence = prepare(model, example_inputs, evaluate, data, loss, repair, same_class, measure)
             request = request_of(model, how, evidence)
             if request.options.budget is None:

@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 from fxprune.arguments import checked_call, shown
 from fxprune.criteria.base import Criterion
-from fxprune.criteria.calibration import check_batches
+from fxprune.criteria.calibration import check_batches, read
 from fxprune.criteria.catalog import CriterionName
 from fxprune.entry_points import entry_point
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.progress import progress_bar
-from fxprune.passes.ir.quiet import without_modes
 from fxprune.repairs.request import RepairRequest, Repairs
 from fxprune.reports.sensitivity import EVALUATE, Raised
 from fxprune.reports.sweep import Sweep
+from fxprune.selection.argument_checks import check_flag
 from fxprune.selection.options import Ranking
 from fxprune.sweeps.evaluator import Evaluator, Request
 from fxprune.sweeps.folder import SweepFolder, weights_of
@@ -30,7 +30,6 @@ SHARED = {name: p for name, p in PASSED.items() if name not in ("criterion", "ra
 
 
 @checked_call(SHARED)
-@without_modes()
 def sweep(
     model: nn.Module,
     example_inputs: Any = None,
@@ -71,7 +70,8 @@ def sweep(
         measure: time each result, in turns with the original.
         same_class: as for `prune`: what `evaluate` is given is then of the model's class.
         folder: where to keep each point once it is done, with its plan. A sweep that was stopped goes on from there if it is
-            asked for again; points that failed are tried again. Data and `evaluate` are taken to be the same.
+            asked for again; points that failed are tried again. Data, `evaluate` and functions as criteria are taken to be
+            the same.
         asked: other arguments of `prune`, the same for all points; `depth`, `attention` and `basis` may be lists.
 
     Returns: the points, printable; a point that cannot be made or evaluated has the reason in place of figures.
@@ -105,12 +105,14 @@ def prepare(
     """What makes points, and the data and the loss that choose them; raises PruneError for what means nothing."""
     if not callable(evaluate):
         raise PruneError(f"evaluate must be a function, not {shown(evaluate)}", fix=EVALUATE)
+    check_flag("same_class", same_class)
+    check_flag("measure", measure)
     if data is not None:
         check_batches(data)
-        data = list(data) if iter(data) is data else data
+        data = list(read(data)) if iter(data) is data else data
     mending = RepairRequest.parse(data is not None if repair is None else repair, data)
     inputs = ExampleInputs.parse(example_inputs, model).check(model)
-    evaluator = Evaluator(model, inputs, evaluate, mending, same_class=bool(same_class), measure=bool(measure))
+    evaluator = Evaluator(model, inputs, evaluate, mending, same_class=same_class, measure=measure)
     return evaluator, {"data": data, "loss": loss}
 
 

@@ -228,3 +228,8 @@ def copy_containers(x: Any) -> Any:
         return {k: copy_containers(v) for k, v in x.items()}
     with attributes_of(x) as held:
         return record(type(x), {name: copy_containers(v) for name, v in held.items()}) if held else x
+
+
+def without_inference(tensor: Tensor) -> Tensor:
+    """A tensor that gradients may be taken with: a copy of one that was made in inference mode."""
+    return tensor.clone() if tensor.is_inference() else tensor
