@@ -6,7 +6,8 @@ random values. No operator has a rule here. Entries of a result are
 
 - *removed* if they change with the removed entries of the operands and with nothing else: they are as constant as those;
 - *mixed* if they change with the removed entries of one operand, those of the others staying what they are, and with kept
-  entries too. Then something that is kept depends on what was removed, and the zeroed model says nothing.
+  entries too. Then something that is kept depends on what was removed, and the zeroed model says nothing. So are they if they
+  change with removed entries of all operands, and what they have of kept ones is only added to that.
 
 An activation of a removed channel that meets weights of zero is not mixed, nor is a product of two removed entries. A sum over
 channels mixes, but zeros add nothing to it: `ADDITIVE` names the operators of which that is true.
@@ -192,11 +193,11 @@ class Probe:
     def check_alone(
         self, base: Sequence[Tensor], results: Sequence[Tensor], marked: Sequence[int], reached: Sequence[Tensor]
     ) -> None:
-        """Raises Mixed where something kept is added to products of removed entries alone, as a mask to the scores of a head."""
-        for i in marked if any(bool(r.any()) for r in reached) else ():
-            reached = [r & ~k for r, k in zip(reached, self.depends_on_kept(base, results, i), strict=True)]
+        """Raises Mixed where something kept is added to products of removed entries alone, as a mask to scores of a head."""
+        for i in marked:
             if not any(bool(r.any()) for r in reached):
                 return
+            reached = [r & ~k for r, k in zip(reached, self.depends_on_kept(base, results, i), strict=True)]
         if any(bool(r.any()) for r in reached):
             raise Mixed(f"{self.name} adds what is kept to removed entries alone")
 

@@ -169,10 +169,15 @@ def means_of_groups_that_share_units():
     return net(forward, a=linear(10, 12), b=linear(3, 20), c=linear(12, 20), head=linear(20, 5)), features()
 
 
-@graph("loss_mse", args=(lambda x, y: F.mse_loss(x, y),), stats=True, targets=AB)
+@graph("loss_mse", args=(F.mse_loss,), stats=True, targets=AB)
 @graph("loss_smooth_l1_summed", args=(lambda x, y: F.smooth_l1_loss(x, y, reduction="sum", beta=0.5),), targets=AB)
 @graph("loss_huber_of_detached", args=(lambda x, y: F.huber_loss(x, y.detach()),), stats=True, targets=AB)
-@graph("loss_cross_entropy_of_truths", args=(lambda x, y: F.binary_cross_entropy(x.sigmoid(), y.sigmoid()),), stats=True, targets=AB)
+@graph(
+    "loss_cross_entropy_of_truths",
+    args=(lambda x, y: F.binary_cross_entropy(x.sigmoid(), y.sigmoid()),),
+    stats=True,
+    targets=AB,
+)
 @graph(
     "loss_cross_entropy_of_truths_by_entry",
     args=(lambda x, y: F.binary_cross_entropy_with_logits(x, y.sigmoid(), pos_weight=1 + y.abs(), reduction="none").sum(1),),
