@@ -115,7 +115,9 @@ def with_tensors(model: nn.Module, tensors: Mapping[str, Tensor | None]) -> nn.M
 
 def left_by_forward(module: nn.Module, plan: PlanData) -> set[str]:
     """Names of tensors that a forward has put on a pruned module: neither the original's nor constants of its program."""
-    known = {*plan.shapes, *(name for name, _ in every_tensor(module))}
+    held = every_tensor(module)
+    original = {id(tensor) for name, tensor in held if name in plan.shapes}
+    known = {*plan.shapes, *(name for name, tensor in held if id(tensor) in original)}
     return {n for n in derived_tensors(module) if n not in known and not n.rpartition(".")[2].startswith("_tensor_constant")}
 
 

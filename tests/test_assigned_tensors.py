@@ -232,3 +232,25 @@ def test_what_a_parent_stores_on_a_module():
     with torch.no_grad():
         x = nn.functional.linear(other, pruned.a.weight, pruned.a.bias)
         torch.testing.assert_close(pruned(other), pruned.b(x * x.mean(-1, keepdim=True)))
+
+
+class Registers(nn.Module):
+    """A table that the first call computes and registers as a buffer of its own: rotary embeddings do."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("rates", torch.linspace(0.1, 1, 8), persistent=False)
+        self.register_buffer("table", None, persistent=False)
+
+    def forward(self, h):
+        if self.table is None:
+            self.register_buffer("table", torch.outer(torch.arange(4.0), self.rates).cos(), persistent=False)
+        return h * self.table
+
+
+def test_a_buffer_that_a_forward_registers_is_no_part_of_what_is_saved(tmp_path):
+    original, x = network(Registers()), torch.randn(4, 4)
+    result = fxprune.prune(original, 0.5, example_inputs=x)
+    wanted = result(x)
+    fxprune.save(result, tmp_path / "a.safetensors")
+    torch.testing.assert_close(fxprune.load(tmp_path / "a.safetensors", original)(x), wanted)

@@ -23,7 +23,7 @@ def pointwise(call: RuleContext) -> list[Labels]:
     outs = call.outputs
     if not outs:
         return []
-    ndim = len(call.shape(outs[0]))
+    ndim = max(len(call.shape(ref)) for ref in (*call.inputs, outs[0]))  # a loss has fewer than what it is for
     merged: Labels = NONE
     shape: tuple[int, ...] = (1,) * ndim
     adds = name_of(call.op.func).rstrip("_") in ADDING

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from fxprune.passes.ir.labels import NONE, Factor, Labels, align, factor
+from fxprune.passes.ir.op_trace import signature
 from fxprune.passes.ir.pytree import TensorRef
 from fxprune.passes.ops.call import OpView, RuleContext, frozen
 from fxprune.passes.ops.masking import (
@@ -195,6 +196,27 @@ def differences(r: RewriteContext, node: fx.Node) -> fx.Node | None:
     return r.graph.call_method("clone", (r.new[node.args[0]],)) if taken == 0 else None  # type: ignore[index]
 
 
+def loss(call: RuleContext) -> Labels:
+    """A number for each pair of entries; their sum or their mean, where that is asked for, has no channels."""
+    terms = pointwise(call)[0]
+    if call["reduction"] == 0:
+        return terms
+    call.constraints.keep_copies(terms)
+    return NONE
+
+
+def masked_loss(run: MaskContext, call: OpView, args: Any, kwargs: Any) -> Tensor:
+    """Of kept entries alone, as a term of two zeros may be anything."""
+    kept = kept_elements(run, args[0]) & kept_elements(run, args[1])
+    args, kwargs = with_value(run, args, kwargs, 0.0)
+    names, _ = signature(call.op.func)
+    terms: Tensor = call.op.func(**dict(zip(names, args, strict=False)) | kwargs | {"reduction": 0})
+    if call["reduction"] == 0:
+        return terms
+    mean, count = kept_mean(terms, kept, range(terms.dim()))
+    return (mean if call["reduction"] == 1 else mean * count).reshape(())
+
+
 with_least, with_greatest, with_ones = filled_with(-math.inf), filled_with(math.inf), filled_with(1.0)
 
 
@@ -292,6 +314,10 @@ register("renorm", OpSpec(renormalise, masked=with_zeros))
 register("cumprod", OpSpec(normalise, masked=with_ones))
 register("topk", OpSpec(ranked, masked=masked_topk))
 register("sort argsort msort", OpSpec(ranked))
+register(
+    "mse_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits",
+    OpSpec(loss, masked=masked_loss),
+)
 register("histc", OpSpec(frozen("is counted by value"), histogram))
 register("glu", OpSpec(glu))
 register("_fft_r2c _fft_c2c _fft_c2r", OpSpec(fft))

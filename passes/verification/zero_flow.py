@@ -6,7 +6,8 @@ random values. No operator has a rule here. Entries of a result are
 
 - *removed* if they change with the removed entries of the operands and with nothing else: they are as constant as those;
 - *mixed* if they change with the removed entries of one operand, those of the others staying what they are, and with kept
-  entries too. Then something that is kept depends on what was removed, and the zeroed model says nothing.
+  entries too. Then something that is kept depends on what was removed, and the zeroed model says nothing. So are they if they
+  change with removed entries of all operands, and what they have of kept ones is only added to that.
 
 An activation of a removed channel that meets weights of zero is not mixed, nor is a product of two removed entries. A sum over
 channels mixes, but zeros add nothing to it: `ADDITIVE` names the operators of which that is true.
@@ -179,13 +180,26 @@ class Probe:
                 self.check_additive(i)
                 if any(bool((r & ~k).any()) for r, k in zip(reached, self.depends_on_kept(base, results, i), strict=True)):
                     raise Mixed(f"{self.name} adds up removed entries alone, and keeps what it makes of them")
-        found = [d & ~v for d, v in zip(self.depends(base, results, marked), varies, strict=True)]
+        together = self.depends(base, results, marked)
+        self.check_alone(base, results, marked, [d & v for d, v in zip(together, varies, strict=True)])
+        found = [d & ~v for d, v in zip(together, varies, strict=True)]
         self.check_absorbed(base, marked, found)
         for at, slot in enumerate(self.written):  # a constant written over a removed entry is gone with it
             mask = self.masks[slot]
             if mask is not None:
                 found[at] |= mask & ~varies[at]
         return found
+
+    def check_alone(
+        self, base: Sequence[Tensor], results: Sequence[Tensor], marked: Sequence[int], reached: Sequence[Tensor]
+    ) -> None:
+        """Raises Mixed where something kept is added to products of removed entries alone, as a mask to scores of a head."""
+        for i in marked:
+            if not any(bool(r.any()) for r in reached):
+                return
+            reached = [r & ~k for r, k in zip(reached, self.depends_on_kept(base, results, i), strict=True)]
+        if any(bool(r.any()) for r in reached):
+            raise Mixed(f"{self.name} adds what is kept to removed entries alone")
 
     def check_absorbed(self, base: Sequence[Tensor], marked: Sequence[int], found: Sequence[Tensor]) -> None:
         """Raises Mixed where a result is constant since a removed entry absorbs kept ones of its operand, as in a product."""

@@ -46,6 +46,20 @@ def multihead_weights_used():
     return net(forward, embed=linear(10, 24), attention=attention, head=linear(24, 5)), tokens()
 
 
+@graph(stats=True, targets=INNER, heads=HINT, min_removed=0.5)
+def multihead_weights_used_under_a_mask():
+    """Where zeros are multiplied, what is added to them is left: the scores of a head that is gone are the mask."""
+
+    def forward(self, x):
+        x = self.embed(x)
+        mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        y, weights = self.attention(x, x, x, attn_mask=mask)
+        return self.head(y), weights
+
+    attention = nn.MultiheadAttention(24, 4, batch_first=True)
+    return net(forward, embed=linear(10, 24), attention=attention, head=linear(24, 5)), tokens()
+
+
 @graph(targets=INNER, heads=HINT, min_removed=0.5)
 def multihead_key_padding_mask():
     def forward(self, x, padding):

@@ -167,3 +167,29 @@ def means_of_groups_that_share_units():
         return self.head(self.b(x.unflatten(1, (3, 4)).mean(2)).relu() + self.c(x).relu())
 
     return net(forward, a=linear(10, 12), b=linear(3, 20), c=linear(12, 20), head=linear(20, 5)), features()
+
+
+@graph("loss_mse", args=(F.mse_loss,), stats=True, targets=AB)
+@graph("loss_smooth_l1_summed", args=(lambda x, y: F.smooth_l1_loss(x, y, reduction="sum", beta=0.5),), targets=AB)
+@graph("loss_huber_of_detached", args=(lambda x, y: F.huber_loss(x, y.detach()),), stats=True, targets=AB)
+@graph(
+    "loss_cross_entropy_of_truths",
+    args=(lambda x, y: F.binary_cross_entropy(x.sigmoid(), y.sigmoid()),),
+    stats=True,
+    targets=AB,
+)
+@graph(
+    "loss_cross_entropy_of_truths_by_entry",
+    args=(lambda x, y: F.binary_cross_entropy_with_logits(x, y.sigmoid(), pos_weight=1 + y.abs(), reduction="none").sum(1),),
+    stats=True,
+    targets=AB,
+)
+def loss_beside_the_result(loss):
+    """As a network that quantizes its code returns how far the code is from the vectors that stand for it."""
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        code = x.tanh() * self.scale
+        return self.b(code).mean((2, 3)), loss(x, code)
+
+    return net(forward, a=conv(3, 12), b=conv(12, 4), scale=nn.Parameter(torch.ones(12, 1, 1))), image()
