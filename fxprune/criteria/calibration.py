@@ -178,8 +178,7 @@ def parse_batch(item: Any) -> Batch:
     inputs, *extra = [dict(part) if isinstance(part, Mapping) else part for part in (item if pair else (item,))]
     named = isinstance(inputs, dict)
     args = () if named else tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
-    given = args, inputs if named else {}, extra or ([inputs] if named else [])
-    args, kwargs, extra = map_tensors(given, without_inference)
+    kwargs, extra = inputs if named else {}, extra or ([inputs] if named else [])
     tensors = collect((args, kwargs), Tensor)
     if collect((args, kwargs), np.ndarray):
         raise PruneError("a batch of data holds an array of NumPy's, not a tensor", fix="torch.from_numpy(array)")
@@ -188,6 +187,7 @@ def parse_batch(item: Any) -> Batch:
     if not tensors:
         raise PruneError(f"a batch of type {type(item).__name__} holds no tensor", fix=BATCHES)
     rows = tensors[0].dim() > 0 and all(t.layout is torch.strided for t in tensors)
+    args, kwargs, extra = map_tensors((args, kwargs, extra), without_inference)
     return Batch(args, kwargs, tuple(extra), tensors[0].shape[0] if rows else 1)
 
 

@@ -18,12 +18,12 @@ from fxprune.passes.ops.unify import unify, vary_alike
 ADDING = frozenset(["aten::add", "aten::sub", "aten::rsub"])
 
 
-def pointwise(call: RuleContext) -> list[Labels]:
-    """One result element from those at the same place, under broadcasting."""
+def pointwise(call: RuleContext, like: TensorRef | None = None) -> list[Labels]:
+    """One result element from those at the same place, under broadcasting; with as many dimensions as `like` or the result."""
     outs = call.outputs
     if not outs:
         return []
-    ndim = max(len(call.shape(ref)) for ref in (*call.inputs, outs[0]))  # a loss has fewer than what it is for
+    ndim = len(call.shape(outs[0] if like is None else like))
     merged: Labels = NONE
     shape: tuple[int, ...] = (1,) * ndim
     adds = name_of(call.op.func).rstrip("_") in ADDING

@@ -198,7 +198,7 @@ def differences(r: RewriteContext, node: fx.Node) -> fx.Node | None:
 
 def loss(call: RuleContext) -> Labels:
     """A number for each pair of entries; their sum or their mean, where that is asked for, has no channels."""
-    terms = pointwise(call)[0]
+    terms = pointwise(call, max(call.inputs, key=lambda ref: len(call.shape(ref))))[0]
     if call["reduction"] == 0:
         return terms
     call.constraints.keep_copies(terms)
