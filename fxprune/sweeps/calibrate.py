@@ -70,20 +70,19 @@ def calibrate(
             raise PruneError(f"the criterion {spec.name} gathers {known}", fix="criterion='wanda', 'flap' or 'token_taylor'")
         if data is None:
             raise PruneError(f"the criterion {spec.name} needs data", fix=BATCHES)
-        if example_inputs is None or depth_criterion is not None:
-            data = list(read(data))
+        batches: Any = list(read(data)) if example_inputs is None or depth_criterion is not None else data
         if example_inputs is None:
-            first = held_batches(data[:1])[0]
+            first = held_batches(batches[:1])[0]
             example_inputs = first.kwargs or first.args
         inputs = ExampleInputs.parse(example_inputs, module).check(module)
         options = Options.parse(module, attention=attention)
         compilation = Compilation(module, inputs, options.coupling)
         solution = compilation.couple()
-        branches = None
+        scores = None
         if depth_criterion is not None:
             found = free_branches(module, Branches(solution.captures, set(named_parameters(module))), options)
-            scores = score_branches(module, solution, found, depth_criterion, "", data, loss, compilation.whole_program)
-            branches = dict(zip([b.name for b in found], scores.tolist(), strict=True))
-        with prepare_source(module, data, loss, spec.name, solution) as source:
+            each = score_branches(module, solution, found, depth_criterion, "", batches, loss, compilation.whole_program)
+            scores = dict(zip([b.name for b in found], each.tolist(), strict=True))
+        with prepare_source(module, batches, loss, spec.name, solution) as source:
             evidence = GATHER[spec.needs](source)
-        return Calibration(criterion, {name: tensor.detach() for name, tensor in evidence.items()}, attention, branches)
+        return Calibration(criterion, {name: tensor.detach() for name, tensor in evidence.items()}, attention, scores)
