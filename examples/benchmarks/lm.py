@@ -41,6 +41,7 @@ WHAT: dict[str, dict[str, Any]] = {
     "depth": {"depth": "only"},
     "FFN + heads + depth": {"only": LAYERS, "depth": True},
 }
+FAMILIES = ("FFN", "FFN + heads", "FFN + heads + depth")  # of each criterion; of the default all of them
 BUDGETS = (0.9, 0.8, 0.7, 0.5)
 MOST = {0.9: 1.3, 0.8: 1.9}  # times the perplexity of the original, after repair without training
 OWN = "loss terms, refitted"  # the default and its repair in plain lines: none of those to be compared with
@@ -101,17 +102,17 @@ def perplexity(model: nn.Module, batches: list[Tensor]) -> float:
     return math.exp(sum(losses) / sum(len(ids) for ids in batches))
 
 
-def seen_by(model: Any, criterion: str, batches: list[Tensor], attention: Any) -> Any:
+def seen_by(model: Any, criterion: str, batches: list[Tensor], attention: Any, depth: Any = None) -> Any:
     """What a criterion saw of the data of calibration, for all budgets: kept in a file of the folder `build`."""
     if criterion == "magnitude":
         return criterion
     tokens = sum(ids.numel() for ids in batches)
-    name = criterion if attention == "heads" else f"{criterion}-{attention}"
+    name = "-".join([criterion, *([attention] if attention != "heads" else []), *([depth] if depth else [])])
     file = HERE.parent.parent / "build" / "lm" / f"{name}-{tokens}-{fxprune.__version__}.safetensors"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         data = [{"input_ids": ids, "labels": ids} for ids in torch.cat(batches).split(1)]  # the logits of one window at a time
-        fxprune.calibrate(model, data, criterion, data[0], attention=attention).save(file)
+        fxprune.calibrate(model, data, criterion, data[0], attention=attention, depth_criterion=depth).save(file)
     return fxprune.Calibration.load(file)
 
 
@@ -119,11 +120,11 @@ def ours(model: Any, batches: list[Tensor], keep: float, criterion: str, what: s
     """Pruned by fxprune; the default is given as a `Calibration` of its criterion, which stands for the data."""
     asked: dict[str, Any] = dict(WHAT[what])
     inputs = {"input_ids": batches[0], "labels": batches[0]}
-    if asked.get("depth"):
-        asked["data"] = [{"input_ids": ids, "labels": ids} for ids in batches]
-    if asked.get("depth") != "only":
-        name, attention = "token_taylor" if criterion == "default" else criterion, asked.get("attention", "heads")
-        asked["criterion"] = seen_by(model, name, batches, attention)
+    name, attention = "token_taylor" if criterion == "default" else criterion, asked.get("attention", "heads")
+    seen = asked["criterion"] = seen_by(model, name, batches, attention)
+    if asked.get("depth") and criterion != "magnitude":  # which has the weights of a branch to go by
+        influence = seen_by(model, "flap", batches, attention, "influence").branches
+        asked["criterion"] = fxprune.Calibration(seen.criterion, seen.evidence, attention, influence)
     if criterion != "default":
         asked["ranking"] = "global"
     return fxprune.prune(model, example_inputs=inputs, params=keep, verify=False, **asked)
@@ -152,6 +153,8 @@ def experiments(
                 def make(k: float = keep, c: str = criterion, w: str = what) -> Iterator[tuple[str, Any]]:
                     small = ours(model, batches, k, c, w)
                     yield "", small
+                    if arguments.raw:
+                        return
                     data = [{"input_ids": ids, "labels": ids} for ids in batches]
                     better = fxprune.repair(model, small, data, method="refit")
                     yield "repaired", better
@@ -169,6 +172,7 @@ def main() -> None:
     parser.add_argument("--criteria", nargs="*", default=list(CRITERIA))
     parser.add_argument("--plain", nargs="*", default=list(PLAIN))
     parser.add_argument("--what", nargs="*", default=list(WHAT))
+    parser.add_argument("--raw", action="store_true", help="neither repair nor train what fxprune prunes")
     parser.add_argument("--steps", type=int, default=200, help="of tuning for each block; 0 for none")
     parser.add_argument("--lora", type=int, default=0, help="steps of a LoRA behind `refit`; 0 for none")
     parser.add_argument("--lessons", type=int, default=0, help="tokens that the LoRA sees; 0 for those of calibration")
@@ -205,7 +209,8 @@ def main() -> None:
     if not done(dense):
         note(dense, model, 0.0)
     trained = "LoRA" if arguments.lora else ""
-    last = {"fxprune": trained or ("tuned" if arguments.steps else "repaired"), "plain": trained}  # what ends a row
+    ends = "" if arguments.raw else trained or ("tuned" if arguments.steps else "repaired")
+    last = {"fxprune": ends, "plain": trained}  # what ends a row
     todo = [e for e in experiments(model, batches, lessons, arguments) if not done({**e[0], "repair": last[e[0]["by"]]})]
     for row, make in tqdm(todo, desc="models"):
         start = time.perf_counter()
@@ -240,7 +245,7 @@ def targets(rows: list[dict[str, Any]], whole: dict[str, Any]) -> list[str]:
                 found += f" (of theirs, not run: {', '.join(missing)})" if missing else ""
             said.append(f"- {keep}, {how}: the best of ours at least 15 % below the best of theirs. {found}.")
     cells = {(r["keep"], r["method"], r["what"]) for r in rows}
-    asked = [(k, c, w) for k in BUDGETS for c in CRITERIA for w in WHAT if w != "depth" or c == "default"]
+    asked = [(k, c, w) for k in BUDGETS for c in CRITERIA for w in (WHAT if c == "default" else FAMILIES)]
     done = sum(cell in cells for cell in asked)
     return [*said, "", f"Of the {len(asked)} pairs of criterion and families at these budgets, {done} were run."]
 
@@ -257,7 +262,9 @@ def page(rows: list[dict[str, Any]]) -> str:
         "`LoRA` is a distillation from the original behind that, without labels, and merged: rank "
         f"{RANK} beside each layer, steps of {WINDOWS} windows,",
         "128 of them on the data of calibration, more of them on windows spread over the same seven eighths, each seen once.",
-        "`all` is a budget and nothing else said: the stream may go, last. `depth` takes whole branches.",
+        "`all` is a budget and nothing else said: the stream may go, last. `depth` takes whole branches, those of least",
+        "influence; beside `magnitude`, which looks at no data, those of the smallest weights. The default is run on all",
+        "families, other criteria on FFN, FFN + heads and FFN + heads + depth.",
         "Seconds are those of a machine shared with other work, where Wanda-sp at 0.8 and query heads were stopped at",
         "times; a later row is without what it shares with an earlier one: of plain methods their statistics, of ours the",
         "scores, which are kept in a file (the default as cut was scored anew).",
