@@ -63,6 +63,27 @@ def test_a_calibration_holds_scores_of_residual_branches(how, tmp_path):
             assert fxprune.plan_of(fxprune.prune(model, criterion=found, **asked)) == wanted
 
 
+class TwoInOne(torch.nn.Module):
+    """Two residual branches of one module, the second of which adds more."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = (torch.nn.Parameter(torch.randn(8, 8) * scale) for scale in (0.1, 1.0))
+        self.last = torch.nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = x + (x @ self.first).relu()
+        return self.last(x + (x @ self.second).relu())
+
+
+def test_branches_of_one_module_have_a_score_each():
+    model, x = TwoInOne(), torch.randn(16, 8)
+    seen = fxprune.calibrate(model, [x], "wanda", x, depth_criterion="influence")
+    assert seen.branches["first"] < seen.branches["second"] and len(seen.branches) == 2
+    assert set(fxprune.plan_of(fxprune.prune(model, 0.5, x, criterion=seen, depth="only")).removed) == {"first"}
+
+
 def test_a_calibration_without_a_branch_says_so(tmp_path):
     model, data = llama(tmp_path / "model", torch.float32), labelled(words(2, 3))
     seen = fxprune.calibrate(model, data, "wanda", IDS | NO_CACHE, depth_criterion="influence")

@@ -32,7 +32,7 @@ class Calibration:
         evidence: what it needs for each parameter, by name, broadcastable to the parameter: norms of the activations that a
             weight multiplies, a gradient, and so on.
         attention: the granularity that it was gathered for, if that is known: losses of a head count for the whole head.
-        branches: the score of each residual branch by its name, if those were asked for.
+        branches: the score of each residual branch, if those were asked for, by the first of the tensors that it has alone.
     """
 
     needs = ""
@@ -99,14 +99,15 @@ class Calibration:
 
     def scores_of(self, branches: Sequence[Branch]) -> np.ndarray:
         """The scores of these residual branches, shape (branches,); raises PruneError for one that it has not seen."""
-        held = self.branches or {}
-        for name in [b.name for b in branches if b.name not in held]:
+        held, keys = self.branches or {}, list(map(key_of, branches))
+        unseen = next((key for key in keys if key not in held), None)
+        if unseen is not None:
             raise PruneError(
                 "the calibration has no score of a residual branch",
-                where=name,
+                where=unseen,
                 fix="fxprune.calibrate with this model and depth_criterion='influence'",
             )
-        return np.array([held[b.name] for b in branches])
+        return np.array([held[key] for key in keys])
 
     def check(self, shapes: Mapping[str, Sequence[int]]) -> None:
         """Raise PruneError unless it was gathered from a model with parameters of these shapes."""
@@ -115,6 +116,11 @@ class Calibration:
             if whole is None or not broadcasts(tensor.shape, whole):
                 what = f"the calibration is of another model: {name} has evidence of shape {tuple(tensor.shape)}"
                 raise PruneError(what, where=name, fix="fxprune.calibrate with this model")
+
+
+def key_of(branch: Branch) -> str:
+    """What tells a residual branch from all others: two in one module have one name, and no tensor in common."""
+    return min(branch.tensors, default=branch.name)
 
 
 def check_path(path: Any) -> None:

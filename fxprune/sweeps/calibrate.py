@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fxprune.arguments import checked_call
 from fxprune.criteria.base import Criterion
 from fxprune.criteria.branches import SCORES, score_branches
-from fxprune.criteria.calibrated import Calibration
+from fxprune.criteria.calibrated import Calibration, key_of
 from fxprune.criteria.calibration import BATCHES, GATHER, check_source, held_batches, prepare_source, read
 from fxprune.criteria.catalog import CriterionName, resolve
 from fxprune.entry_points import entry_point
@@ -82,7 +82,7 @@ def calibrate(
         if depth_criterion is not None:
             found = free_branches(module, Branches(solution.captures, set(named_parameters(module))), options)
             each = score_branches(module, solution, found, depth_criterion, "", batches, loss, compilation.whole_program)
-            scores = dict(zip([b.name for b in found], each.tolist(), strict=True))
+            scores = dict(zip(map(key_of, found), each.tolist(), strict=True))
         with prepare_source(module, batches, loss, spec.name, solution) as source:
             evidence = GATHER[spec.needs](source)
         return Calibration(criterion, {name: tensor.detach() for name, tensor in evidence.items()}, attention, scores)
