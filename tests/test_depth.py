@@ -577,8 +577,8 @@ def test_vectors_go_with_the_layers_that_only_names():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"depth": "all"}, "depth must be True, False or 'only', not 'all'"),
-        ({"depth": 1}, "depth must be True, False or 'only', not 1"),
+        ({"depth": "all"}, "depth must be True, False, 'only' or 'blocks', not 'all'"),
+        ({"depth": 1}, "depth must be True, False, 'only' or 'blocks', not 1"),
         ({"depth_criterion": "taylor"}, "depth_criterion is given without depth"),
         ({"depth": True, "depth_criterion": "taylr"}, "depth_criterion must be one of"),
         ({"depth": True, "depth_criterion": "influence"}, "depth_criterion='influence' looks at data"),

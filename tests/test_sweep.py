@@ -271,7 +271,7 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
         ({"repair": "mend"}, "there is no method 'mend'"),
         ({"data": None, "repair": True}, "repair looks at data, and there are none"),
         ({"widths": 3}, "sweep has no argument 'widths'"),
-        ({"depth": ["deep"]}, "depth must be True, False or 'only', not 'deep'"),
+        ({"depth": ["deep"]}, "depth must be True, False, 'only' or 'blocks', not 'deep'"),
     ],
 )
 def test_what_is_refused(asked, what):

@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("which go (one value or several)")
     group.add_argument("--criterion", metavar="A", nargs="+", help="names, or FILE:NAME of your own")
     group.add_argument("--ranking", metavar="A", nargs="+", help="local, global or isomorphic")
-    group.add_argument("--depth", nargs="+", choices=("no", "yes", "only"), help="whether residual branches go, too")
+    group.add_argument("--depth", nargs="+", choices=("no", "yes", "only", "blocks"), help="whether residual branches go, too")
     group.add_argument("--data", metavar="FILE[:NAME]", help="batches, for criteria and for repair (NAME: data)")
     group.add_argument("--loss", metavar="FILE[:NAME]", help="a function of output and target (NAME: loss)")
     add_coupling_arguments(parser)

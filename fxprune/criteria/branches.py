@@ -2,6 +2,9 @@
 
 - `influence`: 1 - the mean cosine between the stream before and after, along the dimensions of channels, over all samples and
   positions (block influence: Men et al., ShortGPT, arXiv:2403.03853);
+- `token_taylor`: the squared first-order change of the loss at each position, for branches that go together. A term is the sum
+  over channels of activation times gradient (over all places of an image, too); each pair of branches has the sum over samples
+  and positions of the product of their terms, and a set of branches the sum over all pairs;
 - `taylor`: the magnitude of the sum over the branch's output of activation times gradient, the first-order change of the loss;
 - `loss`: the change of the loss without the branch, one forward for each branch and batch;
 - a function of the stream and what is added to it that returns a number, of which the mean over samples counts;
@@ -11,7 +14,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,8 +34,11 @@ from fxprune.passes.errors import PruneError, told
 from fxprune.passes.ir.branches import Branch
 from fxprune.passes.ir.module_tree import named_parameters
 
-SCORES = ("influence", "taylor", "loss", "weights")
+SCORES = ("influence", "token_taylor", "taylor", "loss", "weights")
 Influence = Callable[[Tensor, Tensor], Any]  # of the stream, and what is added to it
+Look = Callable[
+    [int, Tensor, Tensor, Tensor, bool], None
+]  # of a branch, its stream, what it adds, the sum; whether that is all
 
 
 class BranchRun(fx.Interpreter):
@@ -40,18 +46,19 @@ class BranchRun(fx.Interpreter):
 
     Arguments:
         program: flat, with the original's tensors.
-        places: for each branch the node of its addition by name, and which of its operands the branch is.
+        places: of each addition the node by name, the place of its branch among the branches, and which operand the branch is.
 
     Attributes:
-        looks: what is called at an addition, by branch.
+        looks: what is called at an addition; see `Look`.
         without: a branch to leave out.
     """
 
-    def __init__(self, program: fx.GraphModule, places: Sequence[tuple[str, int]]) -> None:
+    def __init__(self, program: fx.GraphModule, places: Sequence[tuple[str, int, int]]) -> None:
         super().__init__(program)
         self.extra_traceback = False  # errors are said without the node
-        self.at = {name: (i, which) for i, (name, which) in enumerate(places)}
-        self.looks: Callable[[int, Tensor, Tensor, Tensor], None] | None = None
+        self.at = {name: (i, which) for name, i, which in places}
+        self.last = {i: name for name, i, _ in places}
+        self.looks: Look | None = None
         self.without: int | None = None
         self.arguments: Mapping[str, Any] = {}
         self.given: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
@@ -81,7 +88,7 @@ class BranchRun(fx.Interpreter):
         branch, stream = operands[which], operands[1 - which]
         out = stream.clone() if self.without == i else stream + branch
         if self.looks is not None:
-            self.looks(i, stream, branch, out)
+            self.looks(i, stream, branch, out, self.last[i] == node.name)
         return out
 
 
@@ -97,8 +104,8 @@ class BranchRuns:
 
     def __init__(self, model: nn.Module, solution: Solution, branches: Sequence[Branch], program: WholeProgram) -> None:
         self.model, self.branches, self.program = model, branches, program
-        self.runs = [BranchRun(program(None)[1], places_of(solution, branches))]
-        self.looks: Callable[[int, Tensor, Tensor, Tensor], None] | None = None
+        self.runs = [BranchRun(program(None)[1], places_of(solution, [b.parts or (b,) for b in branches]))]
+        self.looks: Look | None = None
         self.without: int | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -114,21 +121,29 @@ class BranchRuns:
         """A program for other arguments; raises PruneError where a branch does not run with them."""
         solution, program = self.program(inputs)
         known = {b.parameters: b for b in Branches(solution.captures, set(named_parameters(self.model))).found}
-        for branch in self.branches:
+        for branch in (part for b in self.branches for part in b.parts or (b,)):
             if branch.parameters not in known:
                 raise PruneError(
                     "a residual branch of the example inputs does not run with the arguments of a batch of data",
                     where=branch.name,
                     fix="example_inputs with the keywords of the batches, or depth_criterion='weights'",
                 )
-        return BranchRun(program, places_of(solution, [known[b.parameters] for b in self.branches]))
+        parts = [[known[part.parameters] for part in b.parts or (b,)] for b in self.branches]
+        return BranchRun(program, places_of(solution, parts))
 
 
-def places_of(solution: Solution, branches: Sequence[Branch]) -> list[tuple[str, int]]:
-    """For each branch the node of its addition by name, in evaluation mode, and which of its operands the branch is."""
+def additions(solution: Solution, parts: Sequence[Branch]) -> list[tuple[fx.Node, fx.Node]]:
+    """The additions of some branches in evaluation mode, in the order in which they run, and the stream of each."""
     capture = solution.captures[0]
-    found = [next((a, s) for a, s in b.cuts.items() if capture.only.get(a, False) is False) for b in branches]
-    return [(add.name, 1 - add.all_input_nodes.index(stream)) for add, stream in found]
+    cuts = {add: stream for part in parts for add, stream in part.cuts.items()}
+    found = [(add, stream) for add, stream in cuts.items() if add in capture.index and not capture.only.get(add, False)]
+    return sorted(found, key=lambda pair: capture.index[pair[0]])
+
+
+def places_of(solution: Solution, branches: Sequence[Sequence[Branch]]) -> list[tuple[str, int, int]]:
+    """The additions of all branches, each in its parts, as `BranchRun` takes them."""
+    found = [(i, *pair) for i, parts in enumerate(branches) for pair in additions(solution, parts)]
+    return [(add.name, i, 1 - add.all_input_nodes.index(stream)) for i, add, stream in found]
 
 
 def score_branches(
@@ -141,7 +156,7 @@ def score_branches(
     loss: Any,
     program: WholeProgram,
 ) -> np.ndarray:
-    """The score of each branch, lowest where it matters least, shape (branches,).
+    """The score of each branch, lowest where it matters least, shape (branches,); by `token_taylor` of each pair, as a matrix.
 
     Arguments:
         model: the original.
@@ -157,12 +172,14 @@ def score_branches(
     if how == "weights":
         return by_weights(model, branches, criterion)
     capture = solution.captures[0]
+    parameters = named_parameters(model)
     dims: list[list[int]] = []
     for branch in branches:
-        stream = next(s for a, s in branch.cuts.items() if capture.only.get(a, False) is False)
-        ref = capture.results[stream]
+        ref = capture.results[additions(solution, branch.parts or (branch,))[0][1]]
         held = {d for f in solution.values[0].get(ref.id, ()) for d in f.dims}
-        dims.append(sorted(held) or [len(capture.op_trace.shape(ref)) - 1])
+        ndim = len(capture.op_trace.shape(ref))  # of a stream that is frozen nothing says which dimension channels are
+        kernels = ndim > 2 and any(parameters[name].dim() == ndim for name in branch.parameters)
+        dims.append(sorted(held) or [1 if kernels else ndim - 1])
     label = how if isinstance(how, str) else getattr(how, "__name__", type(how).__name__)
     with prepare_source(model, data, loss, label, solution) as source:
         run: Any = BranchRuns(model, solution, branches, program)
@@ -172,6 +189,8 @@ def score_branches(
             return found.by_loss()
         if how == "taylor":
             return found.by_gradient()
+        if how == "token_taylor":
+            return found.by_terms(dims)
         if isinstance(how, str):
             return found.by_function(lambda i, stream, added: influence(stream, stream + added, dims[i]))
         return found.by_function(lambda i, stream, added: checked(how, stream, added, label))
@@ -192,10 +211,16 @@ class Scores:
         return batch
 
     def by_function(self, function: Callable[[int, Tensor, Tensor], float]) -> np.ndarray:
-        size = 0
+        size, begun = 0, dict[int, Tensor]()
 
-        def look(i: int, stream: Tensor, branch: Tensor, out: Tensor) -> None:
-            self.total[i] += size * function(i, stream, branch)
+        def look(i: int, stream: Tensor, added: Tensor, out: Tensor, last: bool) -> None:
+            if not last:
+                begun.setdefault(i, stream.clone())
+                return
+            first = begun.pop(i, None)
+            if first is not None and first.shape == out.shape:
+                stream, added = first, out - first
+            self.total[i] += size * function(i, stream, added)
 
         self.run.looks = look
         with torch.no_grad():
@@ -205,21 +230,40 @@ class Scores:
         return self.mean()
 
     def by_gradient(self) -> np.ndarray:
-        seen: dict[int, tuple[Tensor, Tensor]] = {}
+        for size, i, branch, gradient in (found for batch in self.gradients() for found in batch):
+            self.total[i] += size * float((gradient.double() * branch.double()).sum())
+        return np.abs(self.mean())
 
-        def look(i: int, stream: Tensor, branch: Tensor, out: Tensor) -> None:
-            seen[i] = branch.detach(), out
+    def by_terms(self, dims: Sequence[Sequence[int]]) -> np.ndarray:
+        """Terms at positions of different streams are not of one thing: branches there have no score together."""
+        found = np.zeros((len(self.total), len(self.total)))
+        for batch in self.gradients():
+            like: dict[int, dict[int, Tensor]] = {}
+            for size, i, branch, gradient in batch:
+                along = dims[i] if list(dims[i]) == [branch.dim() - 1] else range(1, branch.dim())  # positions, or whole images
+                terms = (wide(branch) * wide(gradient) * size).double().sum(list(along)).flatten()
+                mine = like.setdefault(len(terms), {})
+                mine[i] = mine[i] + terms if i in mine else terms
+            for mine in like.values():
+                rows = torch.stack(list(mine.values()))
+                found[np.ix_(list(mine), list(mine))] += (rows @ rows.T).cpu().numpy()
+        return found
+
+    def gradients(self) -> Iterator[list[tuple[int, int, Tensor, Tensor]]]:
+        """Of each batch, for each addition: the batch's size, the branch, what it adds, the gradient of the loss at the sum."""
+        seen: list[tuple[int, Tensor, Tensor]] = []
+
+        def look(i: int, stream: Tensor, branch: Tensor, out: Tensor, last: bool) -> None:
+            seen.append((i, branch.detach(), out))
 
         self.run.looks = look
         for batch in self.source.batches():
             seen.clear()
             value = self.source.value(self.each(batch))
-            learned = {i: pair for i, pair in seen.items() if pair[1].requires_grad}
-            found = torch.autograd.grad(value, [out for _, out in learned.values()], allow_unused=True)
-            for (i, (branch, _)), gradient in zip(learned.items(), found, strict=True):
-                if gradient is not None:
-                    self.total[i] += batch.size * float((gradient.double() * branch.double()).sum())
-        return np.abs(self.mean())
+            learned = [found for found in seen if found[2].requires_grad]
+            found = torch.autograd.grad(value, [out for *_, out in learned], allow_unused=True)
+            pairs = zip(learned, found, strict=True)
+            yield [(batch.size, i, branch, gradient) for (i, branch, _), gradient in pairs if gradient is not None]
 
     def by_loss(self) -> np.ndarray:
         for batch in self.source.batches():

@@ -41,7 +41,7 @@ def ways_of(model: nn.Module, first: Options, asked: Mapping[str, Any]) -> dict[
         asked: the arguments of `prune`.
     """
     ways, depth = {FIRST: Way(first, {})}, asked["depth"]
-    if first.budget is None or depth == "only" or any(asked[name] for name in OPEN + ELSE) or not is_cheap(model):
+    if first.budget is None or not first.narrows or any(asked[name] for name in OPEN + ELSE) or not is_cheap(model):
         return ways
     scaled = any(isinstance(module, _BatchNorm) and module.affine for module in walk(model))
     others: dict[str, dict[str, Any]] = {c: {"criterion": c, **HOW} for c in CRITERIA if scaled or c != "bn_scale"}

@@ -123,10 +123,11 @@ class Allocator:
                 grown = whole**2 * np.diff(1 / np.maximum(whole - lost, 1e-9 * whole)) / taken
                 found.importance[1:] = np.where(steps < 0, steps, np.maximum.accumulate(grown)).tolist()
 
-    def weigh(self, cost: Callable[[Sequence[int]], float]) -> list[float]:
+    def weigh(self, cost: Callable[[Sequence[int]], float], left: Callable[[Slicer], float]) -> list[float]:
         """Divide the importance of every step by what its units cost (the mean of its group's), if costs count.
 
-        Units that cost nothing go last. `cost` is that of what is left at some levels. Returns what a unit of each group costs.
+        Units that cost nothing go last. `cost` is that of what is left at some levels, `left` that of what any slicer leaves.
+        Returns what a unit of each group costs.
         """
         whole, prices = cost([0] * len(self.candidates)) if self.weighs_cost else 0.0, [1.0] * len(self.candidates)
         for i, found in enumerate(self.candidates):

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from fxprune.arguments import did_you_mean, is_number, number, shown
+from fxprune.criteria.branches import SCORES
 from fxprune.passes.errors import PruneError
 from fxprune.selection.names import paths_of
 
@@ -96,3 +97,15 @@ def released(release: Any) -> tuple[str, ...]:
     if not isinstance(globs, list | tuple) or not all(isinstance(glob, str) for glob in globs):
         raise PruneError(f"release must be globs over names of outputs, not {shown(release)}", fix="release='hidden_states'")
     return tuple(globs)
+
+
+def check_depth(depth: Any, how: Any, data: Any) -> None:
+    """Raise PruneError for what means nothing with residual branches; `how` is the `depth_criterion`."""
+    if not isinstance(depth, bool) and not is_one_of(depth, ("only", "blocks")):
+        raise PruneError(f"depth must be True, False, 'only' or 'blocks', not {depth!r}", fix="depth='only'")
+    if how is not None and not depth:
+        raise PruneError("depth_criterion is given without depth", fix="depth=True, or depth='only'")
+    if isinstance(how, str) or not (how is None or callable(how)):
+        check_word("depth_criterion", how, SCORES)
+    if how not in (None, "weights") and data is None:
+        raise PruneError(f"depth_criterion={how!r} looks at data", fix="data=[(images, labels), ...]")

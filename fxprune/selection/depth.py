@@ -1,7 +1,8 @@
 """Select residual branches, alone or with the units of families, within one ratio or budget.
 
-A model's branches are one more group of candidates, lowest scores first. By a local ranking it loses the share that every
-family loses; by a global one branches compete with units, by scores that are scaled to the mean of theirs.
+A model's branches are one more group of candidates. By a ratio those with the lowest scores go, for a budget those with the
+lowest scores for what they cost. By a local ranking the group loses the share that every family loses; by a global one branches
+compete with units.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch import Tensor, fx, nn
 
 from fxprune.criteria.branches import WholeProgram, score_branches
 from fxprune.criteria.calibrated import Calibration
+from fxprune.criteria.calibration import CONTRIBUTIONS, EVIDENCE_OF_INPUTS
+from fxprune.criteria.catalog import resolve
 from fxprune.passes.coupling.branches import Branches
 from fxprune.passes.coupling.families import Family
 from fxprune.passes.coupling.solution import Solution
@@ -22,12 +25,12 @@ from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.branches import Branch
 from fxprune.passes.ir.module_tree import named_modules, named_parameters
 from fxprune.passes.ir.slices import Slicer
-from fxprune.selection.allocation import FLOOR, Allocator, matches
+from fxprune.selection.allocation import FLOOR, FREE, Allocator, matches
 from fxprune.selection.budgets import Budget
 from fxprune.selection.candidates import Candidates, Group
 from fxprune.selection.costs import Costs
 from fxprune.selection.latency import LatencyProbe
-from fxprune.selection.names import NOT_ALL_IN
+from fxprune.selection.names import NOT_ALL_IN, block_chains
 from fxprune.selection.options import Options
 from fxprune.selection.select import allocate_by_latency, check_effect, meet_budget, score_families
 
@@ -45,7 +48,7 @@ class DepthAllocator(Allocator):
     Arguments:
         free, score, solution, options: as for `Allocator`.
         branches: of the model.
-        groups: branches that lose the same share, lowest scores first, with their scores and the share.
+        groups: branches that lose the same share, with their scores and the share.
         round_to: in place of that of `options`.
     """
 
@@ -60,33 +63,64 @@ class DepthAllocator(Allocator):
         round_to: int | None = None,
     ) -> None:
         super().__init__(free, score, solution, options, round_to=round_to)
-        self.branches, self.lists = branches, [found for found, _, _ in groups]
+        self.branches, self.groups, self.options = branches, groups, options
+        self.lists: list[list[Branch]] = [[] for _ in groups]
         self.names += [BRANCHES] * len(groups)
         self.widths = len(self.candidates)
         floor = (FLOOR if options.competes else 0.0) if options.floor is None else options.floor
-        steps = [step for steps in self.scores for step in steps]
-        for found, scores, share in groups:
+        for which, (found, _, share) in enumerate(groups):
             most = min(len(found), int((1 - floor) * len(found) + 1e-9))
-            scale = 1.0
-            if options.ranking == "global" and steps and float(np.abs(scores).mean()) > 0:
-                scale = float(np.mean(steps)) / float(np.abs(scores).mean())
-            group = Group([(-1, np.arange(len(found)))], share)
-            levels = list(range(most + 1))
-            importance = [0.0, *(scores[:most] * scale).tolist()]
-            self.candidates.append(Candidates(group, lambda level: np.zeros(0, np.int64), levels, importance))
+            group, levels = Group([(-1, np.arange(len(found)))], share), list(range(most + 1))
+            self.candidates.append(Candidates(group, lambda level: np.zeros(0, np.int64), levels, [0.0] * len(levels)))
+            self.order(which, np.ones(len(found)))
             if options.ranking == "global" and self.rivals and options.scopes is None and len(groups) == 1:
                 self.rivals[0].append(len(self.candidates) - 1)
             else:
                 self.rivals.append([len(self.candidates) - 1])
 
-    def weigh(self, cost: Callable[[Sequence[int]], float]) -> list[float]:
-        """Likewise; what branches cost is worth as much as what units do, since their scores have no scale of their own."""
-        prices, units = super().weigh(cost), self.candidates[: self.widths]
+    def order(self, which: int, prices: np.ndarray, worth: float | None = None) -> None:
+        """Order the branches of a group by their scores for a price of each.
+
+        Arguments:
+            which: of the groups.
+            prices: what each of its branches costs.
+            worth: what one unit of price is worth to the rivals; by default what the mean branch is by the mean step of theirs.
+        """
+        found, scores, _ = self.groups[which]
+        order, importance = removal_order(scores, prices / prices.mean())
+        if self.options.speeds is not None:
+            speeds = self.options.speeds
+            place = {i: (k + 1) / speeds.get(speed_name(found[i]), 1.0) for k, i in enumerate(order)}
+            order.sort(key=place.__getitem__)
+        self.lists[which] = [found[i] for i in order]
+        own = np.diag(scores) if scores.ndim == 2 else scores
+        steps = [step for steps in self.scores for step in steps]
+        scale = 1.0
+        if worth is not None:
+            scale = worth / (float(np.abs(own).mean()) or 1.0)
+        elif self.options.ranking == "global" and steps and float(np.abs(importance).mean()) > 0:
+            scale = float(np.mean(steps)) / float(np.abs(importance).mean())
+        held = self.candidates[self.widths + which]
+        held.importance[1:] = (importance[: len(held.count) - 1] * scale).tolist()
+
+    def weigh(self, cost: Callable[[Sequence[int]], float], left: Callable[[Slicer], float]) -> list[float]:
+        """Likewise, and order branches by their scores for what they cost.
+
+        Terms of the loss are on one scale with those of units. Other scores of branches have no scale of their own: what all of
+        them cost is worth as much as it is to units.
+        """
+        prices, units = super().weigh(cost, left), self.candidates[: self.widths]
+        whole = cost([0] * len(self.candidates))
         worth = sum(float(np.maximum(self.score[mine], 0).sum()) for c in units for _, mine in c.group.strata)
         spent = sum(c.total * price for c, price in zip(units, prices, strict=False))
-        for found in self.candidates[self.widths :] if self.weighs_cost and worth > 0 and spent > 0 else ():
-            mean = float(np.abs(found.importance[1:]).mean()) if found.count[-1] else 0.0
-            found.importance[:] = [value * worth / spent / (mean or 1.0) for value in found.importance]
+        everything = torch.ones(len(self.solution.unit_of), dtype=torch.bool)
+        for which, (found, scores, _) in enumerate(self.groups):
+            each = [left(self.solution.complete(Slicer(everything, self.branches.remove([b])))) for b in found]
+            price = np.maximum(whole - np.array(each), FREE * whole)
+            if self.options.weighs and scores.ndim == 2:
+                self.order(which, price, float(np.abs(np.diag(scores)).sum() / price.sum()))
+            else:
+                self.order(which, price, worth / spent if self.weighs_cost and worth > 0 and spent > 0 else None)
         return prices
 
     def lost(self, group: int, level: int) -> Collection[fx.Node]:
@@ -113,7 +147,7 @@ def select_with_depth(
     """
     branches = Branches(solution.captures, set(named_parameters(model)))
     found = free_branches(model, branches, options)
-    how = options.depth_criterion or ("weights" if options.data is None else "influence")
+    how = options.depth_criterion or default_criterion(options)
     evidence, seen = (options.criterion, options.data, options.loss, program), options.criterion
     if options.depth_criterion is None and isinstance(seen, Calibration) and seen.branches is not None:
         scores = seen.scores_of(found)
@@ -121,9 +155,9 @@ def select_with_depth(
         scores = options.scored(solution, "branches", lambda: score_branches(model, solution, found, how, *evidence))
     scores = scores if options.combine is None else options.combine(scores)
     if not np.isfinite(scores).all():
-        name = found[int(np.flatnonzero(~np.isfinite(scores))[0])].name
+        name = found[int(np.argwhere(~np.isfinite(scores))[0, 0])].name
         raise PruneError("the score of a residual branch is not finite", where=name, fix="look for NaN among its parameters")
-    if options.depth == "only":
+    if not options.narrows:
         free, score = list[Family](), np.zeros(len(solution.unit_of))
     else:
         free, score = score_families(model, solution, options)
@@ -136,7 +170,7 @@ def select_with_depth(
         slicer = allocate_by_latency(make, costs, options, probe)[1]
     else:
         slicer = give_back(meet_budget(options.budget, allocator, costs)[1], branches, options.budget, costs)
-    if not slicer.removed and options.depth == "only" and options.budget is None:
+    if not slicer.removed and not options.narrows and options.budget is None:
         least = f"ratio={math.ceil(100 / len(found)) / 100:g} or more"
         fix = least if options.floor is None else "a larger ratio, or a lower floor"
         raise PruneError(
@@ -144,10 +178,18 @@ def select_with_depth(
             where=type(model).__name__,
             fix=fix if len(found) > 1 else "a budget, such as params=; a ratio leaves the only one",
         )
-    if not slicer.removed and options.depth != "only":
+    if not slicer.removed and options.narrows:
         check_effect(model, free, score, solution, options, slicer.kept)
     kept = without_idle(solution, slicer)
     return kept, Slicer(kept, slicer.removed)
+
+
+def default_criterion(options: Options) -> str:
+    """How branches are ranked where nothing is asked for: by the loss, where there is one."""
+    if options.data is None:
+        return "weights"
+    reads_loss = resolve(options.criterion).needs not in ("", *EVIDENCE_OF_INPUTS, CONTRIBUTIONS)
+    return "token_taylor" if reads_loss or options.loss is not None else "influence"
 
 
 def give_back(slicer: Slicer, branches: Branches, budget: Budget, costs: Costs) -> Slicer:
@@ -172,10 +214,14 @@ def free_branches(model: nn.Module, branches: Branches, options: Options) -> lis
     within = tuple(f"{text[:-1]}." for text in options.coupling.frozen if text.endswith("/"))
     inside = [b for b in branches.found if b.tensors - set(named) or not b.tensors]
     found = [b for b in inside if not frozen & b.tensors and not any(name.startswith(within) for name in b.tensors)]
-    if found:
+    if found and options.depth != "blocks":
         return found
+    if blocks := whole_blocks(model, branches, found):
+        return blocks
     opaque = branches.captures[0].opaque
-    if branches.found:
+    if found:
+        why, fix = "no block of a list of blocks is made of residual branches that may go", "depth='only'"
+    elif branches.found:
         one = branches.found[0]
         held = next(
             (n for n in sorted(one.tensors) if n in frozen or n.startswith(within)), next(iter(sorted(one.tensors)), "")
@@ -191,8 +237,18 @@ def free_branches(model: nn.Module, branches: Branches, options: Options) -> lis
     raise PruneError(f"nothing can be removed by depth: {why}", where=type(model).__name__, fix=fix)
 
 
+def whole_blocks(model: nn.Module, branches: Branches, free: Sequence[Branch]) -> list[Branch]:
+    """All branches of each block as one, where all of them are free; what lies in no list of blocks is none."""
+    blocks = []
+    for path in (path for chain in block_chains(model) for path in chain):
+        mine = [b for b in branches.found if b.tensors and all(name.startswith(f"{path}.") for name in b.tensors)]
+        if mine and all(b in free for b in mine):
+            blocks.append(branches.join(path, mine))
+    return blocks
+
+
 def grouped(found: Sequence[Branch], scores: np.ndarray, options: Options) -> list[tuple[list[Branch], np.ndarray, float]]:
-    """The branches by the share that goes of them, lowest scores first."""
+    """The branches by the share that goes of them, with their scores."""
     shares: dict[object, list[int]] = {}
     for i, branch in enumerate(found):
         if options.budget is not None or not isinstance(options.ratio, Mapping):
@@ -202,17 +258,36 @@ def grouped(found: Sequence[Branch], scores: np.ndarray, options: Options) -> li
         shares.setdefault(key, []).append(i)
     groups = []
     for key, mine in shares.items():
-        ordered = sorted(mine, key=lambda i: float(scores[i]))
-        if options.speeds is not None:
-            place = {i: (k + 1) / options.speeds.get(speed_name(found[i]), 1.0) for k, i in enumerate(ordered)}
-            ordered.sort(key=place.__getitem__)
         if options.budget is not None:
             share = 1.0
         else:
             share = options.ratio.get(str(key), 0.0) if isinstance(options.ratio, Mapping) else options.ratio
         if share > 0:
-            groups.append(([found[i] for i in ordered], scores[ordered], float(share)))
+            groups.append(([found[i] for i in mine], scores[np.ix_(*[mine] * scores.ndim)], float(share)))
     return groups
+
+
+def removal_order(scores: np.ndarray, prices: np.ndarray) -> tuple[list[int], np.ndarray]:
+    """The order in which branches go, and what each step adds to their score for its price; later steps add no less.
+
+    Arguments:
+        scores: of each branch, shape (branches,), or of each pair, shape (branches, branches): a set has the sum of its rows
+            and columns as its score, and the branch goes next that adds least.
+        prices: what each branch costs, shape (branches,).
+    """
+    if scores.ndim == 1:
+        each = scores / prices
+        order = np.argsort(each, kind="stable")
+        return order.tolist(), each[order]
+    left, found, steps = np.ones(len(scores), bool), list[int](), list[float]()
+    adds = np.diag(scores).copy()
+    while left.any():
+        each = np.where(left, adds / prices, np.inf)
+        found.append(int(each.argmin()))
+        steps.append(float(each[found[-1]]))
+        left[found[-1]] = False
+        adds += 2 * scores[found[-1]]
+    return found, np.maximum.accumulate(steps)
 
 
 def without_idle(solution: Solution, slicer: Slicer) -> Tensor:

@@ -89,6 +89,11 @@ class LatencyModel:
                 times = times * interpolate(found.count[level], [found.count[k] for k in at], factors)
         return float(times.sum())
 
+    def without(self, slicer: Slicer) -> float:
+        """Seconds without the residual branches that a slicer removes."""
+        gone = {self.costs.solution.captures[0].index.get(node) for node in slicer.removed.nodes}
+        return float(self.base[[op.node not in gone for op in self.calls]].sum())
+
     def of_each(self, slicers: Sequence[Slicer], clock: Callable[..., list[list[float]]]) -> list[float]:
         """Seconds of one forward with what each of some choices leaves.
 

@@ -58,7 +58,7 @@ def meet_latency(budget: Budget, allocator: Allocator, costs: Costs, probe: Late
         probe.found = measure([0])[0]
         return kept[0]
     model = LatencyModel(allocator.candidates, costs, probe.device, probe.seconds, total, allocator.lost)
-    allocator.weigh(model)
+    allocator.weigh(model, model.without)
     order = allocator.order_steps()
     predict = lambda steps: model(levels_after(allocator.candidates, order[:steps]))  # noqa: E731
     steps, found = bracket_budget(budget, share, len(order), predict, measure)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from fxprune.arguments import is_number, number, shown
 from fxprune.criteria.base import Criterion
-from fxprune.criteria.branches import SCORES
 from fxprune.criteria.calibrated import Calibration
 from fxprune.criteria.calibration import read
 from fxprune.criteria.catalog import CriterionName, resolve
@@ -28,6 +27,7 @@ from fxprune.passes.ir.module_tree import named_modules, named_parameters, named
 from fxprune.passes.ir.quiet import gc_paused
 from fxprune.selection.argument_checks import (
     check_alone,
+    check_depth,
     check_experts,
     check_flag,
     check_word,
@@ -45,11 +45,11 @@ Scopes = Mapping[str, str | Sequence[str]]
 Freeze = Names
 Attention = Literal["heads", "queries", "dims"]
 Verify = bool | Literal["auto"]
-Depth = bool | Literal["only"]
+Depth = bool | Literal["only", "blocks"]
 Experts = bool | Literal["only"]
 Ranking = Literal["local", "global", "isomorphic"]
 Basis = Literal["principal"]
-DepthCriterion = Literal["influence", "taylor", "loss", "weights"] | Callable[[Tensor, Tensor], Any]
+DepthCriterion = Literal["influence", "token_taylor", "taylor", "loss", "weights"] | Callable[[Tensor, Tensor], Any]
 BudgetName = Literal["params", "macs", "memory", "latency"]
 
 DEFAULT_RATIO = 0.5
@@ -243,6 +243,11 @@ class Options:
         return self.memo(solution, (what, which, self.depth_criterion, aim), score)
 
     @property
+    def narrows(self) -> bool:
+        """Whether anything but residual branches may go."""
+        return isinstance(self.depth, bool)
+
+    @property
     def competes(self) -> bool:
         """Whether families compete for what stays."""
         return self.ranking != "local" or self.scopes is not None or self.budget is not None
@@ -302,7 +307,7 @@ def check_values(options: Options) -> None:
         check_word("basis", options.basis, ("principal",))
         if options.data is None:
             raise PruneError("basis='principal' looks at data", fix="data=[(images, labels), ...]; labels are not needed")
-    check_depth(options)
+    check_depth(options.depth, options.depth_criterion, options.data)
     if floor is not None and (not is_number(floor) or not 0 <= floor <= 1):
         raise PruneError(f"floor must be a number in [0, 1], not {shown(floor)}", fix="floor=0.1 keeps a tenth")
     globs = list(scopes.values()) if isinstance(scopes, Mapping) else []
@@ -312,19 +317,6 @@ def check_values(options: Options) -> None:
         what = f"scopes must name globs, not {shown(scopes)}"
         raise PruneError(what, fix="scopes={'early': ['layer1', 'layer2']}")
     resolve(options.criterion)
-
-
-def check_depth(options: Options) -> None:
-    """Raise PruneError for what means nothing with residual branches."""
-    how = options.depth_criterion
-    if not isinstance(options.depth, bool) and not is_one_of(options.depth, ("only",)):
-        raise PruneError(f"depth must be True, False or 'only', not {options.depth!r}", fix="depth='only'")
-    if how is not None and not options.depth:
-        raise PruneError("depth_criterion is given without depth", fix="depth=True, or depth='only'")
-    if isinstance(how, str) or not (how is None or callable(how)):
-        check_word("depth_criterion", how, SCORES)
-    if how not in (None, "weights") and options.data is None:
-        raise PruneError(f"depth_criterion={how!r} looks at data", fix="data=[(images, labels), ...]")
 
 
 def check_globs(model: nn.Module, options: Options) -> None:

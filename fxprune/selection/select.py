@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -267,7 +268,8 @@ def meet_budget(budget: Budget, allocator: Allocator, costs: Costs) -> tuple[Ten
     """
     original = budget.cost(costs)
     limit = budget.limit(original)
-    allocator.weigh(lambda levels: budget.cost(costs, allocator.apply(levels)[1]))
+    left = functools.partial(budget.cost, costs)
+    allocator.weigh(lambda levels: left(allocator.apply(levels)[1]), left)
 
     def attempt(levels: Sequence[int]) -> Attempt:
         kept, slicer = allocator.apply(levels)

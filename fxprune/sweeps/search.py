@@ -222,7 +222,7 @@ class Searcher:
             chooser = Chooser(Compilation(model, self.evaluator.inputs, options.coupling))
         choice = chooser.compilation.choice_of(plan)
         kept, shares = choice.kept.numpy(), dict[str, float]()
-        if options.depth != "only":
+        if options.narrows:
             options = dataclasses.replace(options, memo=chooser.memo)
             allocator = Allocator(*score_families(model, chooser.solution, options), chooser.solution, options)
             for name, found in zip(allocator.names, allocator.candidates, strict=True):

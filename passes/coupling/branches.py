@@ -67,6 +67,12 @@ class Branches:
         removed = {tensors: self.remove([Branch("", tensors, cut, tensors)]) for tensors, cut in cuts.items()}
         return [Branch(self.name(tensors, gone), gone.tensors, cuts[tensors], tensors) for tensors, gone in removed.items()]
 
+    def join(self, name: str, parts: Sequence[Branch]) -> Branch:
+        """Several branches as one."""
+        cuts = {add: stream for part in parts for add, stream in part.cuts.items()}
+        parameters = frozenset[str]().union(*(part.parameters for part in parts))
+        return Branch(name, self.remove(parts).tensors, cuts, parameters, tuple(parts))
+
     def candidates(self, which: int) -> dict[frozenset[str], dict[fx.Node, fx.Node]]:
         """The additions of one mode of a program with the stream of each, by the parameters that run for the other operand."""
         view, whole, read = self.views[which], self.whole[which], self.read[which]

@@ -10,19 +10,21 @@ from torch import fx
 
 @dataclass(frozen=True, eq=False)
 class Branch:
-    """A residual branch.
+    """A residual branch, or several that go together.
 
     Attributes:
         name: the innermost module that all its parameters are in, or the largest that is all its own where others are in there.
         tensors: names of the model's tensors that run for its sake alone; no two branches have the same.
         cuts: its additions, in the programs and modes that run it, and the other operand of each.
         parameters: those of the tensors that are learned.
+        parts: the branches that it is made of, where it is several.
     """
 
     name: str
     tensors: frozenset[str]
     cuts: Mapping[fx.Node, fx.Node]
     parameters: frozenset[str]
+    parts: tuple[Branch, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
