@@ -200,7 +200,8 @@ def test_scores_of_blocks_are_made_of_those_of_branches():
     data = [labelled(torch.randint(3, 60, (2, 12))) for _ in range(2)]
     seen = fxprune.calibrate(model, data, "token_taylor", data[0], depth_criterion="token_taylor")
     assert len(seen.branches) == 6
-    direct = fxprune.prune(model, example_inputs=data[0], params=0.8, depth="blocks", data=data, verify=False)
+    how = {"data": data, "depth_criterion": "token_taylor", "verify": False}
+    direct = fxprune.prune(model, example_inputs=data[0], params=0.8, depth="blocks", **how)
     kept = fxprune.prune(model, example_inputs=data[0], params=0.8, depth="blocks", criterion=seen, verify=False)
     assert fxprune.plan_of(direct) == fxprune.plan_of(kept)
     rows = np.array(list(seen.branches.values()))
@@ -240,3 +241,52 @@ def test_blocks_are_removed_by_a_loss_as_by_leaving_them_out():
         change = [float(sum((LOSS(without(model, i)(x), y) - LOSS(model(x), y)) * len(x) for x, y in DATA)) for i in range(4)]
     small = fxprune.prune(model, 0.25, V, depth="blocks", depth_criterion="loss", data=DATA, loss=LOSS)
     assert removed(small) == [int(np.argmin(change))]
+
+
+class Constants(nn.Module):
+    """Each branch adds a vector, whatever its input: a loss of what is missing knows the order in which they should go."""
+
+    def __init__(self, *vectors: tuple[float, float], hidden: tuple[int, ...] = (4, 4, 4)) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(2, n), nn.Linear(n, 2)) for n in hidden)
+        with torch.no_grad():
+            for layer, vector in zip(self.layers, vectors, strict=True):
+                layer[1].weight.zero_()
+                layer[1].bias.copy_(torch.tensor(vector))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+def test_a_loss_is_measured_without_all_that_went_before():
+    """The first two fail together, so the third goes second, though it matters more alone; six losses are measured."""
+    vectors = (1.0, 0.0), (1.05, 0.0), (0.0, 1.2)
+    model, x = Constants(*vectors).eval(), torch.randn(4, 2)
+    calls = 0
+
+    def missing(out, wanted):
+        nonlocal calls
+        calls += 1
+        return (out - wanted).square().sum(1).mean()
+
+    how = {"depth": "only", "depth_criterion": "loss", "data": [(x, x + torch.tensor(vectors).sum(0))], "loss": missing}
+    small = fxprune.prune(model, 0.67, x, **how)
+    assert {name.split(".")[1] for name in fxprune.plan_of(small).removed} == {"0", "2"} and calls == 6
+
+
+def test_a_measured_loss_counts_for_what_it_costs(monkeypatch):
+    from clocks import counting_clock
+
+    from fxprune.selection import latency
+
+    monkeypatch.setattr(latency, "measure_seconds", counting_clock)
+    vectors = (1.0, 0.0), (0.0, 1.2), (3.0, 3.0)
+    model, x = Constants(*vectors, hidden=(4, 40, 4)).eval(), torch.randn(4, 2)
+    how = {"depth": "only", "depth_criterion": "loss", "data": [(x, x + torch.tensor(vectors).sum(0))], "loss": F.mse_loss}
+    lost = [
+        {name.split(".")[1] for name in fxprune.plan_of(fxprune.prune(model, example_inputs=x, **amount, **how)).removed}
+        for amount in ({"ratio": 0.34}, {"params": 0.9}, {"latency": 0.9})
+    ]
+    assert lost == [{"0"}, {"1"}, {"1"}]

@@ -39,6 +39,8 @@ WHAT: dict[str, dict[str, Any]] = {
     "FFN + query heads": {"only": LAYERS, "attention": "queries"},
     "all": {},  # nothing said: the stream, too, but last
     "depth": {"depth": "only"},
+    "blocks": {"depth": "blocks"},
+    "blocks, measured": {"depth": "blocks", "depth_criterion": "loss"},
     "FFN + heads + depth": {"only": LAYERS, "depth": True},
 }
 FAMILIES = ("FFN", "FFN + heads", "FFN + heads + depth")  # of each criterion; of the default all of them
@@ -120,11 +122,18 @@ def ours(model: Any, batches: list[Tensor], keep: float, criterion: str, what: s
     """Pruned by fxprune; the default is given as a `Calibration` of its criterion, which stands for the data."""
     asked: dict[str, Any] = dict(WHAT[what])
     inputs = {"input_ids": batches[0], "labels": batches[0]}
+    if asked.get("depth") == "blocks":  # scores of which no calibration keeps
+        windows = torch.cat(batches)
+        few = windows[:: len(windows) // 8] if asked.get("depth_criterion") else windows
+        asked["data"] = [{"input_ids": ids, "labels": ids} for ids in few.split(1)]
+        return fxprune.prune(model, example_inputs=inputs, params=keep, verify=False, **asked)
     name, attention = "token_taylor" if criterion == "default" else criterion, asked.get("attention", "heads")
-    seen = asked["criterion"] = seen_by(model, name, batches, attention)
+    joint = "token_taylor" if (name, attention) == ("token_taylor", "heads") else None
+    seen = asked["criterion"] = seen_by(model, name, batches, attention, joint)
     if asked.get("depth") and criterion != "magnitude":  # which has the weights of a branch to go by
-        influence = seen_by(model, "flap", batches, attention, "influence").branches
-        asked["criterion"] = fxprune.Calibration(seen.criterion, seen.evidence, attention, influence)
+        of, how = ("token_taylor", "token_taylor") if criterion in ("default", "taylor") else ("flap", "influence")
+        branches = seen_by(model, of, batches, "heads", how).branches
+        asked["criterion"] = fxprune.Calibration(seen.criterion, seen.evidence, attention, branches)
     if criterion != "default":
         asked["ranking"] = "global"
     return fxprune.prune(model, example_inputs=inputs, params=keep, verify=False, **asked)
@@ -262,8 +271,10 @@ def page(rows: list[dict[str, Any]]) -> str:
         "`LoRA` is a distillation from the original behind that, without labels, and merged: rank "
         f"{RANK} beside each layer, steps of {WINDOWS} windows,",
         "128 of them on the data of calibration, more of them on windows spread over the same seven eighths, each seen once.",
-        "`all` is a budget and nothing else said: the stream may go, last. `depth` takes whole branches, those of least",
-        "influence; beside `magnitude`, which looks at no data, those of the smallest weights. The default is run on all",
+        "`all` is a budget and nothing else said: the stream may go, last. `depth` takes whole branches, `blocks` all",
+        "of a block. Branches beside the default and `taylor` go by `token_taylor`, those beside `wanda` and `flap` and blocks by",
+        "their influence, those beside `magnitude`, which looks at no data, by their weights; `measured` is the loss on eight",
+        'windows (`depth_criterion="loss"`). The default is run on all',
         "families, other criteria on FFN, FFN + heads and FFN + heads + depth.",
         "Seconds are those of a machine shared with other work, where Wanda-sp at 0.8 and query heads were stopped at",
         "times; a later row is without what it shares with an earlier one: of plain methods their statistics, of ours the",

@@ -6,29 +6,30 @@
   over channels of activation times gradient (over all places of an image, too); each pair of branches has the sum over samples
   and positions of the product of their terms, and a set of branches the sum over all pairs;
 - `taylor`: the magnitude of the sum over the branch's output of activation times gradient, the first-order change of the loss;
-- `loss`: the change of the loss without the branch, one forward for each branch and batch;
+- `loss`: the change of the loss without the branch and those that go before it, the least for what it costs next (BlockPruner:
+  Zhong et al., arXiv:2406.10594). One forward of each batch for every branch, and a few for each that goes: a change that was
+  measured with fewer gone is taken for the least that it can be (Minoux, 1978);
 - a function of the stream and what is added to it that returns a number, of which the mean over samples counts;
 - `weights`: the mean over all elements of the branch's parameters of the importance that the criterion gives them.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import heapq
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from fxprune.arguments import is_number, number
 from fxprune.criteria.activation_stats import wide
 from fxprune.criteria.base import Criterion, CriterionSpec
+from fxprune.criteria.branch_runs import BranchRuns, WholeProgram, additions
 from fxprune.criteria.calibration import Batch, Source, prepare_source
 from fxprune.criteria.catalog import resolve
-from fxprune.inputs import ExampleInputs
-from fxprune.passes.capture.modules import after_forward, before_forward
-from fxprune.passes.coupling.branches import Branches
 from fxprune.passes.coupling.solution import Solution
 from fxprune.passes.errors import PruneError, told
 from fxprune.passes.ir.branches import Branch
@@ -36,114 +37,6 @@ from fxprune.passes.ir.module_tree import named_parameters
 
 SCORES = ("influence", "token_taylor", "taylor", "loss", "weights")
 Influence = Callable[[Tensor, Tensor], Any]  # of the stream, and what is added to it
-Look = Callable[
-    [int, Tensor, Tensor, Tensor, bool], None
-]  # of a branch, its stream, what it adds, the sum; whether that is all
-
-
-class BranchRun(fx.Interpreter):
-    """Runs the program of an original in evaluation mode, and looks at what is added to its streams.
-
-    Arguments:
-        program: flat, with the original's tensors.
-        places: of each addition the node by name, the place of its branch among the branches, and which operand the branch is.
-
-    Attributes:
-        looks: what is called at an addition; see `Look`.
-        without: a branch to leave out.
-    """
-
-    def __init__(self, program: fx.GraphModule, places: Sequence[tuple[str, int, int]]) -> None:
-        super().__init__(program)
-        self.extra_traceback = False  # errors are said without the node
-        self.at = {name: (i, which) for name, i, which in places}
-        self.last = {i: name for name, i, _ in places}
-        self.looks: Look | None = None
-        self.without: int | None = None
-        self.arguments: Mapping[str, Any] = {}
-        self.given: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-
-    def takes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether the program has such arguments, which `run` then goes by."""
-        try:
-            args, kwargs = self.given = before_forward(self.module, args, kwargs)
-            given = inspect.signature(self.module.forward).bind(*args, **kwargs)
-        except TypeError:
-            return False
-        given.apply_defaults()
-        self.arguments = given.arguments
-        return True
-
-    def output(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return after_forward(self.module, *self.given, super().output(target, args, kwargs))
-
-    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
-        return self.arguments[str(target).lstrip("*")]
-
-    def run_node(self, node: fx.Node) -> Any:
-        if node.name not in self.at:
-            return super().run_node(node)
-        i, which = self.at[node.name]
-        operands = [self.env[n] for n in node.all_input_nodes]
-        branch, stream = operands[which], operands[1 - which]
-        out = stream.clone() if self.without == i else stream + branch
-        if self.looks is not None:
-            self.looks(i, stream, branch, out, self.last[i] == node.name)
-        return out
-
-
-WholeProgram = Callable[[ExampleInputs | None], tuple[Solution, fx.GraphModule]]
-
-
-class BranchRuns:
-    """Runs an original, by one program for each kind of batches: they may hold other arguments than the example inputs.
-
-    Attributes:
-        looks, without: as of `BranchRun`.
-    """
-
-    def __init__(self, model: nn.Module, solution: Solution, branches: Sequence[Branch], program: WholeProgram) -> None:
-        self.model, self.branches, self.program = model, branches, program
-        self.runs = [BranchRun(program(None)[1], places_of(solution, [b.parts or (b,) for b in branches]))]
-        self.looks: Look | None = None
-        self.without: int | None = None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        run = next((run for run in self.runs if run.takes(args, kwargs)), None)
-        if run is None:
-            run = self.capture(ExampleInputs(args, kwargs))
-            run.takes(args, kwargs)
-            self.runs.insert(0, run)  # the next batch is likely to be of its kind
-        run.looks, run.without = self.looks, self.without
-        return run.run()
-
-    def capture(self, inputs: ExampleInputs) -> BranchRun:
-        """A program for other arguments; raises PruneError where a branch does not run with them."""
-        solution, program = self.program(inputs)
-        known = {b.parameters: b for b in Branches(solution.captures, set(named_parameters(self.model))).found}
-        for branch in (part for b in self.branches for part in b.parts or (b,)):
-            if branch.parameters not in known:
-                raise PruneError(
-                    "a residual branch of the example inputs does not run with the arguments of a batch of data",
-                    where=branch.name,
-                    fix="example_inputs with the keywords of the batches, or depth_criterion='weights'",
-                )
-        parts = [[known[part.parameters] for part in b.parts or (b,)] for b in self.branches]
-        return BranchRun(program, places_of(solution, parts))
-
-
-def additions(solution: Solution, parts: Sequence[Branch]) -> list[tuple[fx.Node, fx.Node]]:
-    """The additions of some branches in evaluation mode, in the order in which they run, and the stream of each."""
-    capture = solution.captures[0]
-    cuts = {add: stream for part in parts for add, stream in part.cuts.items()}
-    found = [(add, stream) for add, stream in cuts.items() if add in capture.index and not capture.only.get(add, False)]
-    return sorted(found, key=lambda pair: capture.index[pair[0]])
-
-
-def places_of(solution: Solution, branches: Sequence[Sequence[Branch]]) -> list[tuple[str, int, int]]:
-    """The additions of all branches, each in its parts, as `BranchRun` takes them."""
-    found = [(i, *pair) for i, parts in enumerate(branches) for pair in additions(solution, parts)]
-    return [(add.name, i, 1 - add.all_input_nodes.index(stream)) for i, add, stream in found]
 
 
 def score_branches(
@@ -155,6 +48,8 @@ def score_branches(
     data: Any,
     loss: Any,
     program: WholeProgram,
+    prices: np.ndarray | None = None,
+    enough: Callable[[Sequence[int]], bool] | None = None,
 ) -> np.ndarray:
     """The score of each branch, lowest where it matters least, shape (branches,); by `token_taylor` of each pair, as a matrix.
 
@@ -166,6 +61,8 @@ def score_branches(
         criterion: of elements, for `weights`.
         data, loss: as for `fxprune.prune`.
         program: makes a coupling and the flat program of the original in evaluation mode; with other inputs, if they are given.
+        prices: what each branch costs, for `loss`; by default the number of its parameters.
+        enough: for `loss`, whether no more than some branches need to go; by default half of them.
 
     Raises: PruneError where data or a loss is missing, and for scores that are no numbers.
     """
@@ -186,7 +83,9 @@ def score_branches(
         source.model = run
         found = Scores(source, run, len(branches))
         if how == "loss":
-            return found.by_loss()
+            sizes = [sum(parameters[name].numel() for name in branch.parameters) for branch in branches]
+            prices = np.array(sizes, np.float64) if prices is None else prices
+            return found.by_loss(prices, enough or (lambda gone: 2 * len(gone) >= len(branches)))
         if how == "taylor":
             return found.by_gradient()
         if how == "token_taylor":
@@ -265,14 +164,31 @@ class Scores:
             pairs = zip(learned, found, strict=True)
             yield [(batch.size, i, branch, gradient) for (i, branch, _), gradient in pairs if gradient is not None]
 
-    def by_loss(self) -> np.ndarray:
-        for batch in self.source.batches():
-            whole = float(self.source.value(self.each(batch)).detach())
-            for i in range(len(self.total)):
-                self.run.without = i
-                self.total[i] += batch.size * (float(self.source.value(batch).detach()) - whole)
-            self.run.without = None
-        return self.mean()
+    def by_loss(self, prices: np.ndarray, enough: Callable[[Sequence[int]], bool]) -> np.ndarray:
+        """Scores that, over the prices, are in the order in which branches went; others keep what was measured last."""
+        batches = [self.each(batch) for batch in self.source.batches()]
+
+        def measure(*gone: int) -> float:
+            self.run.without = gone
+            return sum(batch.size * float(self.source.value(batch).detach()) for batch in batches) / self.samples
+
+        whole, taken = measure(), list[int]()
+        pending = [((measure(i) - whole) / price, i, 0) for i, price in enumerate(prices)]
+        heapq.heapify(pending)
+        each, least = np.zeros(len(prices)), -math.inf
+        while pending:
+            share, i, gone = pending[0]
+            done = enough(taken)
+            if gone < len(taken) and not done:
+                heapq.heapreplace(pending, ((measure(*taken, i) - whole) / prices[i], i, len(taken)))
+                continue
+            heapq.heappop(pending)
+            if not done:
+                whole += share * prices[i]
+                taken.append(i)
+            least = each[i] = max(share, least + 1e-9 * abs(least) if least > -math.inf else least)
+        self.run.without = ()
+        return each * prices
 
 
 def influence(stream: Tensor, out: Tensor, dims: list[int]) -> float:

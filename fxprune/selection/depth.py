@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from fxprune.criteria.branches import WholeProgram, score_branches
+from fxprune.criteria.branch_runs import WholeProgram
+from fxprune.criteria.branches import score_branches
 from fxprune.criteria.calibrated import Calibration
 from fxprune.criteria.calibration import CONTRIBUTIONS, EVIDENCE_OF_INPUTS
 from fxprune.criteria.catalog import resolve
@@ -148,11 +149,13 @@ def select_with_depth(
     branches = Branches(solution.captures, set(named_parameters(model)))
     found = free_branches(model, branches, options)
     how = options.depth_criterion or default_criterion(options)
-    evidence, seen = (options.criterion, options.data, options.loss, program), options.criterion
+    costs, seen = Costs(solution, tensors), options.criterion
+    evidence = options.criterion, options.data, options.loss, program
     if options.depth_criterion is None and isinstance(seen, Calibration) and seen.branches is not None:
         scores = seen.scores_of(found)
     else:
-        scores = options.scored(solution, "branches", lambda: score_branches(model, solution, found, how, *evidence))
+        aimed = lambda: aims(found, branches, options, costs) if how == "loss" else ()  # noqa: E731
+        scores = options.scored(solution, "branches", lambda: score_branches(model, solution, found, how, *evidence, *aimed()))
     scores = scores if options.combine is None else options.combine(scores)
     if not np.isfinite(scores).all():
         name = found[int(np.argwhere(~np.isfinite(scores))[0, 0])].name
@@ -163,7 +166,7 @@ def select_with_depth(
         free, score = score_families(model, solution, options)
     groups = grouped(found, scores, options)
     make = lambda n=None: DepthAllocator(free, score, solution, options, branches, groups, n)  # noqa: E731
-    costs, allocator = Costs(solution, tensors), make()
+    allocator = make()
     if options.budget is None:
         slicer = allocator.apply(allocator.allocate_ratio())[1]
     elif probe is not None:
@@ -184,10 +187,28 @@ def select_with_depth(
     return kept, Slicer(kept, slicer.removed)
 
 
+def aims(
+    found: Sequence[Branch], branches: Branches, options: Options, costs: Costs
+) -> tuple[np.ndarray | None, Callable[[Sequence[int]], bool] | None]:
+    """What each branch costs, and whether no more than some of them need to go; None where it is not known before they do."""
+    budget = options.budget
+    if budget is None:
+        share = max(options.ratio.values(), default=0.0) if isinstance(options.ratio, Mapping) else options.ratio
+        return np.ones(len(found)), lambda gone: len(gone) >= int(share * len(found) + 1e-9)
+    if budget.measured:
+        return None, None
+    everything = torch.ones(len(costs.solution.unit_of), dtype=torch.bool)
+    left = lambda gone: budget.cost(costs, costs.solution.complete(Slicer(everything, branches.remove(gone))))  # noqa: E731
+    whole = budget.cost(costs)
+    limit = budget.limit(whole)
+    prices = np.maximum(whole - np.array([left([branch]) for branch in found]), FREE * whole)
+    return prices, lambda gone: left([found[i] for i in gone]) <= limit
+
+
 def default_criterion(options: Options) -> str:
-    """How branches are ranked where nothing is asked for: by the loss, where there is one."""
-    if options.data is None:
-        return "weights"
+    """How branches are ranked where nothing is asked for: single ones by the loss, where there is one."""
+    if options.data is None or options.depth == "blocks":
+        return "weights" if options.data is None else "influence"
     reads_loss = resolve(options.criterion).needs not in ("", *EVIDENCE_OF_INPUTS, CONTRIBUTIONS)
     return "token_taylor" if reads_loss or options.loss is not None else "influence"
 

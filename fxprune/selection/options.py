@@ -17,8 +17,7 @@ from fxprune.arguments import is_number, number, shown
 from fxprune.criteria.base import Criterion
 from fxprune.criteria.calibrated import Calibration
 from fxprune.criteria.calibration import read
-from fxprune.criteria.catalog import CriterionName, resolve
-from fxprune.criteria.defaults import choose_criterion
+from fxprune.criteria.catalog import CriterionName, choose_criterion, resolve
 from fxprune.criteria.gradient import TokenTaylor
 from fxprune.passes.coupling.families import names_family
 from fxprune.passes.coupling.solution import CouplingOptions, Solution
@@ -239,7 +238,8 @@ class Options:
         if self.memo is None:
             return score()
         which = self.criterion if isinstance(self.criterion, str) else id(self.criterion)
-        aim = None if resolve(self.criterion).score_families is None else (self.budget, repr(self.ratio))  # see `Target.use`
+        aims = self.depth_criterion == "loss" or resolve(self.criterion).score_families is not None  # see `aims`, `Target.use`
+        aim = (self.budget, repr(self.ratio)) if aims else None
         return self.memo(solution, (what, which, self.depth_criterion, aim), score)
 
     @property
