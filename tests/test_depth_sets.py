@@ -33,7 +33,8 @@ import fxprune
 from fxprune.selection.depth import removal_order
 
 LOSS = F.cross_entropy
-DATA = [(torch.randn(7, 5), torch.randint(3, (7,))), (torch.randn(2, 5), torch.randint(3, (2,)))]
+SEEDED = torch.Generator().manual_seed(0)
+DATA = [(torch.randn(n, 5, generator=SEEDED), torch.randint(3, (n,), generator=SEEDED)) for n in (7, 2)]
 
 
 class Gated(nn.Module):
@@ -290,3 +291,22 @@ def test_a_measured_loss_counts_for_what_it_costs(monkeypatch):
         for amount in ({"ratio": 0.34}, {"params": 0.9}, {"latency": 0.9})
     ]
     assert lost == [{"0"}, {"1"}, {"1"}]
+
+
+class Batched(Stack):
+    """Another way for a batch of one, as models have that look for packed sequences."""
+
+    def forward(self, x):
+        return super().forward(x if x.shape[0] == 1 else x * 1.0 + 0.0)
+
+
+@pytest.mark.parametrize("how", ["influence", "token_taylor", "loss"])
+def test_batches_may_be_of_sizes_that_the_code_goes_by(how):
+    torch.manual_seed(3)
+    model, x, y = Batched().eval(), torch.randn(6, 5), torch.randint(3, (6,))
+    whole, single = [(x, y)], [(x[i : i + 1], y[i : i + 1]) for i in range(6)]
+    few, many = (
+        removed(fxprune.prune(model, 0.5, V, depth="only", depth_criterion=how, data=data, loss=LOSS))
+        for data in (whole, single)
+    )
+    assert few == many

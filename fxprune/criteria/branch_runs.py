@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from fxprune.inputs import ExampleInputs
 from fxprune.passes.capture.modules import after_forward, before_forward
 from fxprune.passes.coupling.branches import Branches
 from fxprune.passes.coupling.solution import Solution
-from fxprune.passes.errors import PruneError
+from fxprune.passes.errors import GuardError, PruneError
 from fxprune.passes.ir.branches import Branch
 from fxprune.passes.ir.module_tree import named_parameters
+from fxprune.passes.ir.pytree import collect
 
 # of a branch, its stream, what it adds, the sum; whether that is all of it
 Look = Callable[[int, Tensor, Tensor, Tensor, bool], None]
@@ -73,7 +76,7 @@ class BranchRun(fx.Interpreter):
 
 
 class BranchRuns:
-    """Runs an original, by one program for each kind of batches: they may hold other arguments than the example inputs.
+    """Runs an original, by one program for each kind of batches: they may have other arguments or sizes than the example.
 
     Attributes:
         looks, without: as of `BranchRun`.
@@ -82,17 +85,29 @@ class BranchRuns:
     def __init__(self, model: nn.Module, solution: Solution, branches: Sequence[Branch], program: WholeProgram) -> None:
         self.model, self.branches, self.program = model, branches, program
         self.runs = [BranchRun(program(None)[1], places_of(solution, [b.parts or (b,) for b in branches]))]
+        self.by_kind: dict[Hashable, BranchRun] = {}
         self.looks: Look | None = None
         self.without: Collection[int] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        run = next((run for run in self.runs if run.takes(args, kwargs)), None)
-        if run is None:
-            run = self.capture(ExampleInputs(args, kwargs))
-            run.takes(args, kwargs)
-            self.runs.insert(0, run)  # the next batch is likely to be of its kind
+        kind = (tuple(kwargs), *((t.shape, t.dtype) for t in collect((args, kwargs), Tensor)))
+        if kind not in self.by_kind:
+            self.by_kind[kind] = self.find(args, kwargs)
+        run = self.by_kind[kind]
+        run.takes(args, kwargs)
         run.looks, run.without = self.looks, self.without
         return run.run()
+
+    def find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BranchRun:
+        """The run whose program has such arguments and takes their sizes, captured where there is none."""
+        for run in self.runs:
+            run.looks, run.without = None, ()
+            if run.takes(args, kwargs):
+                with contextlib.suppress(GuardError), torch.no_grad():
+                    run.run()
+                    return run
+        self.runs.append(self.capture(ExampleInputs(args, kwargs)))
+        return self.runs[-1]
 
     def capture(self, inputs: ExampleInputs) -> BranchRun:
         """A program for other arguments; raises PruneError where a branch does not run with them."""
