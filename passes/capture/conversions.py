@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fxprune.passes.capture.opaque import is_fraction
 from fxprune.passes.capture.patches import not_a_models
 from fxprune.passes.capture.proxy import NAMED, PROXIES, Items, TensorProxy
 
@@ -111,13 +112,15 @@ class Converting(type):
         tracer = cls.tracer if threading.get_ident() == cls.thread else None
         if tracer is None or not tracer.recorder.tracing or len(args) != 1 or kwargs or type(args[0]) not in PROXIES:
             return cls.plain(*args, **kwargs)
-        given = args[0]
-        if isinstance(given.value, Tensor) and given.value.numel() == 1 and tracer.is_made_of_sizes(given.node):
-            given = tracer.read_numbers(given, "item")
+        given, plain = args[0], cls.plain
+        if isinstance(given.value, Tensor) and given.value.numel() == 1:
+            if plain is float and is_fraction(given.value):
+                return tracer.read_numbers(given, "item")
+            given = tracer.read_numbers(given, "item") if tracer.is_made_of_sizes(given.node) else given
         if type(given.value) not in (int, float, bool):
-            return cls.plain(given)
-        tracer.check_size(given, cls.plain.__name__)
-        return tracer.create_proxy("call_function", cls.plain, (given,), {})
+            return plain(given)
+        tracer.check_size(given, plain.__name__)
+        return tracer.create_proxy("call_function", plain, (given,), {})
 
     def __instancecheck__(cls, value: object) -> bool:
         return isinstance(value, cls.plain)
