@@ -122,6 +122,7 @@ def see_autocast(patches: Any) -> None:
                 region._cache_enabled,
             )
             region.fxprune_line = patches.tracer.note_region(enter_autocast, *asked)
+            patches.tracer.casts |= region._enabled
         return enter(region)
 
     def left(region: Any, *error: Any) -> Any:

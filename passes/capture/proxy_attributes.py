@@ -86,7 +86,7 @@ class ProxyAttributes(fx.Tracer):
     conversions: Conversions
     inlining: bool = False
     reads_numbers: bool = False  # whether any number of the graph is read from a tensor
-    takes_memory: bool = False  # whether code takes the memory of a tensor of the model's
+    takes_memory = casts = False  # whether code takes the memory of a tensor of the model's; whether it enters an autocast
     facts: frozenset[str] = frozenset()  # the names of tensors whose contents Python has read
     written: frozenset[str] = frozenset()  # those that the forward writes to, too: no facts
     watch_parameters: Callable[[], None]
@@ -117,8 +117,9 @@ class ProxyAttributes(fx.Tracer):
             return getattr(torch.empty(0, device=self.evaluator.home), name)
         if name == "type" and isinstance(value, Tensor):
             return functools.partial(self.read_type, proxy)
-        if name in WHERE and (value.is_meta if isinstance(value, Tensor) else getattr(value, "type", "") == "meta"):
-            raise NeedsValues  # a run without values is on another device than the model
+        elsewhere = name in WHERE or (name == "dtype" and self.casts)
+        if elsewhere and (value.is_meta if isinstance(value, Tensor) else getattr(value, "type", "") == "meta"):
+            raise NeedsValues  # a run without values is on another device than the model, where no autocast casts
         if isinstance(value, Tensor):
             if name in HAS_GRADIENTS and may_have_gradients(proxy, turned_on=bool(self.grad_modes) and self.grad_modes[-1][1]):
                 raise ReadsValue("gradients")
@@ -144,8 +145,7 @@ class ProxyAttributes(fx.Tracer):
 
     def read_type(self, proxy: Any, *given: Any, **named: Any) -> Any:
         """`type()` says where a tensor is, as which `type(kind)` may put it somewhere else; `type(dtype)` converts it."""
-        where = next(iter((*given, *named.values())), None)
-        if proxy.value.is_meta and not isinstance(unwrap(where), torch.dtype):
+        if proxy.value.is_meta and not isinstance(unwrap(next(iter((*given, *named.values())), None)), torch.dtype):
             raise NeedsValues
         return self.create_proxy("call_method", "type", (proxy, *given), named)
 
