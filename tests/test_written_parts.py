@@ -140,6 +140,11 @@ def test_products_of_sizes_by_numpy_fix_nothing():
     check(lambda wide, narrow: wide.reshape(np.prod([wide.shape[0], wide.shape[1]]), 12).view_as(wide))
 
 
+def test_sizes_that_numpy_rounds_fix_nothing():
+    check(lambda wide, narrow: torch.cat(wide.chunk(int(np.ceil(wide.shape[1] / 8)), 1), 1))
+    check(lambda wide, narrow: wide[:, : int(np.floor(wide.shape[1] / 3))] + np.ceil(wide.shape[0] / 3))
+
+
 # -- what is written to a tensor that the forward makes ----------------------------------------------------------------
 
 

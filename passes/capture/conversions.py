@@ -273,7 +273,11 @@ ABOUT_MODES |= {f"_{name}": answer for name, answer in ABOUT_MODES.items() if na
 
 
 def see_numpy(patches: Any) -> None:
-    """`numpy.prod` of sizes is their product; it would be a plain number."""
+    """`numpy.prod`, `numpy.ceil` and `numpy.floor` take sizes, of which they would make plain numbers."""
+    for name in ("ceil", "floor"):
+        rounding = patches.seeing_proxies(rounds := getattr(np, name))
+        patches.stand_ins[id(rounds)] = rounding
+        patches.patch(np, name, rounding)
     plain = np.prod
 
     @functools.wraps(plain)
