@@ -82,7 +82,7 @@ def number_of_pieces(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         return None
     if isinstance(by, tuple | list) or not isinstance(dim, int) or is_written(tensor.node, dim % tensor.value.dim()):
         return None
-    size = tensor.shape[dim]
+    size: Any = tensor.shape[dim]
     if at is None:
         return size
     if "chunk" in name:
