@@ -36,6 +36,18 @@ class InTraining(Mixed):
             return self.out(hidden), hidden
 
 
+class AsksForPrecision(Mixed):
+    """Decides by the precision that a layer has computed in, in the region and behind it."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            hidden = self.a(x).relu()
+            hidden = hidden.sin() if hidden.dtype == torch.bfloat16 else hidden.cos()
+            hidden = self.middle(hidden)
+        hidden = hidden.clamp(torch.finfo(hidden.dtype).min / 2)
+        return self.out(hidden.float() if hidden.dtype != torch.float32 else hidden - 1), hidden
+
+
 class Around(nn.Module):
     """A region around a module that has regions of its own."""
 
@@ -62,7 +74,7 @@ def zeroed(model: nn.Module, small: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("kind", [Mixed, Decorated, InTraining, Around])
+@pytest.mark.parametrize("kind", [Mixed, Decorated, InTraining, AsksForPrecision, Around])
 def test_precisions_are_those_of_the_original(kind):
     torch.manual_seed(0)
     model, x, before = kind().eval(), torch.randn(5, 4), state()

@@ -170,6 +170,26 @@ def test_where_zeros_are_counted_the_masked_original_decides(monkeypatch):
     assert not fxprune.verify(model, pruned, x).ok
 
 
+class Discriminator(nn.Module):
+    """Tells channels how much they differ over the batch, in the mean; in a batch of one none does, removed or kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = linear(6, 16)(), linear(17, 4)()
+
+    def forward(self, x):
+        x = self.a(x).relu()
+        deviation = (x.var(0, unbiased=False, keepdim=True) + 1e-8).sqrt().mean(-1, keepdim=True)
+        return self.b(torch.cat([x, deviation.expand(len(x), -1)], -1))
+
+
+def test_what_counts_removed_entries_is_found_where_one_sample_does_not_show_it():
+    model, x = Discriminator().eval(), torch.randn(4, 6)
+    found = fxprune.verify(model, fxprune.prune(model, 0.5, example_inputs=x), x)
+    assert found.ok and found.zeroed > 0.01 and "aten::mean" in found.no_zeroed
+
+
 def test_an_inexact_result_is_refused_by_both():
     model, pruned, x = pruned_relu()
     with torch.no_grad():

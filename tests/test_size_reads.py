@@ -319,3 +319,34 @@ def test_pieces_are_counted_where_their_truth_is_asked():
     small = pruned(Cuts().eval(), torch.randn(2, 5, 8))
     with pytest.raises(GuardError):
         small(torch.randn(2, 4, 8))
+
+
+class Strides(nn.Module):
+    """Scales maps by numbers in a tensor that is neither a parameter nor a buffer, one a map."""
+
+    def __init__(self, factor):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.factor = nn.Linear(8, 16), nn.Linear(16, 8), factor
+        self.strides = torch.tensor([8.0, 16.0])
+
+    def forward(self, x):
+        x = self.b(self.a(x).relu())
+        return torch.cat([y * self.factor(stride) for y, stride in zip((x, x + 1), self.strides, strict=True)], -1)
+
+
+FACTORS = [lambda stride: float(stride) + 1, lambda stride: stride, lambda stride: torch.full((1,), float(stride))]
+
+
+@pytest.mark.parametrize("factor", FACTORS)
+def test_fractions_in_a_tensor_of_the_model_are_read_in_each_call(factor):
+    model, x = Strides(factor).eval(), torch.randn(2, 3, 8)
+    small = pruned(model, x)
+    assert small.meta["capture"] == "symbolic" and small.a.weight.shape == (8, 8)
+    small.strides = torch.tensor([2.0, 1.0])
+    assert torch.allclose(small(x)[..., :8] / factor(2.0) + 1, small(x)[..., 8:] / factor(1.0), atol=1e-6)
+
+
+def test_what_is_decided_by_a_fraction_is_not_captured():
+    model, x = Strides(lambda stride: 3 if float(stride) > 10 else 2).eval(), torch.randn(2, 3, 8)
+    assert "float()" in pruned(model, x).meta["capture"]

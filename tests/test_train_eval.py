@@ -515,3 +515,31 @@ def test_a_number_that_the_forward_counts_with_is_said_to_stay(counts):
     pruned = fxprune.prune(Counts(counts).double().eval(), 0.5, example_inputs=X)
     said = "symbolic; numbers that the forward changes on modules are those of the capture, in every call: calls"
     assert pruned.meta["capture"] == ("symbolic" if counts == "never" else said)
+
+
+class ReadsInEvaluation(nn.Module):
+    """Returns maps in training, and in evaluation one of them, which it finds by a value."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        y = self.b(self.norm(self.a(x)))
+        if self.training:
+            return [y, y.abs()]
+        return y if float(y.detach().mean()) > 0 else y.abs()
+
+
+@pytest.mark.parametrize("same_class", [False, True])
+def test_a_model_that_reads_values_in_evaluation_trains_as_the_original(same_class):
+    torch.manual_seed(0)
+    model = ReadsInEvaluation().double().eval()
+    small = fxprune.prune(model, 0.5, example_inputs=X, same_class=same_class)
+    masks = fxprune.plan_of(small).masks(model)
+    with torch.no_grad():
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            tensor.mul_(masks[name])
+    for mode in (False, True, False):
+        torch.testing.assert_close(small.train(mode)(X), model.train(mode)(X))
+    assert same_class or small.meta["capture"] == "opaque: whole (reads float() of %mean)"

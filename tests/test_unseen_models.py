@@ -420,3 +420,25 @@ class ShufflesMaps(nn.Module):
 def test_groups_that_are_interleaved_keep_the_same_channels(seed):
     torch.manual_seed(seed)
     fxprune.prune(ShufflesMaps().double().eval(), 0.5, torch.randn(2, 10, dtype=torch.double))
+
+
+# -- modules that are moved to where they are --------------------------------------------------------------------------
+
+MOVES = {
+    "to a device": lambda model, x: model.b.to(x.device),
+    "to a tensor": lambda model, x: model.to(x),
+    "to a dtype": lambda model, x: model.b.to(x.dtype),
+    "in place": lambda model, x: model.float().cpu().b,
+}
+
+
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES.keys())
+def test_modules_that_are_moved_to_where_they_are(move):
+    class Moves(Net):
+        def forward(self, x):
+            move(self, x)
+            return self.b(self.a(x).relu())
+
+    model, result = pruned(Moves)
+    assert result.meta["capture"] == "symbolic" and "copy_" not in result.code
+    torch.testing.assert_close(result(X), zeroed(model, result)(X))

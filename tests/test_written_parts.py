@@ -138,3 +138,55 @@ def test_other_windows_of_channels_stay(pool):
 def test_products_of_sizes_by_numpy_fix_nothing():
     check(lambda wide, narrow: wide.reshape(int(np.prod(wide.shape[:2])), 12).view(*wide.shape[:2], 12))
     check(lambda wide, narrow: wide.reshape(np.prod([wide.shape[0], wide.shape[1]]), 12).view_as(wide))
+
+
+def test_sizes_that_numpy_rounds_fix_nothing():
+    check(lambda wide, narrow: torch.cat(wide.chunk(int(np.ceil(wide.shape[1] / 8)), 1), 1))
+    check(lambda wide, narrow: wide[:, : int(np.floor(wide.shape[1] / 3))] + np.ceil(wide.shape[0] / 3))
+
+
+# -- what is written to a tensor that the forward makes ----------------------------------------------------------------
+
+
+def seen_afterwards(x, places):
+    canvas = torch.zeros(12, 8)
+    canvas[:, places] = x
+    return canvas[None]
+
+
+def seen_before(x, places):
+    canvas = torch.zeros(1, 12, 8)
+    canvas[0][:, places] = x
+    return canvas
+
+
+def seen_before_and_afterwards(x, places):
+    canvas = torch.zeros(8, 12)
+    rows = canvas.t()
+    rows[:, places] = x
+    canvas.mul_(2)
+    return torch.stack([rows + 1, canvas.t()])
+
+
+class Scatters(nn.Module):
+    def __init__(self, write) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.write, self.first, self.last = write, nn.Linear(5, 12), nn.Conv1d(12, 3, 1)
+
+    def forward(self, x, places):
+        return self.last(self.write(self.first(x).t(), places))
+
+
+@pytest.mark.parametrize("write", [seen_afterwards, seen_before, seen_before_and_afterwards])
+def test_views_of_a_tensor_of_numbers_see_what_is_written_to_it(write):
+    model, inputs = Scatters(write).eval(), (torch.randn(4, 5), PLACES)
+    pruned = fxprune.prune(model, 0.5, example_inputs=inputs)
+    assert pruned.first.weight.shape == (6, 5) and pruned.meta["capture"] == "symbolic"
+    masks = fxprune.plan_of(pruned).masks(model)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            tensor.mul_(masks[name])
+    for given in (inputs, (torch.randn(2, 5), torch.tensor([6, 0]))):
+        for _ in range(2):  # what a call writes is not there in the next one
+            torch.testing.assert_close(pruned(*given), model(*given))

@@ -148,11 +148,15 @@ class ZeroedReference:
         return self.run(inputs)
 
     def find_why_not(self, inputs: ExampleInputs) -> str:
-        """Why it is no reference; empty where it is one."""
+        """Why it is no reference; empty where it is one.
+
+        One sample may not take it, or not show it: its variance over the batch is zero, whatever is removed.
+        """
         if self.masked.redrawn:
             return "it draws numbers for what is removed, and others than the pruned model for what is kept"
         zeroed = self.original()
         with restoring(zeroed.model, parameters=self.writes):
             one = inputs.first_sample()
             why = why_zeroed_does_not_apply(zeroed, one.args, one.kwargs)
-            return why_zeroed_does_not_apply(zeroed, inputs.args, inputs.kwargs) if why.startswith("it raises") else why
+            enough = why and not why.startswith("it raises")
+            return why if enough else why_zeroed_does_not_apply(zeroed, inputs.args, inputs.kwargs)

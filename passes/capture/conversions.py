@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fxprune.passes.capture.opaque import is_fraction
 from fxprune.passes.capture.patches import not_a_models
 from fxprune.passes.capture.proxy import NAMED, PROXIES, Items, TensorProxy
 
@@ -111,13 +112,15 @@ class Converting(type):
         tracer = cls.tracer if threading.get_ident() == cls.thread else None
         if tracer is None or not tracer.recorder.tracing or len(args) != 1 or kwargs or type(args[0]) not in PROXIES:
             return cls.plain(*args, **kwargs)
-        given = args[0]
-        if isinstance(given.value, Tensor) and given.value.numel() == 1 and tracer.is_made_of_sizes(given.node):
-            given = tracer.read_numbers(given, "item")
+        given, plain = args[0], cls.plain
+        if isinstance(given.value, Tensor) and given.value.numel() == 1:
+            if plain is float and is_fraction(given.value):
+                return tracer.read_numbers(given, "item")
+            given = tracer.read_numbers(given, "item") if tracer.is_made_of_sizes(given.node) else given
         if type(given.value) not in (int, float, bool):
-            return cls.plain(given)
-        tracer.check_size(given, cls.plain.__name__)
-        return tracer.create_proxy("call_function", cls.plain, (given,), {})
+            return plain(given)
+        tracer.check_size(given, plain.__name__)
+        return tracer.create_proxy("call_function", plain, (given,), {})
 
     def __instancecheck__(cls, value: object) -> bool:
         return isinstance(value, cls.plain)
@@ -270,7 +273,11 @@ ABOUT_MODES |= {f"_{name}": answer for name, answer in ABOUT_MODES.items() if na
 
 
 def see_numpy(patches: Any) -> None:
-    """`numpy.prod` of sizes is their product; it would be a plain number."""
+    """`numpy.prod`, `numpy.ceil` and `numpy.floor` take sizes, of which they would make plain numbers."""
+    for name in ("ceil", "floor"):
+        rounding = patches.seeing_proxies(rounds := getattr(np, name))
+        patches.stand_ins[id(rounds)] = rounding
+        patches.patch(np, name, rounding)
     plain = np.prod
 
     @functools.wraps(plain)

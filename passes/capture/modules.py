@@ -15,7 +15,8 @@ from torch.utils.hooks import BackwardHook
 
 from fxprune.passes.capture.patches import not_a_models
 from fxprune.passes.capture.proxy import TensorProxy
-from fxprune.passes.ir.module_tree import walk
+from fxprune.passes.errors import NeedsValues
+from fxprune.passes.ir.module_tree import every_tensor, walk
 from fxprune.passes.ir.program import keyword
 from fxprune.passes.ir.pytree import ATOMS, iterate, map_tensors
 
@@ -163,6 +164,24 @@ def see_modules(patches: Any) -> None:
         patches.patch(kind, "__getattr__", read)
     tracer.plain.read = read
     patches.patch(nn.Module, "training", property(training, lambda m, v: vars(m).__setitem__("training", v)))
+
+
+def see_moves(patches: Any) -> None:
+    """A forward that moves a module to where it is (`self.to(x.device)`) does nothing by that."""
+    plain = nn.Module._apply
+
+    def applied(module: nn.Module, function: Any, *args: Any, **kwargs: Any) -> Any:
+        if not patches.tracing():
+            return plain(module, function, *args, **kwargs)
+        with patches.tracer.paused():
+            try:
+                stays = all(function(t) is t for _, t in every_tensor(module))
+            except NotImplementedError as error:  # tensors without contents are nowhere
+                raise NeedsValues from error
+        return module if stays else plain(module, function, *args, **kwargs)
+
+    patches.patch(nn.Module, "to", patches.given_values(nn.Module.to))
+    patches.patch(nn.Module, "_apply", applied)
 
 
 def keep_backward_hooks(patches: Any) -> None:

@@ -14,6 +14,7 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Size, Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
@@ -22,8 +23,14 @@ from fxprune.passes.errors import ReadsValue
 from fxprune.passes.ir.input_sizes import slices_of
 from fxprune.passes.ir.module_tree import named_modules
 from fxprune.passes.ir.program import SizeUse, TensorSize
-from fxprune.passes.ir.pytree import TensorRef, collect
+from fxprune.passes.ir.pytree import TensorRef, collect, iterate
 from fxprune.passes.ops.registry import FUNCTIONS, find_node
+
+# functions that make a tensor, of sizes and numbers
+MAKING = (
+    "zeros ones full empty arange linspace logspace eye rand randn randint randperm tensor as_tensor range"
+    " tril_indices triu_indices hann_window"
+).split()
 
 
 class TracedInt(int):
@@ -203,6 +210,16 @@ def draws(method: Callable[..., Any] | str) -> bool:
     op = getattr(torch.ops.aten, method if isinstance(method, str) else getattr(method, "__name__", ""), None)
     found = op.overloads() if isinstance(op, torch._ops.OpOverloadPacket) else ()
     return any(torch.Tag.nondeterministic_seeded in getattr(op, name).tags for name in found)
+
+
+def makes(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a function of torch makes a tensor of numbers, and of no array of NumPy's."""
+    return getattr(method, "__name__", "") in MAKING and not any(isinstance(v, np.ndarray) for v in iterate((args, kwargs)))
+
+
+def is_fraction(value: Any) -> bool:
+    """Whether a value is a tensor with contents, and they are no whole numbers."""
+    return isinstance(value, Tensor) and value.is_floating_point() and not value.is_meta
 
 
 def tensors_behind(node: fx.Node, how: str) -> frozenset[str]:

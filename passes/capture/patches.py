@@ -20,6 +20,7 @@ from torch import fx, nn
 from torch._higher_order_ops import utils as higher_order
 from torch.overrides import BaseTorchFunctionMode
 
+from fxprune.passes.capture.opaque import MAKING
 from fxprune.passes.capture.proxy import unwrap
 from fxprune.passes.errors import ReadsValue
 from fxprune.passes.ir.program import (
@@ -39,13 +40,9 @@ CACHED = type(functools.lru_cache(len))
 NOT_MODELS = frozenset(["torch", "fxprune", *sys.stdlib_module_names])  # packages that hold no code of a model's
 CALLABLE = (CACHED, types.FunctionType, staticmethod, classmethod)
 CHECKS = [name for name in vars(torch) if name.startswith("_check") and callable(getattr(torch, name))]
-FACTORIES = (
-    "zeros ones full empty arange linspace logspace eye rand randn randint randperm tensor as_tensor range"
-    " tril_indices triu_indices hann_window"
-    # overloads with a leading Scalar take anything that says it is a Tensor for one, and read its memory
-    " where pow float_power remainder isin xlogy bitwise_and bitwise_or bitwise_xor bitwise_left_shift"
-    " bitwise_right_shift result_type"
-).split()
+# overloads with a leading Scalar take anything that says it is a Tensor for one, and read its memory
+SCALARS = "where pow float_power remainder isin xlogy bitwise_and bitwise_or bitwise_xor bitwise_left_shift bitwise_right_shift"
+FACTORIES = (*MAKING, *SCALARS.split(), "result_type")
 
 
 BUILTINS: dict[int, str] = torch.jit._builtins._get_builtin_table()  # which torch makes of what is there when it is asked first
@@ -125,6 +122,7 @@ def see_autocast(patches: Any) -> None:
                 region._cache_enabled,
             )
             region.fxprune_line = patches.tracer.note_region(enter_autocast, *asked)
+            patches.tracer.casts |= region._enabled
         return enter(region)
 
     def left(region: Any, *error: Any) -> Any:

@@ -26,7 +26,7 @@ from fxprune.passes.capture.conversions import (
     see_questions,
 )
 from fxprune.passes.capture.leftovers import restore_functions, uncached
-from fxprune.passes.capture.modules import keep_backward_hooks, see_modules, see_own_calls
+from fxprune.passes.capture.modules import keep_backward_hooks, see_modules, see_moves, see_own_calls
 from fxprune.passes.capture.patches import (
     CALLABLE,
     CHECKS,
@@ -305,6 +305,7 @@ PATCHES: list[Callable[[Patches], None]] = [
     Patches.batch_statistics,
     Patches.attention,
     see_modules,
+    see_moves,
     say_that_fx_traces,
     see_own_calls,
     keep_backward_hooks,

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx
 
-from fxprune.passes.capture.proxy import Items
+from fxprune.passes.capture.proxy import Items, TensorProxy
 
 # what cuts a tensor into pieces, and the place of the number it is cut by; where the number is a list, that many pieces it is
 CUTTING = {"unbind": None, "split": 1, "unsafe_split": 1, "chunk": 1, "unsafe_chunk": 1}
@@ -78,9 +78,11 @@ def number_of_pieces(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     by = None if at is None else args[at] if len(args) > at else next((kwargs[n] for n in NAMES if n in kwargs), None)
     place = 1 if at is None else at + 1
     dim = args[place] if len(args) > place else kwargs.get("dim", 0)
+    if type(tensor) is not TensorProxy:  # a tensor of the model's, whose sizes are not those of inputs
+        return None
     if isinstance(by, tuple | list) or not isinstance(dim, int) or is_written(tensor.node, dim % tensor.value.dim()):
         return None
-    size = tensor.shape[dim]
+    size: Any = tensor.shape[dim]
     if at is None:
         return size
     if "chunk" in name:

@@ -73,12 +73,13 @@ def modes_captured(
     if not found[0].reads_training:
         return found
     other = None
+    whole = ", ".join(found[0].opaque.values()) if found[0].prefix else ""  # its own forward runs, so it does in training
     try:
         if stand_in is not None and not found[0].trains_on_values:
             with contextlib.suppress(PruneError):  # training may read values all the same
-                other = captured(trained(private_copy(model, stand_in)), args, kwargs, final=True, home=home)
+                other = captured(trained(private_copy(model, stand_in)), args, kwargs, final=True, home=home, whole=whole)
         if other is None:
-            other = captured(trained(private_copy(model)), *given, final=True)
+            other = captured(trained(private_copy(model)), *given, final=True, whole=whole)
     except PruneError as error:  # a model may need targets to train: then it is captured for evaluation
         stay_in_evaluation(found[0], error.what)
         return found

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from fxprune.passes.capture.conversions import Conversions, legacy
 from fxprune.passes.capture.evaluation import Evaluator, belongs_to_tensors
 from fxprune.passes.capture.frames import Frame
-from fxprune.passes.capture.opaque import draws, outcome, tensors_behind
+from fxprune.passes.capture.opaque import draws, is_fraction, makes, outcome, tensors_behind
 from fxprune.passes.capture.proxy import PROXIES, Proxy, TensorProxy, may_have_gradients, unwrap
 from fxprune.passes.capture.recorder import Recorder
 from fxprune.passes.errors import ConvertsSize, NeedsValues, ReadsMissing, ReadsValue
@@ -86,7 +86,7 @@ class ProxyAttributes(fx.Tracer):
     conversions: Conversions
     inlining: bool = False
     reads_numbers: bool = False  # whether any number of the graph is read from a tensor
-    takes_memory: bool = False  # whether code takes the memory of a tensor of the model's
+    takes_memory = casts = False  # whether code takes the memory of a tensor of the model's; whether it enters an autocast
     facts: frozenset[str] = frozenset()  # the names of tensors whose contents Python has read
     written: frozenset[str] = frozenset()  # those that the forward writes to, too: no facts
     watch_parameters: Callable[[], None]
@@ -117,8 +117,9 @@ class ProxyAttributes(fx.Tracer):
             return getattr(torch.empty(0, device=self.evaluator.home), name)
         if name == "type" and isinstance(value, Tensor):
             return functools.partial(self.read_type, proxy)
-        if name in WHERE and (value.is_meta if isinstance(value, Tensor) else getattr(value, "type", "") == "meta"):
-            raise NeedsValues  # a run without values is on another device than the model
+        elsewhere = name in WHERE or (name == "dtype" and self.casts)
+        if elsewhere and (value.is_meta if isinstance(value, Tensor) else getattr(value, "type", "") == "meta"):
+            raise NeedsValues  # a run without values is on another device than the model, where no autocast casts
         if isinstance(value, Tensor):
             if name in HAS_GRADIENTS and may_have_gradients(proxy, turned_on=bool(self.grad_modes) and self.grad_modes[-1][1]):
                 raise ReadsValue("gradients")
@@ -144,8 +145,7 @@ class ProxyAttributes(fx.Tracer):
 
     def read_type(self, proxy: Any, *given: Any, **named: Any) -> Any:
         """`type()` says where a tensor is, as which `type(kind)` may put it somewhere else; `type(dtype)` converts it."""
-        where = next(iter((*given, *named.values())), None)
-        if proxy.value.is_meta and not isinstance(unwrap(where), torch.dtype):
+        if proxy.value.is_meta and not isinstance(unwrap(next(iter((*given, *named.values())), None)), torch.dtype):
             raise NeedsValues
         return self.create_proxy("call_method", "type", (proxy, *given), named)
 
@@ -208,8 +208,7 @@ class ProxyAttributes(fx.Tracer):
 
     def is_number(self, proxy: Any, how: str) -> bool:
         """Whether a number read from a tensor can stay in the graph: a fraction, which makes no shape, or one made of sizes."""
-        value = proxy.value
-        return self.is_made_of_sizes(proxy.node) or (how == "item" and value.is_floating_point() and not value.is_meta)
+        return self.is_made_of_sizes(proxy.node) or (how == "item" and is_fraction(proxy.value))
 
     def is_made_of_sizes(self, node: fx.Node) -> bool:
         """Whether a tensor's contents are whole numbers computed from sizes of the inputs alone."""
@@ -255,10 +254,10 @@ class ProxyAttributes(fx.Tracer):
             raise ReadsValue(f"{how}() of %{proxy.node.name}, which is read from a tensor")
 
     def convert(self, proxy: Any, how: str) -> Any:
-        """The plain number that Python makes of a size; the capture may start again to have a node (see `Conversions`)."""
-        known = len(self.guards)
-        value = self.concretise(proxy, how)
-        if self.conversions.expected and len(self.guards) > known:
+        """The plain number that Python makes of a size or a tensor; capture may start again to have a node (`Conversions`)."""
+        known, fraction = len(self.guards), how == "float" and is_fraction(proxy.value)
+        value = None if fraction and self.conversions.expected else self.concretise(proxy, how)
+        if self.conversions.expected and (fraction or len(self.guards) > known):
             raise ConvertsSize
         return value
 
@@ -271,15 +270,15 @@ class ProxyAttributes(fx.Tracer):
         if method in BACKWARD:
             raise ReadsValue("gradients")
         if not any(self.in_graph(v) for v in iterate((args, kwargs))):
-            return self.drawn(method, args, kwargs) if draws(method) else method(*args, **kwargs)
-        if method in INLINED:
-            self.inlining = True  # its check for overridden arguments, which led here, does not find them the next time
+            anew = draws(method) or (self.writes_constants and makes(method, args, kwargs))
+            return self.made_anew(method, args, kwargs) if anew else method(*args, **kwargs)
+        if method in INLINED:  # its check for overridden arguments, which led here, does not find them the next time
+            self.inlining = True
             with self.interception:
                 return method(*args, **kwargs)
         name = getattr(method, "__name__", "")
         if name == "__get__":
-            owner: Any = method.__self__  # type: ignore[attr-defined]
-            return self.read_attribute(self.as_proxy(args[0]), owner.__name__)
+            return self.read_attribute(self.as_proxy(args[0]), method.__self__.__name__)  # type: ignore[attr-defined]
         if name == "__set__":
             return self.write_attribute(self.as_proxy(args[0]), method.__self__.__name__, args[1])  # type: ignore[attr-defined]
         if name in MEMORY:
@@ -294,8 +293,8 @@ class ProxyAttributes(fx.Tracer):
             return getattr(TensorProxy, name)(self.as_proxy(args[0]), *args[1:], **kwargs)
         return self.create_proxy("call_method", name, args, kwargs)
 
-    def drawn(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Random numbers that no tensor of the graph goes into are drawn anew in each call: a node."""
+    def made_anew(self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What no tensor of the graph goes into, and is random or may be written to, is made anew in each call: a node."""
         name = getattr(method, "__name__", "")
         if name.endswith("_") or any(isinstance(v, torch.Generator) for v in iterate((args, kwargs))):
             raise ReadsValue(f"random numbers by {name}()")  # what it writes to, or draws from, is outside of the graph
@@ -304,7 +303,8 @@ class ProxyAttributes(fx.Tracer):
 
     def in_graph(self, x: Any) -> bool:
         """Whether an argument stands for a node, or is a tensor of the model."""
-        return type(x) in PROXIES or (id(x) in self.names and isinstance(x, Tensor))
+        held = id(x) in self.names or (self.writes_constants and id(x) in self.constants)
+        return type(x) in PROXIES or (held and isinstance(x, Tensor))
 
     def as_proxy(self, tensor: Tensor) -> Any:
         if type(tensor) is TensorProxy:

@@ -27,6 +27,13 @@ def shifted(f: Factor, labels: Tensor, dropped: int) -> Factor:
     return factor(labels, tuple(d - (d > dropped) for d in f.major_to_minor if d != dropped))
 
 
+def pack(call: RuleContext) -> list[Labels]:
+    """Sequences (T, B, *) or (B, T, *) and their lengths -> the entries of all (N, *), and how many there are of each step."""
+    call.freeze(call.labels(call["lengths"]), "says how long sequences are")
+    passed = call.freeze_dims(call.labels(call.first), [0, 1], "is packed by the lengths of sequences")
+    return [tuple(f.without(0) for f in passed), NONE]
+
+
 def select(call: RuleContext) -> Labels:
     dim = call.dim(call["dim"], len(call.shape(call.first)))
     result: list[Factor] = []
@@ -287,6 +294,7 @@ register(
 register("hsplit", dataclasses.replace(SPLIT, rewrite=explicit_split(lambda node, ndim: min(1, ndim - 1))))
 register("vsplit", dataclasses.replace(SPLIT, rewrite=explicit_split(lambda node, ndim: 0)))
 register("dsplit", dataclasses.replace(SPLIT, rewrite=explicit_split(lambda node, ndim: 2)))
+register("_pack_padded_sequence", OpSpec(pack))
 register("select select_copy", OpSpec(select, select_kept, moves=True, views=True))
 register("unbind", OpSpec(unbind, moves=True, views=True))
 register("narrow", OpSpec(slice_, narrow_kept, moves=True, views=True))

@@ -67,7 +67,8 @@ def unify(
         call.constraints.tie(f.labels, g.labels, broadcast=True)
         wider = f if len(f.major_to_minor) > len(g.major_to_minor) else g
         apart = heads_alone(wider, wider.dims - shared) if call.state.seeking_heads else None
-        if apart is not None:  # it still tells heads apart
+        if apart is not None:  # it still tells heads apart, and those of rows that it stands for are the same
+            call.constraints.tie(wider.labels, apart.labels.expand_as(wider.labels))
             result.append(apart)
             continue
         narrow = g.labels

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from .registry import features, graph, linear, net, tokens
 
@@ -59,6 +60,18 @@ def lstm_sequence_first_last_state():
         return self.head(torch.cat([h[-1], c[-1]], 1))
 
     return net(forward, embed=linear(10, 11), rnn=nn.LSTM(11, 14), head=linear(28, 5)), tokens()
+
+
+@graph(targets=("embed.weight", *LAYER, *BACKWARD, "head.weight"), min_removed=0.5)
+def lstm_of_packed_sequences():
+    def forward(self, x, lengths):
+        x = pack_padded_sequence(self.embed(x), lengths, batch_first=True, enforce_sorted=False)
+        x, (h, _) = self.rnn(x)
+        return self.head(pad_packed_sequence(x, batch_first=True)[0]), self.head(h.transpose(0, 1).flatten(1))
+
+    rnn = nn.LSTM(11, 14, batch_first=True, bidirectional=True)
+    inputs = tokens(), torch.tensor([3, 7])
+    return net(forward, embed=linear(10, 11), rnn=rnn, head=linear(28, 5)), inputs
 
 
 @graph(targets=("embed.weight", *LAYER, *BACKWARD), min_removed=0.5)

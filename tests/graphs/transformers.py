@@ -55,6 +55,25 @@ def rope(rotate, size):
     return separate(forward, cos=buffer(9, size), sin=buffer(9, size))
 
 
+STREAMS = ("qkv.weight", "qkv_too.weight", "head.weight", "head_too.weight")
+
+
+@graph("rope_halves_joint", args=(rotated, 6), targets=STREAMS, heads=HINT | {"qkv_too": 4}, min_removed=0.4)
+@graph("rope_pairs_joint", args=(rotated_pairs, 3), targets=STREAMS, heads=HINT | {"qkv_too": 4}, min_removed=0.4)
+def rope_of_joint_streams(rotate, size):
+    """Two streams of tokens with layers of their own attend to each other, as images and texts do."""
+
+    def forward(self, x, y):
+        streams = [layer(t).unflatten(-1, (3, 4, 6)).permute(2, 0, 3, 1, 4) for layer, t in ((self.qkv, x), (self.qkv_too, y))]
+        q, k, v = (torch.cat(parts, 2) for parts in zip(*streams, strict=True))
+        q, k = rotate(q, self.cos, self.sin), rotate(k, self.cos, self.sin)
+        x, y = joined(F.scaled_dot_product_attention(q, k, v)).split([x.shape[1], y.shape[1]], 1)
+        return self.head(x), self.head_too(y)
+
+    layers = {"qkv": linear(10, 72), "qkv_too": linear(9, 72), "head": linear(24, 5), "head_too": linear(24, 5)}
+    return net(forward, **layers, cos=buffer(20, size), sin=buffer(20, size)), (tokens(), tokens(9, 5))
+
+
 @graph("query_key_layer_norm", args=(nn.LayerNorm,), targets=SPLIT, heads=HINTS, min_removed=0.4)
 @graph("query_key_rms_norm", args=(nn.RMSNorm,), targets=SPLIT, heads=HINTS, min_removed=0.4)
 def query_key_norm(norm):
