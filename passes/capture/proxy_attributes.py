@@ -84,11 +84,11 @@ class ProxyAttributes(fx.Tracer):
     results: dict[fx.Node, Any]
     grad_modes: list[tuple[int, bool]]
     conversions: Conversions
-    inlining: bool = False
-    reads_numbers: bool = False  # whether any number of the graph is read from a tensor
+    inlining = reads_numbers = False  # the latter: whether any number of the graph is read from a tensor
+    constants: dict[int, Any]
+    writes_constants: bool
     takes_memory = casts = False  # whether code takes the memory of a tensor of the model's; whether it enters an autocast
-    facts: frozenset[str] = frozenset()  # the names of tensors whose contents Python has read
-    written: frozenset[str] = frozenset()  # those that the forward writes to, too: no facts
+    facts = written = frozenset[str]()  # names of tensors that Python has read, and of those that are written to, too: no facts
     watch_parameters: Callable[[], None]
     # methods of `GraphBuilder`
     bind: Callable[[fx.Node, Any], Any]
