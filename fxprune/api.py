@@ -187,9 +187,9 @@ def prune(
         depth: with True residual branches go too, with "only" nothing else: attention, an FFN, the convolutions of a block,
             whatever is computed from a stream and added to it by parameters of its own; with "blocks" all those of a block
             at once. A `ratio` is also the share of branches; a budget is one over both.
-        depth_criterion: how branches are ranked, for what they cost where there is a budget: `token_taylor` (by default with a
-            loss), `influence` (arXiv:2403.03853; with data, and for blocks), `weights` (without data), `taylor`, `loss` (which
-            measures: closest and slowest), or a function of stream and what is added to it; see `fxprune.criteria.branches`.
+        depth_criterion: how branches are ranked, for what they cost where there is a budget: `influence` (arXiv:2403.03853; by
+            default with data), `taylor`, `loss` (measured: the slowest, and the closest), `weights` (the criterion's mean over
+            a branch; by default without data), or a function of the stream and what is added; see `fxprune.criteria.branches`.
         uniform: families that play the same part keep the same share of their units, so that one number says how many there
             are in every layer: those of one structure and size, and of a model with a configuration those that one number of
             it counts. Where one of them stays whole all do, and `couple(..., uniform=True)` says why.

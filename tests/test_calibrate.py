@@ -91,7 +91,7 @@ def test_a_calibration_without_a_branch_says_so(tmp_path):
     less = fxprune.Calibration("wanda", seen.evidence, branches={n: s for n, s in seen.branches.items() if n != gone})
     with untouched(model), refuses(f"the calibration has no score of a residual branch\n  at {gone}\n"):
         fxprune.prune(model, criterion=less, example_inputs=IDS | NO_CACHE, depth="only", params=0.9)
-    with untouched(model), refuses("depth_criterion must be one of influence, token_taylor, taylor, loss, not 'weights'"):
+    with untouched(model), refuses("depth_criterion must be one of influence, taylor, loss, not 'weights'"):
         fxprune.calibrate(model, data, "wanda", IDS | NO_CACHE, depth_criterion="weights")
 
 

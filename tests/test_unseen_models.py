@@ -442,3 +442,22 @@ def test_modules_that_are_moved_to_where_they_are(move):
     model, result = pruned(Moves)
     assert result.meta["capture"] == "symbolic" and "copy_" not in result.code
     torch.testing.assert_close(result(X), zeroed(model, result)(X))
+
+
+class Counting(Net):
+    """Writes to a tensor of an object, and reads nothing: what the next call finds is what this one has left."""
+
+    def prepare(self) -> None:
+        self.notes = Notes()
+
+    def forward(self, x):
+        self.notes.sum.add_(1)
+        self.notes.sum[0] = self.notes.sum[0] * 2
+        return self.b(self.a(x).relu()) + self.notes.sum
+
+
+def test_a_tensor_of_an_object_is_written_to_in_each_call():
+    model, result = pruned(Counting)
+    assert model.notes.sum.tolist() == result.notes.sum.tolist() == [0.0] * 3
+    for wanted in [zeroed(model, result)(X) for _ in range(3)]:
+        torch.testing.assert_close(result(X), wanted)

@@ -128,12 +128,10 @@ def ours(model: Any, batches: list[Tensor], keep: float, criterion: str, what: s
         asked["data"] = [{"input_ids": ids, "labels": ids} for ids in few.split(1)]
         return fxprune.prune(model, example_inputs=inputs, params=keep, verify=False, **asked)
     name, attention = "token_taylor" if criterion == "default" else criterion, asked.get("attention", "heads")
-    joint = "token_taylor" if (name, attention) == ("token_taylor", "heads") else None
-    seen = asked["criterion"] = seen_by(model, name, batches, attention, joint)
+    seen = asked["criterion"] = seen_by(model, name, batches, attention)
     if asked.get("depth") and criterion != "magnitude":  # which has the weights of a branch to go by
-        of, how = ("token_taylor", "token_taylor") if criterion in ("default", "taylor") else ("flap", "influence")
-        branches = seen_by(model, of, batches, "heads", how).branches
-        asked["criterion"] = fxprune.Calibration(seen.criterion, seen.evidence, attention, branches)
+        influence = seen_by(model, "flap", batches, attention, "influence").branches
+        asked["criterion"] = fxprune.Calibration(seen.criterion, seen.evidence, attention, influence)
     if criterion != "default":
         asked["ranking"] = "global"
     return fxprune.prune(model, example_inputs=inputs, params=keep, verify=False, **asked)
@@ -272,10 +270,10 @@ def page(rows: list[dict[str, Any]]) -> str:
         f"{RANK} beside each layer, steps of {WINDOWS} windows,",
         "128 of them on the data of calibration, more of them on windows spread over the same seven eighths, each seen once.",
         "`all` is a budget and nothing else said: the stream may go, last. `depth` takes whole branches, `blocks` all",
-        "of a block. Branches beside the default and `taylor` go by `token_taylor`, those beside `wanda` and `flap` and blocks",
-        "by their influence, those beside `magnitude`, which looks at no data, by their weights; `measured` is the loss on",
-        'eight windows (`depth_criterion="loss"`). The default is run on all',
-        "families, other criteria on FFN, FFN + heads and FFN + heads + depth.",
+        "of a block, those of least influence for what they cost; beside `magnitude`, which looks at no data, those of the",
+        'smallest weights. `measured` is the loss on eight windows (`depth_criterion="loss"`). `by scores alone`: as it was',
+        "before decision 484, for no cost. The default is run on all families, other criteria on FFN, FFN + heads and",
+        "FFN + heads + depth.",
         "Seconds are those of a machine shared with other work, where Wanda-sp at 0.8 and query heads were stopped at",
         "times; a later row is without what it shares with an earlier one: of plain methods their statistics, of ours the",
         "scores, which are kept in a file (the default as cut was scored anew).",

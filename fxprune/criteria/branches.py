@@ -2,9 +2,6 @@
 
 - `influence`: 1 - the mean cosine between the stream before and after, along the dimensions of channels, over all samples and
   positions (block influence: Men et al., ShortGPT, arXiv:2403.03853);
-- `token_taylor`: the squared first-order change of the loss at each position, for branches that go together. A term is the sum
-  over channels of activation times gradient (over all places of an image, too); each pair of branches has the sum over samples
-  and positions of the product of their terms, and a set of branches the sum over all pairs;
 - `taylor`: the magnitude of the sum over the branch's output of activation times gradient, the first-order change of the loss;
 - `loss`: the change of the loss without the branch and those that go before it, the least for what it costs next (BlockPruner:
   Zhong et al., arXiv:2406.10594). One forward of each batch for every branch, and a few for each that goes: a change that was
@@ -17,7 +14,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +32,7 @@ from fxprune.passes.errors import PruneError, told
 from fxprune.passes.ir.branches import Branch
 from fxprune.passes.ir.module_tree import named_parameters
 
-SCORES = ("influence", "token_taylor", "taylor", "loss", "weights")
+SCORES = ("influence", "taylor", "loss", "weights")
 Influence = Callable[[Tensor, Tensor], Any]  # of the stream, and what is added to it
 
 
@@ -51,7 +48,7 @@ def score_branches(
     prices: np.ndarray | None = None,
     enough: Callable[[Sequence[int]], bool] | None = None,
 ) -> np.ndarray:
-    """The score of each branch, lowest where it matters least, shape (branches,); by `token_taylor` of each pair, as a matrix.
+    """The score of each branch, lowest where it matters least, shape (branches,).
 
     Arguments:
         model: the original.
@@ -88,8 +85,6 @@ def score_branches(
             return found.by_loss(prices, enough or (lambda gone: 2 * len(gone) >= len(branches)))
         if how == "taylor":
             return found.by_gradient()
-        if how == "token_taylor":
-            return found.by_terms(dims)
         if isinstance(how, str):
             return found.by_function(lambda i, stream, added: influence(stream, stream + added, dims[i]))
         return found.by_function(lambda i, stream, added: checked(how, stream, added, label))
@@ -129,27 +124,6 @@ class Scores:
         return self.mean()
 
     def by_gradient(self) -> np.ndarray:
-        for size, i, branch, gradient in (found for batch in self.gradients() for found in batch):
-            self.total[i] += size * float((gradient.double() * branch.double()).sum())
-        return np.abs(self.mean())
-
-    def by_terms(self, dims: Sequence[Sequence[int]]) -> np.ndarray:
-        """Terms at positions of different streams are not of one thing: branches there have no score together."""
-        found = np.zeros((len(self.total), len(self.total)))
-        for batch in self.gradients():
-            like: dict[int, dict[int, Tensor]] = {}
-            for size, i, branch, gradient in batch:
-                along = dims[i] if list(dims[i]) == [branch.dim() - 1] else range(1, branch.dim())  # positions, or whole images
-                terms = (wide(branch) * wide(gradient) * size).double().sum(list(along)).flatten()
-                mine = like.setdefault(len(terms), {})
-                mine[i] = mine[i] + terms if i in mine else terms
-            for mine in like.values():
-                rows = torch.stack(list(mine.values()))
-                found[np.ix_(list(mine), list(mine))] += (rows @ rows.T).cpu().numpy()
-        return found
-
-    def gradients(self) -> Iterator[list[tuple[int, int, Tensor, Tensor]]]:
-        """Of each batch, for each addition: the batch's size, the branch, what it adds, the gradient of the loss at the sum."""
         seen: list[tuple[int, Tensor, Tensor]] = []
 
         def look(i: int, stream: Tensor, branch: Tensor, out: Tensor, last: bool) -> None:
@@ -160,9 +134,11 @@ class Scores:
             seen.clear()
             value = self.source.value(self.each(batch))
             learned = [found for found in seen if found[2].requires_grad]
-            found = torch.autograd.grad(value, [out for *_, out in learned], allow_unused=True)
-            pairs = zip(learned, found, strict=True)
-            yield [(batch.size, i, branch, gradient) for (i, branch, _), gradient in pairs if gradient is not None]
+            gradients = torch.autograd.grad(value, [out for *_, out in learned], allow_unused=True)
+            for (i, branch, _), gradient in zip(learned, gradients, strict=True):
+                if gradient is not None:
+                    self.total[i] += batch.size * float((gradient.double() * branch.double()).sum())
+        return np.abs(self.mean())
 
     def by_loss(self, prices: np.ndarray, enough: Callable[[Sequence[int]], bool]) -> np.ndarray:
         """Scores that, over the prices, are in the order in which branches went; others keep what was measured last."""

@@ -32,8 +32,7 @@ class Calibration:
         evidence: what it needs for each parameter, by name, broadcastable to the parameter: norms of the activations that a
             weight multiplies, a gradient, and so on.
         attention: the granularity that it was gathered for, if that is known: losses of a head count for the whole head.
-        branches: the score of each residual branch, if those were asked for, by the first of the tensors that it has alone; of
-            scores of pairs its row, in the order of the branches.
+        branches: the score of each residual branch, if those were asked for, by the first of the tensors that it has alone.
     """
 
     needs = ""
@@ -43,7 +42,7 @@ class Calibration:
         criterion: str | Criterion,
         evidence: Mapping[str, Tensor],
         attention: str | None = None,
-        branches: Mapping[str, float | list[float]] | None = None,
+        branches: Mapping[str, float] | None = None,
     ) -> None:
         inner: Any = find(criterion)
         spec = describe(inner)
@@ -90,7 +89,7 @@ class Calibration:
             raise PruneError(f"{path} is no calibration", fix=FIX)
         resolve(data["criterion"])
         branches = data.get("branches")
-        if branches is not None and not are_scores(branches):
+        if not (branches is None or (isinstance(branches, dict) and all(type(v) is float for v in branches.values()))):
             raise PruneError(f"{path} is no calibration: its scores of branches are no numbers", fix=FIX)
         return cls(data["criterion"], evidence, data.get("attention"), branches)
 
@@ -99,29 +98,19 @@ class Calibration:
         return Calibration(criterion, self.evidence, self.attention, self.branches)
 
     def scores_of(self, branches: Sequence[Branch]) -> np.ndarray:
-        """The scores of these residual branches, shaped as `score_branches` does; raises PruneError for one it has not seen."""
-        held = self.branches or {}
-        parts = [list(map(key_of, branch.parts or (branch,))) for branch in branches]
-        unseen = next((key for keys in parts for key in keys if key not in held), None)
+        """The scores of these residual branches, shape (branches,); raises PruneError for one that it has not seen."""
+        held, keys = self.branches or {}, list(map(key_of, branches))
+        if any(branch.parts for branch in branches):
+            what = "the calibration has scores of single branches, and none of whole blocks"
+            raise PruneError(what, fix="data=batches, with depth_criterion='influence' or 'loss'")
+        unseen = next((key for key in keys if key not in held), None)
         if unseen is not None:
             raise PruneError(
                 "the calibration has no score of a residual branch",
                 where=unseen,
-                fix="fxprune.calibrate with this model and depth_criterion='token_taylor'",
+                fix="fxprune.calibrate with this model and depth_criterion='influence'",
             )
-        found = np.array(list(held.values()))
-        places = {key: i for i, key in enumerate(held)}
-        chosen = np.zeros((len(branches), len(held)))
-        for i, keys in enumerate(parts):
-            chosen[i, [places[key] for key in keys]] = 1.0
-        if found.ndim == 2:
-            return chosen @ found @ chosen.T
-        if any(len(keys) > 1 for keys in parts):
-            raise PruneError(
-                "the calibration has scores of single branches, and none of whole blocks",
-                fix="fxprune.calibrate with depth_criterion='token_taylor'",
-            )
-        return chosen @ found
+        return np.array([held[key] for key in keys])
 
     def check(self, shapes: Mapping[str, Sequence[int]]) -> None:
         """Raise PruneError unless it was gathered from a model with parameters of these shapes."""
@@ -130,16 +119,6 @@ class Calibration:
             if whole is None or not broadcasts(tensor.shape, whole):
                 what = f"the calibration is of another model: {name} has evidence of shape {tuple(tensor.shape)}"
                 raise PruneError(what, where=name, fix="fxprune.calibrate with this model")
-
-
-def are_scores(branches: Any) -> bool:
-    """Whether what a file holds are scores of branches by name: numbers, or rows of a square of them."""
-    if not isinstance(branches, dict):
-        return False
-    rows = [value for value in branches.values() if isinstance(value, list)]
-    if any(len(row) != len(branches) for row in rows) or len(rows) not in (0, len(branches)):
-        return False
-    return all(type(v) is float for value in branches.values() for v in (value if isinstance(value, list) else [value]))
 
 
 def key_of(branch: Branch) -> str:

@@ -330,7 +330,7 @@ def filter_curvature(source: Source) -> Evidence:
     return observer.by_parameter(score, observer.outputs.count > 0, source.parameters)
 
 
-LOSS_TERMS, CONTRIBUTIONS = "loss terms", "contributions of experts"  # of units: heads differ from dimensions within them
+LOSS_TERMS = "loss terms"  # of units, so that heads differ from dimensions within them
 GATHER: Mapping[str, Callable[[Source], Evidence]] = {
     "gradient": gradient,
     "squared gradient": squared_gradient,
@@ -338,7 +338,7 @@ GATHER: Mapping[str, Callable[[Source], Evidence]] = {
     **{needs: functools.partial(inputs_of, needs=needs) for needs in EVIDENCE_OF_INPUTS},
     "filter curvature": filter_curvature,
     LOSS_TERMS: loss_terms,
-    CONTRIBUTIONS: contributions,
+    "contributions of experts": contributions,
 }
 SAMPLES = "gradients of samples"  # the score is the mean over samples of the square of what each gives
 

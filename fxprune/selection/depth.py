@@ -7,6 +7,7 @@ compete with units.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 
@@ -17,8 +18,6 @@ from torch import Tensor, fx, nn
 from fxprune.criteria.branch_runs import WholeProgram
 from fxprune.criteria.branches import score_branches
 from fxprune.criteria.calibrated import Calibration
-from fxprune.criteria.calibration import CONTRIBUTIONS, EVIDENCE_OF_INPUTS
-from fxprune.criteria.catalog import resolve
 from fxprune.passes.coupling.branches import Branches
 from fxprune.passes.coupling.families import Family
 from fxprune.passes.coupling.solution import Solution
@@ -88,17 +87,16 @@ class DepthAllocator(Allocator):
             worth: what one unit of price is worth to the rivals; by default what the mean branch is by the mean step of theirs.
         """
         found, scores, _ = self.groups[which]
-        order, importance = removal_order(scores, prices / prices.mean())
-        if self.options.speeds is not None:
-            speeds = self.options.speeds
+        each = scores / (prices / prices.mean())
+        order = np.argsort(each, kind="stable").tolist()
+        importance, scale = each[order], 1.0
+        if (speeds := self.options.speeds) is not None:
             place = {i: (k + 1) / speeds.get(speed_name(found[i]), 1.0) for k, i in enumerate(order)}
             order.sort(key=place.__getitem__)
         self.lists[which] = [found[i] for i in order]
-        own = np.diag(scores) if scores.ndim == 2 else scores
         steps = [step for steps in self.scores for step in steps]
-        scale = 1.0
         if worth is not None:
-            scale = worth / (float(np.abs(own).mean()) or 1.0)
+            scale = worth / (float(np.abs(scores).mean()) or 1.0)
         elif self.options.ranking == "global" and steps and float(np.abs(importance).mean()) > 0:
             scale = float(np.mean(steps)) / float(np.abs(importance).mean())
         held = self.candidates[self.widths + which]
@@ -107,21 +105,16 @@ class DepthAllocator(Allocator):
     def weigh(self, cost: Callable[[Sequence[int]], float], left: Callable[[Slicer], float]) -> list[float]:
         """Likewise, and order branches by their scores for what they cost.
 
-        Terms of the loss are on one scale with those of units. Other scores of branches have no scale of their own: what all of
-        them cost is worth as much as it is to units.
+        Scores of branches have no scale of their own: what all of them cost is worth as much as it is to units, on the mean of
+        the way to the floor, since nothing is left of what a branch computes.
         """
         prices, units = super().weigh(cost, left), self.candidates[: self.widths]
         whole = cost([0] * len(self.candidates))
-        worth = sum(float(np.maximum(self.score[mine], 0).sum()) for c in units for _, mine in c.group.strata)
+        worth = sum(float(np.maximum(self.score[mine], 0).sum()) for c in units for _, mine in c.group.strata) / FLOOR
         spent = sum(c.total * price for c, price in zip(units, prices, strict=False))
-        everything = torch.ones(len(self.solution.unit_of), dtype=torch.bool)
-        for which, (found, scores, _) in enumerate(self.groups):
-            each = [left(self.solution.complete(Slicer(everything, self.branches.remove([b])))) for b in found]
-            price = np.maximum(whole - np.array(each), FREE * whole)
-            if self.options.weighs and scores.ndim == 2:
-                self.order(which, price, float(np.abs(np.diag(scores)).sum() / price.sum()))
-            else:
-                self.order(which, price, worth / spent if self.weighs_cost and worth > 0 and spent > 0 else None)
+        for which, (found, _, _) in enumerate(self.groups):
+            price = prices_of(found, self.branches, whole, left, self.solution)
+            self.order(which, price, worth / spent if self.weighs_cost and worth > 0 and spent > 0 else None)
         return prices
 
     def lost(self, group: int, level: int) -> Collection[fx.Node]:
@@ -148,7 +141,7 @@ def select_with_depth(
     """
     branches = Branches(solution.captures, set(named_parameters(model)))
     found = free_branches(model, branches, options)
-    how = options.depth_criterion or default_criterion(options)
+    how = options.depth_criterion or ("weights" if options.data is None else "influence")
     costs, seen = Costs(solution, tensors), options.criterion
     evidence = options.criterion, options.data, options.loss, program
     if options.depth_criterion is None and isinstance(seen, Calibration) and seen.branches is not None:
@@ -158,7 +151,7 @@ def select_with_depth(
         scores = options.scored(solution, "branches", lambda: score_branches(model, solution, found, how, *evidence, *aimed()))
     scores = scores if options.combine is None else options.combine(scores)
     if not np.isfinite(scores).all():
-        name = found[int(np.argwhere(~np.isfinite(scores))[0, 0])].name
+        name = found[int(np.flatnonzero(~np.isfinite(scores))[0])].name
         raise PruneError("the score of a residual branch is not finite", where=name, fix="look for NaN among its parameters")
     if not options.narrows:
         free, score = list[Family](), np.zeros(len(solution.unit_of))
@@ -191,26 +184,27 @@ def aims(
     found: Sequence[Branch], branches: Branches, options: Options, costs: Costs
 ) -> tuple[np.ndarray | None, Callable[[Sequence[int]], bool] | None]:
     """What each branch costs, and whether no more than some of them need to go; None where it is not known before they do."""
-    budget = options.budget
+    budget, solution = options.budget, costs.solution
     if budget is None:
         share = max(options.ratio.values(), default=0.0) if isinstance(options.ratio, Mapping) else options.ratio
         return np.ones(len(found)), lambda gone: len(gone) >= int(share * len(found) + 1e-9)
     if budget.measured:
         return None, None
-    everything = torch.ones(len(costs.solution.unit_of), dtype=torch.bool)
-    left = lambda gone: budget.cost(costs, costs.solution.complete(Slicer(everything, branches.remove(gone))))  # noqa: E731
-    whole = budget.cost(costs)
-    limit = budget.limit(whole)
-    prices = np.maximum(whole - np.array([left([branch]) for branch in found]), FREE * whole)
-    return prices, lambda gone: left([found[i] for i in gone]) <= limit
+    left, whole = functools.partial(budget.cost, costs), budget.cost(costs)
+    prices, limit = prices_of(found, branches, whole, left, solution), budget.limit(whole)
+    return prices, lambda gone: left(without(solution, branches, [found[i] for i in gone])) <= limit
 
 
-def default_criterion(options: Options) -> str:
-    """How branches are ranked where nothing is asked for: single ones by the loss, where there is one."""
-    if options.data is None or options.depth == "blocks":
-        return "weights" if options.data is None else "influence"
-    reads_loss = resolve(options.criterion).needs not in ("", *EVIDENCE_OF_INPUTS, CONTRIBUTIONS)
-    return "token_taylor" if reads_loss or options.loss is not None else "influence"
+def prices_of(
+    found: Sequence[Branch], branches: Branches, whole: float, left: Callable[[Slicer], float], solution: Solution
+) -> np.ndarray:
+    """What each branch costs, shape (branches,): of `whole` what `left` says a slicer leaves less."""
+    return np.array([max(whole - left(without(solution, branches, [branch])), FREE * whole) for branch in found])
+
+
+def without(solution: Solution, branches: Branches, gone: Sequence[Branch]) -> Slicer:
+    """A slicer that removes some branches and nothing else."""
+    return solution.complete(Slicer(torch.ones(len(solution.unit_of), dtype=torch.bool), branches.remove(gone)))
 
 
 def give_back(slicer: Slicer, branches: Branches, budget: Budget, costs: Costs) -> Slicer:
@@ -284,31 +278,8 @@ def grouped(found: Sequence[Branch], scores: np.ndarray, options: Options) -> li
         else:
             share = options.ratio.get(str(key), 0.0) if isinstance(options.ratio, Mapping) else options.ratio
         if share > 0:
-            groups.append(([found[i] for i in mine], scores[np.ix_(*[mine] * scores.ndim)], float(share)))
+            groups.append(([found[i] for i in mine], scores[mine], float(share)))
     return groups
-
-
-def removal_order(scores: np.ndarray, prices: np.ndarray) -> tuple[list[int], np.ndarray]:
-    """The order in which branches go, and what each step adds to their score for its price; later steps add no less.
-
-    Arguments:
-        scores: of each branch, shape (branches,), or of each pair, shape (branches, branches): a set has the sum of its rows
-            and columns as its score, and the branch goes next that adds least.
-        prices: what each branch costs, shape (branches,).
-    """
-    if scores.ndim == 1:
-        each = scores / prices
-        order = np.argsort(each, kind="stable")
-        return order.tolist(), each[order]
-    left, found, steps = np.ones(len(scores), bool), list[int](), list[float]()
-    adds = np.diag(scores).copy()
-    while left.any():
-        each = np.where(left, adds / prices, np.inf)
-        found.append(int(each.argmin()))
-        steps.append(float(each[found[-1]]))
-        left[found[-1]] = False
-        adds += 2 * scores[found[-1]]
-    return found, np.maximum.accumulate(steps)
 
 
 def without_idle(solution: Solution, slicer: Slicer) -> Tensor:

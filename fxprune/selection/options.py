@@ -48,7 +48,7 @@ Depth = bool | Literal["only", "blocks"]
 Experts = bool | Literal["only"]
 Ranking = Literal["local", "global", "isomorphic"]
 Basis = Literal["principal"]
-DepthCriterion = Literal["influence", "token_taylor", "taylor", "loss", "weights"] | Callable[[Tensor, Tensor], Any]
+DepthCriterion = Literal["influence", "taylor", "loss", "weights"] | Callable[[Tensor, Tensor], Any]
 BudgetName = Literal["params", "macs", "memory", "latency"]
 
 DEFAULT_RATIO = 0.5

@@ -54,7 +54,7 @@ def calibrate(
         example_inputs: as for `prune`; by default those of the first batch.
         attention: as for `prune`, where it is to be given the same.
         depth_criterion: as for `prune`: residual branches are scored, too, for `prune(..., depth=True)`, which then needs
-            neither the data nor this argument (for whole blocks only after `token_taylor`). By default they are not.
+            neither the data nor this argument. By default they are not.
 
     Returns: a `Calibration`, for the `criterion` of `prune`, `prune_checkpoint` and others; `save` and `Calibration.load`.
 

@@ -18,6 +18,7 @@ from fxprune.passes.capture.frames import Frame
 from fxprune.passes.capture.opaque import draws, is_fraction, makes, outcome, tensors_behind
 from fxprune.passes.capture.proxy import PROXIES, Proxy, TensorProxy, may_have_gradients, unwrap
 from fxprune.passes.capture.recorder import Recorder
+from fxprune.passes.capture.rollback import run_outside
 from fxprune.passes.errors import ConvertsSize, NeedsValues, ReadsMissing, ReadsValue
 from fxprune.passes.ir.data_sizes import DataSizes
 from fxprune.passes.ir.program import IS_GRAD_ENABLED, Guard, tensors_read
@@ -85,12 +86,11 @@ class ProxyAttributes(fx.Tracer):
     grad_modes: list[tuple[int, bool]]
     conversions: Conversions
     inlining = reads_numbers = False  # the latter: whether any number of the graph is read from a tensor
-    constants: dict[int, Any]
-    writes_constants: bool
-    takes_memory = casts = False  # whether code takes the memory of a tensor of the model's; whether it enters an autocast
+    held: dict[int, Tensor] | None = None  # tensors of objects that the model holds, by their memory, where it was asked
+    takes_memory = casts = writes_constants = False  # takes: whether code takes the memory of a tensor of the model's
     facts = written = frozenset[str]()  # names of tensors that Python has read, and of those that are written to, too: no facts
     watch_parameters: Callable[[], None]
-    # methods of `GraphBuilder`
+    constants: dict[int, Any]  # this and the next ones: of `GraphBuilder`
     bind: Callable[[fx.Node, Any], Any]
     made: Callable[[str, Any, tuple[Any, ...], dict[str, Any]], Any]
     attribute: Callable[[str], Any]
@@ -271,7 +271,7 @@ class ProxyAttributes(fx.Tracer):
             raise ReadsValue("gradients")
         if not any(self.in_graph(v) for v in iterate((args, kwargs))):
             anew = draws(method) or (self.writes_constants and makes(method, args, kwargs))
-            return self.made_anew(method, args, kwargs) if anew else method(*args, **kwargs)
+            return self.made_anew(method, args, kwargs) if anew else run_outside(self, method, args, kwargs)
         if method in INLINED:  # its check for overridden arguments, which led here, does not find them the next time
             self.inlining = True
             with self.interception:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import operator
+import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from fxprune.passes.capture.proxy import PROXIES, TensorProxy
+from fxprune.passes.errors import ReadsValue
 from fxprune.passes.ir.contents import CONTAINERS, Contents, changeable, contents, refill, same_bits
 from fxprune.passes.ir.index_contents import storage_of
-from fxprune.passes.ir.module_tree import named_parameters
+from fxprune.passes.ir.module_tree import named_parameters, walk
 from fxprune.passes.ir.op_trace import OpTrace, writes
 from fxprune.passes.ir.pytree import ATOMS, TensorRef, iterate
 from fxprune.passes.ops.registry import spec_of
+
+HELD_BY_ALL = nn.Module, Tensor, type, types.ModuleType, types.FunctionType, types.MethodType
 
 
 class ModuleState:
@@ -159,6 +164,41 @@ class ParameterWrites:
         for p, gradient in self.gradients:
             if p.grad is not gradient:
                 p.grad = gradient
+
+
+def run_outside(tracer: Any, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a function of torch returns that no tensor of the graph goes into.
+
+    Raises: ReadsValue where it writes to a tensor of an object that the model holds, which is there in the next call.
+    """
+    name = getattr(method, "__name__", "")
+    target = args[0] if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) else kwargs.get("out")
+    if isinstance(target, Tensor) and target.layout is torch.strided:
+        if tracer.held is None:
+            tracer.held = held_by_objects(tracer.root)
+        if storage_of(target) in tracer.held:
+            raise ReadsValue("a tensor that is there from call to call and is written to")
+    return method(*args, **kwargs)
+
+
+def held_by_objects(root: nn.Module) -> dict[int, Tensor]:
+    """All tensors that a model's modules hold, in containers and objects, too, by their memory."""
+    found, seen = dict[int, Tensor](), set[int]()
+    pending: list[Any] = [vars(module) for module in walk(root)]
+    while pending:
+        box = pending.pop()
+        if isinstance(box, Tensor) and type(box) not in PROXIES and box.layout is torch.strided:
+            found[storage_of(box)] = box
+        if type(box) in ATOMS or isinstance(box, HELD_BY_ALL) or id(box) in seen:
+            continue
+        seen.add(id(box))
+        if isinstance(box, Mapping):
+            pending += box.values()
+        elif isinstance(box, list | tuple | set | frozenset):
+            pending += box
+        elif type(getattr(box, "__dict__", None)) is dict:
+            pending.append(vars(box))
+    return found
 
 
 def written_in_place(capture: OpTrace, but_for: Collection[int]) -> set[str]:
