@@ -188,7 +188,7 @@ def prune(
             whatever is computed from a stream and added to it by parameters of its own; with "blocks" all those of a block
             at once. A `ratio` is also the share of branches; a budget is one over both.
         depth_criterion: how branches are ranked, for what they cost where there is a budget: `influence` (arXiv:2403.03853; by
-            default with data), `taylor`, `loss` (measured: the slowest, and the closest), `weights` (the criterion's mean over
+            default with data), `taylor`, `loss` (measured; the slowest), `weights` (the criterion's mean over
             a branch; by default without data), or a function of the stream and what is added; see `fxprune.criteria.branches`.
         uniform: families that play the same part keep the same share of their units, so that one number says how many there
             are in every layer: those of one structure and size, and of a model with a configuration those that one number of

@@ -451,6 +451,7 @@ class Counting(Net):
         self.notes = Notes()
 
     def forward(self, x):
+        torch.relu_(input=torch.zeros(3))
         self.notes.sum.add_(1)
         self.notes.sum[0] = self.notes.sum[0] * 2
         return self.b(self.a(x).relu()) + self.notes.sum

@@ -172,7 +172,8 @@ def run_outside(tracer: Any, method: Callable[..., Any], args: tuple[Any, ...], 
     Raises: ReadsValue where it writes to a tensor of an object that the model holds, which is there in the next call.
     """
     name = getattr(method, "__name__", "")
-    target = args[0] if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) else kwargs.get("out")
+    in_place = name == "__setitem__" or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_")
+    target = next(iter((*args, *kwargs.values())), None) if in_place else kwargs.get("out")
     if isinstance(target, Tensor) and target.layout is torch.strided:
         if tracer.held is None:
             tracer.held = held_by_objects(tracer.root)
