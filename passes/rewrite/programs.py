@@ -92,8 +92,8 @@ class Program:
         def by_name(x: Any) -> Any:
             return Function(f"torch:{str(x).rpartition('.')[2]}") if isinstance(x, torch.memory_format) else x
 
-        named = [line.changed(Function.of(line.target) if callable(line.target) else line.target, by_name) for line in self.lines]
-        return program_of, (tuple(named),)
+        targets = [Function.of(line.target) if callable(line.target) else line.target for line in self.lines]
+        return program_of, (tuple(line.changed(t, by_name) for line, t in zip(self.lines, targets, strict=True)),)
 
 
 def program_of(named: tuple[Line, ...]) -> Program:
