@@ -6,12 +6,17 @@ Imports in functions and those for type checkers alone count like any others.
 from __future__ import annotations
 
 import ast
+import sys
 from functools import cache
 from pathlib import Path
 
 import networkx as nx
 import pytest
-import tomllib
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # which pytest brings
 
 ROOT = Path(__file__).parent.parent
 STAGES = ["errors", "ir", "ops", "capture", "coupling", "rewrite", "verification"]  # each imports those before it

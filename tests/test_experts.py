@@ -258,7 +258,34 @@ class Named(Stacked):
         return (x.unsqueeze(-2) @ self.up[best]).squeeze(-2) * (best == 2).unsqueeze(-1)
 
 
-@pytest.mark.parametrize("kind", [Switch, ByArgmax, Dense, Scattered, Named])
+class Loop(nn.Module):
+    """One node, whose code looks at the least and the greatest of what was chosen, as `one_hot` of torch 2.11 does."""
+
+    def __init__(self, up, down):
+        super().__init__()
+        self.up, self.down = up, down
+
+    def forward(self, x, best, gate):
+        if best.min() < 0 or best.max() >= len(self.up):
+            raise IndexError("there is no such expert")
+        out, mask = torch.zeros_like(x), F.one_hot(best, len(self.up)).permute(2, 1, 0)
+        for (expert,) in mask.sum((-1, -2)).greater(0).nonzero():
+            slot, token = torch.where(mask[expert])
+            out.index_add_(0, token, (x[token] @ self.up[expert]).relu() @ self.down[expert] * gate[token, slot, None])
+        return out
+
+
+class Looped(Stacked):
+    def __init__(self):
+        super().__init__()
+        self.loop = Loop(self.up, self.down)
+
+    def mix(self, x, p):
+        gate, best = p.flatten(0, 1).topk(2, -1)
+        return self.loop(x.flatten(0, 1), best, gate).view(x.shape)
+
+
+@pytest.mark.parametrize("kind", [Switch, ByArgmax, Dense, Scattered, Named, Looped])
 def test_own_layers(kind):
     model, x = kind(), torch.randn(2, 5, 8)
     small = fxprune.prune(model, 0.5, x, experts="only")

@@ -4,13 +4,13 @@ import copy
 import pickle
 import sys
 import types
-import typing
 from typing import TypedDict
 
 import pytest
 import torch
 import transformers
 from torch import nn
+from typing_extensions import Unpack
 
 import fxprune
 from fxprune.inputs import ExampleInputs
@@ -412,7 +412,7 @@ class Flagged(nn.Module):
         super().__init__()
         self.inner, self.outer = nn.Linear(6, 8), nn.Linear(8, 6)
 
-    def forward(self, x, **flags: typing.Unpack[Flags]):
+    def forward(self, x, **flags: Unpack[Flags]):
         y = self.outer(self.inner(x).reshape(-1, 8).relu())
         return -y if flags.get("negate") else y
 

@@ -421,10 +421,10 @@ def in_steps_resumed_too_late(rank):
 TASKS = [fsdp, fsdp_after_forward, fsdp_again, fsdp_in_place, fsdp_settings, tensor_parallel, tensor_parallel_uneven]
 TASKS += [one_cannot, one_fails_in_between, one_asks_otherwise, by_data, verified]
 TASKS += [of_plan, of_plan_without_values, of_another_plan, coupled]
-TASKS += [in_steps, in_steps_to_a_budget, in_steps_in_parallel, in_steps_by_hand]
-TASKS += [in_steps_of_another_model, in_steps_with_masks, in_steps_by_group_lasso, in_steps_by_growing]
-TASKS += [in_steps_by_group_lasso_in_parallel, in_steps_with_no_gradient, in_steps_resumed, in_steps_resumed_in_parallel]
-TASKS += [in_steps_resumed_with_the_state_of_another, in_steps_resumed_too_late]
+IN_STEPS = [in_steps, in_steps_to_a_budget, in_steps_in_parallel, in_steps_by_hand]
+IN_STEPS += [in_steps_of_another_model, in_steps_with_masks, in_steps_by_group_lasso, in_steps_by_growing]
+IN_STEPS += [in_steps_by_group_lasso_in_parallel, in_steps_with_no_gradient, in_steps_resumed, in_steps_resumed_in_parallel]
+IN_STEPS += [in_steps_resumed_with_the_state_of_another, in_steps_resumed_too_late]
 IN_BOTH = [in_steps_by_group_lasso_in_both, in_steps_resumed_in_both]
 
 
@@ -432,6 +432,11 @@ IN_BOTH = [in_steps_by_group_lasso_in_both, in_steps_resumed_in_both]
 def two(tmp_path_factory):
     """What each of two processes gets; they start once, since importing torch takes most of the time."""
     return in_processes(2, TASKS, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def two_in_steps(tmp_path_factory):
+    return in_processes(2, IN_STEPS, tmp_path_factory.mktemp("two_in_steps"))
 
 
 @pytest.fixture(scope="module")
@@ -491,9 +496,9 @@ def test_four_processes_leave_what_one_leaves(four):
         ("in_steps_by_group_lasso_in_parallel", by_group_lasso, EVEN),
     ],
 )
-def test_steps_of_two_processes_are_those_of_one(task, steps, sizes, two):
+def test_steps_of_two_processes_are_those_of_one(task, steps, sizes, two_in_steps):
     wanted = steps(decoder(**sizes))
-    for found in two:
+    for found in two_in_steps:
         assert_same_steps(found[task], wanted)
 
 
@@ -510,17 +515,17 @@ def test_penalties_of_four_processes_are_those_of_one(four):
         assert_same_steps(found["in_steps_by_group_lasso_in_both"], wanted)
 
 
-def test_sharded_steps_go_on_from_a_state(two, four):
+def test_sharded_steps_go_on_from_a_state(two_in_steps, four):
     tasks = "in_steps_resumed", "in_steps_resumed_in_parallel", "in_steps_resumed_in_both"
-    results = [found[task] for found in [*two, *four] for task in tasks if task in found]
+    results = [found[task] for found in [*two_in_steps, *four] for task in tasks if task in found]
     assert len(results) == 8
     for found in results:
         assert found["found"] == found["wanted"] and found["history"] == 2
 
 
-def test_a_state_is_for_the_process_that_it_was_saved_in(two):
+def test_a_state_is_for_the_process_that_it_was_saved_in(two_in_steps):
     said = "the state is of a Pruner with process 1 of 2, and this one has 0 of 2"
-    assert all(said in found["in_steps_resumed_with_the_state_of_another"] for found in two)
+    assert all(said in found["in_steps_resumed_with_the_state_of_another"] for found in two_in_steps)
 
 
 def assert_same_steps(found, wanted):
@@ -563,13 +568,22 @@ def test_what_fully_shard_was_told_stays(two):
         ("one_fails_in_between", "out of luck"),
         ("one_asks_otherwise", "another plan than rank 0"),
         ("of_another_plan", "another plan than rank 0"),
-        ("in_steps_of_another_model", "this is another model: blocks.0.up.weight has shape (24, 12), not (21, 12)"),
-        ("in_steps_with_masks", "mask='hold' takes the model in one process, and it is sharded: with masks it computes"),
-        ("in_steps_with_no_gradient", "no parameter has a gradient"),
-        ("in_steps_resumed_too_late", "is loaded into a Pruner that has taken no step"),
         ("by_data", "the criterion taylor looks at data, which takes the model in one process"),
         ("verified", "the result is compared with the original, which takes the model in one process"),
     ],
 )
 def test_all_fail_together(task, said, two):
     assert all(isinstance(found[task], str) and said in found[task] for found in two)
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        ("in_steps_of_another_model", "this is another model: blocks.0.up.weight has shape (24, 12), not (21, 12)"),
+        ("in_steps_with_masks", "mask='hold' takes the model in one process, and it is sharded: with masks it computes"),
+        ("in_steps_with_no_gradient", "no parameter has a gradient"),
+        ("in_steps_resumed_too_late", "is loaded into a Pruner that has taken no step"),
+    ],
+)
+def test_all_steps_fail_together(task, said, two_in_steps):
+    assert all(isinstance(found[task], str) and said in found[task] for found in two_in_steps)

@@ -304,8 +304,10 @@ def read_by_python(call: RuleContext) -> Handled:
 
 
 def ranged(call: RuleContext) -> Handled:
-    """The least and the greatest, which `one_hot` compares to the number of classes."""
-    if not call.state.opaque and call.state.rewrite is not FUNCTIONS["one_hot"].rewrite:  # opaque modules are tried once cut
+    """The least and the greatest of all, together or each by itself, which `one_hot` compares to the number of classes."""
+    of_all = len(call.inputs) == 1 and call.get("dim", None) is None
+    tried = call.state.opaque or call.state.rewrite is FUNCTIONS["one_hot"].rewrite  # opaque modules are tried once cut
+    if not (of_all and tried):
         refuse(call, call.state.picks[call.first.id])
     return None
 
@@ -326,5 +328,5 @@ READERS: dict[str, Callable[[RuleContext], Handled]] = {
     "aten::argsort": ordered,
     **dict.fromkeys(COMPARISONS, compared),
     "aten::_local_scalar_dense": read_by_python,
-    "aten::aminmax": ranged,
+    **{f"aten::{n}": ranged for n in ("aminmax", "max", "min")},
 }

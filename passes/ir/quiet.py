@@ -47,16 +47,24 @@ def set_random_state(state: Sequence[Any], devices: Sequence[int] = ()) -> None:
 
 def plain_random_state() -> list[Any]:
     """Of the generators that no program draws from: those of Python and NumPy, comparable."""
-    return [random.getstate(), *[v.tobytes() if isinstance(v, np.ndarray) else v for v in np.random.get_state(legacy=True)]]
+    return comparable(random.getstate(), np.random.get_state(legacy=True))
+
+
+def comparable(pythons: Any, numpys: Any) -> list[Any]:
+    return [pythons, *[v.tobytes() if isinstance(v, np.ndarray) else v for v in numpys]]
 
 
 @contextlib.contextmanager
 def undrawn() -> Iterator[None]:
     """Raises DrawsNumbers for what draws from these generators, and winds them back."""
-    numbers = plain_random_state()
-    with own_random_state():
+    before, drawn = (random.getstate(), np.random.get_state()), False
+    try:
         yield
-        drawn = plain_random_state() != numbers
+    finally:
+        drawn = plain_random_state() != comparable(*before)
+        if drawn:  # to read NumPy's state and to set it take as long as some layers
+            random.setstate(before[0])
+            np.random.set_state(before[1])
     if drawn:
         raise DrawsNumbers("numbers that Python's or NumPy's generator draws")
 

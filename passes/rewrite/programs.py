@@ -88,19 +88,21 @@ class Program:
         """A graph, written down."""
         return cls(tuple(written(graph)[0]))
 
-    def __getstate__(self) -> Any:
+    def __reduce__(self) -> tuple[Any, ...]:  # in Python 3.10 a frozen dataclass with slots has a `__getstate__` of its own
         def by_name(x: Any) -> Any:
             return Function(f"torch:{str(x).rpartition('.')[2]}") if isinstance(x, torch.memory_format) else x
 
-        return tuple(
-            line.changed(Function.of(line.target) if callable(line.target) else line.target, by_name) for line in self.lines
-        )
+        targets = [Function.of(line.target) if callable(line.target) else line.target for line in self.lines]
+        return program_of, (tuple(line.changed(t, by_name) for line, t in zip(self.lines, targets, strict=True)),)
 
-    def __setstate__(self, state: Any) -> None:
-        def found(x: Any) -> Any:
-            return x.found() if isinstance(x, Function) else x
 
-        object.__setattr__(self, "lines", tuple(line.changed(found(line.target), found) for line in state))
+def program_of(named: tuple[Line, ...]) -> Program:
+    """A program whose functions and memory formats were given by name."""
+
+    def found(x: Any) -> Any:
+        return x.found() if isinstance(x, Function) else x
+
+    return Program(tuple(line.changed(found(line.target), found) for line in named))
 
 
 def spelled(path: str) -> str | None:
