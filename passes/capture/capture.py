@@ -114,6 +114,8 @@ def trace(tracer: ValueTracer) -> ValueTracer:
             fix="write by torch, such as parameter.data.mul_(2), or before pruning; the model is as it was",
         )
     tracer.check_writes()
+    if tracer.modes.mixed(tracer):
+        raise MixesModes
     return tracer
 
 

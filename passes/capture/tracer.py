@@ -29,7 +29,7 @@ from fxprune.passes.capture.proxy import unwrap
 from fxprune.passes.capture.proxy_attributes import internal
 from fxprune.passes.capture.rollback import facts_written, written_in_place
 from fxprune.passes.capture.train_eval import Modes, captured_in_both, same_in_training
-from fxprune.passes.errors import MixesModes, PruneError, ReadsValue, WritesWhatItReads, surface
+from fxprune.passes.errors import PruneError, ReadsValue, WritesWhatItReads, surface
 from fxprune.passes.ir.index_contents import version_of
 from fxprune.passes.ir.module_tree import walk
 from fxprune.passes.ir.outputs import named_outputs
@@ -292,8 +292,6 @@ class ValueTracer(GraphBuilder):
         again = self.assigned_alone - self.read_as_copies | facts_written(self)
         if again or (self.wrote_constants and not self.writes_constants):
             raise WritesWhatItReads
-        if self.modes.mixed(self):
-            raise MixesModes
 
     # -- the result -------------------------------------------------------------------------------------------------
 
