@@ -98,6 +98,10 @@ class WritesWhatItReads(Exception):
     """The program writes to constants made on the way, or to tensors that a forward assigns anew: it has to read copies."""
 
 
+class MixesModes(Exception):
+    """A module has left elsewhere what it computes in training, or twice what it computes: the modes are captured apart."""
+
+
 class DrawsNumbers(ReadsValue):
     """What was traced has drawn numbers that are no nodes."""
 

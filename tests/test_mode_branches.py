@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from fuzz_steps.parts import Chosen, Either, scripted_swish
 from torch import Tensor, nn
 
@@ -354,3 +355,74 @@ def test_what_a_draw_or_a_counter_decides_otherwise_in_another_call_is_coupled(a
     [first], [rows, columns], [last] = keep["0.weight"], keep["2.layer.weight"], keep["3.weight"]
     assert first.keep.tolist() == columns.keep.tolist() == rows.keep.tolist() == last.keep.tolist()
     assert len(first.keep) == 4
+
+
+elsewhere: list[Tensor] = []
+
+
+class Leaves(nn.Module):
+    """Leaves for the model around it, on itself or elsewhere, something else in training than in evaluation."""
+
+    def __init__(self, how: str, size: int, shared: dict[str, Any]) -> None:
+        super().__init__()
+        self.how, self.lin, self.shared = how, nn.Linear(size, 16), shared
+        self.loss: Tensor | None = None
+        self.losses: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, loss = self.lin(x), self.lin.weight.square().sum()
+        if self.how == "another":
+            self.loss = loss if self.training else y.new_zeros(())
+        elif self.how == "none":
+            self.loss = loss if self.training else None
+        elif self.how == "nothing":
+            if self.training:
+                self.loss = loss
+        elif self.how == "list":
+            self.losses = [loss * (2 if self.training else 1)]
+        elif self.how == "append":
+            self.losses.append(loss * (2 if self.training else 1))
+        elif self.how == "elsewhere":
+            elsewhere.append(loss * (2 if self.training else 1))
+        elif self.how == "shared":
+            self.shared["all"] += [loss * (2 if self.training else 1)]
+        elif self.how == "hook":
+            y = y * (2 if self.training else 1)
+        else:
+            y = F.dropout(y, 0.0, self.training)
+            (self.losses if self.how == "dropout" else elsewhere).append(loss)
+        return y.relu()
+
+
+class Collects(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.shared: dict[str, Any] = {}
+        self.a, self.b, self.head = Leaves(how, 6, self.shared), Leaves(how, 16, self.shared), nn.Linear(16, 3)
+        if how == "hook":
+            self.b.register_forward_hook(lambda module, args, out: elsewhere.append(out.sum()))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        self.shared["all"] = []
+        elsewhere.clear()
+        for part in (self.a, self.b):
+            part.losses = []
+        out = [self.head(self.b(self.a(x)))]
+        for part in (self.a, self.b):
+            out += part.losses if part.loss is None else [part.loss]
+        return [*out, *elsewhere, *self.shared["all"]]
+
+
+@pytest.mark.parametrize(
+    "how", ["another", "none", "nothing", "list", "append", "dropout", "elsewhere", "dropout elsewhere", "shared", "hook"]
+)
+def test_what_a_part_leaves_for_others_is_that_of_the_mode(how: str) -> None:
+    torch.manual_seed(0)
+    model, x = Collects(how).eval(), torch.randn(4, 6)
+    pruned = fxprune.prune(model, 0.5, x)
+    with torch.no_grad():
+        for name, mask in fxprune.plan_of(pruned).masks(model).items():
+            model.get_parameter(name).mul_(mask)
+    for training in (False, True):
+        wanted, found = model.train(training)(x), pruned.train(training)(x)
+        torch.testing.assert_close(found, wanted)

@@ -25,7 +25,7 @@ from fxprune.passes.capture.patches import not_a_models
 from fxprune.passes.capture.patching import Patches
 from fxprune.passes.capture.rollback import ParameterWrites, facts_written
 from fxprune.passes.capture.tracer import ValueTracer, reason_of
-from fxprune.passes.errors import ConvertsSize, DrawsNumbers, PruneError, WritesWhatItReads, surface
+from fxprune.passes.errors import ConvertsSize, DrawsNumbers, MixesModes, PruneError, WritesWhatItReads, surface
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.quiet import undrawn
 
@@ -67,6 +67,9 @@ def captured(
             try:
                 return trace(tracer).program("")
             except WritesWhatItReads:
+                tracer = once_more(tracer)
+            except MixesModes:
+                tracer.modes.separate = True
                 tracer = once_more(tracer)
             except DrawsNumbers:
                 if tracer.watches_draws:  # it is the model's own forward
@@ -111,6 +114,8 @@ def trace(tracer: ValueTracer) -> ValueTracer:
             fix="write by torch, such as parameter.data.mul_(2), or before pruning; the model is as it was",
         )
     tracer.check_writes()
+    if tracer.modes.mixed(tracer):
+        raise MixesModes
     return tracer
 
 
@@ -143,6 +148,7 @@ def once_more(
     tracer.conversions = conversions or failed.conversions
     tracer.writes_constants = failed.writes_constants or failed.wrote_constants
     tracer.read_as_copies = failed.read_as_copies | failed.assigned_alone
+    tracer.modes.separate = failed.modes.separate
     tracer.written = failed.written | facts_written(failed)
     tracer.takes_memory, tracer.watches_draws = failed.takes_memory, failed.watches_draws or watches_draws
     failed.discard()

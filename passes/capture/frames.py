@@ -32,6 +32,7 @@ class Frame:
         first_op: the number of its first dispatcher call.
         plain: whether it may be that there is nothing to rewrite in it (see `plain_modules.py`).
         asked: whether its forward has asked for the mode.
+        given: what it was called with itself, which it may have changed.
         reads: the sizes that its forward has read, and the numbers it has computed.
     """
 
@@ -43,9 +44,11 @@ class Frame:
     first_op: int = 0
     plain: bool = False
     asked: bool = False
+    given: tuple[Any, ...] = ()
     reads: dict[Any, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.given = (self.args, self.kwargs)
         self.args, self.kwargs = copy_containers(self.args), copy_containers(self.kwargs)
 
     def finished(self, out: Any, end: int, names: Mapping[int, str]) -> TracedCall:
@@ -162,3 +165,46 @@ def inner_ops(node: fx.Node, results: Mapping[fx.Node, Any], trace: OpTrace, num
     map_tensors([results[n] for n in node.all_input_nodes], place, TensorRef)
     mine = [op for op in trace.ops if op.node == number]
     return [f"{op.func}{map_tensors((op.args, op.kwargs, op.outs), place, TensorRef)}" for op in mine]
+
+
+def branch(builder: Any, first: int, end: int) -> list[fx.Node]:
+    """The nodes numbered from `first` to `end`, but for reads of tensors, which either branch may be the first to do."""
+    mine = []
+    node = builder.graph._root.prev
+    while node.op != "root" and builder.index[node] >= first:
+        if builder.index[node] < end and node.op != "get_attr":
+            mine.append(node)
+        node = node.prev
+    return mine[::-1]
+
+
+def code(builder: Any, first: int, end: int, out: Any, *, loosely: bool = False) -> list[Any]:
+    """What the nodes numbered from `first` to `end` do, with names that do not depend on their position.
+
+    `loosely`: without flags and fractions, and without what is done to single numbers.
+    """
+    names: dict[fx.Node, str] = {}
+
+    def name(n: fx.Node) -> Any:
+        return str(n.target) if n.op == "get_attr" else names.get(n, n)
+
+    def masked(x: Any) -> Any:
+        return name(x) if isinstance(x, fx.Node) else "?" if isinstance(x, bool | float) else x
+
+    lines: list[Any] = []
+    for node in branch(builder, first, end):
+        if loosely and is_number(builder, node):
+            continue
+        names[node] = f"%{len(lines)}"
+        given = (node.args, dict(node.kwargs))
+        said = fx.node.map_aggregate(given, masked) if loosely else fx.node.map_arg(given, name)
+        asks = node.op == "call_module" and node.target in builder.evaluator.asking
+        inner = inner_ops(node, builder.results, builder.recorder.op_trace, builder.index[node]) if asks else []
+        lines.append((node.op, node.target, str(said), *inner))
+    return [*lines, [name(v.node) if type(v) in PROXIES else str(v) for v in leaves(out)]]
+
+
+def is_number(builder: Any, node: fx.Node) -> bool:
+    """Whether a node makes a tensor without dimensions from such tensors."""
+    refs = [builder.results[n] for n in (node, *node.all_input_nodes)]
+    return all(type(r) is TensorRef and not builder.recorder.op_trace.values[r.id].shape for r in refs)

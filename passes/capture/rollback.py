@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -19,6 +20,7 @@ from fxprune.passes.ir.op_trace import OpTrace, writes
 from fxprune.passes.ir.pytree import ATOMS, TensorRef, iterate
 from fxprune.passes.ops.registry import spec_of
 
+KEPT = {"_buffers", "_parameters", "_modules", "training"}  # by other means
 HELD_BY_ALL = nn.Module, Tensor, type, types.ModuleType, types.FunctionType, types.MethodType
 
 
@@ -89,6 +91,30 @@ class ModuleState:
         for held in [held for _, held in self.before.values()]:
             for box in held.values():
                 refill(box)
+
+    def take_back(
+        self, first: ModuleState, index: Mapping[fx.Node, int], begin: int
+    ) -> list[tuple[dict[str, Any], str, Any, Any]]:
+        """Put back all but the model's tensors, in whose place a forward may have put others (`assigned`).
+
+        Arguments: `first`, the state before the capture; `index` and `begin`, as of `restore`.
+
+        Returns: where attributes stand for such nodes: all attributes, the name, what was there, and what stood in its place.
+        """
+        found = []
+        for module, (before, held) in self.before.items():
+            now, tensors = vars(module), first.before.get(module, ({}, {}))[0]
+            mine = {k for k in {*now, *before} if k not in KEPT and not isinstance(tensors.get(k), Tensor)}
+            for name in [k for k in mine & now.keys() if type(now[k]) not in ATOMS and stands_for(now[k], index, begin)]:
+                value = now[name]
+                found.append((now, name, before.get(name), copy.copy(value) if changeable(value) else value))
+            for name in mine:
+                if name in before:
+                    now[name] = before[name]
+                    refill(held.get(name, ()))
+                elif not name.startswith("_tensor_constant"):
+                    del now[name]
+        return found
 
     def restore(self, index: Mapping[fx.Node, int], begin: int) -> None:
         """Put back every attribute that stands for a node numbered `begin` or later.

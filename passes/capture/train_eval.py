@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fxprune.passes.capture.builder import RESHAPES, GraphBuilder
-from fxprune.passes.capture.frames import COMPARED, Diverged, Frame, Repetition, inner_ops, leaves
+from fxprune.passes.capture.frames import COMPARED, Diverged, Frame, Repetition, branch, code, leaves
 from fxprune.passes.capture.modules import form_of
 from fxprune.passes.capture.proxy import PROXIES, Items, TensorProxy
+from fxprune.passes.capture.rollback import ModuleState
 from fxprune.passes.errors import ReadsMissing
 from fxprune.passes.ir.module_tree import Apart, modes_in_training, walk
 from fxprune.passes.ir.program import REGIONS, assigned, select_by_mode
@@ -54,6 +55,7 @@ class Modes:
         in_training: whether a training branch is being captured.
         separate: whether the modes cannot be joined.
         trains_on_values: whether a forward reads values in training, in a run that has none.
+        again: what ran a second time in training: the numbers of its first node and of the one behind it, and what comes out.
         alike: the forms of layers that were found to do the same in both modes (see `form_of`).
     """
 
@@ -62,6 +64,7 @@ class Modes:
     in_training: bool = False
     separate: bool = False
     trains_on_values: bool = False
+    again: list[tuple[int, int, set[fx.Node]]] = field(default_factory=list)
     alike: set[Hashable] = field(default_factory=set)
 
     @classmethod
@@ -71,6 +74,27 @@ class Modes:
     def forget(self, begin: int) -> None:
         """The nodes from the one with the number `begin` on are gone."""
         self.branches = [b for b in self.branches if b.end <= begin]
+        self.again = [a for a in self.again if a[1] <= begin]
+
+    def note(self, frame: Frame, end: int, out: list[Any]) -> None:
+        """A call ran a second time; `out` are the leaves of what comes out, beside arguments that it has changed."""
+        self.again.append((frame.begin, end, {v.node for v in (*out, *leaves(frame.given)) if type(v) in PROXIES}))
+
+    def mixed(self, builder: GraphBuilder) -> bool:
+        """Whether anything uses a tensor of what ran a second time that has not come out of it.
+
+        What comes out are a result, attributes and arguments.
+        """
+        index, inside = builder.index, dict[int, list[tuple[int, set[fx.Node]]]]()
+        for begin, end, out in self.again:
+            for number in range(begin, end):
+                inside.setdefault(number, []).append((end, out))
+        used = ((index[node], n) for node in (builder.graph.nodes if inside else ()) for n in node.all_input_nodes)
+        return any(
+            at >= end and n not in out and type(builder.results.get(n)) is TensorRef and n.op != "get_attr"
+            for at, n in used
+            for end, out in inside.get(index[n], ())
+        )
 
     @contextlib.contextmanager
     def training(self, modules: list[nn.Module]) -> Iterator[None]:
@@ -102,11 +126,11 @@ class Modes:
         """
         only: dict[fx.Node, bool | None] = {}
         numbered = {index[node]: node for node in graph.nodes if node.op != "get_attr"} if self.branches else {}
-        for branch in self.branches:
-            for at in range(branch.begin, branch.end):
+        for both in self.branches:
+            for at in range(both.begin, both.end):
                 node = numbered.get(at)
                 if node is not None:
-                    mode = at >= branch.middle
+                    mode = at >= both.middle
                     only[node] = mode if only.get(node, mode) == mode else None
         for node in graph.nodes if only else ():
             for mode in (False, True):
@@ -138,7 +162,8 @@ def captured_in_both(builder: GraphBuilder, modes: Modes, frame: Frame, forward:
         form = form_of(frame.module, frame.args, frame.kwargs)
     if form is not None and form in modes.alike:
         return out
-    if (told := repeated(builder, modes, frame, forward, out)) is not None:
+    after = ModuleState(inner)
+    if (told := repeated(builder, modes, frame, forward, out, after)) is not None:
         if not told and form is not None:
             modes.alike.add(form)
         return out
@@ -153,11 +178,17 @@ def captured_in_both(builder: GraphBuilder, modes: Modes, frame: Frame, forward:
         modes.trains_on_values |= isinstance(error, ReadsMissing)
     finally:
         builder.retry = retry
+    stored = after.take_back(builder.stored, builder.index, middle)
+    before, then = [out, *(s[2] for s in stored)], [trained, *(s[3] for s in stored)]
     with builder.paused():
-        found, same = joined(builder, modes, frame.begin, middle, first_op, out, trained)
+        found, same = joined(builder, modes, frame.begin, middle, first_op, before, then)
+    for (attributes, name, value, _), chosen in zip(stored, found[1:], strict=True):
+        if chosen is not value:
+            attributes[name] = chosen
+    modes.note(frame, len(builder.index), leaves(found))
     if same and form is not None:
         modes.alike.add(form)
-    return found
+    return found[0]
 
 
 def same_in_training(builder: GraphBuilder, modes: Modes, root: Frame, forward: Any, out: Any) -> bool:
@@ -169,13 +200,16 @@ def same_in_training(builder: GraphBuilder, modes: Modes, root: Frame, forward: 
     if modes.separate or modes.trained is None or any(map(state.numbers_changed, state.before)):
         return False
     state.put_back()
-    return repeated(builder, modes, root, forward, out) is not None
+    return repeated(builder, modes, root, forward, out, ModuleState(())) is not None
 
 
-def repeated(builder: GraphBuilder, modes: Modes, frame: Frame, forward: Any, out: Any) -> dict[fx.Node, Any] | None:
+def repeated(
+    builder: GraphBuilder, modes: Modes, frame: Frame, forward: Any, out: Any, after: ModuleState
+) -> dict[fx.Node, Any] | None:
     """The nodes of a forward that training only gives other flags or fractions, told so by now; None where it does more.
 
-    Nothing is evaluated a second time: the forward is handed the nodes that it has created in evaluation.
+    Nothing is evaluated a second time: the forward is handed the nodes that it has created in evaluation. `after`: what that
+    has left on its modules, which is put back.
     """
     nodes = branch(builder, frame.begin, len(builder.index))
     others = {assigned, *RESHAPES, *builder.evaluator.opaque}
@@ -194,9 +228,11 @@ def repeated(builder: GraphBuilder, modes: Modes, frame: Frame, forward: Any, ou
     finally:
         builder.repetition, builder.guards, builder.grad_modes = None, guards, grad_modes
         del builder.module_calls[calls:]
-    before, after = leaves(out), leaves(trained)
-    if len(before) != len(after) or not all(map(identical, before, after)):
+        stored = after.take_back(builder.stored, builder.index, frame.begin)
+    before, then = leaves([out, *(s[2] for s in stored)]), leaves([trained, *(s[3] for s in stored)])
+    if len(before) != len(then) or not all(map(identical, before, then)):
         return None
+    modes.note(frame, len(builder.index), before)
     with builder.paused():
         for node, (args, kwargs) in again.told.items():
             tell_mode(builder, node, args, kwargs)
@@ -304,46 +340,3 @@ def told_apart(
         return None
     given = fx.node.map_arg([(others[i].args, others[i].kwargs) for i in told], lambda n: twins.get(n, n))
     return {nodes[i]: found for i, found in zip(told, given, strict=True)}
-
-
-def branch(builder: GraphBuilder, first: int, end: int) -> list[fx.Node]:
-    """The nodes numbered from `first` to `end`, but for reads of tensors, which either branch may be the first to do."""
-    mine = []
-    node = builder.graph._root.prev
-    while node.op != "root" and builder.index[node] >= first:
-        if builder.index[node] < end and node.op != "get_attr":
-            mine.append(node)
-        node = node.prev
-    return mine[::-1]
-
-
-def code(builder: GraphBuilder, first: int, end: int, out: Any, *, loosely: bool = False) -> list[Any]:
-    """What the nodes numbered from `first` to `end` do, with names that do not depend on their position.
-
-    `loosely`: without flags and fractions, and without what is done to single numbers.
-    """
-    names: dict[fx.Node, str] = {}
-
-    def name(n: fx.Node) -> Any:
-        return str(n.target) if n.op == "get_attr" else names.get(n, n)
-
-    def masked(x: Any) -> Any:
-        return name(x) if isinstance(x, fx.Node) else "?" if isinstance(x, bool | float) else x
-
-    lines: list[Any] = []
-    for node in branch(builder, first, end):
-        if loosely and is_number(builder, node):
-            continue
-        names[node] = f"%{len(lines)}"
-        given = (node.args, dict(node.kwargs))
-        said = fx.node.map_aggregate(given, masked) if loosely else fx.node.map_arg(given, name)
-        asks = node.op == "call_module" and node.target in builder.evaluator.asking
-        inner = inner_ops(node, builder.results, builder.recorder.op_trace, builder.index[node]) if asks else []
-        lines.append((node.op, node.target, str(said), *inner))
-    return [*lines, [name(v.node) if type(v) in PROXIES else str(v) for v in leaves(out)]]
-
-
-def is_number(builder: GraphBuilder, node: fx.Node) -> bool:
-    """Whether a node makes a tensor without dimensions from such tensors."""
-    refs = [builder.results[n] for n in (node, *node.all_input_nodes)]
-    return all(type(r) is TensorRef and not builder.recorder.op_trace.values[r.id].shape for r in refs)

@@ -179,7 +179,7 @@ def copy_tree(root: nn.Module, swap: Mapping[int, Tensor]) -> Any:
         for key, value in [item for item in state.items() if type(item[1]) not in FIXED]:
             kind = type(value)
             if kind in CONTAINERS and not value:
-                state[key] = memo[id(value)] = kind()
+                state[key] = memo.setdefault(id(value), kind())  # several modules may hold it
             elif kind is types.FunctionType:
                 called += [(state, key)] if value.__closure__ or value.__defaults__ else []
             elif kind is tuple and ATOMS.issuperset(map(type, value)):
