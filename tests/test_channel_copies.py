@@ -184,3 +184,51 @@ def test_what_a_selection_leaves_out_need_not_be_a_rectangle(ratio, round_to, le
     model = Selected().eval()
     pruned = fxprune.prune(model, ratio, torch.randn(4, 7), round_to=round_to)
     assert pruned.verification.ok and pruned.body.out_features == left
+
+
+class GroupOfEach(nn.Module):
+    """Each group of a convolution sees a copy of all channels and makes some of its own."""
+
+    halved = ("a",)
+
+    def __init__(self, outputs: int, convolve: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.convolve = nn.Conv1d(3, 8, 3), nn.Conv1d(3 * outputs, 2, 1), convolve
+        shape = (24, outputs, 3) if convolve is F.conv_transpose1d else (3 * outputs, 8, 3)
+        self.weight = nn.Parameter(torch.randn(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.convolve(self.a(x).relu().repeat(1, 3, 1), self.weight, groups=3).relu())
+
+
+class Tracker(nn.Module):
+    """A sample searches for its own template: samples are groups (SiamFC, arXiv:1606.09549)."""
+
+    halved = ("a", "b")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv1d(3, 16, 3), nn.Conv1d(16, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        template, x = (self.b(self.a(part).relu()) for part in (x[..., :9], x))
+        found = F.conv1d(x.reshape(1, -1, x.shape[-1]), template, groups=len(x))
+        return found.reshape(len(x), -1, found.shape[-1])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        *(lambda o=o, c=c: GroupOfEach(o, c) for o in (1, 2) for c in (F.conv1d, F.conv_transpose1d)),
+        Tracker,
+    ],
+)
+def test_groups_of_a_convolution_that_see_the_same_channels(make) -> None:
+    torch.manual_seed(0)
+    model, x = make().double().eval(), torch.randn(3, 3, 12, dtype=torch.float64)
+    pruned = fxprune.prune(model, 0.5, x)
+    for name in model.halved:
+        assert len(pruned.get_submodule(name).weight) == len(model.get_submodule(name).weight) // 2
+    for batch in (x, x[:2], x[:1]):
+        torch.testing.assert_close(pruned(batch), zeroed(model, pruned)(batch))
+

@@ -168,7 +168,7 @@ def grouped_convolution(
         array = array.transpose(1, 2) if transposed else array
         w_part.append(factor(array.unsqueeze(0)))
     w_size = [1, groups, per_out, per_in]
-    if groups > 1 and (per_in == 1 or per_out == 1) and any(f.dims & {1, 3} for f in x_part):
+    if groups > 1 and (per_in == 1 or per_out == 1) and any(1 in f.dims for f in x_part):
         return whole_groups(call, x_part, w_part, w_size)
     x_size = [x_shape[0], groups, 1, per_in]
     for f in [*x_part, *w_part]:
