@@ -231,4 +231,3 @@ def test_groups_of_a_convolution_that_see_the_same_channels(make) -> None:
         assert len(pruned.get_submodule(name).weight) == len(model.get_submodule(name).weight) // 2
     for batch in (x, x[:2], x[:1]):
         torch.testing.assert_close(pruned(batch), zeroed(model, pruned)(batch))
-
