@@ -99,7 +99,7 @@ class WritesWhatItReads(Exception):
 
 
 class MixesModes(Exception):
-    """A module has left elsewhere what it computes in training, or twice what it computes: the modes are captured apart."""
+    """Something uses a tensor of a run in training that is no result, attribute or argument of its module."""
 
 
 class DrawsNumbers(ReadsValue):

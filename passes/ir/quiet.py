@@ -57,12 +57,12 @@ def comparable(pythons: Any, numpys: Any) -> list[Any]:
 @contextlib.contextmanager
 def undrawn() -> Iterator[None]:
     """Raises DrawsNumbers for what draws from these generators, and winds them back."""
-    before, drawn = (random.getstate(), np.random.get_state()), False
+    before = random.getstate(), np.random.get_state()
     try:
         yield
     finally:
         drawn = plain_random_state() != comparable(*before)
-        if drawn:  # to read NumPy's state and to set it take as long as some layers
+        if drawn:  # to set NumPy's state takes as long as some layers
             random.setstate(before[0])
             np.random.set_state(before[1])
     if drawn:
