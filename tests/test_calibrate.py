@@ -48,17 +48,17 @@ def test_a_calibration_stands_for_the_data_of_the_default(tmp_path):
         assert found.meta["chosen"] == wanted.meta["chosen"][1:]  # all but the criterion, which was given
 
 
-@pytest.mark.parametrize("how", ["influence", "taylor", lambda stream, added: added.norm() / stream.norm()])
-def test_a_calibration_holds_scores_of_residual_branches(how, tmp_path):
+@pytest.mark.parametrize("how", ["influence", "taylor", "loss", lambda stream, added: added.norm() / stream.norm()])
+def test_a_calibration_holds_scores_of_branches_and_blocks(how, tmp_path):
     model, data = llama(tmp_path / "model", torch.float32), labelled(words(2, 3))
     with untouched(model):
         seen = fxprune.calibrate(model, iter(data), "wanda", IDS | NO_CACHE, depth_criterion=how)
     seen.save(tmp_path / "seen.safetensors")
     again = fxprune.Calibration.load(tmp_path / "seen.safetensors")
-    for depth, share in (("only", 0.9), ("only", 0.7), (True, 0.8)):
+    for depth, share in (("only", 0.9), ("only", 0.7), (True, 0.8), ("blocks", 0.8)):
         asked = {"example_inputs": IDS | NO_CACHE, "verify": False, "depth": depth, "params": share, "ranking": "global"}
         wanted = fxprune.plan_of(fxprune.prune(model, data=data, criterion="wanda", depth_criterion=how, **asked))
-        assert bool(wanted.removed) == (depth == "only")
+        assert bool(wanted.removed) == (depth is not True)
         for found in (seen, again):
             assert fxprune.plan_of(fxprune.prune(model, criterion=found, **asked)) == wanted
 

@@ -233,6 +233,57 @@ def test_sweep_keeps_its_points_and_goes_on(folder, capsys):
     assert "points holds another sweep: repair is {} there and null here" in capsys.readouterr().err
 
 
+RESIDUAL = """
+import torch
+from torch import nn
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = (nn.Sequential(nn.Linear(8, n), nn.ReLU(), nn.Linear(n, 8)) for n in (8, 16))
+
+    def forward(self, x):
+        x = x + self.first(x)
+        return x + self.second(x)
+
+
+class Blocks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks, self.head = nn.ModuleList(Block() for _ in range(4)), nn.Linear(8, 3)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+torch.manual_seed(0)
+model, example_inputs = Blocks(), torch.randn(4, 8)
+
+
+def score(model):
+    return 1.0
+"""
+
+
+def test_sweep_removes_branches_and_blocks(folder, capsys):
+    """Beside widths, alone and whole blocks: what is left of each module says which."""
+    (folder / "residual.py").write_text(RESIDUAL)
+    argv = "sweep residual.py --params 0.6 --evaluate residual.py:score --depth no yes only blocks -o points --no-measure"
+    found = json.loads(answer(capsys, *argv.split(), "--no-repair", "--json"))["points"]
+    assert [point["asked"].get("depth") for point in found] == [False, True, "only", "blocks"]
+    texts = [(folder / "points" / f"{n:04}.plan.json").read_text() for n in range(1, 5)]
+    widths, both, branches, blocks = map(fxprune.Plan.from_json, texts)
+    assert not widths.removed and both != widths and branches.removed
+    tensors = {name for name, _ in models.load("residual.py")[0].named_parameters()}
+    whole = {name.split(".")[1] for name in blocks.removed}
+    assert len(whole) == 2 and set(blocks.removed) == {
+        n for n in tensors if n.startswith("blocks") and n.split(".")[1] in whole
+    }
+
+
 def test_benchmark_sets_methods_side_by_side(folder, capsys):
     argv = ["benchmark", "net.py", "--methods", "magnitude,taylor/global", "--data", "net.py", "--score", "net.py", "--json"]
     argv += ["--loss", "net.py"]

@@ -107,19 +107,6 @@ def test_the_influence_of_a_block_is_that_between_its_ends():
     assert lost == {str(min(range(3), key=wanted.__getitem__))}
 
 
-def labelled(ids: torch.Tensor) -> dict[str, object]:
-    return {"input_ids": ids, "labels": ids, "use_cache": False}
-
-
-def test_a_calibration_holds_no_scores_of_blocks():
-    torch.manual_seed(0)
-    model = randomised(llama())
-    data = [labelled(torch.randint(3, 60, (2, 12))) for _ in range(2)]
-    seen = fxprune.calibrate(model, data, "token_taylor", data[0], depth_criterion="influence")
-    with pytest.raises(fxprune.PruneError, match="has scores of single branches, and none of whole blocks"):
-        fxprune.prune(model, example_inputs=data[0], params=0.8, depth="blocks", criterion=seen, verify=False)
-
-
 def test_widths_go_before_branches_that_matter_as_much():
     """A branch takes all that its units do: by equal scores for its cost it goes when units are down to the floor."""
     torch.manual_seed(0)

@@ -29,7 +29,8 @@ class BranchRun(fx.Interpreter):
 
     Arguments:
         program: flat, with the original's tensors.
-        places: of each addition the node by name, the place of its branch among the branches, and which operand the branch is.
+        places: of each addition the node by name, the place of its branch among the branches, and which operand the branch is;
+            several where several of the branches have it.
 
     Attributes:
         looks: what is called at an addition; see `Look`.
@@ -39,7 +40,9 @@ class BranchRun(fx.Interpreter):
     def __init__(self, program: fx.GraphModule, places: Sequence[tuple[str, int, int]]) -> None:
         super().__init__(program)
         self.extra_traceback = False  # errors are said without the node
-        self.at = {name: (i, which) for name, i, which in places}
+        self.at: dict[str, tuple[list[int], int]] = {}
+        for name, i, which in places:
+            self.at.setdefault(name, ([], which))[0].append(i)
         self.last = {i: name for name, i, _ in places}
         self.looks: Look | None = None
         self.without: Collection[int] = ()
@@ -66,12 +69,13 @@ class BranchRun(fx.Interpreter):
     def run_node(self, node: fx.Node) -> Any:
         if node.name not in self.at:
             return super().run_node(node)
-        i, which = self.at[node.name]
+        its, which = self.at[node.name]
         operands = [self.env[n] for n in node.all_input_nodes]
         branch, stream = operands[which], operands[1 - which]
-        out = stream.clone() if i in self.without else stream + branch
+        out = stream + branch if set(its).isdisjoint(self.without) else stream.clone()
         if self.looks is not None:
-            self.looks(i, stream, branch, out, self.last[i] == node.name)
+            for i in its:
+                self.looks(i, stream, branch, out, self.last[i] == node.name)
         return out
 
 

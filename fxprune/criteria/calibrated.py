@@ -32,7 +32,8 @@ class Calibration:
         evidence: what it needs for each parameter, by name, broadcastable to the parameter: norms of the activations that a
             weight multiplies, a gradient, and so on.
         attention: the granularity that it was gathered for, if that is known: losses of a head count for the whole head.
-        branches: the score of each residual branch, if those were asked for, by the first of the tensors that it has alone.
+        branches: the score of each residual branch, if those were asked for, by the first of the tensors that it has alone, and
+            of each whole block, by its module.
     """
 
     needs = ""
@@ -100,9 +101,6 @@ class Calibration:
     def scores_of(self, branches: Sequence[Branch]) -> np.ndarray:
         """The scores of these residual branches, shape (branches,); raises PruneError for one that it has not seen."""
         held, keys = self.branches or {}, list(map(key_of, branches))
-        if any(branch.parts for branch in branches):
-            what = "the calibration has scores of single branches, and none of whole blocks"
-            raise PruneError(what, fix="data=batches, with depth_criterion='influence' or 'loss'")
         unseen = next((key for key in keys if key not in held), None)
         if unseen is not None:
             raise PruneError(
@@ -122,8 +120,11 @@ class Calibration:
 
 
 def key_of(branch: Branch) -> str:
-    """What tells a residual branch from all others: two in one module have one name, and no tensor in common."""
-    return min(branch.tensors, default=branch.name)
+    """What tells a residual branch from all others: two in one module have one name, and no tensor in common.
+
+    A block has the tensors of its branches; no two blocks are one module.
+    """
+    return branch.name if branch.parts else min(branch.tensors, default=branch.name)
 
 
 def check_path(path: Any) -> None:

@@ -20,7 +20,7 @@ from fxprune.passes.errors import PruneError
 from fxprune.passes.ir.module_tree import named_parameters
 from fxprune.pipeline import Compilation
 from fxprune.selection.argument_checks import check_word
-from fxprune.selection.depth import free_branches
+from fxprune.selection.depth import free_branches, whole_blocks
 from fxprune.selection.options import Attention, DepthCriterion, Options
 
 
@@ -53,8 +53,8 @@ def calibrate(
             sample.
         example_inputs: as for `prune`; by default those of the first batch.
         attention: as for `prune`, where it is to be given the same.
-        depth_criterion: as for `prune`: residual branches are scored, too, for `prune(..., depth=True)`, which then needs
-            neither the data nor this argument. By default they are not.
+        depth_criterion: as for `prune`: residual branches and whole blocks are scored, too, for `prune` with any `depth`, which
+            then needs neither the data nor this argument. By default they are not.
 
     Returns: a `Calibration`, for the `criterion` of `prune`, `prune_checkpoint` and others; `save` and `Calibration.load`.
 
@@ -78,11 +78,17 @@ def calibrate(
         options = Options.parse(module, attention=attention)
         compilation = Compilation(module, inputs, options.coupling)
         solution = compilation.couple()
-        scores = None
+        scores: dict[str, float] | None = None
         if depth_criterion is not None:
-            found = free_branches(module, Branches(solution.captures, set(named_parameters(module))), options)
-            each = score_branches(module, solution, found, depth_criterion, "", batches, loss, compilation.whole_program)
-            scores = dict(zip(map(key_of, found), each.tolist(), strict=True))
+            branches = Branches(solution.captures, set(named_parameters(module)))
+            found = free_branches(module, branches, options)
+            blocks = whole_blocks(module, branches, found)
+            # by a loss those are measured together that go together, else all in one run
+            alone = [found, blocks] if depth_criterion == "loss" else [[*found, *blocks]]
+            scores = dict[str, float]()
+            for some in filter(None, alone):
+                each = score_branches(module, solution, some, depth_criterion, "", batches, loss, compilation.whole_program)
+                scores |= dict(zip(map(key_of, some), each.tolist(), strict=True))
         with prepare_source(module, batches, loss, spec.name, solution) as source:
             evidence = GATHER[spec.needs](source)
         return Calibration(criterion, {name: tensor.detach() for name, tensor in evidence.items()}, attention, scores)
