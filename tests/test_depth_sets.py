@@ -164,7 +164,7 @@ class Constants(nn.Module):
 
 
 def test_a_loss_is_measured_without_all_that_went_before():
-    """The first two fail together, so the third goes second, though it matters more alone; six are measured after the first look."""
+    """The first two fail together, so the third goes second, though it matters more alone; after a look, six are measured."""
     vectors = (1.0, 0.0), (1.05, 0.0), (0.0, 1.2)
     model, x = Constants(*vectors).eval(), torch.randn(4, 2)
     calls = 0
