@@ -9,10 +9,10 @@ Every case runs in a process of its own; what it holds at most is the system's f
 
 - `memory`: the 1.24 billion in memory, pruned by half by magnitude, as a copy, in place, and in place in its own class.
 - `checkpoint`: the 8 billion from a folder of shards to another, half of each FFN, by magnitude and by what the criteria of
-  activations see of 512 tokens. The example has 16 tokens: whether the configuration describes the result is seen by running
-  both models on it, with any values.
+  activations see of 512 tokens.
 - `calibration`: seconds of `fxprune.calibrate` on the 1.24 billion, over those of a plain forward of the same tokens, in turns.
 
+The example has 16 tokens: a result of the model's own class, and its configuration, are tried by running both models on it.
 The folder of 8 billion is written once, a shard at a time, below `build`.
 """
 
@@ -152,7 +152,7 @@ def measure(case: str, size: str, how: str) -> Row:
 
 
 def in_memory(size: str, how: str) -> Row:
-    model, inputs = model_of(size), next(batches(LENGTH))
+    model, inputs = model_of(size), next(batches(EXAMPLE, EXAMPLE))
     before, start = peak(), time.perf_counter()
     asked = {} if how == "copy" else {"inplace": True, "same_class": how != "inplace"}
     small = fxprune.prune(model, 0.5, inputs, criterion="magnitude", verify=False, **asked)
