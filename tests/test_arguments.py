@@ -578,7 +578,9 @@ def test_ratios_by_module_and_by_glob():
 
 def models():
     torch.manual_seed(0)
-    short = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=10)
+    short = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
+    short.layer3 = short.layer4 = nn.Identity()  # which have what the second stage has
+    short.fc = nn.Linear(128, 10)
     yield "resnet", short.eval(), PICTURE, {}
     block = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True).eval()
     yield "encoder", block, torch.randn(2, 5, 16), {}
