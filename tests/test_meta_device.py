@@ -71,7 +71,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 with torch.device("meta"):
-    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=32, use_cache=False)).eval()
+    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8}
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=8, use_cache=False, **sizes)).eval()
 before, count = peak(), sum(p.numel() for p in model.parameters())
 made = fxprune.prune(model, 0.5, example_inputs={"input_ids": torch.arange(8).view(1, 8)}, criterion="random")
 print(count, sum(p.numel() for p in made.parameters()), peak() - before)
