@@ -185,7 +185,7 @@ def test_gates_find_the_units_that_do_nothing(loss):
     model, x = with_dead_units()
     data = [x] if loss is None else [(x, model(x).detach())]
     before, state = {n: t.clone() for n, t in model.state_dict().items()}, torch.get_rng_state()
-    options = {"params": 0.7, "ranking": "global", "criterion": Gates(steps=120)}
+    options = {"params": 0.7, "ranking": "global", "criterion": Gates(steps=40)}
     small = fxprune.prune(model, example_inputs=x[:2], data=data, loss=loss, **options)
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
