@@ -19,7 +19,12 @@ FFN = 2 * 3 * 16 * 32
 def large(benchmarks, monkeypatch, tmp_path):
     import large
 
-    for name, value in {"SIZES": {"small": SMALL}, "BUILT": tmp_path, "TOKENS": 2 * large.LENGTH, "SHARD": 4096}.items():
+    for name, value in {
+        "SIZES": {"small": SMALL},
+        "BUILT": tmp_path,
+        "TOKENS": dict.fromkeys(large.TOKENS, 2 * large.LENGTH),
+        "SHARD": 4096,
+    }.items():
         monkeypatch.setattr(large, name, value)
     return large
 

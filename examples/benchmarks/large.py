@@ -9,8 +9,9 @@ Every case runs in a process of its own; what it holds at most is the system's f
 
 - `memory`: the 1.24 billion in memory, pruned by half by magnitude, as a copy, in place, and in place in its own class.
 - `checkpoint`: the 8 billion from a folder of shards to another, half of each FFN, by magnitude and by what the criteria of
-  activations see of 512 tokens.
-- `calibration`: seconds of `fxprune.calibrate` on the 1.24 billion, over those of a plain forward of the same tokens, in turns.
+  activations see of 128 tokens.
+- `calibration`: seconds of `fxprune.calibrate` on the 1.24 billion in single precision and 512 tokens, over those of a plain
+  forward of the same tokens, in turns.
 
 The example has 16 tokens: a result of the model's own class, and its configuration, are tried by running both models on it.
 The folder of 8 billion is written once, a shard at a time, below `build`.
@@ -58,8 +59,9 @@ SIZES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
 }
-LENGTH, SHARD, ROUNDS = 128, 2 << 30, 3  # tokens of a batch, bytes of a file, turns of calibration and forward
-TOKENS, EXAMPLE = 512, 16
+LENGTH, SHARD, ROUNDS = 64, 2 << 30, 3  # tokens of a batch, bytes of a file, turns of calibration and forward
+TOKENS = {"checkpoint": 128, "calibration": 512}
+EXAMPLE = 16
 CASES = {
     "memory": [("1.24 B", how) for how in ("copy", "inplace", "inplace, same class")],
     "calibration": [("1.24 B", how) for how in ("wanda", "flap")],
@@ -162,7 +164,7 @@ def in_memory(size: str, how: str) -> Row:
 
 
 def calibration(size: str, how: str) -> Row:
-    model, data = model_of(size), list(batches(TOKENS))
+    model, data = model_of(size).float(), list(batches(TOKENS["calibration"]))
     before, ours, plain = peak(), [], []
 
     @torch.no_grad()
@@ -177,14 +179,14 @@ def calibration(size: str, how: str) -> Row:
             if timed:  # after a round to warm up
                 seconds.append(time.perf_counter() - start)
     forwards = statistics.median(a / b for a, b in zip(ours, plain, strict=True))
-    found = {"before_gib": before, "peak_gib": peak(), "seconds": statistics.median(ours), "tokens": TOKENS}
+    found = {"before_gib": before, "peak_gib": peak(), "seconds": statistics.median(ours), "tokens": TOKENS["calibration"]}
     return found | {"forwards": forwards, "status": "timed"}
 
 
 def checkpoint(size: str, how: str) -> Row:
     source, target = folder_of(size), BUILT / "pruned"
     shutil.rmtree(target, ignore_errors=True)
-    data = None if how == "magnitude" else list(batches(TOKENS))
+    data = None if how == "magnitude" else list(batches(TOKENS["checkpoint"]))
     before, start = peak(), time.perf_counter()
     asked = {"criterion": how, "data": data, "only": "*mlp*"}
     fxprune.prune_checkpoint(source, target, 0.5, next(batches(EXAMPLE, EXAMPLE)), **asked)
@@ -195,7 +197,7 @@ def checkpoint(size: str, how: str) -> Row:
             left += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     shutil.rmtree(target)
     found = {"before_gib": before, "peak_gib": peak(), "seconds": seconds, "params_after": left, "status": "timed"}
-    return found if data is None else found | {"tokens": TOKENS}
+    return found if data is None else found | {"tokens": TOKENS["checkpoint"]}
 
 
 def table(rows: list[Row]) -> str:
@@ -228,7 +230,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--limit", type=float, default=7200, help="seconds for one row")
-    arguments = options(parser, measure, argv, alone=True, prepare=prepare)
+    arguments = options(parser, measure, argv, memory=0.9, alone=True, prepare=prepare)  # shards are mapped, all of them
     if arguments is None:
         return
     jobs = [{"case": case, "size": size, "how": how} for case in arguments.cases for size, how in CASES[case]]
