@@ -441,7 +441,12 @@ def two_in_steps(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory):
-    return in_processes(4, [fsdp, both, hybrid, in_steps, *IN_BOTH], tmp_path_factory.mktemp("four"))
+    return in_processes(4, [fsdp, both, hybrid], tmp_path_factory.mktemp("four"))
+
+
+@pytest.fixture(scope="module")
+def four_in_steps(tmp_path_factory):
+    return in_processes(4, [in_steps, *IN_BOTH], tmp_path_factory.mktemp("four_in_steps"))
 
 
 def assert_like(found, wanted, step=1e-6):
@@ -502,22 +507,22 @@ def test_steps_of_two_processes_are_those_of_one(task, steps, sizes, two_in_step
         assert_same_steps(found[task], wanted)
 
 
-def test_steps_of_four_processes_are_those_of_one(four):
+def test_steps_of_four_processes_are_those_of_one(four_in_steps):
     wanted = by_steps(decoder())
     assert wanted["kept"][0] != wanted["kept"][1]  # both steps remove something
-    for found in four:
+    for found in four_in_steps:
         assert_same_steps(found["in_steps"], wanted)
 
 
-def test_penalties_of_four_processes_are_those_of_one(four):
+def test_penalties_of_four_processes_are_those_of_one(four_in_steps):
     wanted = by_group_lasso(decoder(**EVEN))
-    for found in four:
+    for found in four_in_steps:
         assert_same_steps(found["in_steps_by_group_lasso_in_both"], wanted)
 
 
-def test_sharded_steps_go_on_from_a_state(two_in_steps, four):
+def test_sharded_steps_go_on_from_a_state(two_in_steps, four_in_steps):
     tasks = "in_steps_resumed", "in_steps_resumed_in_parallel", "in_steps_resumed_in_both"
-    results = [found[task] for found in [*two_in_steps, *four] for task in tasks if task in found]
+    results = [found[task] for found in [*two_in_steps, *four_in_steps] for task in tasks if task in found]
     assert len(results) == 8
     for found in results:
         assert found["found"] == found["wanted"] and found["history"] == 2
