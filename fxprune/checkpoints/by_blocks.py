@@ -109,7 +109,7 @@ class BlockRun:
         found: dict[str, Tensor] = {}
         for name, held, key in self.places[path]:
             if name not in found:
-                found[name] = self.value(name).detach()
+                found[name] = self.value(name).detach().clone()  # each that is mapped maps its whole file
                 self.names[id(found[name])] = name
             if isinstance(held[key], nn.Parameter):
                 own = nn.Parameter(found[name], requires_grad=False)
