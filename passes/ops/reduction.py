@@ -321,7 +321,7 @@ register(
 register("histc", OpSpec(frozen("is counted by value"), histogram))
 register("glu", OpSpec(glu))
 register("_fft_r2c _fft_c2c _fft_c2r", OpSpec(fft))
-register("_cdist_forward", OpSpec(distance, masked=with_zeros))
+register("_cdist_forward _euclidean_dist", OpSpec(distance, masked=with_zeros))
 register("_pdist_forward", OpSpec(pair_distance, masked=with_zeros))
 register(
     "",
