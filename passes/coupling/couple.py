@@ -5,8 +5,8 @@
 (2) Compositions: a dimension of the model's own tensors that belongs to pairs of channels (it meets an outer product) gets the
     labels of both, and labels are propagated again, until no such dimension is left.
 (3) The constraints that were met are solved.
-(4) Where a factor over few long lines met an operand that varies along these alone, each line is one unit. If more can be removed
-    where the lines that lie across them are units instead, and that operand stays whole, they are.
+(4) Where a factor over few long lines met an operand that varies along these alone, each line is one unit. If more can be
+    removed where the lines that lie across them are units instead, and that operand stays whole, they are.
 """
 
 from __future__ import annotations

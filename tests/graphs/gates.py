@@ -296,4 +296,5 @@ def gated_sum_of_experts():
         gates = (x @ self.gate).softmax(1).t().unsqueeze(2).expand(-1, -1, 24)
         return self.head((made * gates).sum(0))
 
-    return net(forward, a=linear(10, 24), b=linear(10, 24), c=linear(10, 24), gate=parameter(10, 3), head=linear(24, 5)), features()
+    layers = {name: linear(10, 24) for name in "abc"}
+    return net(forward, **layers, gate=parameter(10, 3), head=linear(24, 5)), features()
