@@ -462,3 +462,50 @@ def test_a_tensor_of_an_object_is_written_to_in_each_call():
     assert model.notes.sum.tolist() == result.notes.sum.tolist() == [0.0] * 3
     for wanted in [zeroed(model, result)(X) for _ in range(3)]:
         torch.testing.assert_close(result(X), wanted)
+
+
+# -- tensors with a class of their own -------------------------------------------------------------------------------
+
+
+class Image(torch.Tensor):
+    """Carries what is known of an image from tensor to tensor, as those of MONAI and fastai do."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        out = super().__torch_function__(func, types, args, kwargs or {})
+        if isinstance(out, Image):
+            out.source = next((a.source for a in args if isinstance(a, Image) and hasattr(a, "source")), None)
+        return out
+
+
+class Converts(Net):
+    def forward(self, x):
+        return self.b(self.a(x.as_subclass(Image)).as_subclass(torch.Tensor).relu())
+
+
+class Labels(Net):
+    def forward(self, x):
+        return self.b(self.a(x).as_subclass(Image).relu())
+
+
+class Holds(Net):
+    def prepare(self):
+        self.scale = nn.Parameter(torch.rand(16).as_subclass(Image))
+
+    def forward(self, x):
+        return self.b(self.a(x) * self.scale)
+
+
+@pytest.mark.parametrize("kind", [Net, Converts, Labels, Holds])
+def test_what_torch_tells_nobody_of_is_the_same_tensor(kind):
+    if kind is Net:
+        kind, x = type("Plain", (Net,), {"forward": lambda self, x: self.b(self.a(x).relu())}), X.clone().as_subclass(Image)
+        x.source = "a file"
+    else:
+        x = X
+    model = kind().eval()
+    result = fxprune.prune(model, 0.5, example_inputs=x)
+    assert result.a.out_features == 8 and fxprune.verify(model, result, x).ok
+    out, wanted = result(x), zeroed(model, result)(x)
+    assert type(out) is type(wanted) and getattr(out, "source", None) == getattr(wanted, "source", None)
+    torch.testing.assert_close(out.as_subclass(torch.Tensor), wanted.as_subclass(torch.Tensor))
