@@ -191,7 +191,7 @@ class TensorProxy(Proxy, Tensor, fx.Proxy):  # type: ignore[misc]
         self.tracer.note_memory(self)
         raise ReadsValue("numpy")
 
-    def as_subclass(self, cls: type) -> Any:  # type: ignore[override]
+    def as_subclass(self, cls: type) -> Any:
         """Which torch tells nobody of."""
         return self.tracer.create_proxy("call_method", "as_subclass", (self, cls), {})
 
