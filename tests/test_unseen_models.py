@@ -8,6 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import fxprune
@@ -509,3 +510,29 @@ def test_what_torch_tells_nobody_of_is_the_same_tensor(kind):
     out, wanted = result(x), zeroed(model, result)(x)
     assert type(out) is type(wanted) and getattr(out, "source", None) == getattr(wanted, "source", None)
     torch.testing.assert_close(out.as_subclass(torch.Tensor), wanted.as_subclass(torch.Tensor))
+
+
+# -- weights that a forward leaves on a layer ------------------------------------------------------------------------
+
+
+class SpectralNorm(nn.Module):
+    """Takes the weight from a layer, and gives it a scaled one in each call."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.weight = layer, nn.Parameter(layer.weight.data)
+        self.u = nn.Parameter(torch.randn(len(self.weight)), requires_grad=False)
+        del layer._parameters["weight"]
+
+    def forward(self, x):
+        v = F.normalize(self.weight.t() @ self.u, dim=0)
+        self.layer.weight = self.weight / (self.u @ self.weight @ v)
+        return self.layer(x)
+
+
+def test_a_layer_that_is_given_its_weight_in_each_call():
+    torch.manual_seed(0)
+    model = nn.Sequential(SpectralNorm(nn.Linear(10, 16)), nn.ReLU(), nn.Linear(16, 3)).eval()
+    result = fxprune.prune(model, 0.5, example_inputs=X)
+    assert result[0].weight.shape == (8, 10)
+    assert fxprune.verify(model, result, X).ok
