@@ -137,6 +137,37 @@ def test_a_parameter_that_is_added_to_copies_stands_behind_none() -> None:
     torch.testing.assert_close(pruned(x), zeroed(model, pruned)(x))
 
 
+class ChannelAttention(nn.Module):
+    """Products of channels with one another, subtracted from copies of the largest (DANet)."""
+
+    def __init__(self, weigh: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.weigh = nn.Linear(6, 8), nn.Linear(8, 3), weigh
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x).mT
+        energy = y @ y.mT
+        energy = energy.max(-1, keepdim=True)[0].expand_as(energy) - energy
+        return self.b((self.weigh(energy) @ y).mT)
+
+
+@pytest.mark.parametrize(("weigh", "left"), [(lambda e: e.softmax(-1), 4), (lambda e: e / e.sum(-1, keepdim=True), 8)])
+def test_only_where_shares_are_made_something_may_be_added_to_copies(weigh: Callable[[Tensor], Tensor], left: int) -> None:
+    torch.manual_seed(0)
+    model, x = ChannelAttention(weigh).double().eval(), torch.randn(3, 5, 6, dtype=torch.double)
+    if left == 8:
+        with pytest.raises(fxprune.PruneError, match="is a copy or a constant in a sum over channels"):
+            fxprune.prune(model, 0.5, x)
+        return
+    pruned = fxprune.prune(model, 0.5, x)
+    kept = fxprune.plan_of(pruned).masks(model)["a.bias"]
+    assert kept.sum() == left
+    y = model.a(x)[..., kept].mT
+    energy = y @ y.mT
+    energy = energy.amax(-1, keepdim=True) - energy
+    torch.testing.assert_close(pruned(x), F.linear((weigh(energy) @ y).mT, model.b.weight[:, kept], model.b.bias))
+
+
 class Pairs(nn.Module):
     """Magnitudes of pairs of channels, which stay, and the sum of two copies of each, of which a reader may lose some."""
 

@@ -145,3 +145,28 @@ def test_a_row_whose_positions_are_mixed_goes_whole(form):
             tensor.mul_(masks.get(name, torch.ones(())))
     other = torch.randn(3, 16)
     torch.testing.assert_close(small(other), model(other), rtol=1e-4, atol=1e-5)
+
+
+class RotatesAPart(nn.Module):
+    """Latent attention in small: a rotary part stands behind a latent one in a single projection."""
+
+    def __init__(self):
+        super().__init__()
+        self.both, self.out, self.turned = nn.Linear(5, 16), nn.Linear(12, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        latent, part = self.both(x).split([12, 4], -1)
+        pairs = torch.view_as_complex(part.unflatten(-1, (-1, 2))) * 1j
+        return self.out(latent.relu()) + self.turned(torch.view_as_real(pairs).flatten(-2))
+
+
+def test_pairs_behind_an_odd_number_of_channels():
+    torch.manual_seed(0)
+    model, x = RotatesAPart().eval(), torch.randn(2, 6, 5)
+    small = fxprune.prune(model, 0.25, x, freeze="turned")
+    assert small.both.out_features == 13
+    masks = fxprune.plan_of(small).masks(model)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            tensor.mul_(masks[name])
+    torch.testing.assert_close(small(x), model(x))

@@ -8,6 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import fxprune
@@ -462,3 +463,76 @@ def test_a_tensor_of_an_object_is_written_to_in_each_call():
     assert model.notes.sum.tolist() == result.notes.sum.tolist() == [0.0] * 3
     for wanted in [zeroed(model, result)(X) for _ in range(3)]:
         torch.testing.assert_close(result(X), wanted)
+
+
+# -- tensors with a class of their own -------------------------------------------------------------------------------
+
+
+class Image(torch.Tensor):
+    """Carries what is known of an image from tensor to tensor, as those of MONAI and fastai do."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        out = super().__torch_function__(func, types, args, kwargs or {})
+        if isinstance(out, Image):
+            out.source = next((a.source for a in args if isinstance(a, Image) and hasattr(a, "source")), None)
+        return out
+
+
+class Converts(Net):
+    def forward(self, x):
+        return self.b(self.a(x.as_subclass(Image)).as_subclass(torch.Tensor).relu())
+
+
+class Labels(Net):
+    def forward(self, x):
+        return self.b(self.a(x).as_subclass(Image).relu())
+
+
+class Holds(Net):
+    def prepare(self):
+        self.scale = nn.Parameter(torch.rand(16).as_subclass(Image))
+
+    def forward(self, x):
+        return self.b(self.a(x) * self.scale)
+
+
+@pytest.mark.parametrize("kind", [Net, Converts, Labels, Holds])
+def test_what_torch_tells_nobody_of_is_the_same_tensor(kind):
+    if kind is Net:
+        kind, x = type("Plain", (Net,), {"forward": lambda self, x: self.b(self.a(x).relu())}), X.clone().as_subclass(Image)
+        x.source = "a file"
+    else:
+        x = X
+    model = kind().eval()
+    result = fxprune.prune(model, 0.5, example_inputs=x)
+    assert result.a.out_features == 8 and fxprune.verify(model, result, x).ok
+    out, wanted = result(x), zeroed(model, result)(x)
+    assert type(out) is type(wanted) and getattr(out, "source", None) == getattr(wanted, "source", None)
+    torch.testing.assert_close(out.as_subclass(torch.Tensor), wanted.as_subclass(torch.Tensor))
+
+
+# -- weights that a forward leaves on a layer ------------------------------------------------------------------------
+
+
+class SpectralNorm(nn.Module):
+    """Takes the weight from a layer, and gives it a scaled one in each call."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.weight = layer, nn.Parameter(layer.weight.data)
+        self.u = nn.Parameter(torch.randn(len(self.weight)), requires_grad=False)
+        del layer._parameters["weight"]
+
+    def forward(self, x):
+        v = F.normalize(self.weight.t() @ self.u, dim=0)
+        self.layer.weight = self.weight / (self.u @ self.weight @ v)
+        return self.layer(x)
+
+
+def test_a_layer_that_is_given_its_weight_in_each_call():
+    torch.manual_seed(0)
+    model = nn.Sequential(SpectralNorm(nn.Linear(10, 16)), nn.ReLU(), nn.Linear(16, 3)).eval()
+    result = fxprune.prune(model, 0.5, example_inputs=X)
+    assert result[0].weight.shape == (8, 10)
+    assert fxprune.verify(model, result, X).ok

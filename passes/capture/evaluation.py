@@ -16,7 +16,7 @@ from torch import fx, nn
 from fxprune.passes.capture.modules import is_standard, plain_call
 from fxprune.passes.capture.opaque import Decisions, some_turns, watched
 from fxprune.passes.capture.patches import FACTORIES, functions_as_they_are, plain_rnn
-from fxprune.passes.capture.proxy import Proxy
+from fxprune.passes.capture.proxy import Proxy, TensorProxy
 from fxprune.passes.capture.recorder import Recorder
 from fxprune.passes.capture.rollback import ModuleState, written_in_place
 from fxprune.passes.errors import ReadsValue
@@ -75,8 +75,8 @@ class Evaluator:
 
     @functools.cached_property
     def room(self) -> int:
-        """How many more bytes `given` may hold."""
-        return sum(t.nbytes for _, t in named_tensors(self.root))
+        """How many more bytes `given` may hold: as many as the model has, without what its forward has left on it by now."""
+        return sum(t.nbytes for _, t in named_tensors(self.root) if type(t) is not TensorProxy)
 
     def evaluate(self, node: fx.Node, number: int, args: Any, kwargs: Any) -> Any:
         """The value of a node with this number; an error that it raises says where it arose."""

@@ -191,6 +191,10 @@ class TensorProxy(Proxy, Tensor, fx.Proxy):  # type: ignore[misc]
         self.tracer.note_memory(self)
         raise ReadsValue("numpy")
 
+    def as_subclass(self, cls: type) -> Any:
+        """Which torch tells nobody of."""
+        return self.tracer.create_proxy("call_method", "as_subclass", (self, cls), {})
+
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 

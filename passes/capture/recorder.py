@@ -64,6 +64,14 @@ class Recorder(TorchDispatchMode):
         return False  # never on while a compiler looks; each call would pay for the wrapper
 
     def find(self, tensor: Tensor) -> TensorRef | None:
+        """The number of a tensor, or of the one that it is, to the dispatcher, as a subclass of tensors (`as_subclass`)."""
+        ref = self.seen(tensor)
+        if ref is None and (base := tensor._base) is not None and id(tensor) not in self.names:
+            same = base.dtype == tensor.dtype and base.shape == tensor.shape and base.stride() == tensor.stride()
+            return self.seen(base) if same and base.storage_offset() == tensor.storage_offset() else None
+        return ref
+
+    def seen(self, tensor: Tensor) -> TensorRef | None:
         held = self.held.get(id(tensor))
         return held[1] if held is not None else self.known.get(tensor) if self.any_known else None
 
@@ -196,7 +204,7 @@ class Recorder(TorchDispatchMode):
         out = run(func, args, kwargs)
 
         def result(tensor: Tensor) -> TensorRef:
-            ref = self.find(tensor)
+            ref = self.seen(tensor)
             if ref is not None and getattr(func, "_schema", NAMELESS).name not in RESHAPING:  # in-place, or the argument itself
                 values[ref.id].from_input |= from_input
                 return ref

@@ -5,14 +5,18 @@
 (2) Compositions: a dimension of the model's own tensors that belongs to pairs of channels (it meets an outer product) gets the
     labels of both, and labels are propagated again, until no such dimension is left.
 (3) The constraints that were met are solved.
+(4) Where a factor over few long lines met an operand that varies along these alone, each line is one unit. If more can be
+    removed where the lines that lie across them are units instead, and that operand stays whole, they are.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import numpy as np
+from torch import Tensor, nn
 
 from fxprune.passes.capture.capture import capture_program
 from fxprune.passes.capture.programs import NOT_FOLLOWED, REPORT, programs, trained
@@ -46,6 +50,21 @@ def couple_channels(
     """
     programs = [Program(capture, i) for i, capture in enumerate(captures)]
     leaves = label_heads(programs, LeafLabels.initial(captures), coupling_options)  # (1)
+    solution, across = solved(programs, leaves, coupling_options, frozen_modules)
+    if across:  # (4)
+        other, _ = solved(programs, leaves.by_line(across), coupling_options, frozen_modules)
+        return max(solution, other, key=removable)
+    return solution
+
+
+def solved(
+    programs: Sequence[Program],
+    leaves: LeafLabels,
+    coupling_options: CouplingOptions,
+    frozen_modules: Mapping[str, str] | None,
+) -> tuple[Solution, list[Tensor]]:
+    """What comes of leaf labels, and the lines that lie across those that became one unit each."""
+    captures = [program.capture for program in programs]
     leaves, found = label_compositions(programs, leaves, coupling_options)  # (2)
     constraints, values = found.constraints.collected, found.values
     for name, reason in coupling_options.frozen.items():
@@ -57,10 +76,21 @@ def couple_channels(
     inside = {p.node(p.capture.index[node]) for p, region in zip(programs, regions, strict=True) for node in region}
     constraints.same_columns = [e for e in constraints.same_columns if e.node not in inside]
     constraints.equal_rows = [e for e in constraints.equal_rows if e.node not in inside]
-    solution = solve(list(captures), leaves.of, values, constraints, found.constraints.size, regions, found.picks)  # (3)
+    solution = solve(captures, leaves.of, values, constraints, found.constraints.size, regions, found.picks)  # (3)
     if any(found.asked):
         find_experts(solution, found.asked)
-    return solution
+    return solution, found.across
+
+
+def removable(solution: Solution) -> float:
+    """How much can be removed: elements of tensors, times the share of a dimension's units that may go, for all dimensions."""
+    units, total = solution.unit_of.numpy(), 0.0
+    for name, labels in solution.leaves.items():
+        for f in labels:
+            its = np.unique(units[f.flat])
+            free = int(((its > 0) & (solution.frozen[its] < 0)).sum())
+            total += math.prod(solution.shapes[name]) * max(0, free - 1) / len(its)
+    return total
 
 
 def label_heads(programs: Sequence[Program], leaves: LeafLabels, options: CouplingOptions) -> LeafLabels:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fxprune.passes.coupling.components import Components
 from fxprune.passes.coupling.solver import chain
-from fxprune.passes.ir.constraints import ConstraintBuilder
+from fxprune.passes.ir.constraints import ConstraintBuilder, LabelArray
 from fxprune.passes.ir.labels import NONE, Factor, Labels, along, factor
 from fxprune.passes.ir.program import CapturedProgram
 from fxprune.passes.ir.propagation_state import LeafDim
@@ -151,6 +151,15 @@ class LeafLabels:
             others = tuple(f for f in of[name] if f.major_to_minor != (dim,))
             of[name] = others + tuple(along(torch.from_numpy(renamed[v.numpy()]), dim, ndim) for v in vectors)
         return LeafLabels(of, made.size + len(mine), self.first_constant)
+
+    def by_line(self, lines: Sequence[Tensor]) -> LeafLabels:
+        """The same, with one label for each row of some matrices of labels."""
+        units = Components(max(self.size, *(int(m.max()) + 1 for m in lines)))
+        units.add(chain([LabelArray(m, -1) for m in lines]))
+        own = units.unit_of[: self.size]
+        table = np.where(own < self.size, own, np.arange(self.size))
+        of = {name: tuple(renamed(f, table, np.zeros(self.size, bool)) for f in labels) for name, labels in self.of.items()}
+        return LeafLabels(of, self.size, self.first_constant)
 
     def by_head(self, made: ConstraintBuilder) -> LeafLabels:
         """The same, with one label for each row of a head. Broadcast ties are not followed: they join heads to one another."""

@@ -69,13 +69,14 @@ class Program:
 @dataclass(frozen=True, slots=True)
 class Propagated:
     """What came of one propagation: constraints, labels, picks and questions about picks among the values of each
-    program, and dimensions found to be composed."""
+    program, dimensions found to be composed, and lines that lie across such as became one unit each."""
 
     constraints: ConstraintBuilder
     values: list[dict[int, Labels]]
     picks: list[dict[int, np.ndarray]]
     asked: list[dict[int, tuple[np.ndarray, int]]]
     composed: dict[int, tuple[Tensor, ...]]
+    across: list[Tensor]
 
 
 def propagate(
@@ -98,6 +99,7 @@ def propagate(
     picks: list[dict[int, np.ndarray]] = []
     asked: list[dict[int, tuple[np.ndarray, int]]] = []
     composed: dict[int, tuple[Tensor, ...]] = {}
+    across: list[Tensor] = []
     for program in programs:
         state = PropagationState(
             program.capture.op_trace,
@@ -110,6 +112,7 @@ def propagate(
             seeking_heads=seeking_heads,
             leaf_dims=leaf_dims or {},
             composed=composed,
+            across=across,
             choices=bool(options.choices),
         )
         propagate_through(program, state, leaves.size)
@@ -118,7 +121,7 @@ def propagate(
         values.append(state.labels)
         picks.append(state.picks)
         asked.append(state.asked)
-    return Propagated(constraints, values, picks, asked, composed)
+    return Propagated(constraints, values, picks, asked, composed, across)
 
 
 def propagate_through(program: Program, state: PropagationState, owned: int) -> None:

@@ -151,7 +151,8 @@ class ConstraintBuilder:
         node: index of the current graph node.
         first_new: the first label made on the way.
         reduced: labels that stand for rows that an op reduced.
-        copies: labels of copies of a value that is computed from the inputs.
+        copies: labels of copies of a value that is computed from the inputs; `shifted`: of those that what parameters determine
+            was added to.
         overwritten: labels of entries that a number other than zero is written over.
     """
 
@@ -167,7 +168,8 @@ class ConstraintBuilder:
         self.size = self.first_new = size
         self.first_undetermined = size if first_undetermined is None else first_undetermined
         self.determined = LabelSet(determined)
-        self.reduced, self.copies, self.overwritten = LabelSet(), LabelSet(), LabelSet()
+        self.reduced, self.overwritten = LabelSet(), LabelSet()
+        self.copies, self.shifted = LabelSet(), LabelSet()
 
     def clear(self) -> Constraints:
         """What was collected; the builder starts with nothing again, but for the labels it has made."""
@@ -243,11 +245,11 @@ class ConstraintBuilder:
     def determine(self, f: Factor, g: Factor, *, adds: bool = False) -> Factor:
         """Of two tied factors the one with labels that parameters determine; if both are so in part, one made of both.
 
-        A parameter that is added to copies sets none of them to zero: then it is those.
+        A parameter that is added to copies sets none of them to zero: then it is those, by labels of their own.
         """
-        for copied in (f, g) if adds and self.copies else ():
+        for copied, other in ((f, g), (g, f)) if adds and self.copies else ():
             if self.copies.meets(copied.flat):
-                return copied
+                return copied if self.undetermined(other) is not None else self.shift(copied)
         mine = self.undetermined(f)
         if mine is None:
             return f
@@ -259,6 +261,14 @@ class ConstraintBuilder:
         labels = np.where(mine & ~theirs, g.flat, f.flat)
         return Factor(torch.from_numpy(labels).reshape(f.labels.shape), f.major_to_minor)
 
+    def shift(self, copied: Factor) -> Factor:
+        """New labels of copies that something was added to which parameters determine."""
+        made = Factor(self.fresh(len(copied.flat)).reshape(copied.labels.shape), copied.major_to_minor)
+        self.tie(made.labels, copied.labels)
+        self.copies.add(made.flat)
+        self.shifted.add(made.flat)
+        return made
+
     def note_written(self, f: Factor, g: Factor) -> None:
         """Labels of a tensor that was written to are determined where those of what was written are."""
         mine = self.undetermined(f)
@@ -266,11 +276,16 @@ class ConstraintBuilder:
             theirs = self.undetermined(g)
             self.determined.add(f.flat[mine if theirs is None else mine & ~theirs])
 
-    def keep_copies(self, labels: Iterable[Factor]) -> None:
-        """Freeze the labels of copies and constants that are summed over: no parameter sets those to zero."""
+    def keep_copies(self, labels: Iterable[Factor], *, shares: bool = False) -> None:
+        """Freeze the labels of copies and constants that are summed over: no parameter sets those to zero.
+
+        `shares` says that what is removed has no share of the sum, zero or not: then it is enough that something differs.
+        """
         for f in labels:
             found = self.undetermined(f)
-            if found is not None:
+            if found is not None and shares:
+                found &= ~self.shifted.holds(f.flat)
+            if found is not None and found.any():
                 self.freeze(f.flat[found], COPIES)
             if len(f.major_to_minor) == 1 and self.is_overwritten(f):  # else what is summed in a row goes with the row
                 self.freeze(f.flat[self.overwritten.holds(f.flat)], COPIES)

@@ -49,6 +49,7 @@ class PropagationState:
         asked: values that are zero if a certain number is never chosen, with the labels of what is chosen from and the number.
         leaf_dims: dimensions of the model's own tensors that may be composed, by first label: tensor, dimension, size.
         composed: those found to belong to several labels at once (an outer product), by first label, with the labels.
+        across: lines that lie across few long ones, each of which became one unit as another operand varies along them alone.
         rewrite: what the current node becomes in the pruned program (see `OpSpec`).
         opaque: whether the current node is an opaque module, in which no written-out size can be changed.
         sizes: what sizes in opaque modules are, of other tensors or attributes, by value and dimension.
@@ -79,6 +80,7 @@ class PropagationState:
     marked: set[int] = field(default_factory=set)
     leaf_dims: dict[int, LeafDim] = field(default_factory=dict)
     composed: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+    across: list[Tensor] = field(default_factory=list)
     rewrite: Callable[..., Any] | None = None
     opaque: bool = False
     sizes: dict[int, dict[int, SizeSource]] = field(default_factory=dict)

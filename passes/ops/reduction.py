@@ -6,6 +6,7 @@ columns must agree.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -118,11 +119,15 @@ def by_rank(call: RuleContext) -> list[Labels]:
     return reduce(call)
 
 
-def normalise(call: RuleContext) -> Labels:
-    """Every entry depends on the others along `dim`: over several rows they must be packed alike, and each row can go whole."""
+def normalise(call: RuleContext, *, shares: bool = False) -> Labels:
+    """Every entry depends on the others along `dim`: over several rows they must be packed alike, and each row can go whole.
+
+    Arguments:
+        shares: see `ConstraintBuilder.keep_copies`.
+    """
     x = call.first
     dims = call.dims(call.get("dim", -1), len(call.shape(x)))
-    call.constraints.keep_copies(f for f in call.labels(x) if f.dims & set(dims))
+    call.constraints.keep_copies((f for f in call.labels(x) if f.dims & set(dims)), shares=shares)
     for f in call.labels(x):
         rows = [d for d in f.major_to_minor if d not in dims]
         if not rows or len(rows) == len(f.major_to_minor):
@@ -307,7 +312,10 @@ register("cummin", OpSpec(running_extreme, masked=with_greatest))
 register("argmax", OpSpec(place_of_extreme, masked=with_least))
 register("argmin", OpSpec(place_of_extreme, masked=with_greatest))
 register("mode kthvalue", OpSpec(by_rank))
-register("_softmax _log_softmax _safe_softmax _masked_softmax softmax log_softmax", OpSpec(normalise, masked=with_least))
+register(
+    "_softmax _log_softmax _safe_softmax _masked_softmax softmax log_softmax",
+    OpSpec(functools.partial(normalise, shares=True), masked=with_least),
+)
 register("logcumsumexp", OpSpec(normalise, masked=with_least))
 register("cumsum", OpSpec(normalise, masked=with_zeros))
 register("renorm", OpSpec(renormalise, masked=with_zeros))
@@ -321,7 +329,7 @@ register(
 register("histc", OpSpec(frozen("is counted by value"), histogram))
 register("glu", OpSpec(glu))
 register("_fft_r2c _fft_c2c _fft_c2r", OpSpec(fft))
-register("_cdist_forward", OpSpec(distance, masked=with_zeros))
+register("_cdist_forward _euclidean_dist", OpSpec(distance, masked=with_zeros))
 register("_pdist_forward", OpSpec(pair_distance, masked=with_zeros))
 register(
     "",

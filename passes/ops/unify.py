@@ -66,6 +66,8 @@ def unify(
             continue
         call.constraints.tie(f.labels, g.labels, broadcast=True)
         wider = f if len(f.major_to_minor) > len(g.major_to_minor) else g
+        if not call.state.seeking_heads:
+            lie_across(call, wider, shared)
         apart = heads_alone(wider, wider.dims - shared) if call.state.seeking_heads else None
         if apart is not None:  # it still tells heads apart, and those of rows that it stands for are the same
             call.constraints.tie(wider.labels, apart.labels.expand_as(wider.labels))
@@ -128,6 +130,15 @@ def lines(
     for f in met:
         call.constraints.tie_vectors(f, theirs[f.major_to_minor])
     return (*[call.constraints.determine(f, theirs[f.major_to_minor], adds=adds) for f in met], *left, *right)
+
+
+def lie_across(call: RuleContext, wider: Factor, shared: frozenset[int]) -> None:
+    """Note the lines of a joint factor that are made one unit each, if there are few of them and they are long."""
+    rows, rest = [d for d in wider.major_to_minor if d in shared], [d for d in wider.major_to_minor if d not in shared]
+    count = math.prod(wider.labels.shape[d] for d in rows)
+    if rest and 2 * count * count < wider.labels.numel():
+        others = [d for d in range(wider.labels.dim()) if d not in rows]
+        call.state.across.append(wider.labels.permute([*others, *rows]).reshape(-1, count))
 
 
 def heads_alone(f: Factor, dims: Iterable[int]) -> Factor | None:

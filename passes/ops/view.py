@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from fxprune.passes.ir.labels import NONE, Factor, Labels, expand_along, factor
 from fxprune.passes.ops.call import RuleContext
-from fxprune.passes.ops.registry import OpSpec, register
+from fxprune.passes.ops.registry import OpSpec, register, spec_of
 from fxprune.passes.ops.rewriting import RewriteContext, SizeArguments, argument, resized, sizes_written_out
 
 
@@ -207,6 +207,23 @@ def shaped_as(r: RewriteContext, node: fx.Node) -> fx.Node | None:
     return r.graph.call_method("reshape", (r.new[node.args[0]], tuple(sizes)))  # type: ignore[index]
 
 
+def complex_of_a_part(r: RewriteContext, node: fx.Node) -> fx.Node | None:
+    """Pairs that are part of a tensor of which something is removed may no longer begin at every second element of memory."""
+    ref, trace = r.result(argument(node, 0, "self")), r.capture.op_trace
+    while not r.cuts(ref):
+        maker = trace.maker(ref.id)
+        if maker is None or not spec_of(maker).views:
+            return None
+        ref = maker.inputs[0]
+    return r.graph.call_function(complex_view, r.argument(tuple(node.args)), r.argument(dict(node.kwargs)))
+
+
+def complex_view(self: Tensor) -> Tensor:
+    """`torch.view_as_complex`, of a copy where the strides of a tensor are odd."""
+    even = all(n % 2 == 0 for n in (self.storage_offset(), *self.stride()[:-1]))
+    return torch.view_as_complex(self if even else self.contiguous())
+
+
 VIEW = OpSpec(view, moves=True, views=True)
 register("view reshape _unsafe_view view_copy", dataclasses.replace(VIEW, sizes=SizeArguments(1)))
 register("unflatten", dataclasses.replace(VIEW, sizes=SizeArguments(2, ("sizes",), dimension_split)))
@@ -219,4 +236,5 @@ register(
     functions="swapdims",
 )
 register("as_strided", OpSpec(as_strided, strides_of_result, moves=True, views=True))
-register("view_as_real view_as_complex", OpSpec(view_complex, moves=True, views=True))
+register("view_as_real", OpSpec(view_complex, moves=True, views=True))
+register("view_as_complex", OpSpec(view_complex, complex_of_a_part, always=True, moves=True, views=True))

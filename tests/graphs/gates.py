@@ -273,3 +273,28 @@ def similarity_of_two_towers():
 
     model = net(forward, a=linear(10, 14), b=linear(9, 14), scale=parameter(1))
     return model, (features(10), normal(4, 9))
+
+
+@graph(targets=("a.weight", "pieces.weight", "head.weight"), min_removed=0.4)
+def activation_of_learned_pieces():
+    """DyReLU: each channel has two slopes, made of the input, and all channels share how far these may go."""
+
+    def forward(self, x):
+        slopes = self.pieces(x).view(-1, 14, 2) * self.scale
+        return self.head((self.a(x).unsqueeze(-1) * slopes).amax(-1))
+
+    parts = {"pieces": linear(10, 28), "scale": parameter(2)}
+    return net(forward, a=linear(10, 14), **parts, head=linear(14, 5)), features()
+
+
+@graph(targets=("a.weight", "b.weight", "c.weight", "head.weight"), min_removed=0.3)
+def gated_sum_of_experts():
+    """MMoE: results of all experts are stacked, multiplied by a gate for each of them, and added up."""
+
+    def forward(self, x):
+        made = torch.stack([layer(x) for layer in (self.a, self.b, self.c)])
+        gates = (x @ self.gate).softmax(1).t().unsqueeze(2).expand(-1, -1, 24)
+        return self.head((made * gates).sum(0))
+
+    layers = {name: linear(10, 24) for name in "abc"}
+    return net(forward, **layers, gate=parameter(10, 3), head=linear(24, 5)), features()

@@ -221,6 +221,16 @@ def distances_to_centres():
     return net(forward, a=linear(10, 14), centres=parameter(5, 14)), features()
 
 
+@graph(targets=("a.weight", "codes"), min_removed=0.4)
+def distances_to_a_codebook():
+    """From 26 rows on `cdist` computes distances by a product."""
+
+    def forward(self, x):
+        return torch.cdist(self.a(x), self.codes)
+
+    return net(forward, a=linear(10, 14), codes=parameter(26, 14)), features()
+
+
 @graph(targets=("a.weight", "head.weight"), min_removed=0.4)
 def cosine_classifier():
     def forward(self, x):
