@@ -143,12 +143,10 @@ class Scores:
     def by_loss(self, prices: np.ndarray, enough: Callable[[Sequence[int]], bool]) -> np.ndarray:
         """Scores that, over the prices, are in the order in which branches went; others keep what was measured last."""
         batches = [self.each(batch) for batch in self.source.batches()]
-        self.source.value(batches[0])  # which says what is wrong with the loss
 
         def measure(*gone: int) -> float:
             self.run.without = gone
-            with torch.no_grad():
-                return sum(batch.size * float(self.source.value(batch)) for batch in batches) / self.samples
+            return sum(batch.size * float(self.source.value(batch).detach()) for batch in batches) / self.samples
 
         whole, taken = measure(), list[int]()
         pending = [((measure(i) - whole) / price, i, 0) for i, price in enumerate(prices)]

@@ -136,7 +136,7 @@ class Source:
         if not isinstance(found, Tensor) or found.numel() != 1:
             got = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
             raise PruneError(f"the loss must be a scalar, not {got}", fix="a mean over the batch: loss(...).mean()")
-        if not found.requires_grad and torch.is_grad_enabled():
+        if not found.requires_grad:
             raise PruneError("the loss does not depend on the model's parameters", fix="a loss made of the model's output")
         return found.reshape(())
 
