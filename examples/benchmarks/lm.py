@@ -274,9 +274,9 @@ def page(rows: list[dict[str, Any]]) -> str:
         'smallest weights. `measured` is the loss on eight windows (`depth_criterion="loss"`). `by scores alone`: as it was',
         "before decision 484, for no cost. The default is run on all families, other criteria on FFN, FFN + heads and",
         "FFN + heads + depth.",
-        "Seconds are those of a machine shared with other work, where Wanda-sp at 0.8 and query heads were stopped at",
-        "times; a later row is without what it shares with an earlier one: of plain methods their statistics, of ours the",
-        "scores, which are kept in a file (the default as cut was scored anew).",
+        "Seconds are those of a machine shared with other work, where Wanda-sp at 0.8, query heads, and measured blocks",
+        "at 0.5 were stopped at times; a later row is without what it shares with an earlier one: of plain methods their",
+        "statistics, of ours the scores, which are kept in a file (the default as cut was scored anew).",
         "`default, no growth` is the default as it was before decision 310: its scores, without growth. `scored as heads`: the",
         "scores were gathered for whole heads, so that all dimensions of a head had one score.",
     ]
