@@ -209,7 +209,7 @@ def table(rows: list[Row]) -> str:
         ("model", "l", lambda row: row["size"]),
         ("how", "l", lambda row: row["how"]),
         ("weights, GiB", "r", number("weights_gib")),
-        ("tokens", "r", number("tokens", ",")),
+        ("tokens", "r", lambda row: row.get("tokens", "")),
         ("memory before, GiB", "r", number("before_gib")),
         ("at most, GiB", "r", number("peak_gib")),
         ("s", "r", number("seconds", ".0f")),
@@ -221,7 +221,8 @@ def table(rows: list[Row]) -> str:
     return (
         "# Large models\n\nWritten by `large.py` from `large.jsonl`; what the cases are is said at its top. *before* is what"
         " the process holds with torch, transformers and what the case is given; *at most* what it held at the highest;"
-        " *forwards* the seconds over those of a plain forward of the same tokens, the median of three turns.\n\n"
+        " *forwards* the seconds over those of a plain forward of the same tokens, the median of three turns. Seconds are"
+        " those of a machine shared with other work.\n\n"
         f"{machines}\n{markdown_table(columns, rows)}"
     )
 
