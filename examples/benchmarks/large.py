@@ -172,14 +172,15 @@ def calibration(size: str, how: str) -> Row:
         for batch in data:
             model(**batch)
 
-    for timed in range(ROUNDS + 1):
+    for turn in range(ROUNDS + 1):
         for run, seconds in ((forward, plain), (lambda: fxprune.calibrate(model, data, how, data[0]), ours)):
             start = time.perf_counter()
             run()
-            if timed:  # after a round to warm up
+            if turn:  # after one to warm up
                 seconds.append(time.perf_counter() - start)
     forwards = statistics.median(a / b for a, b in zip(ours, plain, strict=True))
     found = {"before_gib": before, "peak_gib": peak(), "seconds": statistics.median(ours), "tokens": TOKENS["calibration"]}
+    found["weights_gib"] = sum(p.nbytes for p in model.parameters()) / 2**30
     return found | {"forwards": forwards, "status": "timed"}
 
 
